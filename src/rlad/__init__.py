@@ -1,0 +1,44 @@
+"""rlad: RL-aware distillation for reasoning language models. Importing it imports no torch."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from rlad.advantages import group_advantages
+    from rlad.batch import LossInputs
+    from rlad.config import RunConfig
+    from rlad.config_file import load_config
+    from rlad.objectives import OBJECTIVES
+    from rlad.objectives.grpo import grpo_loss
+    from rlad.objectives.kdrl import kdrl_loss
+    from rlad.objectives.opd import opd_loss
+    from rlad.objectives.trrd import trrd_loss
+    from rlad.training import TrainResult, train
+
+_HOME = {
+    "OBJECTIVES": "rlad.objectives",
+    "LossInputs": "rlad.batch",
+    "RunConfig": "rlad.config",
+    "TrainResult": "rlad.training",
+    "grpo_loss": "rlad.objectives.grpo",
+    "group_advantages": "rlad.advantages",
+    "kdrl_loss": "rlad.objectives.kdrl",
+    "load_config": "rlad.config_file",
+    "opd_loss": "rlad.objectives.opd",
+    "train": "rlad.training",
+    "trrd_loss": "rlad.objectives.trrd",
+}
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when first used."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'rlad' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

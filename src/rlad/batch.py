@@ -1,0 +1,52 @@
+"""`LossInputs`: the named tensors that an objective may read."""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from rlad.tensors import keep_finite
+
+
+@dataclass(frozen=True, slots=True)
+class LossInputs:
+    """What an objective may read; every tensor `[batch, token]` unless said. Validated on creation.
+
+    Log-probs are those of the sampled completion tokens, divided by the sampling temperature, float32 or wider.
+    Only `student_logprobs` may carry a gradient.
+    """
+
+    student_logprobs: Tensor
+    old_logprobs: Tensor
+    advantages: Tensor
+    """`[batch]` or `[batch, token]`"""
+    mask: Tensor
+    """bool; True = completion token that is trained on"""
+    teacher_logprobs: Tensor | None = None
+    reference_logprobs: Tensor | None = None
+    """of the initial student; only for the KL leash"""
+
+    def __post_init__(self) -> None:
+        shape = self.mask.shape
+        if self.mask.dtype != torch.bool or self.mask.dim() != 2:
+            raise ValueError(
+                f"mask is {self.mask.dtype} of shape {tuple(shape)}; a bool tensor [batch, token] is needed: "
+                "write `mask.bool()`."
+            )
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None or field.name == "mask":
+                continue
+            if value.shape != shape and not (field.name == "advantages" and value.shape == shape[:1]):
+                raise ValueError(
+                    f"{field.name} has shape {tuple(value.shape)}, the mask {tuple(shape)}; they must be equal"
+                    + (" (or [batch] for advantages)." if field.name == "advantages" else ".")
+                )
+            if value.requires_grad and field.name != "student_logprobs":
+                raise ValueError(f"{field.name} carries a gradient; only student_logprobs may: call `.detach()` on it.")
+
+    @property
+    def trained(self) -> Tensor:
+        """The tokens of the mask at which old, teacher and reference log-probs are finite."""
+        given = (self.old_logprobs, self.teacher_logprobs, self.reference_logprobs)
+        return keep_finite(self.mask, *(value for value in given if value is not None))

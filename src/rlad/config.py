@@ -1,0 +1,247 @@
+"""Every setting of a run: type, range, default, one-line meaning. Imports no torch.
+
+A run is described by one TOML file; dotted overrides (`optimization.learning_rate=1e-5`) change single values. Unknown keys
+are refused with the nearest valid name. Defaults are those of the papers where they state one, not those of the
+embedded tiny models, whose run is `rlad/models/run.toml`.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, use_attribute_docstrings=True)
+
+
+class Annealed(_Section):
+    """A knob that moves with the step: start + change_per_step * step, until it reaches `end`."""
+
+    start: float
+    end: float
+    change_per_step: float
+
+    @model_validator(mode="after")
+    def _moves_towards_end(self) -> "Annealed":
+        if (self.end - self.start) * self.change_per_step < 0:
+            raise ValueError(f"change_per_step {self.change_per_step} leads away from end {self.end}; change its sign")
+        return self
+
+    def at(self, step: int) -> float:
+        value = self.start + self.change_per_step * step
+        return max(value, self.end) if self.end < self.start else min(value, self.end)
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+class StudentConfig(_Section):
+    model: str
+    """Hugging Face name, folder, or `embedded/student`"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """of the weights and the forward pass; log-probs are always float32"""
+    device: str = "auto"
+    """`auto` takes the GPU where there is one; else a torch device such as `cuda:0` or `cpu`"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, about a third more time"""
+
+
+class LocalTeacherConfig(_Section):
+    """A transformers model in this process, frozen."""
+
+    type: Literal["local"] = "local"
+    model: str
+    """Hugging Face name, folder, or `embedded/teacher`"""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = "auto"
+    """`auto` takes the student's device"""
+    tokens_per_batch: Positive = 16_384
+    """most tokens (padding included) in one forward pass"""
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------------
+
+
+class KnightsAndKnavesConfig(_Section):
+    """Logic puzzles with exactly one solution; the split is by puzzle structure."""
+
+    type: Literal["knights_and_knaves"] = "knights_and_knaves"
+    num_people: tuple[Annotated[int, Field(ge=2, le=8)], ...] = Field((3, 4, 5, 6, 7), min_length=1)
+    """sizes of the puzzles, taken in turn"""
+    instructions: bool = True
+    """put the rules and the answer format before each puzzle"""
+    reward: Literal["exact", "logic_rl"] = "exact"
+    """1 for a fully right answer, or Logic-RL's format and answer reward"""
+
+
+class ArithmeticConfig(_Section):
+    """Sums and differences (reasoning-gym's `chain_sum`)."""
+
+    type: Literal["arithmetic"] = "arithmetic"
+    options: dict[str, Any] = {}
+    """passed to reasoning-gym"""
+
+
+class CountdownConfig(_Section):
+    """Reach a target number with given numbers (reasoning-gym's `countdown`)."""
+
+    type: Literal["countdown"] = "countdown"
+    options: dict[str, Any] = {}
+    """passed to reasoning-gym"""
+
+
+class ReasoningGymConfig(_Section):
+    """Any data set of reasoning-gym by name."""
+
+    type: Literal["reasoning_gym"] = "reasoning_gym"
+    dataset: str
+    """name of the reasoning-gym data set"""
+    options: dict[str, Any] = {}
+    """passed to reasoning-gym"""
+    partial_credit: bool = False
+    """reward = reasoning-gym's score instead of 1 for right and 0 for wrong"""
+
+
+class JsonlConfig(_Section):
+    """Your own problems: a `.jsonl` file or a Hugging Face data set."""
+
+    type: Literal["jsonl"] = "jsonl"
+    path: str
+    """the training problems, and the held-out ones where no other file is given"""
+    validation_path: str | None = None
+    test_path: str | None = None
+    prompt_field: str = "prompt"
+    answer_field: str = "answer"
+    verifier: str = "exact"
+    """`exact`, `number`, `math`, or `import.path:function` of your own"""
+    timeout_seconds: float = Field(5.0, gt=0)
+    """a verifier that takes longer costs one completion"""
+
+
+# --- objectives -------------------------------------------------------------------------------------------------------
+
+
+class _Clipped(_Section):
+    clip_low: NonNegative = 0.2
+    """the ratio is clipped to [1 - clip_low, 1 + clip_high]"""
+    clip_high: NonNegative = 0.28
+
+
+class TRRDConfig(_Clipped):
+    type: Literal["trrd"] = "trrd"
+    alpha: Share | Annealed = 0.5
+    """1 is GRPO, 0 is anchored to the teacher alone"""
+    teacher_log_ratio_clip: Annotated[float, Field(gt=0)] | Literal["off"] = 1.0
+    """c in clamp(log πS - log πT, -c, +c), or "off" """
+    ratio_level: Literal["token", "sequence"] = "token"
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """bound of the loss of negative advantages; off by default"""
+
+
+class GRPOConfig(_Clipped):
+    type: Literal["grpo"] = "grpo"
+    ratio_level: Literal["token", "sequence"] = "token"
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """bound of the loss of negative advantages; off by default"""
+
+
+class KDRLConfig(_Clipped):
+    type: Literal["kdrl"] = "kdrl"
+    kd_coef: NonNegative | Annealed = 2e-3
+    """weight of the distillation term; KDRL's annealing is start 5e-3, end 1e-3, change_per_step -5e-5"""
+    kd_estimator: Literal["k2", "k3"] = "k2"
+
+
+class OPDConfig(_Section):
+    type: Literal["opd"] = "opd"
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+class RolloutConfig(_Section):
+    prompts_per_batch: Positive = 32
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """rollouts of one prompt"""
+    max_prompt_tokens: Positive | None = None
+    """longest prompt that is accepted; None: whatever the context length leaves"""
+    max_completion_tokens: Positive = 2048
+    temperature: float = Field(1.0, gt=0)
+    """log-probs of student, teacher and reference are all divided by it"""
+    prompt_format: Literal["auto", "plain", "chat"] = "auto"
+    """`auto` uses the chat template where the tokenizer has one"""
+    max_batch_rows: Positive = 256
+    """most completions that are decoded at once"""
+
+
+class OptimizationConfig(_Section):
+    num_steps: Positive = 100
+    """optimiser steps of the whole run"""
+    steps_per_rollout_batch: Positive = 1
+    """optimiser steps (mini-batches) on each rollout batch"""
+    learning_rate: float = Field(1e-6, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """of the learning rate, after the warm-up, down to 0 at the last step"""
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: NonNegative = 0.0
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    max_grad_norm: float = Field(1.0, gt=0)
+    aggregation: Literal["sequence_mean", "token_mean", "constant_length"] = "sequence_mean"
+    advantage_scale: Literal["std", "none"] = "std"
+    kl_coef: NonNegative | Annealed = 0.0
+    """weight of the KL leash to the initial student"""
+    tokens_per_batch: Positive = 16_384
+    """most tokens (padding included) in one forward and backward pass; changes memory, not the result"""
+
+
+class EvaluationConfig(_Section):
+    every_steps: Positive = 20
+    """validation, and a checkpoint, every so many steps"""
+    num_validation_problems: Positive = 100
+    num_test_problems: Positive = 300
+    num_samples: Positive = 1
+    """completions of each problem"""
+    temperature: NonNegative = 1.0
+
+
+class RunConfig(_Section):
+    """One training run."""
+
+    student: StudentConfig
+    teacher: LocalTeacherConfig | None = None
+    task: Annotated[
+        KnightsAndKnavesConfig | ArithmeticConfig | CountdownConfig | ReasoningGymConfig | JsonlConfig,
+        Field(discriminator="type"),
+    ]
+    objective: Annotated[TRRDConfig | GRPOConfig | KDRLConfig | OPDConfig, Field(discriminator="type")] = TRRDConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    optimization: OptimizationConfig = OptimizationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    seed: int = Field(0, ge=0)
+    """of everything that is drawn at random"""
+    run_dir: str | None = None
+    """where the run is stored; None: runs/<task>-<objective>-seed<seed>"""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "RunConfig":
+        loop, rollout = self.optimization, self.rollout
+        if rollout.prompts_per_batch % loop.steps_per_rollout_batch:
+            raise ValueError(
+                f"rollout.prompts_per_batch = {rollout.prompts_per_batch} is no multiple of "
+                f"optimization.steps_per_rollout_batch = {loop.steps_per_rollout_batch}, but every optimiser step takes the "
+                "same number of prompts; change one of them"
+            )
+        if self.teacher is None and self.objective.type != "grpo":
+            raise ValueError(
+                f"objective {self.objective.type!r} needs a teacher; add a [teacher] section with a model, or set objective=grpo"
+            )
+        return self
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.run_dir or f"runs/{self.task.type}-{self.objective.type}-seed{self.seed}")

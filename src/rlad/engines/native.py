@@ -1,0 +1,352 @@
+"""The loop for one device, top to bottom as the paper tells it: sample, reward, advantage, score, objective, step.
+
+Everything random comes from streams named by seed and step, and problems are addressed by index: the state of a run is its
+step, its weights, its optimiser and, between the mini-batches of one rollout batch, that batch.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import get_scheduler
+
+from rlad.advantages import group_advantages
+from rlad.aggregate import aggregate, denominator
+from rlad.batch import LossInputs
+from rlad.config import Annealed, RunConfig
+from rlad.language_model import LanguageModel
+from rlad.metrics import Metrics, TokenStats, rollout_metrics
+from rlad.objectives import OBJECTIVES, token_loss
+from rlad.prompts import prompt_token_ids
+from rlad.rollouts import Rollout, RolloutGroup
+from rlad.sampling import sample
+from rlad.scoring import Scorer
+from rlad.seeds import stream_seed
+from rlad.tasks import Task, Verdict
+from rlad.teachers import Teacher
+
+SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+
+
+@dataclass(slots=True)
+class RolloutBatch:
+    """The rollouts of one batch of prompts and what was scored on them; lists are by rollout, group after group."""
+
+    index: int
+    groups: list[RolloutGroup]
+    advantages: Tensor
+    teacher_logprobs: list[Tensor] | None = None
+    reference_logprobs: list[Tensor] | None = None
+    old_logprobs: list[Tensor] | None = None
+    """None: the student has not moved since it sampled, so they are its own log-probs"""
+    seconds: Metrics = field(default_factory=dict)
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        return [rollout for group in self.groups for rollout in group.rollouts]
+
+    @property
+    def prompts(self) -> list[tuple[int, ...]]:
+        return [group.prompt_token_ids for group in self.groups for _ in group.rollouts]
+
+    @property
+    def completions(self) -> list[tuple[int, ...]]:
+        return [rollout.completion.token_ids for rollout in self.rollouts]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One optimiser step: its number (from 1), its metrics and the groups it was made on."""
+
+    step: int
+    metrics: Metrics
+    groups: Sequence[RolloutGroup]
+
+
+class NativeEngine:
+    """Trains one student on one device."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        student: LanguageModel,
+        task: Task,
+        teacher: Teacher | None = None,
+        reference: LanguageModel | None = None,
+        before_work: Callable[[], None] = lambda: None,
+    ):
+        """`before_work` is called before every decoding step and micro-batch; it may raise to stop the run there.
+
+        `reference` is the frozen initial student; needed when `kl_coef` is not 0.
+        """
+        loop = config.optimization
+        self.config, self.student, self.task, self.teacher = config, student, task, teacher
+        self.objective = OBJECTIVES[config.objective.type]
+        self.before_work = before_work
+        self.step = 0
+        self.pending: RolloutBatch | None = None
+        self.optimizer = torch.optim.AdamW(
+            student.model.parameters(), lr=loop.learning_rate, betas=loop.betas, weight_decay=loop.weight_decay
+        )
+        self.scheduler = get_scheduler(
+            SCHEDULES[loop.schedule], self.optimizer, num_warmup_steps=loop.warmup_steps, num_training_steps=loop.num_steps
+        )
+        scoring = {"temperature": config.rollout.temperature, "tokens_per_batch": loop.tokens_per_batch}
+        self.scorer = Scorer(student, **scoring)
+        self.reference_scorer = Scorer(reference, **scoring) if reference else None
+        if config.student.gradient_checkpointing:
+            student.model.gradient_checkpointing_enable()
+
+    def steps(self) -> Iterator[StepResult]:
+        """Optimiser steps until `num_steps`; between two of them the engine's state may be saved."""
+        per_batch = self.config.optimization.steps_per_rollout_batch
+        while self.step < self.config.optimization.num_steps:
+            if self.pending is None:
+                self.pending = self.make_rollout_batch(self.step // per_batch)
+            batch, part = self.pending, self.step % per_batch
+            started = time.monotonic()
+            prompts = self._minibatch(batch.index, part)
+            metrics = self.update(batch, prompts)
+            metrics |= {"time/update/seconds": time.monotonic() - started} | (batch.seconds if part == 0 else {})
+            self.step += 1
+            if part == per_batch - 1:
+                self.pending = None
+            yield StepResult(self.step, metrics, [batch.groups[i] for i in prompts])
+
+    # --- rollouts -----------------------------------------------------------------------------------------------------
+
+    def make_rollout_batch(self, index: int) -> RolloutBatch:
+        """Sample, reward, advantage; then what the objective needs from teacher, reference and old policy."""
+        rollout, seconds = self.config.rollout, {}
+        with _timed(seconds, "time/generation/seconds"):
+            groups = self._sample(index)
+        with _timed(seconds, "time/rewards/seconds"):
+            groups = [self._judge(group) for group in groups]
+        rewards = torch.tensor([r.reward for group in groups for r in group.rollouts])
+        judged = torch.tensor([r.verdict != Verdict.CANNOT_JUDGE for group in groups for r in group.rollouts])
+        scale = self.config.optimization.advantage_scale
+        batch = RolloutBatch(
+            index, groups, group_advantages(rewards, rollout.group_size, scale=scale, judged=judged), seconds=seconds
+        )
+        rows = self._rows_that_train(batch)
+        if self.objective.needs_teacher:
+            assert self.teacher is not None
+            with _timed(seconds, "time/teacher/seconds"):
+                batch.teacher_logprobs = _score_rows(self.teacher.logprobs, batch, rows)
+        if self.reference_scorer is not None:
+            batch.reference_logprobs = _score_rows(self.reference_scorer.score, batch, rows)
+        if self.config.optimization.steps_per_rollout_batch > 1:
+            with _timed(seconds, "time/old_logprobs/seconds"):
+                batch.old_logprobs = _score_rows(self.scorer.score, batch, rows)
+        return batch
+
+    def _sample(self, index: int) -> list[RolloutGroup]:
+        rollout, student = self.config.rollout, self.student
+        indices = range(index * rollout.prompts_per_batch, (index + 1) * rollout.prompts_per_batch)
+        problems = [self.task.problem("train", i, seed=self.config.seed) for i in indices]
+        prompts = [prompt_token_ids(student.tokenizer, p.prompt, rollout.prompt_format) for p in problems]
+        for i, prompt in zip(indices, prompts, strict=True):
+            check_prompt_length(len(prompt), f"training problem {i}", self.config, student.context_tokens)
+        student.model.eval()
+        with student.autocast():
+            groups = sample(
+                student.model,
+                prompts,
+                group_size=rollout.group_size,
+                max_completion_tokens=rollout.max_completion_tokens,
+                temperature=rollout.temperature,
+                eos_token_ids=student.eos_token_ids,
+                pad_token_id=student.pad_token_id,
+                seed=stream_seed(self.config.seed, "rollouts", index),
+                max_batch_rows=rollout.max_batch_rows,
+                before_token=self.before_work,
+            )
+        return [
+            RolloutGroup(i, problem.prompt, tuple(prompt), tuple(Rollout(c, "", "", float("nan")) for c in group))
+            for i, problem, prompt, group in zip(indices, problems, prompts, groups, strict=True)
+        ]
+
+    def _judge(self, group: RolloutGroup) -> RolloutGroup:
+        problem = self.task.problem("train", group.problem_index, seed=self.config.seed)
+        ids = [list(rollout.completion.token_ids) for rollout in group.rollouts]
+        texts = self.student.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        judgements = [self.task.judge(problem, text) for text in texts]
+        rollouts = tuple(
+            Rollout(r.completion, text, str(j.verdict), j.reward)
+            for r, text, j in zip(group.rollouts, texts, judgements, strict=True)
+        )
+        return RolloutGroup(group.problem_index, group.prompt, group.prompt_token_ids, rollouts)
+
+    def _rows_that_train(self, batch: RolloutBatch) -> list[int]:
+        """Judged rollouts; without those of advantage 0 where they contribute exactly nothing to the gradient."""
+        skippable = self.objective.zero_advantage_is_zero_gradient and not self.config.optimization.kl_coef
+        return [
+            i
+            for i, rollout in enumerate(batch.rollouts)
+            if rollout.verdict != Verdict.CANNOT_JUDGE and not (skippable and batch.advantages[i] == 0)
+        ]
+
+    def _minibatch(self, index: int, part: int) -> list[int]:
+        """The prompts of one optimiser step: an equal share of the batch, in a seeded order."""
+        rollout, per_batch = self.config.rollout, self.config.optimization.steps_per_rollout_batch
+        generator = torch.Generator().manual_seed(stream_seed(self.config.seed, "minibatches", index))
+        order = torch.randperm(rollout.prompts_per_batch, generator=generator).tolist()
+        size = rollout.prompts_per_batch // per_batch
+        return sorted(order[part * size : (part + 1) * size])
+
+    # --- update -------------------------------------------------------------------------------------------------------
+
+    def update(self, batch: RolloutBatch, prompts: Sequence[int]) -> Metrics:
+        """One optimiser step on the groups `prompts` of a batch; returns its metrics.
+
+        Raises `ValueError`, before the weights change, when loss or gradient is not finite or the teacher gave nothing.
+        """
+        group_size = self.config.rollout.group_size
+        wanted = [i for p in prompts for i in range(p * group_size, (p + 1) * group_size)]
+        stats = TokenStats()
+        loss = self.accumulate_gradient(batch, wanted, stats)
+        parameters = list(self.student.model.parameters())
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.config.optimization.max_grad_norm))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise ValueError(
+                f"step {self.step + 1}: loss {loss} and gradient norm {norm} must be finite, so the weights were left as they "
+                "are; lower optimization.learning_rate or set objective.teacher_log_ratio_clip."
+            )
+        metrics = rollout_metrics([batch.groups[i] for i in prompts]) | stats.summary()
+        metrics |= {
+            "optimization/loss": loss,
+            "optimization/gradient_norm": norm,
+            "optimization/learning_rate": self.scheduler.get_last_lr()[0],
+        }
+        self.optimizer.step()
+        self.scheduler.step()
+        return metrics
+
+    def accumulate_gradient(self, batch: RolloutBatch, wanted: Sequence[int], stats: TokenStats) -> float:
+        """Set the gradient to that of the loss over the rollouts `wanted`, and return the loss.
+
+        The denominator is that of all of them, so neither micro-batches nor left-out rows change the result.
+        """
+        loop, knobs = self.config.optimization, objective_knobs(self.config.objective, self.step)
+        kl_coef = at_step(loop.kl_coef, self.step)
+        whole = self._denominator(batch, wanted, stats)
+        trains = set(self._rows_that_train(batch))
+        rows = [i for i in wanted if i in trains]
+        stats.scored_share = len(rows) / len(wanted)
+        self.student.model.train(self.config.student.gradient_checkpointing)
+        for parameter in self.student.model.parameters():
+            # Zeros, not None: a step without gradient still moves by the optimiser's momentum.
+            parameter.grad = torch.zeros_like(parameter)
+        total = 0.0
+        for micro in self.scorer.batches([batch.prompts[i] for i in rows], [batch.completions[i] for i in rows]):
+            self.before_work()
+            part = [rows[i] for i in micro]
+            inputs, entropy = self._loss_inputs(batch, part)
+            losses, token_stats = token_loss(self.config.objective.type, inputs, knobs=knobs, kl_coef=kl_coef)
+            loss = aggregate(losses, inputs.trained, mode=loop.aggregation, denominator=whole)
+            loss.backward()
+            total += float(loss.detach())
+            stats.add(inputs, entropy, pad_rows([self._sampler_logprobs(batch, i) for i in part], entropy), token_stats)
+        return total
+
+    def _loss_inputs(self, batch: RolloutBatch, part: Sequence[int]) -> tuple[LossInputs, Tensor]:
+        """The tensors of some rollouts, and the student's entropy on them."""
+        scores = self.scorer([batch.prompts[i] for i in part], [batch.completions[i] for i in part])
+        if not torch.isfinite(scores.logprobs).all():
+            raise ValueError(
+                f"step {self.step + 1}: the student's own log-probs are not finite; its weights are broken: resume from an "
+                "earlier checkpoint with a lower optimization.learning_rate."
+            )
+
+        def padded(values: list[Tensor] | None) -> Tensor | None:
+            return None if values is None else pad_rows([values[i] for i in part], scores.logprobs)
+
+        old = padded(batch.old_logprobs)
+        inputs = LossInputs(
+            student_logprobs=scores.logprobs,
+            old_logprobs=scores.logprobs.detach() if old is None else old,
+            advantages=batch.advantages[list(part)].to(scores.logprobs),
+            mask=scores.mask,
+            teacher_logprobs=padded(batch.teacher_logprobs),
+            reference_logprobs=padded(batch.reference_logprobs),
+        )
+        return inputs, scores.entropy
+
+    def _denominator(self, batch: RolloutBatch, wanted: Sequence[int], stats: TokenStats) -> float:
+        """The denominator of all judged rollouts among `wanted`; tokens without a finite teacher value are not in it."""
+        judged = [i for i in wanted if batch.rollouts[i].verdict != Verdict.CANNOT_JUDGE]
+        longest = max((len(batch.completions[i]) for i in judged), default=1)
+        mask = torch.zeros(len(judged), longest, dtype=torch.bool)
+        for row, i in enumerate(judged):
+            kept = torch.ones(len(batch.completions[i]), dtype=torch.bool)
+            for values in (batch.teacher_logprobs, batch.reference_logprobs, batch.old_logprobs):
+                if values is not None and len(values[i]):
+                    kept &= torch.isfinite(values[i])
+            mask[row, : len(kept)] = kept
+            stats.num_dropped += int((~kept).sum())
+        if judged and not mask.any():
+            raise ValueError(
+                f"step {self.step + 1}: the teacher gave no finite log-prob for any of {stats.num_dropped} tokens; check that "
+                "it is the right model, and its dtype (bfloat16 instead of float16)."
+            )
+        max_tokens = self.config.rollout.max_completion_tokens
+        return denominator(mask, mode=self.config.optimization.aggregation, max_completion_tokens=max_tokens)
+
+    def _sampler_logprobs(self, batch: RolloutBatch, i: int) -> Tensor:
+        return torch.tensor(batch.rollouts[i].completion.logprobs)
+
+
+def at_step(knob: float | Annealed, step: int) -> float:
+    """The value of a knob that may be annealed."""
+    return knob.at(step) if isinstance(knob, Annealed) else knob
+
+
+def objective_knobs(objective: Any, step: int) -> dict[str, Any]:
+    """The keyword arguments that an objective's config gives its function at a step ("off" is None)."""
+    knobs = {name: getattr(objective, name) for name in type(objective).model_fields if name != "type"}
+    return {k: None if v == "off" else at_step(v, step) if isinstance(v, Annealed) else v for k, v in knobs.items()}
+
+
+def check_prompt_length(num_tokens: int, what: str, config: RunConfig, context_tokens: int | None) -> None:
+    """`ValueError` when a prompt leaves no room for its completion."""
+    rollout = config.rollout
+    longest = None if context_tokens is None else context_tokens - rollout.max_completion_tokens
+    if rollout.max_prompt_tokens is not None and (longest is None or rollout.max_prompt_tokens < longest):
+        longest, why = rollout.max_prompt_tokens, "rollout.max_prompt_tokens"
+    else:
+        why = f"context length {context_tokens} minus rollout.max_completion_tokens {rollout.max_completion_tokens}"
+    if longest is not None and num_tokens > longest:
+        raise ValueError(
+            f"the prompt of {what} has {num_tokens} tokens, but at most {longest} are allowed ({why}); "
+            "shorten the prompts or change that setting."
+        )
+
+
+def pad_rows(rows: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Rows `[length]` as one tensor of the shape, dtype and device of `like`, 0 behind each row's end."""
+    padded = torch.zeros_like(like)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row.to(like)
+    return padded
+
+
+def _score_rows(score: Callable[..., list[Tensor]], batch: RolloutBatch, rows: Sequence[int]) -> list[Tensor]:
+    """Scores of some rollouts of a batch, in a list over all of them; empty tensors for the others."""
+    results = [torch.empty(0)] * len(batch.rollouts)
+    values = score([batch.prompts[i] for i in rows], [batch.completions[i] for i in rows])
+    for i, value in zip(rows, values, strict=True):
+        results[i] = value
+    return results
+
+
+@contextmanager
+def _timed(seconds: Metrics, key: str) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    seconds[key] = time.monotonic() - started

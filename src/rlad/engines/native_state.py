@@ -1,0 +1,103 @@
+"""Saving and restoring the native engine: with the same config a restored run goes on bit for bit (CPU, float32).
+
+A checkpoint is a Hugging Face model folder; beside the weights, `trainer/` holds the rest. No pickle: tensors are safetensors,
+everything else is JSON. Randomness and the position in the data are functions of the step, so they need no storage.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rlad.engines.native import NativeEngine, RolloutBatch
+from rlad.language_model import LanguageModel
+from rlad.rollouts import RolloutGroup
+
+STATE, OPTIMIZER, PENDING = "trainer/state.json", "trainer/optimizer.safetensors", "trainer/pending.safetensors"
+
+
+def save_model(language_model: LanguageModel, folder: Path) -> None:
+    """Weights and tokenizer as `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` read them."""
+    language_model.model.save_pretrained(folder)
+    language_model.tokenizer.save_pretrained(folder)
+
+
+def save_engine(engine: NativeEngine, folder: Path, *, run_digest: str) -> None:
+    """Write everything that `restore_engine` needs into `folder`; `run_digest` names the run it belongs to."""
+    (folder / "trainer").mkdir(parents=True)
+    save_model(engine.student, folder)
+    optimizer = engine.optimizer.state_dict()
+    tensors = {f"{index}.{name}": value for index, entry in optimizer["state"].items() for name, value in entry.items()}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / OPTIMIZER)
+    state: dict[str, Any] = {
+        "run": run_digest,
+        "step": engine.step,
+        "learning_rates": [group["lr"] for group in optimizer["param_groups"]],
+        "scheduler": {k: v for k, v in engine.scheduler.state_dict().items() if k != "lr_lambdas"},
+        "teacher": getattr(engine.teacher, "identity", None),
+        "pending": None,
+    }
+    if engine.pending is not None:
+        batch = engine.pending
+        state["pending"] = {"index": batch.index, "groups": [group.to_json() for group in batch.groups]}
+        save_file(_batch_tensors(batch), folder / PENDING)
+    (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
+
+
+def restore_engine(engine: NativeEngine, folder: Path, *, run_digest: str) -> None:
+    """Bring a new engine, whose student was loaded from `folder`, to the state that was saved there.
+
+    Raises `ValueError` when the checkpoint is not one of ours, is of another run, or had another teacher.
+    """
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        tensors = load_file(folder / OPTIMIZER)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"checkpoint {folder} cannot be resumed ({error}); delete it to go on from the one before it."
+        ) from None
+    if state["run"] != run_digest:
+        raise ValueError(
+            f"checkpoint {folder} belongs to another run (its config differs from this run directory's config.toml); "
+            "put the right checkpoint there, or start anew with --overwrite."
+        )
+    identity = getattr(engine.teacher, "identity", None)
+    if state["teacher"] != identity:
+        raise ValueError(f"checkpoint {folder} was trained with teacher {state['teacher']!r}, not {identity!r}; use that one.")
+    entries: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        index, _, name = key.partition(".")
+        entries.setdefault(int(index), {})[name] = tensor
+    groups = engine.optimizer.state_dict()["param_groups"]
+    for group, learning_rate in zip(groups, state["learning_rates"], strict=True):
+        group["lr"] = learning_rate
+    engine.optimizer.load_state_dict({"state": entries, "param_groups": groups})
+    engine.scheduler.load_state_dict(state["scheduler"])
+    engine.step = state["step"]
+    if state["pending"] is not None:
+        groups = [RolloutGroup.from_json(row) for row in state["pending"]["groups"]]
+        engine.pending = _batch_from_tensors(state["pending"]["index"], groups, load_file(folder / PENDING))
+
+
+_SCORES = ("teacher_logprobs", "reference_logprobs", "old_logprobs")
+
+
+def _batch_tensors(batch: RolloutBatch) -> dict[str, Tensor]:
+    tensors = {"advantages": batch.advantages}
+    for name in _SCORES:
+        rows = getattr(batch, name)
+        if rows is not None:
+            tensors[name] = torch.cat(rows)
+            tensors[f"{name}/lengths"] = torch.tensor([len(row) for row in rows])
+    return tensors
+
+
+def _batch_from_tensors(index: int, groups: list[RolloutGroup], tensors: dict[str, Tensor]) -> RolloutBatch:
+    batch = RolloutBatch(index, groups, tensors["advantages"])
+    for name in _SCORES:
+        if name in tensors:
+            setattr(batch, name, list(tensors[name].split(tensors[f"{name}/lengths"].tolist())))
+    return batch

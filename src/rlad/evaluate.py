@@ -1,0 +1,144 @@
+"""Held-out evaluation: mean@k and pass@k with bootstrap intervals over prompts."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rlad.language_model import LanguageModel
+from rlad.prompts import prompt_token_ids
+from rlad.sampling import sample
+from rlad.seeds import stream_seed
+from rlad.tasks import Split, Task, Verdict
+
+NUM_RESAMPLES = 2_000
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean over prompts with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1%} [{self.low:.1%}, {self.high:.1%}]"
+
+
+@dataclass(frozen=True, slots=True)
+class ProblemResult:
+    """How the samples of one held-out problem were judged."""
+
+    index: int
+    difficulty: str
+    num_samples: int
+    num_correct: int
+    num_cannot_judge: int
+    num_truncated: int
+    mean_completion_tokens: float
+    prompt: str
+    first_completion: str
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """Unbiased estimate of P(at least one of k samples is correct): 1 - C(n - c, k) / C(n, k) (arXiv 2107.03374, Eq. 1).
+
+    Raises `ValueError` for k outside 1..n.
+    """
+    if not 1 <= k <= num_samples:
+        raise ValueError(f"pass@{k} cannot be estimated from {num_samples} samples; k must lie in 1..{num_samples}.")
+    return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
+
+
+def bootstrap(values: Sequence[float], *, seed: int = 0) -> Estimate:
+    """Mean of per-prompt values with the percentile bootstrap interval (95 %, prompts resampled with replacement)."""
+    array = np.asarray(values, dtype=float)
+    draws = np.random.default_rng(seed).integers(len(array), size=(NUM_RESAMPLES, len(array)))
+    low, high = np.quantile(array[draws].mean(axis=1), (0.025, 0.975))
+    return Estimate(float(array.mean()), float(low), float(high))
+
+
+def evaluate(
+    language_model: LanguageModel,
+    task: Task,
+    split: Split,
+    *,
+    num_problems: int,
+    num_samples: int,
+    max_completion_tokens: int,
+    temperature: float,
+    prompt_format: str = "auto",
+    max_batch_rows: int = 256,
+    before_token: Callable[[], None] = lambda: None,
+) -> list[ProblemResult]:
+    """Sample and grade the first `num_problems` problems of a split.
+
+    Prompts and sampling seeds are the same for every run and model, so two results can be compared prompt by prompt.
+    """
+    available = task.num_problems(split)
+    indices = range(num_problems if available is None else min(num_problems, available))
+    problems = [task.problem(split, i) for i in indices]
+    groups = sample(
+        language_model.model,
+        [prompt_token_ids(language_model.tokenizer, p.prompt, prompt_format) for p in problems],
+        group_size=num_samples,
+        max_completion_tokens=max_completion_tokens,
+        temperature=temperature,
+        eos_token_ids=language_model.eos_token_ids,
+        pad_token_id=language_model.pad_token_id,
+        seed=stream_seed(0, "evaluation", split),
+        max_batch_rows=max_batch_rows,
+        before_token=before_token,
+    )
+    results = []
+    for index, problem, group in zip(indices, problems, groups, strict=True):
+        texts = language_model.tokenizer.batch_decode([c.token_ids for c in group], skip_special_tokens=True)
+        verdicts = [task.judge(problem, text).verdict for text in texts]
+        results.append(
+            ProblemResult(
+                index=index,
+                difficulty=problem.difficulty,
+                num_samples=num_samples,
+                num_correct=verdicts.count(Verdict.CORRECT),
+                num_cannot_judge=verdicts.count(Verdict.CANNOT_JUDGE),
+                num_truncated=sum(c.is_truncated for c in group),
+                mean_completion_tokens=sum(len(c.token_ids) for c in group) / num_samples,
+                prompt=problem.prompt,
+                first_completion=texts[0],
+            )
+        )
+    return results
+
+
+def pass_at_1(results: Sequence[ProblemResult]) -> Estimate:
+    """pass@1 (= mean@k): the share of correct samples, averaged over problems."""
+    return bootstrap([r.num_correct / r.num_samples for r in results])
+
+
+def summarise(results: Sequence[ProblemResult]) -> dict[str, Any]:
+    """mean@k, pass@k for k = 1, 2, 4, ... up to the number of samples, and pass@1 by difficulty; each with its interval.
+
+    A completion that could not be judged counts as not correct.
+    """
+    if not results:
+        raise ValueError("there are no results to summarise; evaluate at least one problem.")
+    n = results[0].num_samples
+    shares = [r.num_correct / n for r in results]
+    ks = sorted({n, *(2**i for i in range(n.bit_length()) if 2**i <= n)})
+    by_difficulty = {
+        name: bootstrap([s for s, r in zip(shares, results, strict=True) if r.difficulty == name])
+        for name in sorted({r.difficulty for r in results} - {""})
+    }
+    return {
+        "num_problems": len(results),
+        "num_samples": n,
+        f"mean@{n}": bootstrap(shares),
+        "pass@k": {k: bootstrap([pass_at_k(n, r.num_correct, k) for r in results]) for k in ks},
+        "pass@1 by difficulty": by_difficulty,
+        "mean_completion_tokens": sum(r.mean_completion_tokens for r in results) / len(results),
+        "truncated_share": sum(r.num_truncated for r in results) / (n * len(results)),
+        "cannot_judge_share": sum(r.num_cannot_judge for r in results) / (n * len(results)),
+    }

@@ -1,0 +1,36 @@
+"""The README of a run directory: a model card in the Hugging Face form."""
+
+from rlad.config import RunConfig
+from rlad.evaluate import Estimate
+
+
+def model_card(config: RunConfig, name: str, before: Estimate, after: Estimate) -> str:
+    """Markdown with the metadata that the Hub reads, the figures, and how to load and repeat it."""
+    teacher = config.teacher.model if config.teacher else "none"
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [rlad, {config.objective.type}, distillation, reinforcement-learning]
+---
+
+# {name}
+
+`{config.student.model}` trained with `{config.objective.type}` on `{config.task.type}`, teacher `{teacher}`,
+{config.optimization.num_steps} optimiser steps, seed {config.seed}.
+
+| | pass@1 on the test split (95 % interval over prompts) |
+| --- | --- |
+| before | {before} |
+| after | {after} |
+
+![learning curve](curve.png)
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "checkpoints/step-{config.optimization.num_steps:06d}"
+model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+```
+
+`config.toml` repeats the run (`rlad train config.toml run_dir=...`); `run.json` holds the versions it was made with.
+"""

@@ -1,0 +1,76 @@
+"""The objectives: pure functions from log-probs and advantages to a loss per token, and their table.
+
+Every objective has the signature of `trrd_loss`: keyword tensors `[batch, token]` in, `(token_loss, stats)` out. An engine
+computes the tensors in `needs`, calls `token_loss`, and divides in `rlad.aggregate`; there is no mathematics elsewhere.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from rlad.batch import LossInputs
+from rlad.objectives.grpo import grpo_loss
+from rlad.objectives.kdrl import kdrl_loss
+from rlad.objectives.kl import kl_tokens
+from rlad.objectives.opd import opd_loss
+from rlad.objectives.trrd import trrd_loss
+from rlad.tensors import clean, keep_finite
+
+TokenLoss = tuple[Tensor, dict[str, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """One row of the table. `needs` names the fields of `LossInputs` that `function` takes."""
+
+    function: Callable[..., TokenLoss]
+    needs: tuple[str, ...]
+    paper: str
+    zero_advantage_is_zero_gradient: bool
+    """A completion with advantage 0 contributes exactly nothing, so it may be left out of the update."""
+
+    @property
+    def needs_teacher(self) -> bool:
+        return "teacher_logprobs" in self.needs
+
+    @property
+    def formula(self) -> str:
+        """The indented lines that open the objective's file."""
+        doc = inspect.getdoc(sys.modules[self.function.__module__]) or ""
+        return "\n".join(line.strip() for line in doc.splitlines() if line.startswith("    "))
+
+
+_RATIO = ("student_logprobs", "old_logprobs", "advantages", "mask")
+OBJECTIVES: dict[str, Objective] = {
+    "trrd": Objective(trrd_loss, (*_RATIO, "teacher_logprobs"), "arXiv 2602.22495", True),
+    "grpo": Objective(grpo_loss, _RATIO, "arXiv 2402.03300", True),
+    "kdrl": Objective(kdrl_loss, (*_RATIO, "teacher_logprobs"), "arXiv 2506.02208", False),
+    "opd": Objective(opd_loss, ("student_logprobs", "old_logprobs", "teacher_logprobs", "mask"), "arXiv 2505.09388", False),
+}
+
+
+def token_loss(
+    name: str, inputs: LossInputs, *, knobs: Mapping[str, Any] | None = None, kl_coef: float = 0.0
+) -> TokenLoss:
+    """Token loss of an objective plus kl_coef * k3 estimate of KL(πS || πref): the KL leash, the same for all of them.
+
+    `knobs` are the objective's own keyword arguments. Raises `ValueError` when a tensor that it needs is missing.
+    """
+    row = OBJECTIVES[name]
+    needed = (*row.needs, "reference_logprobs") if kl_coef else row.needs
+    missing = [field for field in needed if getattr(inputs, field) is None]
+    if missing:
+        raise ValueError(f"objective {name!r} needs {', '.join(missing)}, which LossInputs was given without.")
+    loss, stats = row.function(**{field: getattr(inputs, field) for field in row.needs}, **(knobs or {}))
+    if kl_coef:
+        assert inputs.reference_logprobs is not None
+        kept = keep_finite(inputs.mask & ~stats["dropped"], inputs.reference_logprobs)
+        student, reference = clean(inputs.student_logprobs, kept), clean(inputs.reference_logprobs, kept)
+        kl = kl_tokens(student, reference, estimator="k3")
+        loss = clean(loss, kept) + kl_coef * kl
+        stats = stats | {"kl_to_reference": kl.detach(), "dropped": inputs.mask & ~kept}
+    return loss, stats

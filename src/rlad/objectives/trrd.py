@@ -1,0 +1,59 @@
+"""TRRD, Trust Region Ratio Distillation (RLAD, arXiv 2602.22495, Eq. 3-5; the clamp: Appendix B).
+
+    log r_t = alpha * (log πS - log πold) + (1 - alpha) * clamp(log πS - log πT, -c, +c)
+    loss_t  = -min( r_t Â, clip(r_t, 1 - clip_low, 1 + clip_high) Â )
+"""
+
+from torch import Tensor
+
+from rlad.objectives.ratio import RatioLevel, clipped_surrogate
+from rlad.tensors import clean, keep_finite, per_token
+
+
+def trrd_loss(
+    *,
+    student_logprobs: Tensor,
+    old_logprobs: Tensor,
+    teacher_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    alpha: float = 0.5,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    teacher_log_ratio_clip: float | None = 1.0,
+    ratio_level: RatioLevel = "token",
+    dual_clip: float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Token loss of TRRD; see the formula above, with c = `teacher_log_ratio_clip` (None: no clamp).
+
+    The ratio's denominator is the anchor πold^alpha πT^(1-alpha): `alpha` 1 is GRPO, 0 is anchored to the teacher alone.
+    Where the clamp is active the gradient of log r_t is alpha times that of log πS, elsewhere 1 times.
+
+    Log-probs [batch, token] (only the student carries a gradient), `advantages` [batch] or [batch, token], `mask`
+    [batch, token] bool. Returns the token loss [batch, token], 0 where masked, and stats of that shape: `ratio`,
+    `gated_positive`, `gated_negative`, `clamped`, `log_ratio_to_teacher`, `dropped` (trained tokens with a non-finite
+    log-prob, left out). Raises `ValueError` for alpha outside [0, 1].
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha is {alpha}; it must lie in [0, 1] (1 = GRPO, 0 = anchored to the teacher alone).")
+    kept = keep_finite(mask, student_logprobs, old_logprobs, teacher_logprobs)
+    student, old, teacher = (clean(x, kept) for x in (student_logprobs, old_logprobs, teacher_logprobs))
+
+    log_ratio_to_teacher = student - teacher
+    c = float("inf") if teacher_log_ratio_clip is None else teacher_log_ratio_clip
+    log_ratio = alpha * (student - old) + (1 - alpha) * log_ratio_to_teacher.clamp(-c, c)
+
+    token_loss, stats = clipped_surrogate(
+        log_ratio,
+        per_token(advantages, kept),
+        kept,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        level=ratio_level,
+        dual_clip=dual_clip,
+    )
+    return token_loss, stats | {
+        "log_ratio_to_teacher": log_ratio_to_teacher.detach(),
+        "clamped": log_ratio_to_teacher.detach().abs() > c,
+        "dropped": mask & ~kept,
+    }

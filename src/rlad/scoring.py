@@ -1,0 +1,108 @@
+"""Log-probs of given completions under any causal language model: student, teacher and reference go through here.
+
+Log-prob definition: completion token t given the prompt and the tokens before it, logits divided by the sampling temperature,
+float32. Sequences are padded on the right, which a causal model cannot see from the left, so no attention mask is needed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlad.language_model import LanguageModel
+from rlad.tensors import token_logprobs
+
+TokenIds = Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionScores:
+    """Of a batch of completions, all `[batch, token]`: log-probs (0 where masked), entropy (nats, no gradient), mask."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    mask: Tensor
+
+
+class Scorer:
+    """Scores completions under one model at one temperature."""
+
+    def __init__(self, language_model: LanguageModel, *, temperature: float, tokens_per_batch: int):
+        self.language_model, self.model = language_model, language_model.model
+        self.temperature, self.tokens_per_batch = temperature, tokens_per_batch
+        self.head_is_linear = head_is_linear(language_model.model)
+
+    def batches(self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]) -> list[list[int]]:
+        """Rows in micro-batches of similar length whose padded size stays within `tokens_per_batch`."""
+        return batches_by_length([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)], self.tokens_per_batch)
+
+    def __call__(self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]) -> CompletionScores:
+        """Scores of one micro-batch, with gradient to the model where that is enabled."""
+        device = self.model.device
+        rows = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
+        width, longest = max(map(len, rows)), max(map(len, completions))
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+        starts = torch.tensor([len(p) for p in prompts], device=device)[:, None]
+        lengths = torch.tensor([len(c) for c in completions], device=device)[:, None]
+        # The hidden state *before* a token predicts it: positions start - 1 ... start + length - 2.
+        position = torch.arange(width, device=device)[None]
+        predicts = (position >= starts - 1) & (position < starts - 1 + lengths)
+        mask = torch.arange(longest, device=device)[None] < lengths
+        targets = ids.roll(-1, dims=1)[predicts]
+        logprobs, entropy = self._token_logprobs(ids, predicts, targets)
+        # Both masks list tokens row by row, so the flat results go back in order.
+        empty = torch.zeros(mask.shape, dtype=logprobs.dtype, device=device)
+        return CompletionScores(empty.masked_scatter(mask, logprobs), empty.masked_scatter(mask, entropy), mask)
+
+    def _token_logprobs(self, ids: Tensor, predicts: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.head_is_linear:
+            with self.language_model.autocast():
+                logits = self.model(input_ids=ids, use_cache=False).logits[predicts].float() / self.temperature
+            logprobs = logits.log_softmax(dim=-1)
+            entropy = -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
+            return logprobs.gather(1, targets[:, None]).squeeze(1), entropy.detach()
+        with self.language_model.autocast():
+            hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[predicts]
+        head, dtype = self.model.get_output_embeddings(), self.language_model.compute_dtype
+        bias = None if head.bias is None else head.bias.to(dtype)
+        # Cast here, outside of autocast: the backward pass must recompute exactly these logits.
+        return token_logprobs(hidden.to(dtype), head.weight.to(dtype), bias, targets, temperature=self.temperature)
+
+    @torch.no_grad()
+    def score(self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]) -> list[Tensor]:
+        """Log-probs of each completion, float32 `[its length]` on the CPU, without gradient, in the order given."""
+        results: list[Tensor] = [torch.empty(0)] * len(prompts)
+        for rows in self.batches(prompts, completions):
+            scores = self([prompts[i] for i in rows], [completions[i] for i in rows])
+            for i, values, mask in zip(rows, scores.logprobs.cpu(), scores.mask.cpu(), strict=True):
+                results[i] = values[mask]
+        return results
+
+
+def batches_by_length(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
+    """Indices sorted by length, longest first, cut into batches with rows x longest <= tokens_per_batch (at least 1 row)."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens_per_batch:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+@torch.no_grad()
+def head_is_linear(model: PreTrainedModel) -> bool:
+    """Whether the logits are just the output embedding of the last hidden state (some models scale or cap them).
+
+    Asked of the model itself with a probe of four tokens. Where it does not hold the full logits are used: right, but with memory
+    that grows with the vocabulary.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear):
+        return False
+    ids = torch.arange(4, device=model.device)[None]
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    logits = model(input_ids=ids, use_cache=False).logits
+    return hidden.shape[-1] == head.in_features and torch.equal(head(hidden), logits)

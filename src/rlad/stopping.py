@@ -1,0 +1,44 @@
+"""Ctrl-C and SIGTERM: once asks the run to stop at the next safe point, twice stops it at once."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class StopRequested(Exception):
+    """Raised at a safe point after a signal: no weight is half updated there."""
+
+    def __init__(self, signal_number: int):
+        self.signal_number = signal_number
+        super().__init__(signal.Signals(signal_number).name)
+
+
+class Stop:
+    """Remembers a signal until the run asks with `check`."""
+
+    def __init__(self) -> None:
+        self._signal: int | None = None
+
+    def check(self) -> None:
+        """Raise `StopRequested` if a signal has come."""
+        if self._signal is not None:
+            raise StopRequested(self._signal)
+
+    @contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """Catch SIGINT and SIGTERM inside the block (main thread only)."""
+
+        def remember(number: int, frame: FrameType | None) -> None:
+            self._signal = number
+            for each, handler in former.items():
+                signal.signal(each, handler)  # a second signal acts as it did before
+
+        former = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            for each in former:
+                signal.signal(each, remember)
+            yield
+        finally:
+            for each, handler in former.items():
+                signal.signal(each, handler)

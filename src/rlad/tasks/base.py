@@ -1,0 +1,100 @@
+"""What a task is: problems, and a judge of completions."""
+
+import hashlib
+import math
+import unicodedata
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal, Protocol, get_args
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+_NUM_BUCKETS, _VALIDATION_BELOW, _TEST_BELOW = 10_000, 1_000, 2_000
+
+
+class Verdict(StrEnum):
+    CORRECT = "correct"
+    WRONG = "wrong"
+    CANNOT_JUDGE = "cannot_judge"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One question of a task.
+
+    `key` decides the split: problems with the same key always fall into the same split, so a task that gives
+    equal keys to equivalent problems cannot leak held-out ones into training.
+    `difficulty` labels the problem in evaluation tables (for example the number of people).
+    """
+
+    prompt: str
+    answer: str
+    key: str
+    difficulty: str = ""
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """A verdict and the reward that goes with it. `reward` is NaN when the verifier cannot judge."""
+
+    verdict: Verdict
+    reward: float
+    reason: str = ""
+
+
+def judged(is_correct: bool) -> Judgement:
+    """Correct with reward 1, or wrong with reward 0."""
+    return Judgement(Verdict.CORRECT, 1.0) if is_correct else Judgement(Verdict.WRONG, 0.0)
+
+
+def cannot_judge(reason: str) -> Judgement:
+    """No verdict: the reward is NaN, and `reason` says in a few words what went wrong."""
+    return Judgement(Verdict.CANNOT_JUDGE, math.nan, reason)
+
+
+class Task(Protocol):
+    """A source of problems with a verifier."""
+
+    name: str
+
+    def problem(self, split: Split, index: int, *, seed: int = 0) -> Problem:
+        """Problem number `index` of a split, in an order that `seed` fixes.
+
+        A function of its arguments alone, so that a run resumes at any index without state. Procedural tasks have a
+        problem for every index; finite ones start again, in another order, after `num_problems(split)`.
+        """
+        ...
+
+    def num_problems(self, split: Split) -> int | None:
+        """How many different problems the split has; None when they are generated without end."""
+        ...
+
+    def judge(self, problem: Problem, completion: str) -> Judgement:
+        """Grade one completion. Never raises and never hangs on any text."""
+        ...
+
+    def close(self) -> None:
+        """Release what the verifier holds (worker processes)."""
+        ...
+
+
+def split_of(key: str) -> Split:
+    """The split of a problem: a function of its key alone (10 % validation, 10 % test, 80 % train)."""
+    bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % _NUM_BUCKETS
+    if bucket < _VALIDATION_BELOW:
+        return "validation"
+    return "test" if bucket < _TEST_BELOW else "train"
+
+
+def check_split(split: str) -> None:
+    """ValueError unless `split` is one of `SPLITS`."""
+    if split not in SPLITS:
+        raise ValueError(f"there is no split {split!r}; use one of {', '.join(SPLITS)}.")
+
+
+def text_key(text: str) -> str:
+    """A key that texts share when they are equal up to case, white space and Unicode compatibility forms."""
+    normalised = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return hashlib.sha256(normalised.encode(errors="replace")).hexdigest()[:16]

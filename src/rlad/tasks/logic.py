@@ -1,0 +1,251 @@
+"""Knights and knaves: puzzles with exactly one solution, from a generator and an exact checker of our own.
+
+Every person is a knight (whatever they say is true) or a knave (whatever they say is false). A statement is one
+claim about a person or two claims joined by and / or / if-then / if and only if. A world (who is a knight) solves
+the puzzle when every speaker's role equals the truth of their statement.
+
+The family of puzzles is that of Logic-RL (arXiv 2502.14768) and of reasoning-gym's `knights_knaves`; the code here is
+independent of both, so that the default needs no compiled dependency and splits by *structure* (`structure_key`).
+"""
+
+import hashlib
+import itertools
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rlad.tasks.answers import marked_answer
+from rlad.tasks.base import Judgement, Problem, Split, check_split, judged, split_of
+
+NAMES = (
+    "Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hana", "Ivy", "Jack", "Kim", "Leo",
+    "Mia", "Noah", "Olga", "Paul", "Quinn", "Rosa", "Sam", "Tess", "Uma", "Vera", "Will", "Zoe",
+)  # fmt: skip
+ROLES = {True: "knight", False: "knave"}
+MIN_PEOPLE, MAX_PEOPLE = 2, 8
+
+Connective = Literal["is", "and", "or", "if", "iff"]
+World = tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """`person` (an index) is a knight, or is a knave."""
+
+    person: int
+    is_knight: bool
+
+    def holds(self, world: World) -> bool:
+        return world[self.person] == self.is_knight
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """One claim (`is`) or two claims joined by a connective."""
+
+    connective: Connective
+    claims: tuple[Claim, ...]
+
+    def holds(self, world: World) -> bool:
+        first, *rest = (claim.holds(world) for claim in self.claims)
+        match self.connective:
+            case "is":
+                return first
+            case "and":
+                return first and rest[0]
+            case "or":
+                return first or rest[0]
+            case "if":
+                return not first or rest[0]
+            case "iff":
+                return first == rest[0]
+
+
+Puzzle = tuple[Statement, ...]  # statement i is made by person i
+
+
+def solutions(puzzle: Puzzle) -> list[World]:
+    """All worlds in which every speaker is a knight exactly when their statement holds."""
+    worlds = itertools.product((True, False), repeat=len(puzzle))
+    return [w for w in worlds if all(w[i] == s.holds(w) for i, s in enumerate(puzzle))]
+
+
+def random_puzzle(num_people: int, rng: random.Random) -> Puzzle:
+    """A uniformly drawn puzzle among those with exactly one solution (by rejection)."""
+
+    def claim(person: int) -> Claim:
+        return Claim(person, rng.random() < 0.5)
+
+    def statement(speaker: int) -> Statement:
+        connective = rng.choice(("is", "and", "or", "if", "iff"))
+        if connective == "is":
+            others = [p for p in range(num_people) if p != speaker]
+            return Statement("is", (claim(rng.choice(others)),))
+        first, second = rng.sample(range(num_people), 2)
+        return Statement(connective, (claim(first), claim(second)))
+
+    while True:
+        puzzle = tuple(statement(speaker) for speaker in range(num_people))
+        if len(solutions(puzzle)) == 1:
+            return puzzle
+
+
+def structure_key(puzzle: Puzzle) -> str:
+    """A hash that two puzzles share whenever they are equal up to names and the order of people.
+
+    Colour refinement (Weisfeiler-Leman): each person's colour is hashed, round by round, from their own statement with
+    the people in it replaced by their colours. Invariant by construction; different structures may rarely collide,
+    which only puts them into the same split. The order of the claims under and / or / iff does not matter.
+    """
+
+    def digest(text: str) -> str:
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    colours = ["?"] * len(puzzle)
+    for _ in range(len(puzzle) + 1):
+        heard: list[list[str]] = [[] for _ in puzzle]
+        said = []
+        for speaker, statement in enumerate(puzzle):
+            claims = [f"{colours[c.person]}{c.person == speaker}{c.is_knight}" for c in statement.claims]
+            ordered = claims if statement.connective == "if" else sorted(claims)
+            said.append(f"{statement.connective}({','.join(ordered)})")
+            for position, c in enumerate(statement.claims):
+                place = position if statement.connective == "if" else 0
+                heard[c.person].append(f"{colours[speaker]}{statement.connective}{place}{c.is_knight}")
+        colours = [digest(f"{colours[i]}|{said[i]}|{sorted(heard[i])}") for i in range(len(puzzle))]
+    return digest("|".join(sorted(colours)))
+
+
+def statement_text(statement: Statement, names: Sequence[str]) -> str:
+    """The statement as English, for example `if Ada is a knave then Ben is a knight`."""
+    parts = [f"{names[c.person]} is a {ROLES[c.is_knight]}" for c in statement.claims]
+    match statement.connective:
+        case "is":
+            return parts[0]
+        case "if":
+            return f"if {parts[0]} then {parts[1]}"
+        case "iff":
+            return f"{parts[0]} if and only if {parts[1]}"
+        case _:
+            return f"{parts[0]} {statement.connective} {parts[1]}"
+
+
+def answer_text(world: World, names: Sequence[str]) -> str:
+    """The answer as it is expected, for example `Ada is a knight, Ben is a knave`."""
+    return ", ".join(f"{name} is a {ROLES[role]}" for name, role in zip(names, world, strict=True))
+
+
+def prompt_text(puzzle: Puzzle, names: Sequence[str], *, instructions: bool) -> str:
+    """The puzzle as English; `instructions` puts the rules and the wanted answer format before it."""
+    people = ", ".join(names[:-1]) + f" and {names[-1]}"
+    said = " ".join(f"{n} says that {statement_text(s, names)}." for n, s in zip(names, puzzle, strict=True))
+    question = f"You meet {people}. {said} Who is a knight and who is a knave?\n"
+    return _INSTRUCTIONS + question if instructions else question
+
+
+_INSTRUCTIONS = (
+    "On an island every person is either a knight, who only says true things, or a knave, who only says false things. "
+    "Reason step by step, then write a last line that begins with 'Answer:' and names the role of every person, "
+    "for example 'Answer: Ada is a knight, Ben is a knave.'\n"
+)
+_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+_TAGGED_INSTRUCTIONS = (
+    "On an island every person is either a knight, who only says true things, or a knave, who only says false things. "
+    "First think about the puzzle between <think> and </think>, then name the role of every person between <answer> "
+    "and </answer>, for example '<think> your reasoning </think><answer> Ada is a knight, Ben is a knave </answer>'.\n"
+)
+_ROLE_OF = re.compile(r"\b(\w+) is an? (knight|knave)\b", re.IGNORECASE)
+_MARKDOWN = str.maketrans("", "", "*_`#")
+
+
+def parse_answer(completion: str) -> dict[str, bool] | None:
+    """Roles by lower-case name in the last `<answer>` tag, else after the last `Answer:`.
+
+    None when there is neither, when it names nobody, or when it gives one person both roles.
+    """
+    answer = marked_answer(completion)
+    roles: dict[str, bool] = {}
+    for name, role in _ROLE_OF.findall((answer or "").translate(_MARKDOWN)):
+        is_knight = role.lower() == "knight"
+        if roles.setdefault(name.lower(), is_knight) != is_knight:
+            return None
+    return roles or None
+
+
+class KnightsAndKnaves:
+    """Puzzles of `num_people` people (each from 2 to 8; the sizes take turns), split by structure.
+
+    A completion is correct when its answer gives every person of the puzzle the right role and names nobody else.
+    With `instructions` the prompt begins with the rules and the wanted format.
+    `reward="exact"` is 1 or 0; `reward="logic_rl"` is the rule of Logic-RL (arXiv 2502.14768), see `logic_rl_reward`.
+    """
+
+    name = "knights_and_knaves"
+
+    def __init__(
+        self,
+        num_people: Sequence[int] = (3,),
+        instructions: bool = True,
+        reward: Literal["exact", "logic_rl"] = "exact",
+    ) -> None:
+        is_list = isinstance(num_people, Sequence) and len(num_people) > 0
+        if not is_list or not all(isinstance(n, int) and MIN_PEOPLE <= n <= MAX_PEOPLE for n in num_people):
+            raise ValueError(
+                f"num_people is {num_people!r}; give a list of whole numbers from {MIN_PEOPLE} to {MAX_PEOPLE}, "
+                "for example [3, 4]."
+            )
+        if reward not in ("exact", "logic_rl"):
+            raise ValueError(f"reward is {reward!r}; use 'exact' or 'logic_rl'.")
+        self._sizes, self._instructions, self._reward = tuple(num_people), instructions, reward
+
+    def problem(self, split: Split, index: int, *, seed: int = 0) -> Problem:
+        check_split(split)
+        rng = random.Random(f"{seed}/{split}/{index}")
+        size = self._sizes[index % len(self._sizes)]
+        while True:  # ends: every size has structures in every split
+            puzzle = random_puzzle(size, rng)
+            key = structure_key(puzzle)
+            if split_of(key) == split:
+                break
+        names = rng.sample(NAMES, size)
+        (world,) = solutions(puzzle)
+        is_tagged = self._instructions and self._reward == "logic_rl"
+        prompt = prompt_text(puzzle, names, instructions=self._instructions and not is_tagged)
+        return Problem(
+            prompt=_TAGGED_INSTRUCTIONS + prompt if is_tagged else prompt,
+            answer=answer_text(world, names),
+            key=key,
+            difficulty=f"{size} people",
+            metadata={"names": names, "world": list(world), "num_people": size},
+        )
+
+    def num_problems(self, split: Split) -> int | None:
+        return None
+
+    def judge(self, problem: Problem, completion: str) -> Judgement:
+        people = zip(problem.metadata["names"], problem.metadata["world"], strict=True)
+        wanted = {name.lower(): is_knight for name, is_knight in people}
+        judgement = judged(parse_answer(completion) == wanted)
+        if self._reward == "logic_rl":
+            return Judgement(judgement.verdict, logic_rl_reward(completion, wanted))
+        return judgement
+
+    def close(self) -> None:
+        pass
+
+
+def logic_rl_reward(completion: str, wanted: dict[str, bool]) -> float:
+    """Format (+1 or -1) plus answer (+2 right, -1.5 wrong, -2 when roles are missing or cannot be read): -3 to 3.
+
+    The format is right when `<think>`, `</think>`, `<answer>` and `</answer>` stand there once each and in this order.
+    As in Logic-RL's code, the answer is not read when the format is wrong.
+    """
+    positions = [completion.find(tag) for tag in _TAGS]
+    if any(completion.count(tag) != 1 for tag in _TAGS) or positions != sorted(positions):
+        return -1.0 - 2.0
+    roles = parse_answer(completion)
+    if roles is None or roles.keys() != wanted.keys():
+        return 1.0 - 2.0
+    return 1.0 + (2.0 if roles == wanted else -1.5)

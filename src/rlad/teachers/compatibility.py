@@ -1,0 +1,92 @@
+"""Can this teacher score this student's tokens? Asked before training."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+THINKING_MARKERS = ("<think>", "</think>")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the comparison. An `error` makes training impossible, a `warning` makes it doubtful."""
+
+    level: Literal["ok", "warning", "error"]
+    subject: str
+    message: str
+
+
+def compare_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> list[Finding]:
+    """Vocabulary, end token, chat template and thinking markers of student and teacher.
+
+    The vocabulary is compared by token *strings*: each id of the student must be the same string for the teacher. Sizes do not
+    matter, so vocabularies padded to different sizes are accepted and different ones of equal size are not.
+    """
+    return [
+        _vocabulary(student, teacher),
+        _end_token(student, teacher),
+        _chat_template(student, teacher),
+        _thinking_markers(student, teacher),
+    ]
+
+
+def require_same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """`ValueError` unless each token id of the student is the same string for the teacher."""
+    finding = _vocabulary(student, teacher)
+    if finding.level == "error":
+        raise ValueError(f"teacher and student do not share a tokenizer: {finding.message}")
+
+
+def _vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> Finding:
+    ours, theirs = student.get_vocab(), {i: token for token, i in teacher.get_vocab().items()}
+    differing = sorted((i, token, theirs.get(i)) for token, i in ours.items() if theirs.get(i) != token)
+    if not differing:
+        return Finding("ok", "vocabulary", f"all {len(ours)} tokens of the student are the teacher's (it has {len(theirs)})")
+    i, token, other = differing[0]
+    meaning = "not in the teacher's vocabulary" if other is None else f"{other!r} for the teacher"
+    return Finding(
+        "error",
+        "vocabulary",
+        f"{len(differing)} of {len(ours)} token ids differ, the first is id {i}, {token!r} for the student and {meaning}; "
+        "TRRD needs a teacher of the student's tokenizer family.",
+    )
+
+
+def _end_token(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> Finding:
+    if student.eos_token == teacher.eos_token:
+        return Finding("ok", "end token", f"{student.eos_token!r} for both")
+    return Finding(
+        "warning",
+        "end token",
+        f"the student ends with {student.eos_token!r}, the teacher with {teacher.eos_token!r}: the teacher will find the "
+        "student's end token unlikely and completions grow longer; give both the same eos_token.",
+    )
+
+
+def _chat_template(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> Finding:
+    ours, theirs = student.chat_template, teacher.chat_template
+    if ours == theirs:
+        return Finding("ok", "chat template", "the same for both" if ours else "none for both: plain prompts")
+    what = "differ" if ours and theirs else f"only the {'student' if ours else 'teacher'} has one"
+    return Finding(
+        "warning",
+        "chat template",
+        f"{what}; the teacher is given the student's prompt, which is not what it was trained on.",
+    )
+
+
+def _thinking_markers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> Finding:
+    def known(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+        template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+        return {m for m in THINKING_MARKERS if m in tokenizer.get_vocab() or m in template}
+
+    ours, theirs = known(student), known(teacher)
+    if ours == theirs:
+        return Finding("ok", "thinking markers", f"{', '.join(sorted(ours)) or 'none'} for both")
+    return Finding(
+        "warning",
+        "thinking markers",
+        f"student {sorted(ours) or 'none'}, teacher {sorted(theirs) or 'none'}: one of them reasons inside markers that the "
+        "other does not know.",
+    )

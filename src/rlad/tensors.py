@@ -1,0 +1,115 @@
+"""The only numerics helpers: selecting with a mask, and log-probs of given tokens without `[batch, token, vocabulary]`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def keep_finite(mask: Tensor, *values: Tensor) -> Tensor:
+    """The tokens of `mask` at which every one of `values` is finite. All tensors `[batch, token]`."""
+    for value in values:
+        mask = mask & torch.isfinite(value.detach())
+    return mask
+
+
+def clean(values: Tensor, mask: Tensor) -> Tensor:
+    """`values` where `mask` holds, 0 elsewhere; nothing outside the mask reaches value or gradient, be it NaN."""
+    return torch.where(mask, values, torch.zeros_like(values))
+
+
+def per_token(advantages: Tensor, mask: Tensor) -> Tensor:
+    """Advantages `[batch]` or `[batch, token]` as `[batch, token]`, 0 outside the mask."""
+    wide = advantages[:, None].expand(mask.shape) if advantages.dim() == 1 else advantages
+    return clean(wide, mask)
+
+
+def masked_mean_of_rows(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the masked tokens of each row, `[batch, 1]`; 0 for a row without any."""
+    return clean(values, mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    chunk_tokens: int = 256,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of given tokens under softmax((hidden @ weight.T + bias) / temperature), and the entropy (no gradient).
+
+    `hidden` [N, hidden_size], `weight` [vocabulary, hidden_size], `token_ids` [N]; returns two float32 tensors [N]
+    (float64 for float64 inputs). Logits exist for `chunk_tokens` tokens at a time, forward and backward: memory does not
+    grow with N x vocabulary.
+    """
+    return _TokenLogprobs.apply(hidden, weight, bias, token_ids, temperature, chunk_tokens)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """Keeps the log-sum-exp of each token; backward recomputes the softmax chunk by chunk.
+
+    d log p(y) / d logits = (onehot(y) - softmax(logits)) / temperature.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, temperature: float, chunk: int
+    ) -> tuple[Tensor, Tensor]:
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        for rows, ids in zip(hidden.split(chunk), token_ids.split(chunk), strict=True):
+            logits = _logits(rows, weight, bias, temperature)
+            logsumexp = logits.logsumexp(dim=-1)
+            chosen = logits.gather(1, ids[:, None]).squeeze(1)
+            # H = logsumexp - sum_v p_v logit_v; a token of probability 0 may have the logit -inf.
+            probs = (logits - logsumexp[:, None]).exp_()
+            entropy = logsumexp - (probs * logits.masked_fill(probs == 0, 0)).sum(dim=-1)
+            parts.append((chosen - logsumexp, logsumexp, entropy))
+        if not parts:
+            empty = hidden.new_zeros(0, dtype=_wide(hidden.dtype))
+            parts.append((empty, empty, empty))
+        logprobs, logsumexp, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
+        ctx.save_for_backward(hidden, weight, bias, token_ids, logsumexp)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, token_ids, logsumexp = ctx.saved_tensors
+        chunk, (grad_logprobs, _) = ctx.chunk, grads
+        wide = logsumexp.dtype
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=wide) if ctx.needs_input_grad[2] else None
+        for start in range(0, hidden.shape[0], chunk):
+            part = slice(start, start + chunk)
+            grad_logits = _logits(hidden[part], weight, bias, ctx.temperature)
+            grad_logits.sub_(logsumexp[part, None]).exp_().neg_()
+            grad_logits.scatter_add_(1, token_ids[part, None], grad_logits.new_ones(grad_logits.shape[0], 1))
+            grad_logits.mul_(grad_logprobs[part, None] / ctx.temperature)
+            narrow = grad_logits.to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[part] = narrow @ weight
+            if grad_weight is not None:
+                grad_weight += narrow.T @ hidden[part]
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(dim=0)
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    return logits.to(_wide(logits.dtype)) / temperature
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
