@@ -3,9 +3,9 @@
 import math
 
 import pytest
-import reference
 import torch
 
+import reference
 from rlad.advantages import group_advantages
 from rlad.aggregate import aggregate, denominator
 
@@ -16,7 +16,9 @@ def test_advantages_by_hand() -> None:
     std = math.sqrt(3) / 4 + 1e-4
     expected = [0.75 / std, *[-0.25 / std] * 3, 0.5 / 0.5001, 0.5 / 0.5001, -0.5 / 0.5001, -0.5 / 0.5001]
     assert group_advantages(rewards, 4).tolist() == pytest.approx(expected, abs=1e-14)
-    assert group_advantages(rewards, 4, scale="none").tolist() == pytest.approx([0.75, -0.25, -0.25, -0.25, 0.5, 0.5, -0.5, -0.5])
+    assert group_advantages(rewards, 4, scale="none").tolist() == pytest.approx(
+        [0.75, -0.25, -0.25, -0.25, 0.5, 0.5, -0.5, -0.5]
+    )
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1, -1.7, 1e6])

@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import grpo_token, kl_token, opd_token, trrd_token
 from torch import Tensor
 
+from reference import grpo_token, kl_token, opd_token, trrd_token
 from rlad.batch import LossInputs
 from rlad.objectives import OBJECTIVES, token_loss
 from rlad.objectives.grpo import grpo_loss
@@ -151,9 +151,7 @@ def test_equals_the_slow_reference(name: str, seed: int) -> None:
     st.floats(0, 1),
     st.sampled_from([None, 0.3, 1.0]),
 )
-def test_trrd_equals_the_slow_reference_anywhere(
-    s: float, o: float, t: float, a: float, alpha: float, c: float | None
-) -> None:
+def test_trrd_equals_the_slow_reference_anywhere(s: float, o: float, t: float, a: float, alpha: float, c: float | None) -> None:
     loss = trrd_loss(**one_token(s, o, t, a), alpha=alpha, teacher_log_ratio_clip=c, **CLIP)[0].item()
     assert loss == pytest.approx(trrd_token(s, o, t, a, alpha=alpha, c=c, **CLIP), rel=1e-12, abs=1e-12)
 

@@ -43,7 +43,7 @@ def worked_solution(puzzle: Puzzle, names: list[str], check: Callable[[int], boo
                 continue
             holds = statement.holds(world)
             fits = holds == world[person]
-            line += f" {names[person]}{_claims(statement, world)} {_truth(holds)} {'ok' if fits else 'no'}."
+            line += f" {names[person]}{_claims(statement, world, names)} {_truth(holds)} {'ok' if fits else 'bad'}."
             if not fits:
                 break
         lines.append(line)
@@ -56,12 +56,19 @@ def _truth(holds: bool) -> str:
     return "true" if holds else "false"
 
 
-def _claims(statement: Statement, world: World) -> str:
-    """The truth of each of two claims before that of the whole, such as ` true or false`; nothing for a single claim."""
-    if statement.connective == "is":
-        return ""
-    first, second = (_truth(claim.holds(world)) for claim in statement.claims)
-    return f" {first} {statement.connective} {second}:"
+def _claims(statement: Statement, world: World, names: list[str]) -> str:
+    """Each claim with its truth, joined as in the statement, such as `: Ada knave no or Ben knight yes,`."""
+    if not QUOTE:
+        if statement.connective == "is":
+            return ""
+        first, second = (_truth(claim.holds(world)) for claim in statement.claims)
+        return f" {first} {statement.connective} {second}:"
+    claims = [f" {names[c.person]} {ROLES[c.is_knight]} {'yes' if c.holds(world) else 'no'}" for c in statement.claims]
+    return ":" + f" {statement.connective}".join(claims) + ","
+
+
+import os
+QUOTE = os.environ.get("QUOTE") == "1"
 
 
 def guess(puzzle: Puzzle, names: list[str]) -> str:
@@ -155,7 +162,12 @@ def build(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalL
 
 def pretrain(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, report: Callable[[str], None]) -> LlamaForCausalLM:
     model = build(recipe, tokenizer)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.dim() != 2 or "embed" in name]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=recipe.learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
     source = examples(recipe.sizes, recipe.habits, recipe.seed + 1)
     warmup, started = 100, time.monotonic()
     buffer: list[tuple[list[int], int]] = []
@@ -176,13 +188,14 @@ def pretrain(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, report: Callabl
             ids[i, : len(row)] = torch.tensor(row)
             labels[i, prompt_length : len(row)] = torch.tensor(row[prompt_length:])
         scale = min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / recipe.num_steps)) + 1e-3
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * scale
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = recipe.learning_rate * scale
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         if (step + 1) % 100 == 0:
             report(f"step {step + 1}/{recipe.num_steps} loss {loss.item():.4f} {time.monotonic() - started:.0f} s")
     return model

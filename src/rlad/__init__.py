@@ -30,7 +30,20 @@ _HOME = {
     "train": "rlad.training",
     "trrd_loss": "rlad.objectives.trrd",
 }
-__all__ = ["__version__", *_HOME]
+__all__ = [
+    "OBJECTIVES",
+    "LossInputs",
+    "RunConfig",
+    "TrainResult",
+    "__version__",
+    "group_advantages",
+    "grpo_loss",
+    "kdrl_loss",
+    "load_config",
+    "opd_loss",
+    "train",
+    "trrd_loss",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -82,13 +82,11 @@ def evaluate(
     indices = range(num_problems if available is None else min(num_problems, available))
     problems = [task.problem(split, i) for i in indices]
     groups = sample(
-        language_model.model,
+        language_model,
         [prompt_token_ids(language_model.tokenizer, p.prompt, prompt_format) for p in problems],
         group_size=num_samples,
         max_completion_tokens=max_completion_tokens,
         temperature=temperature,
-        eos_token_ids=language_model.eos_token_ids,
-        pad_token_id=language_model.pad_token_id,
         seed=stream_seed(0, "evaluation", split),
         max_batch_rows=max_batch_rows,
         before_token=before_token,

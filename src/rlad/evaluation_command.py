@@ -58,7 +58,9 @@ def evaluate_run_or_model(
 
 def _config_of_model(model: str, task_type: str | None, overrides: Sequence[str]) -> RunConfig:
     if task_type is None:
-        raise ValueError(f"{model!r} is no run directory, so its task is not known; add --task, for example --task knights_and_knaves.")
+        raise ValueError(
+            f"{model!r} is no run directory, so its task is not known; add --task, for example --task knights_and_knaves."
+        )
     table = {"student": {"model": model}, "objective": {"type": "grpo"}, "task": {"type": task_type}}
     return parse_config(parse_overrides(table, overrides))
 

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-EMBEDDED = {name: Path(__file__).parent / "models" / name.removeprefix("embedded/") for name in ("embedded/student", "embedded/teacher")}
+EMBEDDED = {
+    name: Path(__file__).parent / "models" / name.removeprefix("embedded/") for name in ("embedded/student", "embedded/teacher")
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +66,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_language_model(
-    name: str, *, dtype: str = "float32", device: str = "auto", trainable: bool = False
-) -> LanguageModel:
+def load_language_model(name: str, *, dtype: str = "float32", device: str = "auto", trainable: bool = False) -> LanguageModel:
     """The model and its tokenizer, ready to sample and score. `ValueError` with one sentence when that cannot be.
 
     A `trainable` model keeps float32 weights and only computes in `dtype`: the small updates of RL vanish in bfloat16 weights.

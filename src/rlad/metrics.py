@@ -21,14 +21,18 @@ class TokenStats:
         self.scored_share = 1.0
 
     def add(self, inputs: LossInputs, entropy: Tensor, sampler_logprobs: Tensor, stats: dict[str, Tensor]) -> None:
-        """Add the trained tokens of a micro-batch; every tensor is `[batch, token]`."""
+        """Add the trained tokens of a micro-batch; every tensor is `[batch, token]`.
+
+        `sampler_logprobs` are compared with those of the old policy, which is the one that sampled.
+        """
+        trained = inputs.trained
         columns = stats | {
             "entropy": entropy,
             "advantages": per_token(inputs.advantages, inputs.mask),
-            "mismatch": (sampler_logprobs - inputs.student_logprobs).abs(),
+            "mismatch": (sampler_logprobs - inputs.old_logprobs).abs(),
         }
         for name, values in columns.items():
-            self._columns.setdefault(name, []).append(values.detach()[inputs.trained].float().cpu())
+            self._columns.setdefault(name, []).append(values.detach()[trained].float().cpu())
 
     def summary(self) -> Metrics:
         """The step's metrics of the objective, the teacher and the student."""

@@ -32,13 +32,11 @@ def preview(config: RunConfig, *, num_prompts: int) -> list[dict[str, Any]]:
     problems = [task.problem("validation", i) for i in range(num_prompts)]
     prompts = [prompt_token_ids(student.tokenizer, p.prompt, rollout.prompt_format) for p in problems]
     groups = sample(
-        student.model,
+        student,
         prompts,
         group_size=rollout.group_size,
         max_completion_tokens=rollout.max_completion_tokens,
         temperature=rollout.temperature,
-        eos_token_ids=student.eos_token_ids,
-        pad_token_id=student.pad_token_id,
         seed=stream_seed(config.seed, "preview"),
         max_batch_rows=rollout.max_batch_rows,
     )

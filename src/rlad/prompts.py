@@ -8,7 +8,9 @@ def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, prompt_for
     or not (`auto`). Raises `ValueError` for `chat` without a template.
     """
     if prompt_format == "chat" and not tokenizer.chat_template:
-        raise ValueError("rollout.prompt_format is 'chat' but the student's tokenizer has no chat template; use 'plain' or 'auto'.")
+        raise ValueError(
+            "rollout.prompt_format is 'chat' but the student's tokenizer has no chat template; use 'plain' or 'auto'."
+        )
     if prompt_format == "plain" or not tokenizer.chat_template:
         return tokenizer(prompt)["input_ids"]
     text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)

@@ -1,13 +1,13 @@
 """The run directory: what a run writes, and how it is read again.
 
-    config.toml           the resolved config; `rlad train config.toml` repeats the run
-    run.json              versions, commit, machine, seed
-    metrics.jsonl         one row per optimiser step
-    eval.jsonl            one row per validation or test
-    samples.jsonl         graded completions of some prompts
-    checkpoints/step-N/   a Hugging Face model folder, with `trainer/` beside the weights for resuming
-    best.json             which checkpoint validates best
-    curve.png, README.md  the learning curve and the model card
+config.toml           the resolved config; `rlad train config.toml` repeats the run
+run.json              versions, commit, machine, seed
+metrics.jsonl         one row per optimiser step
+eval.jsonl            one row per validation or test
+samples.jsonl         graded completions of some prompts
+checkpoints/step-N/   a Hugging Face model folder, with `trainer/` beside the weights for resuming
+best.json             which checkpoint validates best
+curve.png, README.md  the learning curve and the model card
 """
 
 import json
@@ -46,7 +46,9 @@ class RunDirectory:
     def open(cls, path: Path) -> "RunDirectory":
         """An existing run. `ValueError` when `path` is none."""
         if not (path / "config.toml").is_file():
-            raise ValueError(f"{path} is not a run directory (it has no config.toml); give the directory that `rlad train` named.")
+            raise ValueError(
+                f"{path} is not a run directory (it has no config.toml); give the directory that `rlad train` named."
+            )
         return cls(path)
 
     def write_text(self, name: str, text: str) -> None:

@@ -1,17 +1,21 @@
 """Completions from the student.
 
 Randomness is explicit: row `i` of a call uses the uniform numbers `uniforms[i]`, one per token, through the inverse
-distribution function. So the tokens do not depend on the batch a row is in, on dropped neighbours, or on which of the two
-decoders below runs; and a run resumes exactly by giving the same seed.
+distribution function. So the tokens do not depend (but for rounding) on the batch a row is in, on dropped neighbours, or on
+which of the two decoders below runs; and a run resumes exactly by giving the same seed.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from rlad.language_model import LanguageModel
 from rlad.rollouts import Completion
 
 # Rows are compacted once this share of the batch has finished: copying the cache costs about one decoding step.
@@ -36,52 +40,63 @@ def pick_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[T
 
 
 def sample(
-    model: PreTrainedModel,
+    language_model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     *,
     group_size: int,
     max_completion_tokens: int,
     temperature: float,
-    eos_token_ids: Sequence[int],
-    pad_token_id: int,
     seed: int,
     max_batch_rows: int = 256,
     before_token: Callable[[], None] = lambda: None,
 ) -> list[list[Completion]]:
     """`group_size` completions of each prompt (token ids), in the order of the prompts.
 
-    A completion ends with the first of `eos_token_ids` (kept as its last token) or at `max_completion_tokens`. At most
+    A completion ends with the model's first end token (kept as its last token) or at `max_completion_tokens`. At most
     `max_batch_rows` rows are decoded at once. `before_token` is called before every decoding step and may raise.
-    Log-probs are those of the sampled tokens after division by the temperature, float32.
+    Log-probs are those of the sampled tokens after division by the temperature, float32. Raises `ValueError` for a prompt
+    without tokens and for a model whose logits are not finite.
     """
+    if not all(prompts):
+        raise ValueError(
+            "a prompt has no tokens, so there is nothing to predict the first token from; give every prompt some text."
+        )
+    device = language_model.model.device
+    prompt_of_row = [p for p in range(len(prompts)) for _ in range(group_size)]
     generator = torch.Generator().manual_seed(seed)
-    uniforms = torch.rand(len(prompts) * group_size, max_completion_tokens, generator=generator).to(model.device)
-    decode = _decode if _cache_rows_can_be_dropped(model) else _generate
-    rows: list[Completion] = []
-    prompts_per_batch = max(1, max_batch_rows // group_size)
-    with torch.inference_mode():
-        for start in range(0, len(prompts), prompts_per_batch):
-            batch = prompts[start : start + prompts_per_batch]
-            first = start * group_size
+    uniforms = torch.rand(len(prompt_of_row), max_completion_tokens, generator=generator).to(device)
+    decode = _decode if _cache_rows_can_be_dropped(language_model.model) else _generate
+    completions: list[Completion] = []
+    with torch.inference_mode(), language_model.autocast():
+        for start in range(0, len(prompt_of_row), max_batch_rows):
+            owners = prompt_of_row[start : start + max_batch_rows]
+            ids, mask = _left_padded(prompts[owners[0] : owners[-1] + 1], language_model.pad_token_id, device)
             tokens, logprobs = decode(
-                model,
-                *_left_padded(batch, pad_token_id, model.device),
-                group_size,
-                uniforms[first : first + len(batch) * group_size],
+                language_model,
+                ids,
+                mask,
+                torch.tensor(owners, device=device) - owners[0],
+                uniforms[start : start + max_batch_rows],
                 temperature,
-                torch.tensor(list(eos_token_ids), device=model.device),
-                pad_token_id,
                 before_token,
             )
-            rows += _completions(tokens.tolist(), logprobs.tolist(), set(eos_token_ids))
-    return [rows[i : i + group_size] for i in range(0, len(rows), group_size)]
+            if not torch.isfinite(logprobs).all():
+                raise ValueError(
+                    f"the logits of {language_model.name!r} are not finite: its weights are broken or its dtype is too narrow; "
+                    "use float32 or bfloat16, or an earlier checkpoint."
+                )
+            completions += _completions(tokens.tolist(), logprobs.tolist(), set(language_model.eos_token_ids))
+    return [completions[i : i + group_size] for i in range(0, len(completions), group_size)]
 
 
 def _cache_rows_can_be_dropped(model: PreTrainedModel) -> bool:
-    """Whether the model's cache is plain keys and values; recurrent and hybrid models go through `generate`."""
-    if getattr(model, "_is_stateful", False):
+    """Whether the cache is plain keys and values and positions can be given; other models go through `generate`.
+
+    The types are compared exactly: the layers of hybrid models derive from the plain ones but hold a recurrent state too.
+    """
+    if model._is_stateful or "position_ids" not in inspect.signature(model.forward).parameters:
         return False
-    return all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=model.config).layers)
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=model.config).layers)
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -92,33 +107,33 @@ def _left_padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.devic
 
 
 def _decode(
-    model: PreTrainedModel,
+    language_model: LanguageModel,
     ids: Tensor,
     mask: Tensor,
-    group_size: int,
+    owners: Tensor,
     uniforms: Tensor,
     temperature: float,
-    eos: Tensor,
-    pad: int,
     before_token: Callable[[], None],
 ) -> tuple[Tensor, Tensor]:
-    """Prefill each prompt once, then decode its group together; finished rows leave the batch."""
+    """Tokens and log-probs [row, token]; what stands behind a row's end token means nothing.
+
+    Each prompt is prefilled once; row `i` goes on from prompt `owners[i]`. Finished rows leave the batch.
+    """
+    model, eos = language_model.model, torch.tensor(language_model.eos_token_ids, device=ids.device)
     num_rows, max_tokens = uniforms.shape
-    tokens_out = torch.full((num_rows, max_tokens), -1, device=ids.device)
+    tokens_out = torch.full((num_rows, max_tokens), language_model.pad_token_id, device=ids.device)
     logprobs_out = torch.zeros(num_rows, max_tokens, device=ids.device)
     cache = DynamicCache(config=model.config)
+    forward = partial(model, past_key_values=cache, use_cache=True, logits_to_keep=1)
     before_token()
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
-    logits = out.logits[:, -1].repeat_interleave(group_size, dim=0)
-    cache.batch_repeat_interleave(group_size)
-    mask = mask.repeat_interleave(group_size, dim=0)
+    logits = forward(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0)).logits
+    cache.batch_select_indices(owners)
+    logits, mask = logits[owners, -1], mask[owners]
     rows = torch.arange(num_rows, device=ids.device)  # which output row each row of the batch belongs to
     alive = torch.ones(num_rows, dtype=torch.bool, device=ids.device)
     for step in range(max_tokens):
         tokens, logprobs = pick_tokens(logits, uniforms[rows, step], temperature)
-        tokens_out[rows[alive], step] = tokens[alive]
-        logprobs_out[rows[alive], step] = logprobs[alive]
+        tokens_out[rows, step], logprobs_out[rows, step] = tokens, logprobs
         alive &= ~torch.isin(tokens, eos)
         num_alive = int(alive.sum())
         if num_alive == 0 or step == max_tokens - 1:
@@ -130,9 +145,7 @@ def _decode(
         before_token()
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         positions = mask.sum(dim=1, keepdim=True) - 1
-        # A finished row that has not been dropped yet decodes on unseen; its tokens are not stored.
-        out = model(input_ids=tokens[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache)
-        logits = out.logits[:, -1]
+        logits = forward(input_ids=tokens[:, None], attention_mask=mask, position_ids=positions).logits[:, -1]
     return tokens_out, logprobs_out
 
 
@@ -151,26 +164,36 @@ class _PickTokens(LogitsProcessor):
 
 
 def _generate(
-    model: PreTrainedModel,
+    language_model: LanguageModel,
     ids: Tensor,
     mask: Tensor,
-    group_size: int,
+    owners: Tensor,
     uniforms: Tensor,
     temperature: float,
-    eos: Tensor,
-    pad: int,
     before_token: Callable[[], None],
 ) -> tuple[Tensor, Tensor]:
     """The same through transformers' `generate`, for models whose cache is not plain keys and values."""
+    model: Any = language_model.model
     processor = _PickTokens(uniforms, temperature, before_token)
     settings = GenerationConfig(
-        max_new_tokens=uniforms.shape[1], do_sample=False, eos_token_id=eos.tolist(), pad_token_id=pad
+        max_new_tokens=uniforms.shape[1],
+        do_sample=False,
+        eos_token_id=list(language_model.eos_token_ids),
+        pad_token_id=language_model.pad_token_id,
+        use_cache=True,
     )
-    repeated = {
-        "input_ids": ids.repeat_interleave(group_size, 0),
-        "attention_mask": mask.repeat_interleave(group_size, 0),
-    }
-    out = model.generate(**repeated, generation_config=settings, logits_processor=[processor])
+    # `generate` fills gaps from the model's own settings, and chat models bring a repetition penalty: the log-probs would no
+    # longer be those of the model.
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        out = model.generate(
+            input_ids=ids[owners],
+            attention_mask=mask[owners],
+            generation_config=settings,
+            logits_processor=LogitsProcessorList([processor]),
+        )
+    finally:
+        model.generation_config = own
     return out[:, ids.shape[1] :], torch.stack(processor.logprobs, dim=1)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlad.language_model import LanguageModel
-from rlad.tensors import token_logprobs
+from rlad.tensors import float32_or_wider, token_logprobs
 
 TokenIds = Sequence[int]
 
@@ -32,14 +32,21 @@ class Scorer:
     def __init__(self, language_model: LanguageModel, *, temperature: float, tokens_per_batch: int):
         self.language_model, self.model = language_model, language_model.model
         self.temperature, self.tokens_per_batch = temperature, tokens_per_batch
-        self.head_is_linear = head_is_linear(language_model.model)
+        self.head = linear_head(language_model.model)
 
     def batches(self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]) -> list[list[int]]:
         """Rows in micro-batches of similar length whose padded size stays within `tokens_per_batch`."""
         return batches_by_length([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)], self.tokens_per_batch)
 
     def __call__(self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]) -> CompletionScores:
-        """Scores of one micro-batch, with gradient to the model where that is enabled."""
+        """Scores of one micro-batch, with gradient to the model where that is enabled.
+
+        Raises `ValueError` for a prompt without tokens: nothing would predict the completion's first token.
+        """
+        if not all(prompts):
+            raise ValueError(
+                "a prompt has no tokens, so the first token of its completion has no log-prob; give every prompt some text."
+            )
         device = self.model.device
         rows = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
         width, longest = max(map(len, rows)), max(map(len, completions))
@@ -57,18 +64,20 @@ class Scorer:
         return CompletionScores(empty.masked_scatter(mask, logprobs), empty.masked_scatter(mask, entropy), mask)
 
     def _token_logprobs(self, ids: Tensor, predicts: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.head_is_linear:
+        if self.head is None:
             with self.language_model.autocast():
-                logits = self.model(input_ids=ids, use_cache=False).logits[predicts].float() / self.temperature
-            logprobs = logits.log_softmax(dim=-1)
-            entropy = -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
-            return logprobs.gather(1, targets[:, None]).squeeze(1), entropy.detach()
+                logits = self.model(input_ids=ids, use_cache=False).logits[predicts]
+            logprobs = (logits.to(float32_or_wider(logits.dtype)) / self.temperature).log_softmax(dim=-1)
+            with torch.no_grad():
+                # A token of probability 0 has the log-prob -inf, and adds 0.
+                entropy = -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(dim=-1)
+            return logprobs.gather(1, targets[:, None]).squeeze(1), entropy
         with self.language_model.autocast():
             hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[predicts]
-        head, dtype = self.model.get_output_embeddings(), self.language_model.compute_dtype
-        bias = None if head.bias is None else head.bias.to(dtype)
+        dtype = self.language_model.compute_dtype
+        bias = None if self.head.bias is None else self.head.bias.to(dtype)
         # Cast here, outside of autocast: the backward pass must recompute exactly these logits.
-        return token_logprobs(hidden.to(dtype), head.weight.to(dtype), bias, targets, temperature=self.temperature)
+        return token_logprobs(hidden.to(dtype), self.head.weight.to(dtype), bias, targets, temperature=self.temperature)
 
     @torch.no_grad()
     def score(self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]) -> list[Tensor]:
@@ -93,16 +102,16 @@ def batches_by_length(lengths: Sequence[int], tokens_per_batch: int) -> list[lis
 
 
 @torch.no_grad()
-def head_is_linear(model: PreTrainedModel) -> bool:
-    """Whether the logits are just the output embedding of the last hidden state (some models scale or cap them).
+def linear_head(model: PreTrainedModel) -> torch.nn.Linear | None:
+    """The output embedding, where the logits are just that of the last hidden state; None where they are scaled or capped.
 
-    Asked of the model itself with a probe of four tokens. Where it does not hold the full logits are used: right, but with memory
-    that grows with the vocabulary.
+    Asked of the model itself with a probe of four tokens. Without such a head the full logits are used: right, but with
+    memory that grows with the vocabulary.
     """
     head = model.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear):
-        return False
+        return None
     ids = torch.arange(4, device=model.device)[None]
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     logits = model(input_ids=ids, use_cache=False).logits
-    return hidden.shape[-1] == head.in_features and torch.equal(head(hidden), logits)
+    return head if hidden.shape[-1] == head.in_features and torch.equal(head(hidden), logits) else None

@@ -30,7 +30,9 @@ def print_summary(console: Console, result: TrainResult) -> None:
 def _print_example(console: Console, run: RunDirectory) -> None:
     tests = [row for row in run.read(EVAL) if row["split"] == "test"]
     before, after = tests[0]["results"], tests[-1]["results"]
-    solved = [(b, a) for b, a in zip(before, after, strict=True) if not b["num_correct"] and a["num_correct"] == a["num_samples"]]
+    solved = [
+        (b, a) for b, a in zip(before, after, strict=True) if not b["num_correct"] and a["num_correct"] == a["num_samples"]
+    ]
     if not solved:
         return
     then, now = min(solved, key=lambda pair: len(pair[1]["first_completion"]))

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def keep_finite(mask: Tensor, *values: Tensor) -> Tensor:
@@ -66,9 +67,6 @@ class _TokenLogprobs(torch.autograd.Function):
             probs = (logits - logsumexp[:, None]).exp_()
             entropy = logsumexp - (probs * logits.masked_fill(probs == 0, 0)).sum(dim=-1)
             parts.append((chosen - logsumexp, logsumexp, entropy))
-        if not parts:
-            empty = hidden.new_zeros(0, dtype=_wide(hidden.dtype))
-            parts.append((empty, empty, empty))
         logprobs, logsumexp, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
         ctx.save_for_backward(hidden, weight, bias, token_ids, logsumexp)
         ctx.temperature, ctx.chunk = temperature, chunk
@@ -76,6 +74,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, token_ids, logsumexp = ctx.saved_tensors
         chunk, (grad_logprobs, _) = ctx.chunk, grads
@@ -108,8 +107,9 @@ class _TokenLogprobs(torch.autograd.Function):
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
     logits = torch.nn.functional.linear(hidden, weight, bias)
-    return logits.to(_wide(logits.dtype)) / temperature
+    return logits.to(float32_or_wider(logits.dtype)).div_(temperature)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def float32_or_wider(dtype: torch.dtype) -> torch.dtype:
+    """The type in which log-probs of logits of this type are computed."""
     return torch.float64 if dtype == torch.float64 else torch.float32

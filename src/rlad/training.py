@@ -192,9 +192,7 @@ class Training:
         if any(saved == step for saved, _ in self.run.checkpoints()):
             return
         try:
-            self.run.write_checkpoint(
-                step, lambda folder: save_engine(self.engine, folder, run_digest=run_digest(self.config))
-            )
+            self.run.write_checkpoint(step, lambda folder: save_engine(self.engine, folder, run_digest=run_digest(self.config)))
         except (OSError, SafetensorError) as error:
             raise ValueError(self._could_not_write(error)) from None
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import get_scheduler
 
 from rlad.advantages import group_advantages
@@ -23,11 +24,11 @@ from rlad.language_model import LanguageModel
 from rlad.metrics import Metrics, TokenStats, rollout_metrics
 from rlad.objectives import OBJECTIVES, token_loss
 from rlad.prompts import prompt_token_ids
-from rlad.rollouts import Rollout, RolloutGroup
+from rlad.rollouts import Completion, Rollout, RolloutGroup
 from rlad.sampling import sample
-from rlad.scoring import Scorer
+from rlad.scoring import CompletionScores, Scorer
 from rlad.seeds import stream_seed
-from rlad.tasks import Task, Verdict
+from rlad.tasks import Problem, Task, Verdict
 from rlad.teachers import Teacher
 
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
@@ -124,10 +125,15 @@ class NativeEngine:
     def make_rollout_batch(self, index: int) -> RolloutBatch:
         """Sample, reward, advantage; then what the objective needs from teacher, reference and old policy."""
         rollout, seconds = self.config.rollout, {}
+        indices = range(index * rollout.prompts_per_batch, (index + 1) * rollout.prompts_per_batch)
+        problems = [self.task.problem("train", i, seed=self.config.seed) for i in indices]
         with _timed(seconds, "time/generation/seconds"):
-            groups = self._sample(index)
+            prompts, completions = self._sample(index, problems)
         with _timed(seconds, "time/rewards/seconds"):
-            groups = [self._judge(group) for group in groups]
+            groups = [
+                RolloutGroup(i, problem.prompt, tuple(prompt), tuple(self._judge(problem, group)))
+                for i, problem, prompt, group in zip(indices, problems, prompts, completions, strict=True)
+            ]
         rewards = torch.tensor([r.reward for group in groups for r in group.rollouts])
         judged = torch.tensor([r.verdict != Verdict.CANNOT_JUDGE for group in groups for r in group.rollouts])
         scale = self.config.optimization.advantage_scale
@@ -146,42 +152,30 @@ class NativeEngine:
                 batch.old_logprobs = _score_rows(self.scorer.score, batch, rows)
         return batch
 
-    def _sample(self, index: int) -> list[RolloutGroup]:
+    def _sample(self, index: int, problems: Sequence[Problem]) -> tuple[list[list[int]], list[list[Completion]]]:
+        """The prompts as token ids, and a group of completions of each."""
         rollout, student = self.config.rollout, self.student
-        indices = range(index * rollout.prompts_per_batch, (index + 1) * rollout.prompts_per_batch)
-        problems = [self.task.problem("train", i, seed=self.config.seed) for i in indices]
         prompts = [prompt_token_ids(student.tokenizer, p.prompt, rollout.prompt_format) for p in problems]
-        for i, prompt in zip(indices, prompts, strict=True):
+        for i, prompt in enumerate(prompts, start=index * rollout.prompts_per_batch):
             check_prompt_length(len(prompt), f"training problem {i}", self.config, student.context_tokens)
-        student.model.eval()
-        with student.autocast():
-            groups = sample(
-                student.model,
-                prompts,
-                group_size=rollout.group_size,
-                max_completion_tokens=rollout.max_completion_tokens,
-                temperature=rollout.temperature,
-                eos_token_ids=student.eos_token_ids,
-                pad_token_id=student.pad_token_id,
-                seed=stream_seed(self.config.seed, "rollouts", index),
-                max_batch_rows=rollout.max_batch_rows,
-                before_token=self.before_work,
-            )
-        return [
-            RolloutGroup(i, problem.prompt, tuple(prompt), tuple(Rollout(c, "", "", float("nan")) for c in group))
-            for i, problem, prompt, group in zip(indices, problems, prompts, groups, strict=True)
-        ]
-
-    def _judge(self, group: RolloutGroup) -> RolloutGroup:
-        problem = self.task.problem("train", group.problem_index, seed=self.config.seed)
-        ids = [list(rollout.completion.token_ids) for rollout in group.rollouts]
-        texts = self.student.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        judgements = [self.task.judge(problem, text) for text in texts]
-        rollouts = tuple(
-            Rollout(r.completion, text, str(j.verdict), j.reward)
-            for r, text, j in zip(group.rollouts, texts, judgements, strict=True)
+        return prompts, sample(
+            student,
+            prompts,
+            group_size=rollout.group_size,
+            max_completion_tokens=rollout.max_completion_tokens,
+            temperature=rollout.temperature,
+            seed=stream_seed(self.config.seed, "rollouts", index),
+            max_batch_rows=rollout.max_batch_rows,
+            before_token=self.before_work,
         )
-        return RolloutGroup(group.problem_index, group.prompt, group.prompt_token_ids, rollouts)
+
+    def _judge(self, problem: Problem, completions: Sequence[Completion]) -> list[Rollout]:
+        texts = self.student.tokenizer.batch_decode([list(c.token_ids) for c in completions], skip_special_tokens=True)
+        judgements = [self.task.judge(problem, text) for text in texts]
+        return [
+            Rollout(completion, text, str(judgement.verdict), judgement.reward)
+            for completion, text, judgement in zip(completions, texts, judgements, strict=True)
+        ]
 
     def _rows_that_train(self, batch: RolloutBatch) -> list[int]:
         """Judged rollouts; without those of advantage 0 where they contribute exactly nothing to the gradient."""
@@ -222,7 +216,7 @@ class NativeEngine:
         metrics |= {
             "optimization/loss": loss,
             "optimization/gradient_norm": norm,
-            "optimization/learning_rate": self.scheduler.get_last_lr()[0],
+            "optimization/learning_rate": float(self.scheduler.get_last_lr()[0]),
         }
         self.optimizer.step()
         self.scheduler.step()
@@ -235,29 +229,37 @@ class NativeEngine:
         """
         loop, knobs = self.config.optimization, objective_knobs(self.config.objective, self.step)
         kl_coef = at_step(loop.kl_coef, self.step)
-        whole = self._denominator(batch, wanted, stats)
-        trains = set(self._rows_that_train(batch))
+        prompts, completions, trains = batch.prompts, batch.completions, set(self._rows_that_train(batch))
         rows = [i for i in wanted if i in trains]
         stats.scored_share = len(rows) / len(wanted)
+        whole = self._denominator(batch, wanted, stats)
+        if rows and stats.num_dropped == sum(len(completions[i]) for i in rows):
+            raise ValueError(
+                f"step {self.step + 1}: the teacher gave no finite log-prob for any of {stats.num_dropped} tokens; check that "
+                "it is the right model, and its dtype (bfloat16 instead of float16)."
+            )
+        # Checkpointing only works in training mode; `LanguageModel` has no dropout that this would switch on.
         self.student.model.train(self.config.student.gradient_checkpointing)
         for parameter in self.student.model.parameters():
             # Zeros, not None: a step without gradient still moves by the optimiser's momentum.
             parameter.grad = torch.zeros_like(parameter)
         total = 0.0
-        for micro in self.scorer.batches([batch.prompts[i] for i in rows], [batch.completions[i] for i in rows]):
+        for micro in self.scorer.batches([prompts[i] for i in rows], [completions[i] for i in rows]):
             self.before_work()
             part = [rows[i] for i in micro]
-            inputs, entropy = self._loss_inputs(batch, part)
+            scores = self.scorer([prompts[i] for i in part], [completions[i] for i in part])
+            inputs = self._loss_inputs(batch, part, scores)
             losses, token_stats = token_loss(self.config.objective.type, inputs, knobs=knobs, kl_coef=kl_coef)
             loss = aggregate(losses, inputs.trained, mode=loop.aggregation, denominator=whole)
             loss.backward()
             total += float(loss.detach())
-            stats.add(inputs, entropy, pad_rows([self._sampler_logprobs(batch, i) for i in part], entropy), token_stats)
+            sampled = [torch.tensor(batch.rollouts[i].completion.logprobs) for i in part]
+            stats.add(inputs, scores.entropy, _padded(sampled, scores.logprobs), token_stats)
+        self.student.model.eval()
         return total
 
-    def _loss_inputs(self, batch: RolloutBatch, part: Sequence[int]) -> tuple[LossInputs, Tensor]:
-        """The tensors of some rollouts, and the student's entropy on them."""
-        scores = self.scorer([batch.prompts[i] for i in part], [batch.completions[i] for i in part])
+    def _loss_inputs(self, batch: RolloutBatch, part: Sequence[int], scores: CompletionScores) -> LossInputs:
+        """The tensors of the rollouts `part`, given the student's scores of them."""
         if not torch.isfinite(scores.logprobs).all():
             raise ValueError(
                 f"step {self.step + 1}: the student's own log-probs are not finite; its weights are broken: resume from an "
@@ -265,10 +267,10 @@ class NativeEngine:
             )
 
         def padded(values: list[Tensor] | None) -> Tensor | None:
-            return None if values is None else pad_rows([values[i] for i in part], scores.logprobs)
+            return None if values is None else _padded([values[i] for i in part], scores.logprobs)
 
         old = padded(batch.old_logprobs)
-        inputs = LossInputs(
+        return LossInputs(
             student_logprobs=scores.logprobs,
             old_logprobs=scores.logprobs.detach() if old is None else old,
             advantages=batch.advantages[list(part)].to(scores.logprobs),
@@ -276,30 +278,23 @@ class NativeEngine:
             teacher_logprobs=padded(batch.teacher_logprobs),
             reference_logprobs=padded(batch.reference_logprobs),
         )
-        return inputs, scores.entropy
 
     def _denominator(self, batch: RolloutBatch, wanted: Sequence[int], stats: TokenStats) -> float:
-        """The denominator of all judged rollouts among `wanted`; tokens without a finite teacher value are not in it."""
+        """The denominator of all judged rollouts among `wanted`, without the tokens that lack a finite score, which it counts.
+
+        Rows that were not scored, as they contribute nothing, count in full.
+        """
         judged = [i for i in wanted if batch.rollouts[i].verdict != Verdict.CANNOT_JUDGE]
-        longest = max((len(batch.completions[i]) for i in judged), default=1)
-        mask = torch.zeros(len(judged), longest, dtype=torch.bool)
-        for row, i in enumerate(judged):
-            kept = torch.ones(len(batch.completions[i]), dtype=torch.bool)
+        kept = []
+        for i in judged:
+            kept.append(torch.ones(len(batch.rollouts[i].completion.token_ids), dtype=torch.bool))
             for values in (batch.teacher_logprobs, batch.reference_logprobs, batch.old_logprobs):
                 if values is not None and len(values[i]):
-                    kept &= torch.isfinite(values[i])
-            mask[row, : len(kept)] = kept
-            stats.num_dropped += int((~kept).sum())
-        if judged and not mask.any():
-            raise ValueError(
-                f"step {self.step + 1}: the teacher gave no finite log-prob for any of {stats.num_dropped} tokens; check that "
-                "it is the right model, and its dtype (bfloat16 instead of float16)."
-            )
+                    kept[-1] &= torch.isfinite(values[i])
+            stats.num_dropped += int((~kept[-1]).sum())
+        mask = pad_sequence(kept, batch_first=True) if kept else torch.zeros(0, 0, dtype=torch.bool)
         max_tokens = self.config.rollout.max_completion_tokens
         return denominator(mask, mode=self.config.optimization.aggregation, max_completion_tokens=max_tokens)
-
-    def _sampler_logprobs(self, batch: RolloutBatch, i: int) -> Tensor:
-        return torch.tensor(batch.rollouts[i].completion.logprobs)
 
 
 def at_step(knob: float | Annealed, step: int) -> float:
@@ -328,19 +323,24 @@ def check_prompt_length(num_tokens: int, what: str, config: RunConfig, context_t
         )
 
 
-def pad_rows(rows: Sequence[Tensor], like: Tensor) -> Tensor:
-    """Rows `[length]` as one tensor of the shape, dtype and device of `like`, 0 behind each row's end."""
-    padded = torch.zeros_like(like)
-    for i, row in enumerate(rows):
-        padded[i, : len(row)] = row.to(like)
-    return padded
+def _padded(rows: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Rows `[length]` as one tensor `[row, longest length]` of the dtype and device of `like`, 0 behind each row's end."""
+    return pad_sequence(list(rows), batch_first=True).to(like)
 
 
 def _score_rows(score: Callable[..., list[Tensor]], batch: RolloutBatch, rows: Sequence[int]) -> list[Tensor]:
-    """Scores of some rollouts of a batch, in a list over all of them; empty tensors for the others."""
-    results = [torch.empty(0)] * len(batch.rollouts)
-    values = score([batch.prompts[i] for i in rows], [batch.completions[i] for i in rows])
+    """Scores of some rollouts of a batch, in a list over all of them; empty tensors for the others.
+
+    Raises `ValueError` when a completion did not get one score per token.
+    """
+    prompts, completions, results = batch.prompts, batch.completions, [torch.empty(0)] * len(batch.rollouts)
+    values = score([prompts[i] for i in rows], [completions[i] for i in rows])
     for i, value in zip(rows, values, strict=True):
+        if len(value) != len(completions[i]):
+            raise ValueError(
+                f"rollout {i} has {len(completions[i])} tokens but {len(value)} log-probs came back for it; "
+                "a teacher must give one for each token, NaN where it has none."
+            )
         results[i] = value
     return results
 

@@ -53,9 +53,7 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
-def token_loss(
-    name: str, inputs: LossInputs, *, knobs: Mapping[str, Any] | None = None, kl_coef: float = 0.0
-) -> TokenLoss:
+def token_loss(name: str, inputs: LossInputs, *, knobs: Mapping[str, Any] | None = None, kl_coef: float = 0.0) -> TokenLoss:
     """Token loss of an objective plus kl_coef * k3 estimate of KL(πS || πref): the KL leash, the same for all of them.
 
     `knobs` are the objective's own keyword arguments. Raises `ValueError` when a tensor that it needs is missing.

@@ -1,7 +1,7 @@
 """GRPO, Group Relative Policy Optimization (arXiv 2402.03300, Eq. 3).
 
-    log r_t = log πS - log πold
-    loss_t  = -min( r_t Â, clip(r_t, 1 - clip_low, 1 + clip_high) Â )
+log r_t = log πS - log πold
+loss_t  = -min( r_t Â, clip(r_t, 1 - clip_low, 1 + clip_high) Â )
 """
 
 from torch import Tensor

@@ -1,6 +1,6 @@
 """KDRL, GRPO plus a distillation term (arXiv 2506.02208, Eq. 9).
 
-    loss_t = GRPO loss_t + kd_coef * KL_t(πS || πT)       KL_t = d^2 / 2 (k2) or e^d - d - 1 (k3), d = log πT - log πS
+loss_t = GRPO loss_t + kd_coef * KL_t(πS || πT)       KL_t = d^2 / 2 (k2) or e^d - d - 1 (k3), d = log πT - log πS
 """
 
 from torch import Tensor

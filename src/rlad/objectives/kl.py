@@ -1,7 +1,7 @@
 """Sampled-token estimators of KL(πS || π*), per token, with d = log π* - log πS (Schulman, joschu.net/blog/kl-approx.html).
 
-    k2 = d^2 / 2          its gradient, on the student's own samples, is that of the reverse KL (2506.02208)
-    k3 = e^d - d - 1      low variance and never negative; its gradient is that of the forward KL
+k2 = d^2 / 2          its gradient, on the student's own samples, is that of the reverse KL (2506.02208)
+k3 = e^d - d - 1      low variance and never negative; its gradient is that of the forward KL
 """
 
 from typing import Literal

@@ -1,7 +1,7 @@
 """OPD, on-policy distillation (Qwen3 report, arXiv 2505.09388; Thinking Machines, "On-Policy Distillation", 2025).
 
-    A_t    = log πT - log πold        (constant; no reward)
-    loss_t = -exp(log πS - log πold) A_t
+A_t    = log πT - log πold        (constant; no reward)
+loss_t = -exp(log πS - log πold) A_t
 """
 
 from torch import Tensor

@@ -1,6 +1,6 @@
 """The clipped surrogate that every ratio-based objective shares (PPO, arXiv 1707.06347; GRPO, arXiv 2402.03300).
 
-    loss_t = -min( r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t )
+loss_t = -min( r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t )
 """
 
 from typing import Literal

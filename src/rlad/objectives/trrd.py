@@ -1,7 +1,7 @@
 """TRRD, Trust Region Ratio Distillation (RLAD, arXiv 2602.22495, Eq. 3-5; the clamp: Appendix B).
 
-    log r_t = alpha * (log πS - log πold) + (1 - alpha) * clamp(log πS - log πT, -c, +c)
-    loss_t  = -min( r_t Â, clip(r_t, 1 - clip_low, 1 + clip_high) Â )
+log r_t = alpha * (log πS - log πold) + (1 - alpha) * clamp(log πS - log πT, -c, +c)
+loss_t  = -min( r_t Â, clip(r_t, 1 - clip_low, 1 + clip_high) Â )
 """
 
 from torch import Tensor

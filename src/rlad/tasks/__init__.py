@@ -1,0 +1,64 @@
+"""Tasks: sources of problems with a verifier. `TASKS` names them, `make_task` builds one.
+
+Nothing heavy is imported until a task is made.
+"""
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from rlad.tasks.base import SPLITS, Judgement, Problem, Split, Task, Verdict, split_of
+
+__all__ = ["SPLITS", "TASKS", "Judgement", "Problem", "Split", "Task", "TaskRow", "Verdict", "make_task", "split_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRow:
+    """`constructor` is `module:callable`, imported when the task is made; `rlad[extra]` installs what it needs."""
+
+    constructor: str
+    summary: str
+    extra: str = ""
+
+
+TASKS: dict[str, TaskRow] = {
+    "knights_and_knaves": TaskRow(
+        "rlad.tasks.logic:KnightsAndKnaves",
+        "Logic puzzles of 2 to 8 people with exactly one solution, split by structure.",
+    ),
+    "arithmetic": TaskRow("rlad.tasks.reasoning_gym:arithmetic", "Sums and differences of small numbers.", "reasoning-gym"),
+    "countdown": TaskRow(
+        "rlad.tasks.reasoning_gym:countdown", "Reach a target with given numbers and + - * /.", "reasoning-gym"
+    ),
+    "reasoning_gym": TaskRow(
+        "rlad.tasks.reasoning_gym:ReasoningGym", "Any data set of reasoning-gym, by its name.", "reasoning-gym"
+    ),
+    "jsonl": TaskRow("rlad.tasks.jsonl:JsonlTask", "Prompts and answers from a file of your own, with a verifier."),
+}
+
+
+def make_task(type: str, **options: Any) -> Task:
+    """The task `type` (a name in `TASKS`) with its options.
+
+    ValueError for an unknown name or option, and for whatever the task itself refuses.
+    """
+    if type not in TASKS:
+        raise ValueError(f"there is no task {type!r}; {_suggestion(type, TASKS)}")
+    module, _, attribute = TASKS[type].constructor.partition(":")
+    constructor = getattr(importlib.import_module(module), attribute)
+    signature = inspect.signature(constructor)
+    for option in options:
+        if option not in signature.parameters:
+            raise ValueError(f"the task {type!r} has no option {option!r}; {_suggestion(option, signature.parameters)}")
+    for name, parameter in signature.parameters.items():
+        if parameter.default is parameter.empty and name not in options:
+            raise ValueError(f"the task {type!r} needs the option {name!r}; give it a value.")
+    return constructor(**options)
+
+
+def _suggestion(name: str, valid: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, valid, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(valid)}."

@@ -1,0 +1,122 @@
+"""Where the answer of a completion stands, and what a text says: pure functions that never raise on any text.
+
+All of them are linear in the length of the text and look at its last `MAX_COMPLETION_CHARACTERS` only.
+"""
+
+import ast
+import operator
+import re
+from collections import deque
+from collections.abc import Callable
+from fractions import Fraction
+
+MAX_COMPLETION_CHARACTERS = 200_000
+_MAX_EXPRESSION_CHARACTERS, _MAX_NUMBER_CHARACTERS = 500, 500
+
+_ANSWER_MARKER = re.compile("answer:", re.IGNORECASE)
+_OTHER_MINUS_SIGNS = str.maketrans(dict.fromkeys("\N{MINUS SIGN}\N{EN DASH}\N{SMALL HYPHEN-MINUS}", "-") | {"$": None})
+_NUMBER = re.compile(
+    r"(?:(?<![\w)\]}])[-+])?"  # a sign, unless it stands between two terms as in 10-3
+    r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+|(?=\.[0-9]))(?:\.[0-9]+)?"  # 1,000 or 1000 or .5 or 1.5
+    r"(?:[eE][-+]?[0-9]{1,3}(?!\w)|\s?/\s?[0-9]+(?:\.[0-9]+)?)?"  # 1e-3 or 3/4
+)
+_OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+
+
+def marked_answer(completion: str) -> str | None:
+    """The text in the last `<answer>` tag, else all text after the last `Answer:`; None when neither is there."""
+    text = completion[-MAX_COMPLETION_CHARACTERS:]
+    _, tag, tail = text.rpartition("<answer>")
+    if tag:
+        return _without_bold(tail.partition("</answer>")[0].strip())
+    last = _last_match(_ANSWER_MARKER, text)
+    if last is None:
+        return None
+    head, tail = text[: last.start()], text[last.end() :]
+    if head.endswith("**"):  # `**Answer:** 42` and `**Answer: 42**`: the bold ends somewhere in the tail
+        tail = tail.replace("**", "", 1)
+    return _without_bold(tail.strip())
+
+
+def _without_bold(text: str) -> str:
+    is_bold = text.startswith("**") and text.endswith("**") and text.count("**") == 2
+    return text[2:-2].strip() if is_bold else text
+
+
+def boxed_answer(completion: str) -> str | None:
+    r"""What stands in the braces of the last `\boxed{...}`; None when there is none."""
+    _, box, tail = completion[-MAX_COMPLETION_CHARACTERS:].rpartition(r"\boxed{")
+    if not box:
+        return None
+    depth = 1
+    for end, character in enumerate(tail):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return tail[:end].strip()
+    return tail.strip()
+
+
+def final_answer(completion: str) -> str:
+    """The marked answer, else the last line that is not empty; "" for an empty completion."""
+    marked = marked_answer(completion)
+    if marked is not None:
+        return marked
+    return _without_bold(completion[-MAX_COMPLETION_CHARACTERS:].rstrip().rpartition("\n")[2].strip())
+
+
+def normalised(text: str) -> str:
+    """`text` without case, differences of white space, markdown around words, and full stops after words."""
+    words = text[-MAX_COMPLETION_CHARACTERS:].casefold().split()
+    # Only at the ends of words, so that x**2, 2*3 and snake_case stay what they are.
+    return " ".join(word.lstrip("*_`#").rstrip("*_`#.") or word for word in words)
+
+
+def last_number(text: str) -> Fraction | None:
+    """The last number of the text, exactly: `-1,000`, `$5`, `.5`, `3/4`, `1e-3`; None when there is none.
+
+    Currency and percent signs are ignored, so 10% is 10. A division by zero and numbers of more than 500 digits are no
+    numbers.
+    """
+    last = _last_match(_NUMBER, text[-MAX_COMPLETION_CHARACTERS:].translate(_OTHER_MINUS_SIGNS))
+    if last is None or len(last[0]) > _MAX_NUMBER_CHARACTERS:
+        return None
+    numerator, _, denominator = last[0].replace(",", "").partition("/")
+    try:
+        return Fraction(numerator.strip()) / Fraction(denominator.strip() or 1)
+    except ZeroDivisionError:
+        return None
+
+
+def _last_match(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    return next(iter(deque(pattern.finditer(text), maxlen=1)), None)
+
+
+def evaluate_arithmetic(expression: str) -> tuple[Fraction, list[int]] | None:
+    """The exact value of an expression of whole numbers, + - * / and parentheses, and the numbers used in it.
+
+    None for anything else. The text is parsed, never executed: powers, names and calls do not exist here.
+    """
+
+    def value(node: ast.expr) -> Fraction:
+        match node:
+            case ast.Constant(value=int(number)) if not isinstance(number, bool):
+                numbers.append(number)
+                return Fraction(number)
+            case ast.UnaryOp(op=ast.USub(), operand=operand):
+                return -value(operand)
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
+                return _OPERATORS[type(op)](value(left), value(right))
+        raise ValueError("not arithmetic")
+
+    numbers: list[int] = []
+    if len(expression) > _MAX_EXPRESSION_CHARACTERS:
+        return None
+    try:
+        return value(ast.parse(expression.strip(), mode="eval").body), numbers
+    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
+        return None

@@ -1,0 +1,164 @@
+"""Problems from a file of your own: JSON Lines, or a data set of the optional package Hugging Face `datasets`."""
+
+import importlib
+import json
+import random
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from rlad.tasks.base import Judgement, Problem, Split, check_split, split_of, text_key
+from rlad.tasks.verifiers import make_verifier
+
+Row = tuple[str, Any]  # where the row stands, and what it is
+
+
+class JsonlTask:
+    """Problems with a prompt and a reference answer, one a line, graded by a verifier (see `rlad.tasks.verifiers`).
+
+    A split without a file of its own gets its share of `path` by a hash of the prompt; prompts that are equal up to
+    case and white space stay together. A prompt of `path` that is also in `validation_path` or `test_path` is refused.
+    A path that does not end in `.jsonl` is a folder that `datasets` has saved, or a name on the hub (`name:subset`), of
+    which `path` takes the split train, `validation_path` validation and `test_path` test.
+    """
+
+    name = "jsonl"
+
+    def __init__(
+        self,
+        path: str,
+        validation_path: str | None = None,
+        test_path: str | None = None,
+        prompt_field: str = "prompt",
+        answer_field: str = "answer",
+        verifier: str = "exact",
+        timeout_seconds: float = 5.0,
+    ) -> None:
+        self._verifier = make_verifier(verifier, timeout_seconds=timeout_seconds)
+
+        def load(source: str, split: Split) -> list[Problem]:
+            return [_problem(row, where, prompt_field, answer_field) for where, row in _rows(source, split)]
+
+        problems = load(path, "train")
+        held_out: dict[Split, str | None] = {"validation": validation_path, "test": test_path}
+        self._problems: dict[Split, list[Problem]] = {"train": [], "validation": [], "test": []}
+        for split, source in held_out.items():
+            if source is not None:
+                self._problems[split] = load(source, split)
+                _refuse_overlap(path, problems, source, self._problems[split])
+        for problem in problems:
+            split = split_of(problem.key)
+            self._problems["train" if held_out.get(split) else split].append(problem)
+        for split, found in self._problems.items():
+            if not found:
+                raise ValueError(
+                    f"{path}: none of its {len(problems)} problems falls into the split {split}; give more problems, or "
+                    "files of their own for validation (validation_path) and test (test_path)."
+                )
+
+    def problem(self, split: Split, index: int, *, seed: int = 0) -> Problem:
+        check_split(split)
+        problems = self._problems[split]
+        epoch, position = divmod(index, len(problems))
+        return problems[_order(seed, split, epoch, len(problems))[position]]
+
+    def num_problems(self, split: Split) -> int:
+        return len(self._problems[split])
+
+    def judge(self, problem: Problem, completion: str) -> Judgement:
+        return self._verifier.judge(completion, problem.answer)
+
+    def close(self) -> None:
+        self._verifier.close()
+
+
+@lru_cache(maxsize=16)
+def _order(seed: int, split: Split, epoch: int, num_problems: int) -> list[int]:
+    order = list(range(num_problems))
+    random.Random(f"{seed}/{split}/{epoch}").shuffle(order)
+    return order
+
+
+def _rows(source: str, split: Split) -> Iterator[Row]:
+    if not source.endswith(".jsonl"):
+        return _hugging_face_rows(source, split)
+    if not Path(source).is_file():
+        raise ValueError(f"{source}: there is no such file; give the path of a .jsonl file, one JSON object a line.")
+    return _jsonl_rows(source)
+
+
+def _jsonl_rows(source: str) -> Iterator[Row]:
+    is_empty = True
+    for number, line in enumerate(Path(source).read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        is_empty = False
+        where = f"{source}, line {number}"
+        try:
+            yield where, json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: not JSON ({error}); write one JSON object in UTF-8 a line.") from error
+    if is_empty:
+        raise ValueError(f"{source}: the file is empty; write one JSON object a line, with a prompt and an answer.")
+
+
+def _hugging_face_rows(source: str, split: Split) -> Iterator[Row]:
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError as error:
+        raise ValueError(
+            f"{source}: a path that does not end in .jsonl is read with the package datasets, which is not installed "
+            f'({error}); give a .jsonl file, or pip install "rlad[datasets]".'
+        ) from error
+    try:
+        if Path(source).is_dir():
+            data = datasets.load_from_disk(source)
+        else:
+            name, _, subset = source.partition(":")
+            data = datasets.load_dataset(name, subset or None)
+    except Exception as error:  # whatever the package raises on a wrong name, a wrong folder, or without a network
+        raise ValueError(
+            f"{source}: datasets cannot load it ({type(error).__name__}: {error}); give a .jsonl file, a folder made "
+            "by save_to_disk, or a name on the Hugging Face hub."
+        ) from error
+    if isinstance(data, dict):
+        if split not in data:
+            raise ValueError(f"{source}: it has no split {split!r}, only {', '.join(data)}; give one that has it.")
+        data = data[split]
+    if not len(data):
+        raise ValueError(f"{source}: the data set is empty; give one with at least one problem.")
+    return ((f"{source}, row {number}", row) for number, row in enumerate(data, start=1))
+
+
+def _problem(row: Any, where: str, prompt_field: str, answer_field: str) -> Problem:
+    if not isinstance(row, dict):
+        wanted = f"{prompt_field!r} and {answer_field!r}"
+        raise ValueError(f"{where}: holds a {type(row).__name__}; write a JSON object with the fields {wanted}.")
+    prompt = _text(row, prompt_field, where, "prompt_field")
+    answer = _text(row, answer_field, where, "answer_field")
+    return Problem(prompt, answer, text_key(prompt))
+
+
+def _text(row: dict[str, Any], field: str, where: str, setting: str) -> str:
+    if field not in row:
+        raise ValueError(f"{where}: has no field {field!r}, only {', '.join(map(repr, row))}; name it with {setting}.")
+    value = row[field]
+    if isinstance(value, int | float) and not isinstance(value, bool) and setting == "answer_field":
+        return str(value)
+    if not isinstance(value, str) or not value.strip():
+        came = f"is {json.dumps(value, default=str)[:60]}"
+        raise ValueError(f"{where}: the field {field!r} {came}; give a string that is not empty.")
+    if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+        raise ValueError(f"{where}: the field {field!r} has half of a surrogate pair, which is no text; remove it.")
+    return value
+
+
+def _refuse_overlap(path: str, problems: list[Problem], held_out_path: str, held_out: list[Problem]) -> None:
+    keys = {problem.key for problem in held_out}
+    shared = [problem for problem in problems if problem.key in keys]
+    if shared:
+        raise ValueError(
+            f"{path}: {len(shared)} of its {len(problems)} prompts also stand in {held_out_path}, for example "
+            f"{shared[0].prompt[:80]!r}; remove them from one of the two files."
+        )

@@ -1,0 +1,150 @@
+"""Verifiers by name: how a completion is compared with the reference answer of its problem.
+
+- `exact`: the final answer is the same text, apart from case, white space and markdown.
+- `number`: the last number of the final answer is the same number (`1,000`, `$5`, `.5`, `3/4`, `10%` as 10).
+- `math`: what stands in the last `\\boxed{...}`, else the final answer, is mathematically equal (LaTeX too), judged by
+  the optional package math-verify.
+- `package.module:function`: a function of your own, `function(completion: str, answer: str)`, that returns a bool, a
+  reward from 0 to 1 (only 1 counts as correct) or a `Verdict`.
+
+The final answer is the text in the last `<answer>` tag, else after the last `Answer:`, else the last line.
+`math` and functions of your own run in a process of their own: one that hangs, raises, dies or returns anything else
+costs one completion (cannot judge), never the run.
+"""
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import logging
+import re
+from collections.abc import Callable
+from typing import Any
+
+from rlad.tasks.answers import MAX_COMPLETION_CHARACTERS, boxed_answer, final_answer, last_number, normalised
+from rlad.tasks.base import Judgement, Verdict, cannot_judge, judged
+from rlad.tasks.worker import CallFailed, Worker
+
+_MAX_MATH_CHARACTERS = 2_000
+_PROSE = re.compile(r"(?<!\\)\b[A-Za-z]{2,} [A-Za-z]{2,}")
+
+
+class Verifier:
+    """Grades completions. `judge` never raises and never hangs on any text; `close` releases the worker process."""
+
+    def __init__(self, grade: Callable[[str, str], Judgement], worker: Worker | None = None) -> None:
+        self._grade, self._worker = grade, worker
+
+    def judge(self, completion: str, answer: str) -> Judgement:
+        """Compare the last `MAX_COMPLETION_CHARACTERS` of a completion with the reference answer."""
+        try:
+            return self._grade(completion[-MAX_COMPLETION_CHARACTERS:], answer)
+        except CallFailed as failure:
+            return cannot_judge(str(failure))
+
+    def close(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+
+
+def make_verifier(name: str, *, timeout_seconds: float = 5.0) -> Verifier:
+    """The verifier called `name`; ValueError when there is none, or when what it needs is missing."""
+    if name in _IN_PROCESS:
+        return Verifier(_IN_PROCESS[name])
+    if name == "math":
+        if importlib.util.find_spec("math_verify") is None:
+            raise ValueError("the verifier 'math' needs the package math-verify: pip install \"rlad[math]\".")
+        worker = Worker(_math, timeout_seconds=timeout_seconds, initializer=_warm_up_math)
+    elif ":" in name:
+        import_function(name)
+        worker = Worker(_call_user, timeout_seconds=timeout_seconds, initializer=import_function, initargs=(name,))
+        return Verifier(lambda completion, answer: worker.call(name, completion, answer), worker)
+    else:
+        near = difflib.get_close_matches(name, [*_IN_PROCESS, "math"], n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"unknown verifier {name!r}; use 'exact', 'number', 'math' or a function of your own as "
+            f"'package.module:function'.{hint}"
+        )
+    return Verifier(worker.call, worker)
+
+
+def exact(completion: str, answer: str) -> Judgement:
+    """Whether the final answer is `answer`, apart from case, white space and markdown."""
+    wanted = normalised(answer)
+    return judged(normalised(final_answer(completion)) == wanted) if wanted else cannot_judge("the answer is empty")
+
+
+def number(completion: str, answer: str) -> Judgement:
+    """Whether the last number of the final answer (without one: of the completion) is the last one of `answer`."""
+    wanted = last_number(answer)
+    if wanted is None:
+        return cannot_judge(f"the reference answer {answer[:80]!r} has no number")
+    found = last_number(final_answer(completion))
+    return judged((last_number(completion) if found is None else found) == wanted)
+
+
+_IN_PROCESS: dict[str, Callable[[str, str], Judgement]] = {"exact": exact, "number": number}
+
+
+# --- in the worker process --------------------------------------------------------------------------------------------
+
+
+def _warm_up_math() -> None:
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own timeouts are off, on purpose here
+    _parse_math("1")
+
+
+def _parse_math(text: str) -> list[Any]:
+    """What math-verify reads in `text`: a bare formula needs dollars around it, prose must not have them."""
+    from math_verify import parse
+
+    text = text[-_MAX_MATH_CHARACTERS:].replace(r"\$", "")
+    is_bare = not _PROSE.search(text) and not any(sign in text for sign in ("$", r"\boxed", r"\(", r"\["))
+    # Its timeouts rest on signals, which exist only in a main thread; the worker process has its own clock.
+    return parse(f"${text}$" if is_bare else text, parsing_timeout=None)  # pyright: ignore[reportArgumentType]
+
+
+def _math(completion: str, answer: str) -> Judgement:
+    from math_verify import verify
+
+    wanted = _parse_math(answer)
+    if not wanted:
+        return cannot_judge(f"math-verify cannot read the reference answer {answer[:80]!r}")
+    boxed = None if "<answer>" in completion else boxed_answer(completion)
+    found = _parse_math(final_answer(completion) if boxed is None else boxed)
+    return judged(verify(wanted, found, timeout_seconds=None))
+
+
+def import_function(path: str) -> Callable[..., Any]:
+    """The function that `package.module:function` names; ValueError that says which part is wrong."""
+    module_name, _, attribute = path.partition(":")
+    wanted = "write it as 'package.module:function', with the folder of the package on PYTHONPATH."
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise ValueError(
+            f"verifier {path!r}: cannot import the module {module_name!r} ({type(error).__name__}: {error}); {wanted}"
+        ) from error
+    function: Any = getattr(module, attribute, None)
+    if function is None or not callable(function):
+        raise ValueError(f"verifier {path!r}: the module {module_name!r} has no function {attribute!r}; {wanted}")
+    try:
+        inspect.signature(function).bind("", "")
+    except TypeError as error:
+        raise ValueError(f"verifier {path!r} must be callable as function(completion, answer): {error}.") from error
+    return function
+
+
+def _call_user(path: str, completion: str, answer: str) -> Judgement:
+    result: Any = import_function(path)(completion, answer)
+    match result.item() if hasattr(result, "item") else result:  # scalars of numpy and torch
+        case Verdict.CANNOT_JUDGE:
+            return cannot_judge("the verifier says so")
+        case Verdict() as verdict:
+            return judged(verdict is Verdict.CORRECT)
+        case bool(is_correct):
+            return judged(is_correct)
+        case int(reward) | float(reward) if 0 <= reward <= 1:
+            return Judgement(Verdict.CORRECT if reward == 1 else Verdict.WRONG, float(reward))
+    return cannot_judge(f"the verifier returned {result!r:.80}, not a bool, a number from 0 to 1 or a Verdict")

@@ -1,0 +1,173 @@
+import time
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlad.tasks.answers import (
+    boxed_answer,
+    evaluate_arithmetic,
+    final_answer,
+    last_number,
+    marked_answer,
+    normalised,
+)
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        ("<answer>1</answer> no, <answer> 2 </answer> Answer: 3", "2"),
+        ("cut off <answer>2", "2"),
+        ("<answer></answer>", ""),
+        ("Answer: 1\nAnswer: 2", "2"),
+        ("The final ANSWER: 2 \n", "2"),
+        ("**Answer:** 2", "2"),
+        ("**Answer: 2**", "2"),
+        ("Answer: **2**", "2"),
+        ("**Answer:** **2**", "2"),
+        ("<answer>**2**</answer>", "2"),
+        ("So:\n**2**\n", "2"),
+        ("Answer: **2** or **3**", "**2** or **3**"),
+        ("Answer: 2**3", "2**3"),
+        ("Answer:\n1 2\n3 4\n", "1 2\n3 4"),
+        ("I think\n\n it is 2 \n\n", "it is 2"),
+        ("", ""),
+        ("x" * 300_000 + "\n2", "2"),
+    ],
+)
+def test_final_answer(completion, answer):
+    assert final_answer(completion) == answer
+
+
+def test_marked_answer_needs_a_mark():
+    assert marked_answer("it is 2") is None
+    assert marked_answer("Answer:") == ""
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        (r"so \boxed{1}, rather \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        (r"\boxed{\{1, 2\}} and }", r"\{1, 2\}"),
+        (r"\boxed{3", "3"),
+        (r"\boxed 3", None),
+        ("{3}", None),
+    ],
+)
+def test_boxed_answer(completion, answer):
+    assert boxed_answer(completion) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "result"),
+    [
+        ("  **Paris**. ", "paris"),
+        ("*The*  `Answer`\n is _Paris_", "the answer is paris"),
+        ("x**2 + 2 * snake_case", "x**2 + 2 * snake_case"),
+        ("3.5 is .5", "3.5 is .5"),
+        ("# A", "# a"),
+    ],
+)
+def test_normalised(text, result):
+    assert normalised(text) == result
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("42", 42),
+        ("It costs $1,234,567.50.", Fraction("1234567.5")),
+        ("\\$5", 5),
+        ("-$5", -5),
+        ("x = -7", -7),
+        ("x = \N{MINUS SIGN}7", -7),
+        ("10-3", 3),
+        ("f(2)-3", 3),
+        ("10 - 3 = 7", 7),
+        ("+.5", Fraction(1, 2)),
+        ("12%", 12),
+        ("3/4.", Fraction(3, 4)),
+        ("-3 / 4", Fraction(-3, 4)),
+        ("1.5/2.5", Fraction(3, 5)),
+        ("1/0", None),
+        ("1e-3.", Fraction(1, 1000)),
+        ("2e", 2),
+        ("1,2", 2),
+        ("1,0000", 0),
+        ("12,345 or 1,23", 23),
+        ("between 5\N{EN DASH}10", 10),
+        ("007", 7),
+        ("0.1", Fraction(1, 10)),
+        ("#### 18", 18),
+        ("none", None),
+        ("", None),
+        ("\N{ARABIC-INDIC DIGIT THREE}", None),
+        ("9" * 500, int("9" * 500)),
+        ("9" * 501, None),
+    ],
+)
+def test_last_number(text, value):
+    assert last_number(text) == value
+
+
+@pytest.mark.parametrize(
+    ("expression", "value", "numbers"),
+    [
+        ("82 + 20 + 67 - 50", 119, [82, 20, 67, 50]),
+        ("(1 + 2) * 3", 9, [1, 2, 3]),
+        ("-1 / 3", Fraction(-1, 3), [1, 3]),
+        (" 7 ", 7, [7]),
+    ],
+)
+def test_evaluate_arithmetic(expression, value, numbers):
+    assert evaluate_arithmetic(expression) == (value, numbers)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "2 ** 3", "9**9**9**9", "7 // 2", "1 / 0", "1 +", "", "x", "True", "1.5", "'a' * 3", "(1, 2)", "abs(1)",
+        "1 if 1 else 2",
+        "__import__('os')._exit(1)", "1 = 1", "1\x00", "(" * 300, "-" * 499 + "1 +", "1+" * 300 + "1", "[1][0]", "lambda: 1",
+    ],
+)  # fmt: skip
+def test_what_is_no_arithmetic(expression):
+    assert evaluate_arithmetic(expression) is None
+
+
+ANY_TEXT = st.one_of(
+    st.text(st.characters(exclude_categories=()), max_size=200),
+    st.text("<answer>/Answer: \\boxed{}0123456789,.-+$%eE()*_`#\n\x00", max_size=200),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(ANY_TEXT)
+def test_any_text_has_answers_without_raising(text):
+    assert final_answer(text) in text or "**" in text
+    assert normalised(f" {text}\n") == normalised(text)
+    last_number(text), boxed_answer(text), evaluate_arithmetic(text)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.text("abcxyz0123", min_size=1), min_size=1), st.sampled_from(["**", "*", "_", "`"]))
+def test_normalised_ignores_markdown_case_and_space(words, mark):
+    assert normalised(mark + "\n ".join(words).upper() + mark + ".") == " ".join(words)
+
+
+@pytest.mark.parametrize(
+    "unit", ["a", "1", ",", "1,", "1,111", "1/", ".", "-", "answer:", "<answer>", "\\boxed{", "{", "**", " ", "\x00"]
+)
+def test_megabytes_take_less_than_a_second(unit):
+    text = unit * (2_000_000 // len(unit))
+    started = time.process_time()
+    final_answer(text), normalised(text), last_number(text), boxed_answer(text), evaluate_arithmetic(text)
+    assert time.process_time() - started < 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.fractions(), st.text("abc xyz\n", max_size=20))
+def test_last_number_reads_every_fraction_back(value, before):
+    assert last_number(f"{before} {value}") == value

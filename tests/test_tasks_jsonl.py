@@ -1,0 +1,159 @@
+import json
+import sys
+from collections import Counter
+
+import pytest
+
+from rlad.tasks.base import SPLITS, Verdict, split_of, text_key
+from rlad.tasks.jsonl import JsonlTask
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(rows, name="data.jsonl") -> str:
+        path = tmp_path / name
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        path.write_text("\n".join(lines), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def questions(num: int, offset: int = 0) -> list[dict]:
+    return [{"prompt": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(offset, offset + num)]
+
+
+def test_splits_by_the_hash_of_the_prompt(write):
+    task = JsonlTask(write(questions(300)))
+    prompts = {split: {task.problem(split, i).prompt for i in range(task.num_problems(split))} for split in SPLITS}
+    assert set.union(*prompts.values()) == {row["prompt"] for row in questions(300)}
+    for split in SPLITS:
+        assert len(prompts[split]) == task.num_problems(split)
+        assert {split_of(text_key(prompt)) for prompt in prompts[split]} == {split}
+
+
+def test_equal_prompts_stay_together(write):
+    rows = [row | {"prompt": form(row["prompt"])} for row in questions(60) for form in (str.upper, str.lower, " {}\n".format)]
+    task = JsonlTask(write(rows))
+    assert [task.num_problems(split) % 3 for split in SPLITS] == [0, 0, 0]
+
+
+def test_every_epoch_has_every_problem_in_another_order(write):
+    task = JsonlTask(write(questions(100)))
+    num = task.num_problems("train")
+    epochs = [[task.problem("train", epoch * num + i).answer for i in range(num)] for epoch in range(3)]
+    assert Counter(epochs[0]) == Counter(epochs[1]) == Counter(epochs[2])
+    assert max(Counter(epochs[0]).values()) == 1
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    again = JsonlTask(write(questions(100)))
+    assert [again.problem("train", num + i).answer for i in range(num)] == epochs[1]
+    assert [task.problem("train", i, seed=1).answer for i in range(num)] != epochs[0]
+
+
+def test_held_out_files_are_used_as_they_are(write):
+    train = write(questions(50), "train.jsonl")
+    validation, test = write(questions(5, 100), "validation.jsonl"), write(questions(7, 200), "test.jsonl")
+    task = JsonlTask(train, validation, test)
+    assert [task.num_problems(split) for split in SPLITS] == [50, 5, 7]
+    # Without a test file the test split is the share of the training file.
+    task = JsonlTask(train, validation)
+    share = sum(split_of(text_key(row["prompt"])) == "test" for row in questions(50))
+    assert share > 0
+    assert [task.num_problems(split) for split in SPLITS] == [50 - share, 5, share]
+
+
+def test_training_prompts_that_are_held_out_are_refused(write):
+    train = write([*questions(50), {"prompt": "WHAT  is 201 + 1?", "answer": "202"}, *questions(1, 203)])
+    with pytest.raises(
+        ValueError, match=r"data.jsonl: 2 of its 52 prompts also stand in .*test.jsonl, for example 'WHAT  is 201"
+    ):
+        JsonlTask(train, test_path=write(questions(7, 200), "test.jsonl"))
+
+
+def test_fields_numbers_and_blank_lines(write):
+    rows = [{"q": f"q {i}", "a": value} for i, value in enumerate([3, 2.5, "x", -1] * 30)]
+    task = JsonlTask(write(["", *map(json.dumps, rows), " "]), prompt_field="q", answer_field="a", verifier="number")
+    assert {task.problem("train", i).answer for i in range(60)} == {"3", "2.5", "x", "-1"}
+    problem = next(p for i in range(60) if (p := task.problem("train", i)).answer == "2.5")
+    assert task.judge(problem, "it is 5/2").verdict == Verdict.CORRECT
+    assert task.judge(problem, "it is 2").verdict == Verdict.WRONG
+
+
+def test_a_verifier_of_your_own(write):
+    task = JsonlTask(write(questions(60)), verifier="user_verifiers:by_completion", timeout_seconds=1)
+    problem = task.problem("train", 0)
+    assert task.judge(problem, problem.answer).reward == 1
+    assert task.judge(problem, "half").reward == 0.5
+    assert task.judge(problem, "raise").verdict == Verdict.CANNOT_JUDGE
+    task.close()
+
+
+GOOD = '{"prompt": "p", "answer": "a"}'
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([GOOD, "{prompt: 1}"], r"data.jsonl, line 2: not JSON \(Expecting property name.*\); write one JSON object"),
+        (
+            [GOOD, "", '["p", "a"]'],
+            "data.jsonl, line 3: holds a list; write a JSON object with the fields 'prompt' and 'answer'",
+        ),
+        (
+            ['{"question": "p", "answer": 1}'],
+            "line 1: has no field 'prompt', only 'question', 'answer'; name it with prompt_field",
+        ),
+        (['{"prompt": "p"}'], "line 1: has no field 'answer', only 'prompt'; name it with answer_field"),
+        (['{"prompt": 3, "answer": 1}'], "line 1: the field 'prompt' is 3; give a string that is not empty"),
+        (['{"prompt": " ", "answer": 1}'], "line 1: the field 'prompt' is \" \"; give a string"),
+        (['{"prompt": "p", "answer": true}'], "line 1: the field 'answer' is true; give a string"),
+        (['{"prompt": "p", "answer": null}'], "line 1: the field 'answer' is null; give a string"),
+        (['{"prompt": "p", "answer": ["a"]}'], r"line 1: the field 'answer' is \[\"a\"\]; give a string"),
+        (['{"prompt": "\\ud800", "answer": "a"}'], "line 1: the field 'prompt' has half of a surrogate pair"),
+        (["[" * 100_000], "line 1: not JSON"),
+        ([], "data.jsonl: the file is empty; write one JSON object a line"),
+        ([" ", ""], "data.jsonl: the file is empty"),
+        ([GOOD], "data.jsonl: none of its 1 problems falls into the split validation; give more problems"),
+    ],
+)
+def test_bad_lines_are_named(write, lines, message):
+    with pytest.raises(ValueError, match=message):
+        JsonlTask(write(lines))
+
+
+def test_other_bad_input_is_refused(write, tmp_path):
+    with pytest.raises(ValueError, match=r"gone.jsonl: there is no such file; give the path"):
+        JsonlTask(str(tmp_path / "gone.jsonl"))
+    (tmp_path / "latin.jsonl").write_bytes('{"prompt": "né", "answer": "a"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin.jsonl, line 1: not JSON \('utf-8' codec"):
+        JsonlTask(str(tmp_path / "latin.jsonl"))
+    with pytest.raises(ValueError, match="unknown verifier 'exakt'"):
+        JsonlTask(write(questions(50)), verifier="exakt")
+    with pytest.raises(ValueError, match="use one of train, validation, test"):
+        JsonlTask(write(questions(50))).problem("dev", 0)
+
+
+def test_other_paths_need_the_package_datasets(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r'data.json: a path that does not end in .jsonl .* pip install "rlad\[datasets\]"'):
+        JsonlTask("data.json")
+
+
+@pytest.mark.datasets
+def test_hugging_face_folders(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="needs the optional package datasets")
+    rows = datasets.Dataset.from_list(questions(50))
+    rows.save_to_disk(str(tmp_path / "plain"))
+    assert JsonlTask(str(tmp_path / "plain")).problem("train", 0).prompt.startswith("What is")
+    held_out = datasets.Dataset.from_list(questions(7, 100))
+    folder = str(tmp_path / "splits")
+    datasets.DatasetDict({"train": rows, "test": held_out}).save_to_disk(folder)
+    task = JsonlTask(folder, test_path=folder)
+    assert task.num_problems("test") == 7
+    assert sum(task.num_problems(split) for split in SPLITS) == 57
+    with pytest.raises(ValueError, match="it has no split 'validation', only train, test"):
+        JsonlTask(folder, validation_path=folder)
+    with pytest.raises(ValueError, match="datasets cannot load it"):
+        JsonlTask(str(tmp_path))
+    with pytest.raises(ValueError, match=r"plain, row 1: has no field 'question'"):
+        JsonlTask(str(tmp_path / "plain"), prompt_field="question")

@@ -1,0 +1,66 @@
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+
+from rlad.tasks import SPLITS, TASKS, make_task
+
+
+def test_the_table_names_every_task():
+    assert list(TASKS) == ["knights_and_knaves", "arithmetic", "countdown", "reasoning_gym", "jsonl"]
+    for row in TASKS.values():
+        module, _, attribute = row.constructor.partition(":")
+        assert callable(getattr(importlib.import_module(module), attribute))
+        assert row.summary.endswith(".") and row.extra in ("", "reasoning-gym")
+
+
+def test_importing_tasks_imports_nothing_heavy():
+    show = "import rlad.tasks, rlad.tasks.logic, rlad.tasks.jsonl, rlad.tasks.reasoning_gym, sys; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, check=True).stdout.split()
+    assert "rlad.tasks.verifiers" in modules
+    assert not {"torch", "transformers", "numpy", "sympy", "reasoning_gym", "math_verify", "datasets"} & set(modules)
+
+
+def test_make_task_passes_the_options_on():
+    task = make_task("knights_and_knaves", num_people=[2, 4], instructions=False)
+    assert task.name == "knights_and_knaves"
+    assert [task.problem("train", index).difficulty for index in range(2)] == ["2 people", "4 people"]
+    task.close()
+
+
+def test_every_task_keeps_the_contract(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": f"{i}?", "answer": i}) for i in range(60)))
+    options = {"jsonl": {"path": str(path)}, "reasoning_gym": {"dataset": "gcd"}}
+    for name, row in TASKS.items():
+        if row.extra and importlib.util.find_spec(row.extra.replace("-", "_")) is None:
+            continue
+        task = make_task(name, **options.get(name, {}))
+        for split in SPLITS:
+            problem = task.problem(split, 3, seed=1)
+            assert problem == task.problem(split, 3, seed=1)
+            assert problem.prompt and problem.answer and problem.key
+            assert json.dumps(problem.metadata)
+            assert task.judge(problem, f"I think so.\nAnswer: {problem.answer}").reward == 1
+            assert task.judge(problem, "Answer: 7, or what was it?").reward == 0
+            num = task.num_problems(split)
+            assert num is None or num > 0
+        task.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"type": "knights_and_knives"}, "there is no task 'knights_and_knives'; did you mean 'knights_and_knaves'?"),
+        ({"type": "."}, "there is no task '.'; use one of knights_and_knaves, arithmetic, countdown, reasoning_gym, jsonl"),
+        ({"type": "knights_and_knaves", "people": [3]}, "has no option 'people'; did you mean 'num_people'?"),
+        ({"type": "arithmetic", "dataset": "x"}, "the task 'arithmetic' has no option 'dataset'; use one of options, "),
+        ({"type": "jsonl"}, "the task 'jsonl' needs the option 'path'"),
+        ({"type": "knights_and_knaves", "num_people": [1]}, "give a list of whole numbers"),
+    ],
+)
+def test_mistakes_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_task(**arguments)

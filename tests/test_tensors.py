@@ -1,0 +1,168 @@
+"""Masks that let nothing through, and log-probs in chunks against `log_softmax`."""
+
+import math
+
+import pytest
+import torch
+from tiny_models import LargestTensor
+from torch import Tensor
+
+from rlad.tensors import clean, keep_finite, masked_mean_of_rows, per_token, token_logprobs
+
+NAN, INF = math.nan, math.inf
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+def test_keep_finite_needs_every_value() -> None:
+    mask = torch.tensor([[True, True, True, True, False]])
+    first = torch.tensor([[1.0, NAN, 1.0, -INF, 1.0]])
+    second = torch.tensor([[1.0, 1.0, INF, 1.0, 1.0]])
+    assert keep_finite(mask, first, second).tolist() == [[True, False, False, False, False]]
+    assert keep_finite(mask, first).tolist() == [[True, False, True, False, False]]
+    assert keep_finite(mask).tolist() == mask.tolist()
+
+
+def test_clean_before_exp_keeps_nan_out_of_the_gradient() -> None:
+    values = torch.tensor([1.0, NAN, INF, -INF, 2000.0], requires_grad=True)
+    mask = torch.tensor([True, False, False, False, False])
+    clean(values, mask).exp().mul(mask).sum().backward()
+    assert values.grad is not None
+    assert values.grad.tolist() == [pytest.approx(math.e), 0, 0, 0, 0]
+
+
+def test_selecting_after_exp_is_the_trap_that_clean_avoids() -> None:
+    """`torch.where` on the loss alone: the value is right, the gradient is 0 * inf = NaN."""
+    values = torch.tensor([1.0, 2000.0], requires_grad=True)
+    loss = torch.where(torch.tensor([True, False]), values.exp(), torch.zeros(())).sum()
+    loss.backward()
+    assert loss.item() == pytest.approx(math.e)
+    assert values.grad is not None
+    assert math.isnan(values.grad[1])
+
+
+def test_per_token_takes_both_shapes() -> None:
+    mask = torch.tensor([[True, True], [True, False]])
+    assert per_token(torch.tensor([2.0, -1.0]), mask).tolist() == [[2, 2], [-1, 0]]
+    assert per_token(torch.tensor([[2.0, 3.0], [-1.0, NAN]]), mask).tolist() == [[2, 3], [-1, 0]]
+
+
+def test_mean_of_rows_by_hand() -> None:
+    values = torch.tensor([[1.0, 3.0, NAN], [5.0, NAN, NAN], [NAN, NAN, NAN]])
+    mask = torch.tensor([[True, True, False], [True, False, False], [False, False, False]])
+    assert masked_mean_of_rows(values, mask).tolist() == [[2], [5], [0]]
+
+
+# --- log-probs in chunks ----------------------------------------------------------------------------------------------
+
+
+def inputs(num_tokens: int = 37, hidden: int = 8, vocabulary: int = 23, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(num_tokens)
+    shapes = ((num_tokens, hidden), (vocabulary, hidden), (vocabulary,))
+    floats = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
+    return [*floats, torch.randint(vocabulary, (num_tokens,), generator=generator)]
+
+
+def direct(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The definition, with the whole matrix of logits."""
+    logprobs = ((hidden @ weight.T + (0 if bias is None else bias)) / temperature).log_softmax(dim=-1)
+    return logprobs[torch.arange(len(ids)), ids], -(logprobs.exp() * logprobs).sum(dim=-1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 37, 256])
+def test_values_and_gradients_are_those_of_log_softmax(chunk_tokens: int, has_bias: bool, temperature: float) -> None:
+    hidden, weight, bias, ids = inputs()
+    leaves = [hidden, weight, bias] if has_bias else [hidden, weight]
+    upstream = torch.randn(len(ids), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    expected, expected_entropy = direct(hidden, weight, bias if has_bias else None, ids, temperature)
+    expected_gradients = torch.autograd.grad((expected * upstream).sum(), leaves)
+    ours, entropy = token_logprobs(
+        hidden, weight, bias if has_bias else None, ids, temperature=temperature, chunk_tokens=chunk_tokens
+    )
+    gradients = torch.autograd.grad((ours * upstream).sum(), leaves)
+
+    assert torch.allclose(ours, expected, rtol=0, atol=1e-13)
+    assert torch.allclose(entropy, expected_entropy, rtol=0, atol=1e-13)
+    assert not entropy.requires_grad
+    for gradient, wanted in zip(gradients, expected_gradients, strict=True):
+        assert torch.allclose(gradient, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_gradcheck() -> None:
+    hidden, weight, bias, ids = inputs(num_tokens=5, hidden=3, vocabulary=4)
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: token_logprobs(h, w, b, ids, temperature=0.7, chunk_tokens=2)[0], (hidden, weight, bias)
+    )
+
+
+def test_gradients_only_where_they_are_wanted() -> None:
+    hidden, weight, bias, ids = inputs()
+    whole = torch.autograd.grad(token_logprobs(hidden, weight, bias, ids)[0].sum(), [hidden, weight])
+    (only_hidden,) = torch.autograd.grad(token_logprobs(hidden, weight.detach(), None, ids)[0].sum(), [hidden])
+    (without_bias,) = torch.autograd.grad(token_logprobs(hidden, weight, None, ids)[0].sum(), [hidden])
+    assert torch.equal(only_hidden, without_bias)
+    (only_weight,) = torch.autograd.grad(token_logprobs(hidden.detach(), weight, bias.detach(), ids)[0].sum(), [weight])
+    assert torch.equal(only_weight, whole[1])
+
+
+def test_a_second_derivative_is_refused() -> None:
+    """The backward pass is not itself differentiable; a wrong number would be worse than an error."""
+    hidden, weight, bias, ids = inputs()
+    (gradient,) = torch.autograd.grad(token_logprobs(hidden, weight, bias, ids)[0].sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_bfloat16_inputs_are_exact_but_for_the_logits_rounding() -> None:
+    """bfloat16 keeps 8 bits: a logit of size x is off by at most x/2^8 (one rounding, halved), the log-prob by twice that."""
+    hidden, weight, bias, ids = inputs(num_tokens=300, hidden=16, vocabulary=50, dtype=torch.bfloat16)
+    wide = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight, bias)]
+    ours, _ = token_logprobs(hidden, weight, bias, ids)
+    expected, _ = direct(*wide, ids)
+    largest_logit = float((wide[0] @ wide[1].T + wide[2]).abs().max())
+    assert ours.dtype == torch.float32
+    assert float((ours - expected).abs().max()) < 2 * largest_logit / 2**8
+
+    gradients = torch.autograd.grad(ours.sum(), [hidden, weight, bias])
+    for gradient, wanted in zip(gradients, torch.autograd.grad(expected.sum(), wide), strict=True):
+        assert gradient.dtype == torch.bfloat16
+        assert float((gradient - wanted).norm() / wanted.norm()) < 0.02
+
+
+def test_no_tokens_give_no_logprobs_and_zero_gradient() -> None:
+    hidden, weight, bias, ids = inputs(num_tokens=0)
+    logprobs, entropy = token_logprobs(hidden, weight, bias, ids)
+    assert (logprobs.shape, entropy.shape, logprobs.dtype) == ((0,), (0,), torch.float64)
+    logprobs.sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad.shape == hidden.shape
+    assert weight.grad is not None
+    assert (weight.grad == 0).all()
+
+
+def test_a_token_of_probability_zero() -> None:
+    """A bias of -inf: log-prob -inf for that token, finite entropy and gradients for the others."""
+    hidden, weight, bias, ids = inputs()
+    with torch.no_grad():
+        bias[3] = -INF
+    ids[:] = 5
+    logprobs, entropy = token_logprobs(hidden, weight, bias, ids)
+    assert torch.isfinite(entropy).all()
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(logprobs.sum(), [hidden, weight, bias]))
+    ids[0] = 3
+    assert token_logprobs(hidden, weight, bias, ids)[0][0] == -INF
+
+
+def test_memory_does_not_grow_with_tokens_times_vocabulary() -> None:
+    num_tokens, vocabulary, chunk_tokens = 4096, 512, 64
+    hidden, weight, _, ids = inputs(num_tokens=num_tokens, hidden=4, vocabulary=vocabulary, dtype=torch.float32)
+    with LargestTensor() as ours:
+        token_logprobs(hidden, weight, None, ids, chunk_tokens=chunk_tokens)[0].sum().backward()
+    assert ours.num_elements == chunk_tokens * vocabulary
+    with LargestTensor() as whole:
+        direct(hidden, weight, None, ids)[0].sum().backward()
+    assert whole.num_elements == num_tokens * vocabulary

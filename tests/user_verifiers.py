@@ -1,0 +1,54 @@
+"""Verifiers as users write them, good and bad; loaded by name in the worker process."""
+
+import os
+import signal
+import sys
+import time
+
+from rlad.tasks import Verdict
+
+CALLS = {
+    "equal": lambda completion, answer: completion.strip() == answer,
+    "half": lambda completion, answer: 0.5,
+    "one": lambda completion, answer: 1,
+    "verdict": lambda completion, answer: Verdict.CORRECT,
+    "no verdict": lambda completion, answer: Verdict.CANNOT_JUDGE,
+    "hang": lambda completion, answer: time.sleep(600),
+    "raise": lambda completion, answer: {}["no such key"],
+    "die": lambda completion, answer: os._exit(3),
+    "die quietly": lambda completion, answer: os._exit(0),
+    "segfault": lambda completion, answer: os.kill(os.getpid(), signal.SIGSEGV),
+    "exit": lambda completion, answer: sys.exit("enough"),
+    "interrupt": lambda completion, answer: signal.raise_signal(signal.SIGINT) or interrupt(),
+    "nothing": lambda completion, answer: None,
+    "text": lambda completion, answer: "correct?",
+    "seven": lambda completion, answer: 7,
+    "nan": lambda completion, answer: float("nan"),
+    "not picklable": lambda completion, answer: lambda: None,
+    "bad repr": lambda completion, answer: BadRepr(),
+}
+
+
+class BadRepr:
+    def __repr__(self) -> str:
+        raise RuntimeError("no repr")
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def by_completion(completion: str, answer: str) -> object:
+    """Does what the completion says, so that one process meets every kind of trouble in turn."""
+    return CALLS.get(completion, CALLS["equal"])(completion, answer)
+
+
+def one_argument(completion: str) -> bool:
+    return True
+
+
+def process_id(completion: str, answer: str) -> float:
+    return os.getpid() / 2**40
+
+
+not_a_function = 3
