@@ -6,9 +6,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from rlad.language_model import LanguageModel
+from rlad.language_model import LanguageModel, remove_dropout
 
 VOCABULARY = 64
 PAD, EOS, SECOND_EOS = 0, 1, 2
@@ -42,6 +42,7 @@ def tiny_model(family: str = "llama", *, seed: int = 0, **settings: Any) -> PreT
             for parameter in model.parameters():
                 # Large weights: every token depends on those before it, so a mistake in mask or position shows.
                 parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    remove_dropout(model)
     return model.eval()
 
 

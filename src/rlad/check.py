@@ -1,25 +1,32 @@
 """`rlad check`: what a config will do and whether it can, without training and without loading weights."""
 
+import json
+import os
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM
+from rich.text import Text
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from rlad.config import RunConfig
-from rlad.config_file import dump_config
-from rlad.engines.native import check_prompt_length
-from rlad.language_model import EMBEDDED, context_tokens, load_tokenizer, pick_device
+from rlad.config_file import changed_settings
+from rlad.console import printable
+from rlad.language_model import EMBEDDED, context_tokens, end_token_ids, load_model_config, load_tokenizer, pick_device
 from rlad.objectives import OBJECTIVES
-from rlad.prompts import prompt_token_ids
-from rlad.tasks import make_task
-from rlad.teachers.compatibility import Finding, compare_tokenizers
+from rlad.run_dir import RunDirectory
+from rlad.tasks import Verdict, make_task
+from rlad.teachers.compatibility import Finding, compare_contexts, compare_tokenizers
+from rlad.training import longest_prompt
 
-NUM_PROBED_PROBLEMS = 20
+Result = TypeVar("Result")
 _GIB = 1024**3
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_MARKS = {"ok": "[green]✓[/]", "warning": "[yellow]![/]", "error": "[red]✗[/]"}
+_MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "error": ("✗", "red")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +37,9 @@ class MemoryEstimate:
     gradients_and_optimizer: int
     teacher_weights: int
     reference_weights: int
+    sampler_cache: int
     activations: int
-    logprobs: int
+    logits: int
 
     @property
     def total(self) -> int:
@@ -47,7 +55,7 @@ class CheckReport:
 
     @property
     def errors(self) -> list[Finding]:
-        return [finding for finding in self.findings if finding.level == "error"]
+        return _errors(self.findings)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -59,15 +67,31 @@ class CheckReport:
         }
 
 
+def _errors(findings: list[Finding]) -> list[Finding]:
+    return [finding for finding in findings if finding.level == "error"]
+
+
 def check_run(config: RunConfig) -> CheckReport:
     """Everything that can be known before weights are loaded. What cannot work is an `error` among the findings."""
     findings: list[Finding] = []
-    for check in (_check_devices, _check_models, _check_task):
+
+    def attempt(subject: str, check: Callable[[RunConfig], Result]) -> Result | None:
         try:
-            findings += check(config)
+            return check(config)
         except ValueError as error:
-            findings.append(Finding("error", check.__name__.removeprefix("_check_"), str(error)))
-    memory = None if any(f.level == "error" and f.subject == "models" for f in findings) else estimate_memory(config)
+            findings.append(Finding("error", subject, str(error)))
+            return None
+
+    findings += attempt("run directory", _check_run_dir) or []
+    findings += attempt("device", _check_devices) or []
+    findings += attempt("models", _check_models) or []
+    findings += attempt("task", _check_verifier) or []
+    memory = None
+    if not _errors(findings) and (prompt_tokens := attempt("prompts", _longest_prompt)):
+        needed, context = prompt_tokens + config.rollout.max_completion_tokens, _context(config) or "unlimited"
+        message = f"the longest has {prompt_tokens} tokens, with its completion {needed} of {context}"
+        memory = estimate_memory(config, prompt_tokens)
+        findings += [Finding("ok", "prompts", message), _compare_memory(memory, pick_device(config.student.device))]
     return CheckReport(config, describe_plan(config), findings, memory)
 
 
@@ -78,90 +102,156 @@ def describe_plan(config: RunConfig) -> list[str]:
     plan = [
         f"{loop.num_steps} optimiser steps, {loop.steps_per_rollout_batch} on each batch of {num_rollouts} rollouts "
         f"({rollout.prompts_per_batch} prompts x {rollout.group_size})",
-        f"objective {config.objective.type} ({row.paper}): " + "; ".join(row.formula.splitlines()),
-        f"the teacher scores {'each sampled token once' if row.needs_teacher else 'nothing'}",
+        f"objective {config.objective.type} ({row.paper})",
+        *(f"    {line}" for line in row.formula.splitlines()),
+        "the teacher scores each sampled token once" if row.needs_teacher else "no teacher",
     ]
     if loop.kl_coef:
         plan.append("the initial student scores each sampled token once (KL leash)")
     if loop.steps_per_rollout_batch > 1:
         plan.append("the old policy scores each sampled token once (several steps on one rollout batch)")
     if row.zero_advantage_is_zero_gradient and not loop.kl_coef:
-        plan.append("completions of advantage 0 are left out of scoring and update (they contribute exactly nothing)")
+        plan.append("completions of advantage 0 are left out of scoring and update: they contribute exactly nothing")
     return plan
+
+
+def _check_run_dir(config: RunConfig) -> list[Finding]:
+    run = RunDirectory(config.directory)
+    if run.exists():
+        message = f"{run.path} holds a run already: train needs --resume, --overwrite or another run_dir"
+        return [Finding("warning", "run directory", message)]
+    run.require_free(overwrite=False)
+    parent = next(p for p in (run.path.absolute(), *run.path.absolute().parents) if p.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        return [Finding("error", "run directory", f"{run.path} cannot be made in {parent}; choose another run_dir.")]
+    return [Finding("ok", "run directory", f"{run.path} is free")]
 
 
 def _check_devices(config: RunConfig) -> list[Finding]:
     devices = {"student": config.student.device} | ({"teacher": config.teacher.device} if config.teacher else {})
-    return [Finding("ok", f"{who} device", str(pick_device(device))) for who, device in devices.items()]
+    picked = {who: pick_device(device) for who, device in devices.items()}
+    return [Finding("ok", "device", ", ".join(f"{who} {device}" for who, device in picked.items()))]
 
 
 def _check_models(config: RunConfig) -> list[Finding]:
-    student = load_tokenizer(config.student.model)
-    context = context_tokens(config.student.model)
-    findings = [Finding("ok", "context", f"the student's context is {context or 'not stated'} tokens")]
-    if config.teacher is not None and OBJECTIVES[config.objective.type].needs_teacher:
-        findings += compare_tokenizers(student, load_tokenizer(config.teacher.model))
-    return findings
+    student, student_config = load_tokenizer(config.student.model), load_model_config(config.student.model)
+    _require_weights(config.student.model)
+    end = ", ".join(map(repr, student.convert_ids_to_tokens(list(end_token_ids(student_config, None, student)))))
+    findings = [Finding("ok", "student", f"{config.student.model} ({student_config.model_type}), ends with {end}")]
+    context = context_tokens(student_config)
+    if config.teacher is None or not OBJECTIVES[config.objective.type].needs_teacher:
+        return [*findings, Finding("ok", "context", f"student {context or 'not stated'} tokens")]
+    teacher, teacher_config = load_tokenizer(config.teacher.model), load_model_config(config.teacher.model)
+    _require_weights(config.teacher.model)
+    findings.append(Finding("ok", "teacher", f"{config.teacher.model} ({teacher_config.model_type})"))
+    findings.append(compare_contexts(config.rollout, context, context_tokens(teacher_config)))
+    return findings + compare_tokenizers(student, teacher)
 
 
-def _check_task(config: RunConfig) -> list[Finding]:
-    tokenizer, context = load_tokenizer(config.student.model), context_tokens(config.student.model)
-    task = make_task(**config.task.model_dump())
-    try:
-        longest = 0
-        for split in ("train", "validation", "test"):
-            for i in range(min(NUM_PROBED_PROBLEMS, task.num_problems(split) or NUM_PROBED_PROBLEMS)):
-                prompt = prompt_token_ids(tokenizer, task.problem(split, i).prompt, config.rollout.prompt_format)
-                check_prompt_length(len(prompt), f"{split} problem {i}", config, context)
-                longest = max(longest, len(prompt))
-    finally:
-        task.close()
-    return [Finding("ok", "task", f"{config.task.type}: longest of {NUM_PROBED_PROBLEMS} prompts a split is {longest} tokens")]
+def _require_weights(name: str) -> None:
+    folder = Path(EMBEDDED.get(name, name))
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise ValueError(f"model folder {name!r} has no *.safetensors file; save its weights there with `save_pretrained`.")
 
 
-def estimate_memory(config: RunConfig) -> MemoryEstimate:
+def _check_verifier(config: RunConfig) -> list[Finding]:
+    """Whether the task can be made, and its verifier can judge at all: tried on a reference answer."""
+    with closing(make_task(**config.task.model_dump())) as task:
+        problem = task.problem("train", 0)
+        judgement = task.judge(problem, problem.answer)
+    if judgement.verdict != Verdict.CANNOT_JUDGE:
+        return [Finding("ok", "task", f"{task.name}, its verifier judges")]
+    message = f"{task.name}: the verifier cannot judge the reference answer {problem.answer!r} of training problem 0"
+    return [Finding("warning", "task", f"{message}: {judgement.reason}")]
+
+
+def _longest_prompt(config: RunConfig) -> int:
+    with closing(make_task(**config.task.model_dump())) as task:
+        return longest_prompt(config, task, load_tokenizer(config.student.model), _context(config))
+
+
+def _context(config: RunConfig) -> int | None:
+    return context_tokens(load_model_config(config.student.model))
+
+
+def estimate_memory(config: RunConfig, prompt_tokens: int) -> MemoryEstimate:
     """Weights are float32 for the student (AdamW: weight, gradient and two moments are 16 bytes a parameter).
 
-    Activations: about 34 bytes x hidden size a token and layer in 16 bit (arXiv 2205.05198, without the attention matrix), twice that
-    in float32; with gradient checkpointing one layer's, plus the layer inputs.
+    Activations: about 34 bytes x hidden size a token and layer in 16 bit (arXiv 2205.05198, without the attention matrix),
+    twice that in float32; with gradient checkpointing one layer's, plus the layer inputs.
     """
+    rollout, loop, teacher = config.rollout, config.optimization, config.teacher
     num_parameters, shape = _count_parameters(config.student.model)
-    teacher = config.teacher
     teacher_parameters = _count_parameters(teacher.model)[0] if teacher is not None else 0
-    width = 2 if config.student.dtype == "float32" else 1
-    per_layer = 34 * shape.hidden_size * width * config.optimization.tokens_per_batch
-    inputs = 2 * width * shape.hidden_size * shape.num_hidden_layers * config.optimization.tokens_per_batch
-    checkpointed = config.student.gradient_checkpointing
+    layers, hidden, width = shape.num_hidden_layers, shape.hidden_size, _BYTES[config.student.dtype]
+    sequence, num_rollouts = prompt_tokens + rollout.max_completion_tokens, rollout.prompts_per_batch * rollout.group_size
+    tokens = min(loop.tokens_per_batch, num_rollouts * sequence)
+    per_layer = 17 * width * hidden * tokens
+    checkpointed = per_layer + width * hidden * layers * tokens
     return MemoryEstimate(
         student_weights=4 * num_parameters,
         gradients_and_optimizer=12 * num_parameters,
         teacher_weights=teacher_parameters * _BYTES[teacher.dtype] if teacher is not None else 0,
-        reference_weights=num_parameters * _BYTES[config.student.dtype] if config.optimization.kl_coef else 0,
-        activations=per_layer + inputs if checkpointed else per_layer * shape.num_hidden_layers,
-        logprobs=3 * 4 * 256 * shape.vocab_size,
+        reference_weights=num_parameters * width if loop.kl_coef else 0,
+        sampler_cache=min(rollout.max_batch_rows, num_rollouts) * sequence * 2 * layers * _key_size(shape) * width,
+        activations=checkpointed if config.student.gradient_checkpointing else per_layer * layers,
+        logits=3 * 4 * 256 * shape.vocab_size,
     )
 
 
-def _count_parameters(name: str) -> tuple[int, Any]:
+def _key_size(shape: PretrainedConfig) -> int:
+    """Numbers in the keys of one token and layer; 0 for models without attention."""
+    heads = getattr(shape, "num_attention_heads", None)
+    if not heads:
+        return 0
+    head_size = getattr(shape, "head_dim", None) or shape.hidden_size // heads
+    return (getattr(shape, "num_key_value_heads", None) or heads) * head_size
+
+
+def _count_parameters(name: str) -> tuple[int, PretrainedConfig]:
     """Number of parameters (tied ones once) and the text config, from the model's config alone."""
-    config = AutoConfig.from_pretrained(EMBEDDED.get(name, name))
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    config = load_model_config(name)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise ValueError(f"{name!r} is no causal language model ({str(error).splitlines()[0]}); give one.") from None
     return sum(parameter.numel() for parameter in model.parameters()), config.get_text_config()
 
 
+def _compare_memory(memory: MemoryEstimate, device: torch.device) -> Finding:
+    if device.type == "cuda":
+        available = torch.cuda.mem_get_info(device)[1]
+    else:
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    parts = ", ".join(f"{name.replace('_', ' ')} {size / _GIB:.2f}" for name, size in asdict(memory).items() if size)
+    message = f"about {memory.total / _GIB:.2f} of {available / _GIB:.1f} GiB ({parts})"
+    if memory.total <= available:
+        return Finding("ok", "memory", message)
+    what = "lower optimization.tokens_per_batch or rollout.max_batch_rows, or set student.gradient_checkpointing = true"
+    return Finding("warning", "memory", f"{message}; {what}")
+
+
 def print_report(report: CheckReport, console: Console | None = None) -> None:
-    """One screen: resolved config, plan, findings, memory."""
+    """One screen: what differs from the defaults, what will be computed, findings."""
     console = console or Console(highlight=False)
-    console.print(dump_config(report.config), markup=False)
-    console.rule("what will be computed", style="dim")
-    for line in report.plan:
-        console.print(f"- {line}", markup=False)
-    console.rule("checks", style="dim")
+
+    def line(text: str, style: str = "") -> None:
+        console.print(Text(printable(text), style=style), soft_wrap=True)
+
+    line("settings (all others have their defaults; --json prints them all)", style="bold")
+    for key, value in changed_settings(report.config).items():
+        line(f"  {key} = {json.dumps(value, ensure_ascii=False)}")
+    line("\nwhat will be computed", style="bold")
+    for text in report.plan:
+        line(f"  {text}")
+    line("\nchecks", style="bold")
     for finding in report.findings:
-        console.print(_MARKS[finding.level], f"{finding.subject}:", end=" ")
-        console.print(finding.message, markup=False)
-    if report.memory is not None:
-        console.rule("memory estimate", style="dim")
-        parts = ", ".join(f"{name.replace('_', ' ')} {size / _GIB:.2f}" for name, size in asdict(report.memory).items() if size)
-        console.print(f"{report.memory.total / _GIB:.2f} GiB, without the sampler's cache: {parts}", markup=False)
+        mark, colour = _MARKS[finding.level]
+        line(f"  {mark} {finding.subject}: {finding.message}", style="" if finding.level == "ok" else colour)
+    num_warnings = sum(finding.level == "warning" for finding in report.findings)
+    verdict = f"{len(report.errors)} errors: this cannot work" if report.errors else "this can be trained"
+    line(
+        f"\n{verdict}{f', {num_warnings} warnings' if num_warnings else ''}",
+        style="bold red" if report.errors else "bold green",
+    )

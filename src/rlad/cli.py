@@ -6,34 +6,41 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from rlad import __version__
 
-EXIT_FAILURE, EXIT_USER_MISTAKE = 1, 2
+if TYPE_CHECKING:
+    from rlad.config import RunConfig
+    from rlad.tasks import Split
 
-_CONFIG_ARGUMENTS = click.argument("arguments", nargs=-1, metavar="[RUN.toml] [KEY=VALUE]...")
+EXIT_FAILURE, EXIT_USER_MISTAKE, EXIT_SIGNAL = 1, 2, 128
+
+_CONFIG_ARGUMENTS = click.argument("arguments", nargs=-1, metavar="[RUN] [KEY=VALUE]...")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__)
 def main() -> None:
-    """RL-aware distillation: train a small reasoning model by reinforcement learning with a teacher in every update.
+    """RL-aware distillation: a small language model learns to reason by reinforcement learning, with a bigger one as its teacher.
 
     \b
-    rlad train                              the embedded example, start to end
-    rlad check my_run.toml                  does this config make sense? (trains nothing)
-    rlad train my_run.toml                  train
-    rlad train my_run.toml objective=grpo   the same run without a teacher
+    rlad train                              train the embedded example, start to end
+    rlad check my_run.toml                  can this work? what will it do? (trains nothing)
+    rlad train my_run.toml                  train your own student
+    rlad train my_run.toml objective=grpo   the same with one setting changed
     """
     # A loop of many small operations on few cores loses most of its time to threads that spin while they wait.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Ours is the only progress bar. What goes wrong in loading is raised as an error.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def _sentences_for_mistakes(verb: Callable[..., None]) -> Callable[..., None]:
-    """A user's mistake ends in its sentence and exit code 2, an interruption in 128 + signal."""
+    """A user's mistake ends in its sentence and exit code 2, Ctrl-C in 130."""
 
     @wraps(verb)
     def wrapped(*args: Any, **kwargs: Any) -> None:
@@ -44,22 +51,20 @@ def _sentences_for_mistakes(verb: Callable[..., None]) -> Callable[..., None]:
             sys.exit(EXIT_USER_MISTAKE)
         except KeyboardInterrupt:
             click.echo("rlad: interrupted", err=True)
-            sys.exit(130)
-        except BrokenPipeError:  # the reader of our output has gone, as in `rlad list | head`
-            sys.stderr.close()
-            sys.exit(EXIT_FAILURE)
+            sys.exit(EXIT_SIGNAL + 2)
 
     return wrapped
 
 
-def _load(arguments: Sequence[str]) -> Any:
-    """The run described by `[RUN.toml] [KEY=VALUE]...`."""
+def _load(arguments: Sequence[str]) -> "RunConfig":
+    """The run described by `[RUN] [KEY=VALUE]...`."""
     from rlad.config_file import load_config
 
-    paths, overrides = [a for a in arguments if "=" not in a], [a for a in arguments if "=" in a]
+    overrides = [a for a in arguments if "=" in a and not Path(a).exists()]
+    paths = [a for a in arguments if a not in overrides]
     if len(paths) > 1:
-        raise ValueError(f"one config at a time: got {', '.join(paths)}; overrides have the form key.path=value.")
-    return load_config(Path(paths[0]) if paths else None, overrides)
+        raise ValueError(f"got {len(paths)} configs, {', '.join(paths)}; give one, and overrides of the form key.path=value.")
+    return load_config(paths[0] if paths else None, overrides)
 
 
 @main.command()
@@ -69,7 +74,13 @@ def _load(arguments: Sequence[str]) -> Any:
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 @_sentences_for_mistakes
 def train(arguments: tuple[str, ...], resume: bool, overwrite: bool, as_json: bool) -> None:
-    """Train a student. Without arguments: the embedded example (no GPU, no download, a few minutes)."""
+    """Train a student.
+
+    RUN is a TOML file, or the directory of a run; without it the embedded example is trained (no GPU, no download, a few
+    minutes). KEY=VALUE changes one setting, for example optimization.num_steps=50 or objective=grpo; `rlad list` names them all.
+
+    Ctrl-C writes a checkpoint; `rlad train DIRECTORY --resume` goes on exactly there.
+    """
     config = _load(arguments)
     from rich.console import Console
 
@@ -78,14 +89,13 @@ def train(arguments: tuple[str, ...], resume: bool, overwrite: bool, as_json: bo
     from rlad.training import train as run_training
 
     console = Console(stderr=as_json)
-    with ConsoleReporter(console) as reporter:
-        try:
+    try:
+        with ConsoleReporter(console) as reporter:
             result = run_training(config, resume=resume, overwrite=overwrite, reporter=reporter)
-        except StopRequested as stopped:
-            reporter.__exit__(None, None, None)
-            command = f"rlad train {config.directory}/config.toml --resume"
-            click.echo(f"rlad: stopped by {stopped}; a checkpoint is written, go on with `{command}`", err=True)
-            sys.exit(128 + stopped.signal_number)
+    except StopRequested as stopped:
+        command = f"rlad train {config.directory} --resume"
+        click.echo(f"rlad: stopped by {stopped}; a checkpoint is written, go on with: {command}", err=True)
+        sys.exit(EXIT_SIGNAL + stopped.signal_number)
     if as_json:
         click.echo(json.dumps(result.to_json()))
     else:
@@ -96,10 +106,14 @@ def train(arguments: tuple[str, ...], resume: bool, overwrite: bool, as_json: bo
 
 @main.command()
 @_CONFIG_ARGUMENTS
-@click.option("--json", "as_json", is_flag=True, help="Print findings and resolved config as one JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="Print findings and all settings as one JSON object.")
 @_sentences_for_mistakes
 def check(arguments: tuple[str, ...], as_json: bool) -> None:
-    """Validate a config: resolved values, what will be computed, tokenizers, memory. Trains nothing."""
+    """Say what a config will do and whether it can.
+
+    Looks at settings, models, tokenizers, prompts, verifier and memory; loads no weights and trains nothing. The exit code is 2 when
+    it cannot work. Arguments are those of `rlad train`.
+    """
     config = _load(arguments)
     from rlad.check import check_run, print_report
 
@@ -114,11 +128,15 @@ def check(arguments: tuple[str, ...], as_json: bool) -> None:
 
 @main.command()
 @_CONFIG_ARGUMENTS
-@click.option("--num-prompts", default=2, show_default=True, type=click.IntRange(min=1))
+@click.option("--num-prompts", default=2, show_default=True, type=click.IntRange(min=1), help="Validation prompts.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per completion.")
 @_sentences_for_mistakes
 def sample(arguments: tuple[str, ...], num_prompts: int, as_json: bool) -> None:
-    """Graded completions of the student with the teacher's log-probs. Takes a config, or the config.toml of a run."""
+    """Show graded completions of the student.
+
+    With the teacher's opinion of them. Arguments are those of `rlad train`; the student is the last checkpoint of the run, or
+    the initial student when it has none.
+    """
     config = _load(arguments)
     from rlad.preview import preview, print_preview
 
@@ -133,44 +151,52 @@ def sample(arguments: tuple[str, ...], num_prompts: int, as_json: bool) -> None:
 @main.command()
 @click.argument("run_or_model")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--task", help="Type of task; a run directory brings its own.")
+@click.option("--task", help="Type of task; a run and the embedded models bring their own.")
 @click.option("--split", type=click.Choice(["validation", "test"]), default="test", show_default=True)
 @click.option("--num-problems", default=300, show_default=True, type=click.IntRange(min=1))
-@click.option("--num-samples", default=1, show_default=True, type=click.IntRange(min=1), help="k of mean@k.")
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="JSONL file for the result of each problem.")
+@click.option(
+    "--num-samples", default=1, show_default=True, type=click.IntRange(min=1), help="Completions of each, k of mean@k."
+)
+@click.option(
+    "--output", type=click.Path(dir_okay=False, path_type=Path), help="New JSONL file for the result of each problem."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
 @_sentences_for_mistakes
 def evaluate(
     run_or_model: str,
     overrides: tuple[str, ...],
     task: str | None,
-    split: str,
+    split: "Split",
     num_problems: int,
     num_samples: int,
     output: Path | None,
     as_json: bool,
 ) -> None:
-    """mean@k and unbiased pass@k on held-out problems, with 95 % intervals over prompts.
+    """Measure a run or a model on held-out problems.
 
-    RUN_OR_MODEL is a run directory (its best checkpoint is evaluated), a model folder or a Hugging Face name. Overrides are those
-    of a run, for example task.num_people=[4,5] or rollout.max_completion_tokens=512.
+    Prints mean@k and unbiased pass@k with 95 % intervals over problems. RUN_OR_MODEL is a run directory (of which the checkpoint
+    that validates best is taken), a checkpoint of one, a model folder, a Hugging Face name, or embedded/student. KEY=VALUE as in
+    `rlad train`, for example task.num_people=[4,5] or rollout.max_completion_tokens=512.
     """
-    from rlad.evaluation_command import evaluate_run_or_model, print_summary, summary_json
+    from rlad.evaluation_command import evaluate_run_or_model, print_summary
 
-    results = evaluate_run_or_model(run_or_model, overrides, task, split, num_problems, num_samples, output)
+    evaluation = evaluate_run_or_model(run_or_model, overrides, task, split, num_problems, num_samples, output)
     if as_json:
-        click.echo(json.dumps(summary_json(results)))
+        click.echo(json.dumps(evaluation.summary_json()))
     else:
-        print_summary(results)
+        print_summary(evaluation)
 
 
 @main.command(name="list")
-@click.argument("what", type=click.Choice(["objectives", "tasks", "teachers"]))
+@click.argument("what", type=click.Choice(["objectives", "tasks", "teachers", "settings"]))
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 @_sentences_for_mistakes
 def list_(what: str, name: str | None, as_json: bool) -> None:
-    """Objectives, tasks or teachers; with NAME its documentation, formula and settings."""
+    """List objectives, tasks, teachers and settings.
+
+    With NAME: its formula or meaning, and every setting with its default, as it stands in a config.
+    """
     from rlad.catalogue import describe, names
 
     if name is None:

@@ -5,26 +5,32 @@ are refused with the nearest valid name. Defaults are those of the papers where 
 embedded tiny models, whose run is `rlad/models/run.toml`.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# Strict: 1 is a float, but "1", true and 1.0 are no int.
+Number = Annotated[float, Field(strict=True)]
+Positive = Annotated[float, Field(strict=True, gt=0)]
+NonNegative = Annotated[float, Field(strict=True, ge=0)]
+Share = Annotated[float, Field(strict=True, ge=0, le=1)]
+Decay = Annotated[float, Field(strict=True, ge=0, lt=1)]
+Count = Annotated[int, Field(strict=True, ge=1)]
+NonNegativeInt = Annotated[int, Field(strict=True, ge=0)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Annealed(_Section):
     """A knob that moves with the step: start + change_per_step * step, until it reaches `end`."""
 
-    start: float
-    end: float
-    change_per_step: float
+    start: Number
+    end: Number
+    change_per_step: Number
 
     @model_validator(mode="after")
     def _moves_towards_end(self) -> "Annealed":
@@ -37,10 +43,26 @@ class Annealed(_Section):
         return max(value, self.end) if self.end < self.start else min(value, self.end)
 
 
+def _between(low: float, high: float) -> Callable[[Annealed], Annealed]:
+    def check(knob: Annealed) -> Annealed:
+        for name, value in (("start", knob.start), ("end", knob.end)):
+            if not low <= value <= high:
+                raise ValueError(f"its {name} is {value}; it must lie in [{low:g}, {high:g}]")
+        return knob
+
+    return check
+
+
+AnnealedShare = Annotated[Annealed, AfterValidator(_between(0, 1))]
+AnnealedNonNegative = Annotated[Annealed, AfterValidator(_between(0, float("inf")))]
+
+
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
 class StudentConfig(_Section):
+    """The model that is trained."""
+
     model: str
     """Hugging Face name, folder, or `embedded/student`"""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -58,10 +80,14 @@ class LocalTeacherConfig(_Section):
     model: str
     """Hugging Face name, folder, or `embedded/teacher`"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """of its weights; bfloat16 halves the memory"""
     device: str = "auto"
     """`auto` takes the student's device"""
-    tokens_per_batch: Positive = 16_384
+    tokens_per_batch: Count = 16_384
     """most tokens (padding included) in one forward pass"""
+
+
+TeacherConfig = LocalTeacherConfig
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
@@ -71,7 +97,7 @@ class KnightsAndKnavesConfig(_Section):
     """Logic puzzles with exactly one solution; the split is by puzzle structure."""
 
     type: Literal["knights_and_knaves"] = "knights_and_knaves"
-    num_people: tuple[Annotated[int, Field(ge=2, le=8)], ...] = Field((3, 4, 5, 6, 7), min_length=1)
+    num_people: tuple[Annotated[int, Field(strict=True, ge=2, le=8)], ...] = Field((3, 4, 5, 6, 7), min_length=1)
     """sizes of the puzzles, taken in turn"""
     instructions: bool = True
     """put the rules and the answer format before each puzzle"""
@@ -114,118 +140,150 @@ class JsonlConfig(_Section):
     path: str
     """the training problems, and the held-out ones where no other file is given"""
     validation_path: str | None = None
+    """held-out problems in a file of their own"""
     test_path: str | None = None
+    """the same"""
     prompt_field: str = "prompt"
+    """where a problem's prompt stands"""
     answer_field: str = "answer"
+    """where its reference answer stands"""
     verifier: str = "exact"
     """`exact`, `number`, `math`, or `import.path:function` of your own"""
-    timeout_seconds: float = Field(5.0, gt=0)
+    timeout_seconds: Positive = 5.0
     """a verifier that takes longer costs one completion"""
 
 
+TaskConfig = KnightsAndKnavesConfig | ArithmeticConfig | CountdownConfig | ReasoningGymConfig | JsonlConfig
+
+
 # --- objectives -------------------------------------------------------------------------------------------------------
+
+
+DualClip = Annotated[float, Field(strict=True, gt=1)] | None
 
 
 class _Clipped(_Section):
     clip_low: NonNegative = 0.2
     """the ratio is clipped to [1 - clip_low, 1 + clip_high]"""
     clip_high: NonNegative = 0.28
+    """see clip_low"""
 
 
 class TRRDConfig(_Clipped):
     type: Literal["trrd"] = "trrd"
-    alpha: Share | Annealed = 0.5
+    alpha: Share | AnnealedShare = 0.5
     """1 is GRPO, 0 is anchored to the teacher alone"""
-    teacher_log_ratio_clip: Annotated[float, Field(gt=0)] | Literal["off"] = 1.0
-    """c in clamp(log πS - log πT, -c, +c), or "off" """
+    teacher_log_ratio_clip: Positive | Literal["off"] = 1.0
+    """c in clamp(log πS - log πT, -c, +c); `off` leaves the log-ratio unbounded"""
     ratio_level: Literal["token", "sequence"] = "token"
-    dual_clip: Annotated[float, Field(gt=1)] | None = None
-    """bound of the loss of negative advantages; off by default"""
+    """a ratio for each token, or one for the sequence (GSPO)"""
+    dual_clip: DualClip = None
+    """bound of the loss of negative advantages, above 1; none by default"""
 
 
 class GRPOConfig(_Clipped):
     type: Literal["grpo"] = "grpo"
     ratio_level: Literal["token", "sequence"] = "token"
-    dual_clip: Annotated[float, Field(gt=1)] | None = None
-    """bound of the loss of negative advantages; off by default"""
+    """a ratio for each token, or one for the sequence (GSPO)"""
+    dual_clip: DualClip = None
+    """bound of the loss of negative advantages, above 1; none by default"""
 
 
 class KDRLConfig(_Clipped):
     type: Literal["kdrl"] = "kdrl"
-    kd_coef: NonNegative | Annealed = 2e-3
+    kd_coef: NonNegative | AnnealedNonNegative = 2e-3
     """weight of the distillation term; KDRL's annealing is start 5e-3, end 1e-3, change_per_step -5e-5"""
     kd_estimator: Literal["k2", "k3"] = "k2"
+    """of KL(πS || πT)"""
 
 
 class OPDConfig(_Section):
     type: Literal["opd"] = "opd"
 
 
+ObjectiveConfig = TRRDConfig | GRPOConfig | KDRLConfig | OPDConfig
+
+
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
 class RolloutConfig(_Section):
-    prompts_per_batch: Positive = 32
-    group_size: Annotated[int, Field(ge=2)] = 8
-    """rollouts of one prompt"""
-    max_prompt_tokens: Positive | None = None
-    """longest prompt that is accepted; None: whatever the context length leaves"""
-    max_completion_tokens: Positive = 2048
-    temperature: float = Field(1.0, gt=0)
+    """What the student samples from, how much and how."""
+
+    prompts_per_batch: Count = 32
+    """prompts of one rollout batch"""
+    group_size: Annotated[int, Field(strict=True, ge=2)] = 8
+    """rollouts of one prompt; with one alone every advantage would be 0"""
+    max_prompt_tokens: Count | None = None
+    """longest prompt that is accepted; by default what the context leaves"""
+    max_completion_tokens: Count = 2048
+    """a completion that is longer is cut off"""
+    temperature: Positive = 1.0
     """log-probs of student, teacher and reference are all divided by it"""
     prompt_format: Literal["auto", "plain", "chat"] = "auto"
     """`auto` uses the chat template where the tokenizer has one"""
-    max_batch_rows: Positive = 256
+    max_batch_rows: Count = 256
     """most completions that are decoded at once"""
 
 
 class OptimizationConfig(_Section):
-    num_steps: Positive = 100
+    """From rollouts to a better student."""
+
+    num_steps: Count = 100
     """optimiser steps of the whole run"""
-    steps_per_rollout_batch: Positive = 1
+    steps_per_rollout_batch: Count = 1
     """optimiser steps (mini-batches) on each rollout batch"""
-    learning_rate: float = Field(1e-6, gt=0)
+    learning_rate: Positive = 1e-6
+    """of AdamW"""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """of the learning rate, after the warm-up, down to 0 at the last step"""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: NonNegativeInt = 0
+    """steps in which the learning rate rises from 0"""
     weight_decay: NonNegative = 0.0
-    betas: tuple[Share, Share] = (0.9, 0.999)
-    max_grad_norm: float = Field(1.0, gt=0)
+    """of AdamW"""
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """of AdamW"""
+    max_grad_norm: Positive = 1.0
+    """longer gradients are shortened to it"""
     aggregation: Literal["sequence_mean", "token_mean", "constant_length"] = "sequence_mean"
+    """how token losses become one number; sequence_mean is the paper's"""
     advantage_scale: Literal["std", "none"] = "std"
-    kl_coef: NonNegative | Annealed = 0.0
+    """divide advantages by the group's standard deviation, or not (Dr.GRPO)"""
+    kl_coef: NonNegative | AnnealedNonNegative = 0.0
     """weight of the KL leash to the initial student"""
-    tokens_per_batch: Positive = 16_384
+    tokens_per_batch: Count = 16_384
     """most tokens (padding included) in one forward and backward pass; changes memory, not the result"""
 
 
 class EvaluationConfig(_Section):
-    every_steps: Positive = 20
+    """How the student is measured on held-out problems: validation during the run, test before and after it."""
+
+    every_steps: Count = 20
     """validation, and a checkpoint, every so many steps"""
-    num_validation_problems: Positive = 100
-    num_test_problems: Positive = 300
-    num_samples: Positive = 1
+    num_validation_problems: Count = 100
+    """at each validation"""
+    num_test_problems: Count = 300
+    """before and after training"""
+    num_samples: Count = 1
     """completions of each problem"""
     temperature: NonNegative = 1.0
+    """0 takes the most likely token"""
 
 
 class RunConfig(_Section):
     """One training run."""
 
     student: StudentConfig
-    teacher: LocalTeacherConfig | None = None
-    task: Annotated[
-        KnightsAndKnavesConfig | ArithmeticConfig | CountdownConfig | ReasoningGymConfig | JsonlConfig,
-        Field(discriminator="type"),
-    ]
-    objective: Annotated[TRRDConfig | GRPOConfig | KDRLConfig | OPDConfig, Field(discriminator="type")] = TRRDConfig()
+    teacher: TeacherConfig | None = None
+    task: Annotated[TaskConfig, Field(discriminator="type")]
+    objective: Annotated[ObjectiveConfig, Field(discriminator="type")] = TRRDConfig()
     rollout: RolloutConfig = RolloutConfig()
     optimization: OptimizationConfig = OptimizationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    seed: int = Field(0, ge=0)
+    seed: NonNegativeInt = 0
     """of everything that is drawn at random"""
     run_dir: str | None = None
-    """where the run is stored; None: runs/<task>-<objective>-seed<seed>"""
+    """where the run is stored; by default runs/<task>-<objective>-seed<seed>"""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "RunConfig":
@@ -238,7 +296,8 @@ class RunConfig(_Section):
             )
         if self.teacher is None and self.objective.type != "grpo":
             raise ValueError(
-                f"objective {self.objective.type!r} needs a teacher; add a [teacher] section with a model, or set objective=grpo"
+                f"objective {self.objective.type!r} needs a teacher; add a [teacher] section with its model, or set "
+                "objective=grpo"
             )
         return self
 

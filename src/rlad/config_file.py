@@ -12,23 +12,21 @@ from pydantic import BaseModel, ValidationError
 
 from rlad.config import RunConfig
 
+CONFIG = "config.toml"
 DEFAULT_RUN = Path(__file__).parent / "models" / "run.toml"
 
 
-def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
     """The run described by a TOML file (None: the embedded default) with `key.path=value` overrides applied.
 
-    `section=name` selects another objective, task or teacher by its type and replaces that whole section.
-    Raises `ValueError` with one sentence for each mistake.
+    A run directory stands for the config in it, and is then the `run_dir`, wherever it was moved. `section=name` selects
+    another objective, task or teacher by its type and replaces that whole section. Raises `ValueError` with one sentence for
+    each mistake.
     """
-    path = DEFAULT_RUN if path is None else path
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError):
-        raise ValueError(f"config {path} is not a file; give the path of a TOML file, or none for the default run.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"config {path} is not valid TOML: {error}; mend that line.") from None
-    return parse_config(parse_overrides(table, overrides))
+    path = DEFAULT_RUN if path is None else Path(path)
+    if (path / CONFIG).is_file():
+        return parse_config(parse_overrides(_read(path / CONFIG) | {"run_dir": str(path)}, overrides))
+    return parse_config(parse_overrides(_read(path), overrides))
 
 
 def parse_overrides(table: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -48,7 +46,37 @@ def parse_config(table: dict[str, Any]) -> RunConfig:
 
 def dump_config(config: RunConfig) -> str:
     """The complete resolved run as TOML; loading it gives the same run."""
-    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+    return tomli_w.dumps(_type_first(config.model_dump(mode="json", exclude_none=True)))
+
+
+def changed_settings(config: RunConfig) -> dict[str, Any]:
+    """Dotted keys and values of what differs from the defaults, and of every section's type."""
+    return dict(_flat(_type_first(config.model_dump(mode="json", exclude_defaults=True, exclude_none=True))))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ValueError(
+            f"config {path} cannot be read ({error.strerror}); give the path of a TOML file or of a run directory, "
+            "or none for the embedded example."
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"config {path} is not valid TOML: {error}; mend that line.") from None
+
+
+def _type_first(table: dict[str, Any]) -> dict[str, Any]:
+    head = {"type": table["type"]} if "type" in table else {}
+    return head | {key: _type_first(value) if isinstance(value, dict) else value for key, value in table.items()}
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def _apply(table: dict[str, Any], override: str) -> None:
@@ -64,25 +92,36 @@ def _apply(table: dict[str, Any], override: str) -> None:
         table = table.setdefault(section, {})
         if not isinstance(table, dict):
             raise ValueError(f"override {override!r}: {section} is a single value, not a section.")
-    is_section = isinstance(table.get(key), dict) or (not sections and key in ("objective", "task", "teacher"))
-    table[key] = {"type": value} if is_section and isinstance(value, str) else value
+    present = table.get(key)
+    names_a_type = isinstance(present, dict) or (not sections and key in ("objective", "task", "teacher"))
+    if not (names_a_type and isinstance(value, str)):
+        table[key] = value
+    elif not isinstance(present, dict) or present.setdefault("type", value) != value:
+        table[key] = {"type": value}
 
 
 def _sentences(errors: Sequence[Any]) -> list[str]:
     """One sentence for each wrong key; the alternatives of a union are joined by "or"."""
+    found = [(*_explain(error), _is_of_another_kind(error)) for error in errors]
     sentences: dict[str, str] = {}
-    for error in errors:
-        location = error["loc"]
-        if any(len(e["loc"]) > len(location) and e["loc"][: len(location)] == location for e in errors):
-            continue  # only says that a part of it is wrong
-        where, message = _explain(error)
-        sentences[where] = f"{sentences[where]}, or {message}" if where in sentences else f"{where} {message}"
+    for where, message, is_of_another_kind in found:
+        only_says_that_a_part_is_wrong = any(other.startswith((f"{where}.", f"{where}[")) for other, _, _ in found)
+        is_alone = sum(other == where for other, _, _ in found) == 1
+        if only_says_that_a_part_is_wrong or (is_of_another_kind and not is_alone):
+            continue
+        known = sentences.get(where)
+        sentences[where] = f"{known}, or {message.partition(': ')[2]}" if known else f"{where} {message}"
     return [s.strip() if s.endswith("?") else f"{s.strip()}." for s in sentences.values()]
 
 
+def _is_of_another_kind(error: Any) -> bool:
+    """Whether it says that a number is no table, or a table no number: of a union, the alternative that was not meant."""
+    return error["type"] == "model_type" or (error["type"] == "float_type" and isinstance(error["input"], dict))
+
+
 def _explain(error: Any) -> tuple[str, str]:
-    is_about_a_key = error["type"] in ("extra_forbidden", "missing")
-    where, keys = _resolve(error["loc"][:-1] if is_about_a_key else error["loc"])
+    """Which key an error of pydantic is about, and what is to be said of it."""
+    where, keys = _resolve(error["loc"][:-1] if error["type"] == "extra_forbidden" else error["loc"])
     match error["type"]:
         case "extra_forbidden":
             unknown = str(error["loc"][-1])
@@ -90,18 +129,24 @@ def _explain(error: Any) -> tuple[str, str]:
             hint = f"did you mean {near[0]!r}?" if near else "valid keys there are " + ", ".join(sorted(keys))
             return f"{where}.{unknown}".lstrip("."), f"is an unknown key: {hint}"
         case "missing":
-            return f"{where}.{error['loc'][-1]}".lstrip("."), "is missing: add it to the config"
+            return where, "is missing: add it to the config"
         case "union_tag_invalid":
             tag, tags = str(error["ctx"]["tag"]), [t.strip(" '") for t in error["ctx"]["expected_tags"].split(",")]
             near = difflib.get_close_matches(tag, tags, n=1)
             hint = f", did you mean {near[0]!r}?" if near else ""
-            return f"{where}.type", f"is {tag!r}: use one of {', '.join(tags)}{hint}"
+            return f"{where}.type", f"is {tag!r}: it must be one of {', '.join(tags)}{hint}"
         case "union_tag_not_found":
             return f"{where}.type", "is missing: every such section names its type"
+        case "model_type" | "model_attributes_type":
+            return where, f"is {error['input']!r}: it must be a section, with keys of its own"
+        case "tuple_type":
+            return where, f"is {error['input']!r}: it must be a list"
+        case "too_short" | "too_long":
+            return where, f"is {error['input']!r}: {error['msg'].partition(' after')[0].replace('Tuple should', 'it must')}"
         case "value_error":
             return where, f"is wrong: {error['ctx']['error']}" if where else str(error["ctx"]["error"])
         case _:
-            return where, f"is {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+            return where, f"is {error['input']!r}: " + error["msg"].replace("Input should be", "it must be")
 
 
 def _resolve(location: Sequence[str | int]) -> tuple[str, list[str]]:

@@ -1,11 +1,13 @@
-"""What a person sees: a progress bar on a terminal, plain lines in a pipe, and tables."""
+"""What a person sees of a run: a progress bar on a terminal, plain lines in a pipe."""
 
 import time
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from rlad.engines.native import StepResult
 from rlad.evaluate import Estimate
@@ -19,23 +21,35 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
+class _TwoLines(Progress):
+    """The bar with its times, and the figures of the run below it."""
+
+    figures = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        yield Text(self.figures, no_wrap=True, overflow="ellipsis")
+
+
 class ConsoleReporter:
     """Shows a run while it goes on. Use as a context manager."""
 
     def __init__(self, console: Console):
         self._console = console
-        self._progress = Progress(
+        self._progress = _TwoLines(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
+            speed_estimate_period=3600.0,
         )
-        self._task = self._progress.add_task("starting", total=None, figures="")
+        self._task = self._progress.add_task("starting", total=None)
         self._validation = ""
-        self._last_line = 0.0
+        self._num_tokens, self._seconds, self._last_line = 0.0, 0.0, 0.0
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -48,23 +62,29 @@ class ConsoleReporter:
         self._progress.update(self._task, description=name)
 
     def step(self, result: StepResult, num_steps: int) -> None:
-        metrics = result.metrics
-        seconds = sum(v for k, v in metrics.items() if k.startswith("time/"))
-        figures = [f"reward {metrics['reward/mean']:.2f}", self._validation]
-        if "objective/gated_positive/frac" in metrics:
-            positive, negative = metrics["objective/gated_positive/frac"], metrics["objective/gated_negative/frac"]
-            figures.append(f"gated +{positive:.1%} -{negative:.1%}")
-        num_tokens = metrics["rollout/completion_tokens/mean"] * sum(len(group.rollouts) for group in result.groups)
-        figures.append(f"{num_tokens / seconds:,.0f} tokens/s")
-        text = "  ".join(part for part in figures if part)
-        self._progress.update(self._task, total=num_steps, completed=result.step, figures=text)
+        figures = "  ".join(part for part in self._figures(result) if part)
+        self._progress.figures = figures
+        self._progress.update(self._task, total=num_steps, completed=result.step)
         now = time.monotonic()
         if not self._console.is_terminal and (now - self._last_line > _PLAIN_EVERY_SECONDS or result.step == num_steps):
-            self._console.print(f"step {result.step}/{num_steps}  {text}", highlight=False)
+            self._print(f"step {result.step}/{num_steps}  {figures}")
             self._last_line = now
 
     def evaluated(self, split: Split, step: int, estimate: Estimate) -> None:
         if split == "validation":
             self._validation = f"held-out pass@1 {estimate.mean:.1%}"
-        if not self._console.is_terminal:
-            self._console.print(f"step {step}  {split} pass@1 {estimate}", highlight=False)
+        self._print(f"step {step}  {split} pass@1 {estimate}")
+
+    def _figures(self, result: StepResult) -> Iterable[str]:
+        metrics = result.metrics
+        yield f"reward {metrics['reward/mean']:.2f}"
+        yield self._validation
+        if "objective/gated_positive/frac" in metrics:
+            positive, negative = metrics["objective/gated_positive/frac"], metrics["objective/gated_negative/frac"]
+            yield f"gated +{positive:.1%} -{negative:.1%}"
+        self._num_tokens += metrics["rollout/completion_tokens/mean"] * sum(len(group.rollouts) for group in result.groups)
+        self._seconds += sum(value for key, value in metrics.items() if key.startswith("time/"))
+        yield f"{self._num_tokens / self._seconds:,.0f} tokens/s"
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from rlad.config import RolloutConfig
 from rlad.language_model import LanguageModel
-from rlad.prompts import prompt_token_ids
+from rlad.prompts import check_prompt_length, prompt_token_ids
+from rlad.rollouts import Completion
 from rlad.sampling import sample
 from rlad.seeds import stream_seed
-from rlad.tasks import Split, Task, Verdict
+from rlad.tasks import Problem, Split, Task, Verdict
 
 NUM_RESAMPLES = 2_000
 
@@ -58,7 +60,8 @@ def bootstrap(values: Sequence[float], *, seed: int = 0) -> Estimate:
     array = np.asarray(values, dtype=float)
     draws = np.random.default_rng(seed).integers(len(array), size=(NUM_RESAMPLES, len(array)))
     low, high = np.quantile(array[draws].mean(axis=1), (0.025, 0.975))
-    return Estimate(float(array.mean()), float(low), float(high))
+    mean = float(array.mean())
+    return Estimate(mean, min(float(low), mean), max(float(high), mean))  # equal values round differently in another order
 
 
 def evaluate(
@@ -66,49 +69,53 @@ def evaluate(
     task: Task,
     split: Split,
     *,
+    rollout: RolloutConfig,
     num_problems: int,
     num_samples: int,
-    max_completion_tokens: int,
     temperature: float,
-    prompt_format: str = "auto",
-    max_batch_rows: int = 256,
     before_token: Callable[[], None] = lambda: None,
 ) -> list[ProblemResult]:
-    """Sample and grade the first `num_problems` problems of a split.
+    """Sample and grade the first `num_problems` problems of a split, with the prompt format and the limits of `rollout`.
 
     Prompts and sampling seeds are the same for every run and model, so two results can be compared prompt by prompt.
+    Raises `ValueError` for a prompt that leaves no room for its completion.
     """
     available = task.num_problems(split)
     indices = range(num_problems if available is None else min(num_problems, available))
     problems = [task.problem(split, i) for i in indices]
+    prompts = [prompt_token_ids(language_model.tokenizer, p.prompt, rollout.prompt_format) for p in problems]
+    for i, prompt in zip(indices, prompts, strict=True):
+        check_prompt_length(len(prompt), f"{split} problem {i}", rollout, language_model.context_tokens)
     groups = sample(
         language_model,
-        [prompt_token_ids(language_model.tokenizer, p.prompt, prompt_format) for p in problems],
+        prompts,
         group_size=num_samples,
-        max_completion_tokens=max_completion_tokens,
+        max_completion_tokens=rollout.max_completion_tokens,
         temperature=temperature,
         seed=stream_seed(0, "evaluation", split),
-        max_batch_rows=max_batch_rows,
+        max_batch_rows=rollout.max_batch_rows,
         before_token=before_token,
     )
-    results = []
-    for index, problem, group in zip(indices, problems, groups, strict=True):
-        texts = language_model.tokenizer.batch_decode([c.token_ids for c in group], skip_special_tokens=True)
-        verdicts = [task.judge(problem, text).verdict for text in texts]
-        results.append(
-            ProblemResult(
-                index=index,
-                difficulty=problem.difficulty,
-                num_samples=num_samples,
-                num_correct=verdicts.count(Verdict.CORRECT),
-                num_cannot_judge=verdicts.count(Verdict.CANNOT_JUDGE),
-                num_truncated=sum(c.is_truncated for c in group),
-                mean_completion_tokens=sum(len(c.token_ids) for c in group) / num_samples,
-                prompt=problem.prompt,
-                first_completion=texts[0],
-            )
-        )
-    return results
+    graded = zip(indices, problems, groups, strict=True)
+    return [_grade(language_model, task, index, problem, group) for index, problem, group in graded]
+
+
+def _grade(
+    language_model: LanguageModel, task: Task, index: int, problem: Problem, completions: Sequence[Completion]
+) -> ProblemResult:
+    texts = language_model.tokenizer.batch_decode([list(c.token_ids) for c in completions], skip_special_tokens=True)
+    verdicts = [task.judge(problem, text).verdict for text in texts]
+    return ProblemResult(
+        index=index,
+        difficulty=problem.difficulty,
+        num_samples=len(completions),
+        num_correct=verdicts.count(Verdict.CORRECT),
+        num_cannot_judge=verdicts.count(Verdict.CANNOT_JUDGE),
+        num_truncated=sum(c.is_truncated for c in completions),
+        mean_completion_tokens=sum(len(c.token_ids) for c in completions) / len(completions),
+        prompt=problem.prompt,
+        first_completion=texts[0],
+    )
 
 
 def pass_at_1(results: Sequence[ProblemResult]) -> Estimate:

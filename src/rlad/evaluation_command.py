@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,25 @@ from rich.table import Table
 
 from rlad.config import RunConfig
 from rlad.config_file import load_config, parse_config, parse_overrides
+from rlad.console import printable
 from rlad.evaluate import Estimate, ProblemResult, evaluate, summarise
-from rlad.language_model import load_language_model
+from rlad.language_model import EMBEDDED, load_language_model
 from rlad.run_dir import RunDirectory
 from rlad.tasks import Split, make_task
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Which model was evaluated on what, and the result of each problem."""
+
+    model: str
+    task: str
+    split: Split
+    results: list[ProblemResult]
+
+    def summary_json(self) -> dict[str, Any]:
+        """The summary with intervals as plain JSON."""
+        return {"model": self.model, "task": self.task, "split": self.split} | _plain(summarise(self.results))
 
 
 def evaluate_run_or_model(
@@ -25,71 +40,70 @@ def evaluate_run_or_model(
     num_problems: int,
     num_samples: int,
     output: Path | None,
-) -> list[ProblemResult]:
+) -> Evaluation:
     """Results of each held-out problem; also written to `output` as JSONL. `ValueError` for a user's mistake."""
-    path = Path(run_or_model)
-    if (path / "checkpoints").is_dir():
-        run = RunDirectory.open(path)
-        config = load_config(path / "config.toml", ([f"task={task_type}"] if task_type else []) + list(overrides))
-        best = run.best_step()
-        model = str(run.checkpoint(best) if best is not None else run.last_checkpoint()[1])
-    else:
-        config, model = _config_of_model(run_or_model, task_type, overrides), run_or_model
+    if output is not None and (output.exists() or not output.parent.is_dir()):
+        raise ValueError(f"--output {output} exists already or has no folder to lie in; give a new file.")
+    config, model = _config_and_model(run_or_model, [*([f"task={task_type}"] if task_type else []), *overrides])
     task = make_task(**config.task.model_dump())
     try:
         results = evaluate(
             load_language_model(model, dtype=config.student.dtype, device=config.student.device),
             task,
             split,
+            rollout=config.rollout,
             num_problems=num_problems,
             num_samples=num_samples,
-            max_completion_tokens=config.rollout.max_completion_tokens,
             temperature=config.evaluation.temperature,
-            prompt_format=config.rollout.prompt_format,
-            max_batch_rows=config.rollout.max_batch_rows,
         )
     finally:
         task.close()
     if output is not None:
         lines = [json.dumps({"model": model, "task": config.task.type, "split": split} | asdict(r)) for r in results]
         output.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return results
+    return Evaluation(model, config.task.type, split, results)
 
 
-def _config_of_model(model: str, task_type: str | None, overrides: Sequence[str]) -> RunConfig:
-    if task_type is None:
+def _config_and_model(run_or_model: str, overrides: Sequence[str]) -> tuple[RunConfig, str]:
+    """Of a run its config and best checkpoint, of a checkpoint its run's config, of an embedded model that of the example."""
+    path = Path(run_or_model)
+    if RunDirectory(path).exists():
+        return load_config(path, overrides), str(RunDirectory(path).best_checkpoint()[1])
+    if path.parent.name == "checkpoints" and RunDirectory(path.parents[1]).exists():
+        return load_config(path.parents[1], overrides), run_or_model
+    if run_or_model in EMBEDDED:
+        return load_config(None, overrides), run_or_model
+    if not any(override.startswith(("task=", "task.type=")) for override in overrides):
         raise ValueError(
-            f"{model!r} is no run directory, so its task is not known; add --task, for example --task knights_and_knaves."
+            f"{run_or_model!r} is no run directory, so its task is not known; add --task, for example "
+            "--task knights_and_knaves."
         )
-    table = {"student": {"model": model}, "objective": {"type": "grpo"}, "task": {"type": task_type}}
-    return parse_config(parse_overrides(table, overrides))
+    table = {"student": {"model": run_or_model}, "objective": {"type": "grpo"}}
+    return parse_config(parse_overrides(table, overrides)), run_or_model
 
 
-def summary_json(results: Sequence[ProblemResult]) -> dict[str, Any]:
-    """The summary with intervals as plain JSON."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {str(key): plain(item) for key, item in value.items()}
-        return asdict(value) if isinstance(value, Estimate) else value
-
-    return plain(summarise(results))
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return asdict(value) if isinstance(value, Estimate) else value
 
 
-def print_summary(results: Sequence[ProblemResult], console: Console | None = None) -> None:
+def print_summary(evaluation: Evaluation, console: Console | None = None) -> None:
     """A table of the summary."""
     console = console or Console(highlight=False)
-    summary = summarise(results)
+    summary = summarise(evaluation.results)
     n = summary["num_samples"]
-    table = Table(title=f"{summary['num_problems']} problems x {n} samples, 95 % intervals over problems", title_justify="left")
+    table = Table(box=None, pad_edge=False)
     table.add_column("quantity")
-    table.add_column("value", justify="right")
+    table.add_column("value (95 % interval over problems)")
     table.add_row(f"mean@{n}", str(summary[f"mean@{n}"]))
     for k, estimate in summary["pass@k"].items():
         table.add_row(f"pass@{k}", str(estimate))
     for difficulty, estimate in summary["pass@1 by difficulty"].items():
         table.add_row(f"pass@1, {difficulty}", str(estimate))
-    table.add_row("mean completion length (tokens)", f"{summary['mean_completion_tokens']:.1f}")
+    table.add_row("mean completion length", f"{summary['mean_completion_tokens']:.1f} tokens")
     table.add_row("truncated", f"{summary['truncated_share']:.1%}")
     table.add_row("could not be judged", f"{summary['cannot_judge_share']:.1%}")
+    what = f"{summary['num_problems']} {evaluation.split} problems of {evaluation.task} x {n} samples"
+    console.print(f"{printable(evaluation.model)}\n{what}\n", markup=False, soft_wrap=True)
     console.print(table)

@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 EMBEDDED = {
     name: Path(__file__).parent / "models" / name.removeprefix("embedded/") for name in ("embedded/student", "embedded/teacher")
@@ -34,28 +42,27 @@ class LanguageModel:
     @property
     def context_tokens(self) -> int | None:
         """The longest sequence the model was made for; None when it does not say."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return context_tokens(self.model.config)
 
 
 def pick_device(device: str) -> torch.device:
-    """The torch device for a `device` setting; `auto` is the GPU where there is one."""
+    """The torch device for a `device` setting; `auto` is the GPU where there is one. `ValueError` when it cannot be used."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        picked = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"device {device!r} is unknown; use auto, cpu, cuda or cuda:0.") from None
-    if picked.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} was asked for but this machine has no usable GPU; use device = 'auto' or 'cpu'.")
-    return picked
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device {device!r} cannot be used on this machine ({_first_line(error)}); use 'auto', 'cpu', or for a GPU 'cuda' "
+            "or 'cuda:0'."
+        ) from None
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; `ValueError` when there is none or it cannot be loaded."""
-    path = EMBEDDED.get(name, name)
-    _must_be_a_model(name)
+    load_model_config(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(EMBEDDED.get(name, name))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"no tokenizer can be loaded from {name!r} ({_first_line(error)}); a model folder needs tokenizer.json or the "
@@ -66,49 +73,86 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_model_config(name: str) -> PretrainedConfig:
+    """What a model says of itself, without its weights. `ValueError` when `name` is no model."""
+    if name.startswith("embedded/") and name not in EMBEDDED:
+        raise ValueError(f"model {name!r} is unknown; the embedded models are {', '.join(EMBEDDED)}.")
+    try:
+        return AutoConfig.from_pretrained(EMBEDDED.get(name, name))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"model {name!r} cannot be found or read ({_first_line(error)}); give a folder that `save_pretrained` wrote, or a "
+            "Hugging Face name that is in the cache or can be downloaded."
+        ) from None
+
+
+def context_tokens(config: PretrainedConfig) -> int | None:
+    """The longest sequence a model was made for; None when it does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def end_token_ids(config: PretrainedConfig, generation: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every end token that a model or its tokenizer declares (chat models have more than one). `ValueError` without any."""
+    declared = getattr(generation, "eos_token_id", None)
+    declared = getattr(config.get_text_config(), "eos_token_id", None) if declared is None else declared
+    ids = [declared] if isinstance(declared, int) else list(declared or [])
+    if isinstance(tokenizer.eos_token_id, int):
+        ids.append(tokenizer.eos_token_id)
+    if not ids:
+        raise ValueError(f"model {tokenizer.name_or_path!r} declares no end token; set `eos_token` in its tokenizer.")
+    return tuple(dict.fromkeys(ids))
+
+
 def load_language_model(name: str, *, dtype: str = "float32", device: str = "auto", trainable: bool = False) -> LanguageModel:
     """The model and its tokenizer, ready to sample and score. `ValueError` with one sentence when that cannot be.
 
     A `trainable` model keeps float32 weights and only computes in `dtype`: the small updates of RL vanish in bfloat16 weights.
     """
     tokenizer, where, compute_dtype = load_tokenizer(name), pick_device(device), getattr(torch, dtype)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            EMBEDDED.get(name, name), dtype=torch.float32 if trainable else compute_dtype, use_safetensors=True
+    model = _load_weights(name, torch.float32 if trainable else compute_dtype)
+    num_embeddings = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > num_embeddings:
+        raise ValueError(
+            f"the tokenizer of {name!r} has {len(tokenizer)} tokens but the model only {num_embeddings} embeddings; "
+            "this tokenizer belongs to another model."
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    if trainable:
+        _require_finite(name, model)
+        for parameter in model.parameters():
+            # Memory of its own, aligned: results must not depend on where in which file the weights stood.
+            parameter.data = parameter.data.clone()
+    remove_dropout(model)
+    eos = end_token_ids(model.config, model.generation_config, tokenizer)
+    pad = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else eos[0]
+    return LanguageModel(name, model.to(where).eval(), tokenizer, eos, pad, compute_dtype)
+
+
+def _load_weights(name: str, dtype: torch.dtype) -> Any:
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            EMBEDDED.get(name, name), dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"no causal language model can be loaded from {name!r} ({_first_line(error)}); give a Hugging Face name, "
             "or a folder with config.json and model.safetensors."
         ) from None
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
         raise ValueError(
-            f"the tokenizer of {name!r} has {len(tokenizer)} tokens but the model only "
-            f"{model.get_input_embeddings().weight.shape[0]} embeddings; this tokenizer belongs to another model."
+            f"the weights of {name!r} lack {len(missing)} tensors of a causal language model, the first is {missing[0]!r}; "
+            "give a complete model."
         )
-    _remove_dropout(model)
-    eos = _eos_token_ids(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
-    return LanguageModel(name, model.to(where).eval(), tokenizer, eos, pad, compute_dtype)
+    return model
 
 
-def context_tokens(name: str) -> int | None:
-    """The context length that a model's config states, without loading its weights."""
-    _must_be_a_model(name)
-    config = AutoConfig.from_pretrained(EMBEDDED.get(name, name))
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+def _require_finite(name: str, model: PreTrainedModel) -> None:
+    for weight, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(f"weight {weight!r} of {name!r} holds NaN or infinite values; give a model that is whole.")
 
 
-def _must_be_a_model(name: str) -> None:
-    if name.startswith("embedded/") and name not in EMBEDDED:
-        raise ValueError(f"model {name!r} is unknown; the embedded models are {', '.join(EMBEDDED)}.")
-    looks_like_a_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
-    if name not in EMBEDDED and looks_like_a_path and not (Path(name) / "config.json").is_file():
-        what = "has no config.json" if Path(name).is_dir() else "is not a folder"
-        raise ValueError(f"model {name!r} {what}; give a Hugging Face name, or a folder that `save_pretrained` wrote.")
-
-
-def _remove_dropout(model: PreTrainedModel) -> None:
+def remove_dropout(model: PreTrainedModel) -> None:
     """Old, student and teacher log-probs must come from one function; dropout would make it another one each time."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -116,17 +160,6 @@ def _remove_dropout(model: PreTrainedModel) -> None:
         for name in ("attention_dropout", "dropout", "hidden_dropout", "layerdrop"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
-
-
-def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every end token that the model or its tokenizer declares (chat models have more than one)."""
-    declared = getattr(model.generation_config, "eos_token_id", None) or model.config.eos_token_id
-    ids = [declared] if isinstance(declared, int) else list(declared or [])
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
-        ids.append(tokenizer.eos_token_id)
-    if not ids:
-        raise ValueError(f"model {model.name_or_path!r} declares no end token; set `eos_token` in its tokenizer.")
-    return tuple(ids)
 
 
 def _first_line(error: BaseException) -> str:

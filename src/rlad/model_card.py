@@ -2,20 +2,22 @@
 
 from rlad.config import RunConfig
 from rlad.evaluate import Estimate
+from rlad.run_dir import RunDirectory
 
 
-def model_card(config: RunConfig, name: str, before: Estimate, after: Estimate) -> str:
+def model_card(config: RunConfig, run: RunDirectory, before: Estimate, after: Estimate) -> str:
     """Markdown with the metadata that the Hub reads, the figures, and how to load and repeat it."""
-    teacher = config.teacher.model if config.teacher else "none"
+    teacher = f"teacher `{config.teacher.model}`" if config.teacher else "no teacher"
+    last, best = run.checkpoints()[-1][1].name, run.best_checkpoint()[1].name
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
 tags: [rlad, {config.objective.type}, distillation, reinforcement-learning]
 ---
 
-# {name}
+# {run.path.name}
 
-`{config.student.model}` trained with `{config.objective.type}` on `{config.task.type}`, teacher `{teacher}`,
+`{config.student.model}` trained with `{config.objective.type}` on `{config.task.type}`, {teacher},
 {config.optimization.num_steps} optimiser steps, seed {config.seed}.
 
 | | pass@1 on the test split (95 % interval over prompts) |
@@ -28,7 +30,7 @@ tags: [rlad, {config.objective.type}, distillation, reinforcement-learning]
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder = "checkpoints/step-{config.optimization.num_steps:06d}"
+folder = "checkpoints/{last}"  # the best on the validation split: {best}
 model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 ```
 

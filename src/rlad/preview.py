@@ -1,87 +1,112 @@
 """`rlad sample`: graded completions of the student with the teacher's log-probs."""
 
-from collections.abc import Iterable
-from pathlib import Path
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
+from torch import Tensor
 
 from rlad.config import RunConfig
 from rlad.console import printable
-from rlad.language_model import load_language_model
-from rlad.prompts import prompt_token_ids
+from rlad.language_model import LanguageModel, load_language_model
+from rlad.prompts import check_prompt_length, prompt_token_ids
+from rlad.rollouts import Completion
 from rlad.run_dir import RunDirectory
 from rlad.sampling import sample
 from rlad.seeds import stream_seed
-from rlad.tasks import make_task
+from rlad.tasks import Problem, Task, make_task
 from rlad.training import make_teacher
 
 _COLOURS = {"correct": "green", "wrong": "red", "cannot_judge": "yellow"}
+Row = dict[str, Any]
 
 
-def preview(config: RunConfig, *, num_prompts: int) -> list[dict[str, Any]]:
+def preview(config: RunConfig, *, num_prompts: int) -> list[Row]:
     """Completions of the first validation prompts, graded and scored; one row per completion.
 
     The student is the last checkpoint of the config's run directory where there is one, else the initial student.
     """
-    trained = RunDirectory(Path(config.directory)).checkpoints()
+    trained, rollout = RunDirectory(config.directory).checkpoints(), config.rollout
     name = str(trained[-1][1]) if trained else config.student.model
     student = load_language_model(name, dtype=config.student.dtype, device=config.student.device)
-    teacher, task, rollout = make_teacher(config, student), make_task(**config.task.model_dump()), config.rollout
-    problems = [task.problem("validation", i) for i in range(num_prompts)]
-    prompts = [prompt_token_ids(student.tokenizer, p.prompt, rollout.prompt_format) for p in problems]
-    groups = sample(
-        student,
-        prompts,
-        group_size=rollout.group_size,
-        max_completion_tokens=rollout.max_completion_tokens,
-        temperature=rollout.temperature,
-        seed=stream_seed(config.seed, "preview"),
-        max_batch_rows=rollout.max_batch_rows,
-    )
-    rows = []
-    for problem, prompt, group in zip(problems, prompts, groups, strict=True):
-        completions = [list(c.token_ids) for c in group]
-        scored = teacher.logprobs([prompt] * len(group), completions) if teacher else [None] * len(group)
-        for completion, teacher_logprobs in zip(group, scored, strict=True):
-            text = student.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-            judgement = task.judge(problem, text)
-            rows.append(
-                {
-                    "student": name,
-                    "prompt": problem.prompt,
-                    "completion": text,
-                    "verdict": str(judgement.verdict),
-                    "reward": judgement.reward,
-                    "reason": judgement.reason,
-                    "is_truncated": completion.is_truncated,
-                    "tokens": student.tokenizer.convert_ids_to_tokens(list(completion.token_ids)),
-                    "student_logprobs": list(completion.logprobs),
-                    "teacher_logprobs": None if teacher_logprobs is None else teacher_logprobs.tolist(),
-                }
-            )
-    task.close()
-    return rows
+    teacher, task = make_teacher(config, student), make_task(**config.task.model_dump())
+    try:
+        problems = [task.problem("validation", i) for i in range(num_prompts)]
+        prompts = [prompt_token_ids(student.tokenizer, p.prompt, rollout.prompt_format) for p in problems]
+        for i, prompt in enumerate(prompts):
+            check_prompt_length(len(prompt), f"validation problem {i}", rollout, student.context_tokens)
+        groups = sample(
+            student,
+            prompts,
+            group_size=rollout.group_size,
+            max_completion_tokens=rollout.max_completion_tokens,
+            temperature=rollout.temperature,
+            seed=stream_seed(config.seed, "preview"),
+            max_batch_rows=rollout.max_batch_rows,
+        )
+        rows = []
+        for problem, prompt, group in zip(problems, prompts, groups, strict=True):
+            ids = [list(completion.token_ids) for completion in group]
+            scored = teacher.logprobs([prompt] * len(group), ids) if teacher else [None] * len(group)
+            rows += [_row(student, task, problem, *pair) for pair in zip(group, scored, strict=True)]
+        return rows
+    finally:
+        task.close()
 
 
-def print_preview(rows: Iterable[dict[str, Any]], console: Console | None = None) -> None:
-    """Each prompt once, then its completions with verdict, reward and mean log-ratio to the teacher."""
+def _row(student: LanguageModel, task: Task, problem: Problem, completion: Completion, teacher_logprobs: Tensor | None) -> Row:
+    token_ids = list(completion.token_ids)
+    (text,) = student.tokenizer.batch_decode([token_ids], skip_special_tokens=True)
+    judgement = task.judge(problem, text)
+    return {
+        "student": student.name,
+        "prompt": problem.prompt,
+        "completion": text,
+        "verdict": str(judgement.verdict),
+        "reward": _finite(judgement.reward),
+        "reason": judgement.reason,
+        "is_truncated": completion.is_truncated,
+        "tokens": student.tokenizer.convert_ids_to_tokens(token_ids),
+        "student_logprobs": list(completion.logprobs),
+        "teacher_logprobs": None if teacher_logprobs is None else [_finite(value) for value in teacher_logprobs.tolist()],
+    }
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN: a reward that was not given and a token that was not scored are null."""
+    return value if math.isfinite(value) else None
+
+
+def print_preview(rows: Iterable[Row], console: Console | None = None) -> None:
+    """Each prompt once, then its completions with verdict, reward and log-ratio to the teacher."""
     console = console or Console(highlight=False)
     prompt = None
     for row in rows:
+        if prompt is None:
+            console.print(Text(f"student: {printable(row['student'])}"), soft_wrap=True)
         if row["prompt"] != prompt:
             prompt = row["prompt"]
             console.rule(style="dim")
-            console.print(Text(printable(prompt).strip(), style="bold"))
-        head = Text(f"\n{row['verdict']}", style=_COLOURS[row["verdict"]])
-        head.append(f"  reward {row['reward']:g}, {len(row['tokens'])} tokens" + (", truncated" if row["is_truncated"] else ""))
-        if row["teacher_logprobs"] is not None:
-            ratios = [s - t for s, t in zip(row["student_logprobs"], row["teacher_logprobs"], strict=True)]
-            most = max(range(len(ratios)), key=lambda i: abs(ratios[i]))
-            head.append(
-                f", log πS - log πT: mean {sum(ratios) / len(ratios):+.3f}, "
-                f"largest {ratios[most]:+.2f} at token {most + 1} {row['tokens'][most]!r}"
-            )
-        console.print(head)
-        console.print(Text(printable(row["completion"])))
+            console.print(Text(printable(prompt).strip(), style="bold"), soft_wrap=True)
+        console.print(Text(f"\n{row['verdict']}", style=_COLOURS[row["verdict"]]).append(_details(row), style="default"))
+        console.print(Text(printable(row["completion"])), soft_wrap=True)
+
+
+def _details(row: Row) -> str:
+    reward = "" if row["reward"] is None else f"  reward {row['reward']:g}"
+    reason = f"  ({printable(row['reason'])})" if row["reason"] else ""
+    truncated = ", truncated" if row["is_truncated"] else ""
+    return f"{reward}{reason}  {len(row['tokens'])} tokens{truncated}{_opinion(row)}"
+
+
+def _opinion(row: Row) -> str:
+    """The teacher's: mean of log πS - log πT over the tokens, and the token at which it is largest."""
+    scored: Sequence[float | None] = row["teacher_logprobs"] or []
+    ratios = {i: row["student_logprobs"][i] - t for i, t in enumerate(scored) if t is not None}
+    if not ratios:
+        return ""
+    most = max(ratios, key=lambda i: abs(ratios[i]))
+    mean = sum(ratios.values()) / len(ratios)
+    return f"\nlog πS - log πT: mean {mean:+.3f}, largest {ratios[most]:+.2f} at token {most + 1} {row['tokens'][most]!r}"

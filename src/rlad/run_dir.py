@@ -4,9 +4,8 @@ config.toml           the resolved config; `rlad train config.toml` repeats the 
 run.json              versions, commit, machine, seed
 metrics.jsonl         one row per optimiser step
 eval.jsonl            one row per validation or test
-samples.jsonl         graded completions of some prompts
-checkpoints/step-N/   a Hugging Face model folder, with `trainer/` beside the weights for resuming
-best.json             which checkpoint validates best
+samples.jsonl         graded completions of one prompt per step
+checkpoints/step-N/   the best and the last: a Hugging Face model folder, with `trainer/` beside the weights for resuming
 curve.png, README.md  the learning curve and the model card
 """
 
@@ -14,54 +13,58 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-METRICS, EVAL, SAMPLES = "metrics.jsonl", "eval.jsonl", "samples.jsonl"
+from safetensors import SafetensorError
+
+CONFIG, METRICS, EVAL, SAMPLES = "config.toml", "metrics.jsonl", "eval.jsonl", "samples.jsonl"
+
+
+class CannotWriteError(ValueError):
+    """Disk full, no permission and the like; what was written before is still there."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunDirectory:
-    """A run directory on disk. Every write goes through here."""
+    """A run directory on disk. Every write goes through here, and raises `CannotWriteError` when it fails."""
 
     path: Path
 
-    @classmethod
-    def create(cls, path: Path, *, overwrite: bool) -> "RunDirectory":
-        """An empty run directory. `ValueError` when there is something already, unless `overwrite` deletes that run."""
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            if path.is_dir() and not (path / "config.toml").is_file():
-                raise ValueError(f"{path} exists and is not a run directory; choose another run_dir.")
-            if not overwrite or not path.is_dir():
-                raise ValueError(
-                    f"run directory {path} exists already; use --resume to go on, --overwrite to delete it and start "
-                    "again, or run_dir=... for another place."
-                )
-            shutil.rmtree(path)
-        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        return cls(path)
+    def exists(self) -> bool:
+        return (self.path / CONFIG).is_file()
 
-    @classmethod
-    def open(cls, path: Path) -> "RunDirectory":
-        """An existing run. `ValueError` when `path` is none."""
-        if not (path / "config.toml").is_file():
+    def require_free(self, *, overwrite: bool) -> None:
+        """`ValueError` when there is something already, unless it is a run and `overwrite` holds. Deletes nothing."""
+        if self.exists() and not overwrite:
             raise ValueError(
-                f"{path} is not a run directory (it has no config.toml); give the directory that `rlad train` named."
+                f"run directory {self.path} exists already; use --resume to go on with it, --overwrite to delete it and start "
+                "again, or run_dir=... for another place."
             )
-        return cls(path)
+        is_free = not self.path.exists() or (self.path.is_dir() and all(p.name.startswith(".") for p in self.path.iterdir()))
+        if not (is_free or self.exists()):
+            raise ValueError(f"{self.path} exists and is not a run directory; choose another run_dir.")
 
-    def write_text(self, name: str, text: str) -> None:
+    def create(self) -> None:
+        """Make the directory; the run that is there is deleted."""
+        with self._writing():
+            if self.exists():
+                shutil.rmtree(self.path)
+            self.path.mkdir(parents=True, exist_ok=True)
+
+    def write(self, name: str, content: str | bytes) -> None:
         """Write a whole file at once: it is either the old one or the new one, never half of it."""
-        target = self.path / name
-        aside = target.with_name(f".{target.name}.tmp")
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, target)
+        aside = self.path / f".{name}.tmp"
+        with self._writing():
+            aside.write_bytes(content.encode() if isinstance(content, str) else content)
+            os.replace(aside, self.path / name)
 
-    def append(self, name: str, *rows: dict[str, Any]) -> None:
-        """Add rows to a JSONL file and flush them."""
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, allow_nan=True) + "\n" for row in rows)
+    def append(self, name: str, row: dict[str, Any]) -> None:
+        """Add a row to a JSONL file and flush it."""
+        with self._writing(), (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
     def read(self, name: str) -> Iterator[dict[str, Any]]:
         """Rows of a JSONL file; nothing when it does not exist; a half-written last line is passed over."""
@@ -74,11 +77,17 @@ class RunDirectory:
                     yield json.loads(line)
 
     def forget_after(self, step: int) -> None:
-        """Drop the rows of later steps: a run resumed at `step` writes them again."""
+        """Cut off the rows of later steps, and a half-written last line: a run resumed at `step` writes them again."""
         for name in (METRICS, EVAL, SAMPLES):
-            if (self.path / name).is_file():
-                kept = [row for row in self.read(name) if row["step"] <= step]
-                self.write_text(name, "".join(json.dumps(row) + "\n" for row in kept))
+            if not (self.path / name).is_file():
+                continue
+            with self._writing(), (self.path / name).open("rb+") as file:
+                end = 0
+                for line in file:
+                    if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                        break
+                    end += len(line)
+                file.truncate(end)
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -90,41 +99,58 @@ class RunDirectory:
         found = [p for p in (self.path / "checkpoints").glob("step-*") if p.is_dir()]
         return sorted((int(p.name.removeprefix("step-")), p) for p in found)
 
-    def last_checkpoint(self) -> tuple[int, Path]:
-        """(step, folder) of the newest checkpoint. `ValueError` when there is none."""
+    def best_checkpoint(self) -> tuple[int, Path]:
+        """(step, folder) of the one with the highest validation pass@1, the earliest of equals; the newest if none has one.
+
+        `ValueError` when there is no checkpoint.
+        """
         checkpoints = self.checkpoints()
         if not checkpoints:
-            raise ValueError(f"{self.path} holds no checkpoint; start the run again with --overwrite.")
-        return checkpoints[-1]
+            raise ValueError(f"{self.path} holds no checkpoint; give the directory of a run that has written one.")
+        scores = {row["step"]: row["pass@1"]["mean"] for row in self.read(EVAL) if row["split"] == "validation"}
+        validated = [found for found in checkpoints if found[0] in scores]
+        return max(validated, key=lambda found: scores[found[0]]) if validated else checkpoints[-1]
 
-    def write_checkpoint(self, step: int, write: Callable[[Path], None]) -> Path:
-        """Let `write` fill a folder aside, then rename it: a checkpoint is complete or absent. Errors leave the others alone."""
+    def write_checkpoint(self, step: int, write: Callable[[Path], None]) -> None:
+        """Let `write` fill a folder aside, then rename it: a checkpoint is complete or absent."""
         target = self.checkpoint(step)
         aside = target.with_name(f".{target.name}.tmp")
         shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
         try:
-            write(aside)
-            for file in aside.rglob("*"):
-                if file.is_file():
-                    _flush(file)
-            if target.exists():
-                shutil.rmtree(target)
-            os.replace(aside, target)
+            with self._writing():
+                aside.mkdir(parents=True)
+                write(aside)
+                for written in (*aside.rglob("*"), aside):
+                    _flush(written)
+                os.replace(aside, target)
+                _flush(target.parent)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
-        return target
 
-    def best_step(self) -> int | None:
-        path = self.path / "best.json"
-        return json.loads(path.read_text(encoding="utf-8"))["step"] if path.is_file() else None
-
-    def keep_only(self, *steps: int | None) -> None:
-        """Delete all checkpoints but these."""
+    def keep_only(self, *steps: int) -> None:
+        """Delete all checkpoints but these, and what is left of unfinished ones."""
         for step, path in self.checkpoints():
             if step not in steps:
-                shutil.rmtree(path)
+                # A folder that is only half deleted must not be taken for a checkpoint.
+                os.replace(path, path.with_name(f".{path.name}.tmp"))
+        for path in (self.path / "checkpoints").glob(".step-*.tmp"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            kept = self.checkpoints()
+            then = (
+                f"then `rlad train {self.path} --resume` goes on from {kept[-1][1].name}"
+                if kept
+                else "or choose another run_dir"
+            )
+            raise CannotWriteError(
+                f"run directory {self.path} cannot be written ({error}); free some space or mend its permissions, {then}."
+            ) from None
 
 
 def _flush(path: Path) -> None:

@@ -172,11 +172,28 @@ def _generate(
     temperature: float,
     before_token: Callable[[], None],
 ) -> tuple[Tensor, Tensor]:
-    """The same through transformers' `generate`, for models whose cache is not plain keys and values."""
+    """The same through transformers' `generate`, for models whose cache is not plain keys and values.
+
+    Prompts of one length go together: some recurrent models let padding into their state.
+    """
+    tokens_out = torch.full(uniforms.shape, language_model.pad_token_id, device=ids.device)
+    logprobs_out = torch.zeros(uniforms.shape, device=ids.device)
+    lengths = mask.sum(dim=1)[owners]
+    for length in lengths.unique().tolist():
+        rows = (lengths == length).nonzero().squeeze(1)
+        processor = _PickTokens(uniforms[rows], temperature, before_token)
+        tokens = _generate_unpadded(language_model, ids[owners[rows], -length:], uniforms.shape[1], processor)
+        tokens_out[rows, : tokens.shape[1]] = tokens
+        logprobs_out[rows, : tokens.shape[1]] = torch.stack(processor.logprobs, dim=1)
+    return tokens_out, logprobs_out
+
+
+def _generate_unpadded(
+    language_model: LanguageModel, ids: Tensor, max_completion_tokens: int, processor: LogitsProcessor
+) -> Tensor:
     model: Any = language_model.model
-    processor = _PickTokens(uniforms, temperature, before_token)
     settings = GenerationConfig(
-        max_new_tokens=uniforms.shape[1],
+        max_new_tokens=max_completion_tokens,
         do_sample=False,
         eos_token_id=list(language_model.eos_token_ids),
         pad_token_id=language_model.pad_token_id,
@@ -187,14 +204,14 @@ def _generate(
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         out = model.generate(
-            input_ids=ids[owners],
-            attention_mask=mask[owners],
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
             generation_config=settings,
             logits_processor=LogitsProcessorList([processor]),
         )
     finally:
         model.generation_config = own
-    return out[:, ids.shape[1] :], torch.stack(processor.logprobs, dim=1)
+    return out[:, ids.shape[1] :]
 
 
 def _completions(tokens: list[list[int]], logprobs: list[list[float]], eos: set[int]) -> list[Completion]:

@@ -27,18 +27,21 @@ class Stop:
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
-        """Catch SIGINT and SIGTERM inside the block (main thread only)."""
+        """Catch SIGINT and SIGTERM inside the block (main thread only), where they are not ignored."""
 
         def remember(number: int, frame: FrameType | None) -> None:
             self._signal = number
+            restore()  # a second signal acts as it did before
+
+        def restore() -> None:
             for each, handler in former.items():
-                signal.signal(each, handler)  # a second signal acts as it did before
+                signal.signal(each, handler)
 
         former = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+        former = {each: handler for each, handler in former.items() if handler is not signal.SIG_IGN}
         try:
             for each in former:
                 signal.signal(each, remember)
             yield
         finally:
-            for each, handler in former.items():
-                signal.signal(each, handler)
+            restore()

@@ -1,42 +1,62 @@
 """What `rlad train` says at its end."""
 
+import shlex
+
 from rich.console import Console
 from rich.text import Text
 
+from rlad.config_file import load_config
 from rlad.console import printable
 from rlad.run_dir import EVAL, RunDirectory
 from rlad.training import TrainResult
 
 
 def print_summary(console: Console, result: TrainResult) -> None:
-    """Figures, a puzzle that was solved only after training, where everything is, and what to type next."""
-    shown = printable(str(result.run_dir))
-    console.rule("result", style="dim")
-    console.print(f"test pass@1 before {result.before}")
-    console.print(f"test pass@1 after  [bold]{result.after}[/]   (95 % intervals over problems)")
+    """Figures, a problem that was solved only after training, where everything is, and what to type next."""
+    _heading(console, "result")
+    _line(console, f"test pass@1 before  {result.before}")
+    _line(console, f"test pass@1 after   {result.after}   (95 % intervals over problems)", style="bold")
     _print_example(console, RunDirectory(result.run_dir))
-    console.rule("where it is, and what next", style="dim")
-    console.print(Text(f"run directory   {shown}  ({result.seconds:.0f} s)\nlearning curve  {shown}/curve.png"))
-    console.print(
-        Text(
-            f"rlad evaluate {shown} --num-samples 8     mean@8 and pass@k, by difficulty\n"
-            f"rlad sample {shown}/config.toml        completions with the teacher's opinion\n"
-            "rlad train objective=grpo               the same run without the teacher\n"
-            "rlad list objectives trrd               the formula and its settings"
-        )
-    )
+    _heading(console, "where it is, and what next")
+    _line(console, f"run directory   {result.run_dir}  ({result.seconds:.0f} s)")
+    _line(console, f"learning curve  {result.run_dir / 'curve.png'}")
+    _line(console, "")
+    for command, meaning in _next_commands(result):
+        _line(console, f"{command}\n    {meaning}")
+
+
+def _next_commands(result: TrainResult) -> list[tuple[str, str]]:
+    run, config = shlex.quote(str(result.run_dir)), load_config(result.run_dir)
+    commands = [
+        (f"rlad evaluate {run} --num-samples 8", "mean@8 and pass@k of its best checkpoint, by difficulty"),
+        (f"rlad sample {run}", "graded completions" + (" with the teacher's opinion of each" if config.teacher else "")),
+        (f"rlad list objectives {config.objective.type}", "the formula and its settings"),
+    ]
+    if config.objective.type != "grpo":
+        commands.append((f"rlad train {run} objective=grpo run_dir={run}-grpo", "the same run without the teacher"))
+    return commands
 
 
 def _print_example(console: Console, run: RunDirectory) -> None:
-    tests = [row for row in run.read(EVAL) if row["split"] == "test"]
-    before, after = tests[0]["results"], tests[-1]["results"]
+    tests = [row["results"] for row in run.read(EVAL) if row["split"] == "test"]
+    before, after = tests[0], tests[-1]
     solved = [
         (b, a) for b, a in zip(before, after, strict=True) if not b["num_correct"] and a["num_correct"] == a["num_samples"]
     ]
     if not solved:
         return
     then, now = min(solved, key=lambda pair: len(pair[1]["first_completion"]))
-    console.rule("a test problem that it solves now", style="dim")
-    console.print(Text(printable(then["prompt"]).strip(), style="bold"))
-    console.print(Text("before: ", style="red").append(printable(then["first_completion"]).strip(), style="default"))
-    console.print(Text("after: ", style="green").append(printable(now["first_completion"]).strip(), style="default"))
+    _heading(console, "a test problem that it solves now")
+    _line(console, then["prompt"].strip(), style="bold")
+    for when, result, colour in (("before", then, "red"), ("after", now, "green")):
+        _line(console, f"\n{when} training:", style=colour)
+        _line(console, result["first_completion"].strip())
+
+
+def _heading(console: Console, text: str) -> None:
+    console.print()
+    console.rule(text, style="dim", align="left")
+
+
+def _line(console: Console, text: str, style: str = "") -> None:
+    console.print(Text(printable(text), style=style), soft_wrap=True)

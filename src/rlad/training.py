@@ -2,36 +2,35 @@
 
 import hashlib
 import json
-import platform
-import shutil
-import subprocess
-import sys
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from threading import current_thread, main_thread
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerBase
 
 from rlad.config import RunConfig
 from rlad.config_file import dump_config, load_config, parse_config
 from rlad.curve import draw_curve
 from rlad.engines.native import NativeEngine, StepResult
 from rlad.engines.native_state import restore_engine, save_engine
+from rlad.environment import describe_environment
 from rlad.evaluate import Estimate, evaluate, pass_at_1
-from rlad.language_model import LanguageModel, load_language_model, load_tokenizer
+from rlad.language_model import LanguageModel, context_tokens, load_language_model, load_model_config, load_tokenizer
 from rlad.model_card import model_card
 from rlad.objectives import OBJECTIVES
-from rlad.run_dir import EVAL, METRICS, SAMPLES, RunDirectory
+from rlad.prompts import check_prompt_length, prompt_token_ids
+from rlad.run_dir import CONFIG, EVAL, METRICS, SAMPLES, CannotWriteError, RunDirectory
 from rlad.stopping import Stop, StopRequested
 from rlad.tasks import Split, Task, make_task
 from rlad.teachers import Teacher
-from rlad.teachers.compatibility import require_same_vocabulary
+from rlad.teachers.compatibility import compare_contexts, compare_tokenizers
 from rlad.teachers.local import LocalTeacher
+
+NUM_PROBED_PROBLEMS = 20
 
 
 class Reporter(Protocol):
@@ -78,22 +77,38 @@ def train(
     """Train a student as `config` says and write its run directory.
 
     `config` may be a nested dictionary as in a TOML file. Raises `ValueError` with one sentence for a user's mistake, and
-    `StopRequested` after Ctrl-C or SIGTERM, when a checkpoint has been written.
+    `StopRequested` after Ctrl-C or SIGTERM, when a checkpoint has been written. Nothing is written, and with `overwrite`
+    nothing deleted, before models, task and prompts have been found good.
     """
     config = config if isinstance(config, RunConfig) else parse_config(config)
-    run = _open_run(config, resume=resume, overwrite=overwrite)
-    return Training(config, run, reporter or Silent()).finish()
+    run = RunDirectory(config.directory)
+    if resume and overwrite:
+        raise ValueError("--resume goes on with a run and --overwrite deletes it; give one of the two.")
+    if not resume:
+        run.require_free(overwrite=overwrite)
+        with closing(Training(config, run, reporter or Silent())) as training:
+            run.create()
+            run.write(CONFIG, dump_config(config))
+            run.write("run.json", json.dumps(describe_environment(config.seed), indent=2))
+            return training.finish()
+    stored = _stored_config(run, config)
+    checkpoint = run.checkpoints()[-1][1] if run.checkpoints() else None
+    with closing(Training(config, run, reporter or Silent(), checkpoint)) as training:
+        run.forget_after(training.engine.step if checkpoint else -1)
+        if stored.optimization != config.optimization:  # more steps
+            run.write(CONFIG, dump_config(config))
+        return training.finish()
 
 
 class Training:
     """One run in one process: the models, the engine and the run directory."""
 
-    def __init__(self, config: RunConfig, run: RunDirectory, reporter: Reporter):
+    def __init__(self, config: RunConfig, run: RunDirectory, reporter: Reporter, checkpoint: Path | None = None):
         self.config, self.run, self.reporter, self.stop = config, run, reporter, Stop()
         reporter.phase("loading models")
-        checkpoint = run.checkpoints()[-1][1] if run.checkpoints() else None
-        self.student = _load_student(config, str(checkpoint or config.student.model))
         self.task: Task = make_task(**config.task.model_dump())
+        self.student = _load_student(config, checkpoint)
+        longest_prompt(config, self.task, self.student.tokenizer, self.student.context_tokens)
         self.engine = NativeEngine(
             config,
             student=self.student,
@@ -102,11 +117,24 @@ class Training:
             reference=_load_reference(config) if config.optimization.kl_coef else None,
             before_work=self.stop.check,
         )
-        if checkpoint is None:
-            run.forget_after(-1)
-        else:
-            restore_engine(self.engine, checkpoint, run_digest=run_digest(config))
-            run.forget_after(self.engine.step)
+        if checkpoint is not None:
+            self._restore(checkpoint)
+
+    def _restore(self, checkpoint: Path) -> None:
+        try:
+            restore_engine(self.engine, checkpoint, run_digest=run_digest(self.config))
+        except ValueError as error:
+            raise ValueError(_not_resumable(checkpoint, error)) from None
+        step, num_steps = self.engine.step, self.config.optimization.num_steps
+        if step > num_steps:
+            raise ValueError(
+                f"{self.run.path} has made {step} steps, but optimization.num_steps is {num_steps}; give it at least {step}."
+            )
+        if step > 0 and self._recorded("test", 0) is None:
+            raise ValueError(f"{self.run.path}/{EVAL} has lost the test before training; put it back, or use --overwrite.")
+
+    def close(self) -> None:
+        self.task.close()
 
     def finish(self) -> TrainResult:
         """Run to the end, or to a checkpoint and `StopRequested`."""
@@ -114,19 +142,18 @@ class Training:
         started = time.monotonic()
         try:
             with signals:
-                before = self._evaluate("test", 0) if self.engine.step == 0 else None
+                before = self._evaluate("test", 0) if self.engine.step == 0 else self._recorded("test", 0)
                 self._steps()
                 after = self._evaluate("test", self.engine.step)
+        except CannotWriteError:
+            raise
         except (StopRequested, ValueError):
+            self.reporter.phase("writing a checkpoint")
             self.save()
             raise
-        except OSError as error:
-            raise ValueError(self._could_not_write(error)) from None
-        finally:
-            self.task.close()
-        before = before or self._recorded("test", 0) or after
-        draw_curve(self.run)
-        self.run.write_text("README.md", model_card(self.config, self.run.path.name, before, after))
+        assert before is not None, "a run without it is not resumed"
+        self.run.write("curve.png", draw_curve(self.run))
+        self.run.write("README.md", model_card(self.config, self.run, before, after))
         return TrainResult(self.run.path, before, after, time.monotonic() - started)
 
     def _steps(self) -> None:
@@ -144,39 +171,29 @@ class Training:
 
     def _validate(self) -> None:
         """Validation, then a checkpoint; the best and the last checkpoint are kept."""
-        step = self.engine.step
-        self._evaluate("validation", step)
-        scores = {row["step"]: row["pass@1"]["mean"] for row in self.run.read(EVAL) if row["split"] == "validation"}
-        best = max(scores, key=lambda s: (scores[s], -s))
-        if best == step:
-            self.run.write_text("best.json", json.dumps({"step": step, "validation pass@1": scores[step]}))
+        self._evaluate("validation", self.engine.step)
         self.save()
-        self.run.keep_only(step, best)
+        self.run.keep_only(self.engine.step, self.run.best_checkpoint()[0])
 
     def _evaluate(self, split: Split, step: int) -> Estimate:
         """pass@1 of the present student; a result that was recorded before an interruption is not computed again."""
         estimate = self._recorded(split, step)
         if estimate is None:
-            settings, rollout = self.config.evaluation, self.config.rollout
+            settings = self.config.evaluation
             self.reporter.phase(f"evaluating on {split} problems")
-            self.student.model.eval()
             results = evaluate(
                 self.student,
                 self.task,
                 split,
+                rollout=self.config.rollout,
                 num_problems=settings.num_test_problems if split == "test" else settings.num_validation_problems,
                 num_samples=settings.num_samples,
-                max_completion_tokens=rollout.max_completion_tokens,
                 temperature=settings.temperature,
-                prompt_format=rollout.prompt_format,
-                max_batch_rows=rollout.max_batch_rows,
                 before_token=self.stop.check,
             )
             estimate = pass_at_1(results)
-            self.run.append(
-                EVAL,
-                {"step": step, "split": split, "pass@1": asdict(estimate), "results": [asdict(r) for r in results]},
-            )
+            rows = [asdict(result) for result in results]
+            self.run.append(EVAL, {"step": step, "split": split, "pass@1": asdict(estimate), "results": rows})
         self.reporter.evaluated(split, step, estimate)
         return estimate
 
@@ -187,21 +204,41 @@ class Training:
         return None
 
     def save(self) -> None:
-        """A checkpoint of the present step. A full disk costs this checkpoint only: `ValueError`, the former ones stay."""
+        """A checkpoint of the present step, unless there is one. `ValueError` when the student is broken or the disk is full:
+        the former checkpoints stay.
+        """
         step = self.engine.step
-        if any(saved == step for saved, _ in self.run.checkpoints()):
+        if self.run.checkpoint(step).is_dir():
             return
-        try:
-            self.run.write_checkpoint(step, lambda folder: save_engine(self.engine, folder, run_digest=run_digest(self.config)))
-        except (OSError, SafetensorError) as error:
-            raise ValueError(self._could_not_write(error)) from None
+        if not all(torch.isfinite(parameter).all() for parameter in self.student.model.parameters()):
+            kept = self.run.checkpoints()
+            raise ValueError(
+                f"step {step}: the student's weights are no longer finite, so no checkpoint was written; start a new run "
+                f"with a lower optimization.learning_rate{f' and student.model={kept[-1][1]}' if kept else ''}."
+            )
+        self.run.write_checkpoint(step, lambda folder: save_engine(self.engine, folder, run_digest=run_digest(self.config)))
 
-    def _could_not_write(self, error: Exception) -> str:
-        kept = [str(path) for _, path in self.run.checkpoints()]
-        return (
-            f"{self.run.path} could not be written at step {self.engine.step} ({error}); free some space or mend its "
-            f"permissions, then `rlad train --resume` goes on from {kept[-1] if kept else 'the start'}."
-        )
+
+def longest_prompt(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, context_tokens: int | None) -> int:
+    """Tokens of the longest prompt: of all that a finite task will give, of the first few of an endless one.
+
+    Raises `ValueError` when one leaves no room for its completion.
+    """
+    loop, rollout, evaluation = config.optimization, config.rollout, config.evaluation
+    num_batches = -(-loop.num_steps // loop.steps_per_rollout_batch)
+    wanted: dict[Split, int] = {
+        "train": num_batches * rollout.prompts_per_batch,
+        "validation": evaluation.num_validation_problems,
+        "test": evaluation.num_test_problems,
+    }
+    longest = 0
+    for split, number in wanted.items():
+        for i in range(min(number, task.num_problems(split) or NUM_PROBED_PROBLEMS)):
+            problem = task.problem(split, i, seed=config.seed if split == "train" else 0)
+            prompt = prompt_token_ids(tokenizer, problem.prompt, rollout.prompt_format)
+            check_prompt_length(len(prompt), f"{split} problem {i}", rollout, context_tokens)
+            longest = max(longest, len(prompt))
+    return longest
 
 
 def make_teacher(config: RunConfig, student: LanguageModel) -> Teacher | None:
@@ -210,7 +247,11 @@ def make_teacher(config: RunConfig, student: LanguageModel) -> Teacher | None:
         return None
     settings = config.teacher
     assert settings is not None, "RunConfig refuses such an objective without a teacher"
-    require_same_vocabulary(student.tokenizer, load_tokenizer(settings.model))
+    context = context_tokens(load_model_config(settings.model))
+    findings = compare_tokenizers(student.tokenizer, load_tokenizer(settings.model))
+    for finding in (*findings, compare_contexts(config.rollout, student.context_tokens, context)):
+        if finding.level == "error":
+            raise ValueError(f"teacher {settings.model!r} cannot score the student's tokens: {finding.message}")
     device = str(student.model.device) if settings.device == "auto" else settings.device
     return LocalTeacher(
         load_language_model(settings.model, dtype=settings.dtype, device=device),
@@ -220,55 +261,41 @@ def make_teacher(config: RunConfig, student: LanguageModel) -> Teacher | None:
 
 
 def run_digest(config: RunConfig) -> str:
-    """Equal for configs that describe the same run, wherever it lies and however many steps it is to have."""
-    table = config.model_dump(mode="json", exclude={"run_dir": True, "optimization": {"num_steps"}})
+    """Equal for configs that describe the same run, wherever it lies and, unless its schedule depends on it, however many
+    steps it is to have.
+    """
+    table = config.model_dump(mode="json", exclude={"run_dir"})
+    if config.optimization.schedule == "constant":
+        del table["optimization"]["num_steps"]
     return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
 
 
-def _load_student(config: RunConfig, model: str) -> LanguageModel:
-    return load_language_model(model, dtype=config.student.dtype, device=config.student.device, trainable=True)
+def _stored_config(run: RunDirectory, config: RunConfig) -> RunConfig:
+    """The config of the run that is to be resumed. `ValueError` when there is none, or when it is another run."""
+    if not run.exists():
+        raise ValueError(f"there is no run in {run.path} to go on with; start it without --resume, or give its run_dir.")
+    stored = load_config(run.path)
+    if run_digest(stored) != run_digest(config):
+        raise ValueError(
+            f"{run.path} holds a run with another config; go on with it by `rlad train {run.path} --resume`, "
+            "or choose another run_dir for this one."
+        )
+    return stored
+
+
+def _load_student(config: RunConfig, checkpoint: Path | None) -> LanguageModel:
+    settings = config.student
+    try:
+        return load_language_model(
+            str(checkpoint or settings.model), dtype=settings.dtype, device=settings.device, trainable=True
+        )
+    except ValueError as error:
+        raise ValueError(_not_resumable(checkpoint, error)) if checkpoint else error from None
+
+
+def _not_resumable(checkpoint: Path, error: ValueError) -> str:
+    return f"checkpoint {checkpoint} cannot be resumed: {error} Delete that folder to go on from the one before it, if any."
 
 
 def _load_reference(config: RunConfig) -> LanguageModel:
     return load_language_model(config.student.model, dtype=config.student.dtype, device=config.student.device)
-
-
-def _open_run(config: RunConfig, *, resume: bool, overwrite: bool) -> RunDirectory:
-    if resume:
-        run = RunDirectory.open(config.directory)
-        if run_digest(load_config(run.path / "config.toml")) != run_digest(config):
-            raise ValueError(
-                f"{run.path} holds a run with another config; resume it with `rlad train {run.path}/config.toml --resume`, "
-                "or choose another run_dir for this one."
-            )
-        return run
-    run = RunDirectory.create(config.directory, overwrite=overwrite)
-    run.write_text("config.toml", dump_config(config))
-    run.write_text("run.json", json.dumps(_environment(config), indent=2))
-    return run
-
-
-def _environment(config: RunConfig) -> dict[str, Any]:
-    packages = ("rlad", "torch", "transformers", "tokenizers", "safetensors", "numpy")
-    return {
-        "command": sys.argv,
-        "seed": config.seed,
-        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
-        "commit": _commit(),
-        "machine": {"system": platform.platform(), "threads": torch.get_num_threads(), "gpu": _gpu()},
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
-def _gpu() -> str | None:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
-
-
-def _commit() -> str | None:
-    """The commit of rlad's own checkout; None for an installed package."""
-    git = shutil.which("git")
-    if git is None:
-        return None
-    here = Path(__file__).parent
-    done = subprocess.run([git, "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None

@@ -23,7 +23,7 @@ from rlad.config import Annealed, RunConfig
 from rlad.language_model import LanguageModel
 from rlad.metrics import Metrics, TokenStats, rollout_metrics
 from rlad.objectives import OBJECTIVES, token_loss
-from rlad.prompts import prompt_token_ids
+from rlad.prompts import check_prompt_length, prompt_token_ids
 from rlad.rollouts import Completion, Rollout, RolloutGroup
 from rlad.sampling import sample
 from rlad.scoring import CompletionScores, Scorer
@@ -134,7 +134,7 @@ class NativeEngine:
                 RolloutGroup(i, problem.prompt, tuple(prompt), tuple(self._judge(problem, group)))
                 for i, problem, prompt, group in zip(indices, problems, prompts, completions, strict=True)
             ]
-        rewards = torch.tensor([r.reward for group in groups for r in group.rollouts])
+        rewards = torch.tensor([r.reward for group in groups for r in group.rollouts], dtype=torch.float64)
         judged = torch.tensor([r.verdict != Verdict.CANNOT_JUDGE for group in groups for r in group.rollouts])
         scale = self.config.optimization.advantage_scale
         batch = RolloutBatch(
@@ -146,7 +146,8 @@ class NativeEngine:
             with _timed(seconds, "time/teacher/seconds"):
                 batch.teacher_logprobs = _score_rows(self.teacher.logprobs, batch, rows)
         if self.reference_scorer is not None:
-            batch.reference_logprobs = _score_rows(self.reference_scorer.score, batch, rows)
+            with _timed(seconds, "time/reference/seconds"):
+                batch.reference_logprobs = _score_rows(self.reference_scorer.score, batch, rows)
         if self.config.optimization.steps_per_rollout_batch > 1:
             with _timed(seconds, "time/old_logprobs/seconds"):
                 batch.old_logprobs = _score_rows(self.scorer.score, batch, rows)
@@ -157,7 +158,7 @@ class NativeEngine:
         rollout, student = self.config.rollout, self.student
         prompts = [prompt_token_ids(student.tokenizer, p.prompt, rollout.prompt_format) for p in problems]
         for i, prompt in enumerate(prompts, start=index * rollout.prompts_per_batch):
-            check_prompt_length(len(prompt), f"training problem {i}", self.config, student.context_tokens)
+            check_prompt_length(len(prompt), f"training problem {i}", rollout, student.context_tokens)
         return prompts, sample(
             student,
             prompts,
@@ -306,21 +307,6 @@ def objective_knobs(objective: Any, step: int) -> dict[str, Any]:
     """The keyword arguments that an objective's config gives its function at a step ("off" is None)."""
     knobs = {name: getattr(objective, name) for name in type(objective).model_fields if name != "type"}
     return {k: None if v == "off" else at_step(v, step) if isinstance(v, Annealed) else v for k, v in knobs.items()}
-
-
-def check_prompt_length(num_tokens: int, what: str, config: RunConfig, context_tokens: int | None) -> None:
-    """`ValueError` when a prompt leaves no room for its completion."""
-    rollout = config.rollout
-    longest = None if context_tokens is None else context_tokens - rollout.max_completion_tokens
-    if rollout.max_prompt_tokens is not None and (longest is None or rollout.max_prompt_tokens < longest):
-        longest, why = rollout.max_prompt_tokens, "rollout.max_prompt_tokens"
-    else:
-        why = f"context length {context_tokens} minus rollout.max_completion_tokens {rollout.max_completion_tokens}"
-    if longest is not None and num_tokens > longest:
-        raise ValueError(
-            f"the prompt of {what} has {num_tokens} tokens, but at most {longest} are allowed ({why}); "
-            "shorten the prompts or change that setting."
-        )
 
 
 def _padded(rows: Sequence[Tensor], like: Tensor) -> Tensor:

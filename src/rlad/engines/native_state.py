@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -27,22 +28,22 @@ def save_model(language_model: LanguageModel, folder: Path) -> None:
 
 def save_engine(engine: NativeEngine, folder: Path, *, run_digest: str) -> None:
     """Write everything that `restore_engine` needs into `folder`; `run_digest` names the run it belongs to."""
-    (folder / "trainer").mkdir(parents=True)
     save_model(engine.student, folder)
-    optimizer = engine.optimizer.state_dict()
-    tensors = {f"{index}.{name}": value for index, entry in optimizer["state"].items() for name, value in entry.items()}
+    (folder / "trainer").mkdir()
+    moments = engine.optimizer.state_dict()["state"]
+    tensors = {f"{index}.{name}": value for index, entry in moments.items() for name, value in entry.items()}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / OPTIMIZER)
     state: dict[str, Any] = {
         "run": run_digest,
         "step": engine.step,
-        "learning_rates": [group["lr"] for group in optimizer["param_groups"]],
-        "scheduler": {k: v for k, v in engine.scheduler.state_dict().items() if k != "lr_lambdas"},
+        "scheduler": engine.scheduler.state_dict(),
         "teacher": getattr(engine.teacher, "identity", None),
         "pending": None,
     }
     if engine.pending is not None:
         batch = engine.pending
-        state["pending"] = {"index": batch.index, "groups": [group.to_json() for group in batch.groups]}
+        groups = [group.to_json() for group in batch.groups]
+        state["pending"] = {"index": batch.index, "groups": groups, "seconds": batch.seconds}
         save_file(_batch_tensors(batch), folder / PENDING)
     (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
 
@@ -50,36 +51,31 @@ def save_engine(engine: NativeEngine, folder: Path, *, run_digest: str) -> None:
 def restore_engine(engine: NativeEngine, folder: Path, *, run_digest: str) -> None:
     """Bring a new engine, whose student was loaded from `folder`, to the state that was saved there.
 
-    Raises `ValueError` when the checkpoint is not one of ours, is of another run, or had another teacher.
+    Raises `ValueError` when the checkpoint is not one of ours, is damaged or of another run, or had another teacher.
     """
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         tensors = load_file(folder / OPTIMIZER)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"checkpoint {folder} cannot be resumed ({error}); delete it to go on from the one before it."
-        ) from None
+        pending = load_file(folder / PENDING) if state["pending"] else {}
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"its state cannot be read ({error}).") from None
     if state["run"] != run_digest:
-        raise ValueError(
-            f"checkpoint {folder} belongs to another run (its config differs from this run directory's config.toml); "
-            "put the right checkpoint there, or start anew with --overwrite."
-        )
+        raise ValueError("it belongs to another run, whose config differs from this run directory's config.toml.")
     identity = getattr(engine.teacher, "identity", None)
     if state["teacher"] != identity:
-        raise ValueError(f"checkpoint {folder} was trained with teacher {state['teacher']!r}, not {identity!r}; use that one.")
-    entries: dict[int, dict[str, Tensor]] = {}
+        raise ValueError(f"it was trained with teacher {state['teacher']!r}, not {identity!r}.")
+    engine.step = state["step"]
+    engine.scheduler.load_state_dict(state["scheduler"])
+    moments: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         index, _, name = key.partition(".")
-        entries.setdefault(int(index), {})[name] = tensor
+        moments.setdefault(int(index), {})[name] = tensor
     groups = engine.optimizer.state_dict()["param_groups"]
-    for group, learning_rate in zip(groups, state["learning_rates"], strict=True):
+    for group, learning_rate in zip(groups, engine.scheduler.get_last_lr(), strict=True):
         group["lr"] = learning_rate
-    engine.optimizer.load_state_dict({"state": entries, "param_groups": groups})
-    engine.scheduler.load_state_dict(state["scheduler"])
-    engine.step = state["step"]
-    if state["pending"] is not None:
-        groups = [RolloutGroup.from_json(row) for row in state["pending"]["groups"]]
-        engine.pending = _batch_from_tensors(state["pending"]["index"], groups, load_file(folder / PENDING))
+    engine.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    if state["pending"]:
+        engine.pending = _batch_from(state["pending"], pending)
 
 
 _SCORES = ("teacher_logprobs", "reference_logprobs", "old_logprobs")
@@ -95,8 +91,9 @@ def _batch_tensors(batch: RolloutBatch) -> dict[str, Tensor]:
     return tensors
 
 
-def _batch_from_tensors(index: int, groups: list[RolloutGroup], tensors: dict[str, Tensor]) -> RolloutBatch:
-    batch = RolloutBatch(index, groups, tensors["advantages"])
+def _batch_from(saved: dict[str, Any], tensors: dict[str, Tensor]) -> RolloutBatch:
+    groups = [RolloutGroup.from_json(row) for row in saved["groups"]]
+    batch = RolloutBatch(saved["index"], groups, tensors["advantages"], seconds=saved["seconds"])
     for name in _SCORES:
         if name in tensors:
             setattr(batch, name, list(tensors[name].split(tensors[f"{name}/lengths"].tolist())))

@@ -39,9 +39,9 @@ class Objective:
 
     @property
     def formula(self) -> str:
-        """The indented lines that open the objective's file."""
+        """The lines below the title of the objective's file."""
         doc = inspect.getdoc(sys.modules[self.function.__module__]) or ""
-        return "\n".join(line.strip() for line in doc.splitlines() if line.startswith("    "))
+        return doc.split("\n\n")[1]
 
 
 _RATIO = ("student_logprobs", "old_logprobs", "advantages", "mask")

@@ -5,6 +5,8 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from rlad.config import RolloutConfig
+
 THINKING_MARKERS = ("<think>", "</think>")
 
 
@@ -31,11 +33,24 @@ def compare_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedToke
     ]
 
 
-def require_same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """`ValueError` unless each token id of the student is the same string for the teacher."""
-    finding = _vocabulary(student, teacher)
-    if finding.level == "error":
-        raise ValueError(f"teacher and student do not share a tokenizer: {finding.message}")
+def compare_contexts(rollout: RolloutConfig, student_tokens: int | None, teacher_tokens: int | None) -> Finding:
+    """Whether the longest sequence that this run can make fits into the teacher's context (None: not stated)."""
+    if teacher_tokens is None:
+        return Finding("ok", "context", f"student {student_tokens or 'not stated'}, teacher not stated")
+    longest = student_tokens
+    if rollout.max_prompt_tokens is not None:
+        allowed = rollout.max_prompt_tokens + rollout.max_completion_tokens
+        longest = allowed if longest is None else min(longest, allowed)
+    if longest is not None and longest <= teacher_tokens:
+        return Finding("ok", "context", f"student {student_tokens or 'not stated'}, teacher {teacher_tokens} tokens")
+    room = teacher_tokens - rollout.max_completion_tokens
+    what = f"set rollout.max_prompt_tokens to at most {room}" if room > 0 else "lower rollout.max_completion_tokens"
+    return Finding(
+        "error",
+        "context",
+        f"its context of {teacher_tokens} tokens is shorter than prompt and completion may be "
+        f"({longest or 'no limit stated'}); {what}.",
+    )
 
 
 def _vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> Finding:
