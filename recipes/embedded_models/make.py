@@ -65,8 +65,8 @@ class Recipe:
 
 
 RECIPES = {
-    "teacher": Recipe(num_layers=6, habits=Habits(careful=1.0), num_steps=1600, seed=0),
-    "student": Recipe(num_layers=6, habits=Habits(careful=0.3, sloppy=0.3, guess=0.4), num_steps=1600, seed=100),
+    "teacher": Recipe(num_layers=6, habits=Habits(careful=1.0), num_steps=1300, seed=0),
+    "student": Recipe(num_layers=6, habits=Habits(careful=0.3, sloppy=0.3, guess=0.4), num_steps=1300, seed=100),
 }
 
 
@@ -79,8 +79,9 @@ def worked_solution(puzzle: Puzzle, names: list[str], is_looked_at: Callable[[in
     """
     lines = []
     for world in itertools.product((True, False), repeat=len(puzzle)):
-        roles = " ".join(f"{name} {ROLES[role]}" for name, role in zip(names, world, strict=True))
-        line, fits = f"Try {roles}:", True
+        # Other words than in the claims: a tiny model finds "Ada honest" in the line that it is in, but confuses two "Ada knight".
+        people = " ".join(f"{name} {'honest' if role else 'lying'}" for name, role in zip(names, world, strict=True))
+        line, fits = f"Try {people}:", True
         for person, statement in enumerate(puzzle):
             if not is_looked_at(person):
                 continue
@@ -148,7 +149,7 @@ def build(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalL
             num_attention_heads=recipe.num_heads,
             num_key_value_heads=recipe.num_heads,
             max_position_embeddings=1024,
-            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+            rope_parameters={"rope_type": "default", "rope_theta": 1_000.0},
             tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,

@@ -249,9 +249,7 @@ def print_report(report: CheckReport, console: Console | None = None) -> None:
     for finding in report.findings:
         mark, colour = _MARKS[finding.level]
         line(f"  {mark} {finding.subject}: {finding.message}", style="" if finding.level == "ok" else colour)
-    num_warnings = sum(finding.level == "warning" for finding in report.findings)
-    verdict = f"{len(report.errors)} errors: this cannot work" if report.errors else "this can be trained"
-    line(
-        f"\n{verdict}{f', {num_warnings} warnings' if num_warnings else ''}",
-        style="bold red" if report.errors else "bold green",
-    )
+    if report.errors:
+        line("\nthis cannot work: mend what is marked with ✗", style="bold red")
+    else:
+        line("\nthis can be trained", style="bold green")

@@ -24,7 +24,7 @@ _CONFIG_ARGUMENTS = click.argument("arguments", nargs=-1, metavar="[RUN] [KEY=VA
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__)
 def main() -> None:
-    """RL-aware distillation: a small language model learns to reason by reinforcement learning, with a bigger one as its teacher.
+    """RL-aware distillation: a small language model learns to reason by reinforcement learning, with a bigger one as teacher.
 
     \b
     rlad train                              train the embedded example, start to end
@@ -77,18 +77,18 @@ def train(arguments: tuple[str, ...], resume: bool, overwrite: bool, as_json: bo
     """Train a student.
 
     RUN is a TOML file, or the directory of a run; without it the embedded example is trained (no GPU, no download, a few
-    minutes). KEY=VALUE changes one setting, for example optimization.num_steps=50 or objective=grpo; `rlad list` names them all.
+    minutes). KEY=VALUE changes one setting, for example optimization.num_steps=50 or objective=grpo; `rlad list` names them.
 
     Ctrl-C writes a checkpoint; `rlad train DIRECTORY --resume` goes on exactly there.
     """
     config = _load(arguments)
     from rich.console import Console
 
-    from rlad.console import ConsoleReporter
-    from rlad.stopping import StopRequested
-    from rlad.training import train as run_training
-
     console = Console(stderr=as_json)
+    with console.status("starting"):  # the next imports take seconds
+        from rlad.console import ConsoleReporter
+        from rlad.stopping import StopRequested
+        from rlad.training import train as run_training
     try:
         with ConsoleReporter(console) as reporter:
             result = run_training(config, resume=resume, overwrite=overwrite, reporter=reporter)
@@ -111,8 +111,8 @@ def train(arguments: tuple[str, ...], resume: bool, overwrite: bool, as_json: bo
 def check(arguments: tuple[str, ...], as_json: bool) -> None:
     """Say what a config will do and whether it can.
 
-    Looks at settings, models, tokenizers, prompts, verifier and memory; loads no weights and trains nothing. The exit code is 2 when
-    it cannot work. Arguments are those of `rlad train`.
+    Looks at settings, models, tokenizers, prompts, verifier and memory; loads no weights and trains nothing. The exit code is
+    2 when it cannot work. Arguments are those of `rlad train`.
     """
     config = _load(arguments)
     from rlad.check import check_run, print_report
@@ -174,9 +174,9 @@ def evaluate(
 ) -> None:
     """Measure a run or a model on held-out problems.
 
-    Prints mean@k and unbiased pass@k with 95 % intervals over problems. RUN_OR_MODEL is a run directory (of which the checkpoint
-    that validates best is taken), a checkpoint of one, a model folder, a Hugging Face name, or embedded/student. KEY=VALUE as in
-    `rlad train`, for example task.num_people=[4,5] or rollout.max_completion_tokens=512.
+    Prints mean@k and unbiased pass@k with 95 % intervals over problems. RUN_OR_MODEL is a run directory (of which the
+    checkpoint that validates best is taken), a checkpoint of one, a model folder, a Hugging Face name, or embedded/student.
+    KEY=VALUE as in `rlad train`, for example 'task.num_people=[4,5]' or rollout.max_completion_tokens=512.
     """
     from rlad.evaluation_command import evaluate_run_or_model, print_summary
 

@@ -50,8 +50,10 @@ def dump_config(config: RunConfig) -> str:
 
 
 def changed_settings(config: RunConfig) -> dict[str, Any]:
-    """Dotted keys and values of what differs from the defaults, and of every section's type."""
-    return dict(_flat(_type_first(config.model_dump(mode="json", exclude_defaults=True, exclude_none=True))))
+    """Dotted keys and values of what differs from the defaults, and the types of task and objective."""
+    changed = dict(_flat(config.model_dump(mode="json", exclude_defaults=True)))
+    settings = _flat(_type_first(config.model_dump(mode="json", exclude_none=True)))
+    return {key: value for key, value in settings if key in changed or key in ("task.type", "objective.type")}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -153,12 +153,15 @@ def _require_finite(name: str, model: PreTrainedModel) -> None:
 
 
 def remove_dropout(model: PreTrainedModel) -> None:
-    """Old, student and teacher log-probs must come from one function; dropout would make it another one each time."""
+    """Old, student and teacher log-probs must come from one function; dropout would make it another one each time.
+
+    So would the noise that some mixtures of experts put on their router in training mode.
+    """
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        for name in ("attention_dropout", "dropout", "hidden_dropout", "layerdrop"):
-            if isinstance(getattr(module, name, None), float):
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
                 setattr(module, name, 0.0)
 
 

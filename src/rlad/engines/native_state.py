@@ -23,7 +23,12 @@ STATE, OPTIMIZER, PENDING = "trainer/state.json", "trainer/optimizer.safetensors
 def save_model(language_model: LanguageModel, folder: Path) -> None:
     """Weights and tokenizer as `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` read them."""
     language_model.model.save_pretrained(folder)
-    language_model.tokenizer.save_pretrained(folder)
+    try:
+        language_model.tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is Exception:  # all that the tokenizers package says when the disk is full
+            raise OSError(str(error)) from None
+        raise
 
 
 def save_engine(engine: NativeEngine, folder: Path, *, run_digest: str) -> None:

@@ -1,0 +1,6 @@
+"""`python -m rlad` is the command `rlad`."""
+
+from rlad.cli import main
+
+if __name__ == "__main__":
+    main(prog_name="rlad")

@@ -1,0 +1,229 @@
+"""A run that was interrupted anywhere and resumed leaves behind, bit for bit, what the uninterrupted run does."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+import rlad
+import rlad.training
+from rlad.run_dir import RunDirectory
+from rlad.stopping import Stop, StopRequested
+from tiny_runs import remains, run_config
+
+# Everything that has a state: several steps on one rollout batch, reference, annealing, schedule, momentum, micro-batches.
+SECTIONS: dict[str, Any] = {
+    "objective": {"type": "trrd", "alpha": {"start": 0.8, "end": 0.3, "change_per_step": -0.1}},
+    "rollout": {"prompts_per_batch": 4, "group_size": 3, "max_completion_tokens": 4},
+    "optimization": {
+        "num_steps": 6,
+        "steps_per_rollout_batch": 2,
+        "learning_rate": 3e-3,
+        "schedule": "cosine",
+        "warmup_steps": 2,
+        "weight_decay": 0.1,
+        "kl_coef": 0.05,
+        "tokens_per_batch": 24,
+    },
+    "evaluation": {"every_steps": 3, "num_validation_problems": 2, "num_test_problems": 2, "num_samples": 2},
+}
+
+
+class StopAt(Stop):
+    """Stops the run at its `at`-th safe point, as a signal just before it would."""
+
+    num_checks = 0
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
+        StopAt.num_checks = 0
+
+    def check(self) -> None:
+        StopAt.num_checks += 1
+        if StopAt.num_checks == self.at:
+            raise StopRequested(signal.SIGINT)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    config = run_config(world, tmp_path_factory.mktemp("uninterrupted") / "run", **SECTIONS)
+    rlad.train(config)
+    return remains(Path(config["run_dir"]))
+
+
+@pytest.fixture
+def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    return lambda at: monkeypatch.setattr(rlad.training, "Stop", lambda: StopAt(at))
+
+
+def assert_same(found: dict[str, Any], wanted: dict[str, Any], when: object) -> None:
+    assert found.keys() == wanted.keys(), when
+    assert [name for name in wanted if found[name] != wanted[name]] == [], when
+
+
+def test_interrupted_at_any_safe_point(world, tmp_path, uninterrupted, stop_at):
+    stop_at(-1)
+    rlad.train(run_config(world, tmp_path / "count" / "run", **SECTIONS))
+    total = StopAt.num_checks
+    assert total > 40
+    for at in range(1, total + 1, 5):
+        config = run_config(world, tmp_path / str(at) / "run", **SECTIONS)
+        stop_at(at)
+        with pytest.raises(StopRequested):
+            rlad.train(config)
+        stop_at(-1)
+        rlad.train(config, resume=True)
+        assert_same(remains(Path(config["run_dir"])), uninterrupted, f"stopped at safe point {at} of {total}")
+
+
+def test_interrupted_again_and_again(world, tmp_path, uninterrupted, stop_at):
+    config = run_config(world, tmp_path / "run", **SECTIONS)
+    stop_at(9)
+    num_sessions, is_finished = 0, False
+    while not is_finished:
+        try:
+            rlad.train(config, resume=num_sessions > 0)
+            is_finished = True
+        except StopRequested:
+            num_sessions += 1
+        assert num_sessions < 30
+    assert num_sessions >= 5
+    assert_same(remains(tmp_path / "run"), uninterrupted, "after many sessions")
+
+
+def test_between_minibatches_the_rollout_batch_is_kept(world, tmp_path):
+    class AfterFirstStep(rlad.training.Silent):
+        def step(self, result: Any, num_steps: int) -> None:
+            raise StopRequested(signal.SIGINT)
+
+    config = run_config(world, tmp_path / "run", **SECTIONS)
+    with pytest.raises(StopRequested):
+        rlad.train(config, reporter=AfterFirstStep())
+    (step, folder) = RunDirectory(tmp_path / "run").checkpoints()[-1]
+    state = json.loads((folder / "trainer" / "state.json").read_text())
+    assert (step, state["step"], state["pending"]["index"], len(state["pending"]["groups"])) == (1, 1, 0, 4)
+    assert "time/generation/seconds" in state["pending"]["seconds"]
+
+
+# --- killed -----------------------------------------------------------------------------------------------------------
+
+
+CHANGES = ("os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate", "shutil.rmtree")
+
+
+def die_at_change(config: dict[str, Any], at: int) -> int:
+    """Train in a fork that dies, as by SIGKILL, just before the `at`-th change of its run directory; its exit code."""
+    process = os.fork()
+    if process:
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    num_changes = 0
+
+    def count(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal num_changes
+        is_change = event in CHANGES or (event == "open" and set(str(arguments[1])) & set("wa+"))
+        if is_change and str(arguments[0]).startswith(config["run_dir"]):
+            num_changes += 1
+            if num_changes == at:
+                os._exit(137)
+
+    sys.addaudithook(count)
+    code = 1
+    try:
+        rlad.train(config)
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def test_killed_at_any_change_of_the_run_directory(world, tmp_path, uninterrupted, monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    code, at = 137, 1
+    while code == 137:
+        run_dir = tmp_path / str(at) / "run"
+        config = run_config(world, run_dir, **SECTIONS)
+        code = die_at_change(config, at)
+        if code == 137:
+            rlad.train(config, resume=RunDirectory(run_dir).exists())
+        assert_same(remains(run_dir), uninterrupted, f"killed before change {at}")
+        assert not list((run_dir / "checkpoints").glob(".*")), "unfinished checkpoints are removed"
+        at += 5
+    assert code == 0 and at > 50
+
+
+def test_killed_process_resumes(world, tmp_path):
+    """SIGKILL from outside, twice, at whatever moment it comes."""
+    sections = SECTIONS | {"optimization": SECTIONS["optimization"] | {"num_steps": 40}}
+    config = run_config(world, tmp_path / "killed" / "run", **sections)
+    (tmp_path / "run.toml").write_text(tomli_w.dumps(config))
+    metrics = tmp_path / "killed" / "run" / "metrics.jsonl"
+    for num_rows, arguments in ((3, []), (12, ["--resume"])):
+        command = [sys.executable, "-m", "rlad", "train", str(tmp_path / "run.toml"), *arguments]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        while process.poll() is None and (not metrics.exists() or metrics.read_bytes().count(b"\n") < num_rows):
+            time.sleep(0.002)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, process.stderr and process.stderr.read()
+    rlad.train(config, resume=True)
+    wanted = run_config(world, tmp_path / "whole" / "run", **sections)
+    rlad.train(wanted)
+    assert_same(remains(tmp_path / "killed" / "run"), remains(tmp_path / "whole" / "run"), "killed twice")
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "eval.jsonl"])
+@pytest.mark.parametrize("tail", [b'{"step": 6, "rew', b"\x00\x00\x00", b'{"step": 6}'])
+def test_half_written_last_line_is_dropped(world, tmp_path, uninterrupted, stop_at, name, tail):
+    config = run_config(world, tmp_path / "run", **SECTIONS)
+    stop_at(40)
+    with pytest.raises(StopRequested):
+        rlad.train(config)
+    with (tmp_path / "run" / name).open("ab") as file:
+        file.write(tail)
+    stop_at(-1)
+    rlad.train(config, resume=True)
+    assert_same(remains(tmp_path / "run"), uninterrupted, f"half a line in {name}")
+
+
+# --- finished ---------------------------------------------------------------------------------------------------------
+
+
+def test_resuming_a_finished_run_changes_nothing_and_reports_the_same(world, tmp_path):
+    config = run_config(world, tmp_path / "run", **SECTIONS)
+    first = rlad.train(config)
+    before = {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()}
+    again = rlad.train(config, resume=True)
+    assert (again.before, again.after, again.run_dir) == (first.before, first.after, first.run_dir)
+    assert {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()} == before
+
+
+def test_more_steps_with_a_constant_schedule_equal_a_longer_run(world, tmp_path):
+    short = run_config(world, tmp_path / "short" / "run", optimization={"num_steps": 4})
+    long = run_config(world, tmp_path / "long" / "run", optimization={"num_steps": 8})
+    rlad.train(short)
+    short["optimization"]["num_steps"] = 8
+    rlad.train(short, resume=True)
+    rlad.train(long)
+    found, wanted = remains(tmp_path / "short" / "run"), remains(tmp_path / "long" / "run")
+    for name in ("metrics.jsonl", "samples.jsonl", "step 8: model.safetensors", "step 8: trainer/optimizer.safetensors"):
+        assert found[name] == wanted[name], name
+    assert rlad.load_config(tmp_path / "short" / "run").optimization.num_steps == 8
+
+
+@pytest.mark.parametrize(
+    ("schedule", "num_steps", "sentence"),
+    [("cosine", 8, "holds a run with another config"), ("constant", 2, "has made 4 steps, but optimization.num_steps is 2")],
+)
+def test_another_number_of_steps_is_refused_where_it_means_another_run(world, tmp_path, schedule, num_steps, sentence):
+    config = run_config(world, tmp_path / "run", optimization={"schedule": schedule})
+    rlad.train(config)
+    config["optimization"]["num_steps"] = num_steps
+    with pytest.raises(ValueError, match=sentence):
+        rlad.train(config, resume=True)
