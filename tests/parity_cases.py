@@ -150,7 +150,7 @@ def by_reference(
     dropped: Collection[tuple[int, int]] = (),
     teacher_temperature: float = 0,
 ) -> tuple[float, Gradients]:
-    """Every judged rollout takes part, also those of advantage 0; `dropped` names tokens that have no teacher value.
+    """Every judged rollout (for opd: every rollout) takes part, also those of advantage 0; `dropped` names tokens that have no teacher value.
 
     `teacher_temperature` replaces that of the rollouts for the teacher alone, which is a mistake.
     """
@@ -161,7 +161,7 @@ def by_reference(
     rows = []
     for i in wanted:
         rollout, prompt = batch.rollouts[i], list(batch.prompts[i])
-        if rollout.verdict == "cannot_judge":
+        if rollout.verdict == "cannot_judge" and config.objective.type != "opd":  # which uses no reward
             continue
         completion, advantage = list(rollout.completion.token_ids), float(batch.advantages[i])
         s_row = token_logprobs(student, prompt, completion, temperature)

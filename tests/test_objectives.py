@@ -295,6 +295,13 @@ def test_extreme_logprobs_stay_finite_in_float32(name: str, s: float, o: float, 
     assert torch.isfinite(gradient).all()
 
 
+def test_a_gated_token_has_gradient_zero_also_where_the_ratio_overflows() -> None:
+    for inputs in (one_token(-0.01, -0.01, -200.0, 1.0), one_token(-0.01, -300.0, -200.0, 1.0)):
+        inputs = {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
+        assert value_and_gradient("trrd", inputs, teacher_log_ratio_clip=None)[1].item() == 0
+    assert value_and_gradient("grpo", one_token(-0.01, -1000.0, 0, 1.0))[1].item() == 0
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_gradcheck(name: str) -> None:
     inputs = random_inputs(seed=3, batch=3, length=4)

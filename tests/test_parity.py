@@ -290,7 +290,7 @@ def judged(batch: RolloutBatch) -> list[tuple[int, ...]]:
     return [r.completion.token_ids for r in batch.rollouts if r.verdict != "cannot_judge"]
 
 
-def test_nothing_judged_changes_nothing() -> None:
+def test_nothing_judged_changes_nothing_unless_the_objective_needs_no_reward() -> None:
     class Silent(WordTask):
         def judge(self, problem: Problem, completion: str) -> Judgement:
             return cannot_judge("for the test")
@@ -300,7 +300,8 @@ def test_nothing_judged_changes_nothing() -> None:
         before = weights(case)
         metrics = case.engine.update(case.engine.make_rollout_batch(0), range(4))
         assert metrics["reward/cannot_judge/frac"] == 1
-        assert torch.equal(weights(case), before)
+        assert "reward/mean" not in metrics
+        assert torch.equal(weights(case), before) == (objective != "opd")
 
 
 def test_a_loss_that_is_not_finite_leaves_the_weights_alone() -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from rlad.tasks.base import split_of
 from rlad.tasks.logic import (
@@ -65,8 +65,8 @@ class Recipe:
 
 
 RECIPES = {
-    "teacher": Recipe(num_layers=6, habits=Habits(careful=1.0), num_steps=1300, seed=0),
-    "student": Recipe(num_layers=6, habits=Habits(careful=0.3, sloppy=0.3, guess=0.4), num_steps=1300, seed=100),
+    "teacher": Recipe(num_layers=6, habits=Habits(careful=1.0), num_steps=1200, seed=0),
+    "student": Recipe(num_layers=6, habits=Habits(careful=0.35, sloppy=0.25, guess=0.4), num_steps=1200, seed=100),
 }
 
 
@@ -79,7 +79,7 @@ def worked_solution(puzzle: Puzzle, names: list[str], is_looked_at: Callable[[in
     """
     lines = []
     for world in itertools.product((True, False), repeat=len(puzzle)):
-        # Other words than in the claims: a tiny model finds "Ada honest" in the line that it is in, but confuses two "Ada knight".
+        # Other words than in the claims, so that a tiny model does not confuse what is assumed with what is said.
         people = " ".join(f"{name} {'honest' if role else 'lying'}" for name, role in zip(names, world, strict=True))
         line, fits = f"Try {people}:", True
         for person, statement in enumerate(puzzle):
@@ -138,10 +138,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 # --- pretraining ------------------------------------------------------------------------------------------------------
 
 
-def build(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def build(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
     torch.manual_seed(recipe.seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
+    return Qwen2ForCausalLM(
+        Qwen2Config(
             vocab_size=len(tokenizer),
             hidden_size=recipe.hidden_size,
             intermediate_size=recipe.intermediate_size,
@@ -174,7 +174,7 @@ def batches(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Iterator[tupl
             yield ids, labels
 
 
-def pretrain(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def pretrain(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
     """Muon for the matrices, AdamW for embeddings and norms; warm-up, then cosine to 0."""
     model, source, started = build(recipe, tokenizer), batches(recipe, tokenizer), time.monotonic()
     named = list(model.named_parameters())

@@ -32,6 +32,7 @@ def group_advantages(
             f"reward {where} is {float(rewards[where])}; rewards must be finite: mend the verifier, "
             "or let it answer 'cannot judge' for such completions."
         )
+    rewards = rewards if rewards.is_floating_point() else rewards.double()
     values, keep = rewards.view(-1, group_size), judged.view(-1, group_size)
     count = keep.sum(dim=1, keepdim=True).clamp(min=1)
     mean = torch.where(keep, values, 0).sum(dim=1, keepdim=True) / count

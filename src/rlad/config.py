@@ -34,8 +34,8 @@ class Annealed(_Section):
 
     @model_validator(mode="after")
     def _moves_towards_end(self) -> "Annealed":
-        if (self.end - self.start) * self.change_per_step < 0:
-            raise ValueError(f"change_per_step {self.change_per_step} leads away from end {self.end}; change its sign")
+        if (self.end - self.start) * self.change_per_step <= 0:
+            raise ValueError(f"change_per_step {self.change_per_step} does not lead from start {self.start} to end {self.end}")
         return self
 
     def at(self, step: int) -> float:
@@ -66,7 +66,7 @@ class StudentConfig(_Section):
     model: str
     """Hugging Face name, folder, or `embedded/student`"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """of the weights and the forward pass; log-probs are always float32"""
+    """of the forward pass; the weights that are trained and all log-probs are float32"""
     device: str = "auto"
     """`auto` takes the GPU where there is one; else a torch device such as `cuda:0` or `cpu`"""
     gradient_checkpointing: bool = False
@@ -233,12 +233,12 @@ class OptimizationConfig(_Section):
     """optimiser steps of the whole run"""
     steps_per_rollout_batch: Count = 1
     """optimiser steps (mini-batches) on each rollout batch"""
-    learning_rate: Positive = 1e-6
+    learning_rate: Annotated[float, Field(strict=True, gt=0, le=1)] = 1e-6
     """of AdamW"""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """of the learning rate, after the warm-up, down to 0 at the last step"""
+    """of the learning rate after the warm-up, as in transformers: linear and cosine fall to 0 behind the last step"""
     warmup_steps: NonNegativeInt = 0
-    """steps in which the learning rate rises from 0"""
+    """steps in which the learning rate rises; the first of them has 0"""
     weight_decay: NonNegative = 0.0
     """of AdamW"""
     betas: tuple[Decay, Decay] = (0.9, 0.999)

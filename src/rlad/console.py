@@ -77,7 +77,10 @@ class ConsoleReporter:
 
     def _figures(self, result: StepResult) -> Iterable[str]:
         metrics = result.metrics
-        yield f"reward {metrics['reward/mean']:.2f}"
+        if "reward/mean" in metrics:
+            yield f"reward {metrics['reward/mean']:.2f}"
+        if metrics["reward/cannot_judge/frac"]:
+            yield f"could not be judged {metrics['reward/cannot_judge/frac']:.0%}"
         yield self._validation
         if "objective/gated_positive/frac" in metrics:
             positive, negative = metrics["objective/gated_positive/frac"], metrics["objective/gated_negative/frac"]

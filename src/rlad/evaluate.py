@@ -1,4 +1,4 @@
-"""Held-out evaluation: mean@k and pass@k with bootstrap intervals over prompts."""
+"""Held-out evaluation: mean@k and pass@k with bootstrap intervals over problems."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -35,6 +35,8 @@ class ProblemResult:
     """How the samples of one held-out problem were judged."""
 
     index: int
+    key: str
+    """problems with the same key are variants of one another"""
     difficulty: str
     num_samples: int
     num_correct: int
@@ -55,12 +57,17 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
-def bootstrap(values: Sequence[float], *, seed: int = 0) -> Estimate:
-    """Mean of per-prompt values with the percentile bootstrap interval (95 %, prompts resampled with replacement)."""
-    array = np.asarray(values, dtype=float)
-    draws = np.random.default_rng(seed).integers(len(array), size=(NUM_RESAMPLES, len(array)))
-    low, high = np.quantile(array[draws].mean(axis=1), (0.025, 0.975))
-    mean = float(array.mean())
+def bootstrap(values: Sequence[float], keys: Sequence[str], *, seed: int = 0) -> Estimate:
+    """Mean of per-problem values with the percentile bootstrap interval (95 %).
+
+    Problems of the same key are variants of one another, so keys are resampled with replacement, each with all its problems:
+    two puzzles of one structure are not two independent observations.
+    """
+    _, cluster = np.unique(keys, return_inverse=True)
+    sums, sizes = np.bincount(cluster, weights=np.asarray(values, dtype=float)), np.bincount(cluster)
+    draws = np.random.default_rng(seed).integers(len(sums), size=(NUM_RESAMPLES, len(sums)))
+    low, high = np.quantile(sums[draws].sum(axis=1) / sizes[draws].sum(axis=1), (0.025, 0.975))
+    mean = float(np.mean(values))
     return Estimate(mean, min(float(low), mean), max(float(high), mean))  # equal values round differently in another order
 
 
@@ -107,6 +114,7 @@ def _grade(
     verdicts = [task.judge(problem, text).verdict for text in texts]
     return ProblemResult(
         index=index,
+        key=problem.key,
         difficulty=problem.difficulty,
         num_samples=len(completions),
         num_correct=verdicts.count(Verdict.CORRECT),
@@ -120,7 +128,7 @@ def _grade(
 
 def pass_at_1(results: Sequence[ProblemResult]) -> Estimate:
     """pass@1 (= mean@k): the share of correct samples, averaged over problems."""
-    return bootstrap([r.num_correct / r.num_samples for r in results])
+    return bootstrap([r.num_correct / r.num_samples for r in results], [r.key for r in results])
 
 
 def summarise(results: Sequence[ProblemResult]) -> dict[str, Any]:
@@ -131,18 +139,18 @@ def summarise(results: Sequence[ProblemResult]) -> dict[str, Any]:
     if not results:
         raise ValueError("there are no results to summarise; evaluate at least one problem.")
     n = results[0].num_samples
-    shares = [r.num_correct / n for r in results]
+
+    def estimate(k: int, chosen: Sequence[ProblemResult] = results) -> Estimate:
+        return bootstrap([pass_at_k(n, r.num_correct, k) for r in chosen], [r.key for r in chosen])
+
+    difficulties = sorted({r.difficulty for r in results} - {""})
     ks = sorted({n, *(2**i for i in range(n.bit_length()) if 2**i <= n)})
-    by_difficulty = {
-        name: bootstrap([s for s, r in zip(shares, results, strict=True) if r.difficulty == name])
-        for name in sorted({r.difficulty for r in results} - {""})
-    }
     return {
         "num_problems": len(results),
         "num_samples": n,
-        f"mean@{n}": bootstrap(shares),
-        "pass@k": {k: bootstrap([pass_at_k(n, r.num_correct, k) for r in results]) for k in ks},
-        "pass@1 by difficulty": by_difficulty,
+        f"mean@{n}": estimate(1),
+        "pass@k": {k: estimate(k) for k in ks},
+        "pass@1 by difficulty": {name: estimate(1, [r for r in results if r.difficulty == name]) for name in difficulties},
         "mean_completion_tokens": sum(r.mean_completion_tokens for r in results) / len(results),
         "truncated_share": sum(r.num_truncated for r in results) / (n * len(results)),
         "cannot_judge_share": sum(r.num_cannot_judge for r in results) / (n * len(results)),

@@ -40,6 +40,12 @@ class LanguageModel:
         return torch.autocast(self.model.device.type, dtype=self.compute_dtype)
 
     @property
+    def vocabulary(self) -> int:
+        """How many token ids the model knows; padding can make them more than the tokenizer's."""
+        embeddings: Any = self.model.get_input_embeddings()
+        return embeddings.weight.shape[0]
+
+    @property
     def context_tokens(self) -> int | None:
         """The longest sequence the model was made for; None when it does not say."""
         return context_tokens(self.model.config)
@@ -110,12 +116,6 @@ def load_language_model(name: str, *, dtype: str = "float32", device: str = "aut
     """
     tokenizer, where, compute_dtype = load_tokenizer(name), pick_device(device), getattr(torch, dtype)
     model = _load_weights(name, torch.float32 if trainable else compute_dtype)
-    num_embeddings = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > num_embeddings:
-        raise ValueError(
-            f"the tokenizer of {name!r} has {len(tokenizer)} tokens but the model only {num_embeddings} embeddings; "
-            "this tokenizer belongs to another model."
-        )
     if trainable:
         _require_finite(name, model)
         for parameter in model.parameters():
@@ -124,7 +124,13 @@ def load_language_model(name: str, *, dtype: str = "float32", device: str = "aut
     remove_dropout(model)
     eos = end_token_ids(model.config, model.generation_config, tokenizer)
     pad = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else eos[0]
-    return LanguageModel(name, model.to(where).eval(), tokenizer, eos, pad, compute_dtype)
+    loaded = LanguageModel(name, model.to(where).eval(), tokenizer, eos, pad, compute_dtype)
+    if len(tokenizer) > loaded.vocabulary:
+        raise ValueError(
+            f"the tokenizer of {name!r} has {len(tokenizer)} tokens but the model only {loaded.vocabulary} embeddings; "
+            "this tokenizer belongs to another model."
+        )
+    return loaded
 
 
 def _load_weights(name: str, dtype: torch.dtype) -> Any:

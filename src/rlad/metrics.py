@@ -73,7 +73,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> Metrics:
     lengths = torch.tensor([float(len(r.completion.token_ids)) for r in rollouts])
     same = [len({r.reward for r in g.rollouts if r.verdict != "cannot_judge"}) < 2 for g in groups]
     return {
-        "reward/mean": _mean(rewards),
+        **({"reward/mean": _mean(rewards)} if len(rewards) else {}),
         "reward/correct/frac": sum(r.verdict == "correct" for r in rollouts) / len(rollouts),
         "reward/cannot_judge/frac": sum(r.verdict == "cannot_judge" for r in rollouts) / len(rollouts),
         "reward/zero_variance/frac": sum(same) / len(same),

@@ -9,6 +9,7 @@ from rich.text import Text
 from torch import Tensor
 
 from rlad.config import RunConfig
+from rlad.config_file import load_config
 from rlad.console import printable
 from rlad.language_model import LanguageModel, load_language_model
 from rlad.prompts import check_prompt_length, prompt_token_ids
@@ -17,7 +18,7 @@ from rlad.run_dir import RunDirectory
 from rlad.sampling import sample
 from rlad.seeds import stream_seed
 from rlad.tasks import Problem, Task, make_task
-from rlad.training import make_teacher
+from rlad.training import make_teacher, run_digest
 
 _COLOURS = {"correct": "green", "wrong": "red", "cannot_judge": "yellow"}
 Row = dict[str, Any]
@@ -26,10 +27,11 @@ Row = dict[str, Any]
 def preview(config: RunConfig, *, num_prompts: int) -> list[Row]:
     """Completions of the first validation prompts, graded and scored; one row per completion.
 
-    The student is the last checkpoint of the config's run directory where there is one, else the initial student.
+    The student is the last checkpoint in the config's run directory when that holds this very run, else the initial student.
     """
-    trained, rollout = RunDirectory(config.directory).checkpoints(), config.rollout
-    name = str(trained[-1][1]) if trained else config.student.model
+    run, rollout = RunDirectory(config.directory), config.rollout
+    is_this_run = run.exists() and run_digest(load_config(run.path)) == run_digest(config)
+    name = str(run.checkpoints()[-1][1]) if is_this_run and run.checkpoints() else config.student.model
     student = load_language_model(name, dtype=config.student.dtype, device=config.student.device)
     teacher, task = make_teacher(config, student), make_task(**config.task.model_dump())
     try:

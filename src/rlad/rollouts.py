@@ -1,5 +1,6 @@
 """Completions, rollouts and groups: what the sampler returns, the verifier grades and the run directory stores."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -40,7 +41,10 @@ class RolloutGroup:
     rollouts: tuple[Rollout, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        row = asdict(self)
+        for rollout in row["rollouts"]:
+            rollout["reward"] = None if math.isnan(rollout["reward"]) else rollout["reward"]  # JSON has no NaN
+        return row
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Self:
@@ -53,7 +57,7 @@ class RolloutGroup:
                 ),
                 text=r["text"],
                 verdict=r["verdict"],
-                reward=r["reward"],
+                reward=math.nan if r["reward"] is None else r["reward"],
             )
             for r in row["rollouts"]
         )

@@ -20,7 +20,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-CONFIG, METRICS, EVAL, SAMPLES = "config.toml", "metrics.jsonl", "eval.jsonl", "samples.jsonl"
+CONFIG, ENVIRONMENT = "config.toml", "run.json"
+METRICS, EVAL, SAMPLES = "metrics.jsonl", "eval.jsonl", "samples.jsonl"
 
 
 class CannotWriteError(ValueError):
@@ -34,7 +35,7 @@ class RunDirectory:
     path: Path
 
     def exists(self) -> bool:
-        return (self.path / CONFIG).is_file()
+        return all((self.path / name).is_file() for name in (CONFIG, ENVIRONMENT))
 
     def require_free(self, *, overwrite: bool) -> None:
         """`ValueError` when there is something already, unless it is a run and `overwrite` holds. Deletes nothing."""
@@ -96,7 +97,7 @@ class RunDirectory:
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """(step, folder) of every complete checkpoint, oldest first."""
-        found = [p for p in (self.path / "checkpoints").glob("step-*") if p.is_dir()]
+        found = [p for p in (self.path / "checkpoints").glob("step-*") if p.is_dir() and p.name[5:].isdecimal()]
         return sorted((int(p.name.removeprefix("step-")), p) for p in found)
 
     def best_checkpoint(self) -> tuple[int, Path]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import multiprocessing
 import time
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
@@ -9,7 +10,6 @@ from pathlib import Path
 from threading import current_thread, main_thread
 from typing import Any, Protocol
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlad.config import RunConfig
@@ -23,14 +23,14 @@ from rlad.language_model import LanguageModel, context_tokens, load_language_mod
 from rlad.model_card import model_card
 from rlad.objectives import OBJECTIVES
 from rlad.prompts import check_prompt_length, prompt_token_ids
-from rlad.run_dir import CONFIG, EVAL, METRICS, SAMPLES, CannotWriteError, RunDirectory
+from rlad.run_dir import CONFIG, ENVIRONMENT, EVAL, METRICS, SAMPLES, CannotWriteError, RunDirectory
 from rlad.stopping import Stop, StopRequested
-from rlad.tasks import Split, Task, make_task
+from rlad.tasks import Split, Task, Verdict, make_task
 from rlad.teachers import Teacher
 from rlad.teachers.compatibility import compare_contexts, compare_tokenizers
 from rlad.teachers.local import LocalTeacher
 
-NUM_PROBED_PROBLEMS = 20
+NUM_PROBED_PROBLEMS, NUM_PROBED_ANSWERS = 20, 5
 
 
 class Reporter(Protocol):
@@ -80,6 +80,10 @@ def train(
     `StopRequested` after Ctrl-C or SIGTERM, when a checkpoint has been written. Nothing is written, and with `overwrite`
     nothing deleted, before models, task and prompts have been found good.
     """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise ValueError(
+            "rlad.train is called where a worker process imports your script; put it under `if __name__ == '__main__':`."
+        )
     config = config if isinstance(config, RunConfig) else parse_config(config)
     run = RunDirectory(config.directory)
     if resume and overwrite:
@@ -88,8 +92,8 @@ def train(
         run.require_free(overwrite=overwrite)
         with closing(Training(config, run, reporter or Silent())) as training:
             run.create()
+            run.write(ENVIRONMENT, json.dumps(describe_environment(config.seed), indent=2))
             run.write(CONFIG, dump_config(config))
-            run.write("run.json", json.dumps(describe_environment(config.seed), indent=2))
             return training.finish()
     stored = _stored_config(run, config)
     checkpoint = run.checkpoints()[-1][1] if run.checkpoints() else None
@@ -108,6 +112,7 @@ class Training:
         reporter.phase("loading models")
         self.task: Task = make_task(**config.task.model_dump())
         self.student = _load_student(config, checkpoint)
+        require_working_verifier(self.task)
         longest_prompt(config, self.task, self.student.tokenizer, self.student.context_tokens)
         self.engine = NativeEngine(
             config,
@@ -204,19 +209,21 @@ class Training:
         return None
 
     def save(self) -> None:
-        """A checkpoint of the present step, unless there is one. `ValueError` when the student is broken or the disk is full:
-        the former checkpoints stay.
-        """
+        """A checkpoint of the present step, unless there is one."""
         step = self.engine.step
-        if self.run.checkpoint(step).is_dir():
-            return
-        if not all(torch.isfinite(parameter).all() for parameter in self.student.model.parameters()):
-            kept = self.run.checkpoints()
-            raise ValueError(
-                f"step {step}: the student's weights are no longer finite, so no checkpoint was written; start a new run "
-                f"with a lower optimization.learning_rate{f' and student.model={kept[-1][1]}' if kept else ''}."
-            )
-        self.run.write_checkpoint(step, lambda folder: save_engine(self.engine, folder, run_digest=run_digest(self.config)))
+        if not self.run.checkpoint(step).is_dir():
+            self.run.write_checkpoint(step, lambda folder: save_engine(self.engine, folder, run_digest=run_digest(self.config)))
+
+
+def require_working_verifier(task: Task) -> None:
+    """`ValueError` when the verifier cannot judge even the reference answers of the first problems."""
+    problems = [task.problem("train", i) for i in range(NUM_PROBED_ANSWERS)]
+    judgements = [task.judge(problem, problem.answer) for problem in problems]
+    if all(judgement.verdict == Verdict.CANNOT_JUDGE for judgement in judgements):
+        raise ValueError(
+            f"the verifier of task {task.name!r} cannot judge the reference answers of the first {len(problems)} training "
+            f"problems ({judgements[0].reason}); mend the verifier or the answers."
+        )
 
 
 def longest_prompt(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, context_tokens: int | None) -> int:
@@ -298,4 +305,4 @@ def _not_resumable(checkpoint: Path, error: ValueError) -> str:
 
 
 def _load_reference(config: RunConfig) -> LanguageModel:
-    return load_language_model(config.student.model, dtype=config.student.dtype, device=config.student.device)
+    return load_language_model(config.student.model, dtype=config.student.dtype, device=config.student.device, trainable=True)

@@ -172,20 +172,26 @@ class NativeEngine:
 
     def _judge(self, problem: Problem, completions: Sequence[Completion]) -> list[Rollout]:
         texts = self.student.tokenizer.batch_decode([list(c.token_ids) for c in completions], skip_special_tokens=True)
-        judgements = [self.task.judge(problem, text) for text in texts]
+        judgements = []
+        for text in texts:
+            self.before_work()
+            judgements.append(self.task.judge(problem, text))
         return [
             Rollout(completion, text, str(judgement.verdict), judgement.reward)
             for completion, text, judgement in zip(completions, texts, judgements, strict=True)
         ]
 
     def _rows_that_train(self, batch: RolloutBatch) -> list[int]:
-        """Judged rollouts; without those of advantage 0 where they contribute exactly nothing to the gradient."""
+        """Rollouts with a say in the loss; without those of advantage 0 that contribute exactly nothing to the gradient."""
         skippable = self.objective.zero_advantage_is_zero_gradient and not self.config.optimization.kl_coef
-        return [
-            i
-            for i, rollout in enumerate(batch.rollouts)
-            if rollout.verdict != Verdict.CANNOT_JUDGE and not (skippable and batch.advantages[i] == 0)
-        ]
+        rows = self._rows_that_count(batch)
+        return [i for i in rows if not (skippable and batch.advantages[i] == 0)]
+
+    def _rows_that_count(self, batch: RolloutBatch) -> list[int]:
+        """The rollouts that the denominator counts: the judged ones; all of them for an objective that uses no reward."""
+        if "advantages" not in self.objective.needs:
+            return list(range(len(batch.rollouts)))
+        return [i for i, rollout in enumerate(batch.rollouts) if rollout.verdict != Verdict.CANNOT_JUDGE]
 
     def _minibatch(self, index: int, part: int) -> list[int]:
         """The prompts of one optimiser step: an equal share of the batch, in a seeded order."""
@@ -211,7 +217,7 @@ class NativeEngine:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise ValueError(
                 f"step {self.step + 1}: loss {loss} and gradient norm {norm} must be finite, so the weights were left as they "
-                "are; lower optimization.learning_rate or set objective.teacher_log_ratio_clip."
+                "are; start a new run with a lower optimization.learning_rate, or with objective.teacher_log_ratio_clip = 1.0."
             )
         metrics = rollout_metrics([batch.groups[i] for i in prompts]) | stats.summary()
         metrics |= {
@@ -263,8 +269,8 @@ class NativeEngine:
         """The tensors of the rollouts `part`, given the student's scores of them."""
         if not torch.isfinite(scores.logprobs).all():
             raise ValueError(
-                f"step {self.step + 1}: the student's own log-probs are not finite; its weights are broken: resume from an "
-                "earlier checkpoint with a lower optimization.learning_rate."
+                f"step {self.step + 1}: the student's own log-probs are not finite; its weights are broken: start a new "
+                "run with a lower optimization.learning_rate, from an earlier checkpoint as student.model."
             )
 
         def padded(values: list[Tensor] | None) -> Tensor | None:
@@ -281,13 +287,13 @@ class NativeEngine:
         )
 
     def _denominator(self, batch: RolloutBatch, wanted: Sequence[int], stats: TokenStats) -> float:
-        """The denominator of all judged rollouts among `wanted`, without the tokens that lack a finite score, which it counts.
+        """The denominator of the rollouts among `wanted` that count, without the tokens that lack a finite score.
 
         Rows that were not scored, as they contribute nothing, count in full.
         """
-        judged = [i for i in wanted if batch.rollouts[i].verdict != Verdict.CANNOT_JUDGE]
+        counted = set(self._rows_that_count(batch))
         kept = []
-        for i in judged:
+        for i in (i for i in wanted if i in counted):
             kept.append(torch.ones(len(batch.rollouts[i].completion.token_ids), dtype=torch.bool))
             for values in (batch.teacher_logprobs, batch.reference_logprobs, batch.old_logprobs):
                 if values is not None and len(values[i]):

@@ -11,6 +11,7 @@ from torch import Tensor
 from rlad.tensors import clean, masked_mean_of_rows
 
 RatioLevel = Literal["token", "sequence"]
+_LARGEST_LOG_RATIO = 80.0
 
 
 def clipped_surrogate(
@@ -31,7 +32,8 @@ def clipped_surrogate(
     """
     if level == "sequence":
         log_ratio = masked_mean_of_rows(log_ratio, mask).expand_as(log_ratio)
-    ratio = clean(log_ratio, mask).exp()
+    # Beyond e^80 float32 has no number: an infinite ratio would give NaN instead of the exact 0 of a gated token.
+    ratio = clean(log_ratio, mask).clamp(max=_LARGEST_LOG_RATIO).exp()
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
     gated_positive = mask & (advantages > 0) & (ratio > 1 + clip_high)
     gated_negative = mask & (advantages < 0) & (ratio < 1 - clip_low)

@@ -47,6 +47,8 @@ class JsonlTask:
             if source is not None:
                 self._problems[split] = load(source, split)
                 _refuse_overlap(path, problems, source, self._problems[split])
+        if validation_path is not None and test_path is not None:
+            _refuse_overlap(validation_path, self._problems["validation"], test_path, self._problems["test"])
         for problem in problems:
             split = split_of(problem.key)
             self._problems["train" if held_out.get(split) else split].append(problem)

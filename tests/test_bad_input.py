@@ -1,0 +1,477 @@
+"""What a user can do wrong, and what can go wrong around a run: one clear sentence, exit code 2, nothing written is lost."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+import torch
+from click.testing import CliRunner
+from transformers import AutoModelForCausalLM
+
+import rlad
+import rlad.training
+from rlad.cli import main
+from rlad.run_dir import CannotWriteError, RunDirectory
+from tiny_runs import WORDS, remains, run_config, write_model, write_tokenizer
+
+
+def rlad_fails(*arguments: object) -> str:
+    """The sentence that the command ends with; exit code 2, no traceback."""
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == 2, (result.output, result.exception)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("rlad: ")]
+    assert len(lines) == 1 and re.search(r"[.?]$", lines[0]) and "Traceback" not in result.output, result.stderr
+    return lines[0]
+
+
+def write_config(path: Path, config: dict[str, Any]) -> Path:
+    path.write_text(tomli_w.dumps(config))
+    return path
+
+
+@pytest.fixture
+def toml(world: Path, tmp_path: Path) -> Path:
+    return write_config(tmp_path / "run.toml", run_config(world, tmp_path / "run"))
+
+
+# --- the config -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("optimization.num_step=3", "optimization.num_step is an unknown key: did you mean 'num_steps'?"),
+        ("optimisation.num_steps=3", "optimisation is an unknown key: did you mean 'optimization'?"),
+        ("rollout.foo=3", "rollout.foo is an unknown key: valid keys there are group_size, max_batch_rows"),
+        ("optimization.num_steps=many", "optimization.num_steps is 'many': it must be a valid integer."),
+        ("optimization.num_steps=2.5", "optimization.num_steps is 2.5: it must be a valid integer."),
+        ("optimization.learning_rate=nan", "optimization.learning_rate is nan: it must be a finite number."),
+        ("optimization.learning_rate=3", "optimization.learning_rate is 3: it must be less than or equal to 1."),
+        ("task=sudoku", "task.type is 'sudoku': it must be one of knights_and_knaves, arithmetic"),
+        ("objective=trdd", "did you mean 'trrd'?"),
+        ("rollout.group_size=1", "rollout.group_size is 1: it must be greater than or equal to 2."),
+        ("objective.alpha=1.5", "objective.alpha is 1.5: it must be less than or equal to 1."),
+        ("objective.alpha=-0.1", "objective.alpha is -0.1: it must be greater than or equal to 0."),
+        ("objective.alpha={start=1.2,end=0.5,change_per_step=-0.1}", "its start is 1.2; it must lie in [0, 1]."),
+        ("optimization.steps_per_rollout_batch=3", "is no multiple of optimization.steps_per_rollout_batch = 3"),
+        ("=3", "override '=3' is not of the form key.path=value"),
+        ("seed.x=3", "override 'seed.x=3': seed is a single value, not a section."),
+    ],
+)
+def test_config(toml, tmp_path, override, sentence):
+    extra = ["seed=0"] if override.startswith("seed.") else ["objective=trrd"] if override.startswith("objective.") else []
+    assert sentence in rlad_fails("train", toml, *extra, override)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [(None, "cannot be read (No such file or directory)"), (b"[student\nmodel=", "is not valid TOML"), (b"\xff\xfe", "TOML")],
+)
+def test_config_file(tmp_path, content, sentence):
+    if content is not None:
+        (tmp_path / "run.toml").write_bytes(content)
+    assert sentence in rlad_fails("train", tmp_path / "run.toml")
+
+
+def test_two_configs(toml):
+    assert "got 2 configs" in rlad_fails("train", toml, "num_steps")
+
+
+# --- models, task, prompts: refused before anything is written, by `train` and by `check` -------------------------------
+
+
+@pytest.fixture(scope="module")
+def bad(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Model folders and problem files that cannot be used."""
+    folder = tmp_path_factory.mktemp("bad")
+    shutil.copytree(world / "student", folder / "no_tokenizer", ignore=shutil.ignore_patterns("tokenizer*"))
+    shutil.copytree(world / "student", folder / "no_weights", ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(world / "student", folder / "no_end")
+    write_tokenizer(folder / "no_end", eos_token=None)
+    for name in ("config.json", "generation_config.json"):
+        table = json.loads((folder / "no_end" / name).read_text())
+        (folder / "no_end" / name).write_text(json.dumps(table | {"eos_token_id": None}))
+    write_model(folder / "other_strings", seed=2, words=(*WORDS[:4], "9", *WORDS[5:]))
+    write_model(folder / "short_context", seed=2, max_position_embeddings=16)
+    write_model(folder / "small", seed=2, vocab_size=5)
+    (folder / "empty.jsonl").write_text("\n")
+    (folder / "long.jsonl").write_text(json.dumps({"prompt": "1 + " * 200 + "1 =", "answer": "0"}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("student.model", "{bad}/nothing", "nothing' cannot be found or read"),
+        ("student.model", "no-such/model", "'no-such/model' cannot be found or read"),
+        ("student.model", "embedded/studnt", "the embedded models are embedded/student, embedded/teacher"),
+        ("student.model", "{bad}/no_tokenizer", "save the tokenizer beside the model with `tokenizer.save_pretrained(folder)`"),
+        ("student.model", "{bad}/no_weights", "no_weights'"),
+        ("student.model", "{bad}/no_end", "declares no end token; set `eos_token` in its tokenizer"),
+        ("teacher.model", "{bad}/no_tokenizer", "save the tokenizer beside the model"),
+        ("teacher.model", "{bad}/other_strings", "1 of 7 token ids differ, the first is id 4, '2' for the student and '9'"),
+        ("teacher.model", "{bad}/short_context", "set rollout.max_prompt_tokens to at most 12"),
+        ("task.path", "{bad}/empty.jsonl", "the file is empty"),
+        ("task.path", "{bad}/nothing.jsonl", "there is no such file"),
+        ("task.path", "{bad}/long.jsonl", "the prompt of train problem 0 has 402 tokens, but at most 252 are allowed"),
+        ("task.test_path", "{bad}/long.jsonl", "the prompt of test problem 0 has 402 tokens, but at most 252 are allowed"),
+        ("task.verifier", "exat", "Did you mean 'exact'?"),
+        ("task.verifier", "run_verifiers:nothing", "has no function 'nothing'"),
+        ("rollout.prompt_format", "chat", "has no chat template; use 'plain' or 'auto'"),
+        ("rollout.max_completion_tokens", "300", "at most 0 are allowed (context of 256 minus"),
+        ("student.device", "tpu9", "device 'tpu9' cannot be used on this machine"),
+    ],
+)
+def test_what_cannot_be_trained(toml, tmp_path, bad, key, value, sentence):
+    override = f"{key}={value.format(bad=bad)}"
+    assert sentence in rlad_fails("train", toml, override)
+    assert not (tmp_path / "run").exists(), "a mistake leaves no run directory behind"
+    checked = CliRunner().invoke(main, ["check", str(toml), override])
+    assert checked.exit_code == 2 and sentence in checked.stdout and "this cannot work" in checked.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_gpu_where_there_is_none(toml, who):
+    assert "device 'cuda' cannot be used on this machine" in rlad_fails("train", toml, f"{who}.device=cuda")
+
+
+def test_tokenizer_of_another_model(world, toml, bad):
+    assert "has 7 tokens but the model only 5 embeddings" in rlad_fails("train", toml, f"student.model={bad / 'small'}")
+
+
+def test_incomplete_weights(world, toml, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(world / "student")
+    state = {name: tensor for name, tensor in model.state_dict().items() if "lm_head" not in name}
+    shutil.copytree(world / "student", tmp_path / "headless")
+    model.save_pretrained(tmp_path / "headless", state_dict=state)
+    sentence = rlad_fails("train", toml, f"student.model={tmp_path / 'headless'}")
+    assert "lack 1 tensors of a causal language model, the first is 'lm_head.weight'" in sentence
+
+
+def test_student_with_nan_weights(world, toml, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(world / "student")
+    torch.nn.init.constant_(model.lm_head.weight, torch.nan)
+    shutil.copytree(world / "student", tmp_path / "nan")
+    model.save_pretrained(tmp_path / "nan")
+    assert "weight 'lm_head.weight' of" in rlad_fails("train", toml, f"student.model={tmp_path / 'nan'}")
+
+
+def test_padded_vocabularies_are_accepted(world, tmp_path):
+    """The student samples ids that the teacher has no row for: dropped and counted, from there to the end of the completion."""
+    student = write_model(tmp_path / "student", seed=1, vocab_size=12)
+    result = rlad.train(run_config(world, tmp_path / "run", student={"model": str(student)}))
+    rows = list(RunDirectory(result.run_dir).read("metrics.jsonl"))
+    assert sum(row["objective/dropped_tokens/count"] for row in rows) > 0
+    assert sum(row["objective/trained_tokens/count"] for row in rows) > 0
+
+
+# --- rewards and teachers that fail --------------------------------------------------------------------------------------
+
+
+def test_nan_rewards_are_counted_and_the_run_goes_on(world, tmp_path):
+    task = {"verifier": "run_verifiers:nan_for_long"}
+    result = rlad.train(run_config(world, tmp_path / "run", task=task))
+    shares = [row["reward/cannot_judge/frac"] for row in RunDirectory(result.run_dir).read("metrics.jsonl")]
+    assert len(shares) == 4 and 0 < sum(shares) / 4 < 1
+    samples = [r for row in RunDirectory(result.run_dir).read("samples.jsonl") for r in row["rollouts"]]
+    assert all((r["verdict"] == "cannot_judge") == (len(r["text"].split()) > 2) for r in samples)
+
+
+def test_nothing_can_be_judged(world, tmp_path):
+    """No gradient, and no failure: the weights stay what they are."""
+    result = rlad.train(run_config(world, tmp_path / "run", task={"verifier": "run_verifiers:always_nan"}))
+    run = RunDirectory(result.run_dir)
+    assert [row["reward/cannot_judge/frac"] for row in run.read("metrics.jsonl")] == [1.0] * 4
+    weights = [AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (world / "student", run.checkpoint(4))]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def broken_teacher(folder: Path, weight: str, value: float, row: int | None = None) -> str:
+    """A teacher of the family phi, whose head has a bias, with one weight (or one row of it) set to `value`."""
+    write_model(folder, seed=2, family="phi")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    parameter = model.get_parameter(weight).data
+    (parameter if row is None else parameter[row]).fill_(value)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(("weight", "value", "row"), [("lm_head.bias", torch.inf, 0), ("lm_head.weight", torch.nan, None)])
+def test_teacher_that_gives_nothing(world, toml, tmp_path, weight, value, row):
+    """Its log-probs are all -inf (all its mass is on <pad>, which is then NaN), or all NaN."""
+    teacher = broken_teacher(tmp_path / "teacher", weight, value, row)
+    sentence = rlad_fails("train", toml, f"teacher.model={teacher}")
+    assert re.search(r"step \d: the teacher gave no finite log-prob for any of \d+ tokens", sentence)
+    ((step, folder), *_) = RunDirectory(tmp_path / "run").checkpoints()
+    assert step == 0
+    AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_teacher_that_gives_some(world, tmp_path):
+    """A teacher that is NaN after every '2': those tokens are dropped and counted, the others train."""
+    teacher = broken_teacher(tmp_path / "teacher", "model.embed_tokens.weight", torch.nan, WORDS.index("2"))
+    result = rlad.train(run_config(world, tmp_path / "run", teacher={"model": teacher}))
+    rows = list(RunDirectory(result.run_dir).read("metrics.jsonl"))
+    assert sum(row["objective/dropped_tokens/count"] for row in rows) > 0
+    assert sum(row["objective/trained_tokens/count"] for row in rows) > 0
+
+
+# --- run directories -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def finished(world: Path, toml: Path, tmp_path: Path) -> Path:
+    rlad.train(rlad.load_config(toml))
+    return tmp_path / "run"
+
+
+def test_existing_run_is_kept(toml, finished):
+    before = remains(finished)
+    sentence = rlad_fails("train", toml)
+    assert "exists already; use --resume to go on with it, --overwrite to delete it" in sentence
+    assert remains(finished) == before
+
+
+def test_overwrite_deletes_only_after_all_is_found_good(toml, finished):
+    before = remains(finished)
+    rlad_fails("train", toml, "--overwrite", "teacher.model=/nowhere")
+    assert remains(finished) == before
+    assert CliRunner().invoke(main, ["train", str(toml), "--overwrite", "seed=1", "--json"]).exit_code == 0
+    assert remains(finished) != before
+
+
+def test_overwrite_spares_what_is_no_run(toml, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    assert "exists and is not a run directory" in rlad_fails("train", toml, "--overwrite")
+    assert (tmp_path / "run" / "thesis.tex").read_text() == "years of work"
+
+
+def test_resume_without_a_run(toml):
+    assert "there is no run in" in rlad_fails("train", toml, "--resume")
+
+
+def test_resume_and_overwrite(toml):
+    assert "give one of the two" in rlad_fails("train", toml, "--resume", "--overwrite")
+
+
+def test_resume_with_another_config(toml, finished):
+    before = remains(finished)
+    assert f"go on with it by `rlad train {finished} --resume`" in rlad_fails("train", toml, "--resume", "seed=5")
+    assert remains(finished) == before
+
+
+def test_checkpoint_of_another_run(world, toml, finished, tmp_path):
+    other = rlad.train(run_config(world, tmp_path / "other", seed=1)).run_dir
+    shutil.rmtree(finished / "checkpoints")
+    shutil.copytree(other / "checkpoints", finished / "checkpoints")
+    assert "it belongs to another run" in rlad_fails("train", toml, "--resume")
+    assert len((finished / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "tokenizer.json", "trainer/state.json", "trainer/optimizer.safetensors"]
+)
+def test_truncated_checkpoint(toml, finished, name):
+    last = RunDirectory(finished).checkpoints()[-1][1]
+    os.truncate(last / name, (last / name).stat().st_size // 2)
+    sentence = rlad_fails("train", toml, "--resume")
+    assert (
+        f"checkpoint {last} cannot be resumed" in sentence and "Delete that folder to go on from the one before it" in sentence
+    )
+    assert len((finished / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_missing_test_before_training(toml, finished):
+    (finished / "eval.jsonl").unlink()
+    assert "eval.jsonl has lost the test before training" in rlad_fails("train", toml, "--resume")
+
+
+def test_run_directory_that_cannot_be_made(toml, tmp_path):
+    assert "run directory /proc/rlad/run cannot be written" in rlad_fails("train", toml, "run_dir=/proc/rlad/run")
+    (tmp_path / "file").touch()
+    assert "cannot be written" in rlad_fails("train", toml, f"run_dir={tmp_path / 'file' / 'run'}")
+    assert "is not a run directory" in rlad_fails("train", toml, f"run_dir={tmp_path / 'file'}")
+
+
+def test_evaluate_needs_a_task_for_a_model(world):
+    assert "add --task, for example --task knights_and_knaves" in rlad_fails("evaluate", world / "student")
+    assert "task.type is 'kk'" in rlad_fails("evaluate", world / "student", "--task", "kk")
+
+
+def test_evaluate_does_not_overwrite_results(finished, tmp_path):
+    (tmp_path / "results.jsonl").write_text("mine")
+    assert "exists already" in rlad_fails("evaluate", finished, "--output", tmp_path / "results.jsonl")
+    assert (tmp_path / "results.jsonl").read_text() == "mine"
+
+
+def test_evaluate_a_run_without_checkpoint(finished):
+    shutil.rmtree(finished / "checkpoints")
+    assert "holds no checkpoint" in rlad_fails("evaluate", finished)
+
+
+# --- the disk is full ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def small_disk(folder: Path, kilobytes: int) -> Iterator[None]:
+    """A file system of that size; skips the test where mounting is not allowed."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "none", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a file system of its own size can only be mounted as root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+class Fill(rlad.training.Silent):
+    """Takes all space of the disk but `leave` bytes: after step 1, or after the validation at step 2."""
+
+    def __init__(self, disk: Path, *, leave: int, before_checkpoint: bool) -> None:
+        self.disk, self.leave, self.before_checkpoint = disk, leave, before_checkpoint
+
+    def step(self, result: Any, num_steps: int) -> None:
+        if result.step == 1 and not self.before_checkpoint:
+            self.fill()
+
+    def evaluated(self, split: str, step: int, estimate: Any) -> None:
+        if (split, step) == ("validation", 2) and self.before_checkpoint:
+            self.fill()
+
+    def fill(self) -> None:
+        free = os.statvfs(self.disk)
+        (self.disk / "filler").write_bytes(bytes(max(free.f_bavail * free.f_frsize - self.leave, 0)))
+
+
+# The files of a checkpoint in the order in which they are written.
+FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json", "tokenizer.json")
+FILES += ("trainer/optimizer.safetensors", "trainer/state.json")
+PAGE = 4096
+
+
+@pytest.mark.parametrize("full_at", ["config.json", "model.safetensors", "tokenizer.json", "trainer/state.json"])
+def test_disk_full_at_a_checkpoint(world, tmp_path, full_at):
+    """Wherever in the checkpoint the space ends: it is absent, the former one whole."""
+    wanted = rlad.train(run_config(world, tmp_path / "run")).run_dir
+    sizes = {name: (RunDirectory(wanted).checkpoint(2) / name).stat().st_size for name in FILES}
+    leave = sum(-(-sizes[name] // PAGE) * PAGE for name in FILES[: FILES.index(full_at)])
+    with small_disk(tmp_path / "disk", kilobytes=1000):
+        config = run_config(world, tmp_path / "disk" / "run")
+        with pytest.raises(CannotWriteError, match=r"cannot be written .*--resume` goes on from step-000000"):
+            rlad.train(config, reporter=Fill(tmp_path / "disk", leave=leave, before_checkpoint=True))
+        checkpoints = tmp_path / "disk" / "run" / "checkpoints"
+        assert [path.name for path in checkpoints.iterdir()] == ["step-000000"]
+        AutoModelForCausalLM.from_pretrained(checkpoints / "step-000000")
+        (tmp_path / "disk" / "filler").unlink(missing_ok=True)
+        rlad.train(config, resume=True)
+        assert remains(tmp_path / "disk" / "run") == remains(wanted)
+
+
+def test_disk_full_on_the_command_line(world, tmp_path):
+    with small_disk(tmp_path / "disk", kilobytes=80):
+        toml = write_config(tmp_path / "run.toml", run_config(world, tmp_path / "disk" / "run"))
+        sentence = rlad_fails("train", toml)
+        assert "No space left on device" in sentence
+
+
+def test_file_size_limit_at_a_checkpoint(world, tmp_path):
+    """The same without root: the system refuses a file of more than 4 kB."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Limit(rlad.training.Silent):
+        def evaluated(self, split: str, step: int, estimate: Any) -> None:
+            if (split, step) == ("validation", 2):
+                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+
+    config = run_config(world, tmp_path / "run")
+    try:
+        with pytest.raises(CannotWriteError, match=r"File too large.*--resume` goes on from step-000000"):
+            rlad.train(config, reporter=Limit())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [step for step, _ in RunDirectory(tmp_path / "run").checkpoints()] == [0]
+    assert rlad.train(config, resume=True).run_dir == tmp_path / "run"
+
+
+def test_disk_full_while_rows_are_written(world, tmp_path):
+    """A row may be cut in the middle; the rows before it are kept, and resuming drops the half one."""
+    sections = {"optimization": {"num_steps": 40}, "evaluation": {"every_steps": 100}}
+    wanted = rlad.train(run_config(world, tmp_path / "run", **sections)).run_dir
+    with small_disk(tmp_path / "disk", kilobytes=1000):
+        config = run_config(world, tmp_path / "disk" / "run", **sections)
+        with pytest.raises(CannotWriteError, match="cannot be written"):
+            rlad.train(config, reporter=Fill(tmp_path / "disk", leave=4096, before_checkpoint=False))
+        rows = list(RunDirectory(tmp_path / "disk" / "run").read("metrics.jsonl"))
+        assert rows and [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+        (tmp_path / "disk" / "filler").unlink(missing_ok=True)
+        rlad.train(config, resume=True)
+        assert remains(tmp_path / "disk" / "run") == remains(wanted)
+
+
+# --- signals ---------------------------------------------------------------------------------------------------------------
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "rlad", "train", *map(str, arguments)]
+    tests = str(Path(__file__).parent)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": tests}
+    )
+
+
+def wait_until(process: subprocess.Popen[str], is_so: Any) -> None:
+    while not is_so():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def test_signals_write_a_checkpoint(world, tmp_path):
+    """Ctrl-C ends in 130, SIGTERM in 143; both go on with --resume."""
+    config = run_config(world, tmp_path / "run", optimization={"num_steps": 100_000}, evaluation={"every_steps": 100_000})
+    toml, metrics = write_config(tmp_path / "run.toml", config), tmp_path / "run" / "metrics.jsonl"
+    for number, code, arguments in ((signal.SIGINT, 130, ["--json"]), (signal.SIGTERM, 143, ["--resume"])):
+        num_before = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+        process = start(toml, *arguments)
+        wait_until(process, lambda n=num_before: metrics.exists() and metrics.read_bytes().count(b"\n") > n + 3)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == code and "Traceback" not in stderr
+        command = f"rlad train {tmp_path / 'run'} --resume"
+        assert stderr.splitlines()[-1] == (
+            f"rlad: stopped by {signal.Signals(number).name}; a checkpoint is written, go on with: {command}"
+        )
+        rows = list(RunDirectory(tmp_path / "run").read("metrics.jsonl"))
+        assert RunDirectory(tmp_path / "run").checkpoints()[-1][0] == len(rows) > num_before
+    config["optimization"]["num_steps"] = len(rows) + 2
+    rlad.train(config, resume=True)
+    assert [row["step"] for row in RunDirectory(tmp_path / "run").read("metrics.jsonl")] == list(range(1, len(rows) + 3))
+
+
+def test_second_ctrl_c_stops_at_once(world, tmp_path, monkeypatch):
+    """A verifier that hangs is no safe point; the second Ctrl-C does not wait for one."""
+    monkeypatch.setenv("HANGING", str(tmp_path / "hanging"))
+    task = {"verifier": "run_verifiers:hang", "timeout_seconds": 500.0}
+    process = start(write_config(tmp_path / "run.toml", run_config(world, tmp_path / "run", task=task)))
+    wait_until(process, (tmp_path / "hanging").exists)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 130 and stderr.splitlines()[-1] == "rlad: interrupted"
