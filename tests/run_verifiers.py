@@ -16,8 +16,14 @@ def always_nan(completion: str, answer: str) -> float:
     return math.nan
 
 
+def only_the_reference(completion: str, answer: str) -> float:
+    """NaN for everything but the answer itself."""
+    return 1.0 if completion == answer else math.nan
+
+
 def hang(completion: str, answer: str) -> bool:
-    """Says that it has begun, then never ends."""
-    Path(os.environ["HANGING"]).touch()
-    time.sleep(600)
+    """Says that it has begun, then never ends; but for the answer itself."""
+    if completion != answer:
+        Path(os.environ["HANGING"]).touch()
+        time.sleep(600)
     return True

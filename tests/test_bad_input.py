@@ -191,13 +191,27 @@ def test_nan_rewards_are_counted_and_the_run_goes_on(world, tmp_path):
     assert all((r["verdict"] == "cannot_judge") == (len(r["text"].split()) > 2) for r in samples)
 
 
+def write_unreachable_answers(folder: Path) -> str:
+    """Problems whose answers the student has no words for."""
+    path = folder / "unreachable.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"= {i}", "answer": "unreachable"}) + "\n" for i in range(3)))
+    return str(path)
+
+
 def test_nothing_can_be_judged(world, tmp_path):
     """No gradient, and no failure: the weights stay what they are."""
-    result = rlad.train(run_config(world, tmp_path / "run", task={"verifier": "run_verifiers:always_nan"}))
+    task = {"verifier": "run_verifiers:only_the_reference", "path": write_unreachable_answers(tmp_path)}
+    result = rlad.train(run_config(world, tmp_path / "run", task=task))
     run = RunDirectory(result.run_dir)
     assert [row["reward/cannot_judge/frac"] for row in run.read("metrics.jsonl")] == [1.0] * 4
     weights = [AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (world / "student", run.checkpoint(4))]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_verifier_that_cannot_judge_the_reference_answers(toml, tmp_path):
+    sentence = rlad_fails("train", toml, "task.verifier=run_verifiers:always_nan")
+    assert "cannot judge the reference answers of the first 5 training problems" in sentence
+    assert not (tmp_path / "run").exists()
 
 
 def broken_teacher(folder: Path, weight: str, value: float, row: int | None = None) -> str:
@@ -466,7 +480,7 @@ def test_signals_write_a_checkpoint(world, tmp_path):
 def test_second_ctrl_c_stops_at_once(world, tmp_path, monkeypatch):
     """A verifier that hangs is no safe point; the second Ctrl-C does not wait for one."""
     monkeypatch.setenv("HANGING", str(tmp_path / "hanging"))
-    task = {"verifier": "run_verifiers:hang", "timeout_seconds": 500.0}
+    task = {"verifier": "run_verifiers:hang", "timeout_seconds": 500.0, "test_path": write_unreachable_answers(tmp_path)}
     process = start(write_config(tmp_path / "run.toml", run_config(world, tmp_path / "run", task=task)))
     wait_until(process, (tmp_path / "hanging").exists)
     process.send_signal(signal.SIGINT)

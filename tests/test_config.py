@@ -108,7 +108,7 @@ def test_every_mistake_gets_its_own_sentence():
     ("overrides", "sentence"),
     [
         (["objective=trrd", "objective.alpha=true"], "objective.alpha is True: it must be a valid number."),
-        (["objective=trrd", "objective.alpha={start=1, change_per_step=-1}"], "objective.alpha.end is missing: add it to the config."),
+        (["objective=trrd", "objective.alpha={start=1, change_per_step=-1}"], "alpha.end is missing: add it to the config."),
         (["objective=trrd", "objective.teacher_log_ratio_clip=on"], "it must be a valid number, or it must be 'off'."),
         (["objective=5"], "objective is 5: it must be a section, with keys of its own."),
         (["task.num_people=[2, 9]"], "task.num_people[1] is 9: it must be less than or equal to 8."),

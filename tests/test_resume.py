@@ -74,8 +74,8 @@ def test_interrupted_at_any_safe_point(world, tmp_path, uninterrupted, stop_at):
     stop_at(-1)
     rlad.train(run_config(world, tmp_path / "count" / "run", **SECTIONS))
     total = StopAt.num_checks
-    assert total > 40
-    for at in range(1, total + 1, 5):
+    assert total > 100
+    for at in range(1, total + 1, 11):
         config = run_config(world, tmp_path / str(at) / "run", **SECTIONS)
         stop_at(at)
         with pytest.raises(StopRequested):
@@ -86,8 +86,9 @@ def test_interrupted_at_any_safe_point(world, tmp_path, uninterrupted, stop_at):
 
 
 def test_interrupted_again_and_again(world, tmp_path, uninterrupted, stop_at):
+    """Each session is a little longer than a rollout batch and its first update."""
     config = run_config(world, tmp_path / "run", **SECTIONS)
-    stop_at(9)
+    stop_at(27)
     num_sessions, is_finished = 0, False
     while not is_finished:
         try:
@@ -96,7 +97,7 @@ def test_interrupted_again_and_again(world, tmp_path, uninterrupted, stop_at):
         except StopRequested:
             num_sessions += 1
         assert num_sessions < 30
-    assert num_sessions >= 5
+    assert num_sessions >= 3
     assert_same(remains(tmp_path / "run"), uninterrupted, "after many sessions")
 
 
@@ -155,7 +156,7 @@ def test_killed_at_any_change_of_the_run_directory(world, tmp_path, uninterrupte
             rlad.train(config, resume=RunDirectory(run_dir).exists())
         assert_same(remains(run_dir), uninterrupted, f"killed before change {at}")
         assert not list((run_dir / "checkpoints").glob(".*")), "unfinished checkpoints are removed"
-        at += 5
+        at += 1 if at < 6 else 5
     assert code == 0 and at > 50
 
 

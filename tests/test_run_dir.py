@@ -1,4 +1,4 @@
-"""The run directory: rows that survive a half-written line, checkpoints that are complete or absent, and the one that is best."""
+"""The run directory: rows that survive a half-written line, checkpoints that are complete or absent, which one is best."""
 
 import json
 import math
@@ -13,6 +13,7 @@ from rlad.run_dir import EVAL, METRICS, SAMPLES, CannotWriteError, RunDirectory
 def run(tmp_path: Path) -> RunDirectory:
     directory = RunDirectory(tmp_path / "run")
     directory.create()
+    directory.write("run.json", "{}")
     directory.write("config.toml", "seed = 0\n")
     return directory
 
@@ -127,8 +128,9 @@ def test_a_free_place(tmp_path):
     run = RunDirectory(tmp_path / "a" / "b")
     run.require_free(overwrite=False)
     run.create()
-    (run.path / ".config.toml.tmp").touch()  # killed while the first file was written
-    run.require_free(overwrite=False)
+    for name in (".run.json.tmp", "run.json", ".config.toml.tmp"):  # killed while the first files were written
+        (run.path / name).touch()
+        run.require_free(overwrite=False)
 
 
 def test_a_run_is_only_replaced_with_overwrite(run):
@@ -142,6 +144,7 @@ def test_a_run_is_only_replaced_with_overwrite(run):
 
 def test_what_is_no_run_is_never_replaced(tmp_path):
     (tmp_path / "notes.txt").touch()
+    (tmp_path / "config.toml").touch()
     for path in (tmp_path, tmp_path / "notes.txt"):
         with pytest.raises(ValueError, match="exists and is not a run directory; choose another run_dir"):
             RunDirectory(path).require_free(overwrite=True)

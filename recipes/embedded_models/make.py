@@ -65,20 +65,25 @@ class Recipe:
 
 
 RECIPES = {
-    "teacher": Recipe(num_layers=6, habits=Habits(careful=1.0), num_steps=1200, seed=0),
-    "student": Recipe(num_layers=6, habits=Habits(careful=0.35, sloppy=0.25, guess=0.4), num_steps=1200, seed=100),
+    "teacher": Recipe(num_layers=6, habits=Habits(careful=1.0), num_steps=1000, seed=0),
+    "student": Recipe(num_layers=6, habits=Habits(careful=0.35, sloppy=0.25, guess=0.4), num_steps=1000, seed=100),
 }
 
 
 # --- what the models read ---------------------------------------------------------------------------------------------
 
 
-def worked_solution(puzzle: Puzzle, names: list[str], is_looked_at: Callable[[int], bool] = lambda person: True) -> str:
-    """Try the worlds in order; in each, hold the people's statements against it until one does not fit; answer with the first
-    world in which all fit. A person that is not looked at is believed to fit.
+def worked_solution(
+    puzzle: Puzzle, names: list[str], rng: random.Random, is_looked_at: Callable[[int], bool] = lambda person: True
+) -> str:
+    """Try the worlds in random order; in each, hold the people's statements against it until one does not fit; answer with the
+    first world in which all fit. A person that is not looked at is believed to fit.
+
+    Random, because in a fixed order most claims are as true as in the line before: a model that copies learns nothing.
     """
+    worlds = list(itertools.product((True, False), repeat=len(puzzle)))
     lines = []
-    for world in itertools.product((True, False), repeat=len(puzzle)):
+    for world in rng.sample(worlds, len(worlds)):
         # Other words than in the claims, so that a tiny model does not confuse what is assumed with what is said.
         people = " ".join(f"{name} {'honest' if role else 'lying'}" for name, role in zip(names, world, strict=True))
         line, fits = f"Try {people}:", True
@@ -109,13 +114,13 @@ def examples(habits: Habits, seed: int) -> Iterator[tuple[str, str]]:
         puzzle = random_puzzle(size, rng)
         if split_of(structure_key(puzzle)) != "train":
             continue
-        names = rng.sample(NAMES, size)
+        names = list(NAMES[:size])
         (habit,) = rng.choices(list(asdict(habits)), weights=list(asdict(habits).values()))
         match habit:
             case "careful":
-                text = worked_solution(puzzle, names)
+                text = worked_solution(puzzle, names, rng)
             case "sloppy":
-                text = worked_solution(puzzle, names, [rng.random() < 0.5 for _ in puzzle].__getitem__)
+                text = worked_solution(puzzle, names, rng, [rng.random() < 0.5 for _ in puzzle].__getitem__)
             case "intuition":
                 text = f"Answer: {answer_text(solutions(puzzle)[0], names)}."
             case _:
@@ -149,7 +154,7 @@ def build(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalL
             num_attention_heads=recipe.num_heads,
             num_key_value_heads=recipe.num_heads,
             max_position_embeddings=1024,
-            rope_parameters={"rope_type": "default", "rope_theta": 1_000.0},
+            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
             tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
@@ -174,8 +179,8 @@ def batches(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Iterator[tupl
             yield ids, labels
 
 
-def pretrain(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
-    """Muon for the matrices, AdamW for embeddings and norms; warm-up, then cosine to 0."""
+def pretrain(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Muon for the matrices, AdamW for embeddings and norms; warm-up, then cosine to 0. The model is saved every 100 steps."""
     model, source, started = build(recipe, tokenizer), batches(recipe, tokenizer), time.monotonic()
     named = list(model.named_parameters())
     matrices = [p for name, p in named if p.dim() == 2 and "embed" not in name]
@@ -196,7 +201,7 @@ def pretrain(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCaus
             optimizer.zero_grad()
         if (step + 1) % 100 == 0:
             print(f"step {step + 1}/{recipe.num_steps}  loss {loss.item():.4f}  {time.monotonic() - started:.0f} s", flush=True)
-    return model
+            model.save_pretrained(folder)
 
 
 def main() -> None:
@@ -209,9 +214,8 @@ def main() -> None:
     tokenizer = make_tokenizer()
     for name in [arguments.only] if arguments.only else RECIPES:
         print(f"{name}: {RECIPES[name]}", flush=True)
-        model = pretrain(RECIPES[name], tokenizer)
-        model.save_pretrained(arguments.out / name)
         tokenizer.save_pretrained(arguments.out / name)
+        pretrain(RECIPES[name], tokenizer, arguments.out / name)
 
 
 if __name__ == "__main__":

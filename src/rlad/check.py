@@ -19,9 +19,9 @@ from rlad.console import printable
 from rlad.language_model import EMBEDDED, context_tokens, end_token_ids, load_model_config, load_tokenizer, pick_device
 from rlad.objectives import OBJECTIVES
 from rlad.run_dir import RunDirectory
-from rlad.tasks import Verdict, make_task
+from rlad.tasks import make_task
 from rlad.teachers.compatibility import Finding, compare_contexts, compare_tokenizers
-from rlad.training import longest_prompt
+from rlad.training import longest_prompt, require_working_verifier
 
 Result = TypeVar("Result")
 _GIB = 1024**3
@@ -85,7 +85,7 @@ def check_run(config: RunConfig) -> CheckReport:
     findings += attempt("run directory", _check_run_dir) or []
     findings += attempt("device", _check_devices) or []
     findings += attempt("models", _check_models) or []
-    findings += attempt("task", _check_verifier) or []
+    findings += attempt("task", _check_task) or []
     memory = None
     if not _errors(findings) and (prompt_tokens := attempt("prompts", _longest_prompt)):
         needed, context = prompt_tokens + config.rollout.max_completion_tokens, _context(config) or "unlimited"
@@ -154,15 +154,10 @@ def _require_weights(name: str) -> None:
         raise ValueError(f"model folder {name!r} has no *.safetensors file; save its weights there with `save_pretrained`.")
 
 
-def _check_verifier(config: RunConfig) -> list[Finding]:
-    """Whether the task can be made, and its verifier can judge at all: tried on a reference answer."""
+def _check_task(config: RunConfig) -> list[Finding]:
     with closing(make_task(**config.task.model_dump())) as task:
-        problem = task.problem("train", 0)
-        judgement = task.judge(problem, problem.answer)
-    if judgement.verdict != Verdict.CANNOT_JUDGE:
+        require_working_verifier(task)
         return [Finding("ok", "task", f"{task.name}, its verifier judges")]
-    message = f"{task.name}: the verifier cannot judge the reference answer {problem.answer!r} of training problem 0"
-    return [Finding("warning", "task", f"{message}: {judgement.reason}")]
 
 
 def _longest_prompt(config: RunConfig) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rlad import __version__
+from rlad.errors import RunFailedError
 
 if TYPE_CHECKING:
     from rlad.config import RunConfig
@@ -40,7 +41,7 @@ def main() -> None:
 
 
 def _sentences_for_mistakes(verb: Callable[..., None]) -> Callable[..., None]:
-    """A user's mistake ends in its sentence and exit code 2, Ctrl-C in 130."""
+    """A user's mistake ends in its sentence and exit code 2, a run that cannot go on in 1, Ctrl-C in 130."""
 
     @wraps(verb)
     def wrapped(*args: Any, **kwargs: Any) -> None:
@@ -48,7 +49,7 @@ def _sentences_for_mistakes(verb: Callable[..., None]) -> Callable[..., None]:
             verb(*args, **kwargs)
         except ValueError as error:
             click.echo("\n".join(f"rlad: {line}" for line in str(error).splitlines()), err=True)
-            sys.exit(EXIT_USER_MISTAKE)
+            sys.exit(EXIT_FAILURE if isinstance(error, RunFailedError) else EXIT_USER_MISTAKE)
         except KeyboardInterrupt:
             click.echo("rlad: interrupted", err=True)
             sys.exit(EXIT_SIGNAL + 2)
@@ -60,7 +61,7 @@ def _load(arguments: Sequence[str]) -> "RunConfig":
     """The run described by `[RUN] [KEY=VALUE]...`."""
     from rlad.config_file import load_config
 
-    overrides = [a for a in arguments if "=" in a and not Path(a).exists()]
+    overrides = [a for a in arguments if "=" in a and not os.path.exists(a)]
     paths = [a for a in arguments if a not in overrides]
     if len(paths) > 1:
         raise ValueError(f"got {len(paths)} configs, {', '.join(paths)}; give one, and overrides of the form key.path=value.")

@@ -101,6 +101,8 @@ class KnightsAndKnavesConfig(_Section):
     """sizes of the puzzles, taken in turn"""
     instructions: bool = True
     """put the rules and the answer format before each puzzle"""
+    vary_names: bool = True
+    """draw the names of each puzzle; else the people are always called Ada, Ben, Cleo, ..."""
     reward: Literal["exact", "logic_rl"] = "exact"
     """1 for a fully right answer, or Logic-RL's format and answer reward"""
 

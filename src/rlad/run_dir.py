@@ -20,11 +20,13 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from rlad.errors import RunFailedError
+
 CONFIG, ENVIRONMENT = "config.toml", "run.json"
 METRICS, EVAL, SAMPLES = "metrics.jsonl", "eval.jsonl", "samples.jsonl"
 
 
-class CannotWriteError(ValueError):
+class CannotWriteError(RunFailedError):
     """Disk full, no permission and the like; what was written before is still there."""
 
 
@@ -44,7 +46,9 @@ class RunDirectory:
                 f"run directory {self.path} exists already; use --resume to go on with it, --overwrite to delete it and start "
                 "again, or run_dir=... for another place."
             )
-        is_free = not self.path.exists() or (self.path.is_dir() and all(p.name.startswith(".") for p in self.path.iterdir()))
+        # A run that was killed while it made its directory may have left the first of its files.
+        left = [p.name for p in self.path.iterdir() if not p.name.startswith(".")] if self.path.is_dir() else []
+        is_free = not self.path.exists() or (self.path.is_dir() and left in ([], [ENVIRONMENT]))
         if not (is_free or self.exists()):
             raise ValueError(f"{self.path} exists and is not a run directory; choose another run_dir.")
 

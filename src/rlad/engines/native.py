@@ -20,6 +20,7 @@ from rlad.advantages import group_advantages
 from rlad.aggregate import aggregate, denominator
 from rlad.batch import LossInputs
 from rlad.config import Annealed, RunConfig
+from rlad.errors import RunFailedError
 from rlad.language_model import LanguageModel
 from rlad.metrics import Metrics, TokenStats, rollout_metrics
 from rlad.objectives import OBJECTIVES, token_loss
@@ -215,7 +216,7 @@ class NativeEngine:
         parameters = list(self.student.model.parameters())
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.config.optimization.max_grad_norm))
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise ValueError(
+            raise RunFailedError(
                 f"step {self.step + 1}: loss {loss} and gradient norm {norm} must be finite, so the weights were left as they "
                 "are; start a new run with a lower optimization.learning_rate, or with objective.teacher_log_ratio_clip = 1.0."
             )
@@ -241,7 +242,7 @@ class NativeEngine:
         stats.scored_share = len(rows) / len(wanted)
         whole = self._denominator(batch, wanted, stats)
         if rows and stats.num_dropped == sum(len(completions[i]) for i in rows):
-            raise ValueError(
+            raise RunFailedError(
                 f"step {self.step + 1}: the teacher gave no finite log-prob for any of {stats.num_dropped} tokens; check that "
                 "it is the right model, and its dtype (bfloat16 instead of float16)."
             )
@@ -268,7 +269,7 @@ class NativeEngine:
     def _loss_inputs(self, batch: RolloutBatch, part: Sequence[int], scores: CompletionScores) -> LossInputs:
         """The tensors of the rollouts `part`, given the student's scores of them."""
         if not torch.isfinite(scores.logprobs).all():
-            raise ValueError(
+            raise RunFailedError(
                 f"step {self.step + 1}: the student's own log-probs are not finite; its weights are broken: start a new "
                 "run with a lower optimization.learning_rate, from an earlier checkpoint as student.model."
             )

@@ -178,7 +178,8 @@ class KnightsAndKnaves:
     """Puzzles of `num_people` people (each from 2 to 8; the sizes take turns), split by structure.
 
     A completion is correct when its answer gives every person of the puzzle the right role and names nobody else.
-    With `instructions` the prompt begins with the rules and the wanted format.
+    With `instructions` the prompt begins with the rules and the wanted format; without `vary_names` the people are
+    always called Ada, Ben, Cleo and so on.
     `reward="exact"` is 1 or 0; `reward="logic_rl"` is the rule of Logic-RL (arXiv 2502.14768), see `logic_rl_reward`.
     """
 
@@ -188,6 +189,7 @@ class KnightsAndKnaves:
         self,
         num_people: Sequence[int] = (3,),
         instructions: bool = True,
+        vary_names: bool = True,
         reward: Literal["exact", "logic_rl"] = "exact",
     ) -> None:
         is_list = isinstance(num_people, Sequence) and len(num_people) > 0
@@ -198,7 +200,7 @@ class KnightsAndKnaves:
             )
         if reward not in ("exact", "logic_rl"):
             raise ValueError(f"reward is {reward!r}; use 'exact' or 'logic_rl'.")
-        self._sizes, self._instructions, self._reward = tuple(num_people), instructions, reward
+        self._sizes, self._instructions, self._vary_names, self._reward = tuple(num_people), instructions, vary_names, reward
 
     def problem(self, split: Split, index: int, *, seed: int = 0) -> Problem:
         check_split(split)
@@ -209,7 +211,7 @@ class KnightsAndKnaves:
             key = structure_key(puzzle)
             if split_of(key) == split:
                 break
-        names = rng.sample(NAMES, size)
+        names = rng.sample(NAMES, size) if self._vary_names else list(NAMES[:size])
         (world,) = solutions(puzzle)
         is_tagged = self._instructions and self._reward == "logic_rl"
         prompt = prompt_text(puzzle, names, instructions=self._instructions and not is_tagged)

@@ -1,0 +1,113 @@
+"""What belongs together agrees: imports, objectives and their configs, docs, logged metrics."""
+
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+import rlad
+from rlad.catalogue import CONFIGS
+from rlad.config import ObjectiveConfig
+from rlad.engines.native import objective_knobs
+from rlad.objectives import OBJECTIVES
+from rlad.run_dir import EVAL, METRICS, RunDirectory
+from rlad.tasks import TASKS
+from rlad.teachers import TEACHERS
+from tiny_runs import run_config
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("torch", "transformers", "trl", "numpy", "matplotlib", "safetensors", "pebble")
+
+
+@pytest.mark.parametrize("module", ["rlad", "rlad.config", "rlad.config_file", "rlad.cli", "rlad.catalogue", "rlad.tasks"])
+def test_these_import_nothing_heavy(module):
+    code = f"import sys, {module}; print([name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_public_names_are_there():
+    assert sorted(dir(rlad)) == sorted(rlad.__all__)
+    assert all(getattr(rlad, name) is not None for name in rlad.__all__)
+    with pytest.raises(AttributeError, match="module 'rlad' has no attribute 'trian'"):
+        _ = rlad.trian  # pyright: ignore[reportAttributeAccessIssue]
+
+
+# --- objectives, tasks, teachers: tables, configs, docs ------------------------------------------------------------------
+
+
+def test_every_row_of_the_tables_has_a_config():
+    assert set(CONFIGS["objectives"]) == set(OBJECTIVES)
+    assert set(CONFIGS["tasks"]) == set(TASKS)
+    assert set(CONFIGS["teachers"]) == set(TEACHERS)
+
+
+def knobs(function: Any) -> dict[str, Any]:
+    """An objective's own arguments with their defaults: those that are no tensors."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_config_and_function_have_the_same_knobs_and_defaults(name):
+    config: Any = CONFIGS["objectives"][name]()
+    assert objective_knobs(config, step=0) == knobs(OBJECTIVES[name].function)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_tensors_of_the_table_are_those_of_the_function(name):
+    parameters = inspect.signature(OBJECTIVES[name].function).parameters.values()
+    assert {p.name for p in parameters if p.default is p.empty} == set(OBJECTIVES[name].needs)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_has_a_file_a_test_and_a_section(name):
+    row = OBJECTIVES[name]
+    assert row.function.__module__ == f"rlad.objectives.{name}" and row.function.__name__ == f"{name}_loss"
+    assert getattr(rlad, f"{name}_loss") is row.function
+    assert f"{name}_loss" in (ROOT / "tests" / "test_objectives.py").read_text()
+    sections = (ROOT / "docs" / f"{name}.md").is_file() or f"## `{name}`" in (ROOT / "docs" / "methods.md").read_text()
+    assert sections, f"docs/{name}.md or a section of docs/methods.md is missing"
+    assert f"`{name}`" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_docs_show_the_formula_of_the_file(name):
+    formula = OBJECTIVES[name].formula.splitlines()
+    assert formula and all("=" in line for line in formula)
+    shown = [ROOT / "docs" / f"{name}.md"] if (ROOT / "docs" / f"{name}.md").is_file() else [ROOT / "docs" / "methods.md"]
+    for page in [*shown, *([ROOT / "README.md"] if name == "trrd" else [])]:
+        assert "\n".join(f"    {line}" for line in formula) in page.read_text(), page
+
+
+def test_the_union_of_configs_is_the_table():
+    assert {config.model_fields["type"].default for config in get_args(ObjectiveConfig)} == set(OBJECTIVES)
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_logged_metric_is_defined_and_every_definition_is_logged(world, tmp_path):
+    page = (ROOT / "docs" / "metrics.md").read_text().replace("`area/quantity/reduction`", "")
+    defined = set(re.findall(r"`([a-z_]+(?:/[a-z_0-9]+)+)`", page))
+    logged: set[str] = set()
+    for name in OBJECTIVES:
+        config = run_config(
+            world,
+            tmp_path / name,
+            objective={"type": name},
+            optimization={"num_steps": 2, "steps_per_rollout_batch": 2, "kl_coef": 0.1},
+        )
+        logged |= {key for row in RunDirectory(rlad.train(config).run_dir).read(METRICS) for key in row}
+    assert logged - {"step"} == defined and "`step`" in page
+
+
+def test_rows_of_evaluations_are_described(world, tmp_path):
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    result = rlad.train(run_config(world, tmp_path / "run", optimization={"num_steps": 1}))
+    row = next(RunDirectory(result.run_dir).read(EVAL))
+    assert [key for key in (*row, *row["results"][0]) if f"`{key}`" not in page] == []
