@@ -12,12 +12,15 @@ from typing import Any
 
 import pytest
 import tomli_w
+import torch
+from safetensors.torch import load_file, save_file
 
 import rlad
 import rlad.training
+from rlad.language_model import load_language_model
 from rlad.run_dir import RunDirectory
 from rlad.stopping import Stop, StopRequested
-from tiny_runs import remains, run_config
+from tiny_runs import remains, run_config, write_model
 
 # Everything that has a state: several steps on one rollout batch, reference, annealing, schedule, momentum, micro-batches.
 SECTIONS: dict[str, Any] = {
@@ -74,8 +77,8 @@ def test_interrupted_at_any_safe_point(world, tmp_path, uninterrupted, stop_at):
     stop_at(-1)
     rlad.train(run_config(world, tmp_path / "count" / "run", **SECTIONS))
     total = StopAt.num_checks
-    assert total > 100
-    for at in range(1, total + 1, 11):
+    assert total > 60
+    for at in range(1, total + 1, 7):
         config = run_config(world, tmp_path / str(at) / "run", **SECTIONS)
         stop_at(at)
         with pytest.raises(StopRequested):
@@ -113,6 +116,17 @@ def test_between_minibatches_the_rollout_batch_is_kept(world, tmp_path):
     state = json.loads((folder / "trainer" / "state.json").read_text())
     assert (step, state["step"], state["pending"]["index"], len(state["pending"]["groups"])) == (1, 1, 0, 4)
     assert "time/generation/seconds" in state["pending"]["seconds"]
+
+
+def test_weights_give_the_same_numbers_wherever_they_stand_in_their_file(tmp_path):
+    """The last bits of a product depend on the alignment of the matrix, and the headers of checkpoints differ in length."""
+    logits = []
+    for padding in range(0, 64, 8):
+        folder = write_model(tmp_path / str(padding), seed=1, hidden_size=128, head_dim=64)
+        tensors = load_file(folder / "model.safetensors")
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt", "padding": "x" * padding})
+        logits.append(load_language_model(str(folder)).model(torch.tensor([[3]])).logits)
+    assert all(torch.equal(logits[0], other) for other in logits)
 
 
 # --- killed -----------------------------------------------------------------------------------------------------------
@@ -156,7 +170,7 @@ def test_killed_at_any_change_of_the_run_directory(world, tmp_path, uninterrupte
             rlad.train(config, resume=RunDirectory(run_dir).exists())
         assert_same(remains(run_dir), uninterrupted, f"killed before change {at}")
         assert not list((run_dir / "checkpoints").glob(".*")), "unfinished checkpoints are removed"
-        at += 1 if at < 6 else 5
+        at += 1 if at < 6 else 9
     assert code == 0 and at > 50
 
 

@@ -1,13 +1,17 @@
 """Whole runs in less than a second: models of 7 tokens that learn to add single digits, and what such a run leaves behind."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+from click.testing import CliRunner
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from rlad.cli import main
 from rlad.run_dir import RunDirectory
 from tiny_models import tiny_model
 
@@ -73,3 +77,24 @@ def _content(file: Path) -> Any:
     if file.suffix != ".safetensors":
         return file.read_bytes()
     return {name: tensor.numpy().tobytes() for name, tensor in load_file(file).items()}
+
+
+def write_unreachable_answers(folder: Path) -> str:
+    """Problems whose answers the student has no words for."""
+    path = folder / "unreachable.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"= {i}", "answer": "unreachable"}) + "\n" for i in range(3)))
+    return str(path)
+
+
+def rlad_fails(*arguments: object, code: int = 2) -> str:
+    """The sentence that the command ends with; no traceback."""
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == code, (result.output, result.exception)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("rlad: ")]
+    assert len(lines) == 1 and re.search(r"[.?]$", lines[0]) and "Traceback" not in result.output, result.stderr
+    return lines[0]
+
+
+def write_config(path: Path, config: dict[str, Any]) -> Path:
+    path.write_text(tomli_w.dumps(config))
+    return path

@@ -1,8 +1,10 @@
-"""Makes the embedded tokenizer, tiny teacher and tiny student: `python recipes/embedded_models/make.py --out src/rlad/models`.
+"""Makes the embedded tokenizer, tiny teacher and tiny student:
 
-Both models are pretrained from scratch on knights-and-knaves puzzles of the *training* split, each followed by text that the
-solver below writes. The teacher reads careful worked solutions only. The student reads a mixture of three habits, as a base
-model that has read the web does: careful solutions, sloppy ones (some statements are never looked at) and blind guesses.
+    python recipes/embedded_models/make.py --base /tmp/rlad-base --out src/rlad/models
+
+One base model is pretrained from scratch on knights-and-knaves puzzles of the *training* split, each followed by a worked
+solution that the solver below writes. The teacher goes on with those. The student goes on with a mixture of three habits, as a
+base model that has read the web has: careful solutions, sloppy ones (some statements are never looked at) and blind guesses.
 Reinforcement learning can then teach it which habit pays.
 """
 
@@ -34,6 +36,7 @@ from rlad.tasks.logic import (
 )
 
 END, PAD = "<|endoftext|>", "<|pad|>"
+ASSUMED = {True: "honest", False: "lying"}  # other words than ROLES: what is assumed is not confused with what is said
 SIZES = {2: 1, 3: 3}  # number of people -> weight
 
 
@@ -50,23 +53,20 @@ class Habits:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """One model: its shape, what it reads and for how long."""
+class Phase:
+    """Some steps on one mixture of habits, with an optimiser and a learning rate schedule of its own."""
 
-    num_layers: int
     habits: Habits
     num_steps: int
     seed: int
-    hidden_size: int = 96
-    num_heads: int = 4
-    intermediate_size: int = 256
+    learning_rate: float
     batch_size: int = 32
-    learning_rate: float = 4e-3
 
 
-RECIPES = {
-    "teacher": Recipe(num_layers=6, habits=Habits(careful=1.0), num_steps=1000, seed=0),
-    "student": Recipe(num_layers=6, habits=Habits(careful=0.35, sloppy=0.25, guess=0.4), num_steps=1000, seed=100),
+BASE = Phase(Habits(careful=1.0), num_steps=700, seed=0, learning_rate=4e-3)
+SECOND = {
+    "teacher": Phase(Habits(careful=1.0), num_steps=400, seed=1, learning_rate=2e-3),
+    "student": Phase(Habits(careful=0.3, sloppy=0.3, guess=0.4), num_steps=200, seed=2, learning_rate=2e-3),
 }
 
 
@@ -84,8 +84,7 @@ def worked_solution(
     worlds = list(itertools.product((True, False), repeat=len(puzzle)))
     lines = []
     for world in rng.sample(worlds, len(worlds)):
-        # Other words than in the claims, so that a tiny model does not confuse what is assumed with what is said.
-        people = " ".join(f"{name} {'honest' if role else 'lying'}" for name, role in zip(names, world, strict=True))
+        people = " ".join(f"{name} {ASSUMED[role]}" for name, role in zip(names, world, strict=True))
         line, fits = f"Try {people}:", True
         for person, statement in enumerate(puzzle):
             if not is_looked_at(person):
@@ -101,8 +100,15 @@ def worked_solution(
 
 
 def _claims(statement: Statement, world: World, names: list[str]) -> str:
-    """What is claimed and whether it is so in this world, such as `Ada knave no or Ben knight yes`."""
-    claims = [f"{names[c.person]} {ROLES[c.is_knight]} {'yes' if c.holds(world) else 'no'}" for c in statement.claims]
+    """What is claimed, what is assumed and whether they agree, such as `Ada knave honest no or Ben knight honest yes`.
+
+    What is assumed is repeated before it is compared: agreement alone is an exclusive or of two things to be looked up, of
+    which neither helps without the other, and a tiny model takes very long to find it.
+    """
+    claims = [
+        f"{names[c.person]} {ROLES[c.is_knight]} {ASSUMED[world[c.person]]} {'yes' if c.holds(world) else 'no'}"
+        for c in statement.claims
+    ]
     return f" {statement.connective} ".join(claims)
 
 
@@ -143,16 +149,16 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 # --- pretraining ------------------------------------------------------------------------------------------------------
 
 
-def build(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
-    torch.manual_seed(recipe.seed)
+def build(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+    torch.manual_seed(BASE.seed)
     return Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=len(tokenizer),
-            hidden_size=recipe.hidden_size,
-            intermediate_size=recipe.intermediate_size,
-            num_hidden_layers=recipe.num_layers,
-            num_attention_heads=recipe.num_heads,
-            num_key_value_heads=recipe.num_heads,
+            hidden_size=96,
+            intermediate_size=256,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            num_key_value_heads=4,
             max_position_embeddings=1024,
             rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
             tie_word_embeddings=True,
@@ -163,15 +169,15 @@ def build(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalL
     )
 
 
-def batches(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def batches(phase: Phase, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(token ids, labels) of examples of similar length; only completions are learned."""
-    source, rng = examples(recipe.habits, recipe.seed + 1), random.Random(recipe.seed)
+    source, rng = examples(phase.habits, phase.seed + 1), random.Random(phase.seed)
     while True:
-        pairs = [next(source) for _ in range(recipe.batch_size * 16)]
+        pairs = [next(source) for _ in range(phase.batch_size * 16)]
         prompts = tokenizer([prompt for prompt, _ in pairs])["input_ids"]
         completions = tokenizer([completion + END for _, completion in pairs])["input_ids"]
         rows = sorted(zip(prompts, completions, strict=True), key=lambda row: len(row[0]) + len(row[1]))
-        chunks = [rows[i : i + recipe.batch_size] for i in range(0, len(rows), recipe.batch_size)]
+        chunks = [rows[i : i + phase.batch_size] for i in range(0, len(rows), phase.batch_size)]
         for chunk in rng.sample(chunks, len(chunks)):
             width = max(len(p) + len(c) for p, c in chunk)
             ids = torch.tensor([p + c + [tokenizer.pad_token_id] * (width - len(p) - len(c)) for p, c in chunk])
@@ -179,43 +185,49 @@ def batches(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Iterator[tupl
             yield ids, labels
 
 
-def pretrain(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Muon for the matrices, AdamW for embeddings and norms; warm-up, then cosine to 0. The model is saved every 100 steps."""
-    model, source, started = build(recipe, tokenizer), batches(recipe, tokenizer), time.monotonic()
-    named = list(model.named_parameters())
+def pretrain(model: Qwen2ForCausalLM, phase: Phase, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Muon for the matrices, AdamW for embeddings, norms and biases; warm-up, then cosine to 0."""
+    source, started, named = batches(phase, tokenizer), time.monotonic(), list(model.named_parameters())
     matrices = [p for name, p in named if p.dim() == 2 and "embed" not in name]
     others = [p for name, p in named if p.dim() != 2 or "embed" in name]
     optimizers = [
-        torch.optim.Muon(matrices, lr=recipe.learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01),
+        torch.optim.Muon(matrices, lr=phase.learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=phase.learning_rate, betas=(0.9, 0.98), weight_decay=0.01),
     ]
-    for step in range(recipe.num_steps):
+    for step in range(phase.num_steps):
         ids, labels = next(source)
-        scale = min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / recipe.num_steps))
+        scale = min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / phase.num_steps))
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = recipe.learning_rate * scale
+            optimizer.param_groups[0]["lr"] = phase.learning_rate * scale
             optimizer.step()
             optimizer.zero_grad()
         if (step + 1) % 100 == 0:
-            print(f"step {step + 1}/{recipe.num_steps}  loss {loss.item():.4f}  {time.monotonic() - started:.0f} s", flush=True)
-            model.save_pretrained(folder)
+            print(f"step {step + 1}/{phase.num_steps}  loss {loss.item():.4f}  {time.monotonic() - started:.0f} s", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder that receives teacher/ and student/")
-    parser.add_argument("--only", choices=sorted(RECIPES), help="make one of the two")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch; the result depends on it in the last digits")
+    parser.add_argument("--base", type=Path, required=True, help="folder of the model that both start from; made when missing")
+    parser.add_argument("--only", choices=sorted(SECOND), help="make one of the two")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch; the result depends on it in the last digits")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     tokenizer = make_tokenizer()
-    for name in [arguments.only] if arguments.only else RECIPES:
-        print(f"{name}: {RECIPES[name]}", flush=True)
+    if not (arguments.base / "config.json").is_file():
+        print(f"base: {BASE}", flush=True)
+        model = build(tokenizer)
+        pretrain(model, BASE, tokenizer)
+        model.save_pretrained(arguments.base)
+    for name in [arguments.only] if arguments.only else SECOND:
+        print(f"{name}: {SECOND[name]}", flush=True)
+        model = Qwen2ForCausalLM.from_pretrained(arguments.base)
+        pretrain(model, SECOND[name], tokenizer)
+        model.save_pretrained(arguments.out / name)
         tokenizer.save_pretrained(arguments.out / name)
-        pretrain(RECIPES[name], tokenizer, arguments.out / name)
 
 
 if __name__ == "__main__":

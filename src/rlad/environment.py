@@ -11,19 +11,17 @@ from typing import Any
 
 import torch
 
-from rlad import __version__
-
-PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
+PACKAGES = ("rlad", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 
 def describe_environment(seed: int) -> dict[str, Any]:
     """Command, versions, commit, machine, seed and time."""
-    versions = {"python": platform.python_version(), "rlad": __version__}
+    versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "command": sys.argv,
         "seed": seed,
-        "versions": versions | {name: metadata.version(name) for name in PACKAGES},
+        "versions": versions,
         "commit": commit(Path(__file__).parents[2]),
         "machine": {"system": platform.platform(), "threads": torch.get_num_threads(), "gpu": gpu},
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

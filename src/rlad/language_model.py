@@ -118,8 +118,9 @@ def load_language_model(name: str, *, dtype: str = "float32", device: str = "aut
     model = _load_weights(name, torch.float32 if trainable else compute_dtype)
     if trainable:
         _require_finite(name, model)
+    if where.type == "cpu":
         for parameter in model.parameters():
-            # Memory of its own, aligned: results must not depend on where in which file the weights stood.
+            # Memory of its own, aligned: the last bits of a product depend on where in their file the weights stood.
             parameter.data = parameter.data.clone()
     remove_dropout(model)
     eos = end_token_ids(model.config, model.generation_config, tokenizer)

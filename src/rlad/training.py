@@ -88,36 +88,36 @@ def train(
     run = RunDirectory(config.directory)
     if resume and overwrite:
         raise ValueError("--resume goes on with a run and --overwrite deletes it; give one of the two.")
-    if not resume:
+    stored = _stored_config(run, config) if resume else None
+    if stored is None:
         run.require_free(overwrite=overwrite)
-        with closing(Training(config, run, reporter or Silent())) as training:
+    checkpoint = run.checkpoints()[-1][1] if stored and run.checkpoints() else None
+    with closing(make_task(**config.task.model_dump())) as task:
+        training = Training(config, run, task, reporter or Silent(), checkpoint)
+        if stored is None:
             run.create()
             run.write(ENVIRONMENT, json.dumps(describe_environment(config.seed), indent=2))
             run.write(CONFIG, dump_config(config))
-            return training.finish()
-    stored = _stored_config(run, config)
-    checkpoint = run.checkpoints()[-1][1] if run.checkpoints() else None
-    with closing(Training(config, run, reporter or Silent(), checkpoint)) as training:
-        run.forget_after(training.engine.step if checkpoint else -1)
-        if stored.optimization != config.optimization:  # more steps
-            run.write(CONFIG, dump_config(config))
+        else:
+            run.forget_after(training.engine.step if checkpoint else -1)
+            if stored.optimization != config.optimization:  # more steps
+                run.write(CONFIG, dump_config(config))
         return training.finish()
 
 
 class Training:
     """One run in one process: the models, the engine and the run directory."""
 
-    def __init__(self, config: RunConfig, run: RunDirectory, reporter: Reporter, checkpoint: Path | None = None):
-        self.config, self.run, self.reporter, self.stop = config, run, reporter, Stop()
+    def __init__(self, config: RunConfig, run: RunDirectory, task: Task, reporter: Reporter, checkpoint: Path | None):
+        self.config, self.run, self.task, self.reporter, self.stop = config, run, task, reporter, Stop()
         reporter.phase("loading models")
-        self.task: Task = make_task(**config.task.model_dump())
+        require_working_verifier(task)
         self.student = _load_student(config, checkpoint)
-        require_working_verifier(self.task)
-        longest_prompt(config, self.task, self.student.tokenizer, self.student.context_tokens)
+        longest_prompt(config, task, self.student.tokenizer, self.student.context_tokens)
         self.engine = NativeEngine(
             config,
             student=self.student,
-            task=self.task,
+            task=task,
             teacher=make_teacher(config, self.student),
             reference=_load_reference(config) if config.optimization.kl_coef else None,
             before_work=self.stop.check,
@@ -137,9 +137,6 @@ class Training:
             )
         if step > 0 and self._recorded("test", 0) is None:
             raise ValueError(f"{self.run.path}/{EVAL} has lost the test before training; put it back, or use --overwrite.")
-
-    def close(self) -> None:
-        self.task.close()
 
     def finish(self) -> TrainResult:
         """Run to the end, or to a checkpoint and `StopRequested`."""
