@@ -1,6 +1,7 @@
 """The embedded default under several objectives and seeds: `python benchmarks/default_runs.py --out runs/default`.
 
-Trains each missing run through `rlad.train`, then prints one table row per run and one per objective, and writes all rows as JSONL.
+Trains each missing run through `rlad.train`, then prints one table row per run and one per objective, and writes all rows as
+JSONL.
 The before/after difference of a run is over the same test problems with the same sampling seeds.
 """
 

@@ -150,7 +150,7 @@ def by_reference(
     dropped: Collection[tuple[int, int]] = (),
     teacher_temperature: float = 0,
 ) -> tuple[float, Gradients]:
-    """Every judged rollout (for opd: every rollout) takes part, also those of advantage 0; `dropped` names tokens that have no teacher value.
+    """Every judged rollout (for opd: every one) takes part, also of advantage 0; `dropped` tokens have no teacher value.
 
     `teacher_temperature` replaces that of the rollouts for the teacher alone, which is a mistake.
     """
