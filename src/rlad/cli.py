@@ -154,7 +154,7 @@ def sample(arguments: tuple[str, ...], num_prompts: int, as_json: bool) -> None:
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--task", help="Type of task; a run and the embedded models bring their own.")
 @click.option("--split", type=click.Choice(["validation", "test"]), default="test", show_default=True)
-@click.option("--num-problems", default=300, show_default=True, type=click.IntRange(min=1))
+@click.option("--num-problems", type=click.IntRange(min=1), help="Default: as many as the run tested itself on; else 300.")
 @click.option(
     "--num-samples", default=1, show_default=True, type=click.IntRange(min=1), help="Completions of each, k of mean@k."
 )
@@ -168,7 +168,7 @@ def evaluate(
     overrides: tuple[str, ...],
     task: str | None,
     split: "Split",
-    num_problems: int,
+    num_problems: int | None,
     num_samples: int,
     output: Path | None,
     as_json: bool,

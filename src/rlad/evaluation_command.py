@@ -37,7 +37,7 @@ def evaluate_run_or_model(
     overrides: Sequence[str],
     task_type: str | None,
     split: Split,
-    num_problems: int,
+    num_problems: int | None,
     num_samples: int,
     output: Path | None,
 ) -> Evaluation:
@@ -52,7 +52,7 @@ def evaluate_run_or_model(
             task,
             split,
             rollout=config.rollout,
-            num_problems=num_problems,
+            num_problems=num_problems or config.evaluation.num_test_problems,
             num_samples=num_samples,
             temperature=config.evaluation.temperature,
         )
