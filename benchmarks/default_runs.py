@@ -54,8 +54,10 @@ def main() -> None:
             if not (path / "README.md").is_file():
                 overrides = [f"objective={objective}", f"seed={seed}", f'run_dir="{path}"', *arguments.overrides]
                 rlad.train(rlad.load_config(overrides=overrides), resume=(path / "config.toml").is_file())
-            rows.append(row_of(RunDirectory.open(path), objective, seed))
-            print(describe(rows[-1]), flush=True)
+            rows.append(row_of(RunDirectory(path), objective, seed))
+            print(f"{objective} seed {seed}: done", flush=True)
+    print(f"\n| objective | seed | test before | test after | {' | '.join(SHOWN)} | seconds |\n|{' --- |' * (5 + len(SHOWN))}")
+    print("\n".join(describe(row) for row in rows) + "\n")
     for objective in arguments.objectives:
         gains = [r["after"]["mean"] - r["before"]["mean"] for r in rows if r["objective"] == objective]
         after = [r["after"]["mean"] for r in rows if r["objective"] == objective]
@@ -66,8 +68,8 @@ def main() -> None:
 
 def describe(row: dict[str, Any]) -> str:
     before, after = (f"{row[k]['mean']:.1%} [{row[k]['low']:.1%}, {row[k]['high']:.1%}]" for k in ("before", "after"))
-    shares = "  ".join(f"{name} {value:.1%}" for name, value in row["all_steps"].items())
-    return f"{row['objective']:<6} seed {row['seed']}  {before} -> {after}  {shares}  {sum(row['seconds'].values()):.0f} s"
+    shares = " | ".join(f"{value:.1%}" for value in row["all_steps"].values())
+    return f"| {row['objective']} | {row['seed']} | {before} | {after} | {shares} | {sum(row['seconds'].values()):.0f} |"
 
 
 if __name__ == "__main__":
