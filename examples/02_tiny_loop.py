@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from rlad.language_model import EMBEDDED
 from rlad.tasks.logic import KnightsAndKnaves
 
-PROMPTS_PER_STEP, GROUP_SIZE, MAX_COMPLETION_TOKENS = 16, 8, 256
+PROMPTS_PER_STEP, GROUP_SIZE, MAX_COMPLETION_TOKENS = 16, 8, 320
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
     student = AutoModelForCausalLM.from_pretrained(options.student, dtype=torch.float32).eval()
     teacher = AutoModelForCausalLM.from_pretrained(options.teacher, dtype=torch.float32).eval()
     optimizer = torch.optim.AdamW(student.parameters(), lr=3e-4, weight_decay=0.0)
-    task = KnightsAndKnaves(num_people=(2, 3, 3), instructions=False)
+    task = KnightsAndKnaves(num_people=(2, 3, 3), instructions=False, vary_names=False)
 
     for step in range(options.steps):
         # 1. Sample a group of completions for each prompt from the student.
