@@ -20,7 +20,7 @@ tags: [rlad, {config.objective.type}, distillation, reinforcement-learning]
 `{config.student.model}` trained with `{config.objective.type}` on `{config.task.type}`, {teacher},
 {config.optimization.num_steps} optimiser steps, seed {config.seed}.
 
-| | pass@1 on the test split (95 % interval over prompts) |
+| | pass@1 on the test split (95 % interval over problems) |
 | --- | --- |
 | before | {before} |
 | after | {after} |
