@@ -20,7 +20,7 @@ NUM_RESAMPLES = 2_000
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean over prompts with its 95 % interval."""
+    """A mean over problems with its 95 % interval."""
 
     mean: float
     low: float

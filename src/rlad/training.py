@@ -56,7 +56,7 @@ class Silent:
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """A finished run: pass@1 on the test split before and after, 95 % intervals over prompts, and the time it took."""
+    """A finished run: pass@1 on the test split before and after, 95 % intervals over problems, and the time it took."""
 
     run_dir: Path
     before: Estimate
