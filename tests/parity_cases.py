@@ -1,7 +1,8 @@
 """The same batch of rollouts through three witnesses: the native engine, the tiny loop of `examples/`, and a slow reference.
 
 The reference knows nothing of batches: it takes one sequence after the other through the model, all logits, and adds up the
-formulas of `reference.py` token by token. Used by `test_parity.py` and by `benchmarks/parity.py`.
+formulas of `reference.py` token by token. Advantages and the values of the knobs are its own too. Used by `test_parity.py`
+and by `benchmarks/parity.py`.
 """
 
 import copy
@@ -16,7 +17,8 @@ from torch import Tensor
 
 import reference
 from rlad.config import RunConfig
-from rlad.engines.native import NativeEngine, RolloutBatch, objective_knobs
+from rlad.engines.native import NativeEngine
+from rlad.engines.rollout_batch import RolloutBatch
 from rlad.language_model import LanguageModel
 from rlad.metrics import TokenStats
 from rlad.tasks import Problem, Split
@@ -30,7 +32,25 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "grpo": {},
     "kdrl": {"kd_coef": 0.05},
     "opd": {},
+    "rlsd": {},
+    "distilled_rl": {},
+    "topd": {},
 }
+"""What the configs of these tests say of each objective."""
+_CLIP = {"clip_low": 0.2, "clip_high": 0.28}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "trrd": {"alpha": 0.5, "teacher_log_ratio_clip": 1.0, **_CLIP},
+    "grpo": _CLIP,
+    "kdrl": {"kd_coef": 2e-3, "kd_estimator": "k2", "masking": "none", **_CLIP},
+    "opd": {},
+    "rlsd": {"teacher_weight": {"start": 0.5, "end": 0.0, "change_per_step": -0.01}, "weight_clip": 0.2, **_CLIP},
+    "distilled_rl": {"weight_bound": 3.0, **_CLIP},
+    "topd": {"alpha": 0.1, **_CLIP},
+}
+"""What a config that says nothing means: the papers' numbers, written down once more."""
+USE_NO_REWARD = ("opd", "topd")
+Positions = Collection[tuple[int, int]]
+Floats = list[float]
 
 
 class WordTask:
@@ -62,9 +82,10 @@ class WordTask:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A run's engine with the models it was given; `old` is the student before any step."""
+    """A run's engine with the models it was given; `old` is the student before any step, `said` what its config says."""
 
     engine: NativeEngine
+    said: dict[str, Any]
     teacher: LanguageModel
     reference: LanguageModel
     old: LanguageModel
@@ -83,16 +104,15 @@ def make_case(
     engine_type: type[NativeEngine] = NativeEngine,
 ) -> Case:
     """GPT-2 computes in float64 throughout; the norms of Llama turn to float32 whatever the type of its weights."""
-    config = RunConfig.model_validate(
-        {
-            "student": {"model": "tiny"} | (student or {}),
-            "teacher": {"model": "tiny"},
-            "task": {"type": "knights_and_knaves"},
-            "objective": {"type": objective} | OBJECTIVES[objective] | (knobs or {}),
-            "rollout": {"prompts_per_batch": 4, "group_size": 4, "max_completion_tokens": 12} | (rollout or {}),
-            "optimization": {"tokens_per_batch": 50, "learning_rate": 1e-2} | (optimization or {}),
-        }
-    )
+    said: dict[str, Any] = {
+        "student": {"model": "tiny"} | (student or {}),
+        "teacher": {"model": "tiny"},
+        "task": {"type": "knights_and_knaves"},
+        "objective": {"type": objective} | OBJECTIVES.get(objective, {}) | (knobs or {}),
+        "rollout": {"prompts_per_batch": 4, "group_size": 4, "max_completion_tokens": 12} | (rollout or {}),
+        "optimization": {"tokens_per_batch": 50, "learning_rate": 1e-2} | (optimization or {}),
+    }
+    config = RunConfig.model_validate(said)
     # Ends are frequent, so lengths differ.
     language_model = tiny_language_model(family, dtype=dtype, eos_token_ids=tuple(range(1, 10)))
     teacher, initial = nearby(language_model, seed=1), nearby(language_model, seed=2)
@@ -104,7 +124,7 @@ def make_case(
         teacher=LocalTeacher(teacher, temperature=temperature, tokens_per_batch=60),
         reference=initial if config.optimization.kl_coef else None,
     )
-    return Case(engine, teacher, initial, nearby(language_model, seed=3, distance=0.0))
+    return Case(engine, said, teacher, initial, nearby(language_model, seed=3, distance=0.0))
 
 
 def nearby(language_model: LanguageModel, *, seed: int, distance: float = 0.05) -> LanguageModel:
@@ -142,60 +162,133 @@ def token_logprobs(model: LanguageModel, prompt: list[int], completion: list[int
     return [row[token] for row, token in zip(rows, completion, strict=True)]
 
 
+@dataclass(frozen=True, slots=True)
+class Row:
+    """The tokens of one rollout that train: log-probs of student (with gradient), old policy, teacher and reference."""
+
+    student: list[Tensor]
+    old: Floats
+    teacher: Floats
+    reference: Floats
+
+
 def by_reference(
     case: Case,
     batch: RolloutBatch,
     wanted: list[int],
     *,
-    dropped: Collection[tuple[int, int]] = (),
+    dropped: Positions = (),
     teacher_temperature: float = 0,
+    objective: str | None = None,
 ) -> tuple[float, Gradients]:
-    """Every judged rollout (for opd: every one) takes part, also of advantage 0; `dropped` tokens have no teacher value.
+    """Every judged rollout (of an objective without reward: every one) takes part, also of advantage 0.
 
-    `teacher_temperature` replaces that of the rollouts for the teacher alone, which is a mistake.
+    It reads from the batch what the student sampled and how it was judged, and no more. `dropped` tokens have no teacher value.
+    `teacher_temperature` replaces that of the rollouts for the teacher alone, which is a mistake. `objective` is the run's
+    unless said.
     """
-    config, student = case.engine.config, case.engine.student
-    temperature, loop = config.rollout.temperature, config.optimization
-    kl_coef = loop.kl_coef.at(case.engine.step) if not isinstance(loop.kl_coef, float) else loop.kl_coef
-    knobs = objective_knobs(config.objective, case.engine.step)
-    rows = []
-    for i in wanted:
-        rollout, prompt = batch.rollouts[i], list(batch.prompts[i])
-        if rollout.verdict == "cannot_judge" and config.objective.type != "opd":  # which uses no reward
-            continue
-        completion, advantage = list(rollout.completion.token_ids), float(batch.advantages[i])
-        s_row = token_logprobs(student, prompt, completion, temperature)
-        with torch.no_grad():
-            o_row = token_logprobs(case.old, prompt, completion, temperature)
-            t_row = token_logprobs(case.teacher, prompt, completion, teacher_temperature or temperature)
-            r_row = token_logprobs(case.reference, prompt, completion, temperature)
-        rows.append(
-            [
-                objective_token(config.objective.type, knobs, s, o, t, advantage)
-                + (kl_coef * reference.kl_token(s, r, "k3") if kl_coef else 0.0)
-                for position, (s, o, t, r) in enumerate(zip(s_row, o_row, t_row, r_row, strict=True))
-                if (i, position) not in dropped
-            ]
-        )
+    said, step, student = case.said, case.engine.step, case.engine.student
+    name = objective or said["objective"]["type"]
+    aggregation = said["optimization"].get("aggregation", "sequence_mean")
+    kl_coef = reference.annealed(said["optimization"].get("kl_coef", 0.0), step)
+    takes_part = [i for i in wanted if name in USE_NO_REWARD or batch.rollouts[i].verdict != "cannot_judge"]
+    rows = {i: _row(case, batch, i, dropped, teacher_temperature) for i in takes_part}
+    losses = []
+    for i, token_losses in _token_losses(case, batch, rows, name, expected_knobs(case, name)).items():
+        if kl_coef:
+            leash = (reference.kl_token(s, r, "k3") for s, r in zip(rows[i].student, rows[i].reference, strict=True))
+            token_losses = [loss + kl_coef * kl for loss, kl in zip(token_losses, leash, strict=True)]
+        losses.append(token_losses)
     aggregations = {
         "sequence_mean": reference.sequence_mean,
         "token_mean": reference.token_mean,
-        "constant_length": lambda rows: reference.constant_length(rows, config.rollout.max_completion_tokens),
+        "constant_length": lambda rows: reference.constant_length(rows, said["rollout"]["max_completion_tokens"]),
     }
-    loss = aggregations[loop.aggregation](rows)
+    loss = aggregations[aggregation](losses)
     return float(loss.detach()), gradients_of(student, loss)
 
 
-def objective_token(name: str, knobs: dict[str, Any], s: Tensor, o: Tensor, t: Tensor, advantage: float) -> Any:
-    if name == "opd":
-        return reference.opd_token(s, o, t)
-    clip = {"clip_low": knobs["clip_low"], "clip_high": knobs["clip_high"]}
-    if name == "trrd":
-        return reference.trrd_token(s, o, t, advantage, alpha=knobs["alpha"], c=knobs["teacher_log_ratio_clip"], **clip)
-    loss = reference.grpo_token(s, o, advantage, **clip)
-    if name == "kdrl":
-        loss = loss + knobs["kd_coef"] * reference.kl_token(s, t, knobs["kd_estimator"])
-    return loss
+def expected_knobs(case: Case, name: str) -> dict[str, Any]:
+    """What the config means at the engine's present step, by the table above and not by the engine's own reading."""
+    said = {key: value for key, value in case.said["objective"].items() if key in DEFAULTS[name]}
+    knobs = {key: reference.annealed(value, case.engine.step) for key, value in (DEFAULTS[name] | said).items()}
+    return {key: None if value == "off" else value for key, value in knobs.items()}
+
+
+def expected_advantages(case: Case, batch: RolloutBatch) -> Floats:
+    """By rollout, from rewards and verdicts."""
+    size, scale = case.said["rollout"]["group_size"], case.said["optimization"].get("advantage_scale", "std")
+    rewards = [None if rollout.verdict == "cannot_judge" else rollout.reward for rollout in batch.rollouts]
+    groups = [rewards[start : start + size] for start in range(0, len(rewards), size)]
+    return [advantage for group in groups for advantage in reference.group_advantages(group, scale=scale)]
+
+
+def _row(case: Case, batch: RolloutBatch, i: int, dropped: Positions, teacher_temperature: float) -> Row:
+    temperature = case.said["rollout"].get("temperature", 1.0)
+    prompt, completion = list(batch.prompts[i]), list(batch.completions[i])
+    kept = [position for position in range(len(completion)) if (i, position) not in dropped]
+
+    def floats(model: LanguageModel, temperature: float) -> Floats:
+        with torch.no_grad():
+            scores = token_logprobs(model, prompt, completion, temperature)
+        return [float(scores[position]) for position in kept]
+
+    scores = token_logprobs(case.engine.student, prompt, completion, temperature)
+    return Row(
+        [scores[position] for position in kept],
+        floats(case.old, temperature),
+        floats(case.teacher, teacher_temperature or temperature),
+        floats(case.reference, temperature),
+    )
+
+
+def _token_losses(
+    case: Case, batch: RolloutBatch, rows: dict[int, Row], name: str, knobs: dict[str, Any]
+) -> dict[int, list[Tensor]]:
+    """Of every row the losses of its tokens, without the KL leash."""
+    advantages, results = expected_advantages(case, batch), {}
+    clip = {key: knobs[key] for key in _CLIP if key in knobs}
+    for i, row in rows.items():
+        tokens = list(zip(row.student, row.old, row.teacher, strict=True))
+        if name == "opd":
+            results[i] = [reference.opd_token(*token) for token in tokens]
+        elif name == "trrd":
+            trrd = {"alpha": knobs["alpha"], "c": knobs["teacher_log_ratio_clip"]}
+            results[i] = [reference.trrd_token(*token, advantages[i], **trrd, **clip) for token in tokens]
+        else:
+            per_token = _advantages_of_tokens(case, rows, i, name, knobs, advantages[i])
+            results[i] = [reference.grpo_token(s, o, a, **clip) for (s, o, _), a in zip(tokens, per_token, strict=True)]
+        if name == "kdrl" and not _is_mastered(case, batch, i, knobs["masking"]):
+            kl = [reference.kl_token(s, t, knobs["kd_estimator"]) for s, _, t in tokens]
+            results[i] = [loss + knobs["kd_coef"] * value for loss, value in zip(results[i], kl, strict=True)]
+    return results
+
+
+def _advantages_of_tokens(
+    case: Case, rows: dict[int, Row], i: int, name: str, knobs: dict[str, Any], advantage: float
+) -> Floats:
+    """What stands in GRPO's loss for the advantage of each token of a row."""
+    row, size = rows[i], case.said["rollout"]["group_size"]
+    if name == "topd":
+        group = [j for j in range(i - i % size, i - i % size + size) if j in rows]
+        old, teacher = [rows[j].old for j in group], [rows[j].teacher for j in group]
+        return reference.topd_advantages(old, teacher, alpha=knobs["alpha"])[group.index(i)]
+    weights = [1.0] * len(row.old)
+    if name == "rlsd":
+        evidence = {key: knobs[key] for key in ("teacher_weight", "weight_clip")}
+        weights = [reference.rlsd_weight(o, t, advantage, **evidence) for o, t in zip(row.old, row.teacher, strict=True)]
+    if name == "distilled_rl" and row.old:
+        bound = knobs["weight_bound"]
+        weights = reference.distilled_rl_weights(row.old, row.teacher, advantage, weight_bound=bound)
+    return [advantage * weight for weight in weights]
+
+
+def _is_mastered(case: Case, batch: RolloutBatch, i: int, masking: str) -> bool:
+    """Whether KDRL leaves the distillation of a rollout out."""
+    size = case.said["rollout"]["group_size"]
+    verdicts = [rollout.verdict for rollout in batch.rollouts]
+    of_group = verdicts[i - i % size : i - i % size + size]
+    return {"none": False, "response": verdicts[i] == "correct", "group": "correct" in of_group}[masking]
 
 
 def gradients_of(language_model: LanguageModel, loss: Tensor) -> Gradients:

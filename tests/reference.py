@@ -38,6 +38,58 @@ def opd_token(s: Any, o: Any, t: Any) -> Any:
     return -exp(s - o) * (t - o)
 
 
+def rlsd_weight(o: float, t: float, a: float, *, teacher_weight: float, weight_clip: float) -> float:
+    """The factor of the advantage; the logarithm is bounded before exp, which no clip of 1 + weight_clip <= 2 can see."""
+    evidence = exp(min(t - o if a > 0 else o - t if a < 0 else 0.0, 5.0))
+    return 1 - teacher_weight + teacher_weight * min(max(evidence, 1 - weight_clip), 1 + weight_clip)
+
+
+def distilled_rl_weights(o_row: Sequence[float], t_row: Sequence[float], a: float, *, weight_bound: float) -> list[float]:
+    """The factors of the advantage of one completion: clipped ratios over their geometric mean; 1 unless it is positive."""
+    if a <= 0:
+        return [1.0] * len(o_row)
+    factors = [min(max(math.exp(t - o), 1 / weight_bound), weight_bound) for o, t in zip(o_row, t_row, strict=True)]
+    geometric_mean = math.prod(factors) ** (1 / len(factors))
+    return [factor / geometric_mean for factor in factors]
+
+
+def topd_advantages(old: Rows, teacher: Rows, *, alpha: float) -> list[list[float]]:
+    """Of one group; rows hold the log-probs of the trained tokens of each completion."""
+    returns: list[list[float]] = []
+    for o_row, t_row in zip(old, teacher, strict=True):
+        rewards = [math.log(alpha * math.exp(t - o) + 1 - alpha) for o, t in zip(o_row, t_row, strict=True)]
+        row = []
+        for position, reward in enumerate(rewards):
+            later = rewards[position + 1 :]
+            row.append(reward + (sum(later) / len(later) if later else 0.0))
+        returns.append(row)
+    everything = [value for row in returns for value in row]
+    mean = sum(everything) / len(everything)
+    std = math.sqrt(sum((value - mean) ** 2 for value in everything) / len(everything))
+    return [[(value - mean) / (std + 1e-4) for value in row] for row in returns]
+
+
+def group_advantages(rewards: Sequence[float | None], *, scale: str) -> list[float]:
+    """Of one group; None is the reward of a completion that could not be judged."""
+    judged = [reward for reward in rewards if reward is not None]
+    if len(set(judged)) < 2:
+        return [0.0] * len(rewards)
+    mean = sum(judged) / len(judged)
+    std = math.sqrt(sum((reward - mean) ** 2 for reward in judged) / len(judged))
+    divisor = std + 1e-4 if scale == "std" else 1.0
+    return [0.0 if reward is None else (reward - mean) / divisor for reward in rewards]
+
+
+def annealed(knob: Any, step: int) -> Any:
+    """The value at a step of a knob that is a number, or a table with start, end and change_per_step."""
+    if not isinstance(knob, dict):
+        return knob
+    value, is_falling = knob["start"], knob["end"] < knob["start"]
+    for _ in range(step):
+        value += knob["change_per_step"]
+    return max(value, knob["end"]) if is_falling else min(value, knob["end"])
+
+
 def sequence_mean(rows: Rows) -> Any:
     """Rows hold the losses of the masked tokens only."""
     kept = [row for row in rows if row]

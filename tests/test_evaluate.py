@@ -1,19 +1,17 @@
 """pass@k by hand and by enumeration, intervals by simulation, and that every model gets the same prompts."""
 
-import itertools
 import json
-import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from rlad.cli import main
 from rlad.config import RolloutConfig
-from rlad.evaluate import Estimate, ProblemResult, bootstrap, evaluate, pass_at_1, pass_at_k, summarise
+from rlad.evaluate import evaluate
 from rlad.language_model import load_language_model
+from rlad.problem_results import ProblemResult, pass_at_1, summarise
 from rlad.tasks import make_task
 from tiny_runs import FILES, run_config, write_model
 
@@ -28,74 +26,6 @@ def result(num_correct: int, *, num_samples: int = 4, key: str = "", difficulty:
         "first_completion": "",
     }
     return ProblemResult(num_correct=num_correct, num_samples=num_samples, key=key, difficulty=difficulty, **(given | more))
-
-
-# --- pass@k -----------------------------------------------------------------------------------------------------------
-
-
-def test_pass_at_k_by_hand():
-    # 4 samples, 1 correct: of the 6 pairs 3 hold the correct one; of the 4 triples 3.
-    assert pass_at_k(4, 1, 1) == 0.25
-    assert pass_at_k(4, 1, 2) == 0.5
-    assert pass_at_k(4, 1, 3) == 0.75
-    assert pass_at_k(4, 1, 4) == 1
-    assert pass_at_k(10, 0, 10) == 0
-    assert pass_at_k(10, 3, 8) == 1
-
-
-@pytest.mark.parametrize("n", range(1, 8))
-def test_pass_at_k_equals_the_share_of_subsets_with_a_correct_sample(n: int):
-    for c, k in itertools.product(range(n + 1), range(1, n + 1)):
-        subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
-        assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-15)
-
-
-def test_pass_at_k_of_many_samples_does_not_overflow():
-    assert pass_at_k(2000, 1, 1000) == pytest.approx(0.5, abs=1e-12)
-
-
-@pytest.mark.parametrize("k", [0, 5, -1])
-def test_pass_at_k_needs_k_samples(k: int):
-    with pytest.raises(ValueError, match=rf"pass@{k} cannot be estimated from 4 samples; k must lie in 1\.\.4"):
-        pass_at_k(4, 2, k)
-
-
-# --- intervals --------------------------------------------------------------------------------------------------------
-
-
-def test_the_interval_holds_the_truth_in_about_95_of_100_cases():
-    rng = np.random.default_rng(0)
-    keys = [str(i) for i in range(100)]
-    intervals = [bootstrap((rng.random(100) < 0.3).astype(float), keys, seed=i) for i in range(300)]
-    covered = sum(interval.low <= 0.3 <= interval.high for interval in intervals)
-    # Standard deviation of 300 draws with probability .95: 3.8; the percentile interval is slightly too short.
-    assert 270 <= covered <= 297
-
-
-def test_variants_of_one_problem_are_not_independent():
-    """20 problems of 5 variants each with equal results: the interval is that of 20 observations, not of 100."""
-    rng = np.random.default_rng(1)
-    passed = (rng.random(20) < 0.5).astype(float)
-    clustered = bootstrap(np.repeat(passed, 5), [str(i // 5) for i in range(100)])
-    alone = bootstrap(passed, [str(i) for i in range(20)])
-    naive = bootstrap(np.repeat(passed, 5), [str(i) for i in range(100)])
-    assert clustered.mean == pytest.approx(alone.mean) and (clustered.low, clustered.high) == pytest.approx(
-        (alone.low, alone.high)
-    )
-    assert (clustered.high - clustered.low) / (naive.high - naive.low) == pytest.approx(math.sqrt(5), rel=0.15)
-
-
-def test_the_interval_is_the_same_in_every_process_and_holds_the_mean():
-    values, keys = [0.0, 1.0, 0.5, 0.25], list("abcd")
-    assert bootstrap(values, keys) == bootstrap(values, keys)
-    for values in ([1 / 3] * 7, [0.1] * 3, [1.0], [0.0, 0.0]):
-        estimate = bootstrap(values, [str(i) for i in range(len(values))])
-        assert estimate.low <= estimate.mean <= estimate.high
-        assert estimate.high - estimate.low < 1e-12
-
-
-def test_an_estimate_reads_as_per_cent():
-    assert str(Estimate(0.5, 0.123, 0.9)) == "50.0% [12.3%, 90.0%]"
 
 
 # --- the summary ------------------------------------------------------------------------------------------------------

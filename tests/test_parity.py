@@ -1,5 +1,6 @@
 """The native engine against two other witnesses of the same mathematics; what may not change a gradient, and what must."""
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -10,23 +11,27 @@ from torch import Tensor
 
 from parity_cases import (
     OBJECTIVES,
+    USE_NO_REWARD,
     Case,
     WordTask,
     by_engine,
     by_reference,
     by_tiny_loop,
     difference,
+    expected_advantages,
     make_case,
     rollouts_of,
     token_logprobs,
 )
 from rlad.aggregate import aggregate
-from rlad.engines.native import NativeEngine, RolloutBatch
+from rlad.engines.native import NativeEngine
+from rlad.engines.rollout_batch import RolloutBatch
 from rlad.metrics import TokenStats
 from rlad.objectives import token_loss
 from rlad.tasks.base import Judgement, Problem, cannot_judge
 
 AGGREGATIONS = ["sequence_mean", "token_mean", "constant_length"]
+WITH_TEACHER = [name for name in OBJECTIVES if name != "grpo"]
 EXACT = 1e-12
 FLOAT32 = 5e-6
 
@@ -80,6 +85,14 @@ def test_engine_equals_the_slow_reference(objective: str, aggregation: str, kl_c
         ({"clip_low": 0.05, "clip_high": 0.1}, "trrd"),
         ({"kd_estimator": "k3"}, "kdrl"),
         ({"kd_coef": {"start": 0.5, "end": 0.1, "change_per_step": -0.1}}, "kdrl"),
+        ({"kd_coef": 0.5, "masking": "response"}, "kdrl"),
+        ({"kd_coef": 0.5, "masking": "group"}, "kdrl"),
+        ({"teacher_weight": 1.0}, "rlsd"),
+        ({"teacher_weight": 1.0, "weight_clip": 0.9}, "rlsd"),
+        ({"teacher_weight": {"start": 0.0, "end": 1.0, "change_per_step": 0.3}}, "rlsd"),
+        ({"weight_bound": 1.2}, "distilled_rl"),
+        ({"clip_low": 0.0, "clip_high": 0.0, "weight_bound": 10.0}, "distilled_rl"),
+        ({"alpha": 0.9}, "topd"),
     ],
 )
 def test_the_knobs_of_the_config_reach_the_formula(knobs: dict[str, Any], objective: str) -> None:
@@ -89,6 +102,14 @@ def test_the_knobs_of_the_config_reach_the_formula(knobs: dict[str, Any], object
     assert agree(by_engine(case, batch, wanted), by_reference(case, batch, wanted))
     default = make_case(objective)
     assert not agree(by_engine(case, batch, wanted), by_engine(default, default.engine.make_rollout_batch(0), wanted), 1e-2)
+
+
+@pytest.mark.parametrize("objective", ["trrd", "rlsd", "distilled_rl"])
+def test_advantages_that_are_not_divided_by_the_standard_deviation(objective: str) -> None:
+    case = make_case(objective, optimization={"advantage_scale": "none"})
+    batch, wanted = case.engine.make_rollout_batch(0), rollouts_of(case)
+    assert agree(by_engine(case, batch, wanted), by_reference(case, batch, wanted))
+    assert float(batch.advantages.abs().max()) < 1
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0])
@@ -146,7 +167,7 @@ def test_the_mean_of_micro_batch_means_would_be_noticed(aggregation: Any) -> Non
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-@pytest.mark.parametrize("objective", ["trrd", "grpo"])
+@pytest.mark.parametrize("objective", ["trrd", "grpo", "rlsd", "distilled_rl"])
 def test_rollouts_of_advantage_zero_are_left_out_exactly(objective: str, aggregation: str) -> None:
     results, scored = [], []
     for engine_type in (NativeEngine, WithoutLeavingOut):
@@ -189,7 +210,7 @@ def test_one_temperature_for_student_old_policy_teacher_and_reference(objective:
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-@pytest.mark.parametrize("objective", ["trrd", "kdrl", "opd"])
+@pytest.mark.parametrize("objective", WITH_TEACHER)
 def test_a_missing_teacher_value_drops_its_token_and_nothing_else(objective: str, aggregation: str) -> None:
     case = make_case(objective, optimization={"aggregation": aggregation})
     batch, wanted, stats = case.engine.make_rollout_batch(0), rollouts_of(case), TokenStats()
@@ -199,8 +220,19 @@ def test_a_missing_teacher_value_drops_its_token_and_nothing_else(objective: str
     # One token of several rollouts, and all tokens of one: that rollout leaves the denominator of the sequence mean.
     dropped = {(i, len(batch.completions[i]) // 2) for i in scored[::2]}
     dropped |= {(scored[1], t) for t in range(len(batch.completions[scored[1]]))}
-    for i, t in dropped:
-        batch.teacher_logprobs[i][t] = math.nan if i % 2 else -math.inf
+
+    class Spotty:
+        identity, teacher = "spotty", case.engine.teacher
+
+        def logprobs(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[Tensor]:
+            assert self.teacher is not None
+            values = self.teacher.logprobs(prompts, completions)
+            for i, t in dropped:
+                values[scored.index(i)][t] = math.nan if i % 2 else -math.inf
+            return values
+
+    case.engine.teacher = Spotty()
+    batch = case.engine.make_rollout_batch(0)
     ours = by_engine(case, batch, wanted, stats)
     assert agree(ours, by_reference(case, batch, wanted, dropped=dropped))
     assert not agree(ours, whole, 1e-3)
@@ -301,7 +333,7 @@ def test_nothing_judged_changes_nothing_unless_the_objective_needs_no_reward() -
         metrics = case.engine.update(case.engine.make_rollout_batch(0), range(4))
         assert metrics["reward/cannot_judge/frac"] == 1
         assert "reward/mean" not in metrics
-        assert torch.equal(weights(case), before) == (objective != "opd")
+        assert torch.equal(weights(case), before) == (objective not in USE_NO_REWARD)
 
 
 def test_a_loss_that_is_not_finite_leaves_the_weights_alone() -> None:
@@ -355,14 +387,12 @@ def test_the_steps_of_a_run() -> None:
 
 
 def test_the_advantages_are_those_of_the_judged_rollouts_of_a_group() -> None:
-    batch = make_case().engine.make_rollout_batch(0)
-    for g, group in enumerate(batch.groups):
-        rewards = [r.reward for r in group.rollouts if r.verdict != "cannot_judge"]
-        mean = sum(rewards) / len(rewards)
-        std = math.sqrt(sum((reward - mean) ** 2 for reward in rewards) / len(rewards))
-        for j, rollout in enumerate(group.rollouts):
-            expected = 0 if rollout.verdict == "cannot_judge" else (rollout.reward - mean) / (std + 1e-4)
-            assert float(batch.advantages[4 * g + j]) == pytest.approx(expected, abs=1e-6)
+    case = make_case()
+    batch = case.engine.make_rollout_batch(0)
+    expected = expected_advantages(case, batch)
+    assert batch.advantages.tolist() == pytest.approx(expected, abs=1e-12)
+    assert len(set(expected)) > 4
+    assert all(expected[i] == 0 for i, r in enumerate(batch.rollouts) if r.verdict == "cannot_judge")
 
 
 def test_scores_belong_to_their_rollouts() -> None:
@@ -385,12 +415,78 @@ def test_the_teacher_is_asked_only_for_what_trains() -> None:
             return [torch.zeros(len(completion)) for completion in completions]
 
     asked = {}
-    for objective, optimization in (("trrd", {}), ("trrd", {"kl_coef": 0.1}), ("kdrl", {}), ("grpo", {})):
+    runs = [
+        ("trrd", {"kl_coef": 0.1}),
+        *((name, {}) for name in ("trrd", "rlsd", "distilled_rl", "kdrl", "opd", "topd", "grpo")),
+    ]
+    for objective, optimization in runs:
         case = make_case(objective, optimization=optimization)
         case.engine.teacher = counting = Counting()
         batch = case.engine.make_rollout_batch(0)
         asked[objective, bool(optimization)] = counting.num_asked
-    num_judged = len(judged(batch))
-    assert asked["trrd", False] == int((batch.advantages != 0).sum())
+        if counting.num_asked:
+            assert batch.teacher_logprobs is not None
+            assert batch.counts == {"teacher/tokens/count": sum(map(len, batch.teacher_logprobs))}
+    num_judged, num_unequal = len(judged(batch)), int((batch.advantages != 0).sum())
+    assert 0 < num_unequal < num_judged < 16
+    assert asked["trrd", False] == asked["rlsd", False] == asked["distilled_rl", False] == num_unequal
     assert asked["trrd", True] == asked["kdrl", False] == num_judged
+    assert asked["opd", False] == asked["topd", False] == 16
     assert asked["grpo", False] == 0
+
+
+# --- opd, then grpo ---------------------------------------------------------------------------------------------------
+
+SCHEDULE: dict[str, Any] = {"num_steps": 6, "steps_per_rollout_batch": 2, "learning_rate": 1e-3}
+
+
+def test_opd_then_grpo_is_opd_then_grpo_with_the_optimiser_carried_over() -> None:
+    """4 of 6 steps: the share of .4 is 3 steps, rounded up to the two rollout batches that hold them."""
+    both = make_case("opd_then_grpo", knobs={"opd_share": 0.4}, optimization=SCHEDULE)
+    opd = make_case("opd", optimization=SCHEDULE)
+    ours, theirs = both.engine.steps(), opd.engine.steps()
+    for _ in range(4):
+        one, other = next(ours), next(theirs)
+        assert one.metrics["optimization/loss"] == other.metrics["optimization/loss"] != 0
+        assert one.imitation == other.imitation
+        assert [group.to_json() for group in one.groups] == [group.to_json() for group in other.groups]
+        assert torch.equal(weights(both), weights(opd))
+
+    # The same state, and a loop that knows GRPO alone.
+    grpo = make_case("grpo", optimization=SCHEDULE)
+    grpo.engine.student.model.load_state_dict(both.engine.student.model.state_dict())
+    grpo.engine.optimizer.load_state_dict(copy.deepcopy(both.engine.optimizer.state_dict()))
+    grpo.engine.scheduler.load_state_dict(both.engine.scheduler.state_dict())
+    grpo.engine.step, both.engine.teacher, alone = 4, None, grpo.engine.steps()
+    moments = [state["exp_avg"].clone() for state in grpo.engine.optimizer.state.values()]
+    assert sum(float(moment.norm()) for moment in moments) > 0
+    trained = 0.0
+    for _ in range(2):
+        one, other = next(ours), next(alone)
+        assert one.metrics["optimization/loss"] == other.metrics["optimization/loss"]
+        assert one.metrics["objective/trained_tokens/count"] == other.metrics["objective/trained_tokens/count"]
+        trained += one.metrics["objective/trained_tokens/count"]
+        assert "teacher/tokens/count" not in one.metrics and "teacher/log_ratio/mean" not in one.metrics
+        assert torch.equal(weights(both), weights(grpo))
+    assert trained > 0 and next(ours, None) is None
+
+
+@pytest.mark.parametrize(("index", "objective"), [(0, "opd"), (1, "opd"), (2, "grpo")])
+def test_each_phase_of_opd_then_grpo_equals_the_slow_reference(index: int, objective: str) -> None:
+    case = make_case("opd_then_grpo", knobs={"clip_low": 0.0, "clip_high": 0.0}, optimization=SCHEDULE)
+    case.engine.step = 2 * index
+    batch, wanted = case.engine.make_rollout_batch(index), rollouts_of(case)
+    assert agree(by_engine(case, batch, wanted), by_reference(case, batch, wanted, objective=objective))
+    assert (batch.teacher_logprobs is None) == (objective == "grpo")
+    case.engine.update(batch, [0, 1])  # the ratio leaves 1, so the run's own clip is seen
+    assert agree(by_engine(case, batch, wanted), by_reference(case, batch, wanted, objective=objective))
+
+
+def test_topd_scores_the_old_policy_before_its_only_step() -> None:
+    case = make_case("topd")
+    batch = case.engine.make_rollout_batch(0)
+    assert batch.old_logprobs is not None and "time/old_logprobs/seconds" in batch.seconds
+    for i, values in enumerate(batch.old_logprobs):
+        expected = token_logprobs(case.old, list(batch.prompts[i]), list(batch.completions[i]), 1.0)
+        assert torch.allclose(values, torch.stack(expected).detach(), rtol=0, atol=1e-12)
+    assert make_case("trrd").engine.make_rollout_batch(0).old_logprobs is None

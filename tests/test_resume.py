@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import rlad
 import rlad.training
 from rlad.language_model import load_language_model
+from rlad.objectives import OBJECTIVES
 from rlad.run_dir import RunDirectory
 from rlad.stopping import Stop, StopRequested
 from tiny_runs import remains, run_config, write_model
@@ -36,7 +37,13 @@ SECTIONS: dict[str, Any] = {
         "kl_coef": 0.05,
         "tokens_per_batch": 24,
     },
-    "evaluation": {"every_steps": 3, "num_validation_problems": 2, "num_test_problems": 2, "num_samples": 2},
+    "evaluation": {
+        "every_steps": 3,
+        "num_validation_problems": 2,
+        "num_test_problems": 2,
+        "num_validation_samples": 2,
+        "num_test_samples": 2,
+    },
 }
 
 
@@ -127,6 +134,44 @@ def test_weights_give_the_same_numbers_wherever_they_stand_in_their_file(tmp_pat
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt", "padding": "x" * padding})
         logits.append(load_language_model(str(folder)).model(torch.tensor([[3]])).logits)
     assert all(torch.equal(logits[0], other) for other in logits)
+
+
+class StopBehind(rlad.training.Silent):
+    """Stops the run behind the steps with these numbers."""
+
+    def __init__(self, *steps: int) -> None:
+        self.steps = steps
+
+    def step(self, result: Any, num_steps: int) -> None:
+        if result.step in self.steps:
+            raise StopRequested(signal.SIGINT)
+
+
+@pytest.mark.parametrize("objective", [*OBJECTIVES, "opd_then_grpo"])
+def test_every_objective_resumes_between_and_behind_its_minibatches(world, tmp_path, objective):
+    """Of `opd_then_grpo`, steps 1 to 4 are OPD and 5 and 6 GRPO: the stop behind step 4 is the switch."""
+    sections = SECTIONS | {"objective": {"type": objective}}
+    whole = run_config(world, tmp_path / "whole" / "run", **sections)
+    rlad.train(whole)
+    config = run_config(world, tmp_path / "stopped" / "run", **sections)
+    for resumed, step in enumerate((1, 4, 5)):
+        with pytest.raises(StopRequested):
+            rlad.train(config, resume=resumed > 0, reporter=StopBehind(step))
+    rlad.train(config, resume=True)
+    assert_same(remains(tmp_path / "stopped" / "run"), remains(tmp_path / "whole" / "run"), objective)
+    if objective == "opd_then_grpo":
+        rows = list(RunDirectory(tmp_path / "stopped" / "run").read("metrics.jsonl"))
+        assert ["teacher/log_ratio/mean" in row for row in rows] == [True] * 4 + [False] * 2
+        assert [row["step"] for row in rows if "teacher/tokens/count" in row] == [1, 3]
+
+
+def test_the_length_of_opd_then_grpo_is_part_of_what_it_is(world, tmp_path):
+    """With twice the steps the switch would have been elsewhere."""
+    config = run_config(world, tmp_path / "run", objective={"type": "opd_then_grpo"})
+    rlad.train(config)
+    config["optimization"]["num_steps"] = 8
+    with pytest.raises(ValueError, match="holds a run with another config"):
+        rlad.train(config, resume=True)
 
 
 # --- killed -----------------------------------------------------------------------------------------------------------

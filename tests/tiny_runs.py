@@ -54,7 +54,13 @@ def run_config(world: Path, run_dir: Path, **sections: Any) -> dict[str, Any]:
         "task": {"type": "jsonl", "verifier": "number", **files},
         "rollout": {"prompts_per_batch": 4, "group_size": 3, "max_completion_tokens": 4},
         "optimization": {"num_steps": 4, "learning_rate": 3e-3},
-        "evaluation": {"every_steps": 2, "num_validation_problems": 2, "num_test_problems": 2, "num_samples": 4},
+        "evaluation": {
+            "every_steps": 2,
+            "num_validation_problems": 2,
+            "num_test_problems": 2,
+            "num_validation_samples": 4,
+            "num_test_samples": 4,
+        },
     }
     for name, section in sections.items():
         config[name] = config.get(name, {}) | section if isinstance(section, dict) else section
@@ -62,11 +68,13 @@ def run_config(world: Path, run_dir: Path, **sections: Any) -> dict[str, Any]:
 
 
 def remains(run_dir: Path) -> dict[str, Any]:
-    """Everything a run leaves behind that must not depend on whether it was interrupted: all but times, by name."""
+    """Everything a run leaves behind that must not depend on whether it was interrupted, by name: all but time and memory."""
     run = RunDirectory(run_dir)
     kept: dict[str, Any] = {name: (run_dir / name).read_text() for name in ("samples.jsonl", "eval.jsonl", "README.md")}
     rows = list(run.read("metrics.jsonl"))
-    kept["metrics.jsonl"] = [json.dumps({k: v for k, v in row.items() if not k.startswith("time/")}) for row in rows]
+    kept["metrics.jsonl"] = [
+        json.dumps({k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))}) for row in rows
+    ]
     for step, folder in run.checkpoints():
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
             kept[f"step {step}: {file.relative_to(folder)}"] = _content(file)

@@ -11,9 +11,12 @@ if TYPE_CHECKING:
     from rlad.config import RunConfig
     from rlad.config_file import load_config
     from rlad.objectives import OBJECTIVES
+    from rlad.objectives.distilled_rl import distilled_rl_loss
     from rlad.objectives.grpo import grpo_loss
     from rlad.objectives.kdrl import kdrl_loss
     from rlad.objectives.opd import opd_loss
+    from rlad.objectives.rlsd import rlsd_loss
+    from rlad.objectives.topd import topd_advantages, topd_loss
     from rlad.objectives.trrd import trrd_loss
     from rlad.training import TrainResult, train
 
@@ -22,11 +25,15 @@ _HOME = {
     "LossInputs": "rlad.batch",
     "RunConfig": "rlad.config",
     "TrainResult": "rlad.training",
+    "distilled_rl_loss": "rlad.objectives.distilled_rl",
     "grpo_loss": "rlad.objectives.grpo",
     "group_advantages": "rlad.advantages",
     "kdrl_loss": "rlad.objectives.kdrl",
     "load_config": "rlad.config_file",
     "opd_loss": "rlad.objectives.opd",
+    "rlsd_loss": "rlad.objectives.rlsd",
+    "topd_advantages": "rlad.objectives.topd",
+    "topd_loss": "rlad.objectives.topd",
     "train": "rlad.training",
     "trrd_loss": "rlad.objectives.trrd",
 }
@@ -36,11 +43,15 @@ __all__ = [
     "RunConfig",
     "TrainResult",
     "__version__",
+    "distilled_rl_loss",
     "group_advantages",
     "grpo_loss",
     "kdrl_loss",
     "load_config",
     "opd_loss",
+    "rlsd_loss",
+    "topd_advantages",
+    "topd_loss",
     "train",
     "trrd_loss",
 ]

@@ -25,6 +25,10 @@ class LossInputs:
     teacher_logprobs: Tensor | None = None
     reference_logprobs: Tensor | None = None
     """of the initial student; only for the KL leash"""
+    is_correct: Tensor | None = None
+    """bool `[batch]`: the verifier called the completion correct"""
+    group_is_solved: Tensor | None = None
+    """bool `[batch]`: it called some completion of the same prompt correct"""
 
     def __post_init__(self) -> None:
         shape = self.mask.shape
@@ -37,11 +41,10 @@ class LossInputs:
             value = getattr(self, field.name)
             if value is None or field.name == "mask":
                 continue
-            if value.shape != shape and not (field.name == "advantages" and value.shape == shape[:1]):
-                raise ValueError(
-                    f"{field.name} has shape {tuple(value.shape)}, the mask {tuple(shape)}; they must be equal"
-                    + (" (or [batch] for advantages)." if field.name == "advantages" else ".")
-                )
+            allowed = {"advantages": (shape, shape[:1]), "is_correct": (shape[:1],), "group_is_solved": (shape[:1],)}
+            if value.shape not in allowed.get(field.name, (shape,)):
+                need = " or ".join(str(tuple(good)) for good in allowed.get(field.name, (shape,)))
+                raise ValueError(f"{field.name} has shape {tuple(value.shape)}; with a mask {tuple(shape)} it must be {need}.")
             if value.requires_grad and field.name != "student_logprobs":
                 raise ValueError(f"{field.name} carries a gradient; only student_logprobs may: call `.detach()` on it.")
 

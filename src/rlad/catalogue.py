@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+import tomli_w
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -20,6 +21,7 @@ from rlad.config import (
     TaskConfig,
     TeacherConfig,
 )
+from rlad.presets import PRESETS
 
 OBJECTIVES = Path(__file__).parent / "objectives"
 
@@ -43,22 +45,30 @@ CONFIGS = {
 
 def names(what: str) -> dict[str, str]:
     """Each name with one line about it."""
-    return {name: _documentation(what, name).splitlines()[0] for name in CONFIGS[what]}
+    return {name: _documentation(what, name).splitlines()[0] for name in _names(what)}
+
+
+def _names(what: str) -> list[str]:
+    return [*CONFIGS[what], *(PRESETS if what == "objectives" else ())]
 
 
 def describe(what: str, name: str) -> str:
     """Documentation and settings of one entry. `ValueError` with the nearest name when there is none."""
-    if name not in CONFIGS[what]:
-        near = difflib.get_close_matches(name, CONFIGS[what], n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(CONFIGS[what])}."
+    if name not in _names(what):
+        near = difflib.get_close_matches(name, _names(what), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(_names(what))}."
         raise ValueError(f"{name!r} is none of the {what}: {hint}")
+    if name in PRESETS:
+        return f"{_documentation(what, name)}\n\n{tomli_w.dumps(PRESETS[name][1]).strip()}"
     section = name if what == "settings" else what.removesuffix("s")
     return f"{_documentation(what, name)}\n\n[{section}]\n{_settings(CONFIGS[what][name])}"
 
 
 def _documentation(what: str, name: str) -> str:
     """What opens the objective's file; the docstring of every other config."""
-    if what != "objectives":
+    if name in PRESETS:
+        return f"{PRESETS[name][0]}\n\nStands for these settings:"
+    if what != "objectives" or not (OBJECTIVES / f"{name}.py").is_file():
         return inspect.getdoc(CONFIGS[what][name]) or ""
     return ast.get_docstring(ast.parse((OBJECTIVES / f"{name}.py").read_text(encoding="utf-8"))) or ""
 
@@ -89,4 +99,6 @@ def _parts(annotation: Any) -> list[Any]:
 
 
 def _toml(value: Any) -> str:
+    if isinstance(value, Annealed):
+        return "{ " + ", ".join(f"{name} = {number}" for name, number in value.model_dump().items()) + " }"
     return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)

@@ -5,11 +5,13 @@ are refused with the nearest valid name. Defaults are those of the papers where 
 embedded tiny models, whose run is `rlad/models/run.toml`.
 """
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 # Strict: 1 is a float, but "1", true and 1.0 are no int.
 Number = Annotated[float, Field(strict=True)]
@@ -85,6 +87,8 @@ class LocalTeacherConfig(_Section):
     """`auto` takes the student's device"""
     tokens_per_batch: Count = 16_384
     """most tokens (padding included) in one forward pass"""
+    random_weights: bool = False
+    """a control: the model's architecture with random weights of the run's seed, a teacher that knows nothing"""
 
 
 TeacherConfig = LocalTeacherConfig
@@ -197,13 +201,76 @@ class KDRLConfig(_Clipped):
     """weight of the distillation term; KDRL's annealing is start 5e-3, end 1e-3, change_per_step -5e-5"""
     kd_estimator: Literal["k2", "k3"] = "k2"
     """of KL(πS || πT)"""
+    masking: Literal["none", "response", "group"] = "none"
+    """leave out the distillation of correct responses, or of groups with a correct response"""
 
 
 class OPDConfig(_Section):
     type: Literal["opd"] = "opd"
 
 
-ObjectiveConfig = TRRDConfig | GRPOConfig | KDRLConfig | OPDConfig
+class OPDThenGRPOConfig(_Clipped):
+    type: Literal["opd_then_grpo"] = "opd_then_grpo"
+    opd_share: Share = 0.4
+    """share of the run's steps with `opd`, rounded up to whole rollout batches; the rest is `grpo`"""
+
+
+class RLSDConfig(_Clipped):
+    type: Literal["rlsd"] = "rlsd"
+    teacher_weight: Share | AnnealedShare = Annealed(start=0.5, end=0.0, change_per_step=-0.01)
+    """λ: 0 is GRPO, 1 weighs every token by the teacher's evidence"""
+    weight_clip: Share = 0.2
+    """ε_w: the evidence weight is clipped to [1 - weight_clip, 1 + weight_clip]"""
+
+
+class DistilledRLConfig(_Clipped):
+    type: Literal["distilled_rl"] = "distilled_rl"
+    weight_bound: Annotated[float, Field(strict=True, ge=1)] = 3.0
+    """πT / πold is clipped to [1 / weight_bound, weight_bound]"""
+
+
+class TOPDConfig(_Clipped):
+    type: Literal["topd"] = "topd"
+    alpha: Annotated[float, Field(strict=True, gt=0, lt=1)] = 0.1
+    """share of the teacher in the mixture; no token reward lies below log(1 - alpha)"""
+
+
+class SFTConfig(_Section):
+    """SFT, supervised fine-tuning on what the teacher writes (sequence-level distillation, arXiv 1606.07947), by TRL.
+
+    loss_t = -log πS of the teacher's token
+    """
+
+    type: Literal["sft"] = "sft"
+    rejection: bool = True
+    """train on those of the teacher's completions alone that the verifier calls correct"""
+
+
+class GKDConfig(_Section):
+    """GKD, generalised knowledge distillation on the student's own completions (arXiv 2306.13649), by TRL.
+
+    loss_t = generalised JSD_beta( πT || πS ) over the vocabulary
+    """
+
+    type: Literal["gkd"] = "gkd"
+    beta: Share = 0.5
+    """of the generalised Jensen-Shannon divergence: 0 is the forward KL, 1 the reverse KL"""
+
+
+TRAINED_BY_TRL = ("sft", "gkd")
+
+ObjectiveConfig = (
+    TRRDConfig
+    | GRPOConfig
+    | KDRLConfig
+    | OPDConfig
+    | OPDThenGRPOConfig
+    | RLSDConfig
+    | DistilledRLConfig
+    | TOPDConfig
+    | SFTConfig
+    | GKDConfig
+)
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
@@ -233,6 +300,10 @@ class OptimizationConfig(_Section):
 
     num_steps: Count = 100
     """optimiser steps of the whole run"""
+    max_seconds: Positive | None = None
+    """end the run earlier, after the step with which training (without evaluation) has taken so long"""
+    max_teacher_tokens: Count | None = None
+    """end the run earlier, after the step with which the teacher has scored or written so many tokens"""
     steps_per_rollout_batch: Count = 1
     """optimiser steps (mini-batches) on each rollout batch"""
     learning_rate: Annotated[float, Field(strict=True, gt=0, le=1)] = 1e-6
@@ -264,10 +335,16 @@ class EvaluationConfig(_Section):
     """validation, and a checkpoint, every so many steps"""
     num_validation_problems: Count = 100
     """at each validation"""
+    num_validation_samples: Count = 1
+    """completions of each validation problem"""
     num_test_problems: Count = 300
     """before and after training"""
-    num_samples: Count = 1
-    """completions of each problem"""
+    num_test_samples: Count = 1
+    """completions of each test problem; pass@k needs k of them"""
+    ood_task: dict[str, Any] = {}
+    """settings of [task] that differ in the out-of-distribution test, such as { num_people = [4] }; empty: there is none"""
+    num_ood_problems: Count = 100
+    """out-of-distribution test problems, before and after training"""
     temperature: NonNegative = 1.0
     """0 takes the most likely token"""
 
@@ -296,12 +373,48 @@ class RunConfig(_Section):
                 f"optimization.steps_per_rollout_batch = {loop.steps_per_rollout_batch}, but every optimiser step takes the "
                 "same number of prompts; change one of them"
             )
-        if self.teacher is None and self.objective.type != "grpo":
+        if self.teacher is None and self.needs_teacher:
             raise ValueError(
                 f"objective {self.objective.type!r} needs a teacher; add a [teacher] section with its model, or set "
                 "objective=grpo"
             )
+        if self.objective.type in TRAINED_BY_TRL and loop.kl_coef:
+            raise ValueError(
+                f"optimization.kl_coef = {loop.kl_coef} is not for objective {self.objective.type!r}, which TRL trains without "
+                "a KL leash; set it to 0"
+            )
+        if self.evaluation.ood_task:
+            try:
+                _ = self.ood_task
+            except ValidationError as error:
+                first = error.errors()[0]
+                where = ".".join(map(str, first["loc"]))
+                raise ValueError(
+                    f"evaluation.ood_task.{where} does not fit a task of type {self.task.type!r}: {first['msg']}"
+                ) from None
         return self
+
+    @property
+    def digest(self) -> str:
+        """Equal for configs that describe the same run, wherever it lies and, unless a schedule depends on it, however long it
+        is to go on.
+        """
+        table = self.model_dump(mode="json", exclude={"run_dir"})
+        depends_on_num_steps = self.optimization.schedule != "constant" or self.objective.type == "opd_then_grpo"
+        for limit in ("num_steps", "max_seconds", "max_teacher_tokens"):
+            if not (limit == "num_steps" and depends_on_num_steps):
+                del table["optimization"][limit]
+        return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.objective.type != "grpo"
+
+    @property
+    def ood_task(self) -> TaskConfig | None:
+        """The task of the out-of-distribution test; None without one."""
+        changed = self.evaluation.ood_task
+        return type(self.task).model_validate(self.task.model_dump() | changed) if changed else None
 
     @property
     def directory(self) -> Path:

@@ -5,12 +5,15 @@ import tomllib
 import types
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from rlad.config import RunConfig
+from rlad.presets import PRESETS, expand_preset
+
+Model = TypeVar("Model", bound=BaseModel)
 
 CONFIG = "config.toml"
 DEFAULT_RUN = Path(__file__).parent / "models" / "run.toml"
@@ -25,8 +28,8 @@ def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -
     """
     path = DEFAULT_RUN if path is None else Path(path)
     if (path / CONFIG).is_file():
-        return parse_config(parse_overrides(_read(path / CONFIG) | {"run_dir": str(path)}, overrides))
-    return parse_config(parse_overrides(_read(path), overrides))
+        return parse_config(parse_overrides(read_toml(path / CONFIG) | {"run_dir": str(path)}, overrides))
+    return parse_config(parse_overrides(read_toml(path), overrides))
 
 
 def parse_overrides(table: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -37,11 +40,16 @@ def parse_overrides(table: dict[str, Any], overrides: Sequence[str]) -> dict[str
 
 
 def parse_config(table: dict[str, Any]) -> RunConfig:
-    """A validated run from nested dictionaries; `ValueError` with one sentence for each mistake."""
+    """A validated run from nested dictionaries, presets spelled out; `ValueError` with one sentence for each mistake."""
+    return validated(RunConfig, expand_preset(table))
+
+
+def validated(model: type[Model], table: dict[str, Any]) -> Model:
+    """`table` as a config of this kind; `ValueError` with one sentence for each mistake."""
     try:
-        return RunConfig.model_validate(table)
+        return model.model_validate(table)
     except ValidationError as error:
-        raise ValueError("\n".join(_sentences(error.errors(include_url=False)))) from None
+        raise ValueError("\n".join(_sentences(model, error.errors(include_url=False)))) from None
 
 
 def dump_config(config: RunConfig) -> str:
@@ -56,7 +64,8 @@ def changed_settings(config: RunConfig) -> dict[str, Any]:
     return {key: value for key, value in settings if key in changed or key in ("task.type", "objective.type")}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file; `ValueError` with one sentence when it cannot be read."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -102,9 +111,9 @@ def _apply(table: dict[str, Any], override: str) -> None:
         table[key] = {"type": value}
 
 
-def _sentences(errors: Sequence[Any]) -> list[str]:
+def _sentences(model: type[BaseModel], errors: Sequence[Any]) -> list[str]:
     """One sentence for each wrong key; the alternatives of a union are joined by "or"."""
-    found = [(*_explain(error), _is_of_another_kind(error)) for error in errors]
+    found = [(*_explain(model, error), _is_of_another_kind(error)) for error in errors]
     sentences: dict[str, str] = {}
     for where, message, is_of_another_kind in found:
         only_says_that_a_part_is_wrong = any(other.startswith((f"{where}.", f"{where}[")) for other, _, _ in found)
@@ -121,9 +130,9 @@ def _is_of_another_kind(error: Any) -> bool:
     return error["type"] == "model_type" or (error["type"] == "float_type" and isinstance(error["input"], dict))
 
 
-def _explain(error: Any) -> tuple[str, str]:
+def _explain(model: type[BaseModel], error: Any) -> tuple[str, str]:
     """Which key an error of pydantic is about, and what is to be said of it."""
-    where, keys = _resolve(error["loc"][:-1] if error["type"] == "extra_forbidden" else error["loc"])
+    where, keys = _resolve(model, error["loc"][:-1] if error["type"] == "extra_forbidden" else error["loc"])
     match error["type"]:
         case "extra_forbidden":
             unknown = str(error["loc"][-1])
@@ -134,6 +143,7 @@ def _explain(error: Any) -> tuple[str, str]:
             return where, "is missing: add it to the config"
         case "union_tag_invalid":
             tag, tags = str(error["ctx"]["tag"]), [t.strip(" '") for t in error["ctx"]["expected_tags"].split(",")]
+            tags += PRESETS if where == "objective" else ()
             near = difflib.get_close_matches(tag, tags, n=1)
             hint = f", did you mean {near[0]!r}?" if near else ""
             return f"{where}.type", f"is {tag!r}: it must be one of {', '.join(tags)}{hint}"
@@ -151,9 +161,9 @@ def _explain(error: Any) -> tuple[str, str]:
             return where, f"is {error['input']!r}: " + error["msg"].replace("Input should be", "it must be")
 
 
-def _resolve(location: Sequence[str | int]) -> tuple[str, list[str]]:
+def _resolve(model: type[BaseModel], location: Sequence[str | int]) -> tuple[str, list[str]]:
     """The dotted path as the user wrote it (pydantic adds its own names of union members), and the keys valid at its end."""
-    models: list[type[BaseModel]] = [RunConfig]
+    models = [model]
     shown = ""
     for part in location:
         fields = {name: field for model in models for name, field in model.model_fields.items()}

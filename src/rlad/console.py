@@ -9,9 +9,9 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from rlad.engines.native import StepResult
-from rlad.evaluate import Estimate
-from rlad.tasks import Split
+from rlad.engines.engine import StepResult
+from rlad.run_dir import EvaluationSet
+from rlad.statistics import Estimate
 
 _PLAIN_EVERY_SECONDS = 10.0
 
@@ -70,24 +70,28 @@ class ConsoleReporter:
             self._print(f"step {result.step}/{num_steps}  {figures}")
             self._last_line = now
 
-    def evaluated(self, split: Split, step: int, estimate: Estimate) -> None:
-        if split == "validation":
+    def evaluated(self, name: EvaluationSet, step: int, estimate: Estimate) -> None:
+        if name == "validation":
             self._validation = f"held-out pass@1 {estimate.mean:.1%}"
-        self._print(f"step {step}  {split} pass@1 {estimate}")
+        self._print(f"step {step}  {name} pass@1 {estimate}")
 
     def _figures(self, result: StepResult) -> Iterable[str]:
         metrics = result.metrics
         if "reward/mean" in metrics:
             yield f"reward {metrics['reward/mean']:.2f}"
-        if metrics["reward/cannot_judge/frac"]:
+        elif "optimization/loss" in metrics:
+            yield f"loss {metrics['optimization/loss']:.3f}"
+        if metrics.get("reward/cannot_judge/frac"):
             yield f"could not be judged {metrics['reward/cannot_judge/frac']:.0%}"
         yield self._validation
         if "objective/gated_positive/frac" in metrics:
             positive, negative = metrics["objective/gated_positive/frac"], metrics["objective/gated_negative/frac"]
             yield f"gated +{positive:.1%} -{negative:.1%}"
-        self._num_tokens += metrics["rollout/completion_tokens/mean"] * sum(len(group.rollouts) for group in result.groups)
+        num_rollouts = sum(len(group.rollouts) for group in result.groups)
+        self._num_tokens += metrics.get("rollout/completion_tokens/mean", 0.0) * num_rollouts
         self._seconds += sum(value for key, value in metrics.items() if key.startswith("time/"))
-        yield f"{self._num_tokens / self._seconds:,.0f} tokens/s"
+        if self._num_tokens and self._seconds:
+            yield f"{self._num_tokens / self._seconds:,.0f} tokens/s"
 
     def _print(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -27,7 +27,7 @@ def draw_curve(run: RunDirectory) -> bytes:
     passed, shares, length = figure.subplots(1, 3)
     _draw_passed(passed, steps, evaluations)
     _draw_shares(shares, steps)
-    length.plot([row["step"] for row in steps], [row["rollout/completion_tokens/mean"] for row in steps], color=BLUE)
+    _plot(length, steps, "rollout/completion_tokens/mean", color=BLUE)
     length.set(title="mean completion length (tokens)", xlabel="step")
     length.set_ylim(bottom=0)
     picture = BytesIO()
@@ -36,13 +36,7 @@ def draw_curve(run: RunDirectory) -> bytes:
 
 
 def _draw_passed(axes: Axes, steps: Rows, evaluations: Rows) -> None:
-    axes.plot(
-        [row["step"] for row in steps],
-        [row["reward/correct/frac"] for row in steps],
-        color=GREY,
-        linewidth=0.8,
-        label="training, sampled",
-    )
+    _plot(axes, steps, "reward/correct/frac", color=GREY, linewidth=0.8, label="training, sampled")
     for split, colour, marker, line in (("validation", BLUE, "o", "-"), ("test", ORANGE, "D", "none")):
         rows = [row for row in evaluations if row["split"] == split]
         figures = [row["pass@1"] for row in rows]
@@ -55,10 +49,15 @@ def _draw_passed(axes: Axes, steps: Rows, evaluations: Rows) -> None:
 
 def _draw_shares(axes: Axes, steps: Rows) -> None:
     for key, colour, label in _SHARES:
-        points = [(row["step"], row[key]) for row in steps if key in row]
-        if points:
-            axes.plot(*zip(*points, strict=True), color=colour, label=label)
+        _plot(axes, steps, key, color=colour, label=label)
     axes.set(title="gated and clamped shares", xlabel="step")
     axes.set_ylim(bottom=0)
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
+
+
+def _plot(axes: Axes, steps: Rows, key: str, **style: Any) -> None:
+    """A metric by step, where it was recorded: no method has all of them."""
+    points = [(row["step"], row[key]) for row in steps if key in row]
+    if points:
+        axes.plot(*zip(*points, strict=True), **style)

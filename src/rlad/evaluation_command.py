@@ -12,9 +12,11 @@ from rich.table import Table
 from rlad.config import RunConfig
 from rlad.config_file import load_config, parse_config, parse_overrides
 from rlad.console import printable
-from rlad.evaluate import Estimate, ProblemResult, evaluate, summarise
+from rlad.evaluate import evaluate
 from rlad.language_model import EMBEDDED, load_language_model
+from rlad.problem_results import ProblemResult, summarise
 from rlad.run_dir import RunDirectory
+from rlad.statistics import Estimate
 from rlad.tasks import Split, make_task
 
 

@@ -109,13 +109,26 @@ def end_token_ids(config: PretrainedConfig, generation: Any, tokenizer: PreTrain
     return tuple(dict.fromkeys(ids))
 
 
-def load_language_model(name: str, *, dtype: str = "float32", device: str = "auto", trainable: bool = False) -> LanguageModel:
+def load_language_model(
+    name: str,
+    *,
+    dtype: str = "float32",
+    device: str = "auto",
+    trainable: bool = False,
+    random_weights_seed: int | None = None,
+) -> LanguageModel:
     """The model and its tokenizer, ready to sample and score. `ValueError` with one sentence when that cannot be.
 
     A `trainable` model keeps float32 weights and only computes in `dtype`: the small updates of RL vanish in bfloat16 weights.
+    With `random_weights_seed` the weights are drawn anew, by the model's own initialisation.
     """
     tokenizer, where, compute_dtype = load_tokenizer(name), pick_device(device), getattr(torch, dtype)
-    model = _load_weights(name, torch.float32 if trainable else compute_dtype)
+    if random_weights_seed is None:
+        model = _load_weights(name, torch.float32 if trainable else compute_dtype)
+    else:
+        with torch.random.fork_rng():
+            torch.manual_seed(random_weights_seed)
+            model = AutoModelForCausalLM.from_config(load_model_config(name), dtype=compute_dtype)
     if trainable:
         _require_finite(name, model)
     if where.type == "cpu":

@@ -59,7 +59,11 @@ class TokenStats:
             for name, share in (("q05", 0.05), ("q50", 0.5), ("q95", 0.95)):
                 # `torch.quantile` refuses more than 2^24 values; the order statistic is as good at that size.
                 metrics[f"teacher/log_ratio/{name}"] = float(values.kthvalue(1 + round(share * (len(values) - 1))).values)
-        for name, key in (("kl_to_teacher", "teacher/kl/mean"), ("kl_to_reference", "reference/kl/mean")):
+        for name, key in (
+            ("advantage_weight", "objective/advantage_weight/mean"),
+            ("kl_to_teacher", "teacher/kl/mean"),
+            ("kl_to_reference", "reference/kl/mean"),
+        ):
             if name in column:
                 metrics[key] = _mean(column[name])
         mismatch = column["mismatch"]

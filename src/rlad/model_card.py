@@ -1,8 +1,8 @@
 """The README of a run directory: a model card in the Hugging Face form."""
 
 from rlad.config import RunConfig
-from rlad.evaluate import Estimate
 from rlad.run_dir import RunDirectory
+from rlad.statistics import Estimate
 
 
 def model_card(config: RunConfig, run: RunDirectory, before: Estimate, after: Estimate) -> str:

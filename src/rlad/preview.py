@@ -12,13 +12,13 @@ from rlad.config import RunConfig
 from rlad.config_file import load_config
 from rlad.console import printable
 from rlad.language_model import LanguageModel, load_language_model
+from rlad.preparation import make_teacher
 from rlad.prompts import check_prompt_length, prompt_token_ids
 from rlad.rollouts import Completion
 from rlad.run_dir import RunDirectory
 from rlad.sampling import sample
 from rlad.seeds import stream_seed
 from rlad.tasks import Problem, Task, make_task
-from rlad.training import make_teacher, run_digest
 
 _COLOURS = {"correct": "green", "wrong": "red", "cannot_judge": "yellow"}
 Row = dict[str, Any]
@@ -30,7 +30,7 @@ def preview(config: RunConfig, *, num_prompts: int) -> list[Row]:
     The student is the last checkpoint in the config's run directory when that holds this very run, else the initial student.
     """
     run, rollout = RunDirectory(config.directory), config.rollout
-    is_this_run = run.exists() and run_digest(load_config(run.path)) == run_digest(config)
+    is_this_run = run.exists() and load_config(run.path).digest == config.digest
     name = str(run.checkpoints()[-1][1]) if is_this_run and run.checkpoints() else config.student.model
     student = load_language_model(name, dtype=config.student.dtype, device=config.student.device)
     teacher, task = make_teacher(config, student), make_task(**config.task.model_dump())

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError
 
@@ -24,6 +24,10 @@ from rlad.errors import RunFailedError
 
 CONFIG, ENVIRONMENT = "config.toml", "run.json"
 METRICS, EVAL, SAMPLES = "metrics.jsonl", "eval.jsonl", "samples.jsonl"
+MODEL_CARD = "README.md"
+
+EvaluationSet = Literal["validation", "test", "ood"]
+"""validation: chooses the best checkpoint; test: reported; ood: test problems out of the training distribution"""
 
 
 class CannotWriteError(RunFailedError):
@@ -38,6 +42,10 @@ class RunDirectory:
 
     def exists(self) -> bool:
         return all((self.path / name).is_file() for name in (CONFIG, ENVIRONMENT))
+
+    def is_finished(self) -> bool:
+        """Whether the run came to its end: the model card is the last thing that it writes."""
+        return self.exists() and (self.path / MODEL_CARD).is_file()
 
     def require_free(self, *, overwrite: bool) -> None:
         """`ValueError` when there is something already, unless it is a run and `overwrite` holds. Deletes nothing."""

@@ -1,36 +1,30 @@
 """From a config to a finished run directory."""
 
-import hashlib
 import json
 import multiprocessing
 import time
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import current_thread, main_thread
 from typing import Any, Protocol
 
-from transformers import PreTrainedTokenizerBase
-
-from rlad.config import RunConfig
+from rlad.config import TRAINED_BY_TRL, RunConfig
 from rlad.config_file import dump_config, load_config, parse_config
 from rlad.curve import draw_curve
-from rlad.engines.native import NativeEngine, StepResult
-from rlad.engines.native_state import restore_engine, save_engine
+from rlad.engines.engine import Engine, StepResult
+from rlad.engines.native import NativeEngine
 from rlad.environment import describe_environment
-from rlad.evaluate import Estimate, evaluate, pass_at_1
-from rlad.language_model import LanguageModel, context_tokens, load_language_model, load_model_config, load_tokenizer
+from rlad.evaluate import evaluate
+from rlad.language_model import LanguageModel, load_language_model
 from rlad.model_card import model_card
-from rlad.objectives import OBJECTIVES
-from rlad.prompts import check_prompt_length, prompt_token_ids
-from rlad.run_dir import CONFIG, ENVIRONMENT, EVAL, METRICS, SAMPLES, CannotWriteError, RunDirectory
+from rlad.preparation import load_reference, load_teacher, longest_prompt, make_teacher, require_working_verifier
+from rlad.problem_results import pass_at_1
+from rlad.run_dir import CONFIG, ENVIRONMENT, EVAL, METRICS, MODEL_CARD, SAMPLES, CannotWriteError, EvaluationSet, RunDirectory
+from rlad.statistics import Estimate
 from rlad.stopping import Stop, StopRequested
-from rlad.tasks import Split, Task, Verdict, make_task
-from rlad.teachers import Teacher
-from rlad.teachers.compatibility import compare_contexts, compare_tokenizers
-from rlad.teachers.local import LocalTeacher
-
-NUM_PROBED_PROBLEMS, NUM_PROBED_ANSWERS = 20, 5
+from rlad.tasks import Task, make_task
 
 
 class Reporter(Protocol):
@@ -38,7 +32,7 @@ class Reporter(Protocol):
 
     def phase(self, name: str) -> None: ...
     def step(self, result: StepResult, num_steps: int) -> None: ...
-    def evaluated(self, split: Split, step: int, estimate: Estimate) -> None: ...
+    def evaluated(self, name: EvaluationSet, step: int, estimate: Estimate) -> None: ...
 
 
 class Silent:
@@ -50,7 +44,7 @@ class Silent:
     def step(self, result: StepResult, num_steps: int) -> None:
         pass
 
-    def evaluated(self, split: Split, step: int, estimate: Estimate) -> None:
+    def evaluated(self, name: EvaluationSet, step: int, estimate: Estimate) -> None:
         pass
 
 
@@ -92,8 +86,11 @@ def train(
     if stored is None:
         run.require_free(overwrite=overwrite)
     checkpoint = run.checkpoints()[-1][1] if stored and run.checkpoints() else None
-    with closing(make_task(**config.task.model_dump())) as task:
-        training = Training(config, run, task, reporter or Silent(), checkpoint)
+    with ExitStack() as tasks:
+        task = tasks.enter_context(closing(make_task(**config.task.model_dump())))
+        ood = config.ood_task
+        ood_task = tasks.enter_context(closing(make_task(**ood.model_dump()))) if ood else None
+        training = Training(config, run, task, ood_task, reporter or Silent(), checkpoint)
         if stored is None:
             run.create()
             run.write(ENVIRONMENT, json.dumps(describe_environment(config.seed), indent=2))
@@ -108,28 +105,31 @@ def train(
 class Training:
     """One run in one process: the models, the engine and the run directory."""
 
-    def __init__(self, config: RunConfig, run: RunDirectory, task: Task, reporter: Reporter, checkpoint: Path | None):
-        self.config, self.run, self.task, self.reporter, self.stop = config, run, task, reporter, Stop()
+    def __init__(
+        self,
+        config: RunConfig,
+        run: RunDirectory,
+        task: Task,
+        ood_task: Task | None,
+        reporter: Reporter,
+        checkpoint: Path | None,
+    ):
+        self.config, self.run, self.task, self.ood_task = config, run, task, ood_task
+        self.reporter, self.stop = reporter, Stop()
         reporter.phase("loading models")
         require_working_verifier(task)
         self.student = _load_student(config, checkpoint)
-        longest_prompt(config, task, self.student.tokenizer, self.student.context_tokens)
-        self.engine = NativeEngine(
-            config,
-            student=self.student,
-            task=task,
-            teacher=make_teacher(config, self.student),
-            reference=_load_reference(config) if config.optimization.kl_coef else None,
-            before_work=self.stop.check,
-        )
+        longest_prompt(config, task, self.student.tokenizer, self.student.context_tokens, ood_task)
+        self.engine = make_engine(config, self.student, task, before_work=self.stop.check)
         if checkpoint is not None:
             self._restore(checkpoint)
 
     def _restore(self, checkpoint: Path) -> None:
         try:
-            restore_engine(self.engine, checkpoint, run_digest=run_digest(self.config))
+            self.engine.restore(checkpoint, run_digest=self.config.digest)
         except ValueError as error:
-            raise ValueError(_not_resumable(checkpoint, error)) from None
+            by_trl = self.config.objective.type in TRAINED_BY_TRL
+            raise ValueError(str(error) if by_trl else _not_resumable(checkpoint, error)) from None
         step, num_steps = self.engine.step, self.config.optimization.num_steps
         if step > num_steps:
             raise ValueError(
@@ -144,9 +144,9 @@ class Training:
         started = time.monotonic()
         try:
             with signals:
-                before = self._evaluate("test", 0) if self.engine.step == 0 else self._recorded("test", 0)
-                self._steps()
-                after = self._evaluate("test", self.engine.step)
+                before = self._test(0) if self.engine.step == 0 else self._recorded("test", 0)
+                self._train()
+                after = self._test(self.engine.step)
         except CannotWriteError:
             raise
         except (StopRequested, ValueError):
@@ -155,21 +155,42 @@ class Training:
             raise
         assert before is not None, "a run without it is not resumed"
         self.run.write("curve.png", draw_curve(self.run))
-        self.run.write("README.md", model_card(self.config, self.run, before, after))
+        self.run.write(MODEL_CARD, model_card(self.config, self.run, before, after))
         return TrainResult(self.run.path, before, after, time.monotonic() - started)
 
-    def _steps(self) -> None:
-        every, num_steps = self.config.evaluation.every_steps, self.config.optimization.num_steps
-        if self.engine.step % every == 0 or self.engine.step == num_steps:
-            self._validate()
-        self.reporter.phase("training")
-        for result in self.engine.steps():
+    def _train(self) -> None:
+        """Steps to the end, each recorded; validation and a checkpoint at its times and behind the last step."""
+        settings, num_steps = self.config.evaluation, self.config.optimization.num_steps
+        spent: list[float] = [sum(column) for column in zip(*map(_spent, self.run.read(METRICS)), strict=True)] or [0.0, 0.0]
+
+        def is_over() -> bool:
+            limits = (self.config.optimization.max_seconds, self.config.optimization.max_teacher_tokens)
+            return any(limit is not None and used >= limit for used, limit in zip(spent, limits, strict=True))
+
+        def after_step(result: StepResult) -> bool:
             self.run.append(METRICS, {"step": result.step, **result.metrics})
-            self.run.append(SAMPLES, {"step": result.step, **result.groups[0].to_json()})
+            if result.groups:
+                self.run.append(SAMPLES, {"step": result.step} | self._sample_row(result))
             self.reporter.step(result, num_steps)
-            if result.step % every == 0 or result.step == num_steps:
+            spent[:] = [used + new for used, new in zip(spent, _spent(result.metrics), strict=True)]
+            if result.step % settings.every_steps == 0 or result.step == num_steps or is_over():
                 self._validate()
                 self.reporter.phase("training")
+            return not is_over()
+
+        if self.engine.step % settings.every_steps == 0 or self.engine.step == num_steps or is_over():
+            self._validate()
+        if not is_over():
+            self.reporter.phase("training")
+            self.engine.run(after_step)
+
+    def _sample_row(self, result: StepResult) -> dict[str, Any]:
+        """The first group of a step with the text of each token, and what the update did with them."""
+        row, decode = result.groups[0].to_json(), self.student.tokenizer.decode
+        for i, rollout in enumerate(row["rollouts"]):
+            rollout["tokens"] = [decode([token]) for token in rollout["completion"]["token_ids"]]
+            rollout["imitation"] = (result.imitation or {}).get(i)
+        return row
 
     def _validate(self) -> None:
         """Validation, then a checkpoint; the best and the last checkpoint are kept."""
@@ -177,31 +198,42 @@ class Training:
         self.save()
         self.run.keep_only(self.engine.step, self.run.best_checkpoint()[0])
 
-    def _evaluate(self, split: Split, step: int) -> Estimate:
+    def _test(self, step: int) -> Estimate:
+        """pass@1 on the test split; the out-of-distribution test, where there is one, is recorded too."""
+        if self.ood_task is not None:
+            self._evaluate("ood", step)
+        return self._evaluate("test", step)
+
+    def _evaluate(self, name: EvaluationSet, step: int) -> Estimate:
         """pass@1 of the present student; a result that was recorded before an interruption is not computed again."""
-        estimate = self._recorded(split, step)
+        estimate = self._recorded(name, step)
         if estimate is None:
             settings = self.config.evaluation
-            self.reporter.phase(f"evaluating on {split} problems")
+            num_problems, num_samples = {
+                "validation": (settings.num_validation_problems, settings.num_validation_samples),
+                "test": (settings.num_test_problems, settings.num_test_samples),
+                "ood": (settings.num_ood_problems, settings.num_test_samples),
+            }[name]
+            self.reporter.phase(f"evaluating on {name} problems")
             results = evaluate(
                 self.student,
-                self.task,
-                split,
+                self.ood_task if name == "ood" and self.ood_task else self.task,
+                "validation" if name == "validation" else "test",
                 rollout=self.config.rollout,
-                num_problems=settings.num_test_problems if split == "test" else settings.num_validation_problems,
-                num_samples=settings.num_samples,
+                num_problems=num_problems,
+                num_samples=num_samples,
                 temperature=settings.temperature,
                 before_token=self.stop.check,
             )
             estimate = pass_at_1(results)
             rows = [asdict(result) for result in results]
-            self.run.append(EVAL, {"step": step, "split": split, "pass@1": asdict(estimate), "results": rows})
-        self.reporter.evaluated(split, step, estimate)
+            self.run.append(EVAL, {"step": step, "split": name, "pass@1": asdict(estimate), "results": rows})
+        self.reporter.evaluated(name, step, estimate)
         return estimate
 
-    def _recorded(self, split: Split, step: int) -> Estimate | None:
+    def _recorded(self, name: EvaluationSet, step: int) -> Estimate | None:
         for row in self.run.read(EVAL):
-            if row["split"] == split and row["step"] == step:
+            if row["split"] == name and row["step"] == step:
                 return Estimate(**row["pass@1"])
         return None
 
@@ -209,69 +241,39 @@ class Training:
         """A checkpoint of the present step, unless there is one."""
         step = self.engine.step
         if not self.run.checkpoint(step).is_dir():
-            self.run.write_checkpoint(step, lambda folder: save_engine(self.engine, folder, run_digest=run_digest(self.config)))
+            self.run.write_checkpoint(step, lambda folder: self.engine.save(folder, run_digest=self.config.digest))
 
 
-def require_working_verifier(task: Task) -> None:
-    """`ValueError` when the verifier cannot judge even the reference answers of the first problems."""
-    problems = [task.problem("train", i) for i in range(NUM_PROBED_ANSWERS)]
-    judgements = [task.judge(problem, problem.answer) for problem in problems]
-    if all(judgement.verdict == Verdict.CANNOT_JUDGE for judgement in judgements):
-        raise ValueError(
-            f"the verifier of task {task.name!r} cannot judge the reference answers of the first {len(problems)} training "
-            f"problems ({judgements[0].reason}); mend the verifier or the answers."
+def _spent(metrics: Mapping[str, float]) -> tuple[float, float]:
+    """Seconds and teacher tokens of one step."""
+    return sum(v for k, v in metrics.items() if k.startswith("time/")), metrics.get("teacher/tokens/count", 0.0)
+
+
+def make_engine(config: RunConfig, student: LanguageModel, task: Task, *, before_work: Callable[[], None]) -> Engine:
+    """The engine of an objective: TRL trains what is its own, our loop the rest."""
+    if config.objective.type in TRAINED_BY_TRL:
+        from rlad.engines.trl_distillation import TRLDistillationEngine
+
+        return TRLDistillationEngine(
+            config, student=student, teacher=load_teacher(config, student), task=task, before_work=before_work
         )
-
-
-def longest_prompt(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, context_tokens: int | None) -> int:
-    """Tokens of the longest prompt: of all that a finite task will give, of the first few of an endless one.
-
-    Raises `ValueError` when one leaves no room for its completion.
-    """
-    loop, rollout, evaluation = config.optimization, config.rollout, config.evaluation
-    num_batches = -(-loop.num_steps // loop.steps_per_rollout_batch)
-    wanted: dict[Split, int] = {
-        "train": num_batches * rollout.prompts_per_batch,
-        "validation": evaluation.num_validation_problems,
-        "test": evaluation.num_test_problems,
-    }
-    longest = 0
-    for split, number in wanted.items():
-        for i in range(min(number, task.num_problems(split) or NUM_PROBED_PROBLEMS)):
-            problem = task.problem(split, i, seed=config.seed if split == "train" else 0)
-            prompt = prompt_token_ids(tokenizer, problem.prompt, rollout.prompt_format)
-            check_prompt_length(len(prompt), f"{split} problem {i}", rollout, context_tokens)
-            longest = max(longest, len(prompt))
-    return longest
-
-
-def make_teacher(config: RunConfig, student: LanguageModel) -> Teacher | None:
-    """The teacher that the objective needs, or None. `ValueError` when it cannot score this student's tokens."""
-    if not OBJECTIVES[config.objective.type].needs_teacher:
-        return None
-    settings = config.teacher
-    assert settings is not None, "RunConfig refuses such an objective without a teacher"
-    context = context_tokens(load_model_config(settings.model))
-    findings = compare_tokenizers(student.tokenizer, load_tokenizer(settings.model))
-    for finding in (*findings, compare_contexts(config.rollout, student.context_tokens, context)):
-        if finding.level == "error":
-            raise ValueError(f"teacher {settings.model!r} cannot score the student's tokens: {finding.message}")
-    device = str(student.model.device) if settings.device == "auto" else settings.device
-    return LocalTeacher(
-        load_language_model(settings.model, dtype=settings.dtype, device=device),
-        temperature=config.rollout.temperature,
-        tokens_per_batch=settings.tokens_per_batch,
+    return NativeEngine(
+        config,
+        student=student,
+        task=task,
+        teacher=make_teacher(config, student),
+        reference=load_reference(config) if config.optimization.kl_coef else None,
+        before_work=before_work,
     )
 
 
-def run_digest(config: RunConfig) -> str:
-    """Equal for configs that describe the same run, wherever it lies and, unless its schedule depends on it, however many
-    steps it is to have.
-    """
-    table = config.model_dump(mode="json", exclude={"run_dir"})
-    if config.optimization.schedule == "constant":
-        del table["optimization"]["num_steps"]
-    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+def how_to_go_on(config: RunConfig) -> str:
+    """What to type when a run was stopped and its checkpoint is written."""
+    step = RunDirectory(config.directory).checkpoints()[-1][0]
+    if step and config.objective.type in TRAINED_BY_TRL:
+        again = f"rlad train {config.directory} --overwrite"
+        return f"the student is in its last checkpoint, but TRL cannot go on from there; start again with: {again}"
+    return f"a checkpoint is written, go on with: rlad train {config.directory} --resume"
 
 
 def _stored_config(run: RunDirectory, config: RunConfig) -> RunConfig:
@@ -279,7 +281,7 @@ def _stored_config(run: RunDirectory, config: RunConfig) -> RunConfig:
     if not run.exists():
         raise ValueError(f"there is no run in {run.path} to go on with; start it without --resume, or give its run_dir.")
     stored = load_config(run.path)
-    if run_digest(stored) != run_digest(config):
+    if stored.digest != config.digest:
         raise ValueError(
             f"{run.path} holds a run with another config; go on with it by `rlad train {run.path} --resume`, "
             "or choose another run_dir for this one."
@@ -299,7 +301,3 @@ def _load_student(config: RunConfig, checkpoint: Path | None) -> LanguageModel:
 
 def _not_resumable(checkpoint: Path, error: ValueError) -> str:
     return f"checkpoint {checkpoint} cannot be resumed: {error} Delete that folder to go on from the one before it, if any."
-
-
-def _load_reference(config: RunConfig) -> LanguageModel:
-    return load_language_model(config.student.model, dtype=config.student.dtype, device=config.student.device, trainable=True)

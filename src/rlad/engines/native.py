@@ -4,11 +4,11 @@ Everything random comes from streams named by seed and step, and problems are ad
 step, its weights, its optimiser and, between the mini-batches of one rollout batch, that batch.
 """
 
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,55 +19,23 @@ from transformers import get_scheduler
 from rlad.advantages import group_advantages
 from rlad.aggregate import aggregate, denominator
 from rlad.batch import LossInputs
-from rlad.config import Annealed, RunConfig
+from rlad.config import Annealed, GRPOConfig, OPDConfig, OPDThenGRPOConfig, RunConfig
+from rlad.engines.engine import StepResult, peak_memory
+from rlad.engines.native_state import restore_engine, save_engine
+from rlad.engines.roll_out import roll_out, timed
+from rlad.engines.rollout_batch import RolloutBatch, padded, score_rows
 from rlad.errors import RunFailedError
+from rlad.imitation import imitation_of
 from rlad.language_model import LanguageModel
 from rlad.metrics import Metrics, TokenStats, rollout_metrics
-from rlad.objectives import OBJECTIVES, token_loss
-from rlad.prompts import check_prompt_length, prompt_token_ids
-from rlad.rollouts import Completion, Rollout, RolloutGroup
-from rlad.sampling import sample
+from rlad.objectives import OBJECTIVES, Objective, token_loss
+from rlad.objectives.opd_then_grpo import phase_at
 from rlad.scoring import CompletionScores, Scorer
 from rlad.seeds import stream_seed
-from rlad.tasks import Problem, Task, Verdict
+from rlad.tasks import Task, Verdict
 from rlad.teachers import Teacher
 
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
-
-
-@dataclass(slots=True)
-class RolloutBatch:
-    """The rollouts of one batch of prompts and what was scored on them; lists are by rollout, group after group."""
-
-    index: int
-    groups: list[RolloutGroup]
-    advantages: Tensor
-    teacher_logprobs: list[Tensor] | None = None
-    reference_logprobs: list[Tensor] | None = None
-    old_logprobs: list[Tensor] | None = None
-    """None: the student has not moved since it sampled, so they are its own log-probs"""
-    seconds: Metrics = field(default_factory=dict)
-
-    @property
-    def rollouts(self) -> list[Rollout]:
-        return [rollout for group in self.groups for rollout in group.rollouts]
-
-    @property
-    def prompts(self) -> list[tuple[int, ...]]:
-        return [group.prompt_token_ids for group in self.groups for _ in group.rollouts]
-
-    @property
-    def completions(self) -> list[tuple[int, ...]]:
-        return [rollout.completion.token_ids for rollout in self.rollouts]
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """One optimiser step: its number (from 1), its metrics and the groups it was made on."""
-
-    step: int
-    metrics: Metrics
-    groups: Sequence[RolloutGroup]
 
 
 class NativeEngine:
@@ -89,7 +57,6 @@ class NativeEngine:
         """
         loop = config.optimization
         self.config, self.student, self.task, self.teacher = config, student, task, teacher
-        self.objective = OBJECTIVES[config.objective.type]
         self.before_work = before_work
         self.step = 0
         self.pending: RolloutBatch | None = None
@@ -115,82 +82,97 @@ class NativeEngine:
             started = time.monotonic()
             prompts = self._minibatch(batch.index, part)
             metrics = self.update(batch, prompts)
-            metrics |= {"time/update/seconds": time.monotonic() - started} | (batch.seconds if part == 0 else {})
+            metrics |= {"time/update/seconds": time.monotonic() - started, "memory/peak/bytes": peak_memory(self.student)}
+            metrics |= batch.seconds | batch.counts if part == 0 else {}
             self.step += 1
             if part == per_batch - 1:
                 self.pending = None
-            yield StepResult(self.step, metrics, [batch.groups[i] for i in prompts])
+            yield StepResult(self.step, metrics, [batch.groups[i] for i in prompts], batch.imitation)
+
+    def run(self, after_step: Callable[[StepResult], bool]) -> None:
+        """Optimiser steps until `num_steps`, or until `after_step`, which is told of each, answers False."""
+        for result in self.steps():
+            if not after_step(result):
+                break
+
+    def save(self, folder: Path, *, run_digest: str) -> None:
+        save_engine(self, folder, run_digest=run_digest)
+
+    def restore(self, folder: Path, *, run_digest: str) -> None:
+        restore_engine(self, folder, run_digest=run_digest)
+
+    def objective_of(self, batch_index: int) -> Any:
+        """The config of the objective that a rollout batch is for: of the run's, the one whose turn it is."""
+        objective, loop = self.config.objective, self.config.optimization
+        if not isinstance(objective, OPDThenGRPOConfig):
+            return objective
+        step = batch_index * loop.steps_per_rollout_batch
+        if phase_at(step, num_steps=loop.num_steps, opd_share=objective.opd_share) == "opd":
+            return OPDConfig()
+        return GRPOConfig(clip_low=objective.clip_low, clip_high=objective.clip_high)
 
     # --- rollouts -----------------------------------------------------------------------------------------------------
 
     def make_rollout_batch(self, index: int) -> RolloutBatch:
         """Sample, reward, advantage; then what the objective needs from teacher, reference and old policy."""
-        rollout, seconds = self.config.rollout, {}
+        rollout = self.config.rollout
+        seconds: Metrics = {}
         indices = range(index * rollout.prompts_per_batch, (index + 1) * rollout.prompts_per_batch)
-        problems = [self.task.problem("train", i, seed=self.config.seed) for i in indices]
-        with _timed(seconds, "time/generation/seconds"):
-            prompts, completions = self._sample(index, problems)
-        with _timed(seconds, "time/rewards/seconds"):
-            groups = [
-                RolloutGroup(i, problem.prompt, tuple(prompt), tuple(self._judge(problem, group)))
-                for i, problem, prompt, group in zip(indices, problems, prompts, completions, strict=True)
-            ]
+        groups = roll_out(
+            self.config,
+            self.task,
+            indices,
+            writer=self.student,
+            student=self.student,
+            seed=stream_seed(self.config.seed, "rollouts", index),
+            seconds=seconds,
+            before_work=self.before_work,
+        )
         rewards = torch.tensor([r.reward for group in groups for r in group.rollouts], dtype=torch.float64)
         judged = torch.tensor([r.verdict != Verdict.CANNOT_JUDGE for group in groups for r in group.rollouts])
         scale = self.config.optimization.advantage_scale
         batch = RolloutBatch(
             index, groups, group_advantages(rewards, rollout.group_size, scale=scale, judged=judged), seconds=seconds
         )
-        rows = self._rows_that_train(batch)
-        if self.objective.needs_teacher:
+        row, rows = OBJECTIVES[self.objective_of(index).type], self._rows_that_train(batch)
+        if row.needs_teacher:
             assert self.teacher is not None
-            with _timed(seconds, "time/teacher/seconds"):
-                batch.teacher_logprobs = _score_rows(self.teacher.logprobs, batch, rows)
+            with timed(seconds, "time/teacher/seconds"):
+                batch.teacher_logprobs = score_rows(self.teacher.logprobs, batch, rows)
+            batch.counts["teacher/tokens/count"] = sum(map(len, batch.teacher_logprobs))
         if self.reference_scorer is not None:
-            with _timed(seconds, "time/reference/seconds"):
-                batch.reference_logprobs = _score_rows(self.reference_scorer.score, batch, rows)
-        if self.config.optimization.steps_per_rollout_batch > 1:
-            with _timed(seconds, "time/old_logprobs/seconds"):
-                batch.old_logprobs = _score_rows(self.scorer.score, batch, rows)
+            with timed(seconds, "time/reference/seconds"):
+                batch.reference_logprobs = score_rows(self.reference_scorer.score, batch, rows)
+        if self.config.optimization.steps_per_rollout_batch > 1 or row.token_advantages:
+            with timed(seconds, "time/old_logprobs/seconds"):
+                batch.old_logprobs = score_rows(self.scorer.score, batch, rows)
+        if row.token_advantages:
+            batch.token_advantages = self._token_advantages(row, batch)
         return batch
 
-    def _sample(self, index: int, problems: Sequence[Problem]) -> tuple[list[list[int]], list[list[Completion]]]:
-        """The prompts as token ids, and a group of completions of each."""
-        rollout, student = self.config.rollout, self.student
-        prompts = [prompt_token_ids(student.tokenizer, p.prompt, rollout.prompt_format) for p in problems]
-        for i, prompt in enumerate(prompts, start=index * rollout.prompts_per_batch):
-            check_prompt_length(len(prompt), f"training problem {i}", rollout, student.context_tokens)
-        return prompts, sample(
-            student,
-            prompts,
-            group_size=rollout.group_size,
-            max_completion_tokens=rollout.max_completion_tokens,
-            temperature=rollout.temperature,
-            seed=stream_seed(self.config.seed, "rollouts", index),
-            max_batch_rows=rollout.max_batch_rows,
-            before_token=self.before_work,
+    def _token_advantages(self, row: Objective, batch: RolloutBatch) -> list[Tensor]:
+        assert batch.old_logprobs is not None and batch.teacher_logprobs is not None and row.token_advantages is not None
+        lengths = [len(completion) for completion in batch.completions]
+        mask = pad_sequence([torch.ones(length, dtype=torch.bool) for length in lengths], batch_first=True)
+        advantages = row.token_advantages(
+            old_logprobs=pad_sequence(batch.old_logprobs, batch_first=True),
+            teacher_logprobs=pad_sequence(batch.teacher_logprobs, batch_first=True),
+            mask=mask,
+            group_size=self.config.rollout.group_size,
+            **_taken_by(row.token_advantages, objective_knobs(self.objective_of(batch.index), self.step)),
         )
-
-    def _judge(self, problem: Problem, completions: Sequence[Completion]) -> list[Rollout]:
-        texts = self.student.tokenizer.batch_decode([list(c.token_ids) for c in completions], skip_special_tokens=True)
-        judgements = []
-        for text in texts:
-            self.before_work()
-            judgements.append(self.task.judge(problem, text))
-        return [
-            Rollout(completion, text, str(judgement.verdict), judgement.reward)
-            for completion, text, judgement in zip(completions, texts, judgements, strict=True)
-        ]
+        return [values[:length] for values, length in zip(advantages, lengths, strict=True)]
 
     def _rows_that_train(self, batch: RolloutBatch) -> list[int]:
         """Rollouts with a say in the loss; without those of advantage 0 that contribute exactly nothing to the gradient."""
-        skippable = self.objective.zero_advantage_is_zero_gradient and not self.config.optimization.kl_coef
+        row = OBJECTIVES[self.objective_of(batch.index).type]
+        skippable = row.zero_advantage_is_zero_gradient and not self.config.optimization.kl_coef
         rows = self._rows_that_count(batch)
         return [i for i in rows if not (skippable and batch.advantages[i] == 0)]
 
     def _rows_that_count(self, batch: RolloutBatch) -> list[int]:
         """The rollouts that the denominator counts: the judged ones; all of them for an objective that uses no reward."""
-        if "advantages" not in self.objective.needs:
+        if not OBJECTIVES[self.objective_of(batch.index).type].uses_reward:
             return list(range(len(batch.rollouts)))
         return [i for i, rollout in enumerate(batch.rollouts) if rollout.verdict != Verdict.CANNOT_JUDGE]
 
@@ -235,7 +217,8 @@ class NativeEngine:
 
         The denominator is that of all of them, so neither micro-batches nor left-out rows change the result.
         """
-        loop, knobs = self.config.optimization, objective_knobs(self.config.objective, self.step)
+        loop, objective = self.config.optimization, self.objective_of(batch.index)
+        knobs = _taken_by(OBJECTIVES[objective.type].function, objective_knobs(objective, self.step))
         kl_coef = at_step(loop.kl_coef, self.step)
         prompts, completions, trains = batch.prompts, batch.completions, set(self._rows_that_train(batch))
         rows = [i for i in wanted if i in trains]
@@ -251,18 +234,21 @@ class NativeEngine:
         for parameter in self.student.model.parameters():
             # Zeros, not None: a step without gradient still moves by the optimiser's momentum.
             parameter.grad = torch.zeros_like(parameter)
-        total = 0.0
+        total, batch.imitation = 0.0, {}
         for micro in self.scorer.batches([prompts[i] for i in rows], [completions[i] for i in rows]):
             self.before_work()
             part = [rows[i] for i in micro]
             scores = self.scorer([prompts[i] for i in part], [completions[i] for i in part])
             inputs = self._loss_inputs(batch, part, scores)
-            losses, token_stats = token_loss(self.config.objective.type, inputs, knobs=knobs, kl_coef=kl_coef)
+            losses, token_stats = token_loss(objective.type, inputs, knobs=knobs, kl_coef=kl_coef)
             loss = aggregate(losses, inputs.trained, mode=loop.aggregation, denominator=whole)
             loss.backward()
             total += float(loss.detach())
             sampled = [torch.tensor(batch.rollouts[i].completion.logprobs) for i in part]
-            stats.add(inputs, scores.entropy, _padded(sampled, scores.logprobs), token_stats)
+            stats.add(inputs, scores.entropy, padded(sampled, scores.logprobs), token_stats)
+            for row, i in enumerate(part):
+                if i in wanted[: self.config.rollout.group_size]:
+                    batch.imitation[i % self.config.rollout.group_size] = imitation_of(inputs, token_stats, row)
         self.student.model.eval()
         return total
 
@@ -274,17 +260,21 @@ class NativeEngine:
                 "run with a lower optimization.learning_rate, from an earlier checkpoint as student.model."
             )
 
-        def padded(values: list[Tensor] | None) -> Tensor | None:
-            return None if values is None else _padded([values[i] for i in part], scores.logprobs)
+        def chosen(values: list[Tensor] | None) -> Tensor | None:
+            return None if values is None else padded([values[i] for i in part], scores.logprobs)
 
-        old = padded(batch.old_logprobs)
+        old, advantages, size = chosen(batch.old_logprobs), chosen(batch.token_advantages), self.config.rollout.group_size
+        correct = torch.tensor([rollout.verdict == Verdict.CORRECT for rollout in batch.rollouts], device=scores.mask.device)
+        solved = correct.view(-1, size).any(dim=1).repeat_interleave(size)
         return LossInputs(
             student_logprobs=scores.logprobs,
             old_logprobs=scores.logprobs.detach() if old is None else old,
-            advantages=batch.advantages[list(part)].to(scores.logprobs),
+            advantages=batch.advantages[list(part)].to(scores.logprobs) if advantages is None else advantages,
             mask=scores.mask,
-            teacher_logprobs=padded(batch.teacher_logprobs),
-            reference_logprobs=padded(batch.reference_logprobs),
+            teacher_logprobs=chosen(batch.teacher_logprobs),
+            reference_logprobs=chosen(batch.reference_logprobs),
+            is_correct=correct[list(part)],
+            group_is_solved=solved[list(part)],
         )
 
     def _denominator(self, batch: RolloutBatch, wanted: Sequence[int], stats: TokenStats) -> float:
@@ -316,30 +306,5 @@ def objective_knobs(objective: Any, step: int) -> dict[str, Any]:
     return {k: None if v == "off" else at_step(v, step) if isinstance(v, Annealed) else v for k, v in knobs.items()}
 
 
-def _padded(rows: Sequence[Tensor], like: Tensor) -> Tensor:
-    """Rows `[length]` as one tensor `[row, longest length]` of the dtype and device of `like`, 0 behind each row's end."""
-    return pad_sequence(list(rows), batch_first=True).to(like)
-
-
-def _score_rows(score: Callable[..., list[Tensor]], batch: RolloutBatch, rows: Sequence[int]) -> list[Tensor]:
-    """Scores of some rollouts of a batch, in a list over all of them; empty tensors for the others.
-
-    Raises `ValueError` when a completion did not get one score per token.
-    """
-    prompts, completions, results = batch.prompts, batch.completions, [torch.empty(0)] * len(batch.rollouts)
-    values = score([prompts[i] for i in rows], [completions[i] for i in rows])
-    for i, value in zip(rows, values, strict=True):
-        if len(value) != len(completions[i]):
-            raise ValueError(
-                f"rollout {i} has {len(completions[i])} tokens but {len(value)} log-probs came back for it; "
-                "a teacher must give one for each token, NaN where it has none."
-            )
-        results[i] = value
-    return results
-
-
-@contextmanager
-def _timed(seconds: Metrics, key: str) -> Iterator[None]:
-    started = time.monotonic()
-    yield
-    seconds[key] = time.monotonic() - started
+def _taken_by(function: Callable[..., Any], knobs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in knobs.items() if name in inspect.signature(function).parameters}

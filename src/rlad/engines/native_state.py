@@ -6,16 +6,19 @@ everything else is JSON. Randomness and the position in the data are functions o
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlad.engines.native import NativeEngine, RolloutBatch
+from rlad.engines.rollout_batch import RolloutBatch
 from rlad.language_model import LanguageModel
 from rlad.rollouts import RolloutGroup
+
+if TYPE_CHECKING:
+    from rlad.engines.native import NativeEngine
 
 STATE, OPTIMIZER, PENDING = "trainer/state.json", "trainer/optimizer.safetensors", "trainer/pending.safetensors"
 
@@ -31,7 +34,7 @@ def save_model(language_model: LanguageModel, folder: Path) -> None:
         raise
 
 
-def save_engine(engine: NativeEngine, folder: Path, *, run_digest: str) -> None:
+def save_engine(engine: "NativeEngine", folder: Path, *, run_digest: str) -> None:
     """Write everything that `restore_engine` needs into `folder`; `run_digest` names the run it belongs to."""
     save_model(engine.student, folder)
     (folder / "trainer").mkdir()
@@ -48,12 +51,12 @@ def save_engine(engine: NativeEngine, folder: Path, *, run_digest: str) -> None:
     if engine.pending is not None:
         batch = engine.pending
         groups = [group.to_json() for group in batch.groups]
-        state["pending"] = {"index": batch.index, "groups": groups, "seconds": batch.seconds}
+        state["pending"] = {"index": batch.index, "groups": groups, "seconds": batch.seconds, "counts": batch.counts}
         save_file(_batch_tensors(batch), folder / PENDING)
     (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
 
 
-def restore_engine(engine: NativeEngine, folder: Path, *, run_digest: str) -> None:
+def restore_engine(engine: "NativeEngine", folder: Path, *, run_digest: str) -> None:
     """Bring a new engine, whose student was loaded from `folder`, to the state that was saved there.
 
     Raises `ValueError` when the checkpoint is not one of ours, is damaged or of another run, or had another teacher.
@@ -83,7 +86,7 @@ def restore_engine(engine: NativeEngine, folder: Path, *, run_digest: str) -> No
         engine.pending = _batch_from(state["pending"], pending)
 
 
-_SCORES = ("teacher_logprobs", "reference_logprobs", "old_logprobs")
+_SCORES = ("teacher_logprobs", "reference_logprobs", "old_logprobs", "token_advantages")
 
 
 def _batch_tensors(batch: RolloutBatch) -> dict[str, Tensor]:
@@ -98,7 +101,7 @@ def _batch_tensors(batch: RolloutBatch) -> dict[str, Tensor]:
 
 def _batch_from(saved: dict[str, Any], tensors: dict[str, Tensor]) -> RolloutBatch:
     groups = [RolloutGroup.from_json(row) for row in saved["groups"]]
-    batch = RolloutBatch(saved["index"], groups, tensors["advantages"], seconds=saved["seconds"])
+    batch = RolloutBatch(saved["index"], groups, tensors["advantages"], seconds=saved["seconds"], counts=saved["counts"])
     for name in _SCORES:
         if name in tensors:
             setattr(batch, name, list(tensors[name].split(tensors[f"{name}/lengths"].tolist())))

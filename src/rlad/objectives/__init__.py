@@ -13,10 +13,13 @@ from typing import Any
 from torch import Tensor
 
 from rlad.batch import LossInputs
+from rlad.objectives.distilled_rl import distilled_rl_loss
 from rlad.objectives.grpo import grpo_loss
 from rlad.objectives.kdrl import kdrl_loss
 from rlad.objectives.kl import kl_tokens
 from rlad.objectives.opd import opd_loss
+from rlad.objectives.rlsd import rlsd_loss
+from rlad.objectives.topd import topd_advantages, topd_loss
 from rlad.objectives.trrd import trrd_loss
 from rlad.tensors import clean, keep_finite
 
@@ -32,6 +35,11 @@ class Objective:
     paper: str
     zero_advantage_is_zero_gradient: bool
     """A completion with advantage 0 contributes exactly nothing, so it may be left out of the update."""
+    uses_reward: bool = True
+    takes_too: tuple[str, ...] = ()
+    """fields of `LossInputs` that `function` takes where they are given"""
+    token_advantages: Callable[..., Tensor] | None = None
+    """makes the advantages [batch, token] of whole groups, in place of those of the rewards"""
 
     @property
     def needs_teacher(self) -> bool:
@@ -48,8 +56,30 @@ _RATIO = ("student_logprobs", "old_logprobs", "advantages", "mask")
 OBJECTIVES: dict[str, Objective] = {
     "trrd": Objective(trrd_loss, (*_RATIO, "teacher_logprobs"), "arXiv 2602.22495", True),
     "grpo": Objective(grpo_loss, _RATIO, "arXiv 2402.03300", True),
-    "kdrl": Objective(kdrl_loss, (*_RATIO, "teacher_logprobs"), "arXiv 2506.02208", False),
-    "opd": Objective(opd_loss, ("student_logprobs", "old_logprobs", "teacher_logprobs", "mask"), "arXiv 2505.09388", False),
+    "kdrl": Objective(
+        kdrl_loss,
+        (*_RATIO, "teacher_logprobs"),
+        "arXiv 2506.02208",
+        zero_advantage_is_zero_gradient=False,
+        takes_too=("is_correct", "group_is_solved"),
+    ),
+    "opd": Objective(
+        opd_loss,
+        ("student_logprobs", "old_logprobs", "teacher_logprobs", "mask"),
+        "arXiv 2505.09388",
+        zero_advantage_is_zero_gradient=False,
+        uses_reward=False,
+    ),
+    "rlsd": Objective(rlsd_loss, (*_RATIO, "teacher_logprobs"), "arXiv 2604.03128", True),
+    "distilled_rl": Objective(distilled_rl_loss, (*_RATIO, "teacher_logprobs"), "arXiv 2607.17247", True),
+    "topd": Objective(
+        topd_loss,
+        (*_RATIO, "teacher_logprobs"),
+        "arXiv 2607.04751",
+        zero_advantage_is_zero_gradient=False,
+        uses_reward=False,
+        token_advantages=topd_advantages,
+    ),
 }
 
 
@@ -63,7 +93,8 @@ def token_loss(name: str, inputs: LossInputs, *, knobs: Mapping[str, Any] | None
     missing = [field for field in needed if getattr(inputs, field) is None]
     if missing:
         raise ValueError(f"objective {name!r} needs {', '.join(missing)}, which LossInputs was given without.")
-    loss, stats = row.function(**{field: getattr(inputs, field) for field in row.needs}, **(knobs or {}))
+    given = [*row.needs, *(field for field in row.takes_too if getattr(inputs, field) is not None)]
+    loss, stats = row.function(**{field: getattr(inputs, field) for field in given}, **(knobs or {}))
     if kl_coef:
         assert inputs.reference_logprobs is not None
         kept = keep_finite(inputs.mask & ~stats["dropped"], inputs.reference_logprobs)

@@ -1,0 +1,58 @@
+"""Distilled RL: positive advantages are shared out among the tokens as the teacher likes them (arXiv 2607.17247).
+
+f_t    = clip(πT / πold, 1/b, b)                   (constant; b = 3)
+w_t    = f_t / geometric mean of f over the completion's trained tokens where Â > 0, else 1
+loss_t = GRPO loss_t with the advantage Â w_t
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from rlad.objectives.grpo import grpo_loss
+from rlad.tensors import clean, keep_finite, masked_mean_of_rows, per_token
+
+
+def distilled_rl_loss(
+    *,
+    student_logprobs: Tensor,
+    old_logprobs: Tensor,
+    teacher_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    weight_bound: float = 3.0,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Token loss of Distilled RL; see the formula above, with b = `weight_bound`.
+
+    The logarithms of a completion's weights sum to 0: the teacher shares its advantage out among its tokens. Negative
+    advantages are untouched, and b = 1 is GRPO.
+
+    Log-probs [batch, token] (only the student carries a gradient), `advantages` [batch] or [batch, token], `mask`
+    [batch, token] bool. Returns the token loss [batch, token], 0 where masked, and the stats of GRPO with
+    `log_ratio_to_teacher` and `advantage_weight`. Raises `ValueError` for b below 1.
+    """
+    if weight_bound < 1:
+        raise ValueError(f"weight_bound is {weight_bound}; it must be at least 1 (1 = GRPO).")
+    kept = keep_finite(mask, student_logprobs, old_logprobs, teacher_logprobs)
+    old, teacher = clean(old_logprobs, kept).detach(), clean(teacher_logprobs, kept).detach()
+    per_token_advantages = per_token(advantages, kept)
+    bound = math.log(weight_bound)
+    log_factor = (teacher - old).clamp(-bound, bound)
+    weight = (log_factor - masked_mean_of_rows(log_factor, kept)).exp()
+    weight = torch.where(per_token_advantages > 0, weight, torch.ones_like(weight))
+    token_loss, stats = grpo_loss(
+        student_logprobs=student_logprobs,
+        old_logprobs=old_logprobs,
+        advantages=per_token_advantages * weight,
+        mask=kept,
+        clip_low=clip_low,
+        clip_high=clip_high,
+    )
+    return token_loss, stats | {
+        "log_ratio_to_teacher": clean(student_logprobs, kept).detach() - teacher,
+        "advantage_weight": weight,
+        "dropped": mask & ~kept,
+    }
