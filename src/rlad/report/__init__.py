@@ -1,0 +1,50 @@
+"""The report of some runs: tables with intervals, plots, the imitation map. Reads run directories, trains nothing."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rlad.report.comparable import group_runs
+from rlad.report.page import make_page, render_html, render_markdown
+from rlad.report.runs import MissingRun, ReportedRun, read_run
+
+__all__ = ["HTML", "MARKDOWN", "RESULTS", "MissingRun", "ReportedRun", "write_report"]
+
+HTML, MARKDOWN, RESULTS = "report.html", "report.md", "results.jsonl"
+
+
+def write_report(
+    runs: Sequence[ReportedRun],
+    output: Path,
+    *,
+    missing: Sequence[MissingRun] = (),
+    title: str = "Report",
+    notes: Sequence[str] = (),
+) -> None:
+    """Write `report.html`, `report.md` and `results.jsonl` (a row for each run) into the folder `output`.
+
+    Methods stand in the order in which they first appear in `runs`; runs that cannot be compared stand in separate tables. A
+    run that is unfinished or unreadable is listed with the reason, as are those of `missing`. Earlier reports in the folder
+    are replaced. Raises `ValueError` when the folder cannot be written.
+    """
+    read = [read_run(run) for run in runs]
+    finished = [run for run in read if not isinstance(run, MissingRun)]
+    groups, doubles = group_runs(finished)
+    page = make_page(title, notes, groups, [*missing, *(run for run in read if isinstance(run, MissingRun)), *doubles])
+    rows = [
+        run.to_json() | {"method": method.name, "table": number}
+        for number, group in enumerate(groups, start=1)
+        for method in group.methods
+        for run in method.runs
+    ]
+    files = {
+        HTML: render_html(page),
+        MARKDOWN: render_markdown(page),
+        RESULTS: "".join(json.dumps(row) + "\n" for row in rows),
+    }
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (output / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"the report cannot be written to {output} ({error.strerror}); choose another --output.") from None

@@ -1,0 +1,97 @@
+"""From figures to `report.html` and `report.md`."""
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from rlad.report import plots, tables, words
+from rlad.report.comparable import Group
+from rlad.report.escaping import clean, markdown
+from rlad.report.imitation_map import FATES, ImitationMap, imitation_maps
+from rlad.report.methods import figures_of
+from rlad.report.runs import MissingRun
+
+
+@dataclass(frozen=True)
+class Section:
+    """Everything about one group of comparable runs."""
+
+    headline: str
+    shared: str
+    splits: str
+    warnings: Sequence[str]
+    tables: dict[str, tables.Table]
+    results: plots.Plot
+    legend: plots.Plot
+    curves: Sequence[plots.Plot]
+    cost: plots.Plot
+    maps: Sequence[ImitationMap]
+
+
+@dataclass(frozen=True)
+class Page:
+    """What both forms of the report show."""
+
+    title: str
+    notes: Sequence[str]
+    sections: Sequence[Section]
+    not_comparable: Sequence[str]
+    missing: tables.Table | None
+
+
+def make_page(title: str, notes: Sequence[str], groups: Sequence[Group], missing: Sequence[MissingRun]) -> Page:
+    sections = [_section(group) for group in groups]
+    missed = tables.missing_table(missing) if missing else None
+    return Page(title, notes, sections, words.not_comparable(groups), missed)
+
+
+def _section(group: Group) -> Section:
+    figures, baseline = figures_of(group), words.baseline_name(group)
+    shown = [tables.results_table(figures, baseline), tables.breakdown_table(figures)]
+    shown += [tables.cost_table(figures), tables.methods_table(figures)]
+    passed = plots.draw_pass_at_k(figures)
+    return Section(
+        headline=words.headline(figures, baseline),
+        shared=words.what_is_shared(group),
+        splits=words.splits(group),
+        warnings=words.warnings(figures),
+        tables={table.name: table for table in shown},
+        results=plots.draw_results(figures),
+        legend=plots.legend(figures),
+        curves=[*plots.draw_curves(figures), *([passed] if passed else [])],
+        cost=plots.draw_cost(figures),
+        maps=imitation_maps(group),
+    )
+
+
+def render_html(page: Page) -> str:
+    """One file without anything from outside; the policy in its head forbids the browser to load any."""
+    environment = _environment(autoescape=True)
+    source = environment.loader
+    assert source is not None
+    style, script = (Markup(source.get_source(environment, name)[0]) for name in ("style.css", "sort.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    template = environment.get_template("report.html.j2")
+    return template.render(page=page, fates=FATES, style=style, script=script, script_digest=digest, svg=Markup)
+
+
+def render_markdown(page: Page) -> str:
+    return _environment(autoescape=False).get_template("report.md.j2").render(page=page)
+
+
+def _environment(*, autoescape: bool) -> Environment:
+    environment = Environment(
+        loader=PackageLoader("rlad.report"),
+        autoescape=autoescape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=lambda value: clean(value) if type(value) is str else value,
+    )
+    environment.filters["markdown"] = markdown
+    return environment

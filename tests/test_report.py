@@ -1,0 +1,349 @@
+"""The report: its numbers against an independent computation, what is missing, what is not comparable, hostile text."""
+
+import json
+import math
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import rlad
+from report_runs import sample_row, write_run
+from rlad.imitation import FATES as RECORDED_FATES
+from rlad.report import MissingRun, ReportedRun, write_report
+from rlad.report.comparable import group_runs
+from rlad.report.escaping import markdown
+from rlad.report.imitation_map import FATES, MOST_TOKENS, imitation_maps
+from rlad.report.methods import figures_of
+from rlad.report.runs import Run, read_run
+from rlad.report_command import report_runs
+from tiny_runs import run_config
+
+CORRECT = {
+    ("grpo", 0): [0, 1, 2, 3, 4, 0],
+    ("grpo", 1): [1, 1, 2, 2, 4, 0],
+    ("grpo", 2): [0, 0, 3, 3, 4, 1],
+    ("trrd", 0): [4, 3, 4, 4, 4, 2],
+    ("trrd", 1): [3, 3, 4, 4, 4, 4],
+    ("trrd", 2): [4, 4, 4, 4, 3, 3],
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[ReportedRun]:
+    root = tmp_path_factory.mktemp("runs")
+    return [
+        ReportedRun(m, write_run(root / m / f"seed-{s}", correct=c, objective=m, seed=s, before=[1] * 6, ood=[0, s]))
+        for (m, s), c in CORRECT.items()
+    ]
+
+
+def report(runs: list[ReportedRun], folder: Path, **more: Any) -> tuple[str, str, list[dict[str, Any]]]:
+    """HTML, Markdown and the rows of results.jsonl."""
+    write_report(runs, folder, **more)
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    return (folder / "report.html").read_text(), (folder / "report.md").read_text(), rows
+
+
+def table(text: str, caption: str) -> dict[str, dict[str, str]]:
+    """method -> column -> field of a table of report.md."""
+    lines = text[text.index(f"**{caption}") :].splitlines()[2:]
+    fields = [[f.strip() for f in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[: lines.index("")]]
+    return {row[0]: dict(zip(fields[0], row, strict=True)) for row in fields[2:]}
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def test_figures_equal_an_independent_computation(runs, tmp_path):
+    _, text, rows = report(runs, tmp_path)
+    results, detail = table(text, "Test pass@1"), table(text, "Test after training")
+    for method in ("grpo", "trrd"):
+        counts = np.array([c for (m, _), c in CORRECT.items() if m == method]) / 4
+        assert results[method]["seeds"] == "3" and results[method]["before"] == "25.0%"
+        assert results[method]["after"].startswith(f"{100 * counts.mean():.1f}% [")
+        assert results[method]["sd over seeds"] == f"{100 * counts.mean(axis=1).std(ddof=1):.1f}"
+        assert results[method]["gain"].startswith(f"{100 * (counts.mean() - 0.25):+.1f} [")
+        assert detail[method]["2 people"].startswith(f"{100 * counts[:, 0::2].mean():.1f}% [")
+        assert detail[method]["pass@4"].startswith(f"{100 * (counts > 0).mean():.1f}% [")
+        assert detail[method]["out of distribution"].startswith(f"{100 * (0 + 1 + 2) / 3 / 8:.1f}% [")
+        assert (detail[method]["tokens"], detail[method]["truncated"]) == ("12.5", f"{100 / 6 / 4:.1f}%")
+    assert results["grpo"]["minus grpo"] == "baseline"
+    assert results["trrd"]["minus grpo"].startswith("+47.2 [+")  # (65 - 31) / 72
+    assert [(row["method"], row["seed"], row["test_after"]["num_correct"]) for row in rows] == [
+        (m, s, c) for (m, s), c in CORRECT.items()
+    ]
+    assert rows[0]["test_after"]["pass@k"]["4"]["mean"] == pytest.approx(4 / 6)
+    assert rows[0]["settings"]["optimization.num_steps"] == 4
+
+
+def test_p_value_is_exact_for_few_problems_and_corrected_for_the_comparisons(runs, tmp_path):
+    """Of the 2^6 ways to exchange the methods the share that is as good as what was found, doubled."""
+    _, text, _ = report(runs, tmp_path)
+    means = {m: np.mean([c for (n, _), c in CORRECT.items() if n == m], axis=0) for m in ("grpo", "trrd")}
+    difference = means["trrd"] - means["grpo"]
+    signs = np.array(np.meshgrid(*[[1, -1]] * 6)).reshape(6, -1)
+    share = np.mean(difference @ signs >= difference.sum() - 1e-9)
+    row = table(text, "Test pass@1")["trrd"]
+    assert float(row["p"]) == pytest.approx(2 * share, abs=6e-4) and row["p, Holm"] == row["p"]
+
+
+def test_cost(runs, tmp_path):
+    """4 steps of 2 + .5 + 1 + 1.5 seconds, 2 x 8 rollouts of 5 tokens, teacher tokens .1 + .2 + .3 + .4."""
+    _, text, rows = report(runs, tmp_path)
+    row = table(text, "Cost")["trrd"]
+    assert [row[c] for c in ("steps", "seconds", "s / step", "generation", "teacher", "update", "rest")] == [
+        *("4", "20", "5.00", "40.0%", "20.0%", "30.0%", "10.0%")
+    ]
+    assert row["sampled tokens"] == "320"
+    assert rows[0]["teacher_tokens"] == pytest.approx(1.0) and rows[0]["peak_memory_bytes"] == 0.4
+
+
+def test_the_report_is_the_same_again(runs, tmp_path):
+    assert report(runs, tmp_path / "a") == report(runs, tmp_path / "b")
+
+
+def test_a_real_run(world, tmp_path):
+    """What the engine writes is what the report reads, the imitation map included."""
+    config = run_config(world, tmp_path / "trrd" / "seed-0", objective={"type": "trrd"}, rollout={"temperature": 2.0})
+    rlad.train(config)
+    page = report_runs([str(tmp_path / "trrd")], str(tmp_path / "out")).read_text()
+    assert "With one seed, trrd reaches" in page and 'class="completion"' in page
+    assert {fate.letter for fate in FATES} == set(RECORDED_FATES)
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_paragraph_says_what_came_out(runs, tmp_path):
+    page, text, _ = report(runs, tmp_path, title="Two methods", notes=["Learning rates were chosen on validation."])
+    first = text.splitlines()[2]
+    assert text.startswith("# Two methods\n")
+    assert first.startswith("Over 3 seeds, trrd reaches 90.3% [") and "the highest mean; grpo reaches 43.1% [" in first
+    assert "Learning rates were chosen on validation." in page and "Learning rates were chosen on validation." in text
+    assert "Selection: the validation split (2 problems x 1 completions)" in page and "(6 problems x 4 completions)" in page
+    assert "Fewer than 3 seeds" not in page
+
+
+def test_no_verdict_without_evidence(tmp_path):
+    a = write_run(tmp_path / "a", correct=[4, 0, 4, 0, 2], objective="grpo")
+    b = write_run(tmp_path / "b", correct=[0, 4, 4, 1, 2])
+    _, text, _ = report([ReportedRun("grpo", a), ReportedRun("trrd", b)], tmp_path / "out")
+    assert "Compared with grpo, not told apart from it by these data: trrd. With so few seeds, what is said of trrd is" in text
+
+
+def test_few_seeds_are_said(runs, tmp_path):
+    page, text, _ = report([*runs[:3], *runs[3:5]], tmp_path)
+    assert "Fewer than 3 seeds: trrd (2)." in page and "> **Warning.** Fewer than 3 seeds: trrd (2)." in text
+    assert "2 shared seed(s)" not in table(text, "Test pass@1")["trrd"]["minus grpo"]  # all of its seeds
+    _, text, _ = report([*runs[:2], *runs[3:]], tmp_path)
+    assert table(text, "Test pass@1")["trrd"]["minus grpo"].endswith("2 shared seed(s)")
+
+
+# --- missing, and not comparable ------------------------------------------------------------------------------------------
+
+
+def test_missing_runs_do_not_take_the_others_down(runs, tmp_path):
+    unfinished = write_run(tmp_path / "kdrl", correct=[1] * 6, objective="kdrl", seed=4, finished=False)
+    broken = write_run(tmp_path / "broken", correct=[1] * 6)
+    (broken / "eval.jsonl").write_text('{"step": 0}\n')
+    nothing = tmp_path / "nothing"
+    extra = [ReportedRun("kdrl", unfinished), ReportedRun("opd", broken), ReportedRun("gkd", nothing)]
+    page, text, rows = report([*runs, *extra], tmp_path / "out", missing=[MissingRun("rlsd", 3, "killed by SIGKILL")])
+    missing = {row["method"]: row for row in table(text, "Runs that are not in the tables").values()}
+    assert missing["rlsd"] == {"method": "rlsd", "seed": "3", "why": "killed by SIGKILL"}
+    assert missing["kdrl"]["seed"] == "4" and "not finished: 2 of 4 steps" in missing["kdrl"]["why"]
+    assert "cannot be read: KeyError" in missing["opd"]["why"] and "holds no run" in missing["gkd"]["why"]
+    assert list(table(text, "Test pass@1")) == ["grpo", "trrd"] and len(rows) == 6 and "killed by SIGKILL" in page
+
+
+def test_nothing_but_missing_runs(tmp_path):
+    page, text, rows = report([], tmp_path, missing=[MissingRun("trrd", 0, "out of memory")])
+    assert "No run came to its end" in page and "out of memory" in text and rows == []
+
+
+@pytest.mark.parametrize(
+    ("sections", "difference"),
+    [
+        ({"optimization": {"num_steps": 9}}, "optimization.num_steps: 4 and 9"),
+        ({"optimization": {"num_steps": 4, "max_seconds": 5.0}}, "optimization.max_seconds: none and 5.0"),
+        ({"task": {"num_people": [2]}}, "task.num_people: [2, 3] and [2]"),
+        ({"keys": list("abcdef")}, "the held-out problems themselves"),
+    ],
+)
+def test_other_tasks_and_budgets_get_a_table_of_their_own(runs, tmp_path, sections, difference):
+    other = write_run(tmp_path / "other", correct=[4] * 6, ood=[0, 0], **sections)
+    page, text, rows = report([*runs, ReportedRun("trrd", other)], tmp_path / "out")
+    assert "Not one comparison." in page and "Table 2 is not comparable with table 1" in text and difference in text
+    assert [row["table"] for row in rows] == [1] * 6 + [2]
+    assert text.count("**Test pass@1") == 2
+
+
+def test_settings_of_methods_and_machines_are_compared(tmp_path):
+    """Same name, another alpha or learning rate: methods of their own; another device: the same."""
+    given: list[dict[str, Any]] = [
+        {"objective": {"type": "trrd", "alpha": 0.5}},
+        {"objective": {"type": "trrd", "alpha": 0.5}, "seed": 1, "student": {"device": "cpu"}},
+        {"objective": {"type": "trrd", "alpha": 0.9}},
+        {"objective": {"type": "trrd", "alpha": 0.5}, "optimization": {"learning_rate": 1e-3}},
+    ]
+    paths = [write_run(tmp_path / str(i), correct=[1, 2], **settings) for i, settings in enumerate(given)]
+    groups, _ = group_runs(loaded([ReportedRun("trrd", path) for path in paths]))
+    names = [(m.name, m.seeds) for m in groups[0].methods]
+    assert len(groups) == 1 and names == [
+        ("trrd (alpha = 0.5, learning_rate = 1e-06)", [0, 1]),
+        ("trrd (alpha = 0.9, learning_rate = 1e-06)", [0]),
+        ("trrd (alpha = 0.5, learning_rate = 0.001)", [0]),
+    ]
+
+
+def test_a_second_run_of_a_seed_is_left_out(runs, tmp_path):
+    double = write_run(tmp_path / "again", correct=[4] * 6, ood=[0, 0])
+    _, text, _ = report([*runs, ReportedRun("trrd", double)], tmp_path / "out")
+    assert "is a second run of this method and seed" in text and table(text, "Test pass@1")["trrd"]["seeds"] == "3"
+
+
+def loaded(runs: list[ReportedRun]) -> list[Run]:
+    read = [read_run(run) for run in runs]
+    assert all(isinstance(run, Run) for run in read), read
+    return [run for run in read if isinstance(run, Run)]
+
+
+# --- runs that lack something -------------------------------------------------------------------------------------------
+
+
+def test_runs_without_optional_metrics_samples_and_tests(tmp_path):
+    sft = write_run(tmp_path / "sft", correct=[1, 0, 1], num_samples=1, objective="sft", metrics=())
+    (sft / "samples.jsonl").unlink()
+    page, text, rows = report([ReportedRun("sft", sft)], tmp_path / "out")
+    assert rows[0]["ood_after"] is None and rows[0]["peak_memory_bytes"] is None
+    assert "Reward" not in page and "pass@2" not in page and "out of distribution" not in text
+    assert table(text, "Cost")["sft"]["peak memory"] == "–"
+    assert "minus" not in text.split("**Test after")[0] and "With one seed, sft reaches 66.7%" in text
+
+
+def test_a_curve_says_who_has_not_recorded_it(tmp_path):
+    a, b = write_run(tmp_path / "a", correct=[1, 2]), write_run(tmp_path / "b", correct=[1, 2], objective="sft", metrics=())
+    page, _, _ = report([ReportedRun("trrd", a), ReportedRun("sft", b)], tmp_path / "out")
+    assert "Reward by step. Not recorded by sft." in page
+
+
+def test_a_run_without_steps(tmp_path):
+    folder = write_run(tmp_path / "a", correct=[1, 2])
+    (folder / "metrics.jsonl").write_text("")
+    _, text, _ = report([ReportedRun("trrd", folder)], tmp_path / "out")
+    assert table(text, "Cost")["trrd"]["s / step"] == "–"
+
+
+# --- hostile text -------------------------------------------------------------------------------------------------------
+
+EVIL = "<script>alert(1)</script>"
+
+
+def test_text_of_models_and_people_stays_text(tmp_path):
+    row = sample_row(1, [EVIL, "\u202etxt", "\x1b[31m", '" onmouseover="x', "a\nb"], "+h+++", verdict=EVIL)
+    row["prompt"] = EVIL
+    run = write_run(tmp_path / "x", correct=[1, 2], samples=[row], teacher={"model": f"a|b`{EVIL}"})
+    method = f"{EVIL} $\\frac{{1}}$ |"
+    missing = [MissingRun(EVIL, 0, f"line one\n| {EVIL} | [x](http://evil)\n# heading")]
+    page, text, _ = report([ReportedRun(method, run)], tmp_path / "out", missing=missing, title=EVIL, notes=[EVIL])
+    scripts = re.findall(r"<script[^>]*>(.)", page)
+    assert (
+        scripts == ["/"] and "\u202e" not in page and "\x1b" not in page and 'onmouseover="x' not in page.replace("&#34;", "")
+    )
+    assert "&lt;script&gt;" in page and "<script" not in text
+    assert "[x](http" not in text and len(table(text, "Runs that are not in the tables")) == 1
+    assert {len(re.split(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("|") and "script" in line} >= {5}
+
+
+def test_markdown_by_hand():
+    assert markdown("a|b *c* _d_ e_f `g` <b> 3 < 4\n# x [y](z)") == r"a\|b \*c\* \_d\_ e_f \`g\` &lt;b> 3 < 4 # x [y]\(z)"
+    assert markdown("- item") == r"\- item"
+
+
+def test_the_page_needs_nothing_from_outside(runs, tmp_path):
+    page, _, _ = report(runs, tmp_path)
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)
+    assert policy and policy[1].startswith("default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-")
+    addresses = set(re.findall(r'(?:src|href|url)\s*[=(]\s*["\']?([^"\')\s>]+)', page))
+    assert all(address.startswith("#") for address in addresses), addresses
+    for svg in re.findall(r"<svg[^>]*>", page):
+        assert 'role="img"' in svg and re.search(r'aria-label="[^"]{20,}"', svg), svg
+
+
+# --- the imitation map --------------------------------------------------------------------------------------------------
+
+
+def test_the_map_shows_the_completions_with_most_gated_tokens(tmp_path):
+    words = [f" w{i}" for i in range(20)]
+    samples = [
+        sample_row(1, words, "h" * 2 + "+" * 18),
+        sample_row(1, words, "h" * 5 + "+" * 15, clamped="c" * 3 + "." * 17),
+        sample_row(1, words, "p" * 4 + "-" * 16, advantage=-0.7),
+        sample_row(4, words[:2], "h+"),  # 1 of 2 tokens, but 2 tokens say little
+        sample_row(4, words, "h" * 3 + "+" * 17),
+    ]
+    run = write_run(tmp_path / "a", correct=[1, 2], samples=samples)
+    other = write_run(tmp_path / "b", correct=[1, 2], objective="grpo", samples=samples)
+    groups, _ = group_runs(loaded([ReportedRun("trrd", run), ReportedRun("grpo", other)]))
+    (found,) = imitation_maps(groups[0])
+    shown = [(c.phase, c.step, c.verdict, [(f.letter, n) for f, n in c.counts], c.num_clamped) for c in found.completions]
+    assert shown == [
+        ("early", 1, "correct", [("+", 15), ("h", 5)], 3),
+        ("early", 1, "wrong", [("-", 16), ("p", 4)], 0),
+        ("late", 4, "correct", [("+", 17), ("h", 3)], 0),
+    ]
+    early, late = found.phases
+    assert (early.num_tokens, early.shares["held back"], early.clamped) == (60, 7 / 60, 3 / 60)
+    assert (late.num_tokens, late.shares["held back"]) == (22, 4 / 22)
+    assert found.completions[0].tokens[0].note == "held back; log student - log teacher +0.50, clamped; advantage +1.00"
+
+
+def test_long_completions_are_cut_and_say_so(tmp_path):
+    samples = [sample_row(1, ["x"] * 1000, "h" * 1000)]
+    run = write_run(tmp_path / "a", correct=[1, 2], samples=samples)
+    page, _, _ = report([ReportedRun("trrd", run)], tmp_path / "out")
+    assert f"the first {MOST_TOKENS} of 1000 tokens" in page and "1000 held back" in page
+
+
+# --- the command --------------------------------------------------------------------------------------------------------
+
+
+def test_command_finds_runs_below_a_folder(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / "cmp" / "runs" / "my trrd" / f"seed-{seed}", correct=[1, 2], seed=seed)
+    write_run(tmp_path / "cmp" / "tuning" / "trrd" / "lr-1" / "seed-0", correct=[1, 2])
+    alone = write_run(tmp_path / "alone", correct=[1, 2], objective="grpo")
+    page = report_runs([str(tmp_path / "cmp"), str(alone), str(tmp_path / "cmp" / "runs")], str(tmp_path / "out"))
+    results = table(page.with_name("report.md").read_text(), "Test pass@1")
+    assert {name: row["seeds"] for name, row in results.items()} == {"my trrd": "2", "grpo": "1"}
+
+
+@pytest.mark.parametrize(
+    ("paths", "output", "sentence"),
+    [
+        (["nowhere"], "out", "nowhere is no folder; give a run directory"),
+        (["empty"], "out", "no run found in .*empty; give"),
+        (["run"], "file", "--output .*file is a file; give a folder"),
+        (["run"], "file/below", "the report cannot be written to .*; choose another --output"),
+        ([], "out", "no run was given"),
+    ],
+)
+def test_mistakes(tmp_path, paths, output, sentence):
+    write_run(tmp_path / "run", correct=[1, 2])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=sentence):
+        report_runs([str(tmp_path / path) for path in paths], str(tmp_path / output))
+
+
+def test_methods_come_in_the_order_given_and_bars_hold_their_mean(runs):
+    groups, doubles = group_runs(loaded([*runs[3:], *runs[:3]]))
+    figures = figures_of(groups[0])
+    assert [f.name for f in figures] == ["trrd", "grpo"] and doubles == []
+    for f in figures:
+        assert 0 <= f.after.low <= f.after.mean <= f.after.high <= 1 and not math.isnan(f.sd)
+        assert all(small.mean <= large.mean for small, large in pairwise(f.pass_at_k.values()))
