@@ -1,9 +1,10 @@
 """`rlad check`: what a config will do and whether it can, without training and without loading weights."""
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,15 +14,16 @@ from rich.console import Console
 from rich.text import Text
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from rlad.config import RunConfig
+from rlad.catalogue import describe
+from rlad.config import TRAINED_BY_TRL, OptimizationConfig, RunConfig
 from rlad.config_file import changed_settings
 from rlad.console import printable
 from rlad.language_model import EMBEDDED, context_tokens, end_token_ids, load_model_config, load_tokenizer, pick_device
 from rlad.objectives import OBJECTIVES
+from rlad.preparation import longest_prompt, require_working_verifier
 from rlad.run_dir import RunDirectory
 from rlad.tasks import make_task
 from rlad.teachers.compatibility import Finding, compare_contexts, compare_tokenizers
-from rlad.training import longest_prompt, require_working_verifier
 
 Result = TypeVar("Result")
 _GIB = 1024**3
@@ -84,6 +86,7 @@ def check_run(config: RunConfig) -> CheckReport:
 
     findings += attempt("run directory", _check_run_dir) or []
     findings += attempt("device", _check_devices) or []
+    findings += attempt("packages", _check_packages) or []
     findings += attempt("models", _check_models) or []
     findings += attempt("task", _check_task) or []
     memory = None
@@ -95,22 +98,29 @@ def check_run(config: RunConfig) -> CheckReport:
     return CheckReport(config, describe_plan(config), findings, memory)
 
 
+_TEACHER_WORK = {
+    "grpo": "no teacher",
+    "opd_then_grpo": "the teacher scores each sampled token once in the steps with opd, later nothing",
+    "sft": "the teacher writes all completions before the first step",
+    "gkd": "the teacher computes the full vocabulary's probabilities at each sampled token",
+}
+
+
 def describe_plan(config: RunConfig) -> list[str]:
     """What a step computes, one line each."""
-    rollout, loop, row = config.rollout, config.optimization, OBJECTIVES[config.objective.type]
+    rollout, loop, row = config.rollout, config.optimization, OBJECTIVES.get(config.objective.type)
     num_rollouts = rollout.prompts_per_batch * rollout.group_size
     plan = [
         f"{loop.num_steps} optimiser steps, {loop.steps_per_rollout_batch} on each batch of {num_rollouts} rollouts "
         f"({rollout.prompts_per_batch} prompts x {rollout.group_size})",
-        f"objective {config.objective.type} ({row.paper})",
-        *(f"    {line}" for line in row.formula.splitlines()),
-        "the teacher scores each sampled token once" if row.needs_teacher else "no teacher",
+        *describe("objectives", config.objective.type).partition("\n\n[")[0].splitlines(),
+        _TEACHER_WORK.get(config.objective.type, "the teacher scores each sampled token once"),
     ]
     if loop.kl_coef:
         plan.append("the initial student scores each sampled token once (KL leash)")
     if loop.steps_per_rollout_batch > 1:
         plan.append("the old policy scores each sampled token once (several steps on one rollout batch)")
-    if row.zero_advantage_is_zero_gradient and not loop.kl_coef:
+    if row and row.zero_advantage_is_zero_gradient and not loop.kl_coef:
         plan.append("completions of advantage 0 are left out of scoring and update: they contribute exactly nothing")
     return plan
 
@@ -133,13 +143,29 @@ def _check_devices(config: RunConfig) -> list[Finding]:
     return [Finding("ok", "device", ", ".join(f"{who} {device}" for who, device in picked.items()))]
 
 
+def _check_packages(config: RunConfig) -> list[Finding]:
+    if config.objective.type not in TRAINED_BY_TRL:
+        return []
+    if importlib.util.find_spec("trl") is None:
+        message = f"objective {config.objective.type!r} is trained by TRL, which is not installed: pip install 'rlad[trl]'."
+        return [Finding("error", "packages", message)]
+    findings = [Finding("ok", "packages", "TRL is installed")]
+    default, loop = OptimizationConfig(), config.optimization
+    if (loop.aggregation, loop.advantage_scale) != (default.aggregation, default.advantage_scale):
+        message = (
+            f"optimization.aggregation and advantage_scale mean nothing to {config.objective.type!r}: TRL averages over tokens"
+        )
+        findings.append(Finding("warning", "packages", message))
+    return findings
+
+
 def _check_models(config: RunConfig) -> list[Finding]:
     student, student_config = load_tokenizer(config.student.model), load_model_config(config.student.model)
     _require_weights(config.student.model)
     end = ", ".join(map(repr, student.convert_ids_to_tokens(list(end_token_ids(student_config, None, student)))))
     findings = [Finding("ok", "student", f"{config.student.model} ({student_config.model_type}), ends with {end}")]
     context = context_tokens(student_config)
-    if config.teacher is None or not OBJECTIVES[config.objective.type].needs_teacher:
+    if config.teacher is None or not config.needs_teacher:
         return [*findings, Finding("ok", "context", f"student {context or 'not stated'} tokens")]
     teacher, teacher_config = load_tokenizer(config.teacher.model), load_model_config(config.teacher.model)
     _require_weights(config.teacher.model)
@@ -161,8 +187,11 @@ def _check_task(config: RunConfig) -> list[Finding]:
 
 
 def _longest_prompt(config: RunConfig) -> int:
-    with closing(make_task(**config.task.model_dump())) as task:
-        return longest_prompt(config, task, load_tokenizer(config.student.model), _context(config))
+    with ExitStack() as tasks:
+        tokenizer, ood = load_tokenizer(config.student.model), config.ood_task
+        task = tasks.enter_context(closing(make_task(**config.task.model_dump())))
+        ood_task = tasks.enter_context(closing(make_task(**ood.model_dump()))) if ood else None
+        return longest_prompt(config, task, tokenizer, _context(config), ood_task)
 
 
 def _context(config: RunConfig) -> int | None:

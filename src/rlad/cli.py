@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -32,6 +33,7 @@ def main() -> None:
     rlad check my_run.toml                  can this work? what will it do? (trains nothing)
     rlad train my_run.toml                  train your own student
     rlad train my_run.toml objective=grpo   the same with one setting changed
+    rlad compare                            which method works? several methods and seeds, one report
     """
     # A loop of many small operations on few cores loses most of its time to threads that spin while they wait.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -94,8 +96,9 @@ def train(arguments: tuple[str, ...], resume: bool, overwrite: bool, as_json: bo
         with ConsoleReporter(console) as reporter:
             result = run_training(config, resume=resume, overwrite=overwrite, reporter=reporter)
     except StopRequested as stopped:
-        command = f"rlad train {config.directory} --resume"
-        click.echo(f"rlad: stopped by {stopped}; a checkpoint is written, go on with: {command}", err=True)
+        from rlad.training import how_to_go_on
+
+        click.echo(f"rlad: stopped by {stopped}; {how_to_go_on(config)}", err=True)
         sys.exit(EXIT_SIGNAL + stopped.signal_number)
     if as_json:
         click.echo(json.dumps(result.to_json()))
@@ -186,6 +189,63 @@ def evaluate(
         click.echo(json.dumps(evaluation.summary_json()))
     else:
         print_summary(evaluation)
+
+
+@main.command()
+@click.argument("arguments", nargs=-1, metavar="[COMPARE.toml] [KEY=VALUE]...")
+@click.option("--dry-run", is_flag=True, help="Print the runs and which of them are done; train nothing.")
+@_sentences_for_mistakes
+def compare(arguments: tuple[str, ...], dry_run: bool) -> None:
+    """Find out which method works, over several seeds.
+
+    All methods have one budget, and there is one report of them.
+
+    COMPARE.toml names the methods, the seeds and the run that they share; without it the embedded example is compared.
+    KEY=VALUE changes one setting, for example 'seeds=[0,1,2,3,4]' or jobs=2.
+
+    A comparison that is started again goes on with what is missing. A run that fails is named in the report, and the exit code
+    is 1.
+    """
+    overrides = [a for a in arguments if "=" in a and not os.path.exists(a)]
+    paths = [a for a in arguments if a not in overrides]
+    if len(paths) > 1:
+        raise ValueError(f"got {len(paths)} comparisons, {', '.join(paths)}; give one, and overrides of the form key=value.")
+    from rlad.compare_config import load_comparison
+
+    comparison, folder = load_comparison(paths[0] if paths else None, overrides)
+    from rich.console import Console
+
+    console = Console()
+    with console.status("starting"):
+        from rlad.compare_command import print_plan, run_comparison
+        from rlad.stopping import StopRequested
+    if dry_run:
+        print_plan(console, comparison, folder)
+        return
+    try:
+        missing = run_comparison(console, comparison, folder)
+    except StopRequested as stopped:
+        command = shlex.join(["rlad", "compare", *arguments])
+        click.echo(f"rlad: stopped by {stopped}; what was trained is kept, go on with: {command}", err=True)
+        sys.exit(EXIT_SIGNAL + stopped.signal_number)
+    if missing:
+        sys.exit(EXIT_FAILURE)
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True)
+@click.option("--output", default="report", show_default=True, help="Folder for report.html, report.md and results.jsonl.")
+@_sentences_for_mistakes
+def report(runs: tuple[str, ...], output: str) -> None:
+    """Make a report of runs that are there.
+
+    Tables with intervals, learning curves, cost, and what TRRD did with each token.
+
+    RUNS are run directories, or folders that hold some.
+    """
+    from rlad.report_command import report_runs
+
+    click.echo(f"report  {report_runs(runs, output)}")
 
 
 @main.command(name="list")
