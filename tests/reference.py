@@ -61,7 +61,7 @@ def topd_advantages(old: Rows, teacher: Rows, *, alpha: float) -> list[list[floa
         row = []
         for position, reward in enumerate(rewards):
             later = rewards[position + 1 :]
-            row.append(reward + (sum(later) / len(later) if later else 0.0))
+            row.append(reward + (sum(later) / len(later) if later else reward))
         returns.append(row)
     everything = [value for row in returns for value in row]
     mean = sum(everything) / len(everything)

@@ -170,8 +170,8 @@ def test_distilled_rl_by_hand() -> None:
 def test_topd_by_hand() -> None:
     """alpha .5: πT/πold = 3 gives the token reward log(.5 * 3 + .5) = log 2, πT/πold = 1 gives 0.
 
-    Rewards in log 2: [0, 1, 0] and [1]; returns [0 + (1 + 0)/2, 1 + 0, 0] and [1]. Mean .625, deviations -.125, .375, -.625 and
-    .375, variance .171875.
+    Rewards in log 2: [0, 1, 0] and [1]; returns [0 + (1 + 0)/2, 1 + 0, 0 + 0] and [1 + 1]: a last token takes its own reward
+    for the mean that it lacks. Mean .875, deviations -.375, .125, -.875 and 1.125, variance .546875.
     """
     old = rows([-2.0, -2.0, -2.0], [-3.0])
     inputs = {
@@ -182,7 +182,7 @@ def test_topd_by_hand() -> None:
         "mask": torch.tensor([[True] * 3, [True, False, False]]),
     }
     log2 = math.log(2)
-    advantages = [deviation * log2 / (math.sqrt(0.171875) * log2 + 1e-4) for deviation in (-0.125, 0.375, -0.625, 0.375)]
+    advantages = [deviation * log2 / (math.sqrt(0.546875) * log2 + 1e-4) for deviation in (-0.375, 0.125, -0.875, 1.125)]
     scores = {field: inputs[field] for field in ("old_logprobs", "teacher_logprobs", "mask")}
     made = topd_advantages(**scores, group_size=2, alpha=0.5)
     assert made[inputs["mask"]].tolist() == pytest.approx(advantages, abs=1e-14)
@@ -423,12 +423,19 @@ def test_distilled_rl_shares_a_positive_advantage_out_and_leaves_negative_ones_a
 
 
 def test_topd_rewards_have_a_floor_whatever_the_teacher_says() -> None:
-    """Two completions of one token: returns 0 and log(1 - alpha), so A = +-d/2 / (d/2 + 1e-4) with d = -log(1 - alpha)."""
+    """Two completions of one token: returns 0 and 2 log(1 - alpha), so A = +-d / (d + 1e-4) with d = -log(1 - alpha)."""
     for gap in (30.0, 80.0, 1e4):
         scores = {"old_logprobs": rows([-1.0], [-1.0]), "teacher_logprobs": rows([-1.0], [-1.0 - gap])}
         made = topd_advantages(**scores, mask=torch.ones(2, 1, dtype=torch.bool), group_size=2, alpha=0.2)
-        half = -math.log(0.8) / 2
-        assert made[:, 0].tolist() == pytest.approx([half / (half + 1e-4), -half / (half + 1e-4)], abs=1e-12)
+        d = -math.log(0.8)
+        assert made[:, 0].tolist() == pytest.approx([d / (d + 1e-4), -d / (d + 1e-4)], abs=1e-12)
+
+
+def test_topd_sees_no_difference_between_tokens_that_the_teacher_likes_equally() -> None:
+    """Whatever their place and the length of their completion: the last token, too."""
+    old = rows([-1.0] * 7, [-2.0] * 3)
+    scores = {"old_logprobs": old, "teacher_logprobs": old + 0.5, "mask": old != 0}
+    assert topd_advantages(**scores, group_size=2).abs().max() < 1e-10
 
 
 def test_topd_advantages_are_normalised_over_the_tokens_of_a_group() -> None:
@@ -484,9 +491,9 @@ def test_topd_follows_the_divergence_to_the_mixture(alpha: float) -> None:
     logits = torch.randn(9, generator=generator, dtype=torch.float64).requires_grad_()
     teacher = torch.randn(9, generator=generator, dtype=torch.float64).log_softmax(-1)
     old = logits.detach().log_softmax(-1)
-    # All nine tokens as one group: advantages are (r̃ - mean) / (std + 1e-4); a constant has no expected gradient.
+    # All nine tokens as one group: advantages are 2 (r̃ - mean) / (2 std + 1e-4); a constant has no expected gradient.
     rewards = (alpha * (teacher - old).exp() + 1 - alpha).log()
-    scale = float(rewards.std(correction=0)) + 1e-4
+    scale = float(rewards.std(correction=0)) + 1e-4 / 2
     student = logits.log_softmax(-1)
     scores = {"old_logprobs": old[:, None], "teacher_logprobs": teacher[:, None], "mask": torch.ones(9, 1, dtype=torch.bool)}
     made = topd_advantages(**scores, group_size=9, alpha=alpha)

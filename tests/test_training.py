@@ -31,6 +31,40 @@ def untimed(run_dir: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows(run_dir, METRICS)]
 
 
+# --- one process at a time --------------------------------------------------------------------------------------------
+
+
+def test_two_processes_do_not_train_in_one_run_directory(world, tmp_path):
+    config = run_config(world, tmp_path / "run")
+    rlad.train(config)
+    before = remains(tmp_path / "run")
+    with RunDirectory(tmp_path / "run").locked():
+        for how in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(ValueError, match=r"another process is training in .*run; wait until it has ended"):
+                rlad.train(config, **how)
+    assert remains(tmp_path / "run") == before
+    rlad.train(config, overwrite=True)  # the lock is gone with its process
+
+
+def test_a_finished_run_that_goes_on_is_not_finished_before_its_new_end(world, tmp_path):
+    config = run_config(world, tmp_path / "run")
+    rlad.train(config)
+    run = RunDirectory(tmp_path / "run")
+    assert run.is_finished()
+
+    class Interrupts(Silent):
+        def step(self, result, num_steps):
+            assert not run.is_finished()
+            raise StopRequested(signal.SIGINT)
+
+    config["optimization"] = config["optimization"] | {"num_steps": 8}
+    with pytest.raises(StopRequested):
+        rlad.train(config, resume=True, reporter=Interrupts())
+    assert not run.is_finished()
+    rlad.train(config, resume=True)
+    assert run.is_finished() and len(rows(run.path, METRICS)) == 8
+
+
 # --- runs that end early ----------------------------------------------------------------------------------------------
 
 

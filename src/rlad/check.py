@@ -1,6 +1,5 @@
 """`rlad check`: what a config will do and whether it can, without training and without loading weights."""
 
-import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from rlad.catalogue import describe
 from rlad.config import TRAINED_BY_TRL, OptimizationConfig, RunConfig
 from rlad.config_file import changed_settings
 from rlad.console import printable
+from rlad.engines.trl_distillation import require_one_vocabulary, require_trl_version
 from rlad.language_model import EMBEDDED, context_tokens, end_token_ids, load_model_config, load_tokenizer, pick_device
 from rlad.objectives import OBJECTIVES
 from rlad.preparation import longest_prompt, require_working_verifier
@@ -146,9 +146,7 @@ def _check_devices(config: RunConfig) -> list[Finding]:
 def _check_packages(config: RunConfig) -> list[Finding]:
     if config.objective.type not in TRAINED_BY_TRL:
         return []
-    if importlib.util.find_spec("trl") is None:
-        message = f"objective {config.objective.type!r} is trained by TRL, which is not installed: pip install 'rlad[trl]'."
-        return [Finding("error", "packages", message)]
+    require_trl_version(config.objective.type)
     findings = [Finding("ok", "packages", "TRL is installed")]
     default, loop = OptimizationConfig(), config.optimization
     if (loop.aggregation, loop.advantage_scale) != (default.aggregation, default.advantage_scale):
@@ -163,6 +161,9 @@ def _check_models(config: RunConfig) -> list[Finding]:
     student, student_config = load_tokenizer(config.student.model), load_model_config(config.student.model)
     _require_weights(config.student.model)
     end = ", ".join(map(repr, student.convert_ids_to_tokens(list(end_token_ids(student_config, None, student)))))
+    if config.objective.type == "gkd" and config.teacher is not None:
+        teacher_config = load_model_config(config.teacher.model)
+        require_one_vocabulary(student_config.get_text_config().vocab_size, teacher_config.get_text_config().vocab_size)
     findings = [Finding("ok", "student", f"{config.student.model} ({student_config.model_type}), ends with {end}")]
     context = context_tokens(student_config)
     if config.teacher is None or not config.needs_teacher:

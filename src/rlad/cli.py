@@ -63,11 +63,15 @@ def _load(arguments: Sequence[str]) -> "RunConfig":
     """The run described by `[RUN] [KEY=VALUE]...`."""
     from rlad.config_file import load_config
 
+    return load_config(*_path_and_overrides(arguments))
+
+
+def _path_and_overrides(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     overrides = [a for a in arguments if "=" in a and not os.path.exists(a)]
     paths = [a for a in arguments if a not in overrides]
     if len(paths) > 1:
         raise ValueError(f"got {len(paths)} configs, {', '.join(paths)}; give one, and overrides of the form key.path=value.")
-    return load_config(paths[0] if paths else None, overrides)
+    return (paths[0] if paths else None), overrides
 
 
 @main.command()
@@ -206,13 +210,9 @@ def compare(arguments: tuple[str, ...], dry_run: bool) -> None:
     A comparison that is started again goes on with what is missing. A run that fails is named in the report, and the exit code
     is 1.
     """
-    overrides = [a for a in arguments if "=" in a and not os.path.exists(a)]
-    paths = [a for a in arguments if a not in overrides]
-    if len(paths) > 1:
-        raise ValueError(f"got {len(paths)} comparisons, {', '.join(paths)}; give one, and overrides of the form key=value.")
     from rlad.compare_config import load_comparison
 
-    comparison, folder = load_comparison(paths[0] if paths else None, overrides)
+    comparison, folder = load_comparison(*_path_and_overrides(arguments))
     from rich.console import Console
 
     console = Console()
@@ -235,8 +235,9 @@ def compare(arguments: tuple[str, ...], dry_run: bool) -> None:
 @main.command()
 @click.argument("runs", nargs=-1, required=True)
 @click.option("--output", default="report", show_default=True, help="Folder for report.html, report.md and results.jsonl.")
+@click.option("--baseline", metavar="METHOD", help="What the others are compared with; by default grpo, or else the first.")
 @_sentences_for_mistakes
-def report(runs: tuple[str, ...], output: str) -> None:
+def report(runs: tuple[str, ...], output: str, baseline: str | None) -> None:
     """Make a report of runs that are there.
 
     Tables with intervals, learning curves, cost, and what TRRD did with each token.
@@ -245,7 +246,7 @@ def report(runs: tuple[str, ...], output: str) -> None:
     """
     from rlad.report_command import report_runs
 
-    click.echo(f"report  {report_runs(runs, output)}")
+    click.echo(f"report  {report_runs(runs, output, baseline)}")
 
 
 @main.command(name="list")

@@ -8,6 +8,7 @@ Each run is a process of its own, so one that fails or is killed takes no other 
 goes on with what is missing.
 """
 
+import math
 import os
 import signal
 import subprocess
@@ -20,8 +21,8 @@ from statistics import mean
 
 from rlad.compare_config import CompareConfig, folder_name, method_config
 from rlad.config import TRAINED_BY_TRL, EvaluationConfig, RunConfig
-from rlad.config_file import dump_config, load_config
-from rlad.report import MissingRun, ReportedRun, write_report
+from rlad.config_file import differing_settings, dump_config, load_config
+from rlad.report import HTML, MissingRun, ReportedRun, write_comparison_file, write_report
 from rlad.run_dir import EVAL, METRICS, RunDirectory
 from rlad.stopping import Stop
 
@@ -51,11 +52,15 @@ class PlannedRun:
         """Whether it came to its end. `ValueError` when another run lies in its place."""
         if not self.directory.exists():
             return False
-        stored = load_config(self.path)
-        if stored.digest != self.config.digest or stored.optimization.num_steps != self.config.optimization.num_steps:
+        try:
+            stored = load_config(self.path)
+        except ValueError:  # of a damaged run, which its own process then says
+            return False
+        differing = differing_settings(stored, self.config)
+        if differing:
             raise ValueError(
-                f"{self.path} holds a run with other settings than this comparison wants of {self.method!r}; choose another "
-                "directory for the comparison, or delete that run."
+                f"{self.path} holds a run with other settings than this comparison wants of {self.method!r} "
+                f"({'; '.join(differing)}); choose another directory for the comparison, or delete that run."
             )
         return self.directory.is_finished()
 
@@ -75,19 +80,18 @@ Progress = Callable[[str, Sequence[PlannedRun]], None]
 def compare(comparison: CompareConfig, folder: Path, *, progress: Progress = lambda line, runs: None) -> Comparison:
     """Do what is missing of a comparison and write its report. `folder` is where the paths of its config start from.
 
-    Raises `ValueError` when a run directory of it holds another run or no run came to its end, and `StopRequested` after
-    Ctrl-C or SIGTERM, when the runs in progress have written their checkpoints.
+    Raises `ValueError` when a run directory of it holds another run or cannot be written, and `StopRequested` after Ctrl-C or
+    SIGTERM, when the runs in progress have written their checkpoints.
     """
     root = Path(comparison.directory)
     rates, notes, missing = _tune(comparison, folder, progress)
-    planned = [run for run in final_runs(comparison, folder, rates) if run.method not in {each.method for each in missing}]
+    planned = [run for run in final_runs(comparison, folder, rates) if comparison.tuning is None or run.method in rates]
     missing += _train(planned, comparison.jobs, progress)
     finished = [ReportedRun(run.method, run.path) for run in planned if run.directory.is_finished()]
-    if not finished:
-        raise ValueError(f"no run of the comparison came to its end; the first failed because: {missing[0].reason}")
     finished.sort(key=lambda run: list(comparison.methods).index(run.method))
-    write_report(finished, root, missing=missing, title=f"Comparison {root.name}", notes=notes)
-    return Comparison(root / "report.html", missing)
+    title, baseline = f"Comparison {root.name}", comparison.baseline
+    write_comparison_file(root, {folder_name(method): method for method in comparison.methods}, notes, baseline)
+    return Comparison(root / HTML, write_report(finished, root, missing=missing, title=title, notes=notes, baseline=baseline))
 
 
 def final_runs(comparison: CompareConfig, folder: Path, rates: Mapping[str, float]) -> list[PlannedRun]:
@@ -132,26 +136,28 @@ def _tune(comparison: CompareConfig, folder: Path, progress: Progress) -> tuple[
         return {}, [], []
     grid = tuning_runs(comparison, folder)
     failed = _train([run for runs in grid.values() for run in runs], comparison.jobs, progress)
-    rates, missing = {}, []
+    rates: dict[str, float] = {}
     tried, seeds = ", ".join(f"{rate:g}" for rate in tuning.learning_rates), ", ".join(map(str, tuning.seeds))
     lines = [
         f"Learning rate of each method: the best of {tried} by pass@1 on the validation split behind the last step, mean over "
         f"seeds {seeds}; the same search for all."
     ]
     for method in comparison.methods:
-        scores = {
-            rate: mean(_last_validation(run.directory) for run in runs)
-            for (name, rate), runs in grid.items()
-            if name == method and all(run.directory.is_finished() for run in runs)
-        }
-        if scores:
-            rates[method] = max(scores, key=lambda rate: (scores[rate], -rate))
-            tried = ", ".join(f"{rate:g}: {score:.1%}" for rate, score in sorted(scores.items()))
-            lines.append(f"{method}: {rates[method]:g} (validation {tried})")
-        else:
-            reason = next(run.reason for run in failed if run.method == method)
-            missing += [MissingRun(method, seed, f"no learning rate could be tuned: {reason}") for seed in comparison.seeds]
+        scores = {rate: _validation(grid[method, rate]) for rate in sorted(tuning.learning_rates)}
+        found = {rate: score for rate, score in scores.items() if score is not None}
+        if found:
+            rates[method] = max(found, key=lambda rate: (found[rate], -rate))
+        shown = ", ".join(f"{rate:g}: {'failed' if score is None else f'{score:.1%}'}" for rate, score in scores.items())
+        lines.append(f"{method}: {rates.get(method, math.nan):g} (validation {shown})")
+    missing = [MissingRun(run.method, run.seed, f"while its learning rate was tuned: {run.reason}") for run in failed]
     return rates, lines, missing
+
+
+def _validation(runs: Sequence[PlannedRun]) -> float | None:
+    """Validation pass@1 behind the last step, mean over seeds; None when a run is missing."""
+    if not all(run.directory.is_finished() for run in runs):
+        return None
+    return mean(_last_validation(run.directory) for run in runs)
 
 
 def _last_validation(run: RunDirectory) -> float:
@@ -182,25 +188,42 @@ def _train(planned: Sequence[PlannedRun], jobs: int, progress: Progress) -> list
                 progress("", planned)
                 time.sleep(_POLL_SECONDS)
         finally:
-            for _, process in running:
-                process.send_signal(signal.SIGINT)
-            for _, process in running:
-                process.wait()
+            _end([process for _, process in running])
     return failed
+
+
+def _end(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
+    """Let the runs write their checkpoints; a second Ctrl-C ends them at once."""
+    for process in processes:
+        process.terminate()
+    try:
+        for process in processes:
+            process.wait()
+    except KeyboardInterrupt:
+        for process in processes:
+            process.terminate()
+        raise
 
 
 def _start(run: PlannedRun, jobs: int) -> "subprocess.Popen[bytes]":
     """The process of a run that begins or goes on; Ctrl-C reaches it through us alone."""
-    run.path.parent.mkdir(parents=True, exist_ok=True)
-    config, log = run.beside(".toml"), run.beside(".log")
-    config.write_text(dump_config(run.config), encoding="utf-8")
+    config = run.beside(".toml")
+    try:
+        run.path.parent.mkdir(parents=True, exist_ok=True)
+        config.write_text(dump_config(run.config), encoding="utf-8")
+        log = run.beside(".log").open("wb")
+    except OSError as error:
+        raise ValueError(
+            f"{run.path.parent} cannot be written ({error.strerror}); free some space or mend its permissions, or give the "
+            "comparison another directory."
+        ) from None
     command = [sys.executable, "-m", "rlad", "train", str(config)]
     if run.directory.exists():
         command.append("--overwrite" if run.config.objective.type in TRAINED_BY_TRL else "--resume")
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} if jobs > 1 else {}
-    with log.open("ab") as output:
+    with log:
         return subprocess.Popen(
-            command, env=threads | os.environ, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            command, env=threads | os.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
 
 
@@ -209,6 +232,9 @@ def _why_it_failed(run: PlannedRun, code: int) -> str:
     if code == 0:
         return ""
     said = [line for line in run.beside(".log").read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    sentences = [line.removeprefix("rlad: ") for line in said if line.startswith("rlad: ")]
-    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}: {said[-1] if said else 'no output'}"
-    return f"{sentences[-1] if sentences else how} (see {run.beside('.log')})"
+    if code < 0:
+        how = f"killed by {signal.Signals(-code).name}"
+    else:
+        sentences = [line.removeprefix("rlad: ") for line in said if line.startswith("rlad: ")]
+        how = sentences[-1] if sentences else f"exit code {code}: {said[-1] if said else 'no output'}"
+    return f"{how} (see {run.beside('.log')})"

@@ -16,7 +16,9 @@ def print_plan(console: Console, comparison: CompareConfig, folder: Path) -> Non
     tuning = [run for runs in tuning_runs(comparison, folder).values() for run in runs]
     runs = [*tuning, *final_runs(comparison, folder, {})]
     for run in runs:
-        _print(console, f"{'done ' if run.directory.is_finished() else 'to do'}  {run.path}")
+        # Which learning rate a run is to have is known only behind the tuning.
+        is_done = run.directory.is_finished() if comparison.tuning and run not in tuning else run.is_done()
+        _print(console, f"{'done ' if is_done else 'to do'}  {run.path}")
     loop, rollout = runs[-1].config.optimization, runs[-1].config.rollout
     _print(
         console,

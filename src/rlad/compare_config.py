@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rlad.config import Count, NonNegativeInt, RunConfig
 from rlad.config_file import DEFAULT_RUN, parse_config, parse_overrides, read_toml, validated
-from rlad.presets import merged
+from rlad.presets import expand_preset, merged
 
 DEFAULT_COMPARISON = Path(__file__).parent / "models" / "compare.toml"
 
@@ -17,7 +17,6 @@ DEFAULT_COMPARISON = Path(__file__).parent / "models" / "compare.toml"
 _OF_A_METHOD = {
     "objective": None,
     "teacher": None,
-    "student": None,
     "optimization": (
         "learning_rate", "schedule", "warmup_steps", "weight_decay", "betas", "max_grad_norm",
         "aggregation", "advantage_scale", "kl_coef", "tokens_per_batch",
@@ -55,14 +54,22 @@ class CompareConfig(_Section):
     """settings of all runs that differ from those of `run`"""
     methods: dict[str, dict[str, Any]] = Field(min_length=1)
     """name -> its settings; a name that is an objective or a preset needs none"""
+    baseline: str | None = None
+    """the method that the others are compared with; by default `grpo`, or else the first"""
     tuning: TuningConfig | None = None
     """choose each method's learning rate first, on the validation split"""
 
     @model_validator(mode="after")
-    def _seeds_differ(self) -> "CompareConfig":
-        for name, seeds in (("seeds", self.seeds), ("tuning.seeds", self.tuning.seeds if self.tuning else ())):
-            if len(set(seeds)) < len(seeds):
-                raise ValueError(f"{name} = {list(seeds)} holds a seed twice; each run needs a seed of its own.")
+    def _fits_together(self) -> "CompareConfig":
+        tuning = self.tuning
+        seeds, rates = (tuning.seeds, [f"{rate:g}" for rate in tuning.learning_rates]) if tuning else ((), [])
+        for name, values in (("seeds", self.seeds), ("tuning.seeds", seeds), ("tuning.learning_rates", rates)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} = {list(values)} holds a value twice; each run needs one of its own")
+        if "seed" in self.shared or "run_dir" in self.shared:
+            raise ValueError("[shared] sets seed or run_dir, which belong to single runs; use seeds and directory")
+        if self.baseline is not None and self.baseline not in self.methods:
+            raise ValueError(f"baseline = {self.baseline!r} is none of the methods; there are {', '.join(self.methods)}")
         return self
 
 
@@ -98,14 +105,32 @@ def method_config(comparison: CompareConfig, folder: Path, method: str, *, seed:
         if section not in _OF_A_METHOD or wrong:
             raise ValueError(
                 f"method {method!r} sets {', '.join(wrong) or section}, but all methods share one budget; a method may set "
-                "objective, teacher, student and how it optimises: put the rest into [shared]."
+                "objective, teacher and how it optimises: put the rest into [shared]."
             )
     base = read_toml(DEFAULT_RUN if comparison.run is None else Path(os.path.join(folder, comparison.run)))
     objective = base.pop("objective", {})
-    table = merged(base, comparison.shared)
     # The base run's own settings of its objective are those of the method of that name.
     named = {} if "objective" in changes else {"objective": objective if objective.get("type") == method else {"type": method}}
     try:
-        return parse_config(merged(table, named | changes) | {"seed": seed})
+        config = parse_config(expand_preset(named | changes, merged(base, comparison.shared)) | {"seed": seed})
+        _require_a_fair_limit(config)
+        return config
     except ValueError as error:
         raise ValueError("\n".join(f"method {method!r}: {line}" for line in str(error).splitlines())) from None
+
+
+def _require_a_fair_limit(config: RunConfig) -> None:
+    """`ValueError` when a limit of seconds or teacher tokens means nothing to a method, or something else than its steps."""
+    loop = config.optimization
+    if loop.max_teacher_tokens is not None and not config.needs_teacher:
+        raise ValueError(
+            f"objective {config.objective.type!r} uses no teacher, so max_teacher_tokens would not end it; leave the method "
+            "out, or compare under the same num_steps or max_seconds."
+        )
+    limits = [name for name in ("max_seconds", "max_teacher_tokens") if getattr(loop, name) is not None]
+    planned = "its schedule" if loop.schedule != "constant" else "opd_share" if config.objective.type == "opd_then_grpo" else ""
+    if limits and planned:
+        raise ValueError(
+            f"{planned} is planned over num_steps, which {limits[0]} may end early; give the comparison num_steps alone, or "
+            "this method a constant schedule and another objective."
+        )

@@ -33,9 +33,18 @@ def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -
 
 
 def parse_overrides(table: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """`table` with `key.path=value` overrides applied to it; `ValueError` for one that is not of that form."""
-    for override in overrides:
+    """`table` with `key.path=value` overrides applied to it; `ValueError` for one that is not of that form.
+
+    A preset among them changes what the table says; the other overrides change the preset.
+    """
+    choices = [override for override in overrides if override.partition("=")[0].strip() in ("objective", "objective.type")]
+    for override in choices:
         _apply(table, override)
+    if choices:
+        table = expand_preset({"objective": table["objective"]}, {key: table[key] for key in table if key != "objective"})
+    for override in overrides:
+        if override not in choices:
+            _apply(table, override)
     return table
 
 
@@ -62,6 +71,13 @@ def changed_settings(config: RunConfig) -> dict[str, Any]:
     changed = dict(_flat(config.model_dump(mode="json", exclude_defaults=True)))
     settings = _flat(_type_first(config.model_dump(mode="json", exclude_none=True)))
     return {key: value for key, value in settings if key in changed or key in ("task.type", "objective.type")}
+
+
+def differing_settings(found: RunConfig, wanted: RunConfig) -> list[str]:
+    """The dotted settings in which two runs differ, with both values; where a run lies does not count."""
+    tables = [dict(_flat(config.model_dump(mode="json", exclude={"run_dir"}))) for config in (found, wanted)]
+    keys = [key for key in dict.fromkeys((*tables[0], *tables[1])) if tables[0].get(key) != tables[1].get(key)]
+    return [f"{key} is {tables[0].get(key)!r} instead of {tables[1].get(key)!r}" for key in keys]
 
 
 def read_toml(path: Path) -> dict[str, Any]:

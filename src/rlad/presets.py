@@ -28,14 +28,17 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def expand_preset(table: dict[str, Any]) -> dict[str, Any]:
-    """The config with its preset, if `objective.type` names one, spelled out; what the config sets itself goes first."""
-    objective = table.get("objective")
+def expand_preset(table: dict[str, Any], base: dict[str, Any] | None = None) -> dict[str, Any]:
+    """`table` over `base`, with the preset that its `objective.type` may name spelled out between the two.
+
+    So what stands beside the name of a preset is stronger than the preset, and the preset than the config it is laid upon.
+    """
+    base, objective = base or {}, table.get("objective")
     name = objective.get("type") if isinstance(objective, dict) else None
-    if not (isinstance(name, str) and name in PRESETS):
-        return table
-    given = {**table, "objective": {key: value for key, value in table["objective"].items() if key != "type"}}
-    return merged(PRESETS[name][1], given)
+    if not (isinstance(objective, dict) and isinstance(name, str) and name in PRESETS):
+        return merged(base, table)
+    without_name = {**table, "objective": {key: value for key, value in objective.items() if key != "type"}}
+    return merged(merged(base, PRESETS[name][1]), without_name)
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

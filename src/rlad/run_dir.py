@@ -9,6 +9,7 @@ checkpoints/step-N/   the best and the last: a Hugging Face model folder, with `
 curve.png, README.md  the learning curve and the model card
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ from rlad.errors import RunFailedError
 
 CONFIG, ENVIRONMENT = "config.toml", "run.json"
 METRICS, EVAL, SAMPLES = "metrics.jsonl", "eval.jsonl", "samples.jsonl"
-MODEL_CARD = "README.md"
+MODEL_CARD, LOCK = "README.md", ".lock"
 
 EvaluationSet = Literal["validation", "test", "ood"]
 """validation: chooses the best checkpoint; test: reported; ood: test problems out of the training distribution"""
@@ -66,6 +67,25 @@ class RunDirectory:
             if self.exists():
                 shutil.rmtree(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from training here meanwhile; `ValueError` when one does."""
+        with self._writing():
+            file = (self.path / LOCK).open("w")
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"another process is training in {self.path}; wait until it has ended, or choose another run_dir."
+                ) from None
+            yield
+
+    def delete(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        with self._writing():
+            (self.path / name).unlink(missing_ok=True)
 
     def write(self, name: str, content: str | bytes) -> None:
         """Write a whole file at once: it is either the old one or the new one, never half of it."""

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: once asks the run to stop at the next safe point, twice stops it at once."""
+"""Ctrl-C, SIGTERM and a closed terminal: once asks the run to stop at the next safe point, twice stops it at once."""
 
 import signal
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ class Stop:
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
-        """Catch SIGINT and SIGTERM inside the block (main thread only), where they are not ignored."""
+        """Catch SIGINT, SIGTERM and SIGHUP inside the block (main thread only), where they are not ignored."""
 
         def remember(number: int, frame: FrameType | None) -> None:
             self._signal = number
@@ -37,7 +37,7 @@ class Stop:
             for each, handler in former.items():
                 signal.signal(each, handler)
 
-        former = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+        former = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         former = {each: handler for each, handler in former.items() if handler is not signal.SIG_IGN}
         try:
             for each in former:

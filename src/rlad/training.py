@@ -86,16 +86,20 @@ def train(
     if stored is None:
         run.require_free(overwrite=overwrite)
     checkpoint = run.checkpoints()[-1][1] if stored and run.checkpoints() else None
-    with ExitStack() as tasks:
-        task = tasks.enter_context(closing(make_task(**config.task.model_dump())))
+    with ExitStack() as held:
+        if run.exists():
+            held.enter_context(run.locked())
+        task = held.enter_context(closing(make_task(**config.task.model_dump())))
         ood = config.ood_task
-        ood_task = tasks.enter_context(closing(make_task(**ood.model_dump()))) if ood else None
+        ood_task = held.enter_context(closing(make_task(**ood.model_dump()))) if ood else None
         training = Training(config, run, task, ood_task, reporter or Silent(), checkpoint)
         if stored is None:
             run.create()
+            held.enter_context(run.locked())
             run.write(ENVIRONMENT, json.dumps(describe_environment(config.seed), indent=2))
             run.write(CONFIG, dump_config(config))
         else:
+            run.delete(MODEL_CARD)  # a run without it is not finished
             run.forget_after(training.engine.step if checkpoint else -1)
             if stored.optimization != config.optimization:  # more steps
                 run.write(CONFIG, dump_config(config))

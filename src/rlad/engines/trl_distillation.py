@@ -51,7 +51,7 @@ class TRLDistillationEngine:
         """
         require_trl(config.objective.type)
         if config.objective.type == "gkd":
-            _require_one_vocabulary(student, teacher)
+            require_one_vocabulary(*(each.model.config.get_text_config().vocab_size for each in (student, teacher)))
         self.config, self.student, self.teacher, self.task = config, student, teacher, task
         self.before_work = before_work
         self.step = 0
@@ -193,26 +193,32 @@ def _sft_figures(config: RunConfig, data: TeacherData, step: int) -> Metrics:
     return metrics
 
 
-def require_trl(objective: str) -> None:
-    """`ValueError` unless a TRL can be imported that this module was written for."""
+def require_trl_version(objective: str) -> None:
+    """`ValueError` unless the TRL that this module was written for is installed."""
     try:
         version = metadata.version("trl")
-        if not version.startswith(f"{TRL_VERSION}."):
-            found = f"is version {version} instead of {TRL_VERSION}"
-        else:
-            import rlad.engines.trl_trainers  # noqa: F401
-
-            return
     except metadata.PackageNotFoundError:
-        found = "is not installed"
+        raise ValueError(_no_trl(objective, "is not installed")) from None
+    if not version.startswith(f"{TRL_VERSION}."):
+        raise ValueError(_no_trl(objective, f"is version {version} instead of {TRL_VERSION}"))
+
+
+def require_trl(objective: str) -> None:
+    """`ValueError` unless that TRL can also be imported."""
+    require_trl_version(objective)
+    try:
+        import rlad.engines.trl_trainers  # noqa: F401
     except (ImportError, RuntimeError) as error:  # TRL makes the latter of the former
         first_line, _, _ = str(error).partition("\n")
-        found = f"cannot be imported ({first_line})"
-    raise ValueError(f"objective {objective!r} is trained by TRL, and trl {found}; install it with: pip install 'rlad[trl]'.")
+        raise ValueError(_no_trl(objective, f"cannot be imported ({first_line})")) from None
 
 
-def _require_one_vocabulary(student: LanguageModel, teacher: LanguageModel) -> None:
-    ours, theirs = (each.model.config.get_text_config().vocab_size for each in (student, teacher))
+def _no_trl(objective: str, found: str) -> str:
+    return f"objective {objective!r} is trained by TRL, and trl {found}; install it with: pip install 'rlad[trl]'."
+
+
+def require_one_vocabulary(ours: int, theirs: int) -> None:
+    """`ValueError` when student and teacher have different numbers of token probabilities."""
     if ours != theirs:
         raise ValueError(
             f"objective 'gkd' compares whole distributions, but the student has {ours} token probabilities and the teacher "

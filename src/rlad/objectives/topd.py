@@ -5,6 +5,7 @@ A_t    = r̃_t + mean of the later r̃ of the completion, then normalised over a
 loss_t = GRPO loss_t with the advantage A_t
 """
 
+import torch
 from torch import Tensor
 
 from rlad.objectives.grpo import grpo_loss
@@ -19,7 +20,8 @@ def topd_advantages(
     """The advantages A_t [batch, token] of TOPD, 0 where masked or where a log-prob is not finite; see the formula above.
 
     The arguments hold whole groups, each prompt's `group_size` completions side by side: [batch, token] each. Normalised with
-    the population standard deviation + 1e-4. A group whose teacher agrees with the old policy everywhere has A = 0.
+    the population standard deviation + 1e-4; the last token takes its own r̃ for the mean of the later ones. A group whose
+    teacher agrees with the old policy everywhere has A = 0.
     Raises `ValueError` for alpha outside (0, 1) or a batch that is no multiple of `group_size`.
     """
     if not 0 < alpha < 1:
@@ -33,7 +35,8 @@ def topd_advantages(
     rewards = x.clamp(min=0) + below + above
     later = rewards.sum(dim=1, keepdim=True) - rewards.cumsum(dim=1)
     num_later = kept.sum(dim=1, keepdim=True) - kept.cumsum(dim=1)
-    returns = clean(rewards + later / num_later.clamp(min=1), kept)
+    # With 0 for the mean that it lacks, the last token would stand out by its place alone.
+    returns = clean(rewards + torch.where(num_later > 0, later / num_later.clamp(min=1), rewards), kept)
     groups, keep = returns.view(-1, group_size * mask.shape[1]), kept.view(-1, group_size * mask.shape[1])
     count = keep.sum(dim=1, keepdim=True).clamp(min=1)
     centred = clean(groups - groups.sum(dim=1, keepdim=True) / count, keep)

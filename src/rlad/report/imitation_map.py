@@ -4,10 +4,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rlad.report.comparable import Group
 from rlad.report.runs import Run
-from rlad.run_dir import SAMPLES, RunDirectory
+from rlad.run_dir import SAMPLES
 
 OBJECTIVE = "trrd"
 PHASES = ("early", "middle", "late")
@@ -104,6 +107,31 @@ class _Recorded:
         return (self.fates.count("h") + self.fates.count("p")) / max(len(self.fates), 10)
 
 
+class _Model(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class _Imitation(_Model):
+    fates: Annotated[str, Field(pattern=r"^[+h\-p.]*$")]
+    advantages: list[float]
+    clamped: Annotated[str, Field(pattern=r"^[c.]*$")] | None = None
+    log_ratio_to_teacher: list[float | None] | None = None
+
+
+class _Rollout(_Model):
+    verdict: str
+    tokens: list[str] | None = None
+    imitation: _Imitation | None = None
+
+
+class _Row(_Model):
+    """What is read of a row of `samples.jsonl`."""
+
+    step: Annotated[int, Field(ge=1)]
+    prompt: str
+    rollouts: list[_Rollout]
+
+
 def imitation_maps(group: Group) -> list[ImitationMap]:
     """One for each TRRD method of a table (the first few), of its first seed that has recorded one."""
     found = (_first_map(m.name, m.runs) for m in group.methods if m.runs[0].config.objective.type == OBJECTIVE)
@@ -134,16 +162,25 @@ def _map_of(method: str, run: Run) -> ImitationMap | None:
 
 
 def _recorded(run: Run) -> Iterator[_Recorded]:
-    """All recorded completions. A row that another version has written otherwise is passed over."""
-    for row in RunDirectory(run.path).read(SAMPLES):
-        for rollout in row["rollouts"]:
-            record, tokens = rollout.get("imitation"), rollout.get("tokens")
-            if not record or not tokens or not len(record["fates"]) == len(tokens) == len(record["advantages"]):
+    """All recorded completions. A row that is damaged, or that another version has written otherwise, is passed over."""
+    path = run.path / SAMPLES
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                row = _Row.model_validate_json(line)
+            except ValidationError:
                 continue
-            clamped = record.get("clamped") or "." * len(tokens)
-            log_ratios = record.get("log_ratio_to_teacher") or [None] * len(tokens)
-            given = (row["prompt"], rollout["verdict"], tokens, record["fates"], clamped, log_ratios, record["advantages"])
-            yield _Recorded(row["step"], *given)
+            for rollout in row.rollouts:
+                tokens, record = rollout.tokens, rollout.imitation
+                if not tokens or not record:
+                    continue
+                clamped = record.clamped or "." * len(tokens)
+                log_ratios = record.log_ratio_to_teacher or [None] * len(tokens)
+                if {len(record.fates), len(clamped), len(log_ratios), len(record.advantages)} == {len(tokens)}:
+                    given = (row.prompt, rollout.verdict, tokens, record.fates, clamped, log_ratios, record.advantages)
+                    yield _Recorded(row.step, *given)
 
 
 def _phase(name: str, steps: Sequence[int], counts: Counter[str]) -> Phase:

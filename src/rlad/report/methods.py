@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 
 from rlad.problem_results import ProblemResult, ks_up_to
 from rlad.report.comparable import Group, Method
-from rlad.report.runs import PARTS, Run
+from rlad.report.runs import PARTS, MissingRun, Run
 from rlad.statistics import Comparison, Estimate, compare, holm, mean_over_seeds, paired_difference, pass_at_k
 
 Pick = Callable[[Run], Sequence[ProblemResult]]
@@ -59,14 +59,33 @@ class Cost:
         return self.seconds[part] / self.total_seconds if self.total_seconds else math.nan
 
 
-def baseline_of(group: Group) -> Method:
-    """GRPO where there is one, else the first method."""
-    return next((m for m in group.methods if m.runs[0].config.objective.type == BASELINE), group.methods[0])
+def baseline_of(group: Group, chosen: str | None = None) -> Method:
+    """The method named `chosen`, else the one named `grpo`, else the first of objective grpo, else the first."""
+    methods = group.methods
+    return (
+        _named(methods, chosen)
+        or next((m for m in methods if m.name == BASELINE), None)
+        or next((m for m in methods if m.runs[0].config.objective.type == BASELINE), methods[0])
+    )
 
 
-def figures_of(group: Group) -> list[MethodFigures]:
+def require_baseline(chosen: str, groups: Sequence[Group], missing: Sequence[MissingRun]) -> None:
+    """`ValueError` when no table has a method of this name, though there are tables and none of its runs is missing."""
+    methods = [method for group in groups for method in group.methods]
+    if methods and not _named(methods, chosen) and chosen not in {run.method for run in missing}:
+        names = ", ".join(dict.fromkeys(method.name for method in methods))
+        raise ValueError(f"the baseline {chosen!r} is none of the methods; there are {names}.")
+
+
+def _named(methods: Sequence[Method], name: str | None) -> Method | None:
+    """The method of this name, or the first of those that had it before what tells them apart was added."""
+    exact = (m for m in methods if m.name == name)
+    return next(exact, None) or next((m for m in methods if m.runs[0].method == name), None)
+
+
+def figures_of(group: Group, chosen: str | None = None) -> list[MethodFigures]:
     """Figures of each method; all but the baseline with its difference to it, p-values corrected for their number."""
-    baseline = baseline_of(group)
+    baseline = baseline_of(group, chosen)
     figures = [_figures(method) for method in group.methods]
     compared = [f if f.method is baseline else replace(f, to_baseline=_compare(f.method, baseline)) for f in figures]
     corrected = iter(holm([f.to_baseline.p_value for f in compared if f.to_baseline]))

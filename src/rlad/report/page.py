@@ -12,7 +12,7 @@ from rlad.report import plots, tables, words
 from rlad.report.comparable import Group
 from rlad.report.escaping import clean, markdown
 from rlad.report.imitation_map import FATES, ImitationMap, imitation_maps
-from rlad.report.methods import figures_of
+from rlad.report.methods import baseline_of, figures_of
 from rlad.report.runs import MissingRun
 
 
@@ -29,6 +29,7 @@ class Section:
     legend: plots.Plot
     curves: Sequence[plots.Plot]
     cost: plots.Plot
+    cost_notes: Sequence[str]
     maps: Sequence[ImitationMap]
 
 
@@ -43,27 +44,30 @@ class Page:
     missing: tables.Table | None
 
 
-def make_page(title: str, notes: Sequence[str], groups: Sequence[Group], missing: Sequence[MissingRun]) -> Page:
-    sections = [_section(group) for group in groups]
+def make_page(
+    title: str, notes: Sequence[str], groups: Sequence[Group], missing: Sequence[MissingRun], baseline: str | None
+) -> Page:
+    sections = [_section(group, baseline, is_tuned=bool(notes)) for group in groups]
     missed = tables.missing_table(missing) if missing else None
     return Page(title, notes, sections, words.not_comparable(groups), missed)
 
 
-def _section(group: Group) -> Section:
-    figures, baseline = figures_of(group), words.baseline_name(group)
-    shown = [tables.results_table(figures, baseline), tables.breakdown_table(figures)]
+def _section(group: Group, chosen: str | None, *, is_tuned: bool) -> Section:
+    figures, baseline = figures_of(group, chosen), baseline_of(group, chosen)
+    shown = [tables.results_table(figures, baseline.name), tables.breakdown_table(figures)]
     shown += [tables.cost_table(figures), tables.methods_table(figures)]
     passed = plots.draw_pass_at_k(figures)
     return Section(
-        headline=words.headline(figures, baseline),
+        headline=words.headline(figures, baseline.name),
         shared=words.what_is_shared(group),
-        splits=words.splits(group),
-        warnings=words.warnings(figures),
+        splits=words.splits(group, is_tuned=is_tuned),
+        warnings=words.warnings(figures, baseline, chosen),
         tables={table.name: table for table in shown},
         results=plots.draw_results(figures),
         legend=plots.legend(figures),
         curves=[*plots.draw_curves(figures), *([passed] if passed else [])],
         cost=plots.draw_cost(figures),
+        cost_notes=words.cost_notes(figures),
         maps=imitation_maps(group),
     )
 

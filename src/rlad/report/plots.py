@@ -110,39 +110,53 @@ Series = Callable[[Run], dict[int, float]]
 
 
 def _metric(key: str) -> Series:
-    return lambda run: {row["step"]: row[key] for row in run.steps if row.get(key) is not None}
+    return lambda run: {row["step"]: row[key] for row in run.steps if key in row}
 
 
-CURVES: Sequence[tuple[str, str, Series, bool]] = (
-    ("Reward", "mean reward of the rollouts", _metric("reward/mean"), False),
-    ("Validation pass@1", "pass@1 on the validation split", lambda run: dict(run.validation), True),
-    ("Completion length", "mean tokens of the rollouts", _metric("rollout/completion_tokens/mean"), False),
-    ("Entropy", "nats, at the trained tokens", _metric("student/entropy/mean"), False),
+@dataclass(frozen=True, slots=True)
+class _Curve:
+    """`series`: the values of a run by step; where they are few they get markers."""
+
+    title: str
+    label: str
+    series: Series
+    has_markers: bool = False
+    note: str = ""
+
+
+_TRAINED_TOKENS = (
+    " Over the trained tokens, so not comparable between methods that train on different tokens: grpo, trrd, rlsd and "
+    "distilled_rl leave out tokens without advantage (unless kl_coef > 0); opd, kdrl and topd do not."
 )
-"""title, label, the values of a run by step, whether they are few and get markers"""
+CURVES = (
+    _Curve("Reward", "mean reward of the rollouts", _metric("reward/mean")),
+    _Curve("Validation pass@1", "pass@1 on the validation split", lambda run: dict(run.validation), has_markers=True),
+    _Curve("Completion length", "mean tokens of the rollouts", lambda run: run.completion_lengths),
+    _Curve("Entropy", "nats, at the trained tokens", _metric("student/entropy/mean"), note=_TRAINED_TOKENS),
+)
 
 
 def draw_curves(figures: Sequence[MethodFigures]) -> list[Plot]:
     """Learning curves: mean over seeds, band from the lowest to the highest seed. One that no run has recorded is left out."""
     plots = []
     with matplotlib.rc_context(_STYLE):
-        for title, label, series, has_markers in CURVES:
+        for curve in CURVES:
             figure = Figure(figsize=(5.2, 3.1), layout="constrained")
             axes, told, absent = figure.subplots(), [], []
             for i, f in enumerate(figures):
-                steps, seeds = _by_step([series(run) for run in f.method.runs])
+                steps, seeds = _by_step([curve.series(run) for run in f.method.runs])
                 if not steps:
                     absent.append(f.name)
                     continue
-                _draw_band(axes, steps, seeds, _style(i), has_markers=has_markers)
+                _draw_band(axes, steps, seeds, _style(i), has_markers=curve.has_markers)
                 means = seeds.mean(axis=0)
                 told.append(f"{f.name} from {means[0]:.3g} at step {steps[0]} to {means[-1]:.3g} at step {steps[-1]}")
             if not told:
                 continue
-            axes.set(xlabel="step", ylabel=label)
+            axes.set(xlabel="step", ylabel=curve.label)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            caption = f"{title} by step." + (f" Not recorded by {', '.join(absent)}." if absent else "")
-            plots.append(_plot(figure, title, caption, "; ".join(told)))
+            caption = f"{curve.title} by step." + (f" Not recorded by {', '.join(absent)}." if absent else "") + curve.note
+            plots.append(_plot(figure, curve.title, caption, "; ".join(told)))
     return plots
 
 

@@ -87,7 +87,11 @@ def cost_table(figures: Sequence[MethodFigures]) -> Table:
         ("seconds", "training time of a run", [_number(c.total_seconds) for c in costs]),
         ("s / step", "the same by step", [_number(c.total_seconds / (c.num_steps or math.nan), 2) for c in costs]),
         *((part, "share of the training time", [_share(c.share(part)) for c in costs]) for part in PARTS),
-        ("sampled tokens", "tokens of all rollouts of a run", [_number(c.completion_tokens) for c in costs]),
+        (
+            "sampled tokens",
+            "tokens of all rollouts of a run, written by the student",
+            [_number(c.completion_tokens) for c in costs],
+        ),
         ("teacher tokens", "tokens that the teacher scored or wrote", [_number(c.teacher_tokens) for c in costs]),
         ("peak memory", "most memory that a run has held, in MiB", [_number(c.peak_memory / 2**20) for c in costs]),
     ]

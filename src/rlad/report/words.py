@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-from rlad.report.comparable import Group
-from rlad.report.methods import MethodFigures, baseline_of
+from rlad.config import TRAINED_BY_TRL
+from rlad.report.comparable import Group, Method
+from rlad.report.methods import MethodFigures
 from rlad.report.tables import p_text, signed
 from rlad.statistics import Estimate
 
@@ -44,9 +45,13 @@ def _verdicts(compared: Sequence[MethodFigures], baseline: str) -> str:
     return f"Compared with {baseline}, {said}.{told}"
 
 
-def warnings(figures: Sequence[MethodFigures]) -> list[str]:
-    """What a reader must know before believing the table."""
+def warnings(figures: Sequence[MethodFigures], baseline: Method, chosen: str | None) -> list[str]:
+    """What a reader must know before believing the table. `chosen`: the baseline that was asked for."""
     told = []
+    if chosen and chosen not in (baseline.name, baseline.runs[0].method) and len(figures) > 1:
+        told.append(
+            f"No run of {chosen}, the chosen baseline, is in this table: its methods are compared with {baseline.name}."
+        )
     few = [f for f in figures if len(f.method.runs) < FEWEST_SEEDS]
     if few:
         names = ", ".join(f"{f.name} ({len(f.method.runs)})" for f in few)
@@ -60,15 +65,15 @@ def warnings(figures: Sequence[MethodFigures]) -> list[str]:
     return told
 
 
-def splits(group: Group) -> str:
+def splits(group: Group, *, is_tuned: bool) -> str:
     """Which problems chose something, and which are reported."""
     run = group.first
     samples = run.config.evaluation.num_validation_samples
     text = (
         f"Selection: the validation split ({run.num_validation_problems} problems x {samples} completions) chooses the "
-        "checkpoint that a run keeps as its best. Report: the test split "
-        f"({len(run.after)} problems x {run.after[0].num_samples} completions), which chooses nothing; the student before "
-        "training and after the last step."
+        f"checkpoint that a run keeps as its best{', and chose the learning rates, as the notes say' if is_tuned else ''}. "
+        f"Report: the test split ({len(run.after)} problems x {run.after[0].num_samples} completions), which chooses nothing. "
+        "The tables show the student before training and after the last step, not the best checkpoint."
     )
     if run.ood_after:
         text += f" Out of distribution: {len(run.ood_after)} problems x {run.ood_after[0].num_samples} completions"
@@ -97,8 +102,14 @@ def not_comparable(groups: Sequence[Group]) -> list[str]:
     ]
 
 
-def baseline_name(group: Group) -> str:
-    return baseline_of(group).name
+def cost_notes(figures: Sequence[MethodFigures]) -> list[str]:
+    """What the shares of the cost table do not say of the methods that TRL trains."""
+    by_type = {kind: [f.name for f in figures if f.method.runs[0].config.objective.type == kind] for kind in TRAINED_BY_TRL}
+    told = {
+        "gkd": "the teacher works inside the update, so its time is part of the update's.",
+        "sft": "the student samples nothing; the teacher writes all completions before the first step.",
+    }
+    return [f"{', '.join(names)}: {told[kind]}" for kind, names in by_type.items() if names]
 
 
 def _over(figures: MethodFigures) -> str:
