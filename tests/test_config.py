@@ -116,7 +116,15 @@ def test_every_mistake_gets_its_own_sentence():
         (["task.num_people=3"], "task.num_people is 3: it must be a list."),
         (["student=5"], "student is 5: it must be a section, with keys of its own."),
         (["student.dtype=float16"], "student.dtype is 'float16': it must be 'float32' or 'bfloat16'."),
-        (["teacher=served"], "teacher.type is 'served': it must be 'local'."),
+        (
+            ["teacher=serve"],
+            "several, privileged, cached, ema, did you mean 'served'?",
+        ),
+        (["teacher.type=served", "teacher.model=m"], "teacher.urls is missing: add it to the config."),
+        (
+            ["teacher={type='several',teachers={a={model='m',modle='m'}}}"],
+            "teacher.teachers.a.modle is an unknown key: did you mean 'model'?",
+        ),
         (["optimization.num_steps=true"], "optimization.num_steps is True: it must be a valid integer."),
         (["optimization.kl_coef={start=0.1,end=-1,change_per_step=-1}"], "its end is -1.0; it must lie in [0, inf]."),
         (["optimization.betas=[0.9]"], "optimization.betas[1] is missing: add it to the config."),

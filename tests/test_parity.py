@@ -26,9 +26,11 @@ from parity_cases import (
 from rlad.aggregate import aggregate
 from rlad.engines.native import NativeEngine
 from rlad.engines.rollout_batch import RolloutBatch
+from rlad.errors import RunFailedError
 from rlad.metrics import TokenStats
 from rlad.objectives import token_loss
 from rlad.tasks.base import Judgement, Problem, cannot_judge
+from rlad.teachers import Teacher, TeacherRequest
 
 AGGREGATIONS = ["sequence_mean", "token_mean", "constant_length"]
 WITH_TEACHER = [name for name in OBJECTIVES if name != "grpo"]
@@ -212,7 +214,7 @@ def test_one_temperature_for_student_old_policy_teacher_and_reference(objective:
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("objective", WITH_TEACHER)
 def test_a_missing_teacher_value_drops_its_token_and_nothing_else(objective: str, aggregation: str) -> None:
-    case = make_case(objective, optimization={"aggregation": aggregation})
+    case = make_case(objective, optimization={"aggregation": aggregation, "max_missing_teacher_share": 0.9})
     batch, wanted, stats = case.engine.make_rollout_batch(0), rollouts_of(case), TokenStats()
     assert batch.teacher_logprobs is not None
     whole = by_engine(case, batch, wanted)
@@ -221,12 +223,12 @@ def test_a_missing_teacher_value_drops_its_token_and_nothing_else(objective: str
     dropped = {(i, len(batch.completions[i]) // 2) for i in scored[::2]}
     dropped |= {(scored[1], t) for t in range(len(batch.completions[scored[1]]))}
 
-    class Spotty:
+    class Spotty(Teacher):
         identity, teacher = "spotty", case.engine.teacher
 
-        def logprobs(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[Tensor]:
+        def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
             assert self.teacher is not None
-            values = self.teacher.logprobs(prompts, completions)
+            values = self.teacher.logprobs(requests)
             for i, t in dropped:
                 values[scored.index(i)][t] = math.nan if i % 2 else -math.inf
             return values
@@ -239,15 +241,41 @@ def test_a_missing_teacher_value_drops_its_token_and_nothing_else(objective: str
     assert stats.summary()["objective/dropped_tokens/count"] == len(dropped)
 
 
-def test_a_teacher_that_says_nothing_stops_the_run() -> None:
-    """Also when rollouts of advantage 0, which it was never asked about, are in the batch."""
+class Forgetful(Teacher):
+    """Leaves out the last `missing` tokens of every second completion in its first `bad_calls` answers."""
+
+    identity = "forgetful"
+
+    def __init__(self, missing: int, bad_calls: int):
+        self.missing, self.bad_calls, self.asked = missing, bad_calls, []
+
+    def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
+        self.asked.append(len(requests))
+        answers = [torch.full((len(request.completion),), -1.0) for request in requests]
+        if len(self.asked) <= self.bad_calls:
+            for answer in answers[::2]:
+                answer[-self.missing :] = math.nan
+        return answers
+
+
+def test_a_teacher_that_leaves_out_too_much_is_asked_again_for_that_and_then_stops_the_run() -> None:
     case = make_case()
+    case.engine.teacher = teacher = Forgetful(missing=3, bad_calls=1)
     batch = case.engine.make_rollout_batch(0)
-    assert batch.teacher_logprobs is not None
-    for values in batch.teacher_logprobs:
-        values[:] = math.nan
-    with pytest.raises(ValueError, match="the teacher gave no finite log-prob for any of"):
-        case.engine.update(batch, range(4))
+    num_asked = len(case.engine._rows_that_train(batch))
+    assert teacher.asked == [num_asked, -(-num_asked // 2)]
+    assert batch.teacher_logprobs is not None and all(values.isfinite().all() for values in batch.teacher_logprobs)
+    case = make_case(optimization={"max_missing_teacher_share": 0.01})
+    case.engine.teacher = Forgetful(missing=3, bad_calls=2)
+    with pytest.raises(RunFailedError, match=r"no finite log-prob for \d+\.\d% of the tokens, also when asked again"):
+        case.engine.make_rollout_batch(0)
+
+
+def test_a_few_missing_teacher_values_are_dropped_without_a_second_question() -> None:
+    case = make_case(optimization={"max_missing_teacher_share": 0.9})
+    case.engine.teacher = teacher = Forgetful(missing=1, bad_calls=1)
+    case.engine.make_rollout_batch(0)
+    assert len(teacher.asked) == 1
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -360,14 +388,14 @@ def test_a_broken_student_is_reported_as_such() -> None:
 def test_a_teacher_that_answers_too_little_is_refused() -> None:
     """Filled up with zeros, the missing values would say that the teacher is certain of those tokens."""
 
-    class Forgetful:
-        identity = "forgetful"
+    class Short(Teacher):
+        identity = "short"
 
-        def logprobs(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[Tensor]:
-            return [torch.zeros(len(completion) - 1) for completion in completions]
+        def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
+            return [torch.zeros(len(request.completion) - 1) for request in requests]
 
     case = make_case()
-    case.engine.teacher = Forgetful()
+    case.engine.teacher = Short()
     with pytest.raises(ValueError, match=r"tokens but \d+ log-probs came back"):
         case.engine.make_rollout_batch(0)
 
@@ -407,12 +435,12 @@ def test_scores_belong_to_their_rollouts() -> None:
 
 
 def test_the_teacher_is_asked_only_for_what_trains() -> None:
-    class Counting:
+    class Counting(Teacher):
         identity, num_asked = "counting", 0
 
-        def logprobs(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[Tensor]:
-            self.num_asked += len(completions)
-            return [torch.zeros(len(completion)) for completion in completions]
+        def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
+            self.num_asked += len(requests)
+            return [torch.zeros(len(request.completion)) for request in requests]
 
     asked = {}
     runs = [

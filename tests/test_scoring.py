@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlad.language_model import LanguageModel, load_language_model
 from rlad.scoring import Scorer, batches_by_length, linear_head
+from rlad.teachers import TeacherRequest
 from rlad.teachers.local import LocalTeacher
 from tiny_models import VOCABULARY, LargestTensor, random_tokens, tiny_language_model
 
@@ -96,7 +97,7 @@ def test_temperature_divides_the_logits_of_every_model_alike() -> None:
         scorer = Scorer(model, temperature=temperature, tokens_per_batch=1000)
         teacher = LocalTeacher(model, temperature=temperature, tokens_per_batch=1000)
         (one,), (other,) = scorer.score([[5]], [[6]]), scorer.score([[5]], [[9]])
-        assert torch.equal(teacher.logprobs([[5]], [[6]])[0], one)
+        assert torch.equal(teacher.logprobs([TeacherRequest([5], [6])])[0], one)
         log_odds = float(one - other) * temperature
     logits = model.model(input_ids=torch.tensor([[5]])).logits[0, 0].detach()
     assert log_odds == pytest.approx(float(logits[6] - logits[9]), abs=1e-5)
@@ -220,7 +221,7 @@ def test_a_teacher_never_holds_batch_times_tokens_times_vocabulary(vocab_size: i
     prompts = random_tokens(*[10] * 16, seed=1, vocabulary=4000)
     completions = random_tokens(*[100] * 16, seed=2, vocabulary=4000)
     with LargestTensor() as largest:
-        scores = teacher.logprobs(prompts, completions)
+        scores = teacher.logprobs(list(map(TeacherRequest, prompts, completions)))
     assert largest.num_elements == 256 * vocab_size  # one chunk of logits, of 1600 tokens
     assert torch.allclose(scores[3], direct(model, prompts[3], completions[3])[0], atol=1e-5)
 

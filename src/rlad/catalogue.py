@@ -19,9 +19,9 @@ from rlad.config import (
     RolloutConfig,
     StudentConfig,
     TaskConfig,
-    TeacherConfig,
 )
 from rlad.presets import PRESETS
+from rlad.teacher_config import TeacherConfig
 
 OBJECTIVES = Path(__file__).parent / "objectives"
 
@@ -33,7 +33,7 @@ def _by_type(*configs: type[BaseModel]) -> dict[str, type[BaseModel]]:
 CONFIGS = {
     "objectives": _by_type(*get_args(ObjectiveConfig)),
     "tasks": _by_type(*get_args(TaskConfig)),
-    "teachers": _by_type(TeacherConfig),
+    "teachers": _by_type(*get_args(get_args(TeacherConfig)[0])),
     "settings": {
         "student": StudentConfig,
         "rollout": RolloutConfig,

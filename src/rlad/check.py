@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -18,12 +17,27 @@ from rlad.config import TRAINED_BY_TRL, OptimizationConfig, RunConfig
 from rlad.config_file import changed_settings
 from rlad.console import printable
 from rlad.engines.trl_distillation import require_one_vocabulary, require_trl_version
-from rlad.language_model import EMBEDDED, context_tokens, end_token_ids, load_model_config, load_tokenizer, pick_device
+from rlad.language_model import (
+    context_tokens,
+    end_token_ids,
+    load_model_config,
+    load_tokenizer,
+    pick_device,
+    require_weights,
+)
 from rlad.objectives import OBJECTIVES
 from rlad.preparation import longest_prompt, require_working_verifier
 from rlad.run_dir import RunDirectory
 from rlad.tasks import make_task
-from rlad.teachers.compatibility import Finding, compare_contexts, compare_tokenizers
+from rlad.teacher_config import (
+    CachedTeacherConfig,
+    EMATeacherConfig,
+    LocalTeacherConfig,
+    PrivilegedTeacherConfig,
+    SeveralTeachersConfig,
+)
+from rlad.teachers import Setting, check_teacher
+from rlad.teachers.compatibility import Finding
 
 Result = TypeVar("Result")
 _GIB = 1024**3
@@ -138,7 +152,9 @@ def _check_run_dir(config: RunConfig) -> list[Finding]:
 
 
 def _check_devices(config: RunConfig) -> list[Finding]:
-    devices = {"student": config.student.device} | ({"teacher": config.teacher.device} if config.teacher else {})
+    devices = {"student": config.student.device}
+    if isinstance(config.teacher, LocalTeacherConfig):
+        devices["teacher"] = config.teacher.device
     picked = {who: pick_device(device) for who, device in devices.items()}
     return [Finding("ok", "device", ", ".join(f"{who} {device}" for who, device in picked.items()))]
 
@@ -159,26 +175,17 @@ def _check_packages(config: RunConfig) -> list[Finding]:
 
 def _check_models(config: RunConfig) -> list[Finding]:
     student, student_config = load_tokenizer(config.student.model), load_model_config(config.student.model)
-    _require_weights(config.student.model)
+    require_weights(config.student.model)
     end = ", ".join(map(repr, student.convert_ids_to_tokens(list(end_token_ids(student_config, None, student)))))
-    if config.objective.type == "gkd" and config.teacher is not None:
+    if config.objective.type == "gkd" and isinstance(config.teacher, LocalTeacherConfig):
         teacher_config = load_model_config(config.teacher.model)
         require_one_vocabulary(student_config.get_text_config().vocab_size, teacher_config.get_text_config().vocab_size)
     findings = [Finding("ok", "student", f"{config.student.model} ({student_config.model_type}), ends with {end}")]
     context = context_tokens(student_config)
     if config.teacher is None or not config.needs_teacher:
         return [*findings, Finding("ok", "context", f"student {context or 'not stated'} tokens")]
-    teacher, teacher_config = load_tokenizer(config.teacher.model), load_model_config(config.teacher.model)
-    _require_weights(config.teacher.model)
-    findings.append(Finding("ok", "teacher", f"{config.teacher.model} ({teacher_config.model_type})"))
-    findings.append(compare_contexts(config.rollout, context, context_tokens(teacher_config)))
-    return findings + compare_tokenizers(student, teacher)
-
-
-def _require_weights(name: str) -> None:
-    folder = Path(EMBEDDED.get(name, name))
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        raise ValueError(f"model folder {name!r} has no *.safetensors file; save its weights there with `save_pretrained`.")
+    setting = Setting(config, student, context)
+    return [*findings, Finding("ok", "teacher", config.teacher.title), *check_teacher(config.teacher, setting)]
 
 
 def _check_task(config: RunConfig) -> list[Finding]:
@@ -205,9 +212,8 @@ def estimate_memory(config: RunConfig, prompt_tokens: int) -> MemoryEstimate:
     Activations: about 34 bytes x hidden size a token and layer in 16 bit (arXiv 2205.05198, without the attention matrix),
     twice that in float32; with gradient checkpointing one layer's, plus the layer inputs.
     """
-    rollout, loop, teacher = config.rollout, config.optimization, config.teacher
+    rollout, loop = config.rollout, config.optimization
     num_parameters, shape = _count_parameters(config.student.model)
-    teacher_parameters = _count_parameters(teacher.model)[0] if teacher is not None else 0
     layers, hidden, width = shape.num_hidden_layers, shape.hidden_size, _BYTES[config.student.dtype]
     sequence, num_rollouts = prompt_tokens + rollout.max_completion_tokens, rollout.prompts_per_batch * rollout.group_size
     tokens = min(loop.tokens_per_batch, num_rollouts * sequence)
@@ -216,12 +222,28 @@ def estimate_memory(config: RunConfig, prompt_tokens: int) -> MemoryEstimate:
     return MemoryEstimate(
         student_weights=4 * num_parameters,
         gradients_and_optimizer=12 * num_parameters,
-        teacher_weights=teacher_parameters * _BYTES[teacher.dtype] if teacher is not None else 0,
+        teacher_weights=teacher_bytes(config.teacher, num_parameters) if config.needs_teacher else 0,
         reference_weights=num_parameters * width if loop.kl_coef else 0,
         sampler_cache=min(rollout.max_batch_rows, num_rollouts) * sequence * 2 * layers * _key_size(shape) * width,
         activations=checkpointed if config.student.gradient_checkpointing else per_layer * layers,
         logits=3 * 4 * 256 * shape.vocab_size,
     )
+
+
+def teacher_bytes(teacher: Any, student_parameters: int) -> int:
+    """The weights that a teacher adds to this machine's memory."""
+    match teacher:
+        case LocalTeacherConfig():
+            per_weight = {"none": _BYTES[teacher.dtype], "int8": 1, "int4": 0.5}[teacher.quantization]
+            return int(_count_parameters(teacher.model)[0] * per_weight)
+        case SeveralTeachersConfig():
+            return sum(teacher_bytes(one, student_parameters) for one in teacher.teachers.values())
+        case PrivilegedTeacherConfig() | CachedTeacherConfig():
+            return teacher_bytes(teacher.teacher, student_parameters)
+        case EMATeacherConfig():
+            return 0 if teacher.update_rate == 1 else 4 * student_parameters
+        case _:  # served elsewhere, or the student's own base model
+            return 0
 
 
 def _key_size(shape: PretrainedConfig) -> int:

@@ -7,62 +7,29 @@ embedded tiny models, whose run is `rlad/models/run.toml`.
 
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-# Strict: 1 is a float, but "1", true and 1.0 are no int.
-Number = Annotated[float, Field(strict=True)]
-Positive = Annotated[float, Field(strict=True, gt=0)]
-NonNegative = Annotated[float, Field(strict=True, ge=0)]
-Share = Annotated[float, Field(strict=True, ge=0, le=1)]
-Decay = Annotated[float, Field(strict=True, ge=0, lt=1)]
-Count = Annotated[int, Field(strict=True, ge=1)]
-NonNegativeInt = Annotated[int, Field(strict=True, ge=0)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-class Annealed(_Section):
-    """A knob that moves with the step: start + change_per_step * step, until it reaches `end`."""
-
-    start: Number
-    end: Number
-    change_per_step: Number
-
-    @model_validator(mode="after")
-    def _moves_towards_end(self) -> "Annealed":
-        if (self.end - self.start) * self.change_per_step <= 0:
-            raise ValueError(f"change_per_step {self.change_per_step} does not lead from start {self.start} to end {self.end}")
-        return self
-
-    def at(self, step: int) -> float:
-        value = self.start + self.change_per_step * step
-        return max(value, self.end) if self.end < self.start else min(value, self.end)
-
-
-def _between(low: float, high: float) -> Callable[[Annealed], Annealed]:
-    def check(knob: Annealed) -> Annealed:
-        for name, value in (("start", knob.start), ("end", knob.end)):
-            if not low <= value <= high:
-                raise ValueError(f"its {name} is {value}; it must lie in [{low:g}, {high:g}]")
-        return knob
-
-    return check
-
-
-AnnealedShare = Annotated[Annealed, AfterValidator(_between(0, 1))]
-AnnealedNonNegative = Annotated[Annealed, AfterValidator(_between(0, float("inf")))]
-
+from rlad.config_types import (
+    Annealed,
+    AnnealedNonNegative,
+    AnnealedShare,
+    Count,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    Section,
+    Share,
+    ShareBelowOne,
+)
+from rlad.teacher_config import TeacherConfig
 
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
-class StudentConfig(_Section):
+class StudentConfig(Section):
     """The model that is trained."""
 
     model: str
@@ -75,29 +42,10 @@ class StudentConfig(_Section):
     """recompute activations in the backward pass: less memory, about a third more time"""
 
 
-class LocalTeacherConfig(_Section):
-    """A transformers model in this process, frozen."""
-
-    type: Literal["local"] = "local"
-    model: str
-    """Hugging Face name, folder, or `embedded/teacher`"""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """of its weights; bfloat16 halves the memory"""
-    device: str = "auto"
-    """`auto` takes the student's device"""
-    tokens_per_batch: Count = 16_384
-    """most tokens (padding included) in one forward pass"""
-    random_weights: bool = False
-    """a control: the model's architecture with random weights of the run's seed, a teacher that knows nothing"""
-
-
-TeacherConfig = LocalTeacherConfig
-
-
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 
-class KnightsAndKnavesConfig(_Section):
+class KnightsAndKnavesConfig(Section):
     """Logic puzzles with exactly one solution; the split is by puzzle structure."""
 
     type: Literal["knights_and_knaves"] = "knights_and_knaves"
@@ -111,35 +59,35 @@ class KnightsAndKnavesConfig(_Section):
     """1 for a fully right answer, or Logic-RL's format and answer reward"""
 
 
-class ArithmeticConfig(_Section):
+class ArithmeticConfig(Section):
     """Sums and differences (reasoning-gym's `chain_sum`)."""
 
     type: Literal["arithmetic"] = "arithmetic"
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default={})
     """passed to reasoning-gym"""
 
 
-class CountdownConfig(_Section):
+class CountdownConfig(Section):
     """Reach a target number with given numbers (reasoning-gym's `countdown`)."""
 
     type: Literal["countdown"] = "countdown"
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default={})
     """passed to reasoning-gym"""
 
 
-class ReasoningGymConfig(_Section):
+class ReasoningGymConfig(Section):
     """Any data set of reasoning-gym by name."""
 
     type: Literal["reasoning_gym"] = "reasoning_gym"
     dataset: str
     """name of the reasoning-gym data set"""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default={})
     """passed to reasoning-gym"""
     partial_credit: bool = False
     """reward = reasoning-gym's score instead of 1 for right and 0 for wrong"""
 
 
-class JsonlConfig(_Section):
+class JsonlConfig(Section):
     """Your own problems: a `.jsonl` file or a Hugging Face data set."""
 
     type: Literal["jsonl"] = "jsonl"
@@ -168,7 +116,7 @@ TaskConfig = KnightsAndKnavesConfig | ArithmeticConfig | CountdownConfig | Reaso
 DualClip = Annotated[float, Field(strict=True, gt=1)] | None
 
 
-class _Clipped(_Section):
+class _Clipped(Section):
     clip_low: NonNegative = 0.2
     """the ratio is clipped to [1 - clip_low, 1 + clip_high]"""
     clip_high: NonNegative = 0.28
@@ -205,7 +153,7 @@ class KDRLConfig(_Clipped):
     """leave out the distillation of correct responses, or of groups with a correct response"""
 
 
-class OPDConfig(_Section):
+class OPDConfig(Section):
     type: Literal["opd"] = "opd"
 
 
@@ -235,7 +183,7 @@ class TOPDConfig(_Clipped):
     """share of the teacher in the mixture; no token reward lies below log(1 - alpha)"""
 
 
-class SFTConfig(_Section):
+class SFTConfig(Section):
     """SFT, supervised fine-tuning on what the teacher writes (sequence-level distillation, arXiv 1606.07947), by TRL.
 
     loss_t = -log πS of the teacher's token
@@ -246,7 +194,7 @@ class SFTConfig(_Section):
     """train on those of the teacher's completions alone that the verifier calls correct"""
 
 
-class GKDConfig(_Section):
+class GKDConfig(Section):
     """GKD, generalised knowledge distillation on the student's own completions (arXiv 2306.13649), by TRL.
 
     loss_t = generalised JSD_beta( πT || πS ) over the vocabulary
@@ -276,7 +224,7 @@ ObjectiveConfig = (
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
-class RolloutConfig(_Section):
+class RolloutConfig(Section):
     """What the student samples from, how much and how."""
 
     prompts_per_batch: Count = 32
@@ -295,7 +243,7 @@ class RolloutConfig(_Section):
     """most completions that are decoded at once"""
 
 
-class OptimizationConfig(_Section):
+class OptimizationConfig(Section):
     """From rollouts to a better student."""
 
     num_steps: Count = 100
@@ -314,7 +262,7 @@ class OptimizationConfig(_Section):
     """steps in which the learning rate rises; the first of them has 0"""
     weight_decay: NonNegative = 0.0
     """of AdamW"""
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.999)
     """of AdamW"""
     max_grad_norm: Positive = 1.0
     """longer gradients are shortened to it"""
@@ -324,11 +272,13 @@ class OptimizationConfig(_Section):
     """divide advantages by the group's standard deviation, or not (Dr.GRPO)"""
     kl_coef: NonNegative | AnnealedNonNegative = 0.0
     """weight of the KL leash to the initial student"""
+    max_missing_teacher_share: ShareBelowOne = 0.05
+    """tokens of a rollout batch that the teacher may leave without a log-prob; beyond it, asked twice, the run stops"""
     tokens_per_batch: Count = 16_384
     """most tokens (padding included) in one forward and backward pass; changes memory, not the result"""
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     """How the student is measured on held-out problems: validation during the run, test before and after it."""
 
     every_steps: Count = 20
@@ -341,7 +291,7 @@ class EvaluationConfig(_Section):
     """before and after training"""
     num_test_samples: Count = 1
     """completions of each test problem; pass@k needs k of them"""
-    ood_task: dict[str, Any] = {}
+    ood_task: dict[str, Any] = Field(default={})
     """settings of [task] that differ in the out-of-distribution test, such as { num_people = [4] }; empty: there is none"""
     num_ood_problems: Count = 100
     """out-of-distribution test problems, before and after training"""
@@ -349,7 +299,7 @@ class EvaluationConfig(_Section):
     """0 takes the most likely token"""
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """One training run."""
 
     student: StudentConfig
@@ -377,6 +327,11 @@ class RunConfig(_Section):
             raise ValueError(
                 f"objective {self.objective.type!r} needs a teacher; add a [teacher] section with its model, or set "
                 "objective=grpo"
+            )
+        if self.objective.type in TRAINED_BY_TRL and self.teacher is not None and self.teacher.type != "local":
+            raise ValueError(
+                f"teacher.type = {self.teacher.type!r} is not for objective {self.objective.type!r}, whose teacher must be a "
+                "model in this process; use type = 'local'"
             )
         if self.objective.type in TRAINED_BY_TRL and loop.kl_coef:
             raise ValueError(

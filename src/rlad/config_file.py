@@ -1,6 +1,7 @@
 """Reading a run's TOML with dotted overrides, writing it back, and saying in one sentence what is wrong with it."""
 
 import difflib
+import re
 import tomllib
 import types
 from collections.abc import Iterable, Sequence
@@ -170,7 +171,8 @@ def _explain(model: type[BaseModel], error: Any) -> tuple[str, str]:
         case "tuple_type":
             return where, f"is {error['input']!r}: it must be a list"
         case "too_short" | "too_long":
-            return where, f"is {error['input']!r}: {error['msg'].partition(' after')[0].replace('Tuple should', 'it must')}"
+            message = re.sub(r"^\w+ should", "it must", error["msg"].partition(" after")[0])
+            return where, f"is {error['input']!r}: {message}"
         case "value_error":
             return where, f"is wrong: {error['ctx']['error']}" if where else str(error["ctx"]["error"])
         case _:
@@ -180,14 +182,18 @@ def _explain(model: type[BaseModel], error: Any) -> tuple[str, str]:
 def _resolve(model: type[BaseModel], location: Sequence[str | int]) -> tuple[str, list[str]]:
     """The dotted path as the user wrote it (pydantic adds its own names of union members), and the keys valid at its end."""
     models = [model]
-    shown = ""
+    shown, names_an_entry = "", False
     for part in location:
         fields = {name: field for model in models for name, field in model.model_fields.items()}
         tagged = [m for m in models if "type" in m.model_fields and part in get_args(m.model_fields["type"].annotation)]
         if isinstance(part, int):
             shown += f"[{part}]"
+        elif names_an_entry:
+            shown += f".{part}"
+            names_an_entry = False
         elif part in fields:
             shown += f".{part}"
+            names_an_entry = get_origin(fields[part].annotation) is dict
             models = list(_models_in(fields[part].annotation))
         elif tagged:
             models = tagged
@@ -197,6 +203,6 @@ def _resolve(model: type[BaseModel], location: Sequence[str | int]) -> tuple[str
 def _models_in(annotation: Any) -> Iterable[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
-    elif get_origin(annotation) in (Annotated, Union, types.UnionType):
+    elif get_origin(annotation) in (Annotated, Union, types.UnionType, dict):
         for part in get_args(annotation):
             yield from _models_in(part)

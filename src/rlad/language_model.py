@@ -92,6 +92,13 @@ def load_model_config(name: str) -> PretrainedConfig:
         ) from None
 
 
+def require_weights(name: str) -> None:
+    """`ValueError` for a model folder without weights. Says nothing of a Hugging Face name."""
+    folder = Path(EMBEDDED.get(name, name))
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise ValueError(f"model folder {name!r} has no *.safetensors file; save its weights there with `save_pretrained`.")
+
+
 def context_tokens(config: PretrainedConfig) -> int | None:
     """The longest sequence a model was made for; None when it does not say."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -3,13 +3,12 @@
 from transformers import PreTrainedTokenizerBase
 
 from rlad.config import RunConfig
-from rlad.language_model import LanguageModel, context_tokens, load_language_model, load_model_config, load_tokenizer
+from rlad.language_model import LanguageModel, load_language_model
 from rlad.prompts import check_prompt_length, prompt_token_ids
-from rlad.seeds import stream_seed
 from rlad.tasks import Split, Task, Verdict
-from rlad.teachers import Teacher
-from rlad.teachers.compatibility import compare_contexts, compare_tokenizers
-from rlad.teachers.local import LocalTeacher
+from rlad.teacher_config import LocalTeacherConfig
+from rlad.teachers import Setting, Teacher, check_teacher, make_teacher, require_no_error
+from rlad.teachers.local import load_teacher_model
 
 NUM_PROBED_PROBLEMS, NUM_PROBED_ANSWERS = 20, 5
 
@@ -55,33 +54,25 @@ def longest_prompt(
     return longest
 
 
+def setting_of(config: RunConfig, student: LanguageModel) -> Setting:
+    """What a teacher has to work with."""
+    return Setting(config, student.tokenizer, student.context_tokens, student)
+
+
 def load_teacher(config: RunConfig, student: LanguageModel) -> LanguageModel:
-    """The teacher's model. `ValueError` when it cannot score this student's tokens."""
-    settings = config.teacher
-    assert settings is not None, "RunConfig refuses an objective that needs a teacher without one"
-    context = context_tokens(load_model_config(settings.model))
-    findings = compare_tokenizers(student.tokenizer, load_tokenizer(settings.model))
-    for finding in (*findings, compare_contexts(config.rollout, student.context_tokens, context)):
-        if finding.level == "error":
-            raise ValueError(f"teacher {settings.model!r} cannot score the student's tokens: {finding.message}")
-    return load_language_model(
-        settings.model,
-        dtype=settings.dtype,
-        device=str(student.model.device) if settings.device == "auto" else settings.device,
-        random_weights_seed=stream_seed(config.seed, "random teacher", 0) if settings.random_weights else None,
-    )
+    """The model of a local teacher. `ValueError` when it cannot score this student's tokens."""
+    settings, setting = config.teacher, setting_of(config, student)
+    assert isinstance(settings, LocalTeacherConfig), "RunConfig refuses other teachers where the model itself is needed"
+    require_no_error(settings, check_teacher(settings, setting))
+    return load_teacher_model(settings, setting)
 
 
-def make_teacher(config: RunConfig, student: LanguageModel) -> Teacher | None:
+def prepare_teacher(config: RunConfig, student: LanguageModel) -> Teacher | None:
     """The teacher of an objective of ours that needs one, or None. `ValueError` when it cannot score this student's tokens."""
     if not config.needs_teacher:
         return None
-    assert config.teacher is not None
-    return LocalTeacher(
-        load_teacher(config, student),
-        temperature=config.rollout.temperature,
-        tokens_per_batch=config.teacher.tokens_per_batch,
-    )
+    assert config.teacher is not None, "RunConfig refuses an objective that needs a teacher without one"
+    return make_teacher(config.teacher, setting_of(config, student))
 
 
 def load_reference(config: RunConfig) -> LanguageModel:

@@ -12,13 +12,14 @@ from rlad.config import RunConfig
 from rlad.config_file import load_config
 from rlad.console import printable
 from rlad.language_model import LanguageModel, load_language_model
-from rlad.preparation import make_teacher
+from rlad.preparation import prepare_teacher
 from rlad.prompts import check_prompt_length, prompt_token_ids
 from rlad.rollouts import Completion
 from rlad.run_dir import RunDirectory
 from rlad.sampling import sample
 from rlad.seeds import stream_seed
 from rlad.tasks import Problem, Task, make_task
+from rlad.teachers import TeacherRequest
 
 _COLOURS = {"correct": "green", "wrong": "red", "cannot_judge": "yellow"}
 Row = dict[str, Any]
@@ -33,7 +34,7 @@ def preview(config: RunConfig, *, num_prompts: int) -> list[Row]:
     is_this_run = run.exists() and load_config(run.path).digest == config.digest
     name = str(run.checkpoints()[-1][1]) if is_this_run and run.checkpoints() else config.student.model
     student = load_language_model(name, dtype=config.student.dtype, device=config.student.device)
-    teacher, task = make_teacher(config, student), make_task(**config.task.model_dump())
+    teacher, task = prepare_teacher(config, student), make_task(**config.task.model_dump())
     try:
         problems = [task.problem("validation", i) for i in range(num_prompts)]
         prompts = [prompt_token_ids(student.tokenizer, p.prompt, rollout.prompt_format) for p in problems]
@@ -51,11 +52,14 @@ def preview(config: RunConfig, *, num_prompts: int) -> list[Row]:
         rows = []
         for problem, prompt, group in zip(problems, prompts, groups, strict=True):
             ids = [list(completion.token_ids) for completion in group]
-            scored = teacher.logprobs([prompt] * len(group), ids) if teacher else [None] * len(group)
+            requests = [TeacherRequest(prompt, completion, problem) for completion in ids]
+            scored = teacher.logprobs(requests) if teacher else [None] * len(group)
             rows += [_row(student, task, problem, *pair) for pair in zip(group, scored, strict=True)]
         return rows
     finally:
         task.close()
+        if teacher:
+            teacher.close()
 
 
 def _row(student: LanguageModel, task: Task, problem: Problem, completion: Completion, teacher_logprobs: Tensor | None) -> Row:

@@ -19,7 +19,7 @@ from rlad.environment import describe_environment
 from rlad.evaluate import evaluate
 from rlad.language_model import LanguageModel, load_language_model
 from rlad.model_card import model_card
-from rlad.preparation import load_reference, load_teacher, longest_prompt, make_teacher, require_working_verifier
+from rlad.preparation import load_reference, load_teacher, longest_prompt, prepare_teacher, require_working_verifier
 from rlad.problem_results import pass_at_1
 from rlad.run_dir import CONFIG, ENVIRONMENT, EVAL, METRICS, MODEL_CARD, SAMPLES, CannotWriteError, EvaluationSet, RunDirectory
 from rlad.statistics import Estimate
@@ -265,7 +265,7 @@ def make_engine(config: RunConfig, student: LanguageModel, task: Task, *, before
         config,
         student=student,
         task=task,
-        teacher=make_teacher(config, student),
+        teacher=prepare_teacher(config, student),
         reference=load_reference(config) if config.optimization.kl_coef else None,
         before_work=before_work,
     )

@@ -23,7 +23,7 @@ from rlad.config import Annealed, GRPOConfig, OPDConfig, OPDThenGRPOConfig, RunC
 from rlad.engines.engine import StepResult, peak_memory
 from rlad.engines.native_state import restore_engine, save_engine
 from rlad.engines.roll_out import roll_out, timed
-from rlad.engines.rollout_batch import RolloutBatch, padded, score_rows
+from rlad.engines.rollout_batch import RolloutBatch, by_rollout, missing_share, padded, score_rows, teacher_requests
 from rlad.errors import RunFailedError
 from rlad.imitation import imitation_of
 from rlad.language_model import LanguageModel
@@ -138,7 +138,7 @@ class NativeEngine:
         if row.needs_teacher:
             assert self.teacher is not None
             with timed(seconds, "time/teacher/seconds"):
-                batch.teacher_logprobs = score_rows(self.teacher.logprobs, batch, rows)
+                batch.teacher_logprobs = by_rollout(self._ask_teacher(batch, rows), batch, rows)
             batch.counts["teacher/tokens/count"] = sum(map(len, batch.teacher_logprobs))
         if self.reference_scorer is not None:
             with timed(seconds, "time/reference/seconds"):
@@ -149,6 +149,26 @@ class NativeEngine:
         if row.token_advantages:
             batch.token_advantages = self._token_advantages(row, batch)
         return batch
+
+    def _ask_teacher(self, batch: RolloutBatch, rows: Sequence[int]) -> list[Tensor]:
+        """The teacher's log-probs of some rollouts; what lacks too many of them is asked for once more.
+
+        Raises `RunFailedError` when too many are missing then too.
+        """
+        assert self.teacher is not None
+        requests = teacher_requests(batch, rows, self.task, seed=self.config.seed)
+        scores, most = self.teacher.logprobs(requests), self.config.optimization.max_missing_teacher_share
+        if missing_share(scores) > most:
+            again = [i for i, values in enumerate(scores) if not values.isfinite().all()]
+            for i, values in zip(again, self.teacher.logprobs([requests[i] for i in again]), strict=True):
+                scores[i] = values
+        if (share := missing_share(scores)) > most:
+            raise RunFailedError(
+                f"step {self.step + 1}: the teacher gave no finite log-prob for {share:.1%} of the tokens, also when asked "
+                f"again; optimization.max_missing_teacher_share allows {most:.1%}. Check that it is the right model, answers "
+                "in full, and does not overflow (dtype = bfloat16 instead of float16), then go on with --resume."
+            )
+        return scores
 
     def _token_advantages(self, row: Objective, batch: RolloutBatch) -> list[Tensor]:
         assert batch.old_logprobs is not None and batch.teacher_logprobs is not None and row.token_advantages is not None
@@ -210,6 +230,8 @@ class NativeEngine:
         }
         self.optimizer.step()
         self.scheduler.step()
+        if self.teacher is not None:
+            self.teacher.after_step()
         return metrics
 
     def accumulate_gradient(self, batch: RolloutBatch, wanted: Sequence[int], stats: TokenStats) -> float:
@@ -224,11 +246,6 @@ class NativeEngine:
         rows = [i for i in wanted if i in trains]
         stats.scored_share = len(rows) / len(wanted)
         whole = self._denominator(batch, wanted, stats)
-        if rows and stats.num_dropped == sum(len(completions[i]) for i in rows):
-            raise RunFailedError(
-                f"step {self.step + 1}: the teacher gave no finite log-prob for any of {stats.num_dropped} tokens; check that "
-                "it is the right model, and its dtype (bfloat16 instead of float16)."
-            )
         # Checkpointing only works in training mode; `LanguageModel` has no dropout that this would switch on.
         self.student.model.train(self.config.student.gradient_checkpointing)
         for parameter in self.student.model.parameters():

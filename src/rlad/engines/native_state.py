@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rlad.engines.native import NativeEngine
 
 STATE, OPTIMIZER, PENDING = "trainer/state.json", "trainer/optimizer.safetensors", "trainer/pending.safetensors"
+TEACHER = "trainer/teacher.safetensors"
 
 
 def save_model(language_model: LanguageModel, folder: Path) -> None:
@@ -41,11 +42,15 @@ def save_engine(engine: "NativeEngine", folder: Path, *, run_digest: str) -> Non
     moments = engine.optimizer.state_dict()["state"]
     tensors = {f"{index}.{name}": value for index, entry in moments.items() for name, value in entry.items()}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / OPTIMIZER)
+    teacher = engine.teacher.state() if engine.teacher else {}
+    if teacher:
+        save_file(dict(teacher), folder / TEACHER)
     state: dict[str, Any] = {
         "run": run_digest,
         "step": engine.step,
         "scheduler": engine.scheduler.state_dict(),
         "teacher": getattr(engine.teacher, "identity", None),
+        "teacher_moves": bool(teacher),
         "pending": None,
     }
     if engine.pending is not None:
@@ -65,6 +70,7 @@ def restore_engine(engine: "NativeEngine", folder: Path, *, run_digest: str) -> 
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         tensors = load_file(folder / OPTIMIZER)
         pending = load_file(folder / PENDING) if state["pending"] else {}
+        teacher = load_file(folder / TEACHER) if state["teacher_moves"] else {}
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"its state cannot be read ({error}).") from None
     if state["run"] != run_digest:
@@ -72,6 +78,8 @@ def restore_engine(engine: "NativeEngine", folder: Path, *, run_digest: str) -> 
     identity = getattr(engine.teacher, "identity", None)
     if state["teacher"] != identity:
         raise ValueError(f"it was trained with teacher {state['teacher']!r}, not {identity!r}.")
+    if engine.teacher is not None:
+        engine.teacher.load_state(teacher)
     engine.step = state["step"]
     engine.scheduler.load_state_dict(state["scheduler"])
     moments: dict[int, dict[str, Tensor]] = {}

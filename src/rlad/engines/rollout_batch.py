@@ -10,6 +10,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlad.metrics import Metrics
 from rlad.rollouts import Rollout, RolloutGroup
+from rlad.tasks import Task, Verdict
+from rlad.teachers import TeacherRequest
 
 
 @dataclass(slots=True)
@@ -43,18 +45,42 @@ class RolloutBatch:
         return [rollout.completion.token_ids for rollout in self.rollouts]
 
 
+def teacher_requests(batch: RolloutBatch, rows: Sequence[int], task: Task, *, seed: int) -> list[TeacherRequest]:
+    """What the teacher is asked for some rollouts: tokens, the problem, and a correct completion of another rollout."""
+    size = len(batch.groups[0].rollouts)
+    problems = [task.problem("train", group.problem_index, seed=seed) for group in batch.groups]
+    requests = []
+    for i in rows:
+        group, rollouts = batch.groups[i // size], batch.groups[i // size].rollouts
+        peers = (r.text for j, r in enumerate(rollouts) if j != i % size and r.verdict == Verdict.CORRECT)
+        completion = rollouts[i % size].completion.token_ids
+        requests.append(TeacherRequest(group.prompt_token_ids, completion, problems[i // size], next(peers, None)))
+    return requests
+
+
+def missing_share(scores: Sequence[Tensor]) -> float:
+    """The share of tokens without a finite log-prob."""
+    num_tokens = sum(map(len, scores))
+    return sum(int((~values.isfinite()).sum()) for values in scores) / max(num_tokens, 1)
+
+
 def padded(rows: Sequence[Tensor], like: Tensor) -> Tensor:
     """Rows `[length]` as one tensor `[row, longest length]` of the dtype and device of `like`, 0 behind each row's end."""
     return pad_sequence(list(rows), batch_first=True).to(like)
 
 
 def score_rows(score: Callable[..., list[Tensor]], batch: RolloutBatch, rows: Sequence[int]) -> list[Tensor]:
-    """Scores of some rollouts of a batch, in a list over all of them; empty tensors for the others.
+    """`score(prompts, completions)` of some rollouts of a batch, in a list over all of them; empty tensors for the others."""
+    prompts, completions = batch.prompts, batch.completions
+    return by_rollout(score([prompts[i] for i in rows], [completions[i] for i in rows]), batch, rows)
+
+
+def by_rollout(values: Sequence[Tensor], batch: RolloutBatch, rows: Sequence[int]) -> list[Tensor]:
+    """The scores of the rollouts `rows` in a list over all rollouts of the batch; empty tensors for the others.
 
     Raises `ValueError` when a completion did not get one score per token.
     """
-    prompts, completions, results = batch.prompts, batch.completions, [torch.empty(0)] * len(batch.rollouts)
-    values = score([prompts[i] for i in rows], [completions[i] for i in rows])
+    completions, results = batch.completions, [torch.empty(0)] * len(batch.rollouts)
     for i, value in zip(rows, values, strict=True):
         if len(value) != len(completions[i]):
             raise ValueError(

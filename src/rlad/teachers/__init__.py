@@ -1,35 +1,110 @@
 """Teachers: what gives one log-prob for each sampled token, and their table."""
 
-from collections.abc import Sequence
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlad.config import RunConfig
+from rlad.language_model import LanguageModel
+from rlad.tasks import Problem
+from rlad.teachers.compatibility import Finding
 
 
-class Teacher(Protocol):
+@dataclass(frozen=True, slots=True)
+class TeacherRequest:
+    """A completion that is to be scored, the prompt that it was sampled from, and what a privileged teacher may be shown."""
+
+    prompt: Sequence[int]
+    completion: Sequence[int]
+    problem: Problem | None = None
+    peer_solution: str | None = None
+    """a correct completion of the same group, not this one"""
+
+
+class Teacher(ABC):
     """Scores the student's completions. One number per token is all that it is ever asked for."""
 
     identity: str
     """names the weights; a resumed run must find the same"""
 
-    def logprobs(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[Tensor]:
+    @abstractmethod
+    def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
         """Log-probs of each completion's tokens, float32 `[its length]` on the CPU, at the sampling temperature.
 
         A token that cannot be scored is NaN, never 0: the loss drops and counts it.
         """
-        ...
+
+    def after_step(self) -> None:  # noqa: B027 (most teachers stand still)
+        """The student made an optimiser step; a teacher that follows it moves."""
+
+    def state(self) -> Mapping[str, Tensor]:
+        """What a checkpoint must hold of a teacher that moves; empty for all others."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """The reverse of `state`."""
+
+    def close(self) -> None:  # noqa: B027
+        """Release connections and files."""
 
 
 @dataclass(frozen=True, slots=True)
-class TeacherType:
-    """One row of the table."""
+class Setting:
+    """Where a teacher is to work: the run and its student. The model is None before weights are loaded."""
 
-    location: str
-    """`module:class`, imported when it is asked for"""
-    summary: str
+    config: RunConfig
+    student_tokenizer: PreTrainedTokenizerBase
+    student_context: int | None
+    """tokens; None when the student's model does not say"""
+    student: LanguageModel | None = None
+
+    @property
+    def temperature(self) -> float:
+        return self.config.rollout.temperature
 
 
-TEACHERS: dict[str, TeacherType] = {
-    "local": TeacherType("rlad.teachers.local:LocalTeacher", "a transformers model in this process, frozen"),
+@dataclass(frozen=True, slots=True)
+class TeacherRow:
+    """`module` has two functions, imported when they are asked for.
+
+    `check_teacher(settings, setting) -> list[Finding]` says what can be known before weights are loaded;
+    `make_teacher(settings, setting) -> Teacher`, called when it found no error, loads them. `rlad[extra]` installs what it
+    needs.
+    """
+
+    module: str
+    extra: str = ""
+
+
+TEACHERS: dict[str, TeacherRow] = {
+    "local": TeacherRow("rlad.teachers.local"),
+    "adapter": TeacherRow("rlad.teachers.adapter", "peft"),
+    "served": TeacherRow("rlad.teachers.served"),
+    "several": TeacherRow("rlad.teachers.several"),
+    "privileged": TeacherRow("rlad.teachers.privileged"),
+    "cached": TeacherRow("rlad.teachers.cached"),
+    "ema": TeacherRow("rlad.teachers.ema"),
 }
+
+
+def check_teacher(settings: Any, setting: Setting) -> list[Finding]:
+    """Whether a `[teacher]` section can score this student's tokens, as far as that shows before weights are loaded."""
+    return importlib.import_module(TEACHERS[settings.type].module).check_teacher(settings, setting)
+
+
+def make_teacher(settings: Any, setting: Setting) -> Teacher:
+    """The teacher of a `[teacher]` section. `ValueError` when it cannot score this student's tokens."""
+    require_no_error(settings, check_teacher(settings, setting))
+    return importlib.import_module(TEACHERS[settings.type].module).make_teacher(settings, setting)
+
+
+def require_no_error(settings: Any, findings: Sequence[Finding]) -> None:
+    """`ValueError` with the first error among the findings about a teacher."""
+    for finding in findings:
+        if finding.level == "error":
+            raise ValueError(f"teacher {settings.title!r} cannot score the student's tokens: {finding.message}")
