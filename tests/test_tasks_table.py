@@ -2,6 +2,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -9,7 +10,7 @@ from rlad.tasks import SPLITS, TASKS, make_task
 
 
 def test_the_table_names_every_task():
-    assert list(TASKS) == ["knights_and_knaves", "arithmetic", "countdown", "reasoning_gym", "jsonl"]
+    assert list(TASKS) == ["knights_and_knaves", "arithmetic", "countdown", "reasoning_gym", "jsonl", "several"]
     for row in TASKS.values():
         module, _, attribute = row.constructor.partition(":")
         assert callable(getattr(importlib.import_module(module), attribute))
@@ -33,7 +34,8 @@ def test_make_task_passes_the_options_on():
 def test_every_task_keeps_the_contract(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": f"{i}?", "answer": i}) for i in range(60)))
-    options = {"jsonl": {"path": str(path)}, "reasoning_gym": {"dataset": "gcd"}}
+    options: dict[str, Any] = {"jsonl": {"path": str(path)}, "reasoning_gym": {"dataset": "gcd"}}
+    options["several"] = {"tasks": {"logic": {"type": "knights_and_knaves"}, "file": {"type": "jsonl", **options["jsonl"]}}}
     for name, row in TASKS.items():
         if row.extra and importlib.util.find_spec(row.extra.replace("-", "_")) is None:
             continue

@@ -1,9 +1,14 @@
 """rlad: RL-aware distillation for reasoning language models. Importing it imports no torch."""
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# transformers imports torchao wherever it is installed, and that one warns of the kernels that a machine has no use for.
+for _name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
     from rlad.advantages import group_advantages

@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from rlad.config import (
     Annealed,
+    EngineConfig,
     EvaluationConfig,
     ObjectiveConfig,
     OptimizationConfig,
@@ -39,6 +40,7 @@ CONFIGS = {
         "rollout": RolloutConfig,
         "optimization": OptimizationConfig,
         "evaluation": EvaluationConfig,
+        "engine": EngineConfig,
     },
 }
 
@@ -60,8 +62,9 @@ def describe(what: str, name: str) -> str:
         raise ValueError(f"{name!r} is none of the {what}: {hint}")
     if name in PRESETS:
         return f"{_documentation(what, name)}\n\n{tomli_w.dumps(PRESETS[name][1]).strip()}"
-    section = name if what == "settings" else what.removesuffix("s")
-    return f"{_documentation(what, name)}\n\n[{section}]\n{_settings(CONFIGS[what][name])}"
+    section, config = name if what == "settings" else what.removesuffix("s"), CONFIGS[what][name]
+    inner = [_inner_section(section, key, field, what) for key, field in config.model_fields.items() if _sections_in(field)]
+    return "\n\n".join([_documentation(what, name), f"[{section}]\n{_settings(config)}", *inner])
 
 
 def _documentation(what: str, name: str) -> str:
@@ -77,11 +80,36 @@ def _settings(config: type[BaseModel]) -> str:
     """The section as it stands in a config, with every default, what else is allowed, and what it means."""
     rows = []
     for name, field in sorted(config.model_fields.items(), key=lambda item: item[0] != "type"):
-        value = "..." if field.is_required() else "" if field.default is None else _toml(field.default)
+        if _sections_in(field):
+            continue
+        value = _value_of(field)
         about = "; ".join(part for part in (field.description, _allowed(field), "required" * field.is_required()) if part)
         rows.append((f"{name} = {value}" if value else f"# {name}", about))
     width = max(len(setting) for setting, _ in rows)
     return "\n".join(f"{setting:<{width}}  # {about}" if about else setting for setting, about in rows)
+
+
+def _value_of(field: FieldInfo) -> str:
+    """The default as TOML, empty for none; of a required setting the only possible value, or dots."""
+    if not field.is_required():
+        return "" if field.default is None else _toml(field.default)
+    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    return _toml(choices[0]) if len(choices) == 1 else "..."
+
+
+def _sections_in(field: FieldInfo) -> list[type[BaseModel]]:
+    """What a setting may hold that is a section itself, or several by name."""
+    parts = _parts(field.annotation)
+    return [part for part in parts if isinstance(part, type) and issubclass(part, BaseModel) and part is not Annealed]
+
+
+def _inner_section(section: str, name: str, field: FieldInfo, what: str) -> str:
+    """A section within a section as it stands in a config: its settings, or where those of its types are shown."""
+    header = f"[{section}.{name}{'.NAME' * (get_origin(field.annotation) is dict)}]  # {field.description}"
+    kinds = _sections_in(field)
+    if len(kinds) == 1:
+        return f"{header}\n{_settings(kinds[0])}"
+    return f"{header}\ntype = ...  # one of those that `rlad list {what}` names, with its settings"
 
 
 def _allowed(field: FieldInfo) -> str:

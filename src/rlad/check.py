@@ -1,7 +1,8 @@
-"""`rlad check`: what a config will do and whether it can, without training and without loading weights."""
+"""`rlad check`: what a config will do and whether it can, without training."""
 
 import json
 import os
+import textwrap
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
@@ -10,13 +11,14 @@ from typing import Any, TypeVar
 import torch
 from rich.console import Console
 from rich.text import Text
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from rlad.catalogue import describe
 from rlad.config import TRAINED_BY_TRL, OptimizationConfig, RunConfig
 from rlad.config_file import changed_settings
 from rlad.console import printable
 from rlad.engines.trl_distillation import require_one_vocabulary, require_trl_version
+from rlad.engines.verl_check import check_verl
 from rlad.language_model import (
     context_tokens,
     end_token_ids,
@@ -25,41 +27,19 @@ from rlad.language_model import (
     pick_device,
     require_weights,
 )
+from rlad.memory_estimate import MemoryEstimate, compare_memory, estimate_memory, memory_of
 from rlad.objectives import OBJECTIVES
-from rlad.preparation import longest_prompt, require_working_verifier
+from rlad.preparation import longest_prompt, require_base_model, require_working_verifier
 from rlad.run_dir import RunDirectory
 from rlad.tasks import make_task
-from rlad.teacher_config import (
-    CachedTeacherConfig,
-    EMATeacherConfig,
-    LocalTeacherConfig,
-    PrivilegedTeacherConfig,
-    SeveralTeachersConfig,
-)
+from rlad.teacher_config import LocalTeacherConfig
 from rlad.teachers import Setting, check_teacher
 from rlad.teachers.compatibility import Finding
+from rlad.trial import Trial, run_trial
+from rlad.trial_findings import describe_trial
 
 Result = TypeVar("Result")
-_GIB = 1024**3
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "error": ("✗", "red")}
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryEstimate:
-    """Bytes; activations are a rule of thumb, the rest is counted."""
-
-    student_weights: int
-    gradients_and_optimizer: int
-    teacher_weights: int
-    reference_weights: int
-    sampler_cache: int
-    activations: int
-    logits: int
-
-    @property
-    def total(self) -> int:
-        return sum(asdict(self).values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +48,8 @@ class CheckReport:
     plan: list[str]
     findings: list[Finding]
     memory: MemoryEstimate | None
+    trial: Trial | None
+    """None when something before it cannot work, or no models were to be loaded"""
 
     @property
     def errors(self) -> list[Finding]:
@@ -80,6 +62,7 @@ class CheckReport:
             "plan": self.plan,
             "findings": [asdict(finding) for finding in self.findings],
             "memory_bytes": None if self.memory is None else asdict(self.memory) | {"total": self.memory.total},
+            "trial": None if self.trial is None else self.trial.to_json(),
         }
 
 
@@ -87,9 +70,12 @@ def _errors(findings: list[Finding]) -> list[Finding]:
     return [finding for finding in findings if finding.level == "error"]
 
 
-def check_run(config: RunConfig) -> CheckReport:
-    """Everything that can be known before weights are loaded. What cannot work is an `error` among the findings."""
-    findings: list[Finding] = []
+def check_run(config: RunConfig, *, with_models: bool = True, for_verl: bool = False) -> CheckReport:
+    """Everything that can be known before weights are loaded, then a trial of the models. Nothing is written.
+
+    With `for_verl` also whether verl knows our objectives. What cannot work is an `error` among the findings.
+    """
+    findings: list[Finding] = check_verl() if for_verl else []
 
     def attempt(subject: str, check: Callable[[RunConfig], Result]) -> Result | None:
         try:
@@ -108,8 +94,16 @@ def check_run(config: RunConfig) -> CheckReport:
         needed, context = prompt_tokens + config.rollout.max_completion_tokens, _context(config) or "unlimited"
         message = f"the longest has {prompt_tokens} tokens, with its completion {needed} of {context}"
         memory = estimate_memory(config, prompt_tokens)
-        findings += [Finding("ok", "prompts", message), _compare_memory(memory, pick_device(config.student.device))]
-    return CheckReport(config, describe_plan(config), findings, memory)
+        enough = compare_memory(memory, memory_of(pick_device(config.student.device)))
+        findings += [Finding("ok", "prompts", message), enough]
+        if with_models and enough.level != "ok":
+            findings.append(Finding("warning", "trial", "left out, as the models may not fit into the memory that is free"))
+    trial = None
+    if with_models and findings and all(f.subject != "trial" and f.level != "error" for f in findings):
+        trial = attempt("trial", _try_out)
+    if trial is not None:
+        findings += describe_trial(trial, config)
+    return CheckReport(config, describe_plan(config), findings, memory, trial)
 
 
 _TEACHER_WORK = {
@@ -176,11 +170,12 @@ def _check_packages(config: RunConfig) -> list[Finding]:
 def _check_models(config: RunConfig) -> list[Finding]:
     student, student_config = load_tokenizer(config.student.model), load_model_config(config.student.model)
     require_weights(config.student.model)
-    end = ", ".join(map(repr, student.convert_ids_to_tokens(list(end_token_ids(student_config, None, student)))))
+    require_base_model(config)
     if config.objective.type == "gkd" and isinstance(config.teacher, LocalTeacherConfig):
         teacher_config = load_model_config(config.teacher.model)
         require_one_vocabulary(student_config.get_text_config().vocab_size, teacher_config.get_text_config().vocab_size)
-    findings = [Finding("ok", "student", f"{config.student.model} ({student_config.model_type}), ends with {end}")]
+    findings = [Finding("ok", "student", f"{config.student.model} ({student_config.model_type})")]
+    findings += [_special_tokens(student, student_config), _vocabulary_padding(config, student)]
     context = context_tokens(student_config)
     if config.teacher is None or not config.needs_teacher:
         return [*findings, Finding("ok", "context", f"student {context or 'not stated'} tokens")]
@@ -188,10 +183,37 @@ def _check_models(config: RunConfig) -> list[Finding]:
     return [*findings, Finding("ok", "teacher", config.teacher.title), *check_teacher(config.teacher, setting)]
 
 
+def _special_tokens(student: PreTrainedTokenizerBase, student_config: PretrainedConfig) -> Finding:
+    end = ", ".join(map(repr, student.convert_ids_to_tokens(list(end_token_ids(student_config, None, student)))))
+    begin, pad = (repr(token) if token else "none" for token in (student.bos_token, student.pad_token))
+    return Finding("ok", "special tokens", f"a completion ends with {end}; begin {begin}, pad {pad}")
+
+
+def _vocabulary_padding(config: RunConfig, student: PreTrainedTokenizerBase) -> Finding:
+    """Sizes may differ: neither model is asked for tokens that the other lacks, but for those that the student samples."""
+    models = {"student": (config.student.model, len(student))}
+    if isinstance(config.teacher, LocalTeacherConfig) and config.needs_teacher:
+        models["teacher"] = (config.teacher.model, len(load_tokenizer(config.teacher.model)))
+    sizes = {
+        who: (num_tokens, load_model_config(name).get_text_config().vocab_size) for who, (name, num_tokens) in models.items()
+    }
+    told = ", ".join(f"{who} {num_tokens} tokens in {rows} rows" for who, (num_tokens, rows) in sizes.items())
+    return Finding("ok", "vocabulary padding", told)
+
+
 def _check_task(config: RunConfig) -> list[Finding]:
     with closing(make_task(**config.task.model_dump())) as task:
         require_working_verifier(task)
         return [Finding("ok", "task", f"{task.name}, its verifier judges")]
+
+
+def _try_out(config: RunConfig) -> Trial:
+    try:
+        return run_trial(config)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"{str(error).splitlines()[0]} Lower rollout.max_batch_rows or optimization.tokens_per_batch."
+        ) from None
 
 
 def _longest_prompt(config: RunConfig) -> int:
@@ -206,97 +228,29 @@ def _context(config: RunConfig) -> int | None:
     return context_tokens(load_model_config(config.student.model))
 
 
-def estimate_memory(config: RunConfig, prompt_tokens: int) -> MemoryEstimate:
-    """Weights are float32 for the student (AdamW: weight, gradient and two moments are 16 bytes a parameter).
-
-    Activations: about 34 bytes x hidden size a token and layer in 16 bit (arXiv 2205.05198, without the attention matrix),
-    twice that in float32; with gradient checkpointing one layer's, plus the layer inputs.
-    """
-    rollout, loop = config.rollout, config.optimization
-    num_parameters, shape = _count_parameters(config.student.model)
-    layers, hidden, width = shape.num_hidden_layers, shape.hidden_size, _BYTES[config.student.dtype]
-    sequence, num_rollouts = prompt_tokens + rollout.max_completion_tokens, rollout.prompts_per_batch * rollout.group_size
-    tokens = min(loop.tokens_per_batch, num_rollouts * sequence)
-    per_layer = 17 * width * hidden * tokens
-    checkpointed = per_layer + width * hidden * layers * tokens
-    return MemoryEstimate(
-        student_weights=4 * num_parameters,
-        gradients_and_optimizer=12 * num_parameters,
-        teacher_weights=teacher_bytes(config.teacher, num_parameters) if config.needs_teacher else 0,
-        reference_weights=num_parameters * width if loop.kl_coef else 0,
-        sampler_cache=min(rollout.max_batch_rows, num_rollouts) * sequence * 2 * layers * _key_size(shape) * width,
-        activations=checkpointed if config.student.gradient_checkpointing else per_layer * layers,
-        logits=3 * 4 * 256 * shape.vocab_size,
-    )
-
-
-def teacher_bytes(teacher: Any, student_parameters: int) -> int:
-    """The weights that a teacher adds to this machine's memory."""
-    match teacher:
-        case LocalTeacherConfig():
-            per_weight = {"none": _BYTES[teacher.dtype], "int8": 1, "int4": 0.5}[teacher.quantization]
-            return int(_count_parameters(teacher.model)[0] * per_weight)
-        case SeveralTeachersConfig():
-            return sum(teacher_bytes(one, student_parameters) for one in teacher.teachers.values())
-        case PrivilegedTeacherConfig() | CachedTeacherConfig():
-            return teacher_bytes(teacher.teacher, student_parameters)
-        case EMATeacherConfig():
-            return 0 if teacher.update_rate == 1 else 4 * student_parameters
-        case _:  # served elsewhere, or the student's own base model
-            return 0
-
-
-def _key_size(shape: PretrainedConfig) -> int:
-    """Numbers in the keys of one token and layer; 0 for models without attention."""
-    heads = getattr(shape, "num_attention_heads", None)
-    if not heads:
-        return 0
-    head_size = getattr(shape, "head_dim", None) or shape.hidden_size // heads
-    return (getattr(shape, "num_key_value_heads", None) or heads) * head_size
-
-
-def _count_parameters(name: str) -> tuple[int, PretrainedConfig]:
-    """Number of parameters (tied ones once) and the text config, from the model's config alone."""
-    config = load_model_config(name)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise ValueError(f"{name!r} is no causal language model ({str(error).splitlines()[0]}); give one.") from None
-    return sum(parameter.numel() for parameter in model.parameters()), config.get_text_config()
-
-
-def _compare_memory(memory: MemoryEstimate, device: torch.device) -> Finding:
-    if device.type == "cuda":
-        available = torch.cuda.mem_get_info(device)[1]
-    else:
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    parts = ", ".join(f"{name.replace('_', ' ')} {size / _GIB:.2f}" for name, size in asdict(memory).items() if size)
-    message = f"about {memory.total / _GIB:.2f} of {available / _GIB:.1f} GiB ({parts})"
-    if memory.total <= available:
-        return Finding("ok", "memory", message)
-    what = "lower optimization.tokens_per_batch or rollout.max_batch_rows, or set student.gradient_checkpointing = true"
-    return Finding("warning", "memory", f"{message}; {what}")
-
-
 def print_report(report: CheckReport, console: Console | None = None) -> None:
-    """One screen: what differs from the defaults, what will be computed, findings."""
+    """One screen: what differs from the defaults, what will be computed, findings. In a pipe each is one line."""
     console = console or Console(highlight=False)
 
     def line(text: str, style: str = "") -> None:
-        console.print(Text(printable(text), style=style), soft_wrap=True)
+        width = console.width if console.is_terminal else len(text) + 1
+        for part in textwrap.wrap(text, width, subsequent_indent=" " * 6, replace_whitespace=False) or [""]:
+            console.print(Text(printable(part), style=style), soft_wrap=True)
 
     line("settings (all others have their defaults; --json prints them all)", style="bold")
     for key, value in changed_settings(report.config).items():
         line(f"  {key} = {json.dumps(value, ensure_ascii=False)}")
-    line("\nwhat will be computed", style="bold")
+    line("")
+    line("what will be computed", style="bold")
     for text in report.plan:
         line(f"  {text}")
-    line("\nchecks", style="bold")
+    line("")
+    line("checks", style="bold")
     for finding in report.findings:
         mark, colour = _MARKS[finding.level]
         line(f"  {mark} {finding.subject}: {finding.message}", style="" if finding.level == "ok" else colour)
+    line("")
     if report.errors:
-        line("\nthis cannot work: mend what is marked with ✗", style="bold red")
+        line("this cannot work: mend what is marked with ✗", style="bold red")
     else:
-        line("\nthis can be trained", style="bold green")
+        line("this can be trained", style="bold green")

@@ -114,18 +114,24 @@ def train(arguments: tuple[str, ...], resume: bool, overwrite: bool, as_json: bo
 
 @main.command()
 @_CONFIG_ARGUMENTS
-@click.option("--json", "as_json", is_flag=True, help="Print findings and all settings as one JSON object.")
+@click.option("--without-models", is_flag=True, help="Load no weights: leave out the trial.")
+@click.option("--engine", type=click.Choice(["verl"]), help="Also ask this engine, installed beside rlad, for our objectives.")
+@click.option("--json", "as_json", is_flag=True, help="Print findings, trial and all settings as one JSON object.")
 @_sentences_for_mistakes
-def check(arguments: tuple[str, ...], as_json: bool) -> None:
+def check(arguments: tuple[str, ...], without_models: bool, engine: str | None, as_json: bool) -> None:
     """Say what a config will do and whether it can.
 
-    Looks at settings, models, tokenizers, prompts, verifier and memory; loads no weights and trains nothing. The exit code is
-    2 when it cannot work. Arguments are those of `rlad train`.
+    Looks at settings, tokenizers, teacher, prompts, verifier and memory; then loads the models for a trial: a handful of
+    completions, what the teacher says of them, how many tokens TRRD would gate, and how long a step takes. Trains and writes
+    nothing. The exit code is 2 when it cannot work. Arguments are those of `rlad train`.
     """
     config = _load(arguments)
-    from rlad.check import check_run, print_report
+    from rich.console import Console
 
-    report = check_run(config)
+    with Console(stderr=True).status("checking"):
+        from rlad.check import check_run, print_report
+
+        report = check_run(config, with_models=not without_models, for_verl=engine == "verl")
     if as_json:
         click.echo(json.dumps(report.to_json()))
     else:
@@ -247,6 +253,59 @@ def report(runs: tuple[str, ...], output: str, baseline: str | None) -> None:
     from rlad.report_command import report_runs
 
     click.echo(f"report  {report_runs(runs, output, baseline)}")
+
+
+@main.command(name="serve-teacher")
+@click.argument("model")
+@click.option("--engine", type=click.Choice(["auto", "vllm", "rlad"]), default="auto", show_default=True)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
+@click.option("--device", default="auto", show_default=True, help="Not for vLLM.")
+@click.option("--tokens-per-batch", type=click.IntRange(min=1), help="Most tokens in one forward pass; 16384 without vLLM.")
+@click.option("--max-context-tokens", type=click.IntRange(min=2), help="Longest text; by default what the model allows.")
+@click.option("--max-request-mib", type=click.IntRange(min=1), help="Largest request, 16 by default; not for vLLM.")
+@click.option("--served-name", metavar="NAME", help="Name by which clients ask for it; by default MODEL.")
+@click.option("--without-key", is_flag=True, help="Let other machines in without an API key.")
+@_sentences_for_mistakes
+def serve_teacher(**options: Any) -> None:
+    """Serve a teacher to runs on this or other machines.
+
+    MODEL is a folder, a Hugging Face name or embedded/teacher. The engine is vLLM where it is installed, else a small server of
+    rlad's own (rlad[serve]). What is printed at the start goes into the config of a run.
+
+    Clients must send the key that is in the environment variable RLAD_TEACHER_API_KEY, if it is set.
+    """
+    from rlad.serving_command import ServeOptions
+    from rlad.serving_command import serve_teacher as serve
+
+    serve(ServeOptions(**options))
+
+
+@main.group()
+def export() -> None:
+    """Write what another trainer needs to train a run."""
+
+
+@export.command(name="verl")
+@_CONFIG_ARGUMENTS
+@click.option("--output", type=click.Path(file_okay=False, path_type=Path), help="New folder; default: RUN_DIR-verl.")
+@click.option("--gpus-per-node", default=8, show_default=True, type=click.IntRange(min=1), help="For the student.")
+@click.option("--nodes", default=1, show_default=True, type=click.IntRange(min=1), help="For the student.")
+@click.option("--teacher-gpus-per-node", default=8, show_default=True, type=click.IntRange(min=1))
+@click.option("--teacher-nodes", default=1, show_default=True, type=click.IntRange(min=1))
+@_sentences_for_mistakes
+def export_verl(arguments: tuple[str, ...], output: Path | None, **cluster: int) -> None:
+    """Write a run's command, data and reward function for verl (clusters on Ray).
+
+    Needs no verl. Arguments are those of `rlad train`; what verl does otherwise stands in the comments of the command.
+    """
+    config = _load(arguments)
+    from rlad.export_verl import export_verl as write
+    from rlad.verl_command import Cluster
+
+    folder = output or config.directory.with_name(f"{config.directory.name}-verl")
+    click.echo(f"command  {write(config, folder, Cluster(**cluster))}")
 
 
 @main.command(name="list")

@@ -24,9 +24,20 @@ from rlad.config_types import (
     Share,
     ShareBelowOne,
 )
-from rlad.teacher_config import TeacherConfig
+from rlad.teacher_config import TeacherConfig, what_it_answers
 
 # --- models -----------------------------------------------------------------------------------------------------------
+
+
+class LoraConfig(Section):
+    """Train a low-rank adapter, W + alpha / rank * B A, and leave the model's own weights as they are. Needs `rlad[peft]`."""
+
+    rank: Count = 16
+    """of A and B"""
+    alpha: Positive = 32.0
+    """the adapter is scaled by alpha / rank"""
+    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
+    """the linear layers that get one, such as ["q_proj", "v_proj"]; "all-linear" is all but the output layer"""
 
 
 class StudentConfig(Section):
@@ -40,6 +51,8 @@ class StudentConfig(Section):
     """`auto` takes the GPU where there is one; else a torch device such as `cuda:0` or `cpu`"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third more time"""
+    lora: LoraConfig | None = None
+    """[student.lora] trains an adapter instead of all weights"""
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
@@ -107,7 +120,43 @@ class JsonlConfig(Section):
     """a verifier that takes longer costs one completion"""
 
 
-TaskConfig = KnightsAndKnavesConfig | ArithmeticConfig | CountdownConfig | ReasoningGymConfig | JsonlConfig
+SingleTaskConfig = KnightsAndKnavesConfig | ArithmeticConfig | CountdownConfig | ReasoningGymConfig | JsonlConfig
+
+
+class SeveralTasksConfig(Section):
+    """Problems of several tasks in turn, each graded by its own."""
+
+    type: Literal["several"] = "several"
+    tasks: dict[Annotated[str, Field(min_length=1)], Annotated[SingleTaskConfig, Field(discriminator="type")]] = Field(
+        min_length=1
+    )
+    """by name: each a task of any other type"""
+
+
+TaskConfig = SingleTaskConfig | SeveralTasksConfig
+
+
+def with_changes(task: TaskConfig, changes: dict[str, Any], where: str) -> TaskConfig:
+    """A task with some settings changed; of several, those tasks alone that `changes` names.
+
+    Raises `ValueError` with one sentence about the key below `where` that does not fit.
+    """
+    if isinstance(task, SeveralTasksConfig):
+        named = changes.get("tasks") if set(changes) == {"tasks"} else None
+        are_settings = isinstance(named, dict) and all(isinstance(changed, dict) for changed in named.values())
+        if not (named and are_settings and named.keys() <= task.tasks.keys()):
+            raise ValueError(
+                f"{where} is {changes}: for a task of type 'several' it is {{ tasks = {{ NAME = {{ ... }} }} }}, with names "
+                f"among {', '.join(task.tasks)}"
+            )
+        tasks = {name: with_changes(task.tasks[name], changed, f"{where}.tasks.{name}") for name, changed in named.items()}
+        return SeveralTasksConfig.model_validate({"tasks": tasks})
+    try:
+        return type(task).model_validate(task.model_dump() | changes)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, (where, *first["loc"])))
+        raise ValueError(f"{key} does not fit a task of type {task.type!r}: {first['msg']}") from None
 
 
 # --- objectives -------------------------------------------------------------------------------------------------------
@@ -299,6 +348,15 @@ class EvaluationConfig(Section):
     """0 takes the most likely token"""
 
 
+class EngineConfig(Section):
+    """What makes the optimiser steps."""
+
+    type: Literal["native", "trl"] = "native"
+    """our own loop for one device, or TRL's GRPO trainer (needs `rlad[trl]`)"""
+    trl: dict[str, Any] = Field(default={})
+    """[engine.trl]: options of TRL's GRPOConfig that no other section decides, such as { report_to = "trackio" }"""
+
+
 class RunConfig(Section):
     """One training run."""
 
@@ -309,6 +367,7 @@ class RunConfig(Section):
     rollout: RolloutConfig = RolloutConfig()
     optimization: OptimizationConfig = OptimizationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    engine: EngineConfig = EngineConfig()
     seed: NonNegativeInt = 0
     """of everything that is drawn at random"""
     run_dir: str | None = None
@@ -333,21 +392,42 @@ class RunConfig(Section):
                 f"teacher.type = {self.teacher.type!r} is not for objective {self.objective.type!r}, whose teacher must be a "
                 "model in this process; use type = 'local'"
             )
+        if self.objective.type in TRAINED_BY_TRL and getattr(self.teacher, "keep", "gpu") == "cpu":
+            raise ValueError(
+                f"teacher.keep = 'cpu' is not for objective {self.objective.type!r}, which uses the teacher all the time; set "
+                "it to 'gpu'"
+            )
         if self.objective.type in TRAINED_BY_TRL and loop.kl_coef:
             raise ValueError(
                 f"optimization.kl_coef = {loop.kl_coef} is not for objective {self.objective.type!r}, which TRL trains without "
                 "a KL leash; set it to 0"
             )
+        self._fits_the_engine()
         if self.evaluation.ood_task:
-            try:
-                _ = self.ood_task
-            except ValidationError as error:
-                first = error.errors()[0]
-                where = ".".join(map(str, first["loc"]))
-                raise ValueError(
-                    f"evaluation.ood_task.{where} does not fit a task of type {self.task.type!r}: {first['msg']}"
-                ) from None
+            _ = self.ood_task
         return self
+
+    def _fits_the_engine(self) -> None:
+        """`ValueError` for what TRL's trainer cannot do."""
+        loop, engine = self.optimization, self.engine
+        if engine.trl and engine.type != "trl":
+            raise ValueError("[engine.trl] belongs to engine.type = 'trl'; set that, or leave its options out")
+        if engine.type != "trl":
+            return
+        if self.objective.type in (*TRAINED_BY_TRL, "topd", "opd_then_grpo"):
+            raise ValueError(f"objective {self.objective.type!r} is not for engine.type = 'trl'; use engine.type = 'native'")
+        if isinstance(loop.kl_coef, Annealed):
+            raise ValueError("optimization.kl_coef must be one number with engine.type = 'trl'")
+        if self.student.lora:
+            raise ValueError("[student.lora] is not for engine.type = 'trl'; use engine.type = 'native'")
+        if self.evaluation.every_steps % loop.steps_per_rollout_batch:
+            raise ValueError(
+                f"evaluation.every_steps = {self.evaluation.every_steps} is no multiple of "
+                f"optimization.steps_per_rollout_batch = {loop.steps_per_rollout_batch}, but with engine.type = 'trl' a run "
+                "can go on from the end of a rollout batch alone; change one of them"
+            )
+        if self.teacher is not None and "{peer_solution}" in self.teacher.model_dump_json():
+            raise ValueError("a teacher's template with {peer_solution} is not for engine.type = 'trl'; use 'native'")
 
     @property
     def digest(self) -> str:
@@ -355,6 +435,9 @@ class RunConfig(Section):
         is to go on.
         """
         table = self.model_dump(mode="json", exclude={"run_dir"})
+        table["teacher"] = what_it_answers(table["teacher"])
+        if self.engine == EngineConfig():
+            del table["engine"]
         depends_on_num_steps = self.optimization.schedule != "constant" or self.objective.type == "opd_then_grpo"
         for limit in ("num_steps", "max_seconds", "max_teacher_tokens"):
             if not (limit == "num_steps" and depends_on_num_steps):
@@ -369,7 +452,7 @@ class RunConfig(Section):
     def ood_task(self) -> TaskConfig | None:
         """The task of the out-of-distribution test; None without one."""
         changed = self.evaluation.ood_task
-        return type(self.task).model_validate(self.task.model_dump() | changed) if changed else None
+        return with_changes(self.task, changed, "evaluation.ood_task") if changed else None
 
     @property
     def directory(self) -> Path:

@@ -68,10 +68,14 @@ def dump_config(config: RunConfig) -> str:
 
 
 def changed_settings(config: RunConfig) -> dict[str, Any]:
-    """Dotted keys and values of what differs from the defaults, and the types of task and objective."""
+    """Dotted keys and values of what differs from the defaults, and the types of tasks and objective."""
+
+    def names_a_type(key: str) -> bool:
+        return key == "objective.type" or (key.startswith("task.") and key.endswith(".type"))
+
     changed = dict(_flat(config.model_dump(mode="json", exclude_defaults=True)))
     settings = _flat(_type_first(config.model_dump(mode="json", exclude_none=True)))
-    return {key: value for key, value in settings if key in changed or key in ("task.type", "objective.type")}
+    return {key: value for key, value in settings if key in changed or names_a_type(key)}
 
 
 def differing_settings(found: RunConfig, wanted: RunConfig) -> list[str]:

@@ -28,7 +28,7 @@ class Annealed(Section):
 
     @model_validator(mode="after")
     def _moves_towards_end(self) -> "Annealed":
-        if (self.end - self.start) * self.change_per_step <= 0:
+        if self.change_per_step == 0 or self.end == self.start or (self.end > self.start) != (self.change_per_step > 0):
             raise ValueError(f"change_per_step {self.change_per_step} does not lead from start {self.start} to end {self.end}")
         return self
 

@@ -1,4 +1,4 @@
-"""Loading a causal language model with its tokenizer, from the embedded pair, a folder or a Hugging Face name."""
+"""Loading a causal language model with its tokenizer: embedded, a folder (of an adapter too), or a Hugging Face name."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -15,6 +15,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from rlad.config import LoraConfig
+from rlad.lora import adapter_base, add_lora, is_adapter, load_adapter, require_peft
 
 EMBEDDED = {
     name: Path(__file__).parent / "models" / name.removeprefix("embedded/") for name in ("embedded/student", "embedded/teacher")
@@ -65,10 +68,10 @@ def pick_device(device: str) -> torch.device:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; `ValueError` when there is none or it cannot be loaded."""
+    """The tokenizer of a model; `ValueError` when there is none or it cannot be loaded. An adapter may have its own."""
     load_model_config(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(EMBEDDED.get(name, name))
+        tokenizer = AutoTokenizer.from_pretrained(name if has_tokenizer(name) else _where(name))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"no tokenizer can be loaded from {name!r} ({_first_line(error)}); a model folder needs tokenizer.json or the "
@@ -81,20 +84,38 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def load_model_config(name: str) -> PretrainedConfig:
     """What a model says of itself, without its weights. `ValueError` when `name` is no model."""
-    if name.startswith("embedded/") and name not in EMBEDDED:
-        raise ValueError(f"model {name!r} is unknown; the embedded models are {', '.join(EMBEDDED)}.")
+    base = base_model(name)
+    if base.startswith("embedded/") and base not in EMBEDDED:
+        raise ValueError(f"model {base!r} is unknown; the embedded models are {', '.join(EMBEDDED)}.")
     try:
-        return AutoConfig.from_pretrained(EMBEDDED.get(name, name))
+        return AutoConfig.from_pretrained(EMBEDDED.get(base, base))
     except (OSError, ValueError, KeyError) as error:
+        what = f"model {base!r}" if base == name else f"model {base!r}, on which adapter {name!r} stands,"
         raise ValueError(
-            f"model {name!r} cannot be found or read ({_first_line(error)}); give a folder that `save_pretrained` wrote, or a "
+            f"{what} cannot be found or read ({_first_line(error)}); give a folder that `save_pretrained` wrote, or a "
             "Hugging Face name that is in the cache or can be downloaded."
         ) from None
 
 
+def base_model(name: str) -> str:
+    """The model that an adapter's folder stands on; of every other model its own name."""
+    return adapter_base(name) if is_adapter(name) else name
+
+
+def has_tokenizer(folder: str) -> bool:
+    """Whether an adapter's folder holds a tokenizer."""
+    return is_adapter(folder) and (Path(folder) / "tokenizer_config.json").is_file()
+
+
+def _where(name: str) -> Path | str:
+    """Where transformers finds a model's own files, or those of the model that an adapter stands on."""
+    base = base_model(name)
+    return EMBEDDED.get(base, base)
+
+
 def require_weights(name: str) -> None:
     """`ValueError` for a model folder without weights. Says nothing of a Hugging Face name."""
-    folder = Path(EMBEDDED.get(name, name))
+    folder = Path(_where(name))
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise ValueError(f"model folder {name!r} has no *.safetensors file; save its weights there with `save_pretrained`.")
 
@@ -122,20 +143,30 @@ def load_language_model(
     dtype: str = "float32",
     device: str = "auto",
     trainable: bool = False,
+    lora: LoraConfig | None = None,
+    seed: int = 0,
     random_weights_seed: int | None = None,
+    quantization: Any = None,
 ) -> LanguageModel:
     """The model and its tokenizer, ready to sample and score. `ValueError` with one sentence when that cannot be.
 
     A `trainable` model keeps float32 weights and only computes in `dtype`: the small updates of RL vanish in bfloat16 weights.
-    With `random_weights_seed` the weights are drawn anew, by the model's own initialisation.
+    With `lora` it gets an adapter, drawn from `seed`, whose float32 weights are trained instead; its own are then in `dtype`.
+    The folder of an adapter is loaded with the model that it stands on, the same way.
+    With `random_weights_seed` the weights are drawn anew, by the model's own initialisation. `quantization` is transformers'
+    `quantization_config`.
     """
     tokenizer, where, compute_dtype = load_tokenizer(name), pick_device(device), getattr(torch, dtype)
     if random_weights_seed is None:
-        model = _load_weights(name, torch.float32 if trainable else compute_dtype)
+        weights_are_trained = trainable and not lora and not is_adapter(name)
+        model = _load_weights(name, torch.float32 if weights_are_trained else compute_dtype, quantization, where)
     else:
         with torch.random.fork_rng():
             torch.manual_seed(random_weights_seed)
             model = AutoModelForCausalLM.from_config(load_model_config(name), dtype=compute_dtype)
+    if lora:
+        require_peft("[student.lora]")
+        add_lora(model, lora, base=name, seed=seed)
     if trainable:
         _require_finite(name, model)
     if where.type == "cpu":
@@ -154,10 +185,17 @@ def load_language_model(
     return loaded
 
 
-def _load_weights(name: str, dtype: torch.dtype) -> Any:
+def _load_weights(name: str, dtype: torch.dtype, quantization: Any, device: torch.device) -> Any:
+    if is_adapter(name):
+        require_peft(f"adapter {name!r}")
+        model = _load_weights(base_model(name), dtype, quantization, device)
+        load_adapter(model, name)
+        return model
+    # Quantised where it is to work: some kernels pack their weights on the GPU alone.
+    settings = {} if quantization is None else {"quantization_config": quantization, "device_map": device}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            EMBEDDED.get(name, name), dtype=dtype, use_safetensors=True, output_loading_info=True
+            EMBEDDED.get(name, name), dtype=dtype, use_safetensors=True, output_loading_info=True, **settings
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(

@@ -1,11 +1,17 @@
 """What a run needs before its first step: a verifier that works, prompts that fit, and its models."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 from transformers import PreTrainedTokenizerBase
 
 from rlad.config import RunConfig
 from rlad.language_model import LanguageModel, load_language_model
+from rlad.lora import is_adapter, require_peft
 from rlad.prompts import check_prompt_length, prompt_token_ids
+from rlad.seeds import stream_seed
 from rlad.tasks import Split, Task, Verdict
+from rlad.tasks.several import SeveralTasks
 from rlad.teacher_config import LocalTeacherConfig
 from rlad.teachers import Setting, Teacher, check_teacher, make_teacher, require_no_error
 from rlad.teachers.local import load_teacher_model
@@ -14,7 +20,11 @@ NUM_PROBED_PROBLEMS, NUM_PROBED_ANSWERS = 20, 5
 
 
 def require_working_verifier(task: Task) -> None:
-    """`ValueError` when the verifier cannot judge even the reference answers of the first problems."""
+    """`ValueError` when the verifier cannot judge even the reference answers of the first problems; of several tasks, one's."""
+    if isinstance(task, SeveralTasks):
+        for one in task.tasks.values():
+            require_working_verifier(one)
+        return
     problems = [task.problem("train", i) for i in range(NUM_PROBED_ANSWERS)]
     judgements = [task.judge(problem, problem.answer) for problem in problems]
     if all(judgement.verdict == Verdict.CANNOT_JUDGE for judgement in judgements):
@@ -54,9 +64,9 @@ def longest_prompt(
     return longest
 
 
-def setting_of(config: RunConfig, student: LanguageModel) -> Setting:
+def setting_of(config: RunConfig, student: LanguageModel, before_work: Callable[[], None] = lambda: None) -> Setting:
     """What a teacher has to work with."""
-    return Setting(config, student.tokenizer, student.context_tokens, student)
+    return Setting(config, student.tokenizer, student.context_tokens, student, before_work)
 
 
 def load_teacher(config: RunConfig, student: LanguageModel) -> LanguageModel:
@@ -67,14 +77,45 @@ def load_teacher(config: RunConfig, student: LanguageModel) -> LanguageModel:
     return load_teacher_model(settings, setting)
 
 
-def prepare_teacher(config: RunConfig, student: LanguageModel) -> Teacher | None:
-    """The teacher of an objective of ours that needs one, or None. `ValueError` when it cannot score this student's tokens."""
+def prepare_teacher(
+    config: RunConfig, student: LanguageModel, before_work: Callable[[], None] = lambda: None
+) -> Teacher | None:
+    """The teacher of an objective of ours that needs one, or None. `ValueError` when it cannot score this student's tokens.
+
+    `before_work` is called before each piece of its work; it may raise to stop the run there.
+    """
     if not config.needs_teacher:
         return None
     assert config.teacher is not None, "RunConfig refuses an objective that needs a teacher without one"
-    return make_teacher(config.teacher, setting_of(config, student))
+    return make_teacher(config.teacher, setting_of(config, student, before_work))
 
 
-def load_reference(config: RunConfig) -> LanguageModel:
-    """The frozen initial student."""
-    return load_language_model(config.student.model, dtype=config.student.dtype, device=config.student.device, trainable=True)
+def load_student(config: RunConfig, checkpoint: Path | None = None) -> LanguageModel:
+    """The model to be trained: the initial student, or what a checkpoint holds of it. `ValueError` when that cannot be."""
+    settings = config.student
+    if checkpoint is None:
+        require_base_model(config)
+    return load_language_model(
+        str(checkpoint or settings.model),
+        dtype=settings.dtype,
+        device=settings.device,
+        trainable=True,
+        lora=None if checkpoint else settings.lora,
+        seed=stream_seed(config.seed, "lora"),
+    )
+
+
+def require_base_model(config: RunConfig) -> None:
+    """`ValueError` when the student to be trained is an adapter, or its adapter cannot be made."""
+    if is_adapter(config.student.model):
+        raise ValueError(
+            f"student.model = {config.student.model!r} is a LoRA adapter, and a run starts from a whole model; merge it into "
+            "its base model (PEFT's merge_and_unload) and give the folder of the result."
+        )
+    if config.student.lora:
+        require_peft("[student.lora]")
+
+
+def load_reference(config: RunConfig, student: LanguageModel) -> LanguageModel:
+    """The frozen initial student: a second copy of it, or a LoRA student itself, whose base weights it is."""
+    return student if config.student.lora else load_student(config)

@@ -4,7 +4,7 @@ Log-prob definition: completion token t given the prompt and the tokens before i
 float32. Sequences are padded on the right, which a causal model cannot see from the left, so no attention mask is needed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +29,16 @@ class CompletionScores:
 class Scorer:
     """Scores completions under one model at one temperature."""
 
-    def __init__(self, language_model: LanguageModel, *, temperature: float, tokens_per_batch: int):
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        *,
+        temperature: float,
+        tokens_per_batch: int,
+        before_work: Callable[[], None] = lambda: None,
+    ):
+        """`before_work` is called before every micro-batch that `score` computes; it may raise to stop there."""
+        self.before_work = before_work
         self.language_model, self.model = language_model, language_model.model
         self.temperature, self.tokens_per_batch = temperature, tokens_per_batch
         self.head = linear_head(language_model.model)
@@ -84,6 +93,7 @@ class Scorer:
         """Log-probs of each completion, float32 `[its length]` on the CPU, without gradient, in the order given."""
         results: list[Tensor] = [torch.empty(0)] * len(prompts)
         for rows in self.batches(prompts, completions):
+            self.before_work()
             scores = self([prompts[i] for i in rows], [completions[i] for i in rows])
             for i, values, mask in zip(rows, scores.logprobs.cpu(), scores.mask.cpu(), strict=True):
                 results[i] = values[mask]

@@ -1,10 +1,13 @@
 """The `[teacher]` section: one class for each `type`. `cached`, `privileged` and `several` hold teachers of their own."""
 
+import re
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from rlad.config_types import Count, NonNegativeInt, Positive, Section, Share
+from rlad.prompt_template import template_names
 
 
 class LocalTeacherConfig(Section):
@@ -16,7 +19,7 @@ class LocalTeacherConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """of its weights; bfloat16 halves the memory"""
     quantization: Literal["none", "int8", "int4"] = "none"
-    """of the weights of its linear layers (torchao): a quarter or an eighth of float32's memory, and another teacher"""
+    """of the weights of its linear layers but the output layer (torchao): 8 bits or 4 (on a GPU, dtype bfloat16) for each"""
     device: str = "auto"
     """`auto` takes the student's device"""
     keep: Literal["gpu", "cpu"] = "gpu"
@@ -25,6 +28,16 @@ class LocalTeacherConfig(Section):
     """most tokens (padding included) in one forward pass"""
     random_weights: bool = False
     """a control: the model's architecture with random weights of the run's seed, a teacher that knows nothing"""
+
+    @model_validator(mode="after")
+    def _can_be_quantized(self) -> "LocalTeacherConfig":
+        if self.quantization != "none" and self.random_weights:
+            raise ValueError("random_weights are not quantised; set quantization = 'none'")
+        if self.quantization == "int4" and self.dtype != "bfloat16":
+            raise ValueError(f"quantization = 'int4' computes in bfloat16, but dtype is {self.dtype!r}; set dtype = 'bfloat16'")
+        if self.quantization == "int4" and self.keep == "cpu":
+            raise ValueError("quantization = 'int4' packs weights for the GPU, where they stay; set keep = 'gpu', or take int8")
+        return self
 
     @property
     def title(self) -> str:
@@ -45,28 +58,62 @@ class AdapterTeacherConfig(Section):
         return "the student's base model" if self.adapter == "none" else f"the student's base model with {self.adapter}"
 
 
+def _server_url(url: str) -> str:
+    """The address without a slash at its end. `ValueError` without scheme and host, or with a password or query in it."""
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number
+        is_address = False
+    if not is_address or any(character.isspace() for character in url):
+        raise ValueError("it must be an address such as http://127.0.0.1:8000/v1")
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise ValueError(
+            "it may hold no user, password, query or fragment, as it is stored with the run; put a key into the environment "
+            "variable that api_key_variable names"
+        )
+    return url.rstrip("/")
+
+
+def _variable_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise ValueError("it must be the name of an environment variable, not the key itself; take the default, or correct it")
+    return name
+
+
+ServerURL = Annotated[str, AfterValidator(_server_url)]
+
+
 class ServedTeacherConfig(Section):
     """A model behind an OpenAI-compatible `/v1/completions` that scores given token ids: vLLM, `rlad serve-teacher`."""
 
     type: Literal["served"]
-    urls: tuple[str, ...] = Field(min_length=1)
+    urls: tuple[ServerURL, ...] = Field(min_length=1)
     """such as `http://127.0.0.1:8000/v1`; several are replicas of one model: they share the work and stand in for each other"""
     model: str
     """the name under which the server offers it"""
     scoring: Literal["auto", "prompt_logprobs", "echo"] = "auto"
     """how the server is asked for log-probs of a given text; `auto` takes what passes the self-test"""
-    api_key_variable: str = "RLAD_TEACHER_API_KEY"
-    """environment variable with the server's key; the key itself is neither logged nor stored"""
+    api_key_variable: Annotated[str, AfterValidator(_variable_name)] = "RLAD_TEACHER_API_KEY"
+    """environment variable with the server's key, if it asks for one; the key itself is neither logged nor stored"""
     max_concurrent_requests: Count = 16
     """to all replicas together"""
     timeout_seconds: Positive = 120.0
-    """for one request"""
-    num_retries: NonNegativeInt = 5
-    """of a request that failed, with growing, randomly spread pauses"""
+    """for one request, from sending it to the end of its answer"""
+    num_retries: NonNegativeInt = 7
+    """of a request that no replica answered; with the default pause, 3 minutes pass until it is given up"""
+    retry_pause_seconds: Positive = 2.0
+    """before the first retry; doubled by each one up to a minute, and spread randomly"""
     tolerance: Positive = 0.3
     """nats; how far a log-prob may move between generating and scoring the same text (float32 servers: 1e-3, bfloat16: 0.3)"""
     local_model: str | None = None
     """the same model as a folder or Hugging Face name: its log-probs are compared with the server's before training"""
+
+    @model_validator(mode="after")
+    def _urls_differ(self) -> "ServedTeacherConfig":
+        if len(set(self.urls)) < len(self.urls):
+            raise ValueError("urls names a replica twice; name each once")
+        return self
 
     @property
     def title(self) -> str:
@@ -80,7 +127,7 @@ class SeveralTeachersConfig(Section):
     teachers: dict[str, "TeacherConfig"] = Field(min_length=1)
     """by name: the task's with `by_task`, any with `mixture`"""
     combine: Literal["by_task", "mixture"] = "by_task"
-    """`mixture`: log πT = log sum_i w_i πT_i for each token, the weights scaled to sum 1"""
+    """`mixture`: log πT = log sum_i w_i πT_i for each token, the weights scaled to sum 1: a probability again"""
     weights: dict[str, Positive] = Field(default={})
     """of a mixture, by teacher; 1 for those not named"""
 
@@ -103,8 +150,21 @@ class PrivilegedTeacherConfig(Section):
     type: Literal["privileged"]
     teacher: "TeacherConfig"
     """the teacher that is shown it; with `ema` a student teaches itself"""
-    template: str = "{prompt}\n\nThe correct answer is: {answer}"
+    template: str = "The correct answer to the following is: {answer}\n\n{prompt}"
     """its prompt; {prompt}, {answer}, {peer_solution}, and {name} for each entry of the problem's metadata"""
+
+    @field_validator("template")
+    @classmethod
+    def _shows_the_prompt(cls, template: str) -> str:
+        if "prompt" not in template_names(template):
+            raise ValueError("it has no {prompt}, so the teacher would not see the question; add it")
+        return template
+
+    @model_validator(mode="after")
+    def _is_told_once(self) -> "PrivilegedTeacherConfig":
+        if self.teacher.type == "privileged":
+            raise ValueError("its teacher is privileged too, and would make its own prompt; write one template")
+        return self
 
     @property
     def title(self) -> str:
@@ -121,6 +181,8 @@ class CachedTeacherConfig(Section):
     """shared by all runs that name it, also at the same time"""
     max_gib: Positive = 10.0
     """the entries used least recently are deleted beyond it"""
+    tolerance: Positive = 0.1
+    """nats a token, on average; one stored answer a run is asked for again, and one further off is another teacher's"""
 
     @property
     def title(self) -> str:
@@ -139,6 +201,24 @@ class EMATeacherConfig(Section):
     @property
     def title(self) -> str:
         return {0.0: "the initial student", 1.0: "the student itself"}.get(self.update_rate, "the student's moving average")
+
+
+_MEANS = frozenset(
+    (
+        *("urls", "api_key_variable", "max_concurrent_requests", "timeout_seconds", "num_retries", "retry_pause_seconds"),
+        *("tolerance", "local_model", "directory", "max_gib", "keep"),
+    )
+)
+
+
+def what_it_answers(section: Any) -> Any:
+    """A dumped `[teacher]` section without what says how it is reached, tested and kept: of two such runs each can go on with
+    the other.
+    """
+    if not isinstance(section, dict):
+        return section
+    left_out = _MEANS if "type" in section else ()
+    return {key: what_it_answers(value) for key, value in section.items() if key not in left_out}
 
 
 def _local_by_default(section: Any) -> Any:

@@ -17,9 +17,16 @@ from rlad.engines.engine import Engine, StepResult
 from rlad.engines.native import NativeEngine
 from rlad.environment import describe_environment
 from rlad.evaluate import evaluate
-from rlad.language_model import LanguageModel, load_language_model
+from rlad.language_model import LanguageModel
 from rlad.model_card import model_card
-from rlad.preparation import load_reference, load_teacher, longest_prompt, prepare_teacher, require_working_verifier
+from rlad.preparation import (
+    load_reference,
+    load_student,
+    load_teacher,
+    longest_prompt,
+    prepare_teacher,
+    require_working_verifier,
+)
 from rlad.problem_results import pass_at_1
 from rlad.run_dir import CONFIG, ENVIRONMENT, EVAL, METRICS, MODEL_CARD, SAMPLES, CannotWriteError, EvaluationSet, RunDirectory
 from rlad.statistics import Estimate
@@ -93,6 +100,7 @@ def train(
         ood = config.ood_task
         ood_task = held.enter_context(closing(make_task(**ood.model_dump()))) if ood else None
         training = Training(config, run, task, ood_task, reporter or Silent(), checkpoint)
+        held.enter_context(closing(training.engine))
         if stored is None:
             run.create()
             held.enter_context(run.locked())
@@ -101,7 +109,7 @@ def train(
         else:
             run.delete(MODEL_CARD)  # a run without it is not finished
             run.forget_after(training.engine.step if checkpoint else -1)
-            if stored.optimization != config.optimization:  # more steps
+            if stored != config:  # more steps, or a teacher that is reached in another way
                 run.write(CONFIG, dump_config(config))
         return training.finish()
 
@@ -254,19 +262,27 @@ def _spent(metrics: Mapping[str, float]) -> tuple[float, float]:
 
 
 def make_engine(config: RunConfig, student: LanguageModel, task: Task, *, before_work: Callable[[], None]) -> Engine:
-    """The engine of an objective: TRL trains what is its own, our loop the rest."""
+    """The engine of a run: the one that its config names, but TRL's own for what TRL alone trains."""
     if config.objective.type in TRAINED_BY_TRL:
         from rlad.engines.trl_distillation import TRLDistillationEngine
 
         return TRLDistillationEngine(
             config, student=student, teacher=load_teacher(config, student), task=task, before_work=before_work
         )
+    if config.engine.type == "trl":
+        from rlad.engines.trl_distillation import require_trl
+
+        require_trl(config.objective.type)
+        from rlad.engines.trl_engine import TRLEngine
+
+        teacher = prepare_teacher(config, student, before_work)
+        return TRLEngine(config, student=student, task=task, teacher=teacher, before_work=before_work)
     return NativeEngine(
         config,
         student=student,
         task=task,
-        teacher=prepare_teacher(config, student),
-        reference=load_reference(config) if config.optimization.kl_coef else None,
+        teacher=prepare_teacher(config, student, before_work),
+        reference=load_reference(config, student) if config.optimization.kl_coef else None,
         before_work=before_work,
     )
 
@@ -294,11 +310,8 @@ def _stored_config(run: RunDirectory, config: RunConfig) -> RunConfig:
 
 
 def _load_student(config: RunConfig, checkpoint: Path | None) -> LanguageModel:
-    settings = config.student
     try:
-        return load_language_model(
-            str(checkpoint or settings.model), dtype=settings.dtype, device=settings.device, trainable=True
-        )
+        return load_student(config, checkpoint)
     except ValueError as error:
         raise ValueError(_not_resumable(checkpoint, error)) if checkpoint else error from None
 

@@ -34,6 +34,10 @@ class Engine(Protocol):
         """Make optimiser steps until the run's last one, or until `after_step`, which is told of each, answers False."""
         ...
 
+    def close(self) -> None:
+        """Release what the teacher holds: connections and files."""
+        ...
+
     def save(self, folder: Path, *, run_digest: str) -> None:
         """Write everything that `restore` needs into `folder`, a Hugging Face model folder; `run_digest` names the run."""
         ...

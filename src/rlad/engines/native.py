@@ -4,7 +4,6 @@ Everything random comes from streams named by seed and step, and problems are ad
 step, its weights, its optimiser and, between the mini-batches of one rollout batch, that batch.
 """
 
-import inspect
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,8 +18,9 @@ from transformers import get_scheduler
 from rlad.advantages import group_advantages
 from rlad.aggregate import aggregate, denominator
 from rlad.batch import LossInputs
-from rlad.config import Annealed, GRPOConfig, OPDConfig, OPDThenGRPOConfig, RunConfig
+from rlad.config import GRPOConfig, OPDConfig, OPDThenGRPOConfig, RunConfig
 from rlad.engines.engine import StepResult, peak_memory
+from rlad.engines.knobs import at_step, objective_knobs, taken_by
 from rlad.engines.native_state import restore_engine, save_engine
 from rlad.engines.roll_out import roll_out, timed
 from rlad.engines.rollout_batch import RolloutBatch, by_rollout, missing_share, padded, score_rows, teacher_requests
@@ -34,6 +34,7 @@ from rlad.scoring import CompletionScores, Scorer
 from rlad.seeds import stream_seed
 from rlad.tasks import Task, Verdict
 from rlad.teachers import Teacher
+from rlad.teachers.adapter import AdapterScorer
 
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
@@ -53,22 +54,28 @@ class NativeEngine:
     ):
         """`before_work` is called before every decoding step and micro-batch; it may raise to stop the run there.
 
-        `reference` is the frozen initial student; needed when `kl_coef` is not 0.
+        `reference` is the frozen initial student; needed when `kl_coef` is not 0. A LoRA student may be its own: its base
+        weights are the initial student.
         """
         loop = config.optimization
         self.config, self.student, self.task, self.teacher = config, student, task, teacher
         self.before_work = before_work
         self.step = 0
         self.pending: RolloutBatch | None = None
+        self.parameters = [parameter for parameter in student.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            student.model.parameters(), lr=loop.learning_rate, betas=loop.betas, weight_decay=loop.weight_decay
+            self.parameters, lr=loop.learning_rate, betas=loop.betas, weight_decay=loop.weight_decay
         )
         self.scheduler = get_scheduler(
             SCHEDULES[loop.schedule], self.optimizer, num_warmup_steps=loop.warmup_steps, num_training_steps=loop.num_steps
         )
-        scoring = {"temperature": config.rollout.temperature, "tokens_per_batch": loop.tokens_per_batch}
+        scoring: dict[str, Any] = {"temperature": config.rollout.temperature, "tokens_per_batch": loop.tokens_per_batch}
+        scoring["before_work"] = before_work
         self.scorer = Scorer(student, **scoring)
-        self.reference_scorer = Scorer(reference, **scoring) if reference else None
+        self.reference_scorer = None
+        if reference is not None:
+            shared = reference is student
+            self.reference_scorer = AdapterScorer(student, adapter=None, **scoring) if shared else Scorer(reference, **scoring)
         if config.student.gradient_checkpointing:
             student.model.gradient_checkpointing_enable()
 
@@ -100,6 +107,10 @@ class NativeEngine:
 
     def restore(self, folder: Path, *, run_digest: str) -> None:
         restore_engine(self, folder, run_digest=run_digest)
+
+    def close(self) -> None:
+        if self.teacher is not None:
+            self.teacher.close()
 
     def objective_of(self, batch_index: int) -> Any:
         """The config of the objective that a rollout batch is for: of the run's, the one whose turn it is."""
@@ -139,7 +150,7 @@ class NativeEngine:
             assert self.teacher is not None
             with timed(seconds, "time/teacher/seconds"):
                 batch.teacher_logprobs = by_rollout(self._ask_teacher(batch, rows), batch, rows)
-            batch.counts["teacher/tokens/count"] = sum(map(len, batch.teacher_logprobs))
+            batch.counts |= {"teacher/tokens/count": sum(map(len, batch.teacher_logprobs))} | self.teacher.pop_metrics()
         if self.reference_scorer is not None:
             with timed(seconds, "time/reference/seconds"):
                 batch.reference_logprobs = score_rows(self.reference_scorer.score, batch, rows)
@@ -179,7 +190,7 @@ class NativeEngine:
             teacher_logprobs=pad_sequence(batch.teacher_logprobs, batch_first=True),
             mask=mask,
             group_size=self.config.rollout.group_size,
-            **_taken_by(row.token_advantages, objective_knobs(self.objective_of(batch.index), self.step)),
+            **taken_by(row.token_advantages, objective_knobs(self.objective_of(batch.index), self.step)),
         )
         return [values[:length] for values, length in zip(advantages, lengths, strict=True)]
 
@@ -215,8 +226,7 @@ class NativeEngine:
         wanted = [i for p in prompts for i in range(p * group_size, (p + 1) * group_size)]
         stats = TokenStats()
         loss = self.accumulate_gradient(batch, wanted, stats)
-        parameters = list(self.student.model.parameters())
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.config.optimization.max_grad_norm))
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optimization.max_grad_norm))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise RunFailedError(
                 f"step {self.step + 1}: loss {loss} and gradient norm {norm} must be finite, so the weights were left as they "
@@ -240,7 +250,7 @@ class NativeEngine:
         The denominator is that of all of them, so neither micro-batches nor left-out rows change the result.
         """
         loop, objective = self.config.optimization, self.objective_of(batch.index)
-        knobs = _taken_by(OBJECTIVES[objective.type].function, objective_knobs(objective, self.step))
+        knobs = taken_by(OBJECTIVES[objective.type].function, objective_knobs(objective, self.step))
         kl_coef = at_step(loop.kl_coef, self.step)
         prompts, completions, trains = batch.prompts, batch.completions, set(self._rows_that_train(batch))
         rows = [i for i in wanted if i in trains]
@@ -248,7 +258,7 @@ class NativeEngine:
         whole = self._denominator(batch, wanted, stats)
         # Checkpointing only works in training mode; `LanguageModel` has no dropout that this would switch on.
         self.student.model.train(self.config.student.gradient_checkpointing)
-        for parameter in self.student.model.parameters():
+        for parameter in self.parameters:
             # Zeros, not None: a step without gradient still moves by the optimiser's momentum.
             parameter.grad = torch.zeros_like(parameter)
         total, batch.imitation = 0.0, {}
@@ -310,18 +320,3 @@ class NativeEngine:
         mask = pad_sequence(kept, batch_first=True) if kept else torch.zeros(0, 0, dtype=torch.bool)
         max_tokens = self.config.rollout.max_completion_tokens
         return denominator(mask, mode=self.config.optimization.aggregation, max_completion_tokens=max_tokens)
-
-
-def at_step(knob: float | Annealed, step: int) -> float:
-    """The value of a knob that may be annealed."""
-    return knob.at(step) if isinstance(knob, Annealed) else knob
-
-
-def objective_knobs(objective: Any, step: int) -> dict[str, Any]:
-    """The keyword arguments that an objective's config gives its function at a step ("off" is None)."""
-    knobs = {name: getattr(objective, name) for name in type(objective).model_fields if name != "type"}
-    return {k: None if v == "off" else at_step(v, step) if isinstance(v, Annealed) else v for k, v in knobs.items()}
-
-
-def _taken_by(function: Callable[..., Any], knobs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in knobs.items() if name in inspect.signature(function).parameters}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlad.engines.rollout_batch import RolloutBatch
 from rlad.language_model import LanguageModel
+from rlad.lora import has_adapter, save_adapter
 from rlad.rollouts import RolloutGroup
 
 if TYPE_CHECKING:
@@ -25,8 +26,14 @@ TEACHER = "trainer/teacher.safetensors"
 
 
 def save_model(language_model: LanguageModel, folder: Path) -> None:
-    """Weights and tokenizer as `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` read them."""
-    language_model.model.save_pretrained(folder)
+    """Weights and tokenizer as `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` read them.
+
+    Of a LoRA student the adapter alone, as PEFT reads it.
+    """
+    if has_adapter(language_model.model):
+        save_adapter(language_model.model, folder)
+    else:
+        language_model.model.save_pretrained(folder)
     try:
         language_model.tokenizer.save_pretrained(folder)
     except Exception as error:

@@ -109,6 +109,9 @@ class TRLDistillationEngine:
         trainer.roll_out = write
         return trainer, figures
 
+    def close(self) -> None:
+        """There is nothing to release."""
+
     def save(self, folder: Path, *, run_digest: str) -> None:
         save_model(self.student, folder)
         (folder / STATE).parent.mkdir()

@@ -37,6 +37,7 @@ TASKS: dict[str, TaskRow] = {
         "rlad.tasks.reasoning_gym:ReasoningGym", "Any data set of reasoning-gym, by its name.", "reasoning-gym"
     ),
     "jsonl": TaskRow("rlad.tasks.jsonl:JsonlTask", "Prompts and answers from a file of your own, with a verifier."),
+    "several": TaskRow("rlad.tasks.several:SeveralTasks", "Problems of several tasks in turn, each graded by its own."),
 }
 
 

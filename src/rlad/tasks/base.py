@@ -26,6 +26,7 @@ class Problem:
     `key` decides the split: problems with the same key always fall into the same split, so a task that gives
     equal keys to equivalent problems cannot leak held-out ones into training.
     `difficulty` labels the problem in evaluation tables (for example the number of people).
+    `task` names its task among the several of a run; it is empty where a run has one.
     """
 
     prompt: str
@@ -33,6 +34,7 @@ class Problem:
     key: str
     difficulty: str = ""
     metadata: dict[str, Any] = field(default_factory=dict)
+    task: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ class JsonlTask:
 
     A split without a file of its own gets its share of `path` by a hash of the prompt; prompts that are equal up to
     case and white space stay together. A prompt of `path` that is also in `validation_path` or `test_path` is refused.
+    Other fields that hold text or numbers, such as a hint for a privileged teacher, are the problem's metadata.
     A path that does not end in `.jsonl` is a folder that `datasets` has saved, or a name on the hub (`name:subset`), of
     which `path` takes the split train, `validation_path` validation and `test_path` test.
     """
@@ -139,7 +140,9 @@ def _problem(row: Any, where: str, prompt_field: str, answer_field: str) -> Prob
         raise ValueError(f"{where}: holds a {type(row).__name__}; write a JSON object with the fields {wanted}.")
     prompt = _text(row, prompt_field, where, "prompt_field")
     answer = _text(row, answer_field, where, "answer_field")
-    return Problem(prompt, answer, text_key(prompt))
+    others = {name: value for name, value in row.items() if name not in (prompt_field, answer_field)}
+    metadata = {name: value for name, value in others.items() if isinstance(value, str | int | float)}
+    return Problem(prompt, answer, text_key(prompt), metadata=metadata)
 
 
 def _text(row: dict[str, Any], field: str, where: str, setting: str) -> str:

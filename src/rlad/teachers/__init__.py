@@ -2,7 +2,7 @@
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,11 @@ class Teacher(ABC):
     identity: str
     """names the weights; a resumed run must find the same"""
 
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the weights, where they are in reach; what a cache goes by."""
+        return self.identity
+
     @abstractmethod
     def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
         """Log-probs of each completion's tokens, float32 `[its length]` on the CPU, at the sampling temperature.
@@ -49,6 +54,10 @@ class Teacher(ABC):
     def load_state(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027
         """The reverse of `state`."""
 
+    def pop_metrics(self) -> dict[str, float]:
+        """What it counted since the last call, for the metrics of a step."""
+        return {}
+
     def close(self) -> None:  # noqa: B027
         """Release connections and files."""
 
@@ -62,6 +71,8 @@ class Setting:
     student_context: int | None
     """tokens; None when the student's model does not say"""
     student: LanguageModel | None = None
+    before_work: Callable[[], None] = lambda: None
+    """called by a teacher before each piece of its work, and while it waits; raises to stop the run there"""
 
     @property
     def temperature(self) -> float:
@@ -100,6 +111,11 @@ def check_teacher(settings: Any, setting: Setting) -> list[Finding]:
 def make_teacher(settings: Any, setting: Setting) -> Teacher:
     """The teacher of a `[teacher]` section. `ValueError` when it cannot score this student's tokens."""
     require_no_error(settings, check_teacher(settings, setting))
+    return build_teacher(settings, setting)
+
+
+def build_teacher(settings: Any, setting: Setting) -> Teacher:
+    """The teacher of a section in which `check_teacher` found no error, as a teacher within another one is made."""
     return importlib.import_module(TEACHERS[settings.type].module).make_teacher(settings, setting)
 
 
@@ -107,4 +123,6 @@ def require_no_error(settings: Any, findings: Sequence[Finding]) -> None:
     """`ValueError` with the first error among the findings about a teacher."""
     for finding in findings:
         if finding.level == "error":
-            raise ValueError(f"teacher {settings.title!r} cannot score the student's tokens: {finding.message}")
+            raise ValueError(
+                f"teacher {settings.title!r} cannot score the student's tokens: {finding.subject}: {finding.message}"
+            )

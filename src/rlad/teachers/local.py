@@ -1,7 +1,10 @@
 """A teacher in this process: a frozen transformers model with its own dtype and device."""
 
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import takewhile
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,26 +15,62 @@ from rlad.language_model import (
     load_language_model,
     load_model_config,
     load_tokenizer,
+    pick_device,
     require_weights,
 )
+from rlad.lora import is_adapter
 from rlad.scoring import Scorer
 from rlad.seeds import stream_seed
 from rlad.teacher_config import LocalTeacherConfig
 from rlad.teachers import Setting, Teacher, TeacherRequest
 from rlad.teachers.compatibility import Finding, compare_contexts, compare_tokenizers
+from rlad.teachers.fingerprint import weights_fingerprint
 
 
 class LocalTeacher(Teacher):
     """Scores the sampled tokens only, in micro-batches by token budget; never holds `[batch, token, vocabulary]`."""
 
-    def __init__(self, language_model: LanguageModel, *, temperature: float, tokens_per_batch: int):
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        *,
+        temperature: float,
+        tokens_per_batch: int,
+        identity: str | None = None,
+        keep: Literal["gpu", "cpu"] = "gpu",
+        before_work: Callable[[], None] = lambda: None,
+    ):
+        """With `keep` = "cpu" the weights are on the model's present device only while it scores, and else on the CPU."""
         language_model.model.requires_grad_(False)
-        self.identity = language_model.name
+        self.identity, self.language_model = identity or language_model.name, language_model
         self._vocabulary = language_model.vocabulary
-        self._scorer = Scorer(language_model, temperature=temperature, tokens_per_batch=tokens_per_batch)
+        self._scorer = Scorer(
+            language_model, temperature=temperature, tokens_per_batch=tokens_per_batch, before_work=before_work
+        )
+        self._works_on = language_model.model.device
+        self._rests_on = torch.device("cpu") if keep == "cpu" else self._works_on
+        self._move(self._rests_on)
+
+    @property
+    def fingerprint(self) -> str:
+        return weights_fingerprint(self.language_model)
 
     def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
-        return score_known_tokens(self._scorer, self._vocabulary, requests)
+        with self._at_work():
+            return score_known_tokens(self._scorer, self._vocabulary, requests)
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        self._move(self._works_on)
+        try:
+            yield
+        finally:
+            self._move(self._rests_on)
+
+    def _move(self, device: torch.device) -> None:
+        model: Any = self.language_model.model
+        if model.device != device:
+            model.to(device)
 
 
 def score_known_tokens(scorer: Scorer, vocabulary: int, requests: Sequence[TeacherRequest]) -> list[Tensor]:
@@ -53,7 +92,41 @@ def check_teacher(settings: LocalTeacherConfig, setting: Setting) -> list[Findin
     return [
         *compare_tokenizers(setting.student_tokenizer, load_tokenizer(settings.model)),
         compare_contexts(setting.config.rollout, setting.student_context, context_tokens(config)),
+        *_check_quantization(settings, setting),
     ]
+
+
+def _check_quantization(settings: LocalTeacherConfig, setting: Setting) -> list[Finding]:
+    if settings.quantization == "none":
+        return []
+    what = f"teacher.quantization = {settings.quantization!r}"
+    if any(importlib.util.find_spec(package) is None for package in ("torchao", "accelerate")):
+        message = f"{what} needs torchao and accelerate; install them with: pip install 'rlad[quantization]'."
+        return [Finding("error", "quantization", message)]
+    if is_adapter(settings.model):
+        message = f"{settings.model!r} is an adapter, and {what} is for whole models; merge it into its base model first."
+        return [Finding("error", "quantization", message)]
+    device = pick_device(setting.config.student.device if settings.device == "auto" else settings.device)
+    if settings.quantization == "int4" and device.type != "cuda":
+        message = f"{what} has no kernel on the device {str(device)!r}; set it to 'int8', or teacher.device to a GPU."
+        return [Finding("error", "quantization", message)]
+    return [Finding("ok", "quantization", f"linear layers {settings.quantization}, the output layer {settings.dtype}")]
+
+
+def quantization_config(quantization: str) -> Any:
+    """What transformers quantises the weights of a model's linear layers by as it loads them; None for "none".
+
+    int8: symmetric, a scale for each output channel. int4: asymmetric, a scale and a zero point for each 64 inputs (tinygemm).
+    transformers leaves the output layer as it is, so log-probs are computed from it in chunks as of every other model.
+    """
+    if quantization == "none":
+        return None
+    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    if quantization == "int8":
+        return TorchAoConfig(Int8WeightOnlyConfig())
+    return TorchAoConfig(Int4WeightOnlyConfig(group_size=64, int4_packing_format="tile_packed_to_4d"))  # type: ignore[arg-type]
 
 
 def load_teacher_model(settings: LocalTeacherConfig, setting: Setting) -> LanguageModel:
@@ -64,9 +137,26 @@ def load_teacher_model(settings: LocalTeacherConfig, setting: Setting) -> Langua
         dtype=settings.dtype,
         device=str(setting.student.model.device) if settings.device == "auto" else settings.device,
         random_weights_seed=stream_seed(setting.config.seed, "random teacher", 0) if settings.random_weights else None,
+        quantization=quantization_config(settings.quantization),
     )
 
 
 def make_teacher(settings: LocalTeacherConfig, setting: Setting) -> LocalTeacher:
-    model = load_teacher_model(settings, setting)
-    return LocalTeacher(model, temperature=setting.temperature, tokens_per_batch=settings.tokens_per_batch)
+    return LocalTeacher(
+        load_teacher_model(settings, setting),
+        temperature=setting.temperature,
+        tokens_per_batch=settings.tokens_per_batch,
+        identity=identity_of(settings, setting.config.seed),
+        keep=settings.keep,
+        before_work=setting.before_work,
+    )
+
+
+def identity_of(settings: LocalTeacherConfig, seed: int) -> str:
+    """The model's name, and all that makes other numbers of it than its float32 weights give."""
+    differs = [
+        *([settings.dtype] if settings.dtype != "float32" else []),
+        *([settings.quantization] if settings.quantization != "none" else []),
+        *([f"random weights of seed {seed}"] if settings.random_weights else []),
+    ]
+    return f"{settings.model} ({', '.join(differs)})" if differs else settings.model

@@ -1,0 +1,49 @@
+"""Several tasks in one run: their problems take turns, and each is graded by its own task."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from typing import Any
+
+from rlad.tasks import make_task
+from rlad.tasks.base import Judgement, Problem, Split, Task
+
+
+class SeveralTasks:
+    """Problem i of k tasks is problem i // k of task i % k, as that task alone would give it.
+
+    `tasks` holds the type and the options of each, by name. The name stands in the problem's `task` and before its
+    `difficulty`, so that evaluation tables show each task.
+    """
+
+    def __init__(self, tasks: Mapping[str, Mapping[str, Any]]) -> None:
+        if not tasks:
+            raise ValueError("the task 'several' has no tasks; give it at least one, by name.")
+        self.tasks: dict[str, Task] = {}
+        with ExitStack() as made:
+            for name, options in tasks.items():
+                try:
+                    self.tasks[name] = made.enter_context(closing(make_task(**options)))
+                except ValueError as error:
+                    raise ValueError(f"task {name!r}: {error}") from None
+            self._held = made.pop_all()
+        self.name = f"several ({', '.join(self.tasks)})"
+        self._names = list(self.tasks)
+
+    def problem(self, split: Split, index: int, *, seed: int = 0) -> Problem:
+        inner, turn = divmod(index, len(self._names))
+        name = self._names[turn]
+        problem = self.tasks[name].problem(split, inner, seed=seed)
+        difficulty = f"{name}, {problem.difficulty}" if problem.difficulty else name
+        return replace(problem, task=name, difficulty=difficulty)
+
+    def num_problems(self, split: Split) -> int | None:
+        """Of training: until each finite task has given all of its own. Held out: before one of them gives one again."""
+        sizes = [size for task in self.tasks.values() if (size := task.num_problems(split)) is not None]
+        return len(self.tasks) * (max if split == "train" else min)(sizes) if sizes else None
+
+    def judge(self, problem: Problem, completion: str) -> Judgement:
+        return self.tasks[problem.task].judge(problem, completion)
+
+    def close(self) -> None:
+        self._held.close()

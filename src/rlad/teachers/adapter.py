@@ -1,0 +1,107 @@
+"""The student's base model as its teacher, with another LoRA adapter or with none: one set of base weights for both.
+
+While it scores, the student's adapter is off; its weights stay where they are, and nothing but it is ever trainable.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from rlad.language_model import LanguageModel, has_tokenizer, load_model_config, load_tokenizer, remove_dropout
+from rlad.lora import (
+    adapter_base,
+    adapter_names,
+    add_frozen_adapter,
+    is_adapter,
+    only_adapter,
+    require_peft,
+    require_shareable,
+    resolvable,
+)
+from rlad.scoring import Scorer, TokenIds
+from rlad.teacher_config import AdapterTeacherConfig
+from rlad.teachers import Setting, Teacher, TeacherRequest
+from rlad.teachers.compatibility import Finding, compare_tokenizers
+from rlad.teachers.fingerprint import weights_fingerprint
+from rlad.teachers.local import score_known_tokens
+
+
+class AdapterScorer(Scorer):
+    """Scores under a student's base model with the adapter `adapter`, or (None) with no adapter."""
+
+    def __init__(self, student: LanguageModel, *, adapter: str | None, **scoring: Any):
+        super().__init__(student, **scoring)
+        self.adapter = adapter
+
+    def score(self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]) -> list[Tensor]:
+        with only_adapter(self.model, self.adapter):
+            return super().score(prompts, completions)
+
+
+class AdapterTeacher(Teacher):
+    """Scores with the student's own base weights and the adapter in `folder`; None: without adapter."""
+
+    def __init__(self, student: LanguageModel, *, base: str, folder: str | None, **scoring: Any):
+        """`scoring` is what a `Scorer` takes beside the model."""
+        self.identity = f"{base} without adapter" if folder is None else f"{base} with adapter {folder}"
+        self._student, self._vocabulary = student, student.vocabulary
+        self._adapter = None if folder is None else add_frozen_adapter(student.model, folder)
+        remove_dropout(student.model)
+        self._scorer = AdapterScorer(student, adapter=self._adapter, **scoring)
+
+    @property
+    def fingerprint(self) -> str:
+        others = [name for name in adapter_names(self._student.model) if name != self._adapter]
+        return weights_fingerprint(self._student, without=others)
+
+    def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
+        return score_known_tokens(self._scorer, self._vocabulary, requests)
+
+
+def check_teacher(settings: AdapterTeacherConfig, setting: Setting) -> list[Finding]:
+    base = setting.config.student.model
+    try:
+        require_peft("teacher.type = 'adapter'")
+        if setting.config.student.lora is None:
+            raise ValueError(
+                "it stands on the student's base weights, which move unless the student is trained with [student.lora]; add "
+                f"that section, or take type = 'local' with model = {base!r}."
+            )
+        if settings.adapter == "none":
+            return [Finding("ok", "adapter", f"none: the base model {base} itself")]
+        if not is_adapter(settings.adapter):
+            raise ValueError(
+                f"{settings.adapter!r} is no folder of an adapter; give one with adapter_config.json, as PEFT writes it."
+            )
+        require_shareable(settings.adapter, load_model_config(base))
+    except ValueError as error:
+        return [Finding("error", "adapter", str(error))]
+    return [*_compare_base(settings.adapter, base), *_compare_own_tokenizer(settings.adapter, setting)]
+
+
+def _compare_base(folder: str, base: str) -> list[Finding]:
+    named = adapter_base(folder)
+    if resolvable(named) == resolvable(base):
+        return [Finding("ok", "adapter", f"{folder} stands on {base}")]
+    message = (
+        f"{folder} names {named!r} as its base model, the student's is {base!r}: its shapes fit, but on other weights it is "
+        "another teacher; go on only if the two are the same model."
+    )
+    return [Finding("warning", "adapter", message)]
+
+
+def _compare_own_tokenizer(folder: str, setting: Setting) -> list[Finding]:
+    return compare_tokenizers(setting.student_tokenizer, load_tokenizer(folder)) if has_tokenizer(folder) else []
+
+
+def make_teacher(settings: AdapterTeacherConfig, setting: Setting) -> AdapterTeacher:
+    assert setting.student is not None
+    return AdapterTeacher(
+        setting.student,
+        base=setting.config.student.model,
+        folder=None if settings.adapter == "none" else settings.adapter,
+        temperature=setting.temperature,
+        tokens_per_batch=settings.tokens_per_batch,
+        before_work=setting.before_work,
+    )

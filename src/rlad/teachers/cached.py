@@ -1,0 +1,134 @@
+"""A teacher whose answers are kept on disk: the same completion is scored once, by whichever run asks first.
+
+key = sha256( format, fingerprint of the teacher, sampling temperature, prompt token ids, completion token ids )
+"""
+
+import hashlib
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlad.teacher_config import CachedTeacherConfig
+from rlad.teachers import Setting, Teacher, TeacherRequest, build_teacher
+from rlad.teachers import check_teacher as check_any_teacher
+from rlad.teachers.compatibility import Finding
+from rlad.teachers.logprob_store import LogprobStore
+
+_FORMAT = b"rlad log-probs 1"
+_GIB = 1024**3
+
+# What a cached teacher may be: one whose answer depends on its weights and the tokens alone.
+_CACHEABLE = ("local", "adapter", "served")
+_NOT_CACHEABLE = {
+    "ema": "the student's moving average gives another answer after each step; leave the cache out",
+    "privileged": "a privileged teacher's answer depends on more than the student's tokens; put the cache inside it: "
+    "type = 'privileged' in [teacher], type = 'cached' in [teacher.teacher]",
+    "several": "several teachers are cached one by one; put the cache inside: type = 'several' in [teacher], type = 'cached' "
+    "in each of its teachers",
+    "cached": "it is cached already; take one of the two away",
+}
+
+
+class CachedTeacher(Teacher):
+    """Asks the teacher behind it for what is not stored; complete, finite answers alone are stored.
+
+    The first stored answer that a session uses is asked for again: raises `ValueError` when the two differ on average by more
+    than `tolerance` nats a token.
+    """
+
+    def __init__(self, teacher: Teacher, store: LogprobStore, *, directory: str, temperature: float, tolerance: float):
+        assert not teacher.state(), "a teacher that moves cannot be cached"
+        self.identity = teacher.identity
+        self._teacher, self._store, self._directory = teacher, store, directory
+        self._temperature, self._tolerance = temperature, tolerance
+        self._fingerprint = teacher.fingerprint
+        self._is_confirmed = False
+        self._num_asked = self._num_hits = 0
+
+    @property
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
+        keys = [entry_key(self._fingerprint, self._temperature, request) for request in requests]
+        asked = dict(zip(keys, requests, strict=True))
+        known = {key: values for key, values in self._store.get(list(asked)).items() if _is_whole(values, asked[key])}
+        self._num_asked, self._num_hits = self._num_asked + len(keys), self._num_hits + sum(key in known for key in keys)
+        if known and not self._is_confirmed:
+            longest = max(known, key=lambda key: len(known[key]))
+            self._confirm(asked[longest], known[longest])
+        if unknown := [key for key in asked if key not in known]:
+            new = dict(zip(unknown, self._teacher.logprobs([asked[key] for key in unknown]), strict=True))
+            self._store.put({key: values for key, values in new.items() if _is_whole(values, asked[key])})
+            known |= new
+        return [known[key] for key in keys]
+
+    def _confirm(self, request: TeacherRequest, stored: Tensor) -> None:
+        """`ValueError` when the stored answer is another teacher's. An answer that does not come confirms nothing."""
+        differences = (self._teacher.logprobs([request])[0] - stored).abs()
+        differences = differences[differences.isfinite()]
+        if not len(differences):
+            return
+        if (mean := float(differences.mean())) > self._tolerance:
+            raise ValueError(
+                f"the cache {self._directory} holds log-probs of another teacher than {self.identity!r}: a completion of "
+                f"{len(differences)} tokens, asked for again, differs by {mean:.3g} nats a token (teacher.tolerance is "
+                f"{self._tolerance:g}); delete that folder, or name another teacher.directory."
+            )
+        self._is_confirmed = True
+
+    def pop_metrics(self) -> dict[str, float]:
+        """Share of the completions asked for since the last call that were stored."""
+        metrics = self._teacher.pop_metrics()
+        if self._num_asked:
+            metrics["teacher/cache_hits/frac"] = self._num_hits / self._num_asked
+        self._num_asked = self._num_hits = 0
+        return metrics
+
+    def close(self) -> None:
+        self._store.close()
+        self._teacher.close()
+
+
+def entry_key(fingerprint: str, temperature: float, request: TeacherRequest) -> bytes:
+    """32 bytes; equal for equal questions to equal teachers, and for no others."""
+    digest = hashlib.sha256(_FORMAT)
+    tokens = (np.asarray(ids, dtype="<i8").tobytes() for ids in (request.prompt, request.completion))
+    for part in (fingerprint.encode(), struct.pack("<d", temperature), *tokens):
+        digest.update(struct.pack("<Q", len(part)))  # where one part ends and the next begins
+        digest.update(part)
+    return digest.digest()
+
+
+def _is_whole(values: Tensor, request: TeacherRequest) -> bool:
+    return len(values) == len(request.completion) and bool(torch.isfinite(values).all())
+
+
+def check_teacher(settings: CachedTeacherConfig, setting: Setting) -> list[Finding]:
+    if settings.teacher.type not in _CACHEABLE:
+        return [Finding("error", "cache", f"{_NOT_CACHEABLE[settings.teacher.type]}.")]
+    return [*check_any_teacher(settings.teacher, setting), _check_directory(Path(settings.directory))]
+
+
+def _check_directory(directory: Path) -> Finding:
+    there = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+        return Finding("ok", "cache", f"{directory} can be written" if directory.exists() else f"{directory} will be made")
+    return Finding("error", "cache", f"{directory} cannot be made or written in {there}; name another teacher.directory.")
+
+
+def make_teacher(settings: CachedTeacherConfig, setting: Setting) -> CachedTeacher:
+    store = LogprobStore(Path(settings.directory), max_bytes=int(settings.max_gib * _GIB))
+    try:
+        teacher = build_teacher(settings.teacher, setting)
+    except BaseException:
+        store.close()
+        raise
+    return CachedTeacher(
+        teacher, store, directory=settings.directory, temperature=setting.temperature, tolerance=settings.tolerance
+    )

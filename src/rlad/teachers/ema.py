@@ -1,0 +1,88 @@
+"""The student's exponential moving average as its teacher: self-distillation.
+
+teacher_0 = the initial student,    teacher += update_rate * (student - teacher)    after each optimiser step
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlad.language_model import LanguageModel
+from rlad.scoring import Scorer
+from rlad.teacher_config import EMATeacherConfig
+from rlad.teachers import Setting, Teacher, TeacherRequest
+from rlad.teachers.compatibility import Finding
+from rlad.teachers.local import score_known_tokens
+
+
+class EMATeacher(Teacher):
+    """A copy of the student's trained weights, float32 as they are, that follows them; with update_rate = 1 no copy.
+
+    Weights that are not trained, as those below a LoRA adapter, are shared with the student; so are tied weights among
+    themselves. Buffers are constants of the model.
+    """
+
+    def __init__(self, student: LanguageModel, *, name: str, update_rate: float, **scoring: Any):
+        """`scoring` is what a `Scorer` takes beside the model."""
+        self.identity = f"the moving average of {name} (update rate {update_rate!r})"
+        self.update_rate, self._vocabulary = update_rate, student.vocabulary
+        self._pairs: Mapping[str, tuple[Tensor, Tensor]] = {}
+        if update_rate < 1:
+            student, self._pairs = _copy(student)
+        self._scorer = Scorer(student, **scoring)
+
+    def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
+        return score_known_tokens(self._scorer, self._vocabulary, requests)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        for mine, students in self._pairs.values():
+            mine.lerp_(students, self.update_rate)
+
+    def state(self) -> dict[str, Tensor]:
+        """The averaged weights themselves, not a copy of them; empty where the student's own are used."""
+        return {name: mine.detach() for name, (mine, _) in self._pairs.items()}
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Raises `ValueError` unless all averaged weights are there: the student's present ones are not the average."""
+        shapes = {name: mine.shape for name, (mine, _) in self._pairs.items()}
+        if {name: tensor.shape for name, tensor in state.items()} != shapes:
+            raise ValueError(f"it does not hold the {len(shapes)} weights of {self.identity}.")
+        for name, (mine, _) in self._pairs.items():
+            mine.copy_(state[name])
+
+
+def _copy(student: LanguageModel) -> tuple[LanguageModel, Mapping[str, tuple[Tensor, Tensor]]]:
+    """A student of the same weights that shares those that are not trained, and by name each copied weight with its source."""
+    trained = {name: weight for name, weight in student.model.named_parameters() if weight.requires_grad}
+    model = copy.deepcopy(student.model, {id(w): w for w in student.model.parameters() if not w.requires_grad})
+    copies = dict(model.named_parameters())
+    pairs = {name: (copies[name].requires_grad_(False), weight) for name, weight in trained.items()}
+    return replace(student, model=model.eval()), pairs
+
+
+def check_teacher(settings: EMATeacherConfig, setting: Setting) -> list[Finding]:
+    if settings.update_rate == 1 and setting.config.teacher == settings:
+        message = (
+            "the student is its own teacher and sees the same prompt, so the teacher tells it nothing; wrap it in a teacher of "
+            "type 'privileged', or lower update_rate."
+        )
+        return [Finding("warning", "moving average", message)]
+    return [Finding("ok", "moving average", f"{settings.title} of the same tokenizer and context")]
+
+
+def make_teacher(settings: EMATeacherConfig, setting: Setting) -> EMATeacher:
+    assert setting.student is not None
+    return EMATeacher(
+        setting.student,
+        name=setting.config.student.model,
+        update_rate=settings.update_rate,
+        temperature=setting.temperature,
+        tokens_per_batch=settings.tokens_per_batch,
+        before_work=setting.before_work,
+    )

@@ -1,0 +1,164 @@
+"""The self-test of a server, before training: each thing that is asked of it becomes a `Finding`."""
+
+import math
+from collections.abc import Iterator, Sequence
+from urllib.parse import urlsplit
+
+from rlad.language_model import load_language_model
+from rlad.scoring import Scorer
+from rlad.teacher_config import ServedTeacherConfig
+from rlad.teachers import Setting
+from rlad.teachers.compatibility import Finding, compare_contexts
+from rlad.teachers.completions_client import CompletionsClient, ServerRefusedError, ServerUnavailableError
+from rlad.teachers.completions_format import Scoring, TokenScores
+from rlad.teachers.server_probe import NUM_LIKELIEST, Errors, Offer, SelfTestFailed, ServerProbe, find_scoring
+from rlad.teachers.token_strings import differing_tokens, spread_ids
+
+NUM_STRINGS = 200
+"""tokens all over the vocabulary whose strings are compared"""
+TEMPERATURE_PRECISION = 0.1
+"""of the distance between the temperature and 1"""
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+
+
+def check_server(client: CompletionsClient, settings: ServedTeacherConfig, setting: Setting) -> list[Finding]:
+    """Everything that is asked before training; it ends at the first thing without which the next cannot be asked."""
+    findings: list[Finding] = []
+    probes = [ServerProbe(client, url, settings, setting) for url in settings.urls]
+    first, subject = probes[0], "server"
+    try:
+        findings += key_findings(client)
+        offers = [probe.offer() for probe in probes]
+        findings.append(_describe_offers(probes, offers))
+        subject = "context"
+        findings.append(_compare_context(setting, offers))
+        subject = "scoring"
+        scoring, message = find_scoring(first)
+        findings.append(Finding("ok", "scoring", message))
+        subject = "vocabulary"
+        findings.append(_compare_strings(first, scoring, offers[0].context_tokens))
+        subject = "temperature"
+        findings.append(_check_temperature(first, scoring))
+        subject = "replicas"
+        findings += [_compare_replica(first, probe, scoring) for probe in probes[1:]]
+        subject = "local model"
+        findings += [_compare_with_local(first, scoring)] if settings.local_model else []
+    except SelfTestFailed as error:
+        findings.append(Finding("error", subject, str(error)))
+    except (ServerUnavailableError, ServerRefusedError) as error:
+        findings.append(Finding("error", subject, f"the server stopped answering: {error}"))
+    return findings
+
+
+def key_findings(client: CompletionsClient) -> list[Finding]:
+    hosts = [urlsplit(replica.url) for replica in client.replicas]
+    bare = [
+        parts.netloc for parts in hosts if parts.scheme == "http" and parts.hostname not in ("127.0.0.1", "localhost", "::1")
+    ]
+    if client.key is None or not bare:
+        return []
+    return [Finding("warning", "server", f"the key goes unencrypted to {bare[0]}; use https, or a tunnel to 127.0.0.1.")]
+
+
+def _describe_offers(probes: Sequence[ServerProbe], offers: Sequence[Offer]) -> Finding:
+    for probe, offer in zip(probes, offers, strict=True):
+        if not offer.is_listed:
+            message = f"{probe.url} does not list its models; that it serves {probe.settings.model!r} is taken on trust."
+            return Finding("warning", "server", message)
+    where = ", ".join(probe.url for probe in probes)
+    return Finding("ok", "server", f"{offers[0].identity} at {where}")
+
+
+def _compare_context(setting: Setting, offers: Sequence[Offer]) -> Finding:
+    stated = [offer.context_tokens for offer in offers if offer.context_tokens is not None]
+    return compare_contexts(setting.config.rollout, setting.student_context, min(stated, default=None))
+
+
+def _compare_strings(probe: ServerProbe, scoring: Scoring, context: int | None) -> Finding:
+    tokens = spread_ids(probe.tokenizer, min(NUM_STRINGS, (context or NUM_STRINGS + 2) - 2))
+    try:
+        # Nothing is said of a text's first token.
+        strings = probe.score(scoring, [tokens[-1], *tokens], as_ids=False).strings[1:]
+    except ServerRefusedError as error:
+        raise SelfTestFailed(f"it refuses tokens of the student, so it has another tokenizer: {error}") from None
+    compared, differing = differing_tokens(probe.tokenizer, tokens, strings)
+    if differing:
+        token, ours, theirs = differing[0]
+        raise SelfTestFailed(
+            f"{len(differing)} of {compared} token ids compared differ, the first is id {token}, {ours!r} for the student and "
+            f"{theirs!r} for the server; TRRD needs a teacher of the student's tokenizer family."
+        )
+    if not compared:
+        return Finding(
+            "warning",
+            "vocabulary",
+            "the server does not show the strings of tokens; that it has the student's tokenizer is taken on trust.",
+        )
+    return Finding("ok", "vocabulary", f"{compared} tokens all over the student's vocabulary are the server's")
+
+
+def _check_temperature(probe: ServerProbe, scoring: Scoring) -> Finding:
+    """At a sampling temperature T other than 1, differences of log-probs at one position must be those at 1, divided by T.
+
+    The temperature found is the least-squares one over all pairs: sum d1^2 / sum (d1 dT).
+    """
+    temperature = probe.setting.temperature
+    if temperature == 1:
+        return Finding("ok", "temperature", "1: the server's log-probs are those of sampling")
+    how = f"set rollout.temperature = 1, or serve the model with `rlad serve-teacher`, which scores at {temperature:g}."
+    try:
+        plain, tempered = (
+            probe.complete_scores(scoring, probe.text, num_likeliest=NUM_LIKELIEST, temperature=t) for t in (1.0, temperature)
+        )
+    except (SelfTestFailed, ServerRefusedError) as error:
+        reason = str(error).rstrip(".")
+        raise SelfTestFailed(f"the server gives no log-probs at temperature {temperature:g} ({reason}); {how}") from None
+    pairs = list(_differences(plain, tempered))
+    product = sum(d1 * dt for d1, dt in pairs)
+    if not pairs or not product > 0:
+        raise SelfTestFailed(f"nothing shows that the server's log-probs are those at temperature {temperature:g}; {how}")
+    found = sum(d1 * d1 for d1, _ in pairs) / product
+    worst = max(abs(dt * temperature - d1) for d1, dt in pairs)
+    if abs(found - temperature) > TEMPERATURE_PRECISION * abs(1 - temperature) or worst > probe.settings.tolerance:
+        raise SelfTestFailed(
+            f"the run samples at temperature {temperature:g}, but the server's log-probs are those at {found:.2f}; {how}"
+        )
+    return Finding("ok", "temperature", f"{temperature:g}: the server applies it (found {found:.4f})")
+
+
+def _differences(plain: TokenScores, tempered: TokenScores) -> Iterator[tuple[float, float]]:
+    """Of the likeliest token and each other at a position: the differences of their log-probs, plain and tempered."""
+    for ours, theirs in zip(plain.likeliest, tempered.likeliest, strict=True):
+        both = sorted((ours[key], theirs[key]) for key in ours.keys() & theirs.keys())
+        both = [pair for pair in both if not any(map(math.isnan, pair))]
+        for one, tempered_one in both[:-1]:
+            yield both[-1][0] - one, both[-1][1] - tempered_one
+
+
+def _compare_replica(first: ServerProbe, other: ServerProbe, scoring: Scoring) -> Finding:
+    """Whether another replica gives the probe the same log-probs, at the sampling temperature."""
+    temperature = first.setting.temperature
+    ours, theirs = (p.complete_scores(scoring, p.text, temperature=temperature).logprobs[1:] for p in (first, other))
+    errors = Errors.between(zip(theirs, ours, strict=True))
+    if not errors.within(first.settings.tolerance):
+        raise SelfTestFailed(
+            f"{other.url} gives other log-probs than {first.url} ({errors}; teacher.tolerance is "
+            f"{first.settings.tolerance:g}); replicas must serve one model."
+        )
+    return Finding("ok", "replicas", f"{other.url} agrees with {first.url} ({errors})")
+
+
+def _compare_with_local(probe: ServerProbe, scoring: Scoring) -> Finding:
+    """Whether a forward pass in this process gives the same log-probs, at the sampling temperature."""
+    settings, temperature = probe.settings, probe.setting.temperature
+    assert settings.local_model is not None
+    served = probe.complete_scores(scoring, probe.text, temperature=temperature).logprobs[1:]
+    scorer = Scorer(load_language_model(settings.local_model), temperature=temperature, tokens_per_batch=len(probe.text))
+    local = scorer.score([probe.text[:1]], [probe.text[1:]])[0].tolist()
+    errors = Errors.between(zip(served, local, strict=True))
+    if not errors.within(settings.tolerance):
+        raise SelfTestFailed(
+            f"the server's log-probs are not those of {settings.local_model} ({errors}; teacher.tolerance is "
+            f"{settings.tolerance:g}); serve that model, or correct teacher.local_model."
+        )
+    return Finding("ok", "local model", f"the server agrees with {settings.local_model} ({errors})")

@@ -1,0 +1,132 @@
+"""Several teachers: each problem's tokens are scored by the teacher of its task, or by a weighted mixture of all.
+
+    log πT = log sum_i w_i πT_i        for each token, the weights w_i scaled to sum 1
+
+The mixture is taken at every token among the next-token distributions (each at the sampling temperature), so it is a
+probability distribution again; it is not the mixture of the teachers' distributions over whole completions.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
+from urllib.parse import quote
+
+import torch
+from torch import Tensor
+
+from rlad.config import RunConfig, SeveralTasksConfig
+from rlad.teacher_config import SeveralTeachersConfig
+from rlad.teachers import Setting, Teacher, TeacherRequest, build_teacher
+from rlad.teachers import check_teacher as check_one
+from rlad.teachers.compatibility import Finding
+
+
+class SeveralTeachers(Teacher):
+    """What the two ways to combine have in common: all members move, are stored and are closed."""
+
+    def __init__(self, teachers: Mapping[str, Teacher]):
+        self.teachers = dict(teachers)
+
+    def after_step(self) -> None:
+        for teacher in self.teachers.values():
+            teacher.after_step()
+
+    def state(self) -> dict[str, Tensor]:
+        return {
+            _prefix(name) + key: tensor for name, teacher in self.teachers.items() for key, tensor in teacher.state().items()
+        }
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        for name, teacher in self.teachers.items():
+            prefix = _prefix(name)
+            teacher.load_state({key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)})
+
+    def pop_metrics(self) -> dict[str, float]:
+        """`teacher/...` of the teacher `NAME` is `teacher/NAME/...`."""
+        return {
+            key.replace("teacher/", f"teacher/{name}/", 1): value
+            for name, teacher in self.teachers.items()
+            for key, value in teacher.pop_metrics().items()
+        }
+
+    def close(self) -> None:
+        with ExitStack() as held:
+            for teacher in self.teachers.values():
+                held.callback(teacher.close)
+
+
+def _prefix(name: str) -> str:
+    """Of a teacher's tensors in the common state; no name's prefix begins with another's."""
+    return quote(name, safe="") + "/"
+
+
+class TeacherByTask(SeveralTeachers):
+    """Each request goes to the teacher that is named like its problem's task; `only_task` is that of a run with one."""
+
+    def __init__(self, teachers: Mapping[str, Teacher], *, only_task: str = ""):
+        super().__init__(teachers)
+        self.only_task = only_task
+        self.identity = "by task: " + ", ".join(f"{name} = {self.teachers[name].identity}" for name in sorted(self.teachers))
+
+    def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
+        rows: dict[str, list[int]] = {}
+        for i, request in enumerate(requests):
+            rows.setdefault((request.problem.task if request.problem else "") or self.only_task, []).append(i)
+        results: list[Tensor] = [torch.empty(0)] * len(requests)
+        for name, wanted in rows.items():
+            for i, values in zip(wanted, self.teachers[name].logprobs([requests[i] for i in wanted]), strict=True):
+                results[i] = values
+        return results
+
+
+class TeacherMixture(SeveralTeachers):
+    """log sum_i w_i πT_i of each token; NaN where a member gives none."""
+
+    def __init__(self, teachers: Mapping[str, Teacher], weights: Mapping[str, float]):
+        super().__init__(teachers)
+        total = math.fsum(weights[name] for name in self.teachers)
+        self.weights = {name: weights[name] / total for name in self.teachers}
+        parts = (f"{self.weights[name]!r} x {name} = {self.teachers[name].identity}" for name in sorted(self.teachers))
+        self.identity = "mixture: " + ", ".join(parts)
+
+    def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
+        logarithms = torch.tensor([math.log(weight) for weight in self.weights.values()])[:, None]
+        by_teacher = [teacher.logprobs(requests) for teacher in self.teachers.values()]
+        return [torch.logsumexp(torch.stack(values) + logarithms, dim=0) for values in zip(*by_teacher, strict=True)]
+
+
+def task_names(config: RunConfig) -> list[str]:
+    """The names of a run's tasks; the type of the only one."""
+    return list(config.task.tasks) if isinstance(config.task, SeveralTasksConfig) else [config.task.type]
+
+
+def check_teacher(settings: SeveralTeachersConfig, setting: Setting) -> list[Finding]:
+    findings = [found for name in settings.teachers for found in _check_member(name, settings, setting)]
+    if settings.combine == "mixture":
+        return findings
+    tasks = task_names(setting.config)
+    for name in (name for name in tasks if name not in settings.teachers):
+        near = f"add [teacher.teachers.{name}], or rename one of {', '.join(settings.teachers)}"
+        findings.append(Finding("error", "teachers", f"task {name!r} has no teacher of that name; {near}."))
+    for name in (name for name in settings.teachers if name not in tasks):
+        message = f"teacher {name!r} is never asked: the run's tasks are {', '.join(tasks)}; remove or rename it."
+        findings.append(Finding("warning", "teachers", message))
+    return findings
+
+
+def _check_member(name: str, settings: SeveralTeachersConfig, setting: Setting) -> list[Finding]:
+    try:
+        found = check_one(settings.teachers[name], setting)
+    except ValueError as error:
+        found = [Finding("error", "teacher", str(error))]
+    return [Finding(one.level, f"{name}: {one.subject}", one.message) for one in found]
+
+
+def make_teacher(settings: SeveralTeachersConfig, setting: Setting) -> SeveralTeachers:
+    with ExitStack() as made:
+        teachers = {n: made.enter_context(closing(build_teacher(one, setting))) for n, one in settings.teachers.items()}
+        made.pop_all()
+    if settings.combine == "mixture":
+        return TeacherMixture(teachers, {name: settings.weights.get(name, 1.0) for name in teachers})
+    names = task_names(setting.config)
+    return TeacherByTask(teachers, only_task=names[0] if len(names) == 1 else "")
