@@ -1,0 +1,556 @@
+"""Our objectives in the real TRL's GRPO trainer: against TRL's own loss, the native engine, and numbers by hand."""
+
+import inspect
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.trl
+trl = pytest.importorskip("trl", reason="needs the optional package trl")
+
+from datasets import Dataset  # noqa: E402
+from trl.trainer.grpo_config import GRPOConfig  # noqa: E402
+from trl.trainer.grpo_trainer import GRPOTrainer  # noqa: E402
+
+import reference  # noqa: E402
+from parity_cases import OBJECTIVES, Case, WordTask, by_engine, make_case, rollouts_of  # noqa: E402
+from rlad.engines.trl import RLADTrainer  # noqa: E402
+from rlad.engines.trl_config import AGGREGATION, REPLACED, RLADConfig  # noqa: E402
+from rlad.errors import RunFailedError  # noqa: E402
+from rlad.tasks import Problem, Split  # noqa: E402
+from rlad.teachers import Teacher, TeacherRequest  # noqa: E402
+from tiny_models import tiny_tokenizer  # noqa: E402
+from trl_runs import (  # noqa: E402
+    ARGUMENTS,
+    distance,
+    few_high_words,
+    first_inputs,
+    loss_and_gradient,
+    make_trainer,
+    nearby,
+    prompts,
+    same_rollouts,
+    steps_of,
+    student,
+)
+
+SAME_CLIP: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.2}
+GRPO: dict[str, Any] = {"type": "grpo", **SAME_CLIP}
+ONE_OR_SEVERAL = pytest.mark.parametrize("steps_per_generation", [2, 4], ids=["one step", "two steps"])
+ALL_MODES = pytest.mark.parametrize("loss_type", AGGREGATION)
+
+
+def move(trainer: Any, *, by: float = 0.02) -> None:
+    """As optimiser steps on the same rollouts would: the student is no longer the policy that sampled."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter), alpha=by)
+
+
+def two_windows(inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The micro-batches of the last optimiser step on a generation batch."""
+    return inputs[-ARGUMENTS["gradient_accumulation_steps"] :]
+
+
+# --- what of TRL is relied on -----------------------------------------------------------------------------------------
+
+
+def test_this_is_the_trl_that_the_adapter_was_written_for():
+    assert trl.__version__.startswith("1.16.")
+    parameters = {
+        "_generate_and_score_completions": ["self", "inputs"],
+        "_compute_loss": ["self", "model", "inputs"],
+        "_get_per_token_logps_and_entropies": ["self", "model", "input_ids", "attention_mask", "logits_to_keep"],
+    }
+    for name, wanted in parameters.items():
+        found = list(inspect.signature(getattr(GRPOTrainer, name)).parameters)
+        assert found[: len(wanted)] == wanted and (len(found) == len(wanted) or name.startswith("_get")), name
+    assert "compute_entropy" in inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
+    assert GRPOTrainer.loss_is_scaled_for_ga is True
+
+
+def test_two_methods_are_overridden_and_the_telemetry():
+    own = {name for name, value in vars(RLADTrainer).items() if inspect.isfunction(value) and hasattr(GRPOTrainer, name)}
+    assert own == {"__init__", "_generate_and_score_completions", "_compute_loss", "_send_telemetry"}
+
+
+def test_every_setting_that_changes_trls_loss_is_known():
+    """A setting whose name occurs in TRL's loss is replaced by ours, refused, or read by our loss too."""
+    source = inspect.getsource(GRPOTrainer._compute_loss)
+    used = {name for name in GRPOConfig.__dataclass_fields__ if f"self.{name}" in source or f"self.args.{name}" in source}
+    of_other_losses = {name for name in used if name.startswith(("sapo_", "vespo_", "entropy_"))}
+    kept = {"loss_type", "beta", "use_vllm", "vllm_importance_sampling_correction", "max_completion_length"}
+    kept |= {"steps_per_generation", "router_aux_loss_coef"}
+    assert used - of_other_losses <= kept | set(REPLACED)
+
+
+def test_what_a_batch_holds(tmp_path):
+    aligned, several = (first_inputs(make_trainer(tmp_path, "trrd", steps_per_generation=steps))[0] for steps in (2, 4))
+    names = {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch"}
+    assert set(aligned) == names | {"teacher_logprobs", "counted", "denominator"}
+    assert set(several) == set(aligned) | {"old_per_token_logps"}
+
+
+# --- against TRL's own loss -------------------------------------------------------------------------------------------
+
+
+@ALL_MODES
+@ONE_OR_SEVERAL
+def test_grpo_and_alpha_1_are_trls_own_loss_and_gradient(tmp_path, loss_type, steps_per_generation):
+    settings = {"loss_type": loss_type, "steps_per_generation": steps_per_generation}
+    trainer = make_trainer(tmp_path, {"type": "trrd", "alpha": 1.0, **SAME_CLIP}, **settings)
+    inputs = two_windows(first_inputs(trainer))
+    if steps_per_generation == 4:
+        move(trainer)
+    theirs = loss_and_gradient(trainer, inputs, of=GRPOTrainer)
+    assert len({int(part["completion_mask"].sum()) for part in inputs}) > 1 and theirs[1].norm() > 1e-2
+    for objective in (trainer.args.objective, GRPO):
+        trainer.args.objective = objective
+        ours = loss_and_gradient(trainer, inputs)
+        assert ours[0] == pytest.approx(theirs[0], abs=1e-7)
+        assert distance(ours[1], theirs[1]) < 1e-6
+    trainer.args.objective = {"type": "trrd", "alpha": 0.5, **SAME_CLIP}
+    assert distance(loss_and_gradient(trainer, inputs)[1], theirs[1]) > 1e-2, "the comparison can fail"
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "settings"),
+    [
+        ("dapo", {"steps_per_generation": 4, "num_iterations": 2, "beta": 0.1}),
+        ("grpo", {"gradient_accumulation_steps": 4, "beta": 0.1, "mask_truncated_completions": True}),
+    ],
+    ids=["several steps", "accumulation"],
+)
+def test_whole_runs_are_trls_own_with_a_leash(tmp_path, loss_type, settings):
+    """Sampling, advantages, reference and optimiser too: the same losses, gradients and rewards at every step."""
+    path = tmp_path / "student"
+    student().save_pretrained(path)
+    runs = [
+        steps_of(make_trainer(tmp_path, objective, model=str(path), loss_type=loss_type, **settings))
+        for objective in (None, GRPO)
+    ]
+    theirs, ours = runs
+    assert len(ours.gradients) == 4 and ours.logs[-1]["reference/kl/mean"] > 1e-4
+    for a, b in zip(ours.gradients, theirs.gradients, strict=True):
+        assert distance(a, b) < 1e-5
+    for a, b in zip(ours.logs, theirs.logs, strict=True):
+        for name in {"loss", "grad_norm", "reward", "completions/mean_length"} & b.keys():
+            assert a[name] == pytest.approx(b[name], abs=1e-5), name
+
+
+@ALL_MODES
+@ONE_OR_SEVERAL
+def test_unclamped_trrd_is_trls_own_loss_with_the_mixed_anchor(tmp_path, loss_type, steps_per_generation):
+    objective = {"type": "trrd", "alpha": 0.3, "teacher_log_ratio_clip": "off", **SAME_CLIP}
+    trainer = make_trainer(tmp_path, objective, loss_type=loss_type, steps_per_generation=steps_per_generation)
+    inputs = two_windows(first_inputs(trainer))
+    if steps_per_generation == 4:
+        move(trainer)
+    theirs = loss_and_gradient(trainer, [with_anchor(trainer, part, alpha=0.3) for part in inputs], of=GRPOTrainer)
+    ours = loss_and_gradient(trainer, inputs)
+    assert ours[0] == pytest.approx(theirs[0], abs=1e-6)
+    assert distance(ours[1], theirs[1]) < 1e-5
+
+
+def with_anchor(trainer: Any, inputs: dict[str, Any], *, alpha: float) -> dict[str, Any]:
+    old = inputs.get("old_per_token_logps")
+    old = student_logprobs(trainer, inputs) if old is None else old
+    anchor = alpha * old + (1 - alpha) * inputs["teacher_logprobs"]
+    return inputs | {"old_per_token_logps": torch.where(inputs["teacher_logprobs"].isfinite(), anchor, old)}
+
+
+def student_logprobs(trainer: Any, inputs: dict[str, Any]) -> Any:
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+    width = inputs["completion_ids"].size(1)
+    return trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, width)[0].detach()
+
+
+# --- the teacher ------------------------------------------------------------------------------------------------------
+
+
+class Recorded(Teacher):
+    """Says -2 of every token, and NaN of the tokens that are named."""
+
+    identity = "recorded"
+
+    def __init__(self, *, missing: tuple[int, ...] = (), answers_later: bool = False):
+        self.requests: list[TeacherRequest] = []
+        self.missing, self.answers_later, self.num_calls = missing, answers_later, 0
+
+    def logprobs(self, requests: Any) -> list[torch.Tensor]:
+        self.requests += requests
+        self.num_calls += 1
+        missing = () if self.answers_later and self.num_calls > 1 else self.missing
+        return [torch.tensor([math.nan if token in missing else -2.0 for token in r.completion]) for r in requests]
+
+
+def test_the_teacher_scores_the_tokens_of_the_student_at_its_temperature(tmp_path):
+    """Of rows whose advantage is not 0, each token by a softmax over one unpadded sequence."""
+    model = student()
+    trainer = make_trainer(tmp_path, "trrd", model=model)
+    teacher = nearby(model)
+    num_scored = 0
+    for inputs in first_inputs(trainer):
+        for i, values in enumerate(inputs["teacher_logprobs"]):
+            prompt = inputs["prompt_ids"][i][inputs["prompt_mask"][i].bool()]
+            completion = inputs["completion_ids"][i][inputs["completion_mask"][i].bool()]
+            if inputs["advantages"][i] == 0:
+                assert values.isnan().all()
+                continue
+            num_scored += 1
+            logits = teacher(torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1] / ARGUMENTS["temperature"]
+            expected = logits.log_softmax(dim=-1).gather(1, completion[:, None])[:, 0]
+            torch.testing.assert_close(values[: len(completion)], expected, rtol=1e-4, atol=1e-5)
+            assert values[len(completion) :].isnan().all()
+    assert num_scored > 4
+
+
+def test_a_teacher_may_be_a_model_its_name_or_a_teacher_of_ours(tmp_path):
+    model = student()
+    nearby(model).save_pretrained(tmp_path / "teacher")
+    tiny_tokenizer().save_pretrained(tmp_path / "teacher")
+    scores = []
+    for teacher in (nearby(model), str(tmp_path / "teacher")):
+        trainer = make_trainer(tmp_path, "kdrl", model=student(), trainer={"teacher": teacher})
+        scores.append([part["teacher_logprobs"] for part in first_inputs(trainer)])
+    for a, b in zip(*scores, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True, rtol=0, atol=1e-6)
+    recorded = Recorded()
+    trainer = make_trainer(tmp_path, "kdrl", trainer={"teacher": recorded, "problem_of": problem_of})
+    inputs = first_inputs(trainer)
+    assert len(recorded.requests) == 8, "kdrl asks also where the advantage is 0"
+    assert {request.problem.prompt for request in recorded.requests if request.problem} == set(prompts()[:2])
+    assert all(bool((part["teacher_logprobs"][part["counted"]] == -2).all()) for part in inputs)
+
+
+def problem_of(row: dict[str, Any]) -> Problem:
+    return Problem(prompt=row["prompt"], answer="", key=row["prompt"])
+
+
+@pytest.mark.parametrize("objective", ["trrd", "kdrl", "opd", "rlsd", "distilled_rl"])
+def test_another_teacher_gives_another_gradient(tmp_path, objective):
+    trainer = make_trainer(tmp_path, {"type": objective, **OBJECTIVES[objective]})
+    inputs = first_inputs(trainer)
+    before = loss_and_gradient(trainer, inputs)[1]
+    for part in inputs:
+        noise = torch.randn(part["teacher_logprobs"].shape, generator=torch.Generator().manual_seed(3))
+        part["teacher_logprobs"] = part["teacher_logprobs"] + 0.3 * noise
+    after = loss_and_gradient(trainer, inputs)[1]
+    assert after.isfinite().all() and distance(after, before) > 1e-3
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+def test_a_token_without_teacher_leaves_numerator_and_denominator(tmp_path, loss_type):
+    """As if the completions were shorter: the same loss as with those tokens cut out of the mask by hand."""
+    settings = {"max_missing_teacher_share": 0.9, "loss_type": loss_type}
+    trainer = make_trainer(tmp_path, "opd", trainer={"teacher": Recorded(missing=tuple(range(1, 30)))}, **settings)
+    inputs = first_inputs(trainer)
+    total, expected = 0, []
+    for part in inputs:
+        kept = part["completion_mask"].bool() & (part["completion_ids"] >= 30)
+        assert torch.equal(part["counted"], kept) and 0 < kept.sum() < part["completion_mask"].sum()
+        losses = -(-2.0 - student_logprobs(trainer, part))
+        expected += [losses[i][kept[i]] for i in range(len(kept)) if kept[i].any()]
+        total += int(kept.sum())
+    by_hand = sum(float(row.mean()) for row in expected) / len(expected)
+    if loss_type == "dapo":
+        by_hand = sum(float(row.sum()) for row in expected) / total
+    assert loss_and_gradient(trainer, inputs)[0] == pytest.approx(by_hand, rel=1e-5)
+    dropped = sum(int((part["completion_mask"].bool() & ~part["counted"]).sum()) for part in inputs)
+    assert sum(trainer._metrics["train"]["objective/dropped_tokens/count"]) == dropped
+
+
+def test_too_many_tokens_without_teacher_stop_the_run(tmp_path):
+    teacher = Recorded(missing=tuple(range(1, 30)))
+    trainer = make_trainer(tmp_path, "opd", trainer={"teacher": teacher})
+    with pytest.raises(RunFailedError, match=r"no finite log-prob for \d\d\.\d% of the tokens, also when asked again"):
+        first_inputs(trainer)
+    assert teacher.num_calls == 2
+    patient = make_trainer(tmp_path, "opd", trainer={"teacher": Recorded(missing=tuple(range(1, 30)), answers_later=True)})
+    assert all(torch.equal(part["counted"], part["completion_mask"].bool()) for part in first_inputs(patient))
+
+
+# --- against the native engine ----------------------------------------------------------------------------------------
+
+
+class EqualPrompts(WordTask):
+    """GPT-2, which can compute in float64, counts positions from the padding on: no prompt may be padded."""
+
+    def problem(self, split: Split, index: int, *, seed: int = 0) -> Problem:
+        words = " ".join(f"w{3 + (7 * index + 11 * i) % 61}" for i in range(4))
+        return Problem(prompt=words, answer="", key=str(index), difficulty="easy" if index % 3 == 2 else "fair")
+
+
+def by_trl(case: Case, batch: Any, folder: Path, loss_type: str) -> tuple[float, Any]:
+    rollout, kl_coef = case.engine.config.rollout, case.engine.config.optimization.kl_coef
+    model: Any = case.engine.student.model
+    if kl_coef:
+        case.reference.model.save_pretrained(folder / "reference")
+        model.config.name_or_path = str(folder / "reference")
+    rewards = [r.reward if r.verdict != "cannot_judge" else None for r in batch.rollouts]
+    trainer = make_trainer(
+        folder,
+        case.engine.config.objective.model_dump(exclude_none=True),
+        model=model,
+        reward=lambda completions, **columns: rewards,
+        trainer={
+            "teacher": case.engine.teacher,
+            "processing_class": case.engine.student.tokenizer,
+            "train_dataset": Dataset.from_dict({"prompt": [group.prompt for group in batch.groups]}),
+            "rollout_func": lambda prompts, trainer: {
+                "prompt_ids": list(map(list, batch.prompts)),
+                "completion_ids": list(map(list, batch.completions)),
+                "logprobs": [list(rollout.completion.logprobs) for rollout in batch.rollouts],
+            },
+        },
+        gradient_accumulation_steps=4,
+        max_completion_length=rollout.max_completion_tokens,
+        temperature=rollout.temperature,
+        epsilon=0.2,
+        beta=kl_coef,
+        loss_type=loss_type,
+        advantages="rlad",
+        max_steps=1,
+    )
+    loss, gradient = loss_and_gradient(trainer, first_inputs(trainer))
+    return loss, gradient
+
+
+@pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
+@pytest.mark.parametrize(
+    ("objective", "aggregation", "kl_coef"),
+    [
+        ("trrd", "sequence_mean", 0.0),
+        ("trrd", "token_mean", 0.1),
+        ("trrd", "constant_length", 0.0),
+        ("grpo", "token_mean", 0.0),
+        ("kdrl", "sequence_mean", 0.0),
+        ("opd", "sequence_mean", 0.0),
+        ("rlsd", "token_mean", 0.0),
+        ("distilled_rl", "constant_length", 0.1),
+    ],
+)
+def test_the_native_engine_has_the_same_loss_and_gradient(tmp_path, objective, aggregation, kl_coef):
+    """Same rollouts, some of which no verifier could judge, and models; everything else is TRL's."""
+    optimization = {"aggregation": aggregation, "kl_coef": kl_coef}
+    case = make_case(objective, optimization=optimization, rollout={"temperature": 0.7}, task=EqualPrompts())
+    batch = case.engine.make_rollout_batch(0)
+    assert {"correct", "wrong", "cannot_judge"} <= {rollout.verdict for rollout in batch.rollouts}
+    loss, gradients = by_engine(case, batch, rollouts_of(case))
+    native = torch.cat([gradients[name].flatten() for name, _ in case.engine.student.model.named_parameters()])
+    loss_type = {mode: name for name, mode in AGGREGATION.items() if name != "bnpo"}[aggregation]
+    ours = by_trl(case, batch, tmp_path, loss_type)
+    assert ours[0] == pytest.approx(loss, abs=1e-6)
+    assert distance(ours[1], native) < 1e-6
+
+
+# --- rollouts by another sampler --------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_recorded_rollout_logprobs_weigh_the_surrogate_next_to_the_teacher(tmp_path, beta):
+    """TRL's correction of what vLLM sampled, from recorded log-probs of -2: min(πold / μ, 3) on each token's surrogate."""
+    path = tmp_path / "student"
+    student().save_pretrained(path)
+    settings = {"loss_type": "dapo", "beta": beta, "vllm_importance_sampling_mode": "token_truncate"}
+    trainer = make_trainer(
+        tmp_path,
+        {"type": "trrd", "alpha": 0.5, "clip_low": 0.2, "clip_high": 0.2},
+        model=str(path),
+        trainer={"teacher": nearby(student()), "rollout_func": same_rollouts},
+        **settings,
+    )
+    trainer.use_vllm, trainer._last_loaded_step = True, 0  # from here on TRL takes the rollouts for vLLM's
+    inputs = first_inputs(trainer)
+    if beta:
+        move(trainer)
+    total, num_tokens, num_weighed = 0.0, 0, 0
+    for part in inputs:
+        logprobs, mask = student_logprobs(trainer, part), part["completion_mask"].bool()
+        for i, t in mask.nonzero().tolist():
+            s, o, teacher = (
+                float(values[i, t]) for values in (logprobs, part["old_per_token_logps"], part["teacher_logprobs"])
+            )
+            weight, num_tokens = min(math.exp(o + 2.0), 3.0), num_tokens + 1
+            num_weighed += weight != 1
+            advantage = float(part["advantages"][i])
+            if advantage:
+                s_token = torch.tensor(s, dtype=torch.float64)
+                clip = {"clip_low": 0.2, "clip_high": 0.2}
+                total += weight * float(reference.trrd_token(s_token, o, teacher, advantage, alpha=0.5, c=1.0, **clip))
+            if beta:
+                total += beta * float(reference.kl_token(torch.tensor(s), float(part["ref_per_token_logps"][i, t]), "k3"))
+    assert num_weighed > num_tokens / 2
+    assert loss_and_gradient(trainer, inputs)[0] == pytest.approx(total / num_tokens, abs=2e-6)
+    metrics = trainer._metrics["train"]
+    assert max(metrics["sampler/mismatch/max"]) == pytest.approx(metrics["sampling/sampling_logp_difference/max"][0], rel=1e-5)
+    trainer.args.objective = GRPO
+    theirs, ours = (loss_and_gradient(trainer, inputs, of=kind) for kind in (GRPOTrainer, None))
+    assert ours[0] == pytest.approx(theirs[0], abs=1e-6) and distance(ours[1], theirs[1]) < 1e-5
+
+
+# --- metrics and schedules --------------------------------------------------------------------------------------------
+
+
+def test_annealed_knobs_follow_the_step_of_the_trainer(tmp_path):
+    trainer = make_trainer(tmp_path, {"type": "kdrl", "kd_coef": {"start": 0.4, "end": 0.0, "change_per_step": -0.1}})
+    inputs = first_inputs(trainer)
+    by_step = []
+    for step in (0, 2, 4, 9):
+        trainer.state.global_step = step
+        by_step.append(loss_and_gradient(trainer, inputs)[0])
+    assert by_step[0] - by_step[2] == pytest.approx(2 * (by_step[1] - by_step[2]), rel=1e-4) and by_step[0] != by_step[1]
+    assert by_step[2] == by_step[3]
+
+
+def test_metrics_are_means_over_the_tokens_of_the_whole_step(tmp_path):
+    trainer = make_trainer(tmp_path, "trrd")
+    inputs = first_inputs(trainer)
+    loss_and_gradient(trainer, inputs[:1])
+    trainer._metrics["train"].clear()
+    loss_and_gradient(trainer, inputs)
+    values = []
+    for part in inputs:
+        kept = part["completion_mask"].bool() & part["teacher_logprobs"].isfinite()
+        values.append((student_logprobs(trainer, part) - part["teacher_logprobs"])[kept])
+    metrics = trainer._metrics["train"]
+    # Each micro-batch counts as a step where no training loop says otherwise.
+    assert metrics["teacher/log_ratio/mean"] == pytest.approx([float(v.mean()) for v in values], rel=1e-4)
+    steps = steps_of(make_trainer(tmp_path, "trrd", max_steps=1))
+    both = torch.cat(values)
+    assert steps.logs[0]["teacher/log_ratio/mean"] == pytest.approx(float(both.mean()), rel=1e-4)
+    assert steps.logs[0]["objective/trained_tokens/count"] == len(both)
+    assert steps.logs[0]["objective/clamped/frac"] == pytest.approx(float((both.abs() > 1).double().mean()), abs=1e-6)
+    assert steps.logs[0]["teacher/tokens/count"] == len(both) and "sampler/mismatch/mean" not in steps.logs[0]
+
+
+def test_evaluation_leaves_the_metrics_of_training_alone(tmp_path):
+    held_out = Dataset.from_dict({"prompt": prompts(2)})
+    trainer = make_trainer(tmp_path, "trrd", trainer={"eval_dataset": held_out}, per_device_eval_batch_size=4)
+    metrics = trainer.evaluate()
+    assert math.isfinite(metrics["eval_loss"]) and metrics["eval_objective/trained_tokens/count"] > 0
+    assert not trainer._metrics["train"]
+
+
+# --- two processes ----------------------------------------------------------------------------------------------------
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    "sequence_mean": {"objective": {"type": "trrd"}, "loss_type": "grpo"},
+    "token_mean": {"objective": {"type": "kdrl", "kd_coef": 0.05}, "loss_type": "dapo", "advantages": "rlad"},
+    "constant_length": {"objective": {"type": "trrd"}, "loss_type": "dr_grpo", "advantages": "rlad"},
+}
+
+
+@pytest.fixture(scope="module")
+def one_and_two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """The runs above in one process and in two, with the same global batch: 16 rollouts in two micro-batches."""
+    folders = {}
+    for world, rows in ((1, 8), (2, 4)):
+        folders[world] = tmp_path_factory.mktemp(f"world{world}")
+        runs = {name: run | {"per_device_train_batch_size": rows, "max_steps": 3} for name, run in RUNS.items()}
+        under_torchrun(world, folders[world], runs)
+    return folders
+
+
+def under_torchrun(world: int, folder: Path, runs: dict[str, Any]) -> None:
+    script = Path(__file__).parent / "trl_runs.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", str(script)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    command += [str(folder), json.dumps(runs)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_are_one(one_and_two_processes, name):
+    """DDP over gloo, float64: the gradients of 3 steps, losses and metrics."""
+    one, two = (torch.load(folder / f"{name}.pt") for folder in one_and_two_processes.values())
+    assert (one["world"], two["world"], len(one["gradients"])) == (1, 2, 3)
+    for a, b in zip(two["gradients"], one["gradients"], strict=True):
+        assert distance(a, b) < 1e-6 and b.norm() > 1e-3
+    for a, b in zip(two["logs"], one["logs"], strict=True):
+        own = [key for key in b if key.startswith(("objective/", "teacher/", "student/"))]
+        assert len(own) > 6
+        for key in ("loss", "grad_norm", "reward", *own):
+            assert a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-6), key
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"objective": "trdr"}, "objective.type is 'trdr': it must be one of .*, did you mean 'trrd'"),
+        ({"objective": {"type": "trrd", "alhpa": 0.5}}, "objective.alhpa is an unknown key: did you mean 'alpha'"),
+        ({"objective": "topd"}, "objective 'topd' is not available on TRL; use one of trrd, grpo, kdrl"),
+        ({"objective": "opd_then_grpo"}, "objective 'opd_then_grpo' is not available on TRL"),
+        ({"objective": {"type": "kdrl", "masking": "group"}}, "objective.masking = 'group' needs verdicts"),
+        ({"loss_type": "cispo"}, "loss_type = 'cispo' gives the ratio another meaning than objective 'trrd'; use one of grpo"),
+        ({"use_bias_correction_kl": True}, "use_bias_correction_kl = True belongs to TRL's own loss"),
+        ({"off_policy_mask_threshold": 0.5}, "off_policy_mask_threshold = 0.5 belongs to TRL's own loss"),
+        ({"epsilon": 0.3}, "epsilon = 0.3 belongs to .* must stay 0.2: set clip_low of the objective"),
+        ({"epsilon_high": 0.28}, "epsilon_high = 0.28 belongs to .* must stay None: set clip_high of the objective"),
+        ({"delta": 4.0}, "delta = 4.0 .* set dual_clip of the objective"),
+        ({"importance_sampling_level": "sequence"}, "importance_sampling_level = 'sequence' .* set ratio_level"),
+        ({"top_entropy_quantile": 0.2}, "top_entropy_quantile = 0.2 belongs"),
+        ({"entropy_coef": 0.01}, "entropy_coef = 0.01 belongs"),
+        ({"advantages": "mine"}, "advantages is 'mine'; use 'trl' or 'rlad'"),
+    ],
+)
+def test_settings_without_a_meaning_are_one_sentence(tmp_path, arguments, sentence):
+    with pytest.raises(ValueError, match=sentence) as error:
+        RLADConfig(str(tmp_path), **({"use_cpu": True} | arguments))
+    assert "\n" not in str(error.value)
+
+
+def test_trainers_that_cannot_work_are_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match=r"objective 'trrd' needs a teacher; pass teacher=\.\.\., or use 'grpo'"):
+        make_trainer(tmp_path, "trrd", trainer={"teacher": None})
+    with pytest.raises(ValueError, match="teacher is a int; pass a model's name, a transformers model or a Teacher"):
+        make_trainer(tmp_path, "trrd", trainer={"teacher": 3})
+    with pytest.raises(ValueError, match=r"beta = 0.1 needs the initial student .* made in memory; save it"):
+        make_trainer(tmp_path, "trrd", beta=0.1)
+
+    class Moving(Recorded):
+        def state(self) -> dict[str, torch.Tensor]:
+            return {"weight": torch.zeros(1)}
+
+    with pytest.raises(ValueError, match="teacher 'recorded' moves with the student, which the native engine alone offers"):
+        make_trainer(tmp_path, "trrd", trainer={"teacher": Moving()})
+
+
+def test_a_broken_student_is_one_sentence(tmp_path):
+    trainer = make_trainer(tmp_path, "trrd")
+    inputs = first_inputs(trainer)
+    with torch.no_grad():
+        next(trainer.model.parameters()).fill_(math.nan)
+    with pytest.raises(RunFailedError, match="step 1: the student's own log-probs are not finite"):
+        loss_and_gradient(trainer, inputs)
+
+
+def test_defaults_fit_the_cpu_and_arguments_can_be_written(tmp_path):
+    config = RLADConfig(str(tmp_path), use_cpu=True)
+    assert (config.bf16, config.gradient_checkpointing, config.use_bias_correction_kl) == (False, False, False)
+    assert config.objective_config.alpha == 0.5 and config.aggregation == "token_mean"
+    written = json.loads(config.to_json_string())["objective"]
+    assert RLADConfig(str(tmp_path), use_cpu=True, objective=json.dumps(written)).objective == config.objective
+    chosen = RLADConfig(str(tmp_path), use_cpu=True, bf16=True, gradient_checkpointing=True)
+    assert (chosen.bf16, chosen.gradient_checkpointing) == (True, True)
+
+
+def test_nobody_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda *a, **k: pytest.fail("it pings home"))
+    monkeypatch.delenv("CI", raising=False)
+    make_trainer(tmp_path, "grpo", reward=few_high_words)

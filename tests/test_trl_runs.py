@@ -1,0 +1,159 @@
+"""Runs with `[engine] type = "trl"`: the native engine's rollouts, metrics and run directory, made by TRL's trainer."""
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.trl
+pytest.importorskip("trl", reason="needs the optional package trl")
+
+import rlad  # noqa: E402
+import rlad.training  # noqa: E402
+from rlad.config import RunConfig  # noqa: E402
+from rlad.config_file import parse_config  # noqa: E402
+from rlad.engines.engine import StepResult  # noqa: E402
+from rlad.run_dir import RunDirectory  # noqa: E402
+from rlad.stopping import StopRequested  # noqa: E402
+from tiny_runs import remains, rlad_fails, run_config, write_config  # noqa: E402
+
+SECTIONS: dict[str, Any] = {
+    "objective": {"type": "trrd"},
+    "rollout": {"max_completion_tokens": 6, "temperature": 0.7},
+    "optimization": {"tokens_per_batch": 60, "max_grad_norm": 0.5, "learning_rate": 1e-2},
+}
+
+
+def config_of(world: Path, run_dir: Path, engine: Any = "trl", **sections: Any) -> RunConfig:
+    merged = {name: SECTIONS.get(name, {}) | sections.get(name, {}) for name in {**SECTIONS, **sections}}
+    settings = {"type": engine} if isinstance(engine, str) else engine
+    return parse_config(run_config(world, run_dir, engine=settings, **merged))
+
+
+def rows_of(config: RunConfig, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return list(RunDirectory(config.directory).read(name))
+
+
+@pytest.mark.parametrize(
+    ("objective", "optimization"),
+    [
+        ({"type": "trrd"}, {"kl_coef": 0.05, "schedule": "cosine", "warmup_steps": 1}),
+        ({"type": "kdrl", "kd_coef": 0.05}, {"aggregation": "token_mean", "weight_decay": 0.1}),
+        ({"type": "grpo"}, {"aggregation": "constant_length", "advantage_scale": "none"}),
+    ],
+    ids=["trrd", "kdrl", "grpo"],
+)
+def test_the_run_is_that_of_the_native_engine(world, tmp_path, objective, optimization):
+    configs = [
+        config_of(world, tmp_path / engine, engine, objective=objective, optimization=optimization)
+        for engine in ("native", "trl")
+    ]
+    for config in configs:
+        rlad.train(config)
+    native, by_trl = (rows_of(config) for config in configs)
+    assert len(native) == len(by_trl) == 4
+    for a, b in zip(by_trl, native, strict=True):
+        assert b.keys() - a.keys() <= {"time/old_logprobs/seconds", "time/reference/seconds"}
+        for key in (key for key in b if key in a and not key.startswith(("time/", "memory/"))):
+            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=2e-5), (b["step"], key)
+    assert len({row["optimization/loss"] for row in native}) > 2
+    samples = [[row["rollouts"][0]["completion"]["token_ids"] for row in rows_of(c, "samples.jsonl")] for c in configs]
+    assert samples[0] == samples[1]
+    names = [sorted(path.name for path in config.directory.iterdir()) for config in configs]
+    assert names[0] == names[1] and RunDirectory(configs[1].directory).is_finished()
+    tests = [[row["pass@1"] for row in rows_of(c, "eval.jsonl")] for c in configs]
+    assert tests[0] == tests[1]
+
+
+class StopInStep(rlad.training.Silent):
+    """Asks to stop, as Ctrl-C would, when the step is done."""
+
+    def __init__(self, stop_at: int) -> None:
+        self.stop_at = stop_at
+
+    def step(self, result: StepResult, num_steps: int) -> None:
+        if result.step == self.stop_at:
+            raise StopRequested(signal.SIGINT)
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(world, tmp_path):
+    two = {"optimization": {"steps_per_rollout_batch": 2, "schedule": "linear", "num_steps": 6}}
+    whole, stopped = (config_of(world, tmp_path / name, **two) for name in ("whole", "stopped"))
+    rlad.train(whole)
+    with pytest.raises(StopRequested):
+        rlad.train(stopped, reporter=StopInStep(4))
+    rlad.train(stopped, resume=True)
+    a, b = remains(whole.directory), remains(stopped.directory)
+    kept = {name for name in a if name.endswith((".safetensors", ".jsonl"))}
+    assert any(name.startswith("step 6") for name in kept)
+    assert [name for name in kept if a[name] != b[name]] == []
+
+
+def test_between_two_steps_on_a_batch_it_does_not_go_on(world, tmp_path):
+    config = config_of(world, tmp_path / "run", optimization={"steps_per_rollout_batch": 2})
+    with pytest.raises(StopRequested):
+        rlad.train(config, reporter=StopInStep(3))
+    with pytest.raises(ValueError, match=r"step 3 lies between two steps on one rollout batch, .* Delete that folder"):
+        rlad.train(config, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"learning_rate": 1e-3}, "engine.trl.learning_rate is decided by the rest of the run's config"),
+        ({"beta": 0.1}, "engine.trl.beta is decided by the rest"),
+        ({"use_vllm": True}, "engine.trl.use_vllm is decided by the rest of the run's config, or by its sampler"),
+        ({"report_too": "trackio"}, "engine.trl.report_too is no option of TRL's GRPOConfig: did you mean 'report_to'?"),
+        ({"epsilon": 0.3}, "epsilon = 0.3 belongs to TRL's own loss"),
+    ],
+)
+def test_options_that_have_no_place_are_one_sentence(world, tmp_path, options, sentence):
+    config = run_config(world, tmp_path / "run", engine={"type": "trl", "trl": options}, objective={"type": "trrd"})
+    assert sentence in rlad_fails("train", write_config(tmp_path / "run.toml", config))
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_reach_trl(world, tmp_path):
+    """A tracker's place, and completions tables, are TRL's."""
+    engine = {"type": "trl", "trl": {"log_completions": True, "num_completions_to_print": 0, "run_name": "mine"}}
+    config = config_of(world, tmp_path / "run", engine, optimization={"num_steps": 1})
+    rlad.train(config)
+    assert RunDirectory(config.directory).is_finished()
+
+
+@pytest.mark.parametrize(
+    ("sections", "sentence"),
+    [
+        ({"objective": {"type": "topd"}}, "objective 'topd' is not for engine.type = 'trl'; use engine.type = 'native'"),
+        ({"objective": {"type": "sft"}}, "objective 'sft' is not for engine.type = 'trl'"),
+        ({"objective": {"type": "kdrl", "masking": "group"}}, "objective.masking = 'group' needs verdicts"),
+        (
+            {"optimization": {"steps_per_rollout_batch": 4}},
+            "evaluation.every_steps = 2 is no multiple of optimization.steps_per_rollout_batch = 4",
+        ),
+        (
+            {"optimization": {"kl_coef": {"start": 0.1, "end": 0.0, "change_per_step": -0.1}}},
+            "optimization.kl_coef must be one number with engine.type = 'trl'",
+        ),
+        ({"engine": {"type": "trll"}}, "engine.type is 'trll': it must be 'native' or 'trl'"),
+        ({"engine": {"type": "native", "trl": {"report_to": "none"}}}, "[engine.trl] belongs to engine.type = 'trl'"),
+    ],
+)
+def test_runs_that_trl_cannot_make_are_one_sentence(world, tmp_path, sections, sentence):
+    config = run_config(world, tmp_path / "run", **({"engine": {"type": "trl"}, "objective": {"type": "trrd"}} | sections))
+    assert sentence in rlad_fails("train", write_config(tmp_path / "run.toml", config))
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_of_several_processes_is_one_sentence(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="is one process, and this is one of several; start it without torchrun"):
+        rlad.train(config_of(world, tmp_path / "run"))
+
+
+def test_the_engine_is_part_of_a_runs_digest(world, tmp_path):
+    """A run that was made without a word about engines is one of the native engine's."""
+    silent = parse_config(run_config(world, tmp_path / "run"))
+    digests = [parse_config(run_config(world, tmp_path / "run", engine={"type": name})).digest for name in ("native", "trl")]
+    assert silent.digest == digests[0] != digests[1]
