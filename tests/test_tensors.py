@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlad.tensors import clean, keep_finite, masked_mean_of_rows, per_token, token_logprobs
+from rlad.tensors import clean, default_chunk_tokens, keep_finite, masked_mean_of_rows, per_token, token_logprobs
 from tiny_models import LargestTensor
 
 NAN, INF = math.nan, math.inf
@@ -90,6 +90,20 @@ def test_values_and_gradients_are_those_of_log_softmax(chunk_tokens: int, has_bi
     assert not entropy.requires_grad
     for gradient, wanted in zip(gradients, expected_gradients, strict=True):
         assert torch.allclose(gradient, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_without_entropy_the_rest_is_the_same_and_entropy_is_nan() -> None:
+    hidden, weight, bias, ids = inputs()
+    whole, _ = token_logprobs(hidden, weight, bias, ids)
+    alone, entropy = token_logprobs(hidden, weight, bias, ids, with_entropy=False)
+    assert torch.equal(whole, alone) and bool(entropy.isnan().all())
+    gradients = [torch.autograd.grad(values.sum(), [hidden, weight, bias]) for values in (whole, alone)]
+    assert all(map(torch.equal, *gradients))
+
+
+@pytest.mark.parametrize(("vocabulary", "expected"), [(333, 12595), (50_000, 83), (151_936, 27), (2**20, 16)])
+def test_a_chunk_holds_the_same_number_of_logits_whatever_the_vocabulary(vocabulary: int, expected: int) -> None:
+    assert default_chunk_tokens(torch.empty(vocabulary, 1)) == expected
 
 
 def test_gradcheck() -> None:

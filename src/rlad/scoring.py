@@ -19,7 +19,9 @@ TokenIds = Sequence[int]
 
 @dataclass(frozen=True, slots=True)
 class CompletionScores:
-    """Of a batch of completions, all `[batch, token]`: log-probs (0 where masked), entropy (nats, no gradient), mask."""
+    """Of a batch of completions, all `[batch, token]`: log-probs (0 where masked), entropy (nats, no gradient; NaN where it
+    was not asked for), mask.
+    """
 
     logprobs: Tensor
     entropy: Tensor
@@ -47,7 +49,9 @@ class Scorer:
         """Rows in micro-batches of similar length whose padded size stays within `tokens_per_batch`."""
         return batches_by_length([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)], self.tokens_per_batch)
 
-    def __call__(self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]) -> CompletionScores:
+    def __call__(
+        self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds], *, with_entropy: bool = True
+    ) -> CompletionScores:
         """Scores of one micro-batch, with gradient to the model where that is enabled.
 
         Raises `ValueError` for a prompt without tokens: nothing would predict the completion's first token.
@@ -67,12 +71,12 @@ class Scorer:
         predicts = (position >= starts - 1) & (position < starts - 1 + lengths)
         mask = torch.arange(longest, device=device)[None] < lengths
         targets = ids.roll(-1, dims=1)[predicts]
-        logprobs, entropy = self._token_logprobs(ids, predicts, targets)
+        logprobs, entropy = self._token_logprobs(ids, predicts, targets, with_entropy)
         # Both masks list tokens row by row, so the flat results go back in order.
         empty = torch.zeros(mask.shape, dtype=logprobs.dtype, device=device)
         return CompletionScores(empty.masked_scatter(mask, logprobs), empty.masked_scatter(mask, entropy), mask)
 
-    def _token_logprobs(self, ids: Tensor, predicts: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _token_logprobs(self, ids: Tensor, predicts: Tensor, targets: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor]:
         if self.head is None:
             with self.language_model.autocast():
                 logits = self.model(input_ids=ids, use_cache=False).logits[predicts]
@@ -86,7 +90,14 @@ class Scorer:
         dtype = self.language_model.compute_dtype
         bias = None if self.head.bias is None else self.head.bias.to(dtype)
         # Cast here, outside of autocast: the backward pass must recompute exactly these logits.
-        return token_logprobs(hidden.to(dtype), self.head.weight.to(dtype), bias, targets, temperature=self.temperature)
+        return token_logprobs(
+            hidden.to(dtype),
+            self.head.weight.to(dtype),
+            bias,
+            targets,
+            temperature=self.temperature,
+            with_entropy=with_entropy,
+        )
 
     @torch.no_grad()
     def score(self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]) -> list[Tensor]:
@@ -94,7 +105,7 @@ class Scorer:
         results: list[Tensor] = [torch.empty(0)] * len(prompts)
         for rows in self.batches(prompts, completions):
             self.before_work()
-            scores = self([prompts[i] for i in rows], [completions[i] for i in rows])
+            scores = self([prompts[i] for i in rows], [completions[i] for i in rows], with_entropy=False)
             for i, values, mask in zip(rows, scores.logprobs.cpu(), scores.mask.cpu(), strict=True):
                 results[i] = values[mask]
         return results

@@ -37,15 +37,30 @@ def token_logprobs(
     token_ids: Tensor,
     *,
     temperature: float = 1.0,
-    chunk_tokens: int = 256,
+    with_entropy: bool = True,
+    chunk_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of given tokens under softmax((hidden @ weight.T + bias) / temperature), and the entropy (no gradient).
 
     `hidden` [N, hidden_size], `weight` [vocabulary, hidden_size], `token_ids` [N]; returns two float32 tensors [N]
-    (float64 for float64 inputs). Logits exist for `chunk_tokens` tokens at a time, forward and backward: memory does not
-    grow with N x vocabulary.
+    (float64 for float64 inputs); without entropy, which costs half of the time, the second is NaN. Logits exist for
+    `chunk_tokens` tokens at a time, forward and backward, by default as many as `LOGITS_PER_CHUNK` allows: memory grows
+    neither with N nor with the vocabulary.
     """
-    return _TokenLogprobs.apply(hidden, weight, bias, token_ids, temperature, chunk_tokens)
+    if chunk_tokens is None:
+        chunk_tokens = default_chunk_tokens(weight)
+    return _TokenLogprobs.apply(hidden, weight, bias, token_ids, temperature, with_entropy, chunk_tokens)
+
+
+# A GPU reads the whole weight matrix for each chunk in less time than it takes to start the kernels: larger chunks there.
+LOGITS_PER_CHUNK = {"cpu": 2**22, "cuda": 2**26}
+MIN_CHUNK_TOKENS = 16
+
+
+def default_chunk_tokens(weight: Tensor) -> int:
+    """Tokens whose logits, `[token, vocabulary]`, are held at once for an output layer `[vocabulary, hidden_size]`."""
+    logits = LOGITS_PER_CHUNK.get(weight.device.type, LOGITS_PER_CHUNK["cuda"])
+    return max(MIN_CHUNK_TOKENS, logits // weight.shape[0])
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -56,16 +71,21 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, temperature: float, chunk: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        token_ids: Tensor,
+        temperature: float,
+        with_entropy: bool,
+        chunk: int,
     ) -> tuple[Tensor, Tensor]:
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         for rows, ids in zip(hidden.split(chunk), token_ids.split(chunk), strict=True):
             logits = _logits(rows, weight, bias, temperature)
             logsumexp = logits.logsumexp(dim=-1)
             chosen = logits.gather(1, ids[:, None]).squeeze(1)
-            # H = logsumexp - sum_v p_v logit_v; a token of probability 0 may have the logit -inf.
-            probs = (logits - logsumexp[:, None]).exp_()
-            entropy = logsumexp - (probs * logits.masked_fill(probs == 0, 0)).sum(dim=-1)
+            entropy = _entropy(logits, logsumexp) if with_entropy else torch.full_like(logsumexp, torch.nan)
             parts.append((chosen - logsumexp, logsumexp, entropy))
         logprobs, logsumexp, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
         ctx.save_for_backward(hidden, weight, bias, token_ids, logsumexp)
@@ -91,7 +111,9 @@ class _TokenLogprobs(torch.autograd.Function):
             narrow = grad_logits.to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = narrow @ weight
-            if grad_weight is not None:
+            if grad_weight is not None and narrow.dtype == wide:
+                grad_weight.addmm_(narrow.T, hidden[part])
+            elif grad_weight is not None:
                 grad_weight += narrow.T @ hidden[part]
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(dim=0)
@@ -102,12 +124,19 @@ class _TokenLogprobs(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
     logits = torch.nn.functional.linear(hidden, weight, bias)
     return logits.to(float32_or_wider(logits.dtype)).div_(temperature)
+
+
+def _entropy(logits: Tensor, logsumexp: Tensor) -> Tensor:
+    """H = logsumexp - sum_v p_v logit_v, `[token]`. Overwrites logits of -inf, of tokens of probability 0, which add 0."""
+    probs = (logits - logsumexp[:, None]).exp_()
+    return logsumexp - torch.linalg.vecdot(probs, logits.clamp_(min=torch.finfo(logits.dtype).min))
 
 
 def float32_or_wider(dtype: torch.dtype) -> torch.dtype:
