@@ -258,3 +258,18 @@ def test_annealing_away_from_the_end_is_refused():
 
 def test_public_load_config():
     assert rlad.load_config(overrides=["seed=4"]).seed == 4
+
+
+def test_a_privileged_teacher_anywhere_inside_another_is_refused():
+    inner = "{type='privileged',teacher={model='m'}}"
+    for holder in (inner, f"{{type='several',combine='mixture',teachers={{a={inner}}}}}", f"{{type='cached',teacher={inner}}}"):
+        (found,) = mistakes(f"teacher={{type='privileged',teacher={holder}}}")
+        assert "its teacher is privileged too" in found
+
+
+def test_how_a_teacher_is_reached_is_no_part_of_the_run_but_what_it_is():
+    served = "teacher={{type='served',urls=['http://127.0.0.1:{port}/v1'],model='{model}',num_retries={retries}}}"
+    first = changed(served.format(port=8000, model="m", retries=1)).digest
+    assert changed(served.format(port=8001, model="m", retries=2)).digest == first
+    assert changed(served.format(port=8000, model="n", retries=1)).digest != first
+    assert changed("optimization.max_missing_teacher_share=0.5").digest == changed().digest

@@ -271,6 +271,27 @@ def test_a_teacher_that_leaves_out_too_much_is_asked_again_for_that_and_then_sto
         case.engine.make_rollout_batch(0)
 
 
+def test_a_second_answer_fills_up_the_first() -> None:
+    class Halves(Teacher):
+        """First it knows the even tokens alone, then the odd ones."""
+
+        identity, calls = "halves", 0
+
+        def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
+            answers = [torch.full((len(request.completion),), -1.0 - self.calls) for request in requests]
+            for answer in answers:
+                answer[1 - self.calls :: 2] = math.nan
+            self.calls += 1
+            return answers
+
+    case = make_case(optimization={"max_missing_teacher_share": 0.0})
+    case.engine.teacher = Halves()
+    batch = case.engine.make_rollout_batch(0)
+    assert batch.teacher_logprobs is not None
+    for values in filter(len, batch.teacher_logprobs):
+        assert values.tolist() == [-1.0 - i % 2 for i in range(len(values))]
+
+
 def test_a_few_missing_teacher_values_are_dropped_without_a_second_question() -> None:
     case = make_case(optimization={"max_missing_teacher_share": 0.9})
     case.engine.teacher = teacher = Forgetful(missing=1, bad_calls=1)

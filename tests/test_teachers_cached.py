@@ -6,9 +6,11 @@ import os
 import resource
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from rlad.teachers import Teacher, TeacherRequest
 from rlad.teachers.cached import CachedTeacher, entry_key
 from rlad.teachers.fingerprint import weights_fingerprint
 from rlad.teachers.local import LocalTeacher
-from rlad.teachers.logprob_store import FILE, LogprobStore
+from rlad.teachers.logprob_store import FILE, LogprobStore, Witness
 from tiny_models import random_tokens, tiny_language_model
 from tiny_runs import remains, rlad_fails, run_config, write_config, write_model
 
@@ -60,7 +62,7 @@ def same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
 
 
 def test_a_hit_is_the_same_bit_for_bit_and_asks_nobody(tmp_path):
-    """Of a session's first hits the longest is asked for again; nothing else ever is."""
+    """Each session first asks for the witness, the longest of the first; nothing else is asked for again."""
     wanted, teacher = requests(7, 3, 12), Asked()
     first = cached(teacher, tmp_path).logprobs(wanted)
     assert teacher.asked == wanted and same(first, LocalTeacher.logprobs(teacher, wanted))
@@ -76,8 +78,7 @@ def test_what_is_missing_is_asked_for_alone_and_once(tmp_path):
     both.logprobs(wanted)
     assert both.pop_metrics() == {"teacher/cache_hits/frac": 0.0} and both.pop_metrics() == {}
     values = both.logprobs([new, wanted[1], new, wanted[0]])
-    # The session's first hit is confirmed, then the new one is scored.
-    assert teacher.asked == [*wanted, wanted[1], new]
+    assert teacher.asked == [*wanted, new]  # the session that gave the witness need not be asked for it
     assert both.pop_metrics() == {"teacher/cache_hits/frac": 0.5}
     assert same(values, [LocalTeacher.logprobs(teacher, [request])[0] for request in (new, wanted[1], new, wanted[0])])
 
@@ -139,30 +140,132 @@ def test_the_fingerprint_is_that_of_the_weights():
     assert weights_fingerprint(slow) != weights_fingerprint(fast)
 
 
+# --- the witness: a server that offers another model under the same name, which no fingerprint tells --------------------
+
+
+class Elsewhere(Asked):
+    """The same fingerprint, other numbers; does `meanwhile` before it answers for the first time."""
+
+    def __init__(self, added: float, meanwhile: Callable[[], object] = lambda: None):
+        super().__init__()
+        self.added, self._meanwhile = added, meanwhile
+
+    def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
+        meanwhile, self._meanwhile = self._meanwhile, lambda: None
+        meanwhile()
+        return super().logprobs(requests)
+
+
+ANOTHER = r"holds log-probs of another teacher than 'tiny-llama': a completion of 12 tokens, ask"
+
+
 def test_stored_answers_of_another_teacher_end_the_run(tmp_path):
-    """A server that offers another model under the same name: no fingerprint tells."""
-    wanted, teacher = requests(7, 12), Asked()
-    cached(teacher, tmp_path).logprobs(wanted)
-    moved = Asked()
-    moved.added = 0.05
-    cached(moved, tmp_path).logprobs(wanted)  # as far as rounding may go
-    moved.added = -0.3
-    with pytest.raises(
-        ValueError, match=r"holds log-probs of another teacher than 'tiny-llama': a completion of 12 tokens, ask"
-    ):
-        cached(moved, tmp_path).logprobs(wanted)
+    wanted = requests(7, 12)
+    first = cached(Asked(), tmp_path).logprobs(wanted)
+    assert same(cached(Elsewhere(0.05), tmp_path).logprobs(wanted), first)  # as far as rounding may go
+    with pytest.raises(ValueError, match=ANOTHER):
+        cached(Elsewhere(-0.3), tmp_path).logprobs(wanted)
 
 
-def test_an_answer_that_does_not_come_confirms_nothing(tmp_path):
-    wanted, teacher = requests(7, 12), Asked()
-    cached(teacher, tmp_path).logprobs(wanted)
-    moved = Asked()
-    moved.added = float("nan")
+def test_another_teacher_is_found_without_a_hit_and_stores_nothing(tmp_path):
+    """All that it is asked is the witness."""
+    wanted = requests(12, 7, 3)
+    cached(Asked(), tmp_path).logprobs(wanted[:1])
+    another = Elsewhere(-4.0)
+    with pytest.raises(ValueError, match=ANOTHER):
+        cached(another, tmp_path).logprobs(wanted[1:])
+    assert another.asked == wanted[:1]
+    teacher = Asked()
+    values = cached(teacher, tmp_path).logprobs(wanted)
+    assert same(values, LocalTeacher.logprobs(teacher, wanted)) and teacher.asked == [wanted[0], *wanted[1:]]
+
+
+@pytest.mark.parametrize("added", [0.0, -0.3])
+def test_two_that_begin_at_once_agree_on_one_witness(tmp_path, added):
+    """The second one stores its witness while the first one, who has seen none, scores."""
+    wanted = requests(12, 7, 3)
+    second = cached(Elsewhere(added), tmp_path)
+    first = Elsewhere(0.0, meanwhile=lambda: second.logprobs(wanted[:1]))
+    if added:
+        with pytest.raises(ValueError, match=ANOTHER):
+            cached(first, tmp_path).logprobs(wanted[1:])
+    else:
+        cached(first, tmp_path).logprobs(wanted[1:])
+    assert first.asked == [*wanted[1:], wanted[0]]
+    third = Elsewhere(added)
+    assert same(cached(third, tmp_path).logprobs(wanted), Elsewhere(added).logprobs(wanted))
+    assert third.asked == (wanted if added else wanted[:1])
+
+
+@pytest.mark.parametrize("how", ["deleted", "damaged"])
+def test_entries_whose_witness_is_lost_are_not_used(tmp_path, how):
+    """Nobody could tell whose they are."""
+    wanted = requests(12, 7)
+    cached(Asked(), tmp_path).logprobs(wanted)
+    with sqlite3.connect(tmp_path / FILE) as database:
+        change = "DELETE FROM witnesses" if how == "deleted" else "UPDATE witnesses SET logprobs = zeroblob(48)"
+        assert database.execute(change).rowcount == 1
+    other = Elsewhere(-0.3)
+    assert same(cached(other, tmp_path).logprobs(wanted), Elsewhere(-0.3).logprobs(wanted)) and other.asked == wanted
+    with pytest.raises(ValueError, match=ANOTHER):
+        cached(Asked(), tmp_path).logprobs(wanted)
+
+
+@pytest.mark.parametrize("fault", ["nan", "one nan", "short"])
+def test_a_witness_that_is_not_answered_confirms_nothing(tmp_path, fault):
+    """Until it is answered whole, nothing stored is used, and nothing is stored."""
+
+    class Faulty(Elsewhere):
+        def logprobs(self, requests):
+            values = super().logprobs(requests)
+            if fault == "short":
+                return [one[:-1] for one in values]
+            for one in values:
+                one[slice(1) if fault == "one nan" else slice(None)] = torch.nan
+            return values
+
+    wanted = requests(12, 7)
+    cached(Asked(), tmp_path).logprobs(wanted)
+    moved = Faulty(-0.3)
     again = cached(moved, tmp_path)
     again.logprobs(wanted)
-    moved.added = -0.3
-    with pytest.raises(ValueError, match="another teacher"):
+    assert moved.asked == [wanted[0], *wanted] and again.pop_metrics() == {HITS: 0.0}
+    fault = ""
+    Faulty.logprobs = Elsewhere.logprobs
+    with pytest.raises(ValueError, match=ANOTHER):
         again.logprobs(wanted)
+
+
+def claim_at_once(folder: Path, number: int, start: Event, held: "Queue[float]") -> None:
+    store = LogprobStore(folder, max_bytes=GIB)
+    start.wait(30)
+    witness = store.claim(Witness(bytes(32), b"request", torch.tensor([float(number)])))
+    assert witness is not None
+    held.put(float(witness.logprobs))
+
+
+def test_processes_that_claim_at_once_hold_the_same_witness(tmp_path):
+    context = get_context("fork")
+    start, held = context.Event(), context.Queue()
+    claims = [context.Process(target=claim_at_once, args=(tmp_path, number, start, held)) for number in range(4)]
+    for process in claims:
+        process.start()
+    start.set()
+    numbers = [held.get(timeout=60) for _ in claims]
+    for process in claims:
+        process.join(timeout=60)
+        assert process.exitcode == 0
+    assert len(set(numbers)) == 1
+
+
+def test_a_witness_that_does_not_fit_is_not_claimed(tmp_path):
+    """Nothing is stored then, and the numbers are the teacher's."""
+    wanted, teacher = requests(12), Asked()
+    assert LogprobStore(tmp_path, max_bytes=10).claim(Witness(bytes(32), b"", torch.zeros(3))) is None
+    for _ in range(2):
+        values = cached(teacher, tmp_path, max_bytes=10).logprobs(wanted)
+        assert same(values, LocalTeacher.logprobs(teacher, wanted))
+    assert teacher.asked == wanted * 2
 
 
 # --- size -------------------------------------------------------------------------------------------------------------
@@ -260,10 +363,9 @@ def test_a_damaged_entry_is_asked_for_again(tmp_path):
     wanted = requests(7, 12)
     first = cached(Asked(), tmp_path).logprobs(wanted)
     with sqlite3.connect(tmp_path / FILE) as database:
-        key = entry_key(Asked().fingerprint, 1.0, wanted[1])
-        (stored,) = database.execute("SELECT logprobs FROM entries WHERE key = ?", (key,)).fetchone()
+        key, stored = database.execute("SELECT key, logprobs FROM entries WHERE length(logprobs) = 28").fetchone()
         database.execute("UPDATE entries SET logprobs = ? WHERE key = ?", (bytes([stored[0] ^ 1]) + stored[1:], key))
-    for asked in ([wanted[0], wanted[1]], [wanted[1]]):
+    for asked in ([wanted[1], wanted[0]], [wanted[1]]):
         teacher = Asked()
         assert same(cached(teacher, tmp_path).logprobs(wanted), first) and teacher.asked == asked
 
@@ -276,7 +378,7 @@ def test_a_file_that_is_no_database_is_set_aside(tmp_path, caplog):
     assert "was damaged (file is not a database): it is now" in message and f"{FILE}.damaged-" in message
     assert [path.read_bytes()[:5] for path in tmp_path.glob("*.damaged-*")] == [b"no da"]
     teacher = Asked()
-    assert same(cached(teacher, tmp_path).logprobs(wanted), values) and teacher.asked == wanted  # confirmed only
+    assert same(cached(teacher, tmp_path).logprobs(wanted), values) and teacher.asked == wanted  # the witness
     assert len(caplog.messages) == 1
 
 
@@ -301,7 +403,8 @@ def test_a_file_that_is_damaged_in_mid_run(tmp_path, caplog, how):
     store = LogprobStore(tmp_path, max_bytes=GIB)
     for key, values in store.get(keys).items():
         assert torch.equal(values, torch.full((2000,), float(int.from_bytes(key, "big"))))
-    assert store.get([entry_key(teacher.fingerprint, 1.0, request) for request in wanted])
+    again = Asked()
+    assert same(cached(again, tmp_path).logprobs(wanted), LocalTeacher.logprobs(teacher, wanted)) and again.asked == [wanted[1]]
     assert 1 <= len(caplog.messages) <= 2 and all("was damaged" in message for message in caplog.messages)
 
 
@@ -337,7 +440,7 @@ def test_a_full_disk_costs_what_would_have_been_stored(tmp_path, caplog):
     (message,) = caplog.messages
     assert "stores nothing more in this run (" in message
     assert caplog.records[0].levelno == logging.WARNING
-    assert teacher.asked == [*old, *new, *new, *new, old[1]]
+    assert teacher.asked == [*old, *new, *new, *new]
     again = Asked()
     assert same(cached(again, tmp_path).logprobs([*old, new[0]])[:2], first) and again.asked == [old[1], new[0]]
 

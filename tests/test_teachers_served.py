@@ -424,7 +424,7 @@ def test_a_server_that_is_no_model_server(model):
         ({"urls": ["http://h/v1?key=secret"]}, "may hold no user, password, query or fragment"),
         ({"urls": []}, "urls is"),
         ({"urls": ["http://h/v1", "http://h/v1/"]}, "urls names a replica twice"),
-        ({"api_key_variable": "sk-secret"}, "must be the name of an environment variable, not the key itself"),
+        ({"api_key_variable": "sk-secret"}, "must be the name of an environment variable, in capitals, not the key itself"),
         ({"timeout_seconds": 0.0}, "timeout_seconds is 0.0"),
         ({"max_concurrent_requests": 0}, "max_concurrent_requests is 0"),
     ],

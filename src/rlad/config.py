@@ -436,10 +436,8 @@ class RunConfig(Section):
         """
         table = self.model_dump(mode="json", exclude={"run_dir"})
         table["teacher"] = what_it_answers(table["teacher"])
-        if self.engine == EngineConfig():
-            del table["engine"]
         depends_on_num_steps = self.optimization.schedule != "constant" or self.objective.type == "opd_then_grpo"
-        for limit in ("num_steps", "max_seconds", "max_teacher_tokens"):
+        for limit in ("num_steps", "max_seconds", "max_teacher_tokens", "max_missing_teacher_share"):
             if not (limit == "num_steps" and depends_on_num_steps):
                 del table["optimization"][limit]
         return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()

@@ -1,6 +1,7 @@
 """The `[teacher]` section: one class for each `type`. `cached`, `privileged` and `several` hold teachers of their own."""
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -76,8 +77,8 @@ def _server_url(url: str) -> str:
 
 
 def _variable_name(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-        raise ValueError("it must be the name of an environment variable, not the key itself; take the default, or correct it")
+    if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
+        raise ValueError("it must be the name of an environment variable, in capitals, not the key itself; correct it")
     return name
 
 
@@ -117,7 +118,8 @@ class ServedTeacherConfig(Section):
 
     @property
     def title(self) -> str:
-        return f"{self.model} at {self.urls[0]}"
+        """Without the address, which is nobody's business in a model card."""
+        return f"{self.model} (served)"
 
 
 class SeveralTeachersConfig(Section):
@@ -162,7 +164,7 @@ class PrivilegedTeacherConfig(Section):
 
     @model_validator(mode="after")
     def _is_told_once(self) -> "PrivilegedTeacherConfig":
-        if self.teacher.type == "privileged":
+        if any(one.type == "privileged" for one in with_those_inside(self.teacher)):
             raise ValueError("its teacher is privileged too, and would make its own prompt; write one template")
         return self
 
@@ -209,6 +211,14 @@ _MEANS = frozenset(
         *("tolerance", "local_model", "directory", "max_gib", "keep"),
     )
 )
+
+
+def with_those_inside(teacher: Any) -> Iterator[Any]:
+    """A section, and the sections of all teachers that it holds."""
+    yield teacher
+    for inner in (getattr(teacher, "teacher", None), *getattr(teacher, "teachers", {}).values()):
+        if inner is not None:
+            yield from with_those_inside(inner)
 
 
 def what_it_answers(section: Any) -> Any:

@@ -281,8 +281,8 @@ def make_engine(config: RunConfig, student: LanguageModel, task: Task, *, before
         config,
         student=student,
         task=task,
-        teacher=prepare_teacher(config, student, before_work),
         reference=load_reference(config, student) if config.optimization.kl_coef else None,
+        teacher=prepare_teacher(config, student, before_work),
         before_work=before_work,
     )
 

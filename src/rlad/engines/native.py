@@ -172,7 +172,7 @@ class NativeEngine:
         if missing_share(scores) > most:
             again = [i for i, values in enumerate(scores) if not values.isfinite().all()]
             for i, values in zip(again, self.teacher.logprobs([requests[i] for i in again]), strict=True):
-                scores[i] = values
+                scores[i] = torch.where(scores[i].isfinite(), scores[i], values)
         if (share := missing_share(scores)) > most:
             raise RunFailedError(
                 f"step {self.step + 1}: the teacher gave no finite log-prob for {share:.1%} of the tokens, also when asked "

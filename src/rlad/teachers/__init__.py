@@ -30,7 +30,7 @@ class Teacher(ABC):
     """Scores the student's completions. One number per token is all that it is ever asked for."""
 
     identity: str
-    """names the weights; a resumed run must find the same"""
+    """names the teacher, though not each bit of its weights; a resumed run must find the same"""
 
     @property
     def fingerprint(self) -> str:
@@ -79,33 +79,17 @@ class Setting:
         return self.config.rollout.temperature
 
 
-@dataclass(frozen=True, slots=True)
-class TeacherRow:
-    """`module` has two functions, imported when they are asked for.
-
-    `check_teacher(settings, setting) -> list[Finding]` says what can be known before weights are loaded;
-    `make_teacher(settings, setting) -> Teacher`, called when it found no error, loads them. `rlad[extra]` installs what it
-    needs.
-    """
-
-    module: str
-    extra: str = ""
-
-
-TEACHERS: dict[str, TeacherRow] = {
-    "local": TeacherRow("rlad.teachers.local"),
-    "adapter": TeacherRow("rlad.teachers.adapter", "peft"),
-    "served": TeacherRow("rlad.teachers.served"),
-    "several": TeacherRow("rlad.teachers.several"),
-    "privileged": TeacherRow("rlad.teachers.privileged"),
-    "cached": TeacherRow("rlad.teachers.cached"),
-    "ema": TeacherRow("rlad.teachers.ema"),
+TEACHERS: dict[str, str] = {
+    name: f"rlad.teachers.{name}" for name in ("local", "adapter", "served", "several", "privileged", "cached", "ema")
 }
+"""Type -> module, imported when it is asked for, with two functions: `check_teacher(settings, setting) -> list[Finding]` says
+what can be known before weights are loaded; `make_teacher(settings, setting) -> Teacher`, called when it found no error, loads
+them."""
 
 
 def check_teacher(settings: Any, setting: Setting) -> list[Finding]:
     """Whether a `[teacher]` section can score this student's tokens, as far as that shows before weights are loaded."""
-    return importlib.import_module(TEACHERS[settings.type].module).check_teacher(settings, setting)
+    return importlib.import_module(TEACHERS[settings.type]).check_teacher(settings, setting)
 
 
 def make_teacher(settings: Any, setting: Setting) -> Teacher:
@@ -116,7 +100,7 @@ def make_teacher(settings: Any, setting: Setting) -> Teacher:
 
 def build_teacher(settings: Any, setting: Setting) -> Teacher:
     """The teacher of a section in which `check_teacher` found no error, as a teacher within another one is made."""
-    return importlib.import_module(TEACHERS[settings.type].module).make_teacher(settings, setting)
+    return importlib.import_module(TEACHERS[settings.type]).make_teacher(settings, setting)
 
 
 def require_no_error(settings: Any, findings: Sequence[Finding]) -> None:

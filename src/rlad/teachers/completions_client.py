@@ -81,6 +81,7 @@ class CompletionsClient:
             headers=headers,
             timeout=httpx2.Timeout(seconds, connect=min(seconds, CONNECT_SECONDS)),
             limits=httpx2.Limits(max_connections=settings.max_concurrent_requests),
+            trust_env=not all(map(is_this_machine, settings.urls)),  # no proxy need see what stays here
         )
 
     def complete(self, body: dict[str, Any], *, max_bytes: int, patience: Patience) -> dict[str, Any]:
@@ -210,6 +211,10 @@ class CompletionsClient:
             text = text.replace(self.key.get_secret_value(), "***")
         text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
         return f": {text[:200].rstrip('.')}" if text else ""
+
+
+def is_this_machine(url: str) -> bool:
+    return httpx2.URL(url).host in ("127.0.0.1", "localhost", "::1")
 
 
 def read_key(variable: str) -> SecretStr | None:

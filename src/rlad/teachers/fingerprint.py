@@ -22,7 +22,7 @@ def weights_fingerprint(language_model: LanguageModel, *, without: Collection[st
     digest = hashlib.sha256(json.dumps([config, str(language_model.compute_dtype)], sort_keys=True, default=str).encode())
     for adapter, settings in sorted(getattr(model, "peft_config", {}).items()):
         if adapter not in without:
-            digest.update(f"{adapter} {settings.r} {settings.lora_alpha} {settings.use_rslora}".encode())
+            digest.update(json.dumps([adapter, settings.to_dict()], sort_keys=True, default=sorted).encode())
     for name, tensor in sorted(model.state_dict().items()):
         if any(f".{adapter}." in name for adapter in without):
             continue

@@ -46,6 +46,8 @@ class PrivilegedTeacher(Teacher):
     def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
         privileged = self._privileged(requests)
         fits = [self.context is None or len(r.prompt) + len(r.completion) <= self.context for r in privileged]
+        is_told = [asked is not told and does for asked, told, does in zip(requests, privileged, fits, strict=True)]
+        self._num_asked, self._num_shown = self._num_asked + len(is_told), self._num_shown + sum(is_told)
         scores = iter(self.teacher.logprobs([request for request, does in zip(privileged, fits, strict=True) if does]))
         missing = (torch.full((len(request.completion),), torch.nan) for request in privileged)
         return [next(scores) if does else nan for does, nan in zip(fits, missing, strict=True)]
@@ -53,7 +55,6 @@ class PrivilegedTeacher(Teacher):
     def _privileged(self, requests: Sequence[TeacherRequest]) -> list[TeacherRequest]:
         texts = [privileged_text(self.template, request.problem, request.peer_solution) for request in requests]
         prompts = {text: self.encode(text) for text in set(texts) if text is not None}
-        self._num_asked, self._num_shown = self._num_asked + len(texts), self._num_shown + len(texts) - texts.count(None)
         pairs = zip(requests, texts, strict=True)
         return [request if text is None else replace(request, prompt=prompts[text]) for request, text in pairs]
 

@@ -58,7 +58,7 @@ class ServedTeacher(Teacher):
     def close(self) -> None:
         self._client.close()
 
-    def _wait_for(self, answers: IMapIterator[Tensor]) -> Tensor:
+    def _wait_for(self, answers: IMapIterator) -> Tensor:
         """The next answer; while it is not there, the run may be stopped."""
         while True:
             self._before_work()

@@ -25,6 +25,7 @@ NUM_CUTS, NUM_WRITTEN = 4, 5
 """places in the probe at which the server goes on writing, and how many tokens it writes"""
 NUM_LIKELIEST = 5
 MODEL_LIST_BYTES = 4 * 1024**2
+MAX_ROOT_LETTERS = 200
 
 Pairs = list[tuple[float, float]]
 
@@ -91,7 +92,8 @@ class ServerProbe:
         for card in cards:
             if card.get("id") == model:
                 root, longest = card.get("root"), card.get("max_model_len")
-                identity = f"{model} ({root})" if isinstance(root, str) and root not in ("", model) else model
+                root = root[:MAX_ROOT_LETTERS] if isinstance(root, str) else ""
+                identity = model if root in ("", model) else f"{model} ({root})"
                 longest = longest if isinstance(longest, int) and longest > 0 else None
                 self.text = self.text[: longest - NUM_WRITTEN - 1] if longest else self.text
                 return Offer(identity, longest)
