@@ -1,7 +1,7 @@
 """The served teacher against the real vLLM, on the CPU: its numbers, and its death in mid-training.
 
-Needs an environment with vLLM and rlad (`.ci/vllm-environment`), whose Python `RLAD_VLLM_PYTHON` names. The model is
-SmolLM2-135M where `RLAD_SMOLLM2` names its folder (`tests/smollm2.py`), else a tiny Llama.
+Needs an environment with vLLM and rlad (`.ci/vllm-environment`), whose Python `RLAD_VLLM_PYTHON` names. The models are
+a tiny Llama, and SmolLM2-135M where `RLAD_SMOLLM2` names its folder (`tests/smollm2.py`).
 """
 
 import json
@@ -57,7 +57,7 @@ class World:
             yield process
 
     def config(self, run_dir: Path, **sections: Any) -> dict[str, Any]:
-        sections = {"rollout": {"max_prompt_tokens": 32}, "optimization": {"num_steps": STEPS}, **sections}
+        sections = {"rollout": {"max_prompt_tokens": 128}, "optimization": {"num_steps": STEPS}, **sections}
         return run_config(self.folder, run_dir, student={"model": str(self.student)}, **sections)
 
     def served_config(self, run_dir: Path, **settings: Any) -> dict[str, Any]:
@@ -68,25 +68,36 @@ class World:
         return self.config(run_dir, teacher={"model": str(self.teacher)})
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    folder = tmp_path_factory.mktemp("world")
+def write_problems(folder: Path) -> Path:
     for name, problems in FILES.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    return folder
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    """Of 7 words: the student is right now and then, so that the teacher is asked in every step."""
+    folder = write_problems(tmp_path)
+    # vLLM's attention on the CPU wants heads of 32 numbers or more.
+    teacher = write_model(folder / "teacher", seed=2, hidden_size=64, head_dim=32)
+    return World(folder, teacher, write_model(folder / "student", seed=1), free_port())
+
+
+@pytest.fixture
+def smollm2(tmp_path: Path) -> World:
+    """SmolLM2 as the teacher of a student of its vocabulary."""
     if SMOLLM2 is None:
-        # vLLM's attention on the CPU wants heads of 32 numbers or more.
-        teacher = write_model(folder / "teacher", seed=2, hidden_size=64, head_dim=32)
-        student = write_model(folder / "student", seed=1)
-    else:
-        teacher, student = Path(SMOLLM2), folder / "student"
-        tokenizer = AutoTokenizer.from_pretrained(teacher)
-        sizes = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-        tiny_model(seed=1, **sizes).save_pretrained(student)
-        tokenizer.save_pretrained(student)
-    return World(folder, teacher, student, free_port())
+        pytest.skip("set RLAD_SMOLLM2 to what `python tests/smollm2.py FOLDER` prints")
+    student, tokenizer = tmp_path / "student", AutoTokenizer.from_pretrained(SMOLLM2)
+    sizes = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    tiny_model(seed=1, **sizes).save_pretrained(student)
+    tokenizer.save_pretrained(student)
+    return World(write_problems(tmp_path), Path(SMOLLM2), student, free_port())
 
 
-def test_scores_of_vllm_are_those_of_transformers(world, tmp_path):
+@pytest.mark.parametrize("which", ["world", "smollm2"])
+def test_scores_of_vllm_are_those_of_transformers(which, request, tmp_path):
+    world: World = request.getfixturevalue(which)
     student = load_language_model(str(world.student))
     prompts = [student.tokenizer(problem["prompt"])["input_ids"] for problem in PROBLEMS]
     generator = torch.Generator().manual_seed(0)
@@ -122,7 +133,7 @@ def test_training_survives_the_death_of_the_server(world, tmp_path):
         patient_run = start_training(tmp_path, world.served_config(patient, **waits))
         hasty_run = start_training(tmp_path, world.served_config(hasty, num_retries=0))
         try:
-            wait_for(lambda: all(num_steps(run) >= 2 for run in (patient, hasty)), seconds=300)
+            wait_for(lambda: all(map(is_under_way, (patient, hasty), (patient_run, hasty_run))), seconds=300)
             os.killpg(server.pid, signal.SIGKILL)
             assert patient_run.poll() is None and hasty_run.poll() is None, "the server was killed too late"
             _, said = hasty_run.communicate(timeout=300)
@@ -157,6 +168,11 @@ def start_training(folder: Path, config: dict[str, Any], *flags: str) -> "subpro
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
     return list(RunDirectory(run_dir).read("metrics.jsonl"))
+
+
+def is_under_way(run_dir: Path, process: "subprocess.Popen[str]") -> bool:
+    assert process.poll() is None, process.stderr and process.stderr.read()
+    return num_steps(run_dir) >= 2
 
 
 def num_steps(run_dir: Path) -> int:

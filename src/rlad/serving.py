@@ -26,7 +26,7 @@ from rlad.serving_form import AnswerWriter, CompletionRequest, ScoredText, parse
 from rlad.serving_worker import GenerateJob, Job, ScoreJob, TokenScores, Worker
 
 MAX_PROMPTS = 1024
-MAX_LOGPROBS_PER_ANSWER = 4_000_000
+MAX_LOGPROBS_PER_ANSWER = 500_000  # about 300 MB as Python objects and JSON
 _SECONDS_BETWEEN_LOOKS = 1.0
 
 
@@ -187,7 +187,11 @@ class TeacherServer:
 
     async def _done(self, job: Job) -> Any:
         self.worker.submit(job)
-        return await asyncio.wrap_future(job.done)  # cancelling it takes the job out of the queue
+        try:
+            return await asyncio.wrap_future(job.done)  # cancelling it takes the job out of the queue
+        except asyncio.CancelledError:
+            job.is_given_up.set()  # and this ends it where it has begun
+            raise
 
     async def _unless_gone(self, request: Request, work: Coroutine[Any, Any, list[ScoredText]]) -> list[ScoredText]:
         """The result of `work`, which is given up when the client has gone: it may have sent its request again."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from copy import copy
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +15,7 @@ from rlad.language_model import LanguageModel
 from rlad.rollouts import Completion
 from rlad.sampling import sample
 from rlad.scoring import Scorer
-from rlad.tensors import float32_or_wider
-
-_CHUNK_TOKENS = 256
+from rlad.tensors import default_chunk_tokens, float32_or_wider
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +44,7 @@ class ScoreJob:
     num_top: int
     temperature: float
     done: "Future[TokenScores]" = field(default_factory=Future)
+    is_given_up: threading.Event = field(default_factory=threading.Event)
 
     def joins(self, other: "ScoreJob | GenerateJob") -> bool:
         """Whether one forward pass can serve both."""
@@ -58,12 +58,17 @@ class GenerateJob:
     temperature: float
     seed: int
     done: "Future[list[Completion]]" = field(default_factory=Future)
+    is_given_up: threading.Event = field(default_factory=threading.Event)
 
     def joins(self, other: "ScoreJob | GenerateJob") -> bool:
         return False
 
 
 Job = ScoreJob | GenerateJob
+
+
+class GivenUpError(Exception):
+    """Nobody waits any more for what is being computed."""
 
 
 class Worker:
@@ -131,9 +136,13 @@ class Worker:
         for job, scores in zip(scoring, self._score(scoring), strict=True):
             job.done.set_result(scores)
 
+    def _require_someone_waits(self, jobs: Sequence[Job]) -> None:
+        if self._is_closed or all(job.is_given_up.is_set() for job in jobs):
+            raise GivenUpError
+
     def _score(self, jobs: Sequence[ScoreJob]) -> list[TokenScores]:
         scorer = copy(self._scorer)
-        scorer.temperature = jobs[0].temperature
+        scorer.temperature, scorer.before_work = jobs[0].temperature, lambda: self._require_someone_waits(jobs)
         if jobs[0].num_top:
             return [score_with_top(scorer, job.token_ids, job.num_top) for job in jobs]
         long = [job for job in jobs if len(job.token_ids) > 1]
@@ -150,6 +159,7 @@ class Worker:
             temperature=job.temperature,
             seed=job.seed,
             max_batch_rows=max(1, self.tokens_per_batch // longest),
+            before_token=lambda: self._require_someone_waits([job]),
         )
         return [completion for group in groups for completion in group]
 
@@ -160,7 +170,7 @@ def _num_tokens(job: Job) -> int:
 
 @torch.no_grad()
 def score_with_top(scorer: Scorer, token_ids: Sequence[int], num_top: int) -> TokenScores:
-    """The scores of one text with ranks and the `num_top` most likely tokens; logits exist for 256 tokens at a time."""
+    """The scores of one text with ranks and the `num_top` most likely tokens; logits exist for a chunk of tokens at a time."""
     model, head = scorer.model, scorer.head
     ids = torch.tensor([token_ids], device=model.device)
     with scorer.language_model.autocast():
@@ -169,7 +179,9 @@ def score_with_top(scorer: Scorer, token_ids: Sequence[int], num_top: int) -> To
         else:
             states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
     parts = []
-    for rows, targets in zip(states.split(_CHUNK_TOKENS), ids[0, 1:].split(_CHUNK_TOKENS), strict=True):
+    embeddings: Any = model.get_input_embeddings()
+    chunk = default_chunk_tokens(embeddings.weight)
+    for rows, targets in zip(states.split(chunk), ids[0, 1:].split(chunk), strict=True):
         logits = rows if head is None else head(rows.to(head.weight.dtype))
         logprobs = (logits.to(float32_or_wider(logits.dtype)) / scorer.temperature).log_softmax(dim=-1)
         chosen = logprobs.gather(1, targets[:, None])

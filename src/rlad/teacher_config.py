@@ -105,8 +105,8 @@ class ServedTeacherConfig(Section):
     """of a request that no replica answered; with the default pause, 3 minutes pass until it is given up"""
     retry_pause_seconds: Positive = 2.0
     """before the first retry; doubled by each one up to a minute, and spread randomly"""
-    tolerance: Positive = 0.3
-    """nats; how far a log-prob may move between generating and scoring the same text (float32 servers: 1e-3, bfloat16: 0.3)"""
+    tolerance: Positive = 0.5
+    """nats; how far a log-prob may move between generating and scoring the same text (float32 servers: 1e-3, bfloat16: 0.5)"""
     local_model: str | None = None
     """the same model as a folder or Hugging Face name: its log-probs are compared with the server's before training"""
 
