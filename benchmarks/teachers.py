@@ -4,13 +4,17 @@
     python benchmarks/teachers.py --out runs/teachers --vllm-url http://127.0.0.1:8000/v1 --vllm-model teacher --train
 
 The student samples completions of training problems once; each form of the teacher scores them in a process of its own, and
-is compared with the local model in float32. "memory" is how far the resident memory of the process that trains rose, from the
-loaded student on, until all was scored. What is not installed or not given is left out and says so. `--train` adds the test
-pass@1 after a run of the embedded default (or `--config`) with each form; runs that are there are not made again.
+is compared with the local model in float32; tokens without a log-prob are left out of the errors and counted. "memory" is how
+far the resident memory of the process that trains rose at most, from the loaded student on (Linux: the peak is set back there
+through /proc/self/clear_refs, so that loading the student does not count), until all was scored. What is not
+installed or not given is left out and says so. `--train` adds the test pass@1 after a run of the embedded default (or
+`--config`) with each form; runs that are there are not made again.
 """
 
 import argparse
+import ctypes
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -20,6 +24,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from itertools import chain
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 MIB = 1024**2
@@ -32,9 +37,6 @@ Row = dict[str, Any]
 
 def measure(arguments: argparse.Namespace, teacher: Section) -> Row:
     """Scores the sampled completions with one form of the teacher."""
-    import psutil
-
-    from rlad.engines.engine import peak_memory
     from rlad.preparation import load_student, prepare_teacher
     from rlad.teachers import TeacherRequest
 
@@ -42,7 +44,7 @@ def measure(arguments: argparse.Namespace, teacher: Section) -> Row:
     student = load_student(config)
     sequences = json.loads((arguments.out / "sequences.json").read_text())
     requests = [TeacherRequest(prompt, completion) for prompt, completion in sequences]
-    before = psutil.Process().memory_info().rss
+    before = resident()
     made = prepare_teacher(config, student)
     assert made is not None
     with closing(made):
@@ -55,10 +57,22 @@ def measure(arguments: argparse.Namespace, teacher: Section) -> Row:
     num_tokens = sum(len(completion) for _, completion in sequences)
     return {
         "tokens_per_second": num_tokens / seconds,
-        "memory_bytes": max(0.0, peak_memory(student) - before),
+        "memory_bytes": status_bytes("VmHWM") - before,
         "counted": counted,
         "logprobs": [values.tolist() for values in logprobs],
     }
+
+
+def resident() -> int:
+    """Bytes of main memory, after what was freed has been given back; the peak starts again from here."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return status_bytes("VmRSS")
+
+
+def status_bytes(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
 def sample_sequences(arguments: argparse.Namespace) -> None:
@@ -142,11 +156,12 @@ def in_own_process(arguments: argparse.Namespace, teacher: Section) -> Row | str
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def errors(row: Row, reference: Row) -> tuple[float, float]:
-    """Mean and largest difference of log-probs, nats."""
+def errors(row: Row, reference: Row) -> tuple[float, float, int]:
+    """Mean and largest difference of log-probs, nats (NaN when there is none), and the number of tokens that lack one."""
     ours, theirs = (chain.from_iterable(one["logprobs"]) for one in (row, reference))
-    sizes = [abs(one - other) for one, other in zip(ours, theirs, strict=True)]
-    return sum(sizes) / len(sizes), max(sizes)
+    differences = [abs(one - other) for one, other in zip(ours, theirs, strict=True)]
+    sizes = [size for size in differences if not math.isnan(size)] or [math.nan]
+    return fmean(sizes), max(sizes), sum(map(math.isnan, differences))
 
 
 def final_pass_at_1(arguments: argparse.Namespace, name: str, teacher: Section) -> float:
@@ -189,7 +204,8 @@ def main() -> None:
 
 def compare(arguments: argparse.Namespace, served: Section | None) -> None:
     """Prints the table, a line as soon as it is known, and writes the figures."""
-    print("| teacher | mean error | largest error | tokens/s | memory MiB | test pass@1 |\n|" + " --- |" * 6, flush=True)
+    columns = "| teacher | mean error | largest error | missing tokens | tokens/s | memory MiB | test pass@1 |"
+    print(columns + "\n|" + " --- |" * 7, flush=True)
     rows: list[Row] = []
     reference: Row | None = None
     for name, teacher, why in forms(arguments, served):
@@ -197,17 +213,18 @@ def compare(arguments: argparse.Namespace, served: Section | None) -> None:
             continue
         row = in_own_process(arguments, teacher) if teacher else why
         if isinstance(row, str) or teacher is None:
-            print(f"| {name} | left out: {row} | | | | |", flush=True)
+            print(f"| {name} | left out: {row} | | | | | |", flush=True)
             rows.append({"teacher": name, "left_out": row})
             continue
         reference = reference or row
-        mean, most = errors(row, reference)
+        mean, most, missing = errors(row, reference)
         trained = final_pass_at_1(arguments, name, teacher) if arguments.train else None
         after = "" if trained is None else f"{trained:.1%}"
         speed, memory = row["tokens_per_second"], row["memory_bytes"] / MIB
-        print(f"| {name} | {mean:.1e} | {most:.1e} | {speed:.0f} | {memory:.0f} | {after} |", flush=True)
+        print(f"| {name} | {mean:.1e} | {most:.1e} | {missing} | {speed:.0f} | {memory:.0f} | {after} |", flush=True)
         figures = {key: value for key, value in row.items() if key != "logprobs"}
-        rows.append({"teacher": name, "mean_error": mean, "largest_error": most, "test_pass_at_1": trained} | figures)
+        compared = {"mean_error": mean, "largest_error": most, "missing_tokens": missing, "test_pass_at_1": trained}
+        rows.append({"teacher": name} | compared | figures)
     (arguments.out / "teachers.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 
 

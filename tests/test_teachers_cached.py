@@ -58,6 +58,11 @@ def same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
     return all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(ours, theirs, strict=True))
 
 
+def close(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
+    """Up to the rounding of other batches."""
+    return all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, theirs, strict=True))
+
+
 # --- hits -------------------------------------------------------------------------------------------------------------
 
 
@@ -177,7 +182,7 @@ def test_another_teacher_is_found_without_a_hit_and_stores_nothing(tmp_path):
     assert another.asked == wanted[:1]
     teacher = Asked()
     values = cached(teacher, tmp_path).logprobs(wanted)
-    assert same(values, LocalTeacher.logprobs(teacher, wanted)) and teacher.asked == [wanted[0], *wanted[1:]]
+    assert close(values, LocalTeacher.logprobs(teacher, wanted)) and teacher.asked == [wanted[0], *wanted[1:]]
 
 
 @pytest.mark.parametrize("added", [0.0, -0.3])
@@ -193,7 +198,7 @@ def test_two_that_begin_at_once_agree_on_one_witness(tmp_path, added):
         cached(first, tmp_path).logprobs(wanted[1:])
     assert first.asked == [*wanted[1:], wanted[0]]
     third = Elsewhere(added)
-    assert same(cached(third, tmp_path).logprobs(wanted), Elsewhere(added).logprobs(wanted))
+    assert close(cached(third, tmp_path).logprobs(wanted), Elsewhere(added).logprobs(wanted))
     assert third.asked == (wanted if added else wanted[:1])
 
 
@@ -218,11 +223,10 @@ def test_a_witness_that_is_not_answered_confirms_nothing(tmp_path, fault):
     class Faulty(Elsewhere):
         def logprobs(self, requests):
             values = super().logprobs(requests)
-            if fault == "short":
-                return [one[:-1] for one in values]
-            for one in values:
-                one[slice(1) if fault == "one nan" else slice(None)] = torch.nan
-            return values
+            lost = {"nan": slice(None), "one nan": slice(1), "": slice(0)}
+            for one in values if fault in lost else []:
+                one[lost[fault]] = torch.nan
+            return [one[:-1] for one in values] if fault == "short" else values
 
     wanted = requests(12, 7)
     cached(Asked(), tmp_path).logprobs(wanted)
@@ -230,8 +234,7 @@ def test_a_witness_that_is_not_answered_confirms_nothing(tmp_path, fault):
     again = cached(moved, tmp_path)
     again.logprobs(wanted)
     assert moved.asked == [wanted[0], *wanted] and again.pop_metrics() == {HITS: 0.0}
-    fault = ""
-    Faulty.logprobs = Elsewhere.logprobs
+    fault = ""  # the server is well again
     with pytest.raises(ValueError, match=ANOTHER):
         again.logprobs(wanted)
 
@@ -363,9 +366,9 @@ def test_a_damaged_entry_is_asked_for_again(tmp_path):
     wanted = requests(7, 12)
     first = cached(Asked(), tmp_path).logprobs(wanted)
     with sqlite3.connect(tmp_path / FILE) as database:
-        key, stored = database.execute("SELECT key, logprobs FROM entries WHERE length(logprobs) = 28").fetchone()
+        key, stored = database.execute("SELECT key, logprobs FROM entries WHERE length(logprobs) = 48").fetchone()
         database.execute("UPDATE entries SET logprobs = ? WHERE key = ?", (bytes([stored[0] ^ 1]) + stored[1:], key))
-    for asked in ([wanted[1], wanted[0]], [wanted[1]]):
+    for asked in ([wanted[1], wanted[1]], [wanted[1]]):  # the witness, and the damaged one
         teacher = Asked()
         assert same(cached(teacher, tmp_path).logprobs(wanted), first) and teacher.asked == asked
 

@@ -1,12 +1,17 @@
 """A teacher whose answers are kept on disk: the same completion is scored once, by whichever run asks first.
 
-key = sha256( format, fingerprint of the teacher, sampling temperature, prompt token ids, completion token ids )
+key = sha256( format, fingerprint of the teacher, sampling temperature, prompt token ids, completion token ids, witness )
+
+The witness is the longest of the completions that were first scored under a fingerprint and temperature, with its answer. Each
+session asks for it again before it uses or stores anything, and sees only entries that were stored under the same witness: so
+no two teachers' answers are mixed, whatever they have in common.
 """
 
 import hashlib
+import json
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +22,9 @@ from rlad.teacher_config import CachedTeacherConfig
 from rlad.teachers import Setting, Teacher, TeacherRequest, build_teacher
 from rlad.teachers import check_teacher as check_any_teacher
 from rlad.teachers.compatibility import Finding
-from rlad.teachers.logprob_store import LogprobStore
+from rlad.teachers.logprob_store import LogprobStore, Witness
 
-_FORMAT = b"rlad log-probs 1"
+_FORMAT = b"rlad log-probs 2"
 _GIB = 1024**3
 
 # What a cached teacher may be: one whose answer depends on its weights and the tokens alone.
@@ -37,8 +42,8 @@ _NOT_CACHEABLE = {
 class CachedTeacher(Teacher):
     """Asks the teacher behind it for what is not stored; complete, finite answers alone are stored.
 
-    The first stored answer that a session uses is asked for again: raises `ValueError` when the two differ on average by more
-    than `tolerance` nats a token.
+    Raises `ValueError` when its answer to the witness differs on average by more than `tolerance` nats a token from the stored
+    one. While the witness is not answered whole, nothing is used or stored.
     """
 
     def __init__(self, teacher: Teacher, store: LogprobStore, *, directory: str, temperature: float, tolerance: float):
@@ -47,7 +52,9 @@ class CachedTeacher(Teacher):
         self._teacher, self._store, self._directory = teacher, store, directory
         self._temperature, self._tolerance = temperature, tolerance
         self._fingerprint = teacher.fingerprint
-        self._is_confirmed = False
+        self._witness: Witness | None = None
+        """the one that this session gave or confirmed"""
+        self._witness_key = _digest_of(_FORMAT, self._fingerprint.encode(), struct.pack("<d", temperature))
         self._num_asked = self._num_hits = 0
 
     @property
@@ -57,30 +64,54 @@ class CachedTeacher(Teacher):
     def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
         keys = [entry_key(self._fingerprint, self._temperature, request) for request in requests]
         asked = dict(zip(keys, requests, strict=True))
-        known = {key: values for key, values in self._store.get(list(asked)).items() if _is_whole(values, asked[key])}
+        stored = self._witness or self._store.witness(self._witness_key)
+        if stored and not self._witness:
+            self._confirm(stored)
+        known = self._known(asked)
         self._num_asked, self._num_hits = self._num_asked + len(keys), self._num_hits + sum(key in known for key in keys)
-        if known and not self._is_confirmed:
-            longest = max(known, key=lambda key: len(known[key]))
-            self._confirm(asked[longest], known[longest])
         if unknown := [key for key in asked if key not in known]:
             new = dict(zip(unknown, self._teacher.logprobs([asked[key] for key in unknown]), strict=True))
-            self._store.put({key: values for key, values in new.items() if _is_whole(values, asked[key])})
+            if self._witness or not stored:
+                self._keep(asked, {key: values for key, values in new.items() if _is_whole(values, asked[key])})
             known |= new
         return [known[key] for key in keys]
 
-    def _confirm(self, request: TeacherRequest, stored: Tensor) -> None:
-        """`ValueError` when the stored answer is another teacher's. An answer that does not come confirms nothing."""
-        differences = (self._teacher.logprobs([request])[0] - stored).abs()
-        differences = differences[differences.isfinite()]
-        if not len(differences):
+    def _known(self, asked: Mapping[bytes, TeacherRequest]) -> dict[bytes, Tensor]:
+        """The stored ones."""
+        if not self._witness:
+            return {}
+        names = {_digest_of(key, self._witness.digest): key for key in asked}
+        found = {names[name]: values for name, values in self._store.get(list(names)).items()}
+        return {key: values for key, values in found.items() if _is_whole(values, asked[key])}
+
+    def _keep(self, asked: Mapping[bytes, TeacherRequest], whole: Mapping[bytes, Tensor]) -> None:
+        """Store them under the witness that all sessions agree on, which is this one's where there is none."""
+        if not whole:
             return
-        if (mean := float(differences.mean())) > self._tolerance:
+        longest = max(whole, key=lambda key: len(whole[key]))
+        ours = self._witness or Witness(self._witness_key, _pack(asked[longest]), whole[longest])
+        held = self._store.claim(ours)
+        if held and held.digest == ours.digest:
+            self._witness = ours
+        elif held:  # another process was first, or the file was lost and begun anew
+            self._confirm(held)
+        if self._witness:
+            self._store.put({_digest_of(key, self._witness.digest): values for key, values in whole.items()})
+
+    def _confirm(self, stored: Witness) -> None:
+        """`ValueError` when the stored answer is another teacher's. An answer that does not come whole confirms nothing."""
+        self._witness = None
+        request = _unpack(stored.request)
+        answer = self._teacher.logprobs([request])[0]
+        if not _is_whole(answer, request):
+            return
+        if (mean := float((answer - stored.logprobs).abs().mean())) > self._tolerance:
             raise ValueError(
                 f"the cache {self._directory} holds log-probs of another teacher than {self.identity!r}: a completion of "
-                f"{len(differences)} tokens, asked for again, differs by {mean:.3g} nats a token (teacher.tolerance is "
+                f"{len(answer)} tokens, asked for again, differs by {mean:.3g} nats a token (teacher.tolerance is "
                 f"{self._tolerance:g}); delete that folder, or name another teacher.directory."
             )
-        self._is_confirmed = True
+        self._witness = stored
 
     def pop_metrics(self) -> dict[str, float]:
         """Share of the completions asked for since the last call that were stored."""
@@ -97,12 +128,24 @@ class CachedTeacher(Teacher):
 
 def entry_key(fingerprint: str, temperature: float, request: TeacherRequest) -> bytes:
     """32 bytes; equal for equal questions to equal teachers, and for no others."""
-    digest = hashlib.sha256(_FORMAT)
     tokens = (np.asarray(ids, dtype="<i8").tobytes() for ids in (request.prompt, request.completion))
-    for part in (fingerprint.encode(), struct.pack("<d", temperature), *tokens):
+    return _digest_of(_FORMAT, fingerprint.encode(), struct.pack("<d", temperature), *tokens)
+
+
+def _digest_of(*parts: bytes) -> bytes:
+    digest = hashlib.sha256()
+    for part in parts:
         digest.update(struct.pack("<Q", len(part)))  # where one part ends and the next begins
         digest.update(part)
     return digest.digest()
+
+
+def _pack(request: TeacherRequest) -> bytes:
+    return json.dumps([[int(token) for token in ids] for ids in (request.prompt, request.completion)]).encode()
+
+
+def _unpack(packed: bytes) -> TeacherRequest:
+    return TeacherRequest(*json.loads(packed))
 
 
 def _is_whole(values: Tensor, request: TeacherRequest) -> bool:

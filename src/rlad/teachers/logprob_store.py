@@ -11,6 +11,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ FILE = "logprobs-v1.sqlite"
 _SCHEMA = (
     "CREATE TABLE IF NOT EXISTS entries (key BLOB PRIMARY KEY, logprobs BLOB NOT NULL, checksum BLOB NOT NULL, used INTEGER)",
     "CREATE INDEX IF NOT EXISTS by_use ON entries (used)",
+    "CREATE TABLE IF NOT EXISTS witnesses (key BLOB PRIMARY KEY, request BLOB NOT NULL, logprobs BLOB NOT NULL, digest BLOB)",
 )
 _OLDEST = "SELECT rowid FROM entries ORDER BY used LIMIT 16"
 # Of an entry's row, its two index rows, and the page that it may begin.
@@ -32,10 +34,26 @@ _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Witness:
+    """One request with its answer, by which answers of the same origin are known; its key says for whom it speaks."""
+
+    key: bytes
+    request: bytes
+    logprobs: Tensor
+
+    @property
+    def digest(self) -> bytes:
+        """16 bytes."""
+        answer = _to_bytes(self.logprobs)
+        return _checksum(self.key, len(answer).to_bytes(8, "little") + answer + self.request)
+
+
 class LogprobStore:
     """Log-probs, float32 `[token]` on the CPU, by 32-byte keys. Use in the thread that made it.
 
-    Beyond `max_bytes` the entries used least recently are deleted. Raises `ValueError` when `folder` cannot be used.
+    Beyond `max_bytes` the entries used least recently are deleted; witnesses stay. Raises `ValueError` when `folder` cannot be
+    used.
     """
 
     def __init__(self, folder: Path, *, max_bytes: int):
@@ -63,7 +81,7 @@ class LogprobStore:
             for key in keys:
                 row = self._db.execute("SELECT logprobs, checksum FROM entries WHERE key = ?", (key,)).fetchone()
                 if row and row[1] == _checksum(key, row[0]):
-                    found[key] = torch.from_numpy(np.frombuffer(row[0], dtype="<f4").astype(np.float32))
+                    found[key] = _to_tensor(row[0])
         except sqlite3.Error as error:
             self._bear(error)
         uses = [(time.time_ns(), key) for key in found]
@@ -76,13 +94,42 @@ class LogprobStore:
 
         def insert() -> None:
             for key, values in entries.items():
-                stored = values.numpy().astype("<f4").tobytes()
+                stored = _to_bytes(values)
                 if self._make_room(len(stored) + _ENTRY_OVERHEAD_BYTES):
                     row = (key, stored, _checksum(key, stored), time.time_ns())
                     self._db.execute("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?)", row)
 
         if entries:
             self._write(insert)
+
+    def witness(self, key: bytes) -> Witness | None:
+        """The one stored under this key, if it is whole."""
+        try:
+            return self._read_witness(key)
+        except sqlite3.Error as error:
+            self._bear(error)
+            return None
+
+    def claim(self, witness: Witness) -> Witness | None:
+        """The witness under its key, the same for all processes: this one where there was none. None where none can be kept."""
+
+        def insert() -> None:
+            request, answer = witness.request, _to_bytes(witness.logprobs)
+            if self._read_witness(witness.key) is None and self._make_room(len(request) + len(answer) + _ENTRY_OVERHEAD_BYTES):
+                row = (witness.key, request, answer, witness.digest)
+                self._db.execute("INSERT OR REPLACE INTO witnesses VALUES (?, ?, ?, ?)", row)
+
+        if held := self.witness(witness.key):
+            return held
+        self._write(insert)
+        return self.witness(witness.key)
+
+    def _read_witness(self, key: bytes) -> Witness | None:
+        row = self._db.execute("SELECT request, logprobs, digest FROM witnesses WHERE key = ?", (key,)).fetchone()
+        if row is None or len(row[1]) % 4:
+            return None
+        witness = Witness(key, row[0], _to_tensor(row[1]))
+        return witness if witness.digest == row[2] else None
 
     def close(self) -> None:
         self._db.close()
@@ -183,6 +230,14 @@ class _Lock:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+
+def _to_bytes(values: Tensor) -> bytes:
+    return values.numpy().astype("<f4").tobytes()
+
+
+def _to_tensor(stored: bytes) -> Tensor:
+    return torch.from_numpy(np.frombuffer(stored, dtype="<f4").astype(np.float32))
 
 
 def _checksum(key: bytes, stored: bytes) -> bytes:
