@@ -12,16 +12,22 @@ from transformers import AutoModelForCausalLM
 
 from rlad.check import CheckReport, check_run, print_report
 from rlad.cli import main
+from rlad.config import LoraConfig
 from rlad.config_file import parse_config
+from rlad.language_model import load_language_model, pick_device
+from rlad.lora import add_lora, save_adapter
 from rlad.memory_estimate import Memory, MemoryEstimate, compare_memory, estimate_memory, teacher_bytes
 from rlad.preparation import load_student
 from rlad.teacher_config import CachedTeacherConfig, EMATeacherConfig, LocalTeacherConfig, SeveralTeachersConfig
-from rlad.teachers.local import LocalTeacher
+from rlad.teachers.local import LocalTeacher, quantization_config
+from rlad.teachers.privileged import PrivilegedTeacher
+from rlad.teachers.several import TeacherByTask
+from rlad.tensors import LOGITS_PER_CHUNK
 from rlad.top_choices import NUM_CHOICES, compare_top_choices
 from rlad.trial import StepSeconds, TeacherTrial, Trial, run_trial, without_cache
 from rlad.trial_findings import describe_trial
 from tiny_models import LargestTensor, random_tokens, tiny_language_model
-from tiny_runs import run_config, write_config, write_model
+from tiny_runs import rlad_fails, run_config, write_config, write_model
 
 CPU = torch.device("cpu")
 
@@ -101,6 +107,54 @@ def test_check_leaves_everything_as_it_was(world, tmp_path):
     assert list(tmp_path.iterdir()) == [] and files_of(world) == before
 
 
+@pytest.mark.parametrize("num_tasks", [2, 6])
+def test_the_teacher_of_each_task_is_asked(world, tmp_path, num_tasks):
+    """Four prompts in all, or one for each of more tasks; a batch of two prompts gives the trial no fewer."""
+    config = run_config(world, tmp_path / "run", rollout={"prompts_per_batch": 2})
+    names = [f"task{i}" for i in range(num_tasks)]
+    config["task"] = {"type": "several", "tasks": dict.fromkeys(names, config["task"])}
+    config["teacher"] = {"type": "several", "teachers": dict.fromkeys(names, config["teacher"])}
+    calls: list[list[str]] = []
+    ask = TeacherByTask.logprobs
+
+    def listening(self: TeacherByTask, requests: Any) -> list[torch.Tensor]:
+        calls.append([request.problem.task for request in requests])
+        return ask(self, requests)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TeacherByTask, "logprobs", listening)
+        run_trial(parse_config(config))
+    assert calls[-1] == [name for name in names for _ in range(3)]
+
+
+def test_another_completion_stands_in_for_a_peers_solution(world, tmp_path):
+    """Where its group has another with text; the teacher is the student, so that only what it is shown makes a difference."""
+    shown: list[Any] = []
+    score = PrivilegedTeacher.logprobs
+
+    def listening(self: PrivilegedTeacher, requests: Any) -> list[torch.Tensor]:
+        shown.append(requests)
+        return score(self, requests)
+
+    config = run_config(world, tmp_path / "run")
+    config["teacher"] = {
+        "type": "privileged",
+        "template": "{peer_solution} = {prompt}",
+        "teacher": {"model": str(world / "student")},
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PrivilegedTeacher, "logprobs", listening)
+        report = check_run(parse_config(config))
+    tokenizer, requests = load_student(parse_config(config)).tokenizer, shown[-1]
+    texts = [tokenizer.decode(list(request.completion), skip_special_tokens=True) for request in requests]
+    for i, request in enumerate(requests):
+        others = [texts[j] for j in range(i // 3 * 3, i // 3 * 3 + 3) if j != i and texts[j]]
+        assert request.peer_solution == (others[0] if others else None)
+    assert sum(request.peer_solution is not None for request in requests) > 6
+    assert report.trial and report.trial.teacher and (report.trial.teacher.mean_size or 0) > 0.1
+    assert levels(report)["log πS - log πT"] == "ok" and not report.errors
+
+
 def test_a_cache_is_taken_away_wherever_it_is():
     local = LocalTeacherConfig(model="m")
     inner = {"type": "cached", "teacher": {"model": "m"}}
@@ -128,6 +182,20 @@ def test_a_moving_average_may_begin_as_the_student(world, tmp_path):
     report = check_run(parse_config(config))
     assert levels(report)["log πS - log πT"] == "ok" and "begins as the student itself" in message(report, "log πS - log πT")
     assert "not available" in message(report, "top choices")
+
+
+@pytest.mark.parametrize(
+    ("teacher", "level"),
+    [
+        ({"type": "privileged", "teacher": {"type": "ema"}}, "ok"),
+        ({"type": "several", "combine": "mixture", "teachers": {"a": {"type": "ema"}}}, "ok"),
+        ({"type": "several", "combine": "mixture", "teachers": {"a": {"type": "ema"}, "b": {"model": "m"}}}, "warning"),
+    ],
+)
+def test_a_moving_average_is_seen_inside_of_other_teachers(world, tmp_path, teacher, level):
+    config = parse_config(run_config(world, tmp_path / "run") | {"teacher": teacher})
+    findings = describe_trial(teacher_trial(mean_size=0.001), config)
+    assert {finding.subject: finding.level for finding in findings}["log πS - log πT"] == level
 
 
 def test_a_teacher_of_another_world_is_doubtful(tmp_path, world):
@@ -297,15 +365,85 @@ def test_models_that_may_not_fit_are_not_loaded(world, tmp_path, monkeypatch):
     assert not report.errors
 
 
+def test_what_the_estimate_cannot_use_is_one_finding_among_others(world, tmp_path):
+    """The report stays whole, and names the model that the adapter does not fit."""
+    pytest.importorskip("peft", reason="needs the optional package peft")
+    student = {"lora": {"rank": 4, "target_modules": ["nope"]}}
+    toml = write_config(tmp_path / "run.toml", run_config(world, tmp_path / "run", student=student))
+    result = check_command(toml, "--json")
+    (error,) = [finding for finding in json.loads(result.stdout)["findings"] if finding["level"] == "error"]
+    assert result.exit_code == 2 and error["subject"] == "memory"
+    assert f"does not fit model {str(world / 'student')!r}" in error["message"]
+
+
+@pytest.mark.parametrize("name", ["teacher", "teacher a"])
+def test_devices_of_teachers_inside_of_others_are_looked_at(world, tmp_path, name):
+    config, local = run_config(world, tmp_path / "run"), {"model": str(world / "teacher"), "device": "cuda:3"}
+    cached = {"type": "cached", "teacher": local}
+    config["teacher"] = cached if name == "teacher" else {"type": "several", "combine": "mixture", "teachers": {"a": cached}}
+    report = check_run(parse_config(config), with_models=False)
+    assert [error.subject for error in report.errors] == ["device"] and "'cuda:3' cannot be used" in report.errors[0].message
+    local["device"] = "cpu"
+    found = message(check_run(parse_config(config), with_models=False), "device")
+    assert found.endswith(f", {name} cpu")
+
+
+@pytest.mark.parametrize("device", ["meta", "xpu"])
+def test_only_devices_that_compute(device):
+    with pytest.raises(ValueError, match=f"device '{device}' cannot be used on this machine"):
+        pick_device(device)
+    assert pick_device("cpu") == CPU
+
+
+@pytest.mark.parametrize(("scale", "factor"), [({"logit_scale": 0.1}, 40), ({"logit_scale": 1.0}, 16)])
+def test_logits_that_are_scaled_are_counted_whole(world, tmp_path, monkeypatch, scale, factor):
+    """Three times 7 float32 numbers for each of 40 tokens, where the output layer's own are those of a chunk of 16."""
+    monkeypatch.setitem(LOGITS_PER_CHUNK, "cpu", 1)
+    sections: dict[str, Any] = {"optimization": {"tokens_per_batch": 40}, "student": {"device": "cpu"}}
+    scaled = str(write_model(tmp_path / "scaled", seed=1, family="cohere", **scale))
+    for who, own in (("student", {}), ("teacher", {"tokens_per_batch": 40})):
+        config = run_config(world, tmp_path / "run", **sections)
+        config[who] |= {"model": scaled, **own}
+        assert estimate_memory(parse_config(config), 4).logits == 3 * 4 * 7 * factor
+
+
 def test_each_teacher_adds_its_own_weights(world):
     local = LocalTeacherConfig(model=str(world / "teacher"))
     count = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(world / "teacher").parameters())
-    half, int8 = (local.model_copy(update=u) for u in ({"dtype": "bfloat16"}, {"quantization": "int8"}))
-    assert [teacher_bytes(one, 7, CPU) for one in (local, half, int8)] == [4 * count, 2 * count, count]
+    half = local.model_copy(update={"dtype": "bfloat16"})
+    assert [teacher_bytes(one, 7, CPU) for one in (local, half)] == [4 * count, 2 * count]
     several = SeveralTeachersConfig(type="several", teachers={"a": local, "b": half})
     assert teacher_bytes(several, 7, CPU) == 6 * count
     assert teacher_bytes(CachedTeacherConfig(type="cached", teacher=local), 7, CPU) == 4 * count
     assert [teacher_bytes(EMATeacherConfig(type="ema", update_rate=rate), 7, CPU) for rate in (0.1, 1.0)] == [28, 0]
+
+
+def test_quantized_layers_are_counted_with_their_scales():
+    """The embedded teacher: 698,496 weights, 663,552 of them in linear layers beside the output layer, which is the embedding;
+    these have 5,952 outputs, and 13,056 groups of up to 64 inputs.
+    """
+    teacher = LocalTeacherConfig(model="embedded/teacher", dtype="bfloat16")
+    int8, int4 = (teacher.model_copy(update={"quantization": quantization}) for quantization in ("int8", "int4"))
+    rest = 698_496 - 663_552
+    assert teacher_bytes(int8.model_copy(update={"dtype": "float32"}), 7, CPU) == 4 * rest + 663_552 + 5 * 5_952 == 833_088
+    assert teacher_bytes(int8, 7, CPU) == 2 * rest + 663_552 + 5 * 5_952
+    assert teacher_bytes(int4, 7, CPU) == 2 * rest + 663_552 // 2 + 4 * 13_056
+
+
+@pytest.mark.quantization
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_quantized_teacher_is_as_large_as_estimated(dtype):
+    pytest.importorskip("torchao", reason="needs the optional package torchao")
+    teacher = LocalTeacherConfig(model="embedded/teacher", dtype=dtype, quantization="int8")
+    model = load_language_model(teacher.model, dtype=dtype, quantization=quantization_config("int8")).model
+    assert sum(map(stored_bytes, model.parameters())) == teacher_bytes(teacher, 7, CPU)
+
+
+def stored_bytes(parameter: Any) -> int:
+    """Of a weight, or of the integers and scales that make one."""
+    if not hasattr(parameter, "__tensor_flatten__"):
+        return parameter.nbytes
+    return sum(getattr(parameter, name).nbytes for name in parameter.__tensor_flatten__()[0])
 
 
 @pytest.mark.peft
@@ -334,6 +472,57 @@ def test_without_models_loads_no_weights(world, tmp_path, monkeypatch):
     assert result.exit_code == 0 and report["trial"] is None and report["ok"] is True
     with_models = check_command(toml)
     assert with_models.exit_code == 2 and "no causal language model can be loaded" in with_models.stdout
+
+
+def test_what_torch_cannot_load_is_one_sentence(world, tmp_path, monkeypatch):
+    """Whatever torch raises in the trial; the report stays whole."""
+    toml = write_config(tmp_path / "run.toml", run_config(world, tmp_path / "run"))
+    cases = (
+        (RuntimeError("no kernel.\nmore"), "the models cannot be loaded and run (no kernel); change the device"),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: 8"), "not enough memory: 8); lower rollout.max_batch_rows"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "lower rollout.max_batch_rows"),
+    )
+    for error, sentence in cases:
+
+        def failing(_: Any, error: RuntimeError = error) -> Trial:
+            raise error
+
+        monkeypatch.setattr("rlad.check.run_trial", failing)
+        result = check_command(toml, "--json")
+        findings = json.loads(result.stdout)["findings"]
+        assert result.exit_code == 2 and [f["subject"] for f in findings if f["level"] == "error"] == ["trial"]
+        assert sentence in findings[-1]["message"] and findings[-1]["message"].endswith(".")
+
+
+@pytest.mark.peft
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ({"peft_type": "NOPE"}, "peft_type = 'NOPE', which the installed peft cannot add to a model"),
+        ({"peft_type": "PROMPT_TUNING"}, "peft_type = 'PROMPT_TUNING', which the installed peft cannot add"),
+        ({"peft_type": "VERA"}, "peft_type = 'VERA', which the installed peft cannot add"),
+        ({"r": 5}, "do not fit: 4 tensors differ"),
+        ({"target_modules": ["nope"]}, "does not fit its base model"),
+        (None, "its adapter_model.safetensors cannot be read"),
+    ],
+)
+def test_an_adapters_folder_is_looked_at_without_models(world, tmp_path, damage, said):
+    pytest.importorskip("peft", reason="needs the optional package peft")
+    folder = tmp_path / "adapter"
+    student = load_language_model(str(world / "student")).model
+    add_lora(student, LoraConfig(rank=2, target_modules=("q_proj",)), base=str(world / "student"), seed=0)
+    save_adapter(student, folder)
+    toml = write_config(tmp_path / "run.toml", run_config(world, tmp_path / "run", teacher={"model": str(folder)}))
+    assert check_command(toml, "--without-models").exit_code == 0
+    if damage is None:
+        (folder / "adapter_model.safetensors").unlink()
+    else:
+        settings = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(settings | damage))
+    result = check_command(toml, "--without-models", "--json")
+    (error,) = [finding for finding in json.loads(result.stdout)["findings"] if finding["level"] == "error"]
+    assert result.exit_code == 2 and said in error["message"]
+    assert said in rlad_fails("train", toml)
 
 
 def test_json_has_everything(world, tmp_path):

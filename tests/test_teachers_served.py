@@ -6,6 +6,7 @@ import pickle
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -57,13 +58,16 @@ def config_of(*servers: ConformanceServer | str, temperature: float = 1.0, **tea
     return parse_config({"student": {"model": "s"}, "teacher": served, "task": {"type": "arithmetic"}, "rollout": rollout})
 
 
-def setting_of(config: RunConfig, model: LanguageModel) -> Setting:
-    return Setting(config, model.tokenizer, 100)
+def setting_of(config: RunConfig, model: LanguageModel, *, is_loaded: bool = False) -> Setting:
+    return Setting(config, model.tokenizer, 100, model if is_loaded else None)
 
 
-def found(student: LanguageModel, *servers: ConformanceServer | str, **settings: Any) -> dict[str, Finding]:
+def found(
+    student: LanguageModel, *servers: ConformanceServer | str, is_loaded: bool = False, **settings: Any
+) -> dict[str, Finding]:
     config = config_of(*servers, **settings)
-    return {finding.subject: finding for finding in check_teacher(config.teacher, setting_of(config, student))}
+    setting = setting_of(config, student, is_loaded=is_loaded)
+    return {finding.subject: finding for finding in check_teacher(config.teacher, setting)}
 
 
 def error_of(student: LanguageModel, *servers: ConformanceServer | str, **settings: Any) -> Finding:
@@ -308,10 +312,42 @@ def test_a_text_that_fills_the_context_lacks_its_last_value(model):
 def test_the_local_model_is_compared(world):
     teacher, student = (load_language_model(str(world / name)) for name in ("teacher", "student"))
     with ConformanceServer(teacher, tempers=True) as server:
-        finding = found(student, server, local_model=str(world / "teacher"), temperature=0.7)["local model"]
+        finding = found(student, server, is_loaded=True, local_model=str(world / "teacher"), temperature=0.7)["local model"]
         assert finding.level == "ok" and "the server agrees with" in finding.message
-        finding = error_of(student, server, local_model=str(world / "student"))
+        finding = error_of(student, server, is_loaded=True, local_model=str(world / "student"))
         assert finding.subject == "local model" and "the server's log-probs are not those of" in finding.message
+
+
+def test_the_local_model_is_loaded_once_on_the_cpu_and_freed(world, monkeypatch):
+    """And not before the run's own models are: a name that is no model is found without weights."""
+    loaded: list[tuple[weakref.ref[Any], dict[str, Any]]] = []
+
+    def listening(name: str, **settings: Any) -> LanguageModel:
+        made = load_language_model(name, **settings)
+        loaded.append((weakref.ref(made.model), settings))
+        return made
+
+    monkeypatch.setattr("rlad.teachers.server_self_test.load_language_model", listening)
+    teacher = load_language_model(str(world / "teacher"))
+    with ConformanceServer(teacher) as server:
+        finding = found(teacher, server, local_model=str(world / "teacher"))["local model"]
+        assert loaded == [] and finding.message.endswith("is compared when the models are loaded")
+        with pytest.raises(ValueError, match="cannot be found or read"):
+            found(teacher, server, local_model=str(world / "nothing"))
+        config = config_of(server, local_model=str(world / "teacher"))
+        make_teacher(config.teacher, setting_of(config, teacher, is_loaded=True)).close()
+    ((model, settings),) = loaded
+    assert settings == {"device": "cpu"} and model() is None
+
+
+def test_a_local_model_that_does_not_fit_is_not_loaded(world, monkeypatch):
+    teacher = load_language_model(str(world / "teacher"))
+    num_bytes = 4 * sum(parameter.numel() for parameter in teacher.model.parameters())
+    with ConformanceServer(teacher) as server:
+        for free, level in ((num_bytes, "ok"), (num_bytes - 1, "error")):
+            monkeypatch.setattr("rlad.teachers.server_self_test.free_bytes", lambda free=free: free)
+            finding = found(teacher, server, is_loaded=True, local_model=str(world / "teacher"))["local model"]
+            assert finding.level == level and ("leave teacher.local_model out" in finding.message) == (level == "error")
 
 
 def test_replicas_are_compared(model):
@@ -324,6 +360,15 @@ def test_replicas_are_compared(model):
         assert f"{other.url} gives other log-probs than {one.url}" in error_of(model, one, other).message
         same.name = "renamed"
         assert f"{same.url} offers 'renamed', not 'tiny'" in error_of(model, one, same).message
+
+
+@pytest.mark.parametrize("contexts", [(256, 15), (15, 256)])
+def test_replicas_of_different_contexts_are_compared_up_to_the_shorter(model, contexts):
+    """Of the probe's 12 tokens 9 leave room for what a server writes; the first of them has no log-prob."""
+    one, other = (ConformanceServer(model, context=context) for context in contexts)
+    with one, other:
+        finding = found(model, one, other)["replicas"]
+        assert finding.level == "ok" and finding.message.endswith("over 8 tokens)")
 
 
 def test_a_server_that_does_not_list_its_models(model):

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -27,7 +28,7 @@ from rlad.language_model import (
     pick_device,
     require_weights,
 )
-from rlad.memory_estimate import MemoryEstimate, compare_memory, estimate_memory, memory_of
+from rlad.memory_estimate import MemoryEstimate, compare_memory, estimate_memory, memory_of, single_teachers
 from rlad.objectives import OBJECTIVES
 from rlad.preparation import longest_prompt, require_base_model, require_working_verifier
 from rlad.run_dir import RunDirectory
@@ -93,10 +94,11 @@ def check_run(config: RunConfig, *, with_models: bool = True, for_verl: bool = F
     if not _errors(findings) and (prompt_tokens := attempt("prompts", _longest_prompt)):
         needed, context = prompt_tokens + config.rollout.max_completion_tokens, _context(config) or "unlimited"
         message = f"the longest has {prompt_tokens} tokens, with its completion {needed} of {context}"
-        memory = estimate_memory(config, prompt_tokens)
-        enough = compare_memory(memory, memory_of(pick_device(config.student.device)))
-        findings += [Finding("ok", "prompts", message), enough]
-        if with_models and enough.level != "ok":
+        findings.append(Finding("ok", "prompts", message))
+        memory = attempt("memory", partial(estimate_memory, prompt_tokens=prompt_tokens))
+    if memory is not None:
+        findings.append(compare_memory(memory, memory_of(pick_device(config.student.device))))
+        if with_models and findings[-1].level != "ok":
             findings.append(Finding("warning", "trial", "left out, as the models may not fit into the memory that is free"))
     trial = None
     if with_models and findings and all(f.subject != "trial" and f.level != "error" for f in findings):
@@ -147,8 +149,9 @@ def _check_run_dir(config: RunConfig) -> list[Finding]:
 
 def _check_devices(config: RunConfig) -> list[Finding]:
     devices = {"student": config.student.device}
-    if isinstance(config.teacher, LocalTeacherConfig):
-        devices["teacher"] = config.teacher.device
+    for name, teacher in single_teachers(config.teacher):
+        if isinstance(teacher, LocalTeacherConfig):
+            devices[name] = teacher.device
     picked = {who: pick_device(device) for who, device in devices.items()}
     return [Finding("ok", "device", ", ".join(f"{who} {device}" for who, device in picked.items()))]
 
@@ -208,12 +211,16 @@ def _check_task(config: RunConfig) -> list[Finding]:
 
 
 def _try_out(config: RunConfig) -> Trial:
+    """`ValueError` also for what torch cannot do: a want of memory, weights that a device or a quantisation does not take."""
     try:
         return run_trial(config)
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            f"{str(error).splitlines()[0]} Lower rollout.max_batch_rows or optimization.tokens_per_batch."
-        ) from None
+    except RuntimeError as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in reason or "can't allocate memory" in reason:
+            how = "lower rollout.max_batch_rows or optimization.tokens_per_batch, or take smaller models"
+        else:
+            how = "change the device, dtype or quantization of student or teacher, or take other models"
+        raise ValueError(f"the models cannot be loaded and run ({reason}); {how}.") from None
 
 
 def _longest_prompt(config: RunConfig) -> int:

@@ -24,6 +24,9 @@ EMBEDDED = {
 }
 
 
+_DEVICES = ("cpu", "cuda", "mps")
+
+
 @dataclass(frozen=True, slots=True)
 class LanguageModel:
     """A model in evaluation mode without dropout, its tokenizer, and the tokens that end a completion."""
@@ -59,12 +62,14 @@ def pick_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=device).device
+        picked, why = torch.empty(0, device=device).device, f"models are computed on {', '.join(_DEVICES)}"
     except (RuntimeError, AssertionError) as error:
+        picked, why = None, _first_line(error)
+    if picked is None or picked.type not in _DEVICES:
         raise ValueError(
-            f"device {device!r} cannot be used on this machine ({_first_line(error)}); use 'auto', 'cpu', or for a GPU 'cuda' "
-            "or 'cuda:0'."
-        ) from None
+            f"device {device!r} cannot be used on this machine ({why}); use 'auto', 'cpu', or for a GPU 'cuda' or 'cuda:0'."
+        )
+    return picked
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -159,8 +159,6 @@ def only_adapter(model: PreTrainedModel, name: str | None) -> Iterator[None]:
 
 def require_shareable(folder: str, base_config: PretrainedConfig) -> None:
     """`ValueError` unless the folder holds a LoRA adapter that leaves base weights as they are and fits this base model."""
-    import peft
-
     config = _read_config(folder)
     init = config.get("init_lora_weights")
     if config.get("peft_type") != "LORA":
@@ -169,13 +167,43 @@ def require_shareable(folder: str, base_config: PretrainedConfig) -> None:
         raise ValueError(f"it replaces weights of the base model (modules_to_save, bias or tokens); {_only_lora(folder)}")
     if isinstance(init, str) and init.startswith(_CHANGE_THE_BASE):
         raise ValueError(f"its init_lora_weights = {init!r} changes the base weights; {_only_lora(folder)}")
+    _require_shapes(folder, base_config, "the student's base model")
+
+
+def require_loadable(folder: str, base_config: PretrainedConfig) -> None:
+    """`ValueError` unless an adapter's folder is whole and of a type that PEFT adds to a model; a LoRA must fit its base."""
+    require_peft(f"adapter {folder!r}")
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.tuners.tuners_utils import BaseTuner
+
+    peft_type = _read_config(folder).get("peft_type")
+    tuners: dict[Any, Any] = {each.value: tuner for each, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items()}
+    tuner = tuners.get(str(peft_type))
+    # Types that prepend to a prompt, and those whose layers share tensors, need a model class of PEFT's own.
+    if tuner is None or not issubclass(tuner, BaseTuner) or getattr(tuner, "uses_shared_state", False):
+        raise ValueError(
+            f"adapter {folder!r} has peft_type = {peft_type!r}, which the installed peft cannot add to a model; give a LoRA "
+            "adapter, or merge it into its base model first."
+        )
+    if peft_type == "LORA":
+        _require_shapes(folder, base_config, "its base model")
+    else:
+        _read_shapes(folder)
+
+
+def _require_shapes(folder: str, base_config: PretrainedConfig, base: str) -> None:
+    """`ValueError` unless the tensors of a LoRA folder fit the model of a config, which is not loaded."""
+    import peft
+
     shapes = _read_shapes(folder)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(base_config)
         try:
-            _inject(model, peft.PeftConfig.from_pretrained(folder), STUDENT)
+            config: Any = peft.PeftConfig.from_pretrained(folder)
+            config.init_lora_weights = True  # none that would compute with weights that are not there
+            _inject(model, config, STUDENT)
         except (ValueError, TypeError) as error:
-            raise ValueError(f"it does not fit the student's base model ({str(error).splitlines()[0]}).") from None
+            raise ValueError(f"adapter {folder!r} does not fit {base} ({str(error).splitlines()[0]}).") from None
     require_fit(folder, shapes, _weights(model, STUDENT))
 
 

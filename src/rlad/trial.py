@@ -6,7 +6,7 @@ Everything happens to copies in memory: the student's one step is forgotten, a c
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -28,8 +28,9 @@ from rlad.scoring import Scorer
 from rlad.seeds import stream_seed
 from rlad.tasks import Task, make_task
 from rlad.teacher_config import CachedTeacherConfig, PrivilegedTeacherConfig, SeveralTeachersConfig
-from rlad.teachers import Teacher
+from rlad.teachers import Teacher, TeacherRequest
 from rlad.teachers.local import LocalTeacher
+from rlad.teachers.several import task_names
 from rlad.top_choices import TopChoices, compare_top_choices
 
 NUM_PROMPTS, GROUP_SIZE, MAX_TOKENS, SECONDS = 4, 4, 64, 30.0
@@ -109,9 +110,13 @@ def run_trial(config: RunConfig) -> Trial:
 
 
 def _small(config: RunConfig) -> RunConfig:
-    """The run with a handful of completions, one step on them, no KL leash, and no cache around its teacher."""
+    """The run with a handful of completions, one step on them, no KL leash, and no cache around its teacher.
+
+    Several tasks take turns: at least one prompt of each, so that the teacher of each is asked.
+    """
     rollout, loop = config.rollout, config.optimization
-    size = {"prompts_per_batch": min(NUM_PROMPTS, rollout.prompts_per_batch), "group_size": min(GROUP_SIZE, rollout.group_size)}
+    num_prompts = max(min(NUM_PROMPTS, rollout.prompts_per_batch), len(task_names(config)))
+    size = {"prompts_per_batch": num_prompts, "group_size": min(GROUP_SIZE, rollout.group_size)}
     return config.model_copy(
         update={
             "rollout": rollout.model_copy(update=size),
@@ -194,7 +199,7 @@ def _ask(
     config: RunConfig, student: LanguageModel, teacher: Teacher, batch: RolloutBatch, task: Task
 ) -> tuple[TeacherTrial, float]:
     """Its log-probs, which the batch keeps, compared with the student's; and the seconds that they took."""
-    requests = teacher_requests(batch, range(len(batch.rollouts)), task, seed=config.seed)
+    requests = _with_peers(teacher_requests(batch, range(len(batch.rollouts)), task, seed=config.seed), student, batch)
     teacher.logprobs(requests[:1])  # the first call also loads kernels
     theirs, seconds = _timed(lambda: teacher.logprobs(requests))
     batch.teacher_logprobs = theirs
@@ -213,6 +218,18 @@ def _ask(
         **_gates(config, ours, theirs),
         top_choices=_top_choices(student, teacher, batch),
     ), seconds
+
+
+def _with_peers(requests: Sequence[TeacherRequest], student: LanguageModel, batch: RolloutBatch) -> list[TeacherRequest]:
+    """Each with another completion of its group in place of the correct one that a teacher may be shown; none is judged."""
+    size = len(batch.groups[0].rollouts)
+    texts = student.tokenizer.batch_decode([list(ids) for ids in batch.completions], skip_special_tokens=True)
+
+    def peer(i: int) -> str | None:
+        start = i // size * size
+        return next((texts[j] for j in range(start, start + size) if j != i and texts[j]), None)
+
+    return [replace(request, peer_solution=peer(i)) for i, request in enumerate(requests)]
 
 
 def _gates(config: RunConfig, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> dict[str, float | None]:

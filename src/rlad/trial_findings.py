@@ -1,6 +1,7 @@
 """What a trial says about a run, in sentences; and when it is a warning."""
 
 from rlad.config import TRAINED_BY_TRL, RunConfig
+from rlad.memory_estimate import single_teachers
 from rlad.teachers.compatibility import Finding
 from rlad.top_choices import NUM_CHOICES
 from rlad.trial import StepSeconds, TeacherTrial, Trial
@@ -52,7 +53,7 @@ def _log_ratio(trial: TeacherTrial, config: RunConfig) -> list[Finding]:
         what = "the teacher finds the student's own tokens very unlikely; compare vocabulary, prompt format and temperature"
         return [Finding("warning", subject, f"{message}: {what}")]
     if trial.mean_size < SMALL_LOG_RATIO:
-        if config.teacher is not None and config.teacher.type == "ema":
+        if all(teacher.type == "ema" for _, teacher in single_teachers(config.teacher)):
             return [Finding("ok", subject, f"{message}: the moving average begins as the student itself")]
         what = "the teacher says what the student says, so it changes nothing; is it the same model?"
         return [Finding("warning", subject, f"{message}: {what}")]

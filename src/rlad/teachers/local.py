@@ -18,7 +18,7 @@ from rlad.language_model import (
     pick_device,
     require_weights,
 )
-from rlad.lora import is_adapter
+from rlad.lora import is_adapter, require_loadable
 from rlad.scoring import Scorer
 from rlad.seeds import stream_seed
 from rlad.teacher_config import LocalTeacherConfig
@@ -89,6 +89,8 @@ def score_known_tokens(scorer: Scorer, vocabulary: int, requests: Sequence[Teach
 def check_teacher(settings: LocalTeacherConfig, setting: Setting) -> list[Finding]:
     config = load_model_config(settings.model)
     require_weights(settings.model)
+    if is_adapter(settings.model):
+        require_loadable(settings.model, config)
     return [
         *compare_tokenizers(setting.student_tokenizer, load_tokenizer(settings.model)),
         compare_contexts(setting.config.rollout, setting.student_context, context_tokens(config)),

@@ -1,10 +1,15 @@
 """The self-test of a server, before training: each thing that is asked of it becomes a `Finding`."""
 
+import gc
 import math
 from collections.abc import Iterator, Sequence
 from urllib.parse import urlsplit
 
-from rlad.language_model import load_language_model
+import psutil
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from rlad.language_model import load_language_model, load_model_config, require_weights
 from rlad.scoring import Scorer
 from rlad.teacher_config import ServedTeacherConfig
 from rlad.teachers import Setting
@@ -19,6 +24,7 @@ NUM_STRINGS = 200
 TEMPERATURE_PRECISION = 0.1
 """of the distance between the temperature and 1"""
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+_GIB = 1024**3
 
 
 def check_server(client: CompletionsClient, settings: ServedTeacherConfig, setting: Setting) -> list[Finding]:
@@ -138,7 +144,8 @@ def _differences(plain: TokenScores, tempered: TokenScores) -> Iterator[tuple[fl
 def _compare_replica(first: ServerProbe, other: ServerProbe, scoring: Scoring) -> Finding:
     """Whether another replica gives the probe the same log-probs, at the sampling temperature."""
     temperature = first.setting.temperature
-    ours, theirs = (p.complete_scores(scoring, p.text, temperature=temperature).logprobs[1:] for p in (first, other))
+    text = min(first.text, other.text, key=len)  # cut to the context of each
+    ours, theirs = (p.complete_scores(scoring, text, temperature=temperature).logprobs[1:] for p in (first, other))
     errors = Errors.between(zip(theirs, ours, strict=True))
     if not errors.within(first.settings.tolerance):
         raise SelfTestFailed(
@@ -149,16 +156,44 @@ def _compare_replica(first: ServerProbe, other: ServerProbe, scoring: Scoring) -
 
 
 def _compare_with_local(probe: ServerProbe, scoring: Scoring) -> Finding:
-    """Whether a forward pass in this process gives the same log-probs, at the sampling temperature."""
+    """Whether a forward pass in this process gives the same log-probs, at the sampling temperature.
+
+    Weights are loaded only where those of the run are, too: where the setting has its student.
+    """
     settings, temperature = probe.settings, probe.setting.temperature
     assert settings.local_model is not None
+    config = load_model_config(settings.local_model)
+    require_weights(settings.local_model)
+    if probe.setting.student is None:
+        return Finding("ok", "local model", f"{settings.local_model} is compared when the models are loaded")
+    if (num_bytes := _float32_bytes(config)) > (free := free_bytes()):
+        raise SelfTestFailed(
+            f"the float32 weights of {settings.local_model} take {num_bytes / _GIB:.1f} GiB, and {free / _GIB:.1f} GiB of this "
+            "machine's memory are free; leave teacher.local_model out."
+        )
     served = probe.complete_scores(scoring, probe.text, temperature=temperature).logprobs[1:]
-    scorer = Scorer(load_language_model(settings.local_model), temperature=temperature, tokens_per_batch=len(probe.text))
-    local = scorer.score([probe.text[:1]], [probe.text[1:]])[0].tolist()
-    errors = Errors.between(zip(served, local, strict=True))
+    errors = Errors.between(zip(served, _local_logprobs(settings.local_model, probe.text, temperature), strict=True))
+    gc.collect()  # a model is freed with the last of its references, some of which go in circles
     if not errors.within(settings.tolerance):
         raise SelfTestFailed(
             f"the server's log-probs are not those of {settings.local_model} ({errors}; teacher.tolerance is "
             f"{settings.tolerance:g}); serve that model, or correct teacher.local_model."
         )
     return Finding("ok", "local model", f"the server agrees with {settings.local_model} ({errors})")
+
+
+def _float32_bytes(config: PretrainedConfig) -> int:
+    """Of a model's weights, from its config."""
+    with torch.device("meta"):
+        return 4 * sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+
+
+def free_bytes() -> int:
+    """Of this machine's memory, which is not the GPU's."""
+    return psutil.virtual_memory().available
+
+
+def _local_logprobs(name: str, text: Sequence[int], temperature: float) -> list[float]:
+    """Of each token but the first; on the CPU, as the GPU is the run's."""
+    scorer = Scorer(load_language_model(name, device="cpu"), temperature=temperature, tokens_per_batch=len(text))
+    return scorer.score([text[:1]], [text[1:]])[0].tolist()
