@@ -98,7 +98,7 @@ def test_interrupted_at_any_safe_point(world, tmp_path, uninterrupted, stop_at):
 def test_interrupted_again_and_again(world, tmp_path, uninterrupted, stop_at):
     """Each session is a little longer than a rollout batch and its first update."""
     config = run_config(world, tmp_path / "run", **SECTIONS)
-    stop_at(27)
+    stop_at(30)
     num_sessions, is_finished = 0, False
     while not is_finished:
         try:
