@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 import rlad
-from rlad.config import KnightsAndKnavesConfig, RunConfig
+from rlad.config import RunConfig
 from rlad.config_file import changed_settings, dump_config, load_config, parse_config, parse_overrides
 from rlad.preparation import require_working_verifier
 from rlad.run_dir import RunDirectory
+from rlad.task_config import KnightsAndKnavesConfig
 from rlad.tasks import SPLITS, Verdict, make_task
 from tiny_runs import FILES, run_config
 

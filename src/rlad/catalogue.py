@@ -19,9 +19,9 @@ from rlad.config import (
     OptimizationConfig,
     RolloutConfig,
     StudentConfig,
-    TaskConfig,
 )
 from rlad.presets import PRESETS
+from rlad.task_config import TaskConfig
 from rlad.teacher_config import TeacherConfig
 
 OBJECTIVES = Path(__file__).parent / "objectives"

@@ -8,10 +8,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rlad.config import JsonlConfig, RunConfig
+from rlad.config import RunConfig
 from rlad.config_file import CONFIG, dump_config
 from rlad.language_model import load_tokenizer
 from rlad.prompts import prompt_token_ids
+from rlad.task_config import JsonlConfig
 from rlad.tasks import Problem, Split, Task, make_task
 from rlad.verl_command import Cluster, InFolder, num_rollout_batches, overrides, require_exportable, without_equivalent
 

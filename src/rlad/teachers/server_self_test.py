@@ -14,7 +14,7 @@ from rlad.scoring import Scorer
 from rlad.teacher_config import ServedTeacherConfig
 from rlad.teachers import Setting
 from rlad.teachers.compatibility import Finding, compare_contexts
-from rlad.teachers.completions_client import CompletionsClient, ServerRefusedError, ServerUnavailableError
+from rlad.teachers.completions_client import CompletionsClient, ServerRefusedError, ServerUnavailableError, is_this_machine
 from rlad.teachers.completions_format import Scoring, TokenScores
 from rlad.teachers.server_probe import NUM_LIKELIEST, Errors, Offer, SelfTestFailed, ServerProbe, find_scoring
 from rlad.teachers.token_strings import differing_tokens, spread_ids
@@ -23,7 +23,6 @@ NUM_STRINGS = 200
 """tokens all over the vocabulary whose strings are compared"""
 TEMPERATURE_PRECISION = 0.1
 """of the distance between the temperature and 1"""
-LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 _GIB = 1024**3
 
 
@@ -57,10 +56,8 @@ def check_server(client: CompletionsClient, settings: ServedTeacherConfig, setti
 
 
 def key_findings(client: CompletionsClient) -> list[Finding]:
-    hosts = [urlsplit(replica.url) for replica in client.replicas]
-    bare = [
-        parts.netloc for parts in hosts if parts.scheme == "http" and parts.hostname not in ("127.0.0.1", "localhost", "::1")
-    ]
+    urls = [replica.url for replica in client.replicas if not is_this_machine(replica.url)]
+    bare = [parts.netloc for parts in map(urlsplit, urls) if parts.scheme == "http"]
     if client.key is None or not bare:
         return []
     return [Finding("warning", "server", f"the key goes unencrypted to {bare[0]}; use https, or a tunnel to 127.0.0.1.")]

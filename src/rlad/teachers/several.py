@@ -14,7 +14,8 @@ from urllib.parse import quote
 import torch
 from torch import Tensor
 
-from rlad.config import RunConfig, SeveralTasksConfig
+from rlad.config import RunConfig
+from rlad.task_config import SeveralTasksConfig
 from rlad.teacher_config import SeveralTeachersConfig
 from rlad.teachers import Setting, Teacher, TeacherRequest, build_teacher
 from rlad.teachers import check_teacher as check_one
