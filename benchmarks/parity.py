@@ -1,25 +1,39 @@
-"""How far the native engine is from two other witnesses of the same mathematics; prints a table.
+"""How far the witnesses of one mathematics are apart; prints two Markdown tables.
 
-    python benchmarks/parity.py
+    python benchmarks/parity.py                     # all that is installed here
+    python benchmarks/parity.py engines --json      # one table, as JSON
+    RLAD_VERL_PYTHON=$(.ci/verl-environment DIRECTORY) python benchmarks/parity.py engines
 
-The engine's loss and gradient are compared with a slow reference (one sequence after the other, all logits, formulas token by
-token) and with `examples/02_tiny_loop.py`, on the batches of `tests/test_parity.py`: tiny random models, unequal lengths,
-rollouts that are left out. The loss differs by |a - b| (its terms are of order 1), the gradient by |a - b| / |b|.
+`witnesses`: the native engine's loss and gradient against a slow reference (one sequence after the other, all logits, formulas
+token by token), against itself with other micro-batches, and against `examples/02_tiny_loop.py`, on the batches of
+`tests/test_parity.py`: tiny random models, unequal lengths, rollouts that are left out. The loss differs by |a - b| (its terms
+are of order 1), the gradient by |a - b| / |b|.
+
+`engines`: TRRD's loss and gradient on the same three batches by every engine against the tiny loop, both relative. verl gives
+the loss and its gradient to the log-probs; the rest of the way to the weights is the native engine's.
 """
 
+import argparse
+import importlib.util
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+import parity_engines
 import torch
 
 from parity_cases import OBJECTIVES, WordTask, by_engine, by_reference, by_tiny_loop, difference, make_case, rollouts_of
 
 AGGREGATIONS = ("sequence_mean", "token_mean", "constant_length")
 BATCHES = range(3)
+# GPT-2 computes in float64 throughout; Llama is what most students are.
+PRECISIONS = (("gpt2", torch.float64), ("llama", torch.float32))
+FIGURES = ("float64 loss", "float64 gradient", "float32 loss", "float32 gradient")
 Difference = tuple[float, float]
+Row = dict[str, str | float]
 
 
 def against_reference(objective: str, family: str, dtype: torch.dtype) -> Iterator[Difference]:
@@ -55,22 +69,61 @@ def against_tiny_loop(alpha: float, family: str, dtype: torch.dtype) -> Iterator
         yield difference(by_engine(case, batch, wanted), by_tiny_loop(case, batch, wanted, alpha=alpha))
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    print("| comparison | objective | float64 loss | float64 gradient | float32 loss | float32 gradient |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    # GPT-2 computes in float64 throughout; Llama is what most students are.
-    precisions = (("gpt2", torch.float64), ("llama", torch.float32))
+def witnesses() -> Iterator[Row]:
     for title, compare in (("slow reference", against_reference), ("micro-batches", across_micro_batches)):
         for objective in OBJECTIVES:
-            row(title, objective, [list(compare(objective, *precision)) for precision in precisions])
+            columns = [list(compare(objective, *precision)) for precision in PRECISIONS]
+            yield {"comparison": title, "objective": objective} | largest(columns)
     for name, alpha in (("trrd", 0.5), ("grpo (alpha = 1)", 1.0)):
-        row("tiny loop", name, [list(against_tiny_loop(alpha, *precision)) for precision in precisions])
+        columns = [list(against_tiny_loop(alpha, *precision)) for precision in PRECISIONS]
+        yield {"comparison": "tiny loop", "objective": name} | largest(columns)
 
 
-def row(title: str, objective: str, columns: list[list[Difference]]) -> None:
-    figures = [f"{max(d[part] for d in differences):.1e}" for differences in columns for part in (0, 1)]
-    print(f"| {title} | {objective} | {' | '.join(figures)} |", flush=True)
+def engines() -> Iterator[Row]:
+    sources = {"native": parity_engines.by_native}
+    if importlib.util.find_spec("trl"):
+        sources |= {title: parity_engines.by_trl(*how) for title, how in parity_engines.TRL.items()}
+    if parity_engines.verl_python():
+        sources["verl's loss"] = parity_engines.by_verl
+    for title, source in sources.items():
+        columns = []
+        for family, dtype in PRECISIONS:
+            wanted = parity_engines.by_loop(family, dtype, BATCHES)
+            pairs = zip(source(family, dtype, BATCHES), wanted, strict=True)
+            columns.append([parity_engines.relative(ours, theirs) for ours, theirs in pairs])
+        yield {"engine": title} | largest(columns)
+
+
+def largest(columns: list[list[Difference]]) -> Row:
+    """Of the differences of loss and gradient in each precision."""
+    figures = [max(d[part] for d in differences) for differences in columns for part in (0, 1)]
+    return dict(zip(FIGURES, figures, strict=True))
+
+
+TABLES = {"witnesses": witnesses, "engines": engines}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"{' or '.join(TABLES)}; all unless said")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    if unknown := set(options.tables) - set(TABLES):
+        parser.error(f"there is no table {', '.join(unknown)}; choose from {', '.join(TABLES)}.")
+    torch.set_num_threads(1)
+    tables = {name: TABLES[name]() for name in options.tables or TABLES}
+    if options.json:
+        print(json.dumps({name: list(rows) for name, rows in tables.items()}, indent=2))
+    else:
+        for rows in tables.values():
+            print_table(rows)
+
+
+def print_table(rows: Iterator[Row]) -> None:
+    for i, row in enumerate(rows):
+        if i == 0:
+            print(f"\n| {' | '.join(row)} |\n|{' --- |' * len(row)}")
+        print(f"| {' | '.join(f'{x:.1e}' if isinstance(x, float) else x for x in row.values())} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""How long the command line takes to start: wall and processor time of `rlad --help`, `rlad list objectives` and `rlad check`.
+"""How long the command line takes to start: wall and processor time of `rlad --help`, `rlad list objectives` and `rlad check`,
+with and without its trial of the models.
 
     python benchmarks/startup.py --repetitions 10 --json startup.json
 
 Medians of several runs, one after the other, files cached by an uncounted one. Processor time hardly depends on what else the
-machine does, wall time does. `python -X importtime -m rlad check` says which import takes the time.
+machine does, wall time does. `python -X importtime -m rlad check --without-models` says which import takes the time.
 """
 
 import argparse
@@ -16,10 +17,10 @@ import time
 from pathlib import Path
 from statistics import median
 
-COMMANDS = {"rlad --help": 0.3, "rlad list objectives": None, "rlad check": 1.0}
-"""command: what its wall time is to stay below, seconds"""
+COMMANDS = {"rlad --help": 0.3, "rlad list objectives": None, "rlad check --without-models": 1.0, "rlad check": None}
+"""command: what its processor time is to stay below, seconds"""
 PARTS = {"import torch": "import torch", "import transformers' models": "from transformers import AutoModelForCausalLM"}
-"""what a command that looks at models cannot be faster than"""
+"""what a command that loads models cannot be faster than"""
 
 
 def seconds(arguments: list[str]) -> tuple[float, float]:
@@ -36,7 +37,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n")
-    print("| command | wall s | processor s | limit s |\n| --- | ---: | ---: | ---: |")
+    print("| command | wall s | processor s | limit of processor s |\n| --- | ---: | ---: | ---: |")
     results = {}
     runs = {name: (["-m", *name.split()], limit) for name, limit in COMMANDS.items()}
     for name, (arguments, limit) in (runs | {name: (["-c", code], None) for name, code in PARTS.items()}).items():

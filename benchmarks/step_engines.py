@@ -24,7 +24,6 @@ from rlad import sampling
 from rlad.config import RunConfig
 from rlad.engines import roll_out
 from rlad.engines.native import NativeEngine
-from rlad.rollouts import Completion
 from rlad.scoring import Scorer
 from rlad.teachers.local import LocalTeacher
 
@@ -115,10 +114,11 @@ def _keep_finished_rows(engine: NativeEngine) -> None:
 
 
 def _prefill_each_row(engine: NativeEngine) -> None:
-    def one_by_one(model: Any, prompts: Any, *, group_size: int, **options: Any) -> list[list[Completion]]:
+    def one_by_one(model: Any, prompts: Any, *, group_size: int, after_group: Any, **options: Any) -> None:
         groups = sampling.sample(model, [p for p in prompts for _ in range(group_size)], group_size=1, **options)
         rows = list(chain(*groups))
-        return [rows[i : i + group_size] for i in range(0, len(rows), group_size)]
+        for number in range(len(prompts)):
+            after_group(number, rows[number * group_size : (number + 1) * group_size])
 
     roll_out.sample = one_by_one
 

@@ -86,7 +86,7 @@ def sample_sequences(arguments: argparse.Namespace) -> None:
     student = load_student(config)
     with closing(make_task(**config.task.model_dump())) as task:
         texts = [task.problem("train", i).prompt for i in range(arguments.num_prompts)]
-    prompts = [prompt_token_ids(student.tokenizer, text, config.rollout.prompt_format) for text in texts]
+    prompts = [prompt_token_ids(student.tokenizer, text, config.rollout) for text in texts]
     groups = sample(
         student,
         prompts,

@@ -80,6 +80,14 @@ class WordTask:
         pass
 
 
+class EqualPrompts(WordTask):
+    """For what pads prompts on the left, upon which GPT-2 counts its positions from the padding on: there is none."""
+
+    def problem(self, split: Split, index: int, *, seed: int = 0) -> Problem:
+        words = " ".join(f"w{3 + (7 * index + 11 * i) % 61}" for i in range(4))
+        return Problem(prompt=words, answer="", key=str(index), difficulty="easy" if index % 3 == 2 else "fair")
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """A run's engine with the models it was given; `old` is the student before any step, `said` what its config says."""

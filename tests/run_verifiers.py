@@ -27,3 +27,10 @@ def hang(completion: str, answer: str) -> bool:
         Path(os.environ["HANGING"]).touch()
         time.sleep(600)
     return True
+
+
+def slow(completion: str, answer: str) -> bool:
+    """Takes two seconds while a file is there."""
+    if Path(os.environ["SLOW"]).exists():
+        time.sleep(2)
+    return completion.split()[-1:] == [answer]

@@ -15,8 +15,9 @@ from typing import Any
 class Client:
     """Requests to a server on a port of 127.0.0.1."""
 
-    worker: Any
+    state: Any
     """of rlad's own server in this process"""
+    worker: Any
 
     def __init__(self, port: int, key: str | None = None):
         self.port, self.key = port, key
@@ -59,17 +60,18 @@ def free_port() -> int:
 
 
 @contextmanager
-def server_thread(language_model: Any, **settings: Any) -> Iterator[Client]:
-    """rlad's own server, with the model that is given."""
-    import uvicorn
+def server_thread(language_model: Any, *, uvicorn: Mapping[str, Any] | None = None, **settings: Any) -> Iterator[Client]:
+    """rlad's own server, with the model and the settings that are given, and those of uvicorn."""
+    from uvicorn import Server
 
     from rlad.serving import ServerSettings, make_app
+    from rlad.serving_limits import server_config
 
     defaults = {"api_key": None, "max_request_bytes": 2**20, "max_context_tokens": 64, "tokens_per_batch": 512}
     app = make_app(language_model, ServerSettings(**{"served_name": "tiny", **defaults, **settings}))
     client = Client(free_port(), settings.get("api_key"))
-    client.worker = app.state.worker
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=client.port, log_level="warning"))
+    client.state, client.worker = app.state.server, app.state.server.worker
+    server = Server(server_config(app, host="127.0.0.1", port=client.port, **(uvicorn or {})))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -40,7 +40,7 @@ def toml(world: Path, tmp_path: Path) -> Path:
     [
         ("optimization.num_step=3", "optimization.num_step is an unknown key: did you mean 'num_steps'?"),
         ("optimisation.num_steps=3", "optimisation is an unknown key: did you mean 'optimization'?"),
-        ("rollout.foo=3", "rollout.foo is an unknown key: valid keys there are group_size, max_batch_rows"),
+        ("rollout.foo=3", "rollout.foo is an unknown key: valid keys there are chat_template_kwargs, group_size,"),
         ("optimization.num_steps=many", "optimization.num_steps is 'many': it must be a valid integer."),
         ("optimization.num_steps=2.5", "optimization.num_steps is 2.5: it must be a valid integer."),
         ("optimization.learning_rate=nan", "optimization.learning_rate is nan: it must be a finite number."),
@@ -286,13 +286,18 @@ def test_checkpoint_of_another_run(world, toml, finished, tmp_path):
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "config.json", "tokenizer.json", "trainer/state.json", "trainer/optimizer.safetensors"]
 )
-def test_truncated_checkpoint(toml, finished, name):
-    last = RunDirectory(finished).checkpoints()[-1][1]
-    os.truncate(last / name, (last / name).stat().st_size // 2)
-    sentence = rlad_fails("train", toml, "--resume")
-    assert (
-        f"checkpoint {last} cannot be resumed" in sentence and "Delete that folder to go on from the one before it" in sentence
-    )
+def test_no_checkpoint_that_is_whole(toml, finished, name):
+    for _, folder in RunDirectory(finished).checkpoints():
+        os.truncate(folder / name, (folder / name).stat().st_size // 2)
+    for arguments in (["train", toml, "--resume"], ["evaluate", finished], ["sample", toml]):
+        assert f"{finished} holds no checkpoint that is whole (step-00000" in rlad_fails(*arguments)
+    assert f"is damaged ({name} has" in rlad_fails("evaluate", folder)
+    assert len((finished / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_lost_checkpoints(toml, finished):
+    shutil.rmtree(finished / "checkpoints")
+    assert "has lost its checkpoints; put a copy of one back" in rlad_fails("train", toml, "--resume")
     assert len((finished / "metrics.jsonl").read_text().splitlines()) == 4
 
 

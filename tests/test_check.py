@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 from transformers import AutoModelForCausalLM
 
 from rlad.check import CheckReport, check_run, print_report
+from rlad.chunk_sizes import LOGITS_PER_CHUNK
 from rlad.cli import main
 from rlad.config import LoraConfig
 from rlad.config_file import parse_config
@@ -22,14 +23,13 @@ from rlad.teacher_config import CachedTeacherConfig, EMATeacherConfig, LocalTeac
 from rlad.teachers.local import LocalTeacher, quantization_config
 from rlad.teachers.privileged import PrivilegedTeacher
 from rlad.teachers.several import TeacherByTask
-from rlad.tensors import LOGITS_PER_CHUNK
 from rlad.top_choices import NUM_CHOICES, compare_top_choices
 from rlad.trial import StepSeconds, TeacherTrial, Trial, run_trial, without_cache
 from rlad.trial_findings import describe_trial
 from tiny_models import LargestTensor, random_tokens, tiny_language_model
 from tiny_runs import rlad_fails, run_config, write_config, write_model
 
-CPU = torch.device("cpu")
+CPU = "cpu"
 
 
 def checked(world: Path, run_dir: Path, **sections: Any) -> CheckReport:
@@ -314,8 +314,9 @@ def test_times_are_shown_in_units_that_can_be_read(world, tmp_path):
 # --- top choices ------------------------------------------------------------------------------------------------------
 
 
-def test_top_choices_against_full_logits():
-    student, teacher = tiny_language_model(seed=1), tiny_language_model(seed=2, vocab_size=70)
+@pytest.mark.parametrize("capped", [{}, {"family": "gemma2", "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 8}])
+def test_top_choices_against_full_logits(capped):
+    student, teacher = tiny_language_model(seed=1), tiny_language_model(seed=2, vocab_size=70, **capped)
     prompts, completions = random_tokens(3, 5, 4), random_tokens(6, 1, 9, seed=1)
     same, shared = [], []
     for prompt, completion in zip(prompts, completions, strict=True):
@@ -336,11 +337,6 @@ def test_top_choices_hold_no_logits_of_all_tokens():
     with LargestTensor() as largest:
         compare_top_choices(student, teacher, random_tokens(4), random_tokens(600, seed=1))
     assert largest.num_elements <= 256 * 4000
-
-
-def test_top_choices_where_logits_are_capped_are_not_available():
-    capped = tiny_language_model("gemma2", final_logit_softcapping=5.0, query_pre_attn_scalar=8)
-    assert compare_top_choices(tiny_language_model(), capped, random_tokens(3), random_tokens(3)) is None
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -392,19 +388,18 @@ def test_devices_of_teachers_inside_of_others_are_looked_at(world, tmp_path, nam
 def test_only_devices_that_compute(device):
     with pytest.raises(ValueError, match=f"device '{device}' cannot be used on this machine"):
         pick_device(device)
-    assert pick_device("cpu") == CPU
+    assert str(pick_device("cpu")) == CPU
 
 
-@pytest.mark.parametrize(("scale", "factor"), [({"logit_scale": 0.1}, 40), ({"logit_scale": 1.0}, 16)])
-def test_logits_that_are_scaled_are_counted_whole(world, tmp_path, monkeypatch, scale, factor):
-    """Three times 7 float32 numbers for each of 40 tokens, where the output layer's own are those of a chunk of 16."""
+def test_the_logits_of_a_chunk_are_counted(world, tmp_path, monkeypatch):
+    """Three times 7 float32 numbers for each of a chunk of 16 tokens, whoever scores 40; also where logits are scaled."""
     monkeypatch.setitem(LOGITS_PER_CHUNK, "cpu", 1)
     sections: dict[str, Any] = {"optimization": {"tokens_per_batch": 40}, "student": {"device": "cpu"}}
-    scaled = str(write_model(tmp_path / "scaled", seed=1, family="cohere", **scale))
+    scaled = str(write_model(tmp_path / "scaled", seed=1, family="cohere", logit_scale=0.1))
     for who, own in (("student", {}), ("teacher", {"tokens_per_batch": 40})):
         config = run_config(world, tmp_path / "run", **sections)
         config[who] |= {"model": scaled, **own}
-        assert estimate_memory(parse_config(config), 4).logits == 3 * 4 * 7 * factor
+        assert estimate_memory(parse_config(config), 4).logits == 3 * 4 * 7 * 16
 
 
 def test_each_teacher_adds_its_own_weights(world):
@@ -416,6 +411,15 @@ def test_each_teacher_adds_its_own_weights(world):
     assert teacher_bytes(several, 7, CPU) == 6 * count
     assert teacher_bytes(CachedTeacherConfig(type="cached", teacher=local), 7, CPU) == 4 * count
     assert [teacher_bytes(EMATeacherConfig(type="ema", update_rate=rate), 7, CPU) for rate in (0.1, 1.0)] == [28, 0]
+
+
+@pytest.mark.parametrize(
+    ("device", "students"), [("cuda", ["cuda", "cuda:0"]), ("cuda:0", ["cuda", "cuda:0"]), ("cuda:1", ["cuda:1"])]
+)
+def test_a_teacher_on_another_gpu_takes_nothing_from_the_students(world, monkeypatch, device, students):
+    monkeypatch.setattr("rlad.memory_estimate.device_name", str)  # there need be no GPU
+    local = LocalTeacherConfig(model=str(world / "teacher"), device=device)
+    assert [who for who in ("cpu", "cuda", "cuda:0", "cuda:1") if teacher_bytes(local, 7, who)] == students
 
 
 def test_quantized_layers_are_counted_with_their_scales():
@@ -487,7 +491,7 @@ def test_what_torch_cannot_load_is_one_sentence(world, tmp_path, monkeypatch):
         def failing(_: Any, error: RuntimeError = error) -> Trial:
             raise error
 
-        monkeypatch.setattr("rlad.check.run_trial", failing)
+        monkeypatch.setattr("rlad.trial.run_trial", failing)
         result = check_command(toml, "--json")
         findings = json.loads(result.stdout)["findings"]
         assert result.exit_code == 2 and [f["subject"] for f in findings if f["level"] == "error"] == ["trial"]

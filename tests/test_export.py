@@ -15,9 +15,10 @@ from rlad.config_file import load_config, parse_config
 from rlad.engines import verl_check
 from rlad.engines.verl_objective import NAMES, VARIABLE, objective_json, objective_knobs_from_environment
 from rlad.engines.verl_reward import compute_score
+from rlad.export_verl import export_verl
 from rlad.tasks import make_task
 from rlad.verl_command import Cluster, overrides, require_exportable, without_equivalent
-from tiny_runs import rlad_fails, run_config, write_config
+from tiny_runs import rlad_fails, run_config, write_config, write_tokenizer, write_world
 
 NEEDS_PARQUET = pytest.mark.datasets
 ONE_GPU = Cluster(gpus_per_node=1, teacher_gpus_per_node=1)
@@ -66,6 +67,23 @@ def test_the_data_are_the_problems_of_the_native_engine_in_its_order(tmp_path):
 
 
 @NEEDS_PARQUET
+def test_a_conversation_keeps_its_messages_and_the_templates_variables(tmp_path):
+    pytest.importorskip("pyarrow", reason="verl reads Parquet files: pip install 'rlad[datasets]'")
+    world = write_world(tmp_path)
+    chat = "{% for m in messages %}{{ m.content }} {% endfor %}{% if thinking is defined %}0 {% endif %}="
+    write_tokenizer(world / "student", chat_template=chat)
+    messages = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "0 ="}]
+    (world / "path.jsonl").write_text(json.dumps({"prompt": messages, "answer": "1"}) + "\n")
+    rollout = {"system_prompt": "2 2", "chat_template_kwargs": {"thinking": False}}
+    config = parse_config(run_config(world, tmp_path / "run", rollout=rollout))
+    command = export_verl(config, tmp_path / "out", ONE_GPU)
+    assert rows_of(command, "train")[0]["prompt"] == [{"role": "system", "content": "2 2"}, *messages]
+    given = dict(argument.split("=", 1) for argument in overrides_of(command))
+    assert given["+data.apply_chat_template_kwargs.thinking"] == "False"
+    assert given["data.max_prompt_length"] == "8", "2 2 1 2 0 = and the template's 0 ="
+
+
+@NEEDS_PARQUET
 def test_the_command_says_what_the_config_says(tmp_path):
     command = export(tmp_path / "it's here", *SMALL, "objective.alpha=0.25", "optimization.steps_per_rollout_batch=2")
     given = dict(argument.split("=", 1) for argument in overrides_of(command, "trainer.nnodes=7"))
@@ -102,6 +120,7 @@ def test_each_setting_reaches_its_place(changes, key, value):
 CARRIED_OVER = {
     "seed", "run_dir", "student.model", "student.dtype", "student.gradient_checkpointing", "teacher.model", "teacher.dtype",
     "optimization.steps_per_rollout_batch", "optimization.num_steps", "rollout.prompt_format", "rollout.max_prompt_tokens",
+    "rollout.system_prompt",
     "evaluation.num_validation_problems", "evaluation.every_steps",
 }  # fmt: skip
 """Settings whose effect is not one number of an override: data, derived counts, formats."""
@@ -132,7 +151,7 @@ def test_no_setting_is_lost_silently():
 def other(value: Any, name: str) -> Any:
     """Another value of a setting, of the same kind."""
     special = {"device": "cpu", "keep": "cpu", "aggregation": "token_mean", "advantage_scale": "none", "betas": (0.5, 0.6)}
-    special["lora"] = LoraConfig()
+    special |= {"lora": LoraConfig(), "chat_template_kwargs": {"enable_thinking": False}, "end_tokens": ("<eos>",)}
     if name in special:
         return special[name]
     if isinstance(value, bool):

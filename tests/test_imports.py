@@ -14,6 +14,7 @@ import pytest
 import rlad
 from rlad.batch import LossInputs
 from rlad.catalogue import CONFIGS
+from rlad.check import ZERO_ADVANTAGE_IS_ZERO_GRADIENT
 from rlad.config import ObjectiveConfig
 from rlad.engines.knobs import objective_knobs
 from rlad.imitation import FATES
@@ -25,8 +26,8 @@ from tiny_runs import run_config, write_unreachable_answers
 
 ROOT = Path(__file__).parents[1]
 BY_TRL = {"sft/accepted/frac"}
-BY_TEACHERS = {"teacher/cache_hits/frac", "teacher/privileged/frac"}
-"""Of the types `cached` and `privileged`; their own tests hold them to these names."""
+BY_TEACHERS = {"teacher/cache_hits/frac", "teacher/privileged/frac", "teacher/overlap/seconds"}
+"""Of the types `cached` and `privileged`, and of those that work elsewhere; their own tests hold them to these names."""
 BATCH = {field.name for field in dataclasses.fields(LossInputs)}
 HEAVY = ("torch", "transformers", "trl", "numpy", "matplotlib", "safetensors", "pebble")
 
@@ -36,6 +37,16 @@ def test_these_import_nothing_heavy(module):
     code = f"import sys, {module}; print([name for name in {HEAVY} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_a_check_without_models_imports_neither_torch_nor_transformers_nor_scipy(tmp_path):
+    code = (
+        "import sys; from rlad.cli import main; main(['check', '--without-models', sys.argv[1]], standalone_mode=False); "
+        "print([name for name in ('torch', 'transformers', 'scipy') if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, f"run_dir={tmp_path / 'run'}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "this can be trained\n[]\n" in done.stdout and "memory: about" in done.stdout
 
 
 def test_public_names_are_there():
@@ -76,6 +87,12 @@ def test_tensors_of_the_table_are_those_of_the_function(name):
     parameters = inspect.signature(OBJECTIVES[name].function).parameters.values()
     assert {p.name for p in parameters if p.default is p.empty} == set(OBJECTIVES[name].needs)
     assert {p.name for p in parameters if p.default is None and p.name in BATCH} == set(OBJECTIVES[name].takes_too)
+
+
+def test_a_check_says_what_is_left_out_as_the_table_does():
+    assert set(ZERO_ADVANTAGE_IS_ZERO_GRADIENT) == {
+        name for name, row in OBJECTIVES.items() if row.zero_advantage_is_zero_gradient
+    }
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -1,12 +1,15 @@
 """What can go wrong around a run: a full disk costs one checkpoint, a signal none."""
 
+import inspect
+import itertools
 import os
 import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,8 +18,16 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import rlad
+import rlad.engines.native
+import rlad.evaluate
 import rlad.training
+from conformance_server import ConformanceServer
+from rlad.cli import main
+from rlad.engines.native import NativeEngine
+from rlad.language_model import load_language_model
 from rlad.run_dir import CannotWriteError, RunDirectory
+from rlad.tasks.worker import Worker
+from started_processes import start_process
 from tiny_runs import remains, rlad_fails, run_config, write_config, write_unreachable_answers
 
 # --- the disk is full ------------------------------------------------------------------------------------------------------
@@ -124,9 +135,7 @@ def test_disk_full_while_rows_are_written(world, tmp_path):
 def start(*arguments: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "rlad", "train", *map(str, arguments)]
     tests = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": tests}
-    )
+    return start_process(command, {"PYTHONPATH": tests})
 
 
 def wait_until(process: subprocess.Popen[str], is_so: Any) -> None:
@@ -169,3 +178,141 @@ def test_second_ctrl_c_stops_at_once(world, tmp_path, monkeypatch):
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=20)
     assert process.returncode == 130 and stderr.splitlines()[-1] == "rlad: interrupted"
+
+
+# Where a signal comes: (module or class, its function, which call of it).
+PLACES: dict[str, tuple[Any, str, int]] = {
+    "loading models": (rlad.training, "load_student", 1),
+    "writing a checkpoint": (rlad.engines.native, "save_engine", 2),
+    "evaluation": (rlad.evaluate, "_grade", 1),
+    "generation": (NativeEngine, "make_rollout_batch", 2),
+    "teacher": (NativeEngine, "_ask_teacher", 2),
+    "update": (NativeEngine, "update", 2),
+}
+
+
+def train_with_signals(toml: Path, *places: tuple[Any, str, int], number: int, errors: Path) -> int:
+    """The exit code of `rlad train` in a fork that gets a signal at each of these places; `errors` is its stderr."""
+    process = os.fork()
+    if process:
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    sys.stdout = sys.stderr = errors.open("w")
+    for owner, name, at in places:
+        setattr(owner, name, signalling(getattr(owner, name), number, at))
+    code = 1
+    try:
+        main(["train", str(toml)], standalone_mode=False)
+        code = 0
+    except SystemExit as stopped:
+        code = int(str(stopped.code))
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def signalling(function: Callable[..., Any], number: int, at: int) -> Callable[..., Any]:
+    calls = itertools.count(1)
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == at:
+            os.kill(os.getpid(), number)
+        return function(*args, **kwargs)
+
+    return called
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return remains(rlad.train(run_config(world, tmp_path_factory.mktemp("undisturbed") / "run")).run_dir)
+
+
+@pytest.mark.parametrize(("where", "number"), list(zip(PLACES, [signal.SIGINT, signal.SIGTERM] * 3, strict=True)))
+def test_a_signal_anywhere_ends_the_run_within_seconds(world, tmp_path, undisturbed, monkeypatch, where, number):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    config = run_config(world, tmp_path / "run")
+    toml, started = write_config(tmp_path / "run.toml", config), time.monotonic()
+    code = train_with_signals(toml, PLACES[where], number=number, errors=tmp_path / "errors")
+    assert code == 128 + number and time.monotonic() - started < 20
+    said = (tmp_path / "errors").read_text().splitlines()[-1]
+    is_loading = where == "loading models"
+    then = "training had not begun and nothing is written" if is_loading else "a checkpoint is written, go on with"
+    assert said.startswith(f"rlad: stopped by {signal.Signals(number).name}; {then}")
+    assert (tmp_path / "run").exists() is not is_loading
+    rlad.train(config, resume=not is_loading)
+    assert remains(tmp_path / "run") == undisturbed
+
+
+def test_a_second_signal_while_the_checkpoint_is_written_leaves_the_former_one(world, tmp_path, undisturbed, monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    config = run_config(world, tmp_path / "run")
+    toml = write_config(tmp_path / "run.toml", config)
+    places = (PLACES["update"], (rlad.engines.native, "save_engine", 2))
+    assert train_with_signals(toml, *places, number=signal.SIGINT, errors=tmp_path / "errors") == 130
+    assert (tmp_path / "errors").read_text().splitlines()[-1] == "rlad: interrupted"
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000000"]
+    rlad.train(config, resume=True)
+    assert remains(tmp_path / "run") == undisturbed
+
+
+def test_a_signal_while_a_served_teacher_hangs(world, tmp_path):
+    """The server takes the request and does not answer it."""
+    with ConformanceServer(load_language_model(str(world / "teacher"))) as server:
+        server.slow_seconds = 600.0
+        teacher = {"type": "served", "urls": [server.url], "model": "tiny", "tolerance": 1e-3, "timeout_seconds": 600.0}
+        config = run_config(world, tmp_path / "run", teacher=teacher, optimization={"num_steps": 100_000})
+        process = start(write_config(tmp_path / "run.toml", config))
+        wait_until(process, (tmp_path / "run" / "metrics.jsonl").exists)
+        server.lasting_fault = "slow"
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 130 and "a checkpoint is written" in stderr.splitlines()[-1]
+
+
+def test_a_signal_to_all_processes_leaves_no_completion_unjudged(world, tmp_path, monkeypatch):
+    """It ends the verifier's process too, here while the last completion of a rollout batch is judged."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    monkeypatch.setenv("SLOW", str(tmp_path / "slow"))
+    sections = {"objective": {"type": "grpo"}, "task": {"verifier": "run_verifiers:slow"}}
+    wanted = rlad.train(run_config(world, tmp_path / "wanted" / "run", **sections)).run_dir
+    config = run_config(world, tmp_path / "run", **sections)
+    process = os.fork()
+    if not process:
+        os.setpgid(0, 0)
+        after_rollouts, original = itertools.count(1), Worker.call
+
+        def judge(self: Worker, *args: Any) -> Any:
+            is_training = any(frame.function == "roll_out" for frame in inspect.stack())
+            if is_training and next(after_rollouts) == 12:
+                (tmp_path / "slow").touch()
+                threading.Timer(0.5, os.killpg, (0, signal.SIGTERM)).start()
+            return original(self, *args)
+
+        Worker.call = judge
+        try:
+            rlad.train(config)
+        finally:
+            os._exit(77)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 77
+    assert not (tmp_path / "run" / "metrics.jsonl").exists(), "the signal came before the first step"
+    (tmp_path / "slow").unlink()
+    rlad.train(config, resume=True)
+    assert remains(tmp_path / "run") == remains(wanted)
+
+
+# --- two processes ---------------------------------------------------------------------------------------------------------
+
+
+def test_of_two_runs_that_begin_at_once_in_one_place_the_later_is_refused(world, tmp_path):
+    """The second finds the place free, and while it loads its models the first has made its run there."""
+    config = run_config(world, tmp_path / "run")
+    first: list[dict[str, Any]] = []
+
+    class MeanwhileAnother(rlad.training.Silent):
+        def phase(self, name: str) -> None:
+            if name == "loading models":
+                first.append(remains(rlad.train(config).run_dir))
+
+    with pytest.raises(ValueError, match="exists already; use --resume to go on with it"):
+        rlad.train(config, reporter=MeanwhileAnother())
+    assert first == [remains(tmp_path / "run")]

@@ -95,6 +95,7 @@ def test_rollout_metrics_by_hand() -> None:
         "rollout/completion_tokens/mean": 2,
         "rollout/completion_tokens/max": 4,
         "rollout/truncated/frac": pytest.approx(1 / 6),
+        "rollout/repeated/frac": 0.5,  # none of the first group; in the second all three are alike
     }
 
 

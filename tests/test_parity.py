@@ -392,8 +392,7 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_alone() -> None:
     batch.teacher_logprobs[0][:] = -1e308
     batch.teacher_logprobs[1][:] = -1e308
     before = weights(case)
-    with pytest.raises(ValueError, match="must be finite, so the weights were left as they are"):
-        case.engine.update(batch, range(4))
+    assert case.engine.update(batch, range(4))["optimization/skipped/count"] == 1
     assert torch.equal(weights(case), before)
 
 

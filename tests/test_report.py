@@ -208,7 +208,7 @@ AFTER = 3  # row of the test after training in eval.jsonl
 @pytest.mark.parametrize(
     ("name", "row", "change", "of_result", "why"),
     [
-        ("metrics.jsonl", 1, {"step": ...}, False, "row 2 of metrics.jsonl, step: Field required"),
+        ("metrics.jsonl", 1, {"step": ...}, False, "metrics.jsonl is no row that a run has written; put back a copy"),
         ("metrics.jsonl", 1, {"step": 3}, False, "row 2 of metrics.jsonl is of step 3; there must be one for each step"),
         ("metrics.jsonl", 0, {"time/update/seconds": None}, False, "row 1 of metrics.jsonl, time/update/seconds: Input should"),
         ("metrics.jsonl", 0, {"rollout/completion_tokens/mean": "5"}, False, "rollout/completion_tokens/mean: Input should"),
@@ -244,8 +244,8 @@ def test_unequal_numbers_of_problems_and_broken_lines_make_a_run_missing(runs, t
     assert len(rows) == 6
     for why in (
         "are not the same before and after training",
-        "row 1 of eval.jsonl is no JSON",
-        "row 1 of metrics.jsonl: Input",
+        "broken/eval.jsonl is no row that a run has written",
+        "unlike/metrics.jsonl is no row that a run has written",
     ):
         assert why in text
 

@@ -1,23 +1,17 @@
 """The report in a real browser: it opens offline without errors, its tables sort, and it is readable in the dark."""
 
 import base64
-import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from browsers import asked_for, opened
 from report_runs import sample_row, write_run
 from rlad.report import MissingRun, ReportedRun, write_report
 
 pytestmark = pytest.mark.browser
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (extra `browser`)")
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-if not (CHROMIUM and DRIVER):
-    pytest.skip("chromium and chromedriver are not installed", allow_module_level=True)
-
 EVIL = "<script>document.title = 'taken'</script>"
 
 
@@ -38,15 +32,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser(page: Path) -> Iterator[Any]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1200,900"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
-    driver.get(page.as_uri())
-    yield driver
-    driver.quit()
+    with opened(page.as_uri()) as driver:
+        yield driver
 
 
 def column(browser: Any, table: int, name: str) -> list[str]:
@@ -60,9 +47,7 @@ def column(browser: Any, table: int, name: str) -> list[str]:
 def test_it_opens_without_errors_and_asks_for_nothing_else(browser, page):
     assert browser.title == "Report <b>"
     assert [entry for entry in browser.get_log("browser") if entry["level"] != "INFO"] == []
-    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
-    assert asked == [page.as_uri()]
+    assert asked_for(browser) == [page.as_uri()]
 
 
 def test_columns_sort_by_number_both_ways_and_by_text(browser):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from safetensors.torch import load_file, save_file
 
 import rlad
 import rlad.training
+from killed_runs import kill_and_compare
+from rlad.engines.native import NativeEngine
 from rlad.language_model import load_language_model
 from rlad.objectives import OBJECTIVES
 from rlad.run_dir import RunDirectory
@@ -85,7 +88,7 @@ def test_interrupted_at_any_safe_point(world, tmp_path, uninterrupted, stop_at):
     rlad.train(run_config(world, tmp_path / "count" / "run", **SECTIONS))
     total = StopAt.num_checks
     assert total > 60
-    for at in range(1, total + 1, 7):
+    for at in range(1, total + 1, 13):
         config = run_config(world, tmp_path / str(at) / "run", **SECTIONS)
         stop_at(at)
         with pytest.raises(StopRequested):
@@ -215,13 +218,13 @@ def test_killed_at_any_change_of_the_run_directory(world, tmp_path, uninterrupte
             rlad.train(config, resume=RunDirectory(run_dir).exists())
         assert_same(remains(run_dir), uninterrupted, f"killed before change {at}")
         assert not list((run_dir / "checkpoints").glob(".*")), "unfinished checkpoints are removed"
-        at += 1 if at < 6 else 9
+        at += 1 if at < 6 else 17
     assert code == 0 and at > 50
 
 
 def test_killed_process_resumes(world, tmp_path):
     """SIGKILL from outside, twice, at whatever moment it comes."""
-    sections = SECTIONS | {"optimization": SECTIONS["optimization"] | {"num_steps": 40}}
+    sections = SECTIONS | {"optimization": SECTIONS["optimization"] | {"num_steps": 30}}
     config = run_config(world, tmp_path / "killed" / "run", **sections)
     (tmp_path / "run.toml").write_text(tomli_w.dumps(config))
     metrics = tmp_path / "killed" / "run" / "metrics.jsonl"
@@ -238,6 +241,21 @@ def test_killed_process_resumes(world, tmp_path):
     assert_same(remains(tmp_path / "killed" / "run"), remains(tmp_path / "whole" / "run"), "killed twice")
 
 
+def test_killed_at_random_moments_of_known_phases(world, tmp_path, monkeypatch):
+    """The short form of `benchmarks/kills.py`."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    sections = SECTIONS | {"optimization": SECTIONS["optimization"] | {"num_steps": 24}}
+    phases = ("generation", "update", "checkpoint writing")
+    runs = kill_and_compare(
+        lambda run_dir, seed: run_config(world, run_dir, **sections, seed=seed), tmp_path, phases=phases, seed=0
+    )
+    kills = 0
+    for number, fell, differing in runs:
+        assert not differing, (number, fell, differing)
+        kills += len(fell)
+    assert kills == 3
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "eval.jsonl"])
 @pytest.mark.parametrize("tail", [b'{"step": 6, "rew', b"\x00\x00\x00", b'{"step": 6}'])
 def test_half_written_last_line_is_dropped(world, tmp_path, uninterrupted, stop_at, name, tail):
@@ -250,6 +268,81 @@ def test_half_written_last_line_is_dropped(world, tmp_path, uninterrupted, stop_
     stop_at(-1)
     rlad.train(config, resume=True)
     assert_same(remains(tmp_path / "run"), uninterrupted, f"half a line in {name}")
+
+
+# --- damaged ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "trainer/optimizer.safetensors", "trainer/state.json", "manifest.json"])
+def test_a_damaged_checkpoint_costs_the_steps_behind_the_one_before(world, tmp_path, uninterrupted, name, caplog):
+    """It is named, passed over and kept; the run goes on from the one before and ends as the undamaged one does."""
+    config = run_config(world, tmp_path / "run", **SECTIONS)
+    rlad.train(config)
+    last = RunDirectory(tmp_path / "run").checkpoint(6)
+    content = bytearray((last / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (last / name).write_bytes(content)
+    rlad.train(config, resume=True)
+    (record,) = (record for record in caplog.records if record.name == "rlad.run_dir")
+    assert re.search(r"step-000006 is damaged: .*; it is passed over, and step-000003 taken", record.getMessage())
+    assert_same(remains(tmp_path / "run"), uninterrupted, name)
+    assert (last.with_name("damaged-step-000006") / name).read_bytes() == content
+
+
+# --- checkpoints by the clock -----------------------------------------------------------------------------------------
+
+
+def dies_in(config: dict[str, Any], method: str, *, at: int) -> bool:
+    """Go on with a run in a fork that dies, as by SIGKILL, at the beginning of the `at`-th call of a method of the engine."""
+    process = os.fork()
+    if process:
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 137
+    num_calls, original = 0, getattr(NativeEngine, method)
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == at:
+            os._exit(137)
+        return original(*args, **kwargs)
+
+    setattr(NativeEngine, method, dying)
+    code = 1
+    try:
+        rlad.train(config, resume=RunDirectory(Path(config["run_dir"])).exists())
+        code = 0
+    finally:
+        os._exit(code)
+
+
+@pytest.mark.parametrize(("every_seconds", "makes_progress"), [(1e-9, True), (600.0, False)])
+def test_a_run_that_is_always_killed_before_its_second_update_gets_on(
+    world, tmp_path, uninterrupted, monkeypatch, every_seconds, makes_progress
+):
+    """A session lives for one update or one rollout batch; without checkpoints in between, `every_steps` = 3 never comes."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    config = run_config(world, tmp_path / "run", **SECTIONS, checkpoints={"every_seconds": every_seconds})
+    num_sessions = 1
+    while dies_in(config, "update", at=2) and num_sessions < 10:
+        num_sessions += 1
+    assert RunDirectory(tmp_path / "run").is_finished() is makes_progress
+    if makes_progress:
+        assert num_sessions == 6
+        assert_same(remains(tmp_path / "run"), uninterrupted, "killed in every second update")
+
+
+def test_rollouts_are_not_made_twice(world, tmp_path, uninterrupted, monkeypatch):
+    """Killed before the first update, a run finds the rollouts again that the clock had written."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    config = run_config(world, tmp_path / "run", **SECTIONS, checkpoints={"every_seconds": 1e-9})
+    assert dies_in(config, "update", at=1)
+    assert RunDirectory(tmp_path / "run").newest_checkpoint()[1].name == "step-000000-rollouts"
+    made: list[int] = []
+    original = NativeEngine.make_rollout_batch
+    monkeypatch.setattr(NativeEngine, "make_rollout_batch", lambda self, index: made.append(index) or original(self, index))
+    rlad.train(config, resume=True)
+    assert made == [1, 2]
+    assert_same(remains(tmp_path / "run"), uninterrupted, "killed before the first update")
 
 
 # --- finished ---------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -179,9 +180,10 @@ def test_both_decoders_give_the_same_tokens(family: str, temperature: float) -> 
     uniforms = torch.rand(len(owners), 16, generator=torch.Generator().manual_seed(3))
     results = []
     for decode in (sampling._decode, sampling._generate):
+        groups = sampling._Groups(model, len(PROMPTS), 3, lambda number, completions: None)
         with torch.inference_mode():
-            tokens, logprobs = decode(model, ids, mask, owners, uniforms, temperature, lambda: None)
-        results.append(sampling._completions(tokens.tolist(), logprobs.tolist(), {EOS, SECOND_EOS}))
+            decode(model, ids, mask, owners, uniforms, temperature, lambda: None, partial(groups.add, 0))
+        results.append(chain(*groups.completions))
     for ours, theirs in zip(*results, strict=True):
         assert (ours.token_ids, ours.is_truncated) == (theirs.token_ids, theirs.is_truncated)
         assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
@@ -243,6 +245,39 @@ def test_the_seed_decides() -> None:
     model = tiny_language_model()
     assert completions_of(model) == completions_of(model)
     assert tokens_of(completions_of(model)) != tokens_of(completions_of(model, seed=6))
+
+
+# --- groups as they end -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("max_batch_rows", [2, 4, 256])
+def test_each_group_is_handed_on_once_and_whole(family: str, max_batch_rows: int) -> None:
+    """Also where its rows are decoded in different parts, and outside of inference mode and of the compute type."""
+    model = replace(tiny_language_model(family, **FAMILIES[family]), compute_dtype=torch.bfloat16)
+    seen: dict[int, list[Completion]] = {}
+
+    def see(number: int, completions: list[Completion]) -> None:
+        assert number not in seen and not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
+        seen[number] = completions
+
+    groups = completions_of(model, max_batch_rows=max_batch_rows, after_group=see)
+    assert [seen[number] for number in range(len(PROMPTS))] == groups
+
+
+def test_a_group_is_handed_on_when_its_last_completion_ends() -> None:
+    num_steps, steps_at = 0, {}
+
+    def count() -> None:
+        nonlocal num_steps
+        num_steps += 1
+
+    def see(number: int, completions: list[Completion]) -> None:
+        steps_at[number] = num_steps
+
+    groups = completions_of(tiny_language_model(), max_completion_tokens=64, before_token=count, after_group=see)
+    longest = {number: max(len(completion.token_ids) for completion in group) for number, group in enumerate(groups)}
+    assert steps_at == longest and len(set(longest.values())) > 2
 
 
 # --- interruption and refusals ----------------------------------------------------------------------------------------

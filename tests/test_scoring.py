@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rlad.language_model import LanguageModel, load_language_model
-from rlad.scoring import Scorer, batches_by_length, linear_head
+from rlad.output_layer import output_layer
+from rlad.scoring import Scorer, batches_by_length
 from rlad.teachers import TeacherRequest
 from rlad.teachers.local import LocalTeacher
 from rlad.tensors import default_chunk_tokens
 from tiny_models import VOCABULARY, LargestTensor, random_tokens, tiny_language_model
 
-WITH_LINEAR_HEAD: dict[str, dict[str, Any]] = {
+LINEAR: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama-tied": {"tie_word_embeddings": True},
     "qwen3": {},
@@ -25,12 +26,15 @@ WITH_LINEAR_HEAD: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 5},
     "mamba": {},
 }
-WITHOUT: dict[str, dict[str, Any]] = {
-    "gemma2": {"final_logit_softcapping": 5.0, "sliding_window": 5},
-    "cohere": {"logit_scale": 0.25, "tie_word_embeddings": True},
-    "granite": {"logits_scaling": 4.0},
+TRANSFORMED: dict[str, tuple[dict[str, Any], float, float | None]] = {
+    "gemma2": ({"final_logit_softcapping": 5.0, "sliding_window": 5}, 1.0, 5.0),
+    "gemma2-tied": ({"final_logit_softcapping": 3.0, "tie_word_embeddings": True}, 1.0, 3.0),
+    "cohere": ({"logit_scale": 0.3}, 0.3, None),
+    "cohere-tied": ({"logit_scale": 0.25, "tie_word_embeddings": True}, 0.25, None),
+    "granite": ({"logits_scaling": 3.0}, 1 / 3, None),
 }
-FAMILIES = WITH_LINEAR_HEAD | WITHOUT
+"""settings, and the scale and soft cap that they mean"""
+FAMILIES = LINEAR | {family: settings for family, (settings, _, _) in TRANSFORMED.items()}
 PROMPTS = random_tokens(7, 3, 1, 12, 5, seed=1)
 COMPLETIONS = random_tokens(4, 9, 6, 1, 8, seed=2)
 
@@ -65,10 +69,31 @@ def test_equals_one_unpadded_pass_per_sequence(family: str, temperature: float) 
     assert (scores.entropy[~scores.mask] == 0).all()
 
 
-def test_which_models_have_a_linear_head() -> None:
-    for families, is_linear in ((WITH_LINEAR_HEAD, True), (WITHOUT, False)):
-        for family in families:
-            assert (linear_head(model_of(family).model) is not None) == is_linear, family
+def test_the_output_layer_is_that_of_the_model() -> None:
+    for family in FAMILIES:
+        head = output_layer(model_of(family).model)
+        assert head is not None and head.scale == pytest.approx(TRANSFORMED.get(family, ({}, 1.0, None))[1]), family
+        assert head.soft_cap == TRANSFORMED.get(family, ({}, 1.0, None))[2], family
+
+
+def test_logits_that_are_not_those_of_the_config_are_taken_whole() -> None:
+    """HyperCLOVA X multiplies by the setting by which Granite divides: no output layer that we know, right log-probs anyway."""
+    model = tiny_language_model("hyperclovax", logits_scaling=3.0)
+    assert output_layer(model.model) is None
+    for values, prompt, completion in zip(
+        Scorer(model, temperature=0.7, tokens_per_batch=1000).score(PROMPTS, COMPLETIONS), PROMPTS, COMPLETIONS, strict=True
+    ):
+        assert torch.allclose(values, direct(model, prompt, completion, 0.7)[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "hyperclovax"])
+@torch.no_grad()
+def test_logits_in_chunks_are_the_models_own(family: str) -> None:
+    model = tiny_language_model(family, **FAMILIES.get(family, {"logits_scaling": 3.0}))
+    text = random_tokens(11, seed=3)[0]
+    whole = model.model(input_ids=torch.tensor([text])).logits[0] / 0.7
+    chunks = list(Scorer(model, temperature=0.7, tokens_per_batch=1).logits_in_chunks(text, start=3, chunk_tokens=5))
+    assert [len(chunk) for chunk in chunks] == [5, 3] and torch.allclose(torch.cat(chunks), whole[2:-1], rtol=0, atol=1e-5)
 
 
 def test_no_token_of_a_completion_sees_itself_or_a_later_one() -> None:
@@ -145,7 +170,7 @@ def gradients(model: LanguageModel, loss: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama-tied", "gemma2"])
+@pytest.mark.parametrize("family", ["gpt2", "llama-tied", *TRANSFORMED])
 def test_the_gradient_is_that_of_the_definition(family: str) -> None:
     model = model_of(family, dtype=torch.float64)
     scores = Scorer(model, temperature=0.8, tokens_per_batch=1000)(PROMPTS, COMPLETIONS)
@@ -228,8 +253,9 @@ def test_a_teacher_never_holds_batch_times_tokens_times_vocabulary(vocab_size: i
     assert torch.allclose(scores[3], direct(model, prompts[3], completions[3])[0], atol=1e-5)
 
 
-def test_training_never_holds_batch_times_tokens_times_vocabulary() -> None:
-    model = tiny_language_model("llama", vocab_size=8192)
+@pytest.mark.parametrize("family", ["llama", *TRANSFORMED])
+def test_training_never_holds_batch_times_tokens_times_vocabulary(family: str) -> None:
+    model = model_of(family, vocab_size=8192)
     scorer = Scorer(model, temperature=1.0, tokens_per_batch=10_000)
     prompts, completions = random_tokens(*[10] * 8, seed=1), random_tokens(*[100] * 8, seed=2)
     with LargestTensor() as largest:

@@ -50,6 +50,19 @@ def test_every_epoch_has_every_problem_in_another_order(write):
     assert [task.problem("train", i, seed=1).answer for i in range(num)] != epochs[0]
 
 
+def test_a_question_is_the_same_under_any_system_message_and_as_plain_text(write):
+    def chat(system: str, question: str) -> dict:
+        return {"prompt": [{"role": "system", "content": system}, {"role": "user", "content": question}], "answer": "1"}
+
+    rows = [chat(system, row["prompt"]) for row in questions(60) for system in ("a", "b")]
+    task = JsonlTask(write([*rows, *questions(60)]))
+    assert [task.num_problems(split) % 3 for split in SPLITS] == [0, 0, 0]
+    plain = JsonlTask(write(questions(60)))
+    assert [task.num_problems(split) for split in SPLITS] == [3 * plain.num_problems(split) for split in SPLITS]
+    with pytest.raises(ValueError, match=r"1 of its 60 prompts also stand in .*test.jsonl, for example 'What is 3"):
+        JsonlTask(write(questions(60)), test_path=write([chat("a", "what is 3 + 1?")], "test.jsonl"))
+
+
 def test_held_out_files_are_used_as_they_are(write):
     train = write(questions(50), "train.jsonl")
     validation, test = write(questions(5, 100), "validation.jsonl"), write(questions(7, 200), "test.jsonl")
@@ -108,6 +121,23 @@ GOOD = '{"prompt": "p", "answer": "a"}'
         (['{"prompt": " ", "answer": 1}'], "line 1: the field 'prompt' is \" \"; give a string"),
         (['{"prompt": "p", "answer": true}'], "line 1: the field 'answer' is true; give a string"),
         (['{"prompt": "p", "answer": null}'], "line 1: the field 'answer' is null; give a string"),
+        (['{"prompt": [], "answer": 1}'], "line 1: the field 'prompt' holds no message; write at least the user's"),
+        (
+            ['{"prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "answer": 1}'],
+            "line 1: the field 'prompt' ends with a message of the assistant, but it is the model that answers: end it with",
+        ),
+        (
+            ['{"prompt": [{"role": "user", "content": "q"}, {"role": "system", "content": "s"}], "answer": 1}'],
+            "line 1: the field 'prompt' has a system message that is not its first; put it there",
+        ),
+        (
+            ['{"prompt": [{"role": "tool", "content": "q"}], "answer": 1}'],
+            r'the field \'prompt\', message 1, is {"role": "tool", "content": "q"}; write {"role": ..., "content": ...}',
+        ),
+        (['{"prompt": [{"role": "user", "content": " "}], "answer": 1}'], "message 1, is .* and a text that is not empty"),
+        (['{"prompt": [{"role": "user", "content": ["q"]}], "answer": 1}'], "message 1, is .* and a text that is not empty"),
+        (['{"prompt": ["q"], "answer": 1}'], 'message 1, is "q"; write'),
+        (['{"prompt": [{"role": "user", "content": "\\ud800"}], "answer": 1}'], "message 1, has half of a surrogate pair"),
         (['{"prompt": "p", "answer": ["a"]}'], r"line 1: the field 'answer' is \[\"a\"\]; give a string"),
         (['{"prompt": "\\ud800", "answer": "a"}'], "line 1: the field 'prompt' has half of a surrogate pair"),
         (["[" * 100_000], "line 1: not JSON"),

@@ -202,6 +202,17 @@ def test_two_that_begin_at_once_agree_on_one_witness(tmp_path, added):
     assert third.asked == (wanted if added else wanted[:1])
 
 
+def test_the_witness_is_the_longest_of_the_batch_however_it_is_asked(tmp_path):
+    """Group by group, while the student writes, as all at once."""
+    wanted = requests(3, 12, 7)
+    with cached(Asked(), tmp_path).asking([]) as ask:
+        for wait in [ask([request]) for request in wanted]:
+            wait()
+    teacher = Asked()
+    cached(teacher, tmp_path).logprobs(wanted)
+    assert teacher.asked == [wanted[1]]
+
+
 @pytest.mark.parametrize("how", ["deleted", "damaged"])
 def test_entries_whose_witness_is_lost_are_not_used(tmp_path, how):
     """Nobody could tell whose they are."""

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import rlad
 import rlad.training
+from rlad.checkpoints import write_manifest
 from rlad.config_file import parse_config
 from rlad.language_model import LanguageModel
 from rlad.run_dir import RunDirectory
@@ -227,6 +228,7 @@ def test_a_checkpoint_without_the_average_is_refused_and_identity_names_the_init
     name = f"the moving average of {world / 'student'} (update rate 0.2)"
     assert state["teacher"] == name + ", privileged by '{answer} = {prompt}'" and state["teacher_moves"] is True
     (folder / "trainer" / "state.json").write_text(json.dumps(state | {"teacher_moves": False}))
+    write_manifest(folder)
     with pytest.raises(ValueError, match="cannot be resumed: it does not hold the 21 weights of the moving average"):
         rlad.train(config, resume=True)
 

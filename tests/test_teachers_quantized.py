@@ -8,12 +8,12 @@ import torch
 from pydantic import ValidationError
 
 import rlad
-import rlad.teachers.local
+import rlad.teachers.local_check
 from rlad.config_file import parse_config
 from rlad.language_model import LanguageModel, load_language_model, load_tokenizer
+from rlad.output_layer import OutputLayer, output_layer
 from rlad.preparation import load_student, prepare_teacher
 from rlad.run_dir import RunDirectory
-from rlad.scoring import linear_head
 from rlad.teacher_config import LocalTeacherConfig
 from rlad.teachers import Setting, TeacherRequest, check_teacher
 from rlad.teachers.local import LocalTeacher, identity_of, quantization_config
@@ -78,7 +78,8 @@ def test_int8_weighs_a_quarter_and_the_output_layer_stays(torchao, world):
 def test_int8_is_scored_in_chunks(torchao, tmp_path):
     folder = write_model(tmp_path / "teacher", seed=2, words=("<pad>", "<eos>", *(str(i) for i in range(3000))))
     model = loaded(folder, "int8")
-    assert linear_head(model.model) is model.model.get_output_embeddings()
+    head: Any = model.model.get_output_embeddings()
+    assert output_layer(model.model) == OutputLayer(head)
     requests = [TeacherRequest([2, 3, 4], list(range(5, 15)))] * 200
     teacher = LocalTeacher(model, temperature=1.0, tokens_per_batch=10_000)
     with LargestTensor() as recorder:
@@ -189,7 +190,7 @@ def test_check_names_the_package_that_is_missing(world, tmp_path, monkeypatch):
     def find_spec(name: str) -> Any:
         return None if name == "torchao" else object()
 
-    monkeypatch.setattr(rlad.teachers.local.importlib.util, "find_spec", find_spec)
+    monkeypatch.setattr(rlad.teachers.local_check.importlib.util, "find_spec", find_spec)
     (message,) = quantization_findings(world, tmp_path, quantization="int8")
     assert message == (
         "error: teacher.quantization = 'int8' needs torchao and accelerate; install them with: pip install "

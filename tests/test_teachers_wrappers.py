@@ -18,7 +18,7 @@ from torch import Tensor
 
 import rlad
 from rlad.catalogue import CONFIGS, describe
-from rlad.config import RunConfig
+from rlad.config import RolloutConfig, RunConfig
 from rlad.config_file import parse_config
 from rlad.language_model import LanguageModel, load_language_model, load_tokenizer
 from rlad.prompt_template import fill_template, template_names, template_parts
@@ -29,7 +29,8 @@ from rlad.teachers import Setting, Teacher, TeacherRequest, check_teacher, make_
 from rlad.teachers.compatibility import Finding
 from rlad.teachers.ema import EMATeacher
 from rlad.teachers.local import LocalTeacher
-from rlad.teachers.privileged import PrivilegedTeacher, privileged_text
+from rlad.teachers.privileged import PrivilegedTeacher
+from rlad.teachers.privileged_prompt import privileged_prompt
 from rlad.teachers.several import TeacherByTask, TeacherMixture
 from tiny_models import VOCABULARY, random_tokens, tiny_language_model, tiny_tokenizer
 from tiny_runs import FILES, run_config, write_model
@@ -275,11 +276,11 @@ def test_templates_that_cannot_be(world, tmp_path, template, sentence):
 
 def test_what_a_template_may_name():
     problem = Problem("p", "a", "k", metadata={"hint": "h", "size": 3, "names": ["x"], "prompt": "no"})
-    assert privileged_text("{prompt}/{answer}/{hint}/{size}/{peer_solution}", problem, "s") == "p/a/h/3/s"
+    assert privileged_prompt("{prompt}/{answer}/{hint}/{size}/{peer_solution}", problem, "s") == "p/a/h/3/s"
     for template in ("{prompt}{names}", "{prompt}{nothing}", "{prompt}{peer_solution}"):
-        assert privileged_text(template, problem, None) is None
-    assert privileged_text("{prompt}{answer}", replace(problem, answer=""), None) is None
-    assert privileged_text("{prompt}{answer}", None, None) is None
+        assert privileged_prompt(template, problem, None) is None
+    assert privileged_prompt("{prompt}{answer}", replace(problem, answer=""), None) is None
+    assert privileged_prompt("{prompt}{answer}", None, None) is None
 
 
 # --- privileged: alignment --------------------------------------------------------------------------------------------------
@@ -307,7 +308,7 @@ def problems() -> list[Problem]:
 
 def asked(tokenizer: Any) -> list[TeacherRequest]:
     completions = random_tokens(6, 1, 9, 3, 4, seed=3)
-    prompts = [prompt_token_ids(tokenizer, problem.prompt, "auto") for problem in problems()]
+    prompts = [prompt_token_ids(tokenizer, problem.prompt, RolloutConfig()) for problem in problems()]
     return [
         TeacherRequest(*row) for row in zip(prompts, completions, problems(), [None, "w7", None, "w8 w8", "w9"], strict=True)
     ]
@@ -315,7 +316,7 @@ def asked(tokenizer: Any) -> list[TeacherRequest]:
 
 def privileged(inner: Teacher, tokenizer: Any, template: str, context: int | None = None) -> PrivilegedTeacher:
     return PrivilegedTeacher(
-        inner, template, encode=partial(prompt_token_ids, tokenizer, prompt_format="auto"), context=context
+        inner, template, encode=partial(prompt_token_ids, tokenizer, rollout=RolloutConfig()), context=context
     )
 
 

@@ -181,3 +181,67 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary() -> None:
     with LargestTensor() as whole:
         direct(hidden, weight, None, ids)[0].sum().backward()
     assert whole.num_elements == num_tokens * vocabulary
+
+
+# --- scaled and capped logits -----------------------------------------------------------------------------------------
+
+TRANSFORMS = [(0.25, None), (1.0, 1.5), (3.0, 2.0), (1.0, 30.0)]
+
+
+def capped(logits: Tensor, scale: float, soft_cap: float | None) -> Tensor:
+    return logits * scale if soft_cap is None else soft_cap * torch.tanh(logits * scale / soft_cap)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize(("scale", "soft_cap"), TRANSFORMS)
+def test_scaled_and_capped_logits_have_the_gradient_of_log_softmax(scale, soft_cap, has_bias, temperature) -> None:
+    hidden, weight, bias, ids = inputs()
+    leaves = [hidden, weight, *([bias] if has_bias else [])]
+    upstream = torch.randn(len(ids), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    logits = capped(hidden @ weight.T + (bias if has_bias else 0), scale, soft_cap) / temperature
+    logprobs = logits.log_softmax(dim=-1)
+    expected = logprobs[torch.arange(len(ids)), ids]
+    ours, entropy = token_logprobs(
+        hidden, weight, bias if has_bias else None, ids,
+        scale=scale, soft_cap=soft_cap, temperature=temperature, chunk_tokens=5,
+    )  # fmt: skip
+    assert torch.allclose(ours, expected, rtol=0, atol=1e-13)
+    assert torch.allclose(entropy, -(logprobs.exp() * logprobs).sum(dim=-1), rtol=0, atol=1e-13)
+    gradients, wanted = (torch.autograd.grad((values * upstream).sum(), leaves) for values in (ours, expected))
+    for gradient, right in zip(gradients, wanted, strict=True):
+        assert torch.allclose(gradient, right, rtol=1e-12, atol=1e-12) and float(right.abs().max()) > 0.01
+
+
+def test_a_capped_log_prob_by_hand() -> None:
+    """Two tokens of logits 3 x 1 and 3 x -1 under a cap of 2: log sigmoid of twice 2 tanh(1.5); slope 1 - tanh(1.5)^2."""
+    hidden, weight = torch.ones(1, 1, dtype=torch.float64, requires_grad=True), torch.tensor([[1.0], [-1.0]]).double()
+    logprobs, _ = token_logprobs(hidden, weight, None, torch.tensor([0]), scale=3.0, soft_cap=2.0)
+    difference = 2 * 2 * math.tanh(1.5)
+    assert logprobs.item() == pytest.approx(-math.log1p(math.exp(-difference)), abs=1e-14)
+    logprobs.sum().backward()
+    assert hidden.grad is not None
+    slope = 2 * 3 * (1 - math.tanh(1.5) ** 2)
+    assert hidden.grad.item() == pytest.approx(slope / (1 + math.exp(difference)), rel=1e-12)
+
+
+def test_a_cap_that_nothing_reaches_changes_nothing() -> None:
+    hidden, weight, bias, ids = inputs()
+    plain, far = (token_logprobs(hidden, weight, bias, ids, soft_cap=cap)[0] for cap in (None, 1e6))
+    assert torch.allclose(plain, far, rtol=0, atol=1e-9)
+
+
+def test_gradcheck_of_scaled_and_capped_logits() -> None:
+    hidden, weight, bias, ids = inputs(num_tokens=5, hidden=3, vocabulary=4)
+
+    def logprobs(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return token_logprobs(h, w, b, ids, scale=0.5, soft_cap=1.0, temperature=0.7, chunk_tokens=2)[0]
+
+    assert torch.autograd.gradcheck(logprobs, (hidden, weight, bias))
+
+
+def test_capped_logits_exist_for_a_chunk_of_tokens() -> None:
+    hidden, weight, _, ids = inputs(num_tokens=4096, hidden=4, vocabulary=512, dtype=torch.float32)
+    with LargestTensor() as largest:
+        token_logprobs(hidden, weight, None, ids, scale=0.5, soft_cap=2.0, chunk_tokens=64)[0].sum().backward()
+    assert largest.num_elements == 64 * 512

@@ -192,7 +192,8 @@ def test_the_out_of_distribution_test_is_before_and_after_training(world, tmp_pa
     [
         ({"num_poeple": [4]}, "evaluation.ood_task.num_poeple does not fit a task of type 'knights_and_knaves': "),
         ({"num_people": [1]}, "evaluation.ood_task.num_people.0 does not fit a task of type 'knights_and_knaves': "),
-        ({"type": "arithmetic"}, "evaluation.ood_task.type does not fit a task of type 'knights_and_knaves': "),
+        ({"type": "arithmetic", "x": [4]}, "evaluation.ood_task.x does not fit a task of type 'arithmetic': "),
+        ({"type": "arithmetik"}, "evaluation.ood_task does not fit a task of type 'arithmetik': "),
     ],
 )
 def test_settings_that_the_task_does_not_have_are_refused_in_one_sentence(tmp_path, ood_task, sentence):

@@ -3,10 +3,6 @@
 import inspect
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,12 +15,11 @@ from datasets import Dataset  # noqa: E402
 from trl.trainer.grpo_config import GRPOConfig  # noqa: E402
 from trl.trainer.grpo_trainer import GRPOTrainer  # noqa: E402
 
-import reference  # noqa: E402
-from parity_cases import OBJECTIVES, Case, WordTask, by_engine, make_case, rollouts_of  # noqa: E402
+from parity_cases import OBJECTIVES  # noqa: E402
 from rlad.engines.trl import RLADTrainer  # noqa: E402
 from rlad.engines.trl_config import AGGREGATION, REPLACED, RLADConfig  # noqa: E402
 from rlad.errors import RunFailedError  # noqa: E402
-from rlad.tasks import Problem, Split  # noqa: E402
+from rlad.tasks import Problem  # noqa: E402
 from rlad.teachers import Teacher, TeacherRequest  # noqa: E402
 from tiny_models import tiny_tokenizer  # noqa: E402
 from trl_runs import (  # noqa: E402
@@ -34,25 +29,18 @@ from trl_runs import (  # noqa: E402
     first_inputs,
     loss_and_gradient,
     make_trainer,
+    move,
     nearby,
     prompts,
-    same_rollouts,
     steps_of,
     student,
+    student_logprobs,
 )
 
 SAME_CLIP: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.2}
 GRPO: dict[str, Any] = {"type": "grpo", **SAME_CLIP}
 ONE_OR_SEVERAL = pytest.mark.parametrize("steps_per_generation", [2, 4], ids=["one step", "two steps"])
 ALL_MODES = pytest.mark.parametrize("loss_type", AGGREGATION)
-
-
-def move(trainer: Any, *, by: float = 0.02) -> None:
-    """As optimiser steps on the same rollouts would: the student is no longer the policy that sampled."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in trainer.model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter), alpha=by)
 
 
 def two_windows(inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -167,13 +155,6 @@ def with_anchor(trainer: Any, inputs: dict[str, Any], *, alpha: float) -> dict[s
     return inputs | {"old_per_token_logps": torch.where(inputs["teacher_logprobs"].isfinite(), anchor, old)}
 
 
-def student_logprobs(trainer: Any, inputs: dict[str, Any]) -> Any:
-    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-    width = inputs["completion_ids"].size(1)
-    return trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, width)[0].detach()
-
-
 # --- the teacher ------------------------------------------------------------------------------------------------------
 
 
@@ -279,126 +260,6 @@ def test_too_many_tokens_without_teacher_stop_the_run(tmp_path):
     assert all(torch.equal(part["counted"], part["completion_mask"].bool()) for part in first_inputs(patient))
 
 
-# --- against the native engine ----------------------------------------------------------------------------------------
-
-
-class EqualPrompts(WordTask):
-    """GPT-2, which can compute in float64, counts positions from the padding on: no prompt may be padded."""
-
-    def problem(self, split: Split, index: int, *, seed: int = 0) -> Problem:
-        words = " ".join(f"w{3 + (7 * index + 11 * i) % 61}" for i in range(4))
-        return Problem(prompt=words, answer="", key=str(index), difficulty="easy" if index % 3 == 2 else "fair")
-
-
-def by_trl(case: Case, batch: Any, folder: Path, loss_type: str) -> tuple[float, Any]:
-    rollout, kl_coef = case.engine.config.rollout, case.engine.config.optimization.kl_coef
-    model: Any = case.engine.student.model
-    if kl_coef:
-        case.reference.model.save_pretrained(folder / "reference")
-        model.config.name_or_path = str(folder / "reference")
-    rewards = [r.reward if r.verdict != "cannot_judge" else None for r in batch.rollouts]
-    trainer = make_trainer(
-        folder,
-        case.engine.config.objective.model_dump(exclude_none=True),
-        model=model,
-        reward=lambda completions, **columns: rewards,
-        trainer={
-            "teacher": case.engine.teacher,
-            "processing_class": case.engine.student.tokenizer,
-            "train_dataset": Dataset.from_dict({"prompt": [group.prompt for group in batch.groups]}),
-            "rollout_func": lambda prompts, trainer: {
-                "prompt_ids": list(map(list, batch.prompts)),
-                "completion_ids": list(map(list, batch.completions)),
-                "logprobs": [list(rollout.completion.logprobs) for rollout in batch.rollouts],
-            },
-        },
-        gradient_accumulation_steps=4,
-        max_completion_length=rollout.max_completion_tokens,
-        temperature=rollout.temperature,
-        epsilon=0.2,
-        beta=kl_coef,
-        loss_type=loss_type,
-        advantages="rlad",
-        max_steps=1,
-    )
-    loss, gradient = loss_and_gradient(trainer, first_inputs(trainer))
-    return loss, gradient
-
-
-@pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
-@pytest.mark.parametrize(
-    ("objective", "aggregation", "kl_coef"),
-    [
-        ("trrd", "sequence_mean", 0.0),
-        ("trrd", "token_mean", 0.1),
-        ("trrd", "constant_length", 0.0),
-        ("grpo", "token_mean", 0.0),
-        ("kdrl", "sequence_mean", 0.0),
-        ("opd", "sequence_mean", 0.0),
-        ("rlsd", "token_mean", 0.0),
-        ("distilled_rl", "constant_length", 0.1),
-    ],
-)
-def test_the_native_engine_has_the_same_loss_and_gradient(tmp_path, objective, aggregation, kl_coef):
-    """Same rollouts, some of which no verifier could judge, and models; everything else is TRL's."""
-    optimization = {"aggregation": aggregation, "kl_coef": kl_coef}
-    case = make_case(objective, optimization=optimization, rollout={"temperature": 0.7}, task=EqualPrompts())
-    batch = case.engine.make_rollout_batch(0)
-    assert {"correct", "wrong", "cannot_judge"} <= {rollout.verdict for rollout in batch.rollouts}
-    loss, gradients = by_engine(case, batch, rollouts_of(case))
-    native = torch.cat([gradients[name].flatten() for name, _ in case.engine.student.model.named_parameters()])
-    loss_type = {mode: name for name, mode in AGGREGATION.items() if name != "bnpo"}[aggregation]
-    ours = by_trl(case, batch, tmp_path, loss_type)
-    assert ours[0] == pytest.approx(loss, abs=1e-6)
-    assert distance(ours[1], native) < 1e-6
-
-
-# --- rollouts by another sampler --------------------------------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
-@pytest.mark.parametrize("beta", [0.0, 0.1])
-def test_recorded_rollout_logprobs_weigh_the_surrogate_next_to_the_teacher(tmp_path, beta):
-    """TRL's correction of what vLLM sampled, from recorded log-probs of -2: min(πold / μ, 3) on each token's surrogate."""
-    path = tmp_path / "student"
-    student().save_pretrained(path)
-    settings = {"loss_type": "dapo", "beta": beta, "vllm_importance_sampling_mode": "token_truncate"}
-    trainer = make_trainer(
-        tmp_path,
-        {"type": "trrd", "alpha": 0.5, "clip_low": 0.2, "clip_high": 0.2},
-        model=str(path),
-        trainer={"teacher": nearby(student()), "rollout_func": same_rollouts},
-        **settings,
-    )
-    trainer.use_vllm, trainer._last_loaded_step = True, 0  # from here on TRL takes the rollouts for vLLM's
-    inputs = first_inputs(trainer)
-    if beta:
-        move(trainer)
-    total, num_tokens, num_weighed = 0.0, 0, 0
-    for part in inputs:
-        logprobs, mask = student_logprobs(trainer, part), part["completion_mask"].bool()
-        for i, t in mask.nonzero().tolist():
-            s, o, teacher = (
-                float(values[i, t]) for values in (logprobs, part["old_per_token_logps"], part["teacher_logprobs"])
-            )
-            weight, num_tokens = min(math.exp(o + 2.0), 3.0), num_tokens + 1
-            num_weighed += weight != 1
-            advantage = float(part["advantages"][i])
-            if advantage:
-                s_token = torch.tensor(s, dtype=torch.float64)
-                clip = {"clip_low": 0.2, "clip_high": 0.2}
-                total += weight * float(reference.trrd_token(s_token, o, teacher, advantage, alpha=0.5, c=1.0, **clip))
-            if beta:
-                total += beta * float(reference.kl_token(torch.tensor(s), float(part["ref_per_token_logps"][i, t]), "k3"))
-    assert num_weighed > num_tokens / 2
-    assert loss_and_gradient(trainer, inputs)[0] == pytest.approx(total / num_tokens, abs=2e-6)
-    metrics = trainer._metrics["train"]
-    assert max(metrics["sampler/mismatch/max"]) == pytest.approx(metrics["sampling/sampling_logp_difference/max"][0], rel=1e-5)
-    trainer.args.objective = GRPO
-    theirs, ours = (loss_and_gradient(trainer, inputs, of=kind) for kind in (GRPOTrainer, None))
-    assert ours[0] == pytest.approx(theirs[0], abs=1e-6) and distance(ours[1], theirs[1]) < 1e-5
-
-
 # --- metrics and schedules --------------------------------------------------------------------------------------------
 
 
@@ -442,50 +303,6 @@ def test_evaluation_leaves_the_metrics_of_training_alone(tmp_path):
     assert not trainer._metrics["train"]
 
 
-# --- two processes ----------------------------------------------------------------------------------------------------
-
-
-RUNS: dict[str, dict[str, Any]] = {
-    "sequence_mean": {"objective": {"type": "trrd"}, "loss_type": "grpo"},
-    "token_mean": {"objective": {"type": "kdrl", "kd_coef": 0.05}, "loss_type": "dapo", "advantages": "rlad"},
-    "constant_length": {"objective": {"type": "trrd"}, "loss_type": "dr_grpo", "advantages": "rlad"},
-}
-
-
-@pytest.fixture(scope="module")
-def one_and_two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """The runs above in one process and in two, with the same global batch: 16 rollouts in two micro-batches."""
-    folders = {}
-    for world, rows in ((1, 8), (2, 4)):
-        folders[world] = tmp_path_factory.mktemp(f"world{world}")
-        runs = {name: run | {"per_device_train_batch_size": rows, "max_steps": 3} for name, run in RUNS.items()}
-        under_torchrun(world, folders[world], runs)
-    return folders
-
-
-def under_torchrun(world: int, folder: Path, runs: dict[str, Any]) -> None:
-    script = Path(__file__).parent / "trl_runs.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", str(script)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    command += [str(folder), json.dumps(runs)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_two_processes_are_one(one_and_two_processes, name):
-    """DDP over gloo, float64: the gradients of 3 steps, losses and metrics."""
-    one, two = (torch.load(folder / f"{name}.pt") for folder in one_and_two_processes.values())
-    assert (one["world"], two["world"], len(one["gradients"])) == (1, 2, 3)
-    for a, b in zip(two["gradients"], one["gradients"], strict=True):
-        assert distance(a, b) < 1e-6 and b.norm() > 1e-3
-    for a, b in zip(two["logs"], one["logs"], strict=True):
-        own = [key for key in b if key.startswith(("objective/", "teacher/", "student/"))]
-        assert len(own) > 6
-        for key in ("loss", "grad_norm", "reward", *own):
-            assert a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-6), key
-
-
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
@@ -522,6 +339,11 @@ def test_trainers_that_cannot_work_are_one_sentence(tmp_path):
         make_trainer(tmp_path, "trrd", trainer={"teacher": 3})
     with pytest.raises(ValueError, match=r"beta = 0.1 needs the initial student .* made in memory; save it"):
         make_trainer(tmp_path, "trrd", beta=0.1)
+
+    with pytest.raises(ValueError, match="teacher_is_sharded splits the teacher over processes, and this is one alone"):
+        make_trainer(tmp_path, "trrd", teacher_is_sharded=True)
+    with pytest.raises(ValueError, match="is for a teacher given as a model or its name; 'recorded' says itself where it is"):
+        make_trainer(tmp_path, "trrd", trainer={"teacher": Recorded()}, teacher_is_sharded=True)
 
     class Moving(Recorded):
         def state(self) -> dict[str, torch.Tensor]:

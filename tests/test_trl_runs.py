@@ -1,5 +1,6 @@
 """Runs with `[engine] type = "trl"`: the native engine's rollouts, metrics and run directory, made by TRL's trainer."""
 
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ pytest.importorskip("trl", reason="needs the optional package trl")
 
 import rlad  # noqa: E402
 import rlad.training  # noqa: E402
+from rlad.check import check_run  # noqa: E402
 from rlad.config import RunConfig  # noqa: E402
 from rlad.config_file import parse_config  # noqa: E402
 from rlad.engines.engine import StepResult  # noqa: E402
+from rlad.errors import RunFailedError  # noqa: E402
 from rlad.run_dir import RunDirectory  # noqa: E402
 from rlad.stopping import StopRequested  # noqa: E402
 from tiny_runs import remains, rlad_fails, run_config, write_config  # noqa: E402
@@ -77,25 +80,58 @@ class StopInStep(rlad.training.Silent):
             raise StopRequested(signal.SIGINT)
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(world, tmp_path):
-    two = {"optimization": {"steps_per_rollout_batch": 2, "schedule": "linear", "num_steps": 6}}
-    whole, stopped = (config_of(world, tmp_path / name, **two) for name in ("whole", "stopped"))
-    rlad.train(whole)
+class SignalInStep(StopInStep):
+    def step(self, result: StepResult, num_steps: int) -> None:
+        if result.step == self.stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+TWO = {"optimization": {"steps_per_rollout_batch": 2, "schedule": "linear", "num_steps": 6}}
+
+
+@pytest.fixture(scope="module")
+def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a run that nobody stops leaves behind."""
+    return remains(rlad.train(config_of(world, tmp_path_factory.mktemp("whole") / "run", **TWO)).run_dir)
+
+
+@pytest.mark.parametrize(
+    ("reporter", "newest"),
+    [(StopInStep(4), 4), (SignalInStep(3), 4), (StopInStep(3), 2)],
+    ids=["behind a batch", "a signal between two steps", "an error between two steps"],
+)
+def test_a_stopped_run_goes_on_bit_for_bit(world, tmp_path, whole, reporter, newest):
+    """Between two steps on one rollout batch a signal waits for the last of them, and an error costs both."""
+    stopped = config_of(world, tmp_path / "stopped", **TWO)
     with pytest.raises(StopRequested):
-        rlad.train(stopped, reporter=StopInStep(4))
+        rlad.train(stopped, reporter=reporter)
+    assert RunDirectory(stopped.directory).checkpoints()[-1][0] == newest
+    assert rlad.training.how_to_go_on(stopped).endswith(f"rlad train {stopped.directory} --resume")
     rlad.train(stopped, resume=True)
-    a, b = remains(whole.directory), remains(stopped.directory)
+    a, b = whole, remains(stopped.directory)
     kept = {name for name in a if name.endswith((".safetensors", ".jsonl"))}
     assert any(name.startswith("step 6") for name in kept)
     assert [name for name in kept if a[name] != b[name]] == []
 
 
+def test_the_clock_and_skipped_steps_end_a_run_behind_a_whole_rollout_batch(world, tmp_path, poison):
+    two = {"steps_per_rollout_batch": 2, "num_steps": 6}
+    timed = config_of(world, tmp_path / "timed", optimization=two | {"max_seconds": 1e-9})
+    rlad.train(timed)
+    assert [row["step"] for row in rows_of(timed)] == [1, 2]
+    poison(3)
+    skipping = config_of(world, tmp_path / "run", objective={"type": "opd"}, optimization=two | {"max_skipped_steps": 1})
+    with pytest.raises(RunFailedError, match="step 4: loss or gradient was not finite in 2 steps in a row"):
+        rlad.train(skipping)
+    assert RunDirectory(skipping.directory).checkpoints()[-1][0] == 4
+
+
 def test_between_two_steps_on_a_batch_it_does_not_go_on(world, tmp_path):
-    config = config_of(world, tmp_path / "run", optimization={"steps_per_rollout_batch": 2})
-    with pytest.raises(StopRequested):
-        rlad.train(config, reporter=StopInStep(3))
-    with pytest.raises(ValueError, match=r"step 3 lies between two steps on one rollout batch, .* Delete that folder"):
-        rlad.train(config, resume=True)
+    config = config_of(world, tmp_path / "run", optimization={"steps_per_rollout_batch": 2, "num_steps": 1})
+    rlad.train(config)
+    longer = config.model_copy(update={"optimization": config.optimization.model_copy(update={"num_steps": 4})})
+    with pytest.raises(ValueError, match=r"step 1 lies between two steps on one rollout batch, .* Delete that folder"):
+        rlad.train(longer, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -104,14 +140,53 @@ def test_between_two_steps_on_a_batch_it_does_not_go_on(world, tmp_path):
         ({"learning_rate": 1e-3}, "engine.trl.learning_rate is decided by the rest of the run's config"),
         ({"beta": 0.1}, "engine.trl.beta is decided by the rest"),
         ({"use_vllm": True}, "engine.trl.use_vllm is decided by the rest of the run's config, or by its sampler"),
-        ({"report_too": "trackio"}, "engine.trl.report_too is no option of TRL's GRPOConfig: did you mean 'report_to'?"),
+        ({"logits": True}, "engine.trl.logits is no option of TRL's GRPOConfig: see TRL's GRPOConfig for what there is."),
+        ({"run_nam": "mine"}, "engine.trl.run_nam is no option of TRL's GRPOConfig: did you mean 'run_name'?"),
+        ({"report_to": "wandb"}, "engine.trl.report_to is what [logging] says for both engines; set logging.trackers instead."),
         ({"epsilon": 0.3}, "epsilon = 0.3 belongs to TRL's own loss"),
+        ({"logging_nan_inf_filter": False}, "engine.trl.logging_nan_inf_filter is decided by the rest"),
+        (
+            {"teacher_is_sharded": True},
+            "engine.trl.teacher_is_sharded splits the teacher over processes, and this is one alone",
+        ),
+        ({"teacher_is_sharded": "no"}, "engine.trl.teacher_is_sharded is 'no'; use true or false"),
+        ({"deepspeed": "zero.json"}, "engine.trl.deepspeed is what starts the processes decides; use `rlad train --launch`"),
+        ({"ddp_timeout": "abc"}, "engine.trl.ddp_timeout is 'abc'; use a positive number of seconds, such as 3600"),
+        ({"ddp_timeout": 0}, "engine.trl.ddp_timeout is 0; use a positive number of seconds"),
+        ({"ddp_timeout": True}, "engine.trl.ddp_timeout is True; use a positive number of seconds"),
     ],
 )
 def test_options_that_have_no_place_are_one_sentence(world, tmp_path, options, sentence):
     config = run_config(world, tmp_path / "run", engine={"type": "trl", "trl": options}, objective={"type": "trrd"})
     assert sentence in rlad_fails("train", write_config(tmp_path / "run.toml", config))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("teacher", "sentence"),
+    [
+        ({"type": "ema"}, "splits a teacher of type 'local' over the processes, and this one is 'ema'; leave it out"),
+        (
+            {"type": "served", "urls": ["http://127.0.0.1:9/v1"], "model": "m"},
+            "splits a teacher of type 'local' over the processes, and this one is 'served'; leave it out",
+        ),
+        (
+            {"keep": "cpu"},
+            "teacher.keep = 'cpu' is not for engine.trl.teacher_is_sharded, by which each process keeps its share",
+        ),
+        ({"device": "cpu"}, "teacher.device = 'cpu' is not for engine.trl.teacher_is_sharded"),
+        ({"quantization": "int8"}, "teacher.quantization = 'int8' is not for engine.trl.teacher_is_sharded"),
+    ],
+)
+def test_teachers_that_cannot_be_split_are_one_sentence(world, tmp_path, teacher, sentence):
+    engine = {"type": "trl", "trl": {"teacher_is_sharded": True}}
+    config = run_config(world, tmp_path / "run", engine=engine, objective={"type": "trrd"})
+    if "type" in teacher:
+        del config["teacher"]
+    config["teacher"] = config.get("teacher", {}) | teacher
+    assert sentence in rlad_fails("train", write_config(tmp_path / "run.toml", config))
+    without = parse_config(config | {"objective": {"type": "grpo"}})
+    assert not without.splits_teacher, "an objective that asks no teacher splits none"
 
 
 def test_options_reach_trl(world, tmp_path):
@@ -136,20 +211,31 @@ def test_options_reach_trl(world, tmp_path):
             {"optimization": {"kl_coef": {"start": 0.1, "end": 0.0, "change_per_step": -0.1}}},
             "optimization.kl_coef must be one number with engine.type = 'trl'",
         ),
+        ({"teacher": {"type": "ema"}}, "a teacher of type 'ema' moves with the student, which the native engine alone"),
         ({"engine": {"type": "trll"}}, "engine.type is 'trll': it must be 'native' or 'trl'"),
         ({"engine": {"type": "native", "trl": {"report_to": "none"}}}, "[engine.trl] belongs to engine.type = 'trl'"),
     ],
 )
 def test_runs_that_trl_cannot_make_are_one_sentence(world, tmp_path, sections, sentence):
-    config = run_config(world, tmp_path / "run", **({"engine": {"type": "trl"}, "objective": {"type": "trrd"}} | sections))
+    teacher = {"teacher": sections["teacher"]} if "teacher" in sections else {}
+    sections = {"engine": {"type": "trl"}, "objective": {"type": "trrd"}} | sections
+    config = run_config(world, tmp_path / "run", **sections) | teacher
     assert sentence in rlad_fails("train", write_config(tmp_path / "run.toml", config))
     assert not (tmp_path / "run").exists()
 
 
-def test_one_of_several_processes_is_one_sentence(world, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="is one process, and this is one of several; start it without torchrun"):
-        rlad.train(config_of(world, tmp_path / "run"))
+@pytest.mark.parametrize(
+    ("options", "finding"),
+    [
+        ({}, ("ok", "TRL is installed")),
+        ({"learning_rat": 1.0}, ("error", "engine.trl.learning_rat is no option of TRL's GRPOConfig: see TRL's GRPOConfig")),
+        ({"learning_rate": 1.0}, ("error", "engine.trl.learning_rate is decided by the rest of the run's config")),
+    ],
+)
+def test_a_check_looks_at_the_engine(world, tmp_path, options, finding):
+    report = check_run(config_of(world, tmp_path / "run", {"type": "trl", "trl": options}), with_models=False)
+    (found,) = (one for one in report.findings if one.subject == "packages")
+    assert (found.level, found.message[: len(finding[1])]) == finding
 
 
 def test_the_engine_is_part_of_a_runs_digest(world, tmp_path):
@@ -157,3 +243,11 @@ def test_the_engine_is_part_of_a_runs_digest(world, tmp_path):
     silent = parse_config(run_config(world, tmp_path / "run"))
     digests = [parse_config(run_config(world, tmp_path / "run", engine={"type": name})).digest for name in ("native", "trl")]
     assert silent.digest == digests[0] != digests[1]
+
+
+def test_options_that_change_no_number_are_no_part_of_it(world, tmp_path):
+    def digest(**options: Any) -> str:
+        return config_of(world, tmp_path / "run", {"type": "trl", "trl": options}).digest
+
+    assert digest() == digest(ddp_timeout=3600) == digest(teacher_is_sharded=True) == digest(log_completions=True)
+    assert digest() != digest(adam_epsilon=1e-6)

@@ -21,7 +21,6 @@ import hydra
 import numpy as np
 import ray
 from omegaconf import DictConfig, OmegaConf
-from tensordict import TensorDict
 from verl import DataProto
 from verl.experimental.reward_loop.reward_loop import migrate_legacy_reward_impl
 from verl.trainer.distillation.losses import DISTILLATION_LOSS_REGISTRY, distillation_ppo_loss
@@ -31,11 +30,12 @@ from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils import tensordict_utils
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 from verl.utils.dataset.rl_dataset import RLHFDataset
-from verl.workers.config import DistillationConfig, DistillationLossConfig, FSDPActorConfig
+from verl.workers.config import FSDPActorConfig
 from verl.workers.utils.losses import ppo_loss
 
 from rlad.aggregate import Aggregation, aggregate
 from rlad.batch import LossInputs
+from rlad.config import RolloutConfig
 from rlad.engines.verl import rlad_loss
 from rlad.engines.verl_check import check_verl
 from rlad.engines.verl_objective import NAMES, VARIABLE
@@ -44,6 +44,7 @@ from rlad.objectives import token_loss
 from rlad.prompts import prompt_token_ids
 from rlad.verl_command import AGGREGATION
 from test_export import SMALL, export, overrides_of
+from verl_batches import Batch, actor, distillation, micro_batch, sequences, through_verl
 
 PROMPTS, RESPONSES = (3, 1, 2, 5, 2, 4), (4, 7, 1, 5, 3, 6)
 WIDTH = max(RESPONSES)
@@ -61,7 +62,7 @@ INSIDE = torch.arange(WIDTH)[None, :] < LENGTHS[:, None]
 
 
 @pytest.fixture
-def batch() -> dict[str, Tensor]:
+def batch() -> Batch:
     """Padded `[row, token]` tensors in float64; garbage behind the end of each response; one token inside is not trained."""
     generator = torch.Generator().manual_seed(4)
 
@@ -75,89 +76,11 @@ def batch() -> dict[str, Tensor]:
     others = {name: student + width * torch.randn(student.shape, generator=generator) for name, width in near.items()}
     advantages = torch.randn(NUM_ROWS, 1, generator=generator, dtype=torch.float64).expand(-1, WIDTH) * INSIDE
     weights = torch.rand(student.shape, generator=generator, dtype=torch.float64) + 0.5
-    return {"student": student, "mask": mask, "advantages": advantages, "weights": weights * mask, **others}
+    tensors = {"student": student, "mask": mask, "advantages": advantages, "weights": weights * mask, **others}
+    return {"prompts": PROMPTS, "responses": RESPONSES, **tensors}
 
 
-def sequences(values: Tensor, rows: list[int]) -> Tensor:
-    """Response log-probs as verl's model gives them: whole sequences in one jagged tensor, each value one token early."""
-    pieces = [
-        torch.cat([values.new_full((PROMPTS[i] - 1,), 99.0), values[i, : RESPONSES[i]], values.new_full((1,), -99.0)])
-        for i in rows
-    ]
-    return torch.nested.as_nested_tensor(pieces, layout=torch.jagged)
-
-
-def responses(values: Tensor, rows: list[int]) -> Tensor:
-    return torch.nested.as_nested_tensor([values[i, : RESPONSES[i]] for i in rows], layout=torch.jagged)
-
-
-def micro_batch(batch: dict[str, Tensor], rows: list[int], *, dp_size: int, padded: bool = False, drop: str = "") -> TensorDict:
-    """Some rows as verl hands them to its loss function, jagged or (`padded`) as tensors with an attention mask."""
-    mask = batch["mask"].long()
-    prompts = torch.nested.as_nested_tensor([torch.zeros(PROMPTS[i], dtype=torch.long) for i in rows], layout=torch.jagged)
-    fields = {
-        "prompts": prompts,
-        "responses": responses(torch.zeros_like(mask), rows),
-        "response_mask": responses(mask, rows),
-        "old_log_probs": responses(batch["old"], rows),
-        "ref_log_prob": responses(batch["reference"], rows),
-        "advantages": responses(batch["advantages"], rows),
-        "rollout_is_weights": responses(batch["weights"], rows),
-        "teacher_logprobs": torch.nested.as_nested_tensor(
-            [piece[:, None] for piece in sequences(batch["teacher"], rows).unbind()], layout=torch.jagged
-        ),
-    }
-    if padded:
-        names = ("response_mask", "old_log_probs", "ref_log_prob", "advantages", "rollout_is_weights", "responses")
-        fields |= {name: torch.nested.to_padded_tensor(fields[name], 0, (len(rows), WIDTH)) for name in names}
-        fields["prompts"] = torch.nested.to_padded_tensor(prompts, 0, (len(rows), max(PROMPTS)))
-        # verl pads prompts on the left and responses on the right.
-        left = torch.arange(max(PROMPTS))[None, :] >= max(PROMPTS) - torch.tensor([PROMPTS[i] for i in rows])[:, None]
-        fields["attention_mask"] = torch.cat([left, INSIDE[rows]], dim=1).long()
-    data = TensorDict({name: value for name, value in fields.items() if name != drop}, batch_size=[len(rows)])
-    tensordict_utils.assign_non_tensor(
-        data,
-        dp_size=dp_size,
-        batch_num_tokens=int(batch["mask"].sum()),
-        global_batch_size=NUM_ROWS,
-        temperature=1.0,
-    )
-    return data
-
-
-def actor(mode: str, **settings: Any) -> FSDPActorConfig:
-    return FSDPActorConfig(rollout_n=2, use_dynamic_bsz=True, loss_agg_mode=mode, **settings)
-
-
-def distillation(name: str, **settings: Any) -> DistillationConfig:
-    own = {"use_task_rewards": False, "use_policy_gradient": False, "loss_max_clamp": None} | settings
-    return DistillationConfig(distillation_loss=DistillationLossConfig(loss_mode=name, **own))
-
-
-def through_verl(
-    batch: dict[str, Tensor], name: str, config: FSDPActorConfig, split: list[list[list[int]]], *, padded: bool = False
-) -> tuple[float, Tensor, dict[str, float]]:
-    """Loss, gradient and metrics as verl adds them up: micro-batches are summed, ranks (the outer lists) averaged."""
-    student = batch["student"].clone().requires_grad_()
-    total, metrics = torch.zeros((), dtype=torch.float64), {}
-    for rank in split:
-        for rows in rank:
-            data = micro_batch(
-                batch, rows, dp_size=len(split), padded=padded, drop="" if config.use_kl_loss else "rollout_is_weights"
-            )
-            output = {"log_probs": sequences(student, rows)}
-            loss, seen = distillation_ppo_loss(config, distillation(name), output, data)
-            (loss / len(split)).backward()
-            total = total + loss.detach() / len(split)
-            for key in (key for key in seen if key.startswith("rlad/")):
-                metrics[key] = metrics.get(key, 0.0) + seen[key].aggregate() / len(split)
-    assert student.grad is not None
-    return float(total), student.grad, metrics
-
-
-def ours(
-    batch: dict[str, Tensor], name: str, section: dict[str, Any], mode: Aggregation
-) -> tuple[float, Tensor, dict[str, Tensor]]:
+def ours(batch: Batch, name: str, section: dict[str, Any], mode: Aggregation) -> tuple[float, Tensor, dict[str, Tensor]]:
     """The same batch in one piece through our objective and our aggregation."""
     student = batch["student"].clone().requires_grad_()
     inputs = LossInputs(student, batch["old"], batch["advantages"], batch["mask"], batch["teacher"])
@@ -210,7 +133,7 @@ def test_alpha_1_is_verl_s_own_grpo_with_leash_and_rollout_weights(batch, monkey
     loss, gradient, _ = through_verl(batch, "trrd", config, UNEQUAL)
     student = batch["student"].clone().requires_grad_()
     rows = list(range(NUM_ROWS))
-    wanted, _ = ppo_loss(config, {"log_probs": sequences(student, rows)}, micro_batch(batch, rows, dp_size=1))
+    wanted, _ = ppo_loss(config, {"log_probs": sequences(batch, student, rows)}, micro_batch(batch, rows, dp_size=1))
     wanted.backward()
     assert loss == pytest.approx(float(wanted.detach()), rel=1e-7)
     torch.testing.assert_close(gradient, student.grad, rtol=1e-7, atol=1e-12)
@@ -224,7 +147,9 @@ def test_leash_and_weights_matter(batch, monkeypatch):
     def loss(config: FSDPActorConfig, drop: str) -> float:
         data = micro_batch(batch, rows, dp_size=1, drop=drop)
         return float(
-            distillation_ppo_loss(config, distillation("trrd"), {"log_probs": sequences(batch["student"], rows)}, data)[0]
+            distillation_ppo_loss(config, distillation("trrd"), {"log_probs": sequences(batch, batch["student"], rows)}, data)[
+                0
+            ]
         )
 
     plain = loss(actor("token-mean"), "rollout_is_weights")
@@ -261,7 +186,7 @@ def test_settings_without_meaning_are_refused(batch, monkeypatch, settings, own,
         rlad_loss(
             actor("token-mean", **settings),
             distillation("trrd", **own),
-            {"log_probs": sequences(batch["student"], [0, 1])},
+            {"log_probs": sequences(batch, batch["student"], [0, 1])},
             data,
         )
     assert sentence in str(caught.value)
@@ -272,7 +197,7 @@ def test_a_temperature_at_which_the_teacher_did_not_score_is_refused(batch, monk
     data = micro_batch(batch, [0, 1], dp_size=1)
     tensordict_utils.assign_non_tensor(data, temperature=0.7)
     with pytest.raises(ValueError, match=r"rollout.temperature is 0.7, but verl's teacher always scores at 1; set it to 1"):
-        rlad_loss(actor("token-mean"), distillation("trrd"), {"log_probs": sequences(batch["student"], [0, 1])}, data)
+        rlad_loss(actor("token-mean"), distillation("trrd"), {"log_probs": sequences(batch, batch["student"], [0, 1])}, data)
 
 
 # --- registration -----------------------------------------------------------------------------------------------------
@@ -383,7 +308,7 @@ def test_verl_s_data_set_and_reward_manager_judge_real_items(tmp_path):
     assert wrong[0]["reward_extra_info"] == {"score": 0.0, "acc": 0.0}
     prompt = tokenizer.apply_chat_template(items[0]["raw_prompt"], tokenize=False, add_generation_prompt=True)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    assert ids == prompt_token_ids(load_tokenizer("embedded/student"), items[0]["raw_prompt"][0]["content"], "auto")
+    assert ids == prompt_token_ids(load_tokenizer("embedded/student"), items[0]["raw_prompt"][0]["content"], RolloutConfig())
     assert OmegaConf.select(config, "reward.custom_reward_function.reward_kwargs.config") == str(
         command.with_name("config.toml")
     )

@@ -1,7 +1,7 @@
 """The served teacher against the real vLLM, on the CPU: its numbers, and its death in mid-training.
 
 Needs an environment with vLLM and rlad (`.ci/vllm-environment`), whose Python `RLAD_VLLM_PYTHON` names. The models are
-a tiny Llama, and SmolLM2-135M where `RLAD_SMOLLM2` names its folder (`tests/smollm2.py`).
+a tiny Llama, and SmolLM2-135M where `rlad models prepare smollm2-135m` has put it.
 """
 
 import json
@@ -20,8 +20,11 @@ import torch
 from transformers import AutoTokenizer
 
 import rlad
+from exported_runs import LENGTH, LORA, PROMPTS, answers, checkpoint, write_run
 from rlad.config_file import parse_config
+from rlad.export_model import export_model
 from rlad.language_model import load_language_model
+from rlad.packaged_models import PACKAGED
 from rlad.preparation import setting_of
 from rlad.run_dir import RunDirectory
 from rlad.teachers import TeacherRequest, check_teacher, make_teacher
@@ -29,7 +32,7 @@ from running_servers import free_port, server_process, wait_for
 from tiny_models import tiny_model
 from tiny_runs import FILES, PROBLEMS, run_config, write_config, write_model
 
-VLLM_PYTHON, SMOLLM2 = os.environ.get("RLAD_VLLM_PYTHON"), os.environ.get("RLAD_SMOLLM2")
+VLLM_PYTHON, SMOLLM2 = os.environ.get("RLAD_VLLM_PYTHON"), PACKAGED["smollm2-135m"]
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(not VLLM_PYTHON, reason="set RLAD_VLLM_PYTHON to what `.ci/vllm-environment DIRECTORY` prints"),
@@ -86,13 +89,13 @@ def world(tmp_path: Path) -> World:
 @pytest.fixture
 def smollm2(tmp_path: Path) -> World:
     """SmolLM2 as the teacher of a student of its vocabulary."""
-    if SMOLLM2 is None:
-        pytest.skip("set RLAD_SMOLLM2 to what `python tests/smollm2.py FOLDER` prints")
-    student, tokenizer = tmp_path / "student", AutoTokenizer.from_pretrained(SMOLLM2)
+    if not SMOLLM2.is_ready:
+        pytest.skip("run `rlad models prepare smollm2-135m` first")
+    student, tokenizer = tmp_path / "student", AutoTokenizer.from_pretrained(SMOLLM2.folder)
     sizes = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     tiny_model(seed=1, **sizes).save_pretrained(student)
     tokenizer.save_pretrained(student)
-    return World(write_problems(tmp_path), Path(SMOLLM2), student, free_port())
+    return World(write_problems(tmp_path), SMOLLM2.folder, student, free_port())
 
 
 @pytest.mark.parametrize("which", ["world", "smollm2"])
@@ -158,6 +161,19 @@ def test_training_survives_the_death_of_the_server(world, tmp_path):
         for ours, theirs in zip(rows, local, strict=True):
             for name in ("loss", "teacher/log_ratio/mean", "reward/mean"):
                 assert ours.get(name) == pytest.approx(theirs.get(name), abs=1e-3), (run.name, ours["step"], name)
+
+
+@pytest.mark.parametrize("lora", [None, pytest.param(LORA, marks=pytest.mark.peft)], ids=["full", "lora"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_an_exported_model_answers_as_in_transformers(tmp_path, lora, tied):
+    run = write_run(tmp_path, lora=lora, sizes={"hidden_size": 128, "head_dim": 32, "tie_word_embeddings": tied})
+    folder = export_model(str(run))
+    trained: Any = load_language_model(str(checkpoint(run)), device="cpu").model
+    command = [str(VLLM_PYTHON), str(Path(__file__).with_name("vllm_answers.py")), str(folder)]
+    asked = json.dumps({"prompts": PROMPTS, "length": LENGTH})
+    done = subprocess.run(command, input=asked, capture_output=True, text=True, timeout=START_SECONDS, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == answers(trained)
 
 
 def start_training(folder: Path, config: dict[str, Any], *flags: str) -> "subprocess.Popen[str]":

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from rlad.checkpoints import MANIFEST, damage
 from rlad.cli import main
 from rlad.run_dir import RunDirectory
 from tiny_models import tiny_model
@@ -71,17 +72,23 @@ def remains(run_dir: Path) -> dict[str, Any]:
     """Everything a run leaves behind that must not depend on whether it was interrupted, by name: all but time and memory."""
     run = RunDirectory(run_dir)
     kept: dict[str, Any] = {name: (run_dir / name).read_text() for name in ("samples.jsonl", "eval.jsonl", "README.md")}
+    kept["warnings.jsonl"] = list(run.read("warnings.jsonl"))
     rows = list(run.read("metrics.jsonl"))
     kept["metrics.jsonl"] = [
-        json.dumps({k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))}) for row in rows
+        json.dumps({k: v for k, v in row.items() if not k.startswith(("time/", "memory/", "teacher/overlap"))}) for row in rows
     ]
     for step, folder in run.checkpoints():
-        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        assert damage(folder) is None
+        for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST):
             kept[f"step {step}: {file.relative_to(folder)}"] = _content(file)
     return kept
 
 
 def _content(file: Path) -> Any:
+    if file.name == "state.json":
+        state = json.loads(file.read_text())
+        (state.get("pending") or {}).pop("seconds", None)
+        return json.dumps(state)
     if file.suffix != ".safetensors":
         return file.read_bytes()
     return {name: tensor.numpy().tobytes() for name, tensor in load_file(file).items()}

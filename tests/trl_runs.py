@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
@@ -130,17 +131,53 @@ def first_inputs(trainer: Any) -> list[dict[str, Any]]:
     return trainer._buffered_inputs
 
 
-def loss_and_gradient(trainer: Any, inputs: list[dict[str, Any]], *, of: Any = None) -> tuple[float, Tensor]:
-    """Of one optimiser step over these micro-batches; by TRL's own loss when `of` is `GRPOTrainer`."""
+def loss_and_gradient(trainer: Any, inputs: list[dict[str, Any]], *, of: Any = None, model: Any = None) -> tuple[float, Tensor]:
+    """Of one optimiser step over these micro-batches, of all processes; by TRL's own loss when `of` is `GRPOTrainer`.
+
+    `model` is what stands for the trainer's own where that is wrapped.
+    """
     trainer.model.zero_grad()
-    losses = [(of or type(trainer))._compute_loss(trainer, trainer.model, part) for part in inputs]
-    total = torch.stack(losses).sum()
-    total.backward()
-    return float(total.detach()), torch.cat([p.grad.flatten().double() for p in trainer.model.parameters()])
+    total = torch.zeros((), dtype=torch.float64)
+    for part in inputs:
+        loss = (of or type(trainer))._compute_loss(trainer, model or trainer.model, part)
+        loss.backward()
+        total += loss.detach()
+    gradients: list[Any] = [p.grad for p in trainer.model.parameters() if p.requires_grad]
+    whole = [gradient.full_tensor() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    mean = trainer.accelerator.reduce(total, "mean")
+    return float(mean), torch.cat([gradient.flatten().double() for gradient in whole])
 
 
 def distance(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
+
+
+def move(trainer: Any, *, by: float = 0.02) -> None:
+    """As optimiser steps on the same rollouts would: the student is no longer the policy that sampled."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter), alpha=by)
+
+
+def student_logprobs(trainer: Any, inputs: dict[str, Any]) -> Tensor:
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+    width = inputs["completion_ids"].size(1)
+    return trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, width)[0].detach()
+
+
+def rows_of(trainer: Any, part: dict[str, Any]) -> list[dict[str, list[float]]]:
+    """Of each completion of a micro-batch, with a leash and rollouts by another sampler, the log-probs of its tokens."""
+    columns = {
+        "student": student_logprobs(trainer, part),
+        "old": part["old_per_token_logps"],
+        "sampled": part["sampling_per_token_logps"],
+        "teacher": part["teacher_logprobs"],
+        "reference": part["ref_per_token_logps"],
+    }
+    mask = part["completion_mask"].bool()
+    return [{name: values[i][mask[i]].tolist() for name, values in columns.items()} for i in range(len(mask))]
 
 
 # --- under torchrun ---------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ CALLS = {
     "nan": lambda completion, answer: float("nan"),
     "not picklable": lambda completion, answer: lambda: None,
     "bad repr": lambda completion, answer: BadRepr(),
+    "eat": lambda completion, answer: len([bytearray(2**24) for _ in range(2**20)]),
 }
 
 
@@ -41,6 +42,13 @@ def interrupt() -> None:
 def by_completion(completion: str, answer: str) -> object:
     """Does what the completion says, so that one process meets every kind of trouble in turn."""
     return CALLS.get(completion, CALLS["equal"])(completion, answer)
+
+
+def trouble_with_words(completion: str, answer: str) -> object:
+    """Gets into trouble with completions of several words, of another kind with each length."""
+    words = completion.split()
+    trouble = ("equal", "equal", "hang", "eat", "die", "raise")[min(len(words), 5)]
+    return CALLS[trouble](completion, answer)
 
 
 def one_argument(completion: str) -> bool:

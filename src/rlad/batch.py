@@ -29,6 +29,9 @@ class LossInputs:
     """bool `[batch]`: the verifier called the completion correct"""
     group_is_solved: Tensor | None = None
     """bool `[batch]`: it called some completion of the same prompt correct"""
+    rollout_weights: Tensor | None = None
+    """πold / πrollout where another sampler than the old policy wrote the completions, bounded by whoever made them; they
+    multiply the objective's loss of each token, not the KL leash"""
 
     def __post_init__(self) -> None:
         shape = self.mask.shape

@@ -13,13 +13,14 @@ from pydantic.fields import FieldInfo
 
 from rlad.config import (
     Annealed,
-    EngineConfig,
+    CheckpointConfig,
     EvaluationConfig,
     ObjectiveConfig,
     OptimizationConfig,
     RolloutConfig,
     StudentConfig,
 )
+from rlad.engine_config import EngineConfig
 from rlad.presets import PRESETS
 from rlad.task_config import TaskConfig
 from rlad.teacher_config import TeacherConfig
@@ -40,6 +41,7 @@ CONFIGS = {
         "rollout": RolloutConfig,
         "optimization": OptimizationConfig,
         "evaluation": EvaluationConfig,
+        "checkpoints": CheckpointConfig,
         "engine": EngineConfig,
     },
 }

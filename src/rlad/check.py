@@ -1,4 +1,7 @@
-"""`rlad check`: what a config will do and whether it can, without training."""
+"""`rlad check`: what a config will do and whether it can, without training.
+
+Imports torch inside of functions: most of what can be said before weights are loaded needs none, and its import takes seconds.
+"""
 
 import json
 import os
@@ -7,37 +10,29 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from rich.console import Console
 from rich.text import Text
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from rlad.catalogue import describe
 from rlad.config import TRAINED_BY_TRL, OptimizationConfig, RunConfig
 from rlad.config_file import changed_settings
-from rlad.console import printable
-from rlad.engines.trl_distillation import require_one_vocabulary, require_trl_version
-from rlad.engines.verl_check import check_verl
-from rlad.language_model import (
-    context_tokens,
-    end_token_ids,
-    load_model_config,
-    load_tokenizer,
-    pick_device,
-    require_weights,
-)
 from rlad.memory_estimate import MemoryEstimate, compare_memory, estimate_memory, memory_of, single_teachers
-from rlad.objectives import OBJECTIVES
+from rlad.model_facts import config_of, device_name, generation_of, tokenizer_of
+from rlad.model_files import context_tokens, end_token_ids, require_weights
+from rlad.plain_text import printable
+from rlad.plain_tokenizer import AnyTokenizer
 from rlad.preparation import longest_prompt, require_base_model, require_working_verifier
 from rlad.run_dir import RunDirectory
 from rlad.tasks import make_task
+from rlad.tasks.contamination import RUN_WORDS, find_contamination, finite_problems
 from rlad.teacher_config import LocalTeacherConfig
 from rlad.teachers import Setting, check_teacher
 from rlad.teachers.compatibility import Finding
-from rlad.trial import Trial, run_trial
-from rlad.trial_findings import describe_trial
+
+if TYPE_CHECKING:
+    from rlad.trial import Trial
 
 Result = TypeVar("Result")
 _MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "error": ("✗", "red")}
@@ -49,7 +44,7 @@ class CheckReport:
     plan: list[str]
     findings: list[Finding]
     memory: MemoryEstimate | None
-    trial: Trial | None
+    trial: "Trial | None"
     """None when something before it cannot work, or no models were to be loaded"""
 
     @property
@@ -76,7 +71,7 @@ def check_run(config: RunConfig, *, with_models: bool = True, for_verl: bool = F
 
     With `for_verl` also whether verl knows our objectives. What cannot work is an `error` among the findings.
     """
-    findings: list[Finding] = check_verl() if for_verl else []
+    findings: list[Finding] = _check_verl() if for_verl else []
 
     def attempt(subject: str, check: Callable[[RunConfig], Result]) -> Result | None:
         try:
@@ -90,6 +85,7 @@ def check_run(config: RunConfig, *, with_models: bool = True, for_verl: bool = F
     findings += attempt("packages", _check_packages) or []
     findings += attempt("models", _check_models) or []
     findings += attempt("task", _check_task) or []
+    findings += attempt("held-out problems", _check_held_out) or []
     memory = None
     if not _errors(findings) and (prompt_tokens := attempt("prompts", _longest_prompt)):
         needed, context = prompt_tokens + config.rollout.max_completion_tokens, _context(config) or "unlimited"
@@ -97,13 +93,15 @@ def check_run(config: RunConfig, *, with_models: bool = True, for_verl: bool = F
         findings.append(Finding("ok", "prompts", message))
         memory = attempt("memory", partial(estimate_memory, prompt_tokens=prompt_tokens))
     if memory is not None:
-        findings.append(compare_memory(memory, memory_of(pick_device(config.student.device))))
+        findings.append(compare_memory(memory, memory_of(device_name(config.student.device))))
         if with_models and findings[-1].level != "ok":
             findings.append(Finding("warning", "trial", "left out, as the models may not fit into the memory that is free"))
     trial = None
     if with_models and findings and all(f.subject != "trial" and f.level != "error" for f in findings):
         trial = attempt("trial", _try_out)
     if trial is not None:
+        from rlad.trial_findings import describe_trial
+
         findings += describe_trial(trial, config)
     return CheckReport(config, describe_plan(config), findings, memory, trial)
 
@@ -114,11 +112,13 @@ _TEACHER_WORK = {
     "sft": "the teacher writes all completions before the first step",
     "gkd": "the teacher computes the full vocabulary's probabilities at each sampled token",
 }
+# As the rows of `rlad.objectives` say, whose functions need torch.
+ZERO_ADVANTAGE_IS_ZERO_GRADIENT = ("trrd", "grpo", "rlsd", "distilled_rl")
 
 
 def describe_plan(config: RunConfig) -> list[str]:
     """What a step computes, one line each."""
-    rollout, loop, row = config.rollout, config.optimization, OBJECTIVES.get(config.objective.type)
+    rollout, loop = config.rollout, config.optimization
     num_rollouts = rollout.prompts_per_batch * rollout.group_size
     plan = [
         f"{loop.num_steps} optimiser steps, {loop.steps_per_rollout_batch} on each batch of {num_rollouts} rollouts "
@@ -130,9 +130,15 @@ def describe_plan(config: RunConfig) -> list[str]:
         plan.append("the initial student scores each sampled token once (KL leash)")
     if loop.steps_per_rollout_batch > 1:
         plan.append("the old policy scores each sampled token once (several steps on one rollout batch)")
-    if row and row.zero_advantage_is_zero_gradient and not loop.kl_coef:
+    if config.objective.type in ZERO_ADVANTAGE_IS_ZERO_GRADIENT and not loop.kl_coef:
         plan.append("completions of advantage 0 are left out of scoring and update: they contribute exactly nothing")
     return plan
+
+
+def _check_verl() -> list[Finding]:
+    from rlad.engines.verl_check import check_verl
+
+    return check_verl()
 
 
 def _check_run_dir(config: RunConfig) -> list[Finding]:
@@ -152,15 +158,24 @@ def _check_devices(config: RunConfig) -> list[Finding]:
     for name, teacher in single_teachers(config.teacher):
         if isinstance(teacher, LocalTeacherConfig):
             devices[name] = teacher.device
-    picked = {who: pick_device(device) for who, device in devices.items()}
+    picked = {who: device_name(device) for who, device in devices.items()}
     return [Finding("ok", "device", ", ".join(f"{who} {device}" for who, device in picked.items()))]
 
 
 def _check_packages(config: RunConfig) -> list[Finding]:
-    if config.objective.type not in TRAINED_BY_TRL:
+    if config.objective.type not in TRAINED_BY_TRL and config.engine.type != "trl":
         return []
+    from rlad.engines.trl_distillation import require_trl, require_trl_version
+
     require_trl_version(config.objective.type)
     findings = [Finding("ok", "packages", "TRL is installed")]
+    if config.engine.type == "trl":
+        require_trl(config.objective.type)
+        from rlad.engines.trl_arguments import objective_arguments
+        from rlad.engines.trl_options import DECIDED, require_free
+
+        require_free(config.engine.trl, set(objective_arguments(config)) | DECIDED)
+        return findings
     default, loop = OptimizationConfig(), config.optimization
     if (loop.aggregation, loop.advantage_scale) != (default.aggregation, default.advantage_scale):
         message = (
@@ -171,14 +186,16 @@ def _check_packages(config: RunConfig) -> list[Finding]:
 
 
 def _check_models(config: RunConfig) -> list[Finding]:
-    student, student_config = load_tokenizer(config.student.model), load_model_config(config.student.model)
+    student, student_config = tokenizer_of(config.student.model), config_of(config.student.model)
     require_weights(config.student.model)
     require_base_model(config)
     if config.objective.type == "gkd" and isinstance(config.teacher, LocalTeacherConfig):
-        teacher_config = load_model_config(config.teacher.model)
+        from rlad.engines.trl_distillation import require_one_vocabulary
+
+        teacher_config = config_of(config.teacher.model)
         require_one_vocabulary(student_config.get_text_config().vocab_size, teacher_config.get_text_config().vocab_size)
     findings = [Finding("ok", "student", f"{config.student.model} ({student_config.model_type})")]
-    findings += [_special_tokens(student, student_config), _vocabulary_padding(config, student)]
+    findings += [_special_tokens(config, student, student_config), _vocabulary_padding(config, student)]
     context = context_tokens(student_config)
     if config.teacher is None or not config.needs_teacher:
         return [*findings, Finding("ok", "context", f"student {context or 'not stated'} tokens")]
@@ -186,20 +203,20 @@ def _check_models(config: RunConfig) -> list[Finding]:
     return [*findings, Finding("ok", "teacher", config.teacher.title), *check_teacher(config.teacher, setting)]
 
 
-def _special_tokens(student: PreTrainedTokenizerBase, student_config: PretrainedConfig) -> Finding:
-    end = ", ".join(map(repr, student.convert_ids_to_tokens(list(end_token_ids(student_config, None, student)))))
+def _special_tokens(config: RunConfig, student: AnyTokenizer, student_config: Any) -> Finding:
+    settings = config.student
+    ids = end_token_ids(student_config, generation_of(settings.model), student, settings.end_tokens)
+    end = ", ".join(map(repr, student.convert_ids_to_tokens(list(ids))))
     begin, pad = (repr(token) if token else "none" for token in (student.bos_token, student.pad_token))
     return Finding("ok", "special tokens", f"a completion ends with {end}; begin {begin}, pad {pad}")
 
 
-def _vocabulary_padding(config: RunConfig, student: PreTrainedTokenizerBase) -> Finding:
+def _vocabulary_padding(config: RunConfig, student: AnyTokenizer) -> Finding:
     """Sizes may differ: neither model is asked for tokens that the other lacks, but for those that the student samples."""
     models = {"student": (config.student.model, len(student))}
     if isinstance(config.teacher, LocalTeacherConfig) and config.needs_teacher:
-        models["teacher"] = (config.teacher.model, len(load_tokenizer(config.teacher.model)))
-    sizes = {
-        who: (num_tokens, load_model_config(name).get_text_config().vocab_size) for who, (name, num_tokens) in models.items()
-    }
+        models["teacher"] = (config.teacher.model, len(tokenizer_of(config.teacher.model)))
+    sizes = {who: (num_tokens, config_of(name).get_text_config().vocab_size) for who, (name, num_tokens) in models.items()}
     told = ", ".join(f"{who} {num_tokens} tokens in {rows} rows" for who, (num_tokens, rows) in sizes.items())
     return Finding("ok", "vocabulary padding", told)
 
@@ -210,8 +227,35 @@ def _check_task(config: RunConfig) -> list[Finding]:
         return [Finding("ok", "task", f"{task.name}, its verifier judges")]
 
 
-def _try_out(config: RunConfig) -> Trial:
+def _check_held_out(config: RunConfig) -> list[Finding]:
+    """Whether problems that measure the student stand among those that train it; of generated ones the task sees to that."""
+    loop, held_out = config.optimization, [config.task, *([config.ood_task] if config.ood_task else [])]
+    num_train = -(-loop.num_steps // loop.steps_per_rollout_batch) * config.rollout.prompts_per_batch
+    with ExitStack() as made:
+        task, *others = [made.enter_context(closing(make_task(**settings.model_dump()))) for settings in held_out]
+        train = list(finite_problems(task, "train", num_train, seed=config.seed))
+        if not train:
+            return []
+        problems = [*finite_problems(task, "validation"), *(p for one in (task, *others) for p in finite_problems(one, "test"))]
+    seen = find_contamination(train, problems)
+    if not seen.num_found:
+        message = (
+            f"none of {seen.num_held_out} shares {RUN_WORDS} words in a row with any of {seen.num_train} training problems"
+        )
+        return [Finding("ok", "held-out problems", message)]
+    message = (
+        f"{seen.num_found} of {seen.num_held_out} stand among the {seen.num_train} training problems ({seen.num_same} as they "
+        f"are, the others with {RUN_WORDS} words in a row), for example {seen.example[:120]!r}; take them out of those."
+    )
+    return [Finding("error" if seen.num_same else "warning", "held-out problems", message)]
+
+
+def _try_out(config: RunConfig) -> "Trial":
     """`ValueError` also for what torch cannot do: a want of memory, weights that a device or a quantisation does not take."""
+    import torch
+
+    from rlad.trial import run_trial
+
     try:
         return run_trial(config)
     except RuntimeError as error:
@@ -225,14 +269,14 @@ def _try_out(config: RunConfig) -> Trial:
 
 def _longest_prompt(config: RunConfig) -> int:
     with ExitStack() as tasks:
-        tokenizer, ood = load_tokenizer(config.student.model), config.ood_task
+        tokenizer, ood = tokenizer_of(config.student.model), config.ood_task
         task = tasks.enter_context(closing(make_task(**config.task.model_dump())))
         ood_task = tasks.enter_context(closing(make_task(**ood.model_dump()))) if ood else None
         return longest_prompt(config, task, tokenizer, _context(config), ood_task)
 
 
 def _context(config: RunConfig) -> int | None:
-    return context_tokens(load_model_config(config.student.model))
+    return context_tokens(config_of(config.student.model))
 
 
 def print_report(report: CheckReport, console: Console | None = None) -> None:

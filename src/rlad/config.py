@@ -24,8 +24,9 @@ from rlad.config_types import (
     Share,
     ShareBelowOne,
 )
+from rlad.engine_config import EngineConfig, require_values, what_it_computes
 from rlad.task_config import TaskConfig, with_changes
-from rlad.teacher_config import TeacherConfig, what_it_answers
+from rlad.teacher_config import TeacherConfig, require_shardable, require_standing_still, what_it_answers
 
 # --- models -----------------------------------------------------------------------------------------------------------
 
@@ -45,13 +46,15 @@ class StudentConfig(Section):
     """The model that is trained."""
 
     model: str
-    """Hugging Face name, folder, or `embedded/student`"""
+    """Hugging Face name, folder, `embedded/student` or `smollm2-135m`"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """of the forward pass; the weights that are trained and all log-probs are float32"""
     device: str = "auto"
     """`auto` takes the GPU where there is one; else a torch device such as `cuda:0` or `cpu`"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third more time"""
+    end_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """end a completion too, such as ["<|im_end|>"] for a base model that is to answer as its chat teacher does"""
     lora: LoraConfig | None = None
     """[student.lora] trains an adapter instead of all weights"""
 
@@ -185,6 +188,10 @@ class RolloutConfig(Section):
     """log-probs of student, teacher and reference are all divided by it"""
     prompt_format: Literal["auto", "plain", "chat"] = "auto"
     """`auto` uses the chat template where the tokenizer has one"""
+    system_prompt: Annotated[str, Field(min_length=1)] | None = None
+    """before each conversation that has none of its own; needs a chat template"""
+    chat_template_kwargs: dict[str, Any] = Field(default={})
+    """variables of the chat template, such as { enable_thinking = false }"""
     max_batch_rows: Count = 256
     """most completions that are decoded at once"""
 
@@ -220,6 +227,8 @@ class OptimizationConfig(Section):
     """weight of the KL leash to the initial student"""
     max_missing_teacher_share: ShareBelowOne = 0.05
     """tokens of a rollout batch that the teacher may leave without a log-prob; beyond it, asked twice, the run stops"""
+    max_skipped_steps: Count = 3
+    """a step whose loss or gradient is not finite is skipped; with so many of them in a row the run stops"""
     tokens_per_batch: Count = 16_384
     """most tokens (padding included) in one forward and backward pass; changes memory, not the result"""
 
@@ -245,13 +254,24 @@ class EvaluationConfig(Section):
     """0 takes the most likely token"""
 
 
-class EngineConfig(Section):
-    """What makes the optimiser steps."""
+class CheckpointConfig(Section):
+    """Which checkpoints are kept, and how old the newest may get; one is written at each validation, and at a signal."""
 
-    type: Literal["native", "trl"] = "native"
-    """our own loop for one device, or TRL's GRPO trainer (needs `rlad[trl]`)"""
-    trl: dict[str, Any] = Field(default={})
-    """[engine.trl]: options of TRL's GRPOConfig that no other section decides, such as { report_to = "trackio" }"""
+    keep_last: Count = 2
+    """of the checkpoints at validations the last so many; with one alone, a damaged one costs the run"""
+    keep_best: NonNegativeInt = 1
+    """and so many with the highest validation pass@1, of equals the earliest"""
+    every_seconds: Positive = 600.0
+    """write one between validations too when the newest is so old: what a killed run loses at most, but for a step"""
+
+
+class LoggingConfig(Section):
+    """Where the figures of a run go besides its own directory, on both engines."""
+
+    trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
+    """any of them; each needs the extra of its name, such as `rlad[tensorboard]`"""
+    project: Annotated[str, Field(min_length=1)] = "rlad"
+    """of trackio and wandb"""
 
 
 class RunConfig(Section):
@@ -264,11 +284,13 @@ class RunConfig(Section):
     rollout: RolloutConfig = RolloutConfig()
     optimization: OptimizationConfig = OptimizationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoints: CheckpointConfig = CheckpointConfig()
     engine: EngineConfig = EngineConfig()
+    logging: LoggingConfig = LoggingConfig()
     seed: NonNegativeInt = 0
     """of everything that is drawn at random"""
     run_dir: str | None = None
-    """where the run is stored; by default runs/<task>-<objective>-seed<seed>"""
+    """where the run is stored; by default `runs/<task>-<objective>-seed<seed>`"""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "RunConfig":
@@ -325,16 +347,21 @@ class RunConfig(Section):
             )
         if self.teacher is not None and "{peer_solution}" in self.teacher.model_dump_json():
             raise ValueError("a teacher's template with {peer_solution} is not for engine.type = 'trl'; use 'native'")
+        require_values(engine.trl)
+        if self.splits_teacher:
+            require_shardable(self.teacher)
+        if self.needs_teacher:
+            require_standing_still(self.teacher)
 
     @property
     def digest(self) -> str:
         """Equal for configs that describe the same run, wherever it lies and, unless a schedule depends on it, however long it
         is to go on.
         """
-        table = self.model_dump(mode="json", exclude={"run_dir"})
-        table["teacher"] = what_it_answers(table["teacher"])
+        table = self.model_dump(mode="json", exclude={"run_dir", "checkpoints", "logging"})
+        table["teacher"], table["engine"] = what_it_answers(table["teacher"]), what_it_computes(table["engine"])
         depends_on_num_steps = self.optimization.schedule != "constant" or self.objective.type == "opd_then_grpo"
-        for limit in ("num_steps", "max_seconds", "max_teacher_tokens", "max_missing_teacher_share"):
+        for limit in ("num_steps", "max_seconds", "max_teacher_tokens", "max_missing_teacher_share", "max_skipped_steps"):
             if not (limit == "num_steps" and depends_on_num_steps):
                 del table["optimization"][limit]
         return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
@@ -342,6 +369,11 @@ class RunConfig(Section):
     @property
     def needs_teacher(self) -> bool:
         return self.objective.type != "grpo"
+
+    @property
+    def splits_teacher(self) -> bool:
+        """Whether the teacher's weights are split over the processes of the run."""
+        return self.needs_teacher and self.engine.trl.get("teacher_is_sharded", False)
 
     @property
     def ood_task(self) -> TaskConfig | None:

@@ -17,6 +17,8 @@ from rlad.presets import PRESETS, expand_preset
 Model = TypeVar("Model", bound=BaseModel)
 
 CONFIG = "config.toml"
+_MOST_SHOWN = 200
+"""characters of a wrong value in an error message"""
 DEFAULT_RUN = Path(__file__).parent / "models" / "run.toml"
 
 
@@ -79,8 +81,8 @@ def changed_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def differing_settings(found: RunConfig, wanted: RunConfig) -> list[str]:
-    """The dotted settings in which two runs differ, with both values; where a run lies does not count."""
-    tables = [dict(_flat(config.model_dump(mode="json", exclude={"run_dir"}))) for config in (found, wanted)]
+    """The dotted settings in which two runs differ, with both values; where a run lies and what it keeps does not count."""
+    tables = [dict(_flat(config.model_dump(mode="json", exclude={"run_dir", "checkpoints"}))) for config in (found, wanted)]
     keys = [key for key in dict.fromkeys((*tables[0], *tables[1])) if tables[0].get(key) != tables[1].get(key)]
     return [f"{key} is {tables[0].get(key)!r} instead of {tables[1].get(key)!r}" for key in keys]
 
@@ -94,7 +96,7 @@ def read_toml(path: Path) -> dict[str, Any]:
             f"config {path} cannot be read ({error.strerror}); give the path of a TOML file or of a run directory, "
             "or none for the embedded example."
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"config {path} is not valid TOML: {error}; mend that line.") from None
 
 
@@ -117,7 +119,7 @@ def _apply(table: dict[str, Any], override: str) -> None:
         raise ValueError(f"override {override!r} is not of the form key.path=value, for example optimization.num_steps=50.")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         value = text  # a bare word is a string
     *sections, key = path.split(".")
     for section in sections:
@@ -171,16 +173,22 @@ def _explain(model: type[BaseModel], error: Any) -> tuple[str, str]:
         case "union_tag_not_found":
             return f"{where}.type", "is missing: every such section names its type"
         case "model_type" | "model_attributes_type":
-            return where, f"is {error['input']!r}: it must be a section, with keys of its own"
+            return where, f"is {_shown(error['input'])}: it must be a section, with keys of its own"
         case "tuple_type":
-            return where, f"is {error['input']!r}: it must be a list"
+            return where, f"is {_shown(error['input'])}: it must be a list"
         case "too_short" | "too_long":
             message = re.sub(r"^\w+ should", "it must", error["msg"].partition(" after")[0])
-            return where, f"is {error['input']!r}: {message}"
+            return where, f"is {_shown(error['input'])}: {message}"
         case "value_error":
             return where, f"is wrong: {error['ctx']['error']}" if where else str(error["ctx"]["error"])
         case _:
-            return where, f"is {error['input']!r}: " + error["msg"].replace("Input should be", "it must be")
+            return where, f"is {_shown(error['input'])}: " + error["msg"].replace("Input should be", "it must be")
+
+
+def _shown(value: Any) -> str:
+    """A wrong value in an error message: its beginning, and no password of an address in it."""
+    shown = re.sub(r"//[^/@\s]{1,200}@", "//***@", repr(value))
+    return shown if len(shown) <= _MOST_SHOWN else f"{shown[:_MOST_SHOWN]}..."
 
 
 def _resolve(model: type[BaseModel], location: Sequence[str | int]) -> tuple[str, list[str]]:

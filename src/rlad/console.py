@@ -1,24 +1,23 @@
-"""What a person sees of a run: a progress bar on a terminal, plain lines in a pipe."""
+"""What a person sees of a run: a progress bar on a terminal and in a notebook, plain lines in a pipe."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 from rlad.engines.engine import StepResult
+from rlad.guards import GuardWarning
+from rlad.plain_text import printable
 from rlad.run_dir import EvaluationSet
 from rlad.statistics import Estimate
 
 _PLAIN_EVERY_SECONDS = 10.0
-
-
-def printable(text: str) -> str:
-    """Text from a model or a file without control characters, so that it cannot steer the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 class _TwoLines(Progress):
@@ -36,6 +35,8 @@ class ConsoleReporter:
 
     def __init__(self, console: Console):
         self._console = console
+        self._in_notebook = console.is_jupyter and find_spec("ipywidgets") is not None
+        self._is_live = console.is_terminal or self._in_notebook
         self._progress = _TwoLines(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
@@ -44,7 +45,8 @@ class ConsoleReporter:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
-            disable=not console.is_terminal,
+            disable=not self._is_live,
+            auto_refresh=not self._in_notebook,  # from another thread it would take our lines into its widget
             speed_estimate_period=3600.0,
         )
         self._task = self._progress.add_task("starting", total=None)
@@ -59,14 +61,14 @@ class ConsoleReporter:
         self._progress.stop()
 
     def phase(self, name: str) -> None:
-        self._progress.update(self._task, description=name)
+        self._progress.update(self._task, description=name, refresh=self._in_notebook)
 
     def step(self, result: StepResult, num_steps: int) -> None:
         figures = "  ".join(part for part in self._figures(result) if part)
         self._progress.figures = figures
-        self._progress.update(self._task, total=num_steps, completed=result.step)
+        self._progress.update(self._task, total=num_steps, completed=result.step, refresh=self._in_notebook)
         now = time.monotonic()
-        if not self._console.is_terminal and (now - self._last_line > _PLAIN_EVERY_SECONDS or result.step == num_steps):
+        if not self._is_live and (now - self._last_line > _PLAIN_EVERY_SECONDS or result.step == num_steps):
             self._print(f"step {result.step}/{num_steps}  {figures}")
             self._last_line = now
 
@@ -74,6 +76,9 @@ class ConsoleReporter:
         if name == "validation":
             self._validation = f"held-out pass@1 {estimate.mean:.1%}"
         self._print(f"step {step}  {name} pass@1 {estimate}")
+
+    def warned(self, warning: GuardWarning) -> None:
+        self._print(f"warning  step {warning.step}: {warning.message}")
 
     def _figures(self, result: StepResult) -> Iterable[str]:
         metrics = result.metrics
@@ -94,4 +99,15 @@ class ConsoleReporter:
             yield f"{self._num_tokens / self._seconds:,.0f} tokens/s"
 
     def _print(self, line: str) -> None:
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def shown(reporter: Any) -> Iterator[Any]:
+    """The reporter that was given; in a notebook, where none was, the console's."""
+    console = Console()
+    if reporter is not None or not console.is_jupyter:
+        yield reporter
+        return
+    with ConsoleReporter(console) as own:
+        yield own

@@ -1,5 +1,8 @@
 """The learning curve of a run as a picture, from its run directory."""
 
+from base64 import b64encode
+from collections.abc import Mapping
+from html import escape
 from io import BytesIO
 from typing import Any
 
@@ -16,6 +19,8 @@ _SHARES = (
     ("objective/gated_negative/frac", ORANGE, "gated, of tokens with advantage < 0"),
     ("objective/clamped/frac", GREEN, "clamped, of all tokens"),
 )
+CURVE = "curve.png"
+"""its file in the run directory"""
 Rows = list[dict[str, Any]]
 
 
@@ -33,6 +38,14 @@ def draw_curve(run: RunDirectory) -> bytes:
     picture = BytesIO()
     figure.savefig(picture, dpi=120, format="png")
     return picture.getvalue()
+
+
+def curve_html(run: RunDirectory, figures: Mapping[str, object]) -> str:
+    """Named figures and, if it has been drawn, the learning curve of a run: what a notebook shows."""
+    rows = "".join(f"<tr><td>{escape(name)}</td><td>{escape(str(value))}</td></tr>" for name, value in figures.items())
+    picture = run.path / CURVE
+    source = b64encode(picture.read_bytes()).decode() if picture.is_file() else ""
+    return f"<table>{rows}</table>" + (f'<img alt="learning curve" src="data:image/png;base64,{source}">' if source else "")
 
 
 def _draw_passed(axes: Axes, steps: Rows, evaluations: Rows) -> None:

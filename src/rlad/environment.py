@@ -1,5 +1,6 @@
 """With what a run is made: the contents of its `run.json`."""
 
+import json
 import platform
 import shutil
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from rlad.run_dir import ENVIRONMENT, RunDirectory
 
 PACKAGES = ("rlad", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 
@@ -26,6 +29,22 @@ def describe_environment(seed: int) -> dict[str, Any]:
         "machine": {"system": platform.platform(), "threads": torch.get_num_threads(), "gpu": gpu},
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def note_resumption(run: RunDirectory, step: int) -> None:
+    """Add the present versions to the `run.json` of a run that goes on behind `step`, if they are others than before."""
+    try:
+        described = json.loads((run.path / ENVIRONMENT).read_text(encoding="utf-8"))
+        now, sessions = describe_environment(described["seed"]), [described, *described.get("resumed", [])]
+        is_same = all(now[name] == sessions[-1][name] for name in ("versions", "commit"))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ValueError(
+            f"{run.path / ENVIRONMENT} is not what a run has written; put back a copy of it, or start the run again with "
+            "--overwrite."
+        ) from None
+    if not is_same:
+        session = {"step": step} | {name: now[name] for name in ("command", "versions", "commit", "machine", "started")}
+        run.write(ENVIRONMENT, json.dumps(described | {"resumed": [*sessions[1:], session]}, indent=2))
 
 
 def commit(checkout: Path) -> str | None:

@@ -22,16 +22,19 @@ def evaluate(
     num_samples: int,
     temperature: float,
     before_token: Callable[[], None] = lambda: None,
+    share: Callable[[int], range] = range,
 ) -> list[ProblemResult]:
     """Sample and grade the first `num_problems` problems of a split, with the prompt format and the limits of `rollout`.
 
-    Prompts and sampling seeds are the same for every run and model, so two results can be compared prompt by prompt.
-    Raises `ValueError` for a prompt that leaves no room for its completion.
+    Prompts and sampling seeds are the same for every run and model, so two results can be compared prompt by prompt. `share`
+    picks, of the number of problems, those that this process takes.
+    `before_token` is called before every decoding step and every problem that is graded, and may raise. Raises `ValueError`
+    for a prompt that leaves no room for its completion.
     """
     available = task.num_problems(split)
-    indices = range(num_problems if available is None else min(num_problems, available))
+    indices = share(num_problems if available is None else min(num_problems, available))
     problems = [task.problem(split, i) for i in indices]
-    prompts = [prompt_token_ids(language_model.tokenizer, p.prompt, rollout.prompt_format) for p in problems]
+    prompts = [prompt_token_ids(language_model.tokenizer, p.asked, rollout) for p in problems]
     for i, prompt in zip(indices, prompts, strict=True):
         check_prompt_length(len(prompt), f"{split} problem {i}", rollout, language_model.context_tokens)
     groups = sample(
@@ -41,11 +44,16 @@ def evaluate(
         max_completion_tokens=rollout.max_completion_tokens,
         temperature=temperature,
         seed=stream_seed(0, "evaluation", split),
+        first_row=indices.start * num_samples,
         max_batch_rows=rollout.max_batch_rows,
         before_token=before_token,
     )
-    graded = zip(indices, problems, groups, strict=True)
-    return [_grade(language_model, task, index, problem, group) for index, problem, group in graded]
+    results = []
+    for index, problem, group in zip(indices, problems, groups, strict=True):
+        before_token()
+        results.append(_grade(language_model, task, index, problem, group))
+    before_token()  # a signal to all processes may have ended the verifier's before a completion was judged
+    return results
 
 
 def _grade(

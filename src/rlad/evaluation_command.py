@@ -8,14 +8,17 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from rlad.checkpoints import damage
 from rlad.config import RunConfig
 from rlad.config_file import load_config, parse_config, parse_overrides
-from rlad.console import printable
 from rlad.evaluate import evaluate
-from rlad.language_model import EMBEDDED, load_language_model
+from rlad.language_model import load_language_model
+from rlad.model_files import EMBEDDED
+from rlad.plain_text import printable
 from rlad.problem_results import ProblemResult, summarise
-from rlad.run_dir import RunDirectory
+from rlad.run_dir import CHECKPOINTS, RunDirectory
 from rlad.statistics import Estimate
 from rlad.tasks import Split, make_task
 
@@ -46,11 +49,12 @@ def evaluate_run_or_model(
     """Results of each held-out problem; also written to `output` as JSONL. `ValueError` for a user's mistake."""
     if output is not None and (output.exists() or not output.parent.is_dir()):
         raise ValueError(f"--output {output} exists already or has no folder to lie in; give a new file.")
-    config, model = _config_and_model(run_or_model, [*([f"task={task_type}"] if task_type else []), *overrides])
-    task = make_task(**config.task.model_dump())
+    another = [f"task={task_type}", "evaluation.ood_task={}"] if task_type else []
+    config, model = _config_and_model(run_or_model, [*another, *overrides])
+    task, student = make_task(**config.task.model_dump()), config.student
     try:
         results = evaluate(
-            load_language_model(model, dtype=config.student.dtype, device=config.student.device),
+            load_language_model(model, dtype=student.dtype, device=student.device, end_tokens=student.end_tokens),
             task,
             split,
             rollout=config.rollout,
@@ -71,7 +75,9 @@ def _config_and_model(run_or_model: str, overrides: Sequence[str]) -> tuple[RunC
     path = Path(run_or_model)
     if RunDirectory(path).exists():
         return load_config(path, overrides), str(RunDirectory(path).best_checkpoint()[1])
-    if path.parent.name == "checkpoints" and RunDirectory(path.parents[1]).exists():
+    if path.parent.name == CHECKPOINTS and RunDirectory(path.parents[1]).exists():
+        if reason := damage(path):
+            raise ValueError(f"checkpoint {path} is damaged ({reason}); give another one, or the run directory itself.")
         return load_config(path.parents[1], overrides), run_or_model
     if run_or_model in EMBEDDED:
         return load_config(None, overrides), run_or_model
@@ -102,7 +108,7 @@ def print_summary(evaluation: Evaluation, console: Console | None = None) -> Non
     for k, estimate in summary["pass@k"].items():
         table.add_row(f"pass@{k}", str(estimate))
     for difficulty, estimate in summary["pass@1 by difficulty"].items():
-        table.add_row(f"pass@1, {difficulty}", str(estimate))
+        table.add_row(Text(f"pass@1, {printable(difficulty)}"), str(estimate))
     table.add_row("mean completion length", f"{summary['mean_completion_tokens']:.1f} tokens")
     table.add_row("truncated", f"{summary['truncated_share']:.1%}")
     table.add_row("could not be judged", f"{summary['cannot_judge_share']:.1%}")

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from rlad.config import RunConfig
 from rlad.config_file import CONFIG, dump_config
 from rlad.language_model import load_tokenizer
-from rlad.prompts import prompt_token_ids
+from rlad.prompts import chat_messages, is_plain, prompt_token_ids
 from rlad.task_config import JsonlConfig
 from rlad.tasks import Problem, Split, Task, make_task
 from rlad.verl_command import Cluster, InFolder, num_rollout_batches, overrides, require_exportable, without_equivalent
@@ -29,10 +29,10 @@ def export_verl(config: RunConfig, folder: Path, cluster: Cluster) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is there already and not empty; choose another --output.")
     tokenizer = load_tokenizer(config.student.model)
-    template = _plain_template(tokenizer) if _is_plain(tokenizer, config) else None
+    template = _plain_template(tokenizer) if is_plain(tokenizer, config.rollout.prompt_format) else None
     with closing(make_task(**config.task.model_dump())) as task:
-        train = _rows(task, "train", num_rollout_batches(config) * config.rollout.prompts_per_batch, config.seed)
-        validation = _rows(task, "validation", config.evaluation.num_validation_problems, 0)
+        train = _rows(config, task, "train", num_rollout_batches(config) * config.rollout.prompts_per_batch, config.seed)
+        validation = _rows(config, task, "validation", config.evaluation.num_validation_problems, 0)
     longest = max(_num_prompt_tokens(tokenizer, row, config, template) for row in (*train, *validation))
     limit = config.rollout.max_prompt_tokens
     if limit is not None and longest > limit:
@@ -53,16 +53,17 @@ def export_verl(config: RunConfig, folder: Path, cluster: Cluster) -> Path:
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
-def _rows(task: Task, split: Split, number: int, seed: int) -> list[dict[str, Any]]:
+def _rows(config: RunConfig, task: Task, split: Split, number: int, seed: int) -> list[dict[str, Any]]:
     """Problems in verl's form, in the order in which the native engine takes them."""
     number = number if split == "train" else min(number, task.num_problems(split) or number)
-    return [_row(task.problem(split, i, seed=seed), task.name, split, i, seed) for i in range(number)]
+    system = config.rollout.system_prompt
+    return [_row(task.problem(split, i, seed=seed), task.name, system, split, i, seed) for i in range(number)]
 
 
-def _row(problem: Problem, task: str, split: Split, index: int, seed: int) -> dict[str, Any]:
+def _row(problem: Problem, task: str, system: str | None, split: Split, index: int, seed: int) -> dict[str, Any]:
     return {
         "data_source": problem.task or task,
-        "prompt": [{"role": "user", "content": problem.prompt}],
+        "prompt": chat_messages(problem.asked, system),
         "ability": problem.difficulty,
         "reward_model": {"style": "rule", "ground_truth": problem.answer},
         "extra_info": {"split": split, "index": index, "seed": seed},
@@ -101,10 +102,6 @@ def _absolute(task: Any) -> Any:
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 
-def _is_plain(tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> bool:
-    return config.rollout.prompt_format == "plain" or not tokenizer.chat_template
-
-
 def _plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """verl knows chat prompts alone: a template that writes the prompt as it is, behind the tokenizer's first token."""
     bare, full = (tokenizer("1", add_special_tokens=special)["input_ids"] for special in (False, True))
@@ -114,12 +111,15 @@ def _plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _num_prompt_tokens(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], config: RunConfig, template: str | None) -> int:
     """Tokens of a prompt. `ValueError` when verl would give the student other tokens than rlad."""
-    ours = prompt_token_ids(tokenizer, row["prompt"][0]["content"], config.rollout.prompt_format)
-    text = tokenizer.apply_chat_template(row["prompt"], chat_template=template, tokenize=False, add_generation_prompt=True)
+    messages, variables = row["prompt"], config.rollout.chat_template_kwargs
+    ours = prompt_token_ids(tokenizer, tuple((m["role"], m["content"]) for m in messages), config.rollout)
+    text = tokenizer.apply_chat_template(
+        messages, chat_template=template, tokenize=False, add_generation_prompt=True, **variables
+    )
     theirs = tokenizer(str(text), add_special_tokens=False)["input_ids"]
     if ours != theirs:
         raise ValueError(
-            f"verl would turn the prompt {row['prompt'][0]['content'][:60]!r} into other tokens than rlad ({theirs[:5]}... "
+            f"verl would turn the prompt {messages[-1]['content'][:60]!r} into other tokens than rlad ({theirs[:5]}... "
             f"instead of {ours[:5]}...); use a tokenizer with a chat template and rollout.prompt_format = 'chat'."
         )
     return len(ours)

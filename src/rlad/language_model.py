@@ -1,8 +1,8 @@
 """Loading a causal language model with its tokenizer: embedded, a folder (of an adapter too), or a Hugging Face name."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +17,18 @@ from transformers import (
 )
 
 from rlad.config import LoraConfig
-from rlad.lora import adapter_base, add_lora, is_adapter, load_adapter, require_peft
-
-EMBEDDED = {
-    name: Path(__file__).parent / "models" / name.removeprefix("embedded/") for name in ("embedded/student", "embedded/teacher")
-}
-
+from rlad.lora import add_lora, load_adapter
+from rlad.model_files import (
+    EMBEDDED,
+    base_model,
+    context_tokens,
+    end_token_ids,
+    files_of,
+    has_tokenizer,
+    is_adapter,
+    located,
+    require_peft,
+)
 
 _DEVICES = ("cpu", "cuda", "mps")
 
@@ -76,8 +82,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; `ValueError` when there is none or it cannot be loaded. An adapter may have its own."""
     load_model_config(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name if has_tokenizer(name) else _where(name))
+        tokenizer = AutoTokenizer.from_pretrained(name if has_tokenizer(name) else files_of(name), trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        _refuse_code(name, error)
         raise ValueError(
             f"no tokenizer can be loaded from {name!r} ({_first_line(error)}); a model folder needs tokenizer.json or the "
             "tokenizer files of its family: save the tokenizer beside the model with `tokenizer.save_pretrained(folder)`."
@@ -92,54 +99,16 @@ def load_model_config(name: str) -> PretrainedConfig:
     base = base_model(name)
     if base.startswith("embedded/") and base not in EMBEDDED:
         raise ValueError(f"model {base!r} is unknown; the embedded models are {', '.join(EMBEDDED)}.")
+    where = located(base)
     try:
-        return AutoConfig.from_pretrained(EMBEDDED.get(base, base))
+        return AutoConfig.from_pretrained(where, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
+        _refuse_code(base, error)
         what = f"model {base!r}" if base == name else f"model {base!r}, on which adapter {name!r} stands,"
         raise ValueError(
             f"{what} cannot be found or read ({_first_line(error)}); give a folder that `save_pretrained` wrote, or a "
             "Hugging Face name that is in the cache or can be downloaded."
         ) from None
-
-
-def base_model(name: str) -> str:
-    """The model that an adapter's folder stands on; of every other model its own name."""
-    return adapter_base(name) if is_adapter(name) else name
-
-
-def has_tokenizer(folder: str) -> bool:
-    """Whether an adapter's folder holds a tokenizer."""
-    return is_adapter(folder) and (Path(folder) / "tokenizer_config.json").is_file()
-
-
-def _where(name: str) -> Path | str:
-    """Where transformers finds a model's own files, or those of the model that an adapter stands on."""
-    base = base_model(name)
-    return EMBEDDED.get(base, base)
-
-
-def require_weights(name: str) -> None:
-    """`ValueError` for a model folder without weights. Says nothing of a Hugging Face name."""
-    folder = Path(_where(name))
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        raise ValueError(f"model folder {name!r} has no *.safetensors file; save its weights there with `save_pretrained`.")
-
-
-def context_tokens(config: PretrainedConfig) -> int | None:
-    """The longest sequence a model was made for; None when it does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
-
-
-def end_token_ids(config: PretrainedConfig, generation: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every end token that a model or its tokenizer declares (chat models have more than one). `ValueError` without any."""
-    declared = getattr(generation, "eos_token_id", None)
-    declared = getattr(config.get_text_config(), "eos_token_id", None) if declared is None else declared
-    ids = [declared] if isinstance(declared, int) else list(declared or [])
-    if isinstance(tokenizer.eos_token_id, int):
-        ids.append(tokenizer.eos_token_id)
-    if not ids:
-        raise ValueError(f"model {tokenizer.name_or_path!r} declares no end token; set `eos_token` in its tokenizer.")
-    return tuple(dict.fromkeys(ids))
 
 
 def load_language_model(
@@ -152,6 +121,7 @@ def load_language_model(
     seed: int = 0,
     random_weights_seed: int | None = None,
     quantization: Any = None,
+    end_tokens: Sequence[str] = (),
 ) -> LanguageModel:
     """The model and its tokenizer, ready to sample and score. `ValueError` with one sentence when that cannot be.
 
@@ -159,7 +129,7 @@ def load_language_model(
     With `lora` it gets an adapter, drawn from `seed`, whose float32 weights are trained instead; its own are then in `dtype`.
     The folder of an adapter is loaded with the model that it stands on, the same way.
     With `random_weights_seed` the weights are drawn anew, by the model's own initialisation. `quantization` is transformers'
-    `quantization_config`.
+    `quantization_config`. `end_tokens` end a completion besides those that the model declares, and stand in what is saved.
     """
     tokenizer, where, compute_dtype = load_tokenizer(name), pick_device(device), getattr(torch, dtype)
     if random_weights_seed is None:
@@ -179,7 +149,9 @@ def load_language_model(
             # Memory of its own, aligned: the last bits of a product depend on where in their file the weights stood.
             parameter.data = parameter.data.clone()
     remove_dropout(model)
-    eos = end_token_ids(model.config, model.generation_config, tokenizer)
+    eos = end_token_ids(model.config, model.generation_config, tokenizer, end_tokens)
+    if end_tokens and model.generation_config is not None:
+        model.generation_config.eos_token_id = list(eos)
     pad = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else eos[0]
     loaded = LanguageModel(name, model.to(where).eval(), tokenizer, eos, pad, compute_dtype)
     if len(tokenizer) > loaded.vocabulary:
@@ -200,9 +172,15 @@ def _load_weights(name: str, dtype: torch.dtype, quantization: Any, device: torc
     settings = {} if quantization is None else {"quantization_config": quantization, "device_map": device}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            EMBEDDED.get(name, name), dtype=dtype, use_safetensors=True, output_loading_info=True, **settings
+            located(name),
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **settings,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        _refuse_code(name, error)
         raise ValueError(
             f"no causal language model can be loaded from {name!r} ({_first_line(error)}); give a Hugging Face name, "
             "or a folder with config.json and model.safetensors."
@@ -214,6 +192,15 @@ def _load_weights(name: str, dtype: torch.dtype, quantization: Any, device: torc
             "give a complete model."
         )
     return model
+
+
+def _refuse_code(name: str, error: Exception) -> None:
+    """`ValueError` when it was because a model wants Python code of its own to be run, which is never done."""
+    if "trust_remote_code" in str(error):
+        raise ValueError(
+            f"model {name!r} comes with Python code of its own, which rlad does not run; take a model whose architecture and "
+            "tokenizer transformers has itself."
+        ) from None
 
 
 def _require_finite(name: str, model: PreTrainedModel) -> None:

@@ -6,8 +6,6 @@ An adapter folder is as PEFT writes it: adapter_config.json, which names the bas
 weights of adapters are float32, whatever those of the base model are.
 """
 
-import importlib.util
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,40 +19,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from rlad.config import LoraConfig
+from rlad.model_files import read_adapter_config, require_peft, resolvable, unreadable
 
 STUDENT = "default"
 """the name under which a model holds its own adapter, as in PEFT"""
-CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+WEIGHTS, PREFIX = "adapter_model.safetensors", "base_model.model."
 
 # These set the base weights to something else before A and B are added.
 _CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
-
-
-def require_peft(what: str) -> None:
-    """`ValueError` unless peft is installed; `what` needs it."""
-    if importlib.util.find_spec("peft") is None:
-        raise ValueError(f"{what} needs peft, which is not installed; install it with: pip install 'rlad[peft]'.")
-
-
-def is_adapter(name: str) -> bool:
-    """Whether `name` is the folder of an adapter without its base model."""
-    folder = Path(name)
-    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
-
-
-def adapter_base(folder: str) -> str:
-    """The base model that an adapter folder names. `ValueError` when it names none, or an adapter."""
-    base = _read_config(folder).get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise ValueError(f"adapter {folder!r} does not name its base model; write base_model_name_or_path into its {CONFIG}.")
-    if is_adapter(base):
-        raise ValueError(f"adapter {folder!r} stands on {base!r}, another adapter; merge that one into its base model first.")
-    return base
-
-
-def resolvable(name: str) -> str:
-    """A model's name for adapter_config.json: a folder's full path, found from everywhere; else as it is."""
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def add_lora(model: PreTrainedModel, settings: LoraConfig, *, base: str, seed: int) -> None:
@@ -128,6 +100,32 @@ def save_adapter(model: PreTrainedModel, folder: Path, name: str = STUDENT) -> N
     model.peft_config[name].save_pretrained(str(folder))  # type: ignore[attr-defined]
 
 
+def merge_adapter(model: PreTrainedModel) -> None:
+    """Add the active adapter, if there is one, to the weights under it: the model is then a plain one, without adapters.
+
+    Tied embeddings of which one alone has an adapter are untied: merged, they are two.
+    """
+    wrapped = set(_lora_layers(model))
+    layers: dict[str, Any] = {name: layer for name, layer in model.named_modules() if layer in wrapped}
+    is_tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    if is_tied and wrapped & {model.get_input_embeddings(), model.get_output_embeddings()}:
+        _untie(model)
+    for name, layer in layers.items():
+        layer.merge(safe_merge=True)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    if layers:
+        model._hf_peft_config_loaded = False
+        del model.peft_config  # type: ignore[attr-defined]
+
+
+def _untie(model: PreTrainedModel) -> None:
+    output: Any = model.get_output_embeddings()
+    output = output.get_base_layer() if hasattr(output, "get_base_layer") else output
+    output.weight = torch.nn.Parameter(output.weight.detach().clone())
+    model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+
+
 def has_adapter(model: PreTrainedModel, name: str = STUDENT) -> bool:
     return name in getattr(model, "peft_config", {})
 
@@ -159,7 +157,7 @@ def only_adapter(model: PreTrainedModel, name: str | None) -> Iterator[None]:
 
 def require_shareable(folder: str, base_config: PretrainedConfig) -> None:
     """`ValueError` unless the folder holds a LoRA adapter that leaves base weights as they are and fits this base model."""
-    config = _read_config(folder)
+    config = read_adapter_config(folder)
     init = config.get("init_lora_weights")
     if config.get("peft_type") != "LORA":
         raise ValueError(f"it is a {config.get('peft_type')} adapter; {_only_lora(folder)}")
@@ -176,7 +174,7 @@ def require_loadable(folder: str, base_config: PretrainedConfig) -> None:
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners.tuners_utils import BaseTuner
 
-    peft_type = _read_config(folder).get("peft_type")
+    peft_type = read_adapter_config(folder).get("peft_type")
     tuners: dict[Any, Any] = {each.value: tuner for each, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items()}
     tuner = tuners.get(str(peft_type))
     # Types that prepend to a prompt, and those whose layers share tensors, need a model class of PEFT's own.
@@ -228,7 +226,7 @@ def read_weights(folder: str) -> dict[str, Tensor]:
     try:
         return {key.removeprefix(PREFIX): tensor for key, tensor in load_file(Path(folder) / WEIGHTS).items()}
     except (OSError, SafetensorError) as error:
-        raise ValueError(_unreadable(folder, WEIGHTS, error)) from None
+        raise ValueError(unreadable(folder, WEIGHTS, error)) from None
 
 
 def _read_shapes(folder: str) -> dict[str, tuple[int, ...]]:
@@ -236,21 +234,7 @@ def _read_shapes(folder: str) -> dict[str, tuple[int, ...]]:
         with safe_open(Path(folder) / WEIGHTS, framework="pt") as file:
             return {key.removeprefix(PREFIX): tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise ValueError(_unreadable(folder, WEIGHTS, error)) from None
-
-
-def _read_config(folder: str) -> dict[str, Any]:
-    try:
-        config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(_unreadable(folder, CONFIG, error)) from None
-    if not isinstance(config, dict):
-        raise ValueError(_unreadable(folder, CONFIG, "no JSON object"))
-    return config
-
-
-def _unreadable(folder: str, file: str, error: object) -> str:
-    return f"adapter {folder!r}: its {file} cannot be read ({error}); give a folder that PEFT's `save_pretrained` wrote."
+        raise ValueError(unreadable(folder, WEIGHTS, error)) from None
 
 
 def _inject(model: PreTrainedModel, config: Any, name: str) -> None:

@@ -67,6 +67,9 @@ class TokenStats:
             if name in column:
                 metrics[key] = _mean(column[name])
         mismatch = column["mismatch"]
+        mismatch = mismatch[~mismatch.isnan()]  # a sampler may leave tokens without a log-prob
+        if not len(mismatch):
+            return metrics
         return metrics | {"sampler/mismatch/mean": _mean(mismatch), "sampler/mismatch/max": float(mismatch.max())}
 
 
@@ -84,7 +87,14 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> Metrics:
         "rollout/completion_tokens/mean": _mean(lengths),
         "rollout/completion_tokens/max": float(lengths.max()),
         "rollout/truncated/frac": sum(r.completion.is_truncated for r in rollouts) / len(rollouts),
+        "rollout/repeated/frac": sum(map(_repeated_share, groups)) / len(groups),
     }
+
+
+def _repeated_share(group: RolloutGroup) -> float:
+    """Of the rollouts behind the first, the share whose tokens another rollout of the group has too: 1 when all are alike."""
+    num_rollouts = len(group.rollouts)
+    return (num_rollouts - len({r.completion.token_ids for r in group.rollouts})) / max(num_rollouts - 1, 1)
 
 
 def _mean(values: Tensor) -> float:

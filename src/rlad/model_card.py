@@ -8,7 +8,7 @@ from rlad.statistics import Estimate
 def model_card(config: RunConfig, run: RunDirectory, before: Estimate, after: Estimate) -> str:
     """Markdown with the metadata that the Hub reads, the figures, and how to load and repeat it."""
     teacher = f"teacher `{config.teacher.title}`" if config.teacher else "no teacher"
-    last, best = run.checkpoints()[-1][1].name, run.best_checkpoint()[1].name
+    last, best = run.checkpoints()[-1][1].name, run.checkpoints_by_validation()[0][1].name
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation

@@ -1,20 +1,26 @@
-"""What a run needs before its first step: a verifier that works, prompts that fit, and its models."""
+"""What a run needs before its first step: a verifier that works, prompts that fit, and its models.
+
+Imports torch where models are loaded: a check without models needs the rest.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from rlad.config import RunConfig
-from rlad.language_model import LanguageModel, load_language_model
-from rlad.lora import is_adapter, require_peft
+from rlad.model_files import is_adapter, require_peft
+from rlad.plain_tokenizer import AnyTokenizer
 from rlad.prompts import check_prompt_length, prompt_token_ids
 from rlad.seeds import stream_seed
 from rlad.tasks import Split, Task, Verdict
 from rlad.tasks.several import SeveralTasks
 from rlad.teacher_config import LocalTeacherConfig
 from rlad.teachers import Setting, Teacher, check_teacher, make_teacher, require_no_error
-from rlad.teachers.local import load_teacher_model
+
+if TYPE_CHECKING:
+    from rlad.language_model import LanguageModel
 
 NUM_PROBED_PROBLEMS, NUM_PROBED_ANSWERS = 20, 5
 
@@ -37,7 +43,7 @@ def require_working_verifier(task: Task) -> None:
 def longest_prompt(
     config: RunConfig,
     task: Task,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: AnyTokenizer,
     context_tokens: int | None,
     ood_task: Task | None = None,
 ) -> int:
@@ -58,7 +64,7 @@ def longest_prompt(
     for name, source, split, number in wanted:
         for i in range(min(number, source.num_problems(split) or NUM_PROBED_PROBLEMS)):
             problem = source.problem(split, i, seed=config.seed if split == "train" else 0)
-            prompt = prompt_token_ids(tokenizer, problem.prompt, rollout.prompt_format)
+            prompt = prompt_token_ids(tokenizer, problem.asked, rollout)
             check_prompt_length(len(prompt), f"{name} problem {i}", rollout, context_tokens)
             longest = max(longest, len(prompt))
     return longest
@@ -74,6 +80,8 @@ def load_teacher(config: RunConfig, student: LanguageModel) -> LanguageModel:
     settings, setting = config.teacher, setting_of(config, student)
     assert isinstance(settings, LocalTeacherConfig), "RunConfig refuses other teachers where the model itself is needed"
     require_no_error(settings, check_teacher(settings, setting))
+    from rlad.teachers.local import load_teacher_model
+
     return load_teacher_model(settings, setting)
 
 
@@ -92,6 +100,8 @@ def prepare_teacher(
 
 def load_student(config: RunConfig, checkpoint: Path | None = None) -> LanguageModel:
     """The model to be trained: the initial student, or what a checkpoint holds of it. `ValueError` when that cannot be."""
+    from rlad.language_model import load_language_model
+
     settings = config.student
     if checkpoint is None:
         require_base_model(config)
@@ -102,6 +112,7 @@ def load_student(config: RunConfig, checkpoint: Path | None = None) -> LanguageM
         trainable=True,
         lora=None if checkpoint else settings.lora,
         seed=stream_seed(config.seed, "lora"),
+        end_tokens=settings.end_tokens,
     )
 
 

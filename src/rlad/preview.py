@@ -10,8 +10,8 @@ from torch import Tensor
 
 from rlad.config import RunConfig
 from rlad.config_file import load_config
-from rlad.console import printable
 from rlad.language_model import LanguageModel, load_language_model
+from rlad.plain_text import printable
 from rlad.preparation import prepare_teacher
 from rlad.prompts import check_prompt_length, prompt_token_ids
 from rlad.rollouts import Completion
@@ -32,12 +32,13 @@ def preview(config: RunConfig, *, num_prompts: int) -> list[Row]:
     """
     run, rollout = RunDirectory(config.directory), config.rollout
     is_this_run = run.exists() and load_config(run.path).digest == config.digest
-    name = str(run.checkpoints()[-1][1]) if is_this_run and run.checkpoints() else config.student.model
-    student = load_language_model(name, dtype=config.student.dtype, device=config.student.device)
+    name = str(run.newest_checkpoint()[1]) if is_this_run and run.checkpoints() else config.student.model
+    settings = config.student
+    student = load_language_model(name, dtype=settings.dtype, device=settings.device, end_tokens=settings.end_tokens)
     teacher, task = prepare_teacher(config, student), make_task(**config.task.model_dump())
     try:
         problems = [task.problem("validation", i) for i in range(num_prompts)]
-        prompts = [prompt_token_ids(student.tokenizer, p.prompt, rollout.prompt_format) for p in problems]
+        prompts = [prompt_token_ids(student.tokenizer, p.asked, rollout) for p in problems]
         for i, prompt in enumerate(prompts):
             check_prompt_length(len(prompt), f"validation problem {i}", rollout, student.context_tokens)
         groups = sample(

@@ -5,30 +5,51 @@ run.json              versions, commit, machine, seed
 metrics.jsonl         one row per optimiser step
 eval.jsonl            one row per validation or test
 samples.jsonl         graded completions of one prompt per step
-checkpoints/step-N/   the best and the last: a Hugging Face model folder, with `trainer/` beside the weights for resuming
+warnings.jsonl        what the guards said; absent when they said nothing
+skipped-step-N.*      rollouts (JSONL) and scores (safetensors) of the last steps that were skipped
+checkpoints/step-N/   the best and the last few: Hugging Face model folders, with `trainer/` beside the weights for resuming
 curve.png, README.md  the learning curve and the model card
+tensorboard/, wandb/  what these trackers keep, if they are in [logging]
 """
 
 import fcntl
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
 from safetensors import SafetensorError
 
+from rlad.checkpoints import (
+    checkpoint_name,
+    damage,
+    delete_checkpoint,
+    delete_unfinished,
+    find_checkpoints,
+    flush,
+    set_aside,
+    write_checkpoint,
+)
 from rlad.errors import RunFailedError
 
 CONFIG, ENVIRONMENT = "config.toml", "run.json"
 METRICS, EVAL, SAMPLES = "metrics.jsonl", "eval.jsonl", "samples.jsonl"
+WARNINGS, SKIPPED_BATCHES = "warnings.jsonl", "skipped-step"
+ROWS = (METRICS, EVAL, SAMPLES, WARNINGS)
+"""the JSONL files, whose rows all have a step"""
 MODEL_CARD, LOCK = "README.md", ".lock"
+CHECKPOINTS = "checkpoints"
 
 EvaluationSet = Literal["validation", "test", "ood"]
 """validation: chooses the best checkpoint; test: reported; ood: test problems out of the training distribution"""
+
+_log = logging.getLogger(__name__)
 
 
 class CannotWriteError(RunFailedError):
@@ -61,17 +82,20 @@ class RunDirectory:
         if not (is_free or self.exists()):
             raise ValueError(f"{self.path} exists and is not a run directory; choose another run_dir.")
 
-    def create(self) -> None:
-        """Make the directory; the run that is there is deleted."""
+    def clear(self) -> None:
+        """Delete everything in the directory but its lock; what makes it a run goes last."""
         with self._writing():
-            if self.exists():
-                shutil.rmtree(self.path)
-            self.path.mkdir(parents=True, exist_ok=True)
+            for path in sorted(self.path.iterdir(), key=lambda path: (path.name in (CONFIG, ENVIRONMENT), path)):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                elif path.name != LOCK:
+                    path.unlink()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other processes from training here meanwhile; `ValueError` when one does."""
+        """Keeps other processes from training here meanwhile; `ValueError` when one does. Makes the directory."""
         with self._writing():
+            self.path.mkdir(parents=True, exist_ok=True)
             file = (self.path / LOCK).open("w")
         with file:
             try:
@@ -92,6 +116,7 @@ class RunDirectory:
         aside = self.path / f".{name}.tmp"
         with self._writing():
             aside.write_bytes(content.encode() if isinstance(content, str) else content)
+            flush(aside)
             os.replace(aside, self.path / name)
 
     def append(self, name: str, row: dict[str, Any]) -> None:
@@ -100,75 +125,119 @@ class RunDirectory:
             file.write(json.dumps(row) + "\n")
 
     def read(self, name: str) -> Iterator[dict[str, Any]]:
-        """Rows of a JSONL file; nothing when it does not exist; a half-written last line is passed over."""
+        """Rows of a JSONL file; nothing when it does not exist; a half-written last line is passed over.
+
+        `ValueError` for any other line that is no row: it was not cut, something else has written there.
+        """
+        for _, row in self._whole_lines(name):
+            yield row
+
+    def _whole_lines(self, name: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
         path = self.path / name
         if not path.is_file():
             return
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                if line.endswith("\n"):
-                    yield json.loads(line)
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    return
+                try:
+                    row = json.loads(line)
+                    row["step"]
+                except (ValueError, TypeError, KeyError, RecursionError):
+                    raise ValueError(
+                        f"line {number} of {path} is no row that a run has written; put back a copy of that file, or start "
+                        "the run again with --overwrite."
+                    ) from None
+                yield line, row
 
     def forget_after(self, step: int) -> None:
         """Cut off the rows of later steps, and a half-written last line: a run resumed at `step` writes them again."""
-        for name in (METRICS, EVAL, SAMPLES):
-            if not (self.path / name).is_file():
-                continue
-            with self._writing(), (self.path / name).open("rb+") as file:
-                end = 0
-                for line in file:
-                    if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                        break
-                    end += len(line)
-                file.truncate(end)
+        for name in ROWS:
+            kept = takewhile(lambda found: found[1]["step"] <= step, self._whole_lines(name))
+            end = sum(len(line) for line, _ in kept)
+            if (self.path / name).is_file():
+                with self._writing():
+                    os.truncate(self.path / name, end)
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
-    def checkpoint(self, step: int) -> Path:
-        return self.path / "checkpoints" / f"step-{step:06d}"
+    def checkpoint(self, step: int, *, with_rollouts: bool = False) -> Path:
+        return self.path / CHECKPOINTS / checkpoint_name(step, with_rollouts=with_rollouts)
 
     def checkpoints(self) -> list[tuple[int, Path]]:
-        """(step, folder) of every complete checkpoint, oldest first."""
-        found = [p for p in (self.path / "checkpoints").glob("step-*") if p.is_dir() and p.name[5:].isdecimal()]
-        return sorted((int(p.name.removeprefix("step-")), p) for p in found)
+        """(step, folder) of every complete checkpoint, oldest first; whether it is damaged is not looked at."""
+        return find_checkpoints(self.path / CHECKPOINTS)
+
+    def checkpoints_by_validation(self) -> list[tuple[int, Path]]:
+        """The same, best validation pass@1 first, of equals the earliest; then those without one, newest first."""
+        scores = self._validations()
+        validated = [found for found in self.checkpoints() if found[0] in scores]
+        rest = [found for found in reversed(self.checkpoints()) if found[0] not in scores]
+        return sorted(validated, key=lambda found: (-scores[found[0]], found)) + rest
+
+    def newest_checkpoint(self) -> tuple[int, Path]:
+        """(step, folder) of the newest one that is whole; a damaged one is named in a warning and passed over.
+
+        `ValueError` when there is none, or none that is whole.
+        """
+        return self._first_whole(self.checkpoints()[::-1])
 
     def best_checkpoint(self) -> tuple[int, Path]:
-        """(step, folder) of the one with the highest validation pass@1, the earliest of equals; the newest if none has one.
+        """(step, folder) of the one with the highest validation pass@1 that is whole; the newest if none has one.
 
-        `ValueError` when there is no checkpoint.
+        Warns and raises as `newest_checkpoint` does.
         """
-        checkpoints = self.checkpoints()
-        if not checkpoints:
+        return self._first_whole(self.checkpoints_by_validation())
+
+    def _first_whole(self, candidates: Sequence[tuple[int, Path]]) -> tuple[int, Path]:
+        if not candidates:
             raise ValueError(f"{self.path} holds no checkpoint; give the directory of a run that has written one.")
-        scores = {row["step"]: row["pass@1"]["mean"] for row in self.read(EVAL) if row["split"] == "validation"}
-        validated = [found for found in checkpoints if found[0] in scores]
-        return max(validated, key=lambda found: scores[found[0]]) if validated else checkpoints[-1]
+        damaged: list[str] = []
+        for step, path in candidates:
+            reason = damage(path)
+            if reason is None:
+                for each in damaged:
+                    _log.warning("checkpoint %s/%s; it is passed over, and %s taken", self.path, each, path.name)
+                return step, path
+            damaged.append(f"{path.name} is damaged: {reason}")
+        raise ValueError(
+            f"{self.path} holds no checkpoint that is whole ({'; '.join(damaged)}); put back a copy of one, or start the run "
+            "again with --overwrite."
+        )
 
-    def write_checkpoint(self, step: int, write: Callable[[Path], None]) -> None:
-        """Let `write` fill a folder aside, then rename it: a checkpoint is complete or absent."""
-        target = self.checkpoint(step)
-        aside = target.with_name(f".{target.name}.tmp")
-        shutil.rmtree(aside, ignore_errors=True)
-        try:
-            with self._writing():
-                aside.mkdir(parents=True)
-                write(aside)
-                for written in (*aside.rglob("*"), aside):
-                    _flush(written)
-                os.replace(aside, target)
-                _flush(target.parent)
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
+    def write_checkpoint(
+        self, step: int, write: Callable[[Path], None], *, run_digest: str, with_rollouts: bool = False
+    ) -> None:
+        """Let `write` fill a new checkpoint, which is complete or absent; the rows before it reach the disk before it does."""
+        with self._writing():
+            for name in ROWS:
+                if (self.path / name).is_file():
+                    flush(self.path / name)
+            write_checkpoint(self.checkpoint(step, with_rollouts=with_rollouts), write, step=step, run=run_digest)
 
-    def keep_only(self, *steps: int) -> None:
-        """Delete all checkpoints but these, and what is left of unfinished ones."""
-        for step, path in self.checkpoints():
-            if step not in steps:
-                # A folder that is only half deleted must not be taken for a checkpoint.
-                os.replace(path, path.with_name(f".{path.name}.tmp"))
-        for path in (self.path / "checkpoints").glob(".step-*.tmp"):
-            shutil.rmtree(path, ignore_errors=True)
+    def set_aside_after(self, checkpoint: Path) -> None:
+        """Rename the checkpoints that are newer than this one, all of them damaged, to `damaged-...`."""
+        with self._writing():
+            for _, path in self.checkpoints()[::-1]:
+                if path == checkpoint:
+                    break
+                set_aside(path)
+
+    def keep(self, *, last: int, best: int) -> None:
+        """Delete all checkpoints but the last and the best of the validated ones, and what is left of unfinished ones.
+
+        Those that a signal or the clock had written in between go too.
+        """
+        validated = [path for step, path in self.checkpoints() if step in self._validations() and path == self.checkpoint(step)]
+        by_validation = [path for _, path in self.checkpoints_by_validation() if path in validated]
+        with self._writing():
+            for _, path in self.checkpoints():
+                if path not in validated[-last:] + by_validation[:best]:
+                    delete_checkpoint(path)
+            delete_unfinished(self.path / CHECKPOINTS)
+
+    def _validations(self) -> dict[int, float]:
+        return {row["step"]: row["pass@1"]["mean"] for row in self.read(EVAL) if row["split"] == "validation"}
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -184,11 +253,3 @@ class RunDirectory:
             raise CannotWriteError(
                 f"run directory {self.path} cannot be written ({error}); free some space or mend its permissions, {then}."
             ) from None
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

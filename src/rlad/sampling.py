@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from rlad.growing_cache import growing_cache
 from rlad.language_model import LanguageModel
 from rlad.rollouts import Completion
 
@@ -47,13 +48,17 @@ def sample(
     max_completion_tokens: int,
     temperature: float,
     seed: int,
+    first_row: int = 0,
     max_batch_rows: int = 256,
     before_token: Callable[[], None] = lambda: None,
+    after_group: Callable[[int, list[Completion]], None] = lambda number, completions: None,
 ) -> list[list[Completion]]:
     """`group_size` completions of each prompt (token ids), in the order of the prompts.
 
     A completion ends with the model's first end token (kept as its last token) or at `max_completion_tokens`. At most
-    `max_batch_rows` rows are decoded at once. `before_token` is called before every decoding step and may raise.
+    `max_batch_rows` rows are decoded at once. `first_row` is how many others stand before these under the same seed: those who
+    share the work draw what one would draw alone. `before_token` is called before every decoding step and may raise.
+    `after_group` is given a prompt's number and its completions when the last of them has ended, while others go on.
     Log-probs are those of the sampled tokens after division by the temperature, float32. Raises `ValueError` for a prompt
     without tokens and for a model whose logits are not finite.
     """
@@ -64,14 +69,14 @@ def sample(
     device = language_model.model.device
     prompt_of_row = [p for p in range(len(prompts)) for _ in range(group_size)]
     generator = torch.Generator().manual_seed(seed)
-    uniforms = torch.rand(len(prompt_of_row), max_completion_tokens, generator=generator).to(device)
+    uniforms = torch.rand(first_row + len(prompt_of_row), max_completion_tokens, generator=generator)[first_row:].to(device)
     decode = _decode if _cache_rows_can_be_dropped(language_model.model) else _generate
-    completions: list[Completion] = []
+    groups = _Groups(language_model, len(prompts), group_size, after_group)
     with torch.inference_mode(), language_model.autocast():
         for start in range(0, len(prompt_of_row), max_batch_rows):
             owners = prompt_of_row[start : start + max_batch_rows]
             ids, mask = _left_padded(prompts[owners[0] : owners[-1] + 1], language_model.pad_token_id, device)
-            tokens, logprobs = decode(
+            decode(
                 language_model,
                 ids,
                 mask,
@@ -79,14 +84,44 @@ def sample(
                 uniforms[start : start + max_batch_rows],
                 temperature,
                 before_token,
+                partial(groups.add, start),
             )
-            if not torch.isfinite(logprobs).all():
-                raise ValueError(
-                    f"the logits of {language_model.name!r} are not finite: its weights are broken or its dtype is too narrow; "
-                    "use float32 or bfloat16, or an earlier checkpoint."
-                )
-            completions += _completions(tokens.tolist(), logprobs.tolist(), set(language_model.eos_token_ids))
-    return [completions[i : i + group_size] for i in range(0, len(completions), group_size)]
+    return groups.completions
+
+
+class _Groups:
+    """The completions that have ended; a group is handed on with the last of them."""
+
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        num_groups: int,
+        group_size: int,
+        after_group: Callable[[int, list[Completion]], None],
+    ):
+        self._model, self._size, self._after_group = language_model, group_size, after_group
+        self._ended: list[dict[int, Completion]] = [{} for _ in range(num_groups)]
+
+    @property
+    def completions(self) -> list[list[Completion]]:
+        return [[group[i] for i in range(self._size)] for group in self._ended]
+
+    def add(self, start: int, rows: Sequence[int], tokens: Tensor, logprobs: Tensor) -> None:
+        """`tokens`, `logprobs` [row, token] of rows that are numbered from `start` on."""
+        if not torch.isfinite(logprobs).all():
+            raise ValueError(
+                f"the logits of {self._model.name!r} are not finite: its weights are broken or its dtype is too narrow; "
+                "use float32 or bfloat16, or an earlier checkpoint."
+            )
+        completions = _completions(tokens.tolist(), logprobs.tolist(), set(self._model.eos_token_ids))
+        for row, completion in zip(rows, completions, strict=True):
+            number, place = divmod(start + row, self._size)
+            group = self._ended[number]
+            group[place] = completion
+            if len(group) == self._size:
+                # What others do with a group is no part of decoding: tensors that they make may be trained on.
+                with torch.inference_mode(False), torch.autocast(self._model.model.device.type, enabled=False):
+                    self._after_group(number, [group[i] for i in range(self._size)])
 
 
 def _cache_rows_can_be_dropped(model: PreTrainedModel) -> bool:
@@ -114,8 +149,9 @@ def _decode(
     uniforms: Tensor,
     temperature: float,
     before_token: Callable[[], None],
-) -> tuple[Tensor, Tensor]:
-    """Tokens and log-probs [row, token]; what stands behind a row's end token means nothing.
+    after_rows: Callable[[list[int], Tensor, Tensor], None],
+) -> None:
+    """Gives `after_rows` the rows that end with a step, and their tokens and log-probs [row, token].
 
     Each prompt is prefilled once; row `i` goes on from prompt `owners[i]`. Finished rows leave the batch.
     """
@@ -123,20 +159,24 @@ def _decode(
     num_rows, max_tokens = uniforms.shape
     tokens_out = torch.full((num_rows, max_tokens), language_model.pad_token_id, device=ids.device)
     logprobs_out = torch.zeros(num_rows, max_tokens, device=ids.device)
-    cache = DynamicCache(config=model.config)
+    cache = growing_cache(model.config)
     forward = partial(model, past_key_values=cache, use_cache=True, logits_to_keep=1)
     before_token()
     logits = forward(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0)).logits
     cache.batch_select_indices(owners)
     logits, mask = logits[owners, -1], mask[owners]
     rows = torch.arange(num_rows, device=ids.device)  # which output row each row of the batch belongs to
-    alive = torch.ones(num_rows, dtype=torch.bool, device=ids.device)
+    alive, num_alive = torch.ones(num_rows, dtype=torch.bool, device=ids.device), num_rows
     for step in range(max_tokens):
         tokens, logprobs = pick_tokens(logits, uniforms[rows, step], temperature)
         tokens_out[rows, step], logprobs_out[rows, step] = tokens, logprobs
-        alive &= ~torch.isin(tokens, eos)
-        num_alive = int(alive.sum())
-        if num_alive == 0 or step == max_tokens - 1:
+        ends = alive & torch.isin(tokens, eos) if step < max_tokens - 1 else alive
+        alive = alive & ~ends
+        num_before, num_alive = num_alive, int(alive.sum())
+        if num_alive < num_before:
+            ended = rows[ends]
+            after_rows(ended.tolist(), tokens_out[ended, : step + 1], logprobs_out[ended, : step + 1])
+        if num_alive == 0:
             break
         if num_alive <= (1 - _COMPACT_SHARE) * len(rows):
             kept = alive.nonzero().squeeze(1)
@@ -146,7 +186,6 @@ def _decode(
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         positions = mask.sum(dim=1, keepdim=True) - 1
         logits = forward(input_ids=tokens[:, None], attention_mask=mask, position_ids=positions).logits[:, -1]
-    return tokens_out, logprobs_out
 
 
 class _PickTokens(LogitsProcessor):
@@ -171,21 +210,19 @@ def _generate(
     uniforms: Tensor,
     temperature: float,
     before_token: Callable[[], None],
-) -> tuple[Tensor, Tensor]:
+    after_rows: Callable[[list[int], Tensor, Tensor], None],
+) -> None:
     """The same through transformers' `generate`, for models whose cache is not plain keys and values.
 
-    Prompts of one length go together: some recurrent models let padding into their state.
+    Prompts of one length go together: some recurrent models let padding into their state. What stands behind a row's end
+    token means nothing.
     """
-    tokens_out = torch.full(uniforms.shape, language_model.pad_token_id, device=ids.device)
-    logprobs_out = torch.zeros(uniforms.shape, device=ids.device)
     lengths = mask.sum(dim=1)[owners]
     for length in lengths.unique().tolist():
         rows = (lengths == length).nonzero().squeeze(1)
         processor = _PickTokens(uniforms[rows], temperature, before_token)
         tokens = _generate_unpadded(language_model, ids[owners[rows], -length:], uniforms.shape[1], processor)
-        tokens_out[rows, : tokens.shape[1]] = tokens
-        logprobs_out[rows, : tokens.shape[1]] = torch.stack(processor.logprobs, dim=1)
-    return tokens_out, logprobs_out
+        after_rows(rows.tolist(), tokens, torch.stack(processor.logprobs, dim=1))
 
 
 def _generate_unpadded(

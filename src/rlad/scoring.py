@@ -4,15 +4,16 @@ Log-prob definition: completion token t given the prompt and the tokens before i
 float32. Sequences are padded on the right, which a causal model cannot see from the left, so no attention mask is needed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from rlad.language_model import LanguageModel
-from rlad.tensors import float32_or_wider, token_logprobs
+from rlad.output_layer import OutputLayer, output_layer
+from rlad.tensors import default_chunk_tokens, float32_or_wider, output_logits, token_logprobs
 
 TokenIds = Sequence[int]
 
@@ -43,7 +44,7 @@ class Scorer:
         self.before_work = before_work
         self.language_model, self.model = language_model, language_model.model
         self.temperature, self.tokens_per_batch = temperature, tokens_per_batch
-        self.head = linear_head(language_model.model)
+        self.head = output_layer(language_model.model)
 
     def batches(self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]) -> list[list[int]]:
         """Rows in micro-batches of similar length whose padded size stays within `tokens_per_batch`."""
@@ -87,17 +88,46 @@ class Scorer:
             return logprobs.gather(1, targets[:, None]).squeeze(1), entropy
         with self.language_model.autocast():
             hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[predicts]
-        dtype = self.language_model.compute_dtype
-        bias = None if self.head.bias is None else self.head.bias.to(dtype)
-        # Cast here, outside of autocast: the backward pass must recompute exactly these logits.
         return token_logprobs(
-            hidden.to(dtype),
-            self.head.weight.to(dtype),
-            bias,
-            targets,
-            temperature=self.temperature,
+            hidden.to(self.language_model.compute_dtype),
+            token_ids=targets,
             with_entropy=with_entropy,
+            **self._readout(self.head),
         )
+
+    def _readout(self, head: OutputLayer) -> dict[str, Any]:
+        """What makes logits of hidden states, as `token_logprobs` takes it."""
+        # Cast here, outside of autocast: the backward pass must recompute exactly these logits.
+        dtype, linear = self.language_model.compute_dtype, head.linear
+        return {
+            "weight": linear.weight.to(dtype),
+            "bias": None if linear.bias is None else linear.bias.to(dtype),
+            "scale": head.scale,
+            "soft_cap": head.soft_cap,
+            "temperature": self.temperature,
+        }
+
+    @torch.no_grad()
+    def logits_in_chunks(self, token_ids: TokenIds, *, start: int = 1, chunk_tokens: int | None = None) -> Iterator[Tensor]:
+        """The logits `[chunk, vocabulary]` that predict one text's tokens from `start` on, divided by the temperature, float32.
+
+        A chunk has `chunk_tokens` tokens, by default as many as in `token_logprobs`. Without an output layer all logits exist
+        at once.
+        """
+        ids = torch.tensor([token_ids], device=self.model.device)
+        embeddings: Any = self.model.get_input_embeddings()
+        size = chunk_tokens or default_chunk_tokens(embeddings.weight)
+        with self.language_model.autocast():
+            if self.head is None:
+                states = self.model(input_ids=ids, use_cache=False).logits[0, start - 1 : -1]
+            else:
+                states = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, start - 1 : -1]
+        readout = None if self.head is None else self._readout(self.head)
+        for rows in states.split(size):
+            if readout is None:
+                yield rows.to(float32_or_wider(rows.dtype)) / self.temperature
+            else:
+                yield output_logits(rows.to(self.language_model.compute_dtype), **readout)
 
     @torch.no_grad()
     def score(self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]) -> list[Tensor]:
@@ -120,19 +150,3 @@ def batches_by_length(lengths: Sequence[int], tokens_per_batch: int) -> list[lis
         else:
             batches.append([i])
     return batches
-
-
-@torch.no_grad()
-def linear_head(model: PreTrainedModel) -> torch.nn.Linear | None:
-    """The output embedding, where the logits are just that of the last hidden state; None where they are scaled or capped.
-
-    Asked of the model itself with a probe of four tokens. Without such a head the full logits are used: right, but with
-    memory that grows with the vocabulary.
-    """
-    head = model.get_output_embeddings()
-    if not isinstance(head, torch.nn.Linear):
-        return None
-    ids = torch.arange(4, device=model.device)[None]
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    logits = model(input_ids=ids, use_cache=False).logits
-    return head if hidden.shape[-1] == head.in_features and torch.equal(head(hidden), logits) else None

@@ -12,7 +12,8 @@ import uuid
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from fastapi import FastAPI, HTTPException, Request
@@ -23,11 +24,18 @@ from starlette.requests import ClientDisconnect
 from rlad.language_model import LanguageModel
 from rlad.rollouts import Completion
 from rlad.serving_form import AnswerWriter, CompletionRequest, ScoredText, parse_request, prompt_token_ids
+from rlad.serving_limits import AnswerInPieces, Room
 from rlad.serving_worker import GenerateJob, Job, ScoreJob, TokenScores, Worker
 
 MAX_PROMPTS = 1024
 MAX_LOGPROBS_PER_ANSWER = 500_000  # about 300 MB as Python objects and JSON
+MAX_LOGPROBS_HELD = 2 * MAX_LOGPROBS_PER_ANSWER
+"""of all requests that are being computed, written or sent; others wait"""
+MAX_REQUESTS_HELD = 4
+"""of the largest size: as many bytes may the requests have together that are being read or answered"""
 _SECONDS_BETWEEN_LOOKS = 1.0
+_THEN_CLOSE = {"Connection": "close"}
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +45,8 @@ class ServerSettings:
     max_request_bytes: int
     max_context_tokens: int
     tokens_per_batch: int
+    request_seconds: float = 60.0
+    """within which a request must have come"""
 
 
 def make_app(language_model: LanguageModel, settings: ServerSettings) -> FastAPI:
@@ -49,7 +59,7 @@ def make_app(language_model: LanguageModel, settings: ServerSettings) -> FastAPI
         server.worker.close()
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.worker = server.worker
+    app.state.server = server
     app.add_api_route("/health", server.health, methods=["GET"])
     app.add_api_route("/v1/models", server.models, methods=["GET"])
     app.add_api_route("/v1/completions", server.completions, methods=["POST"])
@@ -71,6 +81,7 @@ class TeacherServer:
         self.worker = Worker(language_model, tokens_per_batch=settings.tokens_per_batch)
         self.writer = AnswerWriter(language_model.tokenizer)
         self.started = int(time.time())
+        self.room, self.held_bytes = Room(MAX_LOGPROBS_HELD), 0
 
     async def health(self) -> Response:
         return Response(status_code=200 if self.worker.is_alive else 503)
@@ -90,22 +101,34 @@ class TeacherServer:
 
     async def completions(self, request: Request) -> Response:
         self._require_key(request)
+        body = bytearray()
         try:
-            asked = parse_request(await self._body(request))
+            await self._read(request, body)
+            # Long requests are read, and long answers written, beside the event loop, so that others are heard meanwhile.
+            asked, prompts, num_logprobs = await asyncio.to_thread(self._understand, body)
+            room = await self._unless_gone(request, self.room.take(num_logprobs))
+            give_back = partial(self.room.give_back, room)
+            try:
+                texts = await self._unless_gone(request, self._texts(asked, prompts))
+                return AnswerInPieces(await asyncio.to_thread(self._answer, asked, texts), then=give_back)
+            except BaseException:
+                give_back()
+                raise
+        finally:
+            self.held_bytes -= len(body)
+
+    def _understand(self, body: bytearray) -> tuple[CompletionRequest, list[list[int]], int]:
+        """What is asked, the prompts as token ids, and how many log-probs the answer may hold."""
+        try:
+            asked = parse_request(body)
             if asked.model != self.settings.served_name:
                 raise HTTPException(404, f"model {asked.model!r} is not served here; {self.settings.served_name!r} is.")
-            prompts = prompt_token_ids(asked, self.language_model.tokenizer)
-            self._require_size(asked, prompts)
+            prompts = prompt_token_ids(asked, self.language_model.tokenizer, self.settings.max_context_tokens)
+            return asked, prompts, self._require_size(asked, prompts)
         except ValueError as error:
             raise HTTPException(400, str(error)) from None
-        try:
-            texts = await self._unless_gone(request, self._texts(asked, prompts))
-        except (RuntimeError, ValueError) as error:
-            raise HTTPException(500, f"the model could not compute this: {str(error).splitlines()[0]}") from error
-        # Long answers are written beside the event loop, so that others are heard meanwhile.
-        return await asyncio.to_thread(self._answer, asked, texts)
 
-    def _answer(self, asked: CompletionRequest, texts: Sequence[ScoredText]) -> Response:
+    def _answer(self, asked: CompletionRequest, texts: Sequence[ScoredText]) -> bytes:
         num_prompt = sum(len(text.prompt) for text in texts)
         num_generated = sum(len(text.completion.token_ids) for text in texts)
         answer = {
@@ -120,7 +143,7 @@ class TeacherServer:
                 "total_tokens": num_prompt + num_generated,
             },
         }
-        return JSONResponse(answer)
+        return bytes(JSONResponse(answer).body)
 
     def _require_key(self, request: Request) -> None:
         if self.settings.api_key is None:
@@ -129,25 +152,31 @@ class TeacherServer:
         if not hmac.compare_digest(given, f"Bearer {self.settings.api_key}".encode()):
             raise HTTPException(401, "the API key is missing or wrong; send it as `Authorization: Bearer KEY`.")
 
-    async def _body(self, request: Request) -> bytes:
+    async def _read(self, request: Request, body: bytearray) -> None:
         """Counted while it comes: the header may be missing or lie."""
-        body, limit = bytearray(), self.settings.max_request_bytes
+        limit, seconds = self.settings.max_request_bytes, self.settings.request_seconds
         try:
-            async for piece in request.stream():
-                body += piece
-                if len(body) > limit:
-                    raise HTTPException(
-                        413,
-                        f"the request is larger than {limit / 2**20:g} MiB; send fewer prompts at once, "
-                        "or start the server with a larger --max-request-mib.",
-                        headers={"Connection": "close"},
-                    )
+            async with asyncio.timeout(seconds):
+                async for piece in request.stream():
+                    body += piece
+                    self.held_bytes += len(piece)
+                    if len(body) > limit:
+                        raise HTTPException(
+                            413,
+                            f"the request is larger than {limit / 2**20:g} MiB; send fewer prompts at once, "
+                            "or start the server with a larger --max-request-mib.",
+                            headers=_THEN_CLOSE,
+                        )
+                    if self.held_bytes > limit * MAX_REQUESTS_HELD:
+                        headers = _THEN_CLOSE | {"Retry-After": "1"}
+                        raise HTTPException(503, "the server holds too many large requests; send it again.", headers=headers)
         except ClientDisconnect:
             raise HTTPException(499, "the client has gone.") from None
-        return bytes(body)
+        except TimeoutError:
+            raise HTTPException(408, f"the request did not come within {seconds:g} seconds.", headers=_THEN_CLOSE) from None
 
-    def _require_size(self, asked: CompletionRequest, prompts: Sequence[Sequence[int]]) -> None:
-        """`ValueError` for prompts that the model cannot take or whose answer would be huge."""
+    def _require_size(self, asked: CompletionRequest, prompts: Sequence[Sequence[int]]) -> int:
+        """How many log-probs the answer may hold. `ValueError` for prompts that the model cannot take, or too many of them."""
         vocabulary, context = self.language_model.vocabulary, self.settings.max_context_tokens
         num_new = asked.num_new_tokens
         if len(prompts) > MAX_PROMPTS:
@@ -166,8 +195,16 @@ class TeacherServer:
                 f"the answer would hold up to {num_logprobs} log-probs, more than {MAX_LOGPROBS_PER_ANSWER}; "
                 "send fewer prompts at once, or ask for fewer log-probs at each position."
             )
+        return num_logprobs
 
     async def _texts(self, asked: CompletionRequest, prompts: Sequence[list[int]]) -> list[ScoredText]:
+        try:
+            return await self._scored(asked, prompts)
+        except (RuntimeError, ValueError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise HTTPException(500, f"the model could not compute this: {reason}") from error
+
+    async def _scored(self, asked: CompletionRequest, prompts: Sequence[list[int]]) -> list[ScoredText]:
         completions = await self._generate(asked, prompts)
         # The sampler's own log-probs are at its temperature: those at another one, and top tokens, take a scoring pass.
         sampled_at = asked.temperature or 1.0
@@ -193,12 +230,11 @@ class TeacherServer:
             job.is_given_up.set()  # and this ends it where it has begun
             raise
 
-    async def _unless_gone(self, request: Request, work: Coroutine[Any, Any, list[ScoredText]]) -> list[ScoredText]:
+    async def _unless_gone(self, request: Request, work: Coroutine[Any, Any, Result]) -> Result:
         """The result of `work`, which is given up when the client has gone: it may have sent its request again."""
         task = asyncio.create_task(work)
         while not (await asyncio.wait({task}, timeout=_SECONDS_BETWEEN_LOOKS))[0]:
-            if await request.is_disconnected():
-                task.cancel()
+            if await request.is_disconnected() and task.cancel():
                 raise HTTPException(499, "the client has gone.")
         return task.result()
 

@@ -13,13 +13,13 @@ from typing import NoReturn
 
 import click
 
-from rlad.language_model import EMBEDDED, context_tokens, load_language_model, load_model_config, pick_device, require_weights
+from rlad.language_model import context_tokens, load_language_model, load_model_config, pick_device
+from rlad.model_files import located, require_weights
 from rlad.teachers.completions_client import read_key
 
 KEY_VARIABLE = "RLAD_TEACHER_API_KEY"
 _DEFAULT_MAX_REQUEST_MIB = 16
 _DEFAULT_TOKENS_PER_BATCH = 16_384
-_MAX_OPEN_REQUESTS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ def teacher_section(name: str, url: str) -> str:
 def vllm_command(options: ServeOptions, port: int, *, is_cpu: bool) -> list[str]:
     """How vLLM is started. Log-probs are the model's own; sampling settings of the model's makers do not apply."""
     flags: dict[str, object] = {
-        "--model": EMBEDDED.get(options.model, options.model),
+        "--model": located(options.model),
         "--served-model-name": options.name,
         "--host": options.host,
         "--port": port,
@@ -173,6 +173,7 @@ def _run_own_server(options: ServeOptions, context: int | None, key: str | None,
     import uvicorn
 
     from rlad.serving import ServerSettings, make_app
+    from rlad.serving_limits import server_config
 
     language_model = load_language_model(options.model, dtype=options.dtype, device=options.device)
     tokens_per_batch = options.tokens_per_batch or _DEFAULT_TOKENS_PER_BATCH
@@ -190,11 +191,4 @@ def _run_own_server(options: ServeOptions, context: int | None, key: str | None,
             click.echo(ready)
             sys.stdout.flush()
 
-    config = uvicorn.Config(
-        make_app(language_model, settings),
-        log_level="warning",
-        access_log=False,
-        limit_concurrency=_MAX_OPEN_REQUESTS,
-        timeout_graceful_shutdown=5,
-    )
-    Server(config).run(sockets=[listening])
+    Server(server_config(make_app(language_model, settings))).run(sockets=[listening])

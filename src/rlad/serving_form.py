@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from rlad.rollouts import Completion
 from rlad.serving_worker import TokenScores
 
+MAX_CHARACTERS_PER_TOKEN = 100
+"""longer texts are not even read by the tokenizer, which takes its time with them"""
 MAX_TOP = 64
 """most tokens whose log-probs are told at one position"""
 
@@ -79,7 +81,7 @@ class CompletionRequest(BaseModel):
         return (self.temperature or 1.0) if self.temper_prompt_logprobs else 1.0
 
 
-def parse_request(body: bytes) -> CompletionRequest:
+def parse_request(body: bytes | bytearray) -> CompletionRequest:
     """`ValueError` with one sentence when the body is none."""
     try:
         return CompletionRequest.model_validate_json(body)
@@ -95,12 +97,14 @@ def parse_request(body: bytes) -> CompletionRequest:
         raise ValueError(f"{where}: {first['msg'][:1].lower()}{first['msg'][1:]}.") from None
 
 
-def prompt_token_ids(request: CompletionRequest, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The prompts of a request as token ids."""
+def prompt_token_ids(request: CompletionRequest, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[list[int]]:
+    """The prompts of a request as token ids. `ValueError` for a text that is far too long for so many tokens."""
     prompt: Any = request.prompt
     several: Any = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
     if not isinstance(several[0], str):
         return several
+    if (longest := max(map(len, several))) > max_tokens * MAX_CHARACTERS_PER_TOKEN:
+        raise ValueError(f"a prompt of {longest} characters is far more than the context of {max_tokens} tokens.")
     return [tokenizer(text, add_special_tokens=request.add_special_tokens)["input_ids"] for text in several]
 
 

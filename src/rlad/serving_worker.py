@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,6 @@ from rlad.language_model import LanguageModel
 from rlad.rollouts import Completion
 from rlad.sampling import sample
 from rlad.scoring import Scorer
-from rlad.tensors import default_chunk_tokens, float32_or_wider
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,20 +169,10 @@ def _num_tokens(job: Job) -> int:
 @torch.no_grad()
 def score_with_top(scorer: Scorer, token_ids: Sequence[int], num_top: int) -> TokenScores:
     """The scores of one text with ranks and the `num_top` most likely tokens; logits exist for a chunk of tokens at a time."""
-    model, head = scorer.model, scorer.head
-    ids = torch.tensor([token_ids], device=model.device)
-    with scorer.language_model.autocast():
-        if head is None:
-            states = model(input_ids=ids, use_cache=False).logits[0, :-1]
-        else:
-            states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
-    parts = []
-    embeddings: Any = model.get_input_embeddings()
-    chunk = default_chunk_tokens(embeddings.weight)
-    for rows, targets in zip(states.split(chunk), ids[0, 1:].split(chunk), strict=True):
-        logits = rows if head is None else head(rows.to(head.weight.dtype))
-        logprobs = (logits.to(float32_or_wider(logits.dtype)) / scorer.temperature).log_softmax(dim=-1)
-        chosen = logprobs.gather(1, targets[:, None])
+    parts, targets = [], torch.tensor(token_ids[1:], dtype=torch.long, device=scorer.model.device)[:, None]
+    for logits in scorer.logits_in_chunks(token_ids):
+        logprobs = logits.log_softmax(dim=-1)
+        chosen, targets = logprobs.gather(1, targets[: len(logits)]), targets[len(logits) :]
         ranks = (logprobs > chosen).sum(dim=1) + 1
         top_logprobs, top_ids = logprobs.topk(num_top, dim=1)
         parts.append((chosen.squeeze(1), ranks, top_ids, top_logprobs))

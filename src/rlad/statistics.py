@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 NUM_RESAMPLES = 2_000
 NUM_PERMUTATIONS = 9_999
@@ -137,6 +136,8 @@ def permutation_p_value(
     a, b = (_per_key(_table(values, keys).mean(axis=0)[None], keys)[0][0] for values in (method, other))
     if np.allclose(a, b, rtol=0, atol=1e-12):
         return 1.0
+    from scipy import stats  # takes most of a second
+
     test = stats.permutation_test(
         (a, b),
         lambda x, y, axis: (x - y).sum(axis=axis),

@@ -6,8 +6,11 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class StopRequested(Exception):
-    """Raised at a safe point after a signal: no weight is half updated there."""
+class StopRequested(BaseException):
+    """Raised at a safe point after a signal: no weight is half updated there.
+
+    Like `KeyboardInterrupt` it is no `Exception`, so that no library takes it for a failure of its own and goes on.
+    """
 
     def __init__(self, signal_number: int):
         self.signal_number = signal_number
@@ -19,11 +22,21 @@ class Stop:
 
     def __init__(self) -> None:
         self._signal: int | None = None
+        self._is_at_once = False
 
     def check(self) -> None:
         """Raise `StopRequested` if a signal has come."""
         if self._signal is not None:
             raise StopRequested(self._signal)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside the block a signal raises wherever it comes: for work that may be left half done, such as loading models."""
+        self._is_at_once = True
+        try:
+            yield
+        finally:
+            self._is_at_once = False
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
@@ -32,6 +45,8 @@ class Stop:
         def remember(number: int, frame: FrameType | None) -> None:
             self._signal = number
             restore()  # a second signal acts as it did before
+            if self._is_at_once:
+                raise StopRequested(number)
 
         def restore() -> None:
             for each, handler in former.items():

@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.text import Text
 
 from rlad.config_file import load_config
-from rlad.console import printable
-from rlad.run_dir import EVAL, RunDirectory
+from rlad.plain_text import printable
+from rlad.run_dir import EVAL, WARNINGS, RunDirectory
 from rlad.training import TrainResult
 
 
@@ -34,6 +34,8 @@ def _next_commands(result: TrainResult) -> list[tuple[str, str]]:
     ]
     if config.objective.type != "grpo":
         commands.append((f"rlad train {run} objective=grpo run_dir={run}-grpo", "the same run without the teacher"))
+    if warned := [row["name"].replace("_", " ") for row in RunDirectory(result.run_dir).read(WARNINGS)]:
+        commands.insert(0, (f"rlad doctor {run}", f"it was warned of: {', '.join(warned)}"))
     return commands
 
 

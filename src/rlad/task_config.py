@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from rlad.config_types import Positive, Section
 
@@ -67,9 +67,36 @@ class JsonlConfig(Section):
     """`exact`, `number`, `math`, or `import.path:function` of your own"""
     timeout_seconds: Positive = 5.0
     """a verifier that takes longer costs one completion"""
+    max_memory_gib: Positive = 4.0
+    """so does one that needs more, beyond what its process holds at its start (Linux)"""
 
 
-SingleTaskConfig = KnightsAndKnavesConfig | ArithmeticConfig | CountdownConfig | ReasoningGymConfig | JsonlConfig
+class _BenchmarkConfig(Section):
+    instructions: str = "Please reason step by step, and put your final answer within \\boxed{}."
+    """behind each question; may be empty"""
+
+
+class GSM8KConfig(_BenchmarkConfig):
+    """GSM8K's test set, for evaluation alone."""
+
+    type: Literal["gsm8k"] = "gsm8k"
+
+
+class AIME2025Config(_BenchmarkConfig):
+    """AIME 2025, I and II, for evaluation alone."""
+
+    type: Literal["aime2025"] = "aime2025"
+
+
+SingleTaskConfig = (
+    KnightsAndKnavesConfig
+    | ArithmeticConfig
+    | CountdownConfig
+    | ReasoningGymConfig
+    | JsonlConfig
+    | GSM8KConfig
+    | AIME2025Config
+)
 
 
 class SeveralTasksConfig(Section):
@@ -83,14 +110,17 @@ class SeveralTasksConfig(Section):
 
 
 TaskConfig = SingleTaskConfig | SeveralTasksConfig
+_ANY_TASK: TypeAdapter[TaskConfig] = TypeAdapter(Annotated[TaskConfig, Field(discriminator="type")])
 
 
 def with_changes(task: TaskConfig, changes: dict[str, Any], where: str) -> TaskConfig:
-    """A task with some settings changed; of several, those tasks alone that `changes` names.
+    """A task with some settings changed; of several, those tasks alone that `changes` names. With another `type` it is that
+    task, and nothing of the first.
 
     Raises `ValueError` with one sentence about the key below `where` that does not fit.
     """
-    if isinstance(task, SeveralTasksConfig):
+    is_another = changes.get("type", task.type) != task.type
+    if isinstance(task, SeveralTasksConfig) and not is_another:
         named = changes.get("tasks") if set(changes) == {"tasks"} else None
         are_settings = isinstance(named, dict) and all(isinstance(changed, dict) for changed in named.values())
         if not (named and are_settings and named.keys() <= task.tasks.keys()):
@@ -101,8 +131,11 @@ def with_changes(task: TaskConfig, changes: dict[str, Any], where: str) -> TaskC
         tasks = {name: with_changes(task.tasks[name], changed, f"{where}.tasks.{name}") for name, changed in named.items()}
         return SeveralTasksConfig.model_validate({"tasks": tasks})
     try:
+        if is_another:
+            return _ANY_TASK.validate_python(changes)
         return type(task).model_validate(task.model_dump() | changes)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, (where, *first["loc"])))
-        raise ValueError(f"{key} does not fit a task of type {task.type!r}: {first['msg']}") from None
+        named_type = changes.get("type", task.type)
+        key = ".".join(str(part) for part in (where, *first["loc"]) if part != named_type)
+        raise ValueError(f"{key} does not fit a task of type {named_type!r}: {first['msg']}") from None

@@ -66,7 +66,7 @@ def _server_url(url: str) -> str:
         is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:  # a port that is no number
         is_address = False
-    if not is_address or any(character.isspace() for character in url):
+    if not is_address or not url.isprintable() or " " in url:
         raise ValueError("it must be an address such as http://127.0.0.1:8000/v1")
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise ValueError(
@@ -147,13 +147,28 @@ class SeveralTeachersConfig(Section):
 
 
 class PrivilegedTeacherConfig(Section):
-    """A teacher that sees more than the student: the reference answer, a hint, a correct solution of the same group."""
+    """A teacher with a prompt of its own: it sees more than the student (the reference answer, a hint, a correct solution of
+    the same group), or the same in another form (its own chat template, thinking on).
+    """
 
     type: Literal["privileged"]
     teacher: "TeacherConfig"
     """the teacher that is shown it; with `ema` a student teaches itself"""
     template: str = "The correct answer to the following is: {answer}\n\n{prompt}"
     """its prompt; {prompt}, {answer}, {peer_solution}, and {name} for each entry of the problem's metadata"""
+    chat_template: Literal["student", "teacher"] = "student"
+    """whose chat template makes the conversation a text; the tokens are the student's"""
+    system_prompt: Annotated[str, Field(min_length=1)] | None = None
+    """in place of rollout.system_prompt"""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """in place of rollout.chat_template_kwargs, such as { enable_thinking = true }"""
+    end_token: str | None = None
+    """the teacher's own, such as "<|im_end|>": scored where the student ended with its own"""
+
+    @property
+    def has_own_form(self) -> bool:
+        """Whether its prompts differ from the student's though the template may show nothing more."""
+        return self.chat_template == "teacher" or self.system_prompt is not None or self.chat_template_kwargs is not None
 
     @field_validator("template")
     @classmethod
@@ -229,6 +244,30 @@ def what_it_answers(section: Any) -> Any:
         return section
     left_out = _MEANS if "type" in section else ()
     return {key: what_it_answers(value) for key, value in section.items() if key not in left_out}
+
+
+def require_shardable(teacher: Any) -> None:
+    """`ValueError` unless several processes can hold the teacher together, each a share of every weight."""
+    if not isinstance(teacher, LocalTeacherConfig):
+        raise ValueError(
+            f"engine.trl.teacher_is_sharded splits a teacher of type 'local' over the processes, and this one is "
+            f"{teacher.type!r}; leave it out"
+        )
+    for name in ("device", "keep", "quantization"):
+        if (value := getattr(teacher, name)) != (needed := LocalTeacherConfig.model_fields[name].default):
+            raise ValueError(
+                f"teacher.{name} = {value!r} is not for engine.trl.teacher_is_sharded, by which each process keeps its share "
+                f"of the weights as they are on its own device; set {needed!r}, or leave teacher_is_sharded out"
+            )
+
+
+def require_standing_still(teacher: Any) -> None:
+    """`ValueError` for a teacher that follows the student by steps of its own, or holds one that does."""
+    if any(one.type == "ema" and one.update_rate < 1 for one in with_those_inside(teacher)):
+        raise ValueError(
+            "a teacher of type 'ema' moves with the student, which the native engine alone offers; use engine.type = 'native', "
+            "or another teacher"
+        )
 
 
 def _local_by_default(section: Any) -> Any:

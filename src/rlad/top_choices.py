@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlad.language_model import LanguageModel
-from rlad.scoring import TokenIds, linear_head
+from rlad.scoring import Scorer, TokenIds
 
 NUM_CHOICES = 5
 _CHUNK_TOKENS = 256
@@ -28,24 +28,20 @@ class TopChoices:
 def compare_top_choices(
     student: LanguageModel, teacher: LanguageModel, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]
 ) -> TopChoices | None:
-    """One completion at a time, its logits in chunks of tokens. None where a model's logits are more than an output layer's.
+    """One completion at a time, its logits in chunks of tokens. None without tokens.
 
     A token that only one of the two knows, as their vocabularies are padded to different sizes, is no choice and ends a
     completion.
     """
-    models, heads = (student, teacher), [linear_head(one.model) for one in (student, teacher)]
-    if any(head is None for head in heads):
-        return None
+    scorers = [Scorer(model, temperature=1.0, tokens_per_batch=1) for model in (student, teacher)]
     vocabulary = min(student.vocabulary, teacher.vocabulary)
     same: list[Tensor] = []
     shared: list[Tensor] = []
     for prompt, whole in zip(prompts, completions, strict=True):
-        completion = list(takewhile(lambda token: token < vocabulary, whole))
-        hidden = [_hidden_states(model, prompt, completion) for model in models]
-        for parts in zip(*(states.split(_CHUNK_TOKENS) for states in hidden), strict=True):
-            ours, theirs = (
-                _choices(model, head, part, vocabulary) for model, head, part in zip(models, heads, parts, strict=True)
-            )
+        text = [*prompt, *takewhile(lambda token: token < vocabulary, whole)]
+        chunks = [scorer.logits_in_chunks(text, start=len(prompt), chunk_tokens=_CHUNK_TOKENS) for scorer in scorers]
+        for logits in zip(*chunks, strict=True):
+            ours, theirs = (_choices(part[:, :vocabulary]) for part in logits)
             same.append(ours[:, 0] == theirs[:, 0])
             shared.append((ours[:, :, None] == theirs[:, None, :]).any(dim=2).float().mean(dim=1))
     if not sum(map(len, same)):
@@ -53,16 +49,6 @@ def compare_top_choices(
     return TopChoices(float(torch.cat(same).float().mean()), float(torch.cat(shared).mean()))
 
 
-def _hidden_states(model: LanguageModel, prompt: TokenIds, completion: TokenIds) -> Tensor:
-    """`[token, hidden]`: those that predict the completion's tokens."""
-    ids = torch.tensor([[*prompt, *completion]], device=model.model.device)
-    with model.autocast():
-        return model.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, len(prompt) - 1 : -1]
-
-
-def _choices(model: LanguageModel, head: torch.nn.Linear | None, hidden: Tensor, vocabulary: int) -> Tensor:
+def _choices(logits: Tensor) -> Tensor:
     """`[token, NUM_CHOICES]`, most likely first."""
-    assert head is not None
-    with model.autocast():
-        logits = head(hidden)[:, :vocabulary]
-    return logits.float().topk(min(NUM_CHOICES, vocabulary)).indices.cpu()
+    return logits.topk(min(NUM_CHOICES, logits.shape[1])).indices.cpu()

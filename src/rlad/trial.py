@@ -164,7 +164,7 @@ class _Decoding:
 
 def _prompts(config: RunConfig, student: LanguageModel, task: Task, number: int) -> list[tuple[str, list[int]]]:
     problems = [task.problem("train", i, seed=config.seed) for i in range(number)]
-    return [(p.prompt, prompt_token_ids(student.tokenizer, p.prompt, config.rollout.prompt_format)) for p in problems]
+    return [(p.prompt, prompt_token_ids(student.tokenizer, p.asked, config.rollout)) for p in problems]
 
 
 def _sample(config: RunConfig, student: LanguageModel, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[Any]:

@@ -1,18 +1,14 @@
 """What a trial says about a run, in sentences; and when it is a warning."""
 
 from rlad.config import TRAINED_BY_TRL, RunConfig
+from rlad.guards import LARGE_GATED_SHARE, LARGE_LOG_RATIO
 from rlad.memory_estimate import single_teachers
 from rlad.teachers.compatibility import Finding
 from rlad.top_choices import NUM_CHOICES
 from rlad.trial import StepSeconds, TeacherTrial, Trial
 
-# Of half the tokens, so that the few on which a good teacher disagrees strongly do not count. Student and teacher of one
-# family differ by some hundredths or tenths of a nat there; unrelated vocabularies or prompt formats give several nats.
-LARGE_LOG_RATIO = 1.0
 # Below what rounding to bfloat16 moves log-probs by, two models cannot be told apart.
 SMALL_LOG_RATIO = 0.01
-# Gates are meant for the tokens on which teacher and reward disagree, the minority for a teacher that knows the task.
-LARGE_GATED_SHARE = 0.5
 
 
 def describe_trial(trial: Trial, config: RunConfig) -> list[Finding]:

@@ -7,7 +7,7 @@ from typing import Any
 from rlad.config import Annealed, OptimizationConfig, RolloutConfig, RunConfig
 from rlad.config_file import changed_settings
 from rlad.engines.verl_objective import NAMES, VARIABLE, objective_json
-from rlad.language_model import EMBEDDED
+from rlad.model_files import located
 from rlad.teacher_config import LocalTeacherConfig
 
 AGGREGATION = {"sequence_mean": "seq-mean-token-mean", "token_mean": "token-mean", "constant_length": "seq-mean-token-sum-norm"}
@@ -108,6 +108,7 @@ def _data(config: RunConfig, prompt_tokens: int) -> dict[str, Any]:
         "data.shuffle": False,
         "data.seed": config.seed,
         "data.truncation": "error",
+        **{f"+data.apply_chat_template_kwargs.{name}": value for name, value in config.rollout.chat_template_kwargs.items()},
         "reward.custom_reward_function.path": "pkg://rlad.engines.verl_reward",
         "reward.custom_reward_function.name": "compute_score",
         "+reward.custom_reward_function.reward_kwargs.config": InFolder("config.toml"),
@@ -226,7 +227,7 @@ def _trainer(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
 
 def model_path(name: str) -> str:
     """Where every node finds a model: an absolute folder, or its Hugging Face name as it is."""
-    path = Path(EMBEDDED.get(name, name))
+    path = Path(located(name))
     return str(path.resolve()) if path.is_dir() else name
 
 
@@ -251,7 +252,7 @@ def without_equivalent(config: RunConfig) -> list[str]:
         if loop.num_steps % per_batch:
             notes.append(f"optimization.num_steps = {loop.num_steps} is rounded up to whole rollout batches.")
     defaults = OptimizationConfig(), RolloutConfig()
-    for name in ("max_seconds", "max_teacher_tokens"):
+    for name in ("max_seconds", "max_teacher_tokens", "max_skipped_steps"):
         if getattr(loop, name) != getattr(defaults[0], name):
             notes.append(f"optimization.{name} = {getattr(loop, name)} is not carried over: verl has no such limit.")
     if rollout.max_batch_rows != defaults[1].max_batch_rows:

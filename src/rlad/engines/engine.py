@@ -5,10 +5,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
+from rlad.engines.skipped_steps import SkippedBatch
 from rlad.language_model import LanguageModel
 from rlad.metrics import Metrics
 from rlad.rollouts import RolloutGroup
@@ -23,12 +24,24 @@ class StepResult:
     groups: Sequence[RolloutGroup]
     imitation: Mapping[int, Any] | None = None
     """of the first group: rollout -> what the step did with each of its tokens (`rlad.imitation`)"""
+    skipped: SkippedBatch | None = None
+    """the batch of a step that was skipped, since its loss or gradient was not finite"""
+
+
+ResumePoint = Literal["step", "rollouts"]
+"""between two steps; or with the rollouts of the next step, on which none has been made yet"""
 
 
 class Engine(Protocol):
     step: int
     """optimiser steps made so far"""
+
     student: LanguageModel
+
+    @property
+    def resume_point(self) -> ResumePoint | None:
+        """What kind of moment the present one is, if a run can go on from it; None if it cannot."""
+        ...
 
     def run(self, after_step: Callable[[StepResult], bool]) -> None:
         """Make optimiser steps until the run's last one, or until `after_step`, which is told of each, answers False."""

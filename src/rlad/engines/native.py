@@ -7,6 +7,7 @@ step, its weights, its optimiser and, between the mini-batches of one rollout ba
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,20 @@ from rlad.advantages import group_advantages
 from rlad.aggregate import aggregate, denominator
 from rlad.batch import LossInputs
 from rlad.config import GRPOConfig, OPDConfig, OPDThenGRPOConfig, RunConfig
-from rlad.engines.engine import StepResult, peak_memory
+from rlad.engines.engine import ResumePoint, StepResult, peak_memory
 from rlad.engines.knobs import at_step, objective_knobs, taken_by
-from rlad.engines.native_state import restore_engine, save_engine
+from rlad.engines.native_state import batch_tensors, restore_engine, save_engine
+from rlad.engines.overlap import AskedAhead, asking_ahead
 from rlad.engines.roll_out import roll_out, timed
 from rlad.engines.rollout_batch import RolloutBatch, by_rollout, missing_share, padded, score_rows, teacher_requests
+from rlad.engines.skipped_steps import SKIPPED, SkippedBatch, drop_gradient, metrics_of_skipped, require_sound_weights
 from rlad.errors import RunFailedError
 from rlad.imitation import imitation_of
 from rlad.language_model import LanguageModel
 from rlad.metrics import Metrics, TokenStats, rollout_metrics
 from rlad.objectives import OBJECTIVES, Objective, token_loss
 from rlad.objectives.opd_then_grpo import phase_at
+from rlad.rollouts import RolloutGroup
 from rlad.scoring import CompletionScores, Scorer
 from rlad.seeds import stream_seed
 from rlad.tasks import Task, Verdict
@@ -85,6 +89,7 @@ class NativeEngine:
         while self.step < self.config.optimization.num_steps:
             if self.pending is None:
                 self.pending = self.make_rollout_batch(self.step // per_batch)
+                self.before_work()
             batch, part = self.pending, self.step % per_batch
             started = time.monotonic()
             prompts = self._minibatch(batch.index, part)
@@ -94,13 +99,19 @@ class NativeEngine:
             self.step += 1
             if part == per_batch - 1:
                 self.pending = None
-            yield StepResult(self.step, metrics, [batch.groups[i] for i in prompts], batch.imitation)
+            skipped = SkippedBatch(batch.groups, batch_tensors(batch)) if metrics[SKIPPED] else None
+            yield StepResult(self.step, metrics, [batch.groups[i] for i in prompts], batch.imitation, skipped)
 
     def run(self, after_step: Callable[[StepResult], bool]) -> None:
         """Optimiser steps until `num_steps`, or until `after_step`, which is told of each, answers False."""
         for result in self.steps():
             if not after_step(result):
                 break
+
+    @property
+    def resume_point(self) -> ResumePoint:
+        is_new = self.pending is not None and self.step % self.config.optimization.steps_per_rollout_batch == 0
+        return "rollouts" if is_new else "step"
 
     def save(self, folder: Path, *, run_digest: str) -> None:
         save_engine(self, folder, run_digest=run_digest)
@@ -126,31 +137,28 @@ class NativeEngine:
 
     def make_rollout_batch(self, index: int) -> RolloutBatch:
         """Sample, reward, advantage; then what the objective needs from teacher, reference and old policy."""
-        rollout = self.config.rollout
+        size = self.config.rollout.prompts_per_batch
+        row = OBJECTIVES[self.objective_of(index).type]
         seconds: Metrics = {}
-        indices = range(index * rollout.prompts_per_batch, (index + 1) * rollout.prompts_per_batch)
-        groups = roll_out(
-            self.config,
-            self.task,
-            indices,
-            writer=self.student,
-            student=self.student,
-            seed=stream_seed(self.config.seed, "rollouts", index),
-            seconds=seconds,
-            before_work=self.before_work,
-        )
-        rewards = torch.tensor([r.reward for group in groups for r in group.rollouts], dtype=torch.float64)
-        judged = torch.tensor([r.verdict != Verdict.CANNOT_JUDGE for group in groups for r in group.rollouts])
-        scale = self.config.optimization.advantage_scale
-        batch = RolloutBatch(
-            index, groups, group_advantages(rewards, rollout.group_size, scale=scale, judged=judged), seconds=seconds
-        )
-        row, rows = OBJECTIVES[self.objective_of(index).type], self._rows_that_train(batch)
-        if row.needs_teacher:
-            assert self.teacher is not None
-            with timed(seconds, "time/teacher/seconds"):
-                batch.teacher_logprobs = by_rollout(self._ask_teacher(batch, rows), batch, rows)
-            batch.counts |= {"teacher/tokens/count": sum(map(len, batch.teacher_logprobs))} | self.teacher.pop_metrics()
+        with asking_ahead(self.teacher if row.needs_teacher else None, seconds) as ahead:
+            groups = roll_out(
+                self.config,
+                self.task,
+                range(index * size, (index + 1) * size),
+                writer=self.student,
+                student=self.student,
+                seed=stream_seed(self.config.seed, "rollouts", index),
+                seconds=seconds,
+                before_work=self.before_work,
+                after_group=partial(self._ask_ahead, ahead, index),
+            )
+            batch = self._with_advantages(index, groups, seconds)
+            rows = self._rows_that_train(batch)
+            if row.needs_teacher:
+                assert self.teacher is not None
+                with timed(seconds, "time/teacher/seconds"):
+                    batch.teacher_logprobs = by_rollout(self._ask_teacher(batch, rows, ahead), batch, rows)
+                batch.counts |= {"teacher/tokens/count": sum(map(len, batch.teacher_logprobs))} | self.teacher.pop_metrics()
         if self.reference_scorer is not None:
             with timed(seconds, "time/reference/seconds"):
                 batch.reference_logprobs = score_rows(self.reference_scorer.score, batch, rows)
@@ -161,14 +169,33 @@ class NativeEngine:
             batch.token_advantages = self._token_advantages(row, batch)
         return batch
 
-    def _ask_teacher(self, batch: RolloutBatch, rows: Sequence[int]) -> list[Tensor]:
+    def _with_advantages(self, index: int, groups: list[RolloutGroup], seconds: Metrics) -> RolloutBatch:
+        rewards = torch.tensor([r.reward for group in groups for r in group.rollouts], dtype=torch.float64)
+        judged = torch.tensor([r.verdict != Verdict.CANNOT_JUDGE for group in groups for r in group.rollouts])
+        scale, size = self.config.optimization.advantage_scale, self.config.rollout.group_size
+        return RolloutBatch(index, groups, group_advantages(rewards, size, scale=scale, judged=judged), seconds=seconds)
+
+    def _ask_ahead(self, ahead: AskedAhead | None, index: int, number: int, group: RolloutGroup) -> None:
+        """Ask the teacher about a group of a batch, while others of it are still written."""
+        if ahead is None:
+            return
+        with timed(ahead.seconds, "time/teacher/seconds"):
+            batch, first = self._with_advantages(index, [group], {}), number * self.config.rollout.group_size
+            rows = self._rows_that_train(batch)
+            ahead.ask([first + i for i in rows], teacher_requests(batch, rows, self.task, seed=self.config.seed))
+
+    def _ask_teacher(self, batch: RolloutBatch, rows: Sequence[int], ahead: AskedAhead | None = None) -> list[Tensor]:
         """The teacher's log-probs of some rollouts; what lacks too many of them is asked for once more.
 
         Raises `RunFailedError` when too many are missing then too.
         """
         assert self.teacher is not None
-        requests = teacher_requests(batch, rows, self.task, seed=self.config.seed)
-        scores, most = self.teacher.logprobs(requests), self.config.optimization.max_missing_teacher_share
+        if ahead is None:
+            requests = teacher_requests(batch, rows, self.task, seed=self.config.seed)
+            scores = self.teacher.logprobs(requests)
+        else:
+            requests, scores = ahead.answers(rows)
+        most = self.config.optimization.max_missing_teacher_share
         if missing_share(scores) > most:
             again = [i for i, values in enumerate(scores) if not values.isfinite().all()]
             for i, values in zip(again, self.teacher.logprobs([requests[i] for i in again]), strict=True):
@@ -220,34 +247,36 @@ class NativeEngine:
     def update(self, batch: RolloutBatch, prompts: Sequence[int]) -> Metrics:
         """One optimiser step on the groups `prompts` of a batch; returns its metrics.
 
-        Raises `ValueError`, before the weights change, when loss or gradient is not finite or the teacher gave nothing.
+        When loss or gradient is not finite the step is skipped: weights, moments and teacher stay as they are, and the
+        learning rate goes on, which is a function of the step's number.
         """
         group_size = self.config.rollout.group_size
         wanted = [i for p in prompts for i in range(p * group_size, (p + 1) * group_size)]
         stats = TokenStats()
         loss = self.accumulate_gradient(batch, wanted, stats)
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optimization.max_grad_norm))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise RunFailedError(
-                f"step {self.step + 1}: loss {loss} and gradient norm {norm} must be finite, so the weights were left as they "
-                "are; start a new run with a lower optimization.learning_rate, or with objective.teacher_log_ratio_clip = 1.0."
-            )
+        is_skipped = not (math.isfinite(loss) and math.isfinite(norm))
         metrics = rollout_metrics([batch.groups[i] for i in prompts]) | stats.summary()
         metrics |= {
             "optimization/loss": loss,
             "optimization/gradient_norm": norm,
             "optimization/learning_rate": float(self.scheduler.get_last_lr()[0]),
+            SKIPPED: 0.0,
         }
+        if is_skipped:
+            drop_gradient(self.parameters)
+            metrics, batch.imitation = metrics_of_skipped(metrics), {}
         self.optimizer.step()
         self.scheduler.step()
-        if self.teacher is not None:
+        if self.teacher is not None and not is_skipped:
             self.teacher.after_step()
         return metrics
 
     def accumulate_gradient(self, batch: RolloutBatch, wanted: Sequence[int], stats: TokenStats) -> float:
         """Set the gradient to that of the loss over the rollouts `wanted`, and return the loss.
 
-        The denominator is that of all of them, so neither micro-batches nor left-out rows change the result.
+        The denominator is that of all of them, so neither micro-batches nor left-out rows change the result. The loss is NaN
+        where the student's own log-probs are not finite.
         """
         loop, objective = self.config.optimization, self.objective_of(batch.index)
         knobs = taken_by(OBJECTIVES[objective.type].function, objective_knobs(objective, self.step))
@@ -266,6 +295,10 @@ class NativeEngine:
             self.before_work()
             part = [rows[i] for i in micro]
             scores = self.scorer([prompts[i] for i in part], [completions[i] for i in part])
+            if not torch.isfinite(scores.logprobs).all():
+                require_sound_weights(self.step + 1, self.parameters)
+                total = math.nan
+                break
             inputs = self._loss_inputs(batch, part, scores)
             losses, token_stats = token_loss(objective.type, inputs, knobs=knobs, kl_coef=kl_coef)
             loss = aggregate(losses, inputs.trained, mode=loop.aggregation, denominator=whole)
@@ -281,11 +314,6 @@ class NativeEngine:
 
     def _loss_inputs(self, batch: RolloutBatch, part: Sequence[int], scores: CompletionScores) -> LossInputs:
         """The tensors of the rollouts `part`, given the student's scores of them."""
-        if not torch.isfinite(scores.logprobs).all():
-            raise RunFailedError(
-                f"step {self.step + 1}: the student's own log-probs are not finite; its weights are broken: start a new "
-                "run with a lower optimization.learning_rate, from an earlier checkpoint as student.model."
-            )
 
         def chosen(values: list[Tensor] | None) -> Tensor | None:
             return None if values is None else padded([values[i] for i in part], scores.logprobs)

@@ -5,6 +5,8 @@ everything else is JSON. Randomness and the position in the data are functions o
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,8 +66,26 @@ def save_engine(engine: "NativeEngine", folder: Path, *, run_digest: str) -> Non
         batch = engine.pending
         groups = [group.to_json() for group in batch.groups]
         state["pending"] = {"index": batch.index, "groups": groups, "seconds": batch.seconds, "counts": batch.counts}
-        save_file(_batch_tensors(batch), folder / PENDING)
+        save_file(batch_tensors(batch), folder / PENDING)
     (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
+
+
+def read_state(folder: Path, *keys: str, run_digest: str) -> dict[str, Any]:
+    """What a checkpoint says of each key. `ValueError` when it cannot be read, lacks one of them, or is of another run."""
+    with _readable():
+        saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        run, state = saved["run"], {key: saved[key] for key in keys}
+    if run != run_digest:
+        raise ValueError("it belongs to another run, whose config differs from this run directory's config.toml.")
+    return state
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"its state cannot be read ({error}).") from None
 
 
 def restore_engine(engine: "NativeEngine", folder: Path, *, run_digest: str) -> None:
@@ -73,15 +93,11 @@ def restore_engine(engine: "NativeEngine", folder: Path, *, run_digest: str) -> 
 
     Raises `ValueError` when the checkpoint is not one of ours, is damaged or of another run, or had another teacher.
     """
-    try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    state = read_state(folder, "step", "scheduler", "teacher", "teacher_moves", "pending", run_digest=run_digest)
+    with _readable():
         tensors = load_file(folder / OPTIMIZER)
         pending = load_file(folder / PENDING) if state["pending"] else {}
         teacher = load_file(folder / TEACHER) if state["teacher_moves"] else {}
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(f"its state cannot be read ({error}).") from None
-    if state["run"] != run_digest:
-        raise ValueError("it belongs to another run, whose config differs from this run directory's config.toml.")
     identity = getattr(engine.teacher, "identity", None)
     if state["teacher"] != identity:
         raise ValueError(f"it was trained with teacher {state['teacher']!r}, not {identity!r}.")
@@ -104,7 +120,8 @@ def restore_engine(engine: "NativeEngine", folder: Path, *, run_digest: str) -> 
 _SCORES = ("teacher_logprobs", "reference_logprobs", "old_logprobs", "token_advantages")
 
 
-def _batch_tensors(batch: RolloutBatch) -> dict[str, Tensor]:
+def batch_tensors(batch: RolloutBatch) -> dict[str, Tensor]:
+    """Advantages and scores by name, rollouts one behind the other, and of each score the lengths of its rows."""
     tensors = {"advantages": batch.advantages}
     for name in _SCORES:
         rows = getattr(batch, name)

@@ -5,19 +5,19 @@ several devices, vLLM, checkpoints and trackers are TRL's.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from rlad.advantages import group_advantages
 from rlad.aggregate import aggregate
 from rlad.batch import LossInputs
 from rlad.engines.knobs import objective_knobs
+from rlad.engines.ranks import ALONE, Ranks
+from rlad.engines.trl_advantages import advantages_from, logged_rewards
 from rlad.engines.trl_config import RLADConfig
 from rlad.engines.trl_metrics import WindowStats, over_processes
 from rlad.engines.trl_teacher import ProblemOf, as_teacher, ask_teacher, requests_for
@@ -36,6 +36,7 @@ class RLADTrainer(GRPOTrainer):
     model: Any
     num_generations: int
     max_completion_length: int
+    ranks: Ranks = ALONE
 
     def __init__(
         self,
@@ -54,7 +55,8 @@ class RLADTrainer(GRPOTrainer):
         row = OBJECTIVES[args.objective_config.type]
         if row.needs_teacher and teacher is None:
             raise ValueError(f"objective {args.objective_config.type!r} needs a teacher; pass teacher=..., or use 'grpo'.")
-        if args.beta and isinstance(model, PreTrainedModel) and not is_peft_model(model) and not model.config.name_or_path:
+        is_whole = isinstance(model, PreTrainedModel) and settings.get("peft_config") is None
+        if args.beta and is_whole and not model.config.name_or_path:
             raise ValueError(
                 f"beta = {args.beta} needs the initial student as the reference, which TRL loads from where the student came "
                 "from, and this one was made in memory; save it and pass the folder, or set beta = 0."
@@ -64,7 +66,9 @@ class RLADTrainer(GRPOTrainer):
             raise ValueError("RLADTrainer trains on text alone; pass a tokenizer as processing_class.")
         if self.aux_loss_enabled:
             raise ValueError("RLADTrainer has no place for a router's auxiliary loss; set router_aux_loss_coef = 0.")
-        self.teacher = as_teacher(teacher, args, self._tokenizer, self.accelerator.device) if row.needs_teacher else None
+        self.teacher = None
+        if row.needs_teacher:
+            self.teacher = as_teacher(teacher, args, self._tokenizer, self.accelerator, student=self.model)
         self.problem_of = problem_of
         self.windows = {mode: WindowStats(self.accelerator) for mode in ("train", "eval")}
 
@@ -82,9 +86,10 @@ class RLADTrainer(GRPOTrainer):
 
         `counted` tokens are those that the denominator counts: all of the mask that the teacher did not leave without a value.
         """
-        batch = super()._generate_and_score_completions(inputs)
+        with logged_rewards(self._logs) as rewards:
+            batch = super()._generate_and_score_completions(inputs)
         if self.args.advantages == "rlad":
-            self._replace_advantages(batch)
+            self._replace_advantages(batch, rewards)
         counted = _mask(batch)
         if self.teacher is not None:
             asked = counted & ~self._is_idle(batch)[:, None]
@@ -110,24 +115,19 @@ class RLADTrainer(GRPOTrainer):
         assert self.teacher is not None
         started = time.monotonic()
         requests, most = requests_for(batch, asked, rows, self.problem_of), self.args.max_missing_teacher_share
-        result = ask_teacher(self.teacher, requests, asked, self.accelerator, most_missing=most)
+        result = ask_teacher(self.teacher, requests, asked, self.accelerator, most_missing=most, ranks=self.ranks)
         num_tokens = float(over_processes(self.accelerator, asked.sum()))
-        seconds = time.monotonic() - started
-        own = {"time/teacher/seconds": seconds, "teacher/tokens/count": num_tokens} | self.teacher.pop_metrics()
-        for key, value in own.items():
+        own = {"time/teacher/seconds": time.monotonic() - started, "teacher/tokens/count": num_tokens}
+        for key, value in (own | self.teacher.pop_metrics()).items():
             self._metrics[self.mode][key].append(value)
         return result
 
-    def _replace_advantages(self, batch: dict[str, Any]) -> None:
+    def _replace_advantages(self, batch: dict[str, Any], rewards: Mapping[str, Sequence[float]]) -> None:
         """Advantages as the native engine makes them; a completion that no reward function judged leaves the mask."""
-        size = len(batch["advantages"])
+        size, group_size = len(batch["advantages"]), self.num_generations if self.mode == "train" else self.num_generations_eval
         num_rows, first = size * self.accelerator.num_processes, size * self.accelerator.process_index
-        columns = [list(self._logs["rewards"][name])[-num_rows:] for name in self.reward_func_names]
-        each = torch.tensor(columns, dtype=torch.float64).T
-        judged = each.isfinite().any(dim=1)
-        rewards = (each * self.reward_weights.double()).nansum(dim=1)
-        scale = "none" if self.scale_rewards == "none" else "std"
-        advantages = group_advantages(rewards, self.num_generations, scale=scale, judged=judged)
+        scale = {"num_rows": num_rows, "group_size": group_size, "scale": self.scale_rewards}
+        advantages, judged = advantages_from(rewards, self.reward_func_names, self.reward_weights, **scale)
         batch["advantages"] = advantages[first : first + size].to(batch["advantages"])
         if OBJECTIVES[self.args.objective_config.type].uses_reward:
             mask = batch.get("tool_mask", batch["completion_mask"])
@@ -142,11 +142,9 @@ class RLADTrainer(GRPOTrainer):
         width = inputs["completion_ids"].size(1)
         logprobs, entropy, *_ = self._get_per_token_logps_and_entropies(model, ids, attention, width, compute_entropy=True)
         if not torch.isfinite(logprobs.detach()[_mask(inputs)]).all():
-            raise RunFailedError(
-                f"step {self.state.global_step + 1}: the student's own log-probs are not finite; its weights are broken: start "
-                "again with a lower learning_rate."
-            )
+            self.found_broken_logprobs()
         teacher, reference, old = (inputs[name].to(logprobs) if name in inputs else None for name in SCORED)
+        weights = inputs.get("importance_sampling_ratio")
         batch = LossInputs(
             student_logprobs=logprobs,
             old_logprobs=logprobs.detach() if old is None else old,
@@ -154,17 +152,19 @@ class RLADTrainer(GRPOTrainer):
             mask=_mask(inputs),
             teacher_logprobs=teacher,
             reference_logprobs=reference if self.beta else None,
+            # [batch, 1] where vllm_importance_sampling_mode speaks of sequences
+            rollout_weights=None if weights is None else weights.to(logprobs).expand_as(logprobs),
         )
         objective = self.args.objective_config
         knobs = objective_knobs(objective, self.state.global_step)
         losses, stats = token_loss(objective.type, batch, knobs=knobs, kl_coef=self.beta)
-        if "importance_sampling_ratio" in inputs:
-            # The rollout weight is for the surrogate, not for the KL leash.
-            surrogate, _ = token_loss(objective.type, batch, knobs=knobs)
-            losses = losses + (inputs["importance_sampling_ratio"] - 1) * surrogate
         whole = self._denominator(inputs)
         self._record(batch, inputs, entropy, stats)
         return aggregate(losses, batch.trained, mode=self.args.aggregation, denominator=whole)
+
+    def found_broken_logprobs(self) -> None:
+        what = f"step {self.state.global_step + 1}: the student's own log-probs are not finite"
+        raise RunFailedError(f"{what}; its weights are broken: start again with a lower learning_rate.")
 
     def _denominator(self, inputs: dict[str, Any]) -> float:
         """TRL's: of the whole optimiser step, for the part of one process, since gradients are averaged over processes.

@@ -36,6 +36,12 @@ REPLACED: dict[str, tuple[Any, str]] = {
 
 
 Advantages = Literal["trl", "rlad"]
+_NOT_OURS = {
+    "scale_rewards": ("batch", "divide by a deviation within the group; use 'group' or 'none'"),
+    "multi_objective_aggregation": ("normalize_then_sum", "compare weighted sums of rewards; use 'sum_then_normalize'"),
+    "num_generations_eval": (1, "compare completions of one prompt; use at least 2"),
+}
+"""Values that advantages="rlad" has no place for: what those advantages do, and what to use."""
 
 
 class _Holder(Section):
@@ -64,6 +70,12 @@ class RLADConfig(GRPOConfig):
     )
     teacher_tokens_per_batch: int = field(
         default=16_384, metadata={"help": "Most tokens (padding included) in one forward pass of a local teacher."}
+    )
+    teacher_is_sharded: bool = field(
+        default=False,
+        metadata={
+            "help": "Split a teacher given as a model or its name over the processes (FSDP2), instead of a replica each."
+        },
     )
     teacher_dtype: str = field(default="float32", metadata={"help": "Of the weights of a teacher that is given by name."})
     use_bias_correction_kl: bool = field(default=False, metadata={"help": "Not available: see `beta`."})
@@ -105,6 +117,11 @@ class RLADConfig(GRPOConfig):
             )
         if self.advantages not in get_args(Advantages):
             raise ValueError(f"advantages is {self.advantages!r}; use {' or '.join(map(repr, get_args(Advantages)))}.")
+        for name, (value, instead) in _NOT_OURS.items():
+            if self.advantages == "rlad" and getattr(self, name) == value:
+                raise ValueError(
+                    f"{name} = {value!r} does not fit advantages = 'rlad', which {instead}, or advantages = 'trl'."
+                )
         if self.loss_type not in AGGREGATION:
             raise ValueError(
                 f"loss_type = {self.loss_type!r} gives the ratio another meaning than objective {objective.type!r}; use one of "

@@ -19,8 +19,8 @@ import torch
 from transformers import TrainerCallback
 
 from rlad.config import RunConfig
-from rlad.engines.engine import StepResult, peak_memory
-from rlad.engines.native_state import STATE, save_model
+from rlad.engines.engine import ResumePoint, StepResult, peak_memory
+from rlad.engines.native_state import STATE, read_state, save_model
 from rlad.engines.roll_out import roll_out
 from rlad.engines.teacher_data import TeacherData, write_teacher_data
 from rlad.language_model import LanguageModel
@@ -60,6 +60,8 @@ class TRLDistillationEngine:
         """Optimiser steps until `num_steps`, or until `after_step`, which is told of each, answers False."""
         if self.step == self.config.optimization.num_steps:
             return
+        from rlad.engines.trl_setup import unwrap
+
         device = self.student.model.device
         with TemporaryDirectory() as folder, torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             trainer, figures = self._sft(folder) if self.config.objective.type == "sft" else self._gkd(folder)
@@ -69,9 +71,7 @@ class TRLDistillationEngine:
                 trainer.train()
             finally:
                 for model in (self.student.model, self.teacher.model):
-                    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-                    vars(model).pop("forward", None)  # TRL's, with its fused head
-                    model.eval()
+                    unwrap(trainer, model)
 
     def _sft(self, folder: str) -> tuple[Any, "Figures"]:
         from rlad.engines.trl_trainers import sft_trainer
@@ -112,6 +112,11 @@ class TRLDistillationEngine:
     def close(self) -> None:
         """There is nothing to release."""
 
+    @property
+    def resume_point(self) -> ResumePoint | None:
+        """TRL cannot go on with such a run."""
+        return "step" if self.step in (0, self.config.optimization.num_steps) else None
+
     def save(self, folder: Path, *, run_digest: str) -> None:
         save_model(self.student, folder)
         (folder / STATE).parent.mkdir()
@@ -119,19 +124,12 @@ class TRLDistillationEngine:
 
     def restore(self, folder: Path, *, run_digest: str) -> None:
         """`ValueError` when the checkpoint is of another run, or of a step from which TRL cannot go on."""
-        try:
-            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-            step, run = state["step"], state["run"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"its state cannot be read ({error}).") from None
-        if run != run_digest:
-            raise ValueError("it belongs to another run, whose config differs from this run directory's config.toml.")
-        if step not in (0, self.config.optimization.num_steps):
+        self.step = step = read_state(folder, "step", run_digest=run_digest)["step"]
+        if self.resume_point is None:
             raise ValueError(
                 f"objective {self.config.objective.type!r} is trained by TRL, which cannot go on from step {step}; start the "
                 "run again with --overwrite."
             )
-        self.step = step
 
 
 Figures = Callable[[int], tuple[Metrics, Sequence[RolloutGroup]]]

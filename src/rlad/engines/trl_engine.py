@@ -1,17 +1,13 @@
 """`[engine] type = "trl"`: a run's config, task and sampler around `RLADTrainer`, with the interface of every engine.
 
-Problems and rollouts are those of the native engine, draw for draw; TRL does the rest. One process: several need a script with
-`RLADTrainer` under torchrun or accelerate.
+Problems and rollouts are those of the native engine, draw for draw, however many processes share them; TRL does the rest.
 """
 
 import copy
-import difflib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,16 +16,23 @@ import torch
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
 
-from rlad.config import Annealed, RunConfig
-from rlad.engines.engine import StepResult, peak_memory
-from rlad.engines.native_state import STATE, save_model
+from rlad.config import RunConfig
+from rlad.engines.engine import ResumePoint, StepResult, peak_memory
+from rlad.engines.native_state import STATE, batch_tensors, read_state, save_model
+from rlad.engines.rank_requirements import launch_kind, require_same_launch
+from rlad.engines.ranks import ALONE, Ranks
 from rlad.engines.roll_out import roll_out
-from rlad.engines.teacher_data import sequences_per_step
-from rlad.engines.trl import RLADTrainer
-from rlad.engines.trl_config import AGGREGATION, RLADConfig
-from rlad.engines.trl_trainers import _arguments, _config_untouched, _optimizer, _Watched, require_finite
-from rlad.language_model import EMBEDDED, LanguageModel
+from rlad.engines.rollout_batch import RolloutBatch
+from rlad.engines.sharded import as_number, save_split_model, weights_here, whole_weights
+from rlad.engines.skipped_steps import SKIPPED, SkippedBatch, drop_gradient, metrics_of_skipped, require_sound_weights
+from rlad.engines.trl import SCORED, RLADTrainer
+from rlad.engines.trl_arguments import objective_arguments
+from rlad.engines.trl_config import RLADConfig
+from rlad.engines.trl_options import DECIDED, require_free
+from rlad.engines.trl_setup import Watched, adamw, config_untouched, trainer_arguments, unwrap
+from rlad.language_model import LanguageModel
 from rlad.metrics import Metrics, rollout_metrics
+from rlad.model_files import located
 from rlad.preparation import longest_prompt
 from rlad.rollouts import RolloutGroup
 from rlad.seeds import stream_seed
@@ -40,17 +43,46 @@ OURS = ("objective/", "teacher/", "student/", "sampler/", "reference/", "time/")
 """Of TRL's metrics those that mean what docs/metrics.md says."""
 
 
-class _Trainer(_Watched, RLADTrainer):
-    pass
+class _Trainer(Watched, RLADTrainer):
+    make_optimizer: Callable[[], torch.optim.Optimizer]
+    scored: dict[str, Any]
+    """this rank's rollouts as they were scored, before TRL shuffles them"""
+    loss_is_finite: bool
+    """in the micro-batches of the present step so far, on this rank"""
+    gradient_norm: float
+    """of the present step, before clipping, which makes NaN or 0 of a norm that is infinite"""
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = self.make_optimizer()
+        return self.optimizer
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self.scored = super()._generate_and_score_completions(inputs)
+        return self.scored
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        self.loss_is_finite &= bool(loss.isfinite())
+        return loss
+
+    def found_broken_logprobs(self) -> None:
+        self.loss_is_finite = False
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        norm = super()._get_grad_norm(*args, **kwargs)
+        self.gradient_norm = as_number(norm)
+        return norm
 
 
 class TRLEngine:
-    """Trains one student on one device through TRL's GRPO trainer."""
+    """Trains one student through TRL's GRPO trainer, on one device or with other ranks on theirs."""
 
     def __init__(
         self,
         config: RunConfig,
         *,
+        ranks: Ranks = ALONE,
         student: LanguageModel,
         task: Task,
         teacher: Teacher | None = None,
@@ -60,17 +92,16 @@ class TRLEngine:
 
         Raises `ValueError` when TRL cannot make this run.
         """
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError(
-                "`rlad train` with engine.type = 'trl' is one process, and this is one of several; start it without torchrun, "
-                "or use RLADTrainer in a script of yours."
-            )
         self.config, self.student, self.task, self.teacher = config, student, task, teacher
-        self.before_work = before_work
+        self.before_work, self.ranks = before_work, ranks
         self.step = 0
         self.resumed_from: Path | None = None
         self.groups: list[RolloutGroup] = []
+        self.share: list[RolloutGroup] = []
+        """the groups of all ranks (on rank 0; elsewhere as below), and of this one"""
         self.seconds: Metrics = {}
+        self.loss_is_finite = True
+        """in the present step, on all ranks"""
         self.folder = TemporaryDirectory()
         self.arguments = self._arguments()
         self.trainer: Any = None
@@ -80,17 +111,16 @@ class TRLEngine:
         if self.step == self.config.optimization.num_steps:
             return
         model: Any = self.student.model
-        with _config_untouched(model):
+        with config_untouched(model):
             if self.config.optimization.kl_coef:  # TRL loads the reference from where the student says it came from
-                model.config.name_or_path = str(EMBEDDED.get(self.config.student.model, self.config.student.model))
+                model.config.name_or_path = str(located(self.config.student.model))
             self.trainer = self._make_trainer()
         self.trainer.add_callback(_AfterEachStep(self, after_step))
         try:
-            self.trainer.train(resume_from_checkpoint=str(self.resumed_from) if self.resumed_from else None)
+            with self.ranks.working("an update of the student"):
+                self.trainer.train(resume_from_checkpoint=str(self.resumed_from) if self.resumed_from else None)
         finally:
-            self.trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-            vars(model).pop("forward", None)  # TRL's, with its fused head
-            model.eval()
+            unwrap(self.trainer, model)
 
     def close(self) -> None:
         if self.teacher is not None:
@@ -108,11 +138,17 @@ class TRLEngine:
             rollout_func=self._roll_out,
             train_dataset=Dataset.from_dict({"prompt": list(map(str, range(num_batches * rollout.prompts_per_batch)))}),
             processing_class=copy.deepcopy(self.student.tokenizer),
-            optimizers=(_optimizer(self.config, self.student), None),
         )
-        trainer.before_work = self.before_work
+        trainer.make_optimizer = lambda: adamw(self.config, self.student)
+        trainer.ranks = self.ranks
+        trainer.before_work = self._before_micro_batch
         trainer.remove_callback(PrinterCallback)
         return trainer
+
+    def _before_micro_batch(self) -> None:
+        """A signal between two steps on one rollout batch waits for the last of them: the run goes on from there alone."""
+        if self.resume_point is not None:
+            self.ranks.agree(self.before_work)
 
     # --- what TRL asks for --------------------------------------------------------------------------------------------
 
@@ -121,22 +157,34 @@ class TRLEngine:
 
     def _roll_out(self, prompts: Sequence[str], trainer: Any) -> dict[str, Any]:
         """Rollouts of problems, which the data set names by number; each stands there once for every rollout of its group."""
+        rollout, place = self.config.rollout, f"the rollouts of step {self.step + 1}"
         index = self.step // self.config.optimization.steps_per_rollout_batch
+        mine = self.ranks.share(rollout.prompts_per_batch)
+        numbers = [int(prompt) for prompt in prompts[:: rollout.group_size]]
+        assert numbers == [index * rollout.prompts_per_batch + i for i in mine], "TRL gives each rank its part, in order"
+        seconds: Metrics = {}
+
+        def write_share() -> list[RolloutGroup]:
+            return roll_out(
+                self.config,
+                self.task,
+                numbers,
+                writer=self.student,
+                student=self.student,
+                seed=stream_seed(self.config.seed, "rollouts", index),
+                seconds=seconds,
+                before_work=self.before_work,
+                first_group=mine.start,
+            )
+
         self.student.model.eval()  # checkpointing, which is for training mode, would switch the sampler's cache off
-        self.seconds = {}
-        self.groups = roll_out(
-            self.config,
-            self.task,
-            [int(prompt) for prompt in prompts[:: self.config.rollout.group_size]],
-            writer=self.student,
-            student=self.student,
-            seed=stream_seed(self.config.seed, "rollouts", index),
-            seconds=self.seconds,
-            before_work=self.before_work,
-        )
+        with whole_weights(self.student.model):
+            self.share = self.ranks.together(place, write_share)
+        self.groups = self.ranks.to_first(place, self.share)
+        self.seconds = max(self.ranks.to_first(place, [seconds]), key=lambda own: math.fsum(own.values()))
         self.student.model.train()
         torch.manual_seed(stream_seed(self.config.seed, "minibatches", index))  # TRL shuffles them next
-        rollouts = [(group, rollout.completion) for group in self.groups for rollout in group.rollouts]
+        rollouts = [(group, rollout.completion) for group in self.share for rollout in group.rollouts]
         return {
             "prompt_ids": [list(group.prompt_token_ids) for group, _ in rollouts],
             "completion_ids": [list(completion.token_ids) for _, completion in rollouts],
@@ -144,66 +192,98 @@ class TRLEngine:
         }
 
     def _rewards(self, completions: Sequence[str], **columns: Any) -> list[float | None]:
-        rollouts = [rollout for group in self.groups for rollout in group.rollouts]
+        rollouts = [rollout for group in self.share for rollout in group.rollouts]
         return [None if rollout.verdict == Verdict.CANNOT_JUDGE else rollout.reward for rollout in rollouts]
+
+    # --- steps that are not finite ------------------------------------------------------------------------------------
+
+    def skips_step(self, step: int) -> bool:
+        """Whether loss or gradient of a step is not finite on any rank; the optimiser will then move nothing on all of them.
+
+        `RunFailedError` when the weights are not finite.
+        """
+        place, trainer, model = f"the gradient of step {step}", self.trainer, self.student.model
+        found = {"loss": float(not trainer.loss_is_finite), "gradient": float(not math.isfinite(trainer.gradient_norm))}
+        found = self.ranks.largest(place, found)
+        self.loss_is_finite = not found["loss"]
+        if not any(found.values()):
+            return False
+        self.ranks.together(place, lambda: require_sound_weights(step, weights_here(model)))
+        drop_gradient(model.parameters())
+        return True
+
+    def skipped_batch(self) -> SkippedBatch:
+        """The rollouts of the present batch and their scores, of all ranks on rank 0; all ranks call it."""
+        scored, place = self.trainer.scored, "the batch of a skipped step"
+        mask, index = scored["completion_mask"].bool(), (self.step - 1) // self.config.optimization.steps_per_rollout_batch
+
+        def of_all(name: str) -> list[torch.Tensor] | None:
+            if name not in scored:
+                return None
+            rows = [values[kept].cpu() for values, kept in zip(scored[name], mask, strict=True)]
+            return self.ranks.to_first(place, rows)
+
+        advantages = torch.stack(self.ranks.to_first(place, list(scored["advantages"].cpu())))
+        scores = dict(zip(("teacher_logprobs", "reference_logprobs", "old_logprobs"), map(of_all, SCORED), strict=True))
+        return SkippedBatch(self.groups, batch_tensors(RolloutBatch(index, self.groups, advantages, **scores)))
 
     # --- arguments ----------------------------------------------------------------------------------------------------
 
     def _arguments(self) -> RLADConfig:
         """Those that the run's config decides, then those of [engine.trl]."""
         config, student = self.config, self.student
-        loop, rollout, more = config.optimization, config.rollout, dict(config.engine.trl)
+        own, more = objective_arguments(config), dict(config.engine.trl)
         room = longest_prompt(config, self.task, student.tokenizer, student.context_tokens)
-        longest = room + rollout.max_completion_tokens
-        assert not isinstance(loop.kl_coef, Annealed), "RunConfig refuses it"
-        own: dict[str, Any] = {
-            "objective": config.objective.model_dump(),
-            "advantages": "rlad",
-            "loss_type": next(name for name, mode in AGGREGATION.items() if mode == loop.aggregation),
-            "scale_rewards": "group" if loop.advantage_scale == "std" else "none",
-            "beta": float(loop.kl_coef),
-            "num_generations": rollout.group_size,
-            "generation_batch_size": sequences_per_step(config) * loop.steps_per_rollout_batch,
-            "max_completion_length": rollout.max_completion_tokens,
-            "temperature": rollout.temperature,
-            "max_missing_teacher_share": loop.max_missing_teacher_share,
-            "shuffle_dataset": False,
-        }
+        longest = room + config.rollout.max_completion_tokens
         require_free(more, set(own) | DECIDED)
-        # What [engine.trl] says is stronger than what `_arguments` gives every trainer, such as no tracker.
-        return _arguments(
-            lambda **given: RLADConfig(**(given | own | more)), config, student, self.folder.name, longest=longest
+        # A micro-batch may leave experts without a gradient, and nothing else.
+        has_experts = any("expert" in name for name, _ in student.model.named_parameters())
+        weak: dict[str, Any] = {"ddp_find_unused_parameters": has_experts}
+        # What [engine.trl] says is stronger than what `trainer_arguments` gives every trainer, such as no tracker.
+        return trainer_arguments(
+            lambda **given: RLADConfig(**(weak | given | own | more)),
+            config,
+            student,
+            self.folder.name,
+            longest=longest,
+            num_processes=self.ranks.number,
         )
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
+    @property
+    def resume_point(self) -> ResumePoint | None:
+        """TRL goes on from the end of a rollout batch alone."""
+        loop = self.config.optimization
+        is_end = self.step % loop.steps_per_rollout_batch == 0 or self.step == loop.num_steps
+        return "step" if is_end else None
+
     def save(self, folder: Path, *, run_digest: str) -> None:
-        """A checkpoint as TRL writes them, and our state beside it."""
-        save_model(self.student, folder)
-        (folder / STATE).parent.mkdir()
-        (folder / STATE).write_text(json.dumps({"run": run_digest, "step": self.step}), encoding="utf-8")
+        """A checkpoint as TRL writes them, and our state beside it. All ranks call it; the first writes what is not split."""
         if self.trainer is not None:
             self.trainer._save_optimizer_and_scheduler(str(folder))
+            save_split_model(self.student, self.trainer, folder)
+        if not self.ranks.is_first:
+            return
+        if not any(folder.glob("*.safetensors")):
+            save_model(self.student, folder)
+        (folder / STATE).parent.mkdir()
+        state = {"run": run_digest, "step": self.step, "launch": launch_kind(), "num_processes": self.ranks.number}
+        (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
+        if self.trainer is not None:
             self.trainer.state.save_to_json(str(folder / "trainer_state.json"))
-        elif self.resumed_from is not None:
-            for name in ("optimizer.pt", "scheduler.pt", "trainer_state.json"):
-                (folder / name).write_bytes((self.resumed_from / name).read_bytes())
 
     def restore(self, folder: Path, *, run_digest: str) -> None:
         """`ValueError` when the checkpoint is of another run, or lies between two steps on one rollout batch."""
-        try:
-            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-            step, run = state["step"], state["run"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"its state cannot be read ({error}).") from None
-        if run != run_digest:
-            raise ValueError("it belongs to another run, whose config differs from this run directory's config.toml.")
-        loop = self.config.optimization
+        state = read_state(folder, "step", "launch", "num_processes", run_digest=run_digest)
+        step, loop = state["step"], self.config.optimization
         if step % loop.steps_per_rollout_batch and step != loop.num_steps:
             raise ValueError(
                 f"step {step} lies between two steps on one rollout batch, and TRL goes on from the end of one alone "
                 f"(optimization.steps_per_rollout_batch = {loop.steps_per_rollout_batch})."
             )
+        if step:
+            require_same_launch(state["launch"], state["num_processes"])
         self.step, self.resumed_from = step, folder if step else None
 
 
@@ -214,7 +294,7 @@ class _AfterEachStep(TrainerCallback):
         self.engine, self.after_step = engine, after_step
         model = engine.student.model
         self.own = copy.deepcopy(vars(model.config)), copy.deepcopy(model.generation_config)
-        self.started = 0.0
+        self.started, self.skipped = 0.0, False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # `train` has written the tokenizer's special tokens into the model's configs, and so into its checkpoints.
@@ -223,11 +303,10 @@ class _AfterEachStep(TrainerCallback):
         model.generation_config = self.own[1]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.started = time.monotonic()
+        self.started, self.engine.trainer.loss_is_finite = time.monotonic(), True
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        gradients = [p.grad for p in self.engine.student.model.parameters() if p.grad is not None]
-        require_finite(state.global_step + 1, gradient_norm=float(torch.nn.utils.get_total_norm(gradients)))
+        self.skipped = self.engine.skips_step(state.global_step + 1)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         if "loss" not in logs:  # the summary behind the last step
@@ -240,38 +319,14 @@ class _AfterEachStep(TrainerCallback):
         seconds = engine.seconds | {k: v for k, v in own.items() if k.startswith("time/")} if is_first else {}
         metrics = rollout_metrics(engine.groups) | own | seconds
         metrics |= {
-            "optimization/loss": logs["loss"],
+            # Of a loss that is not finite transformers logs another number.
+            "optimization/loss": logs["loss"] if engine.loss_is_finite else math.nan,
             "optimization/gradient_norm": logs["grad_norm"],
             "optimization/learning_rate": logs["learning_rate"],
+            SKIPPED: 0.0,
             "time/update/seconds": total - math.fsum(seconds.values()),
-            "memory/peak/bytes": peak_memory(engine.student),
         }
-        if not self.after_step(StepResult(engine.step, metrics, engine.groups)):
+        metrics |= engine.ranks.largest("the end of a step", {"memory/peak/bytes": peak_memory(engine.student)})
+        metrics, batch = (metrics_of_skipped(metrics), engine.skipped_batch()) if self.skipped else (metrics, None)
+        if not self.after_step(StepResult(engine.step, metrics, engine.groups, skipped=batch)):
             control.should_training_stop = True
-
-
-# --- [engine.trl] -----------------------------------------------------------------------------------------------------
-
-DECIDED = {
-    *("output_dir", "max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio"),
-    *("weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "optim", "seed", "data_seed", "bf16", "fp16", "use_cpu"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "steps_per_generation"),
-    *("num_iterations", "save_strategy", "save_steps", "logging_steps"),
-    *("logging_strategy", "eval_strategy", "top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs", "use_vllm"),
-    *("reward_weights", "resume_from_checkpoint", "teacher_dtype", "teacher_tokens_per_batch"),
-}
-"""What the other sections of a run's config say, or what the run directory, our optimiser and sampler are made of."""
-
-
-def require_free(options: dict[str, Any], decided: set[str]) -> None:
-    """`ValueError` unless every option is one of TRL's that no other section of the config decides."""
-    known = {field.name for field in fields(RLADConfig) if field.init}
-    for name in options:
-        if name in decided:
-            raise ValueError(
-                f"engine.trl.{name} is decided by the rest of the run's config, or by its sampler; leave it out there."
-            )
-        if name not in known:
-            near = difflib.get_close_matches(name, sorted(known - decided), n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "see TRL's GRPOConfig for what there is."
-            raise ValueError(f"engine.trl.{name} is no option of TRL's GRPOConfig: {hint}")

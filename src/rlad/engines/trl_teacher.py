@@ -4,12 +4,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlad.engines.ranks import ALONE, Ranks
 from rlad.engines.rollout_batch import missing_share
+from rlad.engines.trl_base_teacher import BaseModelTeacher
 from rlad.engines.trl_config import RLADConfig
+from rlad.engines.trl_sharded_teacher import ShardedTeacher
 from rlad.errors import RunFailedError
 from rlad.language_model import LanguageModel, load_language_model
 from rlad.tasks import Problem
@@ -20,11 +24,27 @@ from rlad.teachers.local import LocalTeacher
 ProblemOf = Callable[[dict[str, Any]], Problem | None]
 
 
-def as_teacher(teacher: Any, args: RLADConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Teacher:
-    """A `Teacher` as it is; of a model or its name, a replica on this process's device, at the sampling temperature.
+def as_teacher(
+    teacher: Any, args: RLADConfig, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, *, student: Any
+) -> Teacher:
+    """A `Teacher` as it is; of a model or its name, one that scores at the sampling temperature: a replica on each process's
+    device, or (`teacher_is_sharded`) one over all processes. The base model of a PEFT student shares its weights with it.
 
     Raises `ValueError` when it cannot score this tokenizer's tokens, or moves with the student.
     """
+    scoring: dict[str, Any] = {"temperature": args.temperature, "tokens_per_batch": args.teacher_tokens_per_batch}
+    device = torch.device("cpu") if args.teacher_is_sharded else accelerator.device
+    if isinstance(teacher, Teacher):
+        _require_own_placement(teacher, args)
+        return teacher
+    if is_peft_model(student) and teacher is student.get_base_model():
+        _require_shareable(args, accelerator)
+        return BaseModelTeacher(student, tokenizer, **scoring)
+    if teacher is student:
+        raise ValueError(
+            "teacher is the student itself, which moves with every step; pass its name for a frozen copy, or peft_config to "
+            "train an adapter on it."
+        )
     if isinstance(teacher, str):
         loaded = load_language_model(teacher, dtype=args.teacher_dtype, device=str(device))
         for finding in compare_tokenizers(tokenizer, loaded.tokenizer):
@@ -33,13 +53,32 @@ def as_teacher(teacher: Any, args: RLADConfig, tokenizer: PreTrainedTokenizerBas
     elif isinstance(teacher, PreTrainedModel):
         placed: Any = teacher.eval()
         loaded = LanguageModel(str(teacher.config.name_or_path), placed.to(device), tokenizer, (), 0, teacher.dtype)
-    elif not isinstance(teacher, Teacher):
-        raise ValueError(f"teacher is a {type(teacher).__name__}; pass a model's name, a transformers model or a Teacher.")
     else:
-        if teacher.state():
-            raise ValueError(f"teacher {teacher.identity!r} moves with the student, which the native engine alone offers.")
-        return teacher
-    return LocalTeacher(loaded, temperature=args.temperature, tokens_per_batch=args.teacher_tokens_per_batch)
+        raise ValueError(f"teacher is a {type(teacher).__name__}; pass a model's name, a transformers model or a Teacher.")
+    if not args.teacher_is_sharded:
+        return LocalTeacher(loaded, **scoring)
+    if accelerator.num_processes == 1:
+        raise ValueError("teacher_is_sharded splits the teacher over processes, and this is one alone; leave it out.")
+    return ShardedTeacher(loaded, device_type=accelerator.device.type, **scoring)
+
+
+def _require_own_placement(teacher: Teacher, args: RLADConfig) -> None:
+    if teacher.state():
+        raise ValueError(f"teacher {teacher.identity!r} moves with the student, which the native engine alone offers.")
+    if args.teacher_is_sharded and not isinstance(teacher, ShardedTeacher):
+        raise ValueError(
+            f"teacher_is_sharded is for a teacher given as a model or its name; {teacher.identity!r} says itself where it is."
+        )
+
+
+def _require_shareable(args: RLADConfig, accelerator: Accelerator) -> None:
+    splits = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if splits or args.teacher_is_sharded:
+        what = "teacher_is_sharded" if args.teacher_is_sharded else accelerator.distributed_type.value
+        raise ValueError(
+            f"teacher is the student's base model, whose weights {what} would split under it; pass its name, which loads "
+            "a copy."
+        )
 
 
 def requests_for(
@@ -54,19 +93,33 @@ def requests_for(
     return {i: TeacherRequest(prompts[i], completions[i], problem_of(rows[i])) for i in wanted}
 
 
+def _scores(teacher: Teacher, requests: list[TeacherRequest], most_missing: float) -> list[Tensor]:
+    """The teacher's answers to this process; what lacks too many tokens is asked for once more."""
+    every_process_asks = isinstance(teacher, ShardedTeacher)  # and asking again would change nothing
+    scores = teacher.logprobs(requests) if requests or every_process_asks else []
+    if missing_share(scores) > most_missing and not every_process_asks:
+        again = [k for k, values in enumerate(scores) if not values.isfinite().all()]
+        for k, values in zip(again, teacher.logprobs([requests[k] for k in again]), strict=True):
+            scores[k] = values
+    return scores
+
+
 def ask_teacher(
-    teacher: Teacher, requests: dict[int, TeacherRequest], asked: Tensor, accelerator: Accelerator, *, most_missing: float
+    teacher: Teacher,
+    requests: dict[int, TeacherRequest],
+    asked: Tensor,
+    accelerator: Accelerator,
+    *,
+    most_missing: float,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """Log-probs `[batch, token]`, NaN where there are none.
 
     Raises `RunFailedError`, on every process, when more than the share `most_missing` of the tokens in `asked` has none, also
     when asked for once more.
     """
-    rows, scores = list(requests), teacher.logprobs(list(requests.values())) if requests else []
-    if missing_share(scores) > most_missing:
-        again = [k for k, values in enumerate(scores) if not values.isfinite().all()]
-        for k, values in zip(again, teacher.logprobs([requests[rows[k]] for k in again]), strict=True):
-            scores[k] = values
+    rows = list(requests)
+    scores = ranks.together("the teacher's answers", lambda: _scores(teacher, list(requests.values()), most_missing))
     result = torch.full(asked.shape, torch.nan, dtype=scores[0].dtype if scores else torch.float32)
     for i, values in zip(rows, scores, strict=True):
         result[i, : len(requests[i].completion)] = values

@@ -1,4 +1,4 @@
-"""TRL's own trainers, told how a run of ours is to be made. The only file that imports trl (and datasets).
+"""TRL's own trainers for `sft` and `gkd`, told how a run of ours is to be made.
 
 Loss, gradient, optimiser step and schedule are TRL's and transformers'. Ours are the completions, how they are cut into
 micro-batches, and the places where a run may be stopped.
@@ -6,42 +6,34 @@ micro-batches, and the places where a run may be stopped.
 
 import copy
 import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, PrinterCallback, Trainer
+from transformers import PrinterCallback
 from trl.trainer.distillation_config import DistillationConfig
 from trl.trainer.distillation_trainer import DistillationTrainer
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
 from rlad.config import RunConfig
-from rlad.engines.teacher_data import TeacherData, TokenIds, micro_batch_rows, sequences_per_step
+from rlad.engines.teacher_data import TeacherData, TokenIds, sequences_per_step
+from rlad.engines.trl_setup import Watched, adamw, config_untouched, trainer_arguments
 from rlad.errors import RunFailedError
 from rlad.language_model import LanguageModel
 from rlad.rollouts import RolloutGroup
-from rlad.seeds import stream_seed
 
 
-class _Watched(Trainer):
-    """May be stopped before every micro-batch, ends a run whose loss is not finite, and reports nothing to anybody."""
-
-    before_work: Callable[[], None]
+class _StopsAtNonFinite(Watched):
+    """Ends a run whose loss is not finite."""
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        self.before_work()
         loss = super().training_step(*args, **kwargs)
         require_finite(self.state.global_step + 1, loss=float(loss))
         return loss
-
-    def _send_telemetry(self) -> None:
-        pass
 
 
 def require_finite(step: int, **values: float) -> None:
@@ -54,11 +46,11 @@ def require_finite(step: int, **values: float) -> None:
             )
 
 
-class WatchedSFTTrainer(_Watched, SFTTrainer):
+class WatchedSFTTrainer(_StopsAtNonFinite, SFTTrainer):
     pass
 
 
-class OnPolicyTrainer(_Watched, DistillationTrainer):
+class OnPolicyTrainer(_StopsAtNonFinite, DistillationTrainer):
     """Distils on the groups that `roll_out` returns for the problem indices of a step."""
 
     roll_out: Callable[[Sequence[int]], list[RolloutGroup]]
@@ -120,7 +112,7 @@ def sft_trainer(config: RunConfig, student: LanguageModel, data: TeacherData, fo
         for prompt, completion in data.sequences
     ]
     longest = max(len(row["input_ids"]) for row in rows)
-    arguments = _arguments(
+    arguments = trainer_arguments(
         SFTConfig,
         config,
         student,
@@ -130,14 +122,14 @@ def sft_trainer(config: RunConfig, student: LanguageModel, data: TeacherData, fo
         train_sampling_strategy="sequential",
         dataset_kwargs={"skip_prepare_dataset": True},
     )
-    with _config_untouched(student.model):
+    with config_untouched(student.model):
         trainer = WatchedSFTTrainer(
             student.model,
             arguments,
             data_collator=DataCollatorForLanguageModeling(student.pad_token_id),
             train_dataset=Dataset.from_list(rows).select([i for step in data.steps for i in step]),
             processing_class=copy.deepcopy(student.tokenizer),
-            optimizers=(_optimizer(config, student), None),
+            optimizers=(adamw(config, student), None),
         )
     return _without_frills(trainer)
 
@@ -147,7 +139,7 @@ def gkd_trainer(
 ) -> OnPolicyTrainer:
     """Distils on the student's own completions; `longest` is the most tokens that a prompt with its completion can have."""
     assert config.objective.type == "gkd"
-    arguments = _arguments(
+    arguments = trainer_arguments(
         DistillationConfig,
         config,
         student,
@@ -159,66 +151,17 @@ def gkd_trainer(
     )
     per_step, group_size = sequences_per_step(config), config.rollout.group_size
     indices = [row // group_size for row in range(config.optimization.num_steps * per_step)]
-    with _config_untouched(student.model):
+    with config_untouched(student.model):
         trainer = OnPolicyTrainer(
             student.model,
             teacher.model,
             arguments,
             train_dataset=Dataset.from_dict({"prompt": indices}),
             processing_class=copy.deepcopy(student.tokenizer),
-            optimizers=(_optimizer(config, student), None),
+            optimizers=(adamw(config, student), None),
         )
     trainer.group_size = group_size
     return _without_frills(trainer)
-
-
-def _arguments(kind: Any, config: RunConfig, student: LanguageModel, folder: str, *, longest: int, **own: Any) -> Any:
-    """The arguments of both trainers: our budget and optimiser, float32 unless the student computes otherwise, no output."""
-    loop, on_cpu = config.optimization, student.model.device.type == "cpu"
-    per_step = sequences_per_step(config)
-    rows = micro_batch_rows(per_step, longest, loop.tokens_per_batch)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # TRL 1.16 itself sets what newer versions of transformers rename
-        arguments = kind(
-            output_dir=folder,
-            max_steps=loop.num_steps,
-            per_device_train_batch_size=rows,
-            gradient_accumulation_steps=per_step // rows,
-            learning_rate=loop.learning_rate,
-            lr_scheduler_type="constant_with_warmup" if loop.schedule == "constant" else loop.schedule,
-            warmup_steps=loop.warmup_steps,
-            max_grad_norm=loop.max_grad_norm,
-            bf16=student.compute_dtype == torch.bfloat16,
-            gradient_checkpointing=config.student.gradient_checkpointing,
-            use_cpu=on_cpu,
-            dataloader_pin_memory=not on_cpu,
-            seed=stream_seed(config.seed, "trl", 0) % 2**32,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            logging_steps=1,
-            **own,
-        )
-    # One device, even where there are more: TRL refuses to spread a process over several.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments
-
-
-def _optimizer(config: RunConfig, student: LanguageModel) -> torch.optim.Optimizer:
-    """As in the native engine; transformers' own would not decay the weights of norms and biases."""
-    loop = config.optimization
-    return torch.optim.AdamW(
-        student.model.parameters(), lr=loop.learning_rate, betas=loop.betas, weight_decay=loop.weight_decay
-    )
-
-
-@contextmanager
-def _config_untouched(model: PreTrainedModel) -> Iterator[None]:
-    """Trainers write their own padding token and `use_cache = False` into a model's configs, and so into its checkpoints."""
-    config, generation_config = copy.deepcopy(vars(model.config)), copy.deepcopy(model.generation_config)
-    yield
-    vars(model.config).update(config)
-    model.generation_config = generation_config
 
 
 def _without_frills(trainer: Any) -> Any:

@@ -34,34 +34,29 @@ def rlad_loss(config: Any, distillation_config: Any, model_output: Any, data: An
     """
     settings = distillation_config.distillation_loss
     _require_meaning(config, settings, data)
-    inputs, weights = _translate(config, model_output, data)
+    inputs = _translate(config, model_output, data)
     knobs = objective_knobs_from_environment(settings.loss_mode)
     kl_coef = config.kl_loss_coef if config.use_kl_loss else 0.0
     losses, stats = token_loss(settings.loss_mode, inputs, knobs=knobs, kl_coef=kl_coef)
-    if weights is not None:
-        # The rollout weight is for the surrogate, not for the KL leash.
-        surrogate, _ = token_loss(settings.loss_mode, inputs, knobs=knobs)
-        losses = losses + (weights - 1) * surrogate
     return losses, _metrics(stats, inputs.mask, data)
 
 
-def _translate(config: Any, model_output: Any, data: Any) -> tuple[LossInputs, Tensor | None]:
-    """What the objective reads, and the rollout weights `[batch, token]` where verl has computed some."""
+def _translate(config: Any, model_output: Any, data: Any) -> LossInputs:
+    """What the objective reads, with rollout weights where verl has computed some."""
     student = no_padding_2_padding(model_output["log_probs"], data)
     student = student.to(float32_or_wider(student.dtype))
     teacher = no_padding_2_padding(data["teacher_logprobs"], data).squeeze(-1)
     optional = [name for name in ("ref_log_prob", "rollout_is_weights") if name in data]
     padded = data.select("response_mask", "old_log_probs", "advantages", *optional).to_padded_tensor()
-    inputs = LossInputs(
+    return LossInputs(
         student_logprobs=student,
         old_logprobs=padded["old_log_probs"].to(student),
         advantages=padded["advantages"].to(student),
         mask=padded["response_mask"].bool(),
         teacher_logprobs=teacher.to(student),
         reference_logprobs=padded["ref_log_prob"].to(student) if config.use_kl_loss else None,
+        rollout_weights=padded["rollout_is_weights"].to(student) if "rollout_is_weights" in optional else None,
     )
-    weights = padded["rollout_is_weights"].to(student) if "rollout_is_weights" in optional else None
-    return inputs, weights
 
 
 def _require_meaning(config: Any, settings: Any, data: Any) -> None:

@@ -84,7 +84,7 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def token_loss(name: str, inputs: LossInputs, *, knobs: Mapping[str, Any] | None = None, kl_coef: float = 0.0) -> TokenLoss:
-    """Token loss of an objective plus kl_coef * k3 estimate of KL(πS || πref): the KL leash, the same for all of them.
+    """rollout_weights * token loss of an objective + kl_coef * k3 estimate of KL(πS || πref): the KL leash, the same for all.
 
     `knobs` are the objective's own keyword arguments. Raises `ValueError` when a tensor that it needs is missing.
     """
@@ -95,6 +95,8 @@ def token_loss(name: str, inputs: LossInputs, *, knobs: Mapping[str, Any] | None
         raise ValueError(f"objective {name!r} needs {', '.join(missing)}, which LossInputs was given without.")
     given = [*row.needs, *(field for field in row.takes_too if getattr(inputs, field) is not None)]
     loss, stats = row.function(**{field: getattr(inputs, field) for field in given}, **(knobs or {}))
+    if inputs.rollout_weights is not None:
+        loss = loss * clean(inputs.rollout_weights, inputs.mask & ~stats["dropped"])
     if kl_coef:
         assert inputs.reference_logprobs is not None
         kept = keep_finite(inputs.mask & ~stats["dropped"], inputs.reference_logprobs)

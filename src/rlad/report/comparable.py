@@ -65,7 +65,7 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[MissingRun]]:
 
 def shared_settings(run: Run) -> Settings:
     """Dotted settings that are equal for all runs of a table, and a fingerprint of the held-out problems."""
-    table = run.config.model_dump(mode="json", exclude={"run_dir", "seed", "objective", "teacher"})
+    table = run.config.model_dump(mode="json", exclude={"run_dir", "seed", "objective", "teacher", "checkpoints"})
     table["optimization"] = {key: table["optimization"][key] for key in _BUDGET}
     problems = [
         (r.index, r.key, r.difficulty, r.prompt, r.num_samples) for results in (run.after, run.ood_after) for r in results

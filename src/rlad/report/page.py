@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from rlad.plain_text import printable
 from rlad.report import plots, tables, words
 from rlad.report.comparable import Group
-from rlad.report.escaping import clean, markdown
+from rlad.report.escaping import markdown
 from rlad.report.imitation_map import FATES, ImitationMap, imitation_maps
 from rlad.report.methods import baseline_of, figures_of
 from rlad.report.runs import MissingRun
@@ -95,7 +96,7 @@ def _environment(*, autoescape: bool) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        finalize=lambda value: clean(value) if type(value) is str else value,
+        finalize=lambda value: printable(value) if type(value) is str else value,
     )
     environment.filters["markdown"] = markdown
     return environment

@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from rlad.report.escaping import clean
+from rlad.plain_text import printable
 from rlad.report.methods import MethodFigures
 from rlad.report.runs import PARTS, Run
 
@@ -220,7 +220,7 @@ def _by_step(values: Sequence[dict[int, float]]) -> tuple[list[int], np.ndarray]
 
 def _short(name: str, length: int = 42) -> str:
     """A method's name as a label; matplotlib would read dollar signs as formulas."""
-    label = " ".join(clean(name).split())
+    label = " ".join(printable(name).split())
     return (label if len(label) <= length else f"{label[: length // 2]}…{label[-length // 2 :]}").replace("$", r"\$")
 
 
@@ -240,4 +240,4 @@ def _svg(figure: Figure, title: str, alternative: str) -> str:
     rest = re.sub(r' id="[A-Za-z0-9]+(?:_\d+)+"', "", rest)
     for placeholder, variable in ((_INK, "var(--ink)"), (_MUTED, "var(--muted)"), (_BLUE, "var(--blue)")):
         rest = rest.replace(placeholder, variable)
-    return f'{head} role="img" aria-label="{escape(clean(alternative))}"><title>{escape(title)}</title>{rest}'
+    return f'{head} role="img" aria-label="{escape(printable(alternative))}"><title>{escape(title)}</title>{rest}'

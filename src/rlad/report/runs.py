@@ -188,7 +188,7 @@ def _finished_run(
 
 
 def _read(directory: RunDirectory, name: str, kind: type[Row]) -> list[Row]:
-    """The rows of a file; `ValueError` that names the first one that is not of this kind."""
+    """The rows of a file; `ValueError` that names the first one that is not of this kind, or no row at all."""
     rows: list[Row] = []
     try:
         for row in directory.read(name):
@@ -197,8 +197,6 @@ def _read(directory: RunDirectory, name: str, kind: type[Row]) -> list[Row]:
         first = error.errors(include_url=False)[0]
         where = f", {'.'.join(map(str, first['loc']))}" if first["loc"] else ""
         raise ValueError(f"row {len(rows) + 1} of {name}{where}: {first['msg']}.") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"row {len(rows) + 1} of {name} is no JSON ({error}).") from None
     return rows
 
 

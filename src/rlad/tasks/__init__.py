@@ -37,6 +37,8 @@ TASKS: dict[str, TaskRow] = {
         "rlad.tasks.reasoning_gym:ReasoningGym", "Any data set of reasoning-gym, by its name.", "reasoning-gym"
     ),
     "jsonl": TaskRow("rlad.tasks.jsonl:JsonlTask", "Prompts and answers from a file of your own, with a verifier."),
+    "gsm8k": TaskRow("rlad.tasks.benchmarks:gsm8k", "GSM8K's test set, for evaluation alone.", "benchmarks"),
+    "aime2025": TaskRow("rlad.tasks.benchmarks:aime2025", "AIME 2025, for evaluation alone.", "benchmarks"),
     "several": TaskRow("rlad.tasks.several:SeveralTasks", "Problems of several tasks in turn, each graded by its own."),
 }
 

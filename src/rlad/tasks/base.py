@@ -5,11 +5,16 @@ import math
 import unicodedata
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, TypeAlias, get_args
+
+from rlad.errors import RunFailedError
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+Conversation: TypeAlias = tuple[tuple[str, str], ...]
+"""(role, content) of each message, the user's last"""
 
+UNIT_RANGE = (0.0, 1.0)
 _NUM_BUCKETS, _VALIDATION_BELOW, _TEST_BELOW = 10_000, 1_000, 2_000
 
 
@@ -27,6 +32,8 @@ class Problem:
     equal keys to equivalent problems cannot leak held-out ones into training.
     `difficulty` labels the problem in evaluation tables (for example the number of people).
     `task` names its task among the several of a run; it is empty where a run has one.
+    `messages` is the conversation that the model answers; empty where `prompt` is all that the user says. With one, `prompt`
+    is how it is shown.
     """
 
     prompt: str
@@ -35,6 +42,17 @@ class Problem:
     difficulty: str = ""
     metadata: dict[str, Any] = field(default_factory=dict)
     task: str = ""
+    messages: Conversation = ()
+
+    @property
+    def asked(self) -> str | Conversation:
+        """What the model is given: a conversation, or the user's one message."""
+        return self.messages or self.prompt
+
+    @property
+    def question(self) -> str:
+        """The user's last message."""
+        return self.messages[-1][1] if self.messages else self.prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +75,10 @@ def cannot_judge(reason: str) -> Judgement:
 
 
 class Task(Protocol):
-    """A source of problems with a verifier."""
+    """A source of problems with a verifier.
+
+    Rewards lie in its attribute `reward_range`, (least, greatest), and in `UNIT_RANGE` where it has none.
+    """
 
     name: str
 
@@ -80,6 +101,20 @@ class Task(Protocol):
     def close(self) -> None:
         """Release what the verifier holds (worker processes)."""
         ...
+
+
+def reward_range(task: Task) -> tuple[float, float]:
+    return getattr(task, "reward_range", UNIT_RANGE)
+
+
+def require_reward_in_range(task: Task, judgement: Judgement, problem: str) -> None:
+    """`RunFailedError` for a judged completion whose reward is no finite number in the task's range."""
+    low, high = reward_range(task)
+    if judgement.verdict is not Verdict.CANNOT_JUDGE and not low <= judgement.reward <= high:
+        raise RunFailedError(
+            f"the verifier of the task {task.name} gave reward {judgement.reward} for {problem}, and its rewards must lie "
+            f"between {low:g} and {high:g}; mend that verifier, then go on with --resume."
+        )
 
 
 def split_of(key: str) -> Split:

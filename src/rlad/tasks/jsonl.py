@@ -9,16 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from rlad.tasks.base import Judgement, Problem, Split, check_split, split_of, text_key
+from rlad.tasks.conversations import asked_text, conversation, require_text, shown
 from rlad.tasks.verifiers import make_verifier
+from rlad.tasks.worker import MAX_MEMORY_GIB
 
 Row = tuple[str, Any]  # where the row stands, and what it is
+_MOST_SHOWN = 200
+"""characters of what a file holds in an error message"""
 
 
 class JsonlTask:
     """Problems with a prompt and a reference answer, one a line, graded by a verifier (see `rlad.tasks.verifiers`).
 
+    A prompt is a string, or the messages of a conversation, `[{"role": "system", "content": ...}, ...]`, the user's last.
     A split without a file of its own gets its share of `path` by a hash of the prompt; prompts that are equal up to
-    case and white space stay together. A prompt of `path` that is also in `validation_path` or `test_path` is refused.
+    case, white space and system message stay together. A prompt of `path` that is also in `validation_path` or
+    `test_path` is refused.
     Other fields that hold text or numbers, such as a hint for a privileged teacher, are the problem's metadata.
     A path that does not end in `.jsonl` is a folder that `datasets` has saved, or a name on the hub (`name:subset`), of
     which `path` takes the split train, `validation_path` validation and `test_path` test.
@@ -35,8 +41,9 @@ class JsonlTask:
         answer_field: str = "answer",
         verifier: str = "exact",
         timeout_seconds: float = 5.0,
+        max_memory_gib: float = MAX_MEMORY_GIB,
     ) -> None:
-        self._verifier = make_verifier(verifier, timeout_seconds=timeout_seconds)
+        self._verifier = make_verifier(verifier, timeout_seconds=timeout_seconds, max_memory_gib=max_memory_gib)
 
         def load(source: str, split: Split) -> list[Problem]:
             return [_problem(row, where, prompt_field, answer_field) for where, row in _rows(source, split)]
@@ -138,24 +145,31 @@ def _problem(row: Any, where: str, prompt_field: str, answer_field: str) -> Prob
     if not isinstance(row, dict):
         wanted = f"{prompt_field!r} and {answer_field!r}"
         raise ValueError(f"{where}: holds a {type(row).__name__}; write a JSON object with the fields {wanted}.")
-    prompt = _text(row, prompt_field, where, "prompt_field")
+    messages = conversation(row[prompt_field], f"{where}: the field {prompt_field!r}") if _is_list(row, prompt_field) else ()
+    prompt = shown(messages) if messages else _text(row, prompt_field, where, "prompt_field")
     answer = _text(row, answer_field, where, "answer_field")
     others = {name: value for name, value in row.items() if name not in (prompt_field, answer_field)}
     metadata = {name: value for name, value in others.items() if isinstance(value, str | int | float)}
-    return Problem(prompt, answer, text_key(prompt), metadata=metadata)
+    for name, value in metadata.items():
+        require_text(f"{name}{value}", f"{where}: the field {name!r}")
+    return Problem(prompt, answer, text_key(asked_text(messages) or prompt), metadata=metadata, messages=messages)
+
+
+def _is_list(row: dict[str, Any], field: str) -> bool:
+    return isinstance(row.get(field), list)
 
 
 def _text(row: dict[str, Any], field: str, where: str, setting: str) -> str:
     if field not in row:
-        raise ValueError(f"{where}: has no field {field!r}, only {', '.join(map(repr, row))}; name it with {setting}.")
+        there = ", ".join(map(repr, row))[:_MOST_SHOWN] or "none at all"
+        raise ValueError(f"{where}: has no field {field!r}, only {there}; name it with {setting}.")
     value = row[field]
     if isinstance(value, int | float) and not isinstance(value, bool) and setting == "answer_field":
         return str(value)
     if not isinstance(value, str) or not value.strip():
         came = f"is {json.dumps(value, default=str)[:60]}"
         raise ValueError(f"{where}: the field {field!r} {came}; give a string that is not empty.")
-    if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
-        raise ValueError(f"{where}: the field {field!r} has half of a surrogate pair, which is no text; remove it.")
+    require_text(value, f"{where}: the field {field!r}")
     return value
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlad.tasks.answers import marked_answer
-from rlad.tasks.base import Judgement, Problem, Split, check_split, judged, split_of
+from rlad.tasks.base import UNIT_RANGE, Judgement, Problem, Split, check_split, judged, split_of
 
 NAMES = (
     "Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hana", "Ivy", "Jack", "Kim", "Leo",
@@ -156,7 +156,7 @@ _TAGGED_INSTRUCTIONS = (
     "First think about the puzzle between <think> and </think>, then name the role of every person between <answer> "
     "and </answer>, for example '<think> your reasoning </think><answer> Ada is a knight, Ben is a knave </answer>'.\n"
 )
-_ROLE_OF = re.compile(r"\b(\w+) is an? (knight|knave)\b", re.IGNORECASE)
+_ROLE_OF = re.compile(r"\b(\w+) is an? (knight|knave)\b")
 _MARKDOWN = str.maketrans("", "", "*_`#")
 
 
@@ -165,11 +165,11 @@ def parse_answer(completion: str) -> dict[str, bool] | None:
 
     None when there is neither, when it names nobody, or when it gives one person both roles.
     """
-    answer = marked_answer(completion)
+    answer = marked_answer(completion) or ""
     roles: dict[str, bool] = {}
-    for name, role in _ROLE_OF.findall((answer or "").translate(_MARKDOWN)):
-        is_knight = role.lower() == "knight"
-        if roles.setdefault(name.lower(), is_knight) != is_knight:
+    # In lower case, as a pattern that ignores case takes "knıght" for a knight too.
+    for name, role in _ROLE_OF.findall(answer.translate(_MARKDOWN).lower()):
+        if roles.setdefault(name, role == "knight") != (role == "knight"):
             return None
     return roles or None
 
@@ -201,6 +201,7 @@ class KnightsAndKnaves:
         if reward not in ("exact", "logic_rl"):
             raise ValueError(f"reward is {reward!r}; use 'exact' or 'logic_rl'.")
         self._sizes, self._instructions, self._vary_names, self._reward = tuple(num_people), instructions, vary_names, reward
+        self.reward_range = UNIT_RANGE if reward == "exact" else (-3.0, 3.0)
 
     def problem(self, split: Split, index: int, *, seed: int = 0) -> Problem:
         check_split(split)

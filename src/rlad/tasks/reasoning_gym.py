@@ -73,7 +73,11 @@ class ReasoningGym:
         self._instructions, self._partial_credit = instructions, partial_credit
         _check(dataset, self._options)
         self._worker = Worker(
-            _score, timeout_seconds=timeout_seconds, initializer=_start_scoring, initargs=(dataset, self._options)
+            _score,
+            timeout_seconds=timeout_seconds,
+            initializer=_start_scoring,
+            initargs=(dataset, self._options),
+            is_silent=True,
         )
         self.problem("train", 0)  # options that the data set refuses must fail now, not in the run
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from rlad.tasks import make_task
-from rlad.tasks.base import Judgement, Problem, Split, Task
+from rlad.tasks.base import Judgement, Problem, Split, Task, reward_range
 
 
 class SeveralTasks:
@@ -29,6 +29,8 @@ class SeveralTasks:
             self._held = made.pop_all()
         self.name = f"several ({', '.join(self.tasks)})"
         self._names = list(self.tasks)
+        ranges = [reward_range(task) for task in self.tasks.values()]
+        self.reward_range = (min(low for low, _ in ranges), max(high for _, high in ranges))
 
     def problem(self, split: Split, index: int, *, seed: int = 0) -> Problem:
         inner, turn = divmod(index, len(self._names))

@@ -8,8 +8,8 @@
   reward from 0 to 1 (only 1 counts as correct) or a `Verdict`.
 
 The final answer is the text in the last `<answer>` tag, else after the last `Answer:`, else the last line.
-`math` and functions of your own run in a process of their own: one that hangs, raises, dies or returns anything else
-costs one completion (cannot judge), never the run.
+`math` and functions of your own run in a process of their own: one that hangs, raises, dies, eats memory or returns
+anything else costs one completion (cannot judge), never the run.
 """
 
 import difflib
@@ -23,7 +23,7 @@ from typing import Any
 
 from rlad.tasks.answers import MAX_COMPLETION_CHARACTERS, boxed_answer, final_answer, last_number, normalised
 from rlad.tasks.base import Judgement, Verdict, cannot_judge, judged
-from rlad.tasks.worker import CallFailed, Worker
+from rlad.tasks.worker import MAX_MEMORY_GIB, CallFailed, Worker
 
 _MAX_MATH_CHARACTERS = 2_000
 _PROSE = re.compile(r"(?<!\\)\b[A-Za-z]{2,} [A-Za-z]{2,}")
@@ -47,17 +47,18 @@ class Verifier:
             self._worker.close()
 
 
-def make_verifier(name: str, *, timeout_seconds: float = 5.0) -> Verifier:
+def make_verifier(name: str, *, timeout_seconds: float = 5.0, max_memory_gib: float = MAX_MEMORY_GIB) -> Verifier:
     """The verifier called `name`; ValueError when there is none, or when what it needs is missing."""
+    limits: Any = {"timeout_seconds": timeout_seconds, "max_memory_gib": max_memory_gib}
     if name in _IN_PROCESS:
         return Verifier(_IN_PROCESS[name])
     if name == "math":
         if importlib.util.find_spec("math_verify") is None:
             raise ValueError("the verifier 'math' needs the package math-verify: pip install \"rlad[math]\".")
-        worker = Worker(_math, timeout_seconds=timeout_seconds, initializer=_warm_up_math)
+        worker = Worker(_math, **limits, initializer=_warm_up_math, is_silent=True)
     elif ":" in name:
         import_function(name)
-        worker = Worker(_call_user, timeout_seconds=timeout_seconds, initializer=import_function, initargs=(name,))
+        worker = Worker(_call_user, **limits, initializer=import_function, initargs=(name,))
         return Verifier(lambda completion, answer: worker.call(name, completion, answer), worker)
     else:
         near = difflib.get_close_matches(name, [*_IN_PROCESS, "math"], n=1)

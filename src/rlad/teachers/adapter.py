@@ -8,17 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from rlad.language_model import LanguageModel, has_tokenizer, load_model_config, load_tokenizer, remove_dropout
+from rlad.language_model import LanguageModel, load_model_config, load_tokenizer, remove_dropout
 from rlad.lora import (
-    adapter_base,
     adapter_names,
     add_frozen_adapter,
-    is_adapter,
     only_adapter,
-    require_peft,
     require_shareable,
-    resolvable,
 )
+from rlad.model_files import adapter_base, has_tokenizer, is_adapter, require_peft, resolvable
 from rlad.scoring import Scorer, TokenIds
 from rlad.teacher_config import AdapterTeacherConfig
 from rlad.teachers import Setting, Teacher, TeacherRequest

@@ -2,16 +2,19 @@
 
 key = sha256( format, fingerprint of the teacher, sampling temperature, prompt token ids, completion token ids, witness )
 
-The witness is the longest of the completions that were first scored under a fingerprint and temperature, with its answer. Each
-session asks for it again before it uses or stores anything, and sees only entries that were stored under the same witness: so
-no two teachers' answers are mixed, whatever they have in common.
+The witness is the longest completion of the rollout batch that was first scored under a fingerprint and temperature, with its
+answer. Each session asks for it again before it uses or stores anything, and sees only entries that were stored under the same
+witness: so no two teachers' answers are mixed, whatever they have in common.
 """
 
 import hashlib
 import json
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,7 @@ import torch
 from torch import Tensor
 
 from rlad.teacher_config import CachedTeacherConfig
-from rlad.teachers import Setting, Teacher, TeacherRequest, build_teacher
+from rlad.teachers import Ask, DeferringTeacher, Setting, Spans, Teacher, TeacherRequest, build_teacher
 from rlad.teachers import check_teacher as check_any_teacher
 from rlad.teachers.compatibility import Finding
 from rlad.teachers.logprob_store import LogprobStore, Witness
@@ -39,7 +42,7 @@ _NOT_CACHEABLE = {
 }
 
 
-class CachedTeacher(Teacher):
+class CachedTeacher(DeferringTeacher):
     """Asks the teacher behind it for what is not stored; complete, finite answers alone are stored.
 
     Raises `ValueError` when its answer to the witness differs on average by more than `tolerance` nats a token from the stored
@@ -61,20 +64,36 @@ class CachedTeacher(Teacher):
     def fingerprint(self) -> str:
         return self._fingerprint
 
-    def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
+    @property
+    def works_elsewhere(self) -> bool:
+        return self._teacher.works_elsewhere
+
+    @contextmanager
+    def asking(self, spans: Spans) -> Iterator[Ask]:
+        with self._teacher.asking(spans) as ask:
+            stored = self._witness or self._store.witness(self._witness_key)
+            if stored and not self._witness:
+                self._confirm(stored, ask)
+            yield partial(self._ask, _Batch(ask, stores=self._witness is not None or stored is None))
+
+    def _ask(self, batch: "_Batch", requests: Sequence[TeacherRequest]) -> Callable[[], list[Tensor]]:
         keys = [entry_key(self._fingerprint, self._temperature, request) for request in requests]
         asked = dict(zip(keys, requests, strict=True))
-        stored = self._witness or self._store.witness(self._witness_key)
-        if stored and not self._witness:
-            self._confirm(stored)
         known = self._known(asked)
         self._num_asked, self._num_hits = self._num_asked + len(keys), self._num_hits + sum(key in known for key in keys)
-        if unknown := [key for key in asked if key not in known]:
-            new = dict(zip(unknown, self._teacher.logprobs([asked[key] for key in unknown]), strict=True))
-            if self._witness or not stored:
-                self._keep(asked, {key: values for key, values in new.items() if _is_whole(values, asked[key])})
-            known |= new
-        return [known[key] for key in keys]
+        unknown = [key for key in asked if key not in known]
+        wait = batch.ask([asked[key] for key in unknown]) if unknown else list
+        batch.num_open += 1
+
+        def answers() -> list[Tensor]:
+            new = dict(zip(unknown, wait(), strict=True))
+            batch.num_open -= 1
+            batch.whole |= {key: (asked[key], values) for key, values in new.items() if _is_whole(values, asked[key])}
+            if batch.stores and (self._witness or not batch.num_open):
+                self._keep(batch)
+            return [(known | new)[key] for key in keys]
+
+        return answers
 
     def _known(self, asked: Mapping[bytes, TeacherRequest]) -> dict[bytes, Tensor]:
         """The stored ones."""
@@ -84,25 +103,26 @@ class CachedTeacher(Teacher):
         found = {names[name]: values for name, values in self._store.get(list(names)).items()}
         return {key: values for key, values in found.items() if _is_whole(values, asked[key])}
 
-    def _keep(self, asked: Mapping[bytes, TeacherRequest], whole: Mapping[bytes, Tensor]) -> None:
-        """Store them under the witness that all sessions agree on, which is this one's where there is none."""
-        if not whole:
+    def _keep(self, batch: "_Batch") -> None:
+        """Store its answers under the witness that all sessions agree on, which is this one's where there is none."""
+        if not batch.whole:
             return
-        longest = max(whole, key=lambda key: len(whole[key]))
-        ours = self._witness or Witness(self._witness_key, _pack(asked[longest]), whole[longest])
+        request, values = max(batch.whole.values(), key=lambda answered: len(answered[1]))
+        ours = self._witness or Witness(self._witness_key, _pack(request), values)
         held = self._store.claim(ours)
         if held and held.digest == ours.digest:
             self._witness = ours
         elif held:  # another process was first, or the file was lost and begun anew
-            self._confirm(held)
+            self._confirm(held, batch.ask)
         if self._witness:
-            self._store.put({_digest_of(key, self._witness.digest): values for key, values in whole.items()})
+            self._store.put({_digest_of(key, self._witness.digest): values for key, (_, values) in batch.whole.items()})
+        batch.whole.clear()
 
-    def _confirm(self, stored: Witness) -> None:
+    def _confirm(self, stored: Witness, ask: Ask) -> None:
         """`ValueError` when the stored answer is another teacher's. An answer that does not come whole confirms nothing."""
         self._witness = None
         request = _unpack(stored.request)
-        answer = self._teacher.logprobs([request])[0]
+        answer = ask([request])()[0]
         if not _is_whole(answer, request):
             return
         if (mean := float((answer - stored.logprobs).abs().mean())) > self._tolerance:
@@ -124,6 +144,18 @@ class CachedTeacher(Teacher):
     def close(self) -> None:
         self._store.close()
         self._teacher.close()
+
+
+@dataclass(slots=True)
+class _Batch:
+    """The questions of one rollout batch. Without a witness nothing is stored before all of them are answered."""
+
+    ask: Ask
+    stores: bool
+    num_open: int = 0
+    """questions that wait for their answers"""
+    whole: dict[bytes, tuple[TeacherRequest, Tensor]] = field(default_factory=dict)
+    """what was answered whole and is not stored yet"""
 
 
 def entry_key(fingerprint: str, temperature: float, request: TeacherRequest) -> bytes:

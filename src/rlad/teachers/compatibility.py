@@ -1,11 +1,11 @@
 """Can this teacher score this student's tokens? Asked before training."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from transformers import PreTrainedTokenizerBase
-
 from rlad.config import RolloutConfig
+from rlad.plain_tokenizer import AnyTokenizer
 
 THINKING_MARKERS = ("<think>", "</think>")
 
@@ -19,15 +19,16 @@ class Finding:
     message: str
 
 
-def compare_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> list[Finding]:
+def compare_tokenizers(student: AnyTokenizer, teacher: AnyTokenizer, end_tokens: Sequence[str] = ()) -> list[Finding]:
     """Vocabulary, end token, chat template and thinking markers of student and teacher.
 
     The vocabulary is compared by token *strings*: each id of the student must be the same string for the teacher. Sizes do not
-    matter, so vocabularies padded to different sizes are accepted and different ones of equal size are not.
+    matter, so vocabularies padded to different sizes are accepted and different ones of equal size are not. `end_tokens` end
+    the student's completions too.
     """
     return [
         _vocabulary(student, teacher),
-        _end_token(student, teacher),
+        _end_token(student, teacher, end_tokens),
         _chat_template(student, teacher),
         _thinking_markers(student, teacher),
     ]
@@ -53,7 +54,7 @@ def compare_contexts(rollout: RolloutConfig, student_tokens: int | None, teacher
     )
 
 
-def _vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> Finding:
+def _vocabulary(student: AnyTokenizer, teacher: AnyTokenizer) -> Finding:
     ours, theirs = student.get_vocab(), {i: token for token, i in teacher.get_vocab().items()}
     differing = sorted((i, token, theirs.get(i)) for token, i in ours.items() if theirs.get(i) != token)
     if not differing:
@@ -68,18 +69,21 @@ def _vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBa
     )
 
 
-def _end_token(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> Finding:
+def _end_token(student: AnyTokenizer, teacher: AnyTokenizer, end_tokens: Sequence[str]) -> Finding:
+    if teacher.eos_token in end_tokens:
+        return Finding("ok", "end token", f"{teacher.eos_token!r} for both, and {student.eos_token!r} for the student")
     if student.eos_token == teacher.eos_token:
         return Finding("ok", "end token", f"{student.eos_token!r} for both")
     return Finding(
         "warning",
         "end token",
         f"the student ends with {student.eos_token!r}, the teacher with {teacher.eos_token!r}: the teacher will find the "
-        "student's end token unlikely and completions grow longer; give both the same eos_token.",
+        f"student's end token unlikely and completions grow longer; name {teacher.eos_token!r} in student.end_tokens, or let a "
+        "teacher of type 'privileged' score it instead (end_token).",
     )
 
 
-def _chat_template(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> Finding:
+def _chat_template(student: AnyTokenizer, teacher: AnyTokenizer) -> Finding:
     ours, theirs = student.chat_template, teacher.chat_template
     if ours == theirs:
         return Finding("ok", "chat template", "the same for both" if ours else "none for both: plain prompts")
@@ -87,12 +91,13 @@ def _chat_template(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenize
     return Finding(
         "warning",
         "chat template",
-        f"{what}; the teacher is given the student's prompt, which is not what it was trained on.",
+        f"{what}; the teacher is given the student's prompt, which is not what it was trained on: a teacher of type "
+        "'privileged' with chat_template = 'teacher' is given its own.",
     )
 
 
-def _thinking_markers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> Finding:
-    def known(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+def _thinking_markers(student: AnyTokenizer, teacher: AnyTokenizer) -> Finding:
+    def known(tokenizer: AnyTokenizer) -> set[str]:
         template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
         return {m for m in THINKING_MARKERS if m in tokenizer.get_vocab() or m in template}
 

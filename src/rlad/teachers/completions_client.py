@@ -13,6 +13,7 @@ import tenacity
 from pydantic import SecretStr
 
 from rlad.errors import RunFailedError
+from rlad.plain_text import printable
 from rlad.teacher_config import ServedTeacherConfig
 
 LONGEST_PAUSE_SECONDS = 60.0
@@ -179,7 +180,7 @@ class CompletionsClient:
                 content = _read(response, address, max_bytes, deadline)
         except httpx2.RequestError as error:
             is_connected = not isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout)
-            reason = str(error) or type(error).__name__
+            reason = printable(str(error)) or type(error).__name__
             raise ServerUnavailableError(f"{address}: {reason}", is_connected=is_connected) from None
         if response.status_code in PASSING_STATUSES or response.status_code >= 500:
             reason = f"{address}: HTTP {response.status_code}{self._words_of(content)}"

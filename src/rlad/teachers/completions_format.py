@@ -16,7 +16,7 @@ LARGEST_LOGPROB = 1e-2
 STAND_IN_FOR_MINUS_INFINITY = -9999.0
 """of vLLM, as JSON knows no infinity"""
 BYTES_PER_TOKEN, BYTES_PER_ANSWER = 1024, 65_536
-_TOKEN_AS_ID = re.compile(r"token_id:(\d+)")
+_TOKEN_AS_ID = re.compile(r"token_id:([0-9]{1,18})")
 
 
 @dataclass(frozen=True, slots=True)

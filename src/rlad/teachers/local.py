@@ -1,6 +1,5 @@
 """A teacher in this process: a frozen transformers model with its own dtype and device."""
 
-import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
@@ -9,21 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rlad.language_model import (
-    LanguageModel,
-    context_tokens,
-    load_language_model,
-    load_model_config,
-    load_tokenizer,
-    pick_device,
-    require_weights,
-)
-from rlad.lora import is_adapter, require_loadable
+from rlad.language_model import LanguageModel, load_language_model
 from rlad.scoring import Scorer
 from rlad.seeds import stream_seed
 from rlad.teacher_config import LocalTeacherConfig
 from rlad.teachers import Setting, Teacher, TeacherRequest
-from rlad.teachers.compatibility import Finding, compare_contexts, compare_tokenizers
 from rlad.teachers.fingerprint import weights_fingerprint
 
 
@@ -84,35 +73,6 @@ def score_known_tokens(scorer: Scorer, vocabulary: int, requests: Sequence[Teach
     for i, values in zip(rows, scorer.score([requests[i].prompt for i in rows], [known[i] for i in rows]), strict=True):
         results[i] = torch.cat([values, results[i][len(values) :].to(values)])
     return results
-
-
-def check_teacher(settings: LocalTeacherConfig, setting: Setting) -> list[Finding]:
-    config = load_model_config(settings.model)
-    require_weights(settings.model)
-    if is_adapter(settings.model):
-        require_loadable(settings.model, config)
-    return [
-        *compare_tokenizers(setting.student_tokenizer, load_tokenizer(settings.model)),
-        compare_contexts(setting.config.rollout, setting.student_context, context_tokens(config)),
-        *_check_quantization(settings, setting),
-    ]
-
-
-def _check_quantization(settings: LocalTeacherConfig, setting: Setting) -> list[Finding]:
-    if settings.quantization == "none":
-        return []
-    what = f"teacher.quantization = {settings.quantization!r}"
-    if any(importlib.util.find_spec(package) is None for package in ("torchao", "accelerate")):
-        message = f"{what} needs torchao and accelerate; install them with: pip install 'rlad[quantization]'."
-        return [Finding("error", "quantization", message)]
-    if is_adapter(settings.model):
-        message = f"{settings.model!r} is an adapter, and {what} is for whole models; merge it into its base model first."
-        return [Finding("error", "quantization", message)]
-    device = pick_device(setting.config.student.device if settings.device == "auto" else settings.device)
-    if settings.quantization == "int4" and device.type != "cuda":
-        message = f"{what} has no kernel on the device {str(device)!r}; set it to 'int8', or teacher.device to a GPU."
-        return [Finding("error", "quantization", message)]
-    return [Finding("ok", "quantization", f"linear layers {settings.quantization}, the output layer {settings.dtype}")]
 
 
 def quantization_config(quantization: str) -> Any:

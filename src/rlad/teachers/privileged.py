@@ -1,13 +1,14 @@
-"""A teacher that sees more than the student: its prompt is made anew from a template, the completion's token ids stay.
+"""A teacher with a prompt of its own, made anew from a template; the completion's token ids stay.
 
     log πT(y_t | template(prompt, answer, peer solution, ...), y_<t)
 
-The prompt goes through the student's prompt format. Where something that the template names is missing or empty for a
-completion (no other rollout of its group was correct), the teacher is given the student's own prompt.
+Where something that the template names is missing or empty for a completion (no other rollout of its group was correct), the
+teacher is given what the student sees, in the teacher's form.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import closing
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 
 from rlad.language_model import context_tokens, load_model_config
-from rlad.prompt_template import fill_template, template_names
-from rlad.prompts import prompt_token_ids
+from rlad.model_files import token_id
+from rlad.prompt_template import template_names
+from rlad.prompts import Prompt
 from rlad.tasks import Problem, make_task
 from rlad.teacher_config import (
     AdapterTeacherConfig,
@@ -27,36 +29,79 @@ from rlad.teacher_config import (
     PrivilegedTeacherConfig,
     SeveralTeachersConfig,
 )
-from rlad.teachers import Setting, Teacher, TeacherRequest, build_teacher
+from rlad.teachers import Ask, DeferringTeacher, Setting, Spans, Teacher, TeacherRequest, build_teacher
 from rlad.teachers import check_teacher as check_inner
 from rlad.teachers.compatibility import Finding
+from rlad.teachers.privileged_prompt import encoder, privileged_prompt, shown_values
 
 NUM_PROBED_PROBLEMS = 20
+_FORM = ("chat_template", "system_prompt", "chat_template_kwargs", "end_token")
+"""settings that make other prompts, or another end, besides the template"""
 
 
-class PrivilegedTeacher(Teacher):
+class PrivilegedTeacher(DeferringTeacher):
     """Asks another teacher about the same completions behind another prompt; NaN where both do not fit into `context`."""
 
-    def __init__(self, teacher: Teacher, template: str, *, encode: Callable[[str], list[int]], context: int | None):
-        """`encode` gives a prompt's token ids; `context` is the teacher's, in tokens, None where it is not stated."""
+    def __init__(
+        self,
+        teacher: Teacher,
+        template: str,
+        *,
+        encode: Callable[[Prompt], list[int]],
+        context: int | None,
+        form: str = "",
+        ends: Mapping[int, int] | None = None,
+    ):
+        """`encode` gives a prompt's token ids; `context` is the teacher's, in tokens, None where it is not stated. `form` names
+        how its prompts differ from the student's besides the template; empty where they do not. `ends` maps the student's end
+        tokens to the teacher's.
+        """
         self.teacher, self.template, self.encode, self.context = teacher, template, encode, context
-        self.identity = f"{teacher.identity}, privileged by {template!r}"
+        self.identity = f"{teacher.identity}, privileged by {template!r}" + (f" in the form {form}" if form else "")
+        self._has_own_form, self._ends = bool(form), ends or {}
         self._num_asked = self._num_shown = 0
 
-    def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
-        privileged = self._privileged(requests)
-        fits = [self.context is None or len(r.prompt) + len(r.completion) <= self.context for r in privileged]
-        is_told = [asked is not told and does for asked, told, does in zip(requests, privileged, fits, strict=True)]
-        self._num_asked, self._num_shown = self._num_asked + len(is_told), self._num_shown + sum(is_told)
-        scores = iter(self.teacher.logprobs([request for request, does in zip(privileged, fits, strict=True) if does]))
-        missing = (torch.full((len(request.completion),), torch.nan) for request in privileged)
-        return [next(scores) if does else nan for does, nan in zip(fits, missing, strict=True)]
+    @property
+    def works_elsewhere(self) -> bool:
+        return self.teacher.works_elsewhere
 
-    def _privileged(self, requests: Sequence[TeacherRequest]) -> list[TeacherRequest]:
-        texts = [privileged_text(self.template, request.problem, request.peer_solution) for request in requests]
-        prompts = {text: self.encode(text) for text in set(texts) if text is not None}
-        pairs = zip(requests, texts, strict=True)
-        return [request if text is None else replace(request, prompt=prompts[text]) for request, text in pairs]
+    @contextmanager
+    def asking(self, spans: Spans) -> Iterator[Ask]:
+        with self.teacher.asking(spans) as ask:
+            yield partial(self._ask, ask)
+
+    def _ask(self, ask: Ask, requests: Sequence[TeacherRequest]) -> Callable[[], list[Tensor]]:
+        prompts = [privileged_prompt(self.template, request.problem, request.peer_solution) for request in requests]
+        privileged = self._privileged(requests, prompts)
+        fits = [self.context is None or len(r.prompt) + len(r.completion) <= self.context for r in privileged]
+        is_told = [prompt is not None and does for prompt, does in zip(prompts, fits, strict=True)]
+        self._num_asked, self._num_shown = self._num_asked + len(is_told), self._num_shown + sum(is_told)
+        wait = ask([request for request, does in zip(privileged, fits, strict=True) if does])
+
+        def answers() -> list[Tensor]:
+            scores = iter(wait())
+            missing = (torch.full((len(request.completion),), torch.nan) for request in privileged)
+            return [next(scores) if does else nan for does, nan in zip(fits, missing, strict=True)]
+
+        return answers
+
+    def _privileged(self, requests: Sequence[TeacherRequest], prompts: Sequence[Prompt | None]) -> list[TeacherRequest]:
+        def unprivileged(request: TeacherRequest) -> Prompt | None:
+            return request.problem.asked if self._has_own_form and request.problem else None
+
+        prompts = [unprivileged(r) if prompt is None else prompt for r, prompt in zip(requests, prompts, strict=True)]
+        ids = {prompt: self.encode(prompt) for prompt in set(prompts) if prompt is not None}
+        pairs = zip(requests, prompts, strict=True)
+        return [
+            replace(r, prompt=r.prompt if prompt is None else ids[prompt], completion=self._with_own_end(r.completion))
+            for r, prompt in pairs
+        ]
+
+    def _with_own_end(self, completion: Sequence[int]) -> Sequence[int]:
+        """The same length and the same event: the teacher's end token in the place of the student's."""
+        if not completion or completion[-1] not in self._ends:
+            return completion
+        return [*completion[:-1], self._ends[completion[-1]]]
 
     def after_step(self) -> None:
         self.teacher.after_step()
@@ -79,36 +124,31 @@ class PrivilegedTeacher(Teacher):
         self.teacher.close()
 
 
-def shown_values(problem: Problem, peer_solution: str | None) -> dict[str, str]:
-    """What a template may name: texts and numbers of the problem's metadata, its prompt and answer, a peer's solution."""
-    entries = {name: str(value) for name, value in problem.metadata.items() if isinstance(value, str | int | float)}
-    return entries | {"prompt": problem.prompt, "answer": problem.answer, "peer_solution": peer_solution or ""}
-
-
-def privileged_text(template: str, problem: Problem | None, peer_solution: str | None) -> str | None:
-    """The teacher's prompt; None where something that the template names is missing or empty."""
-    values = shown_values(problem, peer_solution) if problem else {}
-    return fill_template(template, values) if all(values.get(name) for name in template_names(template)) else None
-
-
 def check_teacher(settings: PrivilegedTeacherConfig, setting: Setting) -> list[Finding]:
     with closing(make_task(**setting.config.task.model_dump())) as task:
         problems = [task.problem("train", i, seed=setting.config.seed) for i in range(NUM_PROBED_PROBLEMS)]
-    findings = [*check_inner(settings.teacher, setting), *_check_names(settings.template, problems)]
+    form = ("chat template",) if settings.chat_template == "teacher" else ()
+    mended = (*form, "end token") if settings.end_token is not None else form
+    findings = [finding for finding in check_inner(settings.teacher, setting) if finding.subject not in mended]
+    findings += _check_names(settings, problems)
+    if settings.end_token is not None:
+        own_end_token(settings, setting)
+        findings.append(Finding("ok", "end token", f"the student's is scored as the teacher's {settings.end_token!r}"))
     if any(finding.level == "error" for finding in findings):
         return findings
     return [*findings, _check_length(settings, setting, problems)]
 
 
-def _check_names(template: str, problems: Sequence[Problem]) -> list[Finding]:
+def _check_names(settings: PrivilegedTeacherConfig, problems: Sequence[Problem]) -> list[Finding]:
     """Whether problems have what a template names, and whether that is more than the student sees."""
+    template = settings.template
     wanted, values = sorted(template_names(template)), [shown_values(problem, "a solution") for problem in problems]
     allowed = sorted({name for one in values for name in one})
     if unknown := [name for name in wanted if name not in allowed]:
         allowed_names = ", ".join(f"{{{name}}}" for name in allowed)
         message = f"its template names {{{unknown[0]}}}, which the task's problems do not have; use {allowed_names}."
         return [Finding("error", "template", message)]
-    if wanted == ["prompt"]:
+    if wanted == ["prompt"] and not settings.has_own_form:
         message = "its template shows nothing but the prompt, which the student sees too; add {answer} or {peer_solution}."
         return [Finding("warning", "template", message)]
     for name in wanted:
@@ -123,9 +163,9 @@ def _check_names(template: str, problems: Sequence[Problem]) -> list[Finding]:
 def _check_length(settings: PrivilegedTeacherConfig, setting: Setting, problems: Sequence[Problem]) -> Finding:
     """Whether the longest privileged prompt among `problems` and its completion fit, a peer's solution at its longest too."""
     context, completion = teacher_context(settings.teacher, setting), setting.config.rollout.max_completion_tokens
-    encode = partial(prompt_token_ids, setting.student_tokenizer, prompt_format=setting.config.rollout.prompt_format)
-    texts = [privileged_text(settings.template, problem, "?") for problem in problems]
-    longest = max((len(encode(text)) for text in texts if text is not None), default=0) + completion
+    encode = encoder(settings, setting)
+    prompts = [privileged_prompt(settings.template, problem, "?") for problem in problems]
+    longest = max((len(encode(prompt)) for prompt in prompts if prompt is not None), default=0) + completion
     with_peer = longest + completion if "peer_solution" in template_names(settings.template) else longest
     if context is not None and longest > context:
         message = (
@@ -155,10 +195,25 @@ def teacher_context(settings: Any, setting: Setting) -> int | None:
             return None
 
 
+def own_end_token(settings: PrivilegedTeacherConfig, setting: Setting) -> int:
+    """The id of the teacher's end token. `ValueError` when it is no token."""
+    assert settings.end_token is not None
+    return token_id(setting.student_tokenizer, settings.end_token, "teacher.end_token")
+
+
 def make_teacher(settings: PrivilegedTeacherConfig, setting: Setting) -> PrivilegedTeacher:
+    assert setting.student is not None
+    form = {
+        name: value
+        for name in _FORM
+        if (value := getattr(settings, name)) != PrivilegedTeacherConfig.model_fields[name].default
+    }
+    end = None if settings.end_token is None else own_end_token(settings, setting)
     return PrivilegedTeacher(
         build_teacher(settings.teacher, setting),
         settings.template,
-        encode=partial(prompt_token_ids, setting.student_tokenizer, prompt_format=setting.config.rollout.prompt_format),
+        encode=encoder(settings, setting),
         context=teacher_context(settings.teacher, setting),
+        form=json.dumps(form, sort_keys=True) if form else "",
+        ends={} if end is None else dict.fromkeys(setting.student.eos_token_ids, end),
     )

@@ -1,17 +1,17 @@
 """A teacher behind an OpenAI-compatible `/v1/completions`: vLLM, `rlad serve-teacher`, or another that scores given tokens."""
 
-from collections.abc import Callable, Sequence
-from contextlib import closing
-from functools import partial
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from itertools import takewhile
 from multiprocessing import TimeoutError
-from multiprocessing.pool import IMapIterator, ThreadPool
+from multiprocessing.pool import AsyncResult, ThreadPool
 
 import torch
 from torch import Tensor
 
 from rlad.teacher_config import ServedTeacherConfig
-from rlad.teachers import Setting, Teacher, TeacherRequest
+from rlad.teachers import Ask, DeferringTeacher, Setting, Spans, TeacherRequest
 from rlad.teachers.compatibility import Finding
 from rlad.teachers.completions_client import CompletionsClient, Patience, ServerUnavailableError
 from rlad.teachers.completions_format import Scoring, max_answer_bytes, read_scores, scoring_request
@@ -21,7 +21,7 @@ from rlad.teachers.server_self_test import check_server
 SECONDS_BETWEEN_LOOKS = 0.2
 
 
-class ServedTeacher(Teacher):
+class ServedTeacher(DeferringTeacher):
     """One request per completion, several at a time. What cannot be had is NaN; a refusal raises `RunFailedError`."""
 
     def __init__(
@@ -43,27 +43,42 @@ class ServedTeacher(Teacher):
         self._before_work = before_work
         self._temperature, self._vocabulary, self._context_tokens = temperature, vocabulary, context_tokens
 
-    def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
-        if not requests:
-            return []
+    @property
+    def works_elsewhere(self) -> bool:
+        return True
+
+    @contextmanager
+    def asking(self, spans: Spans) -> Iterator[Ask]:
         patience = Patience()
-        # Threads of such a pool end with the process: a second Ctrl-C need not wait for a slow answer.
-        with ThreadPool(min(self._settings.max_concurrent_requests, len(requests))) as pool:
+
+        def score(request: TeacherRequest) -> Tensor:
+            started = time.monotonic()
             try:
-                answers = pool.imap(partial(self._score, patience), requests)
-                return [self._wait_for(answers) for _ in requests]
+                return self._score(patience, request)
+            finally:
+                spans.append((started, time.monotonic()))
+
+        # Threads of such a pool end with the process: a second Ctrl-C need not wait for a slow answer.
+        with ThreadPool(self._settings.max_concurrent_requests) as pool:
+
+            def ask(requests: Sequence[TeacherRequest]) -> Callable[[], list[Tensor]]:
+                answers = [pool.apply_async(score, (request,)) for request in requests]
+                return lambda: [self._wait_for(answer) for answer in answers]
+
+            try:
+                yield ask
             finally:
                 patience.is_over.set()
 
     def close(self) -> None:
         self._client.close()
 
-    def _wait_for(self, answers: IMapIterator) -> Tensor:
-        """The next answer; while it is not there, the run may be stopped."""
+    def _wait_for(self, answer: AsyncResult) -> Tensor:
+        """An answer; while it is not there, the run may be stopped."""
         while True:
             self._before_work()
             try:
-                return answers.next(timeout=SECONDS_BETWEEN_LOOKS)
+                return answer.get(timeout=SECONDS_BETWEEN_LOOKS)
             except TimeoutError:
                 continue
 

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from transformers import PreTrainedTokenizerBase
-
+from rlad.language_model import load_tokenizer
+from rlad.plain_tokenizer import PlainTokenizer
 from rlad.teacher_config import ServedTeacherConfig
 from rlad.teachers import Setting
 from rlad.teachers.completions_client import CompletionsClient, ServerRefusedError, ServerUnavailableError
@@ -70,7 +70,9 @@ class ServerProbe:
 
     def __init__(self, client: CompletionsClient, url: str, settings: ServedTeacherConfig, setting: Setting):
         self.client, self.url, self.settings, self.setting = client, url, settings, setting
-        self.tokenizer: PreTrainedTokenizerBase = setting.student_tokenizer
+        tokenizer = setting.student_tokenizer
+        # It decodes, which only transformers does as it is done elsewhere.
+        self.tokenizer = load_tokenizer(tokenizer.name_or_path) if isinstance(tokenizer, PlainTokenizer) else tokenizer
         self.text = probe_ids(self.tokenizer)
 
     def offer(self) -> Offer:

@@ -9,7 +9,8 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from rlad.language_model import load_language_model, load_model_config, require_weights
+from rlad.language_model import load_language_model, load_model_config
+from rlad.model_files import require_weights
 from rlad.scoring import Scorer
 from rlad.teacher_config import ServedTeacherConfig
 from rlad.teachers import Setting
@@ -89,7 +90,7 @@ def _compare_strings(probe: ServerProbe, scoring: Scoring, context: int | None) 
         token, ours, theirs = differing[0]
         raise SelfTestFailed(
             f"{len(differing)} of {compared} token ids compared differ, the first is id {token}, {ours!r} for the student and "
-            f"{theirs!r} for the server; TRRD needs a teacher of the student's tokenizer family."
+            f"{theirs[:100]!r} for the server; TRRD needs a teacher of the student's tokenizer family."
         )
     if not compared:
         return Finding(

@@ -7,8 +7,10 @@ probability distribution again; it is not the mixture of the teachers' distribut
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from urllib.parse import quote
 
 import torch
@@ -17,16 +19,28 @@ from torch import Tensor
 from rlad.config import RunConfig
 from rlad.task_config import SeveralTasksConfig
 from rlad.teacher_config import SeveralTeachersConfig
-from rlad.teachers import Setting, Teacher, TeacherRequest, build_teacher
+from rlad.teachers import Ask, DeferringTeacher, Setting, Spans, Teacher, TeacherRequest, build_teacher
 from rlad.teachers import check_teacher as check_one
 from rlad.teachers.compatibility import Finding
 
 
-class SeveralTeachers(Teacher):
+class SeveralTeachers(DeferringTeacher):
     """What the two ways to combine have in common: all members move, are stored and are closed."""
 
     def __init__(self, teachers: Mapping[str, Teacher]):
         self.teachers = dict(teachers)
+
+    @property
+    def works_elsewhere(self) -> bool:
+        return all(teacher.works_elsewhere for teacher in self.teachers.values())
+
+    @contextmanager
+    def asking(self, spans: Spans) -> Iterator[Ask]:
+        with ExitStack() as held:
+            yield partial(self._ask, {name: held.enter_context(one.asking(spans)) for name, one in self.teachers.items()})
+
+    @abstractmethod
+    def _ask(self, asks: Mapping[str, Ask], requests: Sequence[TeacherRequest]) -> Callable[[], list[Tensor]]: ...
 
     def after_step(self) -> None:
         for teacher in self.teachers.values():
@@ -69,15 +83,17 @@ class TeacherByTask(SeveralTeachers):
         self.only_task = only_task
         self.identity = "by task: " + ", ".join(f"{name} = {self.teachers[name].identity}" for name in sorted(self.teachers))
 
-    def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
+    def _ask(self, asks: Mapping[str, Ask], requests: Sequence[TeacherRequest]) -> Callable[[], list[Tensor]]:
         rows: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             rows.setdefault((request.problem.task if request.problem else "") or self.only_task, []).append(i)
-        results: list[Tensor] = [torch.empty(0)] * len(requests)
-        for name, wanted in rows.items():
-            for i, values in zip(wanted, self.teachers[name].logprobs([requests[i] for i in wanted]), strict=True):
-                results[i] = values
-        return results
+        waits = {name: asks[name]([requests[i] for i in wanted]) for name, wanted in rows.items()}
+
+        def answers() -> list[Tensor]:
+            by_row = {i: values for name, wait in waits.items() for i, values in zip(rows[name], wait(), strict=True)}
+            return [by_row[i] for i in range(len(requests))]
+
+        return answers
 
 
 class TeacherMixture(SeveralTeachers):
@@ -90,10 +106,15 @@ class TeacherMixture(SeveralTeachers):
         parts = (f"{self.weights[name]!r} x {name} = {self.teachers[name].identity}" for name in sorted(self.teachers))
         self.identity = "mixture: " + ", ".join(parts)
 
-    def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
+    def _ask(self, asks: Mapping[str, Ask], requests: Sequence[TeacherRequest]) -> Callable[[], list[Tensor]]:
+        waits = [ask(requests) for ask in asks.values()]
         logarithms = torch.tensor([math.log(weight) for weight in self.weights.values()])[:, None]
-        by_teacher = [teacher.logprobs(requests) for teacher in self.teachers.values()]
-        return [torch.logsumexp(torch.stack(values) + logarithms, dim=0) for values in zip(*by_teacher, strict=True)]
+
+        def answers() -> list[Tensor]:
+            by_teacher = [wait() for wait in waits]
+            return [torch.logsumexp(torch.stack(values) + logarithms, dim=0) for values in zip(*by_teacher, strict=True)]
+
+        return answers
 
 
 def task_names(config: RunConfig) -> list[str]:

@@ -1,0 +1,33 @@
+"""The test problems of a run for lm-eval, and rlad's verdict on an answer: 1 for a correct one.
+
+`RLAD_RUN` names the run directory. lm-eval reads this file by its name in `rlad_run.yaml`.
+"""
+
+import os
+from functools import cache
+from typing import Any
+
+from datasets import Dataset
+
+from rlad.config import RunConfig
+from rlad.config_file import load_config
+from rlad.tasks import Task, Verdict, make_task
+
+
+@cache
+def _run() -> tuple[RunConfig, Task]:
+    config = load_config(os.environ["RLAD_RUN"])
+    return config, make_task(**config.task.model_dump())
+
+
+def problems(**_: Any) -> dict[str, Dataset]:
+    config, task = _run()
+    number = min(config.evaluation.num_test_problems, task.num_problems("test") or config.evaluation.num_test_problems)
+    found = [task.problem("test", i) for i in range(number)]
+    rows = [{"index": i, "prompt": problem.prompt, "answer": problem.answer} for i, problem in enumerate(found)]
+    return {"test": Dataset.from_list(rows)}
+
+
+def graded(row: dict[str, Any], answers: list[str]) -> dict[str, float]:
+    _, task = _run()
+    return {"exact_match": float(task.judge(task.problem("test", row["index"]), answers[0]).verdict == Verdict.CORRECT)}

@@ -1,0 +1,130 @@
+"""Checkpoints on disk: complete or absent, and a whole one can be told from a damaged one.
+
+step-000020/            the state behind step 20
+step-000020-rollouts/   the same with the rollouts of the next step, which a signal or a clock may have had written
+    manifest.json       {"rlad": version, "step": 20, "run": digest, "files": {name: {"size": bytes, "sha256": hex digits}}}
+damaged-step-000020/    what a resumed run found damaged and did not go on from
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-([0-9]+)(-rollouts)?")
+
+
+def checkpoint_name(step: int, *, with_rollouts: bool = False) -> str:
+    return f"step-{step:06d}{'-rollouts' if with_rollouts else ''}"
+
+
+def find_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every complete checkpoint in a folder, oldest first; whether it is damaged is not looked at."""
+    folders = [path for path in folder.glob("step-*") if path.is_dir() and not path.is_symlink()]
+    return sorted((int(match[1]), path) for path in folders if (match := _NAME.fullmatch(path.name)))
+
+
+def write_checkpoint(target: Path, write: Callable[[Path], None], **about: Any) -> None:
+    """Let `write` fill a new folder, with a manifest of its files; `about` is what that says beside them."""
+
+    def write_all(folder: Path) -> None:
+        write(folder)
+        write_manifest(folder, **about)
+
+    write_folder(target, write_all)
+
+
+def write_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a folder aside, flush all of it to the disk, then rename it to `target`.
+
+    Whatever fails or interrupts it, `target` is complete or absent.
+    """
+    aside = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        write(aside)
+        for written in (*aside.rglob("*"), aside):
+            flush(written)
+        os.replace(aside, target)
+        flush(target.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def write_manifest(folder: Path, **about: Any) -> None:
+    """Note size and checksum of every file that lies in a folder now."""
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    files = {name: {"size": (folder / name).stat().st_size, "sha256": _checksum(folder / name)} for name in names}
+    files.pop(MANIFEST, None)
+    text = json.dumps({"rlad": metadata.version("rlad"), **about, "files": files}, indent=1)
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, in a few words; None when every file is as it was written. Reads all of it."""
+    try:
+        files = dict(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"])
+        found = ((name, _damage_of_file(checkpoint / name, checkpoint, **noted)) for name, noted in files.items())
+        return next((f"{name} {reason}" for name, reason in found if reason), None)
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}"
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return f"{MANIFEST} is not what was written"
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}"
+
+
+def _damage_of_file(path: Path, checkpoint: Path, *, size: int, sha256: str) -> str | None:
+    if not path.resolve().is_relative_to(checkpoint.resolve()):
+        return "lies outside of it"
+    if not path.is_file():
+        return "is missing"
+    if (found := path.stat().st_size) != size:
+        return f"has {found} bytes instead of {size}"
+    return None if _checksum(path) == sha256 else "has other content than was written"
+
+
+def delete_checkpoint(path: Path) -> None:
+    """Take it out of the way, then delete it: a folder that is only half deleted must not be taken for a checkpoint."""
+    delete_unfinished(path.parent)
+    os.replace(path, path.with_name(f".{path.name}.tmp"))
+    delete_unfinished(path.parent)
+
+
+def delete_unfinished(folder: Path) -> None:
+    """Delete what is left of checkpoints that were being written or deleted when the process was killed."""
+    for path in folder.glob(".step-*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint, so that a new one can take its place; returns its new path."""
+    aside = path.with_name(f"damaged-{path.name}")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"damaged-{path.name}-{number}")
+    os.replace(path, aside)
+    return aside
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the list of names in a folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,58 @@
+"""What a check needs to know before there are weights: a model's sizes and tokenizer, a device.
+
+Imports torch and transformers, which takes seconds, only where files leave something open.
+"""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from rlad.model_files import files_of, plain_config, read_json
+from rlad.plain_tokenizer import AnyTokenizer, plain_tokenizer
+
+_GPU_FILES = ("nvidia*", "nvhost*", "nvmap", "kfd", "dxg")
+"""in /dev, one of which every GPU that torch calls `cuda` has on Linux"""
+
+
+def config_of(name: str) -> Any:
+    """The config of a model, its own or transformers', both with the same names. `ValueError` when `name` is no model."""
+    config = plain_config(name)
+    if config is None:
+        from rlad.language_model import load_model_config
+
+        return load_model_config(name)
+    return config
+
+
+def tokenizer_of(name: str) -> AnyTokenizer:
+    """A tokenizer for prompts and comparisons. `ValueError` when there is none or it cannot be loaded."""
+    tokenizer = plain_tokenizer(name)
+    if tokenizer is None:
+        from rlad.language_model import load_tokenizer
+
+        return load_tokenizer(name)
+    return tokenizer
+
+
+def generation_of(name: str) -> Any:
+    """The `generation_config.json` of a model, where end tokens stand too; None where there is none."""
+    folder = Path(files_of(name))
+    if folder.is_dir():
+        return SimpleNamespace(**read_json(folder / "generation_config.json"))
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(str(folder))
+    except OSError:
+        return None
+
+
+def device_name(device: str) -> str:
+    """What `rlad.language_model.pick_device` picks, with its errors."""
+    has_no_gpu = sys.platform == "linux" and not any(file for name in _GPU_FILES for file in Path("/dev").glob(name))
+    if device == "cpu" or (device == "auto" and has_no_gpu):
+        return "cpu"
+    from rlad.language_model import pick_device
+
+    return str(pick_device(device))
