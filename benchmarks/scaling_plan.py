@@ -22,6 +22,7 @@ from typing import Any
 from gpu import CHIPS, SHAPES, Shape, block_weights, forward_flops
 from transformers import CONFIG_MAPPING
 
+from rlad.chunk_sizes import room_for
 from rlad.config_file import parse_config
 from rlad.memory_estimate import MemoryEstimate, estimate_memory
 
@@ -96,7 +97,7 @@ def gathered_weights(shape: Shape) -> float:
 
 def memory(plan: Plan, place: str, options: Any) -> dict[str, float]:
     """Bytes on each GPU that trains, by what they are for."""
-    trains = _training_gpus(plan, place)
+    trains, longest = _training_gpus(plan, place), options.prompt_tokens + options.tokens
     whole, shards = estimate(plan, -(-options.rollouts // trains), options), trains if plan.is_sharded else 1
     teacher = {"replicated": 1.0, "sharded": 1 / trains, "served": 0.0}[place]
     gathered = {name: gathered_weights(MODELS[name]) for name in (plan.student, plan.teacher)}
@@ -108,7 +109,8 @@ def memory(plan: Plan, place: str, options: Any) -> dict[str, float]:
         + (2 * gathered[plan.teacher] if place == "sharded" else 0),
         "teacher": whole.teacher_weights * teacher,
         "vLLM copy": whole.student_weights / 2 / plan.rollout_shards,
-        "KV cache": float(whole.sampler_cache),
+        # vLLM pages its cache: none of the room that our sampler keeps.
+        "KV cache": whole.sampler_cache * longest / room_for(longest),
         "activations": float(whole.activations),
         "log-probs": float(whole.logits + whole.logprobs),
     }
