@@ -551,5 +551,5 @@ def test_a_terminal_of_100_columns(world, tmp_path, capsys):
     console = Console(width=100, force_terminal=True, highlight=False, color_system=None)
     print_report(checked(world, tmp_path / "run"), console)
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 100 and len(lines) < 60
+    assert max(map(len, lines)) <= 100 and len(lines) < 65
     assert any(line.startswith(" " * 6) for line in lines)
