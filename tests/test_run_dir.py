@@ -281,3 +281,41 @@ def test_rows_are_one_line_of_json_each(run):
     run.append(SAMPLES, {"step": 1, "text": "line\nline"})
     (line,) = (run.path / SAMPLES).read_text().splitlines()
     assert json.loads(line) == {"step": 1, "text": "line\nline"}
+
+
+def write_weights(folder: Path) -> None:
+    (folder / "weights").write_text("whole")
+
+
+def test_the_only_checkpoint_of_a_validated_step_is_kept_with_its_rollouts(tmp_path):
+    run = RunDirectory(tmp_path)
+    validated(run, {0: 0.1, 1: 0.2, 2: 0.0, 3: 0.0})
+    for step in (0, 2, 3):
+        run.write_checkpoint(step, write_weights, run_digest="d")
+    run.write_checkpoint(1, write_weights, run_digest="d", with_rollouts=True)
+    run.keep(last=1, best=1)
+    assert [path.name for _, path in run.checkpoints()] == ["step-000001-rollouts", "step-000003"]
+
+
+def test_the_newest_checkpoint_is_never_deleted(tmp_path):
+    run = RunDirectory(tmp_path)
+    validated(run, {0: 0.1, 1: 0.2})
+    for step in (0, 1):
+        run.write_checkpoint(step, write_weights, run_digest="d")
+    run.write_checkpoint(1, write_weights, run_digest="d", with_rollouts=True)
+    run.keep(last=1, best=1)
+    assert [path.name for _, path in run.checkpoints()] == ["step-000001", "step-000001-rollouts"]
+
+
+def test_a_damaged_checkpoint_does_not_take_the_place_of_a_whole_one_of_its_step(tmp_path):
+    run = RunDirectory(tmp_path)
+    validated(run, {10: 0.2, 20: 0.3})
+    for step in (10, 20):
+        run.write_checkpoint(step, write_weights, run_digest="d")
+    run.write_checkpoint(20, write_weights, run_digest="d", with_rollouts=True)
+    (run.checkpoint(20) / "weights").write_text("other")
+    newest = run.newest_checkpoint()[1]
+    run.set_aside_after(newest)
+    run.keep(last=1, best=1)
+    assert [path.name for _, path in run.checkpoints()] == ["step-000020-rollouts"] == [newest.name]
+    assert (tmp_path / "checkpoints" / "damaged-step-000020").is_dir()

@@ -19,7 +19,7 @@ from rlad.tasks.answers import (
     ("completion", "answer"),
     [
         ("<answer>1</answer> no, <answer> 2 </answer> Answer: 3", "2"),
-        ("cut off <answer>2", "2"),
+        ("cut off <answer>2", ""),
         ("<answer></answer>", ""),
         ("Answer: 1\nAnswer: 2", "2"),
         ("The final ANSWER: 2 \n", "2"),
@@ -51,7 +51,7 @@ def test_marked_answer_needs_a_mark():
     [
         (r"so \boxed{1}, rather \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
         (r"\boxed{\{1, 2\}} and }", r"\{1, 2\}"),
-        (r"\boxed{3", "3"),
+        (r"\boxed{3", ""),
         (r"\boxed 3", None),
         ("{3}", None),
     ],

@@ -258,7 +258,7 @@ RIGHT, OTHER = "Ada is a knight, Ben is a knave", "Ada is a knave, Ben is a knig
         (f"<think>x</think> so <answer>{OTHER}</answer>", WRONG, 1 - 1.5),
         ("<think>x</think><answer>Ada is a knight</answer>", WRONG, 1 - 2),
         ("<think>x</think><answer>who knows</answer>", WRONG, 1 - 2),
-        (f"<think>x</think><answer>{RIGHT}", CORRECT, -1 - 2),
+        (f"<think>x</think><answer>{RIGHT}", WRONG, -1 - 2),
         (f"<answer>{RIGHT}</answer><think>x</think>", CORRECT, -1 - 2),
         (f"<think>x</think></think><answer>{RIGHT}</answer>", CORRECT, -1 - 2),
         (f"Answer: {RIGHT}", CORRECT, -1 - 2),

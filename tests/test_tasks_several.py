@@ -119,7 +119,10 @@ def test_the_config_reads_back_and_takes_overrides(tmp_path):
         (["task.tasks.new={path='p'}"], "task.tasks.new.type is missing: every such section names its type."),
         (["task.tasks.sums={type='jsonl'}"], "task.tasks.sums.path is missing: add it to the config."),
         (["task.tasks.sums={type='arithmetics'}"], "gsm8k, aime2025, did you mean 'arithmetic'?"),
-        (["task.tasks.sums={type='several', tasks={}}"], "knights_and_knaves, arithmetic, countdown, reasoning_gym, jsonl, gsm8k, aime2025."),
+        (
+            ["task.tasks.sums={type='several', tasks={}}"],
+            "knights_and_knaves, arithmetic, countdown, reasoning_gym, jsonl, gsm8k, aime2025.",
+        ),
         (["task.tasks={}"], "task.tasks is {}: it must have at least 1 item."),
         (["task={type='several'}"], "task.tasks is missing: add it to the config."),
         (["evaluation.ood_task={num_people=[4]}"], "{ tasks = { NAME = { ... } } }, with names among logic, sums."),

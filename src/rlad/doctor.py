@@ -131,11 +131,14 @@ def _state(evidence: Evidence) -> str:
 
 def _steps(evidence: Evidence) -> Iterator[Diagnosis]:
     numbers = [row["step"] for row in evidence.steps]
-    missing = sorted(set(range(1, evidence.last_step + 1)) - set(numbers))
+    present = sorted({0, *numbers})
+    gaps = [(low + 1, high - low - 1) for low, high in pairwise(present) if high - low > 1]
+    num_missing = sum(length for _, length in gaps)
     repair = f"put back a copy of {METRICS}, or start the run again with --overwrite; figures and time limits count its rows"
-    if missing:
-        which = f"step {missing[0]}" if len(missing) == 1 else f"{len(missing)} steps, the first is {missing[0]}"
-        yield Diagnosis("error", "steps_missing", f"{METRICS} lacks {which}: {repair}.", missing[0])
+    if gaps:
+        first = gaps[0][0]
+        which = f"step {first}" if num_missing == 1 else f"{num_missing} steps, the first is {first}"
+        yield Diagnosis("error", "steps_missing", f"{METRICS} lacks {which}: {repair}.", first)
     keys = {
         METRICS: numbers,
         SAMPLES: [row["step"] for row in evidence.samples],

@@ -1,6 +1,7 @@
 """What the guards look at: a metric of the steps so far, and the number made of it that is compared with a limit."""
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -74,8 +75,12 @@ DERIVED: dict[str, Callable[[Row], float | None]] = {
 
 
 def numbers_of(row: Mapping[str, Any]) -> Row:
-    """What of a row of metrics.jsonl is a number."""
-    return {key: float(value) for key, value in row.items() if isinstance(value, int | float) and not math.isnan(value)}
+    """What of a row of metrics.jsonl is a number that a float can hold."""
+    return {
+        key: float(value)
+        for key, value in row.items()
+        if (isinstance(value, float) and not math.isnan(value)) or (isinstance(value, int) and abs(value) <= sys.float_info.max)
+    }
 
 
 def value_of(metric: str, row: Row) -> float | None:

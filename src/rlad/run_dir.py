@@ -142,8 +142,10 @@ class RunDirectory:
                     return
                 try:
                     row = json.loads(line)
-                    row["step"]
+                    is_row = type(row["step"]) is int
                 except (ValueError, TypeError, KeyError, RecursionError):
+                    is_row = False
+                if not is_row:
                     raise ValueError(
                         f"line {number} of {path} is no row that a run has written; put back a copy of that file, or start "
                         "the run again with --overwrite."
@@ -216,28 +218,36 @@ class RunDirectory:
             write_checkpoint(self.checkpoint(step, with_rollouts=with_rollouts), write, step=step, run=run_digest)
 
     def set_aside_after(self, checkpoint: Path) -> None:
-        """Rename the checkpoints that are newer than this one, all of them damaged, to `damaged-...`."""
+        """Rename the checkpoints that are newer than this one, all of them damaged, to `damaged-...`.
+
+        So is a damaged one of the same step: it would be kept in the place of this one.
+        """
+        found = {path: step for step, path in self.checkpoints()}
         with self._writing():
-            for _, path in self.checkpoints()[::-1]:
-                if path == checkpoint:
-                    break
-                set_aside(path)
+            for path, step in found.items():
+                is_twin = step == found[checkpoint] and path != checkpoint
+                if step > found[checkpoint] or (is_twin and damage(path)):
+                    set_aside(path)
 
     def keep(self, *, last: int, best: int) -> None:
         """Delete all checkpoints but the last and the best of the validated ones, and what is left of unfinished ones.
 
-        Those that a signal or the clock had written in between go too.
+        Those that a signal or the clock had written in between go too; the newest of all stays, which a run goes on from.
         """
-        validated = [path for step, path in self.checkpoints() if step in self._validations() and path == self.checkpoint(step)]
+        of_step: dict[int, Path] = {}
+        for step, path in self.checkpoints():
+            of_step.setdefault(step, path)  # one with rollouts stands behind one without, and for it where there is none
+        scores = self._validations()
+        validated = [path for step, path in of_step.items() if step in scores]
         by_validation = [path for _, path in self.checkpoints_by_validation() if path in validated]
         with self._writing():
-            for _, path in self.checkpoints():
+            for _, path in self.checkpoints()[:-1]:
                 if path not in validated[-last:] + by_validation[:best]:
                     delete_checkpoint(path)
             delete_unfinished(self.path / CHECKPOINTS)
 
     def _validations(self) -> dict[int, float]:
-        return {row["step"]: row["pass@1"]["mean"] for row in self.read(EVAL) if row["split"] == "validation"}
+        return {row["step"]: row["pass@1"]["mean"] for row in self.read(EVAL) if row.get("split") == "validation"}
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

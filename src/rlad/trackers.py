@@ -188,8 +188,19 @@ def tracked(config: RunConfig, run: RunDirectory, reporter: Any, *, resumed_at: 
         yield Tracked(reporter, trackers, run)
         failed = False
     finally:
-        for tracker in trackers.values():
+        _close(trackers, failed=failed)
+
+
+def _close(trackers: Mapping[str, Tracker], *, failed: bool) -> None:
+    """Close all of them; what one raises then is not raised where the run has failed, which is to be heard of first."""
+    problems: list[str] = []
+    for name, tracker in trackers.items():
+        try:
             tracker.close(failed=failed)
+        except Exception as error:  # what a tracker raises is its own affair
+            problems.append(f"tracker {name!r} could not be closed ({_first_line(error)})")
+    if problems and not failed:
+        raise RunFailedError(f"{'; '.join(problems)}; what the run itself has written is whole.")
 
 
 def _start(name: str, config: RunConfig, run: RunDirectory, resumed_at: int | None) -> Tracker:

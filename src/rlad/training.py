@@ -222,7 +222,7 @@ class Training:
             if result.groups:
                 self.run.append(SAMPLES, {"step": result.step} | self._sample_row(result))
             self.ranks.together("the end of a step", lambda: watch.after_step(result, may_stop=self._may_end_here))
-            self.reporter.step(result, num_steps)
+            self.ranks.together("the report of a step", lambda: self.reporter.step(result, num_steps))
             spent[:] = [used + new for used, new in zip(spent, _spent(result.metrics), strict=True)]
             if result.step % settings.every_steps == 0 or result.step == num_steps or is_over():
                 self._validate()
@@ -286,7 +286,7 @@ class Training:
                 share = self.ranks.together(place, sample_share)
             results = self.ranks.to_first(place, share)
             estimate = self.ranks.from_first(place, lambda: self._record(name, step, results))
-        self.reporter.evaluated(name, step, estimate)
+        self.ranks.together("the report of an evaluation", lambda: self.reporter.evaluated(name, step, estimate))
         return estimate
 
     def _record(self, name: EvaluationSet, step: int, results: Sequence[ProblemResult]) -> Estimate:

@@ -29,11 +29,15 @@ _OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
 
 
 def marked_answer(completion: str) -> str | None:
-    """The text in the last `<answer>` tag, else all text after the last `Answer:`; None when neither is there."""
+    """The text in the last `<answer>` tag, else all text after the last `Answer:`; None when neither is there.
+
+    "" for a tag that is not closed: the completion may have been cut off within its answer.
+    """
     text = completion[-MAX_COMPLETION_CHARACTERS:]
     _, tag, tail = text.rpartition("<answer>")
     if tag:
-        return _without_bold(tail.partition("</answer>")[0].strip())
+        inside, closing, _ = tail.partition("</answer>")
+        return _without_bold(inside.strip()) if closing else ""
     last = _last_match(_ANSWER_MARKER, text)
     if last is None:
         return None
@@ -49,7 +53,7 @@ def _without_bold(text: str) -> str:
 
 
 def boxed_answer(completion: str) -> str | None:
-    r"""What stands in the braces of the last `\boxed{...}`; None when there is none."""
+    r"""What stands in the braces of the last `\boxed{...}`; None when there is none, "" when it is not closed."""
     _, box, tail = completion[-MAX_COMPLETION_CHARACTERS:].rpartition(r"\boxed{")
     if not box:
         return None
@@ -58,7 +62,7 @@ def boxed_answer(completion: str) -> str | None:
         depth += (character == "{") - (character == "}")
         if depth == 0:
             return tail[:end].strip()
-    return tail.strip()
+    return ""
 
 
 def final_answer(completion: str) -> str:
