@@ -293,3 +293,9 @@ def test_infinite_figures_are_words_in_json(healthy):
     change_rows(healthy, lambda rows: [row.update({"objective/ratio/max": float("inf")}) for row in rows])
     output = CliRunner().invoke(main, ["doctor", str(healthy), "--json"]).stdout
     assert json.loads(output, parse_constant=pytest.fail)["found"][0]["value"] == "inf"
+
+
+def test_absurd_numbers_cost_neither_memory_nor_a_traceback(healthy):
+    change_rows(healthy, lambda rows: rows.append({"step": 10**12} | HEALTHY | {"optimization/loss": 10**400}))
+    first = diagnose(healthy).found[0]
+    assert (first.name, first.level) == ("steps_missing", "error") and "999999999" in first.message

@@ -194,3 +194,31 @@ def test_a_tracker_that_fails_ends_the_run_with_a_checkpoint_and_it_goes_on_with
     assert [row["step"] for row in RunDirectory(tmp_path / "run").read("metrics.jsonl")] == [1, 2, 3]
     rlad.train(config | {"logging": {"trackers": []}}, resume=True)
     assert [row["step"] for row in RunDirectory(tmp_path / "run").read("metrics.jsonl")] == [1, 2, 3, 4]
+
+
+class Unclosable(Breaks):
+    """A tracker that cannot be closed."""
+
+    def log(self, figures: Any, step: int) -> None:
+        pass
+
+    def close(self, *, failed: bool) -> None:
+        raise ConnectionError("no route")
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_a_tracker_that_cannot_be_closed_does_not_hide_how_the_run_ended(world, tmp_path, monkeypatch, is_stopped):
+    class Stops(rlad.training.Silent):
+        def step(self, result: StepResult, num_steps: int) -> None:
+            if is_stopped:
+                raise StopRequested(2)
+
+    monkeypatch.setitem(TRACKERS, "tensorboard", Unclosable)
+    monkeypatch.setattr("rlad.training.require_trackers", lambda config: None)
+    config = run_config(world, tmp_path / "run", logging={"trackers": ["tensorboard"]})
+    with pytest.raises(StopRequested if is_stopped else RunFailedError) as raised:
+        rlad.train(config, reporter=Stops())
+    if not is_stopped:
+        assert "tracker 'tensorboard' could not be closed (no route); what the run itself has written is whole" in str(
+            raised.value
+        )

@@ -16,7 +16,10 @@ from rlad.tasks import Task, Verdict, make_task
 
 @cache
 def _run() -> tuple[RunConfig, Task]:
-    config = load_config(os.environ["RLAD_RUN"])
+    run = os.environ.get("RLAD_RUN")
+    if run is None:
+        raise ValueError("RLAD_RUN is not set; give the run directory whose test problems are wanted: RLAD_RUN=runs/my_run.")
+    config = load_config(run)
     return config, make_task(**config.task.model_dump())
 
 
@@ -24,6 +27,8 @@ def problems(**_: Any) -> dict[str, Dataset]:
     config, task = _run()
     number = min(config.evaluation.num_test_problems, task.num_problems("test") or config.evaluation.num_test_problems)
     found = [task.problem("test", i) for i in range(number)]
+    if any(problem.messages for problem in found):
+        raise ValueError("the run's problems are conversations, which this recipe cannot pass to lm-eval; use `rlad evaluate`.")
     rows = [{"index": i, "prompt": problem.prompt, "answer": problem.answer} for i, problem in enumerate(found)]
     return {"test": Dataset.from_list(rows)}
 
