@@ -5,7 +5,7 @@
 
 Bytes are resident memory beyond what the process held before: weights of student and teacher, gradient and both moments of Adam
 are there by then (an update was made), so what is left is what teacher scoring and the update need on top. One row of
-`prompt + length` tokens goes through the model at a time. `all logits` is the same update without rlad's chunked log-probs.
+`prompt + length` tokens goes through the model at a time. `all logits` is the same update without rlad's tiles.
 Linux only.
 """
 
@@ -99,7 +99,7 @@ def series(options: argparse.Namespace) -> dict[str, list[tuple[int, Case, str]]
     chosen = {
         "completion tokens": [(n, replace(base, max_tokens=n), "") for n in options.lengths],
         "vocabulary": [(v, replace(base, vocabulary=v), "") for v in options.vocabularies],
-        "vocabulary, all logits": [(v, replace(base, vocabulary=v), "chunks") for v in options.vocabularies],
+        "vocabulary, all logits": [(v, replace(base, vocabulary=v), "tiles") for v in options.vocabularies],
         "teacher hidden size": [(h, replace(base, teacher_hidden=h), "") for h in options.teacher_hidden],
     }
     return {name: cases for name, cases in chosen.items() if cases}

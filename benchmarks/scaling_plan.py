@@ -132,7 +132,7 @@ def flops_of(plan: Plan, options: Any) -> dict[str, float]:
     return {
         "generation": layers + head,
         "teacher": sum(forward_flops(teacher, asked, options.prompt_tokens, mean)),
-        # Backward is twice the forward pass; checkpointing makes the layers' once more, the chunked log-probs the head's.
+        # Backward is twice the forward pass; checkpointing makes the layers' once more, the log-probs in tiles the head's.
         "update": 4 * layers + 4 * head,
     }
 

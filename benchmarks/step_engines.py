@@ -144,7 +144,7 @@ MEASURES: dict[str, Callable[[NativeEngine], None]] = {
     "dropping": _keep_finished_rows,
     "shared_prefill": _prefill_each_row,
     "sorting": _take_rows_as_they_come,
-    "chunks": _take_all_logits,
+    "tiles": _take_all_logits,
 }
 """What makes rlad fast, by name, and how each is switched off."""
 

@@ -12,11 +12,12 @@ import torch
 from transformers import GenerationConfig
 
 from rlad import sampling
+from rlad.chunk_sizes import LOGITS_PER_CHUNK
 from rlad.language_model import LanguageModel
 from rlad.rollouts import Completion
 from rlad.sampling import pick_tokens, sample
 from rlad.scoring import Scorer
-from tiny_models import EOS, PAD, SECOND_EOS, VOCABULARY, random_tokens, tiny_language_model
+from tiny_models import EOS, PAD, SECOND_EOS, VOCABULARY, LargestTensor, random_tokens, tiny_language_model
 
 WITH_PLAIN_CACHE: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -64,6 +65,16 @@ def test_the_inverse_distribution_function_by_hand() -> None:
     logits = torch.tensor([0.25, 0.0, 0.5, 0.25]).log().expand(6, 4)
     uniforms = torch.tensor([0.0, 0.2499, 0.2501, 0.7499, 0.7501, 1 - 2**-24])
     assert pick_tokens(logits, uniforms, 1.0)[0].tolist() == [0, 0, 2, 2, 3, 3]
+
+
+def test_rows_are_picked_alike_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, uniforms = torch.randn(50, 40, generator=generator), torch.rand(50, generator=generator)
+    whole = pick_tokens(logits, uniforms, 0.7)
+    monkeypatch.setitem(LOGITS_PER_CHUNK, "cpu", 16 * 40)
+    with LargestTensor() as largest:
+        assert all(map(torch.equal, pick_tokens(logits, uniforms, 0.7), whole))
+    assert largest.num_elements == 16 * 40
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -14,7 +14,6 @@ from rlad.output_layer import output_layer
 from rlad.scoring import Scorer, batches_by_length
 from rlad.teachers import TeacherRequest
 from rlad.teachers.local import LocalTeacher
-from rlad.tensors import default_chunk_tokens
 from tiny_models import VOCABULARY, LargestTensor, random_tokens, tiny_language_model
 
 LINEAR: dict[str, dict[str, Any]] = {
@@ -248,8 +247,8 @@ def test_a_teacher_never_holds_batch_times_tokens_times_vocabulary(vocab_size: i
     completions = random_tokens(*[100] * 16, seed=2, vocabulary=4000)
     with LargestTensor() as largest:
         scores = teacher.logprobs(list(map(TeacherRequest, prompts, completions)))
-    # One chunk of logits, of 1600 tokens.
-    assert largest.num_elements == default_chunk_tokens(torch.empty(vocab_size, 1)) * vocab_size <= 2**22 < 1600 * vocab_size
+    # One tile of the logits of 1600 tokens.
+    assert largest.num_elements == 724 * 724 <= 2**19 < 1600 * vocab_size
     assert torch.allclose(scores[3], direct(model, prompts[3], completions[3])[0], atol=1e-5)
 
 
@@ -260,7 +259,7 @@ def test_training_never_holds_batch_times_tokens_times_vocabulary(family: str) -
     prompts, completions = random_tokens(*[10] * 8, seed=1), random_tokens(*[100] * 8, seed=2)
     with LargestTensor() as largest:
         scorer(prompts, completions).logprobs.sum().backward()
-    assert largest.num_elements == 2**22 == 512 * 8192 < 800 * 8192
+    assert largest.num_elements == 724 * 724 <= 2**19 < 800 * 8192
 
 
 def test_a_teacher_has_no_gradient() -> None:

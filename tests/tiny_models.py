@@ -73,14 +73,26 @@ def random_tokens(*lengths: int, seed: int = 0, vocabulary: int = VOCABULARY) ->
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the number of elements of the largest tensor that any operation returns, backward included."""
+    """Records the number of elements of the largest tensor that any operation makes, backward included.
+
+    Views, what is written in place, and what stood in memory before are not made; of sparse tensors the stored values count.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.num_elements = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {_place(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
         out = func(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
-        self.num_elements = max([self.num_elements, *sizes])
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor) and _place(leaf) not in before]
+        self.num_elements = max([self.num_elements, *(_stored(leaf).numel() for leaf in made)])
         return out
+
+
+def _stored(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor._values() if tensor.is_sparse else tensor
+
+
+def _place(tensor: torch.Tensor) -> int:
+    return _stored(tensor).untyped_storage().data_ptr()

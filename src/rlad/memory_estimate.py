@@ -5,11 +5,12 @@ Imports torch only for what the files leave open: adapters, quantised layers, a 
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
 import psutil
 
-from rlad.chunk_sizes import room_for, tokens_per_chunk
+from rlad.chunk_sizes import room_for, tile_shape, tokens_per_chunk
 from rlad.config import RunConfig
 from rlad.model_facts import config_of, device_name
 from rlad.model_files import num_stored_weights
@@ -65,9 +66,10 @@ def estimate_memory(config: RunConfig, prompt_tokens: int, device: str | None = 
     gradient and two moments).
 
     Activations: about 34 bytes x hidden size a token and layer in 16 bit (arXiv 2205.05198, without the attention matrix),
-    twice that in float32; with gradient checkpointing one layer's, plus the layer inputs. Logits: three times those of a chunk
-    of tokens; for `gkd` of a whole micro-batch, for student and teacher, with their log-probs. The sampler's cache: keys and
-    values of whole sequences, with the room that it keeps for more tokens (`rlad.growing_cache`: a quarter, at least 64).
+    twice that in float32; with gradient checkpointing one layer's, plus the layer inputs. Logits: three times those of a tile,
+    or those of the next token of all rows that are decoded at once and three times those of a chunk of rows; for `gkd` of a
+    whole micro-batch, for student and teacher, with their log-probs. The sampler's cache: keys and values of whole sequences,
+    with the room that it keeps for more tokens (`rlad.growing_cache`: a quarter, at least 64).
     """
     rollout, loop, student = config.rollout, config.optimization, config.student
     shape, width = config_of(student.model).get_text_config(), _BYTES[student.dtype]
@@ -82,16 +84,18 @@ def estimate_memory(config: RunConfig, prompt_tokens: int, device: str | None = 
     per_layer = 17 * width * hidden * tokens
     checkpointed = per_layer + width * hidden * layers * tokens
     device, teacher = device or device_name(student.device), config.teacher if config.needs_teacher else None
-    scored = [(shape, tokens), *_scored_by(teacher, shape, num_rollouts * sequence, device)]
-    logits = (
-        4 * shape.vocab_size * tokens if config.objective.type == "gkd" else max(_num_logits(*one, device) for one in scored)
-    )
+    rows = min(rollout.max_batch_rows, num_rollouts)
+    if config.objective.type == "gkd":
+        logits = 4 * shape.vocab_size * tokens
+    else:
+        scored = [(shape, tokens), *_scored_by(teacher, shape, num_rollouts * sequence, device)]
+        logits = max(_sampled_logits(shape, rows, device), *(_scored_logits(*one, device) for one in scored))
     return MemoryEstimate(
         student_weights=4 * num_trained + (width * num_weights if student.lora else 0),
         gradients_and_optimizer=12 * num_trained,
         teacher_weights=teacher_bytes(teacher, num_trained, device),
         reference_weights=4 * num_weights if loop.kl_coef and not student.lora else 0,
-        sampler_cache=min(rollout.max_batch_rows, num_rollouts) * room_for(sequence) * 2 * layers * _key_size(shape) * width,
+        sampler_cache=rows * room_for(sequence) * 2 * layers * _key_size(shape) * width,
         activations=checkpointed if student.gradient_checkpointing else per_layer * layers,
         logits=4 * logits,
         logprobs=4 * _NUM_LOGPROBS * num_rollouts * rollout.max_completion_tokens,
@@ -162,9 +166,14 @@ def _scored_by(teacher: Any, student: Any, num_tokens: int, device: str) -> Iter
             yield student, min(one.tokens_per_batch, num_tokens)
 
 
-def _num_logits(shape: Any, tokens: int, device: str) -> int:
-    """Numbers held at once while `tokens` are scored: logits, their float32 copy, and the log-probs or the gradient."""
-    return 3 * shape.vocab_size * min(tokens, tokens_per_chunk(_type(device), shape.vocab_size))
+def _scored_logits(shape: Any, tokens: int, device: str) -> int:
+    """Numbers held at once while `tokens` are scored: a tile of logits, its float32 copy, and the log-probs or the gradient."""
+    return 3 * prod(tile_shape(_type(device), tokens, shape.vocab_size))
+
+
+def _sampled_logits(shape: Any, rows: int, device: str) -> int:
+    """Numbers held at once while a token of each of `rows` is picked: logits, and of a chunk what is made of them."""
+    return shape.vocab_size * (rows + 3 * min(rows, tokens_per_chunk(_type(device), shape.vocab_size)))
 
 
 def memory_of(device: str) -> Memory:

@@ -6,7 +6,7 @@ from math import prod
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from rlad.tensors import output_logits
+from rlad.token_logprobs import output_logits
 
 # As configs call it: Cohere, Falcon H1; Granite; Gemma, RecurrentGemma.
 _MULTIPLIERS, _DIVISORS = ("logit_scale", "lm_head_multiplier"), ("logits_scaling",)

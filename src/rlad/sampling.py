@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from rlad.chunk_sizes import tokens_per_chunk
 from rlad.growing_cache import growing_cache
 from rlad.language_model import LanguageModel
 from rlad.rollouts import Completion
@@ -27,8 +28,16 @@ def pick_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[T
     """One token per row, and its log-prob, by inverting the distribution function of softmax(logits / temperature).
 
     `logits` [batch, vocabulary], `uniforms` [batch] in [0, 1). Returns token ids [batch] and float32 log-probs [batch].
-    `temperature` 0 takes the most likely token and reports its log-prob at temperature 1.
+    `temperature` 0 takes the most likely token and reports its log-prob at temperature 1. What is made of the logits on the
+    way exists for a chunk of rows at a time.
     """
+    size = tokens_per_chunk(logits.device.type, logits.shape[1])
+    picked = [_pick(*rows, temperature) for rows in zip(logits.split(size), uniforms.split(size), strict=True)]
+    tokens, logprobs = (torch.cat(parts) for parts in zip(*picked, strict=True))
+    return tokens, logprobs
+
+
+def _pick(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
     if temperature == 0:
         tokens = logprobs.argmax(dim=-1)

@@ -5,15 +5,17 @@ float32. Sequences are padded on the right, which a causal model cannot see from
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlad.chunk_sizes import tokens_per_chunk
 from rlad.language_model import LanguageModel
 from rlad.output_layer import OutputLayer, output_layer
-from rlad.tensors import default_chunk_tokens, float32_or_wider, output_logits, token_logprobs
+from rlad.token_logprobs import float32_or_wider, output_logits, token_logprobs
 
 TokenIds = Sequence[int]
 
@@ -41,7 +43,7 @@ class Scorer:
         before_work: Callable[[], None] = lambda: None,
     ):
         """`before_work` is called before every micro-batch that `score` computes; it may raise to stop there."""
-        self.before_work = before_work
+        self.before_work, self._adds_in_place = before_work, False
         self.language_model, self.model = language_model, language_model.model
         self.temperature, self.tokens_per_batch = temperature, tokens_per_batch
         self.head = output_layer(language_model.model)
@@ -92,6 +94,7 @@ class Scorer:
             hidden.to(self.language_model.compute_dtype),
             token_ids=targets,
             with_entropy=with_entropy,
+            weight_grad=self.head.linear.weight.grad if self._adds_in_place else None,
             **self._readout(self.head),
         )
 
@@ -107,6 +110,25 @@ class Scorer:
             "temperature": self.temperature,
         }
 
+    @contextmanager
+    def gradient_in_place(self) -> Iterator[None]:
+        """The gradients of embeddings and output layer, of what is scored in here, never exist beside the sum in their `.grad`.
+
+        That must be there before, as zeros for a start. The backward pass adds to the rows of the tokens at hand and, tile by
+        tile, to the output layer's; autograd is given nothing of the latter, so hooks (as DDP has them) would miss it.
+        """
+        embeddings: Any = self.model.get_input_embeddings()
+        by_rows = isinstance(embeddings, torch.nn.Embedding) and not embeddings.sparse
+        if by_rows:
+            embeddings.sparse = True
+        self._adds_in_place = True
+        try:
+            yield
+        finally:
+            self._adds_in_place = False
+            if by_rows:
+                embeddings.sparse = False
+
     @torch.no_grad()
     def logits_in_chunks(self, token_ids: TokenIds, *, start: int = 1, chunk_tokens: int | None = None) -> Iterator[Tensor]:
         """The logits `[chunk, vocabulary]` that predict one text's tokens from `start` on, divided by the temperature, float32.
@@ -116,7 +138,7 @@ class Scorer:
         """
         ids = torch.tensor([token_ids], device=self.model.device)
         embeddings: Any = self.model.get_input_embeddings()
-        size = chunk_tokens or default_chunk_tokens(embeddings.weight)
+        size = chunk_tokens or tokens_per_chunk(self.model.device.type, len(embeddings.weight))
         with self.language_model.autocast():
             if self.head is None:
                 states = self.model(input_ids=ids, use_cache=False).logits[0, start - 1 : -1]

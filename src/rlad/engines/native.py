@@ -68,7 +68,7 @@ class NativeEngine:
         self.pending: RolloutBatch | None = None
         self.parameters = [parameter for parameter in student.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=loop.learning_rate, betas=loop.betas, weight_decay=loop.weight_decay
+            self.parameters, lr=loop.learning_rate, betas=loop.betas, weight_decay=loop.weight_decay, fused=True
         )
         self.scheduler = get_scheduler(
             SCHEDULES[loop.schedule], self.optimizer, num_warmup_steps=loop.warmup_steps, num_training_steps=loop.num_steps
@@ -289,12 +289,16 @@ class NativeEngine:
         self.student.model.train(self.config.student.gradient_checkpointing)
         for parameter in self.parameters:
             # Zeros, not None: a step without gradient still moves by the optimiser's momentum.
-            parameter.grad = torch.zeros_like(parameter)
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            else:
+                parameter.grad.zero_()
         total, batch.imitation = 0.0, {}
         for micro in self.scorer.batches([prompts[i] for i in rows], [completions[i] for i in rows]):
             self.before_work()
             part = [rows[i] for i in micro]
-            scores = self.scorer([prompts[i] for i in part], [completions[i] for i in part])
+            with self.scorer.gradient_in_place():
+                scores = self.scorer([prompts[i] for i in part], [completions[i] for i in part])
             if not torch.isfinite(scores.logprobs).all():
                 require_sound_weights(self.step + 1, self.parameters)
                 total = math.nan

@@ -22,7 +22,7 @@ from verl.workers.utils.padding import no_padding_2_padding
 from rlad.batch import LossInputs
 from rlad.engines.verl_objective import NAMES, objective_knobs_from_environment
 from rlad.objectives import token_loss
-from rlad.tensors import float32_or_wider
+from rlad.token_logprobs import float32_or_wider
 
 NEEDED = ("response_mask", "old_log_probs", "advantages", "teacher_logprobs")
 
