@@ -21,6 +21,12 @@ def no_process_is_left() -> Iterator[None]:
     end_started()
 
 
+@pytest.fixture(autouse=True)
+def same_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fetching a model switches progress bars on for its process; the tests that come after have none."""
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", os.environ["HF_HUB_DISABLE_PROGRESS_BARS"])
+
+
 @pytest.fixture(scope="session", autouse=True)
 def can_be_interrupted() -> Iterator[None]:
     """Ctrl-C reaches the programs that tests start, also where a shell has the tests themselves ignore it (`pytest &`)."""

@@ -73,6 +73,13 @@ def test_every_page_of_docs_and_every_recipe_is_in_the_site(pages):
     assert "repository/src/rlad/objectives/trrd.py/" in pages  # linked from README.md
 
 
+def test_every_page_of_docs_stands_once_in_the_navigation():
+    _, navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")
+    named = re.findall(r"(\S+\.md)$", navigation, re.MULTILINE)
+    pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
+    assert sorted(name for name in named if not name.startswith("repository/")) == sorted(pages | {"index.md"})
+
+
 def test_every_page_opens_offline_and_is_readable_on_a_telephone(browser, address, pages):
     size = {"width": WIDTH, "height": 800, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)

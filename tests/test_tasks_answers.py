@@ -12,6 +12,7 @@ from rlad.tasks.answers import (
     last_number,
     marked_answer,
     normalised,
+    without_cut_answer,
 )
 
 
@@ -44,6 +45,39 @@ def test_final_answer(completion, answer):
 def test_marked_answer_needs_a_mark():
     assert marked_answer("it is 2") is None
     assert marked_answer("Answer:") == ""
+
+
+@pytest.mark.parametrize(
+    ("cut_off", "judged"),
+    [
+        ("6 * 7 =\nAnswer: 4", "6 * 7 =\nAnswer:"),
+        ("Answer: 42\nNo,\nanswer: 4", "Answer: 42\nNo,\nanswer:"),
+        ("**Answer:**\n\n4", "**Answer:"),
+        ("**Answer: 42**", "**Answer:"),  # more of it may have followed, such as another number
+        ("Answer:\n", "Answer:"),
+        ("Answer: 3.", "Answer:"),
+        ("Answer: Ada is a knight, Ben is a kna", "Answer:"),
+        ("Answer: Ada is a knight.", "Answer: Ada is a knight."),
+        ("**Answer: Ada is a knight.** ", "**Answer: Ada is a knight.** "),
+        ("Answer: 42\n", "Answer: 42\n"),
+        ("Answer: 42\nFor 6 *", "Answer: 42\nFor 6 *"),
+        ("Answer:\n1 2\n3 ", "Answer:\n1 2\n3 "),
+        ("<answer>42</answer> As I", "<answer>42</answer> As I"),
+        ("Answer: <answer>42</answer>", "Answer: <answer>42</answer>"),
+        ("<answer>Answer: 42</answer>", "<answer>Answer: 42</answer>"),
+        ("Answer: <answer>4", "Answer: <answer>4"),
+        (r"Answer: $\boxed{42}$", r"Answer: $\boxed{42}$"),
+        ("6 * 7 = 4", "6 * 7 = 4"),
+        ("", ""),
+    ],
+)
+def test_an_answer_in_which_the_text_is_cut_off_is_left_out(cut_off, judged):
+    assert without_cut_answer(cut_off) == judged
+
+
+def test_what_is_left_of_a_cut_answer_is_none():
+    left = without_cut_answer("Answer: 42 or\nAnswer: 4")
+    assert (marked_answer(left), final_answer(left), final_answer(without_cut_answer("**Answer: 4"))) == ("", "", "")
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,29 @@ def test_case_punctuation_and_compatibility_forms_make_no_difference():
     assert found([f"(see) {disguised}"], [text(RUN, others("h", 3))]).num_found == 1
 
 
+UNSPACED = {
+    "Chinese": "小明有五个苹果又买了三个现在一共有几个苹果",
+    "Japanese": "りんごを五つ持っているカナはさらに三つ買いました",
+    "Thai": "ซอมแอปเปลหาผลแลวซอเพมอกสามผลตอนนมกผล",
+}
+
+
+@pytest.mark.parametrize("script", UNSPACED)
+def test_of_scripts_without_spaces_each_letter_is_a_word(script):
+    letters = UNSPACED[script]
+    assert words(f"{letters[:9]}、12 apples {letters[9:]}。") == [*letters[:9], "12", "apples", *letters[9:]]
+    held_out, foreign = [f"{letters[:14]}？"], "".join(map(chr, range(0x5000, 0x5008)))
+    for shared, number in ((13, 1), (12, 0)):
+        seen = found([f"{foreign}{letters[:shared]}{foreign}"], held_out)
+        assert (seen.num_found, seen.example) == (number, " ".join(letters[:13]) if number else "")
+    assert found([f"{foreign}{letters[:8]}。"], [letters[:8]]).num_found == 1
+    assert found([f"{foreign}{letters[:7]}{foreign}"], [letters[:8]]).num_found == 0
+
+
+def test_marks_above_and_below_letters_are_no_words():
+    assert words("มีผู้ซื้อ") == list("มผซอ")
+
+
 @pytest.mark.parametrize("num_train", [10, 11])
 def test_what_stands_in_more_than_ten_training_problems_is_an_instruction(num_train):
     train = [text(others(f"t{i}x", 5), RUN) for i in range(num_train)]
@@ -71,6 +94,17 @@ def test_what_stands_in_more_than_ten_training_problems_is_an_instruction(num_tr
 def test_what_stands_in_more_than_ten_held_out_problems_is_an_instruction(num_held_out):
     held_out = [text(others(f"h{i}x", 5), RUN) for i in range(num_held_out)]
     assert found([text(others("t", 5), RUN)], held_out).num_found == (10 if num_held_out == 10 else 0)
+
+
+@pytest.mark.parametrize(("num_own_words", "number"), [(3, 1), (4, 0)])
+def test_a_question_in_more_than_ten_training_problems_is_found_where_it_is_most_of_a_problem(num_own_words, number):
+    """13 of 16 words are four fifths, 13 of 17 are not; what more than 10 held-out problems share does not count."""
+    common = others("c", 8)
+    held_out = [text(others(f"h{i}x", 20), common) for i in range(11)] + [text(others("h", num_own_words), RUN, common)]
+    train = [text(others(f"t{i}x", 5), RUN, others(f"u{i}x", 5)) for i in range(11)]
+    seen = found(train, held_out)
+    assert (seen.num_found, seen.example, seen.has_phrases) == (number, " ".join(RUN) if number else "", True)
+    assert not found(train[:10], held_out[:11]).has_phrases
 
 
 def test_an_instruction_hides_nothing_beside_it():
@@ -130,8 +164,23 @@ def test_check_says_how_many_and_which(world, tmp_path):
     task = {name: str(tmp_path / f"{name}.jsonl") for name in files}
     level, message = finding(run_config(world, tmp_path, task=task))
     assert level == "warning" and message == (
-        "1 of 4 stand among the 2 training problems (0 as they are, the others with 13 words in a row), for example "
-        "'0 1 2 0 1 2 0 1 2 0 1 2 0'; take them out of those."
+        "1 of 4 stand among the 2 training problems (0 as they are, the others with 13 words in a row or all of a shorter "
+        "one), for example '0 1 2 0 1 2 0 1 2 0 1 2 0'; take them out of those."
+    )
+
+
+def test_check_says_that_phrases_were_left_aside(world, tmp_path):
+    """Eight words that stand in all training prompts and in half of the one question that measures."""
+    phrase = "0 0 1 1 2 2 0 1 ="
+    prompts = {"path": [f"{i % 3} + {i // 3} + {phrase}" for i in range(27)], "test_path": [f"{phrase} + 2 + 2 + 2 + 2 + 2"]}
+    for name, lines in prompts.items():
+        rows = [json.dumps({"prompt": prompt, "answer": "1"}) + "\n" for prompt in lines]
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
+    task = {name: str(tmp_path / f"{name}.jsonl") for name in prompts}
+    assert finding(run_config(world, tmp_path, task=task, rollout={"prompts_per_batch": 30})) == (
+        "ok",
+        "none of 3 shares 13 words in a row with any of 27 training problems, apart from phrases that stand in more than 10 of "
+        "either",
     )
 
 

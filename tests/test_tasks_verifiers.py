@@ -37,6 +37,9 @@ def test_exact(completion, answer, verdict):
         ("so 0.333333", "1/3", WRONG),  # compared exactly
         ("<answer>18</answer> and 19", "It is 9 * 2.\n#### 18", CORRECT),
         ("It is 18.\nAnswer: what I said", "18", CORRECT),  # no number in the final answer
+        ("It is 18.\n<answer>1", "18", WRONG),  # cut off within its answer
+        ("It is 18.\n<answer>18", "18", WRONG),
+        ("It is 18.\nAnswer:", "18", WRONG),
         ("10%", "10", CORRECT),
         ("10%", "0.1", WRONG),
         ("-5", "5", WRONG),

@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 import rlad
 import rlad.training
+from rlad.check import check_run
+from rlad.cli import main
+from rlad.config_file import parse_config
 from rlad.engines.engine import StepResult
 from rlad.errors import RunFailedError
 from rlad.run_dir import RunDirectory
@@ -160,12 +164,21 @@ def test_a_package_that_is_missing_is_one_sentence(world, tmp_path, monkeypatch)
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *how: None if name == "wandb" else find_spec(name, *how))
     config = write_config(tmp_path / "run.toml", run_config(world, tmp_path / "run", logging={"trackers": ["wandb"]}))
-    assert rlad_fails("train", config) == (
-        "rlad: logging.trackers names 'wandb', whose package is not installed; install it with: pip install 'rlad[wandb]'."
-    )
+    sentence = "logging.trackers names 'wandb', whose package is not installed; install it with: pip install 'rlad[wandb]'."
+    assert rlad_fails("train", config) == f"rlad: {sentence}"
+    checked = CliRunner().invoke(main, ["check", "--without-models", str(config)])
+    assert checked.exit_code == 2 and f"  ✗ trackers: {sentence}\n" in checked.stdout
     assert not (tmp_path / "run").exists()
     config = write_config(tmp_path / "run.toml", run_config(world, tmp_path / "run", logging={"trackers": ["tensorbord"]}))
     assert "'tensorboard'" in rlad_fails("train", config)
+
+
+def test_a_check_says_that_the_packages_are_there(world, tmp_path):
+    report = check_run(parse_config(tracked_config(world, tmp_path / "run", "tensorboard")), with_models=False)
+    (found,) = [finding for finding in report.findings if finding.subject == "trackers"]
+    assert (found.level, found.message) == ("ok", "tensorboard: installed")
+    report = check_run(parse_config(run_config(world, tmp_path / "run")), with_models=False)
+    assert "trackers" not in [finding.subject for finding in report.findings]
 
 
 class Breaks:

@@ -1,6 +1,8 @@
 """Runs with `[engine] type = "trl"`: the native engine's rollouts, metrics and run directory, made by TRL's trainer."""
 
+import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ pytest.importorskip("trl", reason="needs the optional package trl")
 import rlad  # noqa: E402
 import rlad.training  # noqa: E402
 from rlad.check import check_run  # noqa: E402
+from rlad.checkpoints import write_manifest  # noqa: E402
 from rlad.config import RunConfig  # noqa: E402
 from rlad.config_file import parse_config  # noqa: E402
 from rlad.engines.engine import StepResult  # noqa: E402
@@ -124,6 +127,36 @@ def test_the_clock_and_skipped_steps_end_a_run_behind_a_whole_rollout_batch(worl
     with pytest.raises(RunFailedError, match="step 4: loss or gradient was not finite in 2 steps in a row"):
         rlad.train(skipping)
     assert RunDirectory(skipping.directory).checkpoints()[-1][0] == 4
+
+
+@pytest.fixture(scope="module")
+def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return rlad.train(config_of(world, tmp_path_factory.mktemp("finished") / "run")).run_dir
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "trainer_state.json"])
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda whole: whole[: len(whole) // 2], lambda whole: b"spoiled", lambda whole: None],
+    ids=["half", "other bytes", "missing"],
+)
+def test_a_spoiled_state_is_one_sentence(finished, tmp_path, name, spoil):
+    """Where the manifest fits to it, too; nothing of the run is changed, and without that folder it goes on."""
+    run_dir = shutil.copytree(finished, tmp_path / "run")
+    (_, before), (step, newest) = RunDirectory(run_dir).checkpoints()[-2:]
+    content = spoil((newest / name).read_bytes())
+    (newest / name).unlink()
+    if content is not None:
+        (newest / name).write_bytes(content)
+    write_manifest(newest, step=step, run=json.loads((newest / "manifest.json").read_text())["run"])
+    files = {path: path.read_bytes() for path in sorted(run_dir.rglob("*")) if path.is_file()}
+    assert rlad_fails("train", run_dir, "--resume") == (
+        f"rlad: checkpoint {newest} cannot be resumed: its {name} is missing or damaged. Delete that folder to go on from the "
+        "one before it, if any."
+    )
+    assert {path: path.read_bytes() for path in sorted(run_dir.rglob("*")) if path.is_file()} == files
+    shutil.rmtree(newest)
+    assert RunDirectory(run_dir).newest_checkpoint()[1] == before
 
 
 def test_between_two_steps_on_a_batch_it_does_not_go_on(world, tmp_path):

@@ -3,7 +3,8 @@
     python recipes/arithmetic-smollm2/make_teacher.py [--student MODEL] [--out runs/arithmetic-smollm2]
 
 Writes OUT/problems.jsonl, OUT/warm (after the supervised warm-up on right answers), the GRPO run OUT/teacher-grpo, and
-OUT/teacher. Warm-up and GRPO see problems of the training split alone.
+OUT/teacher. Warm-up and GRPO see problems of the training split alone. Started again it takes OUT/warm, where that is there,
+and makes the rest anew.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import torch
 from transformers import get_cosine_schedule_with_warmup
 
 import rlad
+from rlad.checkpoints import write_folder
 from rlad.config import RolloutConfig
 from rlad.engines.native_state import save_model
 from rlad.language_model import LanguageModel, load_language_model
@@ -71,6 +73,25 @@ def warm_up(student: LanguageModel, task: Task) -> None:
         print(f"warm-up {step + 1}/{NUM_STEPS}  loss {loss.item():.4f}  {time.process_time() - started:.0f} CPU s", flush=True)
 
 
+def write_warm_student(student: str, problems: Path, folder: Path) -> None:
+    """The model after its warm-up, made where it is not there yet."""
+    if folder.is_dir():
+        return
+    warmed = load_language_model(student, dtype="bfloat16", trainable=True)
+    warm_up(warmed, make_task("jsonl", path=str(problems), verifier="number"))
+    write_folder(folder, lambda aside: save_model(warmed, aside))
+
+
+def write_teacher(checkpoint: Path, folder: Path) -> None:
+    """A checkpoint without what resuming needs, in the place of a teacher that is there."""
+
+    def copy(aside: Path) -> None:
+        shutil.copytree(checkpoint, aside, ignore=shutil.ignore_patterns("trainer", "manifest.json"), dirs_exist_ok=True)
+
+    shutil.rmtree(folder, ignore_errors=True)
+    write_folder(folder, copy)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", default="smollm2-135m", help="model that teacher and student both start from")
@@ -80,16 +101,12 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     problems, warm = arguments.out / "problems.jsonl", arguments.out / "warm"
     write_problems(problems)
-    if not (warm / "config.json").is_file():
-        student = load_language_model(arguments.student, dtype="bfloat16", trainable=True)
-        warm_up(student, make_task("jsonl", path=str(problems), verifier="number"))
-        save_model(student, warm)
+    write_warm_student(arguments.student, problems, warm)
     run_dir = arguments.out / "teacher-grpo"
     settings = [f"student.model={warm}", f"task.path={problems}", f"run_dir={run_dir}"]
     result = rlad.train(rlad.load_config(GRPO, settings), overwrite=True)
     print(f"test pass@1 after the warm-up {result.before}, after GRPO {result.after}")
-    checkpoint, without = RunDirectory(run_dir).newest_checkpoint()[1], shutil.ignore_patterns("trainer", "manifest.json")
-    shutil.copytree(checkpoint, arguments.out / "teacher", ignore=without, dirs_exist_ok=True)
+    write_teacher(RunDirectory(run_dir).newest_checkpoint()[1], arguments.out / "teacher")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,12 @@ Imports torch inside of functions: most of what can be said before weights are l
 import json
 import os
 import textwrap
+import traceback
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
@@ -26,7 +28,7 @@ from rlad.plain_tokenizer import AnyTokenizer
 from rlad.preparation import longest_prompt, require_base_model, require_working_verifier
 from rlad.run_dir import RunDirectory
 from rlad.tasks import make_task
-from rlad.tasks.contamination import RUN_WORDS, find_contamination, finite_problems
+from rlad.tasks.contamination import MOST_PROBLEMS, RUN_WORDS, find_contamination, finite_problems
 from rlad.teacher_config import LocalTeacherConfig
 from rlad.teachers import Setting, check_teacher
 from rlad.teachers.compatibility import Finding
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from rlad.trial import Trial
 
 Result = TypeVar("Result")
+_PACKAGE = Path(__file__).parent
 _MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "error": ("✗", "red")}
 
 
@@ -83,6 +86,7 @@ def check_run(config: RunConfig, *, with_models: bool = True, for_verl: bool = F
     findings += attempt("run directory", _check_run_dir) or []
     findings += attempt("device", _check_devices) or []
     findings += attempt("packages", _check_packages) or []
+    findings += attempt("trackers", _check_trackers) or []
     findings += attempt("models", _check_models) or []
     findings += attempt("task", _check_task) or []
     findings += attempt("held-out problems", _check_held_out) or []
@@ -185,6 +189,15 @@ def _check_packages(config: RunConfig) -> list[Finding]:
     return findings
 
 
+def _check_trackers(config: RunConfig) -> list[Finding]:
+    if not config.logging.trackers:
+        return []
+    from rlad.trackers import require_trackers
+
+    require_trackers(config)
+    return [Finding("ok", "trackers", f"{', '.join(config.logging.trackers)}: installed")]
+
+
 def _check_models(config: RunConfig) -> list[Finding]:
     student, student_config = tokenizer_of(config.student.model), config_of(config.student.model)
     require_weights(config.student.model)
@@ -242,10 +255,12 @@ def _check_held_out(config: RunConfig) -> list[Finding]:
         message = (
             f"none of {seen.num_held_out} shares {RUN_WORDS} words in a row with any of {seen.num_train} training problems"
         )
-        return [Finding("ok", "held-out problems", message)]
+        aside = f", apart from phrases that stand in more than {MOST_PROBLEMS} of either" if seen.has_phrases else ""
+        return [Finding("ok", "held-out problems", message + aside)]
     message = (
         f"{seen.num_found} of {seen.num_held_out} stand among the {seen.num_train} training problems ({seen.num_same} as they "
-        f"are, the others with {RUN_WORDS} words in a row), for example {seen.example[:120]!r}; take them out of those."
+        f"are, the others with {RUN_WORDS} words in a row or all of a shorter one), for example {seen.example[:120]!r}; take "
+        "them out of those."
     )
     return [Finding("error" if seen.num_same else "warning", "held-out problems", message)]
 
@@ -264,7 +279,14 @@ def _try_out(config: RunConfig) -> "Trial":
             how = "lower rollout.max_batch_rows or optimization.tokens_per_batch, or take smaller models"
         else:
             how = "change the device, dtype or quantization of student or teacher, or take other models"
+            how += f" (it failed at {_place_of(error)})"  # it may be a mistake of ours, too
         raise ValueError(f"the models cannot be loaded and run ({reason}); {how}.") from None
+
+
+def _place_of(error: BaseException) -> str:
+    """The last line of rlad's own code on the way to an error."""
+    ours = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(_PACKAGE)]
+    return f"{Path(ours[-1].filename).relative_to(_PACKAGE.parent)}:{ours[-1].lineno}"
 
 
 def _longest_prompt(config: RunConfig) -> int:

@@ -3,7 +3,6 @@
 Reads and never writes; loads no model.
 """
 
-import fcntl
 import json
 import math
 import shutil
@@ -18,7 +17,7 @@ from rlad.checkpoints import damage
 from rlad.config import RunConfig
 from rlad.config_file import load_config
 from rlad.guards import Watch
-from rlad.run_dir import CHECKPOINTS, ENVIRONMENT, EVAL, LOCK, METRICS, SAMPLES, RunDirectory
+from rlad.run_dir import CHECKPOINTS, ENVIRONMENT, EVAL, METRICS, SAMPLES, RunDirectory
 
 LEVELS = ("error", "warning", "note")
 
@@ -91,7 +90,7 @@ def diagnose(path: Path, *, free_bytes: int | None = None) -> Diagnoses:
         rows[name], problem = _rows(run, name)
         found += [problem] if problem else []
     free = shutil.disk_usage(path).free if free_bytes is None else free_bytes
-    evidence = Evidence(run, load_config(path), rows[METRICS], rows[EVAL], rows[SAMPLES], _is_locked(run), free)
+    evidence = Evidence(run, load_config(path), rows[METRICS], rows[EVAL], rows[SAMPLES], run.is_locked(), free)
     for look in LOOKS:
         found += look(evidence)
     return Diagnoses(path, _state(evidence), sorted(found, key=lambda each: LEVELS.index(each.level)))
@@ -107,18 +106,6 @@ def _rows(run: RunDirectory, name: str) -> tuple[list[Row], Diagnosis | None]:
     except (ValueError, OSError) as error:
         return rows, Diagnosis("error", "unreadable_file", str(error))
     return rows, None
-
-
-def _is_locked(run: RunDirectory) -> bool:
-    """Whether a process is training there."""
-    try:
-        with (run.path / LOCK).open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def _state(evidence: Evidence) -> str:

@@ -10,6 +10,7 @@ from rlad.rollouts import Completion
 from rlad.sampling import sample
 from rlad.seeds import stream_seed
 from rlad.tasks import Problem, Split, Task, Verdict
+from rlad.tasks.base import judge_completion
 
 
 def evaluate(
@@ -60,7 +61,10 @@ def _grade(
     language_model: LanguageModel, task: Task, index: int, problem: Problem, completions: Sequence[Completion]
 ) -> ProblemResult:
     texts = language_model.tokenizer.batch_decode([list(c.token_ids) for c in completions], skip_special_tokens=True)
-    verdicts = [task.judge(problem, text).verdict for text in texts]
+    verdicts = [
+        judge_completion(task, problem, text, is_truncated=completion.is_truncated).verdict
+        for text, completion in zip(texts, completions, strict=True)
+    ]
     return ProblemResult(
         index=index,
         key=problem.key,

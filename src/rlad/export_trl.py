@@ -139,6 +139,7 @@ def otherwise(config: RunConfig) -> list[str]:
     changed = changed_settings(config)
     notes = [
         "Sampled tokens are TRL's (transformers' generate; vLLM with use_vllm=True): the same seed gives other completions.",
+        "An answer in which the token limit cuts a completion off is judged as it stands; rlad takes it for none.",
         f"Nothing is validated or tested: `rlad evaluate OUTPUT/checkpoint-{every} --task {config.task.type}` does it (the "
         "task's other settings follow as KEY=VALUE). OUTPUT is no run directory of rlad, but a folder of TRL's.",
     ]

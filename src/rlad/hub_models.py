@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rlad.errors import RunFailedError
+from rlad.model_files import has_weights
 
 _FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model"]
 """weights, config and tokenizer; no pickles, and no weights in other formats"""
@@ -17,7 +18,8 @@ _SPARE = ["*/*"]
 class CachedModel:
     name: str
     num_bytes: int
-    folder: Path
+    is_ready: bool
+    """whether config and all weights are there"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,7 @@ def cached_models() -> list[CachedModel]:
     except CacheNotFound:
         return []
     models = [
-        CachedModel(repo.repo_id, repo.size_on_disk, repo.repo_path)
+        CachedModel(repo.repo_id, repo.size_on_disk, cached_folder(repo.repo_id) is not None)
         for repo in repos
         if repo.repo_type == "model" and any(file.file_name == "config.json" for r in repo.revisions for file in r.files)
     ]
@@ -47,7 +49,7 @@ def cached_models() -> list[CachedModel]:
 
 
 def cached_folder(name: str) -> Path | None:
-    """Where a model lies in the cache with its config and weights; None when it does not."""
+    """Where a model lies in the cache with its config and all of its weights; None when it does not."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -55,12 +57,18 @@ def cached_folder(name: str) -> Path | None:
         folder = Path(snapshot_download(name, local_files_only=True, allow_patterns=_FILES, ignore_patterns=_SPARE))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
-    return folder if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")) else None
+    return folder if (folder / "config.json").is_file() and has_weights(folder) else None
 
 
 def plan_fetch(name: str) -> Fetch:
-    """What of a model is missing in the cache. Asks the hub; raises as `fetch_model`."""
-    missing = [file for file in _from_hub(name, dry_run=True) if file.will_download]
+    """What of a model is missing in the cache. Asks the hub; raises as `fetch_model`, and `ValueError` without safetensors."""
+    files = _from_hub(name, dry_run=True)
+    if not any(file.filename.endswith(".safetensors") for file in files):
+        raise ValueError(
+            f"model {name!r} has no *.safetensors file on the Hugging Face hub, and no other weights are read (a pickle may "
+            "run code); take another model, or convert it where you trust it with `save_pretrained` and give that folder."
+        )
+    missing = [file for file in files if file.will_download]
     return Fetch(name, len(missing), sum(file.file_size or 0 for file in missing))
 
 

@@ -6,13 +6,25 @@ Imports torch and transformers, which takes seconds, only where files leave some
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlad.model_files import files_of, plain_config, read_json
 from rlad.plain_tokenizer import AnyTokenizer, plain_tokenizer
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _GPU_FILES = ("nvidia*", "nvhost*", "nvmap", "kfd", "dxg")
 """in /dev, one of which every GPU that torch calls `cuda` has on Linux"""
+_TOKENIZER_CLASSES = {
+    ("llama", "TokenizersBackend"): "TokenizersBackend",
+    ("llama", "PreTrainedTokenizerFast"): "TokenizersBackend",
+    ("qwen2", "Qwen2Tokenizer"): "Qwen2Tokenizer",
+    ("qwen3", "Qwen2Tokenizer"): "Qwen2Tokenizer",
+    ("qwen3", "TokenizersBackend"): "TokenizersBackend",
+    ("qwen3", "PreTrainedTokenizerFast"): "TokenizersBackend",
+}
+"""(a model's family, the class that its tokenizer names): the class that transformers' `AutoTokenizer` takes"""
 
 
 def config_of(name: str) -> Any:
@@ -27,12 +39,30 @@ def config_of(name: str) -> Any:
 
 def tokenizer_of(name: str) -> AnyTokenizer:
     """A tokenizer for prompts and comparisons. `ValueError` when there is none or it cannot be loaded."""
-    tokenizer = plain_tokenizer(name)
+    tokenizer = plain_tokenizer(name) or _of_known_class(name)
     if tokenizer is None:
         from rlad.language_model import load_tokenizer
 
         return load_tokenizer(name)
     return tokenizer
+
+
+def _of_known_class(name: str) -> "PreTrainedTokenizerBase | None":
+    """A folder's tokenizer as `AutoTokenizer` makes it, where its class is known beforehand: choosing it imports torch.
+
+    None elsewhere, and for one that cannot be loaded: `load_tokenizer` says why.
+    """
+    config, settings = plain_config(name), read_json(Path(files_of(name)) / "tokenizer_config.json")
+    chosen = _TOKENIZER_CLASSES.get((str(getattr(config, "model_type", None)), str(settings.get("tokenizer_class"))))
+    if chosen is None or "auto_map" in settings:
+        return None
+    import transformers
+
+    try:
+        tokenizer = getattr(transformers, chosen).from_pretrained(files_of(name), trust_remote_code=False)
+    except Exception:  # whatever transformers makes of files that are not what they should be
+        return None
+    return tokenizer if len(tokenizer) else None
 
 
 def generation_of(name: str) -> Any:

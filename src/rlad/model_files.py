@@ -85,6 +85,14 @@ def located(name: str) -> Path | str:
     return EMBEDDED.get(name) or prepared_folder(name) or name
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a model folder holds safetensors: the one file, or all that its index names."""
+    if (folder / "model.safetensors").is_file():
+        return True
+    shards = set(read_json(folder / "model.safetensors.index.json").get("weight_map", {}).values())
+    return all((folder / shard).is_file() for shard in shards) if shards else any(folder.glob("*.safetensors"))
+
+
 def require_weights(name: str) -> None:
     """`ValueError` for a model folder without weights. Says nothing of a Hugging Face name."""
     folder = Path(files_of(name))

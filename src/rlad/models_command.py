@@ -24,7 +24,7 @@ class ModelRow:
     name: str
     is_ready: bool
     num_bytes: int
-    """on the disk; of one that is not ready what it will take there"""
+    """on the disk; of a packaged one that is not ready what it will take there"""
     about: str
 
 
@@ -34,7 +34,7 @@ def model_rows() -> list[ModelRow]:
     for model in PACKAGED.values():
         size = _num_bytes(model.folder) if model.is_ready else model.folder_bytes
         rows.append(ModelRow(model.name, model.is_ready, size, model.summary))
-    return rows + [ModelRow(model.name, True, model.num_bytes, "Hugging Face cache") for model in cached_models()]
+    return rows + [ModelRow(model.name, model.is_ready, model.num_bytes, "Hugging Face cache") for model in cached_models()]
 
 
 def run_models(action: str, name: str | None, source: Path | None) -> None:

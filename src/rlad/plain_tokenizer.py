@@ -17,7 +17,7 @@ _FAMILIES = ("llama", "qwen3")
 """in which transformers believes a model that names such a class; elsewhere (Qwen2) it may take another"""
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _CHANGE_TEXT_OR_TOKENS = (
-    *("add_bos_token", "add_eos_token", "auto_map", "chat_template"),
+    *("auto_map", "chat_template", "split_special_tokens"),
     *("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"),
 )
 _OTHER_FILES = ("chat_template.jinja", "added_tokens.json", "special_tokens_map.json", "additional_chat_templates")
@@ -58,6 +58,7 @@ def plain_tokenizer(name: str) -> PlainTokenizer | None:
     is_plain = (
         settings.get("tokenizer_class") in _AS_IT_IS
         and not any(settings.get(key) for key in _CHANGE_TEXT_OR_TOKENS)
+        and not any(settings[key] for key in settings if key.endswith("_token") and key not in _SPECIAL)
         and not any((folder / file).exists() for file in _OTHER_FILES)
     )
     if not is_plain or not (folder / "tokenizer.json").is_file():
@@ -79,5 +80,5 @@ def _content(token: Any) -> str:
 
 
 def _are_known(tokenizer: Tokenizer, tokens: Iterable[str]) -> bool:
-    """Whether transformers would add none of them."""
-    return all(tokenizer.token_to_id(token) is not None for token in tokens)
+    """Whether transformers would add none of them: they stand there as added ones, not only as words of the vocabulary."""
+    return set(tokens) <= {token.content for token in tokenizer.get_added_tokens_decoder().values()}

@@ -19,6 +19,7 @@ from rlad.run_dir import RunDirectory
 from rlad.sampling import sample
 from rlad.seeds import stream_seed
 from rlad.tasks import Problem, Task, make_task
+from rlad.tasks.base import judge_completion
 from rlad.teachers import TeacherRequest
 
 _COLOURS = {"correct": "green", "wrong": "red", "cannot_judge": "yellow"}
@@ -66,7 +67,7 @@ def preview(config: RunConfig, *, num_prompts: int) -> list[Row]:
 def _row(student: LanguageModel, task: Task, problem: Problem, completion: Completion, teacher_logprobs: Tensor | None) -> Row:
     token_ids = list(completion.token_ids)
     (text,) = student.tokenizer.batch_decode([token_ids], skip_special_tokens=True)
-    judgement = task.judge(problem, text)
+    judgement = judge_completion(task, problem, text, is_truncated=completion.is_truncated)
     return {
         "student": student.name,
         "prompt": problem.prompt,

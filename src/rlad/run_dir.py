@@ -99,12 +99,34 @@ class RunDirectory:
             file = (self.path / LOCK).open("w")
         with file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with self._one_at_a_time():
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(
                     f"another process is training in {self.path}; wait until it has ended, or choose another run_dir."
                 ) from None
             yield
+
+    def is_locked(self) -> bool:
+        """Whether a process is training here."""
+        try:
+            with self._one_at_a_time(), (self.path / LOCK).open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    @contextmanager
+    def _one_at_a_time(self) -> Iterator[None]:
+        """Around a try of the lock, which is over at once: a run that begins must not find it held by one that only asks."""
+        directory = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(directory)
 
     def delete(self, name: str) -> None:
         """Remove a file, if it is there."""

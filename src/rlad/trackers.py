@@ -10,15 +10,17 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from rlad.config import RunConfig
 from rlad.config_file import dump_config
-from rlad.engines.engine import StepResult
 from rlad.errors import RunFailedError
 from rlad.guards import GuardWarning
 from rlad.run_dir import ENVIRONMENT, EVAL, EvaluationSet, RunDirectory
 from rlad.statistics import Estimate
+
+if TYPE_CHECKING:
+    from rlad.engines.engine import StepResult
 
 COLUMNS = ("prompt", "completion", "verdict", "reward")
 Table = Sequence[tuple[str, str, str, float]]
@@ -145,7 +147,7 @@ class Tracked:
     def phase(self, name: str) -> None:
         self.reporter.phase(name)
 
-    def step(self, result: StepResult, num_steps: int) -> None:
+    def step(self, result: "StepResult", num_steps: int) -> None:
         self._tell("log", result.metrics, result.step)
         for group in result.groups[:1]:
             self.completions = [(group.prompt, r.text, r.verdict, r.reward) for r in group.rollouts]

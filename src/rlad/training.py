@@ -141,9 +141,12 @@ def _train(config: RunConfig, ranks: Ranks, *, resume: bool, overwrite: bool, re
             note_resumption(run, training.engine.step)
             if stored != config:  # more steps, or a teacher that is reached in another way
                 run.write(CONFIG, dump_config(config))
-        if ranks.is_first:
+
+        def start_trackers() -> None:
             resumed_at = training.engine.step if checkpoint else None
             training.reporter = held.enter_context(tracked(config, run, training.reporter, resumed_at=resumed_at))
+
+        ranks.from_first("the trackers", start_trackers)
         return training.finish()
 
 

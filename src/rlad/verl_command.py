@@ -239,6 +239,7 @@ def without_equivalent(config: RunConfig) -> list[str]:
         if loop.advantage_scale == "std"
         else "",
         "A completion that the verifier cannot judge is left out of its group, and logged by verl as a failed session.",
+        "An answer in which the token limit cuts a completion off is judged as it stands: verl does not say that it was cut.",
         f"optimization.max_missing_teacher_share = {loop.max_missing_teacher_share} is not enforced: tokens without a "
         "teacher's log-prob have the loss 0, still count in the denominator, and are logged as actor/rlad/dropped/mean."
         if config.objective.type != "grpo"

@@ -11,7 +11,7 @@ from rlad.prompts import check_prompt_length, prompt_token_ids
 from rlad.rollouts import Completion, Rollout, RolloutGroup
 from rlad.sampling import sample
 from rlad.tasks import Task
-from rlad.tasks.base import require_reward_in_range
+from rlad.tasks.base import judge_completion, require_reward_in_range
 
 
 def roll_out(
@@ -45,7 +45,7 @@ def roll_out(
             rollouts = []
             for completion, text in zip(completions, texts, strict=True):
                 before_work()
-                judgement = task.judge(problem, text)
+                judgement = judge_completion(task, problem, text, is_truncated=completion.is_truncated)
                 require_reward_in_range(task, judgement, f"training problem {indices[number]}")
                 rollouts.append(Rollout(completion, text, str(judgement.verdict), judgement.reward))
             groups[number] = RolloutGroup(indices[number], problem.prompt, tuple(prompts[number]), tuple(rollouts))

@@ -8,13 +8,15 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback, TrainerState
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from rlad.config import RunConfig
 from rlad.engines.engine import ResumePoint, StepResult, peak_memory
@@ -274,7 +276,7 @@ class TRLEngine:
             self.trainer.state.save_to_json(str(folder / "trainer_state.json"))
 
     def restore(self, folder: Path, *, run_digest: str) -> None:
-        """`ValueError` when the checkpoint is of another run, or lies between two steps on one rollout batch."""
+        """`ValueError` when the checkpoint is of another run, damaged, or lies between two steps on one rollout batch."""
         state = read_state(folder, "step", "launch", "num_processes", run_digest=run_digest)
         step, loop = state["step"], self.config.optimization
         if step % loop.steps_per_rollout_batch and step != loop.num_steps:
@@ -284,7 +286,21 @@ class TRLEngine:
             )
         if step:
             require_same_launch(state["launch"], state["num_processes"])
+            _require_readable(folder)
         self.step, self.resumed_from = step, folder if step else None
+
+
+def _require_readable(folder: Path) -> None:
+    """`ValueError` unless the files are whole that TRL reads when it begins; its own errors name none of them."""
+    readers: dict[str, Callable[[str], Any]] = {TRAINER_STATE_NAME: TrainerState.load_from_json}
+    if launch_kind() == "ddp":  # FSDP2 and DeepSpeed have formats of their own
+        load = partial(torch.load, map_location="cpu", weights_only=True, mmap=True)
+        readers |= {OPTIMIZER_NAME: load, SCHEDULER_NAME: load}
+    for name, read in readers.items():
+        try:
+            read(str(folder / name))
+        except Exception:  # whatever json, zip and pickle make of other bytes
+            raise ValueError(f"its {name} is missing or damaged.") from None
 
 
 class _AfterEachStep(TrainerCallback):

@@ -14,6 +14,7 @@ MAX_COMPLETION_CHARACTERS = 200_000
 _MAX_EXPRESSION_CHARACTERS, _MAX_NUMBER_CHARACTERS = 500, 500
 
 _ANSWER_MARKER = re.compile("answer:", re.IGNORECASE)
+_WHOLE = re.compile(r"\n|</?answer>|\\boxed\{|[^\W\d]\.[* ]*$")
 _OTHER_MINUS_SIGNS = str.maketrans(dict.fromkeys("\N{MINUS SIGN}\N{EN DASH}\N{SMALL HYPHEN-MINUS}", "-") | {"$": None})
 _NUMBER = re.compile(
     r"(?:(?<![\w)\]}])[-+])?"  # a sign, unless it stands between two terms as in 10-3
@@ -45,6 +46,18 @@ def marked_answer(completion: str) -> str | None:
     if head.endswith("**"):  # `**Answer:** 42` and `**Answer: 42**`: the bold ends somewhere in the tail
         tail = tail.replace("**", "", 1)
     return _without_bold(tail.strip())
+
+
+def without_cut_answer(text: str) -> str:
+    """A text that the token limit cut off, without what follows its last `Answer:` if it ends in the first line there.
+
+    `Answer: 4` may be the beginning of `Answer: 42`. A line that ends with a word and a full stop stays, and so do answers with
+    an end of their own, `<answer>` and `\\boxed{`.
+    """
+    last = _last_match(_ANSWER_MARKER, text)
+    if last is None or _WHOLE.search(text[last.end() :].lstrip("* \t\r\n")):
+        return text
+    return text[: last.end()]
 
 
 def _without_bold(text: str) -> str:

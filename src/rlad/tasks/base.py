@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 from rlad.errors import RunFailedError
+from rlad.tasks.answers import without_cut_answer
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -101,6 +102,11 @@ class Task(Protocol):
     def close(self) -> None:
         """Release what the verifier holds (worker processes)."""
         ...
+
+
+def judge_completion(task: Task, problem: Problem, text: str, *, is_truncated: bool) -> Judgement:
+    """Grade what the sampler wrote; of a text that the token limit cut off, without an answer that it cuts."""
+    return task.judge(problem, without_cut_answer(text) if is_truncated else text)
 
 
 def reward_range(task: Task) -> tuple[float, float]:

@@ -1,14 +1,15 @@
 """Do held-out problems stand among the training problems? Compared by runs of words, as for GPT-3 (arXiv 2005.14165, app. C).
 
-Words are letters and digits without case. A run of 8 words that stands in more than 10 training problems, or in more than 10
-held-out ones, is instruction or phrase, and cuts a held-out problem into the parts beside it. The problem is found when 13
-words in a row of one of them stand in a training problem (of a part of 8 to 12 words all of it), and when its key is a
-training problem's.
+Words are letters and digits without case; of scripts without spaces between words (Chinese, Japanese, Thai) each letter is one.
+A run of 8 words that stands in more than 10 held-out problems is instruction, one that stands in more than 10 training
+problems a phrase. Both cut a held-out problem into the parts beside them, and it is found when 13 words in a row of a part
+stand in a training problem (of a part of 8 to 12 words all of it); when four fifths of its words beside the instructions do so,
+however often; and when its key is a training problem's.
 """
 
 import re
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -17,8 +18,11 @@ from rlad.tasks.base import Problem, Split, Task
 from rlad.tasks.conversations import asked_text
 from rlad.tasks.several import SeveralTasks
 
-RUN_WORDS, FEWEST_WORDS, MOST_PROBLEMS = 13, 8, 10
-_WORD = re.compile(r"[^\W_]+")
+RUN_WORDS, FEWEST_WORDS, MOST_PROBLEMS, MOST_WORDS = 13, 8, 10, 0.8
+# Thai, Lao, Tibetan, Burmese; Khmer; kana; Han.
+_UNSPACED = "\u0e00-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff"
+_WORD = re.compile(rf"[^\W_{_UNSPACED}]+|[^\W_]")
+Parts = list[list[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,8 @@ class Contamination:
     """of those found, the ones that are a training problem, not only alike"""
     example: str
     """words that a held-out problem shares with a training problem; empty when none was found"""
+    has_phrases: bool
+    """whether held-out and training problems share instructions or phrases, which alone do not count"""
 
 
 def words(text: str) -> list[str]:
@@ -43,31 +49,35 @@ def find_contamination(train: Iterable[Problem], held_out: Iterable[Problem]) ->
     """Held-out problems that stand among the training problems. Equal problems count once."""
     trained = {problem.key: problem for problem in train}
     texts = {problem.key: _words_of(problem) for problem in held_out}
-    phrases = _phrases(trained.values(), texts.values())
-    wanted: dict[str, set[str]] = defaultdict(set)
-    for key, text in texts.items():
-        for part in _parts(text, phrases):
-            for run in _runs(part, min(len(part), RUN_WORDS)):
-                wanted[run].add(key)
-    sizes = {run.count(" ") + 1 for run in wanted}
-    runs = (run for problem in trained.values() for size in sizes for run in _runs(_words_of(problem), size))
-    shared = {run for run in runs if run in wanted}
+    in_held_out = Counter(run for text in texts.values() for run in set(_runs(text, FEWEST_WORDS)))
+    trained_texts = map(_words_of, trained.values())
+    in_trained = Counter(run for text in trained_texts for run in set(_runs(text, FEWEST_WORDS)) if run in in_held_out)
+    instructions, often_trained = _frequent(in_held_out), _frequent(in_trained)
+    phrases = instructions | often_trained
+    whole = {key: list(_parts(text, instructions)) for key, text in texts.items()}
+    distinct = {key: list(_parts(text, phrases)) for key, text in texts.items()} if often_trained else whole
+    wanted = {run for parts in (*whole.values(), *distinct.values()) for part in parts for run in _longest_runs(part)}
+    shared = _shared(wanted, map(_words_of, trained.values()))
+    decisive = {key: _decisive(distinct[key], whole[key], shared) for key in texts}
     same = texts.keys() & trained.keys()
-    found = same.union(*(wanted[run] for run in shared))
-    example = min(shared, default="") or next((" ".join(texts[key]) for key in sorted(same)), "")
-    return Contamination(len(texts), len(found), len(trained), len(same), example)
+    found = same | {key for key, runs in decisive.items() if runs}
+    example = min((run for runs in decisive.values() for run in runs), default="")
+    example = example or next((" ".join(texts[key]) for key in sorted(same)), "")
+    has_phrases = not phrases.isdisjoint(in_trained)
+    return Contamination(len(texts), len(found), len(trained), len(same), example, has_phrases)
+
+
+def _shared(wanted: set[str], texts: Iterable[list[str]]) -> set[str]:
+    sizes = {run.count(" ") + 1 for run in wanted}
+    return {run for text in texts for size in sizes for run in _runs(text, size) if run in wanted}
 
 
 def _words_of(problem: Problem) -> list[str]:
     return words(asked_text(problem.messages) or problem.prompt)
 
 
-def _phrases(trained: Iterable[Problem], held_out: Iterable[Sequence[str]]) -> set[str]:
-    """Runs of 8 words in the held-out texts that stand in more than 10 of them, or in more than 10 training problems."""
-    in_held_out = Counter(run for text in held_out for run in set(_runs(text, FEWEST_WORDS)))
-    texts = (_words_of(problem) for problem in trained)
-    in_trained = Counter(run for text in texts for run in set(_runs(text, FEWEST_WORDS)) if run in in_held_out)
-    return {run for counts in (in_held_out, in_trained) for run, number in counts.items() if number > MOST_PROBLEMS}
+def _frequent(counts: Counter[str]) -> set[str]:
+    return {run for run, number in counts.items() if number > MOST_PROBLEMS}
 
 
 def _parts(text: list[str], phrases: set[str]) -> Iterator[list[str]]:
@@ -78,6 +88,27 @@ def _parts(text: list[str], phrases: set[str]) -> Iterator[list[str]]:
         part = [text[i] for i in positions]
         if not is_inside and len(part) >= FEWEST_WORDS:
             yield part
+
+
+def _decisive(distinct: Parts, whole: Parts, shared: set[str]) -> list[str]:
+    """The shared runs that tell that a problem stands in training problems; none when it does not.
+
+    `distinct` are its parts beside instructions and phrases, `whole` those beside instructions alone.
+    """
+    runs = [run for part in distinct for run in _longest_runs(part) if run in shared]
+    if runs:
+        return runs
+    inside = [
+        {start + i for start, run in enumerate(_longest_runs(part)) if run in shared for i in range(min(len(part), RUN_WORDS))}
+        for part in whole
+    ]
+    if sum(map(len, inside)) < MOST_WORDS * sum(map(len, whole)):
+        return []
+    return [run for part in whole for run in _longest_runs(part) if run in shared]
+
+
+def _longest_runs(part: Sequence[str]) -> Iterator[str]:
+    return _runs(part, min(len(part), RUN_WORDS))
 
 
 def _runs(text: Sequence[str], size: int) -> Iterator[str]:

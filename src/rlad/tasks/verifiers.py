@@ -77,12 +77,13 @@ def exact(completion: str, answer: str) -> Judgement:
 
 
 def number(completion: str, answer: str) -> Judgement:
-    """Whether the last number of the final answer (without one: of the completion) is the last one of `answer`."""
+    """Whether the last number of the final answer (of the completion, if words stand there) is the last one of `answer`."""
     wanted = last_number(answer)
     if wanted is None:
         return cannot_judge(f"the reference answer {answer[:80]!r} has no number")
-    found = last_number(final_answer(completion))
-    return judged((last_number(completion) if found is None else found) == wanted)
+    final = final_answer(completion)
+    found = last_number(final)
+    return judged((last_number(completion) if final and found is None else found) == wanted)
 
 
 _IN_PROCESS: dict[str, Callable[[str, str], Judgement]] = {"exact": exact, "number": number}
