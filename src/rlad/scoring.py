@@ -100,11 +100,9 @@ class Scorer:
 
     def _readout(self, head: OutputLayer) -> dict[str, Any]:
         """What makes logits of hidden states, as `token_logprobs` takes it."""
-        # Cast here, outside of autocast: the backward pass must recompute exactly these logits.
-        dtype, linear = self.language_model.compute_dtype, head.linear
         return {
-            "weight": linear.weight.to(dtype),
-            "bias": None if linear.bias is None else linear.bias.to(dtype),
+            "weight": head.linear.weight,
+            "bias": head.linear.bias,
             "scale": head.scale,
             "soft_cap": head.soft_cap,
             "temperature": self.temperature,
@@ -114,11 +112,12 @@ class Scorer:
     def gradient_in_place(self) -> Iterator[None]:
         """The gradients of embeddings and output layer, of what is scored in here, never exist beside the sum in their `.grad`.
 
-        That must be there before, as zeros for a start. The backward pass adds to the rows of the tokens at hand and, tile by
-        tile, to the output layer's; autograd is given nothing of the latter, so hooks (as DDP has them) would miss it.
+        That must be there before, as zeros for a start, and stay until the backward pass, which adds to the rows of the tokens
+        at hand and, tile by tile, to the output layer's. Autograd is given nothing of the latter: hooks, as of DDP, miss it.
         """
         embeddings: Any = self.model.get_input_embeddings()
-        by_rows = isinstance(embeddings, torch.nn.Embedding) and not embeddings.sparse
+        # Elsewhere (MPS) PyTorch may lack the operations for gradients by rows.
+        by_rows = isinstance(embeddings, torch.nn.Embedding) and self.model.device.type in ("cpu", "cuda")
         if by_rows:
             embeddings.sparse = True
         self._adds_in_place = True
@@ -133,8 +132,8 @@ class Scorer:
     def logits_in_chunks(self, token_ids: TokenIds, *, start: int = 1, chunk_tokens: int | None = None) -> Iterator[Tensor]:
         """The logits `[chunk, vocabulary]` that predict one text's tokens from `start` on, divided by the temperature, float32.
 
-        A chunk has `chunk_tokens` tokens, by default as many as in `token_logprobs`. Without an output layer all logits exist
-        at once.
+        A chunk has `chunk_tokens` tokens, by default as many as `LOGITS_PER_CHUNK` allows. Without an output layer all logits
+        exist at once.
         """
         ids = torch.tensor([token_ids], device=self.model.device)
         embeddings: Any = self.model.get_input_embeddings()

@@ -79,7 +79,7 @@ def quantization_config(quantization: str) -> Any:
     """What transformers quantises the weights of a model's linear layers by as it loads them; None for "none".
 
     int8: symmetric, a scale for each output channel. int4: asymmetric, a scale and a zero point for each 64 inputs (tinygemm).
-    transformers leaves the output layer as it is, so log-probs are computed from it in chunks as of every other model.
+    transformers leaves the output layer as it is, so log-probs are computed from it in tiles as of every other model.
     """
     if quantization == "none":
         return None
