@@ -49,7 +49,7 @@ class _Transform(NamedTuple):
 class _TokenLogprobs(torch.autograd.Function):
     """Keeps the log-sum-exp of each token; backward recomputes the softmax tile by tile.
 
-    Of tiles with log-sum-exps l_k and entropies H_k: l = logsumexp_k l_k, and H = sum_k w_k (H_k - log w_k), w_k = exp(l_k - l).
+    Of tiles with log-sum-exps l_k and entropies H_k: l = logsumexp_k l_k, H = sum_k w_k (H_k - log w_k), w_k = exp(l_k - l).
     With x = hidden @ weight.T + bias and c = capped(scale x):
     d log p(y) / dx = (onehot(y) - softmax(c / temperature)) / temperature * (1 - (c / soft_cap)^2) * scale.
     """
