@@ -38,15 +38,15 @@ def pick_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[T
 
 
 def _pick(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
+    probs = torch.softmax(logits.float() / (temperature or 1.0), dim=-1)
     if temperature == 0:
-        tokens = logprobs.argmax(dim=-1)
+        tokens = logits.argmax(dim=-1)
     else:
-        cumulative = logprobs.exp().cumsum(dim=-1)
+        cumulative = probs.cumsum(dim=-1)
         # right=True: the first token whose cumulative probability exceeds the target, so never one of probability 0.
         target = uniforms[:, None] * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
-    return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
+    return tokens, probs.gather(1, tokens[:, None]).squeeze(1).log()
 
 
 def sample(
