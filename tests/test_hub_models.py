@@ -71,6 +71,8 @@ def test_of_a_model_with_a_shard_missing_the_rest_is_fetched(tmp_path):
         done = run_models(cache, "prepare", "some/model", address=address)
     assert done.returncode == 0 and handed_out.count(missing) == 1, done.stderr
     assert has_weights(snapshot) and state_of(cache) == "ready"
+    (snapshot / "model.safetensors.index.json").unlink()
+    assert not has_weights(snapshot), "shards alone do not say how many they are"
     (files / missing).unlink()
     (files / "model.safetensors").touch()
     assert has_weights(files), "transformers takes the one file, whatever an index says"

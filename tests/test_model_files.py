@@ -149,6 +149,7 @@ def assert_same(plain: PlainTokenizer, whole: Any, texts: list[str]) -> None:
         {"split_special_tokens": True},
         {"image_token": "<eos>"},
         {"added_tokens_decoder": {"7": {"content": "<new>"}}},
+        {"added_tokens_decoder": {"1": {"content": "<eos>", "lstrip": True}}},
         {"additional_special_tokens": ["<new>"]},
         {"model_specific_special_tokens": {"image_token": "<new>"}},
     ],

@@ -67,6 +67,12 @@ def test_the_inverse_distribution_function_by_hand() -> None:
     assert pick_tokens(logits, uniforms, 1.0)[0].tolist() == [0, 0, 2, 2, 3, 3]
 
 
+def test_a_logprob_is_finite_whatever_underflows_and_nan_stays() -> None:
+    logits = torch.tensor([[0.0, 200.0], [0.0, math.nan]])
+    _, logprobs = pick_tokens(logits, torch.zeros(2), 1.0)
+    assert math.isfinite(logprobs[0]) and math.isnan(logprobs[1])
+
+
 def test_rows_are_picked_alike_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     logits, uniforms = torch.randn(50, 40, generator=generator), torch.rand(50, generator=generator)

@@ -40,6 +40,8 @@ def test_exact(completion, answer, verdict):
         ("It is 18.\n<answer>1", "18", WRONG),  # cut off within its answer
         ("It is 18.\n<answer>18", "18", WRONG),
         ("It is 18.\nAnswer:", "18", WRONG),
+        (r"Answer: \boxed{4", "4", WRONG),
+        (r"so \boxed{4}", "4", CORRECT),
         ("10%", "10", CORRECT),
         ("10%", "0.1", WRONG),
         ("-5", "5", WRONG),

@@ -89,8 +89,10 @@ def has_weights(folder: Path) -> bool:
     """Whether a model folder holds safetensors: the one file, or all that its index names."""
     if (folder / "model.safetensors").is_file():
         return True
-    shards = set(read_json(folder / "model.safetensors.index.json").get("weight_map", {}).values())
-    return all((folder / shard).is_file() for shard in shards) if shards else any(folder.glob("*.safetensors"))
+    shards = set((read_json(folder / "model.safetensors.index.json").get("weight_map") or {}).values())
+    if shards:
+        return all((folder / shard).is_file() for shard in shards)
+    return any("-of-" not in file.name for file in folder.glob("*.safetensors"))  # a shard needs its index
 
 
 def require_weights(name: str) -> None:

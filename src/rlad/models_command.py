@@ -78,6 +78,8 @@ def prepare(name: str, source: Path | None, console: Console | None = None) -> P
         plan = plan_fetch(name)
         _say(console, f"fetching {name}: {plan.num_files} files, {plan.num_bytes / 1e6:.0f} MB")
         folder = fetch_model(name)
+        if cached_folder(name) is None:
+            raise ValueError(f"{name!r} has no config.json with its weights, so it is no model of its own (an adapter, say).")
     _say(console, f"ready  {name}  {_num_bytes(folder) / 1e6:.0f} MB in {folder}")
     return folder
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from rlad.model_files import EMBEDDED, files_of, plain_config, read_json
 
@@ -68,8 +68,8 @@ def plain_tokenizer(name: str) -> PlainTokenizer | None:
     except Exception:  # the library raises nothing narrower; transformers names what is wrong
         return None
     special = {key: _content(settings[key]) for key in _SPECIAL if settings.get(key)}
-    added = [_content(token) for token in (settings.get("added_tokens_decoder") or {}).values()]
-    if not _are_known(tokenizer, [*special.values(), *added]) or tokenizer.truncation or tokenizer.padding:
+    added = settings.get("added_tokens_decoder") or {}
+    if not _are_known(tokenizer, special.values(), added) or tokenizer.truncation or tokenizer.padding:
         return None
     return PlainTokenizer(tokenizer, special, str(name)) if tokenizer.get_vocab_size() else None
 
@@ -79,6 +79,15 @@ def _content(token: Any) -> str:
     return str(token.get("content")) if isinstance(token, dict) else str(token)
 
 
-def _are_known(tokenizer: Tokenizer, tokens: Iterable[str]) -> bool:
-    """Whether transformers would add none of them: they stand there as added ones, not only as words of the vocabulary."""
-    return set(tokens) <= {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+def _are_known(tokenizer: Tokenizer, special: Iterable[str], added: dict[str, Any]) -> bool:
+    """Whether transformers would add or change none of them: they stand there as added ones, with the same flags."""
+    known = tokenizer.get_added_tokens_decoder()
+    return set(special) <= {token.content for token in known.values()} and all(
+        number.isdecimal() and int(number) in known and isinstance(said, dict) and _is_as_said(known[int(number)], said)
+        for number, said in added.items()
+    )
+
+
+def _is_as_said(token: AddedToken, said: dict[str, Any]) -> bool:
+    flags = ("content", "lstrip", "rstrip", "normalized", "single_word", "special")
+    return all(said[flag] == getattr(token, flag) for flag in flags if flag in said)

@@ -46,7 +46,8 @@ def _pick(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor,
         # right=True: the first token whose cumulative probability exceeds the target, so never one of probability 0.
         target = uniforms[:, None] * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
-    return tokens, probs.gather(1, tokens[:, None]).squeeze(1).log()
+    # Never -inf: rounding of the cumulative sum may pick a token whose probability underflows.
+    return tokens, probs.gather(1, tokens[:, None]).squeeze(1).clamp(min=torch.finfo(torch.float32).tiny).log()
 
 
 def sample(

@@ -81,6 +81,8 @@ def number(completion: str, answer: str) -> Judgement:
     wanted = last_number(answer)
     if wanted is None:
         return cannot_judge(f"the reference answer {answer[:80]!r} has no number")
+    if "<answer>" not in completion and boxed_answer(completion) == "":
+        return judged(False)
     final = final_answer(completion)
     found = last_number(final)
     return judged((last_number(completion) if final and found is None else found) == wanted)
