@@ -12,7 +12,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import rlad
-from rlad.run_dir import EVAL, METRICS, RunDirectory
+from rlad.runs.directory import EVAL, METRICS, RunDirectory
 
 SHOWN = {
     "gated +": "objective/gated_positive/frac",

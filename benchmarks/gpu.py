@@ -26,11 +26,11 @@ from memory import batch_of
 from replay import EOS, PAD, Case, ReplayTask, word_tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from rlad.config import RunConfig
-from rlad.engines.native import NativeEngine
+from rlad.config.run import RunConfig
+from rlad.engines.native.loop import NativeEngine
 from rlad.engines.rollout_batch import by_rollout
-from rlad.language_model import LanguageModel
-from rlad.sampling import sample
+from rlad.models.loading import LanguageModel
+from rlad.rollouts.sampling import sample
 from rlad.teachers.local import LocalTeacher
 
 CHIPS = {"H200": (989e12, 4.8e12), "H100": (989e12, 3.35e12), "A100": (312e12, 2.0e12), "L40": (181e12, 0.86e12)}

@@ -7,10 +7,10 @@ figure that came nearest to it (or went beyond), at which step of which run, and
 import argparse
 from pathlib import Path
 
-from rlad.config_file import load_config
-from rlad.guard_figures import numbers_of, value_of
-from rlad.guards import GUARDS, Guard
-from rlad.run_dir import CONFIG, METRICS, RunDirectory
+from rlad.config.file import load_config
+from rlad.runs.directory import CONFIG, METRICS, RunDirectory
+from rlad.runs.guards import GUARDS, Guard
+from rlad.runs.trends import numbers_of, value_of
 
 Place = tuple[float, str]
 

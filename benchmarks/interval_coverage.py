@@ -6,7 +6,7 @@ seed of each method deviates by a normal amount with the standard deviation of t
 
 import numpy as np
 
-from rlad.statistics import paired_difference
+from rlad.runs.statistics import paired_difference
 
 NUM_PROBLEMS, NUM_SIMULATIONS = 400, 500
 DEVIATIONS = (0.0, 0.02, 0.05, 0.1, 0.2)

@@ -25,9 +25,9 @@ import torch
 from replay import EOS, Case, prompt_text, scripted_completions
 from step_engines import environment, make_engine
 
-from rlad.engines.native import NativeEngine
+from rlad.engines.native.loop import NativeEngine
 from rlad.engines.rollout_batch import RolloutBatch, by_rollout
-from rlad.rollouts import Completion, Rollout, RolloutGroup
+from rlad.rollouts.types import Completion, Rollout, RolloutGroup
 from rlad.teachers.local import LocalTeacher
 
 BASE = Case(lengths="equal", max_tokens=512, num_prompts=1, group_size=2)

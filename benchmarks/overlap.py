@@ -29,7 +29,7 @@ from step_engines import make_engine
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from rlad.engines.native import NativeEngine
+from rlad.engines.native.loop import NativeEngine
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from running_servers import free_port, server_process
@@ -42,8 +42,9 @@ Row = dict[str, float]
 @contextmanager
 def served_teacher(case: Case, folder: Path) -> Iterator[Any]:
     """The teacher of a case behind `rlad serve-teacher` with one thread, as a teacher of this process."""
-    from rlad.config import RunConfig
-    from rlad.teachers import Setting, make_teacher
+    from rlad.config.run import RunConfig
+    from rlad.teachers import make_teacher
+    from rlad.teachers.base import Setting
 
     # One token longer than the longest text: a server has to write one for each that it scores.
     model = language_model(replace(case, max_tokens=case.max_tokens + 1), seed=1, is_teacher=True)

@@ -6,7 +6,7 @@
 
 `witnesses`: the native engine's loss and gradient against a slow reference (one sequence after the other, all logits, formulas
 token by token), against itself with other micro-batches, and against `examples/02_tiny_loop.py`, on the batches of
-`tests/test_parity.py`: tiny random models, unequal lengths, rollouts that are left out. The loss differs by |a - b| (its terms
+`tests/engines/test_parity.py`: tiny random models, unequal lengths, rollouts that are left out. The loss differs by |a - b| (its terms
 are of order 1), the gradient by |a - b| / |b|.
 
 `engines`: TRRD's loss and gradient on the same three batches by every engine against the tiny loop, both relative. verl gives

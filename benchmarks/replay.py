@@ -22,8 +22,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlad import sampling
-from rlad.language_model import LanguageModel, remove_dropout
+from rlad.models.loading import LanguageModel, remove_dropout
+from rlad.rollouts import sampling
 from rlad.tasks import Problem, Split
 from rlad.tasks.base import Judgement, judged
 

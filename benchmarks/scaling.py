@@ -4,7 +4,7 @@ python benchmarks/scaling.py [--rounds 3] [--steps 5] [--tokens 64] [--prompts 8
 
 The embedded student and teacher, TRRD on knights and knaves. Of each run the first step (warm-up) and all evaluation are left
 out; what remains are the seconds between two steps, rollouts, teacher and update, by the slower rank. The ratio is formed in
-each round; 2 would be perfect. What is trained is the same in both (tests/test_launch.py).
+each round; 2 would be perfect. What is trained is the same in both (tests/engines/test_launch.py).
 """
 
 import argparse

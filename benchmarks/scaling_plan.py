@@ -4,7 +4,7 @@
     python benchmarks/scaling_plan.py --step-json step.json     with the teacher share that `benchmarks/step.py --json` measured
     python benchmarks/scaling_plan.py --chip A100 --tokens 8192 --matrix-share 0.5
 
-Nothing here is measured. Bytes are `rlad check`'s estimate (`rlad.memory_estimate`) of the models' shapes, spread over the GPUs
+Nothing here is measured. Bytes are `rlad check`'s estimate (`rlad.checks.memory`) of the models' shapes, spread over the GPUs
 as the formulas below say; FLOPs and bytes of a step are those of `benchmarks/gpu.py`. Seconds are FLOPs / (peak x matrix share)
 and bytes / (bandwidth x bandwidth share); both shares are assumptions, and `benchmarks/gpu.py` measures them on a chip.
 """
@@ -22,9 +22,9 @@ from typing import Any
 from gpu import CHIPS, SHAPES, Shape, block_weights, forward_flops
 from transformers import CONFIG_MAPPING
 
-from rlad.chunk_sizes import room_for
-from rlad.config_file import parse_config
-from rlad.memory_estimate import MemoryEstimate, estimate_memory
+from rlad.checks.memory import MemoryEstimate, estimate_memory
+from rlad.config.file import parse_config
+from rlad.rollouts.growing_cache import room_for
 
 MODELS = SHAPES | {"Qwen3-32B": Shape(5120, 25_600, 64, 64, 8, tied=False)}
 GB = 1e9

@@ -245,8 +245,8 @@ def siege(load: Load, at_once: int) -> None:
 
 
 def expected_logprobs(model: str, num_prompts: int) -> tuple[list[Prompt], list[list[float]]]:
-    from rlad.language_model import load_language_model
-    from rlad.scoring import Scorer
+    from rlad.models.loading import load_language_model
+    from rlad.scoring.scorer import Scorer
 
     loaded, draw = load_language_model(model, device="cpu"), random.Random(0)
     prompts = [[draw.randrange(loaded.vocabulary) for _ in range(draw.randrange(2, 120))] for _ in range(num_prompts)]

@@ -20,11 +20,11 @@ import torch
 from replay import Case, ReplayTask, Script, language_model, prompt_text, reward
 from transformers.utils.logging import disable_progress_bar
 
-from rlad import sampling
-from rlad.config import RunConfig
+from rlad.config.run import RunConfig
 from rlad.engines import roll_out
-from rlad.engines.native import NativeEngine
-from rlad.scoring import Scorer
+from rlad.engines.native.loop import NativeEngine
+from rlad.rollouts import sampling
+from rlad.scoring.scorer import Scorer
 from rlad.teachers.local import LocalTeacher
 
 Seconds = dict[str, float]

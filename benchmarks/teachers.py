@@ -37,8 +37,9 @@ Row = dict[str, Any]
 
 def measure(arguments: argparse.Namespace, teacher: Section) -> Row:
     """Scores the sampled completions with one form of the teacher."""
-    from rlad.preparation import load_student, prepare_teacher
-    from rlad.teachers import TeacherRequest
+    from rlad.models.student import load_student
+    from rlad.teachers import prepare_teacher
+    from rlad.teachers.base import TeacherRequest
 
     config = config_of(arguments, teacher)
     student = load_student(config)
@@ -77,9 +78,9 @@ def status_bytes(key: str) -> int:
 
 def sample_sequences(arguments: argparse.Namespace) -> None:
     """Writes prompts and completions of the student, the same for all forms."""
-    from rlad.preparation import load_student
-    from rlad.prompts import prompt_token_ids
-    from rlad.sampling import sample
+    from rlad.models.student import load_student
+    from rlad.rollouts.prompts import prompt_token_ids
+    from rlad.rollouts.sampling import sample
     from rlad.tasks import make_task
 
     config = config_of(arguments, None)
@@ -101,7 +102,7 @@ def sample_sequences(arguments: argparse.Namespace) -> None:
 
 def config_of(arguments: argparse.Namespace, teacher: Section | None) -> Any:
     """The run with this `[teacher]` section; None leaves its own."""
-    from rlad.config_file import load_config, parse_config
+    from rlad.config.file import load_config, parse_config
 
     table = load_config(arguments.config).model_dump(mode="json", exclude_none=True)
     return parse_config(table if teacher is None else table | {"teacher": teacher})
@@ -167,7 +168,7 @@ def errors(row: Row, reference: Row) -> tuple[float, float, int]:
 def final_pass_at_1(arguments: argparse.Namespace, name: str, teacher: Section) -> float:
     """After a run with this teacher."""
     import rlad
-    from rlad.run_dir import EVAL, RunDirectory
+    from rlad.runs.directory import EVAL, RunDirectory
 
     run = RunDirectory(arguments.out / "runs" / re.sub(r"\W+", "-", name))
     if not run.is_finished():

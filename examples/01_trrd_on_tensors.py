@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from rlad.advantages import group_advantages
-from rlad.aggregate import aggregate
+from rlad.objectives.advantages import group_advantages
+from rlad.objectives.aggregate import aggregate
 from rlad.objectives.grpo import grpo_loss
 from rlad.objectives.trrd import trrd_loss
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlad.model_files import EMBEDDED
+from rlad.models.files import EMBEDDED
 from rlad.tasks.logic import KnightsAndKnaves
 
 PROMPTS_PER_STEP, GROUP_SIZE, MAX_COMPLETION_TOKENS = 16, 8, 320

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlad.language_model import LanguageModel
+from rlad.models.loading import LanguageModel
 
 FLAWS = (
     "row ahead",  # llama-cpp-python: token i beside the logits that follow it

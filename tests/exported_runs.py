@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlad.config_file import dump_config, parse_config
-from rlad.engines.native_state import save_model
-from rlad.preparation import load_student
-from rlad.run_dir import RunDirectory
+from rlad.config.file import dump_config, parse_config
+from rlad.models.saving import save_model
+from rlad.models.student import load_student
+from rlad.runs.directory import RunDirectory
 from tiny_models import random_tokens, tiny_model, tiny_tokenizer
 from tiny_runs import run_config
 

@@ -15,19 +15,19 @@ from hypothesis import strategies as st
 
 from hostile_texts import any_text, completions, expressions, hostile_text, json_values, written_numbers
 from report_runs import write_run
-from rlad.config_file import DEFAULT_RUN, dump_config, load_config, parse_config, parse_overrides
-from rlad.plain_text import printable
-from rlad.prompt_template import fill_template, template_names
-from rlad.report import MissingRun, ReportedRun
-from rlad.report.escaping import markdown
-from rlad.report.runs import read_run
-from rlad.run_dir import EVAL, METRICS, SAMPLES, RunDirectory
+from rlad.comparison.escaping import markdown
+from rlad.comparison.report import MissingRun, ReportedRun
+from rlad.comparison.runs import read_run
+from rlad.config.file import DEFAULT_RUN, dump_config, load_config, parse_config, parse_overrides
+from rlad.config.template import fill_template, template_names
+from rlad.runs.directory import EVAL, METRICS, SAMPLES, RunDirectory
 from rlad.tasks.answers import evaluate_arithmetic
 from rlad.tasks.base import Judgement, Verdict
 from rlad.tasks.jsonl import JsonlTask
 from rlad.tasks.logic import ROLES, KnightsAndKnaves, parse_answer
 from rlad.tasks.verifiers import exact, make_verifier, number
-from rlad.teachers.completions_format import read_generation, read_scores
+from rlad.teachers.served.protocol import read_generation, read_scores
+from rlad.text import printable
 
 
 @dataclass(frozen=True)
@@ -328,7 +328,7 @@ def requests(draw: st.DrawFn) -> bytes:
 
 
 def check_request(body: bytes) -> None:
-    from rlad.serving_form import parse_request
+    from rlad.serving.protocol import parse_request
 
     asked = refused_or(lambda: parse_request(body))
     if asked is not None:

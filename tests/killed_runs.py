@@ -12,20 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import rlad
-import rlad.engines.native
-import rlad.training
-from rlad.engines.native import NativeEngine
-from rlad.run_dir import RunDirectory
+import rlad.engines.native.loop
+import rlad.training.run
+from rlad.engines.native.loop import NativeEngine
+from rlad.runs.directory import RunDirectory
 from tiny_runs import remains
 
 # Phase -> the function that it is the time of. What is within another one, such as sampling in an evaluation, counts as that.
 PHASES: dict[str, tuple[Any, str]] = {
-    "loading": (rlad.training, "_load_student"),
-    "generation": (rlad.engines.native, "roll_out"),
+    "loading": (rlad.training.run, "_load_student"),
+    "generation": (rlad.engines.native.loop, "roll_out"),
     "teacher scoring": (NativeEngine, "_ask_teacher"),
     "update": (NativeEngine, "update"),
     "checkpoint writing": (RunDirectory, "write_checkpoint"),
-    "evaluation": (rlad.training.Training, "_evaluate"),
+    "evaluation": (rlad.training.run.Training, "_evaluate"),
 }
 REST = "between"
 

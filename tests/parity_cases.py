@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 import reference
-from rlad.config import RunConfig
-from rlad.engines.native import NativeEngine
+from rlad.config.run import RunConfig
+from rlad.engines.metrics import TokenStats
+from rlad.engines.native.loop import NativeEngine
 from rlad.engines.rollout_batch import RolloutBatch
-from rlad.language_model import LanguageModel
-from rlad.metrics import TokenStats
+from rlad.models.loading import LanguageModel
 from rlad.tasks import Problem, Split
 from rlad.tasks.base import Judgement, cannot_judge, judged
 from rlad.teachers.local import LocalTeacher

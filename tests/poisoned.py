@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import rlad.training
-from rlad.config_file import load_config
-from rlad.teachers import Teacher
+import rlad.training.run
+from rlad.config.file import load_config
+from rlad.teachers.base import Teacher
 
 
 class Poisoned(Teacher):
@@ -30,7 +30,7 @@ class Poisoned(Teacher):
 
 
 def poison_engines(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    make_engine = rlad.training.make_engine
+    make_engine = rlad.training.run.make_engine
 
     def of(*steps: int) -> None:
         def make(*args: Any, **kwargs: Any) -> Any:
@@ -38,7 +38,7 @@ def poison_engines(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             engine.teacher = Poisoned(engine.teacher, engine, steps)
             return engine
 
-        monkeypatch.setattr(rlad.training, "make_engine", make)
+        monkeypatch.setattr(rlad.training.run, "make_engine", make)
 
     return of
 
@@ -46,4 +46,4 @@ def poison_engines(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 if __name__ == "__main__":
     if os.environ["RANK"] == "1":
         poison_engines(pytest.MonkeyPatch())(*map(int, sys.argv[2:]))
-    rlad.training.train(load_config(sys.argv[1]))
+    rlad.training.run.train(load_config(sys.argv[1]))

@@ -17,11 +17,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import get_total_norm
 
-from rlad.config_file import load_config
-from rlad.engines.ranks import SeveralRanks
-from rlad.engines.sharded import as_number, parts_of, weights_here, whole_weights
+from rlad.config.file import load_config
+from rlad.engines.processes.ranks import SeveralRanks
+from rlad.engines.processes.sharded import as_number, parts_of, weights_here, whole_weights
 from rlad.stopping import StopRequested
-from rlad.teachers import TeacherRequest
+from rlad.teachers.base import TeacherRequest
 from rlad.teachers.local import LocalTeacher
 from tiny_models import random_tokens, tiny_model
 
@@ -94,8 +94,9 @@ def shard(ranks: SeveralRanks) -> dict[str, Any]:
 
 def teacher(ranks: SeveralRanks, folder: Path) -> dict[str, Any]:
     """A run's local teacher split over both ranks and whole, asked about as many completions as the rank's number, and two."""
-    from rlad.engines.trl_sharded_teacher import make_sharded_teacher
-    from rlad.preparation import load_student, prepare_teacher
+    from rlad.engines.trl.sharded_teacher import make_sharded_teacher
+    from rlad.models.student import load_student
+    from rlad.teachers import prepare_teacher
 
     config = load_config(str(folder / "run.toml"))
     student = load_student(config)

@@ -7,7 +7,7 @@ from typing import Any
 
 import tomli_w
 
-from rlad.config_file import parse_config
+from rlad.config.file import parse_config
 
 NUM_STEPS = 4
 

@@ -64,8 +64,8 @@ def server_thread(language_model: Any, *, uvicorn: Mapping[str, Any] | None = No
     """rlad's own server, with the model and the settings that are given, and those of uvicorn."""
     from uvicorn import Server
 
-    from rlad.serving import ServerSettings, make_app
-    from rlad.serving_limits import server_config
+    from rlad.serving.app import ServerSettings, make_app
+    from rlad.serving.limits import server_config
 
     defaults = {"api_key": None, "max_request_bytes": 2**20, "max_context_tokens": 64, "tokens_per_batch": 512}
     app = make_app(language_model, ServerSettings(**{"served_name": "tiny", **defaults, **settings}))

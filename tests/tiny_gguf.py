@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlad.packaged_models import PackagedModel
+from rlad.models.packaged import PackagedModel
 from tiny_models import EOS, PAD, tiny_model
 
 WORDS = ["<pad>", "<|endoftext|>", "a", "b", "c", "ab", "Ġ"]

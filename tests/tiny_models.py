@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from rlad.language_model import LanguageModel, remove_dropout
+from rlad.models.loading import LanguageModel, remove_dropout
 
 VOCABULARY = 64
 PAD, EOS, SECOND_EOS = 0, 1, 2

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rlad.checkpoints import MANIFEST, damage
-from rlad.cli import main
-from rlad.run_dir import RunDirectory
+from rlad.cli.main import main
+from rlad.runs.checkpoints import MANIFEST, damage
+from rlad.runs.directory import RunDirectory
 from tiny_models import tiny_model
 
 WORDS = ("<pad>", "<eos>", "0", "1", "2", "+", "=")

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from rlad.engines.trl import RLADTrainer
-from rlad.engines.trl_config import RLADConfig
+from rlad.engines.trl.config import RLADConfig
+from rlad.engines.trl.trainer import RLADTrainer
 from tiny_models import VOCABULARY, random_tokens, tiny_model, tiny_tokenizer
 
 ARGUMENTS: dict[str, Any] = {

@@ -15,7 +15,7 @@ from verl.trainer.distillation.losses import distillation_ppo_loss
 from verl.utils import tensordict_utils
 from verl.workers.config import DistillationConfig, DistillationLossConfig, FSDPActorConfig
 
-from rlad.engines.verl_objective import VARIABLE
+from rlad.engines.verl.objective import VARIABLE
 
 Batch = dict[str, Any]
 """`student`, `old`, `teacher`, `reference`, `advantages`, `weights`, `mask`, all `[row, token]`, and the `prompts` and

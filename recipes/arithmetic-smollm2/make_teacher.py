@@ -18,13 +18,13 @@ import torch
 from transformers import get_cosine_schedule_with_warmup
 
 import rlad
-from rlad.checkpoints import write_folder
-from rlad.config import RolloutConfig
-from rlad.engines.native_state import save_model
-from rlad.language_model import LanguageModel, load_language_model
-from rlad.prompts import prompt_token_ids
-from rlad.run_dir import RunDirectory
-from rlad.scoring import Scorer
+from rlad.config.run import RolloutConfig
+from rlad.models.loading import LanguageModel, load_language_model
+from rlad.models.saving import save_model
+from rlad.rollouts.prompts import prompt_token_ids
+from rlad.runs.checkpoints import write_folder
+from rlad.runs.directory import RunDirectory
+from rlad.scoring.scorer import Scorer
 from rlad.tasks import Problem, Task, make_task
 
 LARGEST, LARGEST_SECOND = 30, 20

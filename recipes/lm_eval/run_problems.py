@@ -9,8 +9,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from rlad.config import RunConfig
-from rlad.config_file import load_config
+from rlad.config.file import load_config
+from rlad.config.run import RunConfig
 from rlad.tasks import Task, Verdict, make_task
 
 

@@ -8,8 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from rlad.config_file import load_config
-from rlad.memory_estimate import estimate_memory
+from rlad.checks.memory import estimate_memory
+from rlad.config.file import load_config
 
 # layers, hidden size, intermediate size, attention heads; all have 8 key-value heads of 128 and a vocabulary of 151,936.
 SIZES = {

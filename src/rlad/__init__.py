@@ -11,35 +11,35 @@ for _name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
-    from rlad.advantages import group_advantages
-    from rlad.batch import LossInputs
-    from rlad.config import RunConfig
-    from rlad.config_file import load_config
+    from rlad.config.file import load_config
+    from rlad.config.run import RunConfig
     from rlad.objectives import OBJECTIVES
+    from rlad.objectives.advantages import group_advantages
     from rlad.objectives.distilled_rl import distilled_rl_loss
     from rlad.objectives.grpo import grpo_loss
+    from rlad.objectives.inputs import LossInputs
     from rlad.objectives.kdrl import kdrl_loss
     from rlad.objectives.opd import opd_loss
     from rlad.objectives.rlsd import rlsd_loss
     from rlad.objectives.topd import topd_advantages, topd_loss
     from rlad.objectives.trrd import trrd_loss
-    from rlad.training import TrainResult, train
+    from rlad.training.run import TrainResult, train
 
 _HOME = {
     "OBJECTIVES": "rlad.objectives",
-    "LossInputs": "rlad.batch",
-    "RunConfig": "rlad.config",
-    "TrainResult": "rlad.training",
+    "LossInputs": "rlad.objectives.inputs",
+    "RunConfig": "rlad.config.run",
+    "TrainResult": "rlad.training.run",
     "distilled_rl_loss": "rlad.objectives.distilled_rl",
     "grpo_loss": "rlad.objectives.grpo",
-    "group_advantages": "rlad.advantages",
+    "group_advantages": "rlad.objectives.advantages",
     "kdrl_loss": "rlad.objectives.kdrl",
-    "load_config": "rlad.config_file",
+    "load_config": "rlad.config.file",
     "opd_loss": "rlad.objectives.opd",
     "rlsd_loss": "rlad.objectives.rlsd",
     "topd_advantages": "rlad.objectives.topd",
     "topd_loss": "rlad.objectives.topd",
-    "train": "rlad.training",
+    "train": "rlad.training.run",
     "trrd_loss": "rlad.objectives.trrd",
 }
 __all__ = [

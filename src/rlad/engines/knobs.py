@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from rlad.config_types import Annealed
+from rlad.config.types import Annealed
 
 
 def at_step(knob: float | Annealed, step: int) -> float:

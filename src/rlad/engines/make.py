@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 
-from rlad.config import TRAINED_BY_TRL, RunConfig
-from rlad.engines.engine import Engine
-from rlad.engines.native import NativeEngine
-from rlad.engines.ranks import ALONE, Ranks
-from rlad.language_model import LanguageModel
-from rlad.preparation import load_reference, load_teacher, prepare_teacher
+from rlad.config.objective import TRAINED_BY_TRL
+from rlad.config.run import RunConfig
+from rlad.engines.base import Engine
+from rlad.engines.native.loop import NativeEngine
+from rlad.engines.processes.ranks import ALONE, Ranks
+from rlad.models.loading import LanguageModel
+from rlad.models.student import load_reference
 from rlad.tasks import Task
+from rlad.teachers import load_teacher, prepare_teacher
 
 
 def make_engine(
@@ -16,17 +18,17 @@ def make_engine(
 ) -> Engine:
     """The engine of a run: the one that its config names, but TRL's own for what TRL alone trains."""
     if config.objective.type in TRAINED_BY_TRL:
-        from rlad.engines.trl_distillation import TRLDistillationEngine
+        from rlad.engines.trl.distillation import TRLDistillationEngine
 
         return TRLDistillationEngine(
             config, student=student, teacher=load_teacher(config, student), task=task, before_work=before_work
         )
     if config.engine.type == "trl":
-        from rlad.engines.trl_distillation import require_trl
+        from rlad.engines.trl.distillation import require_trl
 
         require_trl(config.objective.type)
-        from rlad.engines.trl_engine import TRLEngine
-        from rlad.engines.trl_sharded_teacher import make_sharded_teacher
+        from rlad.engines.trl.engine import TRLEngine
+        from rlad.engines.trl.sharded_teacher import make_sharded_teacher
 
         split = config.splits_teacher
         teacher = make_sharded_teacher(config, student) if split else prepare_teacher(config, student, before_work)

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rlad.metrics import Metrics
-from rlad.rollouts import Rollout, RolloutGroup
+from rlad.rollouts.types import Metrics, Rollout, RolloutGroup
 from rlad.tasks import Task, Verdict
-from rlad.teachers import TeacherRequest
+from rlad.teachers.base import TeacherRequest
 
 
 @dataclass(slots=True)
@@ -30,7 +29,7 @@ class RolloutBatch:
     seconds: Metrics = field(default_factory=dict)
     counts: Metrics = field(default_factory=dict)
     imitation: dict[int, Any] = field(default_factory=dict)
-    """rollout -> what the last step did with its tokens (`rlad.imitation`), of the first group of that step"""
+    """rollout -> what the last step did with its tokens (`rlad.engines.imitation`), of the first group of that step"""
 
     @property
     def rollouts(self) -> list[Rollout]:
@@ -56,12 +55,6 @@ def teacher_requests(batch: RolloutBatch, rows: Sequence[int], task: Task, *, se
         completion = rollouts[i % size].completion.token_ids
         requests.append(TeacherRequest(group.prompt_token_ids, completion, problems[i // size], next(peers, None)))
     return requests
-
-
-def missing_share(scores: Sequence[Tensor]) -> float:
-    """The share of tokens without a finite log-prob."""
-    num_tokens = sum(map(len, scores))
-    return sum(int((~values.isfinite()).sum()) for values in scores) / max(num_tokens, 1)
 
 
 def padded(rows: Sequence[Tensor], like: Tensor) -> Tensor:

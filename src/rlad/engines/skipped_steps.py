@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from rlad.errors import RunFailedError
-from rlad.metrics import Metrics
-from rlad.rollouts import RolloutGroup
+from rlad.rollouts.types import Metrics, RolloutGroup
 
 SKIPPED = "optimization/skipped/count"
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlad.advantages import group_advantages
+from rlad.objectives.advantages import group_advantages
 
 
 @contextmanager

@@ -7,9 +7,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import use_adapter
 
-from rlad.language_model import LanguageModel
-from rlad.scoring import Scorer
-from rlad.teachers import Teacher, TeacherRequest
+from rlad.models.loading import LanguageModel
+from rlad.scoring.scorer import Scorer
+from rlad.teachers.base import Teacher, TeacherRequest
 from rlad.teachers.local import score_known_tokens
 
 

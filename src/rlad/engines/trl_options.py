@@ -4,7 +4,7 @@ import difflib
 from dataclasses import fields
 from typing import Any
 
-from rlad.engines.trl_config import RLADConfig
+from rlad.engines.trl.config import RLADConfig
 
 DECIDED = {
     *("output_dir", "max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio"),

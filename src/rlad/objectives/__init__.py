@@ -1,7 +1,7 @@
 """The objectives: pure functions from log-probs and advantages to a loss per token, and their table.
 
 Every objective has the signature of `trrd_loss`: keyword tensors `[batch, token]` in, `(token_loss, stats)` out. An engine
-computes the tensors in `needs`, calls `token_loss`, and divides in `rlad.aggregate`; there is no mathematics elsewhere.
+computes the tensors in `needs`, calls `token_loss`, and divides in `rlad.objectives.aggregate`; there is no mathematics elsewhere.
 """
 
 import inspect
@@ -12,16 +12,16 @@ from typing import Any
 
 from torch import Tensor
 
-from rlad.batch import LossInputs
 from rlad.objectives.distilled_rl import distilled_rl_loss
 from rlad.objectives.grpo import grpo_loss
+from rlad.objectives.inputs import LossInputs
 from rlad.objectives.kdrl import kdrl_loss
 from rlad.objectives.kl import kl_tokens
+from rlad.objectives.masks import clean, keep_finite
 from rlad.objectives.opd import opd_loss
 from rlad.objectives.rlsd import rlsd_loss
 from rlad.objectives.topd import topd_advantages, topd_loss
 from rlad.objectives.trrd import trrd_loss
-from rlad.tensors import clean, keep_finite
 
 TokenLoss = tuple[Tensor, dict[str, Tensor]]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlad.objectives.grpo import grpo_loss
-from rlad.tensors import clean, keep_finite, masked_mean_of_rows, per_token
+from rlad.objectives.masks import clean, keep_finite, masked_mean_of_rows, per_token
 
 
 def distilled_rl_loss(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlad.objectives.grpo import grpo_loss
 from rlad.objectives.kl import KLEstimator, kl_tokens
-from rlad.tensors import clean, keep_finite
+from rlad.objectives.masks import clean, keep_finite
 
 
 def kdrl_loss(

@@ -6,7 +6,7 @@ loss_t = -exp(log πS - log πold) A_t
 
 from torch import Tensor
 
-from rlad.tensors import clean, keep_finite
+from rlad.objectives.masks import clean, keep_finite
 
 
 def opd_loss(

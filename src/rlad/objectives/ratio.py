@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlad.tensors import clean, masked_mean_of_rows
+from rlad.objectives.masks import clean, masked_mean_of_rows
 
 RatioLevel = Literal["token", "sequence"]
 _LARGEST_LOG_RATIO = 80.0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlad.objectives.grpo import grpo_loss
-from rlad.tensors import clean, keep_finite, per_token
+from rlad.objectives.masks import clean, keep_finite, per_token
 
 
 def rlsd_loss(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlad.objectives.grpo import grpo_loss
-from rlad.tensors import clean, keep_finite
+from rlad.objectives.masks import clean, keep_finite
 
 _EPSILON = 1e-4  # that of the group advantages of rewards
 

@@ -6,8 +6,8 @@ loss_t  = -min( r_t Â, clip(r_t, 1 - clip_low, 1 + clip_high) Â )
 
 from torch import Tensor
 
+from rlad.objectives.masks import clean, keep_finite, per_token
 from rlad.objectives.ratio import RatioLevel, clipped_surrogate
-from rlad.tensors import clean, keep_finite, per_token
 
 
 def trrd_loss(

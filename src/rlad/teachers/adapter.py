@@ -8,18 +8,19 @@ from typing import Any
 
 from torch import Tensor
 
-from rlad.language_model import LanguageModel, load_model_config, load_tokenizer, remove_dropout
-from rlad.lora import (
+from rlad.config.teacher import AdapterTeacherConfig
+from rlad.findings import Finding
+from rlad.models.adapters import (
     adapter_names,
     add_frozen_adapter,
     only_adapter,
     require_shareable,
 )
-from rlad.model_files import adapter_base, has_tokenizer, is_adapter, require_peft, resolvable
-from rlad.scoring import Scorer, TokenIds
-from rlad.teacher_config import AdapterTeacherConfig
-from rlad.teachers import Setting, Teacher, TeacherRequest
-from rlad.teachers.compatibility import Finding, compare_tokenizers
+from rlad.models.files import adapter_base, has_tokenizer, is_adapter, require_peft, resolvable
+from rlad.models.loading import LanguageModel, load_model_config, load_tokenizer, remove_dropout
+from rlad.scoring.scorer import Scorer, TokenIds
+from rlad.teachers.base import Setting, Teacher, TeacherRequest
+from rlad.teachers.compatibility import compare_tokenizers
 from rlad.teachers.fingerprint import weights_fingerprint
 from rlad.teachers.local import score_known_tokens
 

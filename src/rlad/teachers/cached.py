@@ -21,11 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlad.teacher_config import CachedTeacherConfig
-from rlad.teachers import Ask, DeferringTeacher, Setting, Spans, Teacher, TeacherRequest, build_teacher
+from rlad.config.teacher import CachedTeacherConfig
+from rlad.findings import Finding
+from rlad.teachers import build_teacher
 from rlad.teachers import check_teacher as check_any_teacher
-from rlad.teachers.compatibility import Finding
-from rlad.teachers.logprob_store import LogprobStore, Witness
+from rlad.teachers.base import Ask, DeferringTeacher, Setting, Spans, Teacher, TeacherRequest
+from rlad.teachers.cache_store import LogprobStore, Witness
 
 _FORMAT = b"rlad log-probs 2"
 _GIB = 1024**3

@@ -1,22 +1,12 @@
 """Can this teacher score this student's tokens? Asked before training."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
-from rlad.config import RolloutConfig
-from rlad.plain_tokenizer import AnyTokenizer
+from rlad.config.run import RolloutConfig
+from rlad.findings import Finding
+from rlad.models.plain_tokenizer import AnyTokenizer
 
 THINKING_MARKERS = ("<think>", "</think>")
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the comparison. An `error` makes training impossible, a `warning` makes it doubtful."""
-
-    level: Literal["ok", "warning", "error"]
-    subject: str
-    message: str
 
 
 def compare_tokenizers(student: AnyTokenizer, teacher: AnyTokenizer, end_tokens: Sequence[str] = ()) -> list[Finding]:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlad.language_model import LanguageModel
-from rlad.scoring import Scorer
-from rlad.teacher_config import EMATeacherConfig
-from rlad.teachers import Setting, Teacher, TeacherRequest
-from rlad.teachers.compatibility import Finding
+from rlad.config.teacher import EMATeacherConfig
+from rlad.findings import Finding
+from rlad.models.loading import LanguageModel
+from rlad.scoring.scorer import Scorer
+from rlad.teachers.base import Setting, Teacher, TeacherRequest
 from rlad.teachers.local import score_known_tokens
 
 

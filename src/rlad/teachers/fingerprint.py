@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor
 
-from rlad.language_model import LanguageModel
+from rlad.models.loading import LanguageModel
 
 
 def weights_fingerprint(language_model: LanguageModel, *, without: Collection[str] = ()) -> str:

@@ -8,11 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rlad.language_model import LanguageModel, load_language_model
-from rlad.scoring import Scorer
+from rlad.config.teacher import LocalTeacherConfig
+from rlad.models.loading import LanguageModel, load_language_model
+from rlad.scoring.scorer import Scorer
 from rlad.seeds import stream_seed
-from rlad.teacher_config import LocalTeacherConfig
-from rlad.teachers import Setting, Teacher, TeacherRequest
+from rlad.teachers.base import Setting, Teacher, TeacherRequest
 from rlad.teachers.fingerprint import weights_fingerprint
 
 

@@ -2,18 +2,19 @@
 
 import importlib.util
 
-from rlad.model_facts import config_of, device_name, tokenizer_of
-from rlad.model_files import context_tokens, is_adapter, require_weights
-from rlad.teacher_config import LocalTeacherConfig
-from rlad.teachers import Setting
-from rlad.teachers.compatibility import Finding, compare_contexts, compare_tokenizers
+from rlad.config.teacher import LocalTeacherConfig
+from rlad.findings import Finding
+from rlad.models.facts import config_of, device_name, tokenizer_of
+from rlad.models.files import context_tokens, is_adapter, require_weights
+from rlad.teachers.base import Setting
+from rlad.teachers.compatibility import compare_contexts, compare_tokenizers
 
 
 def check_teacher(settings: LocalTeacherConfig, setting: Setting) -> list[Finding]:
     config = config_of(settings.model)
     require_weights(settings.model)
     if is_adapter(settings.model):
-        from rlad.lora import require_loadable  # imports torch; what PEFT can load, only PEFT knows
+        from rlad.models.adapters import require_loadable  # imports torch; what PEFT can load, only PEFT knows
 
         require_loadable(settings.model, config)
     return [

@@ -16,12 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlad.language_model import context_tokens, load_model_config
-from rlad.model_files import token_id
-from rlad.prompt_template import template_names
-from rlad.prompts import Prompt
-from rlad.tasks import Problem, make_task
-from rlad.teacher_config import (
+from rlad.config.teacher import (
     AdapterTeacherConfig,
     CachedTeacherConfig,
     EMATeacherConfig,
@@ -29,9 +24,15 @@ from rlad.teacher_config import (
     PrivilegedTeacherConfig,
     SeveralTeachersConfig,
 )
-from rlad.teachers import Ask, DeferringTeacher, Setting, Spans, Teacher, TeacherRequest, build_teacher
+from rlad.config.template import template_names
+from rlad.findings import Finding
+from rlad.models.files import token_id
+from rlad.models.loading import context_tokens, load_model_config
+from rlad.rollouts.prompts import Prompt
+from rlad.tasks import Problem, make_task
+from rlad.teachers import build_teacher
 from rlad.teachers import check_teacher as check_inner
-from rlad.teachers.compatibility import Finding
+from rlad.teachers.base import Ask, DeferringTeacher, Setting, Spans, Teacher, TeacherRequest
 from rlad.teachers.privileged_prompt import encoder, privileged_prompt, shown_values
 
 NUM_PROBED_PROBLEMS = 20

@@ -4,19 +4,19 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from rlad.language_model import load_tokenizer
-from rlad.model_files import has_tokenizer
-from rlad.prompt_template import fill_template, template_names
-from rlad.prompts import Prompt, chat_messages, chat_text, prompt_token_ids
-from rlad.tasks import Problem
-from rlad.teacher_config import (
+from rlad.config.teacher import (
     AdapterTeacherConfig,
     CachedTeacherConfig,
     LocalTeacherConfig,
     PrivilegedTeacherConfig,
     ServedTeacherConfig,
 )
-from rlad.teachers import Setting
+from rlad.config.template import fill_template, template_names
+from rlad.models.files import has_tokenizer
+from rlad.models.loading import load_tokenizer
+from rlad.rollouts.prompts import Prompt, chat_messages, chat_text, prompt_token_ids
+from rlad.tasks import Problem
+from rlad.teachers.base import Setting
 
 
 def shown_values(problem: Problem, peer_solution: str | None) -> dict[str, str]:

@@ -16,12 +16,13 @@ from urllib.parse import quote
 import torch
 from torch import Tensor
 
-from rlad.config import RunConfig
-from rlad.task_config import SeveralTasksConfig
-from rlad.teacher_config import SeveralTeachersConfig
-from rlad.teachers import Ask, DeferringTeacher, Setting, Spans, Teacher, TeacherRequest, build_teacher
+from rlad.config.run import RunConfig
+from rlad.config.task import SeveralTasksConfig
+from rlad.config.teacher import SeveralTeachersConfig
+from rlad.findings import Finding
+from rlad.teachers import build_teacher
 from rlad.teachers import check_teacher as check_one
-from rlad.teachers.compatibility import Finding
+from rlad.teachers.base import Ask, DeferringTeacher, Setting, Spans, Teacher, TeacherRequest
 
 
 class SeveralTeachers(DeferringTeacher):

@@ -1,0 +1,55 @@
+"""What a person sees of `rlad compare`: the plan, the progress over all runs, what is missing."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from rlad.comparison.compare import PlannedRun, compare, final_runs, tuning_runs
+from rlad.comparison.report import MissingRun
+from rlad.config.comparison import CompareConfig
+from rlad.text import printable
+
+
+def print_plan(console: Console, comparison: CompareConfig, folder: Path) -> None:
+    """The runs of a comparison, and which of them are done."""
+    tuning = [run for runs in tuning_runs(comparison, folder).values() for run in runs]
+    runs = [*tuning, *final_runs(comparison, folder, {})]
+    for run in runs:
+        # Which learning rate a run is to have is known only behind the tuning.
+        is_done = run.directory.is_finished() if comparison.tuning and run not in tuning else run.is_done()
+        _print(console, f"{'done ' if is_done else 'to do'}  {run.path}")
+    loop, rollout = runs[-1].config.optimization, runs[-1].config.rollout
+    _print(
+        console,
+        f"{len(runs)} runs, {len(tuning)} of them to choose learning rates, {comparison.jobs} side by side; each of "
+        f"{loop.num_steps} steps with {rollout.prompts_per_batch} prompts x {rollout.group_size} rollouts per batch\n"
+        f"report in {comparison.directory}",
+    )
+
+
+def run_comparison(console: Console, comparison: CompareConfig, folder: Path) -> Sequence[MissingRun]:
+    """Do the comparison with a bar over the steps of all runs; returns what is missing from its report."""
+    columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("steps"), TimeElapsedColumn(), TextColumn("left"))
+    bar = Progress(
+        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal, speed_estimate_period=3600
+    )
+    with bar:
+        task = bar.add_task("")
+
+        def progress(line: str, runs: Sequence[PlannedRun]) -> None:
+            if line:
+                _print(console, line)
+            total = sum(run.config.optimization.num_steps for run in runs)
+            bar.update(task, total=total, completed=sum(run.steps_done() for run in runs))
+
+        result = compare(comparison, folder, progress=progress)
+    for run in result.missing:
+        _print(console, f"missing: {run.method} seed {run.seed}: {run.reason}")
+    _print(console, f"report  {result.report}")
+    return result.missing
+
+
+def _print(console: Console, line: str) -> None:
+    console.print(printable(line), highlight=False, markup=False, soft_wrap=True)

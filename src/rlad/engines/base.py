@@ -1,0 +1,66 @@
+"""What every engine offers: it makes optimiser steps on a student, tells of each, and can be saved between two of them."""
+
+import resource
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+
+from rlad.engines.skipped_steps import SkippedBatch
+from rlad.models.loading import LanguageModel
+from rlad.rollouts.types import Metrics, RolloutGroup
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One optimiser step: its number (from 1), its metrics and the groups it was made on."""
+
+    step: int
+    metrics: Metrics
+    groups: Sequence[RolloutGroup]
+    imitation: Mapping[int, Any] | None = None
+    """of the first group: rollout -> what the step did with each of its tokens (`rlad.engines.imitation`)"""
+    skipped: SkippedBatch | None = None
+    """the batch of a step that was skipped, since its loss or gradient was not finite"""
+
+
+ResumePoint = Literal["step", "rollouts"]
+"""between two steps; or with the rollouts of the next step, on which none has been made yet"""
+
+
+class Engine(Protocol):
+    step: int
+    """optimiser steps made so far"""
+
+    student: LanguageModel
+
+    @property
+    def resume_point(self) -> ResumePoint | None:
+        """What kind of moment the present one is, if a run can go on from it; None if it cannot."""
+        ...
+
+    def run(self, after_step: Callable[[StepResult], bool]) -> None:
+        """Make optimiser steps until the run's last one, or until `after_step`, which is told of each, answers False."""
+        ...
+
+    def close(self) -> None:
+        """Release what the teacher holds: connections and files."""
+        ...
+
+    def save(self, folder: Path, *, run_digest: str) -> None:
+        """Write everything that `restore` needs into `folder`, a Hugging Face model folder; `run_digest` names the run."""
+        ...
+
+    def restore(self, folder: Path, *, run_digest: str) -> None:
+        """Bring a new engine, whose student was loaded from `folder`, to the state saved there; `ValueError` if it cannot."""
+        ...
+
+
+def peak_memory(student: LanguageModel) -> float:
+    """Most bytes that this process has held so far: on the student's GPU, or else resident in main memory."""
+    if student.model.device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(student.model.device))
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))

@@ -1,0 +1,100 @@
+"""From per-token stats and rollouts to the numbers of one step; every key is defined in docs/metrics.md."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rlad.objectives.inputs import LossInputs
+from rlad.objectives.masks import per_token
+from rlad.rollouts.types import Metrics, RolloutGroup
+
+
+class TokenStats:
+    """Collects the trained tokens of a step's micro-batches, so that no average of averages is taken."""
+
+    def __init__(self) -> None:
+        self._columns: dict[str, list[Tensor]] = {}
+        self.num_dropped = 0
+        self.scored_share = 1.0
+
+    def add(self, inputs: LossInputs, entropy: Tensor, sampler_logprobs: Tensor, stats: dict[str, Tensor]) -> None:
+        """Add the trained tokens of a micro-batch; every tensor is `[batch, token]`.
+
+        `sampler_logprobs` are compared with those of the old policy, which is the one that sampled.
+        """
+        trained = inputs.trained
+        columns = stats | {
+            "entropy": entropy,
+            "advantages": per_token(inputs.advantages, inputs.mask),
+            "mismatch": (sampler_logprobs - inputs.old_logprobs).abs(),
+        }
+        for name, values in columns.items():
+            self._columns.setdefault(name, []).append(values.detach()[trained].float().cpu())
+
+    def summary(self) -> Metrics:
+        """The step's metrics of the objective, the teacher and the student."""
+        column = {name: torch.cat(parts) for name, parts in self._columns.items()}
+        metrics = {
+            "objective/scored_completions/frac": self.scored_share,
+            "objective/dropped_tokens/count": self.num_dropped,
+            "objective/trained_tokens/count": len(column["entropy"]) if column else 0,
+        }
+        if not metrics["objective/trained_tokens/count"]:
+            return metrics
+        metrics["student/entropy/mean"] = _mean(column["entropy"])
+        if "ratio" in column:
+            metrics |= {"objective/ratio/mean": _mean(column["ratio"]), "objective/ratio/max": float(column["ratio"].max())}
+        if "gated_positive" in column:
+            positive, negative = column["advantages"] > 0, column["advantages"] < 0
+            metrics["objective/gated_positive/frac"] = _mean(column["gated_positive"][positive])
+            metrics["objective/gated_negative/frac"] = _mean(column["gated_negative"][negative])
+        if "clamped" in column:
+            metrics["objective/clamped/frac"] = _mean(column["clamped"])
+        if "log_ratio_to_teacher" in column:
+            values = column["log_ratio_to_teacher"]
+            metrics["teacher/log_ratio/mean"] = _mean(values)
+            for name, share in (("q05", 0.05), ("q50", 0.5), ("q95", 0.95)):
+                # `torch.quantile` refuses more than 2^24 values; the order statistic is as good at that size.
+                metrics[f"teacher/log_ratio/{name}"] = float(values.kthvalue(1 + round(share * (len(values) - 1))).values)
+        for name, key in (
+            ("advantage_weight", "objective/advantage_weight/mean"),
+            ("kl_to_teacher", "teacher/kl/mean"),
+            ("kl_to_reference", "reference/kl/mean"),
+        ):
+            if name in column:
+                metrics[key] = _mean(column[name])
+        mismatch = column["mismatch"]
+        mismatch = mismatch[~mismatch.isnan()]  # a sampler may leave tokens without a log-prob
+        if not len(mismatch):
+            return metrics
+        return metrics | {"sampler/mismatch/mean": _mean(mismatch), "sampler/mismatch/max": float(mismatch.max())}
+
+
+def rollout_metrics(groups: Sequence[RolloutGroup]) -> Metrics:
+    """Rewards, verdicts and lengths of the rollouts of one step."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    rewards = torch.tensor([r.reward for r in rollouts if r.verdict != "cannot_judge"])
+    lengths = torch.tensor([float(len(r.completion.token_ids)) for r in rollouts])
+    same = [len({r.reward for r in g.rollouts if r.verdict != "cannot_judge"}) < 2 for g in groups]
+    return {
+        **({"reward/mean": _mean(rewards)} if len(rewards) else {}),
+        "reward/correct/frac": sum(r.verdict == "correct" for r in rollouts) / len(rollouts),
+        "reward/cannot_judge/frac": sum(r.verdict == "cannot_judge" for r in rollouts) / len(rollouts),
+        "reward/zero_variance/frac": sum(same) / len(same),
+        "rollout/completion_tokens/mean": _mean(lengths),
+        "rollout/completion_tokens/max": float(lengths.max()),
+        "rollout/truncated/frac": sum(r.completion.is_truncated for r in rollouts) / len(rollouts),
+        "rollout/repeated/frac": sum(map(_repeated_share, groups)) / len(groups),
+    }
+
+
+def _repeated_share(group: RolloutGroup) -> float:
+    """Of the rollouts behind the first, the share whose tokens another rollout of the group has too: 1 when all are alike."""
+    num_rollouts = len(group.rollouts)
+    return (num_rollouts - len({r.completion.token_ids for r in group.rollouts})) / max(num_rollouts - 1, 1)
+
+
+def _mean(values: Tensor) -> float:
+    """Mean of a possibly empty column; 0 tokens of a kind have a share of 0."""
+    return float(values.double().mean()) if len(values) else 0.0

@@ -1,0 +1,80 @@
+"""`rlad export model`: a checkpoint of a run as a plain Hugging Face folder, its adapter merged into the base model."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+
+from rlad.config.file import load_config
+from rlad.errors import RunFailedError
+from rlad.models.adapters import merge_adapter
+from rlad.models.loading import LanguageModel
+from rlad.models.saving import save_model
+from rlad.models.student import load_student
+from rlad.runs.checkpoints import damage, write_folder
+from rlad.runs.directory import RunDirectory
+
+
+def export_model(
+    run_dir: str,
+    output: Path | None = None,
+    *,
+    checkpoint: str = "best",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    file_format: Literal["hf", "gguf"] = "hf",
+) -> Path:
+    """Write the student of a checkpoint for any tool that loads transformers' models; returns the folder.
+
+    `checkpoint` is `best` (on validation problems), `last` or a step. `output` is a new folder, by default `<run_dir>-model`.
+    The weights are those of training in float32, an adapter added to its base model, rounded at the end where `dtype` says so.
+    Raises `ValueError` for a user's mistake, `RunFailedError` when the folder cannot be written.
+    """
+    run = RunDirectory(Path(run_dir))
+    if not run.exists():
+        raise ValueError(f"there is no run in {run_dir}; give the directory of a run, as `rlad train` names it at its end.")
+    folder = output or run.path.resolve().with_name(f"{run.path.resolve().name}-model")
+    if file_format == "gguf":
+        raise ValueError(
+            "GGUF is written by llama.cpp, whose converter is a script and no package; export with --format hf, and in a clone "
+            f"of llama.cpp run: python convert_hf_to_gguf.py {folder} --outfile {folder}.gguf"
+        )
+    if folder.exists() or folder.is_symlink() or not folder.parent.is_dir():
+        raise ValueError(f"--output {folder} exists already or has no folder to lie in; give a new folder.")
+    student = _merged_student(run, _chosen(run, checkpoint), getattr(torch, dtype))
+    try:
+        write_folder(folder, lambda aside: save_model(student, aside))
+    except (OSError, SafetensorError) as error:
+        raise RunFailedError(
+            f"{folder} cannot be written ({error}); free some space or mend its permissions, or give another --output."
+        ) from None
+    return folder
+
+
+def _chosen(run: RunDirectory, which: str) -> Path:
+    """The folder of a checkpoint that is whole."""
+    if which in ("best", "last"):
+        return (run.best_checkpoint() if which == "best" else run.newest_checkpoint())[1]
+    found = dict(reversed(run.checkpoints()))  # of two at one step the one that holds the student alone
+    if not which.isdecimal() or int(which) not in found:
+        steps = ", ".join(map(str, sorted(found))) or "none"
+        raise ValueError(f"--checkpoint {which} is no checkpoint of {run.path}; use best, last, or one of its steps: {steps}.")
+    path = found[int(which)]
+    if reason := damage(path):
+        raise ValueError(f"checkpoint {path} is damaged ({reason}); choose another one.")
+    return path
+
+
+def _merged_student(run: RunDirectory, checkpoint: Path, dtype: torch.dtype) -> LanguageModel:
+    """A checkpoint as training holds it, then as one model that ends its answers where rlad ends them."""
+    config = load_config(run.path)
+    on_the_cpu = config.student.model_copy(update={"device": "cpu"})
+    student = load_student(config.model_copy(update={"student": on_the_cpu}), checkpoint)
+    model: Any = student.model.float()
+    merge_adapter(model)
+    model.to(dtype)
+    if model.generation_config is not None:
+        ids = student.eos_token_ids
+        model.generation_config.eos_token_id = ids[0] if len(ids) == 1 else list(ids)
+        model.generation_config.pad_token_id = student.pad_token_id
+    return student

@@ -1,0 +1,197 @@
+"""`rlad export verl`: a folder with everything that verl needs to train a run: command, data, config, README."""
+
+import re
+import shlex
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from rlad.config.file import CONFIG, dump_config
+from rlad.config.run import RunConfig
+from rlad.config.task import JsonlConfig
+from rlad.export.verl_command import Cluster, InFolder, num_rollout_batches, overrides, require_exportable, without_equivalent
+from rlad.models.loading import load_tokenizer
+from rlad.rollouts.prompts import chat_messages, is_plain, prompt_token_ids
+from rlad.tasks import Problem, Split, Task, make_task
+
+COMMAND = "run.sh"
+_IS_BARE = re.compile(r"[A-Za-z_/][\w./:-]*")  # what Hydra reads as text without quotes
+
+
+def export_verl(config: RunConfig, folder: Path, cluster: Cluster) -> Path:
+    """Write the folder, which must be new or empty, and return the path of its command.
+
+    Raises `ValueError` for what verl would train differently, and when a package is missing.
+    """
+    require_exportable(config, cluster)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already and not empty; choose another --output.")
+    tokenizer = load_tokenizer(config.student.model)
+    template = _plain_template(tokenizer) if is_plain(tokenizer, config.rollout.prompt_format) else None
+    with closing(make_task(**config.task.model_dump())) as task:
+        train = _rows(config, task, "train", num_rollout_batches(config) * config.rollout.prompts_per_batch, config.seed)
+        validation = _rows(config, task, "validation", config.evaluation.num_validation_problems, 0)
+    longest = max(_num_prompt_tokens(tokenizer, row, config, template) for row in (*train, *validation))
+    limit = config.rollout.max_prompt_tokens
+    if limit is not None and longest > limit:
+        raise ValueError(f"a prompt has {longest} tokens, but rollout.max_prompt_tokens is {limit}; raise it.")
+    keys = overrides(config, cluster, prompt_tokens=longest, chat_template=template)
+    notes = without_equivalent(config)
+    tables = {"train": _table(train), "validation": _table(validation)}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, table in tables.items():
+        (folder / f"{name}.parquet").write_bytes(table)
+    (folder / CONFIG).write_text(dump_config(_with_absolute_files(config)), encoding="utf-8")
+    (folder / COMMAND).write_text(command_text(keys, notes), encoding="utf-8")
+    (folder / COMMAND).chmod(0o755)
+    (folder / "README.md").write_text(_readme(config, cluster, notes, len(train), len(validation)), encoding="utf-8")
+    return folder / COMMAND
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def _rows(config: RunConfig, task: Task, split: Split, number: int, seed: int) -> list[dict[str, Any]]:
+    """Problems in verl's form, in the order in which the native engine takes them."""
+    number = number if split == "train" else min(number, task.num_problems(split) or number)
+    system = config.rollout.system_prompt
+    return [_row(task.problem(split, i, seed=seed), task.name, system, split, i, seed) for i in range(number)]
+
+
+def _row(problem: Problem, task: str, system: str | None, split: Split, index: int, seed: int) -> dict[str, Any]:
+    return {
+        "data_source": problem.task or task,
+        "prompt": chat_messages(problem.asked, system),
+        "ability": problem.difficulty,
+        "reward_model": {"style": "rule", "ground_truth": problem.answer},
+        "extra_info": {"split": split, "index": index, "seed": seed},
+    }
+
+
+def _table(rows: list[dict[str, Any]]) -> bytes:
+    """A Parquet file of these rows."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise ValueError("verl reads Parquet files, for which pyarrow is needed: pip install 'rlad[datasets]'.") from None
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def _with_absolute_files(config: RunConfig) -> RunConfig:
+    """verl's workers run in folders of their own: files that the task names must be found from anywhere."""
+    task = config.task
+    tasks = getattr(task, "tasks", None)
+    changed = {k: _absolute(t) for k, t in tasks.items()} if tasks else None
+    new = task.model_copy(update={"tasks": changed}) if changed else _absolute(task)
+    return config.model_copy(update={"task": new})
+
+
+def _absolute(task: Any) -> Any:
+    if not isinstance(task, JsonlConfig):
+        return task
+    paths = {name: getattr(task, name) for name in ("path", "validation_path", "test_path")}
+    found = {name: str(Path(path).resolve()) for name, path in paths.items() if path and Path(path).exists()}
+    return task.model_copy(update=found)
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def _plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """verl knows chat prompts alone: a template that writes the prompt as it is, behind the tokenizer's first token."""
+    bare, full = (tokenizer("1", add_special_tokens=special)["input_ids"] for special in (False, True))
+    begins = len(full) > len(bare) and full[0] == tokenizer.bos_token_id
+    return ("{{ bos_token }}" if begins else "") + "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+def _num_prompt_tokens(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], config: RunConfig, template: str | None) -> int:
+    """Tokens of a prompt. `ValueError` when verl would give the student other tokens than rlad."""
+    messages, variables = row["prompt"], config.rollout.chat_template_kwargs
+    ours = prompt_token_ids(tokenizer, tuple((m["role"], m["content"]) for m in messages), config.rollout)
+    text = tokenizer.apply_chat_template(
+        messages, chat_template=template, tokenize=False, add_generation_prompt=True, **variables
+    )
+    theirs = tokenizer(str(text), add_special_tokens=False)["input_ids"]
+    if ours != theirs:
+        raise ValueError(
+            f"verl would turn the prompt {messages[-1]['content'][:60]!r} into other tokens than rlad ({theirs[:5]}... "
+            f"instead of {ours[:5]}...); use a tokenizer with a chat template and rollout.prompt_format = 'chat'."
+        )
+    return len(ours)
+
+
+# --- command and README -----------------------------------------------------------------------------------------------
+
+
+def command_text(keys: dict[str, Any], notes: list[str]) -> str:
+    """The Bash script; further overrides may be given behind it, and win."""
+    lines = [f"  {_shell(key, value)}" for key, value in keys.items()]
+    return "\n".join(
+        [
+            "#!/usr/bin/env bash",
+            "# verl's command for this run, written by `rlad export verl`; needs verl 0.9 with vLLM, and rlad, on every node.",
+            "# Further overrides of verl's settings may follow the script's name, and win. PYTHON names the interpreter.",
+            "#",
+            "# What verl does otherwise, or not at all:",
+            *(f"# - {note}" for note in notes),
+            "set -euo pipefail",
+            'HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"',
+            '"${PYTHON:-python}" -m verl.trainer.main_ppo \\',
+            " \\\n".join([*lines, '  "$@"']),
+            "",
+        ]
+    )
+
+
+def _shell(key: str, value: Any) -> str:
+    """One word of the shell that Hydra reads as `key=value`."""
+    if isinstance(value, InFolder):
+        return f"{key}=\"'${{HERE}}/{value.name}'\""
+    return shlex.quote(f"{key}={_hydra(value)}")
+
+
+def _hydra(value: Any) -> str:
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value)
+        case str() if _IS_BARE.fullmatch(value) and value.lower() not in ("null", "true", "false", "nan", "inf"):
+            return value
+        case str():
+            escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+            return f"'{escaped}'"
+        case list():
+            return f"[{','.join(map(_hydra, value))}]"
+        case _:
+            return repr(value)
+
+
+def _readme(config: RunConfig, cluster: Cluster, notes: list[str], num_train: int, num_validation: int) -> str:
+    gpus, teacher = cluster.gpus_per_node * cluster.nodes, cluster.teacher_gpus_per_node * cluster.teacher_nodes
+    where = f"{gpus} GPUs for the student" + (f", {teacher} for the teacher" if config.objective.type != "grpo" else "")
+    told = "\n".join(f"- {note}" for note in notes)
+    return f"""# {config.objective.type} on verl
+
+`bash {COMMAND}` trains on {where}. It needs verl 0.9 with vLLM, and rlad, in the environment of every node, and this folder
+at the same path on each of them. `bash {COMMAND} --cfg job` prints verl's whole config and starts nothing.
+
+| file | what it is |
+| --- | --- |
+| `{COMMAND}` | the command, every setting that is not verl's default |
+| `{CONFIG}` | the run as rlad reads it; the reward function rebuilds the task from it |
+| `train.parquet` | {num_train} problems in the order of training |
+| `validation.parquet` | {num_validation} problems |
+
+A verifier of your own (`import.path:function`) must be importable on every node.
+Before the first run: `rlad check {CONFIG} --engine verl`, in verl's environment.
+
+What verl does otherwise, or not at all:
+
+{told}
+"""

@@ -1,0 +1,264 @@
+"""A run's config as overrides of `verl.trainer.main_ppo` (0.9), and what of it has no equivalent there. Imports no verl."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlad.config.file import changed_settings
+from rlad.config.run import Annealed, OptimizationConfig, RolloutConfig, RunConfig
+from rlad.config.teacher import LocalTeacherConfig
+from rlad.engines.verl.objective import NAMES, VARIABLE, objective_json
+from rlad.models.files import located
+
+AGGREGATION = {"sequence_mean": "seq-mean-token-mean", "token_mean": "token-mean", "constant_length": "seq-mean-token-sum-norm"}
+_STUDENT_SETTINGS = ("model", "dtype", "device", "gradient_checkpointing")
+_NO_DUAL_CLIP = 1e9  # verl's GRPO always bounds the loss of negative advantages; this bound is never reached
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """GPUs of the student (training and rollouts, in turn) and those of the teacher."""
+
+    gpus_per_node: int = 8
+    nodes: int = 1
+    teacher_gpus_per_node: int = 8
+    teacher_nodes: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class InFolder:
+    """A file in the exported folder, wherever that lies."""
+
+    name: str
+
+
+def require_exportable(config: RunConfig, cluster: Cluster) -> None:
+    """`ValueError` with one sentence for what verl would train differently, or not at all."""
+    _require_objective(config)
+    loop, student = config.optimization, config.student
+    if loop.schedule == "linear":
+        raise ValueError("optimization.schedule = 'linear' is not available on verl; use constant or cosine.")
+    if isinstance(loop.kl_coef, Annealed):
+        raise ValueError("optimization.kl_coef moves with the step, which verl's does not; give one number.")
+    for name, field in type(student).model_fields.items():
+        if name not in _STUDENT_SETTINGS and getattr(student, name) != field.default:
+            raise ValueError(f"student.{name} is not exported to verl; leave it out, or use another engine.")
+    gpus = cluster.gpus_per_node * cluster.nodes
+    for what, number in _rows(config).items():
+        if number % gpus:
+            raise ValueError(
+                f"{what} holds {number} completions, which {gpus} GPUs cannot share equally; change rollout.prompts_per_batch, "
+                "rollout.group_size or --gpus-per-node and --nodes."
+            )
+
+
+def _require_objective(config: RunConfig) -> None:
+    objective, teacher, temperature = config.objective, config.teacher, config.rollout.temperature
+    if objective.type == "grpo":
+        if objective.ratio_level != "token":
+            raise ValueError(
+                "objective.ratio_level = 'sequence' is not exported for grpo, for which verl's own loss is taken; use 'token'."
+            )
+        return
+    if objective.type not in NAMES:
+        raise ValueError(
+            f"objective {objective.type!r} is not available on verl; use one of grpo, {', '.join(NAMES)}, or the native engine."
+        )
+    objective_json(objective)
+    if not isinstance(teacher, LocalTeacherConfig) or teacher.random_weights or teacher.quantization != "none":
+        raise ValueError(
+            "the [teacher] must be of type 'local', with its own weights and without quantization: verl starts the servers of "
+            "the teacher itself, from a model's folder or name."
+        )
+    if temperature != 1:
+        raise ValueError(
+            f"rollout.temperature is {temperature}, but verl's teacher always scores at 1; set it to 1, or use another engine."
+        )
+
+
+def _rows(config: RunConfig) -> dict[str, int]:
+    rollout, loop = config.rollout, config.optimization
+    whole = rollout.prompts_per_batch * rollout.group_size
+    return {"the rollout batch": whole, "an optimiser step": whole // loop.steps_per_rollout_batch}
+
+
+def num_rollout_batches(config: RunConfig) -> int:
+    return -(-config.optimization.num_steps // config.optimization.steps_per_rollout_batch)
+
+
+def overrides(config: RunConfig, cluster: Cluster, *, prompt_tokens: int, chat_template: str | None) -> dict[str, Any]:
+    """Hydra keys and values; `prompt_tokens` is the longest prompt's, `chat_template` one that replaces the student's."""
+    return {
+        **_data(config, prompt_tokens),
+        **_student(config, chat_template),
+        **_rollouts(config),
+        **_optimisation(config, prompt_tokens),
+        **_objective(config, cluster),
+        **_trainer(config, cluster),
+    }
+
+
+def _data(config: RunConfig, prompt_tokens: int) -> dict[str, Any]:
+    return {
+        "data.train_files": InFolder("train.parquet"),
+        "data.val_files": InFolder("validation.parquet"),
+        "data.train_batch_size": config.rollout.prompts_per_batch,
+        "data.max_prompt_length": prompt_tokens,
+        "data.max_response_length": config.rollout.max_completion_tokens,
+        "data.shuffle": False,
+        "data.seed": config.seed,
+        "data.truncation": "error",
+        **{f"+data.apply_chat_template_kwargs.{name}": value for name, value in config.rollout.chat_template_kwargs.items()},
+        "reward.custom_reward_function.path": "pkg://rlad.engines.verl.reward",
+        "reward.custom_reward_function.name": "compute_score",
+        "+reward.custom_reward_function.reward_kwargs.config": InFolder("config.toml"),
+    }
+
+
+def _student(config: RunConfig, chat_template: str | None) -> dict[str, Any]:
+    keys: dict[str, Any] = {
+        "actor_rollout_ref.model.path": model_path(config.student.model),
+        "actor_rollout_ref.model.enable_gradient_checkpointing": config.student.gradient_checkpointing,
+        "actor_rollout_ref.actor.strategy": "fsdp2",
+        "actor_rollout_ref.ref.strategy": "fsdp2",
+        "actor_rollout_ref.rollout.dtype": config.student.dtype,
+    }
+    if config.student.dtype == "float32":
+        for part in ("actor", "ref"):
+            for kind in ("param", "reduce", "buffer"):
+                keys[f"+actor_rollout_ref.{part}.fsdp_config.mixed_precision.{kind}_dtype"] = "fp32"
+    if chat_template is not None:
+        keys["actor_rollout_ref.model.custom_chat_template"] = chat_template
+    return keys
+
+
+def _rollouts(config: RunConfig) -> dict[str, Any]:
+    rollout, evaluation = config.rollout, config.evaluation
+    return {
+        "actor_rollout_ref.rollout.name": "vllm",
+        "actor_rollout_ref.rollout.n": rollout.group_size,
+        "actor_rollout_ref.rollout.temperature": rollout.temperature,
+        "actor_rollout_ref.rollout.top_p": 1.0,
+        "actor_rollout_ref.rollout.top_k": -1,
+        "actor_rollout_ref.rollout.seed": config.seed,
+        "actor_rollout_ref.rollout.tensor_model_parallel_size": 1,
+        "actor_rollout_ref.rollout.val_kwargs.n": evaluation.num_validation_samples,
+        "actor_rollout_ref.rollout.val_kwargs.temperature": evaluation.temperature,
+        "actor_rollout_ref.rollout.val_kwargs.do_sample": evaluation.temperature > 0,
+    }
+
+
+def _optimisation(config: RunConfig, prompt_tokens: int) -> dict[str, Any]:
+    rollout, loop = config.rollout, config.optimization
+    keys: dict[str, Any] = {
+        "actor_rollout_ref.actor.ppo_mini_batch_size": rollout.prompts_per_batch // loop.steps_per_rollout_batch,
+        "actor_rollout_ref.actor.ppo_epochs": 1,
+        "actor_rollout_ref.actor.use_dynamic_bsz": True,
+        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": max(
+            loop.tokens_per_batch, prompt_tokens + rollout.max_completion_tokens
+        ),
+        "actor_rollout_ref.actor.loss_agg_mode": AGGREGATION[loop.aggregation],
+        "actor_rollout_ref.actor.entropy_coeff": 0,
+        "actor_rollout_ref.actor.data_loader_seed": config.seed,
+        "actor_rollout_ref.actor.fsdp_config.seed": config.seed,
+        "actor_rollout_ref.actor.optim.lr": loop.learning_rate,
+        "actor_rollout_ref.actor.optim.betas": list(loop.betas),
+        "actor_rollout_ref.actor.optim.weight_decay": loop.weight_decay,
+        "actor_rollout_ref.actor.optim.lr_scheduler_type": loop.schedule,
+        "actor_rollout_ref.actor.optim.lr_warmup_steps": loop.warmup_steps // loop.steps_per_rollout_batch,
+        "actor_rollout_ref.actor.optim.clip_grad": loop.max_grad_norm,
+        "actor_rollout_ref.actor.grad_clip": loop.max_grad_norm,
+        "algorithm.adv_estimator": "grpo",
+        "algorithm.norm_adv_by_std_in_grpo": loop.advantage_scale == "std",
+        "algorithm.use_kl_in_reward": False,
+        "actor_rollout_ref.actor.use_kl_loss": bool(loop.kl_coef),
+    }
+    if loop.aggregation == "constant_length":
+        keys["actor_rollout_ref.actor.loss_scale_factor"] = rollout.max_completion_tokens
+    if loop.kl_coef:
+        keys["actor_rollout_ref.actor.kl_loss_coef"] = loop.kl_coef
+        keys["actor_rollout_ref.actor.kl_loss_type"] = "low_var_kl"
+    return keys
+
+
+def _objective(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
+    objective: Any = config.objective
+    if objective.type == "grpo":
+        return {
+            "distillation.enabled": False,
+            "actor_rollout_ref.actor.clip_ratio": objective.clip_low,
+            "actor_rollout_ref.actor.clip_ratio_low": objective.clip_low,
+            "actor_rollout_ref.actor.clip_ratio_high": objective.clip_high,
+            "actor_rollout_ref.actor.clip_ratio_c": objective.dual_clip or _NO_DUAL_CLIP,
+        }
+    assert isinstance(config.teacher, LocalTeacherConfig)
+    teacher = "distillation.teacher_models.teacher_model"
+    return {
+        "distillation.enabled": True,
+        "distillation.n_gpus_per_node": cluster.teacher_gpus_per_node,
+        "distillation.nnodes": cluster.teacher_nodes,
+        "distillation.distillation_loss.loss_mode": objective.type,
+        "distillation.distillation_loss.use_task_rewards": False,
+        "distillation.distillation_loss.use_policy_gradient": False,
+        "distillation.distillation_loss.loss_max_clamp": None,
+        f"{teacher}.model_path": model_path(config.teacher.model),
+        f"{teacher}.inference.dtype": config.teacher.dtype,
+        f"{teacher}.inference.tensor_model_parallel_size": 1,
+        f"+ray_kwargs.ray_init.runtime_env.env_vars.{VARIABLE}": objective_json(objective),
+    }
+
+
+def _trainer(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
+    every = -(-config.evaluation.every_steps // config.optimization.steps_per_rollout_batch)
+    return {
+        "trainer.n_gpus_per_node": cluster.gpus_per_node,
+        "trainer.nnodes": cluster.nodes,
+        "trainer.total_epochs": 1,
+        "trainer.total_training_steps": num_rollout_batches(config),
+        "trainer.test_freq": every,
+        "trainer.save_freq": every,
+        "trainer.val_before_train": True,
+        "trainer.logger": ["console"],
+        "trainer.project_name": "rlad",
+        "trainer.experiment_name": config.directory.name,
+        "trainer.default_local_dir": InFolder("checkpoints"),
+    }
+
+
+def model_path(name: str) -> str:
+    """Where every node finds a model: an absolute folder, or its Hugging Face name as it is."""
+    path = Path(located(name))
+    return str(path.resolve()) if path.is_dir() else name
+
+
+def without_equivalent(config: RunConfig) -> list[str]:
+    """What verl does otherwise, or not at all: one sentence each."""
+    loop, rollout, per_batch = config.optimization, config.rollout, config.optimization.steps_per_rollout_batch
+    notes = [
+        "Advantages are verl's: divided by the sample standard deviation + 1e-6 (rlad: population standard deviation + 1e-4)."
+        if loop.advantage_scale == "std"
+        else "",
+        "A completion that the verifier cannot judge is left out of its group, and logged by verl as a failed session.",
+        "An answer in which the token limit cuts a completion off is judged as it stands: verl does not say that it was cut.",
+        f"optimization.max_missing_teacher_share = {loop.max_missing_teacher_share} is not enforced: tokens without a "
+        "teacher's log-prob have the loss 0, still count in the denominator, and are logged as actor/rlad/dropped/mean."
+        if config.objective.type != "grpo"
+        else "",
+        "evaluation: verl validates; the test problems and ood_task are for `rlad evaluate` on the finished model.",
+        "Sampled tokens are vLLM's: the same seed gives other completions than on the native engine.",
+    ]
+    if per_batch > 1:
+        notes.append("The learning rate moves once for each rollout batch, not for each optimiser step; so does the warm-up.")
+        notes.append("verl chooses which completions of a rollout batch share an optimiser step.")
+        if loop.num_steps % per_batch:
+            notes.append(f"optimization.num_steps = {loop.num_steps} is rounded up to whole rollout batches.")
+    defaults = OptimizationConfig(), RolloutConfig()
+    for name in ("max_seconds", "max_teacher_tokens", "max_skipped_steps"):
+        if getattr(loop, name) != getattr(defaults[0], name):
+            notes.append(f"optimization.{name} = {getattr(loop, name)} is not carried over: verl has no such limit.")
+    if rollout.max_batch_rows != defaults[1].max_batch_rows:
+        notes.append(f"rollout.max_batch_rows = {rollout.max_batch_rows} is not carried over: vLLM schedules by itself.")
+    for key, value in changed_settings(config).items():
+        if key in ("student.device", "teacher.device", "teacher.keep", "teacher.tokens_per_batch"):
+            notes.append(f"{key} = {value!r} is not carried over: verl places models itself.")
+    return [note for note in notes if note]

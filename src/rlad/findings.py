@@ -1,0 +1,13 @@
+"""One line of a check: what was looked at and whether it is good."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the comparison. An `error` makes training impossible, a `warning` makes it doubtful."""
+
+    level: Literal["ok", "warning", "error"]
+    subject: str
+    message: str

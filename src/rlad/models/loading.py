@@ -1,0 +1,226 @@
+"""Loading a causal language model with its tokenizer: embedded, a folder (of an adapter too), or a Hugging Face name."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rlad.config.run import LoraConfig
+from rlad.models.adapters import add_lora, load_adapter
+from rlad.models.files import (
+    EMBEDDED,
+    base_model,
+    context_tokens,
+    end_token_ids,
+    files_of,
+    has_tokenizer,
+    is_adapter,
+    located,
+    require_peft,
+)
+
+_DEVICES = ("cpu", "cuda", "mps")
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageModel:
+    """A model in evaluation mode without dropout, its tokenizer, and the tokens that end a completion."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    compute_dtype: torch.dtype
+    """of the forward pass; narrower than the weights for a student that trains in bfloat16"""
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Runs the forward pass in `compute_dtype` where the weights are wider."""
+        if self.compute_dtype == self.model.dtype:
+            return nullcontext()
+        return torch.autocast(self.model.device.type, dtype=self.compute_dtype)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids the model knows; padding can make them more than the tokenizer's."""
+        embeddings: Any = self.model.get_input_embeddings()
+        return embeddings.weight.shape[0]
+
+    @property
+    def context_tokens(self) -> int | None:
+        """The longest sequence the model was made for; None when it does not say."""
+        return context_tokens(self.model.config)
+
+
+def pick_device(device: str) -> torch.device:
+    """The torch device for a `device` setting; `auto` is the GPU where there is one. `ValueError` when it cannot be used."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked, why = torch.empty(0, device=device).device, f"models are computed on {', '.join(_DEVICES)}"
+    except (RuntimeError, AssertionError) as error:
+        picked, why = None, _first_line(error)
+    if picked is None or picked.type not in _DEVICES:
+        raise ValueError(
+            f"device {device!r} cannot be used on this machine ({why}); use 'auto', 'cpu', or for a GPU 'cuda' or 'cuda:0'."
+        )
+    return picked
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; `ValueError` when there is none or it cannot be loaded. An adapter may have its own."""
+    load_model_config(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name if has_tokenizer(name) else files_of(name), trust_remote_code=False)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        _refuse_code(name, error)
+        raise ValueError(
+            f"no tokenizer can be loaded from {name!r} ({_first_line(error)}); a model folder needs tokenizer.json or the "
+            "tokenizer files of its family: save the tokenizer beside the model with `tokenizer.save_pretrained(folder)`."
+        ) from None
+    if not len(tokenizer):
+        raise ValueError(f"the tokenizer of {name!r} is empty; save the right one with `tokenizer.save_pretrained(folder)`.")
+    return tokenizer
+
+
+def load_model_config(name: str) -> PretrainedConfig:
+    """What a model says of itself, without its weights. `ValueError` when `name` is no model."""
+    base = base_model(name)
+    if base.startswith("embedded/") and base not in EMBEDDED:
+        raise ValueError(f"model {base!r} is unknown; the embedded models are {', '.join(EMBEDDED)}.")
+    where = located(base)
+    try:
+        return AutoConfig.from_pretrained(where, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        _refuse_code(base, error)
+        what = f"model {base!r}" if base == name else f"model {base!r}, on which adapter {name!r} stands,"
+        raise ValueError(
+            f"{what} cannot be found or read ({_first_line(error)}); give a folder that `save_pretrained` wrote, or a "
+            "Hugging Face name that is in the cache or can be downloaded."
+        ) from None
+
+
+def load_language_model(
+    name: str,
+    *,
+    dtype: str = "float32",
+    device: str = "auto",
+    trainable: bool = False,
+    lora: LoraConfig | None = None,
+    seed: int = 0,
+    random_weights_seed: int | None = None,
+    quantization: Any = None,
+    end_tokens: Sequence[str] = (),
+) -> LanguageModel:
+    """The model and its tokenizer, ready to sample and score. `ValueError` with one sentence when that cannot be.
+
+    A `trainable` model keeps float32 weights and only computes in `dtype`: the small updates of RL vanish in bfloat16 weights.
+    With `lora` it gets an adapter, drawn from `seed`, whose float32 weights are trained instead; its own are then in `dtype`.
+    The folder of an adapter is loaded with the model that it stands on, the same way.
+    With `random_weights_seed` the weights are drawn anew, by the model's own initialisation. `quantization` is transformers'
+    `quantization_config`. `end_tokens` end a completion besides those that the model declares, and stand in what is saved.
+    """
+    tokenizer, where, compute_dtype = load_tokenizer(name), pick_device(device), getattr(torch, dtype)
+    if random_weights_seed is None:
+        weights_are_trained = trainable and not lora and not is_adapter(name)
+        model = _load_weights(name, torch.float32 if weights_are_trained else compute_dtype, quantization, where)
+    else:
+        with torch.random.fork_rng():
+            torch.manual_seed(random_weights_seed)
+            model = AutoModelForCausalLM.from_config(load_model_config(name), dtype=compute_dtype)
+    if lora:
+        require_peft("[student.lora]")
+        add_lora(model, lora, base=name, seed=seed)
+    if trainable:
+        _require_finite(name, model)
+    if where.type == "cpu":
+        for parameter in model.parameters():
+            # Memory of its own, aligned: the last bits of a product depend on where in their file the weights stood.
+            parameter.data = parameter.data.clone()
+    remove_dropout(model)
+    eos = end_token_ids(model.config, model.generation_config, tokenizer, end_tokens)
+    if end_tokens and model.generation_config is not None:
+        model.generation_config.eos_token_id = list(eos)
+    pad = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else eos[0]
+    loaded = LanguageModel(name, model.to(where).eval(), tokenizer, eos, pad, compute_dtype)
+    if len(tokenizer) > loaded.vocabulary:
+        raise ValueError(
+            f"the tokenizer of {name!r} has {len(tokenizer)} tokens but the model only {loaded.vocabulary} embeddings; "
+            "this tokenizer belongs to another model."
+        )
+    return loaded
+
+
+def _load_weights(name: str, dtype: torch.dtype, quantization: Any, device: torch.device) -> Any:
+    if is_adapter(name):
+        require_peft(f"adapter {name!r}")
+        model = _load_weights(base_model(name), dtype, quantization, device)
+        load_adapter(model, name)
+        return model
+    # Quantised where it is to work: some kernels pack their weights on the GPU alone.
+    settings = {} if quantization is None else {"quantization_config": quantization, "device_map": device}
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            located(name),
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **settings,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        _refuse_code(name, error)
+        raise ValueError(
+            f"no causal language model can be loaded from {name!r} ({_first_line(error)}); give a Hugging Face name, "
+            "or a folder with config.json and model.safetensors."
+        ) from None
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"the weights of {name!r} lack {len(missing)} tensors of a causal language model, the first is {missing[0]!r}; "
+            "give a complete model."
+        )
+    return model
+
+
+def _refuse_code(name: str, error: Exception) -> None:
+    """`ValueError` when it was because a model wants Python code of its own to be run, which is never done."""
+    if "trust_remote_code" in str(error):
+        raise ValueError(
+            f"model {name!r} comes with Python code of its own, which rlad does not run; take a model whose architecture and "
+            "tokenizer transformers has itself."
+        ) from None
+
+
+def _require_finite(name: str, model: PreTrainedModel) -> None:
+    for weight, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(f"weight {weight!r} of {name!r} holds NaN or infinite values; give a model that is whole.")
+
+
+def remove_dropout(model: PreTrainedModel) -> None:
+    """Old, student and teacher log-probs must come from one function; dropout would make it another one each time.
+
+    So would the noise that some mixtures of experts put on their router in training mode.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                setattr(module, name, 0.0)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,47 @@
+"""The model that is trained, and the frozen copy of it that a KL leash is tied to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlad.config.run import RunConfig
+from rlad.models.files import is_adapter, require_peft
+from rlad.seeds import stream_seed
+
+if TYPE_CHECKING:
+    from rlad.models.loading import LanguageModel
+
+
+def load_student(config: RunConfig, checkpoint: Path | None = None) -> LanguageModel:
+    """The model to be trained: the initial student, or what a checkpoint holds of it. `ValueError` when that cannot be."""
+    from rlad.models.loading import load_language_model
+
+    settings = config.student
+    if checkpoint is None:
+        require_base_model(config)
+    return load_language_model(
+        str(checkpoint or settings.model),
+        dtype=settings.dtype,
+        device=settings.device,
+        trainable=True,
+        lora=None if checkpoint else settings.lora,
+        seed=stream_seed(config.seed, "lora"),
+        end_tokens=settings.end_tokens,
+    )
+
+
+def require_base_model(config: RunConfig) -> None:
+    """`ValueError` when the student to be trained is an adapter, or its adapter cannot be made."""
+    if is_adapter(config.student.model):
+        raise ValueError(
+            f"student.model = {config.student.model!r} is a LoRA adapter, and a run starts from a whole model; merge it into "
+            "its base model (PEFT's merge_and_unload) and give the folder of the result."
+        )
+    if config.student.lora:
+        require_peft("[student.lora]")
+
+
+def load_reference(config: RunConfig, student: LanguageModel) -> LanguageModel:
+    """The frozen initial student: a second copy of it, or a LoRA student itself, whose base weights it is."""
+    return student if config.student.lora else load_student(config)

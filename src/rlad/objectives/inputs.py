@@ -1,0 +1,58 @@
+"""`LossInputs`: the named tensors that an objective may read."""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from rlad.objectives.masks import keep_finite
+
+
+@dataclass(frozen=True, slots=True)
+class LossInputs:
+    """What an objective may read; every tensor `[batch, token]` unless said. Validated on creation.
+
+    Log-probs are those of the sampled completion tokens, divided by the sampling temperature, float32 or wider.
+    Only `student_logprobs` may carry a gradient.
+    """
+
+    student_logprobs: Tensor
+    old_logprobs: Tensor
+    advantages: Tensor
+    """`[batch]` or `[batch, token]`"""
+    mask: Tensor
+    """bool; True = completion token that is trained on"""
+    teacher_logprobs: Tensor | None = None
+    reference_logprobs: Tensor | None = None
+    """of the initial student; only for the KL leash"""
+    is_correct: Tensor | None = None
+    """bool `[batch]`: the verifier called the completion correct"""
+    group_is_solved: Tensor | None = None
+    """bool `[batch]`: it called some completion of the same prompt correct"""
+    rollout_weights: Tensor | None = None
+    """πold / πrollout where another sampler than the old policy wrote the completions, bounded by whoever made them; they
+    multiply the objective's loss of each token, not the KL leash"""
+
+    def __post_init__(self) -> None:
+        shape = self.mask.shape
+        if self.mask.dtype != torch.bool or self.mask.dim() != 2:
+            raise ValueError(
+                f"mask is {self.mask.dtype} of shape {tuple(shape)}; a bool tensor [batch, token] is needed: "
+                "write `mask.bool()`."
+            )
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None or field.name == "mask":
+                continue
+            allowed = {"advantages": (shape, shape[:1]), "is_correct": (shape[:1],), "group_is_solved": (shape[:1],)}
+            if value.shape not in allowed.get(field.name, (shape,)):
+                need = " or ".join(str(tuple(good)) for good in allowed.get(field.name, (shape,)))
+                raise ValueError(f"{field.name} has shape {tuple(value.shape)}; with a mask {tuple(shape)} it must be {need}.")
+            if value.requires_grad and field.name != "student_logprobs":
+                raise ValueError(f"{field.name} carries a gradient; only student_logprobs may: call `.detach()` on it.")
+
+    @property
+    def trained(self) -> Tensor:
+        """The tokens of the mask at which old, teacher and reference log-probs are finite."""
+        given = (self.old_logprobs, self.teacher_logprobs, self.reference_logprobs)
+        return keep_finite(self.mask, *(value for value in given if value is not None))

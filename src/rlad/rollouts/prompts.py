@@ -1,0 +1,124 @@
+"""From a problem's prompt to the token ids that the model is given."""
+
+import re
+from typing import Any
+
+from jinja2 import TemplateError
+
+from rlad.config.run import RolloutConfig, RunConfig
+from rlad.models.plain_tokenizer import AnyTokenizer, PlainTokenizer
+from rlad.tasks import Split, Task
+
+Prompt = str | tuple[tuple[str, str], ...]
+"""the user's one message, or a conversation: (role, content) of each message"""
+
+
+def prompt_token_ids(tokenizer: AnyTokenizer, prompt: Prompt, rollout: RolloutConfig) -> list[int]:
+    """Token ids of a prompt: through the chat template (`chat`), as it is (`plain`), or as the tokenizer has one or not
+    (`auto`). Raises `ValueError` for `chat` without a template, and for what only a template can say without one.
+    """
+    if rollout.prompt_format == "chat" and not tokenizer.chat_template:
+        raise ValueError(
+            "rollout.prompt_format is 'chat' but the student's tokenizer has no chat template; use 'plain' or 'auto'."
+        )
+    if is_plain(tokenizer, rollout.prompt_format) or isinstance(tokenizer, PlainTokenizer):
+        return tokenizer(_plain_text(prompt, rollout))["input_ids"]
+    text = chat_text(tokenizer, chat_messages(prompt, rollout.system_prompt), rollout.chat_template_kwargs)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def is_plain(tokenizer: AnyTokenizer, prompt_format: str) -> bool:
+    """Whether prompts are given as they are, not as messages of a chat."""
+    return prompt_format == "plain" or not tokenizer.chat_template
+
+
+def _plain_text(prompt: Prompt, rollout: RolloutConfig) -> str:
+    for name in ("system_prompt", "chat_template_kwargs"):
+        if getattr(rollout, name):
+            raise ValueError(
+                f"rollout.{name} has no place in plain prompts (rollout.prompt_format = 'plain', or a tokenizer without a chat "
+                "template); leave it out, or take a model with a chat template."
+            )
+    if isinstance(prompt, str):
+        return prompt
+    if [role for role, _ in prompt] != ["user"]:
+        roles = ", ".join(role for role, _ in prompt)
+        raise ValueError(
+            f"a prompt is a conversation ({roles}), which plain prompts (rollout.prompt_format = 'plain', or a tokenizer "
+            "without a chat template) cannot tell; take a model with a chat template, or give each prompt as one text."
+        )
+    return prompt[0][1]
+
+
+def chat_messages(prompt: Prompt, system_prompt: str | None) -> list[dict[str, str]]:
+    """The messages of a conversation as a chat template wants them; a system message of its own wins."""
+    conversation = (("user", prompt),) if isinstance(prompt, str) else prompt
+    if system_prompt is not None and conversation[0][0] != "system":
+        conversation = (("system", system_prompt), *conversation)
+    return [{"role": role, "content": content} for role, content in conversation]
+
+
+def chat_text(tokenizer: Any, messages: list[dict[str, str]], variables: dict[str, Any], whose: str = "student") -> str:
+    """The conversation up to where the answer begins, by a tokenizer's chat template. `whose` is for messages.
+
+    Raises `ValueError` when the template fails, does not know a variable, or leaves the system message out.
+    """
+    the_template = f"the chat template of the {whose}'s tokenizer"
+    template = str(tokenizer.chat_template)
+    if unknown := [name for name in variables if not re.search(rf"\b{re.escape(name)}\b", template)]:
+        raise ValueError(f"{the_template} knows no {unknown[0]!r}; leave it out of chat_template_kwargs, or correct its name.")
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **variables))
+    except (TemplateError, ArithmeticError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{the_template} fails ({error}); mend it, or set rollout.prompt_format = 'plain'.") from None
+    if messages[0]["role"] == "system" and messages[0]["content"].strip() not in text:
+        raise ValueError(f"{the_template} leaves the system message out; put its text into the prompts instead.")
+    return text
+
+
+def check_prompt_length(num_tokens: int, what: str, rollout: RolloutConfig, context_tokens: int | None) -> None:
+    """`ValueError` when a prompt leaves no room for its completion, or is longer than the config allows."""
+    longest, why = rollout.max_prompt_tokens, "rollout.max_prompt_tokens"
+    if context_tokens is not None:
+        room = context_tokens - rollout.max_completion_tokens
+        if longest is None or room < longest:
+            longest = room
+            why = f"context of {context_tokens} minus rollout.max_completion_tokens = {rollout.max_completion_tokens}"
+    if longest is not None and num_tokens > longest:
+        raise ValueError(
+            f"the prompt of {what} has {num_tokens} tokens, but at most {max(longest, 0)} are allowed ({why}); "
+            "shorten the prompts or change that setting."
+        )
+
+
+NUM_PROBED_PROBLEMS = 20
+
+
+def longest_prompt(
+    config: RunConfig,
+    task: Task,
+    tokenizer: AnyTokenizer,
+    context_tokens: int | None,
+    ood_task: Task | None = None,
+) -> int:
+    """Tokens of the longest prompt: of all that a finite task will give, of the first few of an endless one.
+
+    Raises `ValueError` when one leaves no room for its completion.
+    """
+    loop, rollout, evaluation = config.optimization, config.rollout, config.evaluation
+    num_batches = -(-loop.num_steps // loop.steps_per_rollout_batch)
+    wanted: list[tuple[str, Task, Split, int]] = [
+        ("train", task, "train", num_batches * rollout.prompts_per_batch),
+        ("validation", task, "validation", evaluation.num_validation_problems),
+        ("test", task, "test", evaluation.num_test_problems),
+    ]
+    if ood_task is not None:
+        wanted.append(("out-of-distribution test", ood_task, "test", evaluation.num_ood_problems))
+    longest = 0
+    for name, source, split, number in wanted:
+        for i in range(min(number, source.num_problems(split) or NUM_PROBED_PROBLEMS)):
+            problem = source.problem(split, i, seed=config.seed if split == "train" else 0)
+            prompt = prompt_token_ids(tokenizer, problem.asked, rollout)
+            check_prompt_length(len(prompt), f"{name} problem {i}", rollout, context_tokens)
+            longest = max(longest, len(prompt))
+    return longest

@@ -1,0 +1,287 @@
+"""The run directory: what a run writes, and how it is read again.
+
+config.toml           the resolved config; `rlad train config.toml` repeats the run
+run.json              versions, commit, machine, seed
+metrics.jsonl         one row per optimiser step
+eval.jsonl            one row per validation or test
+samples.jsonl         graded completions of one prompt per step
+warnings.jsonl        what the guards said; absent when they said nothing
+skipped-step-N.*      rollouts (JSONL) and scores (safetensors) of the last steps that were skipped
+checkpoints/step-N/   the best and the last few: Hugging Face model folders, with `trainer/` beside the weights for resuming
+curve.png, README.md  the learning curve and the model card
+tensorboard/, wandb/  what these trackers keep, if they are in [logging]
+"""
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError
+
+from rlad.runs.checkpoints import (
+    checkpoint_name,
+    damage,
+    delete_checkpoint,
+    delete_unfinished,
+    find_checkpoints,
+    flush,
+    set_aside,
+    write_checkpoint,
+)
+from rlad.errors import RunFailedError
+
+CONFIG, ENVIRONMENT = "config.toml", "run.json"
+METRICS, EVAL, SAMPLES = "metrics.jsonl", "eval.jsonl", "samples.jsonl"
+WARNINGS, SKIPPED_BATCHES = "warnings.jsonl", "skipped-step"
+ROWS = (METRICS, EVAL, SAMPLES, WARNINGS)
+"""the JSONL files, whose rows all have a step"""
+MODEL_CARD, LOCK = "README.md", ".lock"
+CHECKPOINTS = "checkpoints"
+
+EvaluationSet = Literal["validation", "test", "ood"]
+"""validation: chooses the best checkpoint; test: reported; ood: test problems out of the training distribution"""
+
+_log = logging.getLogger(__name__)
+
+
+class CannotWriteError(RunFailedError):
+    """Disk full, no permission and the like; what was written before is still there."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """A run directory on disk. Every write goes through here, and raises `CannotWriteError` when it fails."""
+
+    path: Path
+
+    def exists(self) -> bool:
+        return all((self.path / name).is_file() for name in (CONFIG, ENVIRONMENT))
+
+    def is_finished(self) -> bool:
+        """Whether the run came to its end: the model card is the last thing that it writes."""
+        return self.exists() and (self.path / MODEL_CARD).is_file()
+
+    def require_free(self, *, overwrite: bool) -> None:
+        """`ValueError` when there is something already, unless it is a run and `overwrite` holds. Deletes nothing."""
+        if self.exists() and not overwrite:
+            raise ValueError(
+                f"run directory {self.path} exists already; use --resume to go on with it, --overwrite to delete it and start "
+                "again, or run_dir=... for another place."
+            )
+        # A run that was killed while it made its directory may have left the first of its files.
+        left = [p.name for p in self.path.iterdir() if not p.name.startswith(".")] if self.path.is_dir() else []
+        is_free = not self.path.exists() or (self.path.is_dir() and left in ([], [ENVIRONMENT]))
+        if not (is_free or self.exists()):
+            raise ValueError(f"{self.path} exists and is not a run directory; choose another run_dir.")
+
+    def clear(self) -> None:
+        """Delete everything in the directory but its lock; what makes it a run goes last."""
+        with self._writing():
+            for path in sorted(self.path.iterdir(), key=lambda path: (path.name in (CONFIG, ENVIRONMENT), path)):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                elif path.name != LOCK:
+                    path.unlink()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from training here meanwhile; `ValueError` when one does. Makes the directory."""
+        with self._writing():
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / LOCK).open("w")
+        with file:
+            try:
+                with self._one_at_a_time():
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"another process is training in {self.path}; wait until it has ended, or choose another run_dir."
+                ) from None
+            yield
+
+    def is_locked(self) -> bool:
+        """Whether a process is training here."""
+        try:
+            with self._one_at_a_time(), (self.path / LOCK).open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    @contextmanager
+    def _one_at_a_time(self) -> Iterator[None]:
+        """Around a try of the lock, which is over at once: a run that begins must not find it held by one that only asks."""
+        directory = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(directory)
+
+    def delete(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        with self._writing():
+            (self.path / name).unlink(missing_ok=True)
+
+    def write(self, name: str, content: str | bytes) -> None:
+        """Write a whole file at once: it is either the old one or the new one, never half of it."""
+        aside = self.path / f".{name}.tmp"
+        with self._writing():
+            aside.write_bytes(content.encode() if isinstance(content, str) else content)
+            flush(aside)
+            os.replace(aside, self.path / name)
+
+    def append(self, name: str, row: dict[str, Any]) -> None:
+        """Add a row to a JSONL file and flush it."""
+        with self._writing(), (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def read(self, name: str) -> Iterator[dict[str, Any]]:
+        """Rows of a JSONL file; nothing when it does not exist; a half-written last line is passed over.
+
+        `ValueError` for any other line that is no row: it was not cut, something else has written there.
+        """
+        for _, row in self._whole_lines(name):
+            yield row
+
+    def _whole_lines(self, name: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
+        path = self.path / name
+        if not path.is_file():
+            return
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    return
+                try:
+                    row = json.loads(line)
+                    is_row = type(row["step"]) is int
+                except (ValueError, TypeError, KeyError, RecursionError):
+                    is_row = False
+                if not is_row:
+                    raise ValueError(
+                        f"line {number} of {path} is no row that a run has written; put back a copy of that file, or start "
+                        "the run again with --overwrite."
+                    ) from None
+                yield line, row
+
+    def forget_after(self, step: int) -> None:
+        """Cut off the rows of later steps, and a half-written last line: a run resumed at `step` writes them again."""
+        for name in ROWS:
+            kept = takewhile(lambda found: found[1]["step"] <= step, self._whole_lines(name))
+            end = sum(len(line) for line, _ in kept)
+            if (self.path / name).is_file():
+                with self._writing():
+                    os.truncate(self.path / name, end)
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def checkpoint(self, step: int, *, with_rollouts: bool = False) -> Path:
+        return self.path / CHECKPOINTS / checkpoint_name(step, with_rollouts=with_rollouts)
+
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """(step, folder) of every complete checkpoint, oldest first; whether it is damaged is not looked at."""
+        return find_checkpoints(self.path / CHECKPOINTS)
+
+    def checkpoints_by_validation(self) -> list[tuple[int, Path]]:
+        """The same, best validation pass@1 first, of equals the earliest; then those without one, newest first."""
+        scores = self._validations()
+        validated = [found for found in self.checkpoints() if found[0] in scores]
+        rest = [found for found in reversed(self.checkpoints()) if found[0] not in scores]
+        return sorted(validated, key=lambda found: (-scores[found[0]], found)) + rest
+
+    def newest_checkpoint(self) -> tuple[int, Path]:
+        """(step, folder) of the newest one that is whole; a damaged one is named in a warning and passed over.
+
+        `ValueError` when there is none, or none that is whole.
+        """
+        return self._first_whole(self.checkpoints()[::-1])
+
+    def best_checkpoint(self) -> tuple[int, Path]:
+        """(step, folder) of the one with the highest validation pass@1 that is whole; the newest if none has one.
+
+        Warns and raises as `newest_checkpoint` does.
+        """
+        return self._first_whole(self.checkpoints_by_validation())
+
+    def _first_whole(self, candidates: Sequence[tuple[int, Path]]) -> tuple[int, Path]:
+        if not candidates:
+            raise ValueError(f"{self.path} holds no checkpoint; give the directory of a run that has written one.")
+        damaged: list[str] = []
+        for step, path in candidates:
+            reason = damage(path)
+            if reason is None:
+                for each in damaged:
+                    _log.warning("checkpoint %s/%s; it is passed over, and %s taken", self.path, each, path.name)
+                return step, path
+            damaged.append(f"{path.name} is damaged: {reason}")
+        raise ValueError(
+            f"{self.path} holds no checkpoint that is whole ({'; '.join(damaged)}); put back a copy of one, or start the run "
+            "again with --overwrite."
+        )
+
+    def write_checkpoint(
+        self, step: int, write: Callable[[Path], None], *, run_digest: str, with_rollouts: bool = False
+    ) -> None:
+        """Let `write` fill a new checkpoint, which is complete or absent; the rows before it reach the disk before it does."""
+        with self._writing():
+            for name in ROWS:
+                if (self.path / name).is_file():
+                    flush(self.path / name)
+            write_checkpoint(self.checkpoint(step, with_rollouts=with_rollouts), write, step=step, run=run_digest)
+
+    def set_aside_after(self, checkpoint: Path) -> None:
+        """Rename the checkpoints that are newer than this one, all of them damaged, to `damaged-...`.
+
+        So is a damaged one of the same step: it would be kept in the place of this one.
+        """
+        found = {path: step for step, path in self.checkpoints()}
+        with self._writing():
+            for path, step in found.items():
+                is_twin = step == found[checkpoint] and path != checkpoint
+                if step > found[checkpoint] or (is_twin and damage(path)):
+                    set_aside(path)
+
+    def keep(self, *, last: int, best: int) -> None:
+        """Delete all checkpoints but the last and the best of the validated ones, and what is left of unfinished ones.
+
+        Those that a signal or the clock had written in between go too; the newest of all stays, which a run goes on from.
+        """
+        of_step: dict[int, Path] = {}
+        for step, path in self.checkpoints():
+            of_step.setdefault(step, path)  # one with rollouts stands behind one without, and for it where there is none
+        scores = self._validations()
+        validated = [path for step, path in of_step.items() if step in scores]
+        by_validation = [path for _, path in self.checkpoints_by_validation() if path in validated]
+        with self._writing():
+            for _, path in self.checkpoints()[:-1]:
+                if path not in validated[-last:] + by_validation[:best]:
+                    delete_checkpoint(path)
+            delete_unfinished(self.path / CHECKPOINTS)
+
+    def _validations(self) -> dict[int, float]:
+        return {row["step"]: row["pass@1"]["mean"] for row in self.read(EVAL) if row.get("split") == "validation"}
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            kept = self.checkpoints()
+            then = (
+                f"then `rlad train {self.path} --resume` goes on from {kept[-1][1].name}"
+                if kept
+                else "or choose another run_dir"
+            )
+            raise CannotWriteError(
+                f"run directory {self.path} cannot be written ({error}); free some space or mend its permissions, {then}."
+            ) from None

@@ -1,0 +1,55 @@
+"""The last layer of a causal language model: what makes logits of its hidden states."""
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from rlad.scoring.token_logprobs import output_logits
+
+# As configs call it: Cohere, Falcon H1; Granite; Gemma, RecurrentGemma.
+_MULTIPLIERS, _DIVISORS = ("logit_scale", "lm_head_multiplier"), ("logits_scaling",)
+_CAPS = ("final_logit_softcapping", "logits_soft_cap")
+
+
+@dataclass(frozen=True, slots=True)
+class OutputLayer:
+    """logits = capped(scale * linear(hidden)), capped(z) = soft_cap * tanh(z / soft_cap) or, without a cap, z."""
+
+    linear: torch.nn.Linear
+    scale: float = 1.0
+    soft_cap: float | None = None
+
+
+@torch.no_grad()
+def output_layer(model: PreTrainedModel) -> OutputLayer | None:
+    """The output layer of a model; None where its logits are something else of the last hidden state.
+
+    Read from its config and its output embeddings, and compared with the model's own logits of a probe of four tokens.
+    Without such a layer the full logits are used: right, but with memory that grows with tokens x vocabulary.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear):
+        return None
+    ids = torch.arange(4, device=model.device)[None]
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    logits = model(input_ids=ids, use_cache=False).logits
+    if hidden.shape[-1] != head.in_features:
+        return None
+    scale, soft_cap = _stated(model.config.get_text_config())
+    if (scale, soft_cap) != (1, None):
+        ours = output_logits(hidden, head.weight, head.bias, scale, soft_cap, temperature=1.0)
+        # The model scales and caps in its own type: a few roundings of that.
+        if torch.allclose(ours, logits.to(ours.dtype), rtol=8 * torch.finfo(logits.dtype).eps, atol=0):
+            return OutputLayer(head, scale, soft_cap)
+    return OutputLayer(head) if torch.equal(head(hidden), logits) else None
+
+
+def _stated(config: PretrainedConfig) -> tuple[float, float | None]:
+    """Scale and soft cap that a config states."""
+
+    def numbers(names: tuple[str, ...]) -> list[float]:
+        return [float(value) for name in names if (value := getattr(config, name, None))]
+
+    return prod(numbers(_MULTIPLIERS)) / prod(numbers(_DIVISORS)), min(numbers(_CAPS), default=None)

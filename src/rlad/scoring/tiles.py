@@ -1,0 +1,27 @@
+"""How many logits exist at once, and for how many tokens a cache has room. Imports no torch."""
+
+from math import isqrt
+
+# A GPU reads the whole weight matrix for each chunk in less time than it takes to start the kernels: larger chunks there.
+LOGITS_PER_CHUNK = {"cpu": 2**22, "cuda": 2**26}
+MIN_CHUNK_TOKENS = 16
+
+
+def tokens_per_chunk(device_type: str, vocabulary: int) -> int:
+    """Tokens whose logits, `[token, vocabulary]`, are held at once on a device of this type."""
+    logits = LOGITS_PER_CHUNK.get(device_type, LOGITS_PER_CHUNK["cuda"])
+    return max(MIN_CHUNK_TOKENS, logits // vocabulary)
+
+
+# On a CPU a tile stays in the cache of its cores.
+LOGITS_PER_TILE = {"cpu": 2**19, "cuda": 2**26}
+
+
+def tile_shape(device_type: str, num_tokens: int, vocabulary: int) -> tuple[int, int]:
+    """Tokens and vocabulary entries of a tile of logits.
+
+    Near a square, which reads hidden states and weights least often; all tokens, or all of the vocabulary, where there are few.
+    """
+    logits = LOGITS_PER_TILE.get(device_type, LOGITS_PER_TILE["cuda"])
+    entries = min(vocabulary, max(isqrt(logits), logits // max(num_tokens, 1)))
+    return max(1, min(num_tokens, logits // entries)), entries

@@ -1,0 +1,21 @@
+"""A verifier is tried on reference answers before it judges a student."""
+
+from rlad.tasks import Task, Verdict
+from rlad.tasks.several import SeveralTasks
+
+NUM_PROBED_ANSWERS = 5
+
+
+def require_working_verifier(task: Task) -> None:
+    """`ValueError` when the verifier cannot judge even the reference answers of the first problems; of several tasks, one's."""
+    if isinstance(task, SeveralTasks):
+        for one in task.tasks.values():
+            require_working_verifier(one)
+        return
+    problems = [task.problem("train", i) for i in range(NUM_PROBED_ANSWERS)]
+    judgements = [task.judge(problem, problem.answer) for problem in problems]
+    if all(judgement.verdict == Verdict.CANNOT_JUDGE for judgement in judgements):
+        raise ValueError(
+            f"the verifier of task {task.name!r} cannot judge the reference answers of the first {len(problems)} training "
+            f"problems ({judgements[0].reason}); mend the verifier or the answers."
+        )

@@ -1,0 +1,113 @@
+"""What a person sees of a run: a progress bar on a terminal and in a notebook, plain lines in a pipe."""
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from rlad.engines.base import StepResult
+from rlad.runs.directory import EvaluationSet
+from rlad.runs.guards import GuardWarning
+from rlad.runs.statistics import Estimate
+from rlad.text import printable
+
+_PLAIN_EVERY_SECONDS = 10.0
+
+
+class _TwoLines(Progress):
+    """The bar with its times, and the figures of the run below it."""
+
+    figures = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        yield Text(self.figures, no_wrap=True, overflow="ellipsis")
+
+
+class ConsoleReporter:
+    """Shows a run while it goes on. Use as a context manager."""
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._in_notebook = console.is_jupyter and find_spec("ipywidgets") is not None
+        self._is_live = console.is_terminal or self._in_notebook
+        self._progress = _TwoLines(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not self._is_live,
+            auto_refresh=not self._in_notebook,  # from another thread it would take our lines into its widget
+            speed_estimate_period=3600.0,
+        )
+        self._task = self._progress.add_task("starting", total=None)
+        self._validation = ""
+        self._num_tokens, self._seconds, self._last_line = 0.0, 0.0, 0.0
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def phase(self, name: str) -> None:
+        self._progress.update(self._task, description=name, refresh=self._in_notebook)
+
+    def step(self, result: StepResult, num_steps: int) -> None:
+        figures = "  ".join(part for part in self._figures(result) if part)
+        self._progress.figures = figures
+        self._progress.update(self._task, total=num_steps, completed=result.step, refresh=self._in_notebook)
+        now = time.monotonic()
+        if not self._is_live and (now - self._last_line > _PLAIN_EVERY_SECONDS or result.step == num_steps):
+            self._print(f"step {result.step}/{num_steps}  {figures}")
+            self._last_line = now
+
+    def evaluated(self, name: EvaluationSet, step: int, estimate: Estimate) -> None:
+        if name == "validation":
+            self._validation = f"held-out pass@1 {estimate.mean:.1%}"
+        self._print(f"step {step}  {name} pass@1 {estimate}")
+
+    def warned(self, warning: GuardWarning) -> None:
+        self._print(f"warning  step {warning.step}: {warning.message}")
+
+    def _figures(self, result: StepResult) -> Iterable[str]:
+        metrics = result.metrics
+        if "reward/mean" in metrics:
+            yield f"reward {metrics['reward/mean']:.2f}"
+        elif "optimization/loss" in metrics:
+            yield f"loss {metrics['optimization/loss']:.3f}"
+        if metrics.get("reward/cannot_judge/frac"):
+            yield f"could not be judged {metrics['reward/cannot_judge/frac']:.0%}"
+        yield self._validation
+        if "objective/gated_positive/frac" in metrics:
+            positive, negative = metrics["objective/gated_positive/frac"], metrics["objective/gated_negative/frac"]
+            yield f"gated +{positive:.1%} -{negative:.1%}"
+        num_rollouts = sum(len(group.rollouts) for group in result.groups)
+        self._num_tokens += metrics.get("rollout/completion_tokens/mean", 0.0) * num_rollouts
+        self._seconds += sum(value for key, value in metrics.items() if key.startswith("time/"))
+        if self._num_tokens and self._seconds:
+            yield f"{self._num_tokens / self._seconds:,.0f} tokens/s"
+
+    def _print(self, line: str) -> None:
+        self._console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def shown(reporter: Any) -> Iterator[Any]:
+    """The reporter that was given; in a notebook, where none was, the console's."""
+    console = Console()
+    if reporter is not None or not console.is_jupyter:
+        yield reporter
+        return
+    with ConsoleReporter(console) as own:
+        yield own
