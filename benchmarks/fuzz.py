@@ -1,11 +1,13 @@
-"""Hostile text against everything of rlad's that reads text: at least 100,000 inputs; prints a table.
+"""Hostile text against everything of rlad's that reads text: at least 100,000 inputs; prints a
+table.
 
     python benchmarks/fuzz.py                        # hypothesis: inputs made to be hostile
     python benchmarks/fuzz.py --coverage-seconds 20  # and atheris: inputs led by the lines they reach (rlad[fuzz])
 
-Targets, inputs and checks are those of `tests/hostile_targets.py`, which the tests try with fewer inputs. A finding is an error
-that is not the documented `ValueError`, an input that takes longer than 20 seconds, or a wrong "correct": for puzzles the true
-roles are known, for numbers and formulas the exact value. The exit code is 1 when there is one.
+Targets, inputs and checks are those of `tests/hostile_targets.py`, which the tests try with fewer
+inputs. A finding is an error that is not the documented `ValueError`, an input that takes longer
+than 20 seconds, or a wrong "correct": for puzzles the true roles are known, for numbers and
+formulas the exact value. The exit code is 1 when there is one.
 """
 
 import argparse
@@ -31,7 +33,8 @@ IN_PROCESSES_OF_THEIR_OWN = ("math", "math, any text")
 
 
 def fuzz(name: str, num_inputs: int, first_seed: int) -> tuple[int, float, float, str]:
-    """Inputs tried, seconds, seconds of the slowest, and the first finding, as small as hypothesis could make it."""
+    """Inputs tried, seconds, seconds of the slowest, and the first finding, as small as hypothesis
+    could make it."""
     from hostile_targets import TARGETS
 
     target, counts = TARGETS[name], {"inputs": 0, "slowest": 0.0}
@@ -48,7 +51,11 @@ def fuzz(name: str, num_inputs: int, first_seed: int) -> tuple[int, float, float
 
     # Inputs that a strategy filters out do not count: some more examples than wanted.
     profile = settings(
-        max_examples=num_inputs, deadline=None, database=None, print_blob=False, suppress_health_check=list(HealthCheck)
+        max_examples=num_inputs,
+        deadline=None,
+        database=None,
+        print_blob=False,
+        suppress_health_check=list(HealthCheck),
     )
     started, finding = time.perf_counter(), ""
     try:
@@ -80,20 +87,37 @@ def fuzz_by_coverage(name: str, seconds: int) -> None:
 
 
 def coverage_process(name: str, seconds: int) -> tuple[int, float, float, str]:
-    command = [sys.executable, __file__, "--only", name, "--coverage-seconds", str(seconds), "--as-child"]
+    command = [
+        sys.executable,
+        __file__,
+        "--only",
+        name,
+        "--coverage-seconds",
+        str(seconds),
+        "--as-child",
+    ]
     started = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     runs = re.findall(r"^Done ([0-9]+) runs|^#([0-9]+)\s", done.stderr, re.MULTILINE)
     num_runs = max((int(a or b) for a, b in runs), default=0)
-    return num_runs, time.perf_counter() - started, float("nan"), done.stderr[-4000:] if done.returncode else ""
+    return (
+        num_runs,
+        time.perf_counter() - started,
+        float("nan"),
+        done.stderr[-4000:] if done.returncode else "",
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--inputs", type=int, default=110_000, help="of all targets together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="one target")
-    parser.add_argument("--coverage-seconds", type=int, default=0, help="with atheris, for each target")
+    parser.add_argument(
+        "--coverage-seconds", type=int, default=0, help="with atheris, for each target"
+    )
     parser.add_argument("--as-child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.as_child:
@@ -102,22 +126,41 @@ def main() -> int:
     from hostile_targets import NEEDS, TARGETS
 
     signal.signal(
-        signal.SIGALRM, lambda *_: (_ for _ in ()).throw(RuntimeError(f"it takes longer than {HANG_SECONDS} seconds"))
+        signal.SIGALRM,
+        lambda *_: (_ for _ in ()).throw(
+            RuntimeError(f"it takes longer than {HANG_SECONDS} seconds")
+        ),
     )
-    here = {name: t for name, t in TARGETS.items() if importlib.util.find_spec(NEEDS.get(name, "rlad"))}
+    here = {
+        name: t for name, t in TARGETS.items() if importlib.util.find_spec(NEEDS.get(name, "rlad"))
+    }
     total_weight = sum(target.weight for target in here.values())
     chosen = [arguments.only] if arguments.only else list(here)
-    print("| target | by | inputs | findings | seconds | slowest input |\n| --- | --- | --- | --- | --- | --- |")
+    print(
+        "| target | by | inputs | findings | seconds | slowest input |\n| --- | --- | --- | --- | "
+        "--- | --- |"
+    )
     totals, findings, started = 0, [], time.perf_counter()
     for name in chosen:
-        results = [("hypothesis", fuzz(name, round(arguments.inputs * here[name].weight / total_weight), arguments.seed))]
+        results = [
+            (
+                "hypothesis",
+                fuzz(
+                    name, round(arguments.inputs * here[name].weight / total_weight), arguments.seed
+                ),
+            )
+        ]
         if arguments.coverage_seconds and name not in IN_PROCESSES_OF_THEIR_OWN:
             results.append(("atheris", coverage_process(name, arguments.coverage_seconds)))
         for by, (num_inputs, seconds, slowest, finding) in results:
             totals += num_inputs
             findings += [finding] if finding else []
             shown = "" if slowest != slowest else f"{slowest * 1e3:.0f} ms"
-            print(f"| {name} | {by} | {num_inputs:,} | {int(bool(finding))} | {seconds:.0f} | {shown} |", flush=True)
+            print(
+                f"| {name} | {by} | {num_inputs:,} | {int(bool(finding))} | {seconds:.0f} | "
+                f"{shown} |",
+                flush=True,
+            )
     print(f"| all | | {totals:,} | {len(findings)} | {time.perf_counter() - started:.0f} | |")
     with contextlib.suppress(OSError):
         hostile_targets.close()

@@ -1,14 +1,17 @@
-"""Teacher scoring, update and decoding on one GPU, beside the floor that the chip sets; random weights of real shapes.
+"""Teacher scoring, update and decoding on one GPU, beside the floor that the chip sets; random
+weights of real shapes.
 
     python benchmarks/gpu.py --json gpu.json      a few minutes on a GPU with 80 GB or more
     python benchmarks/gpu.py --smoke              the same code with tiny shapes on the CPU; its figures mean nothing
 
-Students Qwen3-0.6B and 1.7B (float32 weights, bfloat16 forward pass), teacher Qwen3-8B (bfloat16), built from their configs on
-the device. The floor of a piece of work is the greater of FLOPs / matrix peak and bytes / memory bandwidth. FLOPs: 2 for each
-weight and token forward, 4 backward, attention over half of the square, the head for completion tokens alone (forward once more
-in its backward pass). Bytes: the weights once for each micro-batch or decoding step, the keys and values once for each decoding
-step, and for the update the gradient and both moments of Adam as they are read and written. Peak and bandwidth are the maker's
-where the chip is known (dense bfloat16), else measured.
+Students Qwen3-0.6B and 1.7B (float32 weights, bfloat16 forward pass), teacher Qwen3-8B (bfloat16),
+built from their configs on the device. The floor of a piece of work is the greater of FLOPs /
+matrix peak and bytes / memory bandwidth. FLOPs: 2 for each weight and token forward, 4 backward,
+attention over half of the square, the head for completion tokens alone (forward once more in its
+backward pass). Bytes: the weights once for each micro-batch or decoding step, the keys and values
+once for each decoding step, and for the update the gradient and both moments of Adam as they are
+read and written. Peak and bandwidth are the maker's where the chip is known (dense bfloat16), else
+measured.
 """
 
 import argparse
@@ -33,7 +36,12 @@ from rlad.models.loading import LanguageModel
 from rlad.rollouts.sampling import sample
 from rlad.teachers.local import LocalTeacher
 
-CHIPS = {"H200": (989e12, 4.8e12), "H100": (989e12, 3.35e12), "A100": (312e12, 2.0e12), "L40": (181e12, 0.86e12)}
+CHIPS = {
+    "H200": (989e12, 4.8e12),
+    "H100": (989e12, 3.35e12),
+    "A100": (312e12, 2.0e12),
+    "L40": (181e12, 0.86e12),
+}
 """dense bfloat16 FLOP/s and bytes/s, by a part of the name"""
 
 
@@ -111,7 +119,8 @@ def scoring(shape: Shape, case: Case, tokens: int) -> Work:
 def updating(shape: Shape, case: Case, tokens: int) -> Work:
     layers, head = forward_flops(shape, case.num_rows, case.prompt_tokens, tokens)
     weights = block_weights(shape) + shape.hidden * shape.vocabulary
-    # Forward and backward read them; Adam reads weight, gradient and moments and writes weight and moments, 4 bytes each.
+    # Forward and backward read them; Adam reads weight, gradient and moments and writes weight and
+    # moments, 4 bytes each.
     num_bytes = 4 * weights * (2 * _micro_batches(case, tokens) + 7)
     return Work(case.num_rows * tokens, 3 * layers + 4 * head, num_bytes)
 
@@ -119,7 +128,15 @@ def updating(shape: Shape, case: Case, tokens: int) -> Work:
 def decoding(shape: Shape, case: Case, tokens: int) -> Work:
     layers, head = forward_flops(shape, case.num_rows, 0, tokens)
     weights = 4 * (block_weights(shape) + shape.hidden * shape.vocabulary)
-    cache = 2 * 2 * shape.layers * shape.key_value_heads * shape.head_dim * (case.prompt_tokens + tokens / 2) * case.num_rows
+    cache = (
+        2
+        * 2
+        * shape.layers
+        * shape.key_value_heads
+        * shape.head_dim
+        * (case.prompt_tokens + tokens / 2)
+        * case.num_rows
+    )
     return Work(case.num_rows * tokens, layers + head, tokens * (weights + cache))
 
 
@@ -151,7 +168,9 @@ def chip(device: torch.device, size: int) -> tuple[str, float, float]:
     return f"{name} (measured)", 2 * size**3 / product, 2 * 2 * size**2 / copy
 
 
-def engine_of(case: Case, student: LanguageModel, teacher: LanguageModel, steps: int) -> NativeEngine:
+def engine_of(
+    case: Case, student: LanguageModel, teacher: LanguageModel, steps: int
+) -> NativeEngine:
     config = RunConfig.model_validate(
         {
             "student": {"model": "random", "dtype": "bfloat16"},
@@ -165,7 +184,9 @@ def engine_of(case: Case, student: LanguageModel, teacher: LanguageModel, steps:
     return NativeEngine(config, student=student, task=ReplayTask(case), teacher=scores)
 
 
-def measure(name: str, shapes: dict[str, Shape], case: Case, teacher: LanguageModel, options: Any) -> dict[str, Any]:
+def measure(
+    name: str, shapes: dict[str, Shape], case: Case, teacher: LanguageModel, options: Any
+) -> dict[str, Any]:
     """Work and seconds of teacher scoring, update and decoding with one student."""
     device = teacher.model.device
     student = build(shapes[name], device, torch.float32)
@@ -193,42 +214,76 @@ def measure(name: str, shapes: dict[str, Shape], case: Case, teacher: LanguageMo
         f"{name} update": (update, updating(shapes[name], case, case.max_tokens)),
         f"{name} decodes": (decode, decoding(shapes[name], case, options.decoded)),
     }
-    return {what: (piece, seconds(do, device, options.repetitions)) for what, (do, piece) in pieces.items()}
+    return {
+        what: (piece, seconds(do, device, options.repetitions))
+        for what, (do, piece) in pieces.items()
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=2048, help="of each completion")
-    parser.add_argument("--decoded", type=int, default=64, help="tokens of each completion that is decoded")
+    parser.add_argument(
+        "--decoded", type=int, default=64, help="tokens of each completion that is decoded"
+    )
     parser.add_argument("--tokens-per-batch", type=int, default=8192)
     parser.add_argument("--repetitions", type=int, default=2)
-    parser.add_argument("--max-seconds", type=float, default=420, help="begin no other student after so long")
+    parser.add_argument(
+        "--max-seconds", type=float, default=420, help="begin no other student after so long"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     if not (options.smoke or torch.cuda.is_available()):
-        sys.exit("gpu.py needs a CUDA GPU and torch built for it; --smoke runs its code with tiny shapes on the CPU.")
+        sys.exit(
+            "gpu.py needs a CUDA GPU and torch built for it; --smoke runs its code with tiny "
+            "shapes on the CPU."
+        )
     started, device = time.perf_counter(), torch.device("cpu" if options.smoke else "cuda")
     shapes = dict.fromkeys(SHAPES, SMOKE) if options.smoke else SHAPES
-    case = Case(200, options.tokens, "equal", num_prompts=options.prompts, group_size=options.group_size, prompt_tokens=256)
+    case = Case(
+        200,
+        options.tokens,
+        "equal",
+        num_prompts=options.prompts,
+        group_size=options.group_size,
+        prompt_tokens=256,
+    )
     case = replace(case, tokens_per_batch=options.tokens_per_batch)
     if options.smoke:
         options.decoded = 4
-        case = replace(case, max_tokens=16, prompt_tokens=8, num_prompts=2, group_size=4, tokens_per_batch=64)
+        case = replace(
+            case, max_tokens=16, prompt_tokens=8, num_prompts=2, group_size=4, tokens_per_batch=64
+        )
     name, flops, bandwidth = chip(device, 256 if options.smoke else 8192)
-    print(f"{name}: {flops / 1e12:.3g} TFLOP/s bfloat16, {bandwidth / 1e12:.3g} TB/s; {case.title}\n")
+    print(
+        f"{name}: {flops / 1e12:.3g} TFLOP/s bfloat16, {bandwidth / 1e12:.3g} TB/s; {case.title}\n"
+    )
     print("| work | tokens/s | s | floor s | s / floor | share of matrix peak |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    teacher, results = build(shapes[TEACHER], device, torch.bfloat16), {"chip": [name, flops, bandwidth], "rows": {}}
+    teacher, results = (
+        build(shapes[TEACHER], device, torch.bfloat16),
+        {"chip": [name, flops, bandwidth], "rows": {}},
+    )
     for student in STUDENTS:
         if time.perf_counter() - started > options.max_seconds:
             print(f"{student} left out: {options.max_seconds:.0f} s are over")
             continue
         for what, (work, took) in measure(student, shapes, case, teacher, options).items():
-            floor, share = max(work.flops / flops, work.num_bytes / bandwidth), work.flops / took / flops
-            results["rows"][f"{student}: {what}"] = {"seconds": took, "floor": floor, "tokens": work.tokens, "share": share}
+            floor, share = (
+                max(work.flops / flops, work.num_bytes / bandwidth),
+                work.flops / took / flops,
+            )
+            results["rows"][f"{student}: {what}"] = {
+                "seconds": took,
+                "floor": floor,
+                "tokens": work.tokens,
+                "share": share,
+            }
             speed = f"{work.tokens / took:.0f} | {took:.3f} | {floor:.3f} | {took / floor:.1f}"
             print(f"| {what} | {speed} | {share:.1%} |", flush=True)
     if device.type == "cuda":

@@ -1,7 +1,9 @@
-"""How far real runs stay from the guards' limits: `python benchmarks/guard_margins.py runs/methods/runs runs/alpha/runs`.
+"""How far real runs stay from the guards' limits: `python benchmarks/guard_margins.py
+runs/methods/runs runs/alpha/runs`.
 
-The arguments are run directories, or folders that hold some, as `rlad compare` makes them. For every guard: its limit, the
-figure that came nearest to it (or went beyond), at which step of which run, and in how many runs it spoke. Writes nothing.
+The arguments are run directories, or folders that hold some, as `rlad compare` makes them. For
+every guard: its limit, the figure that came nearest to it (or went beyond), at which step of which
+run, and in how many runs it spoke. Writes nothing.
 """
 
 import argparse
@@ -23,7 +25,11 @@ def worst_of(guard: Guard, run: RunDirectory) -> Place | None:
         if (value := value_of(guard.metric, row)) is not None:
             values.append(value)
             figure = guard.figure.of(values)
-            places += [] if figure is None else [(figure, f"step {row['step']:.0f} of {'/'.join(run.path.parts[-3:])}")]
+            places += (
+                []
+                if figure is None
+                else [(figure, f"step {row['step']:.0f} of {'/'.join(run.path.parts[-3:])}")]
+            )
     return pick(guard, places)
 
 
@@ -32,18 +38,34 @@ def pick(guard: Guard, places: list[Place]) -> Place | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folders", nargs="+", type=Path)
     folders = parser.parse_args().folders
-    runs = sorted({RunDirectory(path.parent) for folder in folders for path in folder.rglob(CONFIG)}, key=lambda run: run.path)
+    runs = sorted(
+        {RunDirectory(path.parent) for folder in folders for path in folder.rglob(CONFIG)},
+        key=lambda run: run.path,
+    )
     runs = [run for run in runs if run.exists()]
-    print(f"{len(runs)} runs\n\n| guard | limit | nearest figure | where | runs in which it spoke |\n|{' --- |' * 5}")
+    print(
+        f"{len(runs)} runs\n\n| guard | limit | nearest figure | where | runs in which it spoke "
+        f"|\n|{' --- |' * 5}"
+    )
     for guard in GUARDS:
-        found = [worst for run in runs if guard.concerns(load_config(run.path)) and (worst := worst_of(guard, run))]
+        found = [
+            worst
+            for run in runs
+            if guard.concerns(load_config(run.path)) and (worst := worst_of(guard, run))
+        ]
         if nearest := pick(guard, found):
-            spoke = sum(figure > guard.limit if guard.side == "above" else figure < guard.limit for figure, _ in found)
+            spoke = sum(
+                figure > guard.limit if guard.side == "above" else figure < guard.limit
+                for figure, _ in found
+            )
             print(
-                f"| {guard.name} | {guard.side} {guard.limit:g} | {nearest[0]:.3g} | {nearest[1]} | {spoke} of {len(found)} |"
+                f"| {guard.name} | {guard.side} {guard.limit:g} | {nearest[0]:.3g} | {nearest[1]} "
+                f"| {spoke} of {len(found)} |"
             )
         else:
             print(f"| {guard.name} | {guard.side} {guard.limit:g} | not recorded | | |")

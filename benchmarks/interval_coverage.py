@@ -1,7 +1,9 @@
-"""How often the interval of a difference holds the truth, in simulated comparisons: `python benchmarks/interval_coverage.py`.
+"""How often the interval of a difference holds the truth, in simulated comparisons: `python
+benchmarks/interval_coverage.py`.
 
-Two methods on 400 problems with chances of success between .2 and .8; the first is 5 points better in the mean, and each
-seed of each method deviates by a normal amount with the standard deviation of the column. Nominal: 95 %.
+Two methods on 400 problems with chances of success between .2 and .8; the first is 5 points better
+in the mean, and each seed of each method deviates by a normal amount with the standard deviation of
+the column. Nominal: 95 %.
 """
 
 import numpy as np
@@ -27,9 +29,15 @@ def coverage(num_seeds: int, deviation: float) -> float:
 
 
 def main() -> None:
-    print(f"| seeds | {' | '.join(f'sd {deviation:g}' for deviation in DEVIATIONS)} |\n|{' --- |' * (1 + len(DEVIATIONS))}")
+    print(
+        f"| seeds | {' | '.join(f'sd {deviation:g}' for deviation in DEVIATIONS)} "
+        f"|\n|{' --- |' * (1 + len(DEVIATIONS))}"
+    )
     for num_seeds in (2, 3, 5):
-        print(f"| {num_seeds} | {' | '.join(f'{coverage(num_seeds, deviation):.1%}' for deviation in DEVIATIONS)} |")
+        print(
+            f"| {num_seeds} | "
+            f"{' | '.join(f'{coverage(num_seeds, deviation):.1%}' for deviation in DEVIATIONS)} |"
+        )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""How many kills a run survives: SIGKILL at random moments of every phase, resumed each time, compared bit for bit at the end.
+"""How many kills a run survives: SIGKILL at random moments of every phase, resumed each time,
+compared bit for bit at the end.
 
     python benchmarks/kills.py                   20 kills of each of two kinds of run, on one core
     python benchmarks/kills.py --kills 100 --seed 7 --json kills.json
 
-The runs train the embedded student for 24 steps: with one optimiser step on each rollout batch, and with four (so that
-checkpoints lie within a batch), a KL leash, an annealed alpha, a schedule and a moving teacher. Kills are shared out among the
-phases; in which one fell is read, when the process is dead, from memory that it shared. Each run is compared with one of
-the same seed that was left alone: weights, optimiser, teacher, pending rollouts, metrics (but for time and memory),
-evaluations and samples. The exit code is 1 when anything differs.
+The runs train the embedded student for 24 steps: with one optimiser step on each rollout batch, and
+with four (so that checkpoints lie within a batch), a KL leash, an annealed alpha, a schedule and a
+moving teacher. Kills are shared out among the phases; in which one fell is read, when the process
+is dead, from memory that it shared. Each run is compared with one of the same seed that was left
+alone: weights, optimiser, teacher, pending rollouts, metrics (but for time and memory), evaluations
+and samples. The exit code is 1 when anything differs.
 """
 
 import argparse
@@ -33,7 +35,12 @@ from killed_runs import PHASES, kill_and_compare
 COMMON: dict[str, Any] = {
     "student": {"model": "embedded/student"},
     "teacher": {"model": "embedded/teacher"},
-    "task": {"type": "knights_and_knaves", "num_people": [2], "instructions": False, "vary_names": False},
+    "task": {
+        "type": "knights_and_knaves",
+        "num_people": [2],
+        "instructions": False,
+        "vary_names": False,
+    },
     "rollout": {"prompts_per_batch": 4, "group_size": 4, "max_completion_tokens": 24},
     "optimization": {"num_steps": 24, "learning_rate": 3e-4},
     "evaluation": {"every_steps": 3, "num_validation_problems": 6, "num_test_problems": 6},
@@ -65,7 +72,9 @@ def measure(kills: int, seed: int) -> list[dict[str, Any]]:
     for name, sections in RUNS.items():
         started = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
-            runs = list(kill_and_compare(config_of(sections), Path(folder), phases=phases, seed=seed))
+            runs = list(
+                kill_and_compare(config_of(sections), Path(folder), phases=phases, seed=seed)
+            )
         fell = [kill for _, killed, _ in runs for kill in killed]
         rows.append(
             {
@@ -73,7 +82,9 @@ def measure(kills: int, seed: int) -> list[dict[str, Any]]:
                 "kills": [asdict(kill) for kill in fell],
                 "by_phase": Counter(kill.phase for kill in fell),
                 "runs": len(runs),
-                "runs_that_differ": {number: differing for number, _, differing in runs if differing},
+                "runs_that_differ": {
+                    number: differing for number, _, differing in runs if differing
+                },
                 "seconds": time.monotonic() - started,
             }
         )
@@ -81,18 +92,32 @@ def measure(kills: int, seed: int) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    phases = sorted({phase for row in rows for phase in row["by_phase"]}, key=lambda phase: [*PHASES, phase].index(phase))
-    lines = [f"| killed while | {' | '.join(row['run'] for row in rows)} |", f"| --- |{' ---: |' * len(rows)}"]
-    lines += [f"| {phase} | {' | '.join(str(row['by_phase'][phase]) for row in rows)} |" for phase in phases]
+    phases = sorted(
+        {phase for row in rows for phase in row["by_phase"]},
+        key=lambda phase: [*PHASES, phase].index(phase),
+    )
+    lines = [
+        f"| killed while | {' | '.join(row['run'] for row in rows)} |",
+        f"| --- |{' ---: |' * len(rows)}",
+    ]
+    lines += [
+        f"| {phase} | {' | '.join(str(row['by_phase'][phase]) for row in rows)} |"
+        for phase in phases
+    ]
     lines.append(f"| all | {' | '.join(str(len(row['kills'])) for row in rows)} |")
     lines.append(f"| runs compared | {' | '.join(str(row['runs']) for row in rows)} |")
-    lines.append(f"| runs that differ in a bit | {' | '.join(str(len(row['runs_that_differ'])) for row in rows)} |")
+    lines.append(
+        "| runs that differ in a bit | "
+        f"{' | '.join(str(len(row['runs_that_differ'])) for row in rows)} |"
+    )
     lines.append(f"| seconds | {' | '.join(format(row['seconds'], '.0f') for row in rows)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=20, help="of each kind of run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="file for all kills and figures")

@@ -3,10 +3,10 @@
     python benchmarks/memory.py               about a dozen cases, a fresh process each
     python benchmarks/memory.py --lengths 256 1024 8192 --json memory.json
 
-Bytes are resident memory beyond what the process held before: weights of student and teacher, gradient and both moments of Adam
-are there by then (an update was made), so what is left is what teacher scoring and the update need on top. One row of
-`prompt + length` tokens goes through the model at a time. `all logits` is the same update without rlad's tiles.
-Linux only.
+Bytes are resident memory beyond what the process held before: weights of student and teacher,
+gradient and both moments of Adam are there by then (an update was made), so what is left is what
+teacher scoring and the update need on top. One row of `prompt + length` tokens goes through the
+model at a time. `all logits` is the same update without rlad's tiles. Linux only.
 """
 
 import argparse
@@ -63,13 +63,16 @@ def _status(key: str) -> int:
 
 
 def measure_here(case: Case, without: str) -> dict[str, int]:
-    """Bytes that teacher scoring and update need on top of `weights`: those of the student, four times, and the teacher's."""
+    """Bytes that teacher scoring and update need on top of `weights`: those of the student, four
+    times, and the teacher's."""
     torch.set_num_threads(case.threads)
     case = replace(case, tokens_per_batch=case.prompt_tokens + case.max_tokens)
     engine = make_engine(case, num_steps=2, without=without)
     assert isinstance(engine.teacher, LocalTeacher)
     rows, prompts = range(case.num_rows), range(case.num_prompts)
-    found = {"weights": 4 * _num_bytes(engine.student.model) + _num_bytes(engine.teacher._scorer.model)}
+    found = {
+        "weights": 4 * _num_bytes(engine.student.model) + _num_bytes(engine.teacher._scorer.model)
+    }
     for tokens in (SMALL, case.max_tokens):
         batch = batch_of(engine, case, tokens)
         before = resident()
@@ -87,35 +90,64 @@ def _num_bytes(model: torch.nn.Module) -> int:
 
 def measure(case: Case, without: str = "") -> dict[str, int]:
     """`measure_here` in a fresh process, whose allocator gives freed memory back at once."""
-    command = [sys.executable, __file__, "--child", json.dumps({"case": asdict(case), "without": without})]
-    variables = {**os.environ, **dict(environment()), "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [
+        sys.executable,
+        __file__,
+        "--child",
+        json.dumps({"case": asdict(case), "without": without}),
+    ]
+    variables = {
+        **os.environ,
+        **dict(environment()),
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+    }
     done = subprocess.run(command, env=variables, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def series(options: argparse.Namespace) -> dict[str, list[tuple[int, Case, str]]]:
     """By what varies: its value, the case, and the measure that is switched off."""
-    base = replace(BASE, max_tokens=options.length, hidden=options.hidden, teacher_hidden=options.hidden)
+    base = replace(
+        BASE, max_tokens=options.length, hidden=options.hidden, teacher_hidden=options.hidden
+    )
     chosen = {
         "completion tokens": [(n, replace(base, max_tokens=n), "") for n in options.lengths],
         "vocabulary": [(v, replace(base, vocabulary=v), "") for v in options.vocabularies],
-        "vocabulary, all logits": [(v, replace(base, vocabulary=v), "tiles") for v in options.vocabularies],
-        "teacher hidden size": [(h, replace(base, teacher_hidden=h), "") for h in options.teacher_hidden],
+        "vocabulary, all logits": [
+            (v, replace(base, vocabulary=v), "tiles") for v in options.vocabularies
+        ],
+        "teacher hidden size": [
+            (h, replace(base, teacher_hidden=h), "") for h in options.teacher_hidden
+        ],
     }
     return {name: cases for name, cases in chosen.items() if cases}
 
 
 def fit(values: Sequence[int], peaks: Sequence[int]) -> dict[str, float]:
-    """Of peak = start + slope x value: both, the share of the variance that this explains, and greatest / least peak."""
+    """Of peak = start + slope x value: both, the share of the variance that this explains, and
+    greatest / least peak."""
     slope, start = np.polyfit(values, peaks, 1) if len(values) > 1 else (0.0, float(peaks[0]))
     residual = np.asarray(peaks) - (start + slope * np.asarray(values))
     explained = 1 - residual.var() / np.var(peaks) if np.var(peaks) else 1.0
-    return {"bytes_at_0": start, "bytes_per_unit": slope, "explained": explained, "greatest_to_least": max(peaks) / min(peaks)}
+    return {
+        "bytes_at_0": start,
+        "bytes_per_unit": slope,
+        "explained": explained,
+        "greatest_to_least": max(peaks) / min(peaks),
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--length", type=int, default=BASE.max_tokens, help="completion tokens where something else varies")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--length",
+        type=int,
+        default=BASE.max_tokens,
+        help="completion tokens where something else varies",
+    )
     parser.add_argument("--hidden", type=int, default=BASE.hidden, help="of the student")
     parser.add_argument("--lengths", type=int, nargs="*", default=[256, 512, 1024, 2048])
     parser.add_argument("--vocabularies", type=int, nargs="*", default=[1000, 50_000, 150_000])
@@ -129,18 +161,25 @@ def main() -> None:
         return
     results: dict[str, Any] = {}
     for name, cases in series(options).items():
-        print(f"| {name} | weights, gradient, Adam MB | teacher scoring MB | update MB |\n| ---: | ---: | ---: | ---: |")
+        print(
+            f"| {name} | weights, gradient, Adam MB | teacher scoring MB | update MB |\n| ---: | "
+            "---: | ---: | ---: |"
+        )
         rows = []
         for value, case, without in cases:
             rows.append({"value": value, **measure(case, without)})
-            figures = " | ".join(f"{rows[-1][key] / 1e6:.1f}" for key in ("weights", "teacher", "update"))
+            figures = " | ".join(
+                f"{rows[-1][key] / 1e6:.1f}" for key in ("weights", "teacher", "update")
+            )
             print(f"| {value} | {figures} |", flush=True)
         values = [row["value"] for row in rows]
         fits = {part: fit(values, [row[part] for row in rows]) for part in ("teacher", "update")}
         for part, found in fits.items() if len(values) > 1 else ():
             print(
-                f"\n{part}: {found['bytes_at_0'] / 1e6:.1f} MB + {found['bytes_per_unit']:.0f} bytes each "
-                f"(explains {found['explained']:.1%}); greatest / least {found['greatest_to_least']:.2f}"
+                f"\n{part}: {found['bytes_at_0'] / 1e6:.1f} MB + {found['bytes_per_unit']:.0f} "
+                "bytes each "
+                f"(explains {found['explained']:.1%}); greatest / least "
+                f"{found['greatest_to_least']:.2f}"
             )
         print()
         results[name] = {"rows": rows, "fits": fits}

@@ -4,13 +4,15 @@
     python benchmarks/parity.py engines --json      # one table, as JSON
     RLAD_VERL_PYTHON=$(.ci/verl-environment DIRECTORY) python benchmarks/parity.py engines
 
-`witnesses`: the native engine's loss and gradient against a slow reference (one sequence after the other, all logits, formulas
-token by token), against itself with other micro-batches, and against `examples/02_tiny_loop.py`, on the batches of
-`tests/engines/test_parity.py`: tiny random models, unequal lengths, rollouts that are left out. The loss differs by |a - b| (its terms
-are of order 1), the gradient by |a - b| / |b|.
+`witnesses`: the native engine's loss and gradient against a slow reference (one sequence after the
+other, all logits, formulas token by token), against itself with other micro-batches, and against
+`examples/02_tiny_loop.py`, on the batches of `tests/engines/test_parity.py`: tiny random models,
+unequal lengths, rollouts that are left out. The loss differs by |a - b| (its terms are of order 1),
+the gradient by |a - b| / |b|.
 
-`engines`: TRRD's loss and gradient on the same three batches by every engine against the tiny loop, both relative. verl gives
-the loss and its gradient to the log-probs; the rest of the way to the weights is the native engine's.
+`engines`: TRRD's loss and gradient on the same three batches by every engine against the tiny loop,
+both relative. verl gives the loss and its gradient to the log-probs; the rest of the way to the
+weights is the native engine's.
 """
 
 import argparse
@@ -25,7 +27,16 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import parity_engines
 import torch
 
-from parity_cases import OBJECTIVES, WordTask, by_engine, by_reference, by_tiny_loop, difference, make_case, rollouts_of
+from parity_cases import (
+    OBJECTIVES,
+    WordTask,
+    by_engine,
+    by_reference,
+    by_tiny_loop,
+    difference,
+    make_case,
+    rollouts_of,
+)
 
 AGGREGATIONS = ("sequence_mean", "token_mean", "constant_length")
 BATCHES = range(3)
@@ -37,12 +48,22 @@ Row = dict[str, str | float]
 
 
 def against_reference(objective: str, family: str, dtype: torch.dtype) -> Iterator[Difference]:
-    """All aggregations, with and without the KL leash, temperatures, and the second step on the same rollouts."""
+    """All aggregations, with and without the KL leash, temperatures, and the second step on the
+    same rollouts."""
     for aggregation in AGGREGATIONS:
         for kl_coef, temperature in ((0.0, 1.0), (0.3, 1.0), (0.0, 0.7)):
-            optimization = {"aggregation": aggregation, "kl_coef": kl_coef, "steps_per_rollout_batch": 2, "learning_rate": 1e-3}
+            optimization = {
+                "aggregation": aggregation,
+                "kl_coef": kl_coef,
+                "steps_per_rollout_batch": 2,
+                "learning_rate": 1e-3,
+            }
             case = make_case(
-                objective, optimization=optimization, rollout={"temperature": temperature}, family=family, dtype=dtype
+                objective,
+                optimization=optimization,
+                rollout={"temperature": temperature},
+                family=family,
+                dtype=dtype,
             )
             batch = case.engine.make_rollout_batch(0)
             for prompts in ([0, 1], [0, 1, 2, 3]):
@@ -64,13 +85,23 @@ def across_micro_batches(objective: str, family: str, dtype: torch.dtype) -> Ite
 
 def against_tiny_loop(alpha: float, family: str, dtype: torch.dtype) -> Iterator[Difference]:
     for index in BATCHES:
-        case = make_case(knobs={"alpha": alpha}, family=family, dtype=dtype, task=WordTask(is_judged_in_full=True))
+        case = make_case(
+            knobs={"alpha": alpha},
+            family=family,
+            dtype=dtype,
+            task=WordTask(is_judged_in_full=True),
+        )
         batch, wanted = case.engine.make_rollout_batch(index), rollouts_of(case)
-        yield difference(by_engine(case, batch, wanted), by_tiny_loop(case, batch, wanted, alpha=alpha))
+        yield difference(
+            by_engine(case, batch, wanted), by_tiny_loop(case, batch, wanted, alpha=alpha)
+        )
 
 
 def witnesses() -> Iterator[Row]:
-    for title, compare in (("slow reference", against_reference), ("micro-batches", across_micro_batches)):
+    for title, compare in (
+        ("slow reference", against_reference),
+        ("micro-batches", across_micro_batches),
+    ):
         for objective in OBJECTIVES:
             columns = [list(compare(objective, *precision)) for precision in PRECISIONS]
             yield {"comparison": title, "objective": objective} | largest(columns)
@@ -105,7 +136,9 @@ TABLES = {"witnesses": witnesses, "engines": engines}
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"{' or '.join(TABLES)}; all unless said")
+    parser.add_argument(
+        "tables", nargs="*", metavar="TABLE", help=f"{' or '.join(TABLES)}; all unless said"
+    )
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if unknown := set(options.tables) - set(TABLES):
@@ -123,7 +156,10 @@ def print_table(rows: Iterator[Row]) -> None:
     for i, row in enumerate(rows):
         if i == 0:
             print(f"\n| {' | '.join(row)} |\n|{' --- |' * len(row)}")
-        print(f"| {' | '.join(f'{x:.1e}' if isinstance(x, float) else x for x in row.values())} |", flush=True)
+        print(
+            f"| {' | '.join(f'{x:.1e}' if isinstance(x, float) else x for x in row.values())} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

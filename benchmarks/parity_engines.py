@@ -1,7 +1,7 @@
 """The same batches of TRRD by every engine: what `benchmarks/parity.py` compares.
 
-A source takes a family of tiny models, a dtype and the indices of batches, and gives a loss and the gradient of all weights,
-one vector, for each.
+A source takes a family of tiny models, a dtype and the indices of batches, and gives a loss and the
+gradient of all weights, one vector, for each.
 """
 
 import importlib.util
@@ -16,7 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parity_cases import Case, EqualPrompts, Gradients, by_engine, by_tiny_loop, make_case, rollouts_of
+from parity_cases import (
+    Case,
+    EqualPrompts,
+    Gradients,
+    by_engine,
+    by_tiny_loop,
+    make_case,
+    rollouts_of,
+)
 from rlad.engines.rollout_batch import RolloutBatch, padded
 
 TESTS = Path(__file__).parents[1] / "tests"
@@ -30,14 +38,24 @@ Source = Callable[[str, torch.dtype, Sequence[int]], list[Result]]
 SECONDS = 900
 
 
-def each_batch(family: str, dtype: torch.dtype, batches: Sequence[int]) -> list[tuple[Case, RolloutBatch]]:
-    cases = [make_case(family=family, dtype=dtype, task=EqualPrompts(is_judged_in_full=True)) for _ in batches]
-    return [(case, case.engine.make_rollout_batch(index)) for case, index in zip(cases, batches, strict=True)]
+def each_batch(
+    family: str, dtype: torch.dtype, batches: Sequence[int]
+) -> list[tuple[Case, RolloutBatch]]:
+    cases = [
+        make_case(family=family, dtype=dtype, task=EqualPrompts(is_judged_in_full=True))
+        for _ in batches
+    ]
+    return [
+        (case, case.engine.make_rollout_batch(index))
+        for case, index in zip(cases, batches, strict=True)
+    ]
 
 
 def by_loop(family: str, dtype: torch.dtype, batches: Sequence[int]) -> list[Result]:
     made = each_batch(family, dtype, batches)
-    return [flat(case, by_tiny_loop(case, batch, rollouts_of(case), alpha=0.5)) for case, batch in made]
+    return [
+        flat(case, by_tiny_loop(case, batch, rollouts_of(case), alpha=0.5)) for case, batch in made
+    ]
 
 
 def by_native(family: str, dtype: torch.dtype, batches: Sequence[int]) -> list[Result]:
@@ -51,7 +69,11 @@ def by_trl(world: int, wrapped: str) -> Source:
     def source(family: str, dtype: torch.dtype, batches: Sequence[int]) -> list[Result]:
         from trl_parity import in_processes
 
-        settings = {"family": family, "dtype": str(dtype).removeprefix("torch."), "is_judged_in_full": True}
+        settings = {
+            "family": family,
+            "dtype": str(dtype).removeprefix("torch."),
+            "is_judged_in_full": True,
+        }
         cases = [settings | {"wrapped": wrapped, "batch_index": index} for index in batches]
         with tempfile.TemporaryDirectory() as folder:
             found = in_processes(world, Path(folder), *cases)
@@ -61,12 +83,15 @@ def by_trl(world: int, wrapped: str) -> Source:
 
 
 def by_verl(family: str, dtype: torch.dtype, batches: Sequence[int]) -> list[Result]:
-    """Loss and gradient to the log-probs in a process of verl's environment, which may be another one."""
+    """Loss and gradient to the log-probs in a process of verl's environment, which may be another
+    one."""
     made = each_batch(family, dtype, batches)
     scores = [case.engine.scorer(batch.prompts, batch.completions).logprobs for case, batch in made]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "batches.pt"
-        torch.save([for_verl(batch, values) for (_, batch), values in zip(made, scores, strict=True)], file)
+        torch.save(
+            [for_verl(batch, values) for (_, batch), values in zip(made, scores, strict=True)], file
+        )
         command = [str(verl_python()), str(TESTS / "verl_batches.py"), str(file), "trrd"]
         subprocess.run(command, check=True, timeout=SECONDS, stdout=subprocess.DEVNULL)
         found = torch.load(file)
@@ -74,7 +99,9 @@ def by_verl(family: str, dtype: torch.dtype, batches: Sequence[int]) -> list[Res
     for (case, _), values, verls in zip(made, scores, found, strict=True):
         values.backward(verls["gradient"])
         named = case.engine.student.model.named_parameters()
-        results.append(flat(case, (verls["loss"], {name: p.grad for name, p in named if p.grad is not None})))
+        results.append(
+            flat(case, (verls["loss"], {name: p.grad for name, p in named if p.grad is not None}))
+        )
     return results
 
 
@@ -115,4 +142,6 @@ def flat(case: Case, result: tuple[float, Gradients]) -> Result:
 
 def relative(ours: Result, theirs: Result) -> tuple[float, float]:
     """|a - b| / |b| of loss and gradient."""
-    return abs(ours[0] - theirs[0]) / abs(theirs[0]), float((ours[1] - theirs[1]).norm() / theirs[1].norm())
+    return abs(ours[0] - theirs[0]) / abs(theirs[0]), float(
+        (ours[1] - theirs[1]).norm() / theirs[1].norm()
+    )

@@ -1,8 +1,10 @@
-"""What the benchmarks share: random models of a given shape, and completions that every engine "samples" alike.
+"""What the benchmarks share: random models of a given shape, and completions that every engine
+"samples" alike.
 
-The work of decoding stays that of the engine. Before it picks its token from the logits of a step, the scripted token's logit
-is set to a number that leaves the others no probability (one element per row is written); the engine's own softmax, sampling,
-cache, padding and stopping follow. Prompts, lengths, tokens and rewards of a step depend on the case and its number alone.
+The work of decoding stays that of the engine. Before it picks its token from the logits of a step,
+the scripted token's logit is set to a number that leaves the others no probability (one element per
+row is written); the engine's own softmax, sampling, cache, padding and stopping follow. Prompts,
+lengths, tokens and rewards of a step depend on the case and its number alone.
 """
 
 import functools
@@ -34,7 +36,8 @@ MEDIAN_SHARE, SIGMA = 0.25, 0.8
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One setting of a benchmark. `long_tail` lengths are log-normal: median 1/4 of the cap, sigma 0.8, cut at the cap."""
+    """One setting of a benchmark. `long_tail` lengths are log-normal: median 1/4 of the cap, sigma
+    0.8, cut at the cap."""
 
     vocabulary: int = 1000
     max_tokens: int = 256
@@ -59,14 +62,18 @@ class Case:
     @property
     def title(self) -> str:
         return (
-            f"{self.lengths} lengths up to {self.max_tokens}, zero variance {self.zero_variance:.0%}, "
+            f"{self.lengths} lengths up to {self.max_tokens}, zero variance "
+            f"{self.zero_variance:.0%}, "
             f"vocabulary {self.vocabulary}, {self.num_prompts} x {self.group_size} completions"
         )
 
 
 def random_model(case: Case, *, seed: int, is_teacher: bool = False) -> PreTrainedModel:
-    """Student or teacher of a case on the CPU: tied embeddings, heads of 32, MLP three times as wide."""
-    hidden, layers = (case.teacher_hidden, case.teacher_layers) if is_teacher else (case.hidden, case.layers)
+    """Student or teacher of a case on the CPU: tied embeddings, heads of 32, MLP three times as
+    wide."""
+    hidden, layers = (
+        (case.teacher_hidden, case.teacher_layers) if is_teacher else (case.hidden, case.layers)
+    )
     config_of: Any = CONFIG_MAPPING[case.family]
     config = config_of(
         vocab_size=case.vocabulary,
@@ -93,16 +100,22 @@ def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     words = {"<pad>": PAD, "<eos>": EOS} | {f"w{i}": i for i in range(FIRST_WORD, vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w2"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", padding_side="left")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", padding_side="left"
+    )
 
 
 def language_model(case: Case, *, seed: int, is_teacher: bool = False) -> LanguageModel:
     model = random_model(case, seed=seed, is_teacher=is_teacher)
-    return LanguageModel("random", model, word_tokenizer(case.vocabulary), (EOS,), PAD, torch.float32)
+    return LanguageModel(
+        "random", model, word_tokenizer(case.vocabulary), (EOS,), PAD, torch.float32
+    )
 
 
 def prompt_text(case: Case, index: int) -> str:
-    numbers = np.random.default_rng([7, index]).integers(FIRST_WORD, case.vocabulary, case.prompt_tokens)
+    numbers = np.random.default_rng([7, index]).integers(
+        FIRST_WORD, case.vocabulary, case.prompt_tokens
+    )
     return " ".join(f"w{i}" for i in numbers)
 
 
@@ -110,12 +123,15 @@ def completion_lengths(case: Case, step: int) -> list[int]:
     """End token included."""
     if case.lengths == "equal":
         return [case.max_tokens] * case.num_rows
-    draws = np.random.default_rng([11, step]).lognormal(np.log(MEDIAN_SHARE * case.max_tokens), SIGMA, case.num_rows)
+    draws = np.random.default_rng([11, step]).lognormal(
+        np.log(MEDIAN_SHARE * case.max_tokens), SIGMA, case.num_rows
+    )
     return np.clip(np.rint(draws), 2, case.max_tokens).astype(int).tolist()
 
 
 def scripted_completions(case: Case, step: int) -> list[list[int]]:
-    """The completions of a step, group after group. The first token is even where the answer is right (`reward`)."""
+    """The completions of a step, group after group. The first token is even where the answer is
+    right (`reward`)."""
     generator = np.random.default_rng([13, step])
     num_equal = round(case.zero_variance * case.num_prompts)
     is_equal = generator.permutation(np.arange(case.num_prompts) < num_equal)
@@ -175,7 +191,9 @@ class Script:
         pick_tokens = sampling.pick_tokens
 
         @functools.wraps(pick_tokens)
-        def pick_scripted(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        def pick_scripted(
+            logits: Tensor, uniforms: Tensor, temperature: float
+        ) -> tuple[Tensor, Tensor]:
             if len(logits) < len(self.rows):  # the sampler has dropped the rows that had finished
                 self.rows = self.rows[self.lengths[self.rows] > self.position]
             logits.scatter_(1, self.tokens[self.rows, self.position, None], CERTAIN)
@@ -186,7 +204,9 @@ class Script:
 
     def replay_in_generate(self, model: Any) -> None:
         """From now on `model.generate` samples the script."""
-        model.generate = functools.partial(model.generate, logits_processor=LogitsProcessorList([_Scripted(self)]))
+        model.generate = functools.partial(
+            model.generate, logits_processor=LogitsProcessorList([_Scripted(self)])
+        )
 
     def require_replayed(self, completions: list[list[int]]) -> None:
         assert completions == self.completions, "the engine did not sample the scripted completions"

@@ -1,10 +1,12 @@
-"""Time per step of one run in 1 and in 2 processes on this CPU (DDP over gloo, 1 thread each), turn and turn about.
+"""Time per step of one run in 1 and in 2 processes on this CPU (DDP over gloo, 1 thread each), turn
+and turn about.
 
 python benchmarks/scaling.py [--rounds 3] [--steps 5] [--tokens 64] [--prompts 8] [--group-size 8]
 
-The embedded student and teacher, TRRD on knights and knaves. Of each run the first step (warm-up) and all evaluation are left
-out; what remains are the seconds between two steps, rollouts, teacher and update, by the slower rank. The ratio is formed in
-each round; 2 would be perfect. What is trained is the same in both (tests/engines/test_launch.py).
+The embedded student and teacher, TRRD on knights and knaves. Of each run the first step (warm-up)
+and all evaluation are left out; what remains are the seconds between two steps, rollouts, teacher
+and update, by the slower rank. The ratio is formed in each round; 2 would be perfect. What is
+trained is the same in both (tests/engines/test_launch.py).
 """
 
 import argparse
@@ -37,11 +39,17 @@ def steps_of(processes: int, options: argparse.Namespace, folder: Path) -> list[
     """Seconds of each step but the first, by part and in all."""
     command = [sys.executable, "-m", "rlad", "train", *settings(options, folder / "run")]
     command += ["--launch", "ddp", "--num-processes", str(processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr)
-    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()][1:]
+    rows = [
+        json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    ][1:]
     return [
         {part: float(row.get(f"time/{part}/seconds", 0)) for part in PARTS}
         | {"step": sum(value for key, value in row.items() if key.startswith("time/"))}
@@ -54,11 +62,22 @@ def spread(values: list[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("rounds", 3), ("steps", 5), ("tokens", 64), ("prompts", 8), ("group-size", 8)):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, default in (
+        ("rounds", 3),
+        ("steps", 5),
+        ("tokens", 64),
+        ("prompts", 8),
+        ("group-size", 8),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
-    print(f"load {os.getloadavg()[0]:.2f}, cores {os.cpu_count()}; {options.prompts} x {options.group_size} completions a step")
+    print(
+        f"load {os.getloadavg()[0]:.2f}, cores {os.cpu_count()}; {options.prompts} x "
+        f"{options.group_size} completions a step"
+    )
     steps: dict[int, list[dict[str, float]]] = {1: [], 2: []}
     ratios = []
     for number in range(options.rounds):
@@ -69,10 +88,15 @@ def main() -> None:
             steps[processes] += found
             medians[processes] = statistics.median(step["step"] for step in found)
         ratios.append(medians[1] / medians[2])
-        print(f"round {number + 1}: {medians[1]:.2f} s / {medians[2]:.2f} s = {ratios[-1]:.2f}; load {os.getloadavg()[0]:.2f}")
+        print(
+            f"round {number + 1}: {medians[1]:.2f} s / {medians[2]:.2f} s = {ratios[-1]:.2f}; load "
+            f"{os.getloadavg()[0]:.2f}"
+        )
     print("\nseconds a step, median [least, most]")
     for processes, found in steps.items():
-        parts = "   ".join(f"{part} {spread([step[part] for step in found])}" for part in ("step", *PARTS))
+        parts = "   ".join(
+            f"{part} {spread([step[part] for step in found])}" for part in ("step", *PARTS)
+        )
         print(f"{processes} process{'es' if processes > 1 else '  '}   {parts}")
     print(f"one / two processes: {spread(ratios)}")
 

@@ -1,11 +1,14 @@
-"""rlad's teacher server under load and under attack, from another process on this machine; prints a table.
+"""rlad's teacher server under load and under attack, from another process on this machine; prints a
+table.
 
     python benchmarks/server_load.py
 
-First many clients that ask as they should, then the same with clients that do not: too large, malformed, without the key, gone
-before the answer, silent, dripping, not reading. Every answer with log-probs is compared with those that the model gives in
-this process. The exit code is 1 when one is wrong, when an accepted request is not answered, or when the server is not there
-any more. Memory is the server's resident memory, looked at 20 times a second. Everything is bounded in number and time.
+First many clients that ask as they should, then the same with clients that do not: too large,
+malformed, without the key, gone before the answer, silent, dripping, not reading. Every answer with
+log-probs is compared with those that the model gives in this process. The exit code is 1 when one
+is wrong, when an accepted request is not answered, or when the server is not there any more. Memory
+is the server's resident memory, looked at 20 times a second. Everything is bounded in number and
+time.
 """
 
 import argparse
@@ -51,8 +54,10 @@ class Server:
             NAME,
         ]
         environment = environ | {"RLAD_TEACHER_API_KEY": KEY}
-        self.log = TemporaryFile()  # noqa: SIM115
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment)
+        self.log = TemporaryFile()
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment
+        )
         assert self.process.stdout is not None
         lines = [self.process.stdout.readline() for _ in range(4)]
         self.port = int(lines[3].partition("127.0.0.1:")[2].partition("/")[0])
@@ -74,7 +79,9 @@ class Server:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         content = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
         try:
-            connection.request("GET" if body is None else "POST", path, content, {"Authorization": f"Bearer {key}"})
+            connection.request(
+                "GET" if body is None else "POST", path, content, {"Authorization": f"Bearer {key}"}
+            )
             answer = connection.getresponse()
             text = answer.read()
             return answer.status, json.loads(text) if text.startswith(b"{") else None
@@ -112,15 +119,22 @@ class Load:
         """Two prompts in one request."""
         numbers = [i % len(self.prompts), (7 * i + 1) % len(self.prompts)]
         prompts, began = [self.prompts[n] for n in numbers], time.monotonic()
-        status, answer = self.server.ask({"model": NAME, "prompt": prompts, "prompt_logprobs": 0, "max_tokens": 1})
+        status, answer = self.server.ask(
+            {"model": NAME, "prompt": prompts, "prompt_logprobs": 0, "max_tokens": 1}
+        )
         self.note(client, f"{status}")
         if status != 200:
             return
         for n, choice in zip(numbers, answer["choices"], strict=True):
-            pairs = zip(self.prompts[n][1:], choice["prompt_logprobs"][1:], self.expected[n], strict=True)
+            pairs = zip(
+                self.prompts[n][1:], choice["prompt_logprobs"][1:], self.expected[n], strict=True
+            )
             error = max(abs(entry[str(token)]["logprob"] - value) for token, entry, value in pairs)
             with self._lock:
-                self.worst_error, self.num_wrong = max(self.worst_error, error), self.num_wrong + (error > TOLERANCE)
+                self.worst_error, self.num_wrong = (
+                    max(self.worst_error, error),
+                    self.num_wrong + (error > TOLERANCE),
+                )
         with self._lock:
             self.seconds.append(time.monotonic() - began)
 
@@ -131,18 +145,28 @@ class Load:
 
     def malformed(self, i: int) -> str:
         return str(
-            self.server.ask([b"{", b"[" * 50_000, b"\xff\xfe", b'{"model": "it", "prompt": [1, "a"]}', b"null"][i % 5])[0]
+            self.server.ask(
+                [b"{", b"[" * 50_000, b"\xff\xfe", b'{"model": "it", "prompt": [1, "a"]}', b"null"][
+                    i % 5
+                ]
+            )[0]
         )
 
     def wrong_key(self, i: int) -> str:
-        return str(self.server.ask({"model": NAME, "prompt": [5]}, key=["", "x", KEY[:-1], KEY + "x"][i % 4])[0])
+        return str(
+            self.server.ask(
+                {"model": NAME, "prompt": [5]}, key=["", "x", KEY[:-1], KEY + "x"][i % 4]
+            )[0]
+        )
 
     def not_served(self, i: int) -> str:
         body = [{"model": "x"}, {"prompt": [10**9]}, {"prompt": [5] * 10**5}, {"n": 2}][i % 4]
         return str(self.server.ask({"model": NAME, "prompt": [5]} | body)[0])
 
     def gone(self, i: int) -> str:
-        body = json.dumps({"model": NAME, "prompt": self.prompts[i % len(self.prompts)], "prompt_logprobs": 0}).encode()
+        body = json.dumps(
+            {"model": NAME, "prompt": self.prompts[i % len(self.prompts)], "prompt_logprobs": 0}
+        ).encode()
         whole = HEAD + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
         self.server.connect(whole[: len(whole) if i % 2 else len(whole) - 9]).close()
         return "left"
@@ -166,7 +190,9 @@ class Load:
         return "cut"
 
     def dripping_body(self, _: int) -> str:
-        with self.server.connect(HEAD + b"Content-Length: 1000000\r\n\r\n" + b" " * 500_000) as connection:
+        with self.server.connect(
+            HEAD + b"Content-Length: 1000000\r\n\r\n" + b" " * 500_000
+        ) as connection:
             return said(connection)
 
     def unread(self, i: int) -> str:
@@ -211,7 +237,11 @@ ATTACKS = {  # client: (how many, how many at once, what the server may do)
     "silent": (400, 100, {"cut"}),
     "dripping_head": (60, 30, {"cut"}),
     "dripping_body": (10, 5, {"408"}),
-    "unread": (12, 6, {"cut", "sent whole"}),  # whole where it was computed so late that the client read it in time
+    "unread": (
+        12,
+        6,
+        {"cut", "sent whole"},
+    ),  # whole where it was computed so late that the client read it in time
 }
 
 
@@ -228,7 +258,8 @@ def peace(load: Load, num_requests: int, at_once: int, name: str) -> None:
 
 
 def siege(load: Load, at_once: int) -> None:
-    """All attacks side by side, in which anyone may be put off with 503; the others go on asking until the last is over."""
+    """All attacks side by side, in which anyone may be put off with 503; the others go on asking
+    until the last is over."""
     threads = [threading.Thread(target=attack, args=(load, client)) for client in ATTACKS]
     for thread in threads:
         thread.start()
@@ -249,9 +280,14 @@ def expected_logprobs(model: str, num_prompts: int) -> tuple[list[Prompt], list[
     from rlad.scoring.scorer import Scorer
 
     loaded, draw = load_language_model(model, device="cpu"), random.Random(0)
-    prompts = [[draw.randrange(loaded.vocabulary) for _ in range(draw.randrange(2, 120))] for _ in range(num_prompts)]
+    prompts = [
+        [draw.randrange(loaded.vocabulary) for _ in range(draw.randrange(2, 120))]
+        for _ in range(num_prompts)
+    ]
     scorer = Scorer(loaded, temperature=1.0, tokens_per_batch=4096)
-    return prompts, [row.tolist() for row in scorer.score([p[:1] for p in prompts], [p[1:] for p in prompts])]
+    return prompts, [
+        row.tolist() for row in scorer.score([p[:1] for p in prompts], [p[1:] for p in prompts])
+    ]
 
 
 @contextmanager
@@ -264,7 +300,9 @@ def measured(server: Server, name: str, rows: list[str]) -> Iterator[None]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="embedded/student")
     parser.add_argument("--requests", type=int, default=1000, help="before the attacks")
     parser.add_argument("--clients", type=int, default=32)
@@ -277,7 +315,10 @@ def main() -> int:
         ("load", lambda: peace(load, arguments.requests, arguments.clients, "right")),
         ("attack", lambda: siege(load, arguments.clients // 2)),
         ("the same attack again", lambda: siege(load, arguments.clients // 2)),
-        ("load again", lambda: peace(load, arguments.requests // 4, arguments.clients, "right, afterwards")),
+        (
+            "load again",
+            lambda: peace(load, arguments.requests // 4, arguments.clients, "right, afterwards"),
+        ),
     ]
     try:
         for name, stage in stages:
@@ -290,21 +331,39 @@ def main() -> int:
 
 
 def print_tables(load: Load, rows: list[str], *, is_there: bool) -> int:
-    print("| stage | seconds | MiB before | MiB at most | MiB after |\n| --- | --- | --- | --- | --- |", *rows, sep="\n")
+    print(
+        "| stage | seconds | MiB before | MiB at most | MiB after |\n| --- | --- | --- | --- | --- "
+        "|",
+        *rows,
+        sep="\n",
+    )
     print("\n| client | requests or connections | outcome |\n| --- | --- | --- |")
     strange = []
     for client in dict.fromkeys(client for client, _ in load.outcomes):
         found = {outcome: n for (who, outcome), n in load.outcomes.items() if who == client}
-        allowed = ATTACKS[client][2] | {"503"} if client in ATTACKS else {"200", "503"} if "meanwhile" in client else {"200"}
+        allowed = (
+            ATTACKS[client][2] | {"503"}
+            if client in ATTACKS
+            else {"200", "503"}
+            if "meanwhile" in client
+            else {"200"}
+        )
         strange += [f"{client}: {outcome}" for outcome in found if outcome not in allowed]
         print(
-            f"| {client} | {sum(found.values()):,} | {', '.join(f'{outcome}: {n:,}' for outcome, n in sorted(found.items()))} |"
+            f"| {client} | {sum(found.values()):,} | "
+            f"{', '.join(f'{outcome}: {n:,}' for outcome, n in sorted(found.items()))} |"
         )
     seconds = sorted(load.seconds)
     median, tail = seconds[len(seconds) // 2], seconds[int(0.99 * len(seconds))]
-    print(f"\nlargest error {load.worst_error:.1e} nats; wrong answers {load.num_wrong}; server still there: {is_there}")
+    print(
+        f"\nlargest error {load.worst_error:.1e} nats; wrong answers {load.num_wrong}; server "
+        f"still there: {is_there}"
+    )
     print(f"bytes that the server logged: {load.server.num_logged}")
-    print(f"seconds of an answered request: median {median:.2f}, 99 % within {tail:.2f}, longest {seconds[-1]:.2f}")
+    print(
+        f"seconds of an answered request: median {median:.2f}, 99 % within {tail:.2f}, longest "
+        f"{seconds[-1]:.2f}"
+    )
     print("".join(f"not foreseen: {each}\n" for each in strange), end="")
     return bool(load.num_wrong or strange or not is_there)
 

@@ -1,8 +1,10 @@
-"""The engines that `benchmarks/step.py` compares, each in a process of its own that makes one step whenever it is told to.
+"""The engines that `benchmarks/step.py` compares, each in a process of its own that makes one step
+whenever it is told to.
 
-TRL is set up as well as it can be on a CPU: float32, no gradient checkpointing, no logging, saving, progress bar or telemetry,
-the same tokens per micro-batch (padding included) and threads as ours, its own default optimiser (fused AdamW), no dropout, one
-optimiser step per rollout batch (so it scores no old log-probs). Its trainer's set-up for each step is not timed.
+TRL is set up as well as it can be on a CPU: float32, no gradient checkpointing, no logging, saving,
+progress bar or telemetry, the same tokens per micro-batch (padding included) and threads as ours,
+its own default optimiser (fused AdamW), no dropout, one optimiser step per rollout batch (so it
+scores no old log-probs). Its trainer's set-up for each step is not timed.
 """
 
 import os
@@ -32,7 +34,8 @@ PARTS = ("generation", "teacher", "rewards", "update", "rest")
 
 
 class Turns:
-    """Waits for its turn before every step and reports the step's seconds: by part, in total and of the processor."""
+    """Waits for its turn before every step and reports the step's seconds: by part, in total and of
+    the processor."""
 
     def __init__(self, connection: Connection, num_steps: int):
         self.connection, self.num_steps, self.step = connection, num_steps, 0
@@ -49,7 +52,9 @@ class Turns:
         total, processor = time.perf_counter() - self.started, time.process_time() - self.used
         seconds = {**dict.fromkeys(PARTS, 0.0), **seconds, "rest": total - sum(seconds.values())}
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        self.connection.send({**seconds, "total": total, "processor": processor, "peak_bytes": peak})
+        self.connection.send(
+            {**seconds, "total": total, "processor": processor, "peak_bytes": peak}
+        )
 
 
 def work(engine: str, case: Case, num_steps: int, connection: Connection) -> None:
@@ -73,13 +78,18 @@ def _rlad(objective: str, without: str = "") -> Callable[[Case, Turns], None]:
             turns.begin()
             result = next(steps)
             turns.end({part: result.metrics.get(f"time/{part}/seconds", 0.0) for part in PARTS})
-            script.require_replayed([list(r.completion.token_ids) for group in result.groups for r in group.rollouts])
+            script.require_replayed(
+                [list(r.completion.token_ids) for group in result.groups for r in group.rollouts]
+            )
 
     return run
 
 
-def make_engine(case: Case, objective: str = "trrd", *, num_steps: int = 1, without: str = "") -> NativeEngine:
-    """rlad's engine with random models, `without` one of its measures (`MEASURES`) if one is named."""
+def make_engine(
+    case: Case, objective: str = "trrd", *, num_steps: int = 1, without: str = ""
+) -> NativeEngine:
+    """rlad's engine with random models, `without` one of its measures (`MEASURES`) if one is
+    named."""
     config = RunConfig.model_validate(
         {
             "student": {"model": "random"},
@@ -99,7 +109,9 @@ def make_engine(case: Case, objective: str = "trrd", *, num_steps: int = 1, with
     if objective != "grpo":
         model = language_model(case, seed=1, is_teacher=True)
         teacher = LocalTeacher(model, temperature=1.0, tokens_per_batch=case.tokens_per_batch)
-    engine = NativeEngine(config, student=language_model(case, seed=0), task=ReplayTask(case), teacher=teacher)
+    engine = NativeEngine(
+        config, student=language_model(case, seed=0), task=ReplayTask(case), teacher=teacher
+    )
     if without:
         MEASURES[without](engine)
     return engine
@@ -114,8 +126,12 @@ def _keep_finished_rows(engine: NativeEngine) -> None:
 
 
 def _prefill_each_row(engine: NativeEngine) -> None:
-    def one_by_one(model: Any, prompts: Any, *, group_size: int, after_group: Any, **options: Any) -> None:
-        groups = sampling.sample(model, [p for p in prompts for _ in range(group_size)], group_size=1, **options)
+    def one_by_one(
+        model: Any, prompts: Any, *, group_size: int, after_group: Any, **options: Any
+    ) -> None:
+        groups = sampling.sample(
+            model, [p for p in prompts for _ in range(group_size)], group_size=1, **options
+        )
         rows = list(chain(*groups))
         for number in range(len(prompts)):
             after_group(number, rows[number * group_size : (number + 1) * group_size])
@@ -124,7 +140,8 @@ def _prefill_each_row(engine: NativeEngine) -> None:
 
 
 def _take_rows_as_they_come(engine: NativeEngine) -> None:
-    """Micro-batches of as many rows as fit if each were as long as the longest, in the order of the rows."""
+    """Micro-batches of as many rows as fit if each were as long as the longest, in the order of the
+    rows."""
 
     def batches(self: Scorer, prompts: Any, completions: Any) -> list[list[int]]:
         longest = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
@@ -173,7 +190,8 @@ class Clock:
         setattr(owner, name, timed)
 
     def split(self) -> Seconds:
-        """The update is what happens outside of `_prepare_inputs`, but for the teacher's forward pass."""
+        """The update is what happens outside of `_prepare_inputs`, but for the teacher's forward
+        pass."""
         seconds, self.seconds = self.seconds, {}
         return seconds
 
@@ -192,7 +210,13 @@ def _trl_grpo(beta: float) -> Callable[[Case, Turns], None]:
             student = language_model(case, seed=0)
             _save_for_reference(student, folder)
             dataset = _dataset(case, turns, repeat=1)
-            return GRPOTrainer(student.model, rewards, args=args, train_dataset=dataset, processing_class=student.tokenizer)
+            return GRPOTrainer(
+                student.model,
+                rewards,
+                args=args,
+                train_dataset=dataset,
+                processing_class=student.tokenizer,
+            )
 
         _serve(case, turns, build, teacher="ref_model" if beta else None)
 
@@ -204,7 +228,10 @@ def _trl_distillation(case: Case, turns: Turns) -> None:
     from trl.trainer.distillation_trainer import DistillationTrainer
 
     def build(folder: str, **common: Any) -> Any:
-        student, teacher = language_model(case, seed=0), language_model(case, seed=1, is_teacher=True)
+        student, teacher = (
+            language_model(case, seed=0),
+            language_model(case, seed=1, is_teacher=True),
+        )
         return DistillationTrainer(
             student.model,
             teacher.model,
@@ -220,7 +247,9 @@ def _dataset(case: Case, turns: Turns, *, repeat: int) -> Any:
     from datasets import Dataset
 
     prompts = range(turns.num_steps * case.num_prompts)
-    return Dataset.from_dict({"prompt": [prompt_text(case, i) for i in prompts for _ in range(repeat)]})
+    return Dataset.from_dict(
+        {"prompt": [prompt_text(case, i) for i in prompts for _ in range(repeat)]}
+    )
 
 
 def _save_for_reference(student: Any, folder: str) -> None:

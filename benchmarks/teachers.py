@@ -1,14 +1,16 @@
-"""The same teacher in every form: how far its log-probs are off, how fast it answers, what memory it takes.
+"""The same teacher in every form: how far its log-probs are off, how fast it answers, what memory
+it takes.
 
     python benchmarks/teachers.py --out runs/teachers
     python benchmarks/teachers.py --out runs/teachers --vllm-url http://127.0.0.1:8000/v1 --vllm-model teacher --train
 
-The student samples completions of training problems once; each form of the teacher scores them in a process of its own, and
-is compared with the local model in float32; tokens without a log-prob are left out of the errors and counted. "memory" is how
-far the resident memory of the process that trains rose at most, from the loaded student on (Linux: the peak is set back there
-through /proc/self/clear_refs, so that loading the student does not count), until all was scored. What is not
-installed or not given is left out and says so. `--train` adds the test pass@1 after a run of the embedded default (or
-`--config`) with each form; runs that are there are not made again.
+The student samples completions of training problems once; each form of the teacher scores them in a
+process of its own, and is compared with the local model in float32; tokens without a log-prob are
+left out of the errors and counted. "memory" is how far the resident memory of the process that
+trains rose at most, from the loaded student on (Linux: the peak is set back there through
+/proc/self/clear_refs, so that loading the student does not count), until all was scored. What is
+not installed or not given is left out and says so. `--train` adds the test pass@1 after a run of
+the embedded default (or `--config`) with each form; runs that are there are not made again.
 """
 
 import argparse
@@ -65,7 +67,8 @@ def measure(arguments: argparse.Namespace, teacher: Section) -> Row:
 
 
 def resident() -> int:
-    """Bytes of main memory, after what was freed has been given back; the peak starts again from here."""
+    """Bytes of main memory, after what was freed has been given back; the peak starts again from
+    here."""
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return status_bytes("VmRSS")
@@ -96,7 +99,11 @@ def sample_sequences(arguments: argparse.Namespace) -> None:
         temperature=config.rollout.temperature,
         seed=0,
     )
-    pairs = [(prompt, completion.token_ids) for prompt, group in zip(prompts, groups, strict=True) for completion in group]
+    pairs = [
+        (prompt, completion.token_ids)
+        for prompt, group in zip(prompts, groups, strict=True)
+        for completion in group
+    ]
     (arguments.out / "sequences.json").write_text(json.dumps(pairs))
 
 
@@ -111,15 +118,26 @@ def config_of(arguments: argparse.Namespace, teacher: Section | None) -> Any:
 # --- all forms --------------------------------------------------------------------------------------------------------
 
 
-def forms(arguments: argparse.Namespace, served: Section | None) -> Iterator[tuple[str, Section | None, str]]:
+def forms(
+    arguments: argparse.Namespace, served: Section | None
+) -> Iterator[tuple[str, Section | None, str]]:
     """(name, section, why it is left out)."""
     local = {"type": "local", "model": arguments.model}
     yield "local float32", local, ""
     yield "local bfloat16", {**local, "dtype": "bfloat16"}, ""
     yield "local int8", {**local, "quantization": "int8"}, ""
     yield "local int4", {**local, "dtype": "bfloat16", "quantization": "int4"}, ""
-    yield "served by rlad, float32", served, "" if served else "the server did not start (rlad[serve] is needed)"
-    vllm = {"type": "served", "urls": [arguments.vllm_url], "model": arguments.vllm_model, "tolerance": arguments.tolerance}
+    yield (
+        "served by rlad, float32",
+        served,
+        "" if served else "the server did not start (rlad[serve] is needed)",
+    )
+    vllm = {
+        "type": "served",
+        "urls": [arguments.vllm_url],
+        "model": arguments.vllm_model,
+        "tolerance": arguments.tolerance,
+    }
     yield "served by vLLM", vllm if arguments.vllm_url else None, "give --vllm-url and --vllm-model"
     cached = {"type": "cached", "directory": str(arguments.out / "cache"), "teacher": local}
     yield "cached, cold", cached, ""
@@ -128,8 +146,19 @@ def forms(arguments: argparse.Namespace, served: Section | None) -> Iterator[tup
 
 @contextmanager
 def own_server(arguments: argparse.Namespace) -> Iterator[Section | None]:
-    """The section of a teacher served by `rlad serve-teacher`, while the server runs; None when it does not start."""
-    command = [sys.executable, "-m", "rlad", "serve-teacher", arguments.model, "--engine", "rlad", "--port", "0"]
+    """The section of a teacher served by `rlad serve-teacher`, while the server runs; None when it
+    does not start."""
+    command = [
+        sys.executable,
+        "-m",
+        "rlad",
+        "serve-teacher",
+        arguments.model,
+        "--engine",
+        "rlad",
+        "--port",
+        "0",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     url, seen = None, ""
     assert process.stdout is not None
@@ -139,10 +168,18 @@ def own_server(arguments: argparse.Namespace) -> Iterator[Section | None]:
             break
     try:
         if url is None:
-            print(f"rlad serve-teacher: {(seen.strip().splitlines() or ['no answer'])[-1]}", file=sys.stderr)
+            print(
+                f"rlad serve-teacher: {(seen.strip().splitlines() or ['no answer'])[-1]}",
+                file=sys.stderr,
+            )
             yield None
         else:
-            yield {"type": "served", "urls": [url[0]], "model": arguments.model, "tolerance": arguments.tolerance}
+            yield {
+                "type": "served",
+                "urls": [url[0]],
+                "model": arguments.model,
+                "tolerance": arguments.tolerance,
+            }
     finally:
         process.terminate()
         process.wait()
@@ -158,7 +195,8 @@ def in_own_process(arguments: argparse.Namespace, teacher: Section) -> Row | str
 
 
 def errors(row: Row, reference: Row) -> tuple[float, float, int]:
-    """Mean and largest difference of log-probs, nats (NaN when there is none), and the number of tokens that lack one."""
+    """Mean and largest difference of log-probs, nats (NaN when there is none), and the number of
+    tokens that lack one."""
     ours, theirs = (chain.from_iterable(one["logprobs"]) for one in (row, reference))
     differences = [abs(one - other) for one, other in zip(ours, theirs, strict=True)]
     sizes = [size for size in differences if not math.isnan(size)] or [math.nan]
@@ -173,22 +211,38 @@ def final_pass_at_1(arguments: argparse.Namespace, name: str, teacher: Section) 
     run = RunDirectory(arguments.out / "runs" / re.sub(r"\W+", "-", name))
     if not run.is_finished():
         config = config_of(arguments, teacher)
-        loop = config.optimization.model_copy(update={"num_steps": arguments.train_steps or config.optimization.num_steps})
-        rlad.train(config.model_copy(update={"run_dir": str(run.path), "optimization": loop}), overwrite=run.exists())
+        loop = config.optimization.model_copy(
+            update={"num_steps": arguments.train_steps or config.optimization.num_steps}
+        )
+        rlad.train(
+            config.model_copy(update={"run_dir": str(run.path), "optimization": loop}),
+            overwrite=run.exists(),
+        )
     return [row["pass@1"]["mean"] for row in run.read(EVAL) if row["split"] == "test"][-1]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the figures, the cache and the runs")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for the figures, the cache and the runs"
+    )
     parser.add_argument("--config", help="TOML of a run; by default the embedded one")
     parser.add_argument("--model", default="embedded/teacher", help="the teacher's weights")
-    parser.add_argument("--only", nargs="+", default=[""], help="forms whose name holds one of these, and local float32")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[""],
+        help="forms whose name holds one of these, and local float32",
+    )
     parser.add_argument("--num-prompts", type=int, default=32)
     parser.add_argument("--max-tokens", type=int, default=320, help="of a completion")
     parser.add_argument("--tolerance", type=float, default=0.3, help="of served teachers, nats")
     parser.add_argument("--vllm-url", help="such as http://127.0.0.1:8000/v1")
-    parser.add_argument("--vllm-model", default="", help="the name under which it serves the same weights")
+    parser.add_argument(
+        "--vllm-model", default="", help="the name under which it serves the same weights"
+    )
     parser.add_argument("--train", action="store_true", help="also train with each form")
     parser.add_argument("--train-steps", type=int, help="instead of the config's")
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -222,11 +276,22 @@ def compare(arguments: argparse.Namespace, served: Section | None) -> None:
         trained = final_pass_at_1(arguments, name, teacher) if arguments.train else None
         after = "" if trained is None else f"{trained:.1%}"
         speed, memory = row["tokens_per_second"], row["memory_bytes"] / MIB
-        print(f"| {name} | {mean:.1e} | {most:.1e} | {missing} | {speed:.0f} | {memory:.0f} | {after} |", flush=True)
+        print(
+            f"| {name} | {mean:.1e} | {most:.1e} | {missing} | {speed:.0f} | {memory:.0f} | "
+            f"{after} |",
+            flush=True,
+        )
         figures = {key: value for key, value in row.items() if key != "logprobs"}
-        compared = {"mean_error": mean, "largest_error": most, "missing_tokens": missing, "test_pass_at_1": trained}
+        compared = {
+            "mean_error": mean,
+            "largest_error": most,
+            "missing_tokens": missing,
+            "test_pass_at_1": trained,
+        }
         rows.append({"teacher": name} | compared | figures)
-    (arguments.out / "teachers.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    (arguments.out / "teachers.json").write_text(
+        json.dumps(rows, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What the site takes from outside `docs/`: the README is its home page, and each file that a page links to a page of its own.
+"""What the site takes from outside `docs/`: the README is its home page, and each file that a page
+links to a page of its own.
 
 So one relative link works on GitHub and on the site, which then needs no address of a repository.
 """
@@ -18,8 +19,13 @@ LINK = re.compile(r"(?<=\]\()(?!\w+:|#)(?P<path>[^)\s#]+)(?=[)#])")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
-    """Adds README.md, what the navigation names, and whatever these and the pages of `docs/` link to."""
-    waiting = ["README.md", *_named(config.nav), *(_in_repository(file.src_uri) for file in files.documentation_pages())]
+    """Adds README.md, what the navigation names, and whatever these and the pages of `docs/` link
+    to."""
+    waiting = [
+        "README.md",
+        *_named(config.nav),
+        *(_in_repository(file.src_uri) for file in files.documentation_pages()),
+    ]
     seen: set[str] = set()
     while waiting:
         path = waiting.pop()
@@ -40,7 +46,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
     def on_site(link: re.Match[str]) -> str:
         target = _target(here, link["path"])
-        return relpath(_on_site(target), PurePosixPath(page.file.src_uri).parent) if target else link["path"]
+        return (
+            relpath(_on_site(target), PurePosixPath(page.file.src_uri).parent)
+            if target
+            else link["path"]
+        )
 
     return LINK.sub(on_site, markdown)
 
@@ -59,7 +69,8 @@ def _linked(here: str, markdown: str) -> list[str]:
 
 
 def _target(here: str, link: str) -> str | None:
-    """The repository's file that a link in the file `here` leads to; None where there is no such file."""
+    """The repository's file that a link in the file `here` leads to; None where there is no such
+    file."""
     path = normpath(PurePosixPath(here).parent / link)
     return path if (ROOT / path).is_file() and not path.startswith("..") else None
 
@@ -86,5 +97,7 @@ def _as_markdown(path: str) -> str:
     text = (ROOT / path).read_text(encoding="utf-8")
     if path.endswith(".md"):
         return text
-    language = {".py": "python", ".toml": "toml", ".yaml": "yaml", ".sbatch": "bash"}.get(PurePosixPath(path).suffix, "text")
+    language = {".py": "python", ".toml": "toml", ".yaml": "yaml", ".sbatch": "bash"}.get(
+        PurePosixPath(path).suffix, "text"
+    )
     return f"# `{path}`\n\n``````{language}\n{text}\n``````\n"

@@ -12,12 +12,14 @@ from rlad.objectives.aggregate import aggregate
 from rlad.objectives.grpo import grpo_loss
 from rlad.objectives.trrd import trrd_loss
 
-# Two completions of one prompt, the first was judged correct. The second one is a token shorter: its last entry is padding.
+# Two completions of one prompt, the first was judged correct. The second one is a token shorter:
+# its last entry is padding.
 words = [["so", "Ada", "is", "a knight"], ["so", "Ada", "lies", "(padding)"]]
 mask = torch.tensor([[True, True, True, True], [True, True, True, False]])
 advantages = group_advantages(torch.tensor([1.0, 0.0]), group_size=2)  # +1 and -1
 
-# The probability that the student gave to each token it sampled, and what the teacher thinks of the same tokens.
+# The probability that the student gave to each token it sampled, and what the teacher thinks of the
+# same tokens.
 student = torch.tensor([[0.50, 0.30, 0.60, 0.20], [0.40, 0.30, 0.25, 1.0]])
 teacher = torch.tensor([[0.55, 0.10, 0.80, 0.90], [0.90, 0.25, 0.02, 1.0]])
 tensors: dict[str, Any] = {
@@ -29,7 +31,8 @@ tensors: dict[str, Any] = {
 
 token_loss, stats = trrd_loss(**tensors, teacher_logprobs=teacher.log(), alpha=0.5)
 loss = aggregate(token_loss, mask, mode="sequence_mean")
-# How hard each token is pushed: minus the gradient of its loss. Above 0 it becomes more likely, at 0 it is left alone.
+# How hard each token is pushed: minus the gradient of its loss. Above 0 it becomes more likely, at
+# 0 it is left alone.
 (gradient,) = torch.autograd.grad(token_loss.sum(), tensors["student_logprobs"])
 push = 0 - gradient
 
@@ -47,9 +50,12 @@ for i, j in mask.nonzero().tolist():
         f"{words[i][j]:11} {advantages[i]:+9.2f} {student[i, j]:8.2f} {teacher[i, j]:8.2f}"
         f" {stats['ratio'][i, j]:6.3f} {push[i, j]:+6.2f}  {fate}"
     )
-print(f"\nloss of the batch: {loss.item():+.4f} (mean over completions of the mean over their tokens)")
+print(
+    f"\nloss of the batch: {loss.item():+.4f} (mean over completions of the mean over their tokens)"
+)
 
-# alpha = 1 leaves no teacher in the ratio: it is GRPO, in value and gradient, whatever the teacher says.
+# alpha = 1 leaves no teacher in the ratio: it is GRPO, in value and gradient, whatever the teacher
+# says.
 alone, _ = trrd_loss(**tensors, teacher_logprobs=teacher.log(), alpha=1.0)
 grpo, _ = grpo_loss(**tensors)
 (alone_gradient,) = torch.autograd.grad(alone.sum(), tensors["student_logprobs"])

@@ -101,8 +101,16 @@ class ConformanceServer:
     # --- answers --------------------------------------------------------------------------------------------------------
 
     def models(self) -> dict[str, Any]:
-        card = {"id": self.name, "object": "model", "root": self.root, "max_model_len": self.context}
-        return {"object": "list", "data": [{key: value for key, value in card.items() if value is not None}]}
+        card = {
+            "id": self.name,
+            "object": "model",
+            "root": self.root,
+            "max_model_len": self.context,
+        }
+        return {
+            "object": "list",
+            "data": [{key: value for key, value in card.items() if value is not None}],
+        }
 
     def refusal(self, body: dict[str, Any]) -> str:
         prompt = body["prompt"]
@@ -118,13 +126,20 @@ class ConformanceServer:
         prompt: list[int] = body["prompt"]
         with self._lock, torch.no_grad():
             written, values = self._write(prompt, body) if body["max_tokens"] else ([], [])
-            choice: dict[str, Any] = {"index": 0, "text": self.tokenizer.decode(written), "logprobs": None}
+            choice: dict[str, Any] = {
+                "index": 0,
+                "text": self.tokenizer.decode(written),
+                "logprobs": None,
+            }
             if body.get("prompt_logprobs") is not None and "prompt_logprobs" in self.understands:
                 choice["prompt_logprobs"] = self._prompt_logprobs(prompt, body)
             elif body.get("echo") and "echo" in self.understands:
                 choice["logprobs"] = self._echo(prompt, body)
             elif body.get("logprobs") is not None and self.flaw != "no generation log-probs":
-                choice["logprobs"] = {"tokens": [self._name(t, body) for t in written], "token_logprobs": values}
+                choice["logprobs"] = {
+                    "tokens": [self._name(t, body) for t in written],
+                    "token_logprobs": values,
+                }
         if self.flaw == "nothing":
             choice |= {"prompt_logprobs": None, "logprobs": choice["logprobs"] if written else None}
         return {"object": "text_completion", "choices": [choice]}
@@ -141,9 +156,13 @@ class ConformanceServer:
 
     def _rows(self, tokens: list[int], temperature: float) -> Tensor:
         """Log-probs `[token, vocabulary]` of what follows each token."""
-        return (self.model(torch.tensor([tokens])).logits[0].float() / temperature).log_softmax(dim=-1)
+        return (self.model(torch.tensor([tokens])).logits[0].float() / temperature).log_softmax(
+            dim=-1
+        )
 
-    def _scores(self, tokens: list[int], body: dict[str, Any]) -> list[tuple[Any, dict[int, float]]]:
+    def _scores(
+        self, tokens: list[int], body: dict[str, Any]
+    ) -> list[tuple[Any, dict[int, float]]]:
         """Of each token but the first: its log-prob, and the likeliest tokens."""
         is_tempered = self.tempers and body.get("temper_prompt_logprobs")
         rows = self._rows(tokens, body["temperature"] if is_tempered else 1.0)
@@ -156,9 +175,17 @@ class ConformanceServer:
         scores: list[tuple[Any, dict[int, float]]] = []
         for i, (row, token) in enumerate(zip(rows, tokens[1:], strict=True)):
             value: Any = float(row[token])
-            value = float("nan") if self.flaw == "nan" else None if self.flaw == "missing tokens" and i % 3 == 0 else value
+            value = (
+                float("nan")
+                if self.flaw == "nan"
+                else None
+                if self.flaw == "missing tokens" and i % 3 == 0
+                else value
+            )
             top = row.topk(num_top)
-            scores.append((value, dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))))
+            scores.append(
+                (value, dict(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
+            )
         if self.flaw == "list shifted":
             scores = [scores[-1], *scores[:-1]]
         return scores[:-1] if self.flaw == "one short" else scores
@@ -172,14 +199,26 @@ class ConformanceServer:
                 continue
             shown = token + 1 if self.flaw == "wrong ids" else token
             values = {i: v for i, v in top.items() if i != token} | {shown: value}
-            entries.append({str(i): {"logprob": v, "rank": 1, "decoded_token": self._text(i)} for i, v in values.items()})
+            entries.append(
+                {
+                    str(i): {"logprob": v, "rank": 1, "decoded_token": self._text(i)}
+                    for i, v in values.items()
+                }
+            )
         return entries
 
     def _echo(self, tokens: list[int], body: dict[str, Any]) -> dict[str, Any]:
         scores = self._scores(tokens, body)
         names = [self._name(token + (self.flaw == "wrong ids"), body) for token in tokens]
-        top = [{self._name(i, body): value for i, value in likeliest.items()} for _, likeliest in scores]
-        return {"tokens": names, "token_logprobs": [None, *(value for value, _ in scores)], "top_logprobs": [None, *top]}
+        top = [
+            {self._name(i, body): value for i, value in likeliest.items()}
+            for _, likeliest in scores
+        ]
+        return {
+            "tokens": names,
+            "token_logprobs": [None, *(value for value, _ in scores)],
+            "top_logprobs": [None, *top],
+        }
 
     def _name(self, token: int, body: dict[str, Any]) -> str:
         return f"token_id:{token}" if body.get("return_tokens_as_token_ids") else self._text(token)
@@ -218,7 +257,16 @@ class _Handler(BaseHTTPRequestHandler):
         found = self.headers.get("Authorization", "")
         if self.owner.key is None or found == f"Bearer {self.owner.key}":
             return True
-        self.answer(401, {"error": {"message": f"Incorrect API key provided: {found}" if self.owner.repeats_key else "no"}})
+        self.answer(
+            401,
+            {
+                "error": {
+                    "message": f"Incorrect API key provided: {found}"
+                    if self.owner.repeats_key
+                    else "no"
+                }
+            },
+        )
         return False
 
     def do_GET(self) -> None:
@@ -254,7 +302,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault:
             self.misbehave(fault, json.dumps(self.owner.completion(body)).encode())
         elif refusal := self.owner.refusal(body):
-            self.answer(404 if "does not exist" in refusal else 400, {"error": {"message": refusal}})
+            self.answer(
+                404 if "does not exist" in refusal else 400, {"error": {"message": refusal}}
+            )
         else:
             self.answer(200, self.owner.completion(body))
 

@@ -23,13 +23,15 @@ def no_process_is_left() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def same_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fetching a model switches progress bars on for its process; the tests that come after have none."""
+    """Fetching a model switches progress bars on for its process; the tests that come after have
+    none."""
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", os.environ["HF_HUB_DISABLE_PROGRESS_BARS"])
 
 
 @pytest.fixture(scope="session", autouse=True)
 def can_be_interrupted() -> Iterator[None]:
-    """Ctrl-C reaches the programs that tests start, also where a shell has the tests themselves ignore it (`pytest &`)."""
+    """Ctrl-C reaches the programs that tests start, also where a shell has the tests themselves
+    ignore it (`pytest &`)."""
     before = signal.getsignal(signal.SIGINT)
     if before is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -47,7 +49,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """`poison(3, 4)`: the batches of steps 3 and 4 of the runs that follow are poisoned (see `poisoned`)."""
+    """`poison(3, 4)`: the batches of steps 3 and 4 of the runs that follow are poisoned (see
+    `poisoned`)."""
     from poisoned import poison_engines
 
     return poison_engines(monkeypatch)

@@ -1,4 +1,5 @@
-"""Run directories with checkpoints as training writes them, without the training, and what a model answers greedily."""
+"""Run directories with checkpoints as training writes them, without the training, and what a model
+answers greedily."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,15 +21,25 @@ PROMPTS, LENGTH = random_tokens(3, 5, 4, 7), 24
 LORA = {"rank": 3, "alpha": 6.0}
 
 
-def write_run(folder: Path, *, scores: Sequence[float] = (0.5,), lora: Any = None, sizes: Any = None, **how: Any) -> Path:
-    """A run directory with a checkpoint of other weights behind every step, one for each validation score."""
+def write_run(
+    folder: Path,
+    *,
+    scores: Sequence[float] = (0.5,),
+    lora: Any = None,
+    sizes: Any = None,
+    **how: Any,
+) -> Path:
+    """A run directory with a checkpoint of other weights behind every step, one for each validation
+    score."""
     if lora:
         pytest.importorskip("peft", reason="the optional package peft is not installed")
     tiny_model(seed=3, **(sizes or {})).save_pretrained(folder / "student")
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder / "student")
-    student = {"model": str(folder / "student"), "device": "cpu"} | ({"lora": lora} if lora else {}) | how
+    student = (
+        {"model": str(folder / "student"), "device": "cpu"} | ({"lora": lora} if lora else {}) | how
+    )
     config = parse_config(run_config(folder, folder / "run", student=student))
     run = RunDirectory(config.directory)
     run.path.mkdir()
@@ -41,7 +52,11 @@ def write_run(folder: Path, *, scores: Sequence[float] = (0.5,), lora: Any = Non
             if parameter.requires_grad:
                 parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
         run.append("eval.jsonl", {"step": step, "split": "validation", "pass@1": {"mean": score}})
-        run.write_checkpoint(step, lambda place, trained=trained: save_model(trained, place), run_digest=config.digest)
+        run.write_checkpoint(
+            step,
+            lambda place, trained=trained: save_model(trained, place),
+            run_digest=config.digest,
+        )
     return run.path
 
 
@@ -51,7 +66,10 @@ def checkpoint(run: Path, step: int = 1) -> Path:
 
 def answers(model: Any) -> list[list[int]]:
     """Greedy completions by transformers."""
-    rows = [model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=LENGTH)[0] for prompt in PROMPTS]
+    rows = [
+        model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=LENGTH)[0]
+        for prompt in PROMPTS
+    ]
     return [row[len(prompt) :].tolist() for row, prompt in zip(rows, PROMPTS, strict=True)]
 
 

@@ -1,4 +1,5 @@
-"""What faces hostile text, each with inputs and a check: nothing but the documented error, and no wrong "correct"."""
+"""What faces hostile text, each with inputs and a check: nothing but the documented error, and no
+wrong "correct"."""
 
 import json
 import math
@@ -13,7 +14,14 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from hostile_texts import any_text, completions, expressions, hostile_text, json_values, written_numbers
+from hostile_texts import (
+    any_text,
+    completions,
+    expressions,
+    hostile_text,
+    json_values,
+    written_numbers,
+)
 from report_runs import write_run
 from rlad.comparison.escaping import markdown
 from rlad.comparison.report import MissingRun, ReportedRun
@@ -32,7 +40,8 @@ from rlad.text import printable
 
 @dataclass(frozen=True)
 class Target:
-    """`check` raises for whatever must not happen with an input of `inputs`; `weight` says how many inputs it deserves."""
+    """`check` raises for whatever must not happen with an input of `inputs`; `weight` says how many
+    inputs it deserves."""
 
     inputs: st.SearchStrategy[Any]
     check: Callable[[Any], None]
@@ -40,7 +49,10 @@ class Target:
 
 
 def require_sound(judgement: Judgement) -> None:
-    assert str(judgement.reward) == {"correct": "1.0", "wrong": "0.0", "cannot_judge": "nan"}[judgement.verdict], judgement
+    assert (
+        str(judgement.reward)
+        == {"correct": "1.0", "wrong": "0.0", "cannot_judge": "nan"}[judgement.verdict]
+    ), judgement
 
 
 # --- verifiers --------------------------------------------------------------------------------------------------------
@@ -56,7 +68,9 @@ def check_exact(example: tuple[str, str]) -> None:
     judgement = exact(completion, answer)
     require_sound(judgement)
     if judgement.verdict == Verdict.CORRECT:
-        assert letters(answer) in letters(completion), "a completion without the answer in it is called correct"
+        assert letters(answer) in letters(completion), (
+            "a completion without the answer in it is called correct"
+        )
 
 
 def check_number(example: tuple[str, tuple[str, Fraction], tuple[str, Fraction], str]) -> None:
@@ -72,18 +86,25 @@ def check_number_in_any_text(example: tuple[str, tuple[str, Fraction]]) -> None:
     judgement = number(completion, wanted)
     require_sound(judgement)
     if judgement.verdict == Verdict.CORRECT:
-        assert any(c.isascii() and c.isdigit() for c in completion), "a completion without a digit is called correct"
+        assert any(c.isascii() and c.isdigit() for c in completion), (
+            "a completion without a digit is called correct"
+        )
 
 
 def check_arithmetic(example: tuple[str, Fraction | None, list[int]]) -> None:
     text, value, used = example
-    assert evaluate_arithmetic(text) == (None if value is None or len(text) > 500 else (value, used))
+    assert evaluate_arithmetic(text) == (
+        None if value is None or len(text) > 500 else (value, used)
+    )
 
 
 def check_arithmetic_of_any_text(text: str) -> None:
     found = evaluate_arithmetic(text)
     if found is not None:
-        assert all(c.isdigit() or c.isspace() or c in "+-*/()_xXoObBabcdefABCDEF\\" for c in text.partition("#")[0]), text
+        assert all(
+            c.isdigit() or c.isspace() or c in "+-*/()_xXoObBabcdefABCDEF\\"
+            for c in text.partition("#")[0]
+        ), text
 
 
 @cache
@@ -94,22 +115,38 @@ def puzzles() -> tuple[KnightsAndKnaves, list[Any]]:
 
 @st.composite
 def logic_answers(draw: st.DrawFn) -> tuple[int, str, dict[str, bool] | None]:
-    """A puzzle, a completion, and the roles that it says (None: a text that says none of its own)."""
+    """A puzzle, a completion, and the roles that it says (None: a text that says none of its
+    own)."""
     index = draw(st.integers(0, 29))
     names, world = (puzzles()[1][index].metadata[key] for key in ("names", "world"))
     if draw(st.integers(0, 3)) == 0:
         return index, draw(completions), None
     said = {
-        name: draw(st.booleans()) if draw(st.integers(0, 3)) == 0 else truth for name, truth in zip(names, world, strict=True)
+        name: draw(st.booleans()) if draw(st.integers(0, 3)) == 0 else truth
+        for name, truth in zip(names, world, strict=True)
     }
     order = draw(st.permutations(list(said)))
     mark = draw(st.sampled_from(["", "**", "_", "`", "*"]))
     change = draw(
-        st.sampled_from([str, str.upper, str.lower, lambda s: s.replace("i", "\u0131"), lambda s: s.replace("a", "\u0430")])
+        st.sampled_from(
+            [
+                str,
+                str.upper,
+                str.lower,
+                lambda s: s.replace("i", "\u0131"),
+                lambda s: s.replace("a", "\u0430"),
+            ]
+        )
     )
-    text = draw(st.sampled_from([", ", "; ", ".\n", " and "])).join(f"{mark}{n}{mark} is a {ROLES[said[n]]}" for n in order)
+    text = draw(st.sampled_from([", ", "; ", ".\n", " and "])).join(
+        f"{mark}{n}{mark} is a {ROLES[said[n]]}" for n in order
+    )
     head = draw(hostile_text.filter(lambda t: "<" not in t))
-    return index, f"{head}\nAnswer: {change(text)}.", said if change in (str, str.upper, str.lower) else {}
+    return (
+        index,
+        f"{head}\nAnswer: {change(text)}.",
+        said if change in (str, str.upper, str.lower) else {},
+    )
 
 
 def check_logic(example: tuple[int, str, dict[str, bool] | None]) -> None:
@@ -120,9 +157,14 @@ def check_logic(example: tuple[int, str, dict[str, bool] | None]) -> None:
     judgement = task.judge(problem, completion)
     require_sound(judgement)
     if said is not None:
-        assert (judgement.verdict == Verdict.CORRECT) == (said == truth), "the verdict is not that of the roles that were said"
+        assert (judgement.verdict == Verdict.CORRECT) == (said == truth), (
+            "the verdict is not that of the roles that were said"
+        )
     elif judgement.verdict == Verdict.CORRECT:
-        assert all(f"{name} is a {ROLES[role]}".lower() in completion.lower() for name, role in truth.items())
+        assert all(
+            f"{name} is a {ROLES[role]}".lower() in completion.lower()
+            for name, role in truth.items()
+        )
 
 
 def check_logic_rl(completion: str) -> None:
@@ -151,7 +193,9 @@ def check_math(example: tuple[tuple[str, Fraction], tuple[str, Fraction], bool, 
     judgement = math_verifier().judge(f"{before}\n{text}", as_latex(wanted))
     require_sound(judgement)
     if judgement.verdict == Verdict.CORRECT:
-        assert math.isclose(found[1], wanted[1], rel_tol=1e-5, abs_tol=1e-5), "unequal numbers are called equal"
+        assert math.isclose(found[1], wanted[1], rel_tol=1e-5, abs_tol=1e-5), (
+            "unequal numbers are called equal"
+        )
 
 
 def check_math_of_any_text(example: tuple[str, tuple[str, Fraction]]) -> None:
@@ -175,7 +219,19 @@ scratch_folders: list[Any] = []
 
 DEFAULT_TEXT = DEFAULT_RUN.read_text(encoding="utf-8")
 DEFAULT_LINES = DEFAULT_TEXT.splitlines()
-KEYS = ("student", "teacher", "task", "objective", "rollout", "optimization", "evaluation", "engine", "seed", "run_dir", "type")
+KEYS = (
+    "student",
+    "teacher",
+    "task",
+    "objective",
+    "rollout",
+    "optimization",
+    "evaluation",
+    "engine",
+    "seed",
+    "run_dir",
+    "type",
+)
 
 
 @st.composite
@@ -196,7 +252,8 @@ def changed_tomls(draw: st.DrawFn) -> str:
 
 
 def refused_or(read: Callable[[], Any]) -> Any:
-    """What `read` returns; None where it raises its one documented error, which must say something."""
+    """What `read` returns; None where it raises its one documented error, which must say
+    something."""
     try:
         return read()
     except ValueError as error:
@@ -210,12 +267,16 @@ def check_toml(text: str) -> None:
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     config = refused_or(lambda: load_config(path))
     if config is not None:
-        assert parse_config(tomllib.loads(dump_config(config))) == config, "a config does not come back as it was written"
+        assert parse_config(tomllib.loads(dump_config(config))) == config, (
+            "a config does not come back as it was written"
+        )
 
 
 def check_tables(example: tuple[dict[str, Any], list[str]]) -> None:
     table, overrides = example
-    config = refused_or(lambda: parse_config(parse_overrides(tomllib.loads(DEFAULT_TEXT) | table, overrides)))
+    config = refused_or(
+        lambda: parse_config(parse_overrides(tomllib.loads(DEFAULT_TEXT) | table, overrides))
+    )
     if config is not None:
         refused_or(lambda: dump_config(config).encode())
 
@@ -223,7 +284,9 @@ def check_tables(example: tuple[dict[str, Any], list[str]]) -> None:
 lines_of_json = st.lists(
     json_values.map(json.dumps)
     | any_text
-    | st.fixed_dictionaries({"prompt": hostile_text, "answer": json_values}, optional={"hint": json_values}).map(json.dumps),
+    | st.fixed_dictionaries(
+        {"prompt": hostile_text, "answer": json_values}, optional={"hint": json_values}
+    ).map(json.dumps),
     max_size=6,
 ).map("\n".join)
 
@@ -231,7 +294,9 @@ lines_of_json = st.lists(
 def check_jsonl(text: str) -> None:
     path = scratch() / "problems.jsonl"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
-    task = refused_or(lambda: JsonlTask(str(path), str(path)) if "validation" in text else JsonlTask(str(path)))
+    task = refused_or(
+        lambda: JsonlTask(str(path), str(path)) if "validation" in text else JsonlTask(str(path))
+    )
     if task is not None:
         problem = task.problem("train", 0)
         f"{problem.prompt}{problem.answer}{problem.metadata}".encode()
@@ -278,7 +343,10 @@ def check_rows(example: tuple[str, bytes]) -> None:
 
 entries = st.none() | st.dictionaries(
     st.sampled_from(["5", "6", "x"]),
-    st.fixed_dictionaries({"logprob": json_values | st.floats(-50, 1)}, optional={"decoded_token": json_values}) | json_values,
+    st.fixed_dictionaries(
+        {"logprob": json_values | st.floats(-50, 1)}, optional={"decoded_token": json_values}
+    )
+    | json_values,
 )
 choices = st.fixed_dictionaries(
     {},
@@ -288,16 +356,21 @@ choices = st.fixed_dictionaries(
         | st.fixed_dictionaries(
             {
                 "tokens": json_values
-                | st.lists(st.sampled_from(["token_id:5", "token_id:6", "x"]) | json_values, min_size=3, max_size=3),
-                "token_logprobs": json_values | st.lists(st.none() | st.floats(-50, 1) | json_values, min_size=3, max_size=3),
+                | st.lists(
+                    st.sampled_from(["token_id:5", "token_id:6", "x"]) | json_values,
+                    min_size=3,
+                    max_size=3,
+                ),
+                "token_logprobs": json_values
+                | st.lists(st.none() | st.floats(-50, 1) | json_values, min_size=3, max_size=3),
                 "top_logprobs": json_values,
             }
         ),
     },
 )
-answers = st.fixed_dictionaries({"choices": json_values | st.lists(choices | json_values, max_size=2)}) | json_values.filter(
-    lambda value: isinstance(value, dict)
-)
+answers = st.fixed_dictionaries(
+    {"choices": json_values | st.lists(choices | json_values, max_size=2)}
+) | json_values.filter(lambda value: isinstance(value, dict))
 
 
 def check_answer(answer: dict[str, Any]) -> None:
@@ -310,21 +383,34 @@ def check_answer(answer: dict[str, Any]) -> None:
             assert math.isnan(value) or value <= 0.01
             if not math.isnan(value) and scoring == "prompt_logprobs":
                 assert any(
-                    entry and entry.get(str(token), {}).get("logprob") == value for entry in answer["choices"][0][scoring][1:]
+                    entry and entry.get(str(token), {}).get("logprob") == value
+                    for entry in answer["choices"][0][scoring][1:]
                 )
     ids, values = read_generation(answer, {"x": 7})
-    assert len(ids) == len(values) and all(isinstance(i, int) and v <= 0.01 for i, v in zip(ids, values, strict=True))
+    assert len(ids) == len(values) and all(
+        isinstance(i, int) and v <= 0.01 for i, v in zip(ids, values, strict=True)
+    )
 
 
 @st.composite
 def requests(draw: st.DrawFn) -> bytes:
-    body = {"model": "tiny", "prompt": draw(json_values | st.lists(st.integers(0, 99), max_size=5))} | draw(
+    body = {
+        "model": "tiny",
+        "prompt": draw(json_values | st.lists(st.integers(0, 99), max_size=5)),
+    } | draw(
         st.dictionaries(
-            st.sampled_from(["max_tokens", "logprobs", "echo", "temperature", "seed", "user", "n", "stop"]), json_values
+            st.sampled_from(
+                ["max_tokens", "logprobs", "echo", "temperature", "seed", "user", "n", "stop"]
+            ),
+            json_values,
         )
     )
     text = json.dumps(body).encode()
-    return text[: draw(st.none() | st.integers(0, len(text)))] if draw(st.booleans()) else draw(st.binary(max_size=200)) or text
+    return (
+        text[: draw(st.none() | st.integers(0, len(text)))]
+        if draw(st.booleans())
+        else draw(st.binary(max_size=200)) or text
+    )
 
 
 def check_request(body: bytes) -> None:
@@ -341,7 +427,9 @@ def check_request(body: bytes) -> None:
 def check_shown(text: str) -> None:
     assert all(c.isprintable() or c in "\n\t" for c in printable(text))
     page = markdown(text)
-    assert "\n" not in page and "<script" not in page.lower() and "](" not in page.replace(r"\]", "")
+    assert (
+        "\n" not in page and "<script" not in page.lower() and "](" not in page.replace(r"\]", "")
+    )
 
 
 def check_template(example: tuple[str, str]) -> None:
@@ -352,27 +440,41 @@ def check_template(example: tuple[str, str]) -> None:
         assert value in filled or not names
 
 
-overrides = st.tuples(st.lists(st.sampled_from(KEYS), min_size=1, max_size=3).map(".".join), hostile_text).map("=".join)
+overrides = st.tuples(
+    st.lists(st.sampled_from(KEYS), min_size=1, max_size=3).map(".".join), hostile_text
+).map("=".join)
 numbers = written_numbers()
-quiet_text = st.text(st.characters(categories=["L", "Z", "P"], exclude_characters="<>:/.,-+$%_"), max_size=30)
+quiet_text = st.text(
+    st.characters(categories=["L", "Z", "P"], exclude_characters="<>:/.,-+$%_"), max_size=30
+)
 
 TARGETS = {
     "exact": Target(st.tuples(completions, hostile_text), check_exact),
-    "number": Target(st.tuples(completions.filter(lambda t: "<" not in t), numbers, numbers, quiet_text), check_number),
+    "number": Target(
+        st.tuples(completions.filter(lambda t: "<" not in t), numbers, numbers, quiet_text),
+        check_number,
+    ),
     "number, equal": Target(
-        st.tuples(st.just("so"), numbers, numbers, quiet_text).map(lambda t: (t[0], t[1], (str(t[1][1]), t[1][1]), t[3])),
+        st.tuples(st.just("so"), numbers, numbers, quiet_text).map(
+            lambda t: (t[0], t[1], (str(t[1][1]), t[1][1]), t[3])
+        ),
         check_number,
     ),
     "number, any text": Target(st.tuples(completions, numbers), check_number_in_any_text),
     "arithmetic": Target(expressions(), check_arithmetic),
-    "arithmetic, any text": Target(hostile_text | st.text("0123456789+-*/() ", max_size=40), check_arithmetic_of_any_text),
+    "arithmetic, any text": Target(
+        hostile_text | st.text("0123456789+-*/() ", max_size=40), check_arithmetic_of_any_text
+    ),
     "logic": Target(logic_answers(), check_logic, 2),
     "logic_rl": Target(completions, check_logic_rl, 0.5),
     "math": Target(st.tuples(numbers, numbers, st.booleans(), quiet_text), check_math, 0.25),
     "math, any text": Target(st.tuples(hostile_text, numbers), check_math_of_any_text, 0.25),
     "config file": Target(changed_tomls() | hostile_text, check_toml, 0.5),
     "config tables": Target(
-        st.tuples(st.dictionaries(st.sampled_from(KEYS), json_values, max_size=3), st.lists(overrides, max_size=2)),
+        st.tuples(
+            st.dictionaries(st.sampled_from(KEYS), json_values, max_size=3),
+            st.lists(overrides, max_size=2),
+        ),
         check_tables,
         0.5,
     ),

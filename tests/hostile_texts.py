@@ -6,17 +6,97 @@ from fractions import Fraction
 from hypothesis import strategies as st
 
 UNITS = (
-    *("a", "0", ",000", "1,", ".", "-", "+", "e", "1e", "/", "1/", " ", "\n", "\t", "**", "*", "_", "`", "#", "$", "%", "^"),
-    *("(", ")", "[", "]", "{", "}", "<", ">", "\\", '"', "'", "@", "@a.", "://", "www.", "|", "~", "&", ":", "\r", "\x00"),
-    *("answer:", "Answer:", "<answer>", "</answer>", "<think>", "</think>", r"\boxed{", r"\frac{", r"\sqrt{", "Ada is a "),
-    *("knight", "knave", " is a", "Ada is a knight, ", "\x1b[31m", "\u202e", "\u2066", "\ud800", "\U0001f600", "\u0131"),
-    *("\N{KELVIN SIGN}", "\u0660", "\u00b2", "\u200b", "<script>alert(1)</script>", "{{", "}}", "{%", "token_id:9", "NaN"),
+    *(
+        "a",
+        "0",
+        ",000",
+        "1,",
+        ".",
+        "-",
+        "+",
+        "e",
+        "1e",
+        "/",
+        "1/",
+        " ",
+        "\n",
+        "\t",
+        "**",
+        "*",
+        "_",
+        "`",
+        "#",
+        "$",
+        "%",
+        "^",
+    ),
+    *(
+        "(",
+        ")",
+        "[",
+        "]",
+        "{",
+        "}",
+        "<",
+        ">",
+        "\\",
+        '"',
+        "'",
+        "@",
+        "@a.",
+        "://",
+        "www.",
+        "|",
+        "~",
+        "&",
+        ":",
+        "\r",
+        "\x00",
+    ),
+    *(
+        "answer:",
+        "Answer:",
+        "<answer>",
+        "</answer>",
+        "<think>",
+        "</think>",
+        r"\boxed{",
+        r"\frac{",
+        r"\sqrt{",
+        "Ada is a ",
+    ),
+    *(
+        "knight",
+        "knave",
+        " is a",
+        "Ada is a knight, ",
+        "\x1b[31m",
+        "\u202e",
+        "\u2066",
+        "\ud800",
+        "\U0001f600",
+        "\u0131",
+    ),
+    *(
+        "\N{KELVIN SIGN}",
+        "\u0660",
+        "\u00b2",
+        "\u200b",
+        "<script>alert(1)</script>",
+        "{{",
+        "}}",
+        "{%",
+        "token_id:9",
+        "NaN",
+    ),
 )
 """pieces that parsers of ours look for, or stumble over"""
 
 any_text = st.text(st.characters(exclude_categories=()), max_size=60)
 hostile_text = st.lists(st.sampled_from(UNITS) | any_text, max_size=12).map("".join)
-long_text = st.tuples(st.sampled_from(UNITS), st.integers(1, 3000), hostile_text).map(lambda t: t[0] * t[1] + t[2])
+long_text = st.tuples(st.sampled_from(UNITS), st.integers(1, 3000), hostile_text).map(
+    lambda t: t[0] * t[1] + t[2]
+)
 completions = hostile_text | long_text
 
 json_values = st.recursive(
@@ -24,9 +104,14 @@ json_values = st.recursive(
     | st.booleans()
     | st.integers(-(10**25), 10**25)
     | st.floats()
-    | st.sampled_from(["token_id:5", "token_id:" + "9" * 5000, "5", "logprob", "", -0.5, -9999.0, 1e-3, 0, True])
+    | st.sampled_from(
+        ["token_id:5", "token_id:" + "9" * 5000, "5", "logprob", "", -0.5, -9999.0, 1e-3, 0, True]
+    )
     | hostile_text,
-    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.sampled_from(["5", "logprob", "choices"]) | any_text, inner),
+    lambda inner: (
+        st.lists(inner, max_size=5)
+        | st.dictionaries(st.sampled_from(["5", "logprob", "choices"]) | any_text, inner)
+    ),
     max_leaves=12,
 )
 
@@ -57,7 +142,8 @@ def written_numbers(draw: st.DrawFn) -> tuple[str, Fraction]:
 
 @st.composite
 def expressions(draw: st.DrawFn, depth: int = 3) -> tuple[str, Fraction | None, list[int]]:
-    """An arithmetic expression, its exact value (None where it divides by zero) and the numbers in it."""
+    """An arithmetic expression, its exact value (None where it divides by zero) and the numbers in
+    it."""
     if depth == 0 or draw(st.integers(0, 2)) == 0:
         number = draw(st.integers(0, 99))
         return str(number), Fraction(number), [number]

@@ -1,4 +1,5 @@
-"""Runs that are killed by SIGKILL in a known phase, resumed, killed again, and compared with one that was left alone."""
+"""Runs that are killed by SIGKILL in a known phase, resumed, killed again, and compared with one
+that was left alone."""
 
 import math
 import os
@@ -18,7 +19,8 @@ from rlad.engines.native.loop import NativeEngine
 from rlad.runs.directory import RunDirectory
 from tiny_runs import remains
 
-# Phase -> the function that it is the time of. What is within another one, such as sampling in an evaluation, counts as that.
+# Phase -> the function that it is the time of. What is within another one, such as sampling in an
+# evaluation, counts as that.
 PHASES: dict[str, tuple[Any, str]] = {
     "loading": (rlad.training.run, "_load_student"),
     "generation": (rlad.engines.native.loop, "roll_out"),
@@ -39,7 +41,8 @@ class Kill:
 
 
 class Phases:
-    """What a forked process is doing, how often it has begun each phase, and how long they took: in memory shared with it."""
+    """What a forked process is doing, how often it has begun each phase, and how long they took: in
+    memory shared with it."""
 
     def __init__(self) -> None:
         self.names = [REST, *PHASES]
@@ -59,7 +62,9 @@ class Phases:
     def watch(self) -> None:
         """Of this process, from now on."""
         for name, (owner, function) in PHASES.items():
-            setattr(owner, function, self._watched(getattr(owner, function), self.names.index(name)))
+            setattr(
+                owner, function, self._watched(getattr(owner, function), self.names.index(name))
+            )
 
     def _watched(self, function: Callable[..., Any], number: int) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
@@ -99,7 +104,8 @@ def finish(config: dict[str, Any]) -> Phases:
 
 
 def kill(config: dict[str, Any], phase: str, *, occurrence: int, delay: float) -> Kill | None:
-    """Go on with a run and kill it so long after it has begun a phase for so many times; None if it ended before.
+    """Go on with a run and kill it so long after it has begun a phase for so many times; None if it
+    ended before.
 
     When the phase was shorter than that, the next one of its kind is waited for.
     """
@@ -123,18 +129,25 @@ def kill(config: dict[str, Any], phase: str, *, occurrence: int, delay: float) -
 
 
 def kill_and_compare(
-    make_config: Callable[[Path, int], dict[str, Any]], folder: Path, *, phases: Sequence[str], seed: int
+    make_config: Callable[[Path, int], dict[str, Any]],
+    folder: Path,
+    *,
+    phases: Sequence[str],
+    seed: int,
 ) -> Iterator[tuple[int, list[Kill], list[str]]]:
     """Kill runs at random moments of these phases, in a random order, until each has had its turn.
 
-    `make_config(run_dir, seed)` is asked for another run when one has come to its end. Of each run: its seed, the kills it
-    survived, and what differs from the same run left alone: empty when they are equal bit for bit.
+    `make_config(run_dir, seed)` is asked for another run when one has come to its end. Of each run:
+    its seed, the kills it survived, and what differs from the same run left alone: empty when they
+    are equal bit for bit.
     """
     chance, left = random.Random(seed), list(phases)
     chance.shuffle(left)
     while left:
         number = seed + len(phases) - len(left)
-        wanted, config = (make_config(folder / f"{number}-{kind}" / "run", number) for kind in ("alone", "killed"))
+        wanted, config = (
+            make_config(folder / f"{number}-{kind}" / "run", number) for kind in ("alone", "killed")
+        )
         durations, kills = finish(wanted), []
         while left:
             delay = chance.uniform(0, durations.mean_seconds(left[-1]))
@@ -151,4 +164,6 @@ def kill_and_compare(
 def differences(found: Path, wanted: Path) -> list[str]:
     """The files (of checkpoints, without what they say of time) that are not equal bit for bit."""
     here, there = remains(found), remains(wanted)
-    return [name for name in sorted(here.keys() | there.keys()) if here.get(name) != there.get(name)]
+    return [
+        name for name in sorted(here.keys() | there.keys()) if here.get(name) != there.get(name)
+    ]

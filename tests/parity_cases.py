@@ -1,8 +1,9 @@
-"""The same batch of rollouts through three witnesses: the native engine, the tiny loop of `examples/`, and a slow reference.
+"""The same batch of rollouts through three witnesses: the native engine, the tiny loop of
+`examples/`, and a slow reference.
 
-The reference knows nothing of batches: it takes one sequence after the other through the model, all logits, and adds up the
-formulas of `reference.py` token by token. Advantages and the values of the knobs are its own too. Used by `test_parity.py`
-and by `benchmarks/parity.py`.
+The reference knows nothing of batches: it takes one sequence after the other through the model, all
+logits, and adds up the formulas of `reference.py` token by token. Advantages and the values of the
+knobs are its own too. Used by `test_parity.py` and by `benchmarks/parity.py`.
 """
 
 import copy
@@ -43,7 +44,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "grpo": _CLIP,
     "kdrl": {"kd_coef": 2e-3, "kd_estimator": "k2", "masking": "none", **_CLIP},
     "opd": {},
-    "rlsd": {"teacher_weight": {"start": 0.5, "end": 0.0, "change_per_step": -0.01}, "weight_clip": 0.2, **_CLIP},
+    "rlsd": {
+        "teacher_weight": {"start": 0.5, "end": 0.0, "change_per_step": -0.01},
+        "weight_clip": 0.2,
+        **_CLIP,
+    },
     "distilled_rl": {"weight_bound": 3.0, **_CLIP},
     "topd": {"alpha": 0.1, **_CLIP},
 }
@@ -54,7 +59,8 @@ Floats = list[float]
 
 
 class WordTask:
-    """A completion is correct when it holds few high words; some cannot be judged and every third prompt is too easy."""
+    """A completion is correct when it holds few high words; some cannot be judged and every third
+    prompt is too easy."""
 
     name = "words"
 
@@ -62,8 +68,12 @@ class WordTask:
         self.is_judged_in_full = is_judged_in_full
 
     def problem(self, split: Split, index: int, *, seed: int = 0) -> Problem:
-        words = " ".join(f"w{3 + (7 * index + 11 * i) % (VOCABULARY - 3)}" for i in range(1 + index % 5))
-        return Problem(prompt=words, answer="", key=str(index), difficulty="easy" if index % 3 == 2 else "fair")
+        words = " ".join(
+            f"w{3 + (7 * index + 11 * i) % (VOCABULARY - 3)}" for i in range(1 + index % 5)
+        )
+        return Problem(
+            prompt=words, answer="", key=str(index), difficulty="easy" if index % 3 == 2 else "fair"
+        )
 
     def num_problems(self, split: Split) -> int | None:
         return None
@@ -81,16 +91,20 @@ class WordTask:
 
 
 class EqualPrompts(WordTask):
-    """For what pads prompts on the left, upon which GPT-2 counts its positions from the padding on: there is none."""
+    """For what pads prompts on the left, upon which GPT-2 counts its positions from the padding on:
+    there is none."""
 
     def problem(self, split: Split, index: int, *, seed: int = 0) -> Problem:
         words = " ".join(f"w{3 + (7 * index + 11 * i) % 61}" for i in range(4))
-        return Problem(prompt=words, answer="", key=str(index), difficulty="easy" if index % 3 == 2 else "fair")
+        return Problem(
+            prompt=words, answer="", key=str(index), difficulty="easy" if index % 3 == 2 else "fair"
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A run's engine with the models it was given; `old` is the student before any step, `said` what its config says."""
+    """A run's engine with the models it was given; `old` is the student before any step, `said`
+    what its config says."""
 
     engine: NativeEngine
     said: dict[str, Any]
@@ -111,13 +125,15 @@ def make_case(
     task: WordTask | None = None,
     engine_type: type[NativeEngine] = NativeEngine,
 ) -> Case:
-    """GPT-2 computes in float64 throughout; the norms of Llama turn to float32 whatever the type of its weights."""
+    """GPT-2 computes in float64 throughout; the norms of Llama turn to float32 whatever the type of
+    its weights."""
     said: dict[str, Any] = {
         "student": {"model": "tiny"} | (student or {}),
         "teacher": {"model": "tiny"},
         "task": {"type": "knights_and_knaves"},
         "objective": {"type": objective} | OBJECTIVES.get(objective, {}) | (knobs or {}),
-        "rollout": {"prompts_per_batch": 4, "group_size": 4, "max_completion_tokens": 12} | (rollout or {}),
+        "rollout": {"prompts_per_batch": 4, "group_size": 4, "max_completion_tokens": 12}
+        | (rollout or {}),
         "optimization": {"tokens_per_batch": 50, "learning_rate": 1e-2} | (optimization or {}),
     }
     config = RunConfig.model_validate(said)
@@ -136,13 +152,21 @@ def make_case(
 
 
 def nearby(language_model: LanguageModel, *, seed: int, distance: float = 0.05) -> LanguageModel:
-    """A copy whose weights are a little off: its log-probs fall within, at and beyond the clamp of TRRD."""
+    """A copy whose weights are a little off: its log-probs fall within, at and beyond the clamp of
+    TRRD."""
     model = copy.deepcopy(language_model.model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter), alpha=distance)
-    other = (language_model.tokenizer, language_model.eos_token_ids, language_model.pad_token_id, language_model.compute_dtype)
+            parameter.add_(
+                torch.randn(parameter.shape, generator=generator).to(parameter), alpha=distance
+            )
+    other = (
+        language_model.tokenizer,
+        language_model.eos_token_ids,
+        language_model.pad_token_id,
+        language_model.compute_dtype,
+    )
     return LanguageModel("nearby", model.eval(), *other)
 
 
@@ -155,7 +179,9 @@ def rollouts_of(case: Case, prompts: Collection[int] | None = None) -> list[int]
 # --- the engine -------------------------------------------------------------------------------------------------------
 
 
-def by_engine(case: Case, batch: RolloutBatch, wanted: list[int], stats: TokenStats | None = None) -> tuple[float, Gradients]:
+def by_engine(
+    case: Case, batch: RolloutBatch, wanted: list[int], stats: TokenStats | None = None
+) -> tuple[float, Gradients]:
     loss = case.engine.accumulate_gradient(batch, wanted, stats or TokenStats())
     parameters = case.engine.student.model.named_parameters()
     return loss, {name: p.grad.clone() for name, p in parameters if p.grad is not None}
@@ -164,15 +190,21 @@ def by_engine(case: Case, batch: RolloutBatch, wanted: list[int], stats: TokenSt
 # --- the slow reference -----------------------------------------------------------------------------------------------
 
 
-def token_logprobs(model: LanguageModel, prompt: list[int], completion: list[int], temperature: float) -> list[Tensor]:
+def token_logprobs(
+    model: LanguageModel, prompt: list[int], completion: list[int], temperature: float
+) -> list[Tensor]:
     logits = model.model(input_ids=torch.tensor([prompt + completion])).logits[0].double()
-    rows = [(logits[len(prompt) - 1 + t] / temperature).log_softmax(dim=-1) for t in range(len(completion))]
+    rows = [
+        (logits[len(prompt) - 1 + t] / temperature).log_softmax(dim=-1)
+        for t in range(len(completion))
+    ]
     return [row[token] for row, token in zip(rows, completion, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The tokens of one rollout that train: log-probs of student (with gradient), old policy, teacher and reference."""
+    """The tokens of one rollout that train: log-probs of student (with gradient), old policy,
+    teacher and reference."""
 
     student: list[Tensor]
     old: Floats
@@ -189,49 +221,76 @@ def by_reference(
     teacher_temperature: float = 0,
     objective: str | None = None,
 ) -> tuple[float, Gradients]:
-    """Every judged rollout (of an objective without reward: every one) takes part, also of advantage 0.
+    """Every judged rollout (of an objective without reward: every one) takes part, also of
+    advantage 0.
 
-    It reads from the batch what the student sampled and how it was judged, and no more. `dropped` tokens have no teacher value.
-    `teacher_temperature` replaces that of the rollouts for the teacher alone, which is a mistake. `objective` is the run's
-    unless said.
+    It reads from the batch what the student sampled and how it was judged, and no more. `dropped`
+    tokens have no teacher value. `teacher_temperature` replaces that of the rollouts for the
+    teacher alone, which is a mistake. `objective` is the run's unless said.
     """
     said, step, student = case.said, case.engine.step, case.engine.student
     name = objective or said["objective"]["type"]
     aggregation = said["optimization"].get("aggregation", "sequence_mean")
     kl_coef = reference.annealed(said["optimization"].get("kl_coef", 0.0), step)
-    takes_part = [i for i in wanted if name in USE_NO_REWARD or batch.rollouts[i].verdict != "cannot_judge"]
+    takes_part = [
+        i for i in wanted if name in USE_NO_REWARD or batch.rollouts[i].verdict != "cannot_judge"
+    ]
     rows = {i: _row(case, batch, i, dropped, teacher_temperature) for i in takes_part}
     losses = []
-    for i, token_losses in _token_losses(case, batch, rows, name, expected_knobs(case, name)).items():
+    for i, token_losses in _token_losses(
+        case, batch, rows, name, expected_knobs(case, name)
+    ).items():
         if kl_coef:
-            leash = (reference.kl_token(s, r, "k3") for s, r in zip(rows[i].student, rows[i].reference, strict=True))
-            token_losses = [loss + kl_coef * kl for loss, kl in zip(token_losses, leash, strict=True)]
+            leash = (
+                reference.kl_token(s, r, "k3")
+                for s, r in zip(rows[i].student, rows[i].reference, strict=True)
+            )
+            token_losses = [
+                loss + kl_coef * kl for loss, kl in zip(token_losses, leash, strict=True)
+            ]
         losses.append(token_losses)
     aggregations = {
         "sequence_mean": reference.sequence_mean,
         "token_mean": reference.token_mean,
-        "constant_length": lambda rows: reference.constant_length(rows, said["rollout"]["max_completion_tokens"]),
+        "constant_length": lambda rows: reference.constant_length(
+            rows, said["rollout"]["max_completion_tokens"]
+        ),
     }
     loss = aggregations[aggregation](losses)
     return float(loss.detach()), gradients_of(student, loss)
 
 
 def expected_knobs(case: Case, name: str) -> dict[str, Any]:
-    """What the config means at the engine's present step, by the table above and not by the engine's own reading."""
+    """What the config means at the engine's present step, by the table above and not by the
+    engine's own reading."""
     said = {key: value for key, value in case.said["objective"].items() if key in DEFAULTS[name]}
-    knobs = {key: reference.annealed(value, case.engine.step) for key, value in (DEFAULTS[name] | said).items()}
+    knobs = {
+        key: reference.annealed(value, case.engine.step)
+        for key, value in (DEFAULTS[name] | said).items()
+    }
     return {key: None if value == "off" else value for key, value in knobs.items()}
 
 
 def expected_advantages(case: Case, batch: RolloutBatch) -> Floats:
     """By rollout, from rewards and verdicts."""
-    size, scale = case.said["rollout"]["group_size"], case.said["optimization"].get("advantage_scale", "std")
-    rewards = [None if rollout.verdict == "cannot_judge" else rollout.reward for rollout in batch.rollouts]
+    size, scale = (
+        case.said["rollout"]["group_size"],
+        case.said["optimization"].get("advantage_scale", "std"),
+    )
+    rewards = [
+        None if rollout.verdict == "cannot_judge" else rollout.reward for rollout in batch.rollouts
+    ]
     groups = [rewards[start : start + size] for start in range(0, len(rewards), size)]
-    return [advantage for group in groups for advantage in reference.group_advantages(group, scale=scale)]
+    return [
+        advantage
+        for group in groups
+        for advantage in reference.group_advantages(group, scale=scale)
+    ]
 
 
-def _row(case: Case, batch: RolloutBatch, i: int, dropped: Positions, teacher_temperature: float) -> Row:
+def _row(
+    case: Case, batch: RolloutBatch, i: int, dropped: Positions, teacher_temperature: float
+) -> Row:
     temperature = case.said["rollout"].get("temperature", 1.0)
     prompt, completion = list(batch.prompts[i]), list(batch.completions[i])
     kept = [position for position in range(len(completion)) if (i, position) not in dropped]
@@ -262,13 +321,20 @@ def _token_losses(
             results[i] = [reference.opd_token(*token) for token in tokens]
         elif name == "trrd":
             trrd = {"alpha": knobs["alpha"], "c": knobs["teacher_log_ratio_clip"]}
-            results[i] = [reference.trrd_token(*token, advantages[i], **trrd, **clip) for token in tokens]
+            results[i] = [
+                reference.trrd_token(*token, advantages[i], **trrd, **clip) for token in tokens
+            ]
         else:
             per_token = _advantages_of_tokens(case, rows, i, name, knobs, advantages[i])
-            results[i] = [reference.grpo_token(s, o, a, **clip) for (s, o, _), a in zip(tokens, per_token, strict=True)]
+            results[i] = [
+                reference.grpo_token(s, o, a, **clip)
+                for (s, o, _), a in zip(tokens, per_token, strict=True)
+            ]
         if name == "kdrl" and not _is_mastered(case, batch, i, knobs["masking"]):
             kl = [reference.kl_token(s, t, knobs["kd_estimator"]) for s, _, t in tokens]
-            results[i] = [loss + knobs["kd_coef"] * value for loss, value in zip(results[i], kl, strict=True)]
+            results[i] = [
+                loss + knobs["kd_coef"] * value for loss, value in zip(results[i], kl, strict=True)
+            ]
     return results
 
 
@@ -284,10 +350,15 @@ def _advantages_of_tokens(
     weights = [1.0] * len(row.old)
     if name == "rlsd":
         evidence = {key: knobs[key] for key in ("teacher_weight", "weight_clip")}
-        weights = [reference.rlsd_weight(o, t, advantage, **evidence) for o, t in zip(row.old, row.teacher, strict=True)]
+        weights = [
+            reference.rlsd_weight(o, t, advantage, **evidence)
+            for o, t in zip(row.old, row.teacher, strict=True)
+        ]
     if name == "distilled_rl" and row.old:
         bound = knobs["weight_bound"]
-        weights = reference.distilled_rl_weights(row.old, row.teacher, advantage, weight_bound=bound)
+        weights = reference.distilled_rl_weights(
+            row.old, row.teacher, advantage, weight_bound=bound
+        )
     return [advantage * weight for weight in weights]
 
 
@@ -296,14 +367,18 @@ def _is_mastered(case: Case, batch: RolloutBatch, i: int, masking: str) -> bool:
     size = case.said["rollout"]["group_size"]
     verdicts = [rollout.verdict for rollout in batch.rollouts]
     of_group = verdicts[i - i % size : i - i % size + size]
-    return {"none": False, "response": verdicts[i] == "correct", "group": "correct" in of_group}[masking]
+    return {"none": False, "response": verdicts[i] == "correct", "group": "correct" in of_group}[
+        masking
+    ]
 
 
 def gradients_of(language_model: LanguageModel, loss: Tensor) -> Gradients:
     names, parameters = zip(*language_model.model.named_parameters(), strict=True)
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     pairs = zip(names, parameters, gradients, strict=True)
-    return {name: torch.zeros_like(p) if gradient is None else gradient for name, p, gradient in pairs}
+    return {
+        name: torch.zeros_like(p) if gradient is None else gradient for name, p, gradient in pairs
+    }
 
 
 # --- the tiny loop ----------------------------------------------------------------------------------------------------
@@ -319,13 +394,22 @@ def tiny_loop() -> Any:
     return module
 
 
-def by_tiny_loop(case: Case, batch: RolloutBatch, wanted: list[int], *, alpha: float) -> tuple[float, Gradients]:
-    """Left-padded prompts, right-padded completions, its own advantages, full logits; it knows TRRD and the sequence mean."""
+def by_tiny_loop(
+    case: Case, batch: RolloutBatch, wanted: list[int], *, alpha: float
+) -> tuple[float, Gradients]:
+    """Left-padded prompts, right-padded completions, its own advantages, full logits; it knows TRRD
+    and the sequence mean."""
     loop, student = tiny_loop(), case.engine.student
-    prompts, completions = [batch.prompts[i] for i in wanted], [batch.completions[i] for i in wanted]
+    prompts, completions = (
+        [batch.prompts[i] for i in wanted],
+        [batch.completions[i] for i in wanted],
+    )
     left, right = max(map(len, prompts)), max(map(len, completions))
     ids = torch.tensor(
-        [[0] * (left - len(p)) + [*p, *c] + [0] * (right - len(c)) for p, c in zip(prompts, completions, strict=True)]
+        [
+            [0] * (left - len(p)) + [*p, *c] + [0] * (right - len(c))
+            for p, c in zip(prompts, completions, strict=True)
+        ]
     )
     prompt_mask = torch.tensor([[0] * (left - len(p)) + [1] * len(p) for p in prompts])
     mask = torch.tensor([[True] * len(c) + [False] * (right - len(c)) for c in completions])
@@ -336,16 +420,23 @@ def by_tiny_loop(case: Case, batch: RolloutBatch, wanted: list[int], *, alpha: f
     student_logprobs = loop.completion_logprobs(student.model, ids, attention_mask, mask)
     with torch.no_grad():
         teacher_logprobs = loop.completion_logprobs(case.teacher.model, ids, attention_mask, mask)
-    loss = loop.trrd(student_logprobs, student_logprobs.detach(), teacher_logprobs, advantages, mask, alpha=alpha)
+    loss = loop.trrd(
+        student_logprobs, student_logprobs.detach(), teacher_logprobs, advantages, mask, alpha=alpha
+    )
     return float(loss.detach()), gradients_of(student, loss)
 
 
 # --- differences ------------------------------------------------------------------------------------------------------
 
 
-def difference(ours: tuple[float, Gradients], theirs: tuple[float, Gradients]) -> tuple[float, float]:
-    """Of the loss |a - b|: its terms are of order 1 and may cancel; of the gradient as one long vector |a - b| / |b|."""
+def difference(
+    ours: tuple[float, Gradients], theirs: tuple[float, Gradients]
+) -> tuple[float, float]:
+    """Of the loss |a - b|: its terms are of order 1 and may cancel; of the gradient as one long
+    vector |a - b| / |b|."""
     (loss, gradients), (expected_loss, expected) = ours, theirs
     assert gradients.keys() == expected.keys()
-    a, b = (torch.cat([g[name].flatten().double() for name in expected]) for g in (gradients, expected))
+    a, b = (
+        torch.cat([g[name].flatten().double() for name in expected]) for g in (gradients, expected)
+    )
     return abs(loss - expected_loss), float((a - b).norm() / b.norm())

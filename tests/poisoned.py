@@ -1,4 +1,5 @@
-"""Runs some of whose steps are not finite, on either engine. Also a program of its own, where rank 1 alone is poisoned:
+"""Runs some of whose steps are not finite, on either engine. Also a program of its own, where rank
+1 alone is poisoned:
 
 torchrun --nproc_per_node 2 tests/poisoned.py RUN.toml STEP...
 """
@@ -18,7 +19,8 @@ from rlad.teachers.base import Teacher
 
 
 class Poisoned(Teacher):
-    """Gives log-probs of -3e38, whose sum is infinite in float32, in the rollout batches before some optimiser steps."""
+    """Gives log-probs of -3e38, whose sum is infinite in float32, in the rollout batches before
+    some optimiser steps."""
 
     def __init__(self, teacher: Teacher, engine: Any, steps: Sequence[int]):
         self.teacher, self.engine, self.steps = teacher, engine, steps
@@ -26,7 +28,11 @@ class Poisoned(Teacher):
 
     def logprobs(self, requests: Any) -> list[Tensor]:
         answers = self.teacher.logprobs(requests)
-        return [torch.full_like(row, -3e38) for row in answers] if self.engine.step + 1 in self.steps else answers
+        return (
+            [torch.full_like(row, -3e38) for row in answers]
+            if self.engine.step + 1 in self.steps
+            else answers
+        )
 
 
 def poison_engines(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:

@@ -1,6 +1,8 @@
-"""Independent slow references: Python loops over single tokens in float64, written from the papers' formulas.
+"""Independent slow references: Python loops over single tokens in float64, written from the papers'
+formulas.
 
-Given floats they return floats; given float64 scalars of torch as log-probs, what they return can be differentiated.
+Given floats they return floats; given float64 scalars of torch as log-probs, what they return can
+be differentiated.
 """
 
 import math
@@ -20,7 +22,17 @@ def surrogate(log_ratio: Any, advantage: float, clip_low: float, clip_high: floa
     return -min(ratio * advantage, clipped * advantage)
 
 
-def trrd_token(s: Any, o: Any, t: Any, a: float, *, alpha: float, c: float | None, clip_low: float, clip_high: float) -> Any:
+def trrd_token(
+    s: Any,
+    o: Any,
+    t: Any,
+    a: float,
+    *,
+    alpha: float,
+    c: float | None,
+    clip_low: float,
+    clip_high: float,
+) -> Any:
     to_teacher = s - t if c is None else min(max(s - t, -c), c)
     return surrogate(alpha * (s - o) + (1 - alpha) * to_teacher, a, clip_low, clip_high)
 
@@ -38,17 +50,28 @@ def opd_token(s: Any, o: Any, t: Any) -> Any:
     return -exp(s - o) * (t - o)
 
 
-def rlsd_weight(o: float, t: float, a: float, *, teacher_weight: float, weight_clip: float) -> float:
-    """The factor of the advantage; the logarithm is bounded before exp, which no clip of 1 + weight_clip <= 2 can see."""
+def rlsd_weight(
+    o: float, t: float, a: float, *, teacher_weight: float, weight_clip: float
+) -> float:
+    """The factor of the advantage; the logarithm is bounded before exp, which no clip of 1 +
+    weight_clip <= 2 can see."""
     evidence = exp(min(t - o if a > 0 else o - t if a < 0 else 0.0, 5.0))
-    return 1 - teacher_weight + teacher_weight * min(max(evidence, 1 - weight_clip), 1 + weight_clip)
+    return (
+        1 - teacher_weight + teacher_weight * min(max(evidence, 1 - weight_clip), 1 + weight_clip)
+    )
 
 
-def distilled_rl_weights(o_row: Sequence[float], t_row: Sequence[float], a: float, *, weight_bound: float) -> list[float]:
-    """The factors of the advantage of one completion: clipped ratios over their geometric mean; 1 unless it is positive."""
+def distilled_rl_weights(
+    o_row: Sequence[float], t_row: Sequence[float], a: float, *, weight_bound: float
+) -> list[float]:
+    """The factors of the advantage of one completion: clipped ratios over their geometric mean; 1
+    unless it is positive."""
     if a <= 0:
         return [1.0] * len(o_row)
-    factors = [min(max(math.exp(t - o), 1 / weight_bound), weight_bound) for o, t in zip(o_row, t_row, strict=True)]
+    factors = [
+        min(max(math.exp(t - o), 1 / weight_bound), weight_bound)
+        for o, t in zip(o_row, t_row, strict=True)
+    ]
     geometric_mean = math.prod(factors) ** (1 / len(factors))
     return [factor / geometric_mean for factor in factors]
 
@@ -57,7 +80,9 @@ def topd_advantages(old: Rows, teacher: Rows, *, alpha: float) -> list[list[floa
     """Of one group; rows hold the log-probs of the trained tokens of each completion."""
     returns: list[list[float]] = []
     for o_row, t_row in zip(old, teacher, strict=True):
-        rewards = [math.log(alpha * math.exp(t - o) + 1 - alpha) for o, t in zip(o_row, t_row, strict=True)]
+        rewards = [
+            math.log(alpha * math.exp(t - o) + 1 - alpha) for o, t in zip(o_row, t_row, strict=True)
+        ]
         row = []
         for position, reward in enumerate(rewards):
             later = rewards[position + 1 :]
@@ -81,7 +106,8 @@ def group_advantages(rewards: Sequence[float | None], *, scale: str) -> list[flo
 
 
 def annealed(knob: Any, step: int) -> Any:
-    """The value at a step of a knob that is a number, or a table with start, end and change_per_step."""
+    """The value at a step of a knob that is a number, or a table with start, end and
+    change_per_step."""
     if not isinstance(knob, dict):
         return knob
     value, is_falling = knob["start"], knob["end"] < knob["start"]

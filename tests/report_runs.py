@@ -22,12 +22,18 @@ def write_run(
     seed: int = 0,
     keys: Sequence[str] | None = None,
     ood: Sequence[int] | None = None,
-    metrics: Sequence[str] = ("reward/mean", "student/entropy/mean", "teacher/tokens/count", "memory/peak/bytes"),
+    metrics: Sequence[str] = (
+        "reward/mean",
+        "student/entropy/mean",
+        "teacher/tokens/count",
+        "memory/peak/bytes",
+    ),
     samples: Sequence[dict[str, Any]] = (),
     finished: bool = True,
     **sections: Any,
 ) -> Path:
-    """`correct`: how many of the samples of each test problem were correct after training; `before`: none by default."""
+    """`correct`: how many of the samples of each test problem were correct after training;
+    `before`: none by default."""
     config = _config(objective, seed, num_samples, ood is not None, sections)
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text(tomli_w.dumps(config))
@@ -35,10 +41,20 @@ def write_run(
     keys = keys or [f"key {i}" for i in range(len(correct))]
     tests = [(0, "test", before or [0] * len(correct)), (NUM_STEPS, "test", correct)]
     tests += [(0, "ood", [0] * len(ood)), (NUM_STEPS, "ood", ood)] if ood else []
-    tests += [(0, "validation", [0, 1]), (2, "validation", [1, 1]), (NUM_STEPS, "validation", [1, 2])]
+    tests += [
+        (0, "validation", [0, 1]),
+        (2, "validation", [1, 1]),
+        (NUM_STEPS, "validation", [1, 2]),
+    ]
     wanted = [test for test in tests if finished or test[0] == 0]
-    _write_rows(folder / "eval.jsonl", [_evaluation(*test, keys, num_samples) for test in sorted(wanted, key=lambda t: t[0])])
-    _write_rows(folder / "metrics.jsonl", [_step(i, metrics) for i in range(1, NUM_STEPS + 1 if finished else 3)])
+    _write_rows(
+        folder / "eval.jsonl",
+        [_evaluation(*test, keys, num_samples) for test in sorted(wanted, key=lambda t: t[0])],
+    )
+    _write_rows(
+        folder / "metrics.jsonl",
+        [_step(i, metrics) for i in range(1, NUM_STEPS + 1 if finished else 3)],
+    )
     _write_rows(folder / "samples.jsonl", samples)
     if finished:
         (folder / "README.md").write_text("")
@@ -46,7 +62,13 @@ def write_run(
 
 
 def sample_row(
-    step: int, tokens: Sequence[str], fates: str, *, advantage: float = 1.0, clamped: str | None = None, **more: Any
+    step: int,
+    tokens: Sequence[str],
+    fates: str,
+    *,
+    advantage: float = 1.0,
+    clamped: str | None = None,
+    **more: Any,
 ) -> dict[str, Any]:
     """A row of `samples.jsonl` with one rollout."""
     imitation = {
@@ -55,12 +77,20 @@ def sample_row(
         "log_ratio_to_teacher": [0.5] * len(tokens),
         "clamped": clamped or "." * len(tokens),
     }
-    rollout = {"tokens": list(tokens), "verdict": "correct" if advantage > 0 else "wrong", "imitation": imitation}
+    rollout = {
+        "tokens": list(tokens),
+        "verdict": "correct" if advantage > 0 else "wrong",
+        "imitation": imitation,
+    }
     return {"step": step, "prompt": "Who is a knight?", "rollouts": [rollout | more]}
 
 
 def _config(
-    objective: str | dict[str, Any], seed: int, num_samples: int, has_ood: bool, sections: dict[str, Any]
+    objective: str | dict[str, Any],
+    seed: int,
+    num_samples: int,
+    has_ood: bool,
+    sections: dict[str, Any],
 ) -> dict[str, Any]:
     config: dict[str, Any] = {
         "student": {"model": "embedded/student"},
@@ -69,7 +99,10 @@ def _config(
         "objective": {"type": objective} if isinstance(objective, str) else objective,
         "rollout": {"prompts_per_batch": 2, "group_size": 8},
         "optimization": {"num_steps": NUM_STEPS},
-        "evaluation": {"num_test_samples": num_samples, "ood_task": {"num_people": [4]} if has_ood else {}},
+        "evaluation": {
+            "num_test_samples": num_samples,
+            "ood_task": {"num_people": [4]} if has_ood else {},
+        },
         "seed": seed,
     }
     for name, section in sections.items():
@@ -78,7 +111,9 @@ def _config(
     return config
 
 
-def _evaluation(step: int, split: str, correct: Sequence[int], keys: Sequence[str], num_samples: int) -> dict[str, Any]:
+def _evaluation(
+    step: int, split: str, correct: Sequence[int], keys: Sequence[str], num_samples: int
+) -> dict[str, Any]:
     results = [
         {
             "index": i,
@@ -95,11 +130,21 @@ def _evaluation(step: int, split: str, correct: Sequence[int], keys: Sequence[st
         for i, count in enumerate(correct)
     ]
     mean = sum(correct) / len(correct) / num_samples
-    return {"step": step, "split": split, "pass@1": {"mean": mean, "low": mean, "high": mean}, "results": results}
+    return {
+        "step": step,
+        "split": split,
+        "pass@1": {"mean": mean, "low": mean, "high": mean},
+        "results": results,
+    }
 
 
 def _step(step: int, metrics: Sequence[str]) -> dict[str, float]:
-    row = {"step": step, "rollout/completion_tokens/mean": 5.0, "time/generation/seconds": 2.0, "time/rewards/seconds": 0.5}
+    row = {
+        "step": step,
+        "rollout/completion_tokens/mean": 5.0,
+        "time/generation/seconds": 2.0,
+        "time/rewards/seconds": 0.5,
+    }
     row |= {"time/teacher/seconds": 1.0, "time/update/seconds": 1.5}
     return row | dict.fromkeys(metrics, step / 10)
 

@@ -1,4 +1,5 @@
-"""Teacher servers of the tests: rlad's own in a thread of this process, any command as a process, and requests to them."""
+"""Teacher servers of the tests: rlad's own in a thread of this process, any command as a process,
+and requests to them."""
 
 import http.client
 import json
@@ -27,13 +28,20 @@ class Client:
         return f"http://127.0.0.1:{self.port}/v1"
 
     def ask(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
-        """Status and JSON of the answer. A `body` that is bytes, or pieces of bytes, goes as it is."""
-        content = body if body is None or isinstance(body, bytes | Iterator) else json.dumps(body).encode()
+        """Status and JSON of the answer. A `body` that is bytes, or pieces of bytes, goes as it
+        is."""
+        content = (
+            body
+            if body is None or isinstance(body, bytes | Iterator)
+            else json.dumps(body).encode()
+        )
         if self.key is not None:
             headers = {"Authorization": f"Bearer {self.key}"} | headers
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         try:
-            connection.request(method, path, content, headers, encode_chunked=isinstance(body, Iterator))
+            connection.request(
+                method, path, content, headers, encode_chunked=isinstance(body, Iterator)
+            )
             answer = connection.getresponse()
             text = answer.read()
         finally:
@@ -60,15 +68,24 @@ def free_port() -> int:
 
 
 @contextmanager
-def server_thread(language_model: Any, *, uvicorn: Mapping[str, Any] | None = None, **settings: Any) -> Iterator[Client]:
+def server_thread(
+    language_model: Any, *, uvicorn: Mapping[str, Any] | None = None, **settings: Any
+) -> Iterator[Client]:
     """rlad's own server, with the model and the settings that are given, and those of uvicorn."""
     from uvicorn import Server
 
     from rlad.serving.app import ServerSettings, make_app
     from rlad.serving.limits import server_config
 
-    defaults = {"api_key": None, "max_request_bytes": 2**20, "max_context_tokens": 64, "tokens_per_batch": 512}
-    app = make_app(language_model, ServerSettings(**{"served_name": "tiny", **defaults, **settings}))
+    defaults = {
+        "api_key": None,
+        "max_request_bytes": 2**20,
+        "max_context_tokens": 64,
+        "tokens_per_batch": 512,
+    }
+    app = make_app(
+        language_model, ServerSettings(**{"served_name": "tiny", **defaults, **settings})
+    )
     client = Client(free_port(), settings.get("api_key"))
     client.state, client.worker = app.state.server, app.state.server.worker
     server = Server(server_config(app, host="127.0.0.1", port=client.port, **(uvicorn or {})))
@@ -84,11 +101,18 @@ def server_thread(language_model: Any, *, uvicorn: Mapping[str, Any] | None = No
 
 @contextmanager
 def server_process(
-    command: Sequence[str], port: int, log: Path, *, seconds: float, environment: Mapping[str, str] | None = None
+    command: Sequence[str],
+    port: int,
+    log: Path,
+    *,
+    seconds: float,
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A server in a process of its own, ready; ended by its id with everything that it started."""
     with log.open("ab") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=out, stderr=out, env=environment, start_new_session=True
+        )
     try:
 
         def is_ready() -> bool:

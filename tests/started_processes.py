@@ -10,7 +10,13 @@ _STARTED: list[subprocess.Popen[str]] = []
 
 def start_process(command: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
     """With this environment besides our own; `conftest` ends it behind the test."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | environment,
+    )
     _STARTED.append(process)
     return process
 

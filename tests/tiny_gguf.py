@@ -16,7 +16,10 @@ TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 SIZES = {"vocab_size": len(WORDS), "tie_word_embeddings": True}
 MEMBER = "tiny_package/tiny.F32.gguf"
 
-_OF_MODEL = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+_OF_MODEL = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+}
 _OF_LAYER = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
@@ -68,7 +71,8 @@ def _gguf_name(name: str) -> str:
 
 
 def _stored(weight: Tensor, num_heads: int | None) -> Tensor:
-    """llama.cpp keeps the rows of queries and keys in pairs that rotate together; transformers in two halves."""
+    """llama.cpp keeps the rows of queries and keys in pairs that rotate together; transformers in
+    two halves."""
     if num_heads is None:
         return weight.contiguous()
     halves = weight.view(num_heads, 2, weight.shape[0] // num_heads // 2, *weight.shape[1:])

@@ -1,4 +1,5 @@
-"""A Hugging Face hub of one model, for huggingface_hub's own client: HF_ENDPOINT=http://127.0.0.1:PORT."""
+"""A Hugging Face hub of one model, for huggingface_hub's own client:
+HF_ENDPOINT=http://127.0.0.1:PORT."""
 
 import hashlib
 import json
@@ -16,16 +17,29 @@ class _Hub(ThreadingHTTPServer):
     def __init__(self, name: str, folder: Path):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.name, self.handed_out = name, []
-        self.files = {str(file.relative_to(folder)): file for file in folder.rglob("*") if file.is_file()}
+        self.files = {
+            str(file.relative_to(folder)): file for file in folder.rglob("*") if file.is_file()
+        }
 
     def content(self, path: str) -> tuple[bytes, dict[str, str]] | None:
         """What lies at a path, and its headers."""
         api = f"/api/models/{self.name}"
         if path == f"{api}/revision/main":
-            return _json({"id": self.name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in self.files]})
+            return _json(
+                {
+                    "id": self.name,
+                    "sha": COMMIT,
+                    "siblings": [{"rfilename": file} for file in self.files],
+                }
+            )
         if path.startswith(f"{api}/tree/"):
             sizes = {name: file.stat().st_size for name, file in self.files.items()}
-            return _json([{"type": "file", "path": name, "size": size, "oid": "0" * 40} for name, size in sizes.items()])
+            return _json(
+                [
+                    {"type": "file", "path": name, "size": size, "oid": "0" * 40}
+                    for name, size in sizes.items()
+                ]
+            )
         file = self.files.get(path.removeprefix(f"/{self.name}/resolve/{COMMIT}/"))
         if file is None:
             return None
@@ -60,7 +74,8 @@ def _json(content: Any) -> tuple[bytes, dict[str, str]]:
 
 @contextmanager
 def tiny_hub(name: str, folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Serves the files of a folder as model `name`; gives the address and the names of the files that were handed out."""
+    """Serves the files of a folder as model `name`; gives the address and the names of the files
+    that were handed out."""
     server = _Hub(name, folder)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:

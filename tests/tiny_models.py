@@ -1,4 +1,5 @@
-"""Tiny random models of several families, a tokenizer for them, and a recorder of the largest tensor."""
+"""Tiny random models of several families, a tokenizer for them, and a recorder of the largest
+tensor."""
 
 from typing import Any
 
@@ -6,14 +7,24 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from rlad.models.loading import LanguageModel, remove_dropout
 
 VOCABULARY = 64
 PAD, EOS, SECOND_EOS = 0, 1, 2
 
-_ATTENTION = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+_ATTENTION = {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
 _ROPE = {**_ATTENTION, "hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 256}
 _SIZES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
@@ -23,7 +34,8 @@ _SIZES: dict[str, dict[str, Any]] = {
 
 
 def tiny_model(family: str = "llama", *, seed: int = 0, **settings: Any) -> PreTrainedModel:
-    """A random model whose distributions are neither flat nor peaked; `settings` override its config."""
+    """A random model whose distributions are neither flat nor peaked; `settings` override its
+    config."""
     config = CONFIG_MAPPING[family](
         **{
             "vocab_size": VOCABULARY,
@@ -40,7 +52,8 @@ def tiny_model(family: str = "llama", *, seed: int = 0, **settings: Any) -> PreT
         model = AutoModelForCausalLM.from_config(config)
         with torch.no_grad():
             for parameter in model.parameters():
-                # Large weights: every token depends on those before it, so a mistake in mask or position shows.
+                # Large weights: every token depends on those before it, so a mistake in mask or
+                # position shows.
                 parameter.add_(torch.randn_like(parameter), alpha=0.2)
     remove_dropout(model)
     return model.eval()
@@ -61,7 +74,9 @@ def tiny_language_model(
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Words `w3` to `w63`, and the special tokens `<pad>`, `<eos>`, `<eos2>`."""
     words = ["<pad>", "<eos>", "<eos2>", *(f"w{i}" for i in range(3, VOCABULARY))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w3"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w3")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
 
@@ -69,13 +84,17 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def random_tokens(*lengths: int, seed: int = 0, vocabulary: int = VOCABULARY) -> list[list[int]]:
     """One list of ordinary tokens for each length."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in lengths]
+    return [
+        torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in lengths
+    ]
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the number of elements of the largest tensor that any operation makes, backward included.
+    """Records the number of elements of the largest tensor that any operation makes, backward
+    included.
 
-    Views, what is written in place, and what stood in memory before are not made; of sparse tensors the stored values count.
+    Views, what is written in place, and what stood in memory before are not made; of sparse tensors
+    the stored values count.
     """
 
     def __init__(self) -> None:
@@ -83,9 +102,15 @@ class LargestTensor(TorchDispatchMode):
         self.num_elements = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {_place(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        before = {
+            _place(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
+        }
         out = func(*args, **(kwargs or {}))
-        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor) and _place(leaf) not in before]
+        made = [
+            leaf
+            for leaf in tree_leaves(out)
+            if isinstance(leaf, torch.Tensor) and _place(leaf) not in before
+        ]
         self.num_elements = max([self.num_elements, *(_stored(leaf).numel() for leaf in made)])
         return out
 

@@ -1,4 +1,5 @@
-"""Whole runs in less than a second: models of 7 tokens that learn to add single digits, and what such a run leaves behind."""
+"""Whole runs in less than a second: models of 7 tokens that learn to add single digits, and what
+such a run leaves behind."""
 
 import json
 import re
@@ -17,19 +18,31 @@ from rlad.runs.directory import RunDirectory
 from tiny_models import tiny_model
 
 WORDS = ("<pad>", "<eos>", "0", "1", "2", "+", "=")
-SIZE = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "eos_token_id": 1}
-PROBLEMS = [{"prompt": f"{a} + {b} =", "answer": str((a + b) % 3)} for a in range(3) for b in range(3)]
+SIZE = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "eos_token_id": 1,
+}
+PROBLEMS = [
+    {"prompt": f"{a} + {b} =", "answer": str((a + b) % 3)} for a in range(3) for b in range(3)
+]
 FILES = {"path": PROBLEMS[:5], "validation_path": PROBLEMS[5:7], "test_path": PROBLEMS[7:]}
 
 
 def write_tokenizer(folder: Path, words: tuple[str, ...] = WORDS, **settings: Any) -> None:
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[2]))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[2])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     settings = {"eos_token": "<eos>", "pad_token": "<pad>"} | settings
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings).save_pretrained(folder)
 
 
-def write_model(folder: Path, *, seed: int, words: tuple[str, ...] = WORDS, **settings: Any) -> Path:
+def write_model(
+    folder: Path, *, seed: int, words: tuple[str, ...] = WORDS, **settings: Any
+) -> Path:
     """A random model with its tokenizer; returns the folder."""
     tiny_model(seed=seed, **{"vocab_size": len(words), **SIZE, **settings}).save_pretrained(folder)
     write_tokenizer(folder, words)
@@ -41,12 +54,15 @@ def write_world(folder: Path) -> Path:
     write_model(folder / "student", seed=1)
     write_model(folder / "teacher", seed=2)
     for name, problems in FILES.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps(problem) + "\n" for problem in problems)
+        )
     return folder
 
 
 def run_config(world: Path, run_dir: Path, **sections: Any) -> dict[str, Any]:
-    """The config of a run of 4 steps in `world`; the keys of a section that is given replace or join those here."""
+    """The config of a run of 4 steps in `world`; the keys of a section that is given replace or
+    join those here."""
     files = {name: str(world / f"{name}.jsonl") for name in FILES}
     config: dict[str, Any] = {
         "run_dir": str(run_dir),
@@ -69,17 +85,29 @@ def run_config(world: Path, run_dir: Path, **sections: Any) -> dict[str, Any]:
 
 
 def remains(run_dir: Path) -> dict[str, Any]:
-    """Everything a run leaves behind that must not depend on whether it was interrupted, by name: all but time and memory."""
+    """Everything a run leaves behind that must not depend on whether it was interrupted, by name:
+    all but time and memory."""
     run = RunDirectory(run_dir)
-    kept: dict[str, Any] = {name: (run_dir / name).read_text() for name in ("samples.jsonl", "eval.jsonl", "README.md")}
+    kept: dict[str, Any] = {
+        name: (run_dir / name).read_text() for name in ("samples.jsonl", "eval.jsonl", "README.md")
+    }
     kept["warnings.jsonl"] = list(run.read("warnings.jsonl"))
     rows = list(run.read("metrics.jsonl"))
     kept["metrics.jsonl"] = [
-        json.dumps({k: v for k, v in row.items() if not k.startswith(("time/", "memory/", "teacher/overlap"))}) for row in rows
+        json.dumps(
+            {
+                k: v
+                for k, v in row.items()
+                if not k.startswith(("time/", "memory/", "teacher/overlap"))
+            }
+        )
+        for row in rows
     ]
     for step, folder in run.checkpoints():
         assert damage(folder) is None
-        for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST):
+        for file in sorted(
+            path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST
+        ):
             kept[f"step {step}: {file.relative_to(folder)}"] = _content(file)
     return kept
 
@@ -97,7 +125,9 @@ def _content(file: Path) -> Any:
 def write_unreachable_answers(folder: Path) -> str:
     """Problems whose answers the student has no words for."""
     path = folder / "unreachable.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"= {i}", "answer": "unreachable"}) + "\n" for i in range(3)))
+    path.write_text(
+        "".join(json.dumps({"prompt": f"= {i}", "answer": "unreachable"}) + "\n" for i in range(3))
+    )
     return str(path)
 
 
@@ -106,7 +136,9 @@ def rlad_fails(*arguments: object, code: int = 2) -> str:
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])
     assert result.exit_code == code, (result.output, result.exception)
     lines = [line for line in result.stderr.splitlines() if line.startswith("rlad: ")]
-    assert len(lines) == 1 and re.search(r"[.?]$", lines[0]) and "Traceback" not in result.output, result.stderr
+    assert len(lines) == 1 and re.search(r"[.?]$", lines[0]) and "Traceback" not in result.output, (
+        result.stderr
+    )
     return lines[0]
 
 

@@ -1,4 +1,5 @@
-"""A batch of rollouts of the native engine through `RLADTrainer`, in one process or several. Also a program:
+"""A batch of rollouts of the native engine through `RLADTrainer`, in one process or several. Also a
+program:
 
 torchrun --nproc_per_node 2 tests/trl_parity.py FILE '[{"wrapped": "fully_shard"}]'
 """
@@ -29,9 +30,15 @@ LOSS_TYPE = {mode: name for name, mode in AGGREGATION.items() if name != "bnpo"}
 
 
 def trainer_of(
-    engine: NativeEngine, batch: RolloutBatch, folder: Path, *, trainer: dict[str, Any] | None = None, **arguments: Any
+    engine: NativeEngine,
+    batch: RolloutBatch,
+    folder: Path,
+    *,
+    trainer: dict[str, Any] | None = None,
+    **arguments: Any,
 ) -> Any:
-    """TRL's trainer with an engine's settings and models, whose rollouts are those of `batch`, divided among the processes."""
+    """TRL's trainer with an engine's settings and models, whose rollouts are those of `batch`,
+    divided among the processes."""
     rollout, optimization = engine.config.rollout, engine.config.optimization
     world = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
@@ -70,7 +77,8 @@ def trainer_of(
 
 
 def by_trl(trainer: Any, *, wrapped: str = "") -> tuple[float, Tensor]:
-    """Loss and gradient of the trainer's step, its model wrapped as "ddp", by "fully_shard" or not at all."""
+    """Loss and gradient of the trainer's step, its model wrapped as "ddp", by "fully_shard" or not
+    at all."""
     model = trainer.model
     if wrapped == "fully_shard":
         split_over_processes(model, init_device_mesh("cpu", (trainer.accelerator.num_processes,)))
@@ -84,8 +92,18 @@ def by_trl(trainer: Any, *, wrapped: str = "") -> tuple[float, Tensor]:
 
 def torchrun(world: int, script: str | Path, where: Path, what: Any) -> None:
     """Run a script with two arguments, a path and JSON, in `world` processes over gloo."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={world}",
+    ]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
     command += [str(script), str(where), json.dumps(what)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
     if done.returncode:
@@ -100,7 +118,8 @@ def in_processes(world: int, folder: Path, *cases: dict[str, Any]) -> list[dict[
 
 
 def scores_of(inputs: list[dict[str, Any]]) -> list[tuple[list[int], list[float]]]:
-    """Tokens and teacher's log-probs of the completions that it was asked about: TRL shuffles them."""
+    """Tokens and teacher's log-probs of the completions that it was asked about: TRL shuffles
+    them."""
     rows = [(part, i) for part in inputs for i in range(len(part["completion_ids"]))]
     asked = [(part, i, part["teacher_logprobs"][i].isfinite()) for part, i in rows]
     return [
@@ -122,8 +141,11 @@ def step_of(
     arguments: dict[str, Any] | None = None,
     **case: Any,
 ) -> dict[str, Any]:
-    """Loss, gradient, number of processes, and the teacher's scores in each of them, of one batch of a case of `make_case`."""
-    made = make_case(task=EqualPrompts(is_judged_in_full=is_judged_in_full), dtype=getattr(torch, dtype), **case)
+    """Loss, gradient, number of processes, and the teacher's scores in each of them, of one batch
+    of a case of `make_case`."""
+    made = make_case(
+        task=EqualPrompts(is_judged_in_full=is_judged_in_full), dtype=getattr(torch, dtype), **case
+    )
     batch = made.engine.make_rollout_batch(batch_index)
     arguments = arguments or {}
     # A teacher that may be split is a plain model.
@@ -132,7 +154,9 @@ def step_of(
         trained = trainer_of(made.engine, batch, Path(folder), trainer=teacher, **arguments)
         loss, gradient = by_trl(trained, wrapped=wrapped)
     found = {"loss": loss, "gradient": gradient, "world": trained.accelerator.num_processes}
-    found["teacher"] = trained.accelerator.gather_for_metrics([scores_of(trained._buffered_inputs)], use_gather_object=True)
+    found["teacher"] = trained.accelerator.gather_for_metrics(
+        [scores_of(trained._buffered_inputs)], use_gather_object=True
+    )
     return found
 
 

@@ -54,10 +54,14 @@ def prompts(number: int = 32, *, longest: int = 5) -> list[str]:
 def few_high_words(completions: list[str], **columns: Any) -> list[float]:
     """How many of the words are low ones, in quarters: exact in float32."""
     words = [[int(word[1:]) for word in text.split() if word[0] == "w"] for text in completions]
-    return [round(4 * sum(n < VOCABULARY // 2 for n in row) / max(len(row), 1)) / 4 for row in words]
+    return [
+        round(4 * sum(n < VOCABULARY // 2 for n in row) / max(len(row), 1)) / 4 for row in words
+    ]
 
 
-def student(family: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+def student(
+    family: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> PreTrainedModel:
     """Ends are frequent, so lengths differ."""
     model: Any = tiny_model(family, seed=seed)
     model.generation_config.eos_token_id = list(range(1, 10))
@@ -65,14 +69,19 @@ def student(family: str = "llama", *, dtype: torch.dtype = torch.float32, seed: 
 
 
 def nearby(model: PreTrainedModel, *, seed: int = 1, distance: float = 0.05) -> PreTrainedModel:
-    """A copy whose weights are a little off: its log-probs fall within, at and beyond the clamp of TRRD."""
+    """A copy whose weights are a little off: its log-probs fall within, at and beyond the clamp of
+    TRRD."""
     kind: Any = type(model)
-    other = kind(model.config).to(model.dtype)  # no deep copy: TRL's forward in it would be that of the original
+    other = kind(model.config).to(
+        model.dtype
+    )  # no deep copy: TRL's forward in it would be that of the original
     other.load_state_dict(model.state_dict())
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in other.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter), alpha=distance)
+            parameter.add_(
+                torch.randn(parameter.shape, generator=generator).to(parameter), alpha=distance
+            )
     return other.eval()
 
 
@@ -86,16 +95,23 @@ def make_trainer(
     trainer: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> Any:
-    """TRL's own trainer where no objective is named; ours else, whose teacher is near the student unless one is given."""
+    """TRL's own trainer where no objective is named; ours else, whose teacher is near the student
+    unless one is given."""
     model = student() if model is None else model
     more = {"reward_funcs": reward, "processing_class": tiny_tokenizer(), **(trainer or {})}
     more.setdefault("train_dataset", Dataset.from_dict({"prompt": prompts(longest=longest)}))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if objective is None:
-            return GRPOTrainer(model, args=GRPOConfig(str(folder), **(ARGUMENTS | arguments)), **more)
+            return GRPOTrainer(
+                model, args=GRPOConfig(str(folder), **(ARGUMENTS | arguments)), **more
+            )
         more.setdefault("teacher", nearby(model) if isinstance(model, PreTrainedModel) else None)
-        return RLADTrainer(model, args=RLADConfig(str(folder), objective=objective, **(ARGUMENTS | arguments)), **more)
+        return RLADTrainer(
+            model,
+            args=RLADConfig(str(folder), objective=objective, **(ARGUMENTS | arguments)),
+            **more,
+        )
 
 
 @dataclass
@@ -107,11 +123,17 @@ class Steps(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         gradients = (p.grad for p in kwargs["model"].parameters())
-        self.gradients.append(torch.cat([gradient.flatten().double() for gradient in gradients if gradient is not None]))
+        self.gradients.append(
+            torch.cat(
+                [gradient.flatten().double() for gradient in gradients if gradient is not None]
+            )
+        )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if "loss" in logs:
-            self.logs.append({key: value for key, value in logs.items() if isinstance(value, float)})
+            self.logs.append(
+                {key: value for key, value in logs.items() if isinstance(value, float)}
+            )
 
 
 def steps_of(trainer: Any) -> Steps:
@@ -131,8 +153,11 @@ def first_inputs(trainer: Any) -> list[dict[str, Any]]:
     return trainer._buffered_inputs
 
 
-def loss_and_gradient(trainer: Any, inputs: list[dict[str, Any]], *, of: Any = None, model: Any = None) -> tuple[float, Tensor]:
-    """Of one optimiser step over these micro-batches, of all processes; by TRL's own loss when `of` is `GRPOTrainer`.
+def loss_and_gradient(
+    trainer: Any, inputs: list[dict[str, Any]], *, of: Any = None, model: Any = None
+) -> tuple[float, Tensor]:
+    """Of one optimiser step over these micro-batches, of all processes; by TRL's own loss when `of`
+    is `GRPOTrainer`.
 
     `model` is what stands for the trainer's own where that is wrapped.
     """
@@ -143,7 +168,10 @@ def loss_and_gradient(trainer: Any, inputs: list[dict[str, Any]], *, of: Any = N
         loss.backward()
         total += loss.detach()
     gradients: list[Any] = [p.grad for p in trainer.model.parameters() if p.requires_grad]
-    whole = [gradient.full_tensor() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    whole = [
+        gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+        for gradient in gradients
+    ]
     mean = trainer.accelerator.reduce(total, "mean")
     return float(mean), torch.cat([gradient.flatten().double() for gradient in whole])
 
@@ -153,11 +181,14 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
 
 
 def move(trainer: Any, *, by: float = 0.02) -> None:
-    """As optimiser steps on the same rollouts would: the student is no longer the policy that sampled."""
+    """As optimiser steps on the same rollouts would: the student is no longer the policy that
+    sampled."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in trainer.model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter), alpha=by)
+            parameter.add_(
+                torch.randn(parameter.shape, generator=generator).to(parameter), alpha=by
+            )
 
 
 def student_logprobs(trainer: Any, inputs: dict[str, Any]) -> Tensor:
@@ -168,7 +199,8 @@ def student_logprobs(trainer: Any, inputs: dict[str, Any]) -> Tensor:
 
 
 def rows_of(trainer: Any, part: dict[str, Any]) -> list[dict[str, list[float]]]:
-    """Of each completion of a micro-batch, with a leash and rollouts by another sampler, the log-probs of its tokens."""
+    """Of each completion of a micro-batch, with a leash and rollouts by another sampler, the
+    log-probs of its tokens."""
     columns = {
         "student": student_logprobs(trainer, part),
         "old": part["old_per_token_logps"],
@@ -177,14 +209,18 @@ def rows_of(trainer: Any, part: dict[str, Any]) -> list[dict[str, list[float]]]:
         "reference": part["ref_per_token_logps"],
     }
     mask = part["completion_mask"].bool()
-    return [{name: values[i][mask[i]].tolist() for name, values in columns.items()} for i in range(len(mask))]
+    return [
+        {name: values[i][mask[i]].tolist() for name, values in columns.items()}
+        for i in range(len(mask))
+    ]
 
 
 # --- under torchrun ---------------------------------------------------------------------------------------------------
 
 
 def same_rollouts(prompts: list[str], trainer: Any) -> dict[str, Any]:
-    """Completions that depend on the prompt and on the place in its group alone, however groups are spread over processes."""
+    """Completions that depend on the prompt and on the place in its group alone, however groups are
+    spread over processes."""
     first = len(prompts) * trainer.accelerator.process_index
     tokenizer, rows = trainer.processing_class, []
     for i, prompt in enumerate(prompts):
@@ -192,16 +228,25 @@ def same_rollouts(prompts: list[str], trainer: Any) -> dict[str, Any]:
         (row,) = random_tokens(1 + seed % 9, seed=seed)
         rows.append(row)
     logprobs = [[-2.0] * len(row) for row in rows]
-    return {"prompt_ids": [tokenizer(p)["input_ids"] for p in prompts], "completion_ids": rows, "logprobs": logprobs}
+    return {
+        "prompt_ids": [tokenizer(p)["input_ids"] for p in prompts],
+        "completion_ids": rows,
+        "logprobs": logprobs,
+    }
 
 
 def main(folder: Path, runs: dict[str, dict[str, Any]]) -> None:
     for name, arguments in runs.items():
         model = student("gpt2", dtype=torch.float64)
-        trainer = make_trainer(folder, model=model, longest=1, trainer={"rollout_func": same_rollouts}, **arguments)
+        trainer = make_trainer(
+            folder, model=model, longest=1, trainer={"rollout_func": same_rollouts}, **arguments
+        )
         steps, world = steps_of(trainer), trainer.accelerator.num_processes
         if trainer.accelerator.is_main_process:
-            torch.save({"gradients": steps.gradients, "logs": steps.logs, "world": world}, folder / f"{name}.pt")
+            torch.save(
+                {"gradients": steps.gradients, "logs": steps.logs, "world": world},
+                folder / f"{name}.pt",
+            )
 
 
 if __name__ == "__main__":

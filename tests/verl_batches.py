@@ -1,4 +1,5 @@
-"""Batches of token log-probs as verl hands them to a loss, and through its own loss. Also a program, for verl's environment:
+"""Batches of token log-probs as verl hands them to a loss, and through its own loss. Also a
+program, for verl's environment:
 
 PYTHON tests/verl_batches.py FILE OBJECTIVE     # FILE holds a list of batches, and then what verl made of each
 """
@@ -18,17 +19,20 @@ from verl.workers.config import DistillationConfig, DistillationLossConfig, FSDP
 from rlad.engines.verl.objective import VARIABLE
 
 Batch = dict[str, Any]
-"""`student`, `old`, `teacher`, `reference`, `advantages`, `weights`, `mask`, all `[row, token]`, and the `prompts` and
-`responses` of the rows: their numbers of tokens."""
+"""`student`, `old`, `teacher`, `reference`, `advantages`, `weights`, `mask`, all `[row, token]`,
+and the `prompts` and `responses` of the rows: their numbers of tokens."""
 
 
 def inside(batch: Batch) -> Tensor:
     """The tokens of the responses, `[row, token]`."""
-    return torch.arange(max(batch["responses"]))[None, :] < torch.tensor(batch["responses"])[:, None]
+    return (
+        torch.arange(max(batch["responses"]))[None, :] < torch.tensor(batch["responses"])[:, None]
+    )
 
 
 def sequences(batch: Batch, values: Tensor, rows: list[int]) -> Tensor:
-    """Response log-probs as verl's model gives them: whole sequences in one jagged tensor, each value one token early."""
+    """Response log-probs as verl's model gives them: whole sequences in one jagged tensor, each
+    value one token early."""
     pieces = [
         torch.cat(
             [
@@ -43,11 +47,16 @@ def sequences(batch: Batch, values: Tensor, rows: list[int]) -> Tensor:
 
 
 def responses(batch: Batch, values: Tensor, rows: list[int]) -> Tensor:
-    return torch.nested.as_nested_tensor([values[i, : batch["responses"][i]] for i in rows], layout=torch.jagged)
+    return torch.nested.as_nested_tensor(
+        [values[i, : batch["responses"][i]] for i in rows], layout=torch.jagged
+    )
 
 
-def micro_batch(batch: Batch, rows: list[int], *, dp_size: int, padded: bool = False, drop: str = "") -> TensorDict:
-    """Some rows as verl hands them to its loss function, jagged or (`padded`) as tensors with an attention mask."""
+def micro_batch(
+    batch: Batch, rows: list[int], *, dp_size: int, padded: bool = False, drop: str = ""
+) -> TensorDict:
+    """Some rows as verl hands them to its loss function, jagged or (`padded`) as tensors with an
+    attention mask."""
     mask = batch["mask"].long()
     longest = max(batch["prompts"])
     prompts = torch.nested.as_nested_tensor(
@@ -62,17 +71,33 @@ def micro_batch(batch: Batch, rows: list[int], *, dp_size: int, padded: bool = F
         "advantages": responses(batch, batch["advantages"], rows),
         "rollout_is_weights": responses(batch, batch["weights"], rows),
         "teacher_logprobs": torch.nested.as_nested_tensor(
-            [piece[:, None] for piece in sequences(batch, batch["teacher"], rows).unbind()], layout=torch.jagged
+            [piece[:, None] for piece in sequences(batch, batch["teacher"], rows).unbind()],
+            layout=torch.jagged,
         ),
     }
     if padded:
-        names = ("response_mask", "old_log_probs", "ref_log_prob", "advantages", "rollout_is_weights", "responses")
-        fields |= {name: torch.nested.to_padded_tensor(fields[name], 0, (len(rows), mask.shape[1])) for name in names}
+        names = (
+            "response_mask",
+            "old_log_probs",
+            "ref_log_prob",
+            "advantages",
+            "rollout_is_weights",
+            "responses",
+        )
+        fields |= {
+            name: torch.nested.to_padded_tensor(fields[name], 0, (len(rows), mask.shape[1]))
+            for name in names
+        }
         fields["prompts"] = torch.nested.to_padded_tensor(prompts, 0, (len(rows), longest))
         # verl pads prompts on the left and responses on the right.
-        left = torch.arange(longest)[None, :] >= longest - torch.tensor([batch["prompts"][i] for i in rows])[:, None]
+        left = (
+            torch.arange(longest)[None, :]
+            >= longest - torch.tensor([batch["prompts"][i] for i in rows])[:, None]
+        )
         fields["attention_mask"] = torch.cat([left, inside(batch)[rows]], dim=1).long()
-    data = TensorDict({name: value for name, value in fields.items() if name != drop}, batch_size=[len(rows)])
+    data = TensorDict(
+        {name: value for name, value in fields.items() if name != drop}, batch_size=[len(rows)]
+    )
     tensordict_utils.assign_non_tensor(
         data,
         dp_size=dp_size,
@@ -88,20 +113,34 @@ def actor(mode: str, **settings: Any) -> FSDPActorConfig:
 
 
 def distillation(name: str, **settings: Any) -> DistillationConfig:
-    own = {"use_task_rewards": False, "use_policy_gradient": False, "loss_max_clamp": None} | settings
+    own = {
+        "use_task_rewards": False,
+        "use_policy_gradient": False,
+        "loss_max_clamp": None,
+    } | settings
     return DistillationConfig(distillation_loss=DistillationLossConfig(loss_mode=name, **own))
 
 
 def through_verl(
-    batch: Batch, name: str, config: FSDPActorConfig, split: list[list[list[int]]], *, padded: bool = False
+    batch: Batch,
+    name: str,
+    config: FSDPActorConfig,
+    split: list[list[list[int]]],
+    *,
+    padded: bool = False,
 ) -> tuple[float, Tensor, dict[str, float]]:
-    """Loss, gradient and metrics as verl adds them up: micro-batches are summed, ranks (the outer lists) averaged."""
+    """Loss, gradient and metrics as verl adds them up: micro-batches are summed, ranks (the outer
+    lists) averaged."""
     student = batch["student"].clone().requires_grad_()
     total, metrics = torch.zeros((), dtype=torch.float64), {}
     for rank in split:
         for rows in rank:
             data = micro_batch(
-                batch, rows, dp_size=len(split), padded=padded, drop="" if config.use_kl_loss else "rollout_is_weights"
+                batch,
+                rows,
+                dp_size=len(split),
+                padded=padded,
+                drop="" if config.use_kl_loss else "rollout_is_weights",
             )
             output = {"log_probs": sequences(batch, student, rows)}
             loss, seen = distillation_ppo_loss(config, distillation(name), output, data)
@@ -114,12 +153,15 @@ def through_verl(
 
 
 def main(file: str, name: str) -> None:
-    """Loss and gradient to the log-probs of each batch, by sequence mean, in micro-batches of unequal size."""
+    """Loss and gradient to the log-probs of each batch, by sequence mean, in micro-batches of
+    unequal size."""
     os.environ[VARIABLE] = json.dumps({"type": name})
     found = []
     for batch in torch.load(file):
         rows = list(range(len(batch["responses"])))
-        loss, gradient, _ = through_verl(batch, name, actor("seq-mean-token-mean"), [[rows[:3], rows[3:]]])
+        loss, gradient, _ = through_verl(
+            batch, name, actor("seq-mean-token-mean"), [[rows[:3], rows[3:]]]
+        )
         found.append({"loss": loss, "gradient": gradient})
     torch.save(found, file)
 

@@ -8,7 +8,11 @@ import os
 import sys
 
 # Before vLLM is imported. What it says goes to stderr.
-os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
+os.environ |= {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+}
 
 from vllm import LLM, SamplingParams
 
@@ -16,7 +20,9 @@ from vllm import LLM, SamplingParams
 def main(model: str, prompts: list[list[int]], length: int) -> list[list[int]]:
     llm = LLM(model=model, dtype="float32", max_model_len=128, enforce_eager=True)
     how = SamplingParams(temperature=0.0, max_tokens=length)
-    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], how, use_tqdm=False)
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts], how, use_tqdm=False
+    )
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 

@@ -1,4 +1,5 @@
-"""A short run of `RLADTrainer` whose rollouts vLLM samples on the CPU, in its own process. A program for vLLM's environment:
+"""A short run of `RLADTrainer` whose rollouts vLLM samples on the CPU, in its own process. A
+program for vLLM's environment:
 
 PYTHON tests/vllm_rollouts.py FOLDER SETTINGS     # JSON of more arguments of RLADConfig; writes FOLDER/found.json
 """
@@ -19,7 +20,8 @@ from trl_runs import first_inputs, loss_and_gradient, make_trainer, nearby, rows
 
 
 def main(folder: Path, settings: dict[str, Any]) -> None:
-    # On the CPU vLLM packs weights for oneDNN and throws the plain ones away, so that TRL could not load new ones.
+    # On the CPU vLLM packs weights for oneDNN and throws the plain ones away, so that TRL could not
+    # load new ones.
     vllm._custom_ops._supports_onednn = False
     # Its attention on the CPU wants heads of 32 numbers or more.
     model = tiny_model(hidden_size=128, head_dim=32)
@@ -28,7 +30,10 @@ def main(folder: Path, settings: dict[str, Any]) -> None:
     tiny_tokenizer().save_pretrained(folder / "student")
     vllm_settings = {"use_vllm": True, "vllm_mode": "colocate", "vllm_max_model_length": 64}
     trainer = make_trainer(
-        folder, model=str(folder / "student"), trainer={"teacher": nearby(model)}, **vllm_settings | settings
+        folder,
+        model=str(folder / "student"),
+        trainer={"teacher": nearby(model)},
+        **vllm_settings | settings,
     )
     steps = steps_of(trainer)
     inputs = first_inputs(trainer)

@@ -1,10 +1,11 @@
-"""Makes what run.toml and run-lora.toml need: the problems, and a teacher that is the student after a warm-up and GRPO.
+"""Makes what run.toml and run-lora.toml need: the problems, and a teacher that is the student after
+a warm-up and GRPO.
 
     python recipes/arithmetic-smollm2/make_teacher.py [--student MODEL] [--out runs/arithmetic-smollm2]
 
-Writes OUT/problems.jsonl, OUT/warm (after the supervised warm-up on right answers), the GRPO run OUT/teacher-grpo, and
-OUT/teacher. Warm-up and GRPO see problems of the training split alone. Started again it takes OUT/warm, where that is there,
-and makes the rest anew.
+Writes OUT/problems.jsonl, OUT/warm (after the supervised warm-up on right answers), the GRPO run
+OUT/teacher-grpo, and OUT/teacher. Warm-up and GRPO see problems of the training split alone.
+Started again it takes OUT/warm, where that is there, and makes the rest anew.
 """
 
 import argparse
@@ -35,14 +36,18 @@ GRPO = Path(__file__).with_name("grpo.toml")
 
 
 def write_problems(path: Path) -> None:
-    """Every sum, and every difference that is not negative, of two numbers; one JSON object a line."""
+    """Every sum, and every difference that is not negative, of two numbers; one JSON object a
+    line."""
     problems = {}
     for a in range(1, LARGEST + 1):
         for b in range(1, LARGEST_SECOND + 1):
             problems[f"{a} + {b}"] = a + b
             if a >= b:
                 problems[f"{a} - {b}"] = a - b
-    rows = [{"prompt": QUESTION.format(problem=problem), "answer": str(answer)} for problem, answer in problems.items()]
+    rows = [
+        {"prompt": QUESTION.format(problem=problem), "answer": str(answer)}
+        for problem, answer in problems.items()
+    ]
     random.Random(0).shuffle(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -50,7 +55,9 @@ def write_problems(path: Path) -> None:
 
 def right_answer(student: LanguageModel, problem: Problem) -> tuple[list[int], list[int]]:
     """Token ids of a problem's prompt and of the completion that the warm-up teaches."""
-    prompt = prompt_token_ids(student.tokenizer, problem.prompt, RolloutConfig(prompt_format="chat"))
+    prompt = prompt_token_ids(
+        student.tokenizer, problem.prompt, RolloutConfig(prompt_format="chat")
+    )
     completion = student.tokenizer(RIGHT_ANSWER.format(answer=problem.answer))["input_ids"]
     return prompt, [*completion, student.eos_token_ids[0]]
 
@@ -59,18 +66,31 @@ def warm_up(student: LanguageModel, task: Task) -> None:
     """AdamW on the mean negative log-prob of right answers."""
     scorer = Scorer(student, temperature=1.0, tokens_per_batch=16_384)
     optimizer = torch.optim.AdamW(student.model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=5, num_training_steps=NUM_STEPS)
+    schedule = get_cosine_schedule_with_warmup(
+        optimizer, num_warmup_steps=5, num_training_steps=NUM_STEPS
+    )
     started = time.process_time()
     for step in range(NUM_STEPS):
-        examples = [right_answer(student, task.problem("train", step * BATCH_SIZE + i, seed=1)) for i in range(BATCH_SIZE)]
-        scores = scorer([prompt for prompt, _ in examples], [completion for _, completion in examples], with_entropy=False)
+        examples = [
+            right_answer(student, task.problem("train", step * BATCH_SIZE + i, seed=1))
+            for i in range(BATCH_SIZE)
+        ]
+        scores = scorer(
+            [prompt for prompt, _ in examples],
+            [completion for _, completion in examples],
+            with_entropy=False,
+        )
         loss = -scores.logprobs[scores.mask].mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        print(f"warm-up {step + 1}/{NUM_STEPS}  loss {loss.item():.4f}  {time.process_time() - started:.0f} CPU s", flush=True)
+        print(
+            f"warm-up {step + 1}/{NUM_STEPS}  loss {loss.item():.4f}  "
+            f"{time.process_time() - started:.0f} CPU s",
+            flush=True,
+        )
 
 
 def write_warm_student(student: str, problems: Path, folder: Path) -> None:
@@ -86,15 +106,24 @@ def write_teacher(checkpoint: Path, folder: Path) -> None:
     """A checkpoint without what resuming needs, in the place of a teacher that is there."""
 
     def copy(aside: Path) -> None:
-        shutil.copytree(checkpoint, aside, ignore=shutil.ignore_patterns("trainer", "manifest.json"), dirs_exist_ok=True)
+        shutil.copytree(
+            checkpoint,
+            aside,
+            ignore=shutil.ignore_patterns("trainer", "manifest.json"),
+            dirs_exist_ok=True,
+        )
 
     shutil.rmtree(folder, ignore_errors=True)
     write_folder(folder, copy)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--student", default="smollm2-135m", help="model that teacher and student both start from")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--student", default="smollm2-135m", help="model that teacher and student both start from"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/arithmetic-smollm2"))
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     arguments = parser.parse_args()

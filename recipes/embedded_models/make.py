@@ -2,10 +2,11 @@
 
     python recipes/embedded_models/make.py --base /tmp/rlad-base --out src/rlad/models
 
-One base model is pretrained from scratch on knights-and-knaves puzzles of the *training* split, each followed by a worked
-solution that the solver below writes. The teacher goes on with those. The student goes on with a mixture of three habits, as a
-base model that has read the web has: careful solutions, sloppy ones (some statements are never looked at) and blind guesses.
-Reinforcement learning can then teach it which habit pays.
+One base model is pretrained from scratch on knights-and-knaves puzzles of the *training* split,
+each followed by a worked solution that the solver below writes. The teacher goes on with those. The
+student goes on with a mixture of three habits, as a base model that has read the web has: careful
+solutions, sloppy ones (some statements are never looked at) and blind guesses. Reinforcement
+learning can then teach it which habit pays.
 """
 
 import argparse
@@ -36,7 +37,10 @@ from rlad.tasks.logic import (
 )
 
 END, PAD = "<|endoftext|>", "<|pad|>"
-ASSUMED = {True: "honest", False: "lying"}  # other words than ROLES: what is assumed is not confused with what is said
+ASSUMED = {
+    True: "honest",
+    False: "lying",
+}  # other words than ROLES: what is assumed is not confused with what is said
 SIZES = {2: 1, 3: 3}  # number of people -> weight
 
 
@@ -54,7 +58,8 @@ class Habits:
 
 @dataclass(frozen=True)
 class Phase:
-    """Some steps on one mixture of habits, with an optimiser and a learning rate schedule of its own."""
+    """Some steps on one mixture of habits, with an optimiser and a learning rate schedule of its
+    own."""
 
     habits: Habits
     num_steps: int
@@ -66,7 +71,9 @@ class Phase:
 BASE = Phase(Habits(careful=1.0), num_steps=700, seed=0, learning_rate=4e-3)
 SECOND = {
     "teacher": Phase(Habits(careful=1.0), num_steps=400, seed=1, learning_rate=2e-3),
-    "student": Phase(Habits(careful=0.3, sloppy=0.3, guess=0.4), num_steps=200, seed=2, learning_rate=2e-3),
+    "student": Phase(
+        Habits(careful=0.3, sloppy=0.3, guess=0.4), num_steps=200, seed=2, learning_rate=2e-3
+    ),
 }
 
 
@@ -74,23 +81,32 @@ SECOND = {
 
 
 def worked_solution(
-    puzzle: Puzzle, names: list[str], rng: random.Random, is_looked_at: Callable[[int], bool] = lambda person: True
+    puzzle: Puzzle,
+    names: list[str],
+    rng: random.Random,
+    is_looked_at: Callable[[int], bool] = lambda person: True,
 ) -> str:
-    """Try the worlds in random order; in each, hold the people's statements against it until one does not fit; answer with the
-    first world in which all fit. A person that is not looked at is believed to fit.
+    """Try the worlds in random order; in each, hold the people's statements against it until one
+    does not fit; answer with the first world in which all fit. A person that is not looked at is
+    believed to fit.
 
-    Random, because in a fixed order most claims are as true as in the line before: a model that copies learns nothing.
+    Random, because in a fixed order most claims are as true as in the line before: a model that
+    copies learns nothing.
     """
     worlds = list(itertools.product((True, False), repeat=len(puzzle)))
     lines = []
     for world in rng.sample(worlds, len(worlds)):
-        people = " ".join(f"{name} {ASSUMED[role]}" for name, role in zip(names, world, strict=True))
+        people = " ".join(
+            f"{name} {ASSUMED[role]}" for name, role in zip(names, world, strict=True)
+        )
         line, fits = f"Try {people}:", True
         for person, statement in enumerate(puzzle):
             if not is_looked_at(person):
                 continue
             fits = statement.holds(world) == world[person]
-            line += f" {names[person]}: {_claims(statement, world, names)} {'ok' if fits else 'bad'}."
+            line += (
+                f" {names[person]}: {_claims(statement, world, names)} {'ok' if fits else 'bad'}."
+            )
             if not fits:
                 break
         lines.append(line)
@@ -100,13 +116,16 @@ def worked_solution(
 
 
 def _claims(statement: Statement, world: World, names: list[str]) -> str:
-    """What is claimed, what is assumed and whether they agree, such as `Ada knave honest no or Ben knight honest yes`.
+    """What is claimed, what is assumed and whether they agree, such as `Ada knave honest no or Ben
+    knight honest yes`.
 
-    What is assumed is repeated before it is compared: agreement alone is an exclusive or of two things to be looked up, of
-    which neither helps without the other, and a tiny model takes very long to find it.
+    What is assumed is repeated before it is compared: agreement alone is an exclusive or of two
+    things to be looked up, of which neither helps without the other, and a tiny model takes very
+    long to find it.
     """
     claims = [
-        f"{names[c.person]} {ROLES[c.is_knight]} {ASSUMED[world[c.person]]} {'yes' if c.holds(world) else 'no'}"
+        f"{names[c.person]} {ROLES[c.is_knight]} {ASSUMED[world[c.person]]} "
+        f"{'yes' if c.holds(world) else 'no'}"
         for c in statement.claims
     ]
     return f" {statement.connective} ".join(claims)
@@ -126,7 +145,9 @@ def examples(habits: Habits, seed: int) -> Iterator[tuple[str, str]]:
             case "careful":
                 text = worked_solution(puzzle, names, rng)
             case "sloppy":
-                text = worked_solution(puzzle, names, rng, [rng.random() < 0.5 for _ in puzzle].__getitem__)
+                text = worked_solution(
+                    puzzle, names, rng, [rng.random() < 0.5 for _ in puzzle].__getitem__
+                )
             case "intuition":
                 text = f"Answer: {answer_text(solutions(puzzle)[0], names)}."
             case _:
@@ -135,12 +156,15 @@ def examples(habits: Habits, seed: int) -> Iterator[tuple[str, str]]:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE: the words of the puzzles are single tokens, and any other text still round-trips."""
+    """Byte-level BPE: the words of the puzzles are single tokens, and any other text still
+    round-trips."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=[END, PAD], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=[END, PAD], initial_alphabet=alphabet, show_progress=False
+    )
     source = examples(Habits(careful=0.4, sloppy=0.3, intuition=0.3), seed=0)
     tokenizer.train_from_iterator(("".join(next(source)) for _ in range(4000)), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
@@ -169,29 +193,43 @@ def build(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
     )
 
 
-def batches(phase: Phase, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def batches(
+    phase: Phase, tokenizer: PreTrainedTokenizerFast
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(token ids, labels) of examples of similar length; only completions are learned."""
     source, rng = examples(phase.habits, phase.seed + 1), random.Random(phase.seed)
     while True:
         pairs = [next(source) for _ in range(phase.batch_size * 16)]
         prompts = tokenizer([prompt for prompt, _ in pairs])["input_ids"]
         completions = tokenizer([completion + END for _, completion in pairs])["input_ids"]
-        rows = sorted(zip(prompts, completions, strict=True), key=lambda row: len(row[0]) + len(row[1]))
+        rows = sorted(
+            zip(prompts, completions, strict=True), key=lambda row: len(row[0]) + len(row[1])
+        )
         chunks = [rows[i : i + phase.batch_size] for i in range(0, len(rows), phase.batch_size)]
         for chunk in rng.sample(chunks, len(chunks)):
             width = max(len(p) + len(c) for p, c in chunk)
-            ids = torch.tensor([p + c + [tokenizer.pad_token_id] * (width - len(p) - len(c)) for p, c in chunk])
-            labels = torch.tensor([[-100] * len(p) + c + [-100] * (width - len(p) - len(c)) for p, c in chunk])
+            ids = torch.tensor(
+                [p + c + [tokenizer.pad_token_id] * (width - len(p) - len(c)) for p, c in chunk]
+            )
+            labels = torch.tensor(
+                [[-100] * len(p) + c + [-100] * (width - len(p) - len(c)) for p, c in chunk]
+            )
             yield ids, labels
 
 
 def pretrain(model: Qwen2ForCausalLM, phase: Phase, tokenizer: PreTrainedTokenizerFast) -> None:
     """Muon for the matrices, AdamW for embeddings, norms and biases; warm-up, then cosine to 0."""
-    source, started, named = batches(phase, tokenizer), time.monotonic(), list(model.named_parameters())
+    source, started, named = (
+        batches(phase, tokenizer),
+        time.monotonic(),
+        list(model.named_parameters()),
+    )
     matrices = [p for name, p in named if p.dim() == 2 and "embed" not in name]
     others = [p for name, p in named if p.dim() != 2 or "embed" in name]
     optimizers = [
-        torch.optim.Muon(matrices, lr=phase.learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(
+            matrices, lr=phase.learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+        ),
         torch.optim.AdamW(others, lr=phase.learning_rate, betas=(0.9, 0.98), weight_decay=0.01),
     ]
     for step in range(phase.num_steps):
@@ -205,15 +243,33 @@ def pretrain(model: Qwen2ForCausalLM, phase: Phase, tokenizer: PreTrainedTokeniz
             optimizer.step()
             optimizer.zero_grad()
         if (step + 1) % 100 == 0:
-            print(f"step {step + 1}/{phase.num_steps}  loss {loss.item():.4f}  {time.monotonic() - started:.0f} s", flush=True)
+            print(
+                f"step {step + 1}/{phase.num_steps}  loss {loss.item():.4f}  "
+                f"{time.monotonic() - started:.0f} s",
+                flush=True,
+            )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder that receives teacher/ and student/")
-    parser.add_argument("--base", type=Path, required=True, help="folder of the model that both start from; made when missing")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder that receives teacher/ and student/"
+    )
+    parser.add_argument(
+        "--base",
+        type=Path,
+        required=True,
+        help="folder of the model that both start from; made when missing",
+    )
     parser.add_argument("--only", choices=sorted(SECOND), help="make one of the two")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch; the result depends on it in the last digits")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="threads of torch; the result depends on it in the last digits",
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     tokenizer = make_tokenizer()

@@ -1,6 +1,8 @@
-"""The memory that `rlad check` estimates for the recipes here, without downloading their models: `python memory.py`.
+"""The memory that `rlad check` estimates for the recipes here, without downloading their models:
+`python memory.py`.
 
-The models' sizes are those of their published config.json. Weights are on meta tensors: nothing is held.
+The models' sizes are those of their published config.json. Weights are on meta tensors: nothing is
+held.
 """
 
 import json
@@ -11,7 +13,8 @@ from typing import Any
 from rlad.checks.memory import estimate_memory
 from rlad.config.file import load_config
 
-# layers, hidden size, intermediate size, attention heads; all have 8 key-value heads of 128 and a vocabulary of 151,936.
+# layers, hidden size, intermediate size, attention heads; all have 8 key-value heads of 128 and a
+# vocabulary of 151,936.
 SIZES = {
     "Qwen/Qwen3-0.6B": (28, 1024, 3072, 16),
     "Qwen/Qwen3-1.7B": (28, 2048, 6144, 16),
@@ -47,18 +50,40 @@ def write_config(name: str, folder: Path) -> str:
 
 
 def main() -> None:
-    print("| recipe | student, gradients, AdamW | teacher | rollouts' cache | activations, logits |")
+    print(
+        "| recipe | student, gradients, AdamW | teacher | rollouts' cache | activations, logits |"
+    )
     print("| --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as scratch:
         for toml in sorted(Path(__file__).parent.glob("*/run.toml")):
             config = load_config(toml)
-            assert config.teacher is not None and config.teacher.type == "local" and config.rollout.max_prompt_tokens
-            student, teacher = (write_config(model.model, Path(scratch)) for model in (config.student, config.teacher))
-            config = load_config(toml, [f"student.model={student}", f"teacher.model={teacher}", "teacher.keep=gpu"])
-            needed = estimate_memory(config, prompt_tokens=config.rollout.max_prompt_tokens or 0, device="cpu")
+            assert (
+                config.teacher is not None
+                and config.teacher.type == "local"
+                and config.rollout.max_prompt_tokens
+            )
+            student, teacher = (
+                write_config(model.model, Path(scratch))
+                for model in (config.student, config.teacher)
+            )
+            config = load_config(
+                toml, [f"student.model={student}", f"teacher.model={teacher}", "teacher.keep=gpu"]
+            )
+            needed = estimate_memory(
+                config, prompt_tokens=config.rollout.max_prompt_tokens or 0, device="cpu"
+            )
             trained = needed.student_weights + needed.gradients_and_optimizer
-            parts = (trained, needed.teacher_weights, needed.sampler_cache, needed.activations + needed.logits)
-            print(f"| `{toml.parent.name}` | " + " | ".join(f"{part / GIB:.0f} GiB" for part in parts) + " |")
+            parts = (
+                trained,
+                needed.teacher_weights,
+                needed.sampler_cache,
+                needed.activations + needed.logits,
+            )
+            print(
+                f"| `{toml.parent.name}` | "
+                + " | ".join(f"{part / GIB:.0f} GiB" for part in parts)
+                + " |"
+            )
 
 
 if __name__ == "__main__":

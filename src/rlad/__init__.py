@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# transformers imports torchao wherever it is installed, and that one warns of the kernels that a machine has no use for.
+# transformers imports torchao wherever it is installed, and that one warns of the kernels that a
+# machine has no use for.
 for _name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 

@@ -4,7 +4,8 @@ EXIT_FAILURE, EXIT_USER_MISTAKE, EXIT_SIGNAL = 1, 2, 128
 
 
 class RunFailedError(ValueError):
-    """A run could not go on, through no mistake in what the user wrote: a full disk, numbers that are not finite."""
+    """A run could not go on, through no mistake in what the user wrote: a full disk, numbers that
+    are not finite."""
 
 
 def exit_code(error: ValueError) -> int:

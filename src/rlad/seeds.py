@@ -1,6 +1,7 @@
 """Seeds of independent random streams.
 
-A stream is named by what it is for and the step it is for, so nothing random has to be stored to resume a run.
+A stream is named by what it is for and the step it is for, so nothing random has to be stored to
+resume a run.
 """
 
 import hashlib

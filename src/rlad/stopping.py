@@ -1,4 +1,5 @@
-"""Ctrl-C, SIGTERM and a closed terminal: once asks the run to stop at the next safe point, twice stops it at once."""
+"""Ctrl-C, SIGTERM and a closed terminal: once asks the run to stop at the next safe point, twice
+stops it at once."""
 
 import signal
 from collections.abc import Iterator
@@ -9,7 +10,8 @@ from types import FrameType
 class StopRequested(BaseException):
     """Raised at a safe point after a signal: no weight is half updated there.
 
-    Like `KeyboardInterrupt` it is no `Exception`, so that no library takes it for a failure of its own and goes on.
+    Like `KeyboardInterrupt` it is no `Exception`, so that no library takes it for a failure of its
+    own and goes on.
     """
 
     def __init__(self, signal_number: int):
@@ -31,7 +33,8 @@ class Stop:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Inside the block a signal raises wherever it comes: for work that may be left half done, such as loading models."""
+        """Inside the block a signal raises wherever it comes: for work that may be left half done,
+        such as loading models."""
         self._is_at_once = True
         try:
             yield
@@ -40,7 +43,8 @@ class Stop:
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
-        """Catch SIGINT, SIGTERM and SIGHUP inside the block (main thread only), where they are not ignored."""
+        """Catch SIGINT, SIGTERM and SIGHUP inside the block (main thread only), where they are not
+        ignored."""
 
         def remember(number: int, frame: FrameType | None) -> None:
             self._signal = number
@@ -52,8 +56,12 @@ class Stop:
             for each, handler in former.items():
                 signal.signal(each, handler)
 
-        former = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-        former = {each: handler for each, handler in former.items() if handler is not signal.SIG_IGN}
+        former = {
+            each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        }
+        former = {
+            each: handler for each, handler in former.items() if handler is not signal.SIG_IGN
+        }
         try:
             for each in former:
                 signal.signal(each, remember)

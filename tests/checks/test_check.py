@@ -1,4 +1,5 @@
-"""`rlad check`: its trial against training itself, its warnings, its estimates, and that it leaves nothing behind."""
+"""`rlad check`: its trial against training itself, its warnings, its estimates, and that it leaves
+nothing behind."""
 
 import json
 import math
@@ -11,7 +12,13 @@ from click.testing import CliRunner, Result
 from transformers import AutoModelForCausalLM
 
 from rlad.checks.check import CheckReport, check_run
-from rlad.checks.memory import Memory, MemoryEstimate, compare_memory, estimate_memory, teacher_bytes
+from rlad.checks.memory import (
+    Memory,
+    MemoryEstimate,
+    compare_memory,
+    estimate_memory,
+    teacher_bytes,
+)
 from rlad.checks.top_choices import NUM_CHOICES, compare_top_choices
 from rlad.checks.trial import StepSeconds, TeacherTrial, Trial, run_trial, without_cache
 from rlad.checks.trial_report import describe_trial
@@ -19,7 +26,12 @@ from rlad.cli.check import print_report
 from rlad.cli.main import main
 from rlad.config.file import parse_config
 from rlad.config.run import LoraConfig
-from rlad.config.teacher import CachedTeacherConfig, EMATeacherConfig, LocalTeacherConfig, SeveralTeachersConfig
+from rlad.config.teacher import (
+    CachedTeacherConfig,
+    EMATeacherConfig,
+    LocalTeacherConfig,
+    SeveralTeachersConfig,
+)
 from rlad.models.adapters import add_lora, save_adapter
 from rlad.models.loading import load_language_model, pick_device
 from rlad.models.student import load_student
@@ -58,8 +70,9 @@ def files_of(folder: Path) -> dict[Path, bytes]:
 
 
 def test_the_trial_says_what_trrd_does_with_each_token(world, tmp_path):
-    """Against the rule of METHODS worked by hand: with alpha .5 and clips .2/.28 a positive token is gated where the clamped
-    log-ratio exceeds 2 log 1.28, a negative one where it is below 2 log .8.
+    """Against the rule of METHODS worked by hand: with alpha .5 and clips .2/.28 a positive token
+    is gated where the clamped log-ratio exceeds 2 log 1.28, a negative one where it is below 2 log
+    .8.
     """
     config = parse_config(run_config(world, tmp_path / "run"))
     asked: list[Any] = []
@@ -75,12 +88,24 @@ def test_the_trial_says_what_trrd_does_with_each_token(world, tmp_path):
     requests, theirs = asked[-1]
     student = LocalTeacher(load_student(config), temperature=1.0, tokens_per_batch=10_000)
     ratio = torch.cat(score(student, requests)) - torch.cat(theirs)
-    assert trial.teacher is not None and trial.num_completions == len(requests) == 12 and trial.max_tokens == 4
+    assert (
+        trial.teacher is not None
+        and trial.num_completions == len(requests) == 12
+        and trial.max_tokens == 4
+    )
     clamped = ratio.clamp(-1, 1)
-    assert trial.teacher.gated_positive == pytest.approx(float((clamped > 2 * math.log(1.28)).float().mean()))
-    assert trial.teacher.gated_negative == pytest.approx(float((clamped < 2 * math.log(0.8)).float().mean()))
+    assert trial.teacher.gated_positive == pytest.approx(
+        float((clamped > 2 * math.log(1.28)).float().mean())
+    )
+    assert trial.teacher.gated_negative == pytest.approx(
+        float((clamped < 2 * math.log(0.8)).float().mean())
+    )
     assert trial.teacher.clamped == pytest.approx(float((ratio.abs() > 1).float().mean()))
-    assert 0 < trial.teacher.gated_positive < 1 and 0 < trial.teacher.gated_negative < 1 and 0 < trial.teacher.clamped < 1
+    assert (
+        0 < trial.teacher.gated_positive < 1
+        and 0 < trial.teacher.gated_negative < 1
+        and 0 < trial.teacher.clamped < 1
+    )
     assert trial.teacher.mean == pytest.approx(float(ratio.mean()), abs=1e-5)
     assert trial.teacher.mean_size == pytest.approx(float(ratio.abs().mean()), abs=1e-5)
     assert trial.teacher.missing == 0
@@ -88,12 +113,23 @@ def test_the_trial_says_what_trrd_does_with_each_token(world, tmp_path):
 
 @pytest.mark.parametrize(
     ("knobs", "gates"),
-    [({"alpha": 1.0}, (0, 0)), ({"alpha": 0.9}, (0, 0)), ({"clip_low": 0.0, "clip_high": 0.0}, None)],
+    [
+        ({"alpha": 1.0}, (0, 0)),
+        ({"alpha": 0.9}, (0, 0)),
+        ({"clip_low": 0.0, "clip_high": 0.0}, None),
+    ],
 )
 def test_the_trial_uses_the_knobs_of_the_run(world, tmp_path, knobs, gates):
-    """alpha .9 never gates (METHODS); clips of 0 gate every token with a ratio other than 1, on one of the two sides."""
-    trial = run_trial(parse_config(run_config(world, tmp_path / "run", objective={"type": "trrd", **knobs})))
-    assert trial.teacher is not None and trial.teacher.gated_positive is not None and trial.teacher.gated_negative is not None
+    """alpha .9 never gates (METHODS); clips of 0 gate every token with a ratio other than 1, on one
+    of the two sides."""
+    trial = run_trial(
+        parse_config(run_config(world, tmp_path / "run", objective={"type": "trrd", **knobs}))
+    )
+    assert (
+        trial.teacher is not None
+        and trial.teacher.gated_positive is not None
+        and trial.teacher.gated_negative is not None
+    )
     found = (trial.teacher.gated_positive, trial.teacher.gated_negative)
     assert found == gates if gates else sum(found) == pytest.approx(1)
 
@@ -101,7 +137,11 @@ def test_the_trial_uses_the_knobs_of_the_run(world, tmp_path, knobs, gates):
 def test_check_leaves_everything_as_it_was(world, tmp_path):
     """No run directory, no cache, and the models' files untouched."""
     before = files_of(world)
-    teacher = {"type": "cached", "directory": str(tmp_path / "cache"), "teacher": {"model": str(world / "teacher")}}
+    teacher = {
+        "type": "cached",
+        "directory": str(tmp_path / "cache"),
+        "teacher": {"model": str(world / "teacher")},
+    }
     config = run_config(world, tmp_path / "run") | {"teacher": teacher}
     report = check_run(parse_config(config))
     assert report.trial is not None and report.trial.teacher is not None and not report.errors
@@ -110,7 +150,8 @@ def test_check_leaves_everything_as_it_was(world, tmp_path):
 
 @pytest.mark.parametrize("num_tasks", [2, 6])
 def test_the_teacher_of_each_task_is_asked(world, tmp_path, num_tasks):
-    """Four prompts in all, or one for each of more tasks; a batch of two prompts gives the trial no fewer."""
+    """Four prompts in all, or one for each of more tasks; a batch of two prompts gives the trial no
+    fewer."""
     config = run_config(world, tmp_path / "run", rollout={"prompts_per_batch": 2})
     names = [f"task{i}" for i in range(num_tasks)]
     config["task"] = {"type": "several", "tasks": dict.fromkeys(names, config["task"])}
@@ -129,7 +170,8 @@ def test_the_teacher_of_each_task_is_asked(world, tmp_path, num_tasks):
 
 
 def test_another_completion_stands_in_for_a_peers_solution(world, tmp_path):
-    """Where its group has another with text; the teacher is the student, so that only what it is shown makes a difference."""
+    """Where its group has another with text; the teacher is the student, so that only what it is
+    shown makes a difference."""
     shown: list[Any] = []
     score = PrivilegedTeacher.logprobs
 
@@ -147,7 +189,9 @@ def test_another_completion_stands_in_for_a_peers_solution(world, tmp_path):
         patch.setattr(PrivilegedTeacher, "logprobs", listening)
         report = check_run(parse_config(config))
     tokenizer, requests = load_student(parse_config(config)).tokenizer, shown[-1]
-    texts = [tokenizer.decode(list(request.completion), skip_special_tokens=True) for request in requests]
+    texts = [
+        tokenizer.decode(list(request.completion), skip_special_tokens=True) for request in requests
+    ]
     for i, request in enumerate(requests):
         others = [texts[j] for j in range(i // 3 * 3, i // 3 * 3 + 3) if j != i and texts[j]]
         assert request.peer_solution == (others[0] if others else None)
@@ -160,10 +204,14 @@ def test_a_cache_is_taken_away_wherever_it_is():
     local = LocalTeacherConfig(model="m")
     inner = {"type": "cached", "teacher": {"model": "m"}}
     privileged = {"type": "privileged", "teacher": inner}
-    several = SeveralTeachersConfig.model_validate({"type": "several", "teachers": {"a": inner, "b": {"model": "n"}}})
+    several = SeveralTeachersConfig.model_validate(
+        {"type": "several", "teachers": {"a": inner, "b": {"model": "n"}}}
+    )
     assert without_cache(CachedTeacherConfig.model_validate(inner)) == local
     assert without_cache(several).teachers == {"a": local, "b": LocalTeacherConfig(model="n")}
-    config = parse_config({"student": {"model": "s"}, "teacher": privileged, "task": {"type": "knights_and_knaves"}})
+    config = parse_config(
+        {"student": {"model": "s"}, "teacher": privileged, "task": {"type": "knights_and_knaves"}}
+    )
     assert without_cache(config.teacher).teacher == local
 
 
@@ -172,16 +220,22 @@ def test_a_cache_is_taken_away_wherever_it_is():
 
 def test_the_student_itself_is_no_teacher(world, tmp_path):
     report = checked(world, tmp_path / "run", teacher={"model": str(world / "student")})
-    assert levels(report)["log πS - log πT"] == "warning" and "says what the student says" in message(report, "log πS - log πT")
+    assert levels(report)[
+        "log πS - log πT"
+    ] == "warning" and "says what the student says" in message(report, "log πS - log πT")
     assert report.trial and report.trial.teacher and report.trial.teacher.top_choices
-    assert report.trial.teacher.top_choices.same_first == report.trial.teacher.top_choices.shared == 1
+    assert (
+        report.trial.teacher.top_choices.same_first == report.trial.teacher.top_choices.shared == 1
+    )
     assert not report.errors
 
 
 def test_a_moving_average_may_begin_as_the_student(world, tmp_path):
     config = run_config(world, tmp_path / "run") | {"teacher": {"type": "ema"}}
     report = check_run(parse_config(config))
-    assert levels(report)["log πS - log πT"] == "ok" and "begins as the student itself" in message(report, "log πS - log πT")
+    assert levels(report)["log πS - log πT"] == "ok" and "begins as the student itself" in message(
+        report, "log πS - log πT"
+    )
     assert "not available" in message(report, "top choices")
 
 
@@ -190,7 +244,14 @@ def test_a_moving_average_may_begin_as_the_student(world, tmp_path):
     [
         ({"type": "privileged", "teacher": {"type": "ema"}}, "ok"),
         ({"type": "several", "combine": "mixture", "teachers": {"a": {"type": "ema"}}}, "ok"),
-        ({"type": "several", "combine": "mixture", "teachers": {"a": {"type": "ema"}, "b": {"model": "m"}}}, "warning"),
+        (
+            {
+                "type": "several",
+                "combine": "mixture",
+                "teachers": {"a": {"type": "ema"}, "b": {"model": "m"}},
+            },
+            "warning",
+        ),
     ],
 )
 def test_a_moving_average_is_seen_inside_of_other_teachers(world, tmp_path, teacher, level):
@@ -217,14 +278,22 @@ def test_a_teacher_without_answers_cannot_work(world, tmp_path):
     with torch.no_grad():
         model.lm_head.weight.fill_(math.nan)
     model.save_pretrained(folder)
-    toml = write_config(tmp_path / "run.toml", run_config(world, tmp_path / "run", teacher={"model": str(folder)}))
+    toml = write_config(
+        tmp_path / "run.toml", run_config(world, tmp_path / "run", teacher={"model": str(folder)})
+    )
     result = check_command(toml)
     assert result.exit_code == 2 and "no finite log-prob for 100.0% of the tokens" in result.stdout
     assert "✗ log-probs" in result.stdout and "this cannot work" in result.stdout
 
 
 def teacher_trial(**figures: Any) -> Trial:
-    usual: dict[str, Any] = {"missing": 0.0, "mean": 0.1, "mean_size": 0.2, "median_size": 0.05, "top_choices": None}
+    usual: dict[str, Any] = {
+        "missing": 0.0,
+        "mean": 0.1,
+        "mean_size": 0.2,
+        "median_size": 0.05,
+        "top_choices": None,
+    }
     usual |= {"gated_positive": 0.1, "gated_negative": 0.05, "clamped": 0.02}
     return Trial(16, 64, 3, 40.0, TeacherTrial(**usual | figures), ())
 
@@ -243,7 +312,9 @@ def teacher_trial(**figures: Any) -> Trial:
     ],
 )
 def test_when_a_trial_is_a_warning(world, tmp_path, figures, subject, level):
-    findings = describe_trial(teacher_trial(**figures), parse_config(run_config(world, tmp_path / "run")))
+    findings = describe_trial(
+        teacher_trial(**figures), parse_config(run_config(world, tmp_path / "run"))
+    )
     assert {finding.subject: finding.level for finding in findings}[subject] == level
 
 
@@ -252,11 +323,19 @@ def test_when_a_trial_is_a_warning(world, tmp_path, figures, subject, level):
 
 def test_without_a_teacher_there_are_no_lines_about_one(world, tmp_path):
     report = checked(world, tmp_path / "run", objective={"type": "grpo"})
-    assert report.trial is not None and report.trial.teacher is None and report.trial.steps[0].teacher == 0
-    assert not {"vocabulary", "gated", "top choices", "log πS - log πT"} & set(levels(report)) and "time" in levels(report)
+    assert (
+        report.trial is not None
+        and report.trial.teacher is None
+        and report.trial.steps[0].teacher == 0
+    )
+    assert not {"vocabulary", "gated", "top choices", "log πS - log πT"} & set(
+        levels(report)
+    ) and "time" in levels(report)
 
 
-@pytest.mark.parametrize("objective", ["kdrl", "opd", "rlsd", "distilled_rl", "topd", "opd_then_grpo"])
+@pytest.mark.parametrize(
+    "objective", ["kdrl", "opd", "rlsd", "distilled_rl", "topd", "opd_then_grpo"]
+)
 def test_every_objective_can_be_tried(world, tmp_path, objective):
     report = checked(world, tmp_path / "run", objective={"type": objective})
     assert not report.errors and report.trial is not None and report.trial.teacher is not None
@@ -277,10 +356,11 @@ def test_what_trl_trains_is_not_timed(world, tmp_path):
 
 
 def test_time_is_that_of_the_whole_batch(world, tmp_path, monkeypatch):
-    """A clock that is set by hand: 1 s for the prompts, .5 s a token, 2 s for the teacher, 3 s for the update.
+    """A clock that is set by hand: 1 s for the prompts, .5 s a token, 2 s for the teacher, 3 s for
+    the update.
 
-    16 prompts x 3 in steps of half a batch: generation and teacher of a batch are shared by two steps; the teacher's 12 rows
-    of the trial stand for 24 of a step.
+    16 prompts x 3 in steps of half a batch: generation and teacher of a batch are shared by two
+    steps; the teacher's 12 rows of the trial stand for 24 of a step.
     """
     import rlad.checks.trial
 
@@ -289,11 +369,16 @@ def test_time_is_that_of_the_whole_batch(world, tmp_path, monkeypatch):
     monkeypatch.setattr(rlad.checks.trial, "MAX_TOKENS", 4)
     clock = iter([2.0, 3.0])
     monkeypatch.setattr(rlad.checks.trial, "_timed", lambda work: (work(), next(clock)))
-    config = run_config(world, tmp_path / "run", rollout={"prompts_per_batch": 16, "max_completion_tokens": 8})
+    config = run_config(
+        world, tmp_path / "run", rollout={"prompts_per_batch": 16, "max_completion_tokens": 8}
+    )
     config["optimization"] |= {"steps_per_rollout_batch": 2}
     trial = run_trial(parse_config(config))
     mean, most = trial.steps
-    assert (mean.completion_tokens, most.completion_tokens) == (trial.mean_tokens, 8) and trial.num_truncated > 0
+    assert (mean.completion_tokens, most.completion_tokens) == (
+        trial.mean_tokens,
+        8,
+    ) and trial.num_truncated > 0
     assert mean.generation == pytest.approx((1 + 0.5 * (trial.mean_tokens - 1)) / 2)
     assert most.generation == pytest.approx((1 + 0.5 * 7) / 2)
     # Two steps on a batch: the old policy scores too, a third of an update.
@@ -305,9 +390,14 @@ def test_time_is_that_of_the_whole_batch(world, tmp_path, monkeypatch):
 def test_times_are_shown_in_units_that_can_be_read(world, tmp_path):
     steps = (StepSeconds(40.0, 30.0, 10.0, 60.0), StepSeconds(2048.0, 3600.0, 1800.0, 5400.0))
     config = parse_config(run_config(world, tmp_path / "run"))
-    (time,) = [f for f in describe_trial(Trial(16, 64, 3, 40.0, None, steps), config) if f.subject == "time"]
+    (time,) = [
+        f
+        for f in describe_trial(Trial(16, 64, 3, 40.0, None, steps), config)
+        if f.subject == "time"
+    ]
     assert time.message == (
-        "about 1.7 min a step with completions of 40 tokens (generation 30.0 s, teacher 10.0 s, update 1.0 min), "
+        "about 1.7 min a step with completions of 40 tokens (generation 30.0 s, teacher 10.0 s, "
+        "update 1.0 min), "
         "3.0 h if all had 2048"
     )
 
@@ -315,26 +405,40 @@ def test_times_are_shown_in_units_that_can_be_read(world, tmp_path):
 # --- top choices ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("capped", [{}, {"family": "gemma2", "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 8}])
+@pytest.mark.parametrize(
+    "capped", [{}, {"family": "gemma2", "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 8}]
+)
 def test_top_choices_against_full_logits(capped):
-    student, teacher = tiny_language_model(seed=1), tiny_language_model(seed=2, vocab_size=70, **capped)
+    student, teacher = (
+        tiny_language_model(seed=1),
+        tiny_language_model(seed=2, vocab_size=70, **capped),
+    )
     prompts, completions = random_tokens(3, 5, 4), random_tokens(6, 1, 9, seed=1)
     same, shared = [], []
     for prompt, completion in zip(prompts, completions, strict=True):
         ids = torch.tensor([[*prompt, *completion]])
         logits = [m.model(ids).logits[0, len(prompt) - 1 : -1, :64] for m in (student, teacher)]
         for ours, theirs in zip(*logits, strict=True):
-            first, second = (sorted(range(64), key=lambda i: -row[i])[:NUM_CHOICES] for row in (ours.tolist(), theirs.tolist()))
+            first, second = (
+                sorted(range(64), key=lambda i: -row[i])[:NUM_CHOICES]
+                for row in (ours.tolist(), theirs.tolist())
+            )
             same.append(first[0] == second[0])
             shared.append(len(set(first) & set(second)) / NUM_CHOICES)
     found = compare_top_choices(student, teacher, prompts, completions)
-    assert found and found.same_first == pytest.approx(sum(same) / 16) and found.shared == pytest.approx(sum(shared) / 16)
+    assert (
+        found
+        and found.same_first == pytest.approx(sum(same) / 16)
+        and found.shared == pytest.approx(sum(shared) / 16)
+    )
     assert 0 < found.shared < 1
 
 
 def test_top_choices_hold_no_logits_of_all_tokens():
     """Logits of 256 tokens at most, where those of all would be 600 x 4000 numbers."""
-    student, teacher = (tiny_language_model(seed=s, vocab_size=4000, max_position_embeddings=1000) for s in (1, 2))
+    student, teacher = (
+        tiny_language_model(seed=s, vocab_size=4000, max_position_embeddings=1000) for s in (1, 2)
+    )
     with LargestTensor() as largest:
         compare_top_choices(student, teacher, random_tokens(4), random_tokens(600, seed=1))
     assert largest.num_elements <= 256 * 4000
@@ -368,18 +472,29 @@ def test_what_the_estimate_cannot_use_is_one_finding_among_others(world, tmp_pat
     student = {"lora": {"rank": 4, "target_modules": ["nope"]}}
     toml = write_config(tmp_path / "run.toml", run_config(world, tmp_path / "run", student=student))
     result = check_command(toml, "--json")
-    (error,) = [finding for finding in json.loads(result.stdout)["findings"] if finding["level"] == "error"]
+    (error,) = [
+        finding for finding in json.loads(result.stdout)["findings"] if finding["level"] == "error"
+    ]
     assert result.exit_code == 2 and error["subject"] == "memory"
     assert f"does not fit model {str(world / 'student')!r}" in error["message"]
 
 
 @pytest.mark.parametrize("name", ["teacher", "teacher a"])
 def test_devices_of_teachers_inside_of_others_are_looked_at(world, tmp_path, name):
-    config, local = run_config(world, tmp_path / "run"), {"model": str(world / "teacher"), "device": "cuda:3"}
+    config, local = (
+        run_config(world, tmp_path / "run"),
+        {"model": str(world / "teacher"), "device": "cuda:3"},
+    )
     cached = {"type": "cached", "teacher": local}
-    config["teacher"] = cached if name == "teacher" else {"type": "several", "combine": "mixture", "teachers": {"a": cached}}
+    config["teacher"] = (
+        cached
+        if name == "teacher"
+        else {"type": "several", "combine": "mixture", "teachers": {"a": cached}}
+    )
     report = check_run(parse_config(config), with_models=False)
-    assert [error.subject for error in report.errors] == ["device"] and "'cuda:3' cannot be used" in report.errors[0].message
+    assert [error.subject for error in report.errors] == [
+        "device"
+    ] and "'cuda:3' cannot be used" in report.errors[0].message
     local["device"] = "cpu"
     found = message(check_run(parse_config(config), with_models=False), "device")
     assert found.endswith(f", {name} cpu")
@@ -393,13 +508,17 @@ def test_only_devices_that_compute(device):
 
 
 def test_the_logits_of_a_tile_are_counted(world, tmp_path, monkeypatch):
-    """Three times 4 of 40 tokens x 4 of 7 entries, float32, whoever scores; also where logits are scaled.
+    """Three times 4 of 40 tokens x 4 of 7 entries, float32, whoever scores; also where logits are
+    scaled.
 
     Picking the next token of a single row takes 7 logits and three times as much.
     """
     monkeypatch.setitem(LOGITS_PER_TILE, "cpu", 16)
     scaled = str(write_model(tmp_path / "scaled", seed=1, family="cohere", logit_scale=0.1))
-    sections: dict[str, Any] = {"optimization": {"tokens_per_batch": 40}, "student": {"device": "cpu"}}
+    sections: dict[str, Any] = {
+        "optimization": {"tokens_per_batch": 40},
+        "student": {"device": "cpu"},
+    }
     for who, own in (("student", {}), ("teacher", {"tokens_per_batch": 40})):
         config = run_config(world, tmp_path / "run", **sections)
         config[who] |= {"model": scaled, **own}
@@ -408,7 +527,8 @@ def test_the_logits_of_a_tile_are_counted(world, tmp_path, monkeypatch):
 
 
 def test_the_logits_of_the_rows_that_are_decoded_are_counted(world, tmp_path, monkeypatch):
-    """Four rows of 7 logits, and of two of them at a time three times as much; tiles are smaller."""
+    """Four rows of 7 logits, and of two of them at a time three times as much; tiles are
+    smaller."""
     monkeypatch.setitem(LOGITS_PER_TILE, "cpu", 4)
     monkeypatch.setitem(LOGITS_PER_CHUNK, "cpu", 14)
     monkeypatch.setattr("rlad.scoring.tiles.MIN_CHUNK_TOKENS", 1)
@@ -419,32 +539,48 @@ def test_the_logits_of_the_rows_that_are_decoded_are_counted(world, tmp_path, mo
 
 def test_each_teacher_adds_its_own_weights(world):
     local = LocalTeacherConfig(model=str(world / "teacher"))
-    count = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(world / "teacher").parameters())
+    count = sum(
+        p.numel() for p in AutoModelForCausalLM.from_pretrained(world / "teacher").parameters()
+    )
     half = local.model_copy(update={"dtype": "bfloat16"})
     assert [teacher_bytes(one, 7, CPU) for one in (local, half)] == [4 * count, 2 * count]
     several = SeveralTeachersConfig(type="several", teachers={"a": local, "b": half})
     assert teacher_bytes(several, 7, CPU) == 6 * count
     assert teacher_bytes(CachedTeacherConfig(type="cached", teacher=local), 7, CPU) == 4 * count
-    assert [teacher_bytes(EMATeacherConfig(type="ema", update_rate=rate), 7, CPU) for rate in (0.1, 1.0)] == [28, 0]
+    assert [
+        teacher_bytes(EMATeacherConfig(type="ema", update_rate=rate), 7, CPU) for rate in (0.1, 1.0)
+    ] == [28, 0]
 
 
 @pytest.mark.parametrize(
-    ("device", "students"), [("cuda", ["cuda", "cuda:0"]), ("cuda:0", ["cuda", "cuda:0"]), ("cuda:1", ["cuda:1"])]
+    ("device", "students"),
+    [("cuda", ["cuda", "cuda:0"]), ("cuda:0", ["cuda", "cuda:0"]), ("cuda:1", ["cuda:1"])],
 )
-def test_a_teacher_on_another_gpu_takes_nothing_from_the_students(world, monkeypatch, device, students):
+def test_a_teacher_on_another_gpu_takes_nothing_from_the_students(
+    world, monkeypatch, device, students
+):
     monkeypatch.setattr("rlad.checks.memory.device_name", str)  # there need be no GPU
     local = LocalTeacherConfig(model=str(world / "teacher"), device=device)
-    assert [who for who in ("cpu", "cuda", "cuda:0", "cuda:1") if teacher_bytes(local, 7, who)] == students
+    assert [
+        who for who in ("cpu", "cuda", "cuda:0", "cuda:1") if teacher_bytes(local, 7, who)
+    ] == students
 
 
 def test_quantized_layers_are_counted_with_their_scales():
-    """The embedded teacher: 698,496 weights, 663,552 of them in linear layers beside the output layer, which is the embedding;
-    these have 5,952 outputs, and 13,056 groups of up to 64 inputs.
+    """The embedded teacher: 698,496 weights, 663,552 of them in linear layers beside the output
+    layer, which is the embedding; these have 5,952 outputs, and 13,056 groups of up to 64 inputs.
     """
     teacher = LocalTeacherConfig(model="embedded/teacher", dtype="bfloat16")
-    int8, int4 = (teacher.model_copy(update={"quantization": quantization}) for quantization in ("int8", "int4"))
+    int8, int4 = (
+        teacher.model_copy(update={"quantization": quantization})
+        for quantization in ("int8", "int4")
+    )
     rest = 698_496 - 663_552
-    assert teacher_bytes(int8.model_copy(update={"dtype": "float32"}), 7, CPU) == 4 * rest + 663_552 + 5 * 5_952 == 833_088
+    assert (
+        teacher_bytes(int8.model_copy(update={"dtype": "float32"}), 7, CPU)
+        == 4 * rest + 663_552 + 5 * 5_952
+        == 833_088
+    )
     assert teacher_bytes(int8, 7, CPU) == 2 * rest + 663_552 + 5 * 5_952
     assert teacher_bytes(int4, 7, CPU) == 2 * rest + 663_552 // 2 + 4 * 13_056
 
@@ -454,7 +590,9 @@ def test_quantized_layers_are_counted_with_their_scales():
 def test_a_quantized_teacher_is_as_large_as_estimated(dtype):
     pytest.importorskip("torchao", reason="needs the optional package torchao")
     teacher = LocalTeacherConfig(model="embedded/teacher", dtype=dtype, quantization="int8")
-    model = load_language_model(teacher.model, dtype=dtype, quantization=quantization_config("int8")).model
+    model = load_language_model(
+        teacher.model, dtype=dtype, quantization=quantization_config("int8")
+    ).model
     assert sum(map(stored_bytes, model.parameters())) == teacher_bytes(teacher, 7, CPU)
 
 
@@ -467,15 +605,26 @@ def stored_bytes(parameter: Any) -> int:
 
 @pytest.mark.peft
 def test_an_adapter_costs_little(world, tmp_path):
-    """Rank 2 on q and v of 2 layers with hidden size 16, 2 heads and 1 key head of 8: (16 + 16) * 2 + (16 + 8) * 2, twice."""
+    """Rank 2 on q and v of 2 layers with hidden size 16, 2 heads and 1 key head of 8: (16 + 16) * 2
+    + (16 + 8) * 2, twice."""
     pytest.importorskip("peft", reason="needs the optional package peft")
     lora = {"rank": 2, "target_modules": ["q_proj", "v_proj"]}
-    config = parse_config(run_config(world, tmp_path / "run", optimization={"kl_coef": 0.1}, student={"lora": lora}))
-    count = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(world / "student").parameters())
+    config = parse_config(
+        run_config(world, tmp_path / "run", optimization={"kl_coef": 0.1}, student={"lora": lora})
+    )
+    count = sum(
+        p.numel() for p in AutoModelForCausalLM.from_pretrained(world / "student").parameters()
+    )
     estimate, trained = estimate_memory(config, 4), 2 * (32 * 2 + 24 * 2)
-    assert estimate.student_weights == 4 * (count + trained) and estimate.gradients_and_optimizer == 12 * trained
+    assert (
+        estimate.student_weights == 4 * (count + trained)
+        and estimate.gradients_and_optimizer == 12 * trained
+    )
     assert estimate.reference_weights == 0
-    assert sum(p.numel() for p in load_student(config).model.parameters() if p.requires_grad) == trained
+    assert (
+        sum(p.numel() for p in load_student(config).model.parameters() if p.requires_grad)
+        == trained
+    )
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -485,20 +634,31 @@ def test_without_models_loads_no_weights(world, tmp_path, monkeypatch):
     """Checked with a student whose weights cannot be read."""
     folder = write_model(tmp_path / "student", seed=1)
     (folder / "model.safetensors").write_bytes(b"nothing")
-    toml = write_config(tmp_path / "run.toml", run_config(world, tmp_path / "run", student={"model": str(folder)}))
+    toml = write_config(
+        tmp_path / "run.toml", run_config(world, tmp_path / "run", student={"model": str(folder)})
+    )
     result = check_command(toml, "--without-models", "--json")
     report = json.loads(result.stdout)
     assert result.exit_code == 0 and report["trial"] is None and report["ok"] is True
     with_models = check_command(toml)
-    assert with_models.exit_code == 2 and "no causal language model can be loaded" in with_models.stdout
+    assert (
+        with_models.exit_code == 2
+        and "no causal language model can be loaded" in with_models.stdout
+    )
 
 
 @pytest.mark.peft
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        ({"peft_type": "NOPE"}, "peft_type = 'NOPE', which the installed peft cannot add to a model"),
-        ({"peft_type": "PROMPT_TUNING"}, "peft_type = 'PROMPT_TUNING', which the installed peft cannot add"),
+        (
+            {"peft_type": "NOPE"},
+            "peft_type = 'NOPE', which the installed peft cannot add to a model",
+        ),
+        (
+            {"peft_type": "PROMPT_TUNING"},
+            "peft_type = 'PROMPT_TUNING', which the installed peft cannot add",
+        ),
         ({"peft_type": "VERA"}, "peft_type = 'VERA', which the installed peft cannot add"),
         ({"r": 5}, "do not fit: 4 tensors differ"),
         ({"target_modules": ["nope"]}, "does not fit its base model"),
@@ -509,9 +669,13 @@ def test_an_adapters_folder_is_looked_at_without_models(world, tmp_path, damage,
     pytest.importorskip("peft", reason="needs the optional package peft")
     folder = tmp_path / "adapter"
     student = load_language_model(str(world / "student")).model
-    add_lora(student, LoraConfig(rank=2, target_modules=("q_proj",)), base=str(world / "student"), seed=0)
+    add_lora(
+        student, LoraConfig(rank=2, target_modules=("q_proj",)), base=str(world / "student"), seed=0
+    )
     save_adapter(student, folder)
-    toml = write_config(tmp_path / "run.toml", run_config(world, tmp_path / "run", teacher={"model": str(folder)}))
+    toml = write_config(
+        tmp_path / "run.toml", run_config(world, tmp_path / "run", teacher={"model": str(folder)})
+    )
     assert check_command(toml, "--without-models").exit_code == 0
     if damage is None:
         (folder / "adapter_model.safetensors").unlink()
@@ -519,7 +683,9 @@ def test_an_adapters_folder_is_looked_at_without_models(world, tmp_path, damage,
         settings = json.loads((folder / "adapter_config.json").read_text())
         (folder / "adapter_config.json").write_text(json.dumps(settings | damage))
     result = check_command(toml, "--without-models", "--json")
-    (error,) = [finding for finding in json.loads(result.stdout)["findings"] if finding["level"] == "error"]
+    (error,) = [
+        finding for finding in json.loads(result.stdout)["findings"] if finding["level"] == "error"
+    ]
     assert result.exit_code == 2 and said in error["message"]
     assert said in rlad_fails("train", toml)
 
@@ -528,15 +694,28 @@ def test_json_has_everything(world, tmp_path):
     toml = write_config(tmp_path / "run.toml", run_config(world, tmp_path / "run"))
     result = check_command(toml, "--json")
     trial = json.loads(result.stdout)["trial"]
-    assert trial["num_completions"] == 12 and set(trial["teacher"]) >= {"gated_positive", "clamped", "missing", "top_choices"}
-    assert trial["steps"][0]["total"] == pytest.approx(sum(trial["steps"][0][k] for k in ("generation", "teacher", "update")))
+    assert trial["num_completions"] == 12 and set(trial["teacher"]) >= {
+        "gated_positive",
+        "clamped",
+        "missing",
+        "top_choices",
+    }
+    assert trial["steps"][0]["total"] == pytest.approx(
+        sum(trial["steps"][0][k] for k in ("generation", "teacher", "update"))
+    )
 
 
 def test_tokenizers_and_padding_are_told(world, tmp_path):
     teacher = write_model(tmp_path / "teacher", seed=2, vocab_size=9)
     report = checked(world, tmp_path / "run", teacher={"model": str(teacher)})
-    assert message(report, "special tokens") == "a completion ends with '<eos>'; begin none, pad '<pad>'"
-    assert message(report, "vocabulary padding") == "student 7 tokens in 7 rows, teacher 7 tokens in 9 rows"
+    assert (
+        message(report, "special tokens")
+        == "a completion ends with '<eos>'; begin none, pad '<pad>'"
+    )
+    assert (
+        message(report, "vocabulary padding")
+        == "student 7 tokens in 7 rows, teacher 7 tokens in 9 rows"
+    )
 
 
 def test_a_terminal_of_100_columns(world, tmp_path, capsys):

@@ -1,4 +1,5 @@
-"""What a user can do wrong: one clear sentence, exit code 2 (1 where a run could not go on), and nothing written is lost."""
+"""What a user can do wrong: one clear sentence, exit code 2 (1 where a run could not go on), and
+nothing written is lost."""
 
 import json
 import multiprocessing
@@ -38,33 +39,70 @@ def toml(world: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("optimization.num_step=3", "optimization.num_step is an unknown key: did you mean 'num_steps'?"),
-        ("optimisation.num_steps=3", "optimisation is an unknown key: did you mean 'optimization'?"),
-        ("rollout.foo=3", "rollout.foo is an unknown key: valid keys there are chat_template_kwargs, group_size,"),
-        ("optimization.num_steps=many", "optimization.num_steps is 'many': it must be a valid integer."),
-        ("optimization.num_steps=2.5", "optimization.num_steps is 2.5: it must be a valid integer."),
-        ("optimization.learning_rate=nan", "optimization.learning_rate is nan: it must be a finite number."),
-        ("optimization.learning_rate=3", "optimization.learning_rate is 3: it must be less than or equal to 1."),
+        (
+            "optimization.num_step=3",
+            "optimization.num_step is an unknown key: did you mean 'num_steps'?",
+        ),
+        (
+            "optimisation.num_steps=3",
+            "optimisation is an unknown key: did you mean 'optimization'?",
+        ),
+        (
+            "rollout.foo=3",
+            "rollout.foo is an unknown key: valid keys there are chat_template_kwargs, group_size,",
+        ),
+        (
+            "optimization.num_steps=many",
+            "optimization.num_steps is 'many': it must be a valid integer.",
+        ),
+        (
+            "optimization.num_steps=2.5",
+            "optimization.num_steps is 2.5: it must be a valid integer.",
+        ),
+        (
+            "optimization.learning_rate=nan",
+            "optimization.learning_rate is nan: it must be a finite number.",
+        ),
+        (
+            "optimization.learning_rate=3",
+            "optimization.learning_rate is 3: it must be less than or equal to 1.",
+        ),
         ("task=sudoku", "task.type is 'sudoku': it must be one of knights_and_knaves, arithmetic"),
         ("objective=trdd", "did you mean 'trrd'?"),
         ("rollout.group_size=1", "rollout.group_size is 1: it must be greater than or equal to 2."),
         ("objective.alpha=1.5", "objective.alpha is 1.5: it must be less than or equal to 1."),
         ("objective.alpha=-0.1", "objective.alpha is -0.1: it must be greater than or equal to 0."),
-        ("objective.alpha={start=1.2,end=0.5,change_per_step=-0.1}", "its start is 1.2; it must lie in [0, 1]."),
-        ("optimization.steps_per_rollout_batch=3", "is no multiple of optimization.steps_per_rollout_batch = 3"),
+        (
+            "objective.alpha={start=1.2,end=0.5,change_per_step=-0.1}",
+            "its start is 1.2; it must lie in [0, 1].",
+        ),
+        (
+            "optimization.steps_per_rollout_batch=3",
+            "is no multiple of optimization.steps_per_rollout_batch = 3",
+        ),
         ("=3", "override '=3' is not of the form key.path=value"),
         ("seed.x=3", "override 'seed.x=3': seed is a single value, not a section."),
     ],
 )
 def test_config(toml, tmp_path, override, sentence):
-    extra = ["seed=0"] if override.startswith("seed.") else ["objective=trrd"] if override.startswith("objective.") else []
+    extra = (
+        ["seed=0"]
+        if override.startswith("seed.")
+        else ["objective=trrd"]
+        if override.startswith("objective.")
+        else []
+    )
     assert sentence in rlad_fails("train", toml, *extra, override)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
-    [(None, "cannot be read (No such file or directory)"), (b"[student\nmodel=", "is not valid TOML"), (b"\xff\xfe", "TOML")],
+    [
+        (None, "cannot be read (No such file or directory)"),
+        (b"[student\nmodel=", "is not valid TOML"),
+        (b"\xff\xfe", "TOML"),
+    ],
 )
 def test_config_file(tmp_path, content, sentence):
     if content is not None:
@@ -83,8 +121,12 @@ def test_two_configs(toml):
 def bad(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Model folders and problem files that cannot be used."""
     folder = tmp_path_factory.mktemp("bad")
-    shutil.copytree(world / "student", folder / "no_tokenizer", ignore=shutil.ignore_patterns("tokenizer*"))
-    shutil.copytree(world / "student", folder / "no_weights", ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(
+        world / "student", folder / "no_tokenizer", ignore=shutil.ignore_patterns("tokenizer*")
+    )
+    shutil.copytree(
+        world / "student", folder / "no_weights", ignore=shutil.ignore_patterns("*.safetensors")
+    )
     shutil.copytree(world / "student", folder / "no_end")
     write_tokenizer(folder / "no_end", eos_token=None)
     for name in ("config.json", "generation_config.json"):
@@ -103,17 +145,41 @@ def bad(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("student.model", "{bad}/nothing", "nothing' cannot be found or read"),
         ("student.model", "no-such/model", "'no-such/model' cannot be found or read"),
-        ("student.model", "embedded/studnt", "the embedded models are embedded/student, embedded/teacher"),
-        ("student.model", "{bad}/no_tokenizer", "save the tokenizer beside the model with `tokenizer.save_pretrained(folder)`"),
+        (
+            "student.model",
+            "embedded/studnt",
+            "the embedded models are embedded/student, embedded/teacher",
+        ),
+        (
+            "student.model",
+            "{bad}/no_tokenizer",
+            "save the tokenizer beside the model with `tokenizer.save_pretrained(folder)`",
+        ),
         ("student.model", "{bad}/no_weights", "no_weights'"),
-        ("student.model", "{bad}/no_end", "declares no end token; set `eos_token` in its tokenizer"),
+        (
+            "student.model",
+            "{bad}/no_end",
+            "declares no end token; set `eos_token` in its tokenizer",
+        ),
         ("teacher.model", "{bad}/no_tokenizer", "save the tokenizer beside the model"),
-        ("teacher.model", "{bad}/other_strings", "1 of 7 token ids differ, the first is id 4, '2' for the student and '9'"),
+        (
+            "teacher.model",
+            "{bad}/other_strings",
+            "1 of 7 token ids differ, the first is id 4, '2' for the student and '9'",
+        ),
         ("teacher.model", "{bad}/short_context", "set rollout.max_prompt_tokens to at most 12"),
         ("task.path", "{bad}/empty.jsonl", "the file is empty"),
         ("task.path", "{bad}/nothing.jsonl", "there is no such file"),
-        ("task.path", "{bad}/long.jsonl", "the prompt of train problem 0 has 402 tokens, but at most 252 are allowed"),
-        ("task.test_path", "{bad}/long.jsonl", "the prompt of test problem 0 has 402 tokens, but at most 252 are allowed"),
+        (
+            "task.path",
+            "{bad}/long.jsonl",
+            "the prompt of train problem 0 has 402 tokens, but at most 252 are allowed",
+        ),
+        (
+            "task.test_path",
+            "{bad}/long.jsonl",
+            "the prompt of test problem 0 has 402 tokens, but at most 252 are allowed",
+        ),
         ("task.verifier", "exat", "Did you mean 'exact'?"),
         ("task.verifier", "run_verifiers:nothing", "has no function 'nothing'"),
         ("rollout.prompt_format", "chat", "has no chat template; use 'plain' or 'auto'"),
@@ -126,17 +192,25 @@ def test_what_cannot_be_trained(toml, tmp_path, bad, key, value, sentence):
     assert sentence in rlad_fails("train", toml, override)
     assert not (tmp_path / "run").exists(), "a mistake leaves no run directory behind"
     checked = CliRunner().invoke(main, ["check", str(toml), override])
-    assert checked.exit_code == 2 and sentence in checked.stdout and "this cannot work" in checked.stdout
+    assert (
+        checked.exit_code == 2
+        and sentence in checked.stdout
+        and "this cannot work" in checked.stdout
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("who", ["student", "teacher"])
 def test_gpu_where_there_is_none(toml, who):
-    assert "device 'cuda' cannot be used on this machine" in rlad_fails("train", toml, f"{who}.device=cuda")
+    assert "device 'cuda' cannot be used on this machine" in rlad_fails(
+        "train", toml, f"{who}.device=cuda"
+    )
 
 
 def test_tokenizer_of_another_model(world, toml, bad):
-    assert "has 7 tokens but the model only 5 embeddings" in rlad_fails("train", toml, f"student.model={bad / 'small'}")
+    assert "has 7 tokens but the model only 5 embeddings" in rlad_fails(
+        "train", toml, f"student.model={bad / 'small'}"
+    )
 
 
 def test_incomplete_weights(world, toml, tmp_path):
@@ -153,14 +227,21 @@ def test_student_with_nan_weights(world, toml, tmp_path):
     torch.nn.init.constant_(model.lm_head.weight, torch.nan)
     shutil.copytree(world / "student", tmp_path / "nan")
     model.save_pretrained(tmp_path / "nan")
-    assert "weight 'lm_head.weight' of" in rlad_fails("train", toml, f"student.model={tmp_path / 'nan'}")
+    assert "weight 'lm_head.weight' of" in rlad_fails(
+        "train", toml, f"student.model={tmp_path / 'nan'}"
+    )
 
 
 def test_padded_vocabularies_are_accepted(world, tmp_path):
-    """The student samples ids that the teacher has no row for: dropped and counted, from there to the end of the completion."""
+    """The student samples ids that the teacher has no row for: dropped and counted, from there to
+    the end of the completion."""
     student = write_model(tmp_path / "student", seed=1, vocab_size=12)
     optimization = {"max_missing_teacher_share": 0.9}
-    result = rlad.train(run_config(world, tmp_path / "run", student={"model": str(student)}, optimization=optimization))
+    result = rlad.train(
+        run_config(
+            world, tmp_path / "run", student={"model": str(student)}, optimization=optimization
+        )
+    )
     rows = list(RunDirectory(result.run_dir).read("metrics.jsonl"))
     assert sum(row["objective/dropped_tokens/count"] for row in rows) > 0
     assert sum(row["objective/trained_tokens/count"] for row in rows) > 0
@@ -172,19 +253,30 @@ def test_padded_vocabularies_are_accepted(world, tmp_path):
 def test_nan_rewards_are_counted_and_the_run_goes_on(world, tmp_path):
     task = {"verifier": "run_verifiers:nan_for_long"}
     result = rlad.train(run_config(world, tmp_path / "run", task=task))
-    shares = [row["reward/cannot_judge/frac"] for row in RunDirectory(result.run_dir).read("metrics.jsonl")]
+    shares = [
+        row["reward/cannot_judge/frac"]
+        for row in RunDirectory(result.run_dir).read("metrics.jsonl")
+    ]
     assert len(shares) == 4 and 0 < sum(shares) / 4 < 1
-    samples = [r for row in RunDirectory(result.run_dir).read("samples.jsonl") for r in row["rollouts"]]
+    samples = [
+        r for row in RunDirectory(result.run_dir).read("samples.jsonl") for r in row["rollouts"]
+    ]
     assert all((r["verdict"] == "cannot_judge") == (len(r["text"].split()) > 2) for r in samples)
 
 
 def test_nothing_can_be_judged(world, tmp_path):
     """No gradient, and no failure: the weights stay what they are."""
-    task = {"verifier": "run_verifiers:only_the_reference", "path": write_unreachable_answers(tmp_path)}
+    task = {
+        "verifier": "run_verifiers:only_the_reference",
+        "path": write_unreachable_answers(tmp_path),
+    }
     result = rlad.train(run_config(world, tmp_path / "run", task=task))
     run = RunDirectory(result.run_dir)
     assert [row["reward/cannot_judge/frac"] for row in run.read("metrics.jsonl")] == [1.0] * 4
-    weights = [AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (world / "student", run.checkpoint(4))]
+    weights = [
+        AutoModelForCausalLM.from_pretrained(path).state_dict()
+        for path in (world / "student", run.checkpoint(4))
+    ]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
@@ -200,7 +292,8 @@ def test_a_mistake_leaves_no_verifier_process_behind(toml):
 
 
 def broken_teacher(folder: Path, weight: str, value: float, row: int | None = None) -> str:
-    """A teacher of the family phi, whose head has a bias, with one weight (or one row of it) set to `value`."""
+    """A teacher of the family phi, whose head has a bias, with one weight (or one row of it) set to
+    `value`."""
     write_model(folder, seed=2, family="phi")
     model = AutoModelForCausalLM.from_pretrained(folder)
     parameter = model.get_parameter(weight).data
@@ -209,22 +302,32 @@ def broken_teacher(folder: Path, weight: str, value: float, row: int | None = No
     return str(folder)
 
 
-@pytest.mark.parametrize(("weight", "value", "row"), [("lm_head.bias", torch.inf, 0), ("lm_head.weight", torch.nan, None)])
+@pytest.mark.parametrize(
+    ("weight", "value", "row"),
+    [("lm_head.bias", torch.inf, 0), ("lm_head.weight", torch.nan, None)],
+)
 def test_teacher_that_gives_nothing(world, toml, tmp_path, weight, value, row):
     """Its log-probs are all -inf (all its mass is on <pad>, which is then NaN), or all NaN."""
     teacher = broken_teacher(tmp_path / "teacher", weight, value, row)
     sentence = rlad_fails("train", toml, f"teacher.model={teacher}", code=1)
-    assert re.search(r"step \d: the teacher gave no finite log-prob for 100.0% of the tokens", sentence)
+    assert re.search(
+        r"step \d: the teacher gave no finite log-prob for 100.0% of the tokens", sentence
+    )
     ((step, folder), *_) = RunDirectory(tmp_path / "run").checkpoints()
     assert step == 0
     AutoModelForCausalLM.from_pretrained(folder)
 
 
 def test_teacher_that_gives_some(world, tmp_path):
-    """A teacher that is NaN after every '2': those tokens are dropped and counted, the others train."""
-    teacher = broken_teacher(tmp_path / "teacher", "model.embed_tokens.weight", torch.nan, WORDS.index("2"))
+    """A teacher that is NaN after every '2': those tokens are dropped and counted, the others
+    train."""
+    teacher = broken_teacher(
+        tmp_path / "teacher", "model.embed_tokens.weight", torch.nan, WORDS.index("2")
+    )
     optimization = {"max_missing_teacher_share": 0.9}
-    result = rlad.train(run_config(world, tmp_path / "run", teacher={"model": teacher}, optimization=optimization))
+    result = rlad.train(
+        run_config(world, tmp_path / "run", teacher={"model": teacher}, optimization=optimization)
+    )
     rows = list(RunDirectory(result.run_dir).read("metrics.jsonl"))
     assert sum(row["objective/dropped_tokens/count"] for row in rows) > 0
     assert sum(row["objective/trained_tokens/count"] for row in rows) > 0
@@ -250,7 +353,10 @@ def test_overwrite_deletes_only_after_all_is_found_good(toml, finished):
     before = remains(finished)
     rlad_fails("train", toml, "--overwrite", "teacher.model=/nowhere")
     assert remains(finished) == before
-    assert CliRunner().invoke(main, ["train", str(toml), "--overwrite", "seed=1", "--json"]).exit_code == 0
+    assert (
+        CliRunner().invoke(main, ["train", str(toml), "--overwrite", "seed=1", "--json"]).exit_code
+        == 0
+    )
     assert remains(finished) != before
 
 
@@ -271,7 +377,9 @@ def test_resume_and_overwrite(toml):
 
 def test_resume_with_another_config(toml, finished):
     before = remains(finished)
-    assert f"go on with it by `rlad train {finished} --resume`" in rlad_fails("train", toml, "--resume", "seed=5")
+    assert f"go on with it by `rlad train {finished} --resume`" in rlad_fails(
+        "train", toml, "--resume", "seed=5"
+    )
     assert remains(finished) == before
 
 
@@ -284,7 +392,14 @@ def test_checkpoint_of_another_run(world, toml, finished, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["model.safetensors", "config.json", "tokenizer.json", "trainer/state.json", "trainer/optimizer.safetensors"]
+    "name",
+    [
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "trainer/state.json",
+        "trainer/optimizer.safetensors",
+    ],
 )
 def test_no_checkpoint_that_is_whole(toml, finished, name):
     for _, folder in RunDirectory(finished).checkpoints():
@@ -297,7 +412,9 @@ def test_no_checkpoint_that_is_whole(toml, finished, name):
 
 def test_lost_checkpoints(toml, finished):
     shutil.rmtree(finished / "checkpoints")
-    assert "has lost its checkpoints; put a copy of one back" in rlad_fails("train", toml, "--resume")
+    assert "has lost its checkpoints; put a copy of one back" in rlad_fails(
+        "train", toml, "--resume"
+    )
     assert len((finished / "metrics.jsonl").read_text().splitlines()) == 4
 
 
@@ -307,20 +424,28 @@ def test_missing_test_before_training(toml, finished):
 
 
 def test_run_directory_that_cannot_be_made(toml, tmp_path):
-    assert "run directory /proc/rlad/run cannot be written" in rlad_fails("train", toml, "run_dir=/proc/rlad/run", code=1)
+    assert "run directory /proc/rlad/run cannot be written" in rlad_fails(
+        "train", toml, "run_dir=/proc/rlad/run", code=1
+    )
     (tmp_path / "file").touch()
-    assert "cannot be written" in rlad_fails("train", toml, f"run_dir={tmp_path / 'file' / 'run'}", code=1)
+    assert "cannot be written" in rlad_fails(
+        "train", toml, f"run_dir={tmp_path / 'file' / 'run'}", code=1
+    )
     assert "is not a run directory" in rlad_fails("train", toml, f"run_dir={tmp_path / 'file'}")
 
 
 def test_evaluate_needs_a_task_for_a_model(world):
-    assert "add --task, for example --task knights_and_knaves" in rlad_fails("evaluate", world / "student")
+    assert "add --task, for example --task knights_and_knaves" in rlad_fails(
+        "evaluate", world / "student"
+    )
     assert "task.type is 'kk'" in rlad_fails("evaluate", world / "student", "--task", "kk")
 
 
 def test_evaluate_does_not_overwrite_results(finished, tmp_path):
     (tmp_path / "results.jsonl").write_text("mine")
-    assert "exists already" in rlad_fails("evaluate", finished, "--output", tmp_path / "results.jsonl")
+    assert "exists already" in rlad_fails(
+        "evaluate", finished, "--output", tmp_path / "results.jsonl"
+    )
     assert (tmp_path / "results.jsonl").read_text() == "mine"
 
 

@@ -48,11 +48,16 @@ def toml(world: Path, tmp_path: Path) -> Path:
 # --- help and lists ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", [[], ["train"], ["check"], ["sample"], ["evaluate"], ["serve-teacher"], ["list"], ["models"]])
+@pytest.mark.parametrize(
+    "verb",
+    [[], ["train"], ["check"], ["sample"], ["evaluate"], ["serve-teacher"], ["list"], ["models"]],
+)
 def test_help_is_whole_and_fits_a_terminal(verb):
     lines = rlad_cli(*verb, "--help").stdout.splitlines()
     assert len(lines) < 35 and max(map(len, lines)) <= 100
-    assert not any(line.startswith("  ") and line.endswith("...") for line in lines), "a summary was cut off"
+    assert not any(line.startswith("  ") and line.endswith("...") for line in lines), (
+        "a summary was cut off"
+    )
 
 
 def test_version():
@@ -71,32 +76,51 @@ def test_list(what):
     assert list(json.loads(rlad_cli("list", what, "--json").stdout)) == names
 
 
-@pytest.mark.parametrize(("what", "name"), [(what, name) for what, configs in CONFIGS.items() for name in configs])
+@pytest.mark.parametrize(
+    ("what", "name"), [(what, name) for what, configs in CONFIGS.items() for name in configs]
+)
 def test_list_name_shows_every_setting_as_it_stands_in_a_config(what, name):
     text = rlad_cli("list", what, name).stdout
-    assert json.loads(rlad_cli("list", what, name, "--json").stdout) == {"name": name, "text": text.rstrip("\n")}
+    assert json.loads(rlad_cli("list", what, name, "--json").stdout) == {
+        "name": name,
+        "text": text.rstrip("\n"),
+    }
     section, *within = text[text.index("\n[") + 1 :].split("\n\n")
     shown = re.findall(r"^(?:# )?(\w+)(?: = |$| +#)", section, flags=re.MULTILINE)
-    shown += [re.match(r"\[\w+\.(\w+)", part)[1] for part in within]  # [teacher.teacher], [task.tasks.NAME]
+    shown += [
+        re.match(r"\[\w+\.(\w+)", part)[1] for part in within
+    ]  # [teacher.teacher], [task.tasks.NAME]
     assert sorted(shown) == sorted(CONFIGS[what][name].model_fields)
 
 
 def test_list_objective_shows_its_formula():
     text = rlad_cli("list", "objectives", "trrd").stdout
     assert OBJECTIVES["trrd"].formula in text
-    assert re.search(r"^alpha = 0\.5 +# 1 is GRPO, .* or \{ start, end, change_per_step \}$", text, flags=re.MULTILINE)
-    assert re.search(r'^ratio_level = "token" +# .*one of "token", "sequence"$', text, flags=re.MULTILINE)
+    assert re.search(
+        r"^alpha = 0\.5 +# 1 is GRPO, .* or \{ start, end, change_per_step \}$",
+        text,
+        flags=re.MULTILINE,
+    )
+    assert re.search(
+        r'^ratio_level = "token" +# .*one of "token", "sequence"$', text, flags=re.MULTILINE
+    )
 
 
 def test_a_printed_section_can_be_pasted_into_a_config(world, tmp_path):
     text = rlad_cli("list", "objectives", "kdrl").stdout
     config = run_config(world, tmp_path / "run")
     (tmp_path / "run.toml").write_text(tomli_w.dumps(config) + text[text.index("\n[") :])
-    assert load_config(tmp_path / "run.toml").objective == load_config(tmp_path / "run.toml", ["objective=kdrl"]).objective
+    assert (
+        load_config(tmp_path / "run.toml").objective
+        == load_config(tmp_path / "run.toml", ["objective=kdrl"]).objective
+    )
 
 
 def test_list_of_an_unknown_name():
-    assert "'trd' is none of the objectives: did you mean 'trrd'?" in rlad_cli("list", "objectives", "trd", code=2).stderr
+    assert (
+        "'trd' is none of the objectives: did you mean 'trrd'?"
+        in rlad_cli("list", "objectives", "trd", code=2).stderr
+    )
 
 
 # --- check ------------------------------------------------------------------------------------------------------------
@@ -125,21 +149,36 @@ def test_check_as_json(toml):
     report = json.loads(rlad_cli("check", toml, "--json").stdout)
     assert report["ok"] is True and report["config"]["optimization"]["max_grad_norm"] == 1.0
     assert "error" not in {finding["level"] for finding in report["findings"]}
-    assert report["memory_bytes"]["total"] == sum(v for k, v in report["memory_bytes"].items() if k != "total") > 0
+    assert (
+        report["memory_bytes"]["total"]
+        == sum(v for k, v in report["memory_bytes"].items() if k != "total")
+        > 0
+    )
 
 
 def test_check_counts_parameters_right(world, toml):
-    memory = json.loads(rlad_cli("check", toml, "optimization.kl_coef=0.1", "--json").stdout)["memory_bytes"]
-    num_parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(world / "student").parameters())
-    assert (memory["student_weights"], memory["gradients_and_optimizer"]) == (4 * num_parameters, 12 * num_parameters)
+    memory = json.loads(rlad_cli("check", toml, "optimization.kl_coef=0.1", "--json").stdout)[
+        "memory_bytes"
+    ]
+    num_parameters = sum(
+        p.numel() for p in AutoModelForCausalLM.from_pretrained(world / "student").parameters()
+    )
+    assert (memory["student_weights"], memory["gradients_and_optimizer"]) == (
+        4 * num_parameters,
+        12 * num_parameters,
+    )
     assert memory["teacher_weights"] == memory["reference_weights"] == 4 * num_parameters
-    # 12 rows of 4 + 4 tokens and room for 64 more; keys and values of 2 layers, 1 head of 8 numbers in float32.
+    # 12 rows of 4 + 4 tokens and room for 64 more; keys and values of 2 layers, 1 head of 8 numbers
+    # in float32.
     assert memory["sampler_cache"] == 12 * (8 + 64) * 2 * 2 * 8 * 4
 
 
 def test_check_of_a_run_that_is_there(run_dir):
     text = rlad_cli("check", run_dir).stdout
-    assert "! run directory:" in text and "train needs --resume, --overwrite or another run_dir" in text
+    assert (
+        "! run directory:" in text
+        and "train needs --resume, --overwrite or another run_dir" in text
+    )
     assert "this can be trained" in text
 
 
@@ -147,21 +186,40 @@ def test_plan_names_what_is_computed(toml):
     def plan(*overrides: str) -> str:
         return "\n".join(json.loads(rlad_cli("check", toml, *overrides, "--json").stdout)["plan"])
 
-    assert "the teacher scores each sampled token once" in plan() and "advantage 0 are left out" in plan()
+    assert (
+        "the teacher scores each sampled token once" in plan()
+        and "advantage 0 are left out" in plan()
+    )
     assert "no teacher" in plan("objective=grpo")
     several = plan("optimization.steps_per_rollout_batch=2", "optimization.kl_coef=0.1")
-    assert "the old policy scores" in several and "KL leash" in several and "left out" not in several
+    assert (
+        "the old policy scores" in several and "KL leash" in several and "left out" not in several
+    )
 
 
 # --- train ------------------------------------------------------------------------------------------------------------
 
 
 def test_train_in_a_pipe_is_plain_and_ends_with_what_to_do_next(toml, tmp_path):
-    done = subprocess.run([sys.executable, "-m", "rlad", "train", str(toml)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "rlad", "train", str(toml)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stderr == "" and not ANSI.search(done.stdout)
-    for part in ("step 0  test pass@1 ", "step 4/4  reward ", "tokens/s", "test pass@1 before  ", "test pass@1 after   "):
+    for part in (
+        "step 0  test pass@1 ",
+        "step 4/4  reward ",
+        "tokens/s",
+        "test pass@1 before  ",
+        "test pass@1 after   ",
+    ):
         assert part in done.stdout, part
-    assert f"run directory   {tmp_path / 'run'}  (" in done.stdout and str(tmp_path / "run" / "curve.png") in done.stdout
+    assert (
+        f"run directory   {tmp_path / 'run'}  (" in done.stdout
+        and str(tmp_path / "run" / "curve.png") in done.stdout
+    )
     commands = [line for line in done.stdout.splitlines() if line.startswith("rlad ")]
     assert len(commands) == 4
     for command in commands:
@@ -172,7 +230,10 @@ def test_train_on_a_terminal_shows_a_bar(toml):
     ours, theirs = pty.openpty()
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "80"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "rlad", "train", str(toml)], stdout=theirs, stderr=theirs, env=environment
+        [sys.executable, "-m", "rlad", "train", str(toml)],
+        stdout=theirs,
+        stderr=theirs,
+        env=environment,
     )
     os.close(theirs)
     shown = b""
@@ -185,7 +246,9 @@ def test_train_on_a_terminal_shows_a_bar(toml):
     lines = ANSI.sub("", shown.decode()).replace("\r", "\n").splitlines()
     bars = [line for line in lines if re.search(r"━.* 4/4 .*left", line)]
     figures = [
-        line for line in lines if re.search(r"^reward \d\.\d\d  held-out pass@1 .*  gated \+.* -.*  [\d,]+ tokens/s", line)
+        line
+        for line in lines
+        if re.search(r"^reward \d\.\d\d  held-out pass@1 .*  gated \+.* -.*  [\d,]+ tokens/s", line)
     ]
     assert bars and figures
     assert max(map(len, [*bars, *figures])) <= 80
@@ -201,7 +264,14 @@ def test_train_as_json(toml, tmp_path):
 
 
 def test_overrides_win_over_the_file(toml, tmp_path):
-    rlad_cli("train", toml, "objective=grpo", "optimization.num_steps=1", f"run_dir={tmp_path / 'other'}", "--json")
+    rlad_cli(
+        "train",
+        toml,
+        "objective=grpo",
+        "optimization.num_steps=1",
+        f"run_dir={tmp_path / 'other'}",
+        "--json",
+    )
     config = load_config(tmp_path / "other")
     assert (config.objective.type, config.optimization.num_steps) == ("grpo", 1)
     assert len(list(RunDirectory(tmp_path / "other").read("metrics.jsonl"))) == 1
@@ -212,10 +282,16 @@ def test_overrides_win_over_the_file(toml, tmp_path):
 
 def test_checkpoints_load_as_any_model_and_differ_from_the_start(world, run_dir):
     last = RunDirectory(run_dir).checkpoints()[-1][1]
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(last), AutoTokenizer.from_pretrained(last)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(last),
+        AutoTokenizer.from_pretrained(last),
+    )
     start = AutoModelForCausalLM.from_pretrained(world / "student")
     assert not torch.equal(model.lm_head.weight, start.lm_head.weight)
-    assert tokenizer("1 + 1 =")["input_ids"] == AutoTokenizer.from_pretrained(world / "student")("1 + 1 =")["input_ids"]
+    assert (
+        tokenizer("1 + 1 =")["input_ids"]
+        == AutoTokenizer.from_pretrained(world / "student")("1 + 1 =")["input_ids"]
+    )
 
 
 def test_files_of_a_run(run_dir):
@@ -227,12 +303,17 @@ def test_files_of_a_run(run_dir):
     about = json.loads((run_dir / "run.json").read_text())
     assert about["versions"]["torch"] == torch.__version__ and about["seed"] == 0
     card = (run_dir / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: transformers\n") and 'folder = "checkpoints/step-000004"' in card
+    assert (
+        card.startswith("---\nlibrary_name: transformers\n")
+        and 'folder = "checkpoints/step-000004"' in card
+    )
     assert (run_dir / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_stored_config_repeats_the_run(run_dir, tmp_path):
-    again = rlad.train(load_config(run_dir / "config.toml", [f"run_dir={tmp_path / 'run'}"])).run_dir
+    again = rlad.train(
+        load_config(run_dir / "config.toml", [f"run_dir={tmp_path / 'run'}"])
+    ).run_dir
     for name in ("samples.jsonl", "eval.jsonl"):
         assert (again / name).read_bytes() == (run_dir / name).read_bytes()
 
@@ -244,14 +325,20 @@ def test_sample(run_dir):
 
 
 def test_sample_as_json_agrees_with_transformers(run_dir):
-    rows = [json.loads(line) for line in rlad_cli("sample", run_dir, "--num-prompts", 2, "--json").stdout.splitlines()]
+    rows = [
+        json.loads(line)
+        for line in rlad_cli("sample", run_dir, "--num-prompts", 2, "--json").stdout.splitlines()
+    ]
     assert len(rows) == 6
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(rows[0]["student"]),
         AutoTokenizer.from_pretrained(rows[0]["student"]),
     )
     for row in rows:
-        prompt, ids = tokenizer(row["prompt"])["input_ids"], tokenizer.convert_tokens_to_ids(row["tokens"])
+        prompt, ids = (
+            tokenizer(row["prompt"])["input_ids"],
+            tokenizer.convert_tokens_to_ids(row["tokens"]),
+        )
         logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
         expected = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).squeeze(1)
         assert torch.allclose(torch.tensor(row["student_logprobs"]), expected, atol=1e-5)
@@ -259,13 +346,17 @@ def test_sample_as_json_agrees_with_transformers(run_dir):
 
 
 def test_sample_without_a_run_shows_the_initial_student(world, toml):
-    rows = rlad_cli("sample", toml, "objective=grpo", "--num-prompts", 1, "--json").stdout.splitlines()
+    rows = rlad_cli(
+        "sample", toml, "objective=grpo", "--num-prompts", 1, "--json"
+    ).stdout.splitlines()
     row = json.loads(rows[0])
     assert row["student"] == str(world / "student") and row["teacher_logprobs"] is None
 
 
 def test_evaluate_a_run_takes_its_best_checkpoint_and_its_task(run_dir):
-    summary = json.loads(rlad_cli("evaluate", run_dir, "--num-samples", 4, "--split", "validation", "--json").stdout)
+    summary = json.loads(
+        rlad_cli("evaluate", run_dir, "--num-samples", 4, "--split", "validation", "--json").stdout
+    )
     assert summary["model"] == str(RunDirectory(run_dir).best_checkpoint()[1])
     rows = [row for row in RunDirectory(run_dir).read("eval.jsonl") if row["split"] == "validation"]
     assert summary["mean@4"]["mean"] == max(row["pass@1"]["mean"] for row in rows)
@@ -275,9 +366,14 @@ def test_evaluate_a_checkpoint_as_a_table(run_dir):
     last = RunDirectory(run_dir).checkpoints()[-1][1]
     text = rlad_cli("evaluate", last, "--num-samples", 2).stdout
     assert text.startswith(f"{last}\n2 test problems of jsonl x 2 samples\n")
-    assert all(f"{name} " in text for name in ("mean@2", "pass@1", "pass@2", "truncated", "could not be judged"))
+    assert all(
+        f"{name} " in text
+        for name in ("mean@2", "pass@1", "pass@2", "truncated", "could not be judged")
+    )
 
 
 def test_python_m_rlad():
-    done = subprocess.run([sys.executable, "-m", "rlad", "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "rlad", "--help"], capture_output=True, text=True, check=True
+    )
     assert done.stdout.startswith("Usage: rlad [OPTIONS] COMMAND")

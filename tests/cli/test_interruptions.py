@@ -47,7 +47,8 @@ def small_disk(folder: Path, kilobytes: int) -> Iterator[None]:
 
 
 class Fill(rlad.training.reporter.Silent):
-    """Takes all space of the disk but `leave` bytes: after step 1, or after the validation at step 2."""
+    """Takes all space of the disk but `leave` bytes: after step 1, or after the validation at step
+    2."""
 
     def __init__(self, disk: Path, *, leave: int, before_checkpoint: bool) -> None:
         self.disk, self.leave, self.before_checkpoint = disk, leave, before_checkpoint
@@ -62,16 +63,26 @@ class Fill(rlad.training.reporter.Silent):
 
     def fill(self) -> None:
         free = os.statvfs(self.disk)
-        (self.disk / "filler").write_bytes(bytes(max(free.f_bavail * free.f_frsize - self.leave, 0)))
+        (self.disk / "filler").write_bytes(
+            bytes(max(free.f_bavail * free.f_frsize - self.leave, 0))
+        )
 
 
 # The files of a checkpoint in the order in which they are written.
-FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json", "tokenizer.json")
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer_config.json",
+    "tokenizer.json",
+)
 FILES += ("trainer/optimizer.safetensors", "trainer/state.json")
 PAGE = 4096
 
 
-@pytest.mark.parametrize("full_at", ["config.json", "model.safetensors", "tokenizer.json", "trainer/state.json"])
+@pytest.mark.parametrize(
+    "full_at", ["config.json", "model.safetensors", "tokenizer.json", "trainer/state.json"]
+)
 def test_disk_full_at_a_checkpoint(world, tmp_path, full_at):
     """Wherever in the checkpoint the space ends: it is absent, the former one whole."""
     wanted = rlad.train(run_config(world, tmp_path / "run")).run_dir
@@ -79,8 +90,12 @@ def test_disk_full_at_a_checkpoint(world, tmp_path, full_at):
     leave = sum(-(-sizes[name] // PAGE) * PAGE for name in FILES[: FILES.index(full_at)])
     with small_disk(tmp_path / "disk", kilobytes=1000):
         config = run_config(world, tmp_path / "disk" / "run")
-        with pytest.raises(CannotWriteError, match=r"cannot be written .*--resume` goes on from step-000000"):
-            rlad.train(config, reporter=Fill(tmp_path / "disk", leave=leave, before_checkpoint=True))
+        with pytest.raises(
+            CannotWriteError, match=r"cannot be written .*--resume` goes on from step-000000"
+        ):
+            rlad.train(
+                config, reporter=Fill(tmp_path / "disk", leave=leave, before_checkpoint=True)
+            )
         checkpoints = tmp_path / "disk" / "run" / "checkpoints"
         assert [path.name for path in checkpoints.iterdir()] == ["step-000000"]
         AutoModelForCausalLM.from_pretrained(checkpoints / "step-000000")
@@ -106,7 +121,9 @@ def test_file_size_limit_at_a_checkpoint(world, tmp_path):
 
     config = run_config(world, tmp_path / "run")
     try:
-        with pytest.raises(CannotWriteError, match=r"File too large.*--resume` goes on from step-000000"):
+        with pytest.raises(
+            CannotWriteError, match=r"File too large.*--resume` goes on from step-000000"
+        ):
             rlad.train(config, reporter=Limit())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -115,13 +132,16 @@ def test_file_size_limit_at_a_checkpoint(world, tmp_path):
 
 
 def test_disk_full_while_rows_are_written(world, tmp_path):
-    """A row may be cut in the middle; the rows before it are kept, and resuming drops the half one."""
+    """A row may be cut in the middle; the rows before it are kept, and resuming drops the half
+    one."""
     sections = {"optimization": {"num_steps": 40}, "evaluation": {"every_steps": 100}}
     wanted = rlad.train(run_config(world, tmp_path / "run", **sections)).run_dir
     with small_disk(tmp_path / "disk", kilobytes=1000):
         config = run_config(world, tmp_path / "disk" / "run", **sections)
         with pytest.raises(CannotWriteError, match="cannot be written"):
-            rlad.train(config, reporter=Fill(tmp_path / "disk", leave=4096, before_checkpoint=False))
+            rlad.train(
+                config, reporter=Fill(tmp_path / "disk", leave=4096, before_checkpoint=False)
+            )
         rows = list(RunDirectory(tmp_path / "disk" / "run").read("metrics.jsonl"))
         assert rows and [row["step"] for row in rows] == list(range(1, len(rows) + 1))
         (tmp_path / "disk" / "filler").unlink(missing_ok=True)
@@ -146,31 +166,51 @@ def wait_until(process: subprocess.Popen[str], is_so: Any) -> None:
 
 def test_signals_write_a_checkpoint(world, tmp_path):
     """Ctrl-C ends in 130, SIGTERM in 143; both go on with --resume."""
-    config = run_config(world, tmp_path / "run", optimization={"num_steps": 100_000}, evaluation={"every_steps": 100_000})
+    config = run_config(
+        world,
+        tmp_path / "run",
+        optimization={"num_steps": 100_000},
+        evaluation={"every_steps": 100_000},
+    )
     toml, metrics = write_config(tmp_path / "run.toml", config), tmp_path / "run" / "metrics.jsonl"
-    for number, code, arguments in ((signal.SIGINT, 130, ["--json"]), (signal.SIGTERM, 143, ["--resume"])):
+    for number, code, arguments in (
+        (signal.SIGINT, 130, ["--json"]),
+        (signal.SIGTERM, 143, ["--resume"]),
+    ):
         num_before = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
         process = start(toml, *arguments)
-        wait_until(process, lambda n=num_before: metrics.exists() and metrics.read_bytes().count(b"\n") > n + 3)
+        wait_until(
+            process,
+            lambda n=num_before: metrics.exists() and metrics.read_bytes().count(b"\n") > n + 3,
+        )
         process.send_signal(number)
         _, stderr = process.communicate(timeout=60)
         assert process.returncode == code and "Traceback" not in stderr
         command = f"rlad train {tmp_path / 'run'} --resume"
         assert stderr.splitlines()[-1] == (
-            f"rlad: stopped by {signal.Signals(number).name}; a checkpoint is written, go on with: {command}"
+            f"rlad: stopped by {signal.Signals(number).name}; a checkpoint is written, go on with: "
+            f"{command}"
         )
         rows = list(RunDirectory(tmp_path / "run").read("metrics.jsonl"))
         assert RunDirectory(tmp_path / "run").checkpoints()[-1][0] == len(rows) > num_before
     config["optimization"]["num_steps"] = len(rows) + 2
     rlad.train(config, resume=True)
-    assert [row["step"] for row in RunDirectory(tmp_path / "run").read("metrics.jsonl")] == list(range(1, len(rows) + 3))
+    assert [row["step"] for row in RunDirectory(tmp_path / "run").read("metrics.jsonl")] == list(
+        range(1, len(rows) + 3)
+    )
 
 
 def test_second_ctrl_c_stops_at_once(world, tmp_path, monkeypatch):
     """A verifier that hangs is no safe point; the second Ctrl-C does not wait for one."""
     monkeypatch.setenv("HANGING", str(tmp_path / "hanging"))
-    task = {"verifier": "run_verifiers:hang", "timeout_seconds": 500.0, "test_path": write_unreachable_answers(tmp_path)}
-    process = start(write_config(tmp_path / "run.toml", run_config(world, tmp_path / "run", task=task)))
+    task = {
+        "verifier": "run_verifiers:hang",
+        "timeout_seconds": 500.0,
+        "test_path": write_unreachable_answers(tmp_path),
+    }
+    process = start(
+        write_config(tmp_path / "run.toml", run_config(world, tmp_path / "run", task=task))
+    )
     wait_until(process, (tmp_path / "hanging").exists)
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)
@@ -192,7 +232,8 @@ PLACES: dict[str, tuple[Any, str, int]] = {
 
 
 def train_with_signals(toml: Path, *places: tuple[Any, str, int], number: int, errors: Path) -> int:
-    """The exit code of `rlad train` in a fork that gets a signal at each of these places; `errors` is its stderr."""
+    """The exit code of `rlad train` in a fork that gets a signal at each of these places; `errors`
+    is its stderr."""
     process = os.fork()
     if process:
         return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
@@ -223,11 +264,17 @@ def signalling(function: Callable[..., Any], number: int, at: int) -> Callable[.
 
 @pytest.fixture(scope="module")
 def undisturbed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return remains(rlad.train(run_config(world, tmp_path_factory.mktemp("undisturbed") / "run")).run_dir)
+    return remains(
+        rlad.train(run_config(world, tmp_path_factory.mktemp("undisturbed") / "run")).run_dir
+    )
 
 
-@pytest.mark.parametrize(("where", "number"), list(zip(PLACES, [signal.SIGINT, signal.SIGTERM] * 3, strict=True)))
-def test_a_signal_anywhere_ends_the_run_within_seconds(world, tmp_path, undisturbed, monkeypatch, where, number):
+@pytest.mark.parametrize(
+    ("where", "number"), list(zip(PLACES, [signal.SIGINT, signal.SIGTERM] * 3, strict=True))
+)
+def test_a_signal_anywhere_ends_the_run_within_seconds(
+    world, tmp_path, undisturbed, monkeypatch, where, number
+):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     config = run_config(world, tmp_path / "run")
     toml, started = write_config(tmp_path / "run.toml", config), time.monotonic()
@@ -235,19 +282,27 @@ def test_a_signal_anywhere_ends_the_run_within_seconds(world, tmp_path, undistur
     assert code == 128 + number and time.monotonic() - started < 20
     said = (tmp_path / "errors").read_text().splitlines()[-1]
     is_loading = where == "loading models"
-    then = "training had not begun and nothing is written" if is_loading else "a checkpoint is written, go on with"
+    then = (
+        "training had not begun and nothing is written"
+        if is_loading
+        else "a checkpoint is written, go on with"
+    )
     assert said.startswith(f"rlad: stopped by {signal.Signals(number).name}; {then}")
     assert (tmp_path / "run").exists() is not is_loading
     rlad.train(config, resume=not is_loading)
     assert remains(tmp_path / "run") == undisturbed
 
 
-def test_a_second_signal_while_the_checkpoint_is_written_leaves_the_former_one(world, tmp_path, undisturbed, monkeypatch):
+def test_a_second_signal_while_the_checkpoint_is_written_leaves_the_former_one(
+    world, tmp_path, undisturbed, monkeypatch
+):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     config = run_config(world, tmp_path / "run")
     toml = write_config(tmp_path / "run.toml", config)
     places = (PLACES["update"], (rlad.engines.native.loop, "save_engine", 2))
-    assert train_with_signals(toml, *places, number=signal.SIGINT, errors=tmp_path / "errors") == 130
+    assert (
+        train_with_signals(toml, *places, number=signal.SIGINT, errors=tmp_path / "errors") == 130
+    )
     assert (tmp_path / "errors").read_text().splitlines()[-1] == "rlad: interrupted"
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000000"]
     rlad.train(config, resume=True)
@@ -258,8 +313,16 @@ def test_a_signal_while_a_served_teacher_hangs(world, tmp_path):
     """The server takes the request and does not answer it."""
     with ConformanceServer(load_language_model(str(world / "teacher"))) as server:
         server.slow_seconds = 600.0
-        teacher = {"type": "served", "urls": [server.url], "model": "tiny", "tolerance": 1e-3, "timeout_seconds": 600.0}
-        config = run_config(world, tmp_path / "run", teacher=teacher, optimization={"num_steps": 100_000})
+        teacher = {
+            "type": "served",
+            "urls": [server.url],
+            "model": "tiny",
+            "tolerance": 1e-3,
+            "timeout_seconds": 600.0,
+        }
+        config = run_config(
+            world, tmp_path / "run", teacher=teacher, optimization={"num_steps": 100_000}
+        )
         process = start(write_config(tmp_path / "run.toml", config))
         wait_until(process, (tmp_path / "run" / "metrics.jsonl").exists)
         server.lasting_fault = "slow"
@@ -270,7 +333,8 @@ def test_a_signal_while_a_served_teacher_hangs(world, tmp_path):
 
 
 def test_a_signal_to_all_processes_leaves_no_completion_unjudged(world, tmp_path, monkeypatch):
-    """It ends the verifier's process too, here while the last completion of a rollout batch is judged."""
+    """It ends the verifier's process too, here while the last completion of a rollout batch is
+    judged."""
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     monkeypatch.setenv("SLOW", str(tmp_path / "slow"))
     sections = {"objective": {"type": "grpo"}, "task": {"verifier": "run_verifiers:slow"}}
@@ -294,7 +358,9 @@ def test_a_signal_to_all_processes_leaves_no_completion_unjudged(world, tmp_path
         finally:
             os._exit(77)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 77
-    assert not (tmp_path / "run" / "metrics.jsonl").exists(), "the signal came before the first step"
+    assert not (tmp_path / "run" / "metrics.jsonl").exists(), (
+        "the signal came before the first step"
+    )
     (tmp_path / "slow").unlink()
     rlad.train(config, resume=True)
     assert remains(tmp_path / "run") == remains(wanted)
@@ -304,7 +370,8 @@ def test_a_signal_to_all_processes_leaves_no_completion_unjudged(world, tmp_path
 
 
 def test_of_two_runs_that_begin_at_once_in_one_place_the_later_is_refused(world, tmp_path):
-    """The second finds the place free, and while it loads its models the first has made its run there."""
+    """The second finds the place free, and while it loads its models the first has made its run
+    there."""
     config = run_config(world, tmp_path / "run")
     first: list[dict[str, Any]] = []
 

@@ -1,4 +1,5 @@
-"""A report of hostile texts in a real browser: they are shown, and nothing of them is run, loaded or clicked."""
+"""A report of hostile texts in a real browser: they are shown, and nothing of them is run, loaded
+or clicked."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +28,8 @@ INJECTIONS = (
     f"' onmouseover='{TAKEN}' x='",
     f'<a href="javascript:{TAKEN}">x</a>',
     '<link rel="stylesheet" href="http://127.0.0.1:9/x.css"><meta http-equiv="refresh" content="0;url=http://127.0.0.1:9/">',
-    "<iframe src='http://127.0.0.1:9/'></iframe><form action='http://127.0.0.1:9/'><button>x</button></form>",
+    "<iframe src='http://127.0.0.1:9/'></iframe><form "
+    "action='http://127.0.0.1:9/'><button>x</button></form>",
     "<base href='http://127.0.0.1:9/'>",
     "{{ 7 * 7 }}{% raw %}",
     "\x1b[31m\u202e\u2066\x00\ud800",
@@ -37,7 +39,8 @@ INJECTIONS = (
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every text in every place that takes one: prompt, token, verdict, model, method, title, note, reason."""
+    """Every text in every place that takes one: prompt, token, verdict, model, method, title, note,
+    reason."""
     root = tmp_path_factory.mktemp("report")
     runs = []
     for i, evil in enumerate(INJECTIONS):
@@ -45,11 +48,22 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         row = sample_row(1, tokens, "+h+", verdict=evil) | {"prompt": evil}
         model = evil.replace("\ud800", "").replace("\x00", "")
         run = write_run(
-            root / str(i), correct=[1, 2], keys=[evil, "key"], samples=[row], student={"model": model}, teacher={"model": model}
+            root / str(i),
+            correct=[1, 2],
+            keys=[evil, "key"],
+            samples=[row],
+            student={"model": model},
+            teacher={"model": model},
         )
         runs.append(ReportedRun(f"method {i} {evil}", run))
     missing = [MissingRun(evil, 0, evil) for evil in INJECTIONS]
-    write_report(runs, root / "out", missing=missing, title=f"Report {' '.join(INJECTIONS)}", notes=INJECTIONS)
+    write_report(
+        runs,
+        root / "out",
+        missing=missing,
+        title=f"Report {' '.join(INJECTIONS)}",
+        notes=INJECTIONS,
+    )
     return root / "out" / "report.html"
 
 
@@ -66,13 +80,38 @@ def test_nothing_is_run_or_loaded(browser, page):
 
 
 def test_only_our_own_elements_are_there(browser):
-    """One script and one style; no element that loads or sends something, no attribute that runs something."""
+    """One script and one style; no element that loads or sends something, no attribute that runs
+    something."""
     assert browser.execute_script("return document.scripts.length") == 1
-    for tag in ("img", "iframe", "a", "form", "base", "link", "object", "embed", "animate", "foreignObject", "svg script"):
-        assert browser.execute_script("return document.querySelectorAll(arguments[0]).length", tag) == 0, tag
+    for tag in (
+        "img",
+        "iframe",
+        "a",
+        "form",
+        "base",
+        "link",
+        "object",
+        "embed",
+        "animate",
+        "foreignObject",
+        "svg script",
+    ):
+        assert (
+            browser.execute_script("return document.querySelectorAll(arguments[0]).length", tag)
+            == 0
+        ), tag
     names = "return [...new Set([...document.querySelectorAll('*')].flatMap(e => e.getAttributeNames()))]"
-    assert [name for name in browser.execute_script(names) if name.startswith("on") or name == "autofocus"] == []
-    assert browser.execute_script("return document.querySelectorAll('meta[http-equiv=refresh]').length") == 0
+    assert [
+        name
+        for name in browser.execute_script(names)
+        if name.startswith("on") or name == "autofocus"
+    ] == []
+    assert (
+        browser.execute_script(
+            "return document.querySelectorAll('meta[http-equiv=refresh]').length"
+        )
+        == 0
+    )
 
 
 def test_what_was_written_is_shown(browser):
@@ -87,6 +126,7 @@ def test_sorting_and_pointing_run_nothing_either(browser):
     for button in browser.find_elements("css selector", "table.sortable thead button")[:12]:
         button.click()
     actions = browser.execute_script(
-        "for (const e of document.querySelectorAll('*')) e.dispatchEvent(new MouseEvent('mouseover'))"
+        "for (const e of document.querySelectorAll('*')) e.dispatchEvent(new "
+        "MouseEvent('mouseover'))"
     )
     assert actions is None and browser.title.startswith("Report <script>")

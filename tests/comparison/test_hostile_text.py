@@ -1,4 +1,5 @@
-"""Text of models, servers and files: what reads it neither fails nor hangs nor is fooled, what shows it shows text alone."""
+"""Text of models, servers and files: what reads it neither fails nor hangs nor is fooled, what
+shows it shows text alone."""
 
 import importlib.util
 import io
@@ -24,7 +25,14 @@ from rlad.config.template import template_parts
 from rlad.runs.directory import RunDirectory
 from rlad.runs.results import ProblemResult
 from rlad.runs.statistics import Estimate
-from rlad.tasks.answers import boxed_answer, evaluate_arithmetic, final_answer, last_number, marked_answer, normalised
+from rlad.tasks.answers import (
+    boxed_answer,
+    evaluate_arithmetic,
+    final_answer,
+    last_number,
+    marked_answer,
+    normalised,
+)
 from rlad.tasks.base import Verdict, text_key
 from rlad.tasks.logic import KnightsAndKnaves, logic_rl_reward, parse_answer
 from rlad.tasks.reasoning_gym import _is_harmless
@@ -49,7 +57,9 @@ def test_hostile_inputs(name):
     if importlib.util.find_spec(NEEDS.get(name, "rlad")) is None:
         pytest.skip(f"needs the optional package {NEEDS[name]}")
     target = TARGETS[name]
-    few = settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    few = settings(
+        max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    )
     seed(1)(few(given(target.inputs)(target.check)))()
 
 
@@ -100,12 +110,18 @@ def test_twice_the_text_takes_twice_the_time(name):
                 assert slow < 3 * quick + 0.1, (name, unit, quick, slow)
 
 
-@pytest.mark.parametrize("unit", ["a", "Answer: 1\n", r"\boxed{", "{", "<answer>", "1,000,", "\x1b[2J", "\u0131s a "])
+@pytest.mark.parametrize(
+    "unit", ["a", "Answer: 1\n", r"\boxed{", "{", "<answer>", "1,000,", "\x1b[2J", "\u0131s a "]
+)
 def test_megabytes(unit):
     completion = unit * (4 * 2**20 // len(unit))
     task = KnightsAndKnaves(num_people=[2])
     began = time.monotonic()
-    for judgement in (exact(completion, "x"), number(completion, "7"), task.judge(task.problem("train", 0), completion)):
+    for judgement in (
+        exact(completion, "x"),
+        number(completion, "7"),
+        task.judge(task.problem("train", 0), completion),
+    ):
         assert judgement.verdict == Verdict.WRONG
     assert time.monotonic() - began < 5
 
@@ -114,11 +130,16 @@ def test_megabytes(unit):
 
 
 def test_memory_is_bounded_and_costs_one_completion():
-    verifier = make_verifier("user_verifiers:by_completion", timeout_seconds=20, max_memory_gib=0.25)
+    verifier = make_verifier(
+        "user_verifiers:by_completion", timeout_seconds=20, max_memory_gib=0.25
+    )
     try:
         for _ in range(2):
             judgement = verifier.judge("eat", "42")
-            assert (judgement.verdict, judgement.reason) == (Verdict.CANNOT_JUDGE, "it needs more than 0.25 GiB of memory")
+            assert (judgement.verdict, judgement.reason) == (
+                Verdict.CANNOT_JUDGE,
+                "it needs more than 0.25 GiB of memory",
+            )
             assert verifier.judge("42", "42").verdict == Verdict.CORRECT
     finally:
         verifier.close()
@@ -136,7 +157,11 @@ def test_a_run_goes_on_whatever_its_verifier_does(world, tmp_path):
         run_config(
             world,
             tmp_path / "run",
-            task={"verifier": "user_verifiers:trouble_with_words", "timeout_seconds": 0.5, "max_memory_gib": 0.25},
+            task={
+                "verifier": "user_verifiers:trouble_with_words",
+                "timeout_seconds": 0.5,
+                "max_memory_gib": 0.25,
+            },
             rollout={"prompts_per_batch": 2, "group_size": 3},
             optimization={"num_steps": 1},
             evaluation={
@@ -162,7 +187,9 @@ def test_a_silent_process_prints_nothing(capfd):
 # --- what was found ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("word", ["kn\u0131ght", "KN\u0130GHT", "kn\u200bight", "\u212anight\u0131"])
+@pytest.mark.parametrize(
+    "word", ["kn\u0131ght", "KN\u0130GHT", "kn\u200bight", "\u212anight\u0131"]
+)
 def test_what_only_looks_like_a_knight_is_no_knave(word):
     """A pattern that ignores case takes a dotless i for an i."""
     assert parse_answer(f"Answer: Ada is a {word}, Ben is a knave") == {"ben": False}
@@ -173,11 +200,15 @@ def test_an_endless_token_id_is_no_token():
     assert read_generation({"choices": [choice]}, {}) == ([], [])
 
 
-@pytest.mark.parametrize("text", ["x = " + "[" * 100_000, "[a" + ".a" * 5000 + "]\nx = 1", 'x = "\ud800"'])
+@pytest.mark.parametrize(
+    "text", ["x = " + "[" * 100_000, "[a" + ".a" * 5000 + "]\nx = 1", 'x = "\ud800"']
+)
 def test_config_files_that_are_deep_or_no_text(tmp_path, text):
     (tmp_path / "run.toml").write_bytes(text.encode("utf-8", "surrogatepass"))
     result = CliRunner().invoke(main, ["check", str(tmp_path / "run.toml")])
-    assert result.exit_code == 2 and result.stderr.startswith("rlad: ") and len(result.stderr) < 20_000
+    assert (
+        result.exit_code == 2 and result.stderr.startswith("rlad: ") and len(result.stderr) < 20_000
+    )
 
 
 # --- the terminal -----------------------------------------------------------------------------------------------------
@@ -231,5 +262,9 @@ def test_an_error_of_the_command_line_is_text_alone(tmp_path):
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "\\u001b[31mevil\\u202e"}')
     for verb in ("train", "check"):
-        result = CliRunner().invoke(main, [verb, f"student.model={folder}", f"run_dir={tmp_path / 'run'}"])
-        assert result.exit_code == 2 and is_plain(result.stderr) and is_plain(result.stdout), result.output
+        result = CliRunner().invoke(
+            main, [verb, f"student.model={folder}", f"run_dir={tmp_path / 'run'}"]
+        )
+        assert result.exit_code == 2 and is_plain(result.stderr) and is_plain(result.stdout), (
+            result.output
+        )

@@ -1,4 +1,5 @@
-"""The report: its numbers against an independent computation, what is missing, what is not comparable, hostile text."""
+"""The report: its numbers against an independent computation, what is missing, what is not
+comparable, hostile text."""
 
 import json
 import math
@@ -18,7 +19,13 @@ from rlad.comparison.comparable import group_runs
 from rlad.comparison.escaping import markdown
 from rlad.comparison.imitation_map import FATES, MOST_TOKENS, imitation_maps
 from rlad.comparison.methods import baseline_of, figures_of
-from rlad.comparison.report import MissingRun, ReportedRun, read_comparison_file, write_comparison_file, write_report
+from rlad.comparison.report import (
+    MissingRun,
+    ReportedRun,
+    read_comparison_file,
+    write_comparison_file,
+    write_report,
+)
 from rlad.comparison.runs import Run, read_run
 from rlad.engines.imitation import FATES as RECORDED_FATES
 from tiny_runs import run_config
@@ -37,12 +44,19 @@ CORRECT = {
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[ReportedRun]:
     root = tmp_path_factory.mktemp("runs")
     return [
-        ReportedRun(m, write_run(root / m / f"seed-{s}", correct=c, objective=m, seed=s, before=[1] * 6, ood=[0, s]))
+        ReportedRun(
+            m,
+            write_run(
+                root / m / f"seed-{s}", correct=c, objective=m, seed=s, before=[1] * 6, ood=[0, s]
+            ),
+        )
         for (m, s), c in CORRECT.items()
     ]
 
 
-def report(runs: list[ReportedRun], folder: Path, **more: Any) -> tuple[str, str, list[dict[str, Any]]]:
+def report(
+    runs: list[ReportedRun], folder: Path, **more: Any
+) -> tuple[str, str, list[dict[str, Any]]]:
     """HTML, Markdown and the rows of results.jsonl."""
     write_report(runs, folder, **more)
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
@@ -52,14 +66,18 @@ def report(runs: list[ReportedRun], folder: Path, **more: Any) -> tuple[str, str
 def table(text: str, caption: str) -> dict[str, dict[str, str]]:
     """method -> column -> field of a table of report.md."""
     lines = text[text.index(f"**{caption}") :].splitlines()[2:]
-    fields = [[f.strip() for f in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[: lines.index("")]]
+    fields = [
+        [f.strip() for f in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[: lines.index("")]
+    ]
     return {row[0]: dict(zip(fields[0], row, strict=True)) for row in fields[2:]}
 
 
 def cells(text: str) -> list[set[int]]:
     """Of each table of report.md the numbers of cells of its rows; an escaped pipe parts none."""
     blocks = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
-    return [{len(re.findall(r"(?<!\\)\|", line)) - 1 for line in block.splitlines()} for block in blocks]
+    return [
+        {len(re.findall(r"(?<!\\)\|", line)) - 1 for line in block.splitlines()} for block in blocks
+    ]
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
@@ -76,8 +94,13 @@ def test_figures_equal_an_independent_computation(runs, tmp_path):
         assert results[method]["gain"].startswith(f"{100 * (counts.mean() - 0.25):+.1f} [")
         assert detail[method]["2 people"].startswith(f"{100 * counts[:, 0::2].mean():.1f}% [")
         assert detail[method]["pass@4"].startswith(f"{100 * (counts > 0).mean():.1f}% [")
-        assert detail[method]["out of distribution"].startswith(f"{100 * (0 + 1 + 2) / 3 / 8:.1f}% [")
-        assert (detail[method]["tokens"], detail[method]["truncated"]) == ("12.5", f"{100 / 6 / 4:.1f}%")
+        assert detail[method]["out of distribution"].startswith(
+            f"{100 * (0 + 1 + 2) / 3 / 8:.1f}% ["
+        )
+        assert (detail[method]["tokens"], detail[method]["truncated"]) == (
+            "12.5",
+            f"{100 / 6 / 4:.1f}%",
+        )
     assert results["grpo"]["minus grpo"] == "baseline"
     assert results["trrd"]["minus grpo"].startswith("+47.2 [+")  # (65 - 31) / 72
     assert [(row["method"], row["seed"], row["test_after"]["num_correct"]) for row in rows] == [
@@ -88,9 +111,12 @@ def test_figures_equal_an_independent_computation(runs, tmp_path):
 
 
 def test_p_value_is_exact_for_few_problems_and_corrected_for_the_comparisons(runs, tmp_path):
-    """Of the 2^6 ways to exchange the methods the share that is as good as what was found, doubled."""
+    """Of the 2^6 ways to exchange the methods the share that is as good as what was found,
+    doubled."""
     _, text, _ = report(runs, tmp_path)
-    means = {m: np.mean([c for (n, _), c in CORRECT.items() if n == m], axis=0) for m in ("grpo", "trrd")}
+    means = {
+        m: np.mean([c for (n, _), c in CORRECT.items() if n == m], axis=0) for m in ("grpo", "trrd")
+    }
     difference = means["trrd"] - means["grpo"]
     signs = np.array(np.meshgrid(*[[1, -1]] * 6)).reshape(6, -1)
     share = np.mean(difference @ signs >= difference.sum() - 1e-9)
@@ -99,12 +125,13 @@ def test_p_value_is_exact_for_few_problems_and_corrected_for_the_comparisons(run
 
 
 def test_cost(runs, tmp_path):
-    """4 steps of 2 + .5 + 1 + 1.5 seconds, 2 x 8 rollouts of 5 tokens, teacher tokens .1 + .2 + .3 + .4."""
+    """4 steps of 2 + .5 + 1 + 1.5 seconds, 2 x 8 rollouts of 5 tokens, teacher tokens .1 + .2 + .3
+    + .4."""
     _, text, rows = report(runs, tmp_path)
     row = table(text, "Cost")["trrd"]
-    assert [row[c] for c in ("steps", "seconds", "s / step", "generation", "teacher", "update", "rest")] == [
-        *("4", "20", "5.00", "40.0%", "20.0%", "30.0%", "10.0%")
-    ]
+    assert [
+        row[c] for c in ("steps", "seconds", "s / step", "generation", "teacher", "update", "rest")
+    ] == [*("4", "20", "5.00", "40.0%", "20.0%", "30.0%", "10.0%")]
     assert row["sampled tokens"] == "320" and "inside the update" not in text
     assert rows[0]["teacher_tokens"] == pytest.approx(1.0) and rows[0]["peak_memory_bytes"] == 0.4
 
@@ -115,7 +142,12 @@ def test_the_report_is_the_same_again(runs, tmp_path):
 
 def test_a_real_run(world, tmp_path):
     """What the engine writes is what the report reads, the imitation map included."""
-    config = run_config(world, tmp_path / "trrd" / "seed-0", objective={"type": "trrd"}, rollout={"temperature": 2.0})
+    config = run_config(
+        world,
+        tmp_path / "trrd" / "seed-0",
+        objective={"type": "trrd"},
+        rollout={"temperature": 2.0},
+    )
     rlad.train(config)
     page = report_runs([str(tmp_path / "trrd")], str(tmp_path / "out")).read_text()
     assert "With one seed, trrd reaches" in page and 'class="completion"' in page
@@ -126,12 +158,23 @@ def test_a_real_run(world, tmp_path):
 
 
 def test_the_first_paragraph_says_what_came_out(runs, tmp_path):
-    page, text, _ = report(runs, tmp_path, title="Two methods", notes=["Learning rates were chosen on validation."])
+    page, text, _ = report(
+        runs, tmp_path, title="Two methods", notes=["Learning rates were chosen on validation."]
+    )
     first = text.splitlines()[2]
     assert text.startswith("# Two methods\n")
-    assert first.startswith("Over 3 seeds, trrd reaches 90.3% [") and "the highest mean; grpo reaches 43.1% [" in first
-    assert "Learning rates were chosen on validation." in page and "Learning rates were chosen on validation." in text
-    assert "Selection: the validation split (2 problems x 1 completions)" in page and "(6 problems x 4 completions)" in page
+    assert (
+        first.startswith("Over 3 seeds, trrd reaches 90.3% [")
+        and "the highest mean; grpo reaches 43.1% [" in first
+    )
+    assert (
+        "Learning rates were chosen on validation." in page
+        and "Learning rates were chosen on validation." in text
+    )
+    assert (
+        "Selection: the validation split (2 problems x 1 completions)" in page
+        and "(6 problems x 4 completions)" in page
+    )
     assert "Fewer than 3 seeds" not in page
 
 
@@ -139,7 +182,10 @@ def test_the_splits_say_what_chose_what(runs, tmp_path):
     told = "The tables show the student before training and after the last step, not the best checkpoint."
     page, text, _ = report(runs, tmp_path, notes=["trrd: 1e-05"])
     for form in (page, text):
-        assert "a run keeps as its best, and chose the learning rates, as the notes say. Report: the test split" in form
+        assert (
+            "a run keeps as its best, and chose the learning rates, as the notes say. Report: the "
+            "test split" in form
+        )
         assert told in form
     page, text, _ = report(runs, tmp_path)
     assert "learning rates" not in page + text and told in page and told in text
@@ -149,13 +195,21 @@ def test_no_verdict_without_evidence(tmp_path):
     a = write_run(tmp_path / "a", correct=[4, 0, 4, 0, 2], objective="grpo")
     b = write_run(tmp_path / "b", correct=[0, 4, 4, 1, 2])
     _, text, _ = report([ReportedRun("grpo", a), ReportedRun("trrd", b)], tmp_path / "out")
-    assert "Compared with grpo, not told apart from it by these data: trrd. With so few seeds, what is said of trrd is" in text
+    assert (
+        "Compared with grpo, not told apart from it by these data: trrd. With so few seeds, what "
+        "is said of trrd is" in text
+    )
 
 
 def test_few_seeds_are_said(runs, tmp_path):
     page, text, _ = report([*runs[:3], *runs[3:5]], tmp_path)
-    assert "Fewer than 3 seeds: trrd (2)." in page and "> **Warning.** Fewer than 3 seeds: trrd (2)." in text
-    assert "2 shared seed(s)" not in table(text, "Test pass@1")["trrd"]["minus grpo"]  # all of its seeds
+    assert (
+        "Fewer than 3 seeds: trrd (2)." in page
+        and "> **Warning.** Fewer than 3 seeds: trrd (2)." in text
+    )
+    assert (
+        "2 shared seed(s)" not in table(text, "Test pass@1")["trrd"]["minus grpo"]
+    )  # all of its seeds
     _, text, _ = report([*runs[:2], *runs[3:]], tmp_path)
     assert table(text, "Test pass@1")["trrd"]["minus grpo"].endswith("2 shared seed(s)")
 
@@ -164,35 +218,58 @@ def test_few_seeds_are_said(runs, tmp_path):
 
 
 def test_missing_runs_do_not_take_the_others_down(runs, tmp_path):
-    unfinished = write_run(tmp_path / "kdrl", correct=[1] * 6, objective="kdrl", seed=4, finished=False)
+    unfinished = write_run(
+        tmp_path / "kdrl", correct=[1] * 6, objective="kdrl", seed=4, finished=False
+    )
     broken = write_run(tmp_path / "broken", correct=[1] * 6)
     (broken / "eval.jsonl").write_text('{"step": 0}\n')
     nothing = tmp_path / "nothing"
-    extra = [ReportedRun("kdrl", unfinished), ReportedRun("opd", broken), ReportedRun("gkd", nothing)]
-    page, text, rows = report([*runs, *extra], tmp_path / "out", missing=[MissingRun("rlsd", 3, "killed by SIGKILL")])
-    missing = {row["method"]: row for row in table(text, "Runs that are not in the tables").values()}
+    extra = [
+        ReportedRun("kdrl", unfinished),
+        ReportedRun("opd", broken),
+        ReportedRun("gkd", nothing),
+    ]
+    page, text, rows = report(
+        [*runs, *extra], tmp_path / "out", missing=[MissingRun("rlsd", 3, "killed by SIGKILL")]
+    )
+    missing = {
+        row["method"]: row for row in table(text, "Runs that are not in the tables").values()
+    }
     assert missing["rlsd"] == {"method": "rlsd", "seed": "3", "why": "killed by SIGKILL"}
     assert missing["kdrl"]["seed"] == "4" and "not finished: 2 of 4 steps" in missing["kdrl"]["why"]
     assert "cannot be read: row 1 of eval.jsonl, split: Field required." in missing["opd"]["why"]
     assert missing["opd"]["seed"] == "0" and "holds no run" in missing["gkd"]["why"]
-    assert list(table(text, "Test pass@1")) == ["grpo", "trrd"] and len(rows) == 6 and "killed by SIGKILL" in page
+    assert (
+        list(table(text, "Test pass@1")) == ["grpo", "trrd"]
+        and len(rows) == 6
+        and "killed by SIGKILL" in page
+    )
 
 
 def test_nothing_but_missing_runs(tmp_path):
-    page, text, rows = report([], tmp_path, missing=[MissingRun("trrd", 0, "out of memory")], baseline="trrd")
+    page, text, rows = report(
+        [], tmp_path, missing=[MissingRun("trrd", 0, "out of memory")], baseline="trrd"
+    )
     assert "No run came to its end" in page and "out of memory" in text and rows == []
 
 
 def test_what_is_missing_is_returned(runs, tmp_path):
-    """Those that were known before, those that cannot be read, and doubles: as many as the report lists."""
+    """Those that were known before, those that cannot be read, and doubles: as many as the report
+    lists."""
     given, gone = MissingRun("rlsd", 3, "killed by SIGKILL"), ReportedRun("opd", tmp_path / "gone")
     double = ReportedRun("trrd", write_run(tmp_path / "again", correct=[4] * 6, ood=[0, 0]))
     missing = write_report([*runs, gone, double], tmp_path / "out", missing=[given])
-    assert [(m.method, m.seed) for m in missing] == [("rlsd", 3), ("opd", None), ("trrd", 0)] and missing[0] == given
+    assert [(m.method, m.seed) for m in missing] == [
+        ("rlsd", 3),
+        ("opd", None),
+        ("trrd", 0),
+    ] and missing[0] == given
     assert write_report(runs, tmp_path / "out") == []
 
 
-def damage(folder: Path, name: str, row: int, change: dict[str, Any], *, of_result: bool = False) -> None:
+def damage(
+    folder: Path, name: str, row: int, change: dict[str, Any], *, of_result: bool = False
+) -> None:
     """Change a row of a file, or the first result in it; None takes a key away."""
     rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
     place = rows[row]["results"][0] if of_result else rows[row]
@@ -208,21 +285,93 @@ AFTER = 3  # row of the test after training in eval.jsonl
 @pytest.mark.parametrize(
     ("name", "row", "change", "of_result", "why"),
     [
-        ("metrics.jsonl", 1, {"step": ...}, False, "metrics.jsonl is no row that a run has written; put back a copy"),
-        ("metrics.jsonl", 1, {"step": 3}, False, "row 2 of metrics.jsonl is of step 3; there must be one for each step"),
-        ("metrics.jsonl", 0, {"time/update/seconds": None}, False, "row 1 of metrics.jsonl, time/update/seconds: Input should"),
-        ("metrics.jsonl", 0, {"rollout/completion_tokens/mean": "5"}, False, "rollout/completion_tokens/mean: Input should"),
+        (
+            "metrics.jsonl",
+            1,
+            {"step": ...},
+            False,
+            "metrics.jsonl is no row that a run has written; put back a copy",
+        ),
+        (
+            "metrics.jsonl",
+            1,
+            {"step": 3},
+            False,
+            "row 2 of metrics.jsonl is of step 3; there must be one for each step",
+        ),
+        (
+            "metrics.jsonl",
+            0,
+            {"time/update/seconds": None},
+            False,
+            "row 1 of metrics.jsonl, time/update/seconds: Input should",
+        ),
+        (
+            "metrics.jsonl",
+            0,
+            {"rollout/completion_tokens/mean": "5"},
+            False,
+            "rollout/completion_tokens/mean: Input should",
+        ),
         ("eval.jsonl", 0, {"step": -1}, False, "row 1 of eval.jsonl, step: Input should"),
-        ("eval.jsonl", AFTER, {"step": 10**400}, False, "eval.jsonl has an evaluation of step 1000"),
+        (
+            "eval.jsonl",
+            AFTER,
+            {"step": 10**400},
+            False,
+            "eval.jsonl has an evaluation of step 1000",
+        ),
         ("eval.jsonl", 0, {"results": []}, False, "row 1 of eval.jsonl, results: List should have"),
-        ("eval.jsonl", 2, {"pass@1": {"mean": None}}, False, "row 3 of eval.jsonl, pass@1.mean: Input should"),
+        (
+            "eval.jsonl",
+            2,
+            {"pass@1": {"mean": None}},
+            False,
+            "row 3 of eval.jsonl, pass@1.mean: Input should",
+        ),
         ("eval.jsonl", AFTER, {"split": "other"}, False, "lacks the test before or after training"),
-        ("eval.jsonl", AFTER, {"mean_completion_tokens": "long"}, True, "results.0.mean_completion_tokens: Input should"),
-        ("eval.jsonl", AFTER, {"mean_completion_tokens": math.nan}, True, "has counts that 4 samples cannot have"),
-        ("eval.jsonl", AFTER, {"num_samples": 0}, True, "test problem 0 in eval.jsonl has 0 samples instead of 4"),
-        ("eval.jsonl", AFTER, {"num_correct": 99}, True, "test problem 0 in eval.jsonl has counts that 4 samples cannot"),
-        ("eval.jsonl", AFTER, {"num_truncated": -1}, True, "test problem 0 in eval.jsonl has counts that 4 samples cannot"),
-        ("eval.jsonl", AFTER, {"key": "another"}, True, "the test problems in eval.jsonl are not the same before and after"),
+        (
+            "eval.jsonl",
+            AFTER,
+            {"mean_completion_tokens": "long"},
+            True,
+            "results.0.mean_completion_tokens: Input should",
+        ),
+        (
+            "eval.jsonl",
+            AFTER,
+            {"mean_completion_tokens": math.nan},
+            True,
+            "has counts that 4 samples cannot have",
+        ),
+        (
+            "eval.jsonl",
+            AFTER,
+            {"num_samples": 0},
+            True,
+            "test problem 0 in eval.jsonl has 0 samples instead of 4",
+        ),
+        (
+            "eval.jsonl",
+            AFTER,
+            {"num_correct": 99},
+            True,
+            "test problem 0 in eval.jsonl has counts that 4 samples cannot",
+        ),
+        (
+            "eval.jsonl",
+            AFTER,
+            {"num_truncated": -1},
+            True,
+            "test problem 0 in eval.jsonl has counts that 4 samples cannot",
+        ),
+        (
+            "eval.jsonl",
+            AFTER,
+            {"key": "another"},
+            True,
+            "the test problems in eval.jsonl are not the same before and after",
+        ),
     ],
 )
 def test_a_damaged_run_is_missing(runs, tmp_path, name, row, change, of_result, why):
@@ -253,11 +402,15 @@ def test_unequal_numbers_of_problems_and_broken_lines_make_a_run_missing(runs, t
 def test_a_figure_that_is_not_finite_is_not_recorded(tmp_path):
     folder = write_run(tmp_path / "run", correct=[1, 2])
     damage(
-        folder, "metrics.jsonl", 0, {"reward/mean": math.nan, "objective/ratio/max": math.inf, "teacher/tokens/count": 1e308}
+        folder,
+        "metrics.jsonl",
+        0,
+        {"reward/mean": math.nan, "objective/ratio/max": math.inf, "teacher/tokens/count": 1e308},
     )
     (run,) = loaded([ReportedRun("trrd", folder)])
     assert (
-        not {"reward/mean", "objective/ratio/max", "teacher/tokens/count"} & set(run.steps[0]) and "reward/mean" in run.steps[1]
+        not {"reward/mean", "objective/ratio/max", "teacher/tokens/count"} & set(run.steps[0])
+        and "reward/mean" in run.steps[1]
     )
 
 
@@ -265,7 +418,10 @@ def test_a_figure_that_is_not_finite_is_not_recorded(tmp_path):
     ("sections", "difference"),
     [
         ({"optimization": {"num_steps": 9}}, "optimization.num_steps: 4 and 9"),
-        ({"optimization": {"num_steps": 4, "max_seconds": 5.0}}, "optimization.max_seconds: none and 5.0"),
+        (
+            {"optimization": {"num_steps": 4, "max_seconds": 5.0}},
+            "optimization.max_seconds: none and 5.0",
+        ),
         ({"task": {"num_people": [2]}}, "task.num_people: [2, 3] and [2]"),
         ({"keys": list("abcdef")}, "the held-out problems themselves"),
     ],
@@ -273,7 +429,11 @@ def test_a_figure_that_is_not_finite_is_not_recorded(tmp_path):
 def test_other_tasks_and_budgets_get_a_table_of_their_own(runs, tmp_path, sections, difference):
     other = write_run(tmp_path / "other", correct=[4] * 6, ood=[0, 0], **sections)
     page, text, rows = report([*runs, ReportedRun("trrd", other)], tmp_path / "out")
-    assert "Not one comparison." in page and "Table 2 is not comparable with table 1" in text and difference in text
+    assert (
+        "Not one comparison." in page
+        and "Table 2 is not comparable with table 1" in text
+        and difference in text
+    )
     assert [row["table"] for row in rows] == [1] * 6 + [2]
     assert text.count("**Test pass@1") == 2
 
@@ -286,7 +446,9 @@ def test_settings_of_methods_and_machines_are_compared(tmp_path):
         {"objective": {"type": "trrd", "alpha": 0.9}},
         {"objective": {"type": "trrd", "alpha": 0.5}, "optimization": {"learning_rate": 1e-3}},
     ]
-    paths = [write_run(tmp_path / str(i), correct=[1, 2], **settings) for i, settings in enumerate(given)]
+    paths = [
+        write_run(tmp_path / str(i), correct=[1, 2], **settings) for i, settings in enumerate(given)
+    ]
     groups, _ = group_runs(loaded([ReportedRun("trrd", path) for path in paths]))
     names = [(m.name, m.seeds) for m in groups[0].methods]
     assert len(groups) == 1 and names == [
@@ -299,7 +461,10 @@ def test_settings_of_methods_and_machines_are_compared(tmp_path):
 def test_a_second_run_of_a_seed_is_left_out(runs, tmp_path):
     double = write_run(tmp_path / "again", correct=[4] * 6, ood=[0, 0])
     _, text, _ = report([*runs, ReportedRun("trrd", double)], tmp_path / "out")
-    assert "is a second run of this method and seed" in text and table(text, "Test pass@1")["trrd"]["seeds"] == "3"
+    assert (
+        "is a second run of this method and seed" in text
+        and table(text, "Test pass@1")["trrd"]["seeds"] == "3"
+    )
 
 
 def loaded(runs: list[ReportedRun]) -> list[Run]:
@@ -318,11 +483,16 @@ def test_runs_without_optional_metrics_samples_and_tests(tmp_path):
     assert rows[0]["ood_after"] is None and rows[0]["peak_memory_bytes"] is None
     assert "Reward" not in page and "pass@2" not in page and "out of distribution" not in text
     assert table(text, "Cost")["sft"]["peak memory"] == "–"
-    assert "minus" not in text.split("**Test after")[0] and "With one seed, sft reaches 66.7%" in text
+    assert (
+        "minus" not in text.split("**Test after")[0] and "With one seed, sft reaches 66.7%" in text
+    )
 
 
 def test_a_curve_says_who_has_not_recorded_it(tmp_path):
-    a, b = write_run(tmp_path / "a", correct=[1, 2]), write_run(tmp_path / "b", correct=[1, 2], objective="sft", metrics=())
+    a, b = (
+        write_run(tmp_path / "a", correct=[1, 2]),
+        write_run(tmp_path / "b", correct=[1, 2], objective="sft", metrics=()),
+    )
     page, _, _ = report([ReportedRun("trrd", a), ReportedRun("sft", b)], tmp_path / "out")
     assert "Reward by step. Not recorded by sft." in page
 
@@ -340,29 +510,41 @@ EVIL = "<script>alert(1)</script>"
 
 
 def test_text_of_models_and_people_stays_text(tmp_path):
-    row = sample_row(1, [EVIL, "\u202etxt", "\x1b[31m", '" onmouseover="x', "a\nb"], "+h+++", verdict=EVIL)
+    row = sample_row(
+        1, [EVIL, "\u202etxt", "\x1b[31m", '" onmouseover="x', "a\nb"], "+h+++", verdict=EVIL
+    )
     row["prompt"] = EVIL
     run = write_run(tmp_path / "x", correct=[1, 2], samples=[row], teacher={"model": f"a|b`{EVIL}"})
     method = f"{EVIL} $\\frac{{1}}$ |"
     missing = [MissingRun(EVIL, 0, f"line one\n| {EVIL} | [x](http://evil)\n# heading")]
-    page, text, _ = report([ReportedRun(method, run)], tmp_path / "out", missing=missing, title=EVIL, notes=[EVIL])
+    page, text, _ = report(
+        [ReportedRun(method, run)], tmp_path / "out", missing=missing, title=EVIL, notes=[EVIL]
+    )
     scripts = re.findall(r"<script[^>]*>(.)", page)
     assert (
-        scripts == ["/"] and "\u202e" not in page and "\x1b" not in page and 'onmouseover="x' not in page.replace("&#34;", "")
+        scripts == ["/"]
+        and "\u202e" not in page
+        and "\x1b" not in page
+        and 'onmouseover="x' not in page.replace("&#34;", "")
     )
     assert "&lt;script&gt;" in page and "<script" not in text
     assert "[x](http" not in text and len(table(text, "Runs that are not in the tables")) == 1
-    # Missing; results; detail (pass@4, two difficulties, tokens, truncated); cost; methods: each with the row's name.
+    # Missing; results; detail (pass@4, two difficulties, tokens, truncated); cost; methods: each
+    # with the row's name.
     assert cells(text) == [{3}, {6}, {6}, {11}, {4}]
 
 
 def test_markdown_by_hand():
-    assert markdown("a|b *c* _d_ e_f `g` <b> 3 < 4\n# x [y](z)") == r"a\|b \*c\* \_d\_ e_f \`g\` &lt;b> 3 < 4 # x [y]\(z)"
+    assert (
+        markdown("a|b *c* _d_ e_f `g` <b> 3 < 4\n# x [y](z)")
+        == r"a\|b \*c\* \_d\_ e_f \`g\` &lt;b> 3 < 4 # x [y]\(z)"
+    )
     assert markdown("- item") == r"\- item"
 
 
 def test_addresses_are_no_links_by_hand():
-    """GitHub makes a link of https://, www. and a mail address in plain text; a comment, which shows nothing, parts them."""
+    """GitHub makes a link of https://, www. and a mail address in plain text; a comment, which
+    shows nothing, parts them."""
     assert markdown("see http://a.b/c") == "see http:<!-- -->//a.b/c"
     assert markdown("HTTPS://a.b, ftp://a.b") == "HTTPS:<!-- -->//a.b, ftp:<!-- -->//a.b"
     assert markdown("www.a.b and WWW.A.B") == "www<!-- -->.a.b and WWW<!-- -->.A.B"
@@ -373,7 +555,9 @@ def test_addresses_are_no_links_by_hand():
 def test_the_page_needs_nothing_from_outside(runs, tmp_path):
     page, _, _ = report(runs, tmp_path)
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)
-    assert policy and policy[1].startswith("default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-")
+    assert policy and policy[1].startswith(
+        "default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-"
+    )
     addresses = set(re.findall(r'(?:src|href|url)\s*[=(]\s*["\']?([^"\')\s>]+)', page))
     assert all(address.startswith("#") for address in addresses), addresses
     for svg in re.findall(r"<svg[^>]*>", page):
@@ -396,7 +580,10 @@ def test_the_map_shows_the_completions_with_most_gated_tokens(tmp_path):
     other = write_run(tmp_path / "b", correct=[1, 2], objective="grpo", samples=samples)
     groups, _ = group_runs(loaded([ReportedRun("trrd", run), ReportedRun("grpo", other)]))
     (found,) = imitation_maps(groups[0])
-    shown = [(c.phase, c.step, c.verdict, [(f.letter, n) for f, n in c.counts], c.num_clamped) for c in found.completions]
+    shown = [
+        (c.phase, c.step, c.verdict, [(f.letter, n) for f, n in c.counts], c.num_clamped)
+        for c in found.completions
+    ]
     assert shown == [
         ("early", 1, "correct", [("+", 15), ("h", 5)], 3),
         ("early", 1, "wrong", [("-", 16), ("p", 4)], 0),
@@ -405,7 +592,10 @@ def test_the_map_shows_the_completions_with_most_gated_tokens(tmp_path):
     early, late = found.phases
     assert (early.num_tokens, early.shares["held back"], early.clamped) == (60, 7 / 60, 3 / 60)
     assert (late.num_tokens, late.shares["held back"]) == (22, 4 / 22)
-    assert found.completions[0].tokens[0].note == "held back; log student - log teacher +0.50, clamped; advantage +1.00"
+    assert (
+        found.completions[0].tokens[0].note
+        == "held back; log student - log teacher +0.50, clamped; advantage +1.00"
+    )
 
 
 def test_long_completions_are_cut_and_say_so(tmp_path):
@@ -416,9 +606,15 @@ def test_long_completions_are_cut_and_say_so(tmp_path):
 
 
 def test_damaged_samples_are_passed_over(tmp_path):
-    """Broken JSON, no rollouts, an unknown fate, unequal lengths, no number: the good row between them is shown."""
+    """Broken JSON, no rollouts, an unknown fate, unequal lengths, no number: the good row between
+    them is shown."""
     good = sample_row(1, [" a", " b"], "h+")
-    rows = [{"step": 1, "prompt": "?"}, sample_row(1, [" a"], "x"), sample_row(1, [" a", " b"], "h"), good]
+    rows = [
+        {"step": 1, "prompt": "?"},
+        sample_row(1, [" a"], "x"),
+        sample_row(1, [" a", " b"], "h"),
+        good,
+    ]
     rows += [
         sample_row(0, [" a"], "h"),
         sample_row(1, [" a"], "h", advantage=math.nan),
@@ -437,7 +633,10 @@ def test_damaged_samples_are_passed_over(tmp_path):
 
 
 def group_of(tmp_path: Path, **objectives: str | dict[str, Any]) -> Any:
-    runs = [ReportedRun(m, write_run(tmp_path / m, correct=[1, 2], objective=o)) for m, o in objectives.items()]
+    runs = [
+        ReportedRun(m, write_run(tmp_path / m, correct=[1, 2], objective=o))
+        for m, o in objectives.items()
+    ]
     return group_runs(loaded(runs))[0][0]
 
 
@@ -451,7 +650,9 @@ def test_the_baseline_is_the_one_given_else_grpo_by_name_else_by_objective_else_
 
 
 def test_a_baseline_that_is_no_method(runs, tmp_path):
-    with pytest.raises(ValueError, match=r"^the baseline 'gspo' is none of the methods; there are grpo, trrd\.$"):
+    with pytest.raises(
+        ValueError, match=r"^the baseline 'gspo' is none of the methods; there are grpo, trrd\.$"
+    ):
         write_report(runs, tmp_path, baseline="gspo")
     assert not list(tmp_path.iterdir())
 
@@ -463,8 +664,12 @@ def test_the_report_is_about_the_baseline_given(runs, tmp_path):
 
 
 def test_a_baseline_whose_runs_are_missing_ends_no_report(runs, tmp_path):
-    page, text, _ = report([*runs, ReportedRun("kdrl", tmp_path / "gone")], tmp_path / "out", baseline="kdrl")
-    told = "No run of kdrl, the chosen baseline, is in this table: its methods are compared with grpo."
+    page, text, _ = report(
+        [*runs, ReportedRun("kdrl", tmp_path / "gone")], tmp_path / "out", baseline="kdrl"
+    )
+    told = (
+        "No run of kdrl, the chosen baseline, is in this table: its methods are compared with grpo."
+    )
     assert told in page and told in text and "minus grpo" in table(text, "Test pass@1")["trrd"]
 
 
@@ -483,7 +688,10 @@ def test_sft_samples_nothing_and_the_teacher_of_gkd_works_in_the_update(tmp_path
     assert [row["completion_tokens"] for row in rows] == [320, None, 320]
     assert "Completion length by step. Not recorded by sft." in page and "Reward by step.<" in page
     for form in (page, text):
-        assert "gkd: the teacher works inside the update" in form and "sft: the student samples nothing" in form
+        assert (
+            "gkd: the teacher works inside the update" in form
+            and "sft: the student samples nothing" in form
+        )
 
 
 def test_the_entropy_curve_says_what_it_is_over(runs, tmp_path):
@@ -500,7 +708,9 @@ def test_command_finds_runs_below_a_folder(tmp_path):
         write_run(tmp_path / "cmp" / "runs" / "my trrd" / f"seed-{seed}", correct=[1, 2], seed=seed)
     write_run(tmp_path / "cmp" / "tuning" / "trrd" / "lr-1" / "seed-0", correct=[1, 2])
     alone = write_run(tmp_path / "alone", correct=[1, 2], objective="grpo")
-    page = report_runs([str(tmp_path / "cmp"), str(alone), str(tmp_path / "cmp" / "runs")], str(tmp_path / "out"))
+    page = report_runs(
+        [str(tmp_path / "cmp"), str(alone), str(tmp_path / "cmp" / "runs")], str(tmp_path / "out")
+    )
     results = table(page.with_name("report.md").read_text(), "Test pass@1")
     assert {name: row["seeds"] for name, row in results.items()} == {"my trrd": "2", "grpo": "1"}
 
@@ -509,7 +719,9 @@ def write_comparison(root: Path) -> None:
     """Two seeds of `TRRD, α = .5` in the folder `TRRD_.5`, and of `a baseline` in `base`."""
     for seed in (0, 1):
         write_run(root / "runs" / "TRRD_.5" / f"seed-{seed}", correct=[3, 4], seed=seed)
-        write_run(root / "runs" / "base" / f"seed-{seed}", correct=[1, 2], seed=seed, objective="kdrl")
+        write_run(
+            root / "runs" / "base" / f"seed-{seed}", correct=[1, 2], seed=seed, objective="kdrl"
+        )
     methods = {"TRRD_.5": "TRRD, α = .5", "gone": "gone", "base": "a baseline"}
     write_comparison_file(root, methods, ["α = .5: 1e-05 of two"], "a baseline")
 
@@ -518,20 +730,27 @@ def write_comparison(root: Path) -> None:
 def test_command_takes_names_notes_and_baseline_from_a_comparison(tmp_path, given):
     write_comparison(tmp_path / "cmp")
     alone = write_run(tmp_path / "alone", correct=[1, 2], objective="grpo")
-    page = report_runs([str(tmp_path / "cmp" / given), str(alone)], str(tmp_path / "out")).read_text()
+    page = report_runs(
+        [str(tmp_path / "cmp" / given), str(alone)], str(tmp_path / "out")
+    ).read_text()
     text = (tmp_path / "out" / "report.md").read_text()
     results = table(text, "Test pass@1")
     both = given != "runs/TRRD_.5"
     assert list(results) == ["TRRD, α = .5", *(["a baseline"] if both else []), "grpo"]
     assert f"minus {'a baseline' if both else 'grpo'}" in results["TRRD, α = .5"]
-    assert "α = .5: 1e-05 of two" in page and "and chose the learning rates, as the notes say" in page
+    assert (
+        "α = .5: 1e-05 of two" in page and "and chose the learning rates, as the notes say" in page
+    )
 
 
 def test_a_baseline_that_is_given_is_stronger_than_that_of_the_comparison(tmp_path):
     write_comparison(tmp_path / "cmp")
     report_runs([str(tmp_path / "cmp")], str(tmp_path / "out"), baseline="TRRD, α = .5")
     assert "minus TRRD, α = .5" in (tmp_path / "out" / "report.md").read_text()
-    with pytest.raises(ValueError, match=r"the baseline 'x' is none of the methods; there are TRRD, α = \.5, a baseline"):
+    with pytest.raises(
+        ValueError,
+        match=r"the baseline 'x' is none of the methods; there are TRRD, α = \.5, a baseline",
+    ):
         report_runs([str(tmp_path / "cmp")], str(tmp_path / "out"), baseline="x")
 
 
@@ -557,10 +776,13 @@ def test_the_comparison_file(tmp_path):
     for damaged in ("{", "[]", '{"methods": {"a": 1}}'):
         (root / "comparison.json").write_text(damaged)
         with pytest.raises(
-            ValueError, match=r"comparison\.json cannot be read as what a comparison writes; let `rlad compare`"
+            ValueError,
+            match=r"comparison\.json cannot be read as what a comparison writes; let `rlad compare`",
         ):
             read_comparison_file(root)
-    with pytest.raises(ValueError, match=r"comparison\.json cannot be written .*; choose another folder"):
+    with pytest.raises(
+        ValueError, match=r"comparison\.json cannot be written .*; choose another folder"
+    ):
         write_comparison_file(root / "comparison.json", {}, [], None)
 
 

@@ -10,7 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rlad
-from rlad.config.file import changed_settings, dump_config, load_config, parse_config, parse_overrides
+from rlad.config.file import (
+    changed_settings,
+    dump_config,
+    load_config,
+    parse_config,
+    parse_overrides,
+)
 from rlad.config.run import Annealed, RunConfig
 
 MODELS = {"student": {"model": "s"}, "teacher": {"model": "t"}}
@@ -49,7 +55,10 @@ def test_defaults_of_the_papers():
 
 def test_the_embedded_run_is_valid():
     config = load_config()
-    assert (config.student.model, config.teacher and config.teacher.model) == ("embedded/student", "embedded/teacher")
+    assert (config.student.model, config.teacher and config.teacher.model) == (
+        "embedded/student",
+        "embedded/teacher",
+    )
     assert config.objective.type == "trrd"
 
 
@@ -80,9 +89,15 @@ def test_a_named_type_replaces_its_section_unless_it_is_there_already():
     base = BASE | {"objective": {"type": "trrd", "alpha": 0.25}}
     assert changed("objective=trrd", base=base).objective.model_dump()["alpha"] == 0.25
     assert changed("objective=grpo", base=base).objective.type == "grpo"
-    assert changed("objective=grpo", "objective=trrd", base=base).objective.model_dump()["alpha"] == 0.5
+    assert (
+        changed("objective=grpo", "objective=trrd", base=base).objective.model_dump()["alpha"]
+        == 0.5
+    )
     assert changed("teacher=local", base=base).teacher == changed(base=base).teacher
-    assert changed("task=jsonl", "task.path=p.jsonl", base=base).task.model_dump()["verifier"] == "exact"
+    assert (
+        changed("task=jsonl", "task.path=p.jsonl", base=base).task.model_dump()["verifier"]
+        == "exact"
+    )
 
 
 @given(st.text(max_size=30))
@@ -107,28 +122,55 @@ def test_every_mistake_gets_its_own_sentence():
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["objective=trrd", "objective.alpha=true"], "objective.alpha is True: it must be a valid number."),
-        (["objective=trrd", "objective.alpha={start=1, change_per_step=-1}"], "alpha.end is missing: add it to the config."),
-        (["objective=trrd", "objective.teacher_log_ratio_clip=on"], "it must be a valid number, or it must be 'off'."),
+        (
+            ["objective=trrd", "objective.alpha=true"],
+            "objective.alpha is True: it must be a valid number.",
+        ),
+        (
+            ["objective=trrd", "objective.alpha={start=1, change_per_step=-1}"],
+            "alpha.end is missing: add it to the config.",
+        ),
+        (
+            ["objective=trrd", "objective.teacher_log_ratio_clip=on"],
+            "it must be a valid number, or it must be 'off'.",
+        ),
         (["objective=5"], "objective is 5: it must be a section, with keys of its own."),
-        (["task.num_people=[2, 9]"], "task.num_people[1] is 9: it must be less than or equal to 8."),
+        (
+            ["task.num_people=[2, 9]"],
+            "task.num_people[1] is 9: it must be less than or equal to 8.",
+        ),
         (["task.num_people=[]"], "task.num_people is []: it must have at least 1 item."),
         (["task.num_people=3"], "task.num_people is 3: it must be a list."),
         (["student=5"], "student is 5: it must be a section, with keys of its own."),
-        (["student.dtype=float16"], "student.dtype is 'float16': it must be 'float32' or 'bfloat16'."),
+        (
+            ["student.dtype=float16"],
+            "student.dtype is 'float16': it must be 'float32' or 'bfloat16'.",
+        ),
         (
             ["teacher=serve"],
             "several, privileged, cached, ema, did you mean 'served'?",
         ),
-        (["teacher.type=served", "teacher.model=m"], "teacher.urls is missing: add it to the config."),
+        (
+            ["teacher.type=served", "teacher.model=m"],
+            "teacher.urls is missing: add it to the config.",
+        ),
         (
             ["teacher={type='several',teachers={a={model='m',modle='m'}}}"],
             "teacher.teachers.a.modle is an unknown key: did you mean 'model'?",
         ),
-        (["optimization.num_steps=true"], "optimization.num_steps is True: it must be a valid integer."),
-        (["optimization.kl_coef={start=0.1,end=-1,change_per_step=-1}"], "its end is -1.0; it must lie in [0, inf]."),
+        (
+            ["optimization.num_steps=true"],
+            "optimization.num_steps is True: it must be a valid integer.",
+        ),
+        (
+            ["optimization.kl_coef={start=0.1,end=-1,change_per_step=-1}"],
+            "its end is -1.0; it must lie in [0, inf].",
+        ),
         (["optimization.betas=[0.9]"], "optimization.betas[1] is missing: add it to the config."),
-        (["evaluation.temperature=-1"], "evaluation.temperature is -1: it must be greater than or equal to 0."),
+        (
+            ["evaluation.temperature=-1"],
+            "evaluation.temperature is -1: it must be greater than or equal to 0.",
+        ),
     ],
 )
 def test_sentence(overrides, sentence):
@@ -138,7 +180,13 @@ def test_sentence(overrides, sentence):
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 @pytest.mark.parametrize(
-    "key", ["optimization.learning_rate", "rollout.temperature", "objective.clip_high", "evaluation.temperature"]
+    "key",
+    [
+        "optimization.learning_rate",
+        "rollout.temperature",
+        "objective.clip_high",
+        "evaluation.temperature",
+    ],
 )
 def test_no_number_may_be_infinite_or_nan(key, value):
     (sentence,) = mistakes("objective=trrd", f"{key}={value}")
@@ -156,8 +204,14 @@ def test_missing_models_and_task():
 
 @pytest.mark.parametrize("objective", ["trrd", "kdrl", "opd"])
 def test_an_objective_with_a_teacher_needs_one(objective):
-    table = {"student": {"model": "s"}, "task": {"type": "knights_and_knaves"}, "objective": {"type": objective}}
-    with pytest.raises(ValueError, match=f"objective '{objective}' needs a teacher; add a \\[teacher\\] section"):
+    table = {
+        "student": {"model": "s"},
+        "task": {"type": "knights_and_knaves"},
+        "objective": {"type": objective},
+    }
+    with pytest.raises(
+        ValueError, match=f"objective '{objective}' needs a teacher; add a \\[teacher\\] section"
+    ):
         parse_config(table)
     assert parse_config(table | {"objective": {"type": "grpo"}}).teacher is None
 
@@ -213,7 +267,10 @@ def test_changed_settings_are_what_differs_and_the_types():
 
 def test_changed_settings_are_overrides_that_give_the_run_again():
     config = changed(*ANYTHING)
-    overrides = [f"{key}={value if isinstance(value, str) else str(value)}" for key, value in changed_settings(config).items()]
+    overrides = [
+        f"{key}={value if isinstance(value, str) else str(value)}"
+        for key, value in changed_settings(config).items()
+    ]
     assert parse_config(parse_overrides({}, overrides)) == config
 
 
@@ -229,7 +286,9 @@ def test_a_byte_order_mark_is_no_mistake(tmp_path: Path):
 
 
 def test_where_a_run_is_stored():
-    assert changed("seed=2", "objective=grpo").directory == Path("runs/knights_and_knaves-grpo-seed2")
+    assert changed("seed=2", "objective=grpo").directory == Path(
+        "runs/knights_and_knaves-grpo-seed2"
+    )
     assert changed("run_dir=here").directory == Path("here")
 
 
@@ -262,7 +321,11 @@ def test_public_load_config():
 
 def test_a_privileged_teacher_anywhere_inside_another_is_refused():
     inner = "{type='privileged',teacher={model='m'}}"
-    for holder in (inner, f"{{type='several',combine='mixture',teachers={{a={inner}}}}}", f"{{type='cached',teacher={inner}}}"):
+    for holder in (
+        inner,
+        f"{{type='several',combine='mixture',teachers={{a={inner}}}}}",
+        f"{{type='cached',teacher={inner}}}",
+    ):
         (found,) = mistakes(f"teacher={{type='privileged',teacher={holder}}}")
         assert "its teacher is privileged too" in found
 

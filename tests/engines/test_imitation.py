@@ -1,4 +1,5 @@
-"""What an update did with each token: every fate by hand, and the same story as the metrics of the step."""
+"""What an update did with each token: every fate by hand, and the same story as the metrics of the
+step."""
 
 import math
 
@@ -14,7 +15,9 @@ from rlad.objectives.inputs import LossInputs
 NAN = math.nan
 
 
-def inputs(student: list[list[float]], teacher: list[list[float]], advantages: list[float]) -> LossInputs:
+def inputs(
+    student: list[list[float]], teacher: list[list[float]], advantages: list[float]
+) -> LossInputs:
     """Before any step: the old policy is the student. NaN in the student's row is padding."""
     logprobs = torch.tensor(student, dtype=torch.float64)
     return LossInputs(
@@ -27,9 +30,11 @@ def inputs(student: list[list[float]], teacher: list[list[float]], advantages: l
 
 
 def test_every_fate_by_hand() -> None:
-    """alpha .5, c 1, so log r = .5 clamp(log πS - log πT); gated above log 1.28 = .247 and below log .8 = -.223.
+    """alpha .5, c 1, so log r = .5 clamp(log πS - log πT); gated above log 1.28 = .247 and below
+    log .8 = -.223.
 
-    Right answer: .4 reinforced; .8 and 3 (clamped) held back; -.6 reinforced; no teacher value. Wrong: .8 punished; -.6 and
+    Right answer: .4 reinforced; .8 and 3 (clamped) held back; -.6 reinforced; no teacher value.
+    Wrong: .8 punished; -.6 and
     -3 (clamped) protected. The third row has no advantage.
     """
     given = inputs(
@@ -61,7 +66,10 @@ def test_every_fate_by_hand() -> None:
 
 def test_objectives_without_a_clamp_a_teacher_or_a_surrogate() -> None:
     given = inputs([[-1.0, -2.0]], [[-1.5, -1.0]], [2.0])
-    assert imitation_of(given, token_loss("grpo", given)[1], 0) == {"fates": "++", "advantages": [2.0, 2.0]}
+    assert imitation_of(given, token_loss("grpo", given)[1], 0) == {
+        "fates": "++",
+        "advantages": [2.0, 2.0],
+    }
     rlsd = imitation_of(given, token_loss("rlsd", given)[1], 0)
     assert rlsd == {"fates": "++", "advantages": [2.0, 2.0], "log_ratio_to_teacher": [0.5, -1.0]}
     assert imitation_of(given, token_loss("opd", given)[1], 0) is None
@@ -77,14 +85,22 @@ def test_advantages_per_token() -> None:
         mask=given.mask,
     )
     record = imitation_of(given, token_loss("topd", given)[1], 0)
-    assert record == {"fates": "+-.", "advantages": [0.5, -0.25, 0.0], "log_ratio_to_teacher": [0.0] * 3}
+    assert record == {
+        "fates": "+-.",
+        "advantages": [0.5, -0.25, 0.0],
+        "log_ratio_to_teacher": [0.0] * 3,
+    }
 
 
 @pytest.mark.parametrize("tokens_per_batch", [1, 10_000])
 def test_the_fates_of_a_step_are_its_gated_shares(tokens_per_batch: int) -> None:
     case = make_case("trrd", optimization={"tokens_per_batch": tokens_per_batch})
     batch, stats = case.engine.make_rollout_batch(0), TokenStats()
-    group = next(g for g in range(4) if len({float(a) for a in batch.advantages[4 * g : 4 * g + 4]} - {0.0}) > 1)
+    group = next(
+        g
+        for g in range(4)
+        if len({float(a) for a in batch.advantages[4 * g : 4 * g + 4]} - {0.0}) > 1
+    )
     case.engine.accumulate_gradient(batch, rollouts_of(case, [group]), stats)
     summary = stats.summary()
     trained = [i for i in range(4) if batch.advantages[4 * group + i] != 0]
@@ -94,8 +110,12 @@ def test_the_fates_of_a_step_are_its_gated_shares(tokens_per_batch: int) -> None
     count = {letter: fates.count(letter) for letter in FATES}
     assert len(fates) == summary["objective/trained_tokens/count"]
     assert min(count[letter] for letter in "+h-p") > 0 and count["."] == 0
-    assert count["h"] / (count["h"] + count["+"]) == pytest.approx(summary["objective/gated_positive/frac"])
-    assert count["p"] / (count["p"] + count["-"]) == pytest.approx(summary["objective/gated_negative/frac"])
+    assert count["h"] / (count["h"] + count["+"]) == pytest.approx(
+        summary["objective/gated_positive/frac"]
+    )
+    assert count["p"] / (count["p"] + count["-"]) == pytest.approx(
+        summary["objective/gated_negative/frac"]
+    )
     assert clamped.count("c") / len(clamped) == pytest.approx(summary["objective/clamped/frac"])
     for i in trained:
         record, advantage = batch.imitation[i], float(batch.advantages[4 * group + i])
@@ -105,13 +125,19 @@ def test_the_fates_of_a_step_are_its_gated_shares(tokens_per_batch: int) -> None
 
 
 def test_it_is_told_of_the_first_group_of_each_step() -> None:
-    case = make_case("grpo", optimization={"num_steps": 4, "steps_per_rollout_batch": 2, "learning_rate": 1e-3})
+    case = make_case(
+        "grpo", optimization={"num_steps": 4, "steps_per_rollout_batch": 2, "learning_rate": 1e-3}
+    )
     told = 0
     for result in case.engine.steps():
         assert result.imitation is not None
         rollouts = result.groups[0].rollouts
         rewards = {r.reward for r in rollouts if r.verdict != "cannot_judge"}
-        trained = [i for i, r in enumerate(rollouts) if r.verdict != "cannot_judge"] if len(rewards) > 1 else []
+        trained = (
+            [i for i, r in enumerate(rollouts) if r.verdict != "cannot_judge"]
+            if len(rewards) > 1
+            else []
+        )
         assert sorted(result.imitation) == trained
         for i in trained:
             assert len(result.imitation[i]["fates"]) == len(rollouts[i].completion.token_ids)

@@ -1,4 +1,5 @@
-"""A served teacher is asked while the student writes: the same batch, sooner, and nothing of it outlives an error."""
+"""A served teacher is asked while the student writes: the same batch, sooner, and nothing of it
+outlives an error."""
 
 import threading
 import time
@@ -41,9 +42,18 @@ def served(url: str, **settings: Any) -> dict[str, Any]:
 
 @contextmanager
 def engine_at(
-    world: Path, teacher: dict[str, Any], *, before_work: Before = lambda: None, max_batch_rows: int = 256, **sections: Any
+    world: Path,
+    teacher: dict[str, Any],
+    *,
+    before_work: Before = lambda: None,
+    max_batch_rows: int = 256,
+    **sections: Any,
 ) -> Iterator[NativeEngine]:
-    sizes = {"prompts_per_batch": NUM_GROUPS, "group_size": GROUP_SIZE, "max_completion_tokens": MAX_TOKENS}
+    sizes = {
+        "prompts_per_batch": NUM_GROUPS,
+        "group_size": GROUP_SIZE,
+        "max_completion_tokens": MAX_TOKENS,
+    }
     sections["rollout"] = {**sizes, "max_batch_rows": max_batch_rows}
     # In place of a table of its own: no key of the local teacher may stay.
     config = parse_config(run_config(world, Path("unused"), **sections) | {"teacher": teacher})
@@ -77,7 +87,12 @@ def forms(url: str, folder: Path) -> dict[str, dict[str, Any]]:
     return {
         "served": one,
         "cached": {"type": "cached", "directory": str(folder), "teacher": one},
-        "mixture": {"type": "several", "combine": "mixture", "teachers": {"a": one, "b": one}, "weights": {"a": 2.0}},
+        "mixture": {
+            "type": "several",
+            "combine": "mixture",
+            "teachers": {"a": one, "b": one},
+            "weights": {"a": 2.0},
+        },
         "by task": {"type": "several", "combine": "by_task", "teachers": {"jsonl": one}},
         "privileged": {"type": "privileged", "template": template, "teacher": one},
     }
@@ -85,7 +100,9 @@ def forms(url: str, folder: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("objective", ["trrd", "opd"])
 @pytest.mark.parametrize("form", list(forms("", Path())))
-def test_the_batch_is_that_of_asking_afterwards(world, tmp_path, server, monkeypatch, form, objective):
+def test_the_batch_is_that_of_asking_afterwards(
+    world, tmp_path, server, monkeypatch, form, objective
+):
     """TRRD leaves groups of equal rewards out, OPD asks about all."""
     sections: Any = {"max_batch_rows": 10, "objective": {"type": objective}}
     ahead = batches_of(world, forms(server.url, tmp_path / "ahead")[form], **sections)
@@ -95,28 +112,43 @@ def test_the_batch_is_that_of_asking_afterwards(world, tmp_path, server, monkeyp
     assert len(server.requests) == 2 * num_asked
     for batch, other in zip(ahead, after, strict=True):
         assert_equal(batch, other)
-        assert "teacher/overlap/seconds" in batch.seconds and "teacher/overlap/seconds" not in other.seconds
+        assert (
+            "teacher/overlap/seconds" in batch.seconds
+            and "teacher/overlap/seconds" not in other.seconds
+        )
     are_scored = [len(values) > 0 for batch in ahead for values in batch.teacher_logprobs or ()]
     assert any(are_scored) and all(are_scored) == (objective == "opd")
 
 
 def test_what_a_cache_answers_at_once_can_be_trained_on(world, tmp_path, server):
-    """Sampling is in inference mode, of which nothing may stick to what is made between two of its tokens."""
+    """Sampling is in inference mode, of which nothing may stick to what is made between two of its
+    tokens."""
     teacher = forms(server.url, tmp_path)["cached"]
     first, second = (batches_of(world, teacher) for _ in range(2))
     for batch, again in zip(first, second, strict=True):
-        assert batch.counts.pop("teacher/cache_hits/frac") < again.counts.pop("teacher/cache_hits/frac") == 1.0
+        assert (
+            batch.counts.pop("teacher/cache_hits/frac")
+            < again.counts.pop("teacher/cache_hits/frac")
+            == 1.0
+        )
         assert_equal(batch, again)
         assert not any(values.is_inference() for values in again.teacher_logprobs or ())
     with engine_at(world, teacher) as engine:
-        assert engine.update(engine.make_rollout_batch(0), range(NUM_GROUPS))["objective/trained_tokens/count"] > 0
+        assert (
+            engine.update(engine.make_rollout_batch(0), range(NUM_GROUPS))[
+                "objective/trained_tokens/count"
+            ]
+            > 0
+        )
 
 
 @pytest.mark.serve
 def test_with_the_own_server(world, monkeypatch):
     """It scores together what arrives together: equal to rounding."""
     pytest.importorskip("fastapi", reason="rlad[serve] is not installed")
-    with server_thread(load_language_model(str(world / "teacher")), max_context_tokens=256) as client:
+    with server_thread(
+        load_language_model(str(world / "teacher")), max_context_tokens=256
+    ) as client:
         ahead = batches_of(world, served(client.url), max_batch_rows=10)
         monkeypatch.setattr(ServedTeacher, "works_elsewhere", False)
         after = batches_of(world, served(client.url), max_batch_rows=10)
@@ -130,7 +162,8 @@ def test_with_the_own_server(world, monkeypatch):
 
 
 def test_groups_are_scored_while_others_are_written(world, server):
-    """One group is decoded after another; the student waits before each token until what was asked is answered."""
+    """One group is decoded after another; the student waits before each token until what was asked
+    is answered."""
     with engine_at(world, served(server.url), max_batch_rows=GROUP_SIZE) as engine:
         answered_at_token: list[int] = []
         num_before, num_asked, ask_ahead = len(server.requests), 0, engine._ask_ahead
@@ -148,19 +181,28 @@ def test_groups_are_scored_while_others_are_written(world, server):
         batch = engine.make_rollout_batch(0)
     scored = [len(values) > 0 for values in batch.teacher_logprobs or ()]
     by_group = [sum(scored[i : i + GROUP_SIZE]) for i in range(0, len(scored), GROUP_SIZE)]
-    longest = [max(len(rollout.completion.token_ids) for rollout in group.rollouts) for group in batch.groups]
-    # Before each of a group's tokens, and before each of its rollouts is judged, those of all groups before it are there.
+    longest = [
+        max(len(rollout.completion.token_ids) for rollout in group.rollouts)
+        for group in batch.groups
+    ]
+    # Before each of a group's tokens, and before each of its rollouts is judged, those of all
+    # groups before it are there.
     wanted = [sum(by_group[:g]) for g in range(NUM_GROUPS) for _ in range(longest[g] + GROUP_SIZE)]
     assert answered_at_token[: len(wanted)] == wanted and wanted[-1] > 0
     asked = [tuple(body["prompt"]) for body in server.requests[num_before:]]
     rows = zip(batch.prompts, batch.completions, scored, strict=True)
-    assert sorted(asked) == sorted((*prompt, *completion) for prompt, completion, does in rows if does)
+    assert sorted(asked) == sorted(
+        (*prompt, *completion) for prompt, completion, does in rows if does
+    )
 
 
 def test_seconds_are_told_apart(world, server):
-    """Slow answers (.3 s each, all at once) behind slow tokens (20 ms each), group after group: nearly all are hidden."""
+    """Slow answers (.3 s each, all at once) behind slow tokens (20 ms each), group after group:
+    nearly all are hidden."""
     teacher = served(server.url, max_concurrent_requests=NUM_GROUPS * GROUP_SIZE)
-    with engine_at(world, teacher, before_work=lambda: time.sleep(0.02), max_batch_rows=GROUP_SIZE) as engine:
+    with engine_at(
+        world, teacher, before_work=lambda: time.sleep(0.02), max_batch_rows=GROUP_SIZE
+    ) as engine:
         engine.make_rollout_batch(0)
         server.lasting_fault, server.slow_seconds = "slow", 0.3
         started = time.monotonic()
@@ -196,7 +238,10 @@ def test_what_is_missing_is_asked_for_once_more(world, server):
         assert_equal(engine.make_rollout_batch(0), wanted)
         assert len(server.requests) - num_before == 2 * num_rows
         server.lasting_fault = "500"
-        with pytest.raises(RunFailedError, match=r"step 1: the teacher gave no finite log-prob for 100\.0% of the tokens"):
+        with pytest.raises(
+            RunFailedError,
+            match=r"step 1: the teacher gave no finite log-prob for 100\.0% of the tokens",
+        ):
             engine.make_rollout_batch(0)
         assert len(server.requests) - num_before == 4 * num_rows
 
@@ -226,8 +271,14 @@ def test_stopping_does_not_wait_for_the_teacher(world, server, when, fault):
             raise Stopped
 
     patient = {"retry_pause_seconds": 30.0, "num_retries": 5}
-    with engine_at(world, served(server.url, **patient), before_work=stop, max_batch_rows=GROUP_SIZE) as engine:
-        num_before, ask_ahead, with_advantages = num_threads_here(), engine._ask_ahead, engine._with_advantages
+    with engine_at(
+        world, served(server.url, **patient), before_work=stop, max_batch_rows=GROUP_SIZE
+    ) as engine:
+        num_before, ask_ahead, with_advantages = (
+            num_threads_here(),
+            engine._ask_ahead,
+            engine._with_advantages,
+        )
 
         def count_asked(ahead: Any, index: int, number: int, group: Any) -> None:
             nonlocal num_asked

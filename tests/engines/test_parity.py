@@ -1,4 +1,5 @@
-"""The native engine against two other witnesses of the same mathematics; what may not change a gradient, and what must."""
+"""The native engine against two other witnesses of the same mathematics; what may not change a
+gradient, and what must."""
 
 import copy
 import math
@@ -52,7 +53,8 @@ def agree(ours: tuple[float, Any], theirs: tuple[float, Any], bound: float = EXA
 
 
 def test_the_batch_of_these_tests_is_a_telling_one() -> None:
-    """Unequal lengths, a group without variance, rollouts without a verdict; tokens gated on both sides, clamped, and not."""
+    """Unequal lengths, a group without variance, rollouts without a verdict; tokens gated on both
+    sides, clamped, and not."""
     case = make_case()
     batch, stats = case.engine.make_rollout_batch(0), TokenStats()
     by_engine(case, batch, rollouts_of(case), stats)
@@ -103,7 +105,11 @@ def test_the_knobs_of_the_config_reach_the_formula(knobs: dict[str, Any], object
     case.engine.step = 2
     assert agree(by_engine(case, batch, wanted), by_reference(case, batch, wanted))
     default = make_case(objective)
-    assert not agree(by_engine(case, batch, wanted), by_engine(default, default.engine.make_rollout_batch(0), wanted), 1e-2)
+    assert not agree(
+        by_engine(case, batch, wanted),
+        by_engine(default, default.engine.make_rollout_batch(0), wanted),
+        1e-2,
+    )
 
 
 @pytest.mark.parametrize("objective", ["trrd", "rlsd", "distilled_rl"])
@@ -115,16 +121,28 @@ def test_advantages_that_are_not_divided_by_the_standard_deviation(objective: st
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0])
-@pytest.mark.parametrize(("family", "dtype", "bound"), [("gpt2", torch.float64, EXACT), ("llama", torch.float32, FLOAT32)])
-def test_engine_equals_the_tiny_loop(family: str, dtype: torch.dtype, bound: float, alpha: float) -> None:
-    case = make_case(knobs={"alpha": alpha}, family=family, dtype=dtype, task=WordTask(is_judged_in_full=True))
+@pytest.mark.parametrize(
+    ("family", "dtype", "bound"),
+    [("gpt2", torch.float64, EXACT), ("llama", torch.float32, FLOAT32)],
+)
+def test_engine_equals_the_tiny_loop(
+    family: str, dtype: torch.dtype, bound: float, alpha: float
+) -> None:
+    case = make_case(
+        knobs={"alpha": alpha}, family=family, dtype=dtype, task=WordTask(is_judged_in_full=True)
+    )
     batch, wanted = case.engine.make_rollout_batch(0), rollouts_of(case)
-    assert agree(by_engine(case, batch, wanted), by_tiny_loop(case, batch, wanted, alpha=alpha), bound)
+    assert agree(
+        by_engine(case, batch, wanted), by_tiny_loop(case, batch, wanted, alpha=alpha), bound
+    )
 
 
 def test_alpha_one_is_the_grpo_run() -> None:
     trrd, grpo = make_case("trrd", knobs={"alpha": 1.0}), make_case("grpo")
-    results = [by_engine(case, case.engine.make_rollout_batch(0), rollouts_of(case)) for case in (trrd, grpo)]
+    results = [
+        by_engine(case, case.engine.make_rollout_batch(0), rollouts_of(case))
+        for case in (trrd, grpo)
+    ]
     assert agree(*results)
 
 
@@ -143,7 +161,10 @@ def test_float32_stays_close_to_the_float64_reference(objective: str) -> None:
 def test_micro_batches_do_not_matter(objective: str, aggregation: str) -> None:
     results = []
     for tokens_per_batch in (1, 30, 10_000):
-        case = make_case(objective, optimization={"aggregation": aggregation, "tokens_per_batch": tokens_per_batch})
+        case = make_case(
+            objective,
+            optimization={"aggregation": aggregation, "tokens_per_batch": tokens_per_batch},
+        )
         batch = case.engine.make_rollout_batch(0)
         results.append(by_engine(case, batch, rollouts_of(case)))
     assert agree(results[0], results[2])
@@ -159,11 +180,17 @@ def test_the_mean_of_micro_batch_means_would_be_noticed(aggregation: Any) -> Non
     prompts, completions = batch.prompts, batch.completions
     rows = case.engine._rows_that_train(batch)
     means = []
-    for micro in case.engine.scorer.batches([prompts[i] for i in rows], [completions[i] for i in rows]):
+    for micro in case.engine.scorer.batches(
+        [prompts[i] for i in rows], [completions[i] for i in rows]
+    ):
         part = [rows[i] for i in micro]
         scores = case.engine.scorer([prompts[i] for i in part], [completions[i] for i in part])
         inputs = case.engine._loss_inputs(batch, part, scores)
-        means.append(float(aggregate(token_loss("opd", inputs)[0], inputs.trained, mode=aggregation).detach()))
+        means.append(
+            float(
+                aggregate(token_loss("opd", inputs)[0], inputs.trained, mode=aggregation).detach()
+            )
+        )
     assert len(means) > 1
     assert abs(sum(means) / len(means) / right - 1) > 0.01
 
@@ -173,7 +200,9 @@ def test_the_mean_of_micro_batch_means_would_be_noticed(aggregation: Any) -> Non
 def test_rollouts_of_advantage_zero_are_left_out_exactly(objective: str, aggregation: str) -> None:
     results, scored = [], []
     for engine_type in (NativeEngine, WithoutLeavingOut):
-        case = make_case(objective, optimization={"aggregation": aggregation}, engine_type=engine_type)
+        case = make_case(
+            objective, optimization={"aggregation": aggregation}, engine_type=engine_type
+        )
         batch, stats = case.engine.make_rollout_batch(0), TokenStats()
         results.append(by_engine(case, batch, rollouts_of(case), stats))
         scored.append(stats.scored_share)
@@ -213,13 +242,18 @@ def test_one_temperature_for_student_old_policy_teacher_and_reference(objective:
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("objective", WITH_TEACHER)
-def test_a_missing_teacher_value_drops_its_token_and_nothing_else(objective: str, aggregation: str) -> None:
-    case = make_case(objective, optimization={"aggregation": aggregation, "max_missing_teacher_share": 0.9})
+def test_a_missing_teacher_value_drops_its_token_and_nothing_else(
+    objective: str, aggregation: str
+) -> None:
+    case = make_case(
+        objective, optimization={"aggregation": aggregation, "max_missing_teacher_share": 0.9}
+    )
     batch, wanted, stats = case.engine.make_rollout_batch(0), rollouts_of(case), TokenStats()
     assert batch.teacher_logprobs is not None
     whole = by_engine(case, batch, wanted)
     scored = [i for i, values in enumerate(batch.teacher_logprobs) if len(values)]
-    # One token of several rollouts, and all tokens of one: that rollout leaves the denominator of the sequence mean.
+    # One token of several rollouts, and all tokens of one: that rollout leaves the denominator of
+    # the sequence mean.
     dropped = {(i, len(batch.completions[i]) // 2) for i in scored[::2]}
     dropped |= {(scored[1], t) for t in range(len(batch.completions[scored[1]]))}
 
@@ -242,7 +276,8 @@ def test_a_missing_teacher_value_drops_its_token_and_nothing_else(objective: str
 
 
 class Forgetful(Teacher):
-    """Leaves out the last `missing` tokens of every second completion in its first `bad_calls` answers."""
+    """Leaves out the last `missing` tokens of every second completion in its first `bad_calls`
+    answers."""
 
     identity = "forgetful"
 
@@ -258,16 +293,23 @@ class Forgetful(Teacher):
         return answers
 
 
-def test_a_teacher_that_leaves_out_too_much_is_asked_again_for_that_and_then_stops_the_run() -> None:
+def test_a_teacher_that_leaves_out_too_much_is_asked_again_for_that_and_then_stops_the_run() -> (
+    None
+):
     case = make_case()
     case.engine.teacher = teacher = Forgetful(missing=3, bad_calls=1)
     batch = case.engine.make_rollout_batch(0)
     num_asked = len(case.engine._rows_that_train(batch))
     assert teacher.asked == [num_asked, -(-num_asked // 2)]
-    assert batch.teacher_logprobs is not None and all(values.isfinite().all() for values in batch.teacher_logprobs)
+    assert batch.teacher_logprobs is not None and all(
+        values.isfinite().all() for values in batch.teacher_logprobs
+    )
     case = make_case(optimization={"max_missing_teacher_share": 0.01})
     case.engine.teacher = Forgetful(missing=3, bad_calls=2)
-    with pytest.raises(RunFailedError, match=r"no finite log-prob for \d+\.\d% of the tokens, also when asked again"):
+    with pytest.raises(
+        RunFailedError,
+        match=r"no finite log-prob for \d+\.\d% of the tokens, also when asked again",
+    ):
         case.engine.make_rollout_batch(0)
 
 
@@ -278,7 +320,9 @@ def test_a_second_answer_fills_up_the_first() -> None:
         identity, calls = "halves", 0
 
         def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
-            answers = [torch.full((len(request.completion),), -1.0 - self.calls) for request in requests]
+            answers = [
+                torch.full((len(request.completion),), -1.0 - self.calls) for request in requests
+            ]
             for answer in answers:
                 answer[1 - self.calls :: 2] = math.nan
             self.calls += 1
@@ -301,12 +345,16 @@ def test_a_few_missing_teacher_values_are_dropped_without_a_second_question() ->
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_second_step_on_the_same_rollouts(objective: str) -> None:
-    """The old policy is the one that sampled: its log-probs were scored before the first step moved the student."""
+    """The old policy is the one that sampled: its log-probs were scored before the first step moved
+    the student."""
     case = make_case(objective, optimization={"steps_per_rollout_batch": 2})
     batch = case.engine.make_rollout_batch(0)
     first, second = (case.engine._minibatch(0, part) for part in (0, 1))
     assert sorted(first + second) == [0, 1, 2, 3]
-    assert agree(by_engine(case, batch, rollouts_of(case, first)), by_reference(case, batch, rollouts_of(case, first)))
+    assert agree(
+        by_engine(case, batch, rollouts_of(case, first)),
+        by_reference(case, batch, rollouts_of(case, first)),
+    )
     case.engine.update(batch, first)
     wanted = rollouts_of(case, [0, *second])
     ours = by_engine(case, batch, wanted)
@@ -359,11 +407,14 @@ def test_a_batch_without_any_variance_moves_by_momentum_alone() -> None:
         before = weights(case)
         metrics = case.engine.update(batch, range(4))
         assert (metrics["optimization/loss"], metrics["optimization/gradient_norm"]) == (0, 0)
-        assert metrics["objective/trained_tokens/count"] == (0 if engine_type is NativeEngine else sum(map(len, judged(batch))))
+        assert metrics["objective/trained_tokens/count"] == (
+            0 if engine_type is NativeEngine else sum(map(len, judged(batch)))
+        )
         assert all(math.isfinite(value) for value in metrics.values())
         moved.append(weights(case) - before)
     assert float(moved[0].norm()) > 0
-    # Where the first gradient is zero but for rounding (1e-17: the biases of keys), Adam divides it by 1e-8: 1e-11 after lr.
+    # Where the first gradient is zero but for rounding (1e-17: the biases of keys), Adam divides it
+    # by 1e-8: 1e-11 after lr.
     assert torch.allclose(moved[0], moved[1], rtol=0, atol=1e-11)
 
 
@@ -406,7 +457,8 @@ def test_a_broken_student_is_reported_as_such() -> None:
 
 
 def test_a_teacher_that_answers_too_little_is_refused() -> None:
-    """Filled up with zeros, the missing values would say that the teacher is certain of those tokens."""
+    """Filled up with zeros, the missing values would say that the teacher is certain of those
+    tokens."""
 
     class Short(Teacher):
         identity = "short"
@@ -430,7 +482,13 @@ def test_the_steps_of_a_run() -> None:
     seen = [group.problem_index for result in results for group in result.groups]
     assert sorted(seen[:8]) == list(range(8))
     assert len(seen) == 10
-    assert [("time/generation/seconds" in result.metrics) for result in results] == [True, False, True, False, True]
+    assert [("time/generation/seconds" in result.metrics) for result in results] == [
+        True,
+        False,
+        True,
+        False,
+        True,
+    ]
     assert case.engine.pending is not None
 
 
@@ -440,18 +498,27 @@ def test_the_advantages_are_those_of_the_judged_rollouts_of_a_group() -> None:
     expected = expected_advantages(case, batch)
     assert batch.advantages.tolist() == pytest.approx(expected, abs=1e-12)
     assert len(set(expected)) > 4
-    assert all(expected[i] == 0 for i, r in enumerate(batch.rollouts) if r.verdict == "cannot_judge")
+    assert all(
+        expected[i] == 0 for i, r in enumerate(batch.rollouts) if r.verdict == "cannot_judge"
+    )
 
 
 def test_scores_belong_to_their_rollouts() -> None:
-    """Length-sorted micro-batches of the teacher come back to the right rollouts, and left-out ones stay empty."""
+    """Length-sorted micro-batches of the teacher come back to the right rollouts, and left-out ones
+    stay empty."""
     case = make_case()
     batch = case.engine.make_rollout_batch(0)
     assert batch.teacher_logprobs is not None
     rows = case.engine._rows_that_train(batch)
     for i, values in enumerate(batch.teacher_logprobs):
-        expected = token_logprobs(case.teacher, list(batch.prompts[i]), list(batch.completions[i]), 1.0)
-        assert torch.allclose(values, torch.stack(expected).detach()) if i in rows else len(values) == 0
+        expected = token_logprobs(
+            case.teacher, list(batch.prompts[i]), list(batch.completions[i]), 1.0
+        )
+        assert (
+            torch.allclose(values, torch.stack(expected).detach())
+            if i in rows
+            else len(values) == 0
+        )
 
 
 def test_the_teacher_is_asked_only_for_what_trains() -> None:
@@ -477,7 +544,9 @@ def test_the_teacher_is_asked_only_for_what_trains() -> None:
             assert batch.counts == {"teacher/tokens/count": sum(map(len, batch.teacher_logprobs))}
     num_judged, num_unequal = len(judged(batch)), int((batch.advantages != 0).sum())
     assert 0 < num_unequal < num_judged < 16
-    assert asked["trrd", False] == asked["rlsd", False] == asked["distilled_rl", False] == num_unequal
+    assert (
+        asked["trrd", False] == asked["rlsd", False] == asked["distilled_rl", False] == num_unequal
+    )
     assert asked["trrd", True] == asked["kdrl", False] == num_judged
     assert asked["opd", False] == asked["topd", False] == 16
     assert asked["grpo", False] == 0
@@ -489,7 +558,8 @@ SCHEDULE: dict[str, Any] = {"num_steps": 6, "steps_per_rollout_batch": 2, "learn
 
 
 def test_opd_then_grpo_is_opd_then_grpo_with_the_optimiser_carried_over() -> None:
-    """4 of 6 steps: the share of .4 is 3 steps, rounded up to the two rollout batches that hold them."""
+    """4 of 6 steps: the share of .4 is 3 steps, rounded up to the two rollout batches that hold
+    them."""
     both = make_case("opd_then_grpo", knobs={"opd_share": 0.4}, optimization=SCHEDULE)
     opd = make_case("opd", optimization=SCHEDULE)
     ours, theirs = both.engine.steps(), opd.engine.steps()
@@ -497,7 +567,9 @@ def test_opd_then_grpo_is_opd_then_grpo_with_the_optimiser_carried_over() -> Non
         one, other = next(ours), next(theirs)
         assert one.metrics["optimization/loss"] == other.metrics["optimization/loss"] != 0
         assert one.imitation == other.imitation
-        assert [group.to_json() for group in one.groups] == [group.to_json() for group in other.groups]
+        assert [group.to_json() for group in one.groups] == [
+            group.to_json() for group in other.groups
+        ]
         assert torch.equal(weights(both), weights(opd))
 
     # The same state, and a loop that knows GRPO alone.
@@ -512,22 +584,34 @@ def test_opd_then_grpo_is_opd_then_grpo_with_the_optimiser_carried_over() -> Non
     for _ in range(2):
         one, other = next(ours), next(alone)
         assert one.metrics["optimization/loss"] == other.metrics["optimization/loss"]
-        assert one.metrics["objective/trained_tokens/count"] == other.metrics["objective/trained_tokens/count"]
+        assert (
+            one.metrics["objective/trained_tokens/count"]
+            == other.metrics["objective/trained_tokens/count"]
+        )
         trained += one.metrics["objective/trained_tokens/count"]
-        assert "teacher/tokens/count" not in one.metrics and "teacher/log_ratio/mean" not in one.metrics
+        assert (
+            "teacher/tokens/count" not in one.metrics
+            and "teacher/log_ratio/mean" not in one.metrics
+        )
         assert torch.equal(weights(both), weights(grpo))
     assert trained > 0 and next(ours, None) is None
 
 
 @pytest.mark.parametrize(("index", "objective"), [(0, "opd"), (1, "opd"), (2, "grpo")])
 def test_each_phase_of_opd_then_grpo_equals_the_slow_reference(index: int, objective: str) -> None:
-    case = make_case("opd_then_grpo", knobs={"clip_low": 0.0, "clip_high": 0.0}, optimization=SCHEDULE)
+    case = make_case(
+        "opd_then_grpo", knobs={"clip_low": 0.0, "clip_high": 0.0}, optimization=SCHEDULE
+    )
     case.engine.step = 2 * index
     batch, wanted = case.engine.make_rollout_batch(index), rollouts_of(case)
-    assert agree(by_engine(case, batch, wanted), by_reference(case, batch, wanted, objective=objective))
+    assert agree(
+        by_engine(case, batch, wanted), by_reference(case, batch, wanted, objective=objective)
+    )
     assert (batch.teacher_logprobs is None) == (objective == "grpo")
     case.engine.update(batch, [0, 1])  # the ratio leaves 1, so the run's own clip is seen
-    assert agree(by_engine(case, batch, wanted), by_reference(case, batch, wanted, objective=objective))
+    assert agree(
+        by_engine(case, batch, wanted), by_reference(case, batch, wanted, objective=objective)
+    )
 
 
 def test_topd_scores_the_old_policy_before_its_only_step() -> None:

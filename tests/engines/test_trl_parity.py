@@ -1,5 +1,5 @@
-"""`RLADTrainer` against the native engine on the same batch, and on two processes (gloo, CPU) against one: DDP, and weights
-that torch's `fully_shard` splits.
+"""`RLADTrainer` against the native engine on the same batch, and on two processes (gloo, CPU)
+against one: DDP, and weights that torch's `fully_shard` splits.
 """
 
 from pathlib import Path
@@ -11,9 +11,9 @@ import torch
 pytestmark = pytest.mark.trl
 pytest.importorskip("trl", reason="needs the optional package trl")
 
-from parity_cases import EqualPrompts, by_engine, make_case, rollouts_of  # noqa: E402
-from trl_parity import by_trl, in_processes, torchrun, trainer_of  # noqa: E402
-from trl_runs import distance  # noqa: E402
+from parity_cases import EqualPrompts, by_engine, make_case, rollouts_of
+from trl_parity import by_trl, in_processes, torchrun, trainer_of
+from trl_runs import distance
 
 # --- the native engine ------------------------------------------------------------------------------------------------
 
@@ -32,14 +32,21 @@ from trl_runs import distance  # noqa: E402
         ("distilled_rl", "constant_length", 0.1),
     ],
 )
-def test_the_native_engine_has_the_same_loss_and_gradient(tmp_path, objective, aggregation, kl_coef):
-    """Same rollouts, some of which no verifier could judge, and models; everything else is TRL's."""
+def test_the_native_engine_has_the_same_loss_and_gradient(
+    tmp_path, objective, aggregation, kl_coef
+):
+    """Same rollouts, some of which no verifier could judge, and models; everything else is
+    TRL's."""
     optimization = {"aggregation": aggregation, "kl_coef": kl_coef}
-    case = make_case(objective, optimization=optimization, rollout={"temperature": 0.7}, task=EqualPrompts())
+    case = make_case(
+        objective, optimization=optimization, rollout={"temperature": 0.7}, task=EqualPrompts()
+    )
     batch = case.engine.make_rollout_batch(0)
     assert {"correct", "wrong", "cannot_judge"} <= {rollout.verdict for rollout in batch.rollouts}
     loss, gradients = by_engine(case, batch, rollouts_of(case))
-    native = torch.cat([gradients[name].flatten() for name, _ in case.engine.student.model.named_parameters()])
+    native = torch.cat(
+        [gradients[name].flatten() for name, _ in case.engine.student.model.named_parameters()]
+    )
     if kl_coef:
         case.reference.model.save_pretrained(tmp_path / "reference")
         case.engine.student.model.config.name_or_path = str(tmp_path / "reference")
@@ -52,18 +59,30 @@ def test_the_native_engine_has_the_same_loss_and_gradient(tmp_path, objective, a
 
 RUNS: dict[str, dict[str, Any]] = {
     "sequence_mean": {"objective": {"type": "trrd"}, "loss_type": "grpo"},
-    "token_mean": {"objective": {"type": "kdrl", "kd_coef": 0.05}, "loss_type": "dapo", "advantages": "rlad"},
-    "constant_length": {"objective": {"type": "trrd"}, "loss_type": "dr_grpo", "advantages": "rlad"},
+    "token_mean": {
+        "objective": {"type": "kdrl", "kd_coef": 0.05},
+        "loss_type": "dapo",
+        "advantages": "rlad",
+    },
+    "constant_length": {
+        "objective": {"type": "trrd"},
+        "loss_type": "dr_grpo",
+        "advantages": "rlad",
+    },
 }
 
 
 @pytest.fixture(scope="module")
 def one_and_two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """The runs above in one process and in two, with the same global batch: 16 rollouts in two micro-batches."""
+    """The runs above in one process and in two, with the same global batch: 16 rollouts in two
+    micro-batches."""
     folders = {}
     for world, rows in ((1, 8), (2, 4)):
         folders[world] = tmp_path_factory.mktemp(f"world{world}")
-        runs = {name: run | {"per_device_train_batch_size": rows, "max_steps": 3} for name, run in RUNS.items()}
+        runs = {
+            name: run | {"per_device_train_batch_size": rows, "max_steps": 3}
+            for name, run in RUNS.items()
+        }
         torchrun(world, Path(__file__).parents[1] / "trl_runs.py", folders[world], runs)
     return folders
 
@@ -87,27 +106,44 @@ def test_two_processes_are_one(one_and_two_processes, name):
 
 AGGREGATIONS = ("sequence_mean", "token_mean")
 SHARDED_TEACHER = {"teacher_is_sharded": True, "teacher_tokens_per_batch": 1}
-STUDENTS = {aggregation: {"optimization": {"aggregation": aggregation}} for aggregation in AGGREGATIONS}
-TEACHERS = {wrapped: {"wrapped": wrapped, "arguments": SHARDED_TEACHER} for wrapped in ("ddp", "fully_shard")}
+STUDENTS = {
+    aggregation: {"optimization": {"aggregation": aggregation}} for aggregation in AGGREGATIONS
+}
+TEACHERS = {
+    wrapped: {"wrapped": wrapped, "arguments": SHARDED_TEACHER}
+    for wrapped in ("ddp", "fully_shard")
+}
 Steps = dict[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> Steps:
     """By aggregation, the trainer's step as one process makes it, nothing wrapped."""
-    return dict(zip(STUDENTS, in_processes(1, tmp_path_factory.mktemp("one"), *STUDENTS.values()), strict=True))
+    return dict(
+        zip(
+            STUDENTS,
+            in_processes(1, tmp_path_factory.mktemp("one"), *STUDENTS.values()),
+            strict=True,
+        )
+    )
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Steps:
-    """By aggregation, the student split over two processes; by what wraps the student, the teacher split over them."""
+    """By aggregation, the student split over two processes; by what wraps the student, the teacher
+    split over them."""
     cases = {name: case | {"wrapped": "fully_shard"} for name, case in STUDENTS.items()} | TEACHERS
-    return dict(zip(cases, in_processes(2, tmp_path_factory.mktemp("two"), *cases.values()), strict=True))
+    return dict(
+        zip(cases, in_processes(2, tmp_path_factory.mktemp("two"), *cases.values()), strict=True)
+    )
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_a_student_split_over_two_processes_has_the_loss_and_gradient_of_one(one_process, two_processes, aggregation):
-    """Eight rollouts on each process, in micro-batches of two, some of no reward: nothing is divided by a rank's own counts."""
+def test_a_student_split_over_two_processes_has_the_loss_and_gradient_of_one(
+    one_process, two_processes, aggregation
+):
+    """Eight rollouts on each process, in micro-batches of two, some of no reward: nothing is
+    divided by a rank's own counts."""
     one, two = one_process[aggregation], two_processes[aggregation]
     assert (one["world"], two["world"]) == (1, 2)
     assert two["loss"] == pytest.approx(one["loss"], abs=1e-6)
@@ -115,12 +151,17 @@ def test_a_student_split_over_two_processes_has_the_loss_and_gradient_of_one(one
 
 
 @pytest.mark.parametrize("wrapped", TEACHERS)
-def test_a_teacher_split_over_two_processes_scores_as_a_whole_one(one_process, two_processes, wrapped):
-    """Micro-batches of one completion, of which the processes have unequal numbers: none waits for another one forever."""
+def test_a_teacher_split_over_two_processes_scores_as_a_whole_one(
+    one_process, two_processes, wrapped
+):
+    """Micro-batches of one completion, of which the processes have unequal numbers: none waits for
+    another one forever."""
     one, two = one_process["sequence_mean"], two_processes[wrapped]
     counts = [len(rows) for rows in two["teacher"]]
     assert counts[0] != counts[1] and min(counts) > 0
-    ours, theirs = (sorted(row for rank in found["teacher"] for row in rank) for found in (two, one))
+    ours, theirs = (
+        sorted(row for rank in found["teacher"] for row in rank) for found in (two, one)
+    )
     assert [tokens for tokens, _ in ours] == [tokens for tokens, _ in theirs]
     for (_, a), (_, b) in zip(ours, theirs, strict=True):
         assert a == pytest.approx(b, abs=1e-6)

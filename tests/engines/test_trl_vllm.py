@@ -1,6 +1,7 @@
 """`RLADTrainer` with rollouts by the real vLLM, on the CPU, in TRL's mode "colocate".
 
-Needs an environment with vLLM, TRL and rlad (`.ci/vllm-environment`), whose Python `RLAD_VLLM_PYTHON` names, and TRL here.
+Needs an environment with vLLM, TRL and rlad (`.ci/vllm-environment`), whose Python
+`RLAD_VLLM_PYTHON` names, and TRL here.
 """
 
 import json
@@ -13,13 +14,16 @@ import pytest
 VLLM_PYTHON = os.environ.get("RLAD_VLLM_PYTHON")
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.skipif(not VLLM_PYTHON, reason="set RLAD_VLLM_PYTHON to what `.ci/vllm-environment DIRECTORY` prints"),
+    pytest.mark.skipif(
+        not VLLM_PYTHON,
+        reason="set RLAD_VLLM_PYTHON to what `.ci/vllm-environment DIRECTORY` prints",
+    ),
 ]
 pytest.importorskip("trl", reason="needs the optional package trl")
 
-from test_trl_rollout_weights import BETA, CLIP, MODES, token_losses_by_hand, weights_by_hand  # noqa: E402
+from test_trl_rollout_weights import BETA, CLIP, MODES, token_losses_by_hand, weights_by_hand
 
-import reference  # noqa: E402
+import reference
 
 
 def mean_distance(rows: list[dict[str, list[float]]], one: str, other: str) -> float:
@@ -30,9 +34,19 @@ def mean_distance(rows: list[dict[str, list[float]]], one: str, other: str) -> f
 def test_vllm_samples_from_the_student_as_it_is_and_its_mismatch_weighs_the_surrogate(tmp_path):
     """Three steps, and a fourth batch of rollouts; vLLM computes in bfloat16, TRL in float32."""
     mode = "token_truncate"
-    settings = {"objective": {"type": "trrd", "alpha": 0.5, **CLIP}, "beta": BETA, "loss_type": "dapo", "max_steps": 3}
+    settings = {
+        "objective": {"type": "trrd", "alpha": 0.5, **CLIP},
+        "beta": BETA,
+        "loss_type": "dapo",
+        "max_steps": 3,
+    }
     settings |= {"vllm_importance_sampling_mode": mode, **MODES[mode]}
-    command = [str(VLLM_PYTHON), str(Path(__file__).parents[1] / "vllm_rollouts.py"), str(tmp_path), json.dumps(settings)]
+    command = [
+        str(VLLM_PYTHON),
+        str(Path(__file__).parents[1] / "vllm_rollouts.py"),
+        str(tmp_path),
+        json.dumps(settings),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "found.json").read_text())
@@ -44,5 +58,7 @@ def test_vllm_samples_from_the_student_as_it_is_and_its_mismatch_weighs_the_surr
     assert all(0 < row["sampling/sampling_logp_difference/mean"] < 0.1 for row in found["logs"])
     weights = [weights_by_hand(mode, row["old"], row["sampled"]) for row in rows]
     assert len({weight for row in weights for weight in row}) > len(rows)
-    losses = [token_losses_by_hand(*each) for each in zip(rows, weights, found["advantages"], strict=True)]
+    losses = [
+        token_losses_by_hand(*each) for each in zip(rows, weights, found["advantages"], strict=True)
+    ]
     assert found["loss"] == pytest.approx(reference.token_mean(losses), abs=1e-5)

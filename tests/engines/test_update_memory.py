@@ -1,4 +1,5 @@
-"""What an update makes beside weights, gradient and moments does not grow with the vocabulary; its gradient is right."""
+"""What an update makes beside weights, gradient and moments does not grow with the vocabulary; its
+gradient is right."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -17,8 +18,11 @@ from tiny_models import LargestTensor, tiny_language_model
 VOCABULARY = 3000
 
 
-def engine_of(*, tied: bool, dtype: torch.dtype = torch.float32, compute_dtype: torch.dtype | None = None) -> NativeEngine:
-    """On-policy distillation: every token of every completion has a gradient, whatever its reward."""
+def engine_of(
+    *, tied: bool, dtype: torch.dtype = torch.float32, compute_dtype: torch.dtype | None = None
+) -> NativeEngine:
+    """On-policy distillation: every token of every completion has a gradient, whatever its
+    reward."""
     config = RunConfig.model_validate(
         {
             "student": {"model": "tiny"},
@@ -29,7 +33,9 @@ def engine_of(*, tied: bool, dtype: torch.dtype = torch.float32, compute_dtype: 
             "optimization": {"tokens_per_batch": 40, "learning_rate": 1e-3},
         }
     )
-    student = tiny_language_model("llama", vocab_size=VOCABULARY, tie_word_embeddings=tied, dtype=dtype)
+    student = tiny_language_model(
+        "llama", vocab_size=VOCABULARY, tie_word_embeddings=tied, dtype=dtype
+    )
     student = replace(student, compute_dtype=compute_dtype or dtype)
     teacher = LocalTeacher(nearby(student, seed=1), temperature=1.0, tokens_per_batch=40)
     return NativeEngine(config, student=student, task=WordTask(), teacher=teacher)
@@ -53,7 +59,9 @@ def test_an_update_makes_no_matrix_of_the_size_of_the_embeddings(
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_gradient_is_that_of_all_logits_by_autograd(monkeypatch: pytest.MonkeyPatch, tied: bool) -> None:
+def test_the_gradient_is_that_of_all_logits_by_autograd(
+    monkeypatch: pytest.MonkeyPatch, tied: bool
+) -> None:
     """Over several micro-batches and tiles, and once more on top of what is in `.grad`."""
     monkeypatch.setitem(LOGITS_PER_TILE, "cpu", 2**10)
     ours, plain = (engine_of(tied=tied, dtype=torch.float64) for _ in range(2))
@@ -62,11 +70,15 @@ def test_the_gradient_is_that_of_all_logits_by_autograd(monkeypatch: pytest.Monk
     assert len(ours.scorer.batches(batch.prompts, batch.completions)) > 2
     for engine in (ours, ours, plain):
         engine.accumulate_gradient(batch, range(8), TokenStats())
-    gradients, expected = (dict(engine.student.model.named_parameters()) for engine in (ours, plain))
+    gradients, expected = (
+        dict(engine.student.model.named_parameters()) for engine in (ours, plain)
+    )
     assert gradients.keys() == expected.keys() and ("lm_head.weight" in expected) == (not tied)
     for name, parameter in expected.items():
         assert parameter.grad is not None
-        torch.testing.assert_close(gradients[name].grad, parameter.grad, rtol=1e-11, atol=1e-13, msg=name)
+        torch.testing.assert_close(
+            gradients[name].grad, parameter.grad, rtol=1e-11, atol=1e-13, msg=name
+        )
         assert float(parameter.grad.abs().max()) > 1e-5, name
 
 

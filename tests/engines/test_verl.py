@@ -1,7 +1,8 @@
-# ruff: noqa: E402
-"""Our objectives inside the real verl 0.9: value and gradient through verl's own loss, config, Ray worker, reward manager.
+"""Our objectives inside the real verl 0.9: value and gradient through verl's own loss, config, Ray
+worker, reward manager.
 
-Needs verl in an environment of its own: `$(.ci/verl-environment DIRECTORY) -m pytest -n 0 -m verl tests/engines/test_verl.py`.
+Needs verl in an environment of its own: `$(.ci/verl-environment DIRECTORY) -m pytest -n 0 -m verl
+tests/engines/test_verl.py`.
 """
 
 import asyncio
@@ -63,7 +64,8 @@ INSIDE = torch.arange(WIDTH)[None, :] < LENGTHS[:, None]
 
 @pytest.fixture
 def batch() -> Batch:
-    """Padded `[row, token]` tensors in float64; garbage behind the end of each response; one token inside is not trained."""
+    """Padded `[row, token]` tensors in float64; garbage behind the end of each response; one token
+    inside is not trained."""
     generator = torch.Generator().manual_seed(4)
 
     def logprobs() -> Tensor:
@@ -73,14 +75,28 @@ def batch() -> Batch:
     mask = INSIDE.clone()
     mask[1, 2] = False
     near = {"old": 0.3, "reference": 0.5, "teacher": 2.0}
-    others = {name: student + width * torch.randn(student.shape, generator=generator) for name, width in near.items()}
-    advantages = torch.randn(NUM_ROWS, 1, generator=generator, dtype=torch.float64).expand(-1, WIDTH) * INSIDE
+    others = {
+        name: student + width * torch.randn(student.shape, generator=generator)
+        for name, width in near.items()
+    }
+    advantages = (
+        torch.randn(NUM_ROWS, 1, generator=generator, dtype=torch.float64).expand(-1, WIDTH)
+        * INSIDE
+    )
     weights = torch.rand(student.shape, generator=generator, dtype=torch.float64) + 0.5
-    tensors = {"student": student, "mask": mask, "advantages": advantages, "weights": weights * mask, **others}
+    tensors = {
+        "student": student,
+        "mask": mask,
+        "advantages": advantages,
+        "weights": weights * mask,
+        **others,
+    }
     return {"prompts": PROMPTS, "responses": RESPONSES, **tensors}
 
 
-def ours(batch: Batch, name: str, section: dict[str, Any], mode: Aggregation) -> tuple[float, Tensor, dict[str, Tensor]]:
+def ours(
+    batch: Batch, name: str, section: dict[str, Any], mode: Aggregation
+) -> tuple[float, Tensor, dict[str, Tensor]]:
     """The same batch in one piece through our objective and our aggregation."""
     student = batch["student"].clone().requires_grad_()
     inputs = LossInputs(student, batch["old"], batch["advantages"], batch["mask"], batch["teacher"])
@@ -98,10 +114,16 @@ TWO_RANKS = [[[0, 1, 2]], [[3, 5, 4]]]
 TWO_RANKS_UNEQUAL = [[[4], [1, 0]], [[3, 2], [5]]]
 
 
-@pytest.mark.parametrize("split", [WHOLE, UNEQUAL, TWO_RANKS, TWO_RANKS_UNEQUAL], ids=["whole", "micro", "dp2", "dp2-micro"])
+@pytest.mark.parametrize(
+    "split",
+    [WHOLE, UNEQUAL, TWO_RANKS, TWO_RANKS_UNEQUAL],
+    ids=["whole", "micro", "dp2", "dp2-micro"],
+)
 @pytest.mark.parametrize("mode", list(AGGREGATION))
 @pytest.mark.parametrize(("name", "section"), CASES)
-def test_value_and_gradient_are_those_of_the_objective(batch, monkeypatch, name, section, mode, split):
+def test_value_and_gradient_are_those_of_the_objective(
+    batch, monkeypatch, name, section, mode, split
+):
     monkeypatch.setenv(VARIABLE, json.dumps({"type": name, **section}))
     settings = {"loss_scale_factor": WIDTH} if mode == "constant_length" else {}
     loss, gradient, metrics = through_verl(batch, name, actor(AGGREGATION[mode], **settings), split)
@@ -112,7 +134,9 @@ def test_value_and_gradient_are_those_of_the_objective(batch, monkeypatch, name,
     trained = batch["mask"].sum()
     assert set(metrics) == {f"rlad/{stat}/mean" for stat in stats}
     for stat, values in stats.items():
-        assert metrics[f"rlad/{stat}/mean"] == pytest.approx(float(values[batch["mask"]].sum() / trained), rel=1e-5, abs=1e-6)
+        assert metrics[f"rlad/{stat}/mean"] == pytest.approx(
+            float(values[batch["mask"]].sum() / trained), rel=1e-5, abs=1e-6
+        )
 
 
 def test_padded_batches_give_the_same(batch, monkeypatch):
@@ -126,14 +150,19 @@ def test_padded_batches_give_the_same(batch, monkeypatch):
 
 @pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean"])
 def test_alpha_1_is_verl_s_own_grpo_with_leash_and_rollout_weights(batch, monkeypatch, mode):
-    """verl's loss without a teacher adds KL leash and weights itself: those that our route adds must be the same."""
-    monkeypatch.setenv(VARIABLE, json.dumps({"type": "trrd", "alpha": 1.0, "clip_low": 0.1, "clip_high": 0.3}))
+    """verl's loss without a teacher adds KL leash and weights itself: those that our route adds
+    must be the same."""
+    monkeypatch.setenv(
+        VARIABLE, json.dumps({"type": "trrd", "alpha": 1.0, "clip_low": 0.1, "clip_high": 0.3})
+    )
     clip = {"clip_ratio": 0.1, "clip_ratio_low": 0.1, "clip_ratio_high": 0.3, "clip_ratio_c": 1e9}
     config = actor(mode, use_kl_loss=True, kl_loss_coef=0.2, **clip)
     loss, gradient, _ = through_verl(batch, "trrd", config, UNEQUAL)
     student = batch["student"].clone().requires_grad_()
     rows = list(range(NUM_ROWS))
-    wanted, _ = ppo_loss(config, {"log_probs": sequences(batch, student, rows)}, micro_batch(batch, rows, dp_size=1))
+    wanted, _ = ppo_loss(
+        config, {"log_probs": sequences(batch, student, rows)}, micro_batch(batch, rows, dp_size=1)
+    )
     wanted.backward()
     assert loss == pytest.approx(float(wanted.detach()), rel=1e-7)
     torch.testing.assert_close(gradient, student.grad, rtol=1e-7, atol=1e-12)
@@ -147,15 +176,20 @@ def test_leash_and_weights_matter(batch, monkeypatch):
     def loss(config: FSDPActorConfig, drop: str) -> float:
         data = micro_batch(batch, rows, dp_size=1, drop=drop)
         return float(
-            distillation_ppo_loss(config, distillation("trrd"), {"log_probs": sequences(batch, batch["student"], rows)}, data)[
-                0
-            ]
+            distillation_ppo_loss(
+                config,
+                distillation("trrd"),
+                {"log_probs": sequences(batch, batch["student"], rows)},
+                data,
+            )[0]
         )
 
     plain = loss(actor("token-mean"), "rollout_is_weights")
     kl = (batch["reference"] - batch["student"])[batch["mask"]]
     leash = 0.2 * float((kl.exp() - kl - 1).mean())
-    assert loss(actor("token-mean", use_kl_loss=True, kl_loss_coef=0.2), "rollout_is_weights") == pytest.approx(plain + leash)
+    assert loss(
+        actor("token-mean", use_kl_loss=True, kl_loss_coef=0.2), "rollout_is_weights"
+    ) == pytest.approx(plain + leash)
     assert abs(loss(actor("token-mean"), "") - plain) > 1e-3
 
 
@@ -170,12 +204,37 @@ def test_a_token_that_the_teacher_left_out_counts_and_has_no_loss(batch, monkeyp
 @pytest.mark.parametrize(
     ("settings", "own", "drop", "sentence"),
     [
-        ({}, {}, "teacher_logprobs", "objective 'trrd' needs teacher_logprobs, which verl's batch does not hold"),
+        (
+            {},
+            {},
+            "teacher_logprobs",
+            "objective 'trrd' needs teacher_logprobs, which verl's batch does not hold",
+        ),
         ({"use_kl_loss": True}, {}, "ref_log_prob", "objective 'trrd' needs ref_log_prob"),
-        ({"use_kl_loss": True, "kl_loss_type": "kl"}, {}, "", "kl_loss_type is 'kl'; the KL leash is 'low_var_kl' (k3)."),
-        ({"entropy_coeff": 0.1}, {}, "", "actor_rollout_ref.actor.entropy_coeff is 0.1; with objective 'trrd'"),
-        ({}, {"use_task_rewards": True}, "", "distillation.distillation_loss.use_task_rewards is True"),
-        ({}, {"use_policy_gradient": True}, "", "distillation.distillation_loss.use_policy_gradient is True"),
+        (
+            {"use_kl_loss": True, "kl_loss_type": "kl"},
+            {},
+            "",
+            "kl_loss_type is 'kl'; the KL leash is 'low_var_kl' (k3).",
+        ),
+        (
+            {"entropy_coeff": 0.1},
+            {},
+            "",
+            "actor_rollout_ref.actor.entropy_coeff is 0.1; with objective 'trrd'",
+        ),
+        (
+            {},
+            {"use_task_rewards": True},
+            "",
+            "distillation.distillation_loss.use_task_rewards is True",
+        ),
+        (
+            {},
+            {"use_policy_gradient": True},
+            "",
+            "distillation.distillation_loss.use_policy_gradient is True",
+        ),
         ({}, {"loss_max_clamp": 10.0}, "", "distillation.distillation_loss.loss_max_clamp is 10.0"),
     ],
 )
@@ -196,8 +255,16 @@ def test_a_temperature_at_which_the_teacher_did_not_score_is_refused(batch, monk
     monkeypatch.setenv(VARIABLE, '{"type": "trrd"}')
     data = micro_batch(batch, [0, 1], dp_size=1)
     tensordict_utils.assign_non_tensor(data, temperature=0.7)
-    with pytest.raises(ValueError, match=r"rollout.temperature is 0.7, but verl's teacher always scores at 1; set it to 1"):
-        rlad_loss(actor("token-mean"), distillation("trrd"), {"log_probs": sequences(batch, batch["student"], [0, 1])}, data)
+    with pytest.raises(
+        ValueError,
+        match=r"rollout.temperature is 0.7, but verl's teacher always scores at 1; set it to 1",
+    ):
+        rlad_loss(
+            actor("token-mean"),
+            distillation("trrd"),
+            {"log_probs": sequences(batch, batch["student"], [0, 1])},
+            data,
+        )
 
 
 # --- registration -----------------------------------------------------------------------------------------------------
@@ -228,8 +295,16 @@ def composed(command: Path, *more: str) -> DictConfig:
     "changes",
     [
         (),
-        ("optimization.kl_coef=0.01", "optimization.aggregation=constant_length", "student.dtype=bfloat16"),
-        ("objective=rlsd", "objective.teacher_weight=0.5", "optimization.steps_per_rollout_batch=2"),
+        (
+            "optimization.kl_coef=0.01",
+            "optimization.aggregation=constant_length",
+            "student.dtype=bfloat16",
+        ),
+        (
+            "objective=rlsd",
+            "objective.teacher_weight=0.5",
+            "optimization.steps_per_rollout_batch=2",
+        ),
         ("objective=opd", "optimization.schedule=cosine", "optimization.warmup_steps=2"),
         ("objective=grpo",),
     ],
@@ -250,7 +325,8 @@ def test_verl_accepts_the_config(tmp_path, changes):
 
 
 def test_the_objective_reaches_a_real_ray_worker(tmp_path):
-    """verl's own `run_ppo` starts Ray from the exported config; the worker sees names, knobs and a loss."""
+    """verl's own `run_ppo` starts Ray from the exported config; the worker sees names, knobs and a
+    loss."""
     config = composed(
         export(tmp_path / "out", *SMALL, "objective.alpha=0.25"),
         "ray_kwargs.ray_init.num_cpus=1",
@@ -266,8 +342,14 @@ def test_the_objective_reaches_a_real_ray_worker(tmp_path):
 
             from rlad.engines.verl.objective import objective_knobs_from_environment
 
-            seen = {name: function.__module__ for name, function in DISTILLATION_LOSS_REGISTRY.items()}
-            answer = {"pid": os.getpid(), "seen": seen, "knobs": objective_knobs_from_environment("trrd")}
+            seen = {
+                name: function.__module__ for name, function in DISTILLATION_LOSS_REGISTRY.items()
+            }
+            answer = {
+                "pid": os.getpid(),
+                "seen": seen,
+                "knobs": objective_knobs_from_environment("trrd"),
+            }
             Path(config.trainer.default_local_dir).write_text(json.dumps(answer))
 
     try:
@@ -276,7 +358,9 @@ def test_the_objective_reaches_a_real_ray_worker(tmp_path):
         ray.shutdown()
     answer = json.loads((tmp_path / "worker.json").read_text())
     assert answer["pid"] != os.getpid() and VARIABLE not in os.environ
-    assert {name: answer["seen"].get(name) for name in NAMES} == dict.fromkeys(NAMES, "rlad.engines.verl.plugin")
+    assert {name: answer["seen"].get(name) for name in NAMES} == dict.fromkeys(
+        NAMES, "rlad.engines.verl.plugin"
+    )
     assert answer["knobs"]["alpha"] == 0.25 and answer["knobs"]["teacher_log_ratio_clip"] == 1.0
 
 
@@ -290,13 +374,18 @@ def test_verl_s_data_set_and_reward_manager_judge_real_items(tmp_path):
 
     async def rewards(completions: list[str]) -> list[dict[str, Any]]:
         manager = load_reward_manager(config, tokenizer)
-        return [await manager.run_single(as_proto(items[i], text)) for i, text in enumerate(completions)]
+        return [
+            await manager.run_single(as_proto(items[i], text)) for i, text in enumerate(completions)
+        ]
 
     def as_proto(item: dict[str, Any], completion: str) -> DataProto:
         ids = torch.tensor([tokenizer(completion, add_special_tokens=False)["input_ids"]])
         names = ("data_source", "reward_model", "extra_info")
         return DataProto.from_dict(
-            tensors={"responses": ids, "attention_mask": torch.ones(1, ids.shape[1] + 2, dtype=torch.long)},
+            tensors={
+                "responses": ids,
+                "attention_mask": torch.ones(1, ids.shape[1] + 2, dtype=torch.long),
+            },
             non_tensors={name: np.array([item[name]], dtype=object) for name in names},
         )
 
@@ -306,9 +395,13 @@ def test_verl_s_data_set_and_reward_manager_judge_real_items(tmp_path):
     wrong = asyncio.run(rewards(["no idea"] * 4))
     assert [answer["reward_score"] for answer in wrong] == [0.0] * 4
     assert wrong[0]["reward_extra_info"] == {"score": 0.0, "acc": 0.0}
-    prompt = tokenizer.apply_chat_template(items[0]["raw_prompt"], tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer.apply_chat_template(
+        items[0]["raw_prompt"], tokenize=False, add_generation_prompt=True
+    )
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    assert ids == prompt_token_ids(load_tokenizer("embedded/student"), items[0]["raw_prompt"][0]["content"], RolloutConfig())
+    assert ids == prompt_token_ids(
+        load_tokenizer("embedded/student"), items[0]["raw_prompt"][0]["content"], RolloutConfig()
+    )
     assert OmegaConf.select(config, "reward.custom_reward_function.reward_kwargs.config") == str(
         command.with_name("config.toml")
     )

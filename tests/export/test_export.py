@@ -1,4 +1,5 @@
-"""`rlad export verl`: what is in the folder, what the command says, what is refused. Needs no verl."""
+"""`rlad export verl`: what is in the folder, what the command says, what is refused. Needs no
+verl."""
 
 import json
 import subprocess
@@ -13,7 +14,12 @@ from rlad.cli.main import main
 from rlad.config.file import load_config, parse_config
 from rlad.config.run import LoraConfig, RunConfig
 from rlad.engines.verl import check as verl_check
-from rlad.engines.verl.objective import NAMES, VARIABLE, objective_json, objective_knobs_from_environment
+from rlad.engines.verl.objective import (
+    NAMES,
+    VARIABLE,
+    objective_json,
+    objective_knobs_from_environment,
+)
 from rlad.engines.verl.reward import compute_score
 from rlad.export.verl import export_verl
 from rlad.export.verl_command import Cluster, overrides, require_exportable, without_equivalent
@@ -22,14 +28,20 @@ from tiny_runs import rlad_fails, run_config, write_config, write_tokenizer, wri
 
 NEEDS_PARQUET = pytest.mark.datasets
 ONE_GPU = Cluster(gpus_per_node=1, teacher_gpus_per_node=1)
-SMALL = ("optimization.num_steps=3", "rollout.prompts_per_batch=4", "evaluation.num_validation_problems=3")
+SMALL = (
+    "optimization.num_steps=3",
+    "rollout.prompts_per_batch=4",
+    "evaluation.num_validation_problems=3",
+)
 
 
 def export(folder: Path, *arguments: str) -> Path:
     """The command of an exported run."""
     pytest.importorskip("pyarrow", reason="verl reads Parquet files: pip install 'rlad[datasets]'")
     gpus = ("--gpus-per-node", "1", "--teacher-gpus-per-node", "1")
-    result = CliRunner().invoke(main, ["export", "verl", *arguments, *gpus, "--output", str(folder)])
+    result = CliRunner().invoke(
+        main, ["export", "verl", *arguments, *gpus, "--output", str(folder)]
+    )
     assert result.exit_code == 0, result.output
     return folder / "run.sh"
 
@@ -45,7 +57,11 @@ def overrides_of(command: Path, *more: str) -> list[str]:
     stub = command.with_name("stub")
     stub.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
     stub.chmod(0o755)
-    done = subprocess.run(["bash", command, *more], env={"PYTHON": str(stub), "PATH": "/bin:/usr/bin"}, capture_output=True)
+    done = subprocess.run(
+        ["bash", command, *more],
+        env={"PYTHON": str(stub), "PATH": "/bin:/usr/bin"},
+        capture_output=True,
+    )
     stub.unlink()
     arguments = json.loads(done.stdout)
     assert arguments[:2] == ["-m", "verl.trainer.main_ppo"]
@@ -62,7 +78,9 @@ def test_the_data_are_the_problems_of_the_native_engine_in_its_order(tmp_path):
         [{"role": "user", "content": task.problem("train", i, seed=5).prompt}] for i in range(3 * 4)
     ]
     held_out = rows_of(command, "validation")
-    assert [row["reward_model"]["ground_truth"] for row in held_out] == [task.problem("validation", i).answer for i in range(3)]
+    assert [row["reward_model"]["ground_truth"] for row in held_out] == [
+        task.problem("validation", i).answer for i in range(3)
+    ]
     assert config == load_config(None, [*SMALL, "seed=5"])
 
 
@@ -72,12 +90,19 @@ def test_a_conversation_keeps_its_messages_and_the_templates_variables(tmp_path)
     world = write_world(tmp_path)
     chat = "{% for m in messages %}{{ m.content }} {% endfor %}{% if thinking is defined %}0 {% endif %}="
     write_tokenizer(world / "student", chat_template=chat)
-    messages = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "0 ="}]
+    messages = [
+        {"role": "user", "content": "1"},
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "0 ="},
+    ]
     (world / "path.jsonl").write_text(json.dumps({"prompt": messages, "answer": "1"}) + "\n")
     rollout = {"system_prompt": "2 2", "chat_template_kwargs": {"thinking": False}}
     config = parse_config(run_config(world, tmp_path / "run", rollout=rollout))
     command = export_verl(config, tmp_path / "out", ONE_GPU)
-    assert rows_of(command, "train")[0]["prompt"] == [{"role": "system", "content": "2 2"}, *messages]
+    assert rows_of(command, "train")[0]["prompt"] == [
+        {"role": "system", "content": "2 2"},
+        *messages,
+    ]
     given = dict(argument.split("=", 1) for argument in overrides_of(command))
     assert given["+data.apply_chat_template_kwargs.thinking"] == "False"
     assert given["data.max_prompt_length"] == "8", "2 2 1 2 0 = and the template's 0 ="
@@ -85,23 +110,46 @@ def test_a_conversation_keeps_its_messages_and_the_templates_variables(tmp_path)
 
 @NEEDS_PARQUET
 def test_the_command_says_what_the_config_says(tmp_path):
-    command = export(tmp_path / "it's here", *SMALL, "objective.alpha=0.25", "optimization.steps_per_rollout_batch=2")
+    command = export(
+        tmp_path / "it's here",
+        *SMALL,
+        "objective.alpha=0.25",
+        "optimization.steps_per_rollout_batch=2",
+    )
     given = dict(argument.split("=", 1) for argument in overrides_of(command, "trainer.nnodes=7"))
-    assert given["data.train_batch_size"] == "4" and given["actor_rollout_ref.actor.ppo_mini_batch_size"] == "2"
+    assert (
+        given["data.train_batch_size"] == "4"
+        and given["actor_rollout_ref.actor.ppo_mini_batch_size"] == "2"
+    )
     assert given["trainer.total_training_steps"] == "2", "3 steps, 2 on each rollout batch"
     assert given["trainer.nnodes"] == "7", "what follows the script's name wins"
-    assert json.loads(given[f"+ray_kwargs.ray_init.runtime_env.env_vars.{VARIABLE}"].strip("'"))["alpha"] == 0.25
+    assert (
+        json.loads(given[f"+ray_kwargs.ray_init.runtime_env.env_vars.{VARIABLE}"].strip("'"))[
+            "alpha"
+        ]
+        == 0.25
+    )
     assert given["distillation.distillation_loss.loss_mode"] == "trrd"
     text = command.read_text()
     assert "optimization.num_steps = 3 is rounded up to whole rollout batches." in text
-    assert all(note in text for note in without_equivalent(load_config(command.with_name("config.toml"))))
+    assert all(
+        note in text for note in without_equivalent(load_config(command.with_name("config.toml")))
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "key", "value"),
     [
-        ("optimization.aggregation=token_mean", "actor_rollout_ref.actor.loss_agg_mode", "token-mean"),
-        ("optimization.aggregation=constant_length", "actor_rollout_ref.actor.loss_scale_factor", 320),
+        (
+            "optimization.aggregation=token_mean",
+            "actor_rollout_ref.actor.loss_agg_mode",
+            "token-mean",
+        ),
+        (
+            "optimization.aggregation=constant_length",
+            "actor_rollout_ref.actor.loss_scale_factor",
+            320,
+        ),
         ("optimization.kl_coef=0.01", "actor_rollout_ref.actor.kl_loss_coef", 0.01),
         ("optimization.advantage_scale=none", "algorithm.norm_adv_by_std_in_grpo", False),
         ("optimization.learning_rate=1e-6", "actor_rollout_ref.actor.optim.lr", 1e-6),
@@ -124,15 +172,31 @@ CARRIED_OVER = {
     "evaluation.num_validation_problems", "evaluation.every_steps",
 }  # fmt: skip
 """Settings whose effect is not one number of an override: data, derived counts, formats."""
-EXPLAINED = ("device", "tokens_per_batch", "max_seconds", "max_teacher_tokens", "max_batch_rows", "max_missing_teacher_share")
-REFUSED = ("teacher.type", "teacher.quantization", "teacher.random_weights", "objective.type", "optimization.schedule")
+EXPLAINED = (
+    "device",
+    "tokens_per_batch",
+    "max_seconds",
+    "max_teacher_tokens",
+    "max_batch_rows",
+    "max_missing_teacher_share",
+)
+REFUSED = (
+    "teacher.type",
+    "teacher.quantization",
+    "teacher.random_weights",
+    "objective.type",
+    "optimization.schedule",
+)
 TEST_PROBLEMS = ("evaluation.num_test", "evaluation.num_ood", "evaluation.ood_task")
 
 
 def test_no_setting_is_lost_silently():
     """Each setting changes an override, a note or the data when it changes, or is refused."""
     config = load_config()
-    base = overrides(config, ONE_GPU, prompt_tokens=9, chat_template=None), without_equivalent(config)
+    base = (
+        overrides(config, ONE_GPU, prompt_tokens=9, chat_template=None),
+        without_equivalent(config),
+    )
     lost = []
     for section in ("student", "teacher", "rollout", "optimization", "evaluation"):
         for name, value in getattr(config, section).model_dump().items():
@@ -142,7 +206,10 @@ def test_no_setting_is_lost_silently():
             changed = other(value, name)
             part = getattr(config, section).model_copy(update={name: changed})
             new = config.model_copy(update={section: part})
-            after = overrides(new, ONE_GPU, prompt_tokens=9, chat_template=None), without_equivalent(new)
+            after = (
+                overrides(new, ONE_GPU, prompt_tokens=9, chat_template=None),
+                without_equivalent(new),
+            )
             if after == base and not is_refused(new):
                 lost.append(key)
     assert lost == []
@@ -150,8 +217,18 @@ def test_no_setting_is_lost_silently():
 
 def other(value: Any, name: str) -> Any:
     """Another value of a setting, of the same kind."""
-    special = {"device": "cpu", "keep": "cpu", "aggregation": "token_mean", "advantage_scale": "none", "betas": (0.5, 0.6)}
-    special |= {"lora": LoraConfig(), "chat_template_kwargs": {"enable_thinking": False}, "end_tokens": ("<eos>",)}
+    special = {
+        "device": "cpu",
+        "keep": "cpu",
+        "aggregation": "token_mean",
+        "advantage_scale": "none",
+        "betas": (0.5, 0.6),
+    }
+    special |= {
+        "lora": LoraConfig(),
+        "chat_template_kwargs": {"enable_thinking": False},
+        "end_tokens": ("<eos>",),
+    }
     if name in special:
         return special[name]
     if isinstance(value, bool):
@@ -174,15 +251,37 @@ def is_refused(config: RunConfig) -> bool:
         (["objective=opd_then_grpo"], "objective 'opd_then_grpo' is not available on verl"),
         (
             ["objective=rlsd"],
-            "objective.teacher_weight moves with the step, which verl does not tell its loss functions; give one",
+            "objective.teacher_weight moves with the step, which verl does not tell its loss "
+            "functions; give one",
         ),
-        (["objective=kdrl", "objective.masking=group"], "objective.masking = 'group' needs verdicts"),
-        (["rollout.temperature=0.7"], "rollout.temperature is 0.7, but verl's teacher always scores at 1"),
-        (["optimization.schedule=linear"], "optimization.schedule = 'linear' is not available on verl"),
-        (["optimization.kl_coef={start=0.1,end=0.0,change_per_step=-0.1}"], "optimization.kl_coef moves with the step"),
-        (["teacher.quantization=int8"], "the [teacher] must be of type 'local', with its own weights and without quantization"),
-        (["objective=grpo", "objective.ratio_level=sequence"], "objective.ratio_level = 'sequence' is not exported for grpo"),
-        (["--gpus-per-node", "3"], "the rollout batch holds 128 completions, which 3 GPUs cannot share equally"),
+        (
+            ["objective=kdrl", "objective.masking=group"],
+            "objective.masking = 'group' needs verdicts",
+        ),
+        (
+            ["rollout.temperature=0.7"],
+            "rollout.temperature is 0.7, but verl's teacher always scores at 1",
+        ),
+        (
+            ["optimization.schedule=linear"],
+            "optimization.schedule = 'linear' is not available on verl",
+        ),
+        (
+            ["optimization.kl_coef={start=0.1,end=0.0,change_per_step=-0.1}"],
+            "optimization.kl_coef moves with the step",
+        ),
+        (
+            ["teacher.quantization=int8"],
+            "the [teacher] must be of type 'local', with its own weights and without quantization",
+        ),
+        (
+            ["objective=grpo", "objective.ratio_level=sequence"],
+            "objective.ratio_level = 'sequence' is not exported for grpo",
+        ),
+        (
+            ["--gpus-per-node", "3"],
+            "the rollout batch holds 128 completions, which 3 GPUs cannot share equally",
+        ),
         (["rollout.max_prompt_tokens=5"], "tokens, but rollout.max_prompt_tokens is 5; raise it."),
     ],
 )
@@ -193,13 +292,17 @@ def test_what_verl_would_train_differently_is_refused(tmp_path, arguments, sente
 
 def test_without_pyarrow_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    sentence = rlad_fails("export", "verl", *SMALL, "--gpus-per-node", "1", "--output", tmp_path / "out")
+    sentence = rlad_fails(
+        "export", "verl", *SMALL, "--gpus-per-node", "1", "--output", tmp_path / "out"
+    )
     assert "pip install 'rlad[datasets]'" in sentence and not (tmp_path / "out").exists()
 
 
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
     (tmp_path / "mine").write_text("mine")
-    assert "is there already and not empty; choose another --output." in rlad_fails("export", "verl", "--output", tmp_path)
+    assert "is there already and not empty; choose another --output." in rlad_fails(
+        "export", "verl", "--output", tmp_path
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
@@ -223,8 +326,14 @@ def test_files_of_the_task_are_found_from_everywhere(tmp_path, world, monkeypatc
 
 def judge(command: Path, row: dict[str, Any], completion: str, **changed: Any) -> dict[str, float]:
     truth = row["reward_model"]["ground_truth"]
-    fields = {"data_source": row["data_source"], "ground_truth": truth, "extra_info": row["extra_info"]} | changed
-    return compute_score(solution_str=completion, config=str(command.with_name("config.toml")), **fields)
+    fields = {
+        "data_source": row["data_source"],
+        "ground_truth": truth,
+        "extra_info": row["extra_info"],
+    } | changed
+    return compute_score(
+        solution_str=completion, config=str(command.with_name("config.toml")), **fields
+    )
 
 
 @NEEDS_PARQUET
@@ -236,7 +345,10 @@ def test_the_reward_is_the_task_s(tmp_path):
         wrong = right.replace("knight", "?").replace("knave", "knight").replace("?", "knave")
         assert judge(command, row, right) == {"score": 1.0, "acc": 1.0}
         assert judge(command, row, wrong) == {"score": 0.0, "acc": 0.0}
-    with pytest.raises(ValueError, match="has another answer than in verl's data: the task has changed since the export"):
+    with pytest.raises(
+        ValueError,
+        match="has another answer than in verl's data: the task has changed since the export",
+    ):
         judge(command, rows[0], "", ground_truth="nobody")
 
 
@@ -246,7 +358,9 @@ def test_what_cannot_be_judged_has_no_reward(tmp_path, world):
     table["task"] |= {"verifier": "user_verifiers:by_completion"}
     command = export(tmp_path / "out", str(write_config(tmp_path / "run.toml", table)))
     row = rows_of(command, "train")[0]
-    with pytest.raises(ValueError, match=r"the verifier of .* cannot judge a completion .*; it is left out"):
+    with pytest.raises(
+        ValueError, match=r"the verifier of .* cannot judge a completion .*; it is left out"
+    ):
         judge(command, row, "nan")
 
 
@@ -254,7 +368,11 @@ def test_what_cannot_be_judged_has_no_reward(tmp_path, world):
 
 
 def test_the_knobs_travel_as_json(monkeypatch):
-    config = parse_config(load_config(None, ["objective.teacher_log_ratio_clip=off", "objective.alpha=0.25"]).model_dump())
+    config = parse_config(
+        load_config(
+            None, ["objective.teacher_log_ratio_clip=off", "objective.alpha=0.25"]
+        ).model_dump()
+    )
     monkeypatch.setenv(VARIABLE, objective_json(config.objective))
     assert objective_knobs_from_environment("trrd") == {
         "alpha": 0.25,
@@ -271,12 +389,23 @@ def test_the_knobs_travel_as_json(monkeypatch):
     [
         (
             None,
-            "the environment variable RLAD_OBJECTIVE has not reached this process; start verl by the command of `rlad",
+            "the environment variable RLAD_OBJECTIVE has not reached this process; start verl by "
+            "the command of `rlad",
         ),
         ("{", "the environment variable RLAD_OBJECTIVE is no JSON"),
-        ('{"type": "opd"}', "RLAD_OBJECTIVE describes objective 'opd' but distillation.distillation_loss.loss_mode is 'trrd'"),
-        ('{"type": "trrd", "alhpa": 1}', "objective.alhpa is an unknown key: did you mean 'alpha'?"),
-        ('{"type": "trrd", "alpha": {"start": 1, "end": 0, "change_per_step": -0.1}}', "objective.alpha moves with the step"),
+        (
+            '{"type": "opd"}',
+            "RLAD_OBJECTIVE describes objective 'opd' but distillation.distillation_loss.loss_mode "
+            "is 'trrd'",
+        ),
+        (
+            '{"type": "trrd", "alhpa": 1}',
+            "objective.alhpa is an unknown key: did you mean 'alpha'?",
+        ),
+        (
+            '{"type": "trrd", "alpha": {"start": 1, "end": 0, "change_per_step": -0.1}}',
+            "objective.alpha moves with the step",
+        ),
     ],
 )
 def test_a_variable_that_says_nothing_is_refused(monkeypatch, value, sentence):
@@ -290,12 +419,20 @@ def test_a_variable_that_says_nothing_is_refused(monkeypatch, value, sentence):
 
 @pytest.mark.parametrize(
     ("found", "sentence"),
-    [("0.8.0", "verl 0.8.0 is installed, but"), ("0.10.1", "verl 0.10.1 is installed, but"), ("0.9.2", None)],
+    [
+        ("0.8.0", "verl 0.8.0 is installed, but"),
+        ("0.10.1", "verl 0.10.1 is installed, but"),
+        ("0.9.2", None),
+    ],
 )
 def test_other_versions_of_verl_are_refused(monkeypatch, found, sentence):
     monkeypatch.setattr(verl_check, "version", lambda name: found)
     problem = verl_check.verl_version_problem()
-    assert problem is None if sentence is None else problem is not None and problem.startswith(sentence)
+    assert (
+        problem is None
+        if sentence is None
+        else problem is not None and problem.startswith(sentence)
+    )
 
 
 def test_the_objectives_that_verl_learns():

@@ -1,4 +1,5 @@
-"""An exported model answers as the checkpoint that it was made of, in transformers; a LoRA student's adapter is merged."""
+"""An exported model answers as the checkpoint that it was made of, in transformers; a LoRA
+student's adapter is merged."""
 
 import json
 import resource
@@ -18,7 +19,9 @@ from rlad.rollouts.sampling import sample
 from tiny_models import VOCABULARY
 from tiny_runs import rlad_fails
 
-full_or_lora = pytest.mark.parametrize("lora", [None, pytest.param(LORA, marks=pytest.mark.peft)], ids=["full", "lora"])
+full_or_lora = pytest.mark.parametrize(
+    "lora", [None, pytest.param(LORA, marks=pytest.mark.peft)], ids=["full", "lora"]
+)
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -33,8 +36,14 @@ def test_it_answers_as_its_checkpoint_token_for_token(tmp_path, lora, tied):
     folder = export_model(str(run))
     assert folder == run.with_name("run-model")
     trained = load_language_model(str(checkpoint(run)), device="cpu")
-    groups = sample(trained, PROMPTS, group_size=1, max_completion_tokens=LENGTH, seed=0, temperature=0.0)
-    assert answers_of_export(folder) == answers(trained.model) == [list(group[0].token_ids) for group in groups]
+    groups = sample(
+        trained, PROMPTS, group_size=1, max_completion_tokens=LENGTH, seed=0, temperature=0.0
+    )
+    assert (
+        answers_of_export(folder)
+        == answers(trained.model)
+        == [list(group[0].token_ids) for group in groups]
+    )
     assert answers(trained.model) != answers_of_export(tmp_path / "student")
     exported: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
     assert (logits(exported) - logits(trained.model)).abs().max() < (1e-4 if lora else 1e-12)
@@ -42,17 +51,29 @@ def test_it_answers_as_its_checkpoint_token_for_token(tmp_path, lora, tied):
     names = set(load_file(folder / "model.safetensors"))
     assert names == set(load_file(tmp_path / "student" / "model.safetensors"))
     files = {path.name for path in folder.iterdir()}
-    assert files >= {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"}
+    assert files >= {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+    }
     assert not any("adapter" in name or "trainer" in name or "manifest" in name for name in files)
 
 
 @full_or_lora
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_in_bfloat16(tmp_path, lora, tied):
-    """Training's bfloat16 base weights are kept, and the adapter is added to them in float32; only `dtype` rounds the sum."""
+    """Training's bfloat16 base weights are kept, and the adapter is added to them in float32; only
+    `dtype` rounds the sum."""
     run = write_run(tmp_path, lora=lora, sizes={"tie_word_embeddings": tied}, dtype="bfloat16")
-    exact, rounded = export_model(str(run)), export_model(str(run), tmp_path / "rounded", dtype="bfloat16")
-    base, trained = load_file(tmp_path / "student" / "model.safetensors"), load_file(exact / "model.safetensors")
+    exact, rounded = (
+        export_model(str(run)),
+        export_model(str(run), tmp_path / "rounded", dtype="bfloat16"),
+    )
+    base, trained = (
+        load_file(tmp_path / "student" / "model.safetensors"),
+        load_file(exact / "model.safetensors"),
+    )
     if lora:
         adapter = load_file(checkpoint(run) / "adapter_model.safetensors")
         name = "model.layers.1.mlp.down_proj"
@@ -66,14 +87,18 @@ def test_in_bfloat16(tmp_path, lora, tied):
         student = load_language_model(str(checkpoint(run)), device="cpu", dtype="bfloat16")
         assert answers_of_export(rounded) == answers(student.model)
     written = load_file(rounded / "model.safetensors")
-    assert written.keys() == trained.keys() and all(torch.equal(written[name], trained[name].bfloat16()) for name in trained)
+    assert written.keys() == trained.keys() and all(
+        torch.equal(written[name], trained[name].bfloat16()) for name in trained
+    )
     assert answers_of_export(exact, dtype=torch.bfloat16) == answers_of_export(rounded)
 
 
 @pytest.mark.peft
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
 def test_tied_embeddings_of_which_one_has_an_adapter_become_two(tmp_path, target):
-    run = write_run(tmp_path, lora=LORA | {"target_modules": [target]}, sizes={"tie_word_embeddings": True})
+    run = write_run(
+        tmp_path, lora=LORA | {"target_modules": [target]}, sizes={"tie_word_embeddings": True}
+    )
     trained = load_language_model(str(checkpoint(run)), device="cpu")
     exported: Any = AutoModelForCausalLM.from_pretrained(export_model(str(run))).eval()
     assert (logits(exported) - logits(trained.model)).abs().max() < 1e-4
@@ -102,12 +127,21 @@ def test_the_checkpoint_that_is_asked_for(tmp_path):
 def test_bad_input(tmp_path):
     run = write_run(tmp_path)
     sentence = rlad_fails("export", "model", tmp_path)
-    assert sentence == f"rlad: there is no run in {tmp_path}; give the directory of a run, as `rlad train` names it at its end."
-    assert "use best, last, or one of its steps: 1." in rlad_fails("export", "model", run, "--checkpoint", "7")
+    assert (
+        sentence
+        == f"rlad: there is no run in {tmp_path}; give the directory of a run, as `rlad train` names it at its end."
+    )
+    assert "use best, last, or one of its steps: 1." in rlad_fails(
+        "export", "model", run, "--checkpoint", "7"
+    )
     (tmp_path / "there").mkdir()
     assert "exists already" in rlad_fails("export", "model", run, "--output", tmp_path / "there")
-    assert "no folder to lie in" in rlad_fails("export", "model", run, "--output", tmp_path / "no" / "place")
-    command = f"python convert_hf_to_gguf.py {tmp_path}/run-model --outfile {tmp_path}/run-model.gguf"
+    assert "no folder to lie in" in rlad_fails(
+        "export", "model", run, "--output", tmp_path / "no" / "place"
+    )
+    command = (
+        f"python convert_hf_to_gguf.py {tmp_path}/run-model --outfile {tmp_path}/run-model.gguf"
+    )
     with pytest.raises(ValueError, match="whose converter is a script") as refused:
         export_model(str(run), file_format="gguf")
     assert str(refused.value).endswith(command)
@@ -132,7 +166,8 @@ def test_a_folder_that_cannot_be_written_is_absent(tmp_path):
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
         with pytest.raises(
-            RunFailedError, match=r"run-model cannot be written \(.*; free some space .* give another --output\."
+            RunFailedError,
+            match=r"run-model cannot be written \(.*; free some space .* give another --output\.",
         ):
             export_model(str(run))
     finally:

@@ -1,4 +1,5 @@
-"""`rlad models` on models of the Hugging Face hub that are not whole: from a hub on this machine, by its own client."""
+"""`rlad models` on models of the Hugging Face hub that are not whole: from a hub on this machine,
+by its own client."""
 
 import os
 import shutil
@@ -22,7 +23,8 @@ def write_sharded(folder: Path) -> Path:
 
 
 def put_into_cache(cache: Path, files: Path, *, but: str) -> Path:
-    """The files of `some/model` as transformers caches them, without those that `but` matches; returns their folder."""
+    """The files of `some/model` as transformers caches them, without those that `but` matches;
+    returns their folder."""
     snapshot = cache / "models--some--model" / "snapshots" / COMMIT
     shutil.copytree(files, snapshot, ignore=shutil.ignore_patterns(but))
     (cache / "models--some--model" / "refs").mkdir()
@@ -30,15 +32,29 @@ def put_into_cache(cache: Path, files: Path, *, but: str) -> Path:
     return snapshot
 
 
-def run_models(cache: Path, *arguments: str, address: str | None = None) -> "subprocess.CompletedProcess[str]":
-    """In a process of its own: huggingface_hub reads where its cache and the hub are when it is imported."""
-    where = {"HF_HUB_OFFLINE": "1"} if address is None else {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": address}
+def run_models(
+    cache: Path, *arguments: str, address: str | None = None
+) -> "subprocess.CompletedProcess[str]":
+    """In a process of its own: huggingface_hub reads where its cache and the hub are when it is
+    imported."""
+    where = (
+        {"HF_HUB_OFFLINE": "1"}
+        if address is None
+        else {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": address}
+    )
     environment = os.environ | {"HF_HUB_CACHE": str(cache), "COLUMNS": "200"} | where
-    return subprocess.run([sys.executable, "-m", "rlad", "models", *arguments], env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "rlad", "models", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
 
 
 def state_of(cache: Path) -> str:
-    (line,) = [line for line in run_models(cache).stdout.splitlines() if line.startswith("some/model")]
+    (line,) = [
+        line for line in run_models(cache).stdout.splitlines() if line.startswith("some/model")
+    ]
     return "not prepared" if "not prepared" in line else "ready" if "ready" in line else line
 
 
@@ -52,13 +68,18 @@ def test_a_model_without_safetensors_is_not_ready_and_nothing_of_it_is_fetched(t
         put_into_cache(cache, files, but="nothing")
         assert state_of(cache) == "not prepared"
         offline = run_models(cache, "prepare", "some/model")
-        assert offline.returncode == 1 and "'some/model' is not complete in the Hugging Face cache" in offline.stderr
+        assert (
+            offline.returncode == 1
+            and "'some/model' is not complete in the Hugging Face cache" in offline.stderr
+        )
     with tiny_hub("some/model", files) as (address, handed_out):
         done = run_models(cache, "prepare", "some/model", address=address)
     assert done.returncode == 2 and "ready" not in done.stdout and handed_out == []
     assert done.stderr == (
-        "rlad: model 'some/model' has no *.safetensors file on the Hugging Face hub, and no other weights are read (a pickle "
-        "may run code); take another model, or convert it where you trust it with `save_pretrained` and give that folder.\n"
+        "rlad: model 'some/model' has no *.safetensors file on the Hugging Face hub, and no other "
+        "weights are read (a pickle "
+        "may run code); take another model, or convert it where you trust it with "
+        "`save_pretrained` and give that folder.\n"
     )
 
 

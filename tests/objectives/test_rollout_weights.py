@@ -38,8 +38,8 @@ def loss_and_gradient(name: str, inputs: LossInputs, *, kl_coef: float) -> tuple
 
 
 def test_by_hand():
-    """Student, old policy and teacher agree, so the ratio is 1 and the objective's loss -A = -2; the k3 estimate of a reference
-    that is twice as sure is 2 - ln 2 - 1.
+    """Student, old policy and teacher agree, so the ratio is 1 and the objective's loss -A = -2;
+    the k3 estimate of a reference that is twice as sure is 2 - ln 2 - 1.
     """
     logprobs = torch.tensor([[-1.0, -2.0, -0.5]], dtype=torch.float64)
     inputs = LossInputs(
@@ -75,7 +75,9 @@ def test_weights_scale_loss_and_gradient_of_the_objective_and_not_the_leash(name
     leashed = loss_and_gradient(name, inputs_of(name), kl_coef=0.3)
     both = loss_and_gradient(name, inputs_of(name, rollout_weights=weights), kl_coef=0.3)
     for weighted, objective, whole in zip(both, plain, leashed, strict=True):
-        torch.testing.assert_close(weighted, weights * objective + (whole - objective), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            weighted, weights * objective + (whole - objective), rtol=1e-12, atol=1e-12
+        )
 
 
 def test_weights_of_tokens_that_do_not_train_have_no_influence():
@@ -92,7 +94,12 @@ def test_weights_of_tokens_that_do_not_train_have_no_influence():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match=r"rollout_weights has shape \(4, 1\); with a mask \(4, 5\) it must be \(4, 5\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"rollout_weights has shape \(4, 1\); with a mask \(4, 5\) it must be \(4, 5\)",
+    ):
         inputs_of("trrd", rollout_weights=torch.ones(4, 1))
-    with pytest.raises(ValueError, match="rollout_weights carries a gradient; only student_logprobs may"):
+    with pytest.raises(
+        ValueError, match="rollout_weights carries a gradient; only student_logprobs may"
+    ):
         inputs_of("trrd", rollout_weights=torch.ones(4, 5, requires_grad=True))

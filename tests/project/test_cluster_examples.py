@@ -1,4 +1,5 @@
-"""The Slurm and the Kubernetes example: their syntax, and that our command line understands what they call it with."""
+"""The Slurm and the Kubernetes example: their syntax, and that our command line understands what
+they call it with."""
 
 import json
 import os
@@ -47,7 +48,8 @@ SBATCH_OPTIONS = {
 
 
 def parsed(words: list[str]) -> tuple[click.Context, RunConfig]:
-    """What our command line makes of `rlad WORDS...`, and the config that it would load; nothing is run."""
+    """What our command line makes of `rlad WORDS...`, and the config that it would load; nothing is
+    run."""
     command: Any = main
     while isinstance(command, click.Group):
         command = command.commands[words[0]]
@@ -87,7 +89,11 @@ def test_sbatch_knows_each_option():
         assert value is None if form is None else re.fullmatch(form, value or ""), name
     notice = int(given["signal"].partition("@")[2])
     text = SLURM.read_text()
-    assert int(re.findall(r"--shutdown-timeout (\d+)", text)[0]) < notice < int(re.findall(r"-lt (\d+)", text)[0])
+    assert (
+        int(re.findall(r"--shutdown-timeout (\d+)", text)[0])
+        < notice
+        < int(re.findall(r"-lt (\d+)", text)[0])
+    )
 
 
 STUB = """#!{python}
@@ -106,8 +112,11 @@ if name == "srun":
 """
 
 
-def submit(folder: Path, *, seconds_left: int = 10_000, code: int = 0) -> tuple[int, dict[str, list[str]]]:
-    """The job's exit code and the last call of each program, on three hosts that only take note of what they are told."""
+def submit(
+    folder: Path, *, seconds_left: int = 10_000, code: int = 0
+) -> tuple[int, dict[str, list[str]]]:
+    """The job's exit code and the last call of each program, on three hosts that only take note of
+    what they are told."""
     bin_folder, log = folder / "bin", folder / "log"
     bin_folder.mkdir(exist_ok=True)
     for name in ("srun", "scontrol", "curl", "sleep"):
@@ -123,7 +132,14 @@ def submit(folder: Path, *, seconds_left: int = 10_000, code: int = 0) -> tuple[
         "SLURM_JOB_END_TIME": str(int(time.time()) + seconds_left),
         "RLAD_TEACHER_API_KEY": "secret",
     }
-    done = subprocess.run(["bash", SLURM, "my_run.toml"], cwd=folder, env=variables, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["bash", SLURM, "my_run.toml"],
+        cwd=folder,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     calls: dict[str, list[str]] = {}
     for name, *words in map(json.loads, log.read_text().splitlines()):
         key = "rlad" if "rlad" in words else "vllm" if "serve" in words else name
@@ -134,7 +150,11 @@ def submit(folder: Path, *, seconds_left: int = 10_000, code: int = 0) -> tuple[
 def test_the_hosts_train_and_the_last_one_serves(tmp_path, monkeypatch):
     code, calls = submit(tmp_path)
     assert code == 0 and calls["scontrol"][0] == "show", "a run that has ended is not queued again"
-    assert "--nodelist=gamma" in calls["vllm"] and "--exclude=gamma" in calls["rlad"] and "--nodes=2" in calls["rlad"]
+    assert (
+        "--nodelist=gamma" in calls["vllm"]
+        and "--exclude=gamma" in calls["rlad"]
+        and "--nodes=2" in calls["rlad"]
+    )
     words = calls["rlad"]
     launcher, command = words[: words.index("rlad")], words[words.index("rlad") + 1 :]
     assert launcher[launcher.index("--rdzv-endpoint") + 1] == "alpha:29500" and launcher[-1] == "-m"
@@ -151,8 +171,13 @@ def test_the_hosts_train_and_the_last_one_serves(tmp_path, monkeypatch):
 
 def test_the_student_is_split_as_by_our_accelerate_config():
     exports = dict(re.findall(r"\b(FSDP_\w+|ACCELERATE_\w+)=(\w+)", SLURM.read_text()))
-    settings = yaml.safe_load((CLUSTER.parents[1] / "src/rlad/accelerate_configs/fsdp2.yaml").read_text())["fsdp_config"]
-    wanted = {key.upper(): str(value).lower() if isinstance(value, bool) else str(value) for key, value in settings.items()}
+    settings = yaml.safe_load(
+        (CLUSTER.parents[1] / "src/rlad/accelerate_configs/fsdp2.yaml").read_text()
+    )["fsdp_config"]
+    wanted = {
+        key.upper(): str(value).lower() if isinstance(value, bool) else str(value)
+        for key, value in settings.items()
+    }
     assert exports == wanted | {"ACCELERATE_USE_FSDP": "true"}
 
 
@@ -176,7 +201,9 @@ def test_a_run_that_fails_is_not_queued_again(tmp_path):
 
 def test_torchrun_has_the_options():
     run: Any = pytest.importorskip("torch.distributed.run")
-    known = {option for action in run.get_args_parser()._actions for option in action.option_strings}
+    known = {
+        option for action in run.get_args_parser()._actions for option in action.option_strings
+    }
     launcher = SLURM.read_text().partition("/bin/torchrun")[2].partition("-m rlad")[0]
     used = set(re.findall(r"--[a-z-]+", launcher))
     assert used and used <= known
@@ -184,7 +211,13 @@ def test_torchrun_has_the_options():
 
 # --- Kubernetes -------------------------------------------------------------------------------------------------------
 
-JOB_FIELDS = {"entrypoint", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "backoffLimit", "rayClusterSpec"}
+JOB_FIELDS = {
+    "entrypoint",
+    "shutdownAfterJobFinishes",
+    "ttlSecondsAfterFinished",
+    "backoffLimit",
+    "rayClusterSpec",
+}
 GROUP_FIELDS = {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"}
 CONTAINER_FIELDS = {"name", "image", "env", "ports", "resources", "volumeMounts"}
 """Of RayJob v1 and of Kubernetes' containers those that the example uses."""
@@ -198,14 +231,21 @@ def test_the_ray_job_has_the_fields_of_ray_io_v1():
     assert set(cluster) == {"rayVersion", "headGroupSpec", "workerGroupSpecs"}
     assert set(cluster["headGroupSpec"]) == {"rayStartParams", "template"}
     (workers,) = cluster["workerGroupSpecs"]
-    assert set(workers) == GROUP_FIELDS and workers["minReplicas"] <= workers["replicas"] <= workers["maxReplicas"]
+    assert (
+        set(workers) == GROUP_FIELDS
+        and workers["minReplicas"] <= workers["replicas"] <= workers["maxReplicas"]
+    )
     for group in (cluster["headGroupSpec"], workers):
-        assert all(isinstance(value, str) for value in group["rayStartParams"].values()), "they are strings, also numbers"
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values()), (
+            "they are strings, also numbers"
+        )
         pod = group["template"]["spec"]
         (container,) = pod["containers"]
         assert set(container) <= CONTAINER_FIELDS and {"name", "image"} <= set(container)
         assert container["resources"]["requests"] == container["resources"]["limits"]
-        assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+        assert {mount["name"] for mount in container["volumeMounts"]} == {
+            volume["name"] for volume in pod["volumes"]
+        }
 
 
 def test_the_cluster_is_what_the_export_asks_for(tmp_path, monkeypatch):
@@ -216,11 +256,21 @@ def test_the_cluster_is_what_the_export_asks_for(tmp_path, monkeypatch):
     context, _ = parsed(shlex.split(command))
     asked, job = context.params, yaml.safe_load(text)["spec"]
     (workers,) = job["rayClusterSpec"]["workerGroupSpecs"]
-    gpus = int(workers["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])
+    gpus = int(
+        workers["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]
+    )
     assert asked["nodes"] + asked["teacher_nodes"] == workers["replicas"]
     assert asked["gpus_per_node"] == asked["teacher_gpus_per_node"] == gpus
     assert job["entrypoint"] == f"bash {asked['output']}/run.sh"
-    mounts = {mount["mountPath"] for mount in workers["template"]["spec"]["containers"][0]["volumeMounts"]}
+    mounts = {
+        mount["mountPath"] for mount in workers["template"]["spec"]["containers"][0]["volumeMounts"]
+    }
     assert os.path.dirname(asked["output"]) in mounts
-    pinned = re.findall(r"^ray==(.+)$", (CLUSTER.parents[1] / "constraints-verl.txt").read_text(), flags=re.MULTILINE)
-    assert job["rayClusterSpec"]["rayVersion"] == pinned[0], "Ray's own version is that of verl's environment"
+    pinned = re.findall(
+        r"^ray==(.+)$",
+        (CLUSTER.parents[1] / "constraints-verl.txt").read_text(),
+        flags=re.MULTILINE,
+    )
+    assert job["rayClusterSpec"]["rayVersion"] == pinned[0], (
+        "Ray's own version is that of verl's environment"
+    )

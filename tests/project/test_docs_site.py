@@ -1,4 +1,5 @@
-"""The documentation site: every link leads somewhere, every page opens offline, and nothing is wider than a telephone."""
+"""The documentation site: every link leads somewhere, every page opens offline, and nothing is
+wider than a telephone."""
 
 import re
 import shutil
@@ -29,7 +30,17 @@ BARE_MARKS = re.compile(
 
 
 def build(config: Path, site: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", str(config), "-d", str(site)]
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "-f",
+        str(config),
+        "-d",
+        str(site),
+    ]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -66,9 +77,13 @@ def pages(site: Path) -> list[str]:
 
 
 def test_every_page_of_docs_and_every_recipe_is_in_the_site(pages):
-    written = {path.relative_to(ROOT / "docs").with_suffix("") for path in (ROOT / "docs").rglob("*.md")}
+    written = {
+        path.relative_to(ROOT / "docs").with_suffix("") for path in (ROOT / "docs").rglob("*.md")
+    }
     assert {f"{path}/" for path in written if path.name != "index"} <= set(pages)
-    recipes = {path.parent.relative_to(ROOT) for path in (ROOT / "recipes").rglob("README.md")}  # linked from docs/recipes.md
+    recipes = {
+        path.parent.relative_to(ROOT) for path in (ROOT / "recipes").rglob("README.md")
+    }  # linked from docs/recipes.md
     assert {f"repository/{path}/" for path in recipes} <= set(pages)
     assert "repository/src/rlad/objectives/trrd.py/" in pages  # linked from README.md
 
@@ -77,7 +92,9 @@ def test_every_page_of_docs_stands_once_in_the_navigation():
     _, navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")
     named = re.findall(r"(\S+\.md)$", navigation, re.MULTILINE)
     pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
-    assert sorted(name for name in named if not name.startswith("repository/")) == sorted(pages | {"index.md"})
+    assert sorted(name for name in named if not name.startswith("repository/")) == sorted(
+        pages | {"index.md"}
+    )
 
 
 def test_every_page_opens_offline_and_is_readable_on_a_telephone(browser, address, pages):
@@ -85,7 +102,9 @@ def test_every_page_opens_offline_and_is_readable_on_a_telephone(browser, addres
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     for page in pages:
         browser.get(address + page)
-        assert [entry for entry in browser.get_log("browser") if entry["level"] != "INFO"] == [], page  # a 404 is one
+        assert [entry for entry in browser.get_log("browser") if entry["level"] != "INFO"] == [], (
+            page
+        )  # a 404 is one
         asked = [url for url in asked_for(browser) if not url.startswith("data:")]
         assert all(url.startswith(address) for url in asked), (page, asked)
         assert browser.execute_script("return document.documentElement.scrollWidth") <= WIDTH, page
@@ -95,10 +114,15 @@ def test_every_page_opens_offline_and_is_readable_on_a_telephone(browser, addres
 
 def test_colours_follow_the_system_and_the_picture_is_there(browser, address):
     for scheme, name in (("dark", "slate"), ("light", "default"), ("dark", "slate")):
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+        browser.execute_cdp_cmd(
+            "Emulation.setEmulatedMedia",
+            {"features": [{"name": "prefers-color-scheme", "value": scheme}]},
+        )
         browser.get(address + "concepts/")
         assert browser.execute_script("return document.body.dataset.mdColorScheme") == name
-        assert browser.execute_script("return document.querySelector('article img').naturalWidth") > 0
+        assert (
+            browser.execute_script("return document.querySelector('article img').naturalWidth") > 0
+        )
 
 
 def test_each_dead_link_fails_the_build(tmp_path):

@@ -23,15 +23,25 @@ def test_what_trrd_does_to_each_token(capsys: pytest.CaptureFixture[str]) -> Non
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
     letters = ["<eos>", "<pad>", "\n", *map(chr, range(32, 127))]
-    tokenizer = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(letters)}, unk_token=" "))
+    tokenizer = Tokenizer(
+        models.WordLevel({letter: i for i, letter in enumerate(letters)}, unk_token=" ")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
 
 
-def test_the_tiny_loop_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tiny_loop_trains(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer = character_tokenizer()
     for name, seed in (("student", 0), ("teacher", 1)):
-        model = tiny_model(vocab_size=len(tokenizer), eos_token_id=0, pad_token_id=1, seed=seed, max_position_embeddings=1024)
+        model = tiny_model(
+            vocab_size=len(tokenizer),
+            eos_token_id=0,
+            pad_token_id=1,
+            seed=seed,
+            max_position_embeddings=1024,
+        )
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     folders = ["--student", str(tmp_path / "student"), "--teacher", str(tmp_path / "teacher")]

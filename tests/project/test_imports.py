@@ -27,13 +27,22 @@ from tiny_runs import run_config, write_unreachable_answers
 ROOT = Path(__file__).parents[2]
 BY_TRL = {"sft/accepted/frac"}
 BY_TEACHERS = {"teacher/cache_hits/frac", "teacher/privileged/frac", "teacher/overlap/seconds"}
-"""Of the types `cached` and `privileged`, and of those that work elsewhere; their own tests hold them to these names."""
+"""Of the types `cached` and `privileged`, and of those that work elsewhere; their own tests hold
+them to these names."""
 BATCH = {field.name for field in dataclasses.fields(LossInputs)}
 HEAVY = ("torch", "transformers", "trl", "numpy", "matplotlib", "safetensors", "pebble")
 
 
 @pytest.mark.parametrize(
-    "module", ["rlad", "rlad.config.run", "rlad.config.file", "rlad.cli.main", "rlad.config.catalogue", "rlad.tasks"]
+    "module",
+    [
+        "rlad",
+        "rlad.config.run",
+        "rlad.config.file",
+        "rlad.cli.main",
+        "rlad.config.catalogue",
+        "rlad.tasks",
+    ],
 )
 def test_these_import_nothing_heavy(module):
     code = f"import sys, {module}; print([name for name in {HEAVY} if name in sys.modules])"
@@ -46,7 +55,8 @@ def test_a_check_without_models_imports_neither_torch_nor_transformers_nor_scipy
     if "tensorboard" in setting and importlib.util.find_spec("tensorboard") is None:
         pytest.skip("the optional package tensorboard is not installed")
     code = (
-        "import sys; from rlad.cli.main import main; main(['check', '--without-models', sys.argv[1]], standalone_mode=False); "
+        "import sys; from rlad.cli.main import main; main(['check', '--without-models', "
+        "sys.argv[1]], standalone_mode=False); "
         "print([name for name in ('torch', 'transformers', 'scipy') if name in sys.modules])"
     )
     command = [sys.executable, "-c", code, f"run_dir={tmp_path / 'run'}", setting]
@@ -77,8 +87,14 @@ def test_every_row_of_the_tables_has_a_config():
 def knobs(row: Objective) -> dict[str, Any]:
     """An objective's own arguments with their defaults: those that are no tensors."""
     functions = [row.function, *([row.token_advantages] if row.token_advantages else [])]
-    parameters = [p for function in functions for p in inspect.signature(function).parameters.values()]
-    return {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in row.takes_too}
+    parameters = [
+        p for function in functions for p in inspect.signature(function).parameters.values()
+    ]
+    return {
+        p.name: p.default
+        for p in parameters
+        if p.default is not p.empty and p.name not in row.takes_too
+    }
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -91,7 +107,9 @@ def test_config_and_function_have_the_same_knobs_and_defaults(name):
 def test_tensors_of_the_table_are_those_of_the_function(name):
     parameters = inspect.signature(OBJECTIVES[name].function).parameters.values()
     assert {p.name for p in parameters if p.default is p.empty} == set(OBJECTIVES[name].needs)
-    assert {p.name for p in parameters if p.default is None and p.name in BATCH} == set(OBJECTIVES[name].takes_too)
+    assert {p.name for p in parameters if p.default is None and p.name in BATCH} == set(
+        OBJECTIVES[name].takes_too
+    )
 
 
 def test_a_check_says_what_is_left_out_as_the_table_does():
@@ -103,7 +121,10 @@ def test_a_check_says_what_is_left_out_as_the_table_does():
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_has_a_file_a_test_and_a_section(name):
     row = OBJECTIVES[name]
-    assert row.function.__module__ == f"rlad.objectives.{name}" and row.function.__name__ == f"{name}_loss"
+    assert (
+        row.function.__module__ == f"rlad.objectives.{name}"
+        and row.function.__name__ == f"{name}_loss"
+    )
     assert getattr(rlad, f"{name}_loss") is row.function
     assert f"{name}_loss" in (ROOT / "tests" / "test_objectives.py").read_text()
 
@@ -112,8 +133,12 @@ def test_every_objective_has_a_file_a_test_and_a_section(name):
 def test_every_objective_has_a_section_and_a_line_in_the_readme(name):
     page = (ROOT / "docs" / "methods.md").read_text()
     _, heading, section = page.partition(f"\n## `{name}`\n")
-    assert heading and section.partition("\n## ")[0].strip(), f"docs/methods.md has no section `{name}`"
-    assert re.search(rf"^\| \[?`{name}`", page, flags=re.MULTILINE), f"the table of docs/methods.md has no row `{name}`"
+    assert heading and section.partition("\n## ")[0].strip(), (
+        f"docs/methods.md has no section `{name}`"
+    )
+    assert re.search(rf"^\| \[?`{name}`", page, flags=re.MULTILINE), (
+        f"the table of docs/methods.md has no row `{name}`"
+    )
     assert f"`{name}`" in (ROOT / "README.md").read_text()
 
 
@@ -123,13 +148,20 @@ def test_docs_show_the_formula_of_the_file(name):
     formula = doc.split("\n\n")[1].splitlines()
     assert formula and all("=" in line for line in formula)
     assert name not in OBJECTIVES or OBJECTIVES[name].formula.splitlines() == formula
-    shown = [ROOT / "docs" / f"{name}.md"] if (ROOT / "docs" / f"{name}.md").is_file() else [ROOT / "docs" / "methods.md"]
+    shown = (
+        [ROOT / "docs" / f"{name}.md"]
+        if (ROOT / "docs" / f"{name}.md").is_file()
+        else [ROOT / "docs" / "methods.md"]
+    )
     for page in [*shown, *([ROOT / "README.md"] if name == "trrd" else [])]:
         assert "\n".join(f"    {line}" for line in formula) in page.read_text(), page
 
 
 def test_the_union_of_configs_is_the_table():
-    assert {config.model_fields["type"].default for config in get_args(ObjectiveConfig)} == {*OBJECTIVES, *WITHOUT_A_ROW}
+    assert {config.model_fields["type"].default for config in get_args(ObjectiveConfig)} == {
+        *OBJECTIVES,
+        *WITHOUT_A_ROW,
+    }
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------
@@ -146,7 +178,9 @@ def test_every_logged_metric_is_defined_and_every_definition_is_logged(world, tm
             objective={"type": name},
             optimization={"num_steps": 2, "steps_per_rollout_batch": 2, "kl_coef": 0.1},
         )
-        logged |= {key for row in RunDirectory(rlad.train(config).run_dir).read(METRICS) for key in row}
+        logged |= {
+            key for row in RunDirectory(rlad.train(config).run_dir).read(METRICS) for key in row
+        }
     assert logged - {"step"} == defined - BY_TRL - BY_TEACHERS and "`step`" in page
 
 
@@ -164,7 +198,11 @@ def test_rows_of_samples_are_described(world, tmp_path):
     page = (ROOT / "docs" / "metrics.md").read_text()
     result = rlad.train(run_config(world, tmp_path / "run"))
     rows = list(RunDirectory(result.run_dir).read(SAMPLES))
-    keys = {key for row in rows for key in row} | {key for row in rows for rollout in row["rollouts"] for key in rollout}
-    records = [rollout["imitation"] for row in rows for rollout in row["rollouts"] if rollout["imitation"]]
+    keys = {key for row in rows for key in row} | {
+        key for row in rows for rollout in row["rollouts"] for key in rollout
+    }
+    records = [
+        rollout["imitation"] for row in rows for rollout in row["rollouts"] if rollout["imitation"]
+    ]
     assert records and set(records[0]) == {"fates", "advantages", "clamped", "log_ratio_to_teacher"}
     assert [key for key in (*keys, *records[0], *FATES) if f"`{key}`" not in page] == []

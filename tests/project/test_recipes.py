@@ -1,4 +1,5 @@
-"""Every TOML below recipes/ is a config that runs would take; what the recipes' scripts make is what they say."""
+"""Every TOML below recipes/ is a config that runs would take; what the recipes' scripts make is
+what they say."""
 
 import importlib.util
 import json
@@ -28,7 +29,8 @@ def name_of(path: Path) -> str:
 
 
 def validate(path: Path) -> None:
-    """`ValueError` for a setting that does not exist or cannot be; of a comparison for the run that it names, too."""
+    """`ValueError` for a setting that does not exist or cannot be; of a comparison for the run that
+    it names, too."""
     if "methods" in tomllib.loads(path.read_text(encoding="utf-8")):
         load_comparison(str(path), [])
     else:
@@ -45,22 +47,37 @@ def test_a_recipe_is_a_config(path, monkeypatch):
 def test_a_misspelt_setting_in_a_recipe_is_found(path, tmp_path, monkeypatch):
     """The check above can fail."""
     monkeypatch.chdir(RECIPES.parent)
-    (tmp_path / "run.toml").write_text("learning_rat = 1\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "run.toml").write_text(
+        "learning_rat = 1\n" + path.read_text(encoding="utf-8"), encoding="utf-8"
+    )
     with pytest.raises(ValueError, match="learning_rat"):
         validate(tmp_path / "run.toml")
 
 
 def test_every_recipe_has_a_row_in_the_documentation():
     rows = (RECIPES.parent / "docs" / "recipes.md").read_text(encoding="utf-8").splitlines()
-    folders = {path.name for path in RECIPES.iterdir() if path.is_dir() and not path.name.startswith((".", "_"))}
-    linked = {name for row in rows if row.startswith("| [") for name in re.findall(r"\(\.\./recipes/([^/]+)/", row)}
+    folders = {
+        path.name
+        for path in RECIPES.iterdir()
+        if path.is_dir() and not path.name.startswith((".", "_"))
+    }
+    linked = {
+        name
+        for row in rows
+        if row.startswith("| [")
+        for name in re.findall(r"\(\.\./recipes/([^/]+)/", row)
+    }
     assert linked == folders
 
 
 @pytest.mark.parametrize("path", TOMLS, ids=name_of)
 def test_a_recipe_is_explained(path):
     """The README beside it, or in the folder above, names the file."""
-    readmes = [folder / "README.md" for folder in (path.parent, path.parent.parent) if folder != RECIPES.parent]
+    readmes = [
+        folder / "README.md"
+        for folder in (path.parent, path.parent.parent)
+        if folder != RECIPES.parent
+    ]
     texts = [readme.read_text(encoding="utf-8") for readme in readmes if readme.is_file()]
     assert any(path.name in text or path.stem in text for text in texts)
 
@@ -75,7 +92,10 @@ def test_the_runs_of_a_recipe_differ_in_what_they_say(name):
     """Same task, sampling and evaluation: what is compared is the student's training alone."""
     folder = RECIPES / "arithmetic-smollm2"
     run, other = load_config(folder / "run.toml"), load_config(folder / name)
-    assert other.task == run.task and other.rollout.temperature == run.rollout.temperature == run.evaluation.temperature
+    assert (
+        other.task == run.task
+        and other.rollout.temperature == run.rollout.temperature == run.evaluation.temperature
+    )
     assert other.evaluation.num_test_problems == 98 and other.evaluation.num_test_samples == 4
 
 
@@ -102,7 +122,12 @@ def test_its_problems_are_all_there_once_and_right(make_teacher, tmp_path):
         a, sign, b = int(match[1]), match[2], int(match[3])
         assert int(row["answer"]) == (a + b if sign == "+" else a - b) >= 0
         found[a, sign, b] = row
-    assert len(found) == len(rows) == 30 * 20 + sum(a >= b for a in range(1, 31) for b in range(1, 21)) == 1010
+    assert (
+        len(found)
+        == len(rows)
+        == 30 * 20 + sum(a >= b for a in range(1, 31) for b in range(1, 21))
+        == 1010
+    )
     task = make_task("jsonl", path=str(tmp_path / "problems.jsonl"), verifier="number")
     assert {split: task.num_problems(split) for split in ("train", "validation", "test")} == {
         "train": 803, "validation": 109, "test": 98,
@@ -125,24 +150,35 @@ def write_tiny_world(folder: Path) -> None:
 
 def test_its_warm_up_teaches_right_answers_that_end(make_teacher, tmp_path, monkeypatch, capsys):
     write_tiny_world(tmp_path)
-    for name, value in {"RIGHT_ANSWER": "w8 {answer}", "NUM_STEPS": 30, "BATCH_SIZE": 8, "LEARNING_RATE": 1e-2}.items():
+    for name, value in {
+        "RIGHT_ANSWER": "w8 {answer}",
+        "NUM_STEPS": 30,
+        "BATCH_SIZE": 8,
+        "LEARNING_RATE": 1e-2,
+    }.items():
         monkeypatch.setattr(make_teacher, name, value)
     task = make_task("jsonl", path=str(tmp_path / "problems.jsonl"))
     student = load_language_model(str(tmp_path / "student"), trainable=True)
     prompt, completion = make_teacher.right_answer(student, task.problem("train", 0))
-    assert student.tokenizer.decode(completion[:-1]) == f"w8 {task.problem('train', 0).answer}" and completion[-1] == EOS
+    assert (
+        student.tokenizer.decode(completion[:-1]) == f"w8 {task.problem('train', 0).answer}"
+        and completion[-1] == EOS
+    )
     assert student.tokenizer.decode(prompt) == task.problem("train", 0).prompt
     make_teacher.warm_up(student, task)
     losses = [float(value) for value in re.findall(r"loss ([0-9.]+)", capsys.readouterr().out)]
     assert len(losses) == 30 and losses[0] > 3 and losses[-1] < 1
     with torch.no_grad():
         ids = torch.tensor([prompt])
-        written = student.model.generate(ids, max_new_tokens=3, do_sample=False)[0, len(prompt) :].tolist()  # type: ignore[operator]
+        written = student.model.generate(ids, max_new_tokens=3, do_sample=False)[
+            0, len(prompt) :
+        ].tolist()  # type: ignore[operator]
     assert written[0] == completion[0] and written[2] == EOS
 
 
 def test_it_may_be_started_again_after_an_interrupted_save(make_teacher, tmp_path, monkeypatch):
-    """Killed when the config is written and the weights are not: nothing is taken for a model, and the next start makes it."""
+    """Killed when the config is written and the weights are not: nothing is taken for a model, and
+    the next start makes it."""
     write_tiny_world(tmp_path)
     monkeypatch.setattr(make_teacher, "NUM_STEPS", 2)
     monkeypatch.setattr(make_teacher, "RIGHT_ANSWER", "w8 {answer}")
@@ -164,7 +200,9 @@ def test_it_may_be_started_again_after_an_interrupted_save(make_teacher, tmp_pat
     make_teacher.write_warm_student(*arguments)  # what is there is not made again
 
 
-def test_its_teacher_is_the_model_of_a_checkpoint_whole_or_absent(make_teacher, tmp_path, monkeypatch):
+def test_its_teacher_is_the_model_of_a_checkpoint_whole_or_absent(
+    make_teacher, tmp_path, monkeypatch
+):
     checkpoint, teacher = tmp_path / "step-000010", tmp_path / "teacher"
     tiny_model(seed=3).save_pretrained(checkpoint)
     (checkpoint / "trainer").mkdir()
@@ -172,7 +210,11 @@ def test_its_teacher_is_the_model_of_a_checkpoint_whole_or_absent(make_teacher, 
     teacher.mkdir()
     (teacher / "of an older run").touch()
     make_teacher.write_teacher(checkpoint, teacher)
-    files = {file.name: file.read_bytes() for file in checkpoint.iterdir() if file.suffix in (".safetensors", ".json")}
+    files = {
+        file.name: file.read_bytes()
+        for file in checkpoint.iterdir()
+        if file.suffix in (".safetensors", ".json")
+    }
     assert {file.name: file.read_bytes() for file in teacher.iterdir()} == {
         name: content for name, content in files.items() if name != "manifest.json"
     }

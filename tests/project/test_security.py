@@ -1,4 +1,5 @@
-"""What rlad trusts: no pickle, no code of a model's, no path out of a run directory, and a key that is seen nowhere."""
+"""What rlad trusts: no pickle, no code of a model's, no path out of a run directory, and a key that
+is seen nowhere."""
 
 import ast
 import json
@@ -30,19 +31,46 @@ CANARY = "c4n4ry-5ing5-7h3-k3y"
 
 # --- nothing of ours runs what it reads -------------------------------------------------------------------------------
 
-FORBIDDEN_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "yaml", "xmlrpc", "telnetlib"}
-FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.load", "torch.hub.load", "input"}
+FORBIDDEN_MODULES = {
+    "pickle",
+    "cPickle",
+    "cloudpickle",
+    "dill",
+    "marshal",
+    "shelve",
+    "joblib",
+    "yaml",
+    "xmlrpc",
+    "telnetlib",
+}
+FORBIDDEN_CALLS = {
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "os.system",
+    "os.popen",
+    "yaml.load",
+    "torch.hub.load",
+    "input",
+}
 
 
 def wrongs(tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            names = (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+            )
             yield from (name for name in names if name.split(".")[0] in FORBIDDEN_MODULES)
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
             given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-            if name in FORBIDDEN_CALLS or (name == "torch.load" and given.get("weights_only") != "True"):
+            if name in FORBIDDEN_CALLS or (
+                name == "torch.load" and given.get("weights_only") != "True"
+            ):
                 yield name
             for setting in ("shell", "trust_remote_code", "allow_pickle"):
                 if given.get(setting, "False") != "False":
@@ -59,8 +87,19 @@ def test_no_file_of_ours_runs_or_unpickles_what_it_reads(path):
 @pytest.mark.parametrize(
     "code",
     [
-        *("import pickle", "from dill import loads", "eval(x)", "torch.load(p)", "torch.load(p, weights_only=False)"),
-        *("subprocess.run(c, shell=True)", "f(trust_remote_code=ask)", "np.load(p, allow_pickle=True)", "Client(verify=False)"),
+        *(
+            "import pickle",
+            "from dill import loads",
+            "eval(x)",
+            "torch.load(p)",
+            "torch.load(p, weights_only=False)",
+        ),
+        *(
+            "subprocess.run(c, shell=True)",
+            "f(trust_remote_code=ask)",
+            "np.load(p, allow_pickle=True)",
+            "Client(verify=False)",
+        ),
     ],
 )
 def test_what_would_be_found(code):
@@ -83,9 +122,16 @@ def test_a_model_that_is_a_pickle_is_refused(world, tmp_path, name):
     shutil.copytree(world / "student", folder, ignore=shutil.ignore_patterns("*.safetensors"))
     (folder / name).write_bytes(pickle.dumps(Trap(sprung)))
     sentence = rlad_fails(
-        "train", write_config(tmp_path / "run.toml", run_config(world, tmp_path / "run", teacher={"model": str(folder)}))
+        "train",
+        write_config(
+            tmp_path / "run.toml",
+            run_config(world, tmp_path / "run", teacher={"model": str(folder)}),
+        ),
     )
-    assert f"has its weights in {name}, a pickle, which may run code when it is read; convert it to safetensors" in sentence
+    assert (
+        f"has its weights in {name}, a pickle, which may run code when it is read; convert it to "
+        "safetensors" in sentence
+    )
     with pytest.raises(ValueError, match="no causal language model can be loaded"):
         load_language_model(str(folder))
     assert not sprung.exists()
@@ -96,7 +142,12 @@ def test_an_adapter_that_is_a_pickle_is_refused(world, tmp_path):
     pytest.importorskip("peft", reason="needs the optional package peft")
     folder, sprung = tmp_path / "adapter", tmp_path / "sprung"
     folder.mkdir()
-    config = {"peft_type": "LORA", "base_model_name_or_path": str(world / "student"), "target_modules": ["q_proj"], "r": 2}
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": str(world / "student"),
+        "target_modules": ["q_proj"],
+        "r": 2,
+    }
     (folder / "adapter_config.json").write_text(json.dumps(config))
     (folder / "adapter_model.bin").write_bytes(pickle.dumps(Trap(sprung)))
     with pytest.raises(ValueError, match=r"its adapter_model\.safetensors cannot be read"):
@@ -106,18 +157,28 @@ def test_an_adapter_that_is_a_pickle_is_refused(world, tmp_path):
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
 @pytest.mark.parametrize("answer", ["n\n", "y\n"])
-def test_code_of_a_model_is_never_run_and_nobody_is_asked(world, tmp_path, monkeypatch, file, answer):
+def test_code_of_a_model_is_never_run_and_nobody_is_asked(
+    world, tmp_path, monkeypatch, file, answer
+):
     folder, sprung = tmp_path / "model", tmp_path / "sprung"
     shutil.copytree(world / "student", folder)
     code = f"import os\nos.mkdir({str(sprung)!r})\nclass Evil: pass\n"
     (folder / "evil.py").write_text(code)
-    classes = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil", "AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    classes = {
+        "AutoConfig": "evil.Evil",
+        "AutoModelForCausalLM": "evil.Evil",
+        "AutoTokenizer": ["evil.Evil", "evil.Evil"],
+    }
     table = json.loads((folder / file).read_text())
-    table |= {"auto_map": classes, "tokenizer_class": "Evil"} | ({"model_type": "evil"} if file == "config.json" else {})
+    table |= {"auto_map": classes, "tokenizer_class": "Evil"} | (
+        {"model_type": "evil"} if file == "config.json" else {}
+    )
     (folder / file).write_text(json.dumps(table))
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
     load = load_model_config if file == "config.json" else load_tokenizer
-    with pytest.raises(ValueError, match="comes with Python code of its own, which rlad does not run"):
+    with pytest.raises(
+        ValueError, match="comes with Python code of its own, which rlad does not run"
+    ):
         load(str(folder))
     with pytest.raises(ValueError, match="comes with Python code of its own"):
         load_language_model(str(folder))
@@ -155,7 +216,10 @@ def test_a_chat_template_is_in_a_sandbox(world, tmp_path, template):
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt"])
 def test_a_checkpoint_of_trl_is_not_unpickled(world, tmp_path, name):
     pytest.importorskip("trl", reason="needs the optional package trl")
-    config, sprung = run_config(world, tmp_path / "run", engine={"type": "trl"}), tmp_path / "sprung"
+    config, sprung = (
+        run_config(world, tmp_path / "run", engine={"type": "trl"}),
+        tmp_path / "sprung",
+    )
     rlad.train(config | {"optimization": config["optimization"] | {"num_steps": 2}})
     (_, checkpoint) = rlad.runs.directory.RunDirectory(tmp_path / "run").newest_checkpoint()  # type: ignore[attr-defined]
     (checkpoint / name).write_bytes(pickle.dumps(Trap(sprung)))
@@ -165,14 +229,17 @@ def test_a_checkpoint_of_trl_is_not_unpickled(world, tmp_path, name):
     )
     write_manifest(checkpoint, step=step, run=run)
     with pytest.raises(
-        ValueError, match=rf"cannot be resumed: its {re.escape(name)} is missing or damaged\. Delete that folder"
+        ValueError,
+        match=rf"cannot be resumed: its {re.escape(name)} is missing or damaged\. Delete that folder",
     ):
         rlad.train(config, resume=True)
     assert not sprung.exists()
 
 
 @pytest.mark.trl
-@pytest.mark.parametrize(("option", "words"), [("hub_token", "is a secret"), ("trust_remote_code", "leave it out there")])
+@pytest.mark.parametrize(
+    ("option", "words"), [("hub_token", "is a secret"), ("trust_remote_code", "leave it out there")]
+)
 def test_options_of_trl_that_are_refused(world, tmp_path, option, words):
     pytest.importorskip("trl", reason="needs the optional package trl")
     config = run_config(world, tmp_path / "run", engine={"type": "trl", "trl": {option: CANARY}})
@@ -198,7 +265,9 @@ def test_a_manifest_that_names_files_elsewhere_is_damage(tmp_path, name):
     checkpoint.mkdir()
     (tmp_path / "secret").write_text("x")
     (checkpoint / "link").symlink_to(tmp_path / "secret")
-    (checkpoint / "manifest.json").write_text(json.dumps({"files": {name: {"size": 1, "sha256": "0" * 64}}}))
+    (checkpoint / "manifest.json").write_text(
+        json.dumps({"files": {name: {"size": 1, "sha256": "0" * 64}}})
+    )
     assert damage(checkpoint) == f"{name} lies outside of it"
 
 
@@ -221,7 +290,11 @@ class Echo(BaseHTTPRequestHandler):
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.visits.append(self.headers.get("Authorization", ""))
         said = {"error": {"message": f"no \x1b[31m, but you sent {self.headers}"}}
-        content = json.dumps(said).encode() if self.path.endswith("models") else f"you sent {self.headers}".encode()
+        content = (
+            json.dumps(said).encode()
+            if self.path.endswith("models")
+            else f"you sent {self.headers}".encode()
+        )
         self.send_response(self.status)
         if self.location:
             self.send_header("Location", self.location)
@@ -267,7 +340,13 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("status", [401, 403, 404, 400, 500, 503, 200])
 def test_a_server_that_repeats_the_key_does_not_spread_it(world, tmp_path, key, status):
     with echo_server(status) as (url, visits):
-        teacher = {"type": "served", "urls": [f"{url}/v1"], "model": "m", "num_retries": 1, "retry_pause_seconds": 0.01}
+        teacher = {
+            "type": "served",
+            "urls": [f"{url}/v1"],
+            "model": "m",
+            "num_retries": 1,
+            "retry_pause_seconds": 0.01,
+        }
         config = run_config(world, tmp_path / "run") | {"teacher": teacher}
         toml = write_config(tmp_path / "run.toml", config)
         results = [CliRunner().invoke(main, [verb, str(toml)]) for verb in ("check", "train")]
@@ -281,9 +360,16 @@ def test_the_key_does_not_follow_a_redirect(world, tmp_path, key):
         for status in (301, 302, 307, 308):
             with echo_server(status, location=f"{other}/v1/models?key={CANARY}") as (url, visits):
                 teacher = {"type": "served", "urls": [f"{url}/v1"], "model": "m", "num_retries": 0}
-                toml = write_config(tmp_path / "run.toml", run_config(world, tmp_path / "run") | {"teacher": teacher})
+                toml = write_config(
+                    tmp_path / "run.toml",
+                    run_config(world, tmp_path / "run") | {"teacher": teacher},
+                )
                 result = CliRunner().invoke(main, ["check", str(toml)])
-            assert result.exit_code == 2 and "redirects, which is not followed" in result.output and visits
+            assert (
+                result.exit_code == 2
+                and "redirects, which is not followed" in result.output
+                and visits
+            )
             require_unseen(tmp_path, result)
         assert visits_of_other == []
 
@@ -297,27 +383,38 @@ def test_a_run_with_a_key_leaves_no_trace_of_it(world, tmp_path, key):
     with server_thread(model, api_key=CANARY, max_context_tokens=256) as server:
         teacher = {"type": "served", "urls": [server.url], "model": "tiny"}
         cached = {"type": "cached", "directory": str(tmp_path / "cache"), "teacher": teacher}
-        config = run_config(world, tmp_path / "run", optimization={"num_steps": 2}) | {"teacher": cached}
+        config = run_config(world, tmp_path / "run", optimization={"num_steps": 2}) | {
+            "teacher": cached
+        }
         toml = str(write_config(tmp_path / "run.toml", config))
         report = ["report", str(tmp_path / "run"), "--output", str(tmp_path / "report")]
         commands = [["check", toml], ["train", toml], ["sample", toml], report]
         if "doctor" in main.commands:
             commands.append(["doctor", str(tmp_path / "run")])
         results = [CliRunner().invoke(main, command) for command in commands]
-    assert [result.exit_code for result in results[:4]] == [0] * 4, [(result.output, result.exception) for result in results]
+    assert [result.exit_code for result in results[:4]] == [0] * 4, [
+        (result.output, result.exception) for result in results
+    ]
     require_unseen(tmp_path, *results)
 
 
 @pytest.mark.parametrize(
     "urls",
-    [f'["http://user:{CANARY}@127.0.0.1:9/v1"]', f"http://user:{CANARY}@127.0.0.1:9/v1", f'{{a="http://u:{CANARY}@h/v1"}}'],
+    [
+        f'["http://user:{CANARY}@127.0.0.1:9/v1"]',
+        f"http://user:{CANARY}@127.0.0.1:9/v1",
+        f'{{a="http://u:{CANARY}@h/v1"}}',
+    ],
 )
 def test_a_password_in_an_address_is_refused_unseen(world, tmp_path, urls):
     config = run_config(world, tmp_path / "run") | {
         "teacher": {"type": "served", "urls": ["http://127.0.0.1:9/v1"], "model": "m"}
     }
     toml = write_config(tmp_path / "run.toml", config)
-    results = [CliRunner().invoke(main, [verb, str(toml), f"teacher.urls={urls}"]) for verb in ("check", "train")]
+    results = [
+        CliRunner().invoke(main, [verb, str(toml), f"teacher.urls={urls}"])
+        for verb in ("check", "train")
+    ]
     assert all(result.exit_code == 2 and "teacher.urls" in result.output for result in results)
     require_unseen(tmp_path, *results)
 
@@ -347,18 +444,27 @@ def test_torch_loads_nothing_but_weights(tmp_path):
 def pins(text: str) -> dict[str, str]:
     """Package, as the index names it -> version."""
     return {
-        name.lower().replace("_", "-"): version for name, version in re.findall(r"^([\w.-]+)==([^\s\\]+)", text, re.MULTILINE)
+        name.lower().replace("_", "-"): version
+        for name, version in re.findall(r"^([\w.-]+)==([^\s\\]+)", text, re.MULTILINE)
     }
 
 
 def test_the_lock_file_holds_the_versions_of_the_constraints_and_a_hash_for_each():
     root = Path(__file__).parents[2]
-    lock, constraints = (root / "requirements.lock").read_text(), pins((root / "constraints.txt").read_text())
+    lock, constraints = (
+        (root / "requirements.lock").read_text(),
+        pins((root / "constraints.txt").read_text()),
+    )
     locked = pins(lock)
     assert {name: constraints[name] for name in locked.keys() & constraints} == {
         name: locked[name] for name in locked.keys() & constraints
     }
-    assert "torch" not in locked and {"transformers", "safetensors", "fastapi", "math-verify", "peft"} <= locked.keys()
+    assert (
+        "torch" not in locked
+        and {"transformers", "safetensors", "fastapi", "math-verify", "peft"} <= locked.keys()
+    )
     entries = re.split(r"^(?=[\w.-]+==)", lock, flags=re.MULTILINE)[1:]
-    assert len(entries) == len(locked) and all(re.search(r"--hash=sha256:[0-9a-f]{64}", entry) for entry in entries)
+    assert len(entries) == len(locked) and all(
+        re.search(r"--hash=sha256:[0-9a-f]{64}", entry) for entry in entries
+    )
     assert "://" not in lock and "--index" not in lock and "--find" not in lock

@@ -1,4 +1,5 @@
-"""pass@k by hand and by enumeration, intervals by simulation, and that every model gets the same prompts."""
+"""pass@k by hand and by enumeration, intervals by simulation, and that every model gets the same
+prompts."""
 
 import json
 from pathlib import Path
@@ -16,7 +17,9 @@ from rlad.tasks import make_task
 from tiny_runs import FILES, run_config, write_model
 
 
-def result(num_correct: int, *, num_samples: int = 4, key: str = "", difficulty: str = "", **more: Any) -> ProblemResult:
+def result(
+    num_correct: int, *, num_samples: int = 4, key: str = "", difficulty: str = "", **more: Any
+) -> ProblemResult:
     given = {
         "index": 0,
         "num_cannot_judge": 0,
@@ -25,7 +28,13 @@ def result(num_correct: int, *, num_samples: int = 4, key: str = "", difficulty:
         "prompt": "",
         "first_completion": "",
     }
-    return ProblemResult(num_correct=num_correct, num_samples=num_samples, key=key, difficulty=difficulty, **(given | more))
+    return ProblemResult(
+        num_correct=num_correct,
+        num_samples=num_samples,
+        key=key,
+        difficulty=difficulty,
+        **(given | more),
+    )
 
 
 # --- the summary ------------------------------------------------------------------------------------------------------
@@ -39,8 +48,15 @@ def test_summary_by_hand():
     summary = summarise(results)
     assert (summary["num_problems"], summary["num_samples"]) == (2, 4)
     assert summary["mean@4"].mean == 0.5
-    assert {k: estimate.mean for k, estimate in summary["pass@k"].items()} == {1: 0.5, 2: 0.75, 4: 1.0}
-    assert {name: e.mean for name, e in summary["pass@1 by difficulty"].items()} == {"2 people": 0.25, "3 people": 0.75}
+    assert {k: estimate.mean for k, estimate in summary["pass@k"].items()} == {
+        1: 0.5,
+        2: 0.75,
+        4: 1.0,
+    }
+    assert {name: e.mean for name, e in summary["pass@1 by difficulty"].items()} == {
+        "2 people": 0.25,
+        "3 people": 0.75,
+    }
     assert summary["mean_completion_tokens"] == 4.0
     assert (summary["truncated_share"], summary["cannot_judge_share"]) == (0.25, 0.125)
     assert pass_at_1(results) == summary["mean@4"]
@@ -68,7 +84,9 @@ def evaluated(world: Path, model: Path, **settings: Any) -> list[ProblemResult]:
 
 def test_every_model_gets_the_same_prompts_and_an_equal_one_the_same_completions(world, tmp_path):
     student, teacher = evaluated(world, world / "student"), evaluated(world, world / "teacher")
-    assert [(r.index, r.key, r.prompt) for r in student] == [(r.index, r.key, r.prompt) for r in teacher]
+    assert [(r.index, r.key, r.prompt) for r in student] == [
+        (r.index, r.key, r.prompt) for r in teacher
+    ]
     assert {r.prompt for r in student} == {problem["prompt"] for problem in FILES["test_path"]}
     assert [r.first_completion for r in student] != [r.first_completion for r in teacher]
     assert student == evaluated(world, write_model(tmp_path / "again", seed=1))
@@ -79,17 +97,36 @@ def test_more_problems_than_there_are(world):
 
 
 def test_temperature_0_gives_every_sample_the_same_completion(world):
-    assert all(r.num_correct in (0, 3) for r in evaluated(world, world / "student", temperature=0.0))
+    assert all(
+        r.num_correct in (0, 3) for r in evaluated(world, world / "student", temperature=0.0)
+    )
 
 
 def test_evaluate_command(world, tmp_path):
     """Of a model, with JSON and a file of results that agree."""
     config, output = run_config(world, tmp_path / "run"), tmp_path / "results.jsonl"
     settings = [f"task.{key}={value}" for key, value in config["task"].items() if key != "type"]
-    command = ["evaluate", str(world / "student"), "--task", "jsonl", "--num-samples", "4", "--output", str(output), "--json"]
+    command = [
+        "evaluate",
+        str(world / "student"),
+        "--task",
+        "jsonl",
+        "--num-samples",
+        "4",
+        "--output",
+        str(output),
+        "--json",
+    ]
     done = CliRunner().invoke(main, [*command, *settings, "rollout.max_completion_tokens=4"])
     assert done.exit_code == 0, done.output
-    summary, rows = json.loads(done.stdout), [json.loads(line) for line in output.read_text().splitlines()]
-    assert (summary["model"], summary["task"], summary["split"]) == (str(world / "student"), "jsonl", "test")
+    summary, rows = (
+        json.loads(done.stdout),
+        [json.loads(line) for line in output.read_text().splitlines()],
+    )
+    assert (summary["model"], summary["task"], summary["split"]) == (
+        str(world / "student"),
+        "jsonl",
+        "test",
+    )
     assert summary["mean@4"]["mean"] == sum(row["num_correct"] for row in rows) / 8
     assert list(summary["pass@k"]) == ["1", "2", "4"]

@@ -44,9 +44,17 @@ def test_a_model_gives_the_same_logits_bit_for_bit(family: str):
     logits = []
     for cache in (growing_cache(model.config), DynamicCache(config=model.config)):
         with torch.inference_mode():
-            model(input_ids=torch.tensor([[5, 6, 7], [8, 9, 10]]), past_key_values=cache, use_cache=True)
+            model(
+                input_ids=torch.tensor([[5, 6, 7], [8, 9, 10]]),
+                past_key_values=cache,
+                use_cache=True,
+            )
             cache.batch_select_indices(torch.tensor([1, 1, 0]))
             for token in (3, 4, 5):
-                out = model(input_ids=torch.tensor([[token], [2], [1]]), past_key_values=cache, use_cache=True).logits
+                out = model(
+                    input_ids=torch.tensor([[token], [2], [1]]),
+                    past_key_values=cache,
+                    use_cache=True,
+                ).logits
         logits.append(out)
     assert torch.equal(*logits)

@@ -1,4 +1,5 @@
-"""Sampled tokens and their log-probs: against a scoring pass, against the batch they were in, against the distribution."""
+"""Sampled tokens and their log-probs: against a scoring pass, against the batch they were in,
+against the distribution."""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +18,15 @@ from rlad.rollouts.sampling import pick_tokens, sample
 from rlad.rollouts.types import Completion
 from rlad.scoring.scorer import Scorer
 from rlad.scoring.tiles import LOGITS_PER_CHUNK
-from tiny_models import EOS, PAD, SECOND_EOS, VOCABULARY, LargestTensor, random_tokens, tiny_language_model
+from tiny_models import (
+    EOS,
+    PAD,
+    SECOND_EOS,
+    VOCABULARY,
+    LargestTensor,
+    random_tokens,
+    tiny_language_model,
+)
 
 WITH_PLAIN_CACHE: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -36,7 +45,9 @@ FAMILIES = WITH_PLAIN_CACHE | THROUGH_GENERATE
 PROMPTS = random_tokens(7, 3, 1, 12, seed=1)
 
 
-def completions_of(model: LanguageModel, prompts: Sequence[Sequence[int]] = PROMPTS, **settings: Any) -> list[list[Completion]]:
+def completions_of(
+    model: LanguageModel, prompts: Sequence[Sequence[int]] = PROMPTS, **settings: Any
+) -> list[list[Completion]]:
     defaults = {"group_size": 3, "max_completion_tokens": 16, "temperature": 1.0, "seed": 5}
     return sample(model, prompts, **(defaults | settings))
 
@@ -50,11 +61,14 @@ def tokens_of(groups: list[list[Completion]]) -> list[list[tuple[int, ...]]]:
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_tokens_follow_the_softmax(temperature: float) -> None:
-    """Chi-square of 40000 draws in 12 cells: with 11 degrees of freedom it exceeds 31.3 once in 1000 times."""
+    """Chi-square of 40000 draws in 12 cells: with 11 degrees of freedom it exceeds 31.3 once in
+    1000 times."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(12, generator=generator)
     num_draws = 40_000
-    tokens, logprobs = pick_tokens(logits.expand(num_draws, 12), torch.rand(num_draws, generator=generator), temperature)
+    tokens, logprobs = pick_tokens(
+        logits.expand(num_draws, 12), torch.rand(num_draws, generator=generator), temperature
+    )
     probs = (logits.double() / temperature).softmax(dim=-1)
     expected, counts = probs * num_draws, torch.bincount(tokens, minlength=12).double()
     assert float(((counts - expected).square() / expected).sum()) < 31.3
@@ -85,14 +99,17 @@ def test_rows_are_picked_alike_in_chunks(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_never_a_token_of_probability_zero(dtype: torch.dtype) -> None:
-    """At every edge: first and last tokens impossible, the uniform number 0, the largest below 1, and exact cell borders."""
+    """At every edge: first and last tokens impossible, the uniform number 0, the largest below 1,
+    and exact cell borders."""
     generator = torch.Generator().manual_seed(0)
     for num_possible in (1, 2, 8, 500):
         logits = torch.full((1000,), -math.inf, dtype=dtype)
         possible = torch.randperm(998, generator=generator)[:num_possible] + 1
         logits[possible] = torch.randn(num_possible, generator=generator).to(dtype)
         borders = logits.float().softmax(dim=-1).cumsum(dim=-1).clamp(max=1 - 2**-24)
-        uniforms = torch.cat([torch.tensor([0.0, 1 - 2**-24]), borders, torch.rand(2000, generator=generator)])
+        uniforms = torch.cat(
+            [torch.tensor([0.0, 1 - 2**-24]), borders, torch.rand(2000, generator=generator)]
+        )
         tokens, logprobs = pick_tokens(logits.expand(len(uniforms), 1000), uniforms, 1.0)
         assert torch.isin(tokens, possible).all()
         assert torch.isfinite(logprobs).all()
@@ -111,12 +128,15 @@ def test_temperature_zero_reports_the_logprob_at_temperature_one() -> None:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logprobs_are_those_of_a_scoring_pass(family: str, temperature: float) -> None:
-    """Prefill with left padding, cache, sliding window and recurrent state against one padded-right pass without any."""
+    """Prefill with left padding, cache, sliding window and recurrent state against one padded-right
+    pass without any."""
     model = tiny_language_model(family, **FAMILIES[family])
     groups = completions_of(model, temperature=temperature)
     prompts = [prompt for prompt in PROMPTS for _ in range(3)]
     completions = [completion for group in groups for completion in group]
-    scores = Scorer(model, temperature=temperature, tokens_per_batch=60).score(prompts, [c.token_ids for c in completions])
+    scores = Scorer(model, temperature=temperature, tokens_per_batch=60).score(
+        prompts, [c.token_ids for c in completions]
+    )
     for completion, values in zip(completions, scores, strict=True):
         assert torch.allclose(torch.tensor(completion.logprobs), values, rtol=0, atol=1e-5)
     assert len({c.token_ids for c in completions}) > 8
@@ -127,7 +147,8 @@ def test_the_two_decoders_are_chosen_by_the_cache() -> None:
         for family, settings in families.items():
             model = tiny_language_model(family, **settings).model
             assert sampling._cache_rows_can_be_dropped(model) == through_own, family
-    # The layers of some hybrids derive from the plain layer, yet dropping rows would leave their recurrent state behind.
+    # The layers of some hybrids derive from the plain layer, yet dropping rows would leave their
+    # recurrent state behind.
     hybrid = tiny_language_model().model
     hybrid.config.layer_types = ["hybrid", "hybrid"]
     assert not sampling._cache_rows_can_be_dropped(hybrid)
@@ -145,12 +166,22 @@ def test_tokens_do_not_depend_on_how_many_rows_are_decoded_at_once(family: str) 
 
 
 def test_padding_stays_out_of_a_recurrent_state() -> None:
-    """RecurrentGemma ignores the attention mask in its recurrence, so unequal prompts may not be padded for it."""
-    settings = {"block_types": ["recurrent", "attention"], "lru_width": 32, "attention_window_size": 8}
-    model, prompts = tiny_language_model("recurrent_gemma", **settings), random_tokens(7, 3, 12, seed=1)
+    """RecurrentGemma ignores the attention mask in its recurrence, so unequal prompts may not be
+    padded for it."""
+    settings = {
+        "block_types": ["recurrent", "attention"],
+        "lru_width": 32,
+        "attention_window_size": 8,
+    }
+    model, prompts = (
+        tiny_language_model("recurrent_gemma", **settings),
+        random_tokens(7, 3, 12, seed=1),
+    )
     completions = list(chain(*completions_of(model, prompts)))
     repeated = [prompt for prompt in prompts for _ in range(3)]
-    scores = Scorer(model, temperature=1.0, tokens_per_batch=60).score(repeated, [c.token_ids for c in completions])
+    scores = Scorer(model, temperature=1.0, tokens_per_batch=60).score(
+        repeated, [c.token_ids for c in completions]
+    )
     for completion, values in zip(completions, scores, strict=True):
         assert torch.allclose(torch.tensor(completion.logprobs), values, rtol=0, atol=1e-5)
 
@@ -159,7 +190,9 @@ def test_no_more_rows_than_allowed_are_decoded_at_once() -> None:
     """Also when one group alone is larger."""
     model = tiny_language_model(vocab_size=VOCABULARY)
     sizes: list[int] = []
-    hook = model.model.register_forward_pre_hook(lambda *args: sizes.append(len(args[2]["input_ids"])), with_kwargs=True)
+    hook = model.model.register_forward_pre_hook(
+        lambda *args: sizes.append(len(args[2]["input_ids"])), with_kwargs=True
+    )
     completions_of(model, group_size=5, max_batch_rows=4)
     hook.remove()
     assert max(sizes) == 4
@@ -167,14 +200,19 @@ def test_no_more_rows_than_allowed_are_decoded_at_once() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "mamba", "lfm2"])
 def test_tokens_do_not_depend_on_the_other_prompts(family: str) -> None:
-    """The first prompts keep their rows and their random numbers when a longer prompt joins and pads them."""
+    """The first prompts keep their rows and their random numbers when a longer prompt joins and
+    pads them."""
     model = tiny_language_model(family, **FAMILIES[family])
     assert tokens_of(completions_of(model))[:3] == tokens_of(completions_of(model, PROMPTS[:3]))
 
 
 @pytest.mark.parametrize("family", WITH_PLAIN_CACHE)
-def test_tokens_do_not_depend_on_dropping_finished_rows(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_language_model(family, **WITH_PLAIN_CACHE[family], eos_token_ids=tuple(range(1, 12)))
+def test_tokens_do_not_depend_on_dropping_finished_rows(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_language_model(
+        family, **WITH_PLAIN_CACHE[family], eos_token_ids=tuple(range(1, 12))
+    )
     results = []
     for share in (2.0, 0.2, 0.0):  # never, the default, at every step
         monkeypatch.setattr(sampling, "_COMPACT_SHARE", share)
@@ -199,7 +237,16 @@ def test_both_decoders_give_the_same_tokens(family: str, temperature: float) -> 
     for decode in (sampling._decode, sampling._generate):
         groups = sampling._Groups(model, len(PROMPTS), 3, lambda number, completions: None)
         with torch.inference_mode():
-            decode(model, ids, mask, owners, uniforms, temperature, lambda: None, partial(groups.add, 0))
+            decode(
+                model,
+                ids,
+                mask,
+                owners,
+                uniforms,
+                temperature,
+                lambda: None,
+                partial(groups.add, 0),
+            )
         results.append(chain(*groups.completions))
     for ours, theirs in zip(*results, strict=True):
         assert (ours.token_ids, ours.is_truncated) == (theirs.token_ids, theirs.is_truncated)
@@ -208,10 +255,13 @@ def test_both_decoders_give_the_same_tokens(family: str, temperature: float) -> 
 
 @pytest.mark.parametrize("family", ["llama", "bloom"])
 def test_the_models_own_generation_settings_have_no_influence(family: str) -> None:
-    """Chat models ship a repetition penalty; with it the log-probs would be those of another distribution."""
+    """Chat models ship a repetition penalty; with it the log-probs would be those of another
+    distribution."""
     model = tiny_language_model(family)
     plain = completions_of(model)
-    model.model.generation_config = GenerationConfig(repetition_penalty=3.0, min_new_tokens=16, suppress_tokens=[7, 8, 9])
+    model.model.generation_config = GenerationConfig(
+        repetition_penalty=3.0, min_new_tokens=16, suppress_tokens=[7, 8, 9]
+    )
     assert completions_of(model) == plain
     assert model.model.generation_config.repetition_penalty == 3.0
 
@@ -225,7 +275,9 @@ def test_temperature_zero_is_the_greedy_decoding_of_transformers(family: str) ->
     groups = completions_of(model, temperature=0.0, group_size=1)
     for prompt, (completion,) in zip(PROMPTS, groups, strict=True):
         ids = torch.tensor([prompt])
-        out = model.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)
+        out = model.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False
+        )
         assert completion.token_ids == tuple(out[0, len(prompt) :].tolist())
 
 
@@ -248,7 +300,11 @@ def test_any_end_token_ends_a_completion_and_stays_in_it(family: str) -> None:
 
 def test_an_end_token_at_the_limit_is_no_truncation() -> None:
     completions = sampling._completions([[5, 1], [5, 6], [1, 9]], [[-1.0, -2.0]] * 3, {EOS})
-    assert [(c.token_ids, c.is_truncated) for c in completions] == [((5, 1), False), ((5, 6), True), ((1,), False)]
+    assert [(c.token_ids, c.is_truncated) for c in completions] == [
+        ((5, 1), False),
+        ((5, 6), True),
+        ((1,), False),
+    ]
     assert completions[2].logprobs == (-1.0,)
 
 
@@ -270,12 +326,17 @@ def test_the_seed_decides() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("max_batch_rows", [2, 4, 256])
 def test_each_group_is_handed_on_once_and_whole(family: str, max_batch_rows: int) -> None:
-    """Also where its rows are decoded in different parts, and outside of inference mode and of the compute type."""
+    """Also where its rows are decoded in different parts, and outside of inference mode and of the
+    compute type."""
     model = replace(tiny_language_model(family, **FAMILIES[family]), compute_dtype=torch.bfloat16)
     seen: dict[int, list[Completion]] = {}
 
     def see(number: int, completions: list[Completion]) -> None:
-        assert number not in seen and not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
+        assert (
+            number not in seen
+            and not torch.is_inference_mode_enabled()
+            and not torch.is_autocast_enabled("cpu")
+        )
         seen[number] = completions
 
     groups = completions_of(model, max_batch_rows=max_batch_rows, after_group=see)
@@ -292,8 +353,13 @@ def test_a_group_is_handed_on_when_its_last_completion_ends() -> None:
     def see(number: int, completions: list[Completion]) -> None:
         steps_at[number] = num_steps
 
-    groups = completions_of(tiny_language_model(), max_completion_tokens=64, before_token=count, after_group=see)
-    longest = {number: max(len(completion.token_ids) for completion in group) for number, group in enumerate(groups)}
+    groups = completions_of(
+        tiny_language_model(), max_completion_tokens=64, before_token=count, after_group=see
+    )
+    longest = {
+        number: max(len(completion.token_ids) for completion in group)
+        for number, group in enumerate(groups)
+    }
     assert steps_at == longest and len(set(longest.values())) > 2
 
 
@@ -329,7 +395,8 @@ def test_refusals() -> None:
 
 
 def test_a_student_samples_in_the_type_it_computes_in() -> None:
-    """In training and in evaluation alike, because sampling itself asks the model for it; log-probs are float32."""
+    """In training and in evaluation alike, because sampling itself asks the model for it; log-probs
+    are float32."""
     wide = tiny_language_model()
     model = replace(wide, compute_dtype=torch.bfloat16)
     dtypes = set()
@@ -341,7 +408,9 @@ def test_a_student_samples_in_the_type_it_computes_in() -> None:
     completions = list(chain(*groups))
     scored = {}
     for scorer in (model, wide):
-        scores = Scorer(scorer, temperature=1.0, tokens_per_batch=60).score(prompts, [c.token_ids for c in completions])
+        scores = Scorer(scorer, temperature=1.0, tokens_per_batch=60).score(
+            prompts, [c.token_ids for c in completions]
+        )
         sampled = [torch.tensor(c.logprobs) for c in completions]
         scored[scorer] = float((torch.cat(sampled) - torch.cat(scores)).abs().mean())
     assert scored[model] < scored[wide] < 0.02

@@ -1,4 +1,5 @@
-"""`rlad doctor`: run directories made sick, one for each diagnosis, which is found and no other; a healthy one is silent."""
+"""`rlad doctor`: run directories made sick, one for each diagnosis, which is found and no other; a
+healthy one is silent."""
 
 import fcntl
 import json
@@ -42,7 +43,8 @@ HEALTHY = SECONDS | {
 
 @pytest.fixture(scope="module")
 def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with models and checkpoints that are whole; the figures of its files take the place of its own in `sick`."""
+    """A run with models and checkpoints that are whole; the figures of its files take the place of
+    its own in `sick`."""
     path = tmp_path_factory.mktemp("finished") / "run"
     rlad.train(run_config(world, path, optimization={"num_steps": 2}))
     return path

@@ -1,4 +1,5 @@
-"""The guards: each speaks just beyond its limit and not just below it; steps that are not finite are skipped exactly."""
+"""The guards: each speaks just beyond its limit and not just below it; steps that are not finite
+are skipped exactly."""
 
 import io
 import json
@@ -80,7 +81,8 @@ def test_a_guard_speaks_just_beyond_its_limit_once_and_alone(guard):
 
 @pytest.mark.parametrize("guard", GUARDS, ids=lambda guard: guard.name)
 def test_one_odd_step_says_nothing(guard):
-    """But for those of which one step is wrong already: a skipped step, a sampler that computes something else."""
+    """But for those of which one step is wrong already: a skipped step, a sampler that computes
+    something else."""
     is_immediate = guard.figure.says == "each step"
     odd = 1e3 if guard.side == "above" else 0.0
     healthy = START.get(guard.metric, guard.limit)
@@ -101,9 +103,12 @@ def test_guards_by_hand():
     (warning,) = said(rows)
     assert (warning.step, warning.name, warning.value) == (10, "length_collapse", 0.19)
     assert warning.message == (
-        "completions have become much shorter than at the start: the student may answer without reasoning "
-        "(rollout/completion_tokens/mean, median of 5 steps over that of the first 5 (at least 1): 0.19, limit 0.2); read "
-        "samples.jsonl; if so, look for a reward without reasoning in the verifier, or set optimization.kl_coef."
+        "completions have become much shorter than at the start: the student may answer without "
+        "reasoning "
+        "(rollout/completion_tokens/mean, median of 5 steps over that of the first 5 (at least 1): "
+        "0.19, limit 0.2); read "
+        "samples.jsonl; if so, look for a reward without reasoning in the verifier, or set "
+        "optimization.kl_coef."
     )
     norms = [0.1] * 10 + [0.3] * 10 + [2.1, 2.1, 2.1]
     assert [w.step for w in said([{"step": i + 1, "optimization/gradient_norm": v} for i, v in enumerate(norms)])] == [23]
@@ -141,7 +146,8 @@ def weights(engine: NativeEngine) -> Tensor:
 
 @pytest.mark.parametrize("what", ["loss", "gradient", "student"])
 def test_a_skipped_step_moves_nothing_but_the_schedule(what):
-    """Behind it the run is where it would be had that step's update not been: weights, moments, and what follows."""
+    """Behind it the run is where it would be had that step's update not been: weights, moments, and
+    what follows."""
     run = {"optimization": {"num_steps": 4, "schedule": "linear", "weight_decay": 0.1, "learning_rate": 1e-2}}
     skips, leaves_out = (make_case("opd", dtype=torch.float32, **run).engine for _ in range(2))
     for step in range(4):

@@ -1,4 +1,5 @@
-"""The run directory: rows that survive a half-written line, checkpoints that are complete or absent, which one is best."""
+"""The run directory: rows that survive a half-written line, checkpoints that are complete or
+absent, which one is best."""
 
 import hashlib
 import json
@@ -262,7 +263,8 @@ def test_a_run_is_only_replaced_with_overwrite(run):
 
 
 def test_who_asks_whether_a_run_is_going_on_does_not_keep_one_from_beginning(run):
-    """One process asks without a pause, as `rlad doctor` does; the other begins a run 10,000 times."""
+    """One process asks without a pause, as `rlad doctor` does; the other begins a run 10,000
+    times."""
     assert not run.is_locked(), "there is no lock yet"
     with run.locked():
         assert run.is_locked()

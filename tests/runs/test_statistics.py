@@ -1,4 +1,5 @@
-"""pass@k by hand and by enumeration; intervals by hand and by simulation; comparisons by hand and by exact enumeration."""
+"""pass@k by hand and by enumeration; intervals by hand and by simulation; comparisons by hand and
+by exact enumeration."""
 
 import itertools
 import math
@@ -55,12 +56,14 @@ def test_the_interval_holds_the_truth_in_about_95_of_100_cases():
     keys = [str(i) for i in range(100)]
     intervals = [bootstrap((rng.random(100) < 0.3).astype(float), keys, seed=i) for i in range(300)]
     covered = sum(interval.low <= 0.3 <= interval.high for interval in intervals)
-    # Standard deviation of 300 draws with probability .95: 3.8; the percentile interval is slightly too short.
+    # Standard deviation of 300 draws with probability .95: 3.8; the percentile interval is slightly
+    # too short.
     assert 270 <= covered <= 297
 
 
 def test_variants_of_one_problem_are_not_independent():
-    """20 problems of 5 variants each with equal results: the interval is that of 20 observations, not of 100."""
+    """20 problems of 5 variants each with equal results: the interval is that of 20 observations,
+    not of 100."""
     rng = np.random.default_rng(1)
     passed = (rng.random(20) < 0.5).astype(float)
     clustered = bootstrap(np.repeat(passed, 5), [str(i // 5) for i in range(100)])
@@ -94,8 +97,8 @@ def test_with_one_seed_the_interval_is_over_problems_alone():
 
 
 def test_two_seeds_by_hand():
-    """All problems equal, so only seeds are resampled: 0 and 1 with probability 1/4 each, .5 with 1/2; deviations from .5
-    are widened by sqrt(2). The 2.5 % quantile is the lowest of them."""
+    """All problems equal, so only seeds are resampled: 0 and 1 with probability 1/4 each, .5 with
+    1/2; deviations from .5 are widened by sqrt(2). The 2.5 % quantile is the lowest of them."""
     estimate = mean_over_seeds([[0.0] * 3, [1.0] * 3], list("abc"))
     assert (estimate.mean, estimate.low, estimate.high) == pytest.approx((0.5, 0.5 - math.sqrt(0.5), 0.5 + math.sqrt(0.5)))
     limited = mean_over_seeds([[0.0] * 3, [1.0] * 3], list("abc"), limits=(0, 1))
@@ -103,7 +106,8 @@ def test_two_seeds_by_hand():
 
 
 def crossed(rng: np.random.Generator, num_seeds: int, sd: float) -> tuple[np.ndarray, np.ndarray]:
-    """Samples of two methods on 200 problems: the first is .05 better in the mean; each seed of each differs with `sd`."""
+    """Samples of two methods on 200 problems: the first is .05 better in the mean; each seed of
+    each differs with `sd`."""
     problems = 0.2 + 0.6 * rng.random(200)
     chances = [problems + rng.normal(0, sd, (num_seeds, 1)) + shift for shift in (0.025, -0.025)]
     first, second = (rng.random((num_seeds, 200)) < chance for chance in chances)
@@ -112,11 +116,13 @@ def crossed(rng: np.random.Generator, num_seeds: int, sd: float) -> tuple[np.nda
 
 @pytest.mark.parametrize(("num_seeds", "sd", "widest"), [(1, 0.0, 1.1), (3, 0.0, 2.0), (3, 0.03, 1.7), (5, 0.03, 1.7)])
 def test_intervals_over_seeds_and_problems_hold_the_truth_and_are_not_too_wide(num_seeds, sd, widest):
-    """Of 200 simulated comparisons they hold it in at least 92 % and, as the bootstrap errs on the wide side, up to all.
+    """Of 200 simulated comparisons they hold it in at least 92 % and, as the bootstrap errs on the
+    wide side, up to all.
 
-    How wide they may be, in widths that the spread of the 200 estimates asks for: with one seed as wide as that. What is
-    peculiar to one seed on one problem is counted three times (Owen 2007), once with the seeds' widening: where there is
-    nothing else, with 3 seeds of sd 0, that is sqrt(1 + 1.5 + 1) = 1.9 times; less where the seeds differ as such.
+    How wide they may be, in widths that the spread of the 200 estimates asks for: with one seed as
+    wide as that. What is peculiar to one seed on one problem is counted three times (Owen 2007),
+    once with the seeds' widening: where there is nothing else, with 3 seeds of sd 0, that is sqrt(1
+    + 1.5 + 1) = 1.9 times; less where the seeds differ as such.
     """
     rng, keys = np.random.default_rng(2), [str(i) for i in range(200)]
     pairs = [crossed(rng, num_seeds, sd) for _ in range(200)]
@@ -130,7 +136,8 @@ def test_intervals_over_seeds_and_problems_hold_the_truth_and_are_not_too_wide(n
 
 @pytest.mark.parametrize(("num_seeds", "widest"), [(2, 1.6), (3, 1.2), (5, 1.0)])
 def test_seeds_that_do_not_differ_widen_the_interval_little(num_seeds, widest):
-    """sd 0: against one seed the noise of single samples falls with the number of seeds and is counted about three times."""
+    """sd 0: against one seed the noise of single samples falls with the number of seeds and is
+    counted about three times."""
     rng, keys = np.random.default_rng(5), [str(i) for i in range(200)]
     widths: list[float] = []
     for number in (num_seeds, 1):
@@ -204,7 +211,8 @@ def test_permutation_test_equals_enumeration(seed):
 
 
 def test_permutation_test_by_hand():
-    # Better by the same on each of 4 problems: only 1 of 16 exchanges gives as much, twice that for both sides.
+    # Better by the same on each of 4 problems: only 1 of 16 exchanges gives as much, twice that for
+    # both sides.
     assert permutation_p_value([[1.0] * 4], [[0.0] * 4], list("abcd")) == 2 / 16
     assert permutation_p_value([[1.0, 0.5]], [[1.0, 0.5]], list("ab")) == 1.0
 

@@ -1,4 +1,5 @@
-"""Log-probs of given completions against one unpadded pass per sequence; micro-batches, memory, precision."""
+"""Log-probs of given completions against one unpadded pass per sequence; micro-batches, memory,
+precision."""
 
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,16 @@ def model_of(family: str, **settings: Any) -> LanguageModel:
     return tiny_language_model(family.removesuffix("-tied"), **(FAMILIES[family] | settings))
 
 
-def direct(model: LanguageModel, prompt: list[int], completion: list[int], temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropy by the definition: the sequence alone, all logits, one token after the other."""
+def direct(
+    model: LanguageModel, prompt: list[int], completion: list[int], temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropy by the definition: the sequence alone, all logits, one token after the
+    other."""
     logits = model.model(input_ids=torch.tensor([prompt + completion])).logits[0]
-    rows = [(logits[len(prompt) + t - 1] / temperature).log_softmax(dim=-1) for t in range(len(completion))]
+    rows = [
+        (logits[len(prompt) + t - 1] / temperature).log_softmax(dim=-1)
+        for t in range(len(completion))
+    ]
     logprobs = torch.stack([row[token] for row, token in zip(rows, completion, strict=True)])
     return logprobs, torch.stack([-(row.exp() * row).sum() for row in rows])
 
@@ -71,16 +78,22 @@ def test_equals_one_unpadded_pass_per_sequence(family: str, temperature: float) 
 def test_the_output_layer_is_that_of_the_model() -> None:
     for family in FAMILIES:
         head = output_layer(model_of(family).model)
-        assert head is not None and head.scale == pytest.approx(TRANSFORMED.get(family, ({}, 1.0, None))[1]), family
+        assert head is not None and head.scale == pytest.approx(
+            TRANSFORMED.get(family, ({}, 1.0, None))[1]
+        ), family
         assert head.soft_cap == TRANSFORMED.get(family, ({}, 1.0, None))[2], family
 
 
 def test_logits_that_are_not_those_of_the_config_are_taken_whole() -> None:
-    """HyperCLOVA X multiplies by the setting by which Granite divides: no output layer that we know, right log-probs anyway."""
+    """HyperCLOVA X multiplies by the setting by which Granite divides: no output layer that we
+    know, right log-probs anyway."""
     model = tiny_language_model("hyperclovax", logits_scaling=3.0)
     assert output_layer(model.model) is None
     for values, prompt, completion in zip(
-        Scorer(model, temperature=0.7, tokens_per_batch=1000).score(PROMPTS, COMPLETIONS), PROMPTS, COMPLETIONS, strict=True
+        Scorer(model, temperature=0.7, tokens_per_batch=1000).score(PROMPTS, COMPLETIONS),
+        PROMPTS,
+        COMPLETIONS,
+        strict=True,
     ):
         assert torch.allclose(values, direct(model, prompt, completion, 0.7)[0], rtol=0, atol=1e-5)
 
@@ -91,12 +104,19 @@ def test_logits_in_chunks_are_the_models_own(family: str) -> None:
     model = tiny_language_model(family, **FAMILIES.get(family, {"logits_scaling": 3.0}))
     text = random_tokens(11, seed=3)[0]
     whole = model.model(input_ids=torch.tensor([text])).logits[0] / 0.7
-    chunks = list(Scorer(model, temperature=0.7, tokens_per_batch=1).logits_in_chunks(text, start=3, chunk_tokens=5))
-    assert [len(chunk) for chunk in chunks] == [5, 3] and torch.allclose(torch.cat(chunks), whole[2:-1], rtol=0, atol=1e-5)
+    chunks = list(
+        Scorer(model, temperature=0.7, tokens_per_batch=1).logits_in_chunks(
+            text, start=3, chunk_tokens=5
+        )
+    )
+    assert [len(chunk) for chunk in chunks] == [5, 3] and torch.allclose(
+        torch.cat(chunks), whole[2:-1], rtol=0, atol=1e-5
+    )
 
 
 def test_no_token_of_a_completion_sees_itself_or_a_later_one() -> None:
-    """The one-token shift: the last token is predicted from what stands before it, and predicts nothing."""
+    """The one-token shift: the last token is predicted from what stands before it, and predicts
+    nothing."""
     scorer = Scorer(model_of("llama"), temperature=1.0, tokens_per_batch=1000)
     prompt, completion = PROMPTS[0], COMPLETIONS[1]
     (before,) = scorer.score([prompt], [completion])
@@ -116,7 +136,8 @@ def test_the_prompt_is_seen_but_not_scored() -> None:
 
 
 def test_temperature_divides_the_logits_of_every_model_alike() -> None:
-    """One rule for student, teacher and reference: at temperature 2 the log-odds of two tokens are halved."""
+    """One rule for student, teacher and reference: at temperature 2 the log-odds of two tokens are
+    halved."""
     model = model_of("llama")
     for temperature in (1.0, 2.0):
         scorer = Scorer(model, temperature=temperature, tokens_per_batch=1000)
@@ -133,7 +154,9 @@ def test_temperature_divides_the_logits_of_every_model_alike() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 300), max_size=40), st.integers(1, 1000))
-def test_micro_batches_hold_every_row_once_within_the_budget(lengths: list[int], budget: int) -> None:
+def test_micro_batches_hold_every_row_once_within_the_budget(
+    lengths: list[int], budget: int
+) -> None:
     batches = batches_by_length(lengths, budget)
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     for batch in batches:
@@ -145,7 +168,9 @@ def test_micro_batches_hold_every_row_once_within_the_budget(lengths: list[int],
 @pytest.mark.parametrize("tokens_per_batch", [1, 20, 40, 1000])
 def test_scores_come_back_in_the_order_given(tokens_per_batch: int) -> None:
     model = model_of("llama")
-    scores = Scorer(model, temperature=1.0, tokens_per_batch=tokens_per_batch).score(PROMPTS, COMPLETIONS)
+    scores = Scorer(model, temperature=1.0, tokens_per_batch=tokens_per_batch).score(
+        PROMPTS, COMPLETIONS
+    )
     for values, prompt, completion in zip(scores, PROMPTS, COMPLETIONS, strict=True):
         assert torch.allclose(values, direct(model, prompt, completion)[0], rtol=0, atol=1e-5)
         assert not values.requires_grad
@@ -166,18 +191,24 @@ def test_empty_completions_and_prompts() -> None:
 def gradients(model: LanguageModel, loss: Tensor) -> dict[str, Tensor]:
     model.model.zero_grad()
     loss.backward()
-    return {name: p.grad.clone() for name, p in model.model.named_parameters() if p.grad is not None}
+    return {
+        name: p.grad.clone() for name, p in model.model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama-tied", *TRANSFORMED])
 def test_the_gradient_is_that_of_the_definition(family: str) -> None:
     model = model_of(family, dtype=torch.float64)
     scores = Scorer(model, temperature=0.8, tokens_per_batch=1000)(PROMPTS, COMPLETIONS)
-    weights = torch.randn(scores.logprobs.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weights = torch.randn(
+        scores.logprobs.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     ours = gradients(model, (scores.logprobs * weights).sum())
     loss = torch.zeros((), dtype=torch.float64)
     for i, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
-        loss = loss + (direct(model, prompt, completion, 0.8)[0] * weights[i, : len(completion)]).sum()
+        loss = (
+            loss + (direct(model, prompt, completion, 0.8)[0] * weights[i, : len(completion)]).sum()
+        )
     expected = gradients(model, loss)
     # The norms of Llama and Gemma compute in float32 whatever the model's type, GPT-2's do not.
     tolerance = 1e-12 if family == "gpt2" else 1e-6
@@ -190,14 +221,23 @@ WITH_DROPOUT: dict[str, dict[str, Any]] = {
     "llama": {"attention_dropout": 0.5},
     "gpt2": {"resid_pdrop": 0.5, "attn_pdrop": 0.5},
     "opt": {"dropout": 0.5, "layerdrop": 0.5, "ffn_dim": 64, "word_embed_proj_dim": 32},
-    "xglm": {"d_model": 32, "ffn_dim": 64, "attention_heads": 4, "num_layers": 2, "activation_dropout": 0.5},
+    "xglm": {
+        "d_model": 32,
+        "ffn_dim": 64,
+        "attention_heads": 4,
+        "num_layers": 2,
+        "activation_dropout": 0.5,
+    },
     "mixtral": {"num_local_experts": 4, "router_jitter_noise": 0.5},
 }
 
 
 @pytest.mark.parametrize("family", WITH_DROPOUT)
-def test_checkpointing_gives_the_same_gradient_although_the_model_has_dropout(family: str, tmp_path: Path) -> None:
-    """Checkpointing needs training mode, in which dropout would make student and old policy two functions."""
+def test_checkpointing_gives_the_same_gradient_although_the_model_has_dropout(
+    family: str, tmp_path: Path
+) -> None:
+    """Checkpointing needs training mode, in which dropout would make student and old policy two
+    functions."""
     saved = tiny_language_model(family, **WITH_DROPOUT[family])
     saved.model.save_pretrained(tmp_path)
     saved.tokenizer.save_pretrained(tmp_path)
@@ -219,11 +259,16 @@ def test_checkpointing_gives_the_same_gradient_although_the_model_has_dropout(fa
 
 
 def test_a_student_that_computes_in_bfloat16_stays_close() -> None:
-    """Float32 weights under autocast. bfloat16 keeps 8 bits, so a logit of size x is off by x/2^8 and, through two layers,
-    a few times that; the weights and their gradient stay float32."""
+    """Float32 weights under autocast. bfloat16 keeps 8 bits, so a logit of size x is off by x/2^8
+    and, through two layers, a few times that; the weights and their gradient stay float32."""
     exact = model_of("llama")
-    rough = LanguageModel(exact.name, exact.model, exact.tokenizer, exact.eos_token_ids, 0, torch.bfloat16)
-    scores = {model: Scorer(model, temperature=1.0, tokens_per_batch=1000)(PROMPTS, COMPLETIONS) for model in (exact, rough)}
+    rough = LanguageModel(
+        exact.name, exact.model, exact.tokenizer, exact.eos_token_ids, 0, torch.bfloat16
+    )
+    scores = {
+        model: Scorer(model, temperature=1.0, tokens_per_batch=1000)(PROMPTS, COMPLETIONS)
+        for model in (exact, rough)
+    }
     mask = scores[exact].mask
     difference = (scores[rough].logprobs - scores[exact].logprobs)[mask].abs().detach()
     assert scores[rough].logprobs.dtype == torch.float32

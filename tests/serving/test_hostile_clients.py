@@ -1,4 +1,5 @@
-"""rlad's teacher server and clients that are slow, silent, gone, wrong or many: others get right answers, memory comes back."""
+"""rlad's teacher server and clients that are slow, silent, gone, wrong or many: others get right
+answers, memory comes back."""
 
 import asyncio
 import json
@@ -37,7 +38,9 @@ def server(model: LanguageModel) -> Iterator[Client]:
     class Hasty(ImpatientProtocol):
         head_seconds, unread_seconds, max_silent = 0.5, 0.5, 20
 
-    with server_thread(model, uvicorn={"http": Hasty, "timeout_keep_alive": 1}, request_seconds=0.5) as client:
+    with server_thread(
+        model, uvicorn={"http": Hasty, "timeout_keep_alive": 1}, request_seconds=0.5
+    ) as client:
         yield client
 
 
@@ -49,7 +52,10 @@ def expected(model: LanguageModel, prompt: list[int]) -> list[float]:
 
 def score(server: Client, prompt: list[int]) -> list[float]:
     (choice,) = server.completions(model="tiny", prompt=prompt, prompt_logprobs=0, max_tokens=0)
-    return [entry[str(token)]["logprob"] for token, entry in zip(prompt[1:], choice["prompt_logprobs"][1:], strict=True)]
+    return [
+        entry[str(token)]["logprob"]
+        for token, entry in zip(prompt[1:], choice["prompt_logprobs"][1:], strict=True)
+    ]
 
 
 def connect(server: Client, sent: bytes = b"") -> socket.socket:
@@ -70,7 +76,10 @@ def end_of(connection: socket.socket) -> bytes:
 
 
 def request(body: bytes, **headers: str) -> bytes:
-    lines = "".join(f"{name}: {value}\r\n" for name, value in ({"Content-Length": str(len(body))} | headers).items())
+    lines = "".join(
+        f"{name}: {value}\r\n"
+        for name, value in ({"Content-Length": str(len(body))} | headers).items()
+    )
     return HEAD + lines.encode() + b"\r\n" + body
 
 
@@ -109,7 +118,9 @@ def test_a_body_that_does_not_come_is_refused(server):
 
 
 def test_an_answer_that_is_not_read_is_cut_and_its_room_given_back(server, model):
-    body = json.dumps({"model": "tiny", "prompt": [[3] * 60] * 100, "prompt_logprobs": 20, "max_tokens": 0}).encode()
+    body = json.dumps(
+        {"model": "tiny", "prompt": [[3] * 60] * 100, "prompt_logprobs": 20, "max_tokens": 0}
+    ).encode()
     connections = []
     for _ in range(4):
         connection = socket.socket()
@@ -119,7 +130,12 @@ def test_an_answer_that_is_not_read_is_cut_and_its_room_given_back(server, model
         connections.append(connection)
     time.sleep(0.3)
     assert score(server, PROMPT) == pytest.approx(expected(model, PROMPT), abs=1e-5)
-    wait_for(lambda: server.state.room.num_free == server.state.room.size and server.state.held_bytes == 0, seconds=60)
+    wait_for(
+        lambda: (
+            server.state.room.num_free == server.state.room.size and server.state.held_bytes == 0
+        ),
+        seconds=60,
+    )
     for connection in connections:
         connection.close()
 
@@ -133,7 +149,8 @@ def test_silent_connections_do_not_crowd_out_others(server, model):
 
 
 def test_many_large_requests_at_once_are_put_off(server):
-    """More bytes than the server holds, in requests that are each allowed; what is refused is said to come again."""
+    """More bytes than the server holds, in requests that are each allowed; what is refused is said
+    to come again."""
     part = HEAD + b"Content-Length: 1000000\r\n\r\n" + b" " * 900_000
     connections = [connect(server, part) for _ in range(8)]
     said = [end_of(connection) for connection in connections]
@@ -169,12 +186,19 @@ def test_what_is_no_request_of_http_ends_its_connection_alone(server, model, sen
 
 
 def test_a_text_that_is_far_too_long_is_not_even_read(server):
-    status, answer = server.ask("POST", "/v1/completions", {"model": "tiny", "prompt": "w3 " * 10_000, "prompt_logprobs": 0})
-    assert status == 400 and "30000 characters is far more than the context of 64 tokens" in answer["error"]["message"]
+    status, answer = server.ask(
+        "POST", "/v1/completions", {"model": "tiny", "prompt": "w3 " * 10_000, "prompt_logprobs": 0}
+    )
+    assert (
+        status == 400
+        and "30000 characters is far more than the context of 64 tokens"
+        in answer["error"]["message"]
+    )
 
 
 def test_a_mixture_of_clients(server, model):
-    """Right and wrong requests from many clients at once: each right one is answered right, each wrong one with its status."""
+    """Right and wrong requests from many clients at once: each right one is answered right, each
+    wrong one with its status."""
     prompts = random_tokens(*(3 + i % 40 for i in range(60)), seed=4)
     wrong: list[tuple[Any, int]] = [
         (b"{", 400),
@@ -192,7 +216,9 @@ def test_a_mixture_of_clients(server, model):
             except ConnectionError:  # hung up while the rest of what is too large was still coming
                 assert status == 413
         elif i % 3 == 1:
-            with connect(server, request(json.dumps({"model": "tiny", "prompt": prompts[i]}).encode())):
+            with connect(
+                server, request(json.dumps({"model": "tiny", "prompt": prompts[i]}).encode())
+            ):
                 pass
         else:
             assert score(server, prompts[i]) == pytest.approx(expected(model, prompts[i]), abs=1e-5)

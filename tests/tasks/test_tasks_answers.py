@@ -77,7 +77,11 @@ def test_an_answer_in_which_the_text_is_cut_off_is_left_out(cut_off, judged):
 
 def test_what_is_left_of_a_cut_answer_is_none():
     left = without_cut_answer("Answer: 42 or\nAnswer: 4")
-    assert (marked_answer(left), final_answer(left), final_answer(without_cut_answer("**Answer: 4"))) == ("", "", "")
+    assert (
+        marked_answer(left),
+        final_answer(left),
+        final_answer(without_cut_answer("**Answer: 4")),
+    ) == ("", "", "")
 
 
 @pytest.mark.parametrize(
@@ -186,18 +190,43 @@ def test_any_text_has_answers_without_raising(text):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.text("abcxyz0123", min_size=1), min_size=1), st.sampled_from(["**", "*", "_", "`"]))
+@given(
+    st.lists(st.text("abcxyz0123", min_size=1), min_size=1), st.sampled_from(["**", "*", "_", "`"])
+)
 def test_normalised_ignores_markdown_case_and_space(words, mark):
     assert normalised(mark + "\n ".join(words).upper() + mark + ".") == " ".join(words)
 
 
 @pytest.mark.parametrize(
-    "unit", ["a", "1", ",", "1,", "1,111", "1/", ".", "-", "answer:", "<answer>", "\\boxed{", "{", "**", " ", "\x00"]
+    "unit",
+    [
+        "a",
+        "1",
+        ",",
+        "1,",
+        "1,111",
+        "1/",
+        ".",
+        "-",
+        "answer:",
+        "<answer>",
+        "\\boxed{",
+        "{",
+        "**",
+        " ",
+        "\x00",
+    ],
 )
 def test_megabytes_take_less_than_a_second(unit):
     text = unit * (2_000_000 // len(unit))
     started = time.process_time()
-    final_answer(text), normalised(text), last_number(text), boxed_answer(text), evaluate_arithmetic(text)
+    (
+        final_answer(text),
+        normalised(text),
+        last_number(text),
+        boxed_answer(text),
+        evaluate_arithmetic(text),
+    )
     assert time.process_time() - started < 1
 
 

@@ -15,7 +15,8 @@ def test_splits_are_80_10_10():
 
 
 def test_split_of_a_key_never_changes():
-    # The first 16 hex digits of `printf i | sha256sum`, modulo 10000: i 770, n 1757, l 2000, a 2250.
+    # The first 16 hex digits of `printf i | sha256sum`, modulo 10000: i 770, n 1757, l 2000, a
+    # 2250.
     assert [split_of(key) for key in "inla"] == ["validation", "test", "train", "train"]
 
 
@@ -30,7 +31,11 @@ def test_verdicts_and_their_rewards():
     assert (judged(True).verdict, judged(True).reward) == (Verdict.CORRECT, 1.0)
     assert (judged(False).verdict, judged(False).reward) == (Verdict.WRONG, 0.0)
     unknown = cannot_judge("timed out")
-    assert unknown.verdict == Verdict.CANNOT_JUDGE and math.isnan(unknown.reward) and unknown.reason == "timed out"
+    assert (
+        unknown.verdict == Verdict.CANNOT_JUDGE
+        and math.isnan(unknown.reward)
+        and unknown.reason == "timed out"
+    )
 
 
 def test_check_split():

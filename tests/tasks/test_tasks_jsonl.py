@@ -20,12 +20,17 @@ def write(tmp_path):
 
 
 def questions(num: int, offset: int = 0) -> list[dict]:
-    return [{"prompt": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(offset, offset + num)]
+    return [
+        {"prompt": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(offset, offset + num)
+    ]
 
 
 def test_splits_by_the_hash_of_the_prompt(write):
     task = JsonlTask(write(questions(300)))
-    prompts = {split: {task.problem(split, i).prompt for i in range(task.num_problems(split))} for split in SPLITS}
+    prompts = {
+        split: {task.problem(split, i).prompt for i in range(task.num_problems(split))}
+        for split in SPLITS
+    }
     assert set.union(*prompts.values()) == {row["prompt"] for row in questions(300)}
     for split in SPLITS:
         assert len(prompts[split]) == task.num_problems(split)
@@ -33,7 +38,11 @@ def test_splits_by_the_hash_of_the_prompt(write):
 
 
 def test_equal_prompts_stay_together(write):
-    rows = [row | {"prompt": form(row["prompt"])} for row in questions(60) for form in (str.upper, str.lower, " {}\n".format)]
+    rows = [
+        row | {"prompt": form(row["prompt"])}
+        for row in questions(60)
+        for form in (str.upper, str.lower, " {}\n".format)
+    ]
     task = JsonlTask(write(rows))
     assert [task.num_problems(split) % 3 for split in SPLITS] == [0, 0, 0]
 
@@ -41,7 +50,9 @@ def test_equal_prompts_stay_together(write):
 def test_every_epoch_has_every_problem_in_another_order(write):
     task = JsonlTask(write(questions(100)))
     num = task.num_problems("train")
-    epochs = [[task.problem("train", epoch * num + i).answer for i in range(num)] for epoch in range(3)]
+    epochs = [
+        [task.problem("train", epoch * num + i).answer for i in range(num)] for epoch in range(3)
+    ]
     assert Counter(epochs[0]) == Counter(epochs[1]) == Counter(epochs[2])
     assert max(Counter(epochs[0]).values()) == 1
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
@@ -52,20 +63,35 @@ def test_every_epoch_has_every_problem_in_another_order(write):
 
 def test_a_question_is_the_same_under_any_system_message_and_as_plain_text(write):
     def chat(system: str, question: str) -> dict:
-        return {"prompt": [{"role": "system", "content": system}, {"role": "user", "content": question}], "answer": "1"}
+        return {
+            "prompt": [
+                {"role": "system", "content": system},
+                {"role": "user", "content": question},
+            ],
+            "answer": "1",
+        }
 
     rows = [chat(system, row["prompt"]) for row in questions(60) for system in ("a", "b")]
     task = JsonlTask(write([*rows, *questions(60)]))
     assert [task.num_problems(split) % 3 for split in SPLITS] == [0, 0, 0]
     plain = JsonlTask(write(questions(60)))
-    assert [task.num_problems(split) for split in SPLITS] == [3 * plain.num_problems(split) for split in SPLITS]
-    with pytest.raises(ValueError, match=r"1 of its 60 prompts also stand in .*test.jsonl, for example 'What is 3"):
-        JsonlTask(write(questions(60)), test_path=write([chat("a", "what is 3 + 1?")], "test.jsonl"))
+    assert [task.num_problems(split) for split in SPLITS] == [
+        3 * plain.num_problems(split) for split in SPLITS
+    ]
+    with pytest.raises(
+        ValueError, match=r"1 of its 60 prompts also stand in .*test.jsonl, for example 'What is 3"
+    ):
+        JsonlTask(
+            write(questions(60)), test_path=write([chat("a", "what is 3 + 1?")], "test.jsonl")
+        )
 
 
 def test_held_out_files_are_used_as_they_are(write):
     train = write(questions(50), "train.jsonl")
-    validation, test = write(questions(5, 100), "validation.jsonl"), write(questions(7, 200), "test.jsonl")
+    validation, test = (
+        write(questions(5, 100), "validation.jsonl"),
+        write(questions(7, 200), "test.jsonl"),
+    )
     task = JsonlTask(train, validation, test)
     assert [task.num_problems(split) for split in SPLITS] == [50, 5, 7]
     # Without a test file the test split is the share of the training file.
@@ -76,16 +102,24 @@ def test_held_out_files_are_used_as_they_are(write):
 
 
 def test_training_prompts_that_are_held_out_are_refused(write):
-    train = write([*questions(50), {"prompt": "WHAT  is 201 + 1?", "answer": "202"}, *questions(1, 203)])
+    train = write(
+        [*questions(50), {"prompt": "WHAT  is 201 + 1?", "answer": "202"}, *questions(1, 203)]
+    )
     with pytest.raises(
-        ValueError, match=r"data.jsonl: 2 of its 52 prompts also stand in .*test.jsonl, for example 'WHAT  is 201"
+        ValueError,
+        match=r"data.jsonl: 2 of its 52 prompts also stand in .*test.jsonl, for example 'WHAT  is 201",
     ):
         JsonlTask(train, test_path=write(questions(7, 200), "test.jsonl"))
 
 
 def test_fields_numbers_and_blank_lines(write):
     rows = [{"q": f"q {i}", "a": value} for i, value in enumerate([3, 2.5, "x", -1] * 30)]
-    task = JsonlTask(write(["", *map(json.dumps, rows), " "]), prompt_field="q", answer_field="a", verifier="number")
+    task = JsonlTask(
+        write(["", *map(json.dumps, rows), " "]),
+        prompt_field="q",
+        answer_field="a",
+        verifier="number",
+    )
     assert {task.problem("train", i).answer for i in range(60)} == {"3", "2.5", "x", "-1"}
     problem = next(p for i in range(60) if (p := task.problem("train", i)).answer == "2.5")
     assert task.judge(problem, "it is 5/2").verdict == Verdict.CORRECT
@@ -93,7 +127,9 @@ def test_fields_numbers_and_blank_lines(write):
 
 
 def test_a_verifier_of_your_own(write):
-    task = JsonlTask(write(questions(60)), verifier="user_verifiers:by_completion", timeout_seconds=1)
+    task = JsonlTask(
+        write(questions(60)), verifier="user_verifiers:by_completion", timeout_seconds=1
+    )
     problem = task.problem("train", 0)
     assert task.judge(problem, problem.answer).reward == 1
     assert task.judge(problem, "half").reward == 0.5
@@ -107,43 +143,80 @@ GOOD = '{"prompt": "p", "answer": "a"}'
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([GOOD, "{prompt: 1}"], r"data.jsonl, line 2: not JSON \(Expecting property name.*\); write one JSON object"),
+        (
+            [GOOD, "{prompt: 1}"],
+            r"data.jsonl, line 2: not JSON \(Expecting property name.*\); write one JSON object",
+        ),
         (
             [GOOD, "", '["p", "a"]'],
-            "data.jsonl, line 3: holds a list; write a JSON object with the fields 'prompt' and 'answer'",
+            "data.jsonl, line 3: holds a list; write a JSON object with the fields 'prompt' and "
+            "'answer'",
         ),
         (
             ['{"question": "p", "answer": 1}'],
             "line 1: has no field 'prompt', only 'question', 'answer'; name it with prompt_field",
         ),
-        (['{"prompt": "p"}'], "line 1: has no field 'answer', only 'prompt'; name it with answer_field"),
-        (['{"prompt": 3, "answer": 1}'], "line 1: the field 'prompt' is 3; give a string that is not empty"),
+        (
+            ['{"prompt": "p"}'],
+            "line 1: has no field 'answer', only 'prompt'; name it with answer_field",
+        ),
+        (
+            ['{"prompt": 3, "answer": 1}'],
+            "line 1: the field 'prompt' is 3; give a string that is not empty",
+        ),
         (['{"prompt": " ", "answer": 1}'], "line 1: the field 'prompt' is \" \"; give a string"),
         (['{"prompt": "p", "answer": true}'], "line 1: the field 'answer' is true; give a string"),
         (['{"prompt": "p", "answer": null}'], "line 1: the field 'answer' is null; give a string"),
-        (['{"prompt": [], "answer": 1}'], "line 1: the field 'prompt' holds no message; write at least the user's"),
         (
-            ['{"prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "answer": 1}'],
-            "line 1: the field 'prompt' ends with a message of the assistant, but it is the model that answers: end it with",
+            ['{"prompt": [], "answer": 1}'],
+            "line 1: the field 'prompt' holds no message; write at least the user's",
         ),
         (
-            ['{"prompt": [{"role": "user", "content": "q"}, {"role": "system", "content": "s"}], "answer": 1}'],
+            [
+                '{"prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "answer": 1}'
+            ],
+            "line 1: the field 'prompt' ends with a message of the assistant, but it is the model "
+            "that answers: end it with",
+        ),
+        (
+            [
+                '{"prompt": [{"role": "user", "content": "q"}, {"role": "system", "content": "s"}], "answer": 1}'
+            ],
             "line 1: the field 'prompt' has a system message that is not its first; put it there",
         ),
         (
             ['{"prompt": [{"role": "tool", "content": "q"}], "answer": 1}'],
             r'the field \'prompt\', message 1, is {"role": "tool", "content": "q"}; write {"role": ..., "content": ...}',
         ),
-        (['{"prompt": [{"role": "user", "content": " "}], "answer": 1}'], "message 1, is .* and a text that is not empty"),
-        (['{"prompt": [{"role": "user", "content": ["q"]}], "answer": 1}'], "message 1, is .* and a text that is not empty"),
+        (
+            ['{"prompt": [{"role": "user", "content": " "}], "answer": 1}'],
+            "message 1, is .* and a text that is not empty",
+        ),
+        (
+            ['{"prompt": [{"role": "user", "content": ["q"]}], "answer": 1}'],
+            "message 1, is .* and a text that is not empty",
+        ),
         (['{"prompt": ["q"], "answer": 1}'], 'message 1, is "q"; write'),
-        (['{"prompt": [{"role": "user", "content": "\\ud800"}], "answer": 1}'], "message 1, has half of a surrogate pair"),
-        (['{"prompt": "p", "answer": ["a"]}'], r"line 1: the field 'answer' is \[\"a\"\]; give a string"),
-        (['{"prompt": "\\ud800", "answer": "a"}'], "line 1: the field 'prompt' has half of a surrogate pair"),
+        (
+            ['{"prompt": [{"role": "user", "content": "\\ud800"}], "answer": 1}'],
+            "message 1, has half of a surrogate pair",
+        ),
+        (
+            ['{"prompt": "p", "answer": ["a"]}'],
+            r"line 1: the field 'answer' is \[\"a\"\]; give a string",
+        ),
+        (
+            ['{"prompt": "\\ud800", "answer": "a"}'],
+            "line 1: the field 'prompt' has half of a surrogate pair",
+        ),
         (["[" * 100_000], "line 1: not JSON"),
         ([], "data.jsonl: the file is empty; write one JSON object a line"),
         ([" ", ""], "data.jsonl: the file is empty"),
-        ([GOOD], "data.jsonl: none of its 1 problems falls into the split validation; give more problems"),
+        (
+            [GOOD],
+            "data.jsonl: none of its 1 problems falls into the split validation; give more "
+            "problems",
+        ),
     ],
 )
 def test_bad_lines_are_named(write, lines, message):
@@ -165,7 +238,10 @@ def test_other_bad_input_is_refused(write, tmp_path):
 
 def test_other_paths_need_the_package_datasets(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r'data.json: a path that does not end in .jsonl .* pip install "rlad\[datasets\]"'):
+    with pytest.raises(
+        ValueError,
+        match=r'data.json: a path that does not end in .jsonl .* pip install "rlad\[datasets\]"',
+    ):
         JsonlTask("data.json")
 
 

@@ -31,19 +31,31 @@ def says(connective, *claims: tuple[int, bool]) -> Statement:
 # --- puzzles solved by hand -------------------------------------------------------------------------------------------
 
 HAND_WORKED: list[tuple[Puzzle, list[tuple[bool, ...]]]] = [
-    # 0 says that 1 is a knave; 1 says that 0 and 1 are knights. If 0 is a knight, 1 is a knave, whose "both" is false:
-    # fits. If 0 is a knave, 1 is a knight, whose "both" would be true: contradiction.
+    # 0 says that 1 is a knave; 1 says that 0 and 1 are knights. If 0 is a knight, 1 is a knave,
+    # whose "both" is false: fits. If 0 is a knave, 1 is a knight, whose "both" would be true:
+    # contradiction.
     ((says("is", (1, False)), says("and", (0, True), (1, True))), [(True, False)]),
-    # Curry's "if I am a knight then so is 1": were 0 a knave, "if" would be true from a false premise, so 0 is a knight
-    # and 1 too; 1 says that 0 is a knight: true.
+    # Curry's "if I am a knight then so is 1": were 0 a knave, "if" would be true from a false
+    # premise, so 0 is a knight and 1 too; 1 says that 0 is a knight: true.
     ((says("if", (0, True), (1, True)), says("is", (0, True))), [(True, True)]),
     # 0: 1 is a knight if and only if 2 is one. 1: 0 is a knave. 2: 0 is a knight or 1 is a knight.
-    # 0 knight: 1 lies, so 1 and 2 are knaves, but 2 speaks the truth. 0 knave: 1 is a knight, 2 is not, but 2 speaks
-    # the truth again. No solution.
-    ((says("iff", (1, True), (2, True)), says("is", (0, False)), says("or", (0, True), (1, True))), []),
+    # 0 knight: 1 lies, so 1 and 2 are knaves, but 2 speaks the truth. 0 knave: 1 is a knight, 2 is
+    # not, but 2 speaks the truth again. No solution.
+    (
+        (
+            says("iff", (1, True), (2, True)),
+            says("is", (0, False)),
+            says("or", (0, True), (1, True)),
+        ),
+        [],
+    ),
     # The same with "and" for 2, whose statement is now false in both cases: two solutions.
     (
-        (says("iff", (1, True), (2, True)), says("is", (0, False)), says("and", (0, True), (1, True))),
+        (
+            says("iff", (1, True), (2, True)),
+            says("is", (0, False)),
+            says("and", (0, True), (1, True)),
+        ),
         [(True, False, False), (False, True, False)],
     ),
 ]
@@ -70,7 +82,11 @@ def true_in_english(text: str, roles: dict[str, str]) -> bool:
     if text.startswith("if "):
         first, second = text[3:].split(" then ")
         return not true_in_english(first, roles) or true_in_english(second, roles)
-    for joint, join in ((" if and only if ", bool.__eq__), (" and ", bool.__and__), (" or ", bool.__or__)):
+    for joint, join in (
+        (" if and only if ", bool.__eq__),
+        (" and ", bool.__and__),
+        (" or ", bool.__or__),
+    ):
         first, found, second = text.partition(joint)
         if found:
             return join(true_in_english(first, roles), true_in_english(second, roles))
@@ -89,7 +105,9 @@ def test_the_prompt_has_exactly_the_solution_that_the_answer_says(num_people):
         fits = []
         for world in itertools.product(("knight", "knave"), repeat=num_people):
             roles = dict(zip(names, world, strict=True))
-            if all(true_in_english(said[name], roles) == (roles[name] == "knight") for name in names):
+            if all(
+                true_in_english(said[name], roles) == (roles[name] == "knight") for name in names
+            ):
                 fits.append(", ".join(f"{name} is a {role}" for name, role in roles.items()))
         assert fits == [problem.answer]
 
@@ -101,14 +119,17 @@ def test_random_puzzles_have_one_solution_and_nobody_talks_of_strangers(num_peop
         puzzle = random_puzzle(num_people, rng)
         assert len(puzzle) == num_people
         assert len(solutions(puzzle)) == 1
-        assert all(claim.person in range(num_people) for statement in puzzle for claim in statement.claims)
+        assert all(
+            claim.person in range(num_people) for statement in puzzle for claim in statement.claims
+        )
 
 
 # --- structure --------------------------------------------------------------------------------------------------------
 
 
 def reordered(puzzle: Puzzle, order: list[int], rng: random.Random) -> Puzzle:
-    """The same puzzle when person i is called order[i]; claims swapped at random where their order means nothing."""
+    """The same puzzle when person i is called order[i]; claims swapped at random where their order
+    means nothing."""
     result: list[Statement] = [puzzle[0]] * len(puzzle)
     for speaker, statement in enumerate(puzzle):
         claims = [Claim(order[claim.person], claim.is_knight) for claim in statement.claims]
@@ -136,7 +157,8 @@ def test_structure_key_sees_every_other_change():
         first, *rest = statement.claims
         flipped = Statement(statement.connective, (Claim(first.person, not first.is_knight), *rest))
         changed = (*puzzle[:speaker], flipped, *puzzle[speaker + 1 :])
-        # A flip can give the mirror image of the puzzle (0 and 1 change places), which is the same structure.
+        # A flip can give the mirror image of the puzzle (0 and 1 change places), which is the same
+        # structure.
         images = {
             reordered(puzzle, list(order), random.Random(seed))
             for order in itertools.permutations(range(3))
@@ -156,7 +178,9 @@ def test_different_structures_have_different_keys():
     claims = [(person, role) for person in (0, 1) for role in (True, False)]
     pairs = [(c, d) for c in claims for d in claims if c[0] != d[0]]
     joined = [says(connective, c, d) for connective in ("and", "or", "if", "iff") for c, d in pairs]
-    by_speaker = [[says("is", (1 - speaker, role)) for role in (True, False)] + joined for speaker in (0, 1)]
+    by_speaker = [
+        [says("is", (1 - speaker, role)) for role in (True, False)] + joined for speaker in (0, 1)
+    ]
     puzzles = [p for p in itertools.product(*by_speaker) if len(solutions(p)) == 1]
     rng = random.Random(0)
 
@@ -169,14 +193,18 @@ def test_different_structures_have_different_keys():
             said = {}
             for speaker, s in enumerate(puzzle):
                 parts = [claim_text(claim, order) for claim in s.claims]
-                said[order[speaker]] = s.connective + str(parts if s.connective == "if" else sorted(parts))
+                said[order[speaker]] = s.connective + str(
+                    parts if s.connective == "if" else sorted(parts)
+                )
             texts.append(said[0] + said[1])
         return min(texts)
 
     assert len({structure_key(p) for p in puzzles}) == len({canonical(p) for p in puzzles})
     drawn = {structure_key(random_puzzle(2, rng)) for _ in range(3000)}
     assert drawn <= {structure_key(p) for p in puzzles}
-    assert {split_of(key) for key in drawn} == set(SPLITS)  # so that drawing until the split fits always ends
+    assert {split_of(key) for key in drawn} == set(
+        SPLITS
+    )  # so that drawing until the split fits always ends
 
 
 # --- the task ---------------------------------------------------------------------------------------------------------
@@ -206,8 +234,10 @@ def test_the_first_problem_stays_what_it_is():
     problem = KnightsAndKnaves([3], instructions=False).problem("test", 0)
     assert problem == Problem(
         prompt=(
-            "You meet Gus, Finn and Dan. Gus says that Finn is a knave. Finn says that Dan is a knight. Dan says "
-            "that Dan is a knave if and only if Gus is a knave. Who is a knight and who is a knave?\n"
+            "You meet Gus, Finn and Dan. Gus says that Finn is a knave. Finn says that Dan is a "
+            "knight. Dan says "
+            "that Dan is a knave if and only if Gus is a knave. Who is a knight and who is a "
+            "knave?\n"
         ),
         answer="Gus is a knight, Finn is a knave, Dan is a knave",
         key="acbcedcfd5e66695",
@@ -231,7 +261,10 @@ CORRECT, WRONG = Verdict.CORRECT, Verdict.WRONG
         ("Answer: Ada is a knight, Ben is a knave.", CORRECT),
         ("**Answer:** *ben* is a KNAVE and **Ada** is a knight", CORRECT),
         ("Answer: Ada is a knave. No.\nAnswer: Ada is a knight, Ben is a knave", CORRECT),
-        ("Answer: nonsense <answer>Ada is a knight\nBen is a knave</answer> Ada is a knave", CORRECT),
+        (
+            "Answer: nonsense <answer>Ada is a knight\nBen is a knave</answer> Ada is a knave",
+            CORRECT,
+        ),
         ("Answer: Ada is a knight, Ada is a knight, Ben is a knave", CORRECT),
         ("Ada is a knight, Ben is a knave", WRONG),  # no mark
         ("Answer: Ada is a knight", WRONG),
@@ -271,7 +304,10 @@ def test_logic_rl_reward(completion, verdict, reward):
 
 
 def test_every_answer_is_judged_correct_in_the_format_that_the_prompt_asks_for():
-    for reward, form in (("exact", "Answer: {}"), ("logic_rl", "<think> x </think><answer> {} </answer>")):
+    for reward, form in (
+        ("exact", "Answer: {}"),
+        ("logic_rl", "<think> x </think><answer> {} </answer>"),
+    ):
         task = KnightsAndKnaves([2, 3, 8], reward=reward)
         for index in range(6):
             problem = task.problem("validation", index)
@@ -293,7 +329,9 @@ def test_answers_of_random_puzzles_parse_back():
 def test_roles_are_balanced():
     # A student that always answers the same must not win: knights are about half of all people.
     task = KnightsAndKnaves([3])
-    roles = Counter(role for index in range(500) for role in task.problem("train", index).metadata["world"])
+    roles = Counter(
+        role for index in range(500) for role in task.problem("train", index).metadata["world"]
+    )
     assert 0.4 < roles[True] / 1500 < 0.6
 
 
@@ -303,7 +341,16 @@ def test_roles_are_balanced():
         st.one_of(
             st.text(st.characters(exclude_categories=()), max_size=20),
             st.sampled_from(
-                ["Answer:", "<answer>", "</answer>", "<think>", "</think>", " Ada is a knight", " Ben is a knave", "\n"]
+                [
+                    "Answer:",
+                    "<answer>",
+                    "</answer>",
+                    "<think>",
+                    "</think>",
+                    " Ada is a knight",
+                    " Ben is a knave",
+                    "\n",
+                ]
             ),
         )
     ).map("".join)
@@ -315,10 +362,14 @@ def test_any_completion_is_judged(completion):
     assert logic_rl_reward(completion, {"ada": True, "ben": False}) in (-3.0, -1.0, -0.5, 3.0)
 
 
-@pytest.mark.parametrize("unit", ["a", " is a knight", "Answer:", "<answer>", "Ada is a ", "\x00", "*"])
+@pytest.mark.parametrize(
+    "unit", ["a", " is a knight", "Answer:", "<answer>", "Ada is a ", "\x00", "*"]
+)
 def test_megabytes_take_less_than_a_second(unit):
     started = time.process_time()
-    KnightsAndKnaves([2], reward="logic_rl").judge(PUZZLE, "Answer: " + unit * (2_000_000 // len(unit)))
+    KnightsAndKnaves([2], reward="logic_rl").judge(
+        PUZZLE, "Answer: " + unit * (2_000_000 // len(unit))
+    )
     assert time.process_time() - started < 1
 
 
@@ -339,7 +390,8 @@ def test_prompt_says_the_rules_only_when_asked():
     puzzle = HAND_WORKED[0][0]
     bare = prompt_text(puzzle, ["Ada", "Ben"], instructions=False)
     assert bare == (
-        "You meet Ada and Ben. Ada says that Ben is a knave. Ben says that Ada is a knight and Ben is a knight. "
+        "You meet Ada and Ben. Ada says that Ben is a knave. Ben says that Ada is a knight and Ben "
+        "is a knight. "
         "Who is a knight and who is a knave?\n"
     )
     assert prompt_text(puzzle, ["Ada", "Ben"], instructions=True).endswith(bare)

@@ -47,12 +47,15 @@ def test_no_question_is_in_two_splits():
 
 
 def test_a_problem_is_a_function_of_its_arguments_even_in_another_process():
-    show = "from rlad.tasks.reasoning_gym import *; t = ReasoningGym('knights_knaves', {'n_people': 3}); " + (
-        "print([t.problem('test', i, seed=2).key for i in (4, 0)])"
+    show = (
+        "from rlad.tasks.reasoning_gym import *; t = ReasoningGym('knights_knaves', {'n_people': "
+        "3}); " + ("print([t.problem('test', i, seed=2).key for i in (4, 0)])")
     )
     task = ReasoningGym("knights_knaves", {"n_people": 3})
     expected = [task.problem("test", i, seed=2).key for i in (4, 0)]
-    found = subprocess.run([sys.executable, "-W", "ignore", "-c", show], capture_output=True, text=True, check=True).stdout
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", show], capture_output=True, text=True, check=True
+    ).stdout
     assert found.splitlines()[-1] == str(expected)
     assert task.problem("test", 4, seed=3).key != expected[0]
 
@@ -60,7 +63,9 @@ def test_a_problem_is_a_function_of_its_arguments_even_in_another_process():
 def test_seeds_do_not_overlap():
     # Data sets of reasoning-gym with seeds 1 and 2 share all items but one; these must not.
     task = arithmetic({"min_digits": 4, "max_digits": 4})
-    first, second = ({task.problem("train", i, seed=seed).prompt for i in range(100)} for seed in (1, 2))
+    first, second = (
+        {task.problem("train", i, seed=seed).prompt for i in range(100)} for seed in (1, 2)
+    )
     assert len(first) == len(second) == 100
     assert not first & second
 
@@ -70,7 +75,12 @@ def test_countdown_is_judged_without_evaluating_the_answer(close_later):
     for index in range(20):
         problem = task.problem("train", index)
         assert task.judge(problem, f"<answer>{problem.answer}</answer>").verdict == CORRECT
-    problem = Problem("", "", "", metadata={"entry": {"answer": "", "metadata": {"numbers": [3, 5, 8], "target": 64}}})
+    problem = Problem(
+        "",
+        "",
+        "",
+        metadata={"entry": {"answer": "", "metadata": {"numbers": [3, 5, 8], "target": 64}}},
+    )
     for answer, verdict in (
         ("(3 + 5) * 8", CORRECT),
         ("8 * (5 + 3)", CORRECT),
@@ -89,7 +99,9 @@ def test_puzzle24_needs_the_given_numbers():
     problem = task.problem("train", 0)
     assert task.judge(problem, f"Answer: {problem.answer}").verdict == CORRECT
     assert sorted(problem.metadata["entry"]["metadata"]["numbers"]) != [1, 2, 3, 4]
-    assert task.judge(problem, "Answer: 1 * 2 * 3 * 4").verdict == WRONG  # reasoning-gym itself gives this 1.0
+    assert (
+        task.judge(problem, "Answer: 1 * 2 * 3 * 4").verdict == WRONG
+    )  # reasoning-gym itself gives this 1.0
 
 
 def test_partial_credit_is_no_success(close_later):
@@ -102,7 +114,13 @@ def test_partial_credit_is_no_success(close_later):
     lie = role["knave"] if truth[1] == role["knight"] else role["knight"]
     first, second = metadata["names"]
     half = f"{first} is a {truth[0]}, and {second} is a {lie}."
-    assert strict.judge(problem, f"<answer>**{first}** is a {truth[0]}, and {second} is a {truth[1]}.**</answer>").reward == 1
+    assert (
+        strict.judge(
+            problem,
+            f"<answer>**{first}** is a {truth[0]}, and {second} is a {truth[1]}.**</answer>",
+        ).reward
+        == 1
+    )
     assert (strict.judge(problem, half).verdict, strict.judge(problem, half).reward) == (WRONG, 0)
     partial = close_later(ReasoningGym("knights_knaves", options, partial_credit=True))
     judgement = partial.judge(problem, half)
@@ -116,7 +134,9 @@ def test_equal_puzzles_with_other_names_share_a_key():
     same = [p for i in range(1, 400) if (p := task.problem("train", i)).key == problem.key]
     assert same and any(p.prompt != problem.prompt for p in same)
     assert all(
-        p.metadata["entry"]["metadata"]["statements"] == problem.metadata["entry"]["metadata"]["statements"] for p in same
+        p.metadata["entry"]["metadata"]["statements"]
+        == problem.metadata["entry"]["metadata"]["statements"]
+        for p in same
     )
 
 
@@ -150,19 +170,28 @@ def test_scorers_that_raise_and_data_without_answers_cannot_judge(close_later):
     problem = task.problem("train", 0)
     judgement = task.judge(problem, "Answer: no idea")
     assert judgement.verdict == CANNOT_JUDGE and math.isnan(judgement.reward)
-    assert judgement.reason.startswith("scorer of 'prime_factorization': ValueError: invalid literal")
+    assert judgement.reason.startswith(
+        "scorer of 'prime_factorization': ValueError: invalid literal"
+    )
     assert task.judge(problem, f"Answer: {problem.answer}").verdict == CORRECT
     task = ReasoningGym("propositional_logic")
     problem = task.problem("train", 0)
     assert problem.answer == ""
-    assert task.judge(problem, "Answer: P").reason == "the data set 'propositional_logic' has no reference answers"
+    assert (
+        task.judge(problem, "Answer: P").reason
+        == "the data set 'propositional_logic' has no reference answers"
+    )
 
 
 def test_keys_are_the_normalised_question_and_instructions_can_be_left_out():
     bare = arithmetic(instructions=False).problem("test", 0)
     asked = arithmetic().problem("test", 0)
     assert bare.key == asked.key == text_key(bare.prompt)
-    assert asked.prompt.startswith(bare.prompt) and "<answer>" in asked.prompt and "<answer>" not in bare.prompt
+    assert (
+        asked.prompt.startswith(bare.prompt)
+        and "<answer>" in asked.prompt
+        and "<answer>" not in bare.prompt
+    )
 
 
 @pytest.mark.parametrize(
@@ -175,7 +204,8 @@ def test_keys_are_the_normalised_question_and_instructions_can_be_left_out():
         (
             "chain_sum",
             {"min_terms": 9, "max_terms": 3},
-            "gives no problems .AssertionError: max_terms must be >= min_terms.; choose other options",
+            "gives no problems .AssertionError: max_terms must be >= min_terms.; choose other "
+            "options",
         ),
         ("chain_sum", {"min_terms": "x"}, "gives no problems .TypeError"),
         ("knights_knaves", {"n_people": 2, "depth_constraint": 1}, "gives no problems .IndexError"),
@@ -189,9 +219,15 @@ def test_wrong_names_and_options_are_refused(dataset, options, message):
 def test_data_sets_with_too_few_problems_are_refused():
     # The questions are the ten digits, which do not reach every split.
     task = arithmetic({"min_terms": 1, "max_terms": 1, "max_digits": 1})
-    empty = {split_of(text_key(f"State the final answer to the following arithmetic problem: {n} =")) for n in range(10)}
+    empty = {
+        split_of(text_key(f"State the final answer to the following arithmetic problem: {n} ="))
+        for n in range(10)
+    }
     (missing,) = set(SPLITS) - empty
-    with pytest.raises(ValueError, match=f"gave no {missing} problem in 1000 draws: it has too few different ones; choose"):
+    with pytest.raises(
+        ValueError,
+        match=f"gave no {missing} problem in 1000 draws: it has too few different ones; choose",
+    ):
         task.problem(missing, 0)
 
 

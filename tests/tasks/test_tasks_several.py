@@ -1,4 +1,5 @@
-"""Several tasks in one run: turns, splits, grading by the owner, and what config and evaluation make of them."""
+"""Several tasks in one run: turns, splits, grading by the owner, and what config and evaluation
+make of them."""
 
 import json
 from pathlib import Path
@@ -7,7 +8,13 @@ from typing import Any
 import pytest
 
 import rlad
-from rlad.config.file import changed_settings, dump_config, load_config, parse_config, parse_overrides
+from rlad.config.file import (
+    changed_settings,
+    dump_config,
+    load_config,
+    parse_config,
+    parse_overrides,
+)
 from rlad.config.run import RunConfig
 from rlad.config.task import KnightsAndKnavesConfig
 from rlad.runs.directory import RunDirectory
@@ -23,7 +30,10 @@ def write_problems(folder: Path, name: str, **sizes: int) -> dict[str, Any]:
     files = {}
     for split, number in sizes.items():
         files[split] = str(folder / f"{name}-{split}.jsonl")
-        rows = [json.dumps({"prompt": f"{name} {split} {i}", "answer": str(i)}) + "\n" for i in range(number)]
+        rows = [
+            json.dumps({"prompt": f"{name} {split} {i}", "answer": str(i)}) + "\n"
+            for i in range(number)
+        ]
         Path(files[split]).write_text("".join(rows))
     paths = {f"{split}_path" if split != "train" else "path": file for split, file in files.items()}
     return {"type": "jsonl", "verifier": "number", **paths}
@@ -54,12 +64,19 @@ def test_problems_are_those_of_each_task_in_turn(several):
 
 def test_training_gives_all_of_each_task_and_held_out_problems_come_once(several):
     task = make_task("several", tasks=several)
-    assert {split: task.num_problems(split) for split in SPLITS} == {"train": 10, "validation": 4, "test": 4}
+    assert {split: task.num_problems(split) for split in SPLITS} == {
+        "train": 10,
+        "validation": 4,
+        "test": 4,
+    }
     assert len({task.problem("train", i).prompt for i in range(10)}) == 3 + 5
     for split in ("validation", "test"):
         assert len({task.problem(split, i).prompt for i in range(4)}) == 4
     assert make_task("several", tasks={"a": LOGIC, "b": LOGIC}).num_problems("test") is None
-    assert make_task("several", tasks={"logic": LOGIC, "few": several["few"]}).num_problems("test") == 8
+    assert (
+        make_task("several", tasks={"logic": LOGIC, "few": several["few"]}).num_problems("test")
+        == 8
+    )
 
 
 def test_each_problem_is_graded_by_its_own_task(several):
@@ -77,7 +94,9 @@ def test_each_problem_is_graded_by_its_own_task(several):
 def test_one_task_whose_verifier_cannot_judge_is_found_among_others(several):
     broken = several["many"] | {"verifier": "run_verifiers:always_nan"}
     require_working_verifier(make_task("several", tasks=several))
-    with pytest.raises(ValueError, match="verifier of task 'jsonl' cannot judge the reference answers"):
+    with pytest.raises(
+        ValueError, match="verifier of task 'jsonl' cannot judge the reference answers"
+    ):
         require_working_verifier(make_task("several", tasks=several | {"broken": broken}))
 
 
@@ -93,7 +112,10 @@ def test_mistakes_of_one_task_name_it():
 BASE: dict[str, Any] = {
     "student": {"model": "s"},
     "teacher": {"model": "t"},
-    "task": {"type": "several", "tasks": {"logic": LOGIC, "sums": {"type": "jsonl", "path": "p.jsonl"}}},
+    "task": {
+        "type": "several",
+        "tasks": {"logic": LOGIC, "sums": {"type": "jsonl", "path": "p.jsonl"}},
+    },
 }
 
 
@@ -114,10 +136,22 @@ def test_the_config_reads_back_and_takes_overrides(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["task.tasks.logic.num_people=[2, 9]"], "task.tasks.logic.num_people[1] is 9: it must be less than or equal to 8."),
-        (["task.tasks.logic.people=[2]"], "task.tasks.logic.people is an unknown key: did you mean 'num_people'?"),
-        (["task.tasks.new={path='p'}"], "task.tasks.new.type is missing: every such section names its type."),
-        (["task.tasks.sums={type='jsonl'}"], "task.tasks.sums.path is missing: add it to the config."),
+        (
+            ["task.tasks.logic.num_people=[2, 9]"],
+            "task.tasks.logic.num_people[1] is 9: it must be less than or equal to 8.",
+        ),
+        (
+            ["task.tasks.logic.people=[2]"],
+            "task.tasks.logic.people is an unknown key: did you mean 'num_people'?",
+        ),
+        (
+            ["task.tasks.new={path='p'}"],
+            "task.tasks.new.type is missing: every such section names its type.",
+        ),
+        (
+            ["task.tasks.sums={type='jsonl'}"],
+            "task.tasks.sums.path is missing: add it to the config.",
+        ),
         (["task.tasks.sums={type='arithmetics'}"], "gsm8k, aime2025, did you mean 'arithmetic'?"),
         (
             ["task.tasks.sums={type='several', tasks={}}"],
@@ -125,12 +159,22 @@ def test_the_config_reads_back_and_takes_overrides(tmp_path):
         ),
         (["task.tasks={}"], "task.tasks is {}: it must have at least 1 item."),
         (["task={type='several'}"], "task.tasks is missing: add it to the config."),
-        (["evaluation.ood_task={num_people=[4]}"], "{ tasks = { NAME = { ... } } }, with names among logic, sums."),
-        (["evaluation.ood_task={tasks={logik={}}}"], "{ tasks = { NAME = { ... } } }, with names among logic, sums."),
-        (["evaluation.ood_task={tasks={logic=4}}"], "{ tasks = { NAME = { ... } } }, with names among logic, sums."),
+        (
+            ["evaluation.ood_task={num_people=[4]}"],
+            "{ tasks = { NAME = { ... } } }, with names among logic, sums.",
+        ),
+        (
+            ["evaluation.ood_task={tasks={logik={}}}"],
+            "{ tasks = { NAME = { ... } } }, with names among logic, sums.",
+        ),
+        (
+            ["evaluation.ood_task={tasks={logic=4}}"],
+            "{ tasks = { NAME = { ... } } }, with names among logic, sums.",
+        ),
         (
             ["evaluation.ood_task={tasks={logic={num_people=[9]}}}"],
-            "evaluation.ood_task.tasks.logic.num_people.0 does not fit a task of type 'knights_and_knaves': "
+            "evaluation.ood_task.tasks.logic.num_people.0 does not fit a task of type "
+            "'knights_and_knaves': "
             "Input should be less than or equal to 8.",
         ),
     ],
@@ -156,7 +200,10 @@ def test_a_run_shows_each_task_in_its_evaluations(world, tmp_path):
     one = {"type": "jsonl", "verifier": "number", **files}
     config = run_config(world, tmp_path / "run", optimization={"num_steps": 1})
     config["task"] = {"type": "several", "tasks": {"sums": one, "same": one}}
-    config["evaluation"] |= {"num_test_problems": 4, "ood_task": {"tasks": {"sums": {"verifier": "exact"}}}}
+    config["evaluation"] |= {
+        "num_test_problems": 4,
+        "ood_task": {"tasks": {"sums": {"verifier": "exact"}}},
+    }
     rlad.train(config)
     rows = list(RunDirectory(tmp_path / "run").read("eval.jsonl"))
     shown = {row["split"]: [result["difficulty"] for result in row["results"]] for row in rows}

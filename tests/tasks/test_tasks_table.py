@@ -20,15 +20,28 @@ def test_the_table_names_every_task():
 
 def test_importing_tasks_imports_nothing_heavy():
     show = "import rlad.tasks, rlad.tasks.logic, rlad.tasks.jsonl, rlad.tasks.reasoning_gym, sys; print(*sys.modules)"
-    modules = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, check=True).stdout.split()
+    modules = subprocess.run(
+        [sys.executable, "-c", show], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert "rlad.tasks.verifiers" in modules
-    assert not {"torch", "transformers", "numpy", "sympy", "reasoning_gym", "math_verify", "datasets"} & set(modules)
+    assert not {
+        "torch",
+        "transformers",
+        "numpy",
+        "sympy",
+        "reasoning_gym",
+        "math_verify",
+        "datasets",
+    } & set(modules)
 
 
 def test_make_task_passes_the_options_on():
     task = make_task("knights_and_knaves", num_people=[2, 4], instructions=False)
     assert task.name == "knights_and_knaves"
-    assert [task.problem("train", index).difficulty for index in range(2)] == ["2 people", "4 people"]
+    assert [task.problem("train", index).difficulty for index in range(2)] == [
+        "2 people",
+        "4 people",
+    ]
     task.close()
 
 
@@ -36,7 +49,12 @@ def test_every_task_keeps_the_contract(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": f"{i}?", "answer": i}) for i in range(60)))
     options: dict[str, Any] = {"jsonl": {"path": str(path)}, "reasoning_gym": {"dataset": "gcd"}}
-    options["several"] = {"tasks": {"logic": {"type": "knights_and_knaves"}, "file": {"type": "jsonl", **options["jsonl"]}}}
+    options["several"] = {
+        "tasks": {
+            "logic": {"type": "knights_and_knaves"},
+            "file": {"type": "jsonl", **options["jsonl"]},
+        }
+    }
     for name, row in TASKS.items():
         if row.extra == "benchmarks":  # has no training problems
             continue
@@ -58,10 +76,23 @@ def test_every_task_keeps_the_contract(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"type": "knights_and_knives"}, "there is no task 'knights_and_knives'; did you mean 'knights_and_knaves'?"),
-        ({"type": "."}, "there is no task '.'; use one of knights_and_knaves, arithmetic, countdown, reasoning_gym, jsonl"),
-        ({"type": "knights_and_knaves", "people": [3]}, "has no option 'people'; did you mean 'num_people'?"),
-        ({"type": "arithmetic", "dataset": "x"}, "the task 'arithmetic' has no option 'dataset'; use one of options, "),
+        (
+            {"type": "knights_and_knives"},
+            "there is no task 'knights_and_knives'; did you mean 'knights_and_knaves'?",
+        ),
+        (
+            {"type": "."},
+            "there is no task '.'; use one of knights_and_knaves, arithmetic, countdown, "
+            "reasoning_gym, jsonl",
+        ),
+        (
+            {"type": "knights_and_knaves", "people": [3]},
+            "has no option 'people'; did you mean 'num_people'?",
+        ),
+        (
+            {"type": "arithmetic", "dataset": "x"},
+            "the task 'arithmetic' has no option 'dataset'; use one of options, ",
+        ),
         ({"type": "jsonl"}, "the task 'jsonl' needs the option 'path'"),
         ({"type": "knights_and_knaves", "num_people": [1]}, "give a list of whole numbers"),
     ],

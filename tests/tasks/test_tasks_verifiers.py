@@ -57,7 +57,10 @@ def test_number(completion, answer, verdict):
 @given(st.text(st.characters(exclude_categories=()), max_size=100), st.text(max_size=20))
 def test_exact_and_number_judge_any_text(completion, answer):
     for judgement in (exact(completion, answer), number(completion, answer)):
-        assert str(judgement.reward) == {CORRECT: "1.0", WRONG: "0.0", CANNOT_JUDGE: "nan"}[judgement.verdict]
+        assert (
+            str(judgement.reward)
+            == {CORRECT: "1.0", WRONG: "0.0", CANNOT_JUDGE: "nan"}[judgement.verdict]
+        )
 
 
 # --- math -------------------------------------------------------------------------------------------------------------
@@ -102,7 +105,9 @@ def test_math(math_verifier, completion, answer, verdict):
 def test_math_that_hangs_costs_one_completion(math_verifier):
     impatient = make_verifier("math", timeout_seconds=1)
     started = time.monotonic()
-    judgement = impatient.judge("<answer>" + "(" * 2000 + "</answer>", "3")  # takes math-verify longer than that
+    judgement = impatient.judge(
+        "<answer>" + "(" * 2000 + "</answer>", "3"
+    )  # takes math-verify longer than that
     assert (judgement.verdict, judgement.reason) == (CANNOT_JUDGE, "no result within 1 seconds")
     assert time.monotonic() - started < 6
     assert impatient.judge(r"\boxed{3}", "3").verdict == CORRECT
@@ -174,13 +179,25 @@ def test_user_functions_see_the_end_of_long_completions(user_verifier):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("user_verifiers:nothing_here", "the module 'user_verifiers' has no function 'nothing_here'; write it as"),
+        (
+            "user_verifiers:nothing_here",
+            "the module 'user_verifiers' has no function 'nothing_here'; write it as",
+        ),
         ("user_verifiers:not_a_function", "has no function 'not_a_function'"),
         ("user_verifiers:", "has no function ''"),
-        ("no_such_module:grade", r"cannot import the module 'no_such_module' \(ModuleNotFoundError.*PYTHONPATH"),
+        (
+            "no_such_module:grade",
+            r"cannot import the module 'no_such_module' \(ModuleNotFoundError.*PYTHONPATH",
+        ),
         (":grade", "cannot import the module ''"),
-        ("user_verifiers:one_argument", r"must be callable as function\(completion, answer\): too many positional"),
-        ("exakt", "unknown verifier 'exakt'; use 'exact', 'number', 'math' or .* Did you mean 'exact'?"),
+        (
+            "user_verifiers:one_argument",
+            r"must be callable as function\(completion, answer\): too many positional",
+        ),
+        (
+            "exakt",
+            "unknown verifier 'exakt'; use 'exact', 'number', 'math' or .* Did you mean 'exact'?",
+        ),
         ("", "unknown verifier ''; use"),
     ],
 )

@@ -84,7 +84,9 @@ def test_a_process_that_cannot_start_fails_the_call(make_worker):
 def test_threads_take_turns(make_worker):
     worker = make_worker(square, timeout_seconds=5)
     results = {}
-    threads = [threading.Thread(target=lambda n=n: results.update({n: worker.call(n)})) for n in range(8)]
+    threads = [
+        threading.Thread(target=lambda n=n: results.update({n: worker.call(n)})) for n in range(8)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

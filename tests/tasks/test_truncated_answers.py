@@ -1,4 +1,5 @@
-"""An answer in which the token limit cuts a completion off is none, in training, evaluation and preview alike."""
+"""An answer in which the token limit cuts a completion off is none, in training, evaluation and
+preview alike."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,11 @@ def config(world: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     write_model(folder / "student", seed=1, words=(*WORDS, "Answer:"))
     rollout = {"max_completion_tokens": LIMIT, "group_size": NUM_SAMPLES}
     student = {"model": str(folder / "student")}
-    return parse_config(run_config(world, folder / "run", student=student, rollout=rollout, objective={"type": "grpo"}))
+    return parse_config(
+        run_config(
+            world, folder / "run", student=student, rollout=rollout, objective={"type": "grpo"}
+        )
+    )
 
 
 class Listening(JsonlTask):
@@ -43,9 +48,15 @@ class Listening(JsonlTask):
 def require_no_cut_answer(heard: list[str]) -> None:
     """A completion of as many words as the limit has was cut off, as its end is a token too."""
     texts = [text.split() for text in heard]
-    assert not [text for text in texts if len(text) == LIMIT and "Answer:" in text and text[-1] != "Answer:"]
-    assert [text for text in texts if text[0:1] == ["Answer:"] and len(text) == 2], "none has ended behind its answer"
-    assert [text for text in texts if text == ["Answer:"]] and [text for text in texts if len(text) == LIMIT]
+    assert not [
+        text for text in texts if len(text) == LIMIT and "Answer:" in text and text[-1] != "Answer:"
+    ]
+    assert [text for text in texts if text[0:1] == ["Answer:"] and len(text) == 2], (
+        "none has ended behind its answer"
+    )
+    assert [text for text in texts if text == ["Answer:"]] and [
+        text for text in texts if len(text) == LIMIT
+    ]
 
 
 @pytest.mark.parametrize("route", ["training", "evaluation"])
@@ -61,12 +72,16 @@ def test_what_is_judged(config, route):
         groups = roll_out(config, task, [0, 1], writer=student, student=student, **more)
         written = [rollout for group in groups for rollout in group.rollouts]
         pairs = [(rollout.text, heard) for rollout, heard in zip(written, task.heard, strict=True)]
-        assert all(text.startswith(heard) for text, heard in pairs) and any(text != heard for text, heard in pairs)
+        assert all(text.startswith(heard) for text, heard in pairs) and any(
+            text != heard for text, heard in pairs
+        )
     require_no_cut_answer(task.heard)
 
 
 def test_a_preview_shows_the_whole_text_and_its_grade(config):
     rows = preview(config, num_prompts=2)
-    cut = [row for row in rows if row["is_truncated"] and "Answer:" in row["completion"].split()[:-1]]
+    cut = [
+        row for row in rows if row["is_truncated"] and "Answer:" in row["completion"].split()[:-1]
+    ]
     assert len(cut) > 10 and {row["verdict"] for row in cut} == {"wrong"}
     assert "correct" in {row["verdict"] for row in rows}

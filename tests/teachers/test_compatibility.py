@@ -17,7 +17,9 @@ Make = Callable[..., PreTrainedTokenizerBase]
 
 @pytest.fixture
 def tokenizer(tmp_path: Path) -> Make:
-    def make(words: tuple[str, ...] = WORDS, *, template: str | None = None, **settings: Any) -> PreTrainedTokenizerBase:
+    def make(
+        words: tuple[str, ...] = WORDS, *, template: str | None = None, **settings: Any
+    ) -> PreTrainedTokenizerBase:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         write_model(folder, seed=0)
         write_tokenizer(folder, words, **settings)
@@ -35,7 +37,9 @@ def found(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) ->
 def test_the_same_tokenizer(tokenizer):
     findings = found(tokenizer(), tokenizer())
     assert {finding.level for finding in findings.values()} == {"ok"}
-    assert findings["vocabulary"].message == "all 7 tokens of the student are the teacher's (it has 7)"
+    assert (
+        findings["vocabulary"].message == "all 7 tokens of the student are the teacher's (it has 7)"
+    )
     assert findings["end token"].message == "'<eos>' for both"
     assert findings["chat template"].message == "none for both: plain prompts"
     assert findings["thinking markers"].message == "none for both"
@@ -48,17 +52,25 @@ def test_a_teacher_with_more_tokens(tokenizer):
 def test_another_tokenizer_of_the_same_size(tokenizer):
     finding = found(tokenizer(), tokenizer((*WORDS[:3], "2", "1", *WORDS[5:])))["vocabulary"]
     assert finding.level == "error"
-    assert finding.message.startswith("2 of 7 token ids differ, the first is id 3, '1' for the student and '2' for the teacher")
+    assert finding.message.startswith(
+        "2 of 7 token ids differ, the first is id 3, '1' for the student and '2' for the teacher"
+    )
 
 
 def test_a_student_with_more_tokens(tokenizer):
     finding = found(tokenizer((*WORDS, "3")), tokenizer())["vocabulary"]
-    assert finding.level == "error" and "id 7, '3' for the student and not in the teacher's vocabulary" in finding.message
+    assert (
+        finding.level == "error"
+        and "id 7, '3' for the student and not in the teacher's vocabulary" in finding.message
+    )
 
 
 def test_another_end_token(tokenizer):
     finding = found(tokenizer(), tokenizer(eos_token="="))["end token"]
-    assert finding.level == "warning" and "the student ends with '<eos>', the teacher with '='" in finding.message
+    assert (
+        finding.level == "warning"
+        and "the student ends with '<eos>', the teacher with '='" in finding.message
+    )
 
 
 @pytest.mark.parametrize(
@@ -79,7 +91,10 @@ def test_thinking_markers_in_vocabulary_or_template(tokenizer):
     plain, trained = tokenizer(), tokenizer((*WORDS, "<think>", "</think>"))
     assert found(trained, trained)["thinking markers"].message == "</think>, <think> for both"
     finding = found(plain, trained)["thinking markers"]
-    assert finding.level == "warning" and "student none, teacher ['</think>', '<think>']" in finding.message
+    assert (
+        finding.level == "warning"
+        and "student none, teacher ['</think>', '<think>']" in finding.message
+    )
     assert found(plain, tokenizer(template="x<think>"))["thinking markers"].level == "warning"
 
 
@@ -106,4 +121,6 @@ def test_contexts(prompt, student, teacher, level):
 
 def test_a_completion_that_is_longer_than_the_teachers_context():
     finding = compare_contexts(RolloutConfig(max_completion_tokens=100), 500, 100)
-    assert finding.level == "error" and finding.message.endswith("lower rollout.max_completion_tokens.")
+    assert finding.level == "error" and finding.message.endswith(
+        "lower rollout.max_completion_tokens."
+    )

@@ -35,7 +35,9 @@ class Asked(LocalTeacher):
     """A real teacher that notes what it is asked."""
 
     def __init__(self, seed: int = 3, *, temperature: float = 1.0):
-        super().__init__(tiny_language_model(seed=seed), temperature=temperature, tokens_per_batch=10_000)
+        super().__init__(
+            tiny_language_model(seed=seed), temperature=temperature, tokens_per_batch=10_000
+        )
         self.asked: list[TeacherRequest] = []
         self.added = 0.0
 
@@ -45,13 +47,20 @@ class Asked(LocalTeacher):
 
 
 def requests(*lengths: int, seed: int = 0) -> list[TeacherRequest]:
-    prompts, completions = random_tokens(*[5] * len(lengths), seed=seed), random_tokens(*lengths, seed=seed + 100)
+    prompts, completions = (
+        random_tokens(*[5] * len(lengths), seed=seed),
+        random_tokens(*lengths, seed=seed + 100),
+    )
     return [TeacherRequest(*pair) for pair in zip(prompts, completions, strict=True)]
 
 
-def cached(teacher: Teacher, folder: Path, *, temperature: float = 1.0, max_bytes: int = GIB) -> CachedTeacher:
+def cached(
+    teacher: Teacher, folder: Path, *, temperature: float = 1.0, max_bytes: int = GIB
+) -> CachedTeacher:
     store = LogprobStore(folder, max_bytes=max_bytes)
-    return CachedTeacher(teacher, store, directory=str(folder), temperature=temperature, tolerance=0.1)
+    return CachedTeacher(
+        teacher, store, directory=str(folder), temperature=temperature, tolerance=0.1
+    )
 
 
 def same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
@@ -67,7 +76,8 @@ def close(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
 
 
 def test_a_hit_is_the_same_bit_for_bit_and_asks_nobody(tmp_path):
-    """Each session first asks for the witness, the longest of the first; nothing else is asked for again."""
+    """Each session first asks for the witness, the longest of the first; nothing else is asked for
+    again."""
     wanted, teacher = requests(7, 3, 12), Asked()
     first = cached(teacher, tmp_path).logprobs(wanted)
     assert teacher.asked == wanted and same(first, LocalTeacher.logprobs(teacher, wanted))
@@ -83,9 +93,18 @@ def test_what_is_missing_is_asked_for_alone_and_once(tmp_path):
     both.logprobs(wanted)
     assert both.pop_metrics() == {"teacher/cache_hits/frac": 0.0} and both.pop_metrics() == {}
     values = both.logprobs([new, wanted[1], new, wanted[0]])
-    assert teacher.asked == [*wanted, new]  # the session that gave the witness need not be asked for it
+    assert teacher.asked == [
+        *wanted,
+        new,
+    ]  # the session that gave the witness need not be asked for it
     assert both.pop_metrics() == {"teacher/cache_hits/frac": 0.5}
-    assert same(values, [LocalTeacher.logprobs(teacher, [request])[0] for request in (new, wanted[1], new, wanted[0])])
+    assert same(
+        values,
+        [
+            LocalTeacher.logprobs(teacher, [request])[0]
+            for request in (new, wanted[1], new, wanted[0])
+        ],
+    )
 
 
 def test_only_complete_and_finite_answers_are_stored(tmp_path):
@@ -100,7 +119,9 @@ def test_only_complete_and_finite_answers_are_stored(tmp_path):
     faulty = cached(Faulty(), tmp_path).logprobs(wanted)
     assert faulty[0][1].isnan() and len(faulty[1]) == 5
     teacher = Asked()
-    assert same(cached(teacher, tmp_path).logprobs(wanted)[:2], LocalTeacher.logprobs(teacher, wanted)[:2])
+    assert same(
+        cached(teacher, tmp_path).logprobs(wanted)[:2], LocalTeacher.logprobs(teacher, wanted)[:2]
+    )
     assert teacher.asked == [wanted[2], *wanted[:2]]
 
 
@@ -119,7 +140,9 @@ def test_the_key_changes_with_teacher_temperature_and_every_token():
         entry_key("teacher", 1.0, TeacherRequest([2, 1], [3, 4])),
     ]
     assert len({entry_key("teacher", 1.0, request), *others}) == 8
-    assert entry_key("teacher", 1.0, TeacherRequest((1, 2), (3, 4))) == entry_key("teacher", 1.0, request)
+    assert entry_key("teacher", 1.0, TeacherRequest((1, 2), (3, 4))) == entry_key(
+        "teacher", 1.0, request
+    )
 
 
 @pytest.mark.parametrize("change", ["temperature", "weights", "one weight", "dtype"])
@@ -138,10 +161,17 @@ def test_another_teacher_of_the_same_name_finds_nothing(tmp_path, change):
 
 
 def test_the_fingerprint_is_that_of_the_weights():
-    assert weights_fingerprint(tiny_language_model(seed=1)) == weights_fingerprint(tiny_language_model(seed=1))
-    assert weights_fingerprint(tiny_language_model(seed=1)) != weights_fingerprint(tiny_language_model(seed=2))
+    assert weights_fingerprint(tiny_language_model(seed=1)) == weights_fingerprint(
+        tiny_language_model(seed=1)
+    )
+    assert weights_fingerprint(tiny_language_model(seed=1)) != weights_fingerprint(
+        tiny_language_model(seed=2)
+    )
     # The same weights in a model that turns positions faster.
-    slow, fast = (tiny_language_model(rope_parameters={"rope_type": "default", "rope_theta": t}) for t in (1e4, 1e3))
+    slow, fast = (
+        tiny_language_model(rope_parameters={"rope_type": "default", "rope_theta": t})
+        for t in (1e4, 1e3)
+    )
     assert weights_fingerprint(slow) != weights_fingerprint(fast)
 
 
@@ -149,7 +179,8 @@ def test_the_fingerprint_is_that_of_the_weights():
 
 
 class Elsewhere(Asked):
-    """The same fingerprint, other numbers; does `meanwhile` before it answers for the first time."""
+    """The same fingerprint, other numbers; does `meanwhile` before it answers for the first
+    time."""
 
     def __init__(self, added: float, meanwhile: Callable[[], object] = lambda: None):
         super().__init__()
@@ -167,7 +198,9 @@ ANOTHER = r"holds log-probs of another teacher than 'tiny-llama': a completion o
 def test_stored_answers_of_another_teacher_end_the_run(tmp_path):
     wanted = requests(7, 12)
     first = cached(Asked(), tmp_path).logprobs(wanted)
-    assert same(cached(Elsewhere(0.05), tmp_path).logprobs(wanted), first)  # as far as rounding may go
+    assert same(
+        cached(Elsewhere(0.05), tmp_path).logprobs(wanted), first
+    )  # as far as rounding may go
     with pytest.raises(ValueError, match=ANOTHER):
         cached(Elsewhere(-0.3), tmp_path).logprobs(wanted)
 
@@ -182,7 +215,10 @@ def test_another_teacher_is_found_without_a_hit_and_stores_nothing(tmp_path):
     assert another.asked == wanted[:1]
     teacher = Asked()
     values = cached(teacher, tmp_path).logprobs(wanted)
-    assert close(values, LocalTeacher.logprobs(teacher, wanted)) and teacher.asked == [wanted[0], *wanted[1:]]
+    assert close(values, LocalTeacher.logprobs(teacher, wanted)) and teacher.asked == [
+        wanted[0],
+        *wanted[1:],
+    ]
 
 
 @pytest.mark.parametrize("added", [0.0, -0.3])
@@ -219,10 +255,17 @@ def test_entries_whose_witness_is_lost_are_not_used(tmp_path, how):
     wanted = requests(12, 7)
     cached(Asked(), tmp_path).logprobs(wanted)
     with sqlite3.connect(tmp_path / FILE) as database:
-        change = "DELETE FROM witnesses" if how == "deleted" else "UPDATE witnesses SET logprobs = zeroblob(48)"
+        change = (
+            "DELETE FROM witnesses"
+            if how == "deleted"
+            else "UPDATE witnesses SET logprobs = zeroblob(48)"
+        )
         assert database.execute(change).rowcount == 1
     other = Elsewhere(-0.3)
-    assert same(cached(other, tmp_path).logprobs(wanted), Elsewhere(-0.3).logprobs(wanted)) and other.asked == wanted
+    assert (
+        same(cached(other, tmp_path).logprobs(wanted), Elsewhere(-0.3).logprobs(wanted))
+        and other.asked == wanted
+    )
     with pytest.raises(ValueError, match=ANOTHER):
         cached(Asked(), tmp_path).logprobs(wanted)
 
@@ -261,7 +304,10 @@ def claim_at_once(folder: Path, number: int, start: Event, held: "Queue[float]")
 def test_processes_that_claim_at_once_hold_the_same_witness(tmp_path):
     context = get_context("fork")
     start, held = context.Event(), context.Queue()
-    claims = [context.Process(target=claim_at_once, args=(tmp_path, number, start, held)) for number in range(4)]
+    claims = [
+        context.Process(target=claim_at_once, args=(tmp_path, number, start, held))
+        for number in range(4)
+    ]
     for process in claims:
         process.start()
     start.set()
@@ -275,7 +321,9 @@ def test_processes_that_claim_at_once_hold_the_same_witness(tmp_path):
 def test_a_witness_that_does_not_fit_is_not_claimed(tmp_path):
     """Nothing is stored then, and the numbers are the teacher's."""
     wanted, teacher = requests(12), Asked()
-    assert LogprobStore(tmp_path, max_bytes=10).claim(Witness(bytes(32), b"", torch.zeros(3))) is None
+    assert (
+        LogprobStore(tmp_path, max_bytes=10).claim(Witness(bytes(32), b"", torch.zeros(3))) is None
+    )
     for _ in range(2):
         values = cached(teacher, tmp_path, max_bytes=10).logprobs(wanted)
         assert same(values, LocalTeacher.logprobs(teacher, wanted))
@@ -294,7 +342,8 @@ def fill(store: LogprobStore, numbers: range, *, tokens: int = 4000) -> list[byt
 
 
 def test_the_least_recently_used_go_first_and_the_file_stays_in_bounds(tmp_path):
-    """Entries of 16 kB in a store of 1 MB: about 50 stay, among them the first, which was used all the time."""
+    """Entries of 16 kB in a store of 1 MB: about 50 stay, among them the first, which was used all
+    the time."""
     store = LogprobStore(tmp_path, max_bytes=10**6)
     first = fill(store, range(1))
     for start in range(1, 400, 10):
@@ -302,9 +351,15 @@ def test_the_least_recently_used_go_first_and_the_file_stays_in_bounds(tmp_path)
         assert store.get(first)
         assert (tmp_path / FILE).stat().st_size < 1.1 * 10**6
     stored = [number for number in range(400) if store.get([number.to_bytes(32, "big")])]
-    assert stored[0] == 0 and stored[1:] == list(range(stored[1], 401))[: len(stored) - 1] and 35 <= len(stored) <= 60
+    assert (
+        stored[0] == 0
+        and stored[1:] == list(range(stored[1], 401))[: len(stored) - 1]
+        and 35 <= len(stored) <= 60
+    )
     store.close()
-    smaller = LogprobStore(tmp_path, max_bytes=3 * 10**5)  # a bound that was lowered takes hold at once
+    smaller = LogprobStore(
+        tmp_path, max_bytes=3 * 10**5
+    )  # a bound that was lowered takes hold at once
     smaller.close()
     assert (tmp_path / FILE).stat().st_size < 3.5 * 10**5
 
@@ -323,7 +378,12 @@ def write_turns(folder: Path, turns: range) -> None:
     """10 entries a turn."""
     store = LogprobStore(folder, max_bytes=GIB)
     for i in turns:
-        store.put({n.to_bytes(32, "big"): torch.full((2000,), float(n)) for n in range(10 * i, 10 * i + 10)})
+        store.put(
+            {
+                n.to_bytes(32, "big"): torch.full((2000,), float(n))
+                for n in range(10 * i, 10 * i + 10)
+            }
+        )
         assert store.get([(10 * i).to_bytes(32, "big")])
 
 
@@ -377,8 +437,13 @@ def test_a_damaged_entry_is_asked_for_again(tmp_path):
     wanted = requests(7, 12)
     first = cached(Asked(), tmp_path).logprobs(wanted)
     with sqlite3.connect(tmp_path / FILE) as database:
-        key, stored = database.execute("SELECT key, logprobs FROM entries WHERE length(logprobs) = 48").fetchone()
-        database.execute("UPDATE entries SET logprobs = ? WHERE key = ?", (bytes([stored[0] ^ 1]) + stored[1:], key))
+        key, stored = database.execute(
+            "SELECT key, logprobs FROM entries WHERE length(logprobs) = 48"
+        ).fetchone()
+        database.execute(
+            "UPDATE entries SET logprobs = ? WHERE key = ?",
+            (bytes([stored[0] ^ 1]) + stored[1:], key),
+        )
     for asked in ([wanted[1], wanted[1]], [wanted[1]]):  # the witness, and the damaged one
         teacher = Asked()
         assert same(cached(teacher, tmp_path).logprobs(wanted), first) and teacher.asked == asked
@@ -389,10 +454,15 @@ def test_a_file_that_is_no_database_is_set_aside(tmp_path, caplog):
     wanted = requests(7)
     values = cached(Asked(), tmp_path).logprobs(wanted)
     (message,) = caplog.messages
-    assert "was damaged (file is not a database): it is now" in message and f"{FILE}.damaged-" in message
+    assert (
+        "was damaged (file is not a database): it is now" in message
+        and f"{FILE}.damaged-" in message
+    )
     assert [path.read_bytes()[:5] for path in tmp_path.glob("*.damaged-*")] == [b"no da"]
     teacher = Asked()
-    assert same(cached(teacher, tmp_path).logprobs(wanted), values) and teacher.asked == wanted  # the witness
+    assert (
+        same(cached(teacher, tmp_path).logprobs(wanted), values) and teacher.asked == wanted
+    )  # the witness
     assert len(caplog.messages) == 1
 
 
@@ -418,8 +488,12 @@ def test_a_file_that_is_damaged_in_mid_run(tmp_path, caplog, how):
     for key, values in store.get(keys).items():
         assert torch.equal(values, torch.full((2000,), float(int.from_bytes(key, "big"))))
     again = Asked()
-    assert same(cached(again, tmp_path).logprobs(wanted), LocalTeacher.logprobs(teacher, wanted)) and again.asked == [wanted[1]]
-    assert 1 <= len(caplog.messages) <= 2 and all("was damaged" in message for message in caplog.messages)
+    assert same(
+        cached(again, tmp_path).logprobs(wanted), LocalTeacher.logprobs(teacher, wanted)
+    ) and again.asked == [wanted[1]]
+    assert 1 <= len(caplog.messages) <= 2 and all(
+        "was damaged" in message for message in caplog.messages
+    )
 
 
 def test_two_that_find_the_same_damage_make_one_new_file(tmp_path, caplog):
@@ -430,7 +504,15 @@ def test_two_that_find_the_same_damage_make_one_new_file(tmp_path, caplog):
     (key,) = fill(stores[0], range(1))
     stores[1]._bear(error)
     assert list(stores[1].get([key])) == [key]
-    assert len({path.name.partition("-wal")[0].partition("-shm")[0] for path in tmp_path.glob("*.damaged-*")}) == 1
+    assert (
+        len(
+            {
+                path.name.partition("-wal")[0].partition("-shm")[0]
+                for path in tmp_path.glob("*.damaged-*")
+            }
+        )
+        == 1
+    )
     assert len(caplog.messages) == 1
 
 
@@ -438,7 +520,8 @@ def test_two_that_find_the_same_damage_make_one_new_file(tmp_path, caplog):
 
 
 def test_a_full_disk_costs_what_would_have_been_stored(tmp_path, caplog):
-    """The system refuses files of more than 64 kB: one warning, right numbers, and what is stored is still used."""
+    """The system refuses files of more than 64 kB: one warning, right numbers, and what is stored
+    is still used."""
     old, new = requests(7, 12), requests(*[200] * 40, seed=5)
     teacher = Asked()
     both = cached(teacher, tmp_path)
@@ -456,7 +539,10 @@ def test_a_full_disk_costs_what_would_have_been_stored(tmp_path, caplog):
     assert caplog.records[0].levelno == logging.WARNING
     assert teacher.asked == [*old, *new, *new, *new]
     again = Asked()
-    assert same(cached(again, tmp_path).logprobs([*old, new[0]])[:2], first) and again.asked == [old[1], new[0]]
+    assert same(cached(again, tmp_path).logprobs([*old, new[0]])[:2], first) and again.asked == [
+        old[1],
+        new[0],
+    ]
 
 
 def test_a_disk_that_becomes_full(tmp_path, caplog):
@@ -480,7 +566,10 @@ def test_a_disk_that_becomes_full(tmp_path, caplog):
 
 def test_a_folder_that_cannot_be_used(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"cache .*file/cache cannot be opened .*name another teacher\.directory\.$"):
+    with pytest.raises(
+        ValueError,
+        match=r"cache .*file/cache cannot be opened .*name another teacher\.directory\.$",
+    ):
         LogprobStore(tmp_path / "file" / "cache", max_bytes=GIB)
 
 
@@ -495,7 +584,9 @@ def cached_section(world: Path, folder: Path, **inner: object) -> dict[str, obje
 def numbers(run_dir: Path) -> list[object]:
     """The metrics of a run but for what belongs to the cache, and its weights."""
     left = remains(run_dir)
-    metrics = [{k: v for k, v in json.loads(row).items() if k != HITS} for row in left["metrics.jsonl"]]
+    metrics = [
+        {k: v for k, v in json.loads(row).items() if k != HITS} for row in left["metrics.jsonl"]
+    ]
     return [*metrics, *(left[name] for name in left if name.endswith("model.safetensors"))]
 
 
@@ -505,10 +596,13 @@ def hits(run_dir: Path) -> list[float]:
 
 
 def test_a_run_again_scores_nothing_and_learns_the_same(world, tmp_path):
-    """Cold and warm runs end in the weights of the run without a cache; the warm one finds every completion."""
+    """Cold and warm runs end in the weights of the run without a cache; the warm one finds every
+    completion."""
     plain, folders = rlad.train(run_config(world, tmp_path / "plain")).run_dir, []
     for name in ("cold", "warm"):
-        config = run_config(world, tmp_path / name) | {"teacher": cached_section(world, tmp_path / "cache")}
+        config = run_config(world, tmp_path / name) | {
+            "teacher": cached_section(world, tmp_path / "cache")
+        }
         folders.append(rlad.train(config).run_dir)
         assert numbers(folders[-1]) == numbers(plain)
     assert max(hits(folders[0])) < 1 and set(hits(folders[1])) == {1.0}
@@ -519,7 +613,9 @@ def test_new_weights_in_the_same_folder_are_another_teacher(world, tmp_path):
     for seed in (5, 6):
         folder = write_model(tmp_path / "teacher", seed=seed)
         teacher = cached_section(world, tmp_path / "cache", model=str(folder))
-        run_dir = rlad.train(run_config(world, tmp_path / f"run{seed}") | {"teacher": teacher}).run_dir
+        run_dir = rlad.train(
+            run_config(world, tmp_path / f"run{seed}") | {"teacher": teacher}
+        ).run_dir
         assert hits(run_dir)[0] == 0
 
 
@@ -527,15 +623,26 @@ def test_new_weights_in_the_same_folder_are_another_teacher(world, tmp_path):
     ("inner", "sentence"),
     [
         ({"type": "ema"}, "gives another answer after each step; leave the cache out"),
-        ({"type": "privileged", "teacher": {"model": "m"}}, "put the cache inside it: type = 'privileged' in"),
-        ({"type": "several", "teachers": {"a": {"model": "m"}}}, "several teachers are cached one by one"),
+        (
+            {"type": "privileged", "teacher": {"model": "m"}},
+            "put the cache inside it: type = 'privileged' in",
+        ),
+        (
+            {"type": "several", "teachers": {"a": {"model": "m"}}},
+            "several teachers are cached one by one",
+        ),
         ({"type": "cached", "teacher": {"model": "m"}}, "it is cached already"),
         ({"model": "{world}/nothing"}, "cannot be found or read"),
     ],
 )
 def test_what_cannot_be_cached_is_refused_before_training(world, tmp_path, inner, sentence):
-    inner = {key: value.format(world=world) if isinstance(value, str) else value for key, value in inner.items()}
-    config = run_config(world, tmp_path / "run") | {"teacher": cached_section(world, tmp_path / "cache", **inner)}
+    inner = {
+        key: value.format(world=world) if isinstance(value, str) else value
+        for key, value in inner.items()
+    }
+    config = run_config(world, tmp_path / "run") | {
+        "teacher": cached_section(world, tmp_path / "cache", **inner)
+    }
     toml = write_config(tmp_path / "run.toml", config)
     assert sentence in rlad_fails("train", toml)
     assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
@@ -543,6 +650,10 @@ def test_what_cannot_be_cached_is_refused_before_training(world, tmp_path, inner
 
 def test_a_directory_that_cannot_be_made_is_found_before_training(world, tmp_path):
     (tmp_path / "file").write_text("")
-    config = run_config(world, tmp_path / "run") | {"teacher": cached_section(world, tmp_path / "file" / "cache")}
-    assert "cannot be made or written in" in rlad_fails("train", write_config(tmp_path / "run.toml", config))
+    config = run_config(world, tmp_path / "run") | {
+        "teacher": cached_section(world, tmp_path / "file" / "cache")
+    }
+    assert "cannot be made or written in" in rlad_fails(
+        "train", write_config(tmp_path / "run.toml", config)
+    )
     assert not (tmp_path / "run").exists()

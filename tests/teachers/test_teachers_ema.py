@@ -24,11 +24,16 @@ from tiny_models import random_tokens, tiny_language_model, tiny_model
 from tiny_runs import remains, run_config
 
 TEMPERATURE = 0.7
-REQUESTS = [TeacherRequest(p, c) for p, c in zip(random_tokens(3, 5, 2), random_tokens(4, 1, 7, seed=1), strict=True)]
+REQUESTS = [
+    TeacherRequest(p, c)
+    for p, c in zip(random_tokens(3, 5, 2), random_tokens(4, 1, 7, seed=1), strict=True)
+]
 
 
 def ema(student: LanguageModel, update_rate: float) -> EMATeacher:
-    return EMATeacher(student, name="s", update_rate=update_rate, temperature=TEMPERATURE, tokens_per_batch=64)
+    return EMATeacher(
+        student, name="s", update_rate=update_rate, temperature=TEMPERATURE, tokens_per_batch=64
+    )
 
 
 def scores(model: LanguageModel) -> list[torch.Tensor]:
@@ -57,7 +62,9 @@ def test_two_steps_by_hand(is_tied):
     teacher.after_step()
     x2 = move_to(student, 2)
     teacher.after_step()
-    wanted = [(1 - r) ** 2 * a + r * (1 - r) * b + r * c for a, b, c in zip(x0, x1, x2, strict=True)]
+    wanted = [
+        (1 - r) ** 2 * a + r * (1 - r) * b + r * c for a, b, c in zip(x0, x1, x2, strict=True)
+    ]
     found = teacher.state()
     assert list(found) == [name for name, _ in student.model.named_parameters()]
     assert ("lm_head.weight" in found) is not is_tied
@@ -83,7 +90,9 @@ def test_rate_0_stays_the_initial_student_and_rate_1_is_the_present_one():
         teacher.after_step()
     assert equal(still.logprobs(REQUESTS), first)
     assert equal(follows.logprobs(REQUESTS), scores(student)) and not equal(scores(student), first)
-    assert not equal(average.logprobs(REQUESTS), first) and not equal(average.logprobs(REQUESTS), scores(student))
+    assert not equal(average.logprobs(REQUESTS), first) and not equal(
+        average.logprobs(REQUESTS), scores(student)
+    )
     assert follows.state() == {} and len(still.state()) == len(list(student.model.parameters()))
 
 
@@ -104,7 +113,9 @@ def test_only_trained_weights_are_averaged_and_stored_the_others_are_shared():
     for name, weight in student.model.named_parameters():
         weight.requires_grad_("q_proj" in name)
     teacher = ema(student, 0.5)
-    trained = {name: weight for name, weight in student.model.named_parameters() if weight.requires_grad}
+    trained = {
+        name: weight for name, weight in student.model.named_parameters() if weight.requires_grad
+    }
     copies = dict(teacher._scorer.model.named_parameters())
     assert set(teacher.state()) == set(trained) and len(trained) == 2
     for name, weight in student.model.named_parameters():
@@ -135,10 +146,15 @@ def test_a_lora_student_has_an_averaged_adapter(world, tmp_path):
     whole, stopped = (load_file(folder / "trainer" / "teacher.safetensors") for folder in folders)
     student = load_file(folders[0] / "adapter_model.safetensors")
     assert len(whole) == len(student) and all("lora" in name for name in whole)
-    assert whole.keys() == stopped.keys() and all(torch.equal(whole[name], stopped[name]) for name in whole)
+    assert whole.keys() == stopped.keys() and all(
+        torch.equal(whole[name], stopped[name]) for name in whole
+    )
     moved = [name for name in whole if "lora_B" in name]
     assert moved and all(float(whole[name].abs().max()) > 0 for name in moved)
-    sizes = (sum(float(value.norm()) for name, value in state.items() if "lora_B" in name) for state in (whole, student))
+    sizes = (
+        sum(float(value.norm()) for name, value in state.items() if "lora_B" in name)
+        for state in (whole, student)
+    )
     assert next(sizes) < next(sizes)
 
 
@@ -173,7 +189,10 @@ def test_a_state_that_is_not_whole_is_refused():
         whole | {name: whole[name][:1]},
         whole | {"x": whole[name]},
     ):
-        with pytest.raises(ValueError, match=r"does not hold the 21 weights of the moving average of s \(update rate 0.3\)"):
+        with pytest.raises(
+            ValueError,
+            match=r"does not hold the 21 weights of the moving average of s \(update rate 0.3\)",
+        ):
             teacher.load_state(state)
     with pytest.raises(ValueError, match="does not hold the 0 weights"):
         ema(tiny_language_model(), 1).load_state(whole)
@@ -192,20 +211,27 @@ def ema_run(world, run_dir, update_rate: float) -> dict[str, Any]:
     optimization = {"num_steps": 6, "steps_per_rollout_batch": 2, "learning_rate": 3e-2}
     config = run_config(world, run_dir, optimization=optimization)
     privileged = {"type": "privileged", "template": "{answer} = {prompt}"}
-    return config | {"teacher": privileged | {"teacher": {"type": "ema", "update_rate": update_rate}}}
+    return config | {
+        "teacher": privileged | {"teacher": {"type": "ema", "update_rate": update_rate}}
+    }
 
 
 @pytest.mark.parametrize("update_rate", [0.0, 0.2, 1.0])
 def test_an_interrupted_run_resumes_bit_for_bit(world, tmp_path, update_rate):
     """Between the mini-batches of a rollout batch, and between two batches."""
-    whole, stopped = (ema_run(world, tmp_path / name / "run", update_rate) for name in ("whole", "stopped"))
+    whole, stopped = (
+        ema_run(world, tmp_path / name / "run", update_rate) for name in ("whole", "stopped")
+    )
     rlad.train(whole)
     for resumed, step in enumerate((1, 4)):
         with pytest.raises(StopRequested):
             rlad.train(stopped, resume=resumed > 0, reporter=StopBehind(step))
     rlad.train(stopped, resume=True)
     found, wanted = remains(tmp_path / "stopped" / "run"), remains(tmp_path / "whole" / "run")
-    assert found.keys() == wanted.keys() and [name for name in wanted if found[name] != wanted[name]] == []
+    assert (
+        found.keys() == wanted.keys()
+        and [name for name in wanted if found[name] != wanted[name]] == []
+    )
     _, last = RunDirectory(tmp_path / "whole" / "run").checkpoints()[-1]
     assert (last / "trainer" / "teacher.safetensors").is_file() is (update_rate < 1)
     if update_rate < 1:
@@ -217,20 +243,29 @@ def test_an_interrupted_run_resumes_bit_for_bit(world, tmp_path, update_rate):
                 (world / "student", "model.safetensors"),
             )
         )
-        assert not torch.equal(teacher, student) and torch.equal(teacher, initial) is (update_rate == 0)
+        assert not torch.equal(teacher, student) and torch.equal(teacher, initial) is (
+            update_rate == 0
+        )
 
 
-def test_a_checkpoint_without_the_average_is_refused_and_identity_names_the_initial_student(world, tmp_path):
+def test_a_checkpoint_without_the_average_is_refused_and_identity_names_the_initial_student(
+    world, tmp_path
+):
     config = ema_run(world, tmp_path / "run", 0.2)
     with pytest.raises(StopRequested):
         rlad.train(config, reporter=StopBehind(3))
     _, folder = RunDirectory(tmp_path / "run").checkpoints()[-1]
     state = json.loads((folder / "trainer" / "state.json").read_text())
     name = f"the moving average of {world / 'student'} (update rate 0.2)"
-    assert state["teacher"] == name + ", privileged by '{answer} = {prompt}'" and state["teacher_moves"] is True
+    assert (
+        state["teacher"] == name + ", privileged by '{answer} = {prompt}'"
+        and state["teacher_moves"] is True
+    )
     (folder / "trainer" / "state.json").write_text(json.dumps(state | {"teacher_moves": False}))
     write_manifest(folder)
-    with pytest.raises(ValueError, match="cannot be resumed: it does not hold the 21 weights of the moving average"):
+    with pytest.raises(
+        ValueError, match="cannot be resumed: it does not hold the 21 weights of the moving average"
+    ):
         rlad.train(config, resume=True)
 
 
@@ -244,7 +279,10 @@ def test_a_student_that_teaches_itself_its_own_prompt_is_warned(world, tmp_path,
     (finding,) = check_teacher(config.teacher, setting)
     assert finding.level == level
     inside = parse_config(
-        run_config(world, tmp_path) | {"teacher": {"type": "privileged", "teacher": {"type": "ema"} | teacher}}
+        run_config(world, tmp_path)
+        | {"teacher": {"type": "privileged", "teacher": {"type": "ema"} | teacher}}
     )
-    (finding,) = check_teacher(EMATeacherConfig(type="ema", **teacher), replace(setting, config=inside))
+    (finding,) = check_teacher(
+        EMATeacherConfig(type="ema", **teacher), replace(setting, config=inside)
+    )
     assert finding.level == "ok"

@@ -1,4 +1,5 @@
-"""The `local` teacher in 8 or 4 bits, on the CPU between uses, and under a name that tells them apart."""
+"""The `local` teacher in 8 or 4 bits, on the CPU between uses, and under a name that tells them
+apart."""
 
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,17 @@ from rlad.teachers.local import LocalTeacher, identity_of, quantization_config
 from tiny_models import LargestTensor
 from tiny_runs import run_config, write_model
 
-REQUESTS = [TeacherRequest((2, 5, 3, 6), (3, 1)), TeacherRequest((4, 5, 4, 6), (4, 2, 1)), TeacherRequest((2, 6), (1,))]
+REQUESTS = [
+    TeacherRequest((2, 5, 3, 6), (3, 1)),
+    TeacherRequest((4, 5, 4, 6), (4, 2, 1)),
+    TeacherRequest((2, 6), (1,)),
+]
 
 
 def loaded(name: object, quantization: str = "none", dtype: str = "float32") -> LanguageModel:
-    return load_language_model(str(name), dtype=dtype, device="cpu", quantization=quantization_config(quantization))
+    return load_language_model(
+        str(name), dtype=dtype, device="cpu", quantization=quantization_config(quantization)
+    )
 
 
 def teacher_of(model: LanguageModel, **settings: Any) -> LocalTeacher:
@@ -33,7 +40,8 @@ def teacher_of(model: LanguageModel, **settings: Any) -> LocalTeacher:
 
 
 def round_to_8_bits(weight: torch.Tensor) -> torch.Tensor:
-    """Symmetric, a scale for each output channel: scale = max |w| / 127.5, w' = scale * clamp(round(w / scale), -128, 127)."""
+    """Symmetric, a scale for each output channel: scale = max |w| / 127.5, w' = scale *
+    clamp(round(w / scale), -128, 127)."""
     scale = weight.abs().amax(dim=1, keepdim=True) / 127.5
     return scale * (weight * (1 / scale)).round().clamp(-128, 127)
 
@@ -57,7 +65,9 @@ def test_int8_is_the_model_with_its_linear_weights_rounded(torchao, tmp_path, ti
         if "_proj" in name:
             parameter.data = round_to_8_bits(parameter.data)
     found = torch.cat(teacher_of(loaded(folder, "int8")).logprobs(REQUESTS))
-    torch.testing.assert_close(found, torch.cat(teacher_of(rounded).logprobs(REQUESTS)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        found, torch.cat(teacher_of(rounded).logprobs(REQUESTS)), atol=1e-5, rtol=0
+    )
     assert 1e-4 < (found - plain).abs().max() < 0.1
 
 
@@ -69,15 +79,17 @@ def test_int8_weighs_a_quarter_and_the_output_layer_stays(torchao, world):
     assert {kind for name, kind in kinds.items() if "_proj" not in name} == {"Parameter"}
     weight: Any = model.get_submodule("model.layers.0.mlp.up_proj").weight
     parts = [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
-    assert sorted((part.dtype, part.numel()) for part in parts if part is not None and part.numel() == 32 * 16) == [
-        (torch.int8, 32 * 16)
-    ]
+    assert sorted(
+        (part.dtype, part.numel()) for part in parts if part is not None and part.numel() == 32 * 16
+    ) == [(torch.int8, 32 * 16)]
     assert sum(part.numel() for part in parts if part is not None) <= 32 * 16 + 2 * 32
 
 
 @quantized
 def test_int8_is_scored_in_tiles(torchao, tmp_path):
-    folder = write_model(tmp_path / "teacher", seed=2, words=("<pad>", "<eos>", *(str(i) for i in range(3000))))
+    folder = write_model(
+        tmp_path / "teacher", seed=2, words=("<pad>", "<eos>", *(str(i) for i in range(3000)))
+    )
     model = loaded(folder, "int8")
     head: Any = model.model.get_output_embeddings()
     assert output_layer(model.model) == OutputLayer(head)
@@ -96,12 +108,20 @@ def test_a_run_with_an_int8_teacher_is_resumed(torchao, world, tmp_path, dtype):
     rlad.train(config)
     plain = rlad.train(run_config(world, tmp_path / "plain", student={"device": "cpu"}))
     ratios = [
-        next(RunDirectory(path).read("metrics.jsonl"))["teacher/log_ratio/mean"] for path in (tmp_path / "run", plain.run_dir)
+        next(RunDirectory(path).read("metrics.jsonl"))["teacher/log_ratio/mean"]
+        for path in (tmp_path / "run", plain.run_dir)
     ]
     assert 0 < abs(ratios[0] - ratios[1]) < 0.1
     config["optimization"]["num_steps"] = 6
     rlad.train(config, resume=True)
-    assert [row["step"] for row in RunDirectory(tmp_path / "run").read("metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in RunDirectory(tmp_path / "run").read("metrics.jsonl")] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
 
 
 @quantized
@@ -110,7 +130,10 @@ def test_a_run_with_an_int8_teacher_is_resumed(torchao, world, tmp_path, dtype):
 def test_int4_on_a_gpu(torchao, world):
     plain = torch.cat(teacher_of(loaded(world / "teacher")).logprobs(REQUESTS))
     model = load_language_model(
-        str(world / "teacher"), dtype="bfloat16", device="cuda", quantization=quantization_config("int4")
+        str(world / "teacher"),
+        dtype="bfloat16",
+        device="cuda",
+        quantization=quantization_config("int4"),
     )
     found = torch.cat(teacher_of(model).logprobs(REQUESTS))
     assert found.isfinite().all() and 1e-4 < (found - plain).abs().mean() < 1
@@ -137,7 +160,9 @@ def test_keep_cpu_leaves_the_gpu_between_uses(world):
     wanted = torch.cat(teacher_of(loaded(world / "teacher")).logprobs(REQUESTS))
     for _ in range(2):
         torch.testing.assert_close(torch.cat(teacher.logprobs(REQUESTS)), wanted, atol=1e-3, rtol=0)
-        assert {t.device.type for t in (*model.model.parameters(), *model.model.buffers())} == {"cpu"}
+        assert {t.device.type for t in (*model.model.parameters(), *model.model.buffers())} == {
+            "cpu"
+        }
     with pytest.raises(ValueError, match="no tokens"):
         teacher.logprobs([TeacherRequest((), (3,))])
     assert {p.device.type for p in model.model.parameters()} == {"cpu"}
@@ -162,7 +187,9 @@ def test_identity_names_what_changes_the_numbers(settings, wanted):
 
 
 def test_identity_reaches_the_checkpoint(world, tmp_path):
-    config = parse_config(run_config(world, tmp_path / "run", teacher={"dtype": "bfloat16", "device": "cpu"}))
+    config = parse_config(
+        run_config(world, tmp_path / "run", teacher={"dtype": "bfloat16", "device": "cpu"})
+    )
     teacher = prepare_teacher(config, load_student(config))
     assert teacher is not None and teacher.identity == f"{world / 'teacher'} (bfloat16)"
 
@@ -170,9 +197,15 @@ def test_identity_reaches_the_checkpoint(world, tmp_path):
 @pytest.mark.parametrize(
     "settings, wanted",
     [
-        ({"quantization": "int4"}, "computes in bfloat16, but dtype is 'float32'; set dtype = 'bfloat16'"),
+        (
+            {"quantization": "int4"},
+            "computes in bfloat16, but dtype is 'float32'; set dtype = 'bfloat16'",
+        ),
         ({"quantization": "int8", "random_weights": True}, "random_weights are not quantised"),
-        ({"quantization": "int4", "dtype": "bfloat16", "keep": "cpu"}, "set keep = 'gpu', or take int8"),
+        (
+            {"quantization": "int4", "dtype": "bfloat16", "keep": "cpu"},
+            "set keep = 'gpu', or take int8",
+        ),
         ({"quantization": "int2"}, "Input should be 'none', 'int8' or 'int4'"),
     ],
 )
@@ -182,9 +215,17 @@ def test_settings_that_do_not_go_together(settings, wanted):
 
 
 def quantization_findings(world: Path, tmp_path: Path, **teacher: Any) -> list[str]:
-    config = parse_config(run_config(world, tmp_path / "run", student={"device": "cpu"}, teacher=teacher))
-    findings = check_teacher(config.teacher, Setting(config, load_tokenizer(config.student.model), 256))
-    return [f"{finding.level}: {finding.message}" for finding in findings if finding.subject == "quantization"]
+    config = parse_config(
+        run_config(world, tmp_path / "run", student={"device": "cpu"}, teacher=teacher)
+    )
+    findings = check_teacher(
+        config.teacher, Setting(config, load_tokenizer(config.student.model), 256)
+    )
+    return [
+        f"{finding.level}: {finding.message}"
+        for finding in findings
+        if finding.subject == "quantization"
+    ]
 
 
 def test_check_names_the_package_that_is_missing(world, tmp_path, monkeypatch):
@@ -194,7 +235,8 @@ def test_check_names_the_package_that_is_missing(world, tmp_path, monkeypatch):
     monkeypatch.setattr(rlad.teachers.local_check.importlib.util, "find_spec", find_spec)
     (message,) = quantization_findings(world, tmp_path, quantization="int8")
     assert message == (
-        "error: teacher.quantization = 'int8' needs torchao and accelerate; install them with: pip install "
+        "error: teacher.quantization = 'int8' needs torchao and accelerate; install them with: pip "
+        "install "
         "'rlad[quantization]'."
     )
     assert quantization_findings(world, tmp_path) == []
@@ -202,6 +244,10 @@ def test_check_names_the_package_that_is_missing(world, tmp_path, monkeypatch):
 
 @quantized
 def test_check_of_quantised_teachers(torchao, world, tmp_path):
-    assert quantization_findings(world, tmp_path, quantization="int8") == ["ok: linear layers int8, the output layer float32"]
+    assert quantization_findings(world, tmp_path, quantization="int8") == [
+        "ok: linear layers int8, the output layer float32"
+    ]
     (message,) = quantization_findings(world, tmp_path, quantization="int4", dtype="bfloat16")
-    assert message.startswith("error: teacher.quantization = 'int4' has no kernel on the device 'cpu'; set it to 'int8'")
+    assert message.startswith(
+        "error: teacher.quantization = 'int4' has no kernel on the device 'cpu'; set it to 'int8'"
+    )

@@ -1,4 +1,5 @@
-"""A served teacher against a server that is right and one that misbehaves: numbers, self-test, faults, whole runs."""
+"""A served teacher against a server that is right and one that misbehaves: numbers, self-test,
+faults, whole runs."""
 
 import logging
 import math
@@ -33,7 +34,12 @@ from rlad.teachers.base import Setting, TeacherRequest
 from rlad.teachers.served.client import CompletionsClient
 from rlad.teachers.served.protocol import Scoring, read_generation, read_scores, scoring_request
 from rlad.teachers.served.teacher import ServedTeacher
-from rlad.teachers.served.token_strings import differing_tokens, ids_of_strings, probe_ids, spread_ids
+from rlad.teachers.served.token_strings import (
+    differing_tokens,
+    ids_of_strings,
+    probe_ids,
+    spread_ids,
+)
 from tiny_models import VOCABULARY, random_tokens, tiny_language_model
 from tiny_runs import remains, rlad_fails, run_config, write_config
 
@@ -52,11 +58,20 @@ def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RLAD_TEACHER_API_KEY", raising=False)
 
 
-def config_of(*servers: ConformanceServer | str, temperature: float = 1.0, **teacher: Any) -> RunConfig:
+def config_of(
+    *servers: ConformanceServer | str, temperature: float = 1.0, **teacher: Any
+) -> RunConfig:
     urls = [server if isinstance(server, str) else server.url for server in servers]
     rollout = {"temperature": temperature, "max_completion_tokens": 20, "max_prompt_tokens": 40}
     served = {"type": "served", "urls": urls, "model": "tiny", **SHORT, **teacher}
-    return parse_config({"student": {"model": "s"}, "teacher": served, "task": {"type": "arithmetic"}, "rollout": rollout})
+    return parse_config(
+        {
+            "student": {"model": "s"},
+            "teacher": served,
+            "task": {"type": "arithmetic"},
+            "rollout": rollout,
+        }
+    )
 
 
 def setting_of(config: RunConfig, model: LanguageModel, *, is_loaded: bool = False) -> Setting:
@@ -64,7 +79,10 @@ def setting_of(config: RunConfig, model: LanguageModel, *, is_loaded: bool = Fal
 
 
 def found(
-    student: LanguageModel, *servers: ConformanceServer | str, is_loaded: bool = False, **settings: Any
+    student: LanguageModel,
+    *servers: ConformanceServer | str,
+    is_loaded: bool = False,
+    **settings: Any,
 ) -> dict[str, Finding]:
     config = config_of(*servers, **settings)
     setting = setting_of(config, student, is_loaded=is_loaded)
@@ -73,13 +91,19 @@ def found(
 
 def error_of(student: LanguageModel, *servers: ConformanceServer | str, **settings: Any) -> Finding:
     """The one error; its message is one sentence for the user."""
-    errors = [finding for finding in found(student, *servers, **settings).values() if finding.level == "error"]
+    errors = [
+        finding
+        for finding in found(student, *servers, **settings).values()
+        if finding.level == "error"
+    ]
     assert len(errors) == 1 and errors[0].message.endswith("."), errors
     return errors[0]
 
 
 @contextmanager
-def teacher_at(model: LanguageModel, *servers: ConformanceServer, **settings: Any) -> Iterator[ServedTeacher]:
+def teacher_at(
+    model: LanguageModel, *servers: ConformanceServer, **settings: Any
+) -> Iterator[ServedTeacher]:
     config = config_of(*servers, **settings)
     teacher = make_teacher(config.teacher, setting_of(config, model))
     assert isinstance(teacher, ServedTeacher)
@@ -92,13 +116,17 @@ def untested_teacher_at(*servers: ConformanceServer, **settings: Any) -> Iterato
     """Without the self-test."""
     teacher: Any = config_of(*servers, **settings).teacher
     scoring: Any = {"scoring": "prompt_logprobs", "identity": "tiny", "temperature": 1.0}
-    made = ServedTeacher(CompletionsClient(teacher), teacher, **scoring, vocabulary=VOCABULARY, context_tokens=256)
+    made = ServedTeacher(
+        CompletionsClient(teacher), teacher, **scoring, vocabulary=VOCABULARY, context_tokens=256
+    )
     with closing(made):
         yield made
 
 
 @torch.no_grad()
-def wanted(model: LanguageModel, prompt: list[int], completion: list[int], temperature: float = 1.0) -> Tensor:
+def wanted(
+    model: LanguageModel, prompt: list[int], completion: list[int], temperature: float = 1.0
+) -> Tensor:
     """log softmax(logits / T) of each completion token, taken from one unpadded pass."""
     logits = model.model(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]
     return (logits / temperature).log_softmax(-1)[range(len(completion)), completion]
@@ -116,7 +144,10 @@ def assert_right(values: list[Tensor], model: LanguageModel, temperature: float 
 @pytest.mark.parametrize("understood", ["prompt_logprobs", "echo"])
 def test_scores_are_those_of_a_local_pass(model, understood):
     """`auto` finds the one way that the server understands."""
-    with ConformanceServer(model, understands=(understood,)) as server, teacher_at(model, server) as teacher:
+    with (
+        ConformanceServer(model, understands=(understood,)) as server,
+        teacher_at(model, server) as teacher,
+    ):
         assert_right(teacher.logprobs(REQUESTS), model)
         assert all(values.dtype == torch.float32 for values in teacher.logprobs(REQUESTS))
         assert ("echo" in server.requests[-1]) == (understood == "echo")
@@ -143,14 +174,24 @@ def test_tokens_beyond_the_vocabulary_are_missing_and_not_asked_for(model):
     """A student whose vocabulary is padded can sample them; a server would refuse the request."""
     prompt, completion = PROMPTS[0], [5, 6, VOCABULARY, 7]
     with ConformanceServer(model) as server, teacher_at(model, server) as teacher:
-        values, nothing = teacher.logprobs([TeacherRequest(prompt, completion), TeacherRequest(prompt, [VOCABULARY + 3])])
+        values, nothing = teacher.logprobs(
+            [TeacherRequest(prompt, completion), TeacherRequest(prompt, [VOCABULARY + 3])]
+        )
         torch.testing.assert_close(values[:2], wanted(model, prompt, [5, 6]), rtol=0, atol=1e-5)
-        assert values.isnan().tolist() == [False, False, True, True] and nothing.isnan().tolist() == [True]
+        assert values.isnan().tolist() == [
+            False,
+            False,
+            True,
+            True,
+        ] and nothing.isnan().tolist() == [True]
         assert server.requests[-1]["prompt"] == [*prompt, 5, 6]
 
 
 def test_requests_at_once_are_limited(model):
-    with ConformanceServer(model) as server, teacher_at(model, server, max_concurrent_requests=3) as teacher:
+    with (
+        ConformanceServer(model) as server,
+        teacher_at(model, server, max_concurrent_requests=3) as teacher,
+    ):
         server.lasting_fault, server.slow_seconds, server.max_open = "slow", 0.05, 0
         values = teacher.logprobs(REQUESTS * 4)
         assert server.max_open == 3 and not torch.cat(values).isnan().any()
@@ -168,14 +209,27 @@ def entry(value: Any, token: int = 7) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("value", "read"),
     [
-        *((-1.5, -1.5), (0, 0.0), (1e-6, 1e-6), (0.5, NAN), (NAN, NAN), (-math.inf, NAN), (-9999.0, NAN), (None, NAN)),
+        *(
+            (-1.5, -1.5),
+            (0, 0.0),
+            (1e-6, 1e-6),
+            (0.5, NAN),
+            (NAN, NAN),
+            (-math.inf, NAN),
+            (-9999.0, NAN),
+            (None, NAN),
+        ),
         *(("-1.5", NAN), (True, NAN), (10**400, NAN), (-(10**400), NAN), ([-1.0], NAN)),
     ],
 )
 def test_only_a_finite_logprob_is_a_value(value, read):
     """-9999 is what vLLM writes for -inf."""
     answer = {"choices": [{"prompt_logprobs": [None, entry(value)]}]}
-    echo = {"choices": [{"logprobs": {"tokens": ["token_id:5", "token_id:7"], "token_logprobs": [None, value]}}]}
+    echo = {
+        "choices": [
+            {"logprobs": {"tokens": ["token_id:5", "token_id:7"], "token_logprobs": [None, value]}}
+        ]
+    }
     both: list[tuple[Scoring, Any]] = [("prompt_logprobs", answer), ("echo", echo)]
     for scoring, this in both:
         scores = read_scores(scoring, this, [5, 7])
@@ -188,8 +242,15 @@ def test_the_value_of_the_given_token_is_taken_and_no_other():
     assert [str(v) for v in scores.logprobs] == ["nan", "-2.0", "nan", "nan", "nan"]
     assert scores.likeliest[1] == {"9": -0.1, "7": -2.0} and scores.strings[1] == " seven"
     names = ["token_id:5", "token_id:7", "token_id:9", "x"]
-    echo = {"choices": [{"logprobs": {"tokens": names, "token_logprobs": [None, -1.0, -2.0, -3.0]}}]}
-    assert [str(v) for v in read_scores("echo", echo, [5, 7, 8, 3]).logprobs] == ["nan", "-1.0", "nan", "-3.0"]
+    echo = {
+        "choices": [{"logprobs": {"tokens": names, "token_logprobs": [None, -1.0, -2.0, -3.0]}}]
+    }
+    assert [str(v) for v in read_scores("echo", echo, [5, 7, 8, 3]).logprobs] == [
+        "nan",
+        "-1.0",
+        "nan",
+        "-3.0",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -199,10 +260,20 @@ def test_the_value_of_the_given_token_is_taken_and_no_other():
         {"choices": []},
         {"choices": [3]},
         {"choices": [{"prompt_logprobs": None, "logprobs": None}]},
-        {"choices": [{"prompt_logprobs": [None, entry(-1.0)], "logprobs": {"token_logprobs": [None, -1.0]}}]},
         {
             "choices": [
-                {"prompt_logprobs": [None] + [entry(-1.0)] * 3, "logprobs": {"token_logprobs": [None, -1.0, -1.0, -1.0]}}
+                {
+                    "prompt_logprobs": [None, entry(-1.0)],
+                    "logprobs": {"token_logprobs": [None, -1.0]},
+                }
+            ]
+        },
+        {
+            "choices": [
+                {
+                    "prompt_logprobs": [None] + [entry(-1.0)] * 3,
+                    "logprobs": {"token_logprobs": [None, -1.0, -1.0, -1.0]},
+                }
             ]
         },
         {"choices": {"prompt_logprobs": "x"}},
@@ -210,7 +281,9 @@ def test_the_value_of_the_given_token_is_taken_and_no_other():
 )
 def test_an_answer_of_another_length_is_missing_never_shifted(answer):
     for scoring in ("prompt_logprobs", "echo"):
-        assert [math.isnan(value) for value in read_scores(scoring, answer, [5, 7, 7]).logprobs] == [True] * 3
+        assert [
+            math.isnan(value) for value in read_scores(scoring, answer, [5, 7, 7]).logprobs
+        ] == [True] * 3
 
 
 def test_what_is_sent():
@@ -234,7 +307,16 @@ def test_what_is_sent():
 
 
 def test_written_tokens_are_read_as_ids_or_by_their_text(model):
-    answer = {"choices": [{"logprobs": {"tokens": ["token_id:4", "w5", "?", "w6"], "token_logprobs": [-1.0, -2, -3, -4]}}]}
+    answer = {
+        "choices": [
+            {
+                "logprobs": {
+                    "tokens": ["token_id:4", "w5", "?", "w6"],
+                    "token_logprobs": [-1.0, -2, -3, -4],
+                }
+            }
+        ]
+    }
     assert read_generation(answer, ids_of_strings(model.tokenizer)) == ([4, 5], [-1.0, -2.0])
 
 
@@ -260,7 +342,10 @@ SAID = {
 def test_a_server_that_is_wrong_is_caught(model, flaw, scoring):
     with ConformanceServer(model, flaw=flaw) as server:
         assert SAID[flaw] in error_of(model, server, scoring=scoring).message
-        with pytest.raises(ValueError, match="cannot score the student's tokens: "), teacher_at(model, server, scoring=scoring):
+        with (
+            pytest.raises(ValueError, match="cannot score the student's tokens: "),
+            teacher_at(model, server, scoring=scoring),
+        ):
             pass
 
 
@@ -272,7 +357,10 @@ def test_a_right_server_passes_and_says_with_which_errors(model):
         )
         assert findings["server"].message == f"tiny (/models/tiny) at {server.url}"
         assert "agree with those it gave when writing (mean " in findings["scoring"].message
-        assert findings["vocabulary"].message == "64 tokens all over the student's vocabulary are the server's"
+        assert (
+            findings["vocabulary"].message
+            == "64 tokens all over the student's vocabulary are the server's"
+        )
         with teacher_at(model, server) as teacher:
             assert teacher.identity == "tiny (/models/tiny)"
 
@@ -284,7 +372,9 @@ def test_a_server_without_strings_is_a_warning(model):
 
 def test_a_server_with_fewer_tokens_refuses_the_students(model):
     with ConformanceServer(model) as server:
-        server.refusal = lambda body: "Token id 63 is out of vocabulary" if 63 in body["prompt"] else ""
+        server.refusal = lambda body: (
+            "Token id 63 is out of vocabulary" if 63 in body["prompt"] else ""
+        )
         assert "out of vocabulary" in error_of(model, server).message
 
 
@@ -292,7 +382,10 @@ def test_temperature_that_the_server_does_not_apply(model):
     with ConformanceServer(model) as server:
         finding = error_of(model, server, temperature=0.8)
         assert finding.subject == "temperature"
-        assert "samples at temperature 0.8, but the server's log-probs are those at 1.00; set rollout" in finding.message
+        assert (
+            "samples at temperature 0.8, but the server's log-probs are those at 1.00; set rollout"
+            in finding.message
+        )
 
 
 def test_contexts(model):
@@ -302,21 +395,31 @@ def test_contexts(model):
 
 
 def test_a_text_that_fills_the_context_lacks_its_last_value(model):
-    """The server writes a token for each text that it scores; a text that leaves no room for it would be refused."""
+    """The server writes a token for each text that it scores; a text that leaves no room for it
+    would be refused."""
     (prompt,), (completion,) = random_tokens(40), random_tokens(20, seed=1)
     with ConformanceServer(model, context=60) as server, teacher_at(model, server) as teacher:
-        values = teacher.logprobs([TeacherRequest(prompt, completion), TeacherRequest(prompt, completion[:19])])
+        values = teacher.logprobs(
+            [TeacherRequest(prompt, completion), TeacherRequest(prompt, completion[:19])]
+        )
         assert [v.isnan().tolist() for v in values] == [[False] * 19 + [True], [False] * 19]
-        torch.testing.assert_close(values[0][:19], wanted(model, prompt, completion)[:19], rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            values[0][:19], wanted(model, prompt, completion)[:19], rtol=0, atol=1e-5
+        )
 
 
 def test_the_local_model_is_compared(world):
     teacher, student = (load_language_model(str(world / name)) for name in ("teacher", "student"))
     with ConformanceServer(teacher, tempers=True) as server:
-        finding = found(student, server, is_loaded=True, local_model=str(world / "teacher"), temperature=0.7)["local model"]
+        finding = found(
+            student, server, is_loaded=True, local_model=str(world / "teacher"), temperature=0.7
+        )["local model"]
         assert finding.level == "ok" and "the server agrees with" in finding.message
         finding = error_of(student, server, is_loaded=True, local_model=str(world / "student"))
-        assert finding.subject == "local model" and "the server's log-probs are not those of" in finding.message
+        assert (
+            finding.subject == "local model"
+            and "the server's log-probs are not those of" in finding.message
+        )
 
 
 def test_the_local_model_is_loaded_once_on_the_cpu_and_freed(world, monkeypatch):
@@ -347,8 +450,12 @@ def test_a_local_model_that_does_not_fit_is_not_loaded(world, monkeypatch):
     with ConformanceServer(teacher) as server:
         for free, level in ((num_bytes, "ok"), (num_bytes - 1, "error")):
             monkeypatch.setattr("rlad.teachers.served.self_test.free_bytes", lambda free=free: free)
-            finding = found(teacher, server, is_loaded=True, local_model=str(world / "teacher"))["local model"]
-            assert finding.level == level and ("leave teacher.local_model out" in finding.message) == (level == "error")
+            finding = found(teacher, server, is_loaded=True, local_model=str(world / "teacher"))[
+                "local model"
+            ]
+            assert finding.level == level and (
+                "leave teacher.local_model out" in finding.message
+            ) == (level == "error")
 
 
 def test_replicas_are_compared(model):
@@ -357,15 +464,21 @@ def test_replicas_are_compared(model):
         ConformanceServer(model) as same,
         ConformanceServer(tiny_language_model(seed=4)) as other,
     ):
-        assert found(model, one, same)["replicas"].message.startswith(f"{same.url} agrees with {one.url} (mean ")
-        assert f"{other.url} gives other log-probs than {one.url}" in error_of(model, one, other).message
+        assert found(model, one, same)["replicas"].message.startswith(
+            f"{same.url} agrees with {one.url} (mean "
+        )
+        assert (
+            f"{other.url} gives other log-probs than {one.url}"
+            in error_of(model, one, other).message
+        )
         same.name = "renamed"
         assert f"{same.url} offers 'renamed', not 'tiny'" in error_of(model, one, same).message
 
 
 @pytest.mark.parametrize("contexts", [(256, 15), (15, 256)])
 def test_replicas_of_different_contexts_are_compared_up_to_the_shorter(model, contexts):
-    """Of the probe's 12 tokens 9 leave room for what a server writes; the first of them has no log-prob."""
+    """Of the probe's 12 tokens 9 leave room for what a server writes; the first of them has no
+    log-prob."""
     one, other = (ConformanceServer(model, context=context) for context in contexts)
     with one, other:
         finding = found(model, one, other)["replicas"]
@@ -385,15 +498,25 @@ def test_a_server_that_does_not_list_its_models(model):
 def byte_level() -> PreTrainedTokenizerFast:
     vocabulary = ["<eos>", "a", "Ġa", "ab", "Ċ", "Ã", "Ġ", "ĠĠ", "ab Ã"]
     made = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, []))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.pre_tokenizer, made.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>")
 
 
 def metaspace() -> PreTrainedTokenizerFast:
     vocabulary = ["<eos>", "▁a", "a", "▁ab", "<0x0A>", "<0xC3>"]
-    made = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, [], byte_fallback=True))
+    made = Tokenizer(
+        models.BPE({token: i for i, token in enumerate(vocabulary)}, [], byte_fallback=True)
+    )
     made.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>")
 
@@ -419,7 +542,9 @@ def test_surface_forms(make, tokens, strings, num_compared, num_differing):
 
 
 def test_probes_reach_the_whole_vocabulary(model):
-    assert spread_ids(model.tokenizer, 4) == [15, 31, 47, 63] and spread_ids(model.tokenizer, 1000) == list(range(64))
+    assert spread_ids(model.tokenizer, 4) == [15, 31, 47, 63] and spread_ids(
+        model.tokenizer, 1000
+    ) == list(range(64))
     probe = probe_ids(model.tokenizer)  # it has no words of the text
     assert len(set(probe)) == 12
 
@@ -432,19 +557,31 @@ def test_what_users_get_wrong_ends_in_a_sentence(model, monkeypatch):
         dead = ConformanceServer(model).start()
         dead.kill()
         message = error_of(model, dead).message
-        assert message.startswith(f"nothing answers at {dead.url}/models: ") and message.endswith("correct teacher.urls.")
+        assert message.startswith(f"nothing answers at {dead.url}/models: ") and message.endswith(
+            "correct teacher.urls."
+        )
         bare = f"http://127.0.0.1:{server.port}"
         assert (
-            error_of(model, bare).message == f"there is no {bare}/models, but {bare}/v1/models; add /v1 to it in teacher.urls."
+            error_of(model, bare).message
+            == f"there is no {bare}/models, but {bare}/v1/models; add /v1 to it in teacher.urls."
         )
         message = error_of(model, server, model="tinny").message
-        assert message == f"{server.url} offers 'tiny', not 'tinny'; set teacher.model to what it offers."
+        assert (
+            message
+            == f"{server.url} offers 'tiny', not 'tinny'; set teacher.model to what it offers."
+        )
         server.lists_models = False
         assert "The model `tinny` does not exist" in error_of(model, server, model="tinny").message
         server.lists_models, server.key = True, "right"
-        assert "the environment variable RLAD_TEACHER_API_KEY is not set" in error_of(model, server).message
+        assert (
+            "the environment variable RLAD_TEACHER_API_KEY is not set"
+            in error_of(model, server).message
+        )
         monkeypatch.setenv("RLAD_TEACHER_API_KEY", "wrong")
-        assert "RLAD_TEACHER_API_KEY holds a key that it does not take" in error_of(model, server).message
+        assert (
+            "RLAD_TEACHER_API_KEY holds a key that it does not take"
+            in error_of(model, server).message
+        )
         monkeypatch.setenv("MY_KEY", " right\n")
         assert found(model, server, api_key_variable="MY_KEY")["scoring"].level == "ok"
 
@@ -455,13 +592,19 @@ def test_a_server_that_is_no_model_server(model):
         assert f"{server.url} offers no model, not 'tiny'" in error_of(model, server).message
     with ConformanceServer(model, understands=()) as server:
         message = error_of(model, server).message
-        assert "prompt_logprobs: it gives no finite" in message and "echo: it gives no finite" in message
+        assert (
+            "prompt_logprobs: it gives no finite" in message
+            and "echo: it gives no finite" in message
+        )
 
 
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"urls": ["127.0.0.1:8000/v1"]}, r"urls\[0\] is wrong: it must be an address such as http://127.0.0.1:8000/v1"),
+        (
+            {"urls": ["127.0.0.1:8000/v1"]},
+            r"urls\[0\] is wrong: it must be an address such as http://127.0.0.1:8000/v1",
+        ),
         ({"urls": ["http:///v1"]}, "must be an address"),
         ({"urls": ["http://h:port/v1"]}, "must be an address"),
         ({"urls": ["http://h/v 1"]}, "must be an address"),
@@ -470,7 +613,10 @@ def test_a_server_that_is_no_model_server(model):
         ({"urls": ["http://h/v1?key=secret"]}, "may hold no user, password, query or fragment"),
         ({"urls": []}, "urls is"),
         ({"urls": ["http://h/v1", "http://h/v1/"]}, "urls names a replica twice"),
-        ({"api_key_variable": "sk-secret"}, "must be the name of an environment variable, in capitals, not the key itself"),
+        (
+            {"api_key_variable": "sk-secret"},
+            "must be the name of an environment variable, in capitals, not the key itself",
+        ),
         ({"timeout_seconds": 0.0}, "timeout_seconds is 0.0"),
         ({"max_concurrent_requests": 0}, "max_concurrent_requests is 0"),
     ],
@@ -489,7 +635,8 @@ def test_a_slash_at_the_end_does_not_matter():
 
 
 def test_the_key_is_nowhere(world, tmp_path, monkeypatch, caplog):
-    """Not in the run directory, nor in a log at any level, an exception, a representation; also where a server repeats it."""
+    """Not in the run directory, nor in a log at any level, an exception, a representation; also
+    where a server repeats it."""
     key = "sk-2718281828"
     monkeypatch.setenv("RLAD_TEACHER_API_KEY", key)
     caplog.set_level(logging.DEBUG)
@@ -512,7 +659,9 @@ def test_the_key_is_nowhere(world, tmp_path, monkeypatch, caplog):
 @pytest.mark.parametrize("key", ["two words", "line\nbreak", "schlüssel"])
 def test_a_key_that_no_header_can_hold_is_refused_unseen(model, monkeypatch, key):
     monkeypatch.setenv("RLAD_TEACHER_API_KEY", key)
-    with pytest.raises(ValueError, match="environment variable RLAD_TEACHER_API_KEY holds") as error:
+    with pytest.raises(
+        ValueError, match="environment variable RLAD_TEACHER_API_KEY holds"
+    ) as error:
         found(model, "http://127.0.0.1:9/v1")
     assert key not in str(error.value)
 
@@ -521,7 +670,12 @@ def test_the_key_over_plain_http_to_another_machine_is_a_warning(monkeypatch):
     monkeypatch.setenv("RLAD_TEACHER_API_KEY", "k")
     from rlad.teachers.served.self_test import key_findings
 
-    for url, num in (("http://127.0.0.1:1/v1", 0), ("http://localhost:1/v1", 0), ("https://h/v1", 0), ("http://h/v1", 1)):
+    for url, num in (
+        ("http://127.0.0.1:1/v1", 0),
+        ("http://localhost:1/v1", 0),
+        ("https://h/v1", 0),
+        ("http://h/v1", 1),
+    ):
         assert len(key_findings(CompletionsClient(config_of(url).teacher))) == num  # pyright: ignore[reportArgumentType]
 
 
@@ -549,7 +703,10 @@ def test_a_lasting_fault_leaves_nan(model, fault):
 
 @pytest.mark.parametrize("fault", ["slow", "dripping"])
 def test_what_takes_longer_than_the_timeout_is_given_up(model, fault):
-    with ConformanceServer(model) as server, untested_teacher_at(server, timeout_seconds=0.5, num_retries=1) as teacher:
+    with (
+        ConformanceServer(model) as server,
+        untested_teacher_at(server, timeout_seconds=0.5, num_retries=1) as teacher,
+    ):
         server.faults.append(fault)
         started = time.monotonic()
         assert_right(teacher.logprobs(REQUESTS), model)
@@ -565,7 +722,10 @@ def test_a_huge_answer_is_not_read_to_its_end(model):
 
 
 def test_retry_after_is_obeyed(model):
-    with ConformanceServer(model, retry_after=1) as server, untested_teacher_at(server, max_concurrent_requests=1) as teacher:
+    with (
+        ConformanceServer(model, retry_after=1) as server,
+        untested_teacher_at(server, max_concurrent_requests=1) as teacher,
+    ):
         server.faults.append("429")
         assert_right(teacher.logprobs(REQUESTS), model)
         gap = server.times[-len(REQUESTS)] - server.times[-len(REQUESTS) - 1]
@@ -576,14 +736,19 @@ def test_retry_after_is_obeyed(model):
 def test_a_refusal_for_good_stops_the_run(model, fault):
     with ConformanceServer(model) as server, untested_teacher_at(server) as teacher:
         server.lasting_fault, num_before = fault, len(server.requests)
-        with pytest.raises(RunFailedError, match=rf"/completions refuses the teacher's requests \(HTTP {fault}") as error:
+        with pytest.raises(
+            RunFailedError, match=rf"/completions refuses the teacher's requests \(HTTP {fault}"
+        ) as error:
             teacher.logprobs(REQUESTS[:1])
         assert str(error.value).endswith(".") and len(server.requests) == num_before + 1
 
 
 def test_a_request_that_alone_fails_does_not_end_the_patience_of_others(model):
     """One prompt chokes the server for good; another is answered at the last try."""
-    with ConformanceServer(model) as server, untested_teacher_at(server, max_concurrent_requests=1) as teacher:
+    with (
+        ConformanceServer(model) as server,
+        untested_teacher_at(server, max_concurrent_requests=1) as teacher,
+    ):
         respond = server.completion
 
         def choke(body: dict[str, Any]) -> dict[str, Any]:
@@ -600,7 +765,9 @@ def test_a_request_that_alone_fails_does_not_end_the_patience_of_others(model):
 def test_once_one_request_has_waited_in_vain_the_others_wait_no_more(model):
     with (
         ConformanceServer(model) as server,
-        untested_teacher_at(server, max_concurrent_requests=1, num_retries=4, retry_pause_seconds=0.1) as teacher,
+        untested_teacher_at(
+            server, max_concurrent_requests=1, num_retries=4, retry_pause_seconds=0.1
+        ) as teacher,
     ):
         server.kill()
         started = time.monotonic()
@@ -618,7 +785,10 @@ def test_interrupting_does_not_wait_for_retries_or_answers(model):
     former = signal.signal(signal.SIGALRM, interrupt)
     try:
         for is_dead in (True, False):
-            with ConformanceServer(model) as server, untested_teacher_at(server, retry_pause_seconds=30.0) as teacher:
+            with (
+                ConformanceServer(model) as server,
+                untested_teacher_at(server, retry_pause_seconds=30.0) as teacher,
+            ):
                 if is_dead:
                     server.kill()
                 server.lasting_fault, server.slow_seconds = "slow", 8.0
@@ -638,7 +808,11 @@ def test_interrupting_does_not_wait_for_retries_or_answers(model):
 
 
 def test_replicas_share_the_work(model):
-    with ConformanceServer(model) as one, ConformanceServer(model) as two, untested_teacher_at(one, two) as teacher:
+    with (
+        ConformanceServer(model) as one,
+        ConformanceServer(model) as two,
+        untested_teacher_at(one, two) as teacher,
+    ):
         for server in (one, two):
             server.requests.clear()
             server.lasting_fault, server.slow_seconds = "slow", 0.02
@@ -661,7 +835,11 @@ def test_a_replica_stands_in_for_another_that_is_tried_again_later(model, caplog
         teacher._client.replicas[0].rests_until = time.monotonic()  # half a minute later
         assert_right(teacher.logprobs(REQUESTS), model)
         assert one.requests
-        assert [record.message.split(": ")[0] for record in caplog.records if record.levelno == logging.WARNING] == [
+        assert [
+            record.message.split(": ")[0]
+            for record in caplog.records
+            if record.levelno == logging.WARNING
+        ] == [
             "the teacher's server does not answer, waiting for it",
             f"the teacher's server at {one.url} answers again",
         ]
@@ -671,7 +849,13 @@ def test_a_replica_stands_in_for_another_that_is_tried_again_later(model, caplog
 
 
 def served(*servers: ConformanceServer, **settings: Any) -> dict[str, Any]:
-    return {"type": "served", "urls": [server.url for server in servers], "model": "tiny", **SHORT, **settings}
+    return {
+        "type": "served",
+        "urls": [server.url for server in servers],
+        "model": "tiny",
+        **SHORT,
+        **settings,
+    }
 
 
 @pytest.fixture
@@ -695,19 +879,27 @@ def test_a_run_with_a_served_teacher_is_the_run_with_the_local_one(world, tmp_pa
     local = rlad.train(run_config(world, tmp_path / "local")).run_dir
     other = rlad.train(run_config(world, tmp_path / "served", teacher=served(server))).run_dir
     wanted_rows, rows = (list(RunDirectory(path).read("metrics.jsonl")) for path in (local, other))
-    assert len(rows) == 4 and any(row["teacher/log_ratio/mean"] for row in rows if "teacher/log_ratio/mean" in row)
+    assert len(rows) == 4 and any(
+        row["teacher/log_ratio/mean"] for row in rows if "teacher/log_ratio/mean" in row
+    )
     for row, wanted_row in zip(rows, wanted_rows, strict=True):
         assert row.keys() == wanted_row.keys() | {"teacher/overlap/seconds"}
         for name in wanted_row:
             if not name.startswith(("time/", "memory/")):
                 assert row[name] == pytest.approx(wanted_row[name], rel=1e-4, abs=1e-5), name
-    ours, theirs = (load_file(RunDirectory(path).checkpoint(4) / "model.safetensors") for path in (other, local))
+    ours, theirs = (
+        load_file(RunDirectory(path).checkpoint(4) / "model.safetensors") for path in (other, local)
+    )
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-5)
 
 
 def test_a_run_survives_a_restart_of_the_server(world, tmp_path, server):
-    config = run_config(world, tmp_path / "whole" / "run", teacher=served(server, num_retries=6, retry_pause_seconds=0.05))
+    config = run_config(
+        world,
+        tmp_path / "whole" / "run",
+        teacher=served(server, num_retries=6, retry_pause_seconds=0.05),
+    )
     rlad.train(config)
 
     def restart() -> None:
@@ -723,7 +915,10 @@ def test_a_run_without_its_server_stops_and_goes_on_with_resume(world, tmp_path,
     config = run_config(world, tmp_path / "whole" / "run", teacher=served(server))
     rlad.train(config)
     config["run_dir"] = str(tmp_path / "stopped" / "run")
-    with pytest.raises(RunFailedError, match=r"step 4: the teacher gave no finite log-prob for 100\.0% of the tokens"):
+    with pytest.raises(
+        RunFailedError,
+        match=r"step 4: the teacher gave no finite log-prob for 100\.0% of the tokens",
+    ):
         rlad.train(config, reporter=Behind(3, server.kill))
     assert RunDirectory(tmp_path / "stopped" / "run").checkpoints()[-1][0] == 3
     server.start()
@@ -743,17 +938,24 @@ def test_a_resumed_run_must_find_the_same_teacher(world, tmp_path, server):
     with pytest.raises(RunFailedError):
         rlad.train(config, reporter=Behind(1, lambda: setattr(server, "lasting_fault", "401")))
     server.lasting_fault, server.root = "", "/models/another"
-    with pytest.raises(ValueError, match=r"trained with teacher 'tiny', not 'tiny \(/models/another\)'"):
+    with pytest.raises(
+        ValueError, match=r"trained with teacher 'tiny', not 'tiny \(/models/another\)'"
+    ):
         rlad.train(config, resume=True)
 
 
 def test_on_the_command_line(world, tmp_path, server):
-    toml = write_config(tmp_path / "run.toml", run_config(world, tmp_path / "run", teacher=served(server, model="tinny")))
+    toml = write_config(
+        tmp_path / "run.toml",
+        run_config(world, tmp_path / "run", teacher=served(server, model="tinny")),
+    )
     for verb in ("check", "train"):
         if verb == "train":
             assert "offers 'tiny', not 'tinny'" in rlad_fails(verb, toml)
     server.kill()
-    toml = write_config(tmp_path / "run.toml", run_config(world, tmp_path / "run", teacher=served(server)))
+    toml = write_config(
+        tmp_path / "run.toml", run_config(world, tmp_path / "run", teacher=served(server))
+    )
     assert "start the server, or correct teacher.urls." in rlad_fails("train", toml)
     assert not (tmp_path / "run").exists()
     server.start()

@@ -1,4 +1,5 @@
-"""Teachers made of teachers: one for each task, a mixture, and one that sees more than the student."""
+"""Teachers made of teachers: one for each task, a mixture, and one that sees more than the
+student."""
 
 import itertools
 import json
@@ -47,14 +48,19 @@ def local(model: LanguageModel, name: str = "") -> LocalTeacher:
 
 def requests_for(*tasks: str) -> list[TeacherRequest]:
     lengths = [(1 + 3 * i) % 8 + 1 for i in range(len(tasks))]
-    pairs = zip(random_tokens(*lengths), random_tokens(*reversed(lengths), seed=1), tasks, strict=True)
+    pairs = zip(
+        random_tokens(*lengths), random_tokens(*reversed(lengths), seed=1), tasks, strict=True
+    )
     return [TeacherRequest(p, c, Problem("", "", "", task=task)) for p, c, task in pairs]
 
 
 def reference(model: LanguageModel, prompt: Sequence[int], completion: Sequence[int]) -> Tensor:
     """Log-probs of one completion from the full logits of one sequence, float64 `[its length]`."""
     with torch.no_grad():
-        logits = model.model(input_ids=torch.tensor([[*prompt, *completion]])).logits[0].double() / TEMPERATURE
+        logits = (
+            model.model(input_ids=torch.tensor([[*prompt, *completion]])).logits[0].double()
+            / TEMPERATURE
+        )
     start = len(prompt) - 1
     rows = logits.log_softmax(dim=-1)[start : start + len(completion)]
     return rows.gather(1, torch.tensor(completion)[:, None]).squeeze(1)
@@ -92,9 +98,17 @@ def test_the_only_task_of_a_run_is_asked_for_by_its_type():
 
 def test_identity_names_all_members_in_any_order():
     a, b = (local(tiny_language_model(), name) for name in "ab")
-    assert TeacherByTask({"x": a, "y": b}).identity == TeacherByTask({"y": b, "x": a}).identity == "by task: x = a, y = b"
+    assert (
+        TeacherByTask({"x": a, "y": b}).identity
+        == TeacherByTask({"y": b, "x": a}).identity
+        == "by task: x = a, y = b"
+    )
     mixed = TeacherMixture({"y": b, "x": a}, {"x": 1, "y": 3}).identity
-    assert mixed == TeacherMixture({"x": a, "y": b}, {"x": 2, "y": 6}).identity == "mixture: 0.25 x x = a, 0.75 x y = b"
+    assert (
+        mixed
+        == TeacherMixture({"x": a, "y": b}, {"x": 2, "y": 6}).identity
+        == "mixture: 0.25 x x = a, 0.75 x y = b"
+    )
 
 
 # --- a mixture ----------------------------------------------------------------------------------------------------------
@@ -107,14 +121,19 @@ def test_mixture_is_the_logarithm_of_the_weighted_mean_probability():
     requests = requests_for("", "", "")
     for request, values in zip(requests, teacher.logprobs(requests), strict=True):
         for t, value in enumerate(values.tolist()):
-            each = [float(reference(model, request.prompt, request.completion)[t]) for model in models]
-            wanted = math.log(sum(w / 8 * math.exp(one) for w, one in zip(weights, each, strict=True)))
+            each = [
+                float(reference(model, request.prompt, request.completion)[t]) for model in models
+            ]
+            wanted = math.log(
+                sum(w / 8 * math.exp(one) for w, one in zip(weights, each, strict=True))
+            )
             assert value == pytest.approx(wanted, abs=1e-4)
 
 
 def test_mixture_is_a_probability_whatever_the_weights_sum_to():
     teacher = TeacherMixture(
-        {"a": local(tiny_language_model(seed=1)), "b": local(tiny_language_model(seed=2))}, {"a": 9, "b": 3}
+        {"a": local(tiny_language_model(seed=1)), "b": local(tiny_language_model(seed=2))},
+        {"a": 9, "b": 3},
     )
     every_token = [TeacherRequest([5, 9], [token]) for token in range(VOCABULARY)]
     assert float(torch.cat(teacher.logprobs(every_token)).exp().sum()) == pytest.approx(1, abs=1e-5)
@@ -132,8 +151,12 @@ def test_limits_of_a_mixture():
 
 
 def test_what_one_member_cannot_score_is_missing():
-    """The second one knows 32 ids; token 40 of the completion is none of them, and what follows cannot be scored either."""
-    members = {"a": local(tiny_language_model(seed=1)), "b": local(tiny_language_model(seed=2, vocab_size=32))}
+    """The second one knows 32 ids; token 40 of the completion is none of them, and what follows
+    cannot be scored either."""
+    members = {
+        "a": local(tiny_language_model(seed=1)),
+        "b": local(tiny_language_model(seed=2, vocab_size=32)),
+    }
     request = TeacherRequest([5, 9], [7, 8, 40, 9])
     (values,) = TeacherMixture(members, {"a": 1, "b": 1}).logprobs([request])
     assert values.isfinite().tolist() == [True, True, False, False] and values[2:].isnan().all()
@@ -163,8 +186,14 @@ class Recording(Teacher):
 
 def test_all_members_move_are_stored_under_their_names_and_closed():
     student = tiny_language_model()
-    make: Callable[..., EMATeacher] = partial(EMATeacher, name="s", temperature=1.0, tokens_per_batch=64)
-    members = {"a": make(student, update_rate=0.5), "a/b": make(student, update_rate=0.1), "c": Recording("c")}
+    make: Callable[..., EMATeacher] = partial(
+        EMATeacher, name="s", temperature=1.0, tokens_per_batch=64
+    )
+    members = {
+        "a": make(student, update_rate=0.5),
+        "a/b": make(student, update_rate=0.1),
+        "c": Recording("c"),
+    }
     teacher = TeacherMixture(members, dict.fromkeys(members, 1.0))
     with torch.no_grad():
         for weight in student.model.parameters():
@@ -172,7 +201,11 @@ def test_all_members_move_are_stored_under_their_names_and_closed():
     teacher.after_step()
     state = {name: value.clone() for name, value in teacher.state().items()}
     assert {name.split("/")[0] for name in state} == {"a", "a%2Fb"} and len(state) == 42
-    fresh = {"a": make(student, update_rate=0.5), "a/b": make(student, update_rate=0.1), "c": Recording("c")}
+    fresh = {
+        "a": make(student, update_rate=0.5),
+        "a/b": make(student, update_rate=0.1),
+        "c": Recording("c"),
+    }
     restored = TeacherMixture(fresh, dict.fromkeys(fresh, 1.0))
     restored.load_state(state)
     requests = requests_for("", "")
@@ -188,8 +221,12 @@ def test_the_privileged_one_passes_everything_on():
     teacher = PrivilegedTeacher(inner, "{prompt}{answer}", encode=lambda text: [3], context=None)
     state = {name: value + 1 for name, value in teacher.state().items()}
     teacher.load_state(state)
-    assert len(state) == 21 and all(torch.equal(inner.state()[name], value) for name, value in state.items())
-    teacher = PrivilegedTeacher(recording, "{prompt}{answer}", encode=lambda text: [3], context=None)
+    assert len(state) == 21 and all(
+        torch.equal(inner.state()[name], value) for name, value in state.items()
+    )
+    teacher = PrivilegedTeacher(
+        recording, "{prompt}{answer}", encode=lambda text: [3], context=None
+    )
     teacher.after_step()
     teacher.close()
     assert recording.told == ["step", "close"] and teacher.pop_metrics() == {"teacher/x/frac": 0.5}
@@ -200,7 +237,11 @@ def test_the_privileged_one_passes_everything_on():
 
 
 def two_tasks(world: Path, run_dir: Path, **teacher: Any) -> dict[str, Any]:
-    one = {"type": "jsonl", "verifier": "number", **{name: str(world / f"{name}.jsonl") for name in FILES}}
+    one = {
+        "type": "jsonl",
+        "verifier": "number",
+        **{name: str(world / f"{name}.jsonl") for name in FILES},
+    }
     tasks = {"type": "several", "tasks": {"a": one, "b": one}}
     return run_config(world, run_dir) | {"task": tasks, "teacher": {"type": "several", **teacher}}
 
@@ -210,12 +251,19 @@ def test_a_task_without_a_teacher_is_an_error_before_the_run(world, tmp_path):
     config = two_tasks(world, tmp_path / "run", teachers=members)
     findings = check_teacher(parse_config(config).teacher, setting(config))
     assert errors(findings) == [
-        ("teachers", "task 'b' has no teacher of that name; add [teacher.teachers.b], or rename one of a, c.")
+        (
+            "teachers",
+            "task 'b' has no teacher of that name; add [teacher.teachers.b], or rename one of a, "
+            "c.",
+        )
     ]
     assert errors(findings, "warning") == [
         ("teachers", "teacher 'c' is never asked: the run's tasks are a, b; remove or rename it.")
     ]
-    assert {finding.subject for finding in findings if finding.level == "ok"} >= {"a: vocabulary", "c: context"}
+    assert {finding.subject for finding in findings if finding.level == "ok"} >= {
+        "a: vocabulary",
+        "c: context",
+    }
     with pytest.raises(ValueError, match="task 'b' has no teacher of that name"):
         rlad.train(config)
     assert not (tmp_path / "run").exists()
@@ -235,10 +283,17 @@ def step_1(config: dict[str, Any]) -> dict[str, float]:
 
 
 def test_runs_with_several_teachers(world, tmp_path):
-    """Two that are one are that teacher, combined either way; two that differ have a say in one task each, or in both."""
+    """Two that are one are that teacher, combined either way; two that differ have a say in one
+    task each, or in both."""
     write_model(tmp_path / "other", seed=7)
     paths, norms = [str(world / "teacher"), str(tmp_path / "other")], {}
-    for combine, a, b in (("by_task", 0, 0), ("by_task", 0, 1), ("by_task", 1, 0), ("mixture", 0, 0), ("mixture", 0, 1)):
+    for combine, a, b in (
+        ("by_task", 0, 0),
+        ("by_task", 0, 1),
+        ("by_task", 1, 0),
+        ("mixture", 0, 0),
+        ("mixture", 0, 1),
+    ):
         members = {"a": {"model": paths[a]}, "b": {"model": paths[b]}}
         config = two_tasks(world, tmp_path / f"{combine}{a}{b}", teachers=members, combine=combine)
         config |= {"optimization": {"num_steps": 1}, "objective": {"type": "opd"}}
@@ -252,7 +307,13 @@ def test_runs_with_several_teachers(world, tmp_path):
 
 def test_a_template_by_hand():
     template = "{{{prompt}}} is {answer}."
-    assert template_parts(template) == [("{", None), ("", "prompt"), ("}", None), (" is ", "answer"), (".", None)]
+    assert template_parts(template) == [
+        ("{", None),
+        ("", "prompt"),
+        ("}", None),
+        (" is ", "answer"),
+        (".", None),
+    ]
     assert template_names(template) == {"prompt", "answer"}
     values = {"prompt": "{answer} {0.__class__} }{", "answer": "{prompt}"}
     assert fill_template(template, values) == "{{answer} {0.__class__} }{} is {prompt}."
@@ -265,19 +326,29 @@ def test_a_template_by_hand():
         ("{prompt} }", "its braces do not match"),
         ("{prompt!r}", "{prompt} has a format behind its name; write {prompt} alone."),
         ("{prompt:>9}", "{prompt} has a format behind its name; write {prompt} alone."),
-        ("The answer is {answer}.", "it has no {prompt}, so the teacher would not see the question; add it."),
+        (
+            "The answer is {answer}.",
+            "it has no {prompt}, so the teacher would not see the question; add it.",
+        ),
     ],
 )
 def test_templates_that_cannot_be(world, tmp_path, template, sentence):
     teacher = {"type": "privileged", "template": template, "teacher": {"model": "t"}}
     with pytest.raises(ValueError) as error:
         parse_config(run_config(world, tmp_path) | {"teacher": teacher})
-    assert str(error.value).startswith("teacher.template is wrong: ") and sentence in str(error.value)
+    assert str(error.value).startswith("teacher.template is wrong: ") and sentence in str(
+        error.value
+    )
 
 
 def test_what_a_template_may_name():
-    problem = Problem("p", "a", "k", metadata={"hint": "h", "size": 3, "names": ["x"], "prompt": "no"})
-    assert privileged_prompt("{prompt}/{answer}/{hint}/{size}/{peer_solution}", problem, "s") == "p/a/h/3/s"
+    problem = Problem(
+        "p", "a", "k", metadata={"hint": "h", "size": 3, "names": ["x"], "prompt": "no"}
+    )
+    assert (
+        privileged_prompt("{prompt}/{answer}/{hint}/{size}/{peer_solution}", problem, "s")
+        == "p/a/h/3/s"
+    )
     for template in ("{prompt}{names}", "{prompt}{nothing}", "{prompt}{peer_solution}"):
         assert privileged_prompt(template, problem, None) is None
     assert privileged_prompt("{prompt}{answer}", replace(problem, answer=""), None) is None
@@ -288,7 +359,8 @@ def test_what_a_template_may_name():
 
 
 def tokenizers() -> dict[str, Any]:
-    """Plain, with a first token of its own, and with a chat template that also ends the user's turn."""
+    """Plain, with a first token of its own, and with a chat template that also ends the user's
+    turn."""
     chosen = {name: tiny_tokenizer() for name in ("plain", "bos", "chat")}
     chosen["bos"].backend_tokenizer.post_processor = TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
         single="<eos2> $A", special_tokens=[("<eos2>", 2)]
@@ -304,20 +376,33 @@ def words(length: int, seed: int) -> str:
 
 def problems() -> list[Problem]:
     """Prompts and answers of very different lengths."""
-    return [Problem(words(2 + 3 * i, i), words(11 - 2 * i, 50 + i), str(i), metadata={"short": "w9"}) for i in range(5)]
+    return [
+        Problem(words(2 + 3 * i, i), words(11 - 2 * i, 50 + i), str(i), metadata={"short": "w9"})
+        for i in range(5)
+    ]
 
 
 def asked(tokenizer: Any) -> list[TeacherRequest]:
     completions = random_tokens(6, 1, 9, 3, 4, seed=3)
-    prompts = [prompt_token_ids(tokenizer, problem.prompt, RolloutConfig()) for problem in problems()]
+    prompts = [
+        prompt_token_ids(tokenizer, problem.prompt, RolloutConfig()) for problem in problems()
+    ]
     return [
-        TeacherRequest(*row) for row in zip(prompts, completions, problems(), [None, "w7", None, "w8 w8", "w9"], strict=True)
+        TeacherRequest(*row)
+        for row in zip(
+            prompts, completions, problems(), [None, "w7", None, "w8 w8", "w9"], strict=True
+        )
     ]
 
 
-def privileged(inner: Teacher, tokenizer: Any, template: str, context: int | None = None) -> PrivilegedTeacher:
+def privileged(
+    inner: Teacher, tokenizer: Any, template: str, context: int | None = None
+) -> PrivilegedTeacher:
     return PrivilegedTeacher(
-        inner, template, encode=partial(prompt_token_ids, tokenizer, rollout=RolloutConfig()), context=context
+        inner,
+        template,
+        encode=partial(prompt_token_ids, tokenizer, rollout=RolloutConfig()),
+        context=context,
     )
 
 
@@ -330,20 +415,27 @@ def test_the_students_own_prompt_gives_the_plain_teachers_values_bit_for_bit(kin
 
 
 @pytest.mark.parametrize("kind", ["plain", "bos", "chat"])
-@pytest.mark.parametrize("template", ["w5 {answer} w6 {prompt}", "{prompt} {answer} w8", "{short} {prompt}"])
+@pytest.mark.parametrize(
+    "template", ["w5 {answer} w6 {prompt}", "{prompt} {answer} w8", "{short} {prompt}"]
+)
 def test_another_prompt_shifts_no_token(kind, template):
-    """Against a forward pass of its own over [privileged prompt + completion], one sequence at a time."""
+    """Against a forward pass of its own over [privileged prompt + completion], one sequence at a
+    time."""
     tokenizer, model = tokenizers()[kind], tiny_language_model(seed=4)
     requests = asked(tokenizer)
     found = privileged(local(model), tokenizer, template).logprobs(requests)
     before, behind = {"plain": ([], []), "bos": ([2], []), "chat": ([2, 3], [4, 5, 6])}[kind]
     for request, values in zip(requests, found, strict=True):
         assert request.problem is not None
-        text = template.replace("{prompt}", request.problem.prompt).replace("{answer}", request.problem.answer)
+        text = template.replace("{prompt}", request.problem.prompt).replace(
+            "{answer}", request.problem.answer
+        )
         ids = [int(word[1:]) for word in text.replace("{short}", "w9").split()]
         wanted = reference(model, [*before, *ids, *behind], request.completion)
         torch.testing.assert_close(values.double(), wanted, atol=1e-4, rtol=0)
-        assert (values.double() - reference(model, request.prompt, request.completion)).abs().max() > 0.1
+        assert (
+            values.double() - reference(model, request.prompt, request.completion)
+        ).abs().max() > 0.1
 
 
 def test_a_shorter_prompt_shifts_no_token():
@@ -352,17 +444,25 @@ def test_a_shorter_prompt_shifts_no_token():
     problem, prompt = Problem("w3", "w4", "k"), random_tokens(20)[0]
     teacher = privileged(local(model), tiny_tokenizer(), "{prompt} {answer}")
     (values,) = teacher.logprobs([TeacherRequest(prompt, [9, 10, 11], problem)])
-    torch.testing.assert_close(values.double(), reference(model, [3, 4], [9, 10, 11]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        values.double(), reference(model, [3, 4], [9, 10, 11]), atol=1e-4, rtol=0
+    )
 
 
 def test_without_a_peer_solution_the_teacher_has_the_students_prompt():
     tokenizer, model = tiny_tokenizer(), tiny_language_model(seed=4)
-    requests, teacher = asked(tokenizer), privileged(local(model), tokenizer, "{peer_solution} {prompt}")
+    requests, teacher = (
+        asked(tokenizer),
+        privileged(local(model), tokenizer, "{peer_solution} {prompt}"),
+    )
     found, plain = teacher.logprobs(requests), local(model).logprobs(requests)
     for request, values, own in zip(requests, found, plain, strict=True):
         peer = [int(word[1:]) for word in (request.peer_solution or "").split()]
         torch.testing.assert_close(
-            values.double(), reference(model, [*peer, *request.prompt], request.completion), atol=1e-4, rtol=0
+            values.double(),
+            reference(model, [*peer, *request.prompt], request.completion),
+            atol=1e-4,
+            rtol=0,
         )
         assert (values - own).abs().max() < 1e-4 or request.peer_solution
     assert teacher.pop_metrics() == {"teacher/privileged/frac": 0.6} and teacher.pop_metrics() == {}
@@ -372,10 +472,16 @@ def test_what_does_not_fit_is_missing_and_the_others_are_scored():
     tokenizer, model = tiny_tokenizer(), tiny_language_model(seed=4)
     requests = asked(tokenizer)
     whole = privileged(local(model), tokenizer, "{answer} {prompt}").logprobs(requests)
-    lengths = [len(r.problem.answer.split()) + len(r.prompt) + len(r.completion) for r in requests if r.problem]
+    lengths = [
+        len(r.problem.answer.split()) + len(r.prompt) + len(r.completion)
+        for r in requests
+        if r.problem
+    ]
     assert lengths == [2 + 11 + 6, 5 + 9 + 1, 8 + 7 + 9, 11 + 5 + 3, 14 + 3 + 4]
     for limit, fit in ((24, 5), (20, 3), (14, 0)):
-        found = privileged(local(model), tokenizer, "{answer} {prompt}", context=limit).logprobs(requests)
+        found = privileged(local(model), tokenizer, "{answer} {prompt}", context=limit).logprobs(
+            requests
+        )
         for values, wanted, length in zip(found, whole, lengths, strict=True):
             assert len(values) == len(wanted)
             assert values.isfinite().all() if length <= limit else values.isnan().all()
@@ -386,7 +492,11 @@ def test_what_does_not_fit_is_missing_and_the_others_are_scored():
 
 
 def privileged_config(world: Path, run_dir: Path, template: str, **sections: Any) -> dict[str, Any]:
-    teacher = {"type": "privileged", "template": template, "teacher": {"model": str(world / "teacher")}}
+    teacher = {
+        "type": "privileged",
+        "template": template,
+        "teacher": {"model": str(world / "teacher")},
+    }
     return run_config(world, run_dir, **sections) | {"teacher": teacher}
 
 
@@ -406,22 +516,31 @@ def test_names_of_a_template_are_checked(world, tmp_path):
 def with_hints(world: Path, folder: Path, *hints: str) -> dict[str, Any]:
     """The problems of `world`, with these hints in turn, no field where it is empty."""
     rows = [json.loads(line) for line in (world / "path.jsonl").read_text().splitlines()]
-    hinted = [row | ({"hint": hint} if hint else {}) for row, hint in zip(rows, itertools.cycle(hints), strict=False)]
+    hinted = [
+        row | ({"hint": hint} if hint else {})
+        for row, hint in zip(rows, itertools.cycle(hints), strict=False)
+    ]
     path = folder / f"hints-{'-'.join(hints)}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in hinted))
     return {"path": str(path)}
 
 
 def test_a_hint_that_some_problems_lack_is_a_warning(world, tmp_path):
-    config = privileged_config(world, tmp_path, "{hint} {prompt}", task=with_hints(world, tmp_path, "1", "2", ""))
+    config = privileged_config(
+        world, tmp_path, "{hint} {prompt}", task=with_hints(world, tmp_path, "1", "2", "")
+    )
     (message,) = check(config, "warning")
-    assert re.fullmatch(r"\d of 20 problems have no \{hint\}: the teacher is given the student's prompt there", message[1])
+    assert re.fullmatch(
+        r"\d of 20 problems have no \{hint\}: the teacher is given the student's prompt there",
+        message[1],
+    )
     config["task"] |= with_hints(world, tmp_path, "1", "2")
     assert check(config, "warning") == [] == check(config, "error")
 
 
 def test_the_longest_privileged_prompt_must_fit_with_its_completion(world, tmp_path):
-    """A prompt of 4 tokens, 1 for the answer and 4 of completion; a peer's solution is another 4."""
+    """A prompt of 4 tokens, 1 for the answer and 4 of completion; a peer's solution is another
+    4."""
     for context, template, level in (
         (9, "{answer} {prompt}", "ok"),
         (8, "{answer} {prompt}", "error"),
@@ -433,7 +552,9 @@ def test_the_longest_privileged_prompt_must_fit_with_its_completion(world, tmp_p
         rollout = {"max_prompt_tokens": 4}
         config = privileged_config(world, tmp_path, template, rollout=rollout)
         config["teacher"]["teacher"] = {"model": str(teacher)}
-        levels = {f.subject: f.level for f in check_teacher(parse_config(config).teacher, setting(config))}
+        levels = {
+            f.subject: f.level for f in check_teacher(parse_config(config).teacher, setting(config))
+        }
         assert levels["privileged context"] == level, (context, template)
 
 
@@ -449,20 +570,35 @@ def test_privileged_in_privileged_is_refused(world, tmp_path):
 
 def documented_example() -> dict[str, Any]:
     """The [teacher] and [objective] sections that docs/methods.md shows for RLSD's own teacher."""
-    blocks = re.findall(r"^```toml\n(.*?)^```", (DOCS / "methods.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+    blocks = re.findall(
+        r"^```toml\n(.*?)^```", (DOCS / "methods.md").read_text(), flags=re.DOTALL | re.MULTILINE
+    )
     (block,) = [block for block in blocks if 'type = "privileged"' in block]
     return tomllib.loads(block)
 
 
 @pytest.mark.parametrize("objective", ["rlsd", "opd", "trrd"])
-def test_the_documented_teacher_trains_and_its_answer_is_in_the_gradient(world, tmp_path, objective):
-    """Two runs that differ in the answers in the teacher's prompt alone: equal rollouts and rewards, another gradient."""
+def test_the_documented_teacher_trains_and_its_answer_is_in_the_gradient(
+    world, tmp_path, objective
+):
+    """Two runs that differ in the answers in the teacher's prompt alone: equal rollouts and
+    rewards, another gradient."""
     example = documented_example()
-    assert example["objective"]["type"] == "rlsd" and example["teacher"]["teacher"] == {"type": "ema", "update_rate": 1}
-    teacher = example["teacher"] | {"template": example["teacher"]["template"].replace("{answer}", "{hint}")}
+    assert example["objective"]["type"] == "rlsd" and example["teacher"]["teacher"] == {
+        "type": "ema",
+        "update_rate": 1,
+    }
+    teacher = example["teacher"] | {
+        "template": example["teacher"]["template"].replace("{answer}", "{hint}")
+    }
     seen = []
     for run, hints in (("same", "12"), ("again", "12"), ("other", "20")):
-        config = run_config(world, tmp_path / run, task=with_hints(world, tmp_path, *hints), optimization={"num_steps": 1})
+        config = run_config(
+            world,
+            tmp_path / run,
+            task=with_hints(world, tmp_path, *hints),
+            optimization={"num_steps": 1},
+        )
         row = step_1(config | {"teacher": teacher, "objective": {"type": objective}})
         (sample,) = RunDirectory(tmp_path / run).read("samples.jsonl")
         texts = [rollout["text"] for rollout in sample["rollouts"]]
@@ -474,23 +610,39 @@ def test_the_documented_teacher_trains_and_its_answer_is_in_the_gradient(world, 
 
 
 def test_a_student_that_teaches_itself_its_own_prompt_is_grpo(world, tmp_path):
-    """The limit of a template that tells nothing: the log-ratio to the teacher is 0, so TRRD's ratio is GRPO's."""
-    teacher = {"type": "privileged", "template": "{prompt}", "teacher": {"type": "ema", "update_rate": 1.0}}
+    """The limit of a template that tells nothing: the log-ratio to the teacher is 0, so TRRD's
+    ratio is GRPO's."""
+    teacher = {
+        "type": "privileged",
+        "template": "{prompt}",
+        "teacher": {"type": "ema", "update_rate": 1.0},
+    }
     rows = {}
     for name in ("trrd", "rlsd", "grpo"):
-        config = run_config(world, tmp_path / name) | {"teacher": teacher, "objective": {"type": name}}
+        config = run_config(world, tmp_path / name) | {
+            "teacher": teacher,
+            "objective": {"type": name},
+        }
         rows[name] = list(RunDirectory(rlad.train(config).run_dir).read("metrics.jsonl"))
     for name in ("trrd", "rlsd"):
         for row, wanted in zip(rows[name], rows["grpo"], strict=True):
             assert row["teacher/log_ratio/mean"] == pytest.approx(0, abs=1e-5)
-            assert row["optimization/gradient_norm"] == pytest.approx(wanted["optimization/gradient_norm"], rel=1e-4)
+            assert row["optimization/gradient_norm"] == pytest.approx(
+                wanted["optimization/gradient_norm"], rel=1e-4
+            )
 
 
 def test_make_teacher_builds_what_the_sections_say(world, tmp_path):
-    member = {"type": "privileged", "template": "{answer} {prompt}", "teacher": {"model": str(world / "teacher")}}
+    member = {
+        "type": "privileged",
+        "template": "{answer} {prompt}",
+        "teacher": {"model": str(world / "teacher")},
+    }
     config = two_tasks(world, tmp_path, teachers={"a": {"type": "ema"}, "b": member})
     run = parse_config(config)
-    where = replace(setting(run), student=load_language_model(run.student.model, device="cpu", trainable=True))
+    where = replace(
+        setting(run), student=load_language_model(run.student.model, device="cpu", trainable=True)
+    )
     teacher = make_teacher(run.teacher, where)
     assert teacher.identity == (
         f"by task: a = the moving average of {world / 'student'} (update rate 0.05), "
@@ -504,7 +656,8 @@ def test_make_teacher_builds_what_the_sections_say(world, tmp_path):
 
 @pytest.mark.parametrize("name", CONFIGS["teachers"])
 def test_every_type_is_shown_as_it_stands_in_a_config(name):
-    """What is shown is TOML (but for the dots of required settings), with a section of its own for each inner teacher."""
+    """What is shown is TOML (but for the dots of required settings), with a section of its own for
+    each inner teacher."""
     text = describe("teachers", name)
     shown = tomllib.loads(text[text.index("[teacher]") :].replace("= ...", "= 0"))["teacher"]
     assert shown["type"] == name
@@ -513,6 +666,8 @@ def test_every_type_is_shown_as_it_stands_in_a_config(name):
         "privileged": {"teacher": {"type": 0}},
         "cached": {"teacher": {"type": 0}},
     }
-    assert {key: value for key, value in shown.items() if key.startswith("teacher")} == inner.get(name, {})
+    assert {key: value for key, value in shown.items() if key.startswith("teacher")} == inner.get(
+        name, {}
+    )
     hidden = {key for key in CONFIGS["teachers"][name].model_fields if f"# {key} " in text}
     assert shown.keys() | hidden == CONFIGS["teachers"][name].model_fields.keys()

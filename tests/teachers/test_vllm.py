@@ -1,7 +1,8 @@
 """The served teacher against the real vLLM, on the CPU: its numbers, and its death in mid-training.
 
-Needs an environment with vLLM and rlad (`.ci/vllm-environment`), whose Python `RLAD_VLLM_PYTHON` names. The models are
-a tiny Llama, and SmolLM2-135M where `rlad models prepare smollm2-135m` has put it.
+Needs an environment with vLLM and rlad (`.ci/vllm-environment`), whose Python `RLAD_VLLM_PYTHON`
+names. The models are a tiny Llama, and SmolLM2-135M where `rlad models prepare smollm2-135m` has
+put it.
 """
 
 import json
@@ -35,7 +36,10 @@ from tiny_runs import FILES, PROBLEMS, run_config, write_config, write_model
 VLLM_PYTHON, SMOLLM2 = os.environ.get("RLAD_VLLM_PYTHON"), PACKAGED["smollm2-135m"]
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.skipif(not VLLM_PYTHON, reason="set RLAD_VLLM_PYTHON to what `.ci/vllm-environment DIRECTORY` prints"),
+    pytest.mark.skipif(
+        not VLLM_PYTHON,
+        reason="set RLAD_VLLM_PYTHON to what `.ci/vllm-environment DIRECTORY` prints",
+    ),
 ]
 START_SECONDS = 600
 STEPS = 30
@@ -43,7 +47,8 @@ STEPS = 30
 
 @dataclass(frozen=True)
 class World:
-    """A teacher that vLLM can serve, a tiny student with its tokenizer, files of problems, and the port of the server."""
+    """A teacher that vLLM can serve, a tiny student with its tokenizer, files of problems, and the
+    port of the server."""
 
     folder: Path
     teacher: Path
@@ -52,19 +57,41 @@ class World:
 
     @contextmanager
     def vllm(self) -> Iterator[subprocess.Popen[bytes]]:
-        """The server that `rlad serve-teacher` starts, ready. Killed with `os.killpg` it leaves nothing behind."""
+        """The server that `rlad serve-teacher` starts, ready. Killed with `os.killpg` it leaves
+        nothing behind."""
         assert VLLM_PYTHON is not None
-        command = [VLLM_PYTHON, "-m", "rlad", "serve-teacher", str(self.teacher), "--engine", "vllm", "--port", str(self.port)]
+        command = [
+            VLLM_PYTHON,
+            "-m",
+            "rlad",
+            "serve-teacher",
+            str(self.teacher),
+            "--engine",
+            "vllm",
+            "--port",
+            str(self.port),
+        ]
         command += ["--served-name", "it", "--max-context-tokens", "256"]
-        with server_process(command, self.port, self.folder / "vllm.log", seconds=START_SECONDS) as process:
+        with server_process(
+            command, self.port, self.folder / "vllm.log", seconds=START_SECONDS
+        ) as process:
             yield process
 
     def config(self, run_dir: Path, **sections: Any) -> dict[str, Any]:
-        sections = {"rollout": {"max_prompt_tokens": 128}, "optimization": {"num_steps": STEPS}, **sections}
+        sections = {
+            "rollout": {"max_prompt_tokens": 128},
+            "optimization": {"num_steps": STEPS},
+            **sections,
+        }
         return run_config(self.folder, run_dir, student={"model": str(self.student)}, **sections)
 
     def served_config(self, run_dir: Path, **settings: Any) -> dict[str, Any]:
-        teacher = {"type": "served", "urls": [f"http://127.0.0.1:{self.port}/v1"], "model": "it", "tolerance": 1e-3}
+        teacher = {
+            "type": "served",
+            "urls": [f"http://127.0.0.1:{self.port}/v1"],
+            "model": "it",
+            "tolerance": 1e-3,
+        }
         return self.config(run_dir, teacher=teacher | settings)
 
     def local_config(self, run_dir: Path) -> dict[str, Any]:
@@ -73,7 +100,9 @@ class World:
 
 def write_problems(folder: Path) -> Path:
     for name, problems in FILES.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps(problem) + "\n" for problem in problems)
+        )
     return folder
 
 
@@ -92,7 +121,11 @@ def smollm2(tmp_path: Path) -> World:
     if not SMOLLM2.is_ready:
         pytest.skip("run `rlad models prepare smollm2-135m` first")
     student, tokenizer = tmp_path / "student", AutoTokenizer.from_pretrained(SMOLLM2.folder)
-    sizes = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     tiny_model(seed=1, **sizes).save_pretrained(student)
     tokenizer.save_pretrained(student)
     return World(write_problems(tmp_path), SMOLLM2.folder, student, free_port())
@@ -104,8 +137,13 @@ def test_scores_of_vllm_are_those_of_transformers(which, request, tmp_path):
     student = load_language_model(str(world.student))
     prompts = [student.tokenizer(problem["prompt"])["input_ids"] for problem in PROBLEMS]
     generator = torch.Generator().manual_seed(0)
-    words = torch.randint(2, len(student.tokenizer), (len(prompts), 40), generator=generator).tolist()
-    requests = [TeacherRequest(p, w[: 4 * i + 4]) for i, (p, w) in enumerate(zip(prompts, words, strict=True))]
+    words = torch.randint(
+        2, len(student.tokenizer), (len(prompts), 40), generator=generator
+    ).tolist()
+    requests = [
+        TeacherRequest(p, w[: 4 * i + 4])
+        for i, (p, w) in enumerate(zip(prompts, words, strict=True))
+    ]
 
     def scores(config: dict[str, Any]) -> torch.Tensor:
         run = parse_config(config)
@@ -120,15 +158,22 @@ def test_scores_of_vllm_are_those_of_transformers(which, request, tmp_path):
     local = scores(world.local_config(tmp_path / "run"))
     with world.vllm():
         for scoring in ("prompt_logprobs", "echo"):
-            served = scores(world.served_config(tmp_path / "run", scoring=scoring, local_model=str(world.teacher)))
+            served = scores(
+                world.served_config(
+                    tmp_path / "run", scoring=scoring, local_model=str(world.teacher)
+                )
+            )
             error = (served - local).abs()
-            print(f"{scoring}: mean {error.mean():.2g}, max {error.max():.2g} nats over {len(error)} tokens")
+            print(
+                f"{scoring}: mean {error.mean():.2g}, max {error.max():.2g} nats over {len(error)} "
+                "tokens"
+            )
             assert error.max() < 1e-3  # false for NaN
 
 
 def test_training_survives_the_death_of_the_server(world, tmp_path):
-    """One run waits until the server is back; another does not wait, stops cleanly and is resumed. Both end as with a local
-    teacher."""
+    """One run waits until the server is back; another does not wait, stops cleanly and is resumed.
+    Both end as with a local teacher."""
     patient = tmp_path / "patient"
     hasty = tmp_path / "hasty"
     waits = {"num_retries": 30, "retry_pause_seconds": 2.0}
@@ -136,16 +181,23 @@ def test_training_survives_the_death_of_the_server(world, tmp_path):
         patient_run = start_training(tmp_path, world.served_config(patient, **waits))
         hasty_run = start_training(tmp_path, world.served_config(hasty, num_retries=0))
         try:
-            wait_for(lambda: all(map(is_under_way, (patient, hasty), (patient_run, hasty_run))), seconds=300)
+            wait_for(
+                lambda: all(map(is_under_way, (patient, hasty), (patient_run, hasty_run))),
+                seconds=300,
+            )
             os.killpg(server.pid, signal.SIGKILL)
-            assert patient_run.poll() is None and hasty_run.poll() is None, "the server was killed too late"
+            assert patient_run.poll() is None and hasty_run.poll() is None, (
+                "the server was killed too late"
+            )
             _, said = hasty_run.communicate(timeout=300)
             assert hasty_run.returncode == 1 and "Traceback" not in said, said
             assert "--resume" in said and str(world.port) in said, said
             assert 2 <= num_steps(hasty) < STEPS
             assert patient_run.poll() is None and num_steps(patient) < STEPS
             with world.vllm():
-                resumed = start_training(tmp_path, world.served_config(hasty, num_retries=0), "--resume")
+                resumed = start_training(
+                    tmp_path, world.served_config(hasty, num_retries=0), "--resume"
+                )
                 for run in (resumed, patient_run):
                     _, said = run.communicate(timeout=600)
                     assert run.returncode == 0, said
@@ -160,18 +212,28 @@ def test_training_survives_the_death_of_the_server(world, tmp_path):
         assert [row["step"] for row in rows] == [row["step"] for row in local]
         for ours, theirs in zip(rows, local, strict=True):
             for name in ("loss", "teacher/log_ratio/mean", "reward/mean"):
-                assert ours.get(name) == pytest.approx(theirs.get(name), abs=1e-3), (run.name, ours["step"], name)
+                assert ours.get(name) == pytest.approx(theirs.get(name), abs=1e-3), (
+                    run.name,
+                    ours["step"],
+                    name,
+                )
 
 
-@pytest.mark.parametrize("lora", [None, pytest.param(LORA, marks=pytest.mark.peft)], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "lora", [None, pytest.param(LORA, marks=pytest.mark.peft)], ids=["full", "lora"]
+)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_an_exported_model_answers_as_in_transformers(tmp_path, lora, tied):
-    run = write_run(tmp_path, lora=lora, sizes={"hidden_size": 128, "head_dim": 32, "tie_word_embeddings": tied})
+    run = write_run(
+        tmp_path, lora=lora, sizes={"hidden_size": 128, "head_dim": 32, "tie_word_embeddings": tied}
+    )
     folder = export_model(str(run))
     trained: Any = load_language_model(str(checkpoint(run)), device="cpu").model
     command = [str(VLLM_PYTHON), str(Path(__file__).parents[1] / "vllm_answers.py"), str(folder)]
     asked = json.dumps({"prompts": PROMPTS, "length": LENGTH})
-    done = subprocess.run(command, input=asked, capture_output=True, text=True, timeout=START_SECONDS, check=False)
+    done = subprocess.run(
+        command, input=asked, capture_output=True, text=True, timeout=START_SECONDS, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1]) == answers(trained)
 

@@ -1,4 +1,5 @@
-"""`rlad.train` in a real Jupyter kernel: it trains, its progress shows, and its result is a picture."""
+"""`rlad.train` in a real Jupyter kernel: it trains, its progress shows, and its result is a
+picture."""
 
 import base64
 import importlib.util
@@ -29,7 +30,9 @@ def executed(tmp_path_factory) -> Any:
 
     notebook: Any = nbformat.read(EXAMPLE, as_version=4)
     folder = tmp_path_factory.mktemp("notebook")
-    client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": folder}})
+    client = nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": folder}}
+    )
     return client.execute(), folder
 
 
@@ -54,12 +57,20 @@ def test_the_result_shows_figures_and_the_learning_curve(executed):
 def test_the_progress_bar_is_a_widget_that_ends_complete(executed):
     notebook, _ = executed
     outputs = notebook.cells[1].outputs
-    [view] = [each.data["application/vnd.jupyter.widget-view+json"] for each in outputs if "widget" in str(each.get("data"))]
+    [view] = [
+        each.data["application/vnd.jupyter.widget-view+json"]
+        for each in outputs
+        if "widget" in str(each.get("data"))
+    ]
     widgets = notebook.metadata.widgets["application/vnd.jupyter.widget-state+json"]["state"]
     shown = widgets[view["model_id"]]["state"]["outputs"]
     assert len(shown) == 1, "the widget shows the bar as it is now, not all that it was"
     assert "4/4" in shown[0]["data"]["text/plain"] and "reward" in shown[0]["data"]["text/plain"]
-    lines = "".join(each.data["text/plain"] for each in outputs if each.output_type == "display_data" and each.data)
+    lines = "".join(
+        each.data["text/plain"]
+        for each in outputs
+        if each.output_type == "display_data" and each.data
+    )
     for line in ("step 0  test pass@1", "step 2  validation pass@1", "step 4  test pass@1"):
         assert line in lines
     assert not any(each.output_type == "error" or each.get("name") == "stderr" for each in outputs)
@@ -68,7 +79,10 @@ def test_the_progress_bar_is_a_widget_that_ends_complete(executed):
 
 def test_html_of_a_run_without_a_curve_escapes_what_it_shows(tmp_path):
     run = RunDirectory(tmp_path)
-    assert curve_html(run, {"run directory": "<b>&"}) == "<table><tr><td>run directory</td><td>&lt;b&gt;&amp;</td></tr></table>"
+    assert (
+        curve_html(run, {"run directory": "<b>&"})
+        == "<table><tr><td>run directory</td><td>&lt;b&gt;&amp;</td></tr></table>"
+    )
     picture = BytesIO()
     Image.new("RGB", (3, 2)).save(picture, "png")
     (tmp_path / "curve.png").write_bytes(picture.getvalue())

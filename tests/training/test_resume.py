@@ -1,4 +1,5 @@
-"""A run that was interrupted anywhere and resumed leaves behind, bit for bit, what the uninterrupted run does."""
+"""A run that was interrupted anywhere and resumed leaves behind, bit for bit, what the
+uninterrupted run does."""
 
 import json
 import os
@@ -26,7 +27,8 @@ from rlad.runs.directory import RunDirectory
 from rlad.stopping import Stop, StopRequested
 from tiny_runs import remains, run_config, write_model
 
-# Everything that has a state: several steps on one rollout batch, reference, annealing, schedule, momentum, micro-batches.
+# Everything that has a state: several steps on one rollout batch, reference, annealing, schedule,
+# momentum, micro-batches.
 SECTIONS: dict[str, Any] = {
     "objective": {"type": "trrd", "alpha": {"start": 0.8, "end": 0.3, "change_per_step": -0.1}},
     "rollout": {"prompts_per_batch": 4, "group_size": 3, "max_completion_tokens": 4},
@@ -95,7 +97,11 @@ def test_interrupted_at_any_safe_point(world, tmp_path, uninterrupted, stop_at):
             rlad.train(config)
         stop_at(-1)
         rlad.train(config, resume=True)
-        assert_same(remains(Path(config["run_dir"])), uninterrupted, f"stopped at safe point {at} of {total}")
+        assert_same(
+            remains(Path(config["run_dir"])),
+            uninterrupted,
+            f"stopped at safe point {at} of {total}",
+        )
 
 
 def test_interrupted_again_and_again(world, tmp_path, uninterrupted, stop_at):
@@ -124,17 +130,27 @@ def test_between_minibatches_the_rollout_batch_is_kept(world, tmp_path):
         rlad.train(config, reporter=AfterFirstStep())
     (step, folder) = RunDirectory(tmp_path / "run").checkpoints()[-1]
     state = json.loads((folder / "trainer" / "state.json").read_text())
-    assert (step, state["step"], state["pending"]["index"], len(state["pending"]["groups"])) == (1, 1, 0, 4)
+    assert (step, state["step"], state["pending"]["index"], len(state["pending"]["groups"])) == (
+        1,
+        1,
+        0,
+        4,
+    )
     assert "time/generation/seconds" in state["pending"]["seconds"]
 
 
 def test_weights_give_the_same_numbers_wherever_they_stand_in_their_file(tmp_path):
-    """The last bits of a product depend on the alignment of the matrix, and the headers of checkpoints differ in length."""
+    """The last bits of a product depend on the alignment of the matrix, and the headers of
+    checkpoints differ in length."""
     logits = []
     for padding in range(0, 64, 8):
         folder = write_model(tmp_path / str(padding), seed=1, hidden_size=128, head_dim=64)
         tensors = load_file(folder / "model.safetensors")
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt", "padding": "x" * padding})
+        save_file(
+            tensors,
+            folder / "model.safetensors",
+            metadata={"format": "pt", "padding": "x" * padding},
+        )
         logits.append(load_language_model(str(folder)).model(torch.tensor([[3]])).logits)
     assert all(torch.equal(logits[0], other) for other in logits)
 
@@ -152,7 +168,8 @@ class StopBehind(rlad.training.reporter.Silent):
 
 @pytest.mark.parametrize("objective", [*OBJECTIVES, "opd_then_grpo"])
 def test_every_objective_resumes_between_and_behind_its_minibatches(world, tmp_path, objective):
-    """Of `opd_then_grpo`, steps 1 to 4 are OPD and 5 and 6 GRPO: the stop behind step 4 is the switch."""
+    """Of `opd_then_grpo`, steps 1 to 4 are OPD and 5 and 6 GRPO: the stop behind step 4 is the
+    switch."""
     sections = SECTIONS | {"objective": {"type": objective}}
     whole = run_config(world, tmp_path / "whole" / "run", **sections)
     rlad.train(whole)
@@ -161,7 +178,9 @@ def test_every_objective_resumes_between_and_behind_its_minibatches(world, tmp_p
         with pytest.raises(StopRequested):
             rlad.train(config, resume=resumed > 0, reporter=StopBehind(step))
     rlad.train(config, resume=True)
-    assert_same(remains(tmp_path / "stopped" / "run"), remains(tmp_path / "whole" / "run"), objective)
+    assert_same(
+        remains(tmp_path / "stopped" / "run"), remains(tmp_path / "whole" / "run"), objective
+    )
     if objective == "opd_then_grpo":
         rows = list(RunDirectory(tmp_path / "stopped" / "run").read("metrics.jsonl"))
         assert ["teacher/log_ratio/mean" in row for row in rows] == [True] * 4 + [False] * 2
@@ -184,7 +203,8 @@ CHANGES = ("os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate", "shu
 
 
 def die_at_change(config: dict[str, Any], at: int) -> int:
-    """Train in a fork that dies, as by SIGKILL, just before the `at`-th change of its run directory; its exit code."""
+    """Train in a fork that dies, as by SIGKILL, just before the `at`-th change of its run
+    directory; its exit code."""
     process = os.fork()
     if process:
         return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
@@ -231,14 +251,18 @@ def test_killed_process_resumes(world, tmp_path):
     for num_rows, arguments in ((3, []), (12, ["--resume"])):
         command = [sys.executable, "-m", "rlad", "train", str(tmp_path / "run.toml"), *arguments]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        while process.poll() is None and (not metrics.exists() or metrics.read_bytes().count(b"\n") < num_rows):
+        while process.poll() is None and (
+            not metrics.exists() or metrics.read_bytes().count(b"\n") < num_rows
+        ):
             time.sleep(0.002)
         process.kill()
         assert process.wait() == -signal.SIGKILL, process.stderr and process.stderr.read()
     rlad.train(config, resume=True)
     wanted = run_config(world, tmp_path / "whole" / "run", **sections)
     rlad.train(wanted)
-    assert_same(remains(tmp_path / "killed" / "run"), remains(tmp_path / "whole" / "run"), "killed twice")
+    assert_same(
+        remains(tmp_path / "killed" / "run"), remains(tmp_path / "whole" / "run"), "killed twice"
+    )
 
 
 def test_killed_at_random_moments_of_known_phases(world, tmp_path, monkeypatch):
@@ -247,7 +271,10 @@ def test_killed_at_random_moments_of_known_phases(world, tmp_path, monkeypatch):
     sections = SECTIONS | {"optimization": SECTIONS["optimization"] | {"num_steps": 24}}
     phases = ("generation", "update", "checkpoint writing")
     runs = kill_and_compare(
-        lambda run_dir, seed: run_config(world, run_dir, **sections, seed=seed), tmp_path, phases=phases, seed=0
+        lambda run_dir, seed: run_config(world, run_dir, **sections, seed=seed),
+        tmp_path,
+        phases=phases,
+        seed=0,
     )
     kills = 0
     for number, fell, differing in runs:
@@ -273,9 +300,15 @@ def test_half_written_last_line_is_dropped(world, tmp_path, uninterrupted, stop_
 # --- damaged ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "trainer/optimizer.safetensors", "trainer/state.json", "manifest.json"])
-def test_a_damaged_checkpoint_costs_the_steps_behind_the_one_before(world, tmp_path, uninterrupted, name, caplog):
-    """It is named, passed over and kept; the run goes on from the one before and ends as the undamaged one does."""
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "trainer/optimizer.safetensors", "trainer/state.json", "manifest.json"],
+)
+def test_a_damaged_checkpoint_costs_the_steps_behind_the_one_before(
+    world, tmp_path, uninterrupted, name, caplog
+):
+    """It is named, passed over and kept; the run goes on from the one before and ends as the
+    undamaged one does."""
     config = run_config(world, tmp_path / "run", **SECTIONS)
     rlad.train(config)
     last = RunDirectory(tmp_path / "run").checkpoint(6)
@@ -284,7 +317,9 @@ def test_a_damaged_checkpoint_costs_the_steps_behind_the_one_before(world, tmp_p
     (last / name).write_bytes(content)
     rlad.train(config, resume=True)
     (record,) = (record for record in caplog.records if record.name == "rlad.runs.directory")
-    assert re.search(r"step-000006 is damaged: .*; it is passed over, and step-000003 taken", record.getMessage())
+    assert re.search(
+        r"step-000006 is damaged: .*; it is passed over, and step-000003 taken", record.getMessage()
+    )
     assert_same(remains(tmp_path / "run"), uninterrupted, name)
     assert (last.with_name("damaged-step-000006") / name).read_bytes() == content
 
@@ -293,7 +328,8 @@ def test_a_damaged_checkpoint_costs_the_steps_behind_the_one_before(world, tmp_p
 
 
 def dies_in(config: dict[str, Any], method: str, *, at: int) -> bool:
-    """Go on with a run in a fork that dies, as by SIGKILL, at the beginning of the `at`-th call of a method of the engine."""
+    """Go on with a run in a fork that dies, as by SIGKILL, at the beginning of the `at`-th call of
+    a method of the engine."""
     process = os.fork()
     if process:
         return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 137
@@ -319,9 +355,12 @@ def dies_in(config: dict[str, Any], method: str, *, at: int) -> bool:
 def test_a_run_that_is_always_killed_before_its_second_update_gets_on(
     world, tmp_path, uninterrupted, monkeypatch, every_seconds, makes_progress
 ):
-    """A session lives for one update or one rollout batch; without checkpoints in between, `every_steps` = 3 never comes."""
+    """A session lives for one update or one rollout batch; without checkpoints in between,
+    `every_steps` = 3 never comes."""
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    config = run_config(world, tmp_path / "run", **SECTIONS, checkpoints={"every_seconds": every_seconds})
+    config = run_config(
+        world, tmp_path / "run", **SECTIONS, checkpoints={"every_seconds": every_seconds}
+    )
     num_sessions = 1
     while dies_in(config, "update", at=2) and num_sessions < 10:
         num_sessions += 1
@@ -339,7 +378,11 @@ def test_rollouts_are_not_made_twice(world, tmp_path, uninterrupted, monkeypatch
     assert RunDirectory(tmp_path / "run").newest_checkpoint()[1].name == "step-000000-rollouts"
     made: list[int] = []
     original = NativeEngine.make_rollout_batch
-    monkeypatch.setattr(NativeEngine, "make_rollout_batch", lambda self, index: made.append(index) or original(self, index))
+    monkeypatch.setattr(
+        NativeEngine,
+        "make_rollout_batch",
+        lambda self, index: made.append(index) or original(self, index),
+    )
     rlad.train(config, resume=True)
     assert made == [1, 2]
     assert_same(remains(tmp_path / "run"), uninterrupted, "killed before the first update")
@@ -351,10 +394,14 @@ def test_rollouts_are_not_made_twice(world, tmp_path, uninterrupted, monkeypatch
 def test_resuming_a_finished_run_changes_nothing_and_reports_the_same(world, tmp_path):
     config = run_config(world, tmp_path / "run", **SECTIONS)
     first = rlad.train(config)
-    before = {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()}
+    before = {
+        path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()
+    }
     again = rlad.train(config, resume=True)
     assert (again.before, again.after, again.run_dir) == (first.before, first.after, first.run_dir)
-    assert {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()} == before
+    assert {
+        path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()
+    } == before
 
 
 def test_more_steps_with_a_constant_schedule_equal_a_longer_run(world, tmp_path):
@@ -365,16 +412,26 @@ def test_more_steps_with_a_constant_schedule_equal_a_longer_run(world, tmp_path)
     rlad.train(short, resume=True)
     rlad.train(long)
     found, wanted = remains(tmp_path / "short" / "run"), remains(tmp_path / "long" / "run")
-    for name in ("metrics.jsonl", "samples.jsonl", "step 8: model.safetensors", "step 8: trainer/optimizer.safetensors"):
+    for name in (
+        "metrics.jsonl",
+        "samples.jsonl",
+        "step 8: model.safetensors",
+        "step 8: trainer/optimizer.safetensors",
+    ):
         assert found[name] == wanted[name], name
     assert rlad.load_config(tmp_path / "short" / "run").optimization.num_steps == 8
 
 
 @pytest.mark.parametrize(
     ("schedule", "num_steps", "sentence"),
-    [("cosine", 8, "holds a run with another config"), ("constant", 2, "has made 4 steps, but optimization.num_steps is 2")],
+    [
+        ("cosine", 8, "holds a run with another config"),
+        ("constant", 2, "has made 4 steps, but optimization.num_steps is 2"),
+    ],
 )
-def test_another_number_of_steps_is_refused_where_it_means_another_run(world, tmp_path, schedule, num_steps, sentence):
+def test_another_number_of_steps_is_refused_where_it_means_another_run(
+    world, tmp_path, schedule, num_steps, sentence
+):
     config = run_config(world, tmp_path / "run", optimization={"schedule": schedule})
     rlad.train(config)
     config["optimization"]["num_steps"] = num_steps

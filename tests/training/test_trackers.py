@@ -1,4 +1,5 @@
-"""TensorBoard, trackio and Weights & Biases hold what the run directory holds, also of a run that was stopped and resumed."""
+"""TensorBoard, trackio and Weights & Biases hold what the run directory holds, also of a run that
+was stopped and resumed."""
 
 import importlib.util
 import json
@@ -57,7 +58,12 @@ def train_with_a_stop(config: dict[str, Any]) -> Path:
 def recorded(run_dir: Path) -> dict[tuple[str, int], float]:
     """(name, step) -> figure, as the run directory has them and as trackers are to have them."""
     run = RunDirectory(run_dir)
-    steps = {(k, row["step"]): v for row in run.read("metrics.jsonl") for k, v in row.items() if k != "step"}
+    steps = {
+        (k, row["step"]): v
+        for row in run.read("metrics.jsonl")
+        for k, v in row.items()
+        if k != "step"
+    }
     tests = {
         (f"{row['split']}/pass@1/{reduction}", row["step"]): row["pass@1"][reduction]
         for row in run.read("eval.jsonl")
@@ -68,7 +74,10 @@ def recorded(run_dir: Path) -> dict[tuple[str, int], float]:
 
 def completions_at(run_dir: Path, step: int) -> list[dict[str, Any]]:
     [row] = [row for row in RunDirectory(run_dir).read("samples.jsonl") if row["step"] == step]
-    return [{"prompt": row["prompt"], "completion": r["text"], "verdict": r["verdict"]} for r in row["rollouts"]]
+    return [
+        {"prompt": row["prompt"], "completion": r["text"], "verdict": r["verdict"]}
+        for r in row["rollouts"]
+    ]
 
 
 @pytest.mark.trackers
@@ -80,16 +89,26 @@ def test_tensorboard_reads_what_the_run_directory_holds(world, tmp_path, engine)
     run_dir = train_with_a_stop(config)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+    events = EventAccumulator(
+        str(run_dir / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0}
+    ).Reload()
     tags: Any = events.Tags()
-    found = [(tag, event.step, event.value) for tag in tags["scalars"] for event in events.Scalars(tag)]
+    found = [
+        (tag, event.step, event.value) for tag in tags["scalars"] for event in events.Scalars(tag)
+    ]
     expected = recorded(run_dir)
     assert len(found) == len({(tag, step) for tag, step, _ in found}), "a figure stands there twice"
     assert {(tag, step): value for tag, step, value in found} == pytest.approx(expected, rel=1e-6)
-    text = {event.step: event.tensor_proto.string_val[0].decode() for event in events.Tensors("completions/text_summary")}
+    text = {
+        event.step: event.tensor_proto.string_val[0].decode()
+        for event in events.Tensors("completions/text_summary")
+    }
     assert sorted(text) == [2, 4]
     for sample in completions_at(run_dir, 4):
-        assert f"    {sample['prompt']}{sample['completion']}".rstrip() in text[4] and sample["verdict"] in text[4]
+        assert (
+            f"    {sample['prompt']}{sample['completion']}".rstrip() in text[4]
+            and sample["verdict"] in text[4]
+        )
 
 
 @pytest.mark.trackers
@@ -98,31 +117,47 @@ def test_wandb_offline_holds_what_the_run_directory_holds(world, tmp_path, monke
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     run_dir = train_with_a_stop(tracked_config(world, tmp_path / "run", "wandb"))
     files = sorted((run_dir / "wandb").glob("offline-run-*/run-*.wandb"))
-    is_whole = lambda file: "exit" in [record.WhichOneof("record_type") for record in scan(file)]  # noqa: E731
+    is_whole = lambda file: "exit" in [record.WhichOneof("record_type") for record in scan(file)]
     wait_for(lambda: all(map(is_whole, files)), seconds=30)  # W&B's own process writes them
     records = [record for file in files for record in scan(file)]
     runs = [record.run for record in records if record.WhichOneof("record_type") == "run"]
-    assert len(runs) == 2 and len({run.run_id for run in runs}) == 1, "the resumed run is another one"
-    assert {(run.project, run.display_name, run.host, run.git.remote_url) for run in runs} == {("rlad", "run", "hidden", "")}
+    assert len(runs) == 2 and len({run.run_id for run in runs}) == 1, (
+        "the resumed run is another one"
+    )
+    assert {(run.project, run.display_name, run.host, run.git.remote_url) for run in runs} == {
+        ("rlad", "run", "hidden", "")
+    }
     found: dict[tuple[str, int], Any] = {}
     for record in records:
         if record.WhichOneof("record_type") == "history":
-            items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-            found |= {(key, items["_step"]): value for key, value in items.items() if not key.startswith("_")}
+            items = {
+                item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                for item in record.history.item
+            }
+            found |= {
+                (key, items["_step"]): value
+                for key, value in items.items()
+                if not key.startswith("_")
+            }
     assert {step for key, step in found if key.startswith("completions/")} == {2, 4}
-    assert {at: value for at, value in found.items() if not at[0].startswith("completions/")} == pytest.approx(
-        recorded(run_dir)
-    )
-    [table] = [json.loads(p.read_text()) for p in (run_dir / "wandb").rglob("completions_4_*.table.json")]
+    assert {
+        at: value for at, value in found.items() if not at[0].startswith("completions/")
+    } == pytest.approx(recorded(run_dir))
+    [table] = [
+        json.loads(p.read_text()) for p in (run_dir / "wandb").rglob("completions_4_*.table.json")
+    ]
     samples = completions_at(run_dir, 4)
     assert [row[:3] for row in table["data"]] == [list(sample.values()) for sample in samples]
-    written = b"".join(path.read_bytes() for path in (run_dir / "wandb").rglob("*") if path.is_file())
+    written = b"".join(
+        path.read_bytes() for path in (run_dir / "wandb").rglob("*") if path.is_file()
+    )
     for private in (SECRET, str(Path(sys.executable).parent), "safetensors==", Path(__file__).name):
         assert private.encode() not in written, private
 
 
 def scan(file: Path) -> list[Any]:
-    """The records of a W&B run: protocol buffers in a LevelDB log (blocks of 32 KiB; checksum 4, length 2, type 1 bytes)."""
+    """The records of a W&B run: protocol buffers in a LevelDB log (blocks of 32 KiB; checksum 4,
+    length 2, type 1 bytes)."""
     from wandb.proto import wandb_internal_pb2
 
     content, records, pieces, at = file.read_bytes(), [], b"", 7  # behind the file's own header
@@ -151,30 +186,43 @@ def test_trackio_holds_what_the_run_directory_holds(world, tmp_path, monkeypatch
     [run] = trackio.Api().runs("rlad")
     assert run.name.startswith("run-")
     rows = SQLiteStorage.get_logs("rlad", run.name)
-    figures = {(key, row["step"]): value for row in rows for key, value in row.items() if "/" in key}
+    figures = {
+        (key, row["step"]): value for row in rows for key, value in row.items() if "/" in key
+    }
     assert figures == pytest.approx(recorded(run_dir))
     tables = {row["step"]: row["completions"]["_value"] for row in rows if "completions" in row}
     assert sorted(tables) == [2, 4]
-    assert [{name: row[name] for name in ("prompt", "completion", "verdict")} for row in tables[4]] == completions_at(
-        run_dir, 4
-    )
+    assert [
+        {name: row[name] for name in ("prompt", "completion", "verdict")} for row in tables[4]
+    ] == completions_at(run_dir, 4)
 
 
 def test_a_package_that_is_missing_is_one_sentence(world, tmp_path, monkeypatch):
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *how: None if name == "wandb" else find_spec(name, *how))
-    config = write_config(tmp_path / "run.toml", run_config(world, tmp_path / "run", logging={"trackers": ["wandb"]}))
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *how: None if name == "wandb" else find_spec(name, *how),
+    )
+    config = write_config(
+        tmp_path / "run.toml", run_config(world, tmp_path / "run", logging={"trackers": ["wandb"]})
+    )
     sentence = "logging.trackers names 'wandb', whose package is not installed; install it with: pip install 'rlad[wandb]'."
     assert rlad_fails("train", config) == f"rlad: {sentence}"
     checked = CliRunner().invoke(main, ["check", "--without-models", str(config)])
     assert checked.exit_code == 2 and f"  ✗ trackers: {sentence}\n" in checked.stdout
     assert not (tmp_path / "run").exists()
-    config = write_config(tmp_path / "run.toml", run_config(world, tmp_path / "run", logging={"trackers": ["tensorbord"]}))
+    config = write_config(
+        tmp_path / "run.toml",
+        run_config(world, tmp_path / "run", logging={"trackers": ["tensorbord"]}),
+    )
     assert "'tensorboard'" in rlad_fails("train", config)
 
 
 def test_a_check_says_that_the_packages_are_there(world, tmp_path):
-    report = check_run(parse_config(tracked_config(world, tmp_path / "run", "tensorboard")), with_models=False)
+    report = check_run(
+        parse_config(tracked_config(world, tmp_path / "run", "tensorboard")), with_models=False
+    )
     (found,) = [finding for finding in report.findings if finding.subject == "trackers"]
     assert (found.level, found.message) == ("ok", "tensorboard: installed")
     report = check_run(parse_config(run_config(world, tmp_path / "run")), with_models=False)
@@ -198,15 +246,28 @@ class Breaks:
         assert failed
 
 
-def test_a_tracker_that_fails_ends_the_run_with_a_checkpoint_and_it_goes_on_without(world, tmp_path, monkeypatch):
+def test_a_tracker_that_fails_ends_the_run_with_a_checkpoint_and_it_goes_on_without(
+    world, tmp_path, monkeypatch
+):
     monkeypatch.setitem(TRACKERS, "tensorboard", Breaks)
     monkeypatch.setattr("rlad.training.run.require_trackers", lambda config: None)
     config = run_config(world, tmp_path / "run", logging={"trackers": ["tensorboard"]})
-    with pytest.raises(RunFailedError, match=r"tracker 'tensorboard' failed at step 3 \(no route\); .* --resume"):
+    with pytest.raises(
+        RunFailedError, match=r"tracker 'tensorboard' failed at step 3 \(no route\); .* --resume"
+    ):
         rlad.train(config)
-    assert [row["step"] for row in RunDirectory(tmp_path / "run").read("metrics.jsonl")] == [1, 2, 3]
+    assert [row["step"] for row in RunDirectory(tmp_path / "run").read("metrics.jsonl")] == [
+        1,
+        2,
+        3,
+    ]
     rlad.train(config | {"logging": {"trackers": []}}, resume=True)
-    assert [row["step"] for row in RunDirectory(tmp_path / "run").read("metrics.jsonl")] == [1, 2, 3, 4]
+    assert [row["step"] for row in RunDirectory(tmp_path / "run").read("metrics.jsonl")] == [
+        1,
+        2,
+        3,
+        4,
+    ]
 
 
 class Unclosable(Breaks):
@@ -220,7 +281,9 @@ class Unclosable(Breaks):
 
 
 @pytest.mark.parametrize("is_stopped", [False, True])
-def test_a_tracker_that_cannot_be_closed_does_not_hide_how_the_run_ended(world, tmp_path, monkeypatch, is_stopped):
+def test_a_tracker_that_cannot_be_closed_does_not_hide_how_the_run_ended(
+    world, tmp_path, monkeypatch, is_stopped
+):
     class Stops(rlad.training.reporter.Silent):
         def step(self, result: StepResult, num_steps: int) -> None:
             if is_stopped:
@@ -232,6 +295,7 @@ def test_a_tracker_that_cannot_be_closed_does_not_hide_how_the_run_ended(world, 
     with pytest.raises(StopRequested if is_stopped else RunFailedError) as raised:
         rlad.train(config, reporter=Stops())
     if not is_stopped:
-        assert "tracker 'tensorboard' could not be closed (no route); what the run itself has written is whole" in str(
-            raised.value
+        assert (
+            "tracker 'tensorboard' could not be closed (no route); what the run itself has written "
+            "is whole" in str(raised.value)
         )

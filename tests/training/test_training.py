@@ -1,4 +1,5 @@
-"""Runs that end early, the out-of-distribution test, the control teacher, and what is told of each token."""
+"""Runs that end early, the out-of-distribution test, the control teacher, and what is told of each
+token."""
 
 import signal
 from pathlib import Path
@@ -28,7 +29,10 @@ def evaluations(run_dir: Path) -> list[tuple[str, int]]:
 
 
 def untimed(run_dir: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows(run_dir, METRICS)]
+    return [
+        {k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))}
+        for row in rows(run_dir, METRICS)
+    ]
 
 
 # --- one process at a time --------------------------------------------------------------------------------------------
@@ -40,7 +44,9 @@ def test_two_processes_do_not_train_in_one_run_directory(world, tmp_path):
     before = remains(tmp_path / "run")
     with RunDirectory(tmp_path / "run").locked():
         for how in ({"resume": True}, {"overwrite": True}):
-            with pytest.raises(ValueError, match=r"another process is training in .*run; wait until it has ended"):
+            with pytest.raises(
+                ValueError, match=r"another process is training in .*run; wait until it has ended"
+            ):
                 rlad.train(config, **how)
     assert remains(tmp_path / "run") == before
     rlad.train(config, overwrite=True)  # the lock is gone with its process
@@ -81,16 +87,23 @@ def teacher_tokens(run_dir: Path) -> list[int]:
 
 
 @pytest.mark.parametrize(("beyond", "steps"), [(0, 3), (1, 4)])
-def test_the_run_ends_with_the_step_that_reaches_the_teacher_tokens(world, tmp_path, whole, beyond, steps):
+def test_the_run_ends_with_the_step_that_reaches_the_teacher_tokens(
+    world, tmp_path, whole, beyond, steps
+):
     limit = teacher_tokens(whole)[2] + beyond
     config = run_config(world, tmp_path / "run", **KDRL)
     config["optimization"]["max_teacher_tokens"] = limit
     result = rlad.train(config)
     assert untimed(tmp_path / "run") == untimed(whole)[:steps]
     assert teacher_tokens(tmp_path / "run")[-1] >= limit > teacher_tokens(tmp_path / "run")[-2]
-    # Steps 0 and 2 are multiples of every_steps; the last step is validated and tested wherever it is.
+    # Steps 0 and 2 are multiples of every_steps; the last step is validated and tested wherever it
+    # is.
     validated = sorted({0, 2, steps})
-    assert evaluations(tmp_path / "run") == [("test", 0), *(("validation", step) for step in validated), ("test", steps)]
+    assert evaluations(tmp_path / "run") == [
+        ("test", 0),
+        *(("validation", step) for step in validated),
+        ("test", steps),
+    ]
     assert RunDirectory(tmp_path / "run").checkpoints()[-1][0] == steps
     assert result.after.mean == rows(tmp_path / "run", EVAL)[-1]["pass@1"]["mean"]
 
@@ -99,10 +112,14 @@ def test_resuming_a_run_that_a_limit_has_ended_does_no_step(world, tmp_path, who
     config = run_config(world, tmp_path / "run", **KDRL)
     config["optimization"]["max_teacher_tokens"] = teacher_tokens(whole)[2]
     first = rlad.train(config)
-    before = {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()}
+    before = {
+        path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()
+    }
     again = rlad.train(config, resume=True)
     assert (again.before, again.after) == (first.before, first.after)
-    assert {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()} == before
+    assert {
+        path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()
+    } == before
 
 
 def test_a_higher_limit_goes_on_to_the_same_end(world, tmp_path, whole):
@@ -112,7 +129,12 @@ def test_a_higher_limit_goes_on_to_the_same_end(world, tmp_path, whole):
     del config["optimization"]["max_teacher_tokens"]
     rlad.train(config, resume=True)
     found, wanted = remains(tmp_path / "run"), remains(whole)
-    for name in ("metrics.jsonl", "samples.jsonl", "step 6: model.safetensors", "step 6: trainer/optimizer.safetensors"):
+    for name in (
+        "metrics.jsonl",
+        "samples.jsonl",
+        "step 6: model.safetensors",
+        "step 6: trainer/optimizer.safetensors",
+    ):
         assert found[name] == wanted[name], name
 
 
@@ -120,14 +142,20 @@ def test_the_run_ends_with_the_step_that_reaches_the_seconds(world, tmp_path):
     config = run_config(world, tmp_path / "run", optimization={"max_seconds": 1e-6})
     rlad.train(config)
     assert [row["step"] for row in rows(tmp_path / "run", METRICS)] == [1]
-    assert evaluations(tmp_path / "run") == [("test", 0), ("validation", 0), ("validation", 1), ("test", 1)]
+    assert evaluations(tmp_path / "run") == [
+        ("test", 0),
+        ("validation", 0),
+        ("validation", 1),
+        ("test", 1),
+    ]
     config["optimization"]["max_seconds"] = 1e6
     rlad.train(config, resume=True)
     assert [row["step"] for row in rows(tmp_path / "run", METRICS)] == [1, 2, 3, 4]
 
 
 def test_only_training_counts_towards_the_seconds(world, tmp_path):
-    """What counts is the times of the steps' rows: steps of 50 seconds reach 100 with the second, evaluation or not."""
+    """What counts is the times of the steps' rows: steps of 50 seconds reach 100 with the second,
+    evaluation or not."""
 
     class Clocked(Silent):
         def step(self, result: Any, num_steps: int) -> None:
@@ -153,7 +181,12 @@ def test_interrupted_in_its_last_validation_a_run_with_a_limit_still_gets_it(wor
         rlad.train(config, reporter=InterruptedAt())
     assert evaluations(tmp_path / "run") == [("test", 0), ("validation", 0)]
     rlad.train(config, resume=True)
-    assert evaluations(tmp_path / "run") == [("test", 0), ("validation", 0), ("validation", 1), ("test", 1)]
+    assert evaluations(tmp_path / "run") == [
+        ("test", 0),
+        ("validation", 0),
+        ("validation", 1),
+        ("test", 1),
+    ]
     assert [row["step"] for row in rows(tmp_path / "run", METRICS)] == [1]
 
 
@@ -164,13 +197,19 @@ def test_interrupted_in_its_last_validation_a_run_with_a_limit_still_gets_it(wor
 def longer_sums(tmp_path: Path) -> str:
     path = tmp_path / "longer.jsonl"
     sums = [(a, b, c) for a in range(3) for b in range(2) for c in range(2)]
-    lines = (f'{{"prompt": "{a} + {b} + {c} =", "answer": "{(a + b + c) % 3}"}}\n' for a, b, c in sums)
+    lines = (
+        f'{{"prompt": "{a} + {b} + {c} =", "answer": "{(a + b + c) % 3}"}}\n' for a, b, c in sums
+    )
     path.write_text("".join(lines))
     return str(path)
 
 
 def test_the_out_of_distribution_test_is_before_and_after_training(world, tmp_path, longer_sums):
-    evaluation = {"ood_task": {"test_path": longer_sums}, "num_ood_problems": 5, "num_test_samples": 3}
+    evaluation = {
+        "ood_task": {"test_path": longer_sums},
+        "num_ood_problems": 5,
+        "num_test_samples": 3,
+    }
     rlad.train(run_config(world, tmp_path / "run", evaluation=evaluation))
     rlad.train(run_config(world, tmp_path / "without", evaluation={"num_test_samples": 3}))
     recorded = rows(tmp_path / "run", EVAL)
@@ -179,7 +218,9 @@ def test_the_out_of_distribution_test_is_before_and_after_training(world, tmp_pa
     for row in ood:
         results = row["results"]
         assert [result["index"] for result in results] == list(range(5))
-        assert all(result["prompt"].count("+") == 2 and result["num_samples"] == 3 for result in results)
+        assert all(
+            result["prompt"].count("+") == 2 and result["num_samples"] == 3 for result in results
+        )
         shares = [result["num_correct"] / 3 for result in results]
         assert row["pass@1"]["mean"] == pytest.approx(sum(shares) / 5)
     # It changes nothing else.
@@ -190,13 +231,24 @@ def test_the_out_of_distribution_test_is_before_and_after_training(world, tmp_pa
 @pytest.mark.parametrize(
     ("ood_task", "sentence"),
     [
-        ({"num_poeple": [4]}, "evaluation.ood_task.num_poeple does not fit a task of type 'knights_and_knaves': "),
-        ({"num_people": [1]}, "evaluation.ood_task.num_people.0 does not fit a task of type 'knights_and_knaves': "),
-        ({"type": "arithmetic", "x": [4]}, "evaluation.ood_task.x does not fit a task of type 'arithmetic': "),
+        (
+            {"num_poeple": [4]},
+            "evaluation.ood_task.num_poeple does not fit a task of type 'knights_and_knaves': ",
+        ),
+        (
+            {"num_people": [1]},
+            "evaluation.ood_task.num_people.0 does not fit a task of type 'knights_and_knaves': ",
+        ),
+        (
+            {"type": "arithmetic", "x": [4]},
+            "evaluation.ood_task.x does not fit a task of type 'arithmetic': ",
+        ),
         ({"type": "arithmetik"}, "evaluation.ood_task does not fit a task of type 'arithmetik': "),
     ],
 )
-def test_settings_that_the_task_does_not_have_are_refused_in_one_sentence(tmp_path, ood_task, sentence):
+def test_settings_that_the_task_does_not_have_are_refused_in_one_sentence(
+    tmp_path, ood_task, sentence
+):
     config = {
         "run_dir": str(tmp_path / "run"),
         "student": {"model": "embedded/student"},
@@ -211,11 +263,18 @@ def test_settings_that_the_task_does_not_have_are_refused_in_one_sentence(tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-def test_out_of_distribution_prompts_are_measured_before_anything_is_written(world, tmp_path, longer_sums):
+def test_out_of_distribution_prompts_are_measured_before_anything_is_written(
+    world, tmp_path, longer_sums
+):
     config = run_config(
-        world, tmp_path / "run", rollout={"max_prompt_tokens": 4}, evaluation={"ood_task": {"test_path": longer_sums}}
+        world,
+        tmp_path / "run",
+        rollout={"max_prompt_tokens": 4},
+        evaluation={"ood_task": {"test_path": longer_sums}},
     )
-    with pytest.raises(ValueError, match="the prompt of out-of-distribution test problem 0 has 6 tokens"):
+    with pytest.raises(
+        ValueError, match="the prompt of out-of-distribution test problem 0 has 6 tokens"
+    ):
         rlad.train(config)
     assert not (tmp_path / "run").exists()
 
@@ -236,7 +295,10 @@ def test_random_weights_are_those_of_the_seed_and_not_the_model_s(world):
     pretrained, random = weights_of_teacher(world), weights_of_teacher(world, teacher=teacher)
     torch.manual_seed(99)
     state = torch.random.get_rng_state()
-    again, other = weights_of_teacher(world, teacher=teacher), weights_of_teacher(world, teacher=teacher, seed=1)
+    again, other = (
+        weights_of_teacher(world, teacher=teacher),
+        weights_of_teacher(world, teacher=teacher, seed=1),
+    )
     assert torch.equal(torch.random.get_rng_state(), state)
     assert {k: v.shape for k, v in random.items()} == {k: v.shape for k, v in pretrained.items()}
     assert all(torch.equal(random[name], again[name]) for name in random)
@@ -248,10 +310,17 @@ def test_random_weights_are_those_of_the_seed_and_not_the_model_s(world):
 
 
 def test_a_run_with_a_random_teacher(world, tmp_path):
-    for name, teacher in (("first", {"random_weights": True}), ("second", {"random_weights": True}), ("pretrained", {})):
+    for name, teacher in (
+        ("first", {"random_weights": True}),
+        ("second", {"random_weights": True}),
+        ("pretrained", {}),
+    ):
         rlad.train(run_config(world, tmp_path / name, teacher=teacher, **KDRL))
     assert untimed(tmp_path / "first") == untimed(tmp_path / "second")
-    ratios = [[row["teacher/log_ratio/mean"] for row in untimed(tmp_path / name)] for name in ("first", "pretrained")]
+    ratios = [
+        [row["teacher/log_ratio/mean"] for row in untimed(tmp_path / name)]
+        for name in ("first", "pretrained")
+    ]
     assert abs(ratios[0][0] - ratios[1][0]) > 1e-3
     assert RunDirectory(tmp_path / "first").is_finished()
 
@@ -275,5 +344,7 @@ def test_samples_tell_of_each_token(world, tmp_path, objective):
             assert (rollout["imitation"] is not None) == is_told
             if is_told:
                 lengths = {name: len(values) for name, values in rollout["imitation"].items()}
-                assert lengths == dict.fromkeys(("fates", "advantages", "clamped", "log_ratio_to_teacher"), len(token_ids))
+                assert lengths == dict.fromkeys(
+                    ("fates", "advantages", "clamped", "log_ratio_to_teacher"), len(token_ids)
+                )
     assert any(rollout["imitation"] for rollout in rollouts) == (objective == "trrd")

@@ -1,6 +1,7 @@
 """`rlad check`: what a config will do and whether it can, without training.
 
-Imports torch inside of functions: most of what can be said before weights are loaded needs none, and its import takes seconds.
+Imports torch inside of functions: most of what can be said before weights are loaded needs none,
+and its import takes seconds.
 """
 
 import os
@@ -15,8 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from rlad.checks.contamination import MOST_PROBLEMS, RUN_WORDS, find_contamination, finite_problems
 from rlad.checks.memory import MemoryEstimate, compare_memory, estimate_memory, memory_of
 from rlad.config.catalogue import describe
-from rlad.config.objective import TRAINED_BY_TRL
-from rlad.config.run import OptimizationConfig, RunConfig
+from rlad.config.run import RunConfig
 from rlad.config.teacher import LocalTeacherConfig
 from rlad.config.teacher_tree import single_teachers
 from rlad.findings import Finding
@@ -57,7 +57,9 @@ class CheckReport:
             "config": self.config.model_dump(mode="json"),
             "plan": self.plan,
             "findings": [asdict(finding) for finding in self.findings],
-            "memory_bytes": None if self.memory is None else asdict(self.memory) | {"total": self.memory.total},
+            "memory_bytes": None
+            if self.memory is None
+            else asdict(self.memory) | {"total": self.memory.total},
             "trial": None if self.trial is None else self.trial.to_json(),
         }
 
@@ -66,10 +68,14 @@ def _errors(findings: list[Finding]) -> list[Finding]:
     return [finding for finding in findings if finding.level == "error"]
 
 
-def check_run(config: RunConfig, *, with_models: bool = True, for_verl: bool = False) -> CheckReport:
-    """Everything that can be known before weights are loaded, then a trial of the models. Nothing is written.
+def check_run(
+    config: RunConfig, *, with_models: bool = True, for_verl: bool = False
+) -> CheckReport:
+    """Everything that can be known before weights are loaded, then a trial of the models. Nothing
+    is written.
 
-    With `for_verl` also whether verl knows our objectives. What cannot work is an `error` among the findings.
+    With `for_verl` also whether verl knows our objectives. What cannot work is an `error` among the
+    findings.
     """
     findings: list[Finding] = _check_verl() if for_verl else []
 
@@ -82,23 +88,37 @@ def check_run(config: RunConfig, *, with_models: bool = True, for_verl: bool = F
 
     findings += attempt("run directory", _check_run_dir) or []
     findings += attempt("device", _check_devices) or []
-    findings += attempt("packages", _check_packages) or []
     findings += attempt("trackers", _check_trackers) or []
     findings += attempt("models", _check_models) or []
     findings += attempt("task", _check_task) or []
     findings += attempt("held-out problems", _check_held_out) or []
     memory = None
     if not _errors(findings) and (prompt_tokens := attempt("prompts", _longest_prompt)):
-        needed, context = prompt_tokens + config.rollout.max_completion_tokens, _context(config) or "unlimited"
-        message = f"the longest has {prompt_tokens} tokens, with its completion {needed} of {context}"
+        needed, context = (
+            prompt_tokens + config.rollout.max_completion_tokens,
+            _context(config) or "unlimited",
+        )
+        message = (
+            f"the longest has {prompt_tokens} tokens, with its completion {needed} of {context}"
+        )
         findings.append(Finding("ok", "prompts", message))
         memory = attempt("memory", partial(estimate_memory, prompt_tokens=prompt_tokens))
     if memory is not None:
         findings.append(compare_memory(memory, memory_of(device_name(config.student.device))))
         if with_models and findings[-1].level != "ok":
-            findings.append(Finding("warning", "trial", "left out, as the models may not fit into the memory that is free"))
+            findings.append(
+                Finding(
+                    "warning",
+                    "trial",
+                    "left out, as the models may not fit into the memory that is free",
+                )
+            )
     trial = None
-    if with_models and findings and all(f.subject != "trial" and f.level != "error" for f in findings):
+    if (
+        with_models
+        and findings
+        and all(f.subject != "trial" and f.level != "error" for f in findings)
+    ):
         trial = attempt("trial", _try_out)
     if trial is not None:
         from rlad.checks.trial_report import describe_trial
@@ -122,7 +142,8 @@ def describe_plan(config: RunConfig) -> list[str]:
     rollout, loop = config.rollout, config.optimization
     num_rollouts = rollout.prompts_per_batch * rollout.group_size
     plan = [
-        f"{loop.num_steps} optimiser steps, {loop.steps_per_rollout_batch} on each batch of {num_rollouts} rollouts "
+        f"{loop.num_steps} optimiser steps, {loop.steps_per_rollout_batch} on each batch of "
+        f"{num_rollouts} rollouts "
         f"({rollout.prompts_per_batch} prompts x {rollout.group_size})",
         *describe("objectives", config.objective.type).partition("\n\n[")[0].splitlines(),
         _TEACHER_WORK.get(config.objective.type, "the teacher scores each sampled token once"),
@@ -130,9 +151,14 @@ def describe_plan(config: RunConfig) -> list[str]:
     if loop.kl_coef:
         plan.append("the initial student scores each sampled token once (KL leash)")
     if loop.steps_per_rollout_batch > 1:
-        plan.append("the old policy scores each sampled token once (several steps on one rollout batch)")
+        plan.append(
+            "the old policy scores each sampled token once (several steps on one rollout batch)"
+        )
     if config.objective.type in ZERO_ADVANTAGE_IS_ZERO_GRADIENT and not loop.kl_coef:
-        plan.append("completions of advantage 0 are left out of scoring and update: they contribute exactly nothing")
+        plan.append(
+            "completions of advantage 0 are left out of scoring and update: they contribute "
+            "exactly nothing"
+        )
     return plan
 
 
@@ -145,12 +171,20 @@ def _check_verl() -> list[Finding]:
 def _check_run_dir(config: RunConfig) -> list[Finding]:
     run = RunDirectory(config.directory)
     if run.exists():
-        message = f"{run.path} holds a run already: train needs --resume, --overwrite or another run_dir"
+        message = (
+            f"{run.path} holds a run already: train needs --resume, --overwrite or another run_dir"
+        )
         return [Finding("warning", "run directory", message)]
     run.require_free(overwrite=False)
     parent = next(p for p in (run.path.absolute(), *run.path.absolute().parents) if p.exists())
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        return [Finding("error", "run directory", f"{run.path} cannot be made in {parent}; choose another run_dir.")]
+        return [
+            Finding(
+                "error",
+                "run directory",
+                f"{run.path} cannot be made in {parent}; choose another run_dir.",
+            )
+        ]
     return [Finding("ok", "run directory", f"{run.path} is free")]
 
 
@@ -161,29 +195,6 @@ def _check_devices(config: RunConfig) -> list[Finding]:
             devices[name] = teacher.device
     picked = {who: device_name(device) for who, device in devices.items()}
     return [Finding("ok", "device", ", ".join(f"{who} {device}" for who, device in picked.items()))]
-
-
-def _check_packages(config: RunConfig) -> list[Finding]:
-    if config.objective.type not in TRAINED_BY_TRL and config.engine.type != "trl":
-        return []
-    from rlad.engines.trl.distillation import require_trl, require_trl_version
-
-    require_trl_version(config.objective.type)
-    findings = [Finding("ok", "packages", "TRL is installed")]
-    if config.engine.type == "trl":
-        require_trl(config.objective.type)
-        from rlad.engines.trl.arguments import objective_arguments
-        from rlad.engines.trl_options import DECIDED, require_free
-
-        require_free(config.engine.trl, set(objective_arguments(config)) | DECIDED)
-        return findings
-    default, loop = OptimizationConfig(), config.optimization
-    if (loop.aggregation, loop.advantage_scale) != (default.aggregation, default.advantage_scale):
-        message = (
-            f"optimization.aggregation and advantage_scale mean nothing to {config.objective.type!r}: TRL averages over tokens"
-        )
-        findings.append(Finding("warning", "packages", message))
-    return findings
 
 
 def _check_trackers(config: RunConfig) -> list[Finding]:
@@ -199,35 +210,47 @@ def _check_models(config: RunConfig) -> list[Finding]:
     student, student_config = tokenizer_of(config.student.model), config_of(config.student.model)
     require_weights(config.student.model)
     require_base_model(config)
-    if config.objective.type == "gkd" and isinstance(config.teacher, LocalTeacherConfig):
-        from rlad.engines.trl.distillation import require_one_vocabulary
-
-        teacher_config = config_of(config.teacher.model)
-        require_one_vocabulary(student_config.get_text_config().vocab_size, teacher_config.get_text_config().vocab_size)
     findings = [Finding("ok", "student", f"{config.student.model} ({student_config.model_type})")]
-    findings += [_special_tokens(config, student, student_config), _vocabulary_padding(config, student)]
+    findings += [
+        _special_tokens(config, student, student_config),
+        _vocabulary_padding(config, student),
+    ]
     context = context_tokens(student_config)
     if config.teacher is None or not config.needs_teacher:
         return [*findings, Finding("ok", "context", f"student {context or 'not stated'} tokens")]
     setting = Setting(config, student, context)
-    return [*findings, Finding("ok", "teacher", config.teacher.title), *check_teacher(config.teacher, setting)]
+    return [
+        *findings,
+        Finding("ok", "teacher", config.teacher.title),
+        *check_teacher(config.teacher, setting),
+    ]
 
 
 def _special_tokens(config: RunConfig, student: AnyTokenizer, student_config: Any) -> Finding:
     settings = config.student
     ids = end_token_ids(student_config, generation_of(settings.model), student, settings.end_tokens)
     end = ", ".join(map(repr, student.convert_ids_to_tokens(list(ids))))
-    begin, pad = (repr(token) if token else "none" for token in (student.bos_token, student.pad_token))
-    return Finding("ok", "special tokens", f"a completion ends with {end}; begin {begin}, pad {pad}")
+    begin, pad = (
+        repr(token) if token else "none" for token in (student.bos_token, student.pad_token)
+    )
+    return Finding(
+        "ok", "special tokens", f"a completion ends with {end}; begin {begin}, pad {pad}"
+    )
 
 
 def _vocabulary_padding(config: RunConfig, student: AnyTokenizer) -> Finding:
-    """Sizes may differ: neither model is asked for tokens that the other lacks, but for those that the student samples."""
+    """Sizes may differ: neither model is asked for tokens that the other lacks, but for those that
+    the student samples."""
     models = {"student": (config.student.model, len(student))}
     if isinstance(config.teacher, LocalTeacherConfig) and config.needs_teacher:
         models["teacher"] = (config.teacher.model, len(tokenizer_of(config.teacher.model)))
-    sizes = {who: (num_tokens, config_of(name).get_text_config().vocab_size) for who, (name, num_tokens) in models.items()}
-    told = ", ".join(f"{who} {num_tokens} tokens in {rows} rows" for who, (num_tokens, rows) in sizes.items())
+    sizes = {
+        who: (num_tokens, config_of(name).get_text_config().vocab_size)
+        for who, (name, num_tokens) in models.items()
+    }
+    told = ", ".join(
+        f"{who} {num_tokens} tokens in {rows} rows" for who, (num_tokens, rows) in sizes.items()
+    )
     return Finding("ok", "vocabulary padding", told)
 
 
@@ -238,32 +261,48 @@ def _check_task(config: RunConfig) -> list[Finding]:
 
 
 def _check_held_out(config: RunConfig) -> list[Finding]:
-    """Whether problems that measure the student stand among those that train it; of generated ones the task sees to that."""
-    loop, held_out = config.optimization, [config.task, *([config.ood_task] if config.ood_task else [])]
-    num_train = -(-loop.num_steps // loop.steps_per_rollout_batch) * config.rollout.prompts_per_batch
+    """Whether problems that measure the student stand among those that train it; of generated ones
+    the task sees to that."""
+    loop, held_out = (
+        config.optimization,
+        [config.task, *([config.ood_task] if config.ood_task else [])],
+    )
+    num_train = (
+        -(-loop.num_steps // loop.steps_per_rollout_batch) * config.rollout.prompts_per_batch
+    )
     with ExitStack() as made:
-        task, *others = [made.enter_context(closing(make_task(**settings.model_dump()))) for settings in held_out]
+        task, *others = [
+            made.enter_context(closing(make_task(**settings.model_dump()))) for settings in held_out
+        ]
         train = list(finite_problems(task, "train", num_train, seed=config.seed))
         if not train:
             return []
-        problems = [*finite_problems(task, "validation"), *(p for one in (task, *others) for p in finite_problems(one, "test"))]
+        problems = [
+            *finite_problems(task, "validation"),
+            *(p for one in (task, *others) for p in finite_problems(one, "test")),
+        ]
     seen = find_contamination(train, problems)
     if not seen.num_found:
-        message = (
-            f"none of {seen.num_held_out} shares {RUN_WORDS} words in a row with any of {seen.num_train} training problems"
+        message = f"none of {seen.num_held_out} shares {RUN_WORDS} words in a row with any of {seen.num_train} training problems"
+        aside = (
+            f", apart from phrases that stand in more than {MOST_PROBLEMS} of either"
+            if seen.has_phrases
+            else ""
         )
-        aside = f", apart from phrases that stand in more than {MOST_PROBLEMS} of either" if seen.has_phrases else ""
         return [Finding("ok", "held-out problems", message + aside)]
     message = (
-        f"{seen.num_found} of {seen.num_held_out} stand among the {seen.num_train} training problems ({seen.num_same} as they "
-        f"are, the others with {RUN_WORDS} words in a row or all of a shorter one), for example {seen.example[:120]!r}; take "
+        f"{seen.num_found} of {seen.num_held_out} stand among the {seen.num_train} training "
+        f"problems ({seen.num_same} as they "
+        f"are, the others with {RUN_WORDS} words in a row or all of a shorter one), for example "
+        f"{seen.example[:120]!r}; take "
         "them out of those."
     )
     return [Finding("error" if seen.num_same else "warning", "held-out problems", message)]
 
 
 def _try_out(config: RunConfig) -> "Trial":
-    """`ValueError` also for what torch cannot do: a want of memory, weights that a device or a quantisation does not take."""
+    """`ValueError` also for what torch cannot do: a want of memory, weights that a device or a
+    quantisation does not take."""
     import torch
 
     from rlad.checks.trial import run_trial
@@ -272,7 +311,11 @@ def _try_out(config: RunConfig) -> "Trial":
         return run_trial(config)
     except RuntimeError as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in reason or "can't allocate memory" in reason:
+        if (
+            isinstance(error, torch.OutOfMemoryError)
+            or "not enough memory" in reason
+            or "can't allocate memory" in reason
+        ):
             how = "lower rollout.max_batch_rows or optimization.tokens_per_batch, or take smaller models"
         else:
             how = "change the device, dtype or quantization of student or teacher, or take other models"
@@ -282,7 +325,11 @@ def _try_out(config: RunConfig) -> "Trial":
 
 def _place_of(error: BaseException) -> str:
     """The last line of rlad's own code on the way to an error."""
-    ours = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(_PACKAGE)]
+    ours = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename).is_relative_to(_PACKAGE)
+    ]
     return f"{Path(ours[-1].filename).relative_to(_PACKAGE.parent)}:{ours[-1].lineno}"
 
 

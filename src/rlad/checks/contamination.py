@@ -1,10 +1,12 @@
-"""Do held-out problems stand among the training problems? Compared by runs of words, as for GPT-3 (arXiv 2005.14165, app. C).
+"""Do held-out problems stand among the training problems? Compared by runs of words, as for GPT-3
+(arXiv 2005.14165, app. C).
 
-Words are letters and digits without case; of scripts without spaces between words (Chinese, Japanese, Thai) each letter is one.
-A run of 8 words that stands in more than 10 held-out problems is instruction, one that stands in more than 10 training
-problems a phrase. Both cut a held-out problem into the parts beside them, and it is found when 13 words in a row of a part
-stand in a training problem (of a part of 8 to 12 words all of it); when four fifths of its words beside the instructions do so,
-however often; and when its key is a training problem's.
+Words are letters and digits without case; of scripts without spaces between words (Chinese,
+Japanese, Thai) each letter is one. A run of 8 words that stands in more than 10 held-out problems
+is instruction, one that stands in more than 10 training problems a phrase. Both cut a held-out
+problem into the parts beside them, and it is found when 13 words in a row of a part stand in a
+training problem (of a part of 8 to 12 words all of it); when four fifths of its words beside the
+instructions do so, however often; and when its key is a training problem's.
 """
 
 import re
@@ -37,7 +39,8 @@ class Contamination:
     example: str
     """words that a held-out problem shares with a training problem; empty when none was found"""
     has_phrases: bool
-    """whether held-out and training problems share instructions or phrases, which alone do not count"""
+    """whether held-out and training problems share instructions or phrases, which alone do not
+    count"""
 
 
 def words(text: str) -> list[str]:
@@ -51,12 +54,26 @@ def find_contamination(train: Iterable[Problem], held_out: Iterable[Problem]) ->
     texts = {problem.key: _words_of(problem) for problem in held_out}
     in_held_out = Counter(run for text in texts.values() for run in set(_runs(text, FEWEST_WORDS)))
     trained_texts = map(_words_of, trained.values())
-    in_trained = Counter(run for text in trained_texts for run in set(_runs(text, FEWEST_WORDS)) if run in in_held_out)
+    in_trained = Counter(
+        run
+        for text in trained_texts
+        for run in set(_runs(text, FEWEST_WORDS))
+        if run in in_held_out
+    )
     instructions, often_trained = _frequent(in_held_out), _frequent(in_trained)
     phrases = instructions | often_trained
     whole = {key: list(_parts(text, instructions)) for key, text in texts.items()}
-    distinct = {key: list(_parts(text, phrases)) for key, text in texts.items()} if often_trained else whole
-    wanted = {run for parts in (*whole.values(), *distinct.values()) for part in parts for run in _longest_runs(part)}
+    distinct = (
+        {key: list(_parts(text, phrases)) for key, text in texts.items()}
+        if often_trained
+        else whole
+    )
+    wanted = {
+        run
+        for parts in (*whole.values(), *distinct.values())
+        for part in parts
+        for run in _longest_runs(part)
+    }
     shared = _shared(wanted, map(_words_of, trained.values()))
     decisive = {key: _decisive(distinct[key], whole[key], shared) for key in texts}
     same = texts.keys() & trained.keys()
@@ -93,13 +110,19 @@ def _parts(text: list[str], phrases: set[str]) -> Iterator[list[str]]:
 def _decisive(distinct: Parts, whole: Parts, shared: set[str]) -> list[str]:
     """The shared runs that tell that a problem stands in training problems; none when it does not.
 
-    `distinct` are its parts beside instructions and phrases, `whole` those beside instructions alone.
+    `distinct` are its parts beside instructions and phrases, `whole` those beside instructions
+    alone.
     """
     runs = [run for part in distinct for run in _longest_runs(part) if run in shared]
     if runs:
         return runs
     inside = [
-        {start + i for start, run in enumerate(_longest_runs(part)) if run in shared for i in range(min(len(part), RUN_WORDS))}
+        {
+            start + i
+            for start, run in enumerate(_longest_runs(part))
+            if run in shared
+            for i in range(min(len(part), RUN_WORDS))
+        }
         for part in whole
     ]
     if sum(map(len, inside)) < MOST_WORDS * sum(map(len, whole)):
@@ -115,10 +138,15 @@ def _runs(text: Sequence[str], size: int) -> Iterator[str]:
     return (" ".join(text[i : i + size]) for i in range(len(text) - size + 1))
 
 
-def finite_problems(task: Task, split: Split, most: int | None = None, *, seed: int = 0) -> Iterator[Problem]:
-    """The first problems of a split, at most `most`; of several tasks those of each. Nothing of a task that generates them:
-    that makes its splits disjoint itself.
+def finite_problems(
+    task: Task, split: Split, most: int | None = None, *, seed: int = 0
+) -> Iterator[Problem]:
+    """The first problems of a split, at most `most`; of several tasks those of each. Nothing of a
+    task that generates them: that makes its splits disjoint itself.
     """
     for one in task.tasks.values() if isinstance(task, SeveralTasks) else (task,):
         number = one.num_problems(split) or 0
-        yield from (one.problem(split, i, seed=seed) for i in range(number if most is None else min(number, most)))
+        yield from (
+            one.problem(split, i, seed=seed)
+            for i in range(number if most is None else min(number, most))
+        )

@@ -31,7 +31,8 @@ _NUM_LOGPROBS = 5
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes on the student's device; activations and logits are rules of thumb, the rest is counted."""
+    """Bytes on the student's device; activations and logits are rules of thumb, the rest is
+    counted."""
 
     student_weights: int
     gradients_and_optimizer: int
@@ -49,7 +50,12 @@ class MemoryEstimate:
     @property
     def models(self) -> int:
         """What no setting of the loop makes smaller."""
-        return self.student_weights + self.gradients_and_optimizer + self.teacher_weights + self.reference_weights
+        return (
+            self.student_weights
+            + self.gradients_and_optimizer
+            + self.teacher_weights
+            + self.reference_weights
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +66,19 @@ class Memory:
     total: int
 
 
-def estimate_memory(config: RunConfig, prompt_tokens: int, device: str | None = None) -> MemoryEstimate:
-    """On `device`, by default the student's. Weights that are trained are float32 (AdamW: 16 bytes a parameter for weight,
-    gradient and two moments).
+def estimate_memory(
+    config: RunConfig, prompt_tokens: int, device: str | None = None
+) -> MemoryEstimate:
+    """On `device`, by default the student's. Weights that are trained are float32 (AdamW: 16 bytes
+    a parameter for weight, gradient and two moments).
 
-    Activations: about 34 bytes x hidden size a token and layer in 16 bit (arXiv 2205.05198, without the attention matrix),
-    twice that in float32; with gradient checkpointing one layer's, plus the layer inputs. Logits: three times those of a tile,
-    or those of the next token of all rows that are decoded at once and three times those of a chunk of rows; for `gkd` of a
-    whole micro-batch, for student and teacher, with their log-probs. The sampler's cache: keys and values of whole sequences,
-    with the room that it keeps for more tokens (`rlad.rollouts.growing_cache`: a quarter, at least 64).
+    Activations: about 34 bytes x hidden size a token and layer in 16 bit (arXiv 2205.05198, without
+    the attention matrix), twice that in float32; with gradient checkpointing one layer's, plus the
+    layer inputs. Logits: three times those of a tile, or those of the next token of all rows that
+    are decoded at once and three times those of a chunk of rows; for `gkd` of a whole micro-batch,
+    for student and teacher, with their log-probs. The sampler's cache: keys and values of whole
+    sequences, with the room that it keeps for more tokens (`rlad.rollouts.growing_cache`: a
+    quarter, at least 64).
     """
     rollout, loop, student = config.rollout, config.optimization, config.student
     shape, width = config_of(student.model).get_text_config(), _BYTES[student.dtype]
@@ -78,17 +88,25 @@ def estimate_memory(config: RunConfig, prompt_tokens: int, device: str | None = 
 
         num_trained = num_adapter_parameters(student.model, student.lora)
     layers, hidden = shape.num_hidden_layers, shape.hidden_size
-    sequence, num_rollouts = prompt_tokens + rollout.max_completion_tokens, rollout.prompts_per_batch * rollout.group_size
+    sequence, num_rollouts = (
+        prompt_tokens + rollout.max_completion_tokens,
+        rollout.prompts_per_batch * rollout.group_size,
+    )
     tokens = min(loop.tokens_per_batch, num_rollouts * sequence)
     per_layer = 17 * width * hidden * tokens
     checkpointed = per_layer + width * hidden * layers * tokens
-    device, teacher = device or device_name(student.device), config.teacher if config.needs_teacher else None
+    device, teacher = (
+        device or device_name(student.device),
+        config.teacher if config.needs_teacher else None,
+    )
     rows = min(rollout.max_batch_rows, num_rollouts)
     if config.objective.type == "gkd":
         logits = 4 * shape.vocab_size * tokens
     else:
         scored = [(shape, tokens), *_scored_by(teacher, shape, num_rollouts * sequence, device)]
-        logits = max(_sampled_logits(shape, rows, device), *(_scored_logits(*one, device) for one in scored))
+        logits = max(
+            _sampled_logits(shape, rows, device), *(_scored_logits(*one, device) for one in scored)
+        )
     return MemoryEstimate(
         student_weights=4 * num_trained + (width * num_weights if student.lora else 0),
         gradients_and_optimizer=12 * num_trained,
@@ -142,7 +160,9 @@ def _num_weights(name: str) -> int:
     return number
 
 
-def _scored_by(teacher: Any, student: Any, num_tokens: int, device: str) -> Iterator[tuple[Any, int]]:
+def _scored_by(
+    teacher: Any, student: Any, num_tokens: int, device: str
+) -> Iterator[tuple[Any, int]]:
     """The teachers on the student's device, each with the most tokens that it scores at once."""
     for _, one in single_teachers(teacher):
         if isinstance(one, LocalTeacherConfig) and _is_on(one, device):
@@ -152,13 +172,17 @@ def _scored_by(teacher: Any, student: Any, num_tokens: int, device: str) -> Iter
 
 
 def _scored_logits(shape: Any, tokens: int, device: str) -> int:
-    """Numbers held at once while `tokens` are scored: a tile of logits, its float32 copy, and the log-probs or the gradient."""
+    """Numbers held at once while `tokens` are scored: a tile of logits, its float32 copy, and the
+    log-probs or the gradient."""
     return 3 * prod(tile_shape(_type(device), tokens, shape.vocab_size))
 
 
 def _sampled_logits(shape: Any, rows: int, device: str) -> int:
-    """Numbers held at once while a token of each of `rows` is picked: logits, and of a chunk what is made of them."""
-    return shape.vocab_size * (rows + 3 * min(rows, tokens_per_chunk(_type(device), shape.vocab_size)))
+    """Numbers held at once while a token of each of `rows` is picked: logits, and of a chunk what
+    is made of them."""
+    return shape.vocab_size * (
+        rows + 3 * min(rows, tokens_per_chunk(_type(device), shape.vocab_size))
+    )
 
 
 def memory_of(device: str) -> Memory:
@@ -172,11 +196,18 @@ def memory_of(device: str) -> Memory:
 
 def compare_memory(needed: MemoryEstimate, memory: Memory) -> Finding:
     """More than is free is doubtful; models that are larger than all of the memory cannot work."""
-    parts = ", ".join(f"{name.replace('_', ' ')} {size / _GIB:.2f}" for name, size in asdict(needed).items() if size)
-    message = f"about {needed.total / _GIB:.2f} of {memory.free / _GIB:.1f} GiB that are free ({parts})"
+    parts = ", ".join(
+        f"{name.replace('_', ' ')} {size / _GIB:.2f}"
+        for name, size in asdict(needed).items()
+        if size
+    )
+    message = (
+        f"about {needed.total / _GIB:.2f} of {memory.free / _GIB:.1f} GiB that are free ({parts})"
+    )
     if needed.models > memory.total:
         what = (
-            f"weights and optimiser alone are more than the {memory.total / _GIB:.1f} GiB that there are; take a smaller "
+            f"weights and optimiser alone are more than the {memory.total / _GIB:.1f} GiB that "
+            "there are; take a smaller "
             "model, [student.lora], teacher.quantization, or a served teacher."
         )
         return Finding("error", "memory", f"{message}; {what}")

@@ -1,4 +1,5 @@
-"""Do student and teacher like the same tokens? Their most likely next tokens compared, without `[batch, token, vocabulary]`."""
+"""Do student and teacher like the same tokens? Their most likely next tokens compared, without
+`[batch, token, vocabulary]`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,17 +22,21 @@ class TopChoices:
     same_first: float
     """share of tokens at which both have the same most likely token"""
     shared: float
-    """of the student's `NUM_CHOICES` most likely tokens, the share that is among the teacher's, too"""
+    """of the student's `NUM_CHOICES` most likely tokens, the share that is among the teacher's,
+    too"""
 
 
 @torch.no_grad()
 def compare_top_choices(
-    student: LanguageModel, teacher: LanguageModel, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]
+    student: LanguageModel,
+    teacher: LanguageModel,
+    prompts: Sequence[TokenIds],
+    completions: Sequence[TokenIds],
 ) -> TopChoices | None:
     """One completion at a time, its logits in chunks of tokens. None without tokens.
 
-    A token that only one of the two knows, as their vocabularies are padded to different sizes, is no choice and ends a
-    completion.
+    A token that only one of the two knows, as their vocabularies are padded to different sizes, is
+    no choice and ends a completion.
     """
     scorers = [Scorer(model, temperature=1.0, tokens_per_batch=1) for model in (student, teacher)]
     vocabulary = min(student.vocabulary, teacher.vocabulary)
@@ -39,7 +44,10 @@ def compare_top_choices(
     shared: list[Tensor] = []
     for prompt, whole in zip(prompts, completions, strict=True):
         text = [*prompt, *takewhile(lambda token: token < vocabulary, whole)]
-        chunks = [scorer.logits_in_chunks(text, start=len(prompt), chunk_tokens=_CHUNK_TOKENS) for scorer in scorers]
+        chunks = [
+            scorer.logits_in_chunks(text, start=len(prompt), chunk_tokens=_CHUNK_TOKENS)
+            for scorer in scorers
+        ]
         for logits in zip(*chunks, strict=True):
             ours, theirs = (_choices(part[:, :vocabulary]) for part in logits)
             same.append(ours[:, 0] == theirs[:, 0])

@@ -1,6 +1,8 @@
-"""A trial of a run: a handful of completions, what the teacher says of them, and how long a step takes. Writes nothing.
+"""A trial of a run: a handful of completions, what the teacher says of them, and how long a step
+takes. Writes nothing.
 
-Everything happens to copies in memory: the student's one step is forgotten, a cached teacher is asked past its cache.
+Everything happens to copies in memory: the student's one step is forgotten, a cached teacher is
+asked past its cache.
 """
 
 import time
@@ -14,7 +16,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rlad.checks.top_choices import TopChoices, compare_top_choices
-from rlad.config.objective import TRAINED_BY_TRL
 from rlad.config.run import RunConfig
 from rlad.config.teacher import CachedTeacherConfig, PrivilegedTeacherConfig, SeveralTeachersConfig
 from rlad.engines.knobs import objective_knobs
@@ -42,7 +43,8 @@ _NUM_TIMED_TOKENS = 9
 
 @dataclass(frozen=True, slots=True)
 class TeacherTrial:
-    """What the teacher says of the trial's tokens; shares are between 0 and 1, log-ratios log πS - log πT in nats."""
+    """What the teacher says of the trial's tokens; shares are between 0 and 1, log-ratios log πS -
+    log πT in nats."""
 
     missing: float
     """share of tokens without a finite log-prob; those are left out of the rest"""
@@ -51,7 +53,8 @@ class TeacherTrial:
     """of the log-ratio's absolute value"""
     median_size: float | None
     gated_positive: float | None
-    """TRRD: share of tokens without gradient at the first step if all advantages were positive; None for other objectives"""
+    """TRRD: share of tokens without gradient at the first step if all advantages were positive;
+    None for other objectives"""
     gated_negative: float | None
     """the same if all were negative"""
     clamped: float | None
@@ -82,25 +85,41 @@ class Trial:
     mean_tokens: float
     teacher: TeacherTrial | None
     steps: tuple[StepSeconds, ...]
-    """completions as long as the trial's, and as long as allowed; empty where TRL makes them and where no teacher answers"""
+    """completions as long as the trial's, and as long as allowed; empty where TRL makes them and
+    where no teacher answers"""
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"steps": [asdict(step) | {"total": step.total} for step in self.steps]}
+        return asdict(self) | {
+            "steps": [asdict(step) | {"total": step.total} for step in self.steps]
+        }
 
 
 def run_trial(config: RunConfig) -> Trial:
-    """Loads the models. Raises `ValueError` for whatever the run itself would stop at before or in its first step."""
+    """Loads the models. Raises `ValueError` for whatever the run itself would stop at before or in
+    its first step."""
     small = _small(config)
     student = load_student(small)
     with closing(make_task(**config.task.model_dump())) as task:
         teacher = prepare_teacher(small, student)
         try:
             decoding = _Decoding(config, student, task)
-            tokens = max(4, min(MAX_TOKENS, config.rollout.max_completion_tokens, int(SECONDS / decoding.seconds_per_token)))
+            tokens = max(
+                4,
+                min(
+                    MAX_TOKENS,
+                    config.rollout.max_completion_tokens,
+                    int(SECONDS / decoding.seconds_per_token),
+                ),
+            )
             batch = _sampled(small, student, task, tokens)
-            asked, teacher_seconds = (None, 0.0) if teacher is None else _ask(small, student, teacher, batch, task)
-            steps, is_answered = (), asked is None or asked.missing <= config.optimization.max_missing_teacher_share
-            if config.objective.type not in TRAINED_BY_TRL and is_answered:
+            asked, teacher_seconds = (
+                (None, 0.0) if teacher is None else _ask(small, student, teacher, batch, task)
+            )
+            steps, is_answered = (
+                (),
+                asked is None or asked.missing <= config.optimization.max_missing_teacher_share,
+            )
+            if is_answered:
                 update_seconds = _update_seconds(small, student, task, teacher, batch)
                 steps = _steps(config, batch, decoding, teacher_seconds, update_seconds)
         finally:
@@ -112,7 +131,8 @@ def run_trial(config: RunConfig) -> Trial:
 
 
 def _small(config: RunConfig) -> RunConfig:
-    """The run with a handful of completions, one step on them, no KL leash, and no cache around its teacher.
+    """The run with a handful of completions, one step on them, no KL leash, and no cache around its
+    teacher.
 
     Several tasks take turns: at least one prompt of each, so that the teacher of each is asked.
     """
@@ -146,12 +166,15 @@ def without_cache(teacher: Any) -> Any:
 
 
 class _Decoding:
-    """Seconds that the run's own batch of rows takes: for its prompts, and for each token of all rows."""
+    """Seconds that the run's own batch of rows takes: for its prompts, and for each token of all
+    rows."""
 
     def __init__(self, config: RunConfig, student: LanguageModel, task: Task):
         rollout = config.rollout
         num_rows = rollout.prompts_per_batch * rollout.group_size
-        num_prompts = max(1, min(rollout.prompts_per_batch, rollout.max_batch_rows // rollout.group_size))
+        num_prompts = max(
+            1, min(rollout.prompts_per_batch, rollout.max_batch_rows // rollout.group_size)
+        )
         self.num_batches = num_rows / (num_prompts * rollout.group_size)
         prompts = [ids for _, ids in _prompts(config, student, task, num_prompts)]
 
@@ -160,16 +183,25 @@ class _Decoding:
 
         seconds(1)  # the first call also loads kernels
         one = self.seconds_of_prompts = seconds(1)
-        more = min(2 if one > SECONDS / _NUM_TIMED_TOKENS else _NUM_TIMED_TOKENS, rollout.max_completion_tokens)
+        more = min(
+            2 if one > SECONDS / _NUM_TIMED_TOKENS else _NUM_TIMED_TOKENS,
+            rollout.max_completion_tokens,
+        )
         self.seconds_per_token = max((seconds(more) - one) / (more - 1), 1e-6) if more > 1 else one
 
 
-def _prompts(config: RunConfig, student: LanguageModel, task: Task, number: int) -> list[tuple[str, list[int]]]:
+def _prompts(
+    config: RunConfig, student: LanguageModel, task: Task, number: int
+) -> list[tuple[str, list[int]]]:
     problems = [task.problem("train", i, seed=config.seed) for i in range(number)]
-    return [(p.prompt, prompt_token_ids(student.tokenizer, p.asked, config.rollout)) for p in problems]
+    return [
+        (p.prompt, prompt_token_ids(student.tokenizer, p.asked, config.rollout)) for p in problems
+    ]
 
 
-def _sample(config: RunConfig, student: LanguageModel, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[Any]:
+def _sample(
+    config: RunConfig, student: LanguageModel, prompts: Sequence[Sequence[int]], num_tokens: int
+) -> list[Any]:
     rollout, seed = config.rollout, stream_seed(config.seed, "trial")
     return sample(
         student,
@@ -182,12 +214,20 @@ def _sample(config: RunConfig, student: LanguageModel, prompts: Sequence[Sequenc
     )
 
 
-def _sampled(config: RunConfig, student: LanguageModel, task: Task, num_tokens: int) -> RolloutBatch:
-    """Completions of the first training prompts, not judged: half of them get the advantage 1, the others -1."""
+def _sampled(
+    config: RunConfig, student: LanguageModel, task: Task, num_tokens: int
+) -> RolloutBatch:
+    """Completions of the first training prompts, not judged: half of them get the advantage 1, the
+    others -1."""
     prompts = _prompts(config, student, task, config.rollout.prompts_per_batch)
     completions = _sample(config, student, [ids for _, ids in prompts], num_tokens)
     groups = [
-        RolloutGroup(i, text, tuple(ids), tuple(Rollout(completion, "", "wrong", 0.0) for completion in group))
+        RolloutGroup(
+            i,
+            text,
+            tuple(ids),
+            tuple(Rollout(completion, "", "wrong", 0.0) for completion in group),
+        )
         for i, ((text, ids), group) in enumerate(zip(prompts, completions, strict=True))
     ]
     num_rollouts = sum(map(len, completions))
@@ -200,8 +240,11 @@ def _sampled(config: RunConfig, student: LanguageModel, task: Task, num_tokens: 
 def _ask(
     config: RunConfig, student: LanguageModel, teacher: Teacher, batch: RolloutBatch, task: Task
 ) -> tuple[TeacherTrial, float]:
-    """Its log-probs, which the batch keeps, compared with the student's; and the seconds that they took."""
-    requests = _with_peers(teacher_requests(batch, range(len(batch.rollouts)), task, seed=config.seed), student, batch)
+    """Its log-probs, which the batch keeps, compared with the student's; and the seconds that they
+    took."""
+    requests = _with_peers(
+        teacher_requests(batch, range(len(batch.rollouts)), task, seed=config.seed), student, batch
+    )
     teacher.logprobs(requests[:1])  # the first call also loads kernels
     theirs, seconds = _timed(lambda: teacher.logprobs(requests))
     batch.teacher_logprobs = theirs
@@ -222,10 +265,15 @@ def _ask(
     ), seconds
 
 
-def _with_peers(requests: Sequence[TeacherRequest], student: LanguageModel, batch: RolloutBatch) -> list[TeacherRequest]:
-    """Each with another completion of its group in place of the correct one that a teacher may be shown; none is judged."""
+def _with_peers(
+    requests: Sequence[TeacherRequest], student: LanguageModel, batch: RolloutBatch
+) -> list[TeacherRequest]:
+    """Each with another completion of its group in place of the correct one that a teacher may be
+    shown; none is judged."""
     size = len(batch.groups[0].rollouts)
-    texts = student.tokenizer.batch_decode([list(ids) for ids in batch.completions], skip_special_tokens=True)
+    texts = student.tokenizer.batch_decode(
+        [list(ids) for ids in batch.completions], skip_special_tokens=True
+    )
 
     def peer(i: int) -> str | None:
         start = i // size * size
@@ -234,12 +282,17 @@ def _with_peers(requests: Sequence[TeacherRequest], student: LanguageModel, batc
     return [replace(request, peer_solution=peer(i)) for i, request in enumerate(requests)]
 
 
-def _gates(config: RunConfig, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> dict[str, float | None]:
+def _gates(
+    config: RunConfig, ours: Sequence[Tensor], theirs: Sequence[Tensor]
+) -> dict[str, float | None]:
     """Shares of the tokens that TRRD itself gates and clamps at the first step, where πS = πold."""
     names = ("gated_positive", "gated_negative", "clamped")
     if config.objective.type != "trrd":
         return dict.fromkeys(names)
-    student, teacher = pad_sequence(list(ours), batch_first=True), pad_sequence(list(theirs), batch_first=True)
+    student, teacher = (
+        pad_sequence(list(ours), batch_first=True),
+        pad_sequence(list(theirs), batch_first=True),
+    )
     mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in ours], batch_first=True)
     shares: dict[str, float | None] = dict.fromkeys(names)
     for name, advantage in zip(names, (1.0, -1.0, 1.0), strict=True):
@@ -256,8 +309,13 @@ def _gates(config: RunConfig, ours: Sequence[Tensor], theirs: Sequence[Tensor]) 
     return shares
 
 
-def _top_choices(student: LanguageModel, teacher: Teacher, batch: RolloutBatch) -> TopChoices | None:
-    if not isinstance(teacher, LocalTeacher) or teacher.language_model.model.device != student.model.device:
+def _top_choices(
+    student: LanguageModel, teacher: Teacher, batch: RolloutBatch
+) -> TopChoices | None:
+    if (
+        not isinstance(teacher, LocalTeacher)
+        or teacher.language_model.model.device != student.model.device
+    ):
         return None
     return compare_top_choices(student, teacher.language_model, batch.prompts, batch.completions)
 
@@ -266,7 +324,11 @@ def _top_choices(student: LanguageModel, teacher: Teacher, batch: RolloutBatch) 
 
 
 def _update_seconds(
-    config: RunConfig, student: LanguageModel, task: Task, teacher: Teacher | None, batch: RolloutBatch
+    config: RunConfig,
+    student: LanguageModel,
+    task: Task,
+    teacher: Teacher | None,
+    batch: RolloutBatch,
 ) -> float:
     engine = NativeEngine(config, student=student, task=task, teacher=teacher)
     engine.accumulate_gradient(batch, [0], TokenStats())  # the first call also loads kernels
@@ -274,25 +336,42 @@ def _update_seconds(
 
 
 def _steps(
-    config: RunConfig, batch: RolloutBatch, decoding: _Decoding, teacher_seconds: float, update_seconds: float
+    config: RunConfig,
+    batch: RolloutBatch,
+    decoding: _Decoding,
+    teacher_seconds: float,
+    update_seconds: float,
 ) -> tuple[StepSeconds, ...]:
-    """The trial's times for the run's numbers of completions and tokens: decoding by the token of the whole batch, scoring and
-    update in proportion to prompt and completion tokens. No completion is left out, so a real step may take less.
+    """The trial's times for the run's numbers of completions and tokens: decoding by the token of
+    the whole batch, scoring and update in proportion to prompt and completion tokens. No completion
+    is left out, so a real step may take less.
     """
-    rollout, loop, objective = config.rollout, config.optimization, OBJECTIVES.get(config.objective.type)
+    rollout, loop, objective = (
+        config.rollout,
+        config.optimization,
+        OBJECTIVES.get(config.objective.type),
+    )
     prompt = sum(map(len, batch.prompts)) / len(batch.prompts)
     mean = sum(map(len, batch.completions)) / len(batch.completions)
     # A pass without gradient is about a third of one with it.
-    passes = bool(loop.kl_coef) + bool(loop.steps_per_rollout_batch > 1 or (objective and objective.token_advantages))
+    passes = bool(loop.kl_coef) + bool(
+        loop.steps_per_rollout_batch > 1 or (objective and objective.token_advantages)
+    )
     truncated = any(rollout.completion.is_truncated for rollout in batch.rollouts)
     lengths = [mean, float(rollout.max_completion_tokens)] if truncated else [mean]
 
     def at(length: float) -> StepSeconds:
-        num_completions = rollout.prompts_per_batch * rollout.group_size / loop.steps_per_rollout_batch
+        num_completions = (
+            rollout.prompts_per_batch * rollout.group_size / loop.steps_per_rollout_batch
+        )
         scale = num_completions / len(batch.rollouts) * (prompt + length) / (prompt + mean)
-        generation = decoding.num_batches * (decoding.seconds_of_prompts + decoding.seconds_per_token * (length - 1))
+        generation = decoding.num_batches * (
+            decoding.seconds_of_prompts + decoding.seconds_per_token * (length - 1)
+        )
         update = update_seconds * scale * (1 + passes / 3)
-        return StepSeconds(length, generation / loop.steps_per_rollout_batch, teacher_seconds * scale, update)
+        return StepSeconds(
+            length, generation / loop.steps_per_rollout_batch, teacher_seconds * scale, update
+        )
 
     return tuple(at(length) for length in dict.fromkeys(lengths))
 

@@ -2,7 +2,6 @@
 
 from rlad.checks.top_choices import NUM_CHOICES
 from rlad.checks.trial import StepSeconds, TeacherTrial, Trial
-from rlad.config.objective import TRAINED_BY_TRL
 from rlad.config.run import RunConfig
 from rlad.config.teacher_tree import single_teachers
 from rlad.findings import Finding
@@ -15,14 +14,13 @@ SMALL_LOG_RATIO = 0.01
 def describe_trial(trial: Trial, config: RunConfig) -> list[Finding]:
     """The trial's findings, one line each."""
     message = (
-        f"{trial.num_completions} completions of training prompts, cut at {trial.max_tokens} tokens "
+        f"{trial.num_completions} completions of training prompts, cut at {trial.max_tokens} "
+        "tokens "
         f"({trial.num_truncated} were), {trial.mean_tokens:.0f} tokens on average"
     )
     findings = [Finding("ok", "trial", message)]
     if trial.teacher is not None:
         findings += _teacher(trial.teacher, config)
-    if config.objective.type in TRAINED_BY_TRL:
-        return [*findings, Finding("ok", "time", "not estimated: TRL makes the steps")]
     return [*findings, *_time(trial.steps)]
 
 
@@ -32,12 +30,15 @@ def _teacher(trial: TeacherTrial, config: RunConfig) -> list[Finding]:
     if trial.missing > most:
         message = (
             f"the teacher gave no finite log-prob for {trial.missing:.1%} of the tokens, and "
-            f"optimization.max_missing_teacher_share allows {most:.1%}; check that it is the right model and does not overflow "
+            f"optimization.max_missing_teacher_share allows {most:.1%}; check that it is the right "
+            "model and does not overflow "
             "(bfloat16 instead of float16)."
         )
         findings.append(Finding("error", "log-probs", message))
     elif trial.missing:
-        findings.append(Finding("warning", "log-probs", f"missing for {trial.missing:.1%} of the tokens"))
+        findings.append(
+            Finding("warning", "log-probs", f"missing for {trial.missing:.1%} of the tokens")
+        )
     return [*findings, *_log_ratio(trial, config), *_gates(trial), *_top_choices(trial)]
 
 
@@ -51,8 +52,14 @@ def _log_ratio(trial: TeacherTrial, config: RunConfig) -> list[Finding]:
         return [Finding("warning", subject, f"{message}: {what}")]
     if trial.mean_size < SMALL_LOG_RATIO:
         if all(teacher.type == "ema" for _, teacher in single_teachers(config.teacher)):
-            return [Finding("ok", subject, f"{message}: the moving average begins as the student itself")]
-        what = "the teacher says what the student says, so it changes nothing; is it the same model?"
+            return [
+                Finding(
+                    "ok", subject, f"{message}: the moving average begins as the student itself"
+                )
+            ]
+        what = (
+            "the teacher says what the student says, so it changes nothing; is it the same model?"
+        )
         return [Finding("warning", subject, f"{message}: {what}")]
     return [Finding("ok", subject, message)]
 
@@ -61,7 +68,8 @@ def _gates(trial: TeacherTrial) -> list[Finding]:
     if trial.gated_positive is None or trial.gated_negative is None:
         return []
     message = (
-        f"at the first step {trial.gated_positive:.0%} of the tokens if the advantage is positive, {trial.gated_negative:.0%} "
+        f"at the first step {trial.gated_positive:.0%} of the tokens if the advantage is positive, "
+        f"{trial.gated_negative:.0%} "
         f"if negative; {trial.clamped or 0.0:.0%} are clamped"
     )
     if max(trial.gated_positive, trial.gated_negative) > LARGE_GATED_SHARE:
@@ -72,9 +80,14 @@ def _gates(trial: TeacherTrial) -> list[Finding]:
 
 def _top_choices(trial: TeacherTrial) -> list[Finding]:
     if trial.top_choices is None:
-        return [Finding("ok", "top choices", "not available: the teacher's distributions are out of reach")]
+        return [
+            Finding(
+                "ok", "top choices", "not available: the teacher's distributions are out of reach"
+            )
+        ]
     message = (
-        f"the most likely token is the same at {trial.top_choices.same_first:.0%} of the tokens; of the student's "
+        f"the most likely token is the same at {trial.top_choices.same_first:.0%} of the tokens; "
+        "of the student's "
         f"{NUM_CHOICES} most likely, {trial.top_choices.shared:.0%} are the teacher's"
     )
     return [Finding("ok", "top choices", message)]
@@ -93,4 +106,10 @@ def _time(steps: tuple[StepSeconds, ...]) -> list[Finding]:
 
 
 def _seconds(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+    return (
+        f"{seconds:.1f} s"
+        if seconds < 60
+        else f"{seconds / 60:.1f} min"
+        if seconds < 3600
+        else f"{seconds / 3600:.1f} h"
+    )

@@ -21,12 +21,15 @@ _MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "error": ("✗", "
 
 
 def print_report(report: CheckReport, console: Console | None = None) -> None:
-    """One screen: what differs from the defaults, what will be computed, findings. In a pipe each is one line."""
+    """One screen: what differs from the defaults, what will be computed, findings. In a pipe each
+    is one line."""
     console = console or Console(highlight=False)
 
     def line(text: str, style: str = "") -> None:
         width = console.width if console.is_terminal else len(text) + 1
-        for part in textwrap.wrap(text, width, subsequent_indent=" " * 6, replace_whitespace=False) or [""]:
+        for part in textwrap.wrap(
+            text, width, subsequent_indent=" " * 6, replace_whitespace=False
+        ) or [""]:
             console.print(Text(printable(part), style=style), soft_wrap=True)
 
     line("settings (all others have their defaults; --json prints them all)", style="bold")
@@ -40,7 +43,10 @@ def print_report(report: CheckReport, console: Console | None = None) -> None:
     line("checks", style="bold")
     for finding in report.findings:
         mark, colour = _MARKS[finding.level]
-        line(f"  {mark} {finding.subject}: {finding.message}", style="" if finding.level == "ok" else colour)
+        line(
+            f"  {mark} {finding.subject}: {finding.message}",
+            style="" if finding.level == "ok" else colour,
+        )
     line("")
     if report.errors:
         line("this cannot work: mend what is marked with ✗", style="bold red")

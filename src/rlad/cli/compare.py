@@ -4,7 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from rlad.comparison.compare import PlannedRun, compare, final_runs, tuning_runs
 from rlad.comparison.report import MissingRun
@@ -18,22 +25,41 @@ def print_plan(console: Console, comparison: CompareConfig, folder: Path) -> Non
     runs = [*tuning, *final_runs(comparison, folder, {})]
     for run in runs:
         # Which learning rate a run is to have is known only behind the tuning.
-        is_done = run.directory.is_finished() if comparison.tuning and run not in tuning else run.is_done()
+        is_done = (
+            run.directory.is_finished()
+            if comparison.tuning and run not in tuning
+            else run.is_done()
+        )
         _print(console, f"{'done ' if is_done else 'to do'}  {run.path}")
     loop, rollout = runs[-1].config.optimization, runs[-1].config.rollout
     _print(
         console,
-        f"{len(runs)} runs, {len(tuning)} of them to choose learning rates, {comparison.jobs} side by side; each of "
-        f"{loop.num_steps} steps with {rollout.prompts_per_batch} prompts x {rollout.group_size} rollouts per batch\n"
+        f"{len(runs)} runs, {len(tuning)} of them to choose learning rates, {comparison.jobs} side "
+        "by side; each of "
+        f"{loop.num_steps} steps with {rollout.prompts_per_batch} prompts x {rollout.group_size} "
+        "rollouts per batch\n"
         f"report in {comparison.directory}",
     )
 
 
-def run_comparison(console: Console, comparison: CompareConfig, folder: Path) -> Sequence[MissingRun]:
-    """Do the comparison with a bar over the steps of all runs; returns what is missing from its report."""
-    columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("steps"), TimeElapsedColumn(), TextColumn("left"))
+def run_comparison(
+    console: Console, comparison: CompareConfig, folder: Path
+) -> Sequence[MissingRun]:
+    """Do the comparison with a bar over the steps of all runs; returns what is missing from its
+    report."""
+    columns = (
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+    )
     bar = Progress(
-        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal, speed_estimate_period=3600
+        *columns,
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        speed_estimate_period=3600,
     )
     with bar:
         task = bar.add_task("")

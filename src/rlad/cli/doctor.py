@@ -30,4 +30,6 @@ def print_diagnoses(diagnoses: Diagnoses, console: Console | None = None) -> Non
     if diagnoses.is_healthy:
         line("nothing is wrong with it", style="bold green")
     else:
-        line(f"{wrong} {'thing is' if wrong == 1 else 'things are'} wrong with it", style="bold red")
+        line(
+            f"{wrong} {'thing is' if wrong == 1 else 'things are'} wrong with it", style="bold red"
+        )

@@ -34,7 +34,9 @@ class Evaluation:
 
     def summary_json(self) -> dict[str, Any]:
         """The summary with intervals as plain JSON."""
-        return {"model": self.model, "task": self.task, "split": self.split} | _plain(summarise(self.results))
+        return {"model": self.model, "task": self.task, "split": self.split} | _plain(
+            summarise(self.results)
+        )
 
 
 def evaluate_run_or_model(
@@ -46,15 +48,20 @@ def evaluate_run_or_model(
     num_samples: int,
     output: Path | None,
 ) -> Evaluation:
-    """Results of each held-out problem; also written to `output` as JSONL. `ValueError` for a user's mistake."""
+    """Results of each held-out problem; also written to `output` as JSONL. `ValueError` for a
+    user's mistake."""
     if output is not None and (output.exists() or not output.parent.is_dir()):
-        raise ValueError(f"--output {output} exists already or has no folder to lie in; give a new file.")
+        raise ValueError(
+            f"--output {output} exists already or has no folder to lie in; give a new file."
+        )
     another = [f"task={task_type}", "evaluation.ood_task={}"] if task_type else []
     config, model = _config_and_model(run_or_model, [*another, *overrides])
     task, student = make_task(**config.task.model_dump()), config.student
     try:
         results = evaluate(
-            load_language_model(model, dtype=student.dtype, device=student.device, end_tokens=student.end_tokens),
+            load_language_model(
+                model, dtype=student.dtype, device=student.device, end_tokens=student.end_tokens
+            ),
             task,
             split,
             rollout=config.rollout,
@@ -65,25 +72,33 @@ def evaluate_run_or_model(
     finally:
         task.close()
     if output is not None:
-        lines = [json.dumps({"model": model, "task": config.task.type, "split": split} | asdict(r)) for r in results]
+        lines = [
+            json.dumps({"model": model, "task": config.task.type, "split": split} | asdict(r))
+            for r in results
+        ]
         output.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return Evaluation(model, config.task.type, split, results)
 
 
 def _config_and_model(run_or_model: str, overrides: Sequence[str]) -> tuple[RunConfig, str]:
-    """Of a run its config and best checkpoint, of a checkpoint its run's config, of an embedded model that of the example."""
+    """Of a run its config and best checkpoint, of a checkpoint its run's config, of an embedded
+    model that of the example."""
     path = Path(run_or_model)
     if RunDirectory(path).exists():
         return load_config(path, overrides), str(RunDirectory(path).best_checkpoint()[1])
     if path.parent.name == CHECKPOINTS and RunDirectory(path.parents[1]).exists():
         if reason := damage(path):
-            raise ValueError(f"checkpoint {path} is damaged ({reason}); give another one, or the run directory itself.")
+            raise ValueError(
+                f"checkpoint {path} is damaged ({reason}); give another one, or the run directory "
+                "itself."
+            )
         return load_config(path.parents[1], overrides), run_or_model
     if run_or_model in EMBEDDED:
         return load_config(None, overrides), run_or_model
     if not any(override.startswith(("task=", "task.type=")) for override in overrides):
         raise ValueError(
-            f"{run_or_model!r} is no run directory, so its task is not known; add --task, for example "
+            f"{run_or_model!r} is no run directory, so its task is not known; add --task, for "
+            "example "
             "--task knights_and_knaves."
         )
     table = {"student": {"model": run_or_model}, "objective": {"type": "grpo"}}
@@ -112,6 +127,8 @@ def print_summary(evaluation: Evaluation, console: Console | None = None) -> Non
     table.add_row("mean completion length", f"{summary['mean_completion_tokens']:.1f} tokens")
     table.add_row("truncated", f"{summary['truncated_share']:.1%}")
     table.add_row("could not be judged", f"{summary['cannot_judge_share']:.1%}")
-    what = f"{summary['num_problems']} {evaluation.split} problems of {evaluation.task} x {n} samples"
+    what = (
+        f"{summary['num_problems']} {evaluation.split} problems of {evaluation.task} x {n} samples"
+    )
     console.print(f"{printable(evaluation.model)}\n{what}\n", markup=False, soft_wrap=True)
     console.print(table)

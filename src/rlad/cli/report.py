@@ -4,7 +4,13 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rlad.comparison.report import HTML, ComparisonFile, ReportedRun, read_comparison_file, write_report
+from rlad.comparison.report import (
+    HTML,
+    ComparisonFile,
+    ReportedRun,
+    read_comparison_file,
+    write_report,
+)
 from rlad.config.file import load_config
 from rlad.runs.directory import CONFIG, RunDirectory
 
@@ -13,28 +19,49 @@ _SEED_FOLDER = "seed-"
 
 
 def report_runs(paths: Sequence[str], output: str | None, baseline: str | None = None) -> Path:
-    """Write the report of all runs in and below `paths`; returns the HTML file. `ValueError` for a user's mistake.
+    """Write the report of all runs in and below `paths`; returns the HTML file. `ValueError` for a
+    user's mistake.
 
-    Runs of a comparison bear the names that it gave them, and come with its notes and, unless one is given, its baseline.
+    Runs of a comparison bear the names that it gave them, and come with its notes and, unless one
+    is given, its baseline.
     """
     folder = Path(output or DEFAULT_OUTPUT)
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output {folder} is a file; give a folder for {HTML} and what belongs to it.")
+        raise ValueError(
+            f"--output {folder} is a file; give a folder for {HTML} and what belongs to it."
+        )
     found: dict[Path, ReportedRun] = {}
     comparisons: dict[Path, ComparisonFile] = {}
     for path in map(Path, paths):
         if not path.is_dir():
-            raise ValueError(f"{path} is no folder; give a run directory, or a folder that holds run directories.")
+            raise ValueError(
+                f"{path} is no folder; give a run directory, or a folder that holds run "
+                "directories."
+            )
         runs = list(_runs_in(path))
         if not runs:
-            raise ValueError(f"no run found in {path}; give a run directory, or a folder that holds run directories.")
+            raise ValueError(
+                f"no run found in {path}; give a run directory, or a folder that holds run "
+                "directories."
+            )
         comparisons |= _comparisons_of(runs)
         runs.sort(key=lambda run: _place(run, comparisons))
-        found |= {run.resolve(): ReportedRun(_method_of(run, comparisons), run) for run in runs if run.resolve() not in found}
+        found |= {
+            run.resolve(): ReportedRun(_method_of(run, comparisons), run)
+            for run in runs
+            if run.resolve() not in found
+        }
     if not found:
         raise ValueError("no run was given; give run directories, or folders that hold some.")
     names = {run.method for run in found.values()}
-    baselines = [baseline, *(comparison.baseline for comparison in comparisons.values() if comparison.baseline in names)]
+    baselines = [
+        baseline,
+        *(
+            comparison.baseline
+            for comparison in comparisons.values()
+            if comparison.baseline in names
+        ),
+    ]
     write_report(
         list(found.values()),
         folder,
@@ -46,7 +73,8 @@ def report_runs(paths: Sequence[str], output: str | None, baseline: str | None =
 
 
 def _runs_in(path: Path) -> Iterator[Path]:
-    """The path itself, or the runs below it in the order of their names; those that tuned a comparison are left out."""
+    """The path itself, or the runs below it in the order of their names; those that tuned a
+    comparison are left out."""
     if RunDirectory(path).exists():
         yield path
         return
@@ -62,20 +90,28 @@ def _runs_in(path: Path) -> Iterator[Path]:
 def _comparisons_of(runs: Sequence[Path]) -> dict[Path, ComparisonFile]:
     """The comparisons that runs at ROOT/runs/METHOD/seed-N belong to, by ROOT/runs."""
     folders = dict.fromkeys(run.resolve().parent.parent for run in runs)
-    read = {folder: read_comparison_file(folder.parent) for folder in folders if folder.name == "runs"}
+    read = {
+        folder: read_comparison_file(folder.parent) for folder in folders if folder.name == "runs"
+    }
     return {folder: comparison for folder, comparison in read.items() if comparison}
 
 
 def _place(run: Path, comparisons: dict[Path, ComparisonFile]) -> int:
-    """Where the method of a run stands in its comparison; other runs keep their order behind those."""
+    """Where the method of a run stands in its comparison; other runs keep their order behind
+    those."""
     method = run.resolve().parent
     comparison = comparisons.get(method.parent)
     names = list(comparison.methods) if comparison else []
-    return names.index(method.name) if method.name in names else sum(len(each.methods) for each in comparisons.values())
+    return (
+        names.index(method.name)
+        if method.name in names
+        else sum(len(each.methods) for each in comparisons.values())
+    )
 
 
 def _method_of(run: Path, comparisons: dict[Path, ComparisonFile]) -> str:
-    """What the comparison calls it; where runs lie as METHOD/seed-N that name; else the type of the objective."""
+    """What the comparison calls it; where runs lie as METHOD/seed-N that name; else the type of the
+    objective."""
     resolved = run.resolve()
     if resolved.name.startswith(_SEED_FOLDER):
         folder = resolved.parent

@@ -29,19 +29,28 @@ Row = dict[str, Any]
 def preview(config: RunConfig, *, num_prompts: int) -> list[Row]:
     """Completions of the first validation prompts, graded and scored; one row per completion.
 
-    The student is the last checkpoint in the config's run directory when that holds this very run, else the initial student.
+    The student is the last checkpoint in the config's run directory when that holds this very run,
+    else the initial student.
     """
     run, rollout = RunDirectory(config.directory), config.rollout
     is_this_run = run.exists() and load_config(run.path).digest == config.digest
-    name = str(run.newest_checkpoint()[1]) if is_this_run and run.checkpoints() else config.student.model
+    name = (
+        str(run.newest_checkpoint()[1])
+        if is_this_run and run.checkpoints()
+        else config.student.model
+    )
     settings = config.student
-    student = load_language_model(name, dtype=settings.dtype, device=settings.device, end_tokens=settings.end_tokens)
+    student = load_language_model(
+        name, dtype=settings.dtype, device=settings.device, end_tokens=settings.end_tokens
+    )
     teacher, task = prepare_teacher(config, student), make_task(**config.task.model_dump())
     try:
         problems = [task.problem("validation", i) for i in range(num_prompts)]
         prompts = [prompt_token_ids(student.tokenizer, p.asked, rollout) for p in problems]
         for i, prompt in enumerate(prompts):
-            check_prompt_length(len(prompt), f"validation problem {i}", rollout, student.context_tokens)
+            check_prompt_length(
+                len(prompt), f"validation problem {i}", rollout, student.context_tokens
+            )
         groups = sample(
             student,
             prompts,
@@ -56,7 +65,9 @@ def preview(config: RunConfig, *, num_prompts: int) -> list[Row]:
             ids = [list(completion.token_ids) for completion in group]
             requests = [TeacherRequest(prompt, completion, problem) for completion in ids]
             scored = teacher.logprobs(requests) if teacher else [None] * len(group)
-            rows += [_row(student, task, problem, *pair) for pair in zip(group, scored, strict=True)]
+            rows += [
+                _row(student, task, problem, *pair) for pair in zip(group, scored, strict=True)
+            ]
         return rows
     finally:
         task.close()
@@ -64,7 +75,13 @@ def preview(config: RunConfig, *, num_prompts: int) -> list[Row]:
             teacher.close()
 
 
-def _row(student: LanguageModel, task: Task, problem: Problem, completion: Completion, teacher_logprobs: Tensor | None) -> Row:
+def _row(
+    student: LanguageModel,
+    task: Task,
+    problem: Problem,
+    completion: Completion,
+    teacher_logprobs: Tensor | None,
+) -> Row:
     token_ids = list(completion.token_ids)
     (text,) = student.tokenizer.batch_decode([token_ids], skip_special_tokens=True)
     judgement = judge_completion(task, problem, text, is_truncated=completion.is_truncated)
@@ -78,7 +95,9 @@ def _row(student: LanguageModel, task: Task, problem: Problem, completion: Compl
         "is_truncated": completion.is_truncated,
         "tokens": student.tokenizer.convert_ids_to_tokens(token_ids),
         "student_logprobs": list(completion.logprobs),
-        "teacher_logprobs": None if teacher_logprobs is None else [_finite(value) for value in teacher_logprobs.tolist()],
+        "teacher_logprobs": None
+        if teacher_logprobs is None
+        else [_finite(value) for value in teacher_logprobs.tolist()],
     }
 
 
@@ -98,7 +117,11 @@ def print_preview(rows: Iterable[Row], console: Console | None = None) -> None:
             prompt = row["prompt"]
             console.rule(style="dim")
             console.print(Text(printable(prompt).strip(), style="bold"), soft_wrap=True)
-        console.print(Text(f"\n{row['verdict']}", style=_COLOURS[row["verdict"]]).append(_details(row), style="default"))
+        console.print(
+            Text(f"\n{row['verdict']}", style=_COLOURS[row["verdict"]]).append(
+                _details(row), style="default"
+            )
+        )
         console.print(Text(printable(row["completion"])), soft_wrap=True)
 
 
@@ -110,7 +133,8 @@ def _details(row: Row) -> str:
 
 
 def _opinion(row: Row) -> str:
-    """The teacher's: mean of log πS - log πT over the tokens, and the token at which it is largest."""
+    """The teacher's: mean of log πS - log πT over the tokens, and the token at which it is
+    largest."""
     scored: Sequence[float | None] = row["teacher_logprobs"] or []
     ratios = {i: row["student_logprobs"][i] - t for i, t in enumerate(scored) if t is not None}
     if not ratios:

@@ -58,29 +58,39 @@ def serve_teacher(options: ServeOptions) -> None:
     section = teacher_section(options.name, f"{address}/v1")
     if engine == "vllm":
         listening.close()
-        click.echo(f"vLLM is starting; it is ready when GET {address}/health answers. In your config:\n{section}")
+        click.echo(
+            f"vLLM is starting; it is ready when GET {address}/health answers. In your "
+            f"config:\n{section}"
+        )
         start_vllm(options, port, key)
     else:
         _run_own_server(options, context, key, listening, f"ready. In your config:\n{section}")
 
 
 def choose_engine(options: ServeOptions) -> str:
-    """`vllm` or `rlad`. `ValueError` when the one that is asked for is not installed, or an option is not the engine's."""
+    """`vllm` or `rlad`. `ValueError` when the one that is asked for is not installed, or an option
+    is not the engine's."""
     has_vllm = importlib.util.find_spec("vllm") is not None
     engine = options.engine if options.engine != "auto" else "vllm" if has_vllm else "rlad"
     if engine == "rlad":
-        if missing := [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]:
+        if missing := [
+            name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None
+        ]:
             raise ValueError(
-                f"rlad's own teacher server needs the package {missing[0]}; install it with `pip install 'rlad[serve]'`, "
+                f"rlad's own teacher server needs the package {missing[0]}; install it with `pip "
+                "install 'rlad[serve]'`, "
                 "or install vllm beside rlad."
             )
         return engine
     if not has_vllm:
         raise ValueError(
-            "vllm is not installed in this environment; install it with rlad into one of its own, or take --engine rlad."
+            "vllm is not installed in this environment; install it with rlad into one of its own, "
+            "or take --engine rlad."
         )
     if options.device != "auto" or options.max_request_mib is not None:
-        raise ValueError("vLLM has no --device and no --max-request-mib; leave them out, or take --engine rlad.")
+        raise ValueError(
+            "vLLM has no --device and no --max-request-mib; leave them out, or take --engine rlad."
+        )
     return engine
 
 
@@ -88,7 +98,8 @@ def require_key_beyond_this_machine(options: ServeOptions, key: str | None) -> N
     """`ValueError` for a server without a key that other machines could reach."""
     if key is None and not options.without_key and not _is_loopback(options.host):
         raise ValueError(
-            f"host {options.host!r} can be reached from other machines: set the environment variable {KEY_VARIABLE} to a key "
+            f"host {options.host!r} can be reached from other machines: set the environment "
+            f"variable {KEY_VARIABLE} to a key "
             "that clients must send, or let anyone in with --without-key."
         )
 
@@ -101,17 +112,24 @@ def _is_loopback(host: str) -> bool:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that holds the port before the model is loaded. `ValueError` when that cannot be; port 0 is any free one."""
+    """A socket that holds the port before the model is loaded. `ValueError` when that cannot be;
+    port 0 is any free one."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM
+        )[0]
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
         bound.listen()  # now, or another process could take the port while the model is loaded
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise ValueError(f"port {port} of {host} is in use; give another one with --port.") from None
-        raise ValueError(f"cannot listen on port {port} of {host!r} ({error.strerror}); change --host or --port.") from None
+            raise ValueError(
+                f"port {port} of {host} is in use; give another one with --port."
+            ) from None
+        raise ValueError(
+            f"cannot listen on port {port} of {host!r} ({error.strerror}); change --host or --port."
+        ) from None
     return bound
 
 
@@ -128,7 +146,8 @@ def teacher_section(name: str, url: str) -> str:
 
 
 def vllm_command(options: ServeOptions, port: int, *, is_cpu: bool) -> list[str]:
-    """How vLLM is started. Log-probs are the model's own; sampling settings of the model's makers do not apply."""
+    """How vLLM is started. Log-probs are the model's own; sampling settings of the model's makers
+    do not apply."""
     flags: dict[str, object] = {
         "--model": located(options.model),
         "--served-model-name": options.name,
@@ -149,7 +168,8 @@ def vllm_command(options: ServeOptions, port: int, *, is_cpu: bool) -> list[str]
 
 
 def vllm_environment(own: Mapping[str, str], key: str | None, *, is_cpu: bool) -> dict[str, str]:
-    """Nothing is reported to anyone; the key goes by the environment, where no list of processes shows it."""
+    """Nothing is reported to anyone; the key goes by the environment, where no list of processes
+    shows it."""
     environment = dict(own) | {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     if key is not None:
         environment["VLLM_API_KEY"] = key
@@ -169,7 +189,13 @@ def start_vllm(options: ServeOptions, port: int, key: str | None) -> NoReturn:
     )
 
 
-def _run_own_server(options: ServeOptions, context: int | None, key: str | None, listening: socket.socket, ready: str) -> None:
+def _run_own_server(
+    options: ServeOptions,
+    context: int | None,
+    key: str | None,
+    listening: socket.socket,
+    ready: str,
+) -> None:
     import uvicorn
 
     from rlad.serving.app import ServerSettings, make_app

@@ -17,9 +17,7 @@ from rlad.training.run import TrainResult
 
 
 def run_training(config: RunConfig, *, resume: bool, overwrite: bool, as_json: bool) -> None:
-    from rlad.engines.processes.requirements import is_first_rank
-
-    console = Console(stderr=as_json, quiet=not is_first_rank())
+    console = Console(stderr=as_json)
     with console.status("starting"):  # the next imports take seconds
         from rlad.stopping import StopRequested
         from rlad.training.console import ConsoleReporter
@@ -28,11 +26,8 @@ def run_training(config: RunConfig, *, resume: bool, overwrite: bool, as_json: b
         with ConsoleReporter(console) as reporter:
             result = train(config, resume=resume, overwrite=overwrite, reporter=reporter)
     except StopRequested as stopped:
-        if is_first_rank():
-            click.echo(f"rlad: stopped by {stopped}; {how_to_go_on(config)}", err=True)
+        click.echo(f"rlad: stopped by {stopped}; {how_to_go_on(config)}", err=True)
         sys.exit(EXIT_SIGNAL + stopped.signal_number)
-    if not is_first_rank():
-        return
     if as_json:
         click.echo(json.dumps(result.to_json()))
     else:
@@ -40,10 +35,15 @@ def run_training(config: RunConfig, *, resume: bool, overwrite: bool, as_json: b
 
 
 def print_summary(console: Console, result: TrainResult) -> None:
-    """Figures, a problem that was solved only after training, where everything is, and what to type next."""
+    """Figures, a problem that was solved only after training, where everything is, and what to type
+    next."""
     _heading(console, "result")
     _line(console, f"test pass@1 before  {result.before}")
-    _line(console, f"test pass@1 after   {result.after}   (95 % intervals over problems)", style="bold")
+    _line(
+        console,
+        f"test pass@1 after   {result.after}   (95 % intervals over problems)",
+        style="bold",
+    )
     _print_example(console, RunDirectory(result.run_dir))
     _heading(console, "where it is, and what next")
     _line(console, f"run directory   {result.run_dir}  ({result.seconds:.0f} s)")
@@ -56,13 +56,27 @@ def print_summary(console: Console, result: TrainResult) -> None:
 def _next_commands(result: TrainResult) -> list[tuple[str, str]]:
     run, config = shlex.quote(str(result.run_dir)), load_config(result.run_dir)
     commands = [
-        (f"rlad evaluate {run} --num-samples 8", "mean@8 and pass@k of its best checkpoint, by difficulty"),
-        (f"rlad sample {run}", "graded completions" + (" with the teacher's opinion of each" if config.teacher else "")),
+        (
+            f"rlad evaluate {run} --num-samples 8",
+            "mean@8 and pass@k of its best checkpoint, by difficulty",
+        ),
+        (
+            f"rlad sample {run}",
+            "graded completions"
+            + (" with the teacher's opinion of each" if config.teacher else ""),
+        ),
         (f"rlad list objectives {config.objective.type}", "the formula and its settings"),
     ]
     if config.objective.type != "grpo":
-        commands.append((f"rlad train {run} objective=grpo run_dir={run}-grpo", "the same run without the teacher"))
-    if warned := [row["name"].replace("_", " ") for row in RunDirectory(result.run_dir).read(WARNINGS)]:
+        commands.append(
+            (
+                f"rlad train {run} objective=grpo run_dir={run}-grpo",
+                "the same run without the teacher",
+            )
+        )
+    if warned := [
+        row["name"].replace("_", " ") for row in RunDirectory(result.run_dir).read(WARNINGS)
+    ]:
         commands.insert(0, (f"rlad doctor {run}", f"it was warned of: {', '.join(warned)}"))
     return commands
 
@@ -71,7 +85,9 @@ def _print_example(console: Console, run: RunDirectory) -> None:
     tests = [row["results"] for row in run.read(EVAL) if row["split"] == "test"]
     before, after = tests[0], tests[-1]
     solved = [
-        (b, a) for b, a in zip(before, after, strict=True) if not b["num_correct"] and a["num_correct"] == a["num_samples"]
+        (b, a)
+        for b, a in zip(before, after, strict=True)
+        if not b["num_correct"] and a["num_correct"] == a["num_samples"]
     ]
     if not solved:
         return

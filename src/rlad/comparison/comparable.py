@@ -30,7 +30,8 @@ class Method:
 
 @dataclass(frozen=True)
 class Group:
-    """Methods that were given the same task, student, rollouts, budget and evaluation: they stand in one table."""
+    """Methods that were given the same task, student, rollouts, budget and evaluation: they stand
+    in one table."""
 
     methods: Sequence[Method]
     settings: Settings
@@ -46,11 +47,12 @@ class Group:
 
 
 def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[MissingRun]]:
-    """Groups of comparable runs in the order of the runs, and the runs that are left out as doubles.
+    """Groups of comparable runs in the order of the runs, and the runs that are left out as
+    doubles.
 
-    Methods may differ in objective, teacher and in how the optimiser works; all else must be equal, the test problems
-    included. Runs of one name that differ in those are methods of their own, with what differs in the name. A second run of a
-    method with the same seed is left out.
+    Methods may differ in objective, teacher and in how the optimiser works; all else must be equal,
+    the test problems included. Runs of one name that differ in those are methods of their own, with
+    what differs in the name. A second run of a method with the same seed is left out.
     """
     by_settings: dict[str, list[Run]] = {}
     for run in runs:
@@ -64,29 +66,41 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[MissingRun]]:
 
 
 def shared_settings(run: Run) -> Settings:
-    """Dotted settings that are equal for all runs of a table, and a fingerprint of the held-out problems."""
-    table = run.config.model_dump(mode="json", exclude={"run_dir", "seed", "objective", "teacher", "checkpoints"})
+    """Dotted settings that are equal for all runs of a table, and a fingerprint of the held-out
+    problems."""
+    table = run.config.model_dump(
+        mode="json", exclude={"run_dir", "seed", "objective", "teacher", "checkpoints"}
+    )
     table["optimization"] = {key: table["optimization"][key] for key in _BUDGET}
     problems = [
-        (r.index, r.key, r.difficulty, r.prompt, r.num_samples) for results in (run.after, run.ood_after) for r in results
+        (r.index, r.key, r.difficulty, r.prompt, r.num_samples)
+        for results in (run.after, run.ood_after)
+        for r in results
     ]
     digest = hashlib.sha256(json.dumps(problems).encode()).hexdigest()[:8]
     return _without_place(_flat(table)) | {_PROBLEMS: digest}
 
 
 def method_settings(run: Run) -> Settings:
-    """Dotted settings that make the method: objective, teacher where it needs one, and optimiser."""
+    """Dotted settings that make the method: objective, teacher where it needs one, and
+    optimiser."""
     config = run.config
-    table = config.model_dump(mode="json", include={"objective", "optimization", "teacher"}, exclude_none=True)
+    table = config.model_dump(
+        mode="json", include={"objective", "optimization", "teacher"}, exclude_none=True
+    )
     if not config.needs_teacher:
         table.pop("teacher", None)
-    return _without_place({key: value for key, value in _flat(table).items() if key.rpartition(".")[2] not in _BUDGET})
+    return _without_place(
+        {key: value for key, value in _flat(table).items() if key.rpartition(".")[2] not in _BUDGET}
+    )
 
 
 def _methods(runs: Sequence[Run]) -> tuple[list[Method], list[MissingRun]]:
     variants: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
-        variants.setdefault((run.method, json.dumps(method_settings(run), sort_keys=True)), []).append(run)
+        variants.setdefault(
+            (run.method, json.dumps(method_settings(run), sort_keys=True)), []
+        ).append(run)
     methods, doubles = [], []
     for (name, _), chosen in variants.items():
         by_seed: dict[int, Run] = {}
@@ -94,7 +108,9 @@ def _methods(runs: Sequence[Run]) -> tuple[list[Method], list[MissingRun]]:
             if by_seed.setdefault(run.seed, run) is not run:
                 reason = f"{run.path} is a second run of this method and seed; the one in {by_seed[run.seed].path} is shown."
                 doubles.append(MissingRun(run.method, run.seed, reason))
-        namesakes = [method_settings(others[0]) for (other, _), others in variants.items() if other == name]
+        namesakes = [
+            method_settings(others[0]) for (other, _), others in variants.items() if other == name
+        ]
         full_name = name + _what_is_its_own(method_settings(chosen[0]), namesakes)
         methods.append(Method(full_name, [by_seed[seed] for seed in sorted(by_seed)]))
     return methods, doubles
@@ -102,7 +118,12 @@ def _methods(runs: Sequence[Run]) -> tuple[list[Method], list[MissingRun]]:
 
 def _what_is_its_own(settings: Settings, namesakes: Sequence[Settings]) -> str:
     """The settings in which a method differs from the others of its name, in parentheses."""
-    keys = {key for one in namesakes for key in one if any(one[key] != other.get(key) for other in namesakes)}
+    keys = {
+        key
+        for one in namesakes
+        for key in one
+        if any(one[key] != other.get(key) for other in namesakes)
+    }
     own = [f"{key.rpartition('.')[2]} = {_shown(settings.get(key))}" for key in sorted(keys)]
     return f" ({', '.join(own)})" if own else ""
 
@@ -110,7 +131,8 @@ def _what_is_its_own(settings: Settings, namesakes: Sequence[Settings]) -> str:
 def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     keys = [key for key in dict.fromkeys((*one, *other)) if one.get(key) != other.get(key)]
     told = [key for key in keys if key != _PROBLEMS]
-    # Another task has other problems; that the problems differ is told where nothing else explains it.
+    # Another task has other problems; that the problems differ is told where nothing else explains
+    # it.
     said = [f"{key}: {_shown(one.get(key))} and {_shown(other.get(key))}" for key in told]
     return said or ["the held-out problems themselves"]
 
@@ -120,11 +142,15 @@ def _shown(value: Any) -> str:
 
 
 def _without_place(settings: Settings) -> Settings:
-    return {key: value for key, value in settings.items() if key.rpartition(".")[2] not in _NO_MATTER}
+    return {
+        key: value for key, value in settings.items() if key.rpartition(".")[2] not in _NO_MATTER
+    }
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> Settings:
     flat: Settings = {}
     for key, value in table.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
     return flat

@@ -4,8 +4,8 @@
     DIRECTORY/tuning/METHOD/lr-X/seed-N/        the runs that chose the learning rate
     DIRECTORY/report.html, report.md, results.jsonl
 
-Each run is a process of its own, so one that fails or is killed takes no other with it; a comparison that is started again
-goes on with what is missing.
+Each run is a process of its own, so one that fails or is killed takes no other with it; a
+comparison that is started again goes on with what is missing.
 """
 
 import math
@@ -19,10 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-from rlad.comparison.report import HTML, MissingRun, ReportedRun, write_comparison_file, write_report
+from rlad.comparison.report import (
+    HTML,
+    MissingRun,
+    ReportedRun,
+    write_comparison_file,
+    write_report,
+)
 from rlad.config.comparison import CompareConfig, folder_name, method_config
 from rlad.config.file import differing_settings, dump_config, load_config
-from rlad.config.objective import TRAINED_BY_TRL
 from rlad.config.run import EvaluationConfig, RunConfig
 from rlad.runs.directory import EVAL, METRICS, RunDirectory
 from rlad.stopping import Stop
@@ -60,8 +65,10 @@ class PlannedRun:
         differing = differing_settings(stored, self.config)
         if differing:
             raise ValueError(
-                f"{self.path} holds a run with other settings than this comparison wants of {self.method!r} "
-                f"({'; '.join(differing)}); choose another directory for the comparison, or delete that run."
+                f"{self.path} holds a run with other settings than this comparison wants of "
+                f"{self.method!r} "
+                f"({'; '.join(differing)}); choose another directory for the comparison, or delete "
+                "that run."
             )
         return self.directory.is_finished()
 
@@ -78,25 +85,41 @@ Progress = Callable[[str, Sequence[PlannedRun]], None]
 """Is told now and then: a line to print (or ""), and the runs of the present stage."""
 
 
-def compare(comparison: CompareConfig, folder: Path, *, progress: Progress = lambda line, runs: None) -> Comparison:
-    """Do what is missing of a comparison and write its report. `folder` is where the paths of its config start from.
+def compare(
+    comparison: CompareConfig, folder: Path, *, progress: Progress = lambda line, runs: None
+) -> Comparison:
+    """Do what is missing of a comparison and write its report. `folder` is where the paths of its
+    config start from.
 
-    Raises `ValueError` when a run directory of it holds another run or cannot be written, and `StopRequested` after Ctrl-C or
-    SIGTERM, when the runs in progress have written their checkpoints.
+    Raises `ValueError` when a run directory of it holds another run or cannot be written, and
+    `StopRequested` after Ctrl-C or SIGTERM, when the runs in progress have written their
+    checkpoints.
     """
     root = Path(comparison.directory)
     rates, notes, missing = _tune(comparison, folder, progress)
-    planned = [run for run in final_runs(comparison, folder, rates) if comparison.tuning is None or run.method in rates]
+    planned = [
+        run
+        for run in final_runs(comparison, folder, rates)
+        if comparison.tuning is None or run.method in rates
+    ]
     missing += _train(planned, comparison.jobs, progress)
     finished = [ReportedRun(run.method, run.path) for run in planned if run.directory.is_finished()]
     finished.sort(key=lambda run: list(comparison.methods).index(run.method))
     title, baseline = f"Comparison {root.name}", comparison.baseline
-    write_comparison_file(root, {folder_name(method): method for method in comparison.methods}, notes, baseline)
-    return Comparison(root / HTML, write_report(finished, root, missing=missing, title=title, notes=notes, baseline=baseline))
+    write_comparison_file(
+        root, {folder_name(method): method for method in comparison.methods}, notes, baseline
+    )
+    return Comparison(
+        root / HTML,
+        write_report(finished, root, missing=missing, title=title, notes=notes, baseline=baseline),
+    )
 
 
-def final_runs(comparison: CompareConfig, folder: Path, rates: Mapping[str, float]) -> list[PlannedRun]:
-    """The runs that are reported, seed by seed, with the learning rates that were chosen for some methods."""
+def final_runs(
+    comparison: CompareConfig, folder: Path, rates: Mapping[str, float]
+) -> list[PlannedRun]:
+    """The runs that are reported, seed by seed, with the learning rates that were chosen for some
+    methods."""
     runs = []
     for seed in comparison.seeds:
         for method in comparison.methods:
@@ -106,23 +129,41 @@ def final_runs(comparison: CompareConfig, folder: Path, rates: Mapping[str, floa
     return runs
 
 
-def tuning_runs(comparison: CompareConfig, folder: Path) -> dict[tuple[str, float], list[PlannedRun]]:
-    """The runs that choose the learning rates: (method, learning rate) -> one for each tuning seed."""
+def tuning_runs(
+    comparison: CompareConfig, folder: Path
+) -> dict[tuple[str, float], list[PlannedRun]]:
+    """The runs that choose the learning rates: (method, learning rate) -> one for each tuning
+    seed."""
     tuning = comparison.tuning
     grid: dict[tuple[str, float], list[PlannedRun]] = {}
     for rate in tuning.learning_rates if tuning else ():
         for method in comparison.methods:
             for seed in tuning.seeds if tuning else ():
                 config = method_config(comparison, folder, method, seed=seed)
-                path = Path(comparison.directory) / "tuning" / folder_name(method) / f"lr-{rate:g}" / f"seed-{seed}"
-                # The test split is not looked at: one problem is the least that a run tests itself on.
-                blind = config.evaluation.model_copy(update={"num_test_problems": 1, "num_test_samples": 1, "ood_task": {}})
-                grid.setdefault((method, rate), []).append(_planned(method, config, path, rate, blind))
+                path = (
+                    Path(comparison.directory)
+                    / "tuning"
+                    / folder_name(method)
+                    / f"lr-{rate:g}"
+                    / f"seed-{seed}"
+                )
+                # The test split is not looked at: one problem is the least that a run tests itself
+                # on.
+                blind = config.evaluation.model_copy(
+                    update={"num_test_problems": 1, "num_test_samples": 1, "ood_task": {}}
+                )
+                grid.setdefault((method, rate), []).append(
+                    _planned(method, config, path, rate, blind)
+                )
     return grid
 
 
 def _planned(
-    method: str, config: RunConfig, path: Path, learning_rate: float | None, evaluation: EvaluationConfig
+    method: str,
+    config: RunConfig,
+    path: Path,
+    learning_rate: float | None,
+    evaluation: EvaluationConfig,
 ) -> PlannedRun:
     rate = {} if learning_rate is None else {"learning_rate": learning_rate}
     loop = config.optimization.model_copy(update=rate)
@@ -130,17 +171,24 @@ def _planned(
     return PlannedRun(method, config.model_copy(update=settings), path)
 
 
-def _tune(comparison: CompareConfig, folder: Path, progress: Progress) -> tuple[dict[str, float], list[str], list[MissingRun]]:
-    """The learning rate of each method, what the report says of the search, and the methods for which it failed."""
+def _tune(
+    comparison: CompareConfig, folder: Path, progress: Progress
+) -> tuple[dict[str, float], list[str], list[MissingRun]]:
+    """The learning rate of each method, what the report says of the search, and the methods for
+    which it failed."""
     tuning = comparison.tuning
     if tuning is None:
         return {}, [], []
     grid = tuning_runs(comparison, folder)
     failed = _train([run for runs in grid.values() for run in runs], comparison.jobs, progress)
     rates: dict[str, float] = {}
-    tried, seeds = ", ".join(f"{rate:g}" for rate in tuning.learning_rates), ", ".join(map(str, tuning.seeds))
+    tried, seeds = (
+        ", ".join(f"{rate:g}" for rate in tuning.learning_rates),
+        ", ".join(map(str, tuning.seeds)),
+    )
     lines = [
-        f"Learning rate of each method: the best of {tried} by pass@1 on the validation split behind the last step, mean over "
+        f"Learning rate of each method: the best of {tried} by pass@1 on the validation split "
+        "behind the last step, mean over "
         f"seeds {seeds}; the same search for all."
     ]
     for method in comparison.methods:
@@ -148,9 +196,15 @@ def _tune(comparison: CompareConfig, folder: Path, progress: Progress) -> tuple[
         found = {rate: score for rate, score in scores.items() if score is not None}
         if found:
             rates[method] = max(found, key=lambda rate: (found[rate], -rate))
-        shown = ", ".join(f"{rate:g}: {'failed' if score is None else f'{score:.1%}'}" for rate, score in scores.items())
+        shown = ", ".join(
+            f"{rate:g}: {'failed' if score is None else f'{score:.1%}'}"
+            for rate, score in scores.items()
+        )
         lines.append(f"{method}: {rates.get(method, math.nan):g} (validation {shown})")
-    missing = [MissingRun(run.method, run.seed, f"while its learning rate was tuned: {run.reason}") for run in failed]
+    missing = [
+        MissingRun(run.method, run.seed, f"while its learning rate was tuned: {run.reason}")
+        for run in failed
+    ]
     return rates, lines, missing
 
 
@@ -185,7 +239,11 @@ def _train(planned: Sequence[PlannedRun], jobs: int, progress: Progress) -> list
                     reason = _why_it_failed(run, process.returncode)
                     if reason:
                         failed.append(MissingRun(run.method, run.config.seed, reason))
-                    progress(f"{num_done}/{len(planned)}  {run.path}  {f'failed: {reason}' if reason else 'done'}", planned)
+                    progress(
+                        f"{num_done}/{len(planned)}  {run.path}  "
+                        f"{f'failed: {reason}' if reason else 'done'}",
+                        planned,
+                    )
                 progress("", planned)
                 time.sleep(_POLL_SECONDS)
         finally:
@@ -215,16 +273,22 @@ def _start(run: PlannedRun, jobs: int) -> "subprocess.Popen[bytes]":
         log = run.beside(".log").open("wb")
     except OSError as error:
         raise ValueError(
-            f"{run.path.parent} cannot be written ({error.strerror}); free some space or mend its permissions, or give the "
+            f"{run.path.parent} cannot be written ({error.strerror}); free some space or mend its "
+            "permissions, or give the "
             "comparison another directory."
         ) from None
     command = [sys.executable, "-m", "rlad", "train", str(config)]
     if run.directory.exists():
-        command.append("--overwrite" if run.config.objective.type in TRAINED_BY_TRL else "--resume")
+        command.append("--resume")
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} if jobs > 1 else {}
     with log:
         return subprocess.Popen(
-            command, env=threads | os.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            command,
+            env=threads | os.environ,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
 
 
@@ -232,10 +296,16 @@ def _why_it_failed(run: PlannedRun, code: int) -> str:
     """The sentence that a run ended with; empty when it came to its end."""
     if code == 0:
         return ""
-    said = [line for line in run.beside(".log").read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    said = [
+        line
+        for line in run.beside(".log").read_text(encoding="utf-8", errors="replace").splitlines()
+        if line.strip()
+    ]
     if code < 0:
         how = f"killed by {signal.Signals(-code).name}"
     else:
         sentences = [line.removeprefix("rlad: ") for line in said if line.startswith("rlad: ")]
-        how = sentences[-1] if sentences else f"exit code {code}: {said[-1] if said else 'no output'}"
+        how = (
+            sentences[-1] if sentences else f"exit code {code}: {said[-1] if said else 'no output'}"
+        )
     return f"{how} (see {run.beside('.log')})"

@@ -21,8 +21,11 @@ class ComparisonFile(BaseModel):
     baseline: str | None = None
 
 
-def write_comparison_file(root: Path, methods: Mapping[str, str], notes: Sequence[str], baseline: str | None) -> None:
-    """Write `root/comparison.json` at once, whole. `methods`: folder below `root/runs` -> name of the method.
+def write_comparison_file(
+    root: Path, methods: Mapping[str, str], notes: Sequence[str], baseline: str | None
+) -> None:
+    """Write `root/comparison.json` at once, whole. `methods`: folder below `root/runs` -> name of
+    the method.
 
     Raises `ValueError` when it cannot be written.
     """
@@ -33,16 +36,20 @@ def write_comparison_file(root: Path, methods: Mapping[str, str], notes: Sequenc
         aside.write_text(content.model_dump_json(indent=2), encoding="utf-8")
         os.replace(aside, root / COMPARISON)
     except OSError as error:
-        raise ValueError(f"{root / COMPARISON} cannot be written ({error.strerror}); choose another folder.") from None
+        raise ValueError(
+            f"{root / COMPARISON} cannot be written ({error.strerror}); choose another folder."
+        ) from None
 
 
 def read_comparison_file(root: Path) -> ComparisonFile | None:
-    """What stands in `root/comparison.json`; None when there is no such file. `ValueError` when it cannot be read."""
+    """What stands in `root/comparison.json`; None when there is no such file. `ValueError` when it
+    cannot be read."""
     path = root / COMPARISON
     try:
         return ComparisonFile.model_validate_json(path.read_bytes()) if path.is_file() else None
     except (OSError, ValidationError):
         raise ValueError(
-            f"{path} cannot be read as what a comparison writes; let `rlad compare` write it again, or delete it and methods "
+            f"{path} cannot be read as what a comparison writes; let `rlad compare` write it "
+            "again, or delete it and methods "
             "bear the names of their folders."
         ) from None

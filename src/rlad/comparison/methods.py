@@ -1,4 +1,5 @@
-"""Figures of the methods of one table: means with intervals over seeds and problems, and the comparison with the baseline."""
+"""Figures of the methods of one table: means with intervals over seeds and problems, and the
+comparison with the baseline."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,7 +9,15 @@ from statistics import fmean, stdev
 from rlad.comparison.comparable import Group, Method
 from rlad.comparison.runs import PARTS, MissingRun, Run
 from rlad.runs.results import ProblemResult, ks_up_to
-from rlad.runs.statistics import Comparison, Estimate, compare, holm, mean_over_seeds, paired_difference, pass_at_k
+from rlad.runs.statistics import (
+    Comparison,
+    Estimate,
+    compare,
+    holm,
+    mean_over_seeds,
+    paired_difference,
+    pass_at_k,
+)
 
 Pick = Callable[[Run], Sequence[ProblemResult]]
 BASELINE = "grpo"
@@ -16,7 +25,8 @@ BASELINE = "grpo"
 
 @dataclass(frozen=True)
 class MethodFigures:
-    """What a table says of a method. Everything is on the test split, after training, unless it says otherwise."""
+    """What a table says of a method. Everything is on the test split, after training, unless it
+    says otherwise."""
 
     method: Method
     before: Estimate
@@ -60,7 +70,8 @@ class Cost:
 
 
 def baseline_of(group: Group, chosen: str | None = None) -> Method:
-    """The method named `chosen`, else the one named `grpo`, else the first of objective grpo, else the first."""
+    """The method named `chosen`, else the one named `grpo`, else the first of objective grpo, else
+    the first."""
     methods = group.methods
     return (
         _named(methods, chosen)
@@ -70,7 +81,8 @@ def baseline_of(group: Group, chosen: str | None = None) -> Method:
 
 
 def require_baseline(chosen: str, groups: Sequence[Group], missing: Sequence[MissingRun]) -> None:
-    """`ValueError` when no table has a method of this name, though there are tables and none of its runs is missing."""
+    """`ValueError` when no table has a method of this name, though there are tables and none of its
+    runs is missing."""
     methods = [method for group in groups for method in group.methods]
     if methods and not _named(methods, chosen) and chosen not in {run.method for run in missing}:
         names = ", ".join(dict.fromkeys(method.name for method in methods))
@@ -78,16 +90,21 @@ def require_baseline(chosen: str, groups: Sequence[Group], missing: Sequence[Mis
 
 
 def _named(methods: Sequence[Method], name: str | None) -> Method | None:
-    """The method of this name, or the first of those that had it before what tells them apart was added."""
+    """The method of this name, or the first of those that had it before what tells them apart was
+    added."""
     exact = (m for m in methods if m.name == name)
     return next(exact, None) or next((m for m in methods if m.runs[0].method == name), None)
 
 
 def figures_of(group: Group, chosen: str | None = None) -> list[MethodFigures]:
-    """Figures of each method; all but the baseline with its difference to it, p-values corrected for their number."""
+    """Figures of each method; all but the baseline with its difference to it, p-values corrected
+    for their number."""
     baseline = baseline_of(group, chosen)
     figures = [_figures(method) for method in group.methods]
-    compared = [f if f.method is baseline else replace(f, to_baseline=_compare(f.method, baseline)) for f in figures]
+    compared = [
+        f if f.method is baseline else replace(f, to_baseline=_compare(f.method, baseline))
+        for f in figures
+    ]
     corrected = iter(holm([f.to_baseline.p_value for f in compared if f.to_baseline]))
     return [replace(f, corrected_p=next(corrected)) if f.to_baseline else f for f in compared]
 
@@ -107,7 +124,9 @@ def _figures(method: Method) -> MethodFigures:
         before=_estimate(runs, lambda run: run.before),
         after=_estimate(runs, lambda run: run.after),
         sd=stdev(map(fmean, after)) if len(runs) > 1 else math.nan,
-        gain=paired_difference(after, [_pass(run.before, 1) for run in runs], _keys(first.after), limits=(-1, 1)),
+        gain=paired_difference(
+            after, [_pass(run.before, 1) for run in runs], _keys(first.after), limits=(-1, 1)
+        ),
         pass_at_k={k: _estimate(runs, lambda run: run.after, k) for k in ks_up_to(num_samples)},
         by_difficulty={name: _estimate(runs, _of_difficulty(name)) for name in difficulties},
         ood=_estimate(runs, lambda run: run.ood_after) if first.ood_after else None,
@@ -122,7 +141,9 @@ def _of_difficulty(name: str) -> Pick:
 
 
 def _estimate(runs: Sequence[Run], pick: Pick, k: int = 1) -> Estimate:
-    return mean_over_seeds([_pass(pick(run), k) for run in runs], _keys(pick(runs[0])), limits=(0, 1))
+    return mean_over_seeds(
+        [_pass(pick(run), k) for run in runs], _keys(pick(runs[0])), limits=(0, 1)
+    )
 
 
 def _pass(results: Sequence[ProblemResult], k: int) -> list[float]:
@@ -139,5 +160,7 @@ def _cost(runs: Sequence[Run]) -> Cost:
         seconds={part: fmean(run.seconds[part] for run in runs) for part in PARTS},
         completion_tokens=fmean(run.completion_tokens for run in runs),
         teacher_tokens=fmean(run.teacher_tokens for run in runs),
-        peak_memory=max((run.peak_memory for run in runs if not math.isnan(run.peak_memory)), default=math.nan),
+        peak_memory=max(
+            (run.peak_memory for run in runs if not math.isnan(run.peak_memory)), default=math.nan
+        ),
     )

@@ -46,7 +46,11 @@ class Page:
 
 
 def make_page(
-    title: str, notes: Sequence[str], groups: Sequence[Group], missing: Sequence[MissingRun], baseline: str | None
+    title: str,
+    notes: Sequence[str],
+    groups: Sequence[Group],
+    missing: Sequence[MissingRun],
+    baseline: str | None,
 ) -> Page:
     sections = [_section(group, baseline, is_tuned=bool(notes)) for group in groups]
     missed = tables.missing_table(missing) if missing else None
@@ -74,14 +78,19 @@ def _section(group: Group, chosen: str | None, *, is_tuned: bool) -> Section:
 
 
 def render_html(page: Page) -> str:
-    """One file without anything from outside; the policy in its head forbids the browser to load any."""
+    """One file without anything from outside; the policy in its head forbids the browser to load
+    any."""
     environment = _environment(autoescape=True)
     source = environment.loader
     assert source is not None
-    style, script = (Markup(source.get_source(environment, name)[0]) for name in ("style.css", "sort.js"))
+    style, script = (
+        Markup(source.get_source(environment, name)[0]) for name in ("style.css", "sort.js")
+    )
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     template = environment.get_template("report.html.j2")
-    return template.render(page=page, fates=FATES, style=style, script=script, script_digest=digest, svg=Markup)
+    return template.render(
+        page=page, fates=FATES, style=style, script=script, script_digest=digest, svg=Markup
+    )
 
 
 def render_markdown(page: Page) -> str:

@@ -1,11 +1,16 @@
-"""The report of some runs: tables with intervals, plots, the imitation map. Reads run directories, trains nothing."""
+"""The report of some runs: tables with intervals, plots, the imitation map. Reads run directories,
+trains nothing."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from rlad.comparison.comparable import group_runs
-from rlad.comparison.comparison_file import ComparisonFile, read_comparison_file, write_comparison_file
+from rlad.comparison.comparison_file import (
+    ComparisonFile,
+    read_comparison_file,
+    write_comparison_file,
+)
 from rlad.comparison.methods import require_baseline
 from rlad.comparison.page import make_page, render_html, render_markdown
 from rlad.comparison.runs import MissingRun, ReportedRun, read_run
@@ -34,16 +39,18 @@ def write_report(
     notes: Sequence[str] = (),
     baseline: str | None = None,
 ) -> Sequence[MissingRun]:
-    """Write `report.html`, `report.md` and `results.jsonl` (a row for each run) into the folder `output`.
+    """Write `report.html`, `report.md` and `results.jsonl` (a row for each run) into the folder
+    `output`.
 
-    Methods stand in the order in which they first appear in `runs`; runs that cannot be compared stand in separate tables. A
-    run that is unfinished or unreadable is listed with the reason, as are those of `missing`; the report shows these alone
-    when no run can be read. `notes` say how a search on the validation split chose the learning rates, where there was one.
-    The methods are compared with the one named `baseline`; without it with `grpo`, else with the first of objective grpo, else
-    with the first. Earlier reports in the folder are replaced.
+    Methods stand in the order in which they first appear in `runs`; runs that cannot be compared
+    stand in separate tables. A run that is unfinished or unreadable is listed with the reason, as
+    are those of `missing`; the report shows these alone when no run can be read. `notes` say how a
+    search on the validation split chose the learning rates, where there was one. The methods are
+    compared with the one named `baseline`; without it with `grpo`, else with the first of objective
+    grpo, else with the first. Earlier reports in the folder are replaced.
 
-    Returns what the report lists as missing. Raises `ValueError` when no run is of the method `baseline`, or when the folder
-    cannot be written.
+    Returns what the report lists as missing. Raises `ValueError` when no run is of the method
+    `baseline`, or when the folder cannot be written.
     """
     read = [read_run(run) for run in runs]
     finished = [run for run in read if not isinstance(run, MissingRun)]
@@ -68,5 +75,7 @@ def write_report(
         for name, text in files.items():
             (output / name).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"the report cannot be written to {output} ({error.strerror}); choose another folder.") from None
+        raise ValueError(
+            f"the report cannot be written to {output} ({error.strerror}); choose another folder."
+        ) from None
     return missing

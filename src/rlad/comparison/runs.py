@@ -78,17 +78,25 @@ class Run:
 
     @property
     def completion_lengths(self) -> dict[int, float]:
-        """Mean length of the student's rollouts by step; none for `sft`, which trains on what the teacher wrote."""
+        """Mean length of the student's rollouts by step; none for `sft`, which trains on what the
+        teacher wrote."""
         key, samples = "rollout/completion_tokens/mean", self.config.objective.type != "sft"
         return {row["step"]: row[key] for row in self.steps if samples and key in row}
 
     @property
     def completion_tokens(self) -> float:
         """Tokens of all rollouts of the run; NaN when it has not counted them."""
-        per_step = self.config.rollout.prompts_per_batch // self.config.optimization.steps_per_rollout_batch
+        per_step = (
+            self.config.rollout.prompts_per_batch
+            // self.config.optimization.steps_per_rollout_batch
+        )
         lengths = self.completion_lengths
         is_known = len(lengths) == len(self.steps)
-        return sum(lengths.values()) * per_step * self.config.rollout.group_size if is_known else math.nan
+        return (
+            sum(lengths.values()) * per_step * self.config.rollout.group_size
+            if is_known
+            else math.nan
+        )
 
     @property
     def teacher_tokens(self) -> float:
@@ -97,7 +105,10 @@ class Run:
     @property
     def peak_memory(self) -> float:
         """Bytes; NaN when it was not recorded."""
-        return max((row["memory/peak/bytes"] for row in self.steps if "memory/peak/bytes" in row), default=math.nan)
+        return max(
+            (row["memory/peak/bytes"] for row in self.steps if "memory/peak/bytes" in row),
+            default=math.nan,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The row of `results.jsonl`; what is not known is null."""
@@ -118,7 +129,10 @@ class Run:
             "peak_memory_bytes": self.peak_memory,
         }
         row["settings"].pop("run_dir", None)
-        return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
+        return {
+            key: None if isinstance(value, float) and math.isnan(value) else value
+            for key, value in row.items()
+        }
 
 
 class _Step(BaseModel):
@@ -158,20 +172,28 @@ def read_run(reported: ReportedRun) -> Run | MissingRun:
         steps = _steps(directory)
         if not directory.is_finished():
             done = f"{len(steps)} of {config.optimization.num_steps} steps"
-            return MissingRun(reported.method, seed, f"the run is not finished: {done}, no test after training.")
+            return MissingRun(
+                reported.method, seed, f"the run is not finished: {done}, no test after training."
+            )
         return _finished_run(reported, config, steps, _read(directory, EVAL, _Evaluation))
     except (OSError, ValueError) as error:  # files that others may have cut or edited
         return MissingRun(reported.method, seed, f"{reported.path} cannot be read: {error}")
 
 
 def _finished_run(
-    reported: ReportedRun, config: RunConfig, steps: Sequence[Mapping[str, Any]], evaluations: Sequence[_Evaluation]
+    reported: ReportedRun,
+    config: RunConfig,
+    steps: Sequence[Mapping[str, Any]],
+    evaluations: Sequence[_Evaluation],
 ) -> Run:
     tests, ood = (_first_and_last(evaluations, split, config) for split in ("test", "ood"))
     if tests is None:
         raise ValueError(f"{EVAL} lacks the test before or after training.")
     if late := [row.step for row in evaluations if row.step > config.optimization.num_steps]:
-        raise ValueError(f"{EVAL} has an evaluation of step {late[0]}, but the run has {config.optimization.num_steps}.")
+        raise ValueError(
+            f"{EVAL} has an evaluation of step {late[0]}, but the run has "
+            f"{config.optimization.num_steps}."
+        )
     validated = [row for row in evaluations if row.split == "validation"]
     return Run(
         method=reported.method,
@@ -188,7 +210,8 @@ def _finished_run(
 
 
 def _read(directory: RunDirectory, name: str, kind: type[Row]) -> list[Row]:
-    """The rows of a file; `ValueError` that names the first one that is not of this kind, or no row at all."""
+    """The rows of a file; `ValueError` that names the first one that is not of this kind, or no row
+    at all."""
     rows: list[Row] = []
     try:
         for row in directory.read(name):
@@ -201,26 +224,35 @@ def _read(directory: RunDirectory, name: str, kind: type[Row]) -> list[Row]:
 
 
 def _steps(directory: RunDirectory) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; a figure that is not finite, or too large to be added up, counts as not recorded."""
+    """The rows of metrics.jsonl; a figure that is not finite, or too large to be added up, counts
+    as not recorded."""
     steps = [row.model_dump() for row in _read(directory, METRICS, _Step)]
     for number, row in enumerate(steps, start=1):
         if row["step"] != number:
-            raise ValueError(f"row {number} of {METRICS} is of step {row['step']}; there must be one for each step.")
+            raise ValueError(
+                f"row {number} of {METRICS} is of step {row['step']}; there must be one for each "
+                "step."
+            )
     return [{key: value for key, value in row.items() if abs(value) < _LARGEST} for row in steps]
 
 
 def _first_and_last(
     evaluations: Sequence[_Evaluation], split: str, config: RunConfig
 ) -> tuple[Sequence[ProblemResult], Sequence[ProblemResult]] | None:
-    """Results before and after training; None when there are not both. `ValueError` when they do not fit together."""
+    """Results before and after training; None when there are not both. `ValueError` when they do
+    not fit together."""
     rows = sorted((row for row in evaluations if row.split == split), key=lambda row: row.step)
     if len(rows) < 2:
         return None
     before, after = rows[0].results, rows[-1].results
     if [(r.index, r.key) for r in before] != [(r.index, r.key) for r in after]:
-        raise ValueError(f"the {split} problems in {EVAL} are not the same before and after training.")
+        raise ValueError(
+            f"the {split} problems in {EVAL} are not the same before and after training."
+        )
     for result in (*before, *after):
-        _require_sound(result, f"{split} problem {result.index} in {EVAL}", config.evaluation.num_test_samples)
+        _require_sound(
+            result, f"{split} problem {result.index} in {EVAL}", config.evaluation.num_test_samples
+        )
     return before, after
 
 
@@ -234,11 +266,20 @@ def _require_sound(result: ProblemResult, name: str, num_samples: int) -> None:
 
 
 def _split_json(results: Sequence[ProblemResult]) -> dict[str, Any] | None:
-    """Figures of one test, intervals over problems, and how many samples of each problem were correct."""
-    return _plain(summarise(results)) | {"num_correct": [r.num_correct for r in results]} if results else None
+    """Figures of one test, intervals over problems, and how many samples of each problem were
+    correct."""
+    return (
+        _plain(summarise(results)) | {"num_correct": [r.num_correct for r in results]}
+        if results
+        else None
+    )
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
-    return {"mean": value.mean, "low": value.low, "high": value.high} if isinstance(value, Estimate) else value
+    return (
+        {"mean": value.mean, "low": value.low, "high": value.high}
+        if isinstance(value, Estimate)
+        else value
+    )

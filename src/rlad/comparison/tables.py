@@ -15,7 +15,8 @@ UNKNOWN = "–"
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What stands in a field: a text, a smaller text behind it, and the number that the column is sorted by."""
+    """What stands in a field: a text, a smaller text behind it, and the number that the column is
+    sorted by."""
 
     text: str
     small: str = ""
@@ -44,19 +45,50 @@ def results_table(figures: Sequence[MethodFigures], baseline: str) -> Table:
     columns: list[Column] = [
         ("seeds", "number of trained runs", [_number(len(f.method.runs)) for f in figures]),
         ("before", "pass@1 of the untrained student", [_share(f.before.mean) for f in figures]),
-        ("after", "pass@1 after the last step, with 95 % interval", [_estimate(f.after) for f in figures]),
-        ("sd over seeds", "standard deviation of pass@1 over seeds, in points", [_points(f.sd) for f in figures]),
-        ("gain", "after minus before, in points, with 95 % interval", [_difference(f.gain) for f in figures]),
+        (
+            "after",
+            "pass@1 after the last step, with 95 % interval",
+            [_estimate(f.after) for f in figures],
+        ),
+        (
+            "sd over seeds",
+            "standard deviation of pass@1 over seeds, in points",
+            [_points(f.sd) for f in figures],
+        ),
+        (
+            "gain",
+            "after minus before, in points, with 95 % interval",
+            [_difference(f.gain) for f in figures],
+        ),
     ]
     if any(f.to_baseline for f in figures):
-        is_alone = all(f.to_baseline is None or f.to_baseline.num_seeds == len(f.method.runs) for f in figures)
+        is_alone = all(
+            f.to_baseline is None or f.to_baseline.num_seeds == len(f.method.runs) for f in figures
+        )
         meaning = f"pass@1 minus that of {baseline}, in points, on the same problems and seeds, with 95 % interval"
         columns += [
-            (f"minus {baseline}", meaning, [_to_baseline(f, say_seeds=not is_alone) for f in figures]),
-            ("p", "paired permutation test by prompt, two-sided", [_p(f, corrected=False) for f in figures]),
-            ("p, Holm", "the same, corrected for the comparisons of this table", [_p(f, corrected=True) for f in figures]),
+            (
+                f"minus {baseline}",
+                meaning,
+                [_to_baseline(f, say_seeds=not is_alone) for f in figures],
+            ),
+            (
+                "p",
+                "paired permutation test by prompt, two-sided",
+                [_p(f, corrected=False) for f in figures],
+            ),
+            (
+                "p, Holm",
+                "the same, corrected for the comparisons of this table",
+                [_p(f, corrected=True) for f in figures],
+            ),
         ]
-    return _table("results", "Test pass@1; sd, gain and difference in points; in brackets 95 % intervals", figures, columns)
+    return _table(
+        "results",
+        "Test pass@1; sd, gain and difference in points; in brackets 95 % intervals",
+        figures,
+        columns,
+    )
 
 
 def breakdown_table(figures: Sequence[MethodFigures]) -> Table:
@@ -73,8 +105,16 @@ def breakdown_table(figures: Sequence[MethodFigures]) -> Table:
         meaning = "pass@1 on problems unlike those of the training, with 95 % interval"
         columns.append(("out of distribution", meaning, [_estimate(f.ood) for f in figures]))
     columns += [
-        ("tokens", "mean completion length on the test split", [_number(f.completion_tokens, 1) for f in figures]),
-        ("truncated", "share of test completions that reached the token limit", [_share(f.truncated_share) for f in figures]),
+        (
+            "tokens",
+            "mean completion length on the test split",
+            [_number(f.completion_tokens, 1) for f in figures],
+        ),
+        (
+            "truncated",
+            "share of test completions that reached the token limit",
+            [_share(f.truncated_share) for f in figures],
+        ),
     ]
     return _table("breakdown", "Test after training, in detail", figures, columns)
 
@@ -85,15 +125,30 @@ def cost_table(figures: Sequence[MethodFigures]) -> Table:
     columns: list[Column] = [
         ("steps", "optimiser steps of a run", [_number(c.num_steps) for c in costs]),
         ("seconds", "training time of a run", [_number(c.total_seconds) for c in costs]),
-        ("s / step", "the same by step", [_number(c.total_seconds / (c.num_steps or math.nan), 2) for c in costs]),
-        *((part, "share of the training time", [_share(c.share(part)) for c in costs]) for part in PARTS),
+        (
+            "s / step",
+            "the same by step",
+            [_number(c.total_seconds / (c.num_steps or math.nan), 2) for c in costs],
+        ),
+        *(
+            (part, "share of the training time", [_share(c.share(part)) for c in costs])
+            for part in PARTS
+        ),
         (
             "sampled tokens",
             "tokens of all rollouts of a run, written by the student",
             [_number(c.completion_tokens) for c in costs],
         ),
-        ("teacher tokens", "tokens that the teacher scored or wrote", [_number(c.teacher_tokens) for c in costs]),
-        ("peak memory", "most memory that a run has held, in MiB", [_number(c.peak_memory / 2**20) for c in costs]),
+        (
+            "teacher tokens",
+            "tokens that the teacher scored or wrote",
+            [_number(c.teacher_tokens) for c in costs],
+        ),
+        (
+            "peak memory",
+            "most memory that a run has held, in MiB",
+            [_number(c.peak_memory / 2**20) for c in costs],
+        ),
     ]
     return _table("cost", "Cost of a run, mean over seeds", figures, columns)
 
@@ -103,25 +158,50 @@ def methods_table(figures: Sequence[MethodFigures]) -> Table:
     runs = [f.method.runs[0] for f in figures]
     shown = ("objective.type", "optimization.learning_rate")
     own = [
-        [f"{k} = {v}" for k, v in changed_settings(run.config).items() if k in method_settings(run) and k not in shown]
+        [
+            f"{k} = {v}"
+            for k, v in changed_settings(run.config).items()
+            if k in method_settings(run) and k not in shown
+        ]
         for run in runs
     ]
     columns: list[Column] = [
-        ("objective", "`rlad list objectives NAME` explains it", [Cell(run.config.objective.type) for run in runs]),
-        ("learning rate", "of AdamW", [_number(run.config.optimization.learning_rate, None) for run in runs]),
-        ("other settings that are not the default", "", [Cell(", ".join(settings) or UNKNOWN) for settings in own]),
+        (
+            "objective",
+            "`rlad list objectives NAME` explains it",
+            [Cell(run.config.objective.type) for run in runs],
+        ),
+        (
+            "learning rate",
+            "of AdamW",
+            [_number(run.config.optimization.learning_rate, None) for run in runs],
+        ),
+        (
+            "other settings that are not the default",
+            "",
+            [Cell(", ".join(settings) or UNKNOWN) for settings in own],
+        ),
     ]
     return _table("methods", "What tells the methods apart", figures, columns)
 
 
 def missing_table(missing: Sequence[MissingRun]) -> Table:
-    rows = [[Cell(m.method), Cell(UNKNOWN) if m.seed is None else _number(m.seed), Cell(m.reason)] for m in missing]
-    return Table("missing", "Runs that are not in the tables", ("method", "seed", "why"), ("", "", ""), rows)
+    rows = [
+        [Cell(m.method), Cell(UNKNOWN) if m.seed is None else _number(m.seed), Cell(m.reason)]
+        for m in missing
+    ]
+    return Table(
+        "missing", "Runs that are not in the tables", ("method", "seed", "why"), ("", "", ""), rows
+    )
 
 
-def _table(name: str, caption: str, figures: Sequence[MethodFigures], columns: Sequence[Column]) -> Table:
+def _table(
+    name: str, caption: str, figures: Sequence[MethodFigures], columns: Sequence[Column]
+) -> Table:
     rows = [[Cell(f.name), *(cells[i] for _, _, cells in columns)] for i, f in enumerate(figures)]
-    return Table(name, caption, ["method", *(c[0] for c in columns)], ["", *(c[1] for c in columns)], rows)
+    return Table(
+        name, caption, ["method", *(c[0] for c in columns)], ["", *(c[1] for c in columns)], rows
+    )
 
 
 def _number(value: float, digits: int | None = 0) -> Cell:
@@ -141,11 +221,17 @@ def _points(value: float) -> Cell:
 def _estimate(estimate: Estimate | None) -> Cell:
     if estimate is None:
         return Cell(UNKNOWN)
-    return Cell(f"{estimate.mean:.1%}", f"[{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]", estimate.mean)
+    return Cell(
+        f"{estimate.mean:.1%}",
+        f"[{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]",
+        estimate.mean,
+    )
 
 
 def _difference(estimate: Estimate) -> Cell:
-    return Cell(signed(estimate.mean), f"[{signed(estimate.low)}, {signed(estimate.high)}]", estimate.mean)
+    return Cell(
+        signed(estimate.mean), f"[{signed(estimate.low)}, {signed(estimate.high)}]", estimate.mean
+    )
 
 
 def _to_baseline(figures: MethodFigures, *, say_seeds: bool) -> Cell:
@@ -153,7 +239,11 @@ def _to_baseline(figures: MethodFigures, *, say_seeds: bool) -> Cell:
     if compared is None:
         return Cell("baseline", order=0.0)
     cell = _difference(compared.difference)
-    seeds = f" {compared.num_seeds} shared seed(s)" if compared.is_paired_by_seed else " no shared seeds"
+    seeds = (
+        f" {compared.num_seeds} shared seed(s)"
+        if compared.is_paired_by_seed
+        else " no shared seeds"
+    )
     return Cell(cell.text, cell.small + (seeds if say_seeds else ""), cell.order)
 
 

@@ -13,7 +13,8 @@ from rlad.config.run import Count, NonNegativeInt, RunConfig
 
 DEFAULT_COMPARISON = Path(__file__).parents[1] / "embedded" / "compare.toml"
 
-# A method may differ in these from the others; everything else is the budget that all of them share.
+# A method may differ in these from the others; everything else is the budget that all of them
+# share.
 _OF_A_METHOD = {
     "objective": None,
     "teacher": None,
@@ -27,11 +28,14 @@ LearningRate = Annotated[float, Field(strict=True, gt=0, le=1)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class TuningConfig(_Section):
-    """The same search for every method: the learning rate with the highest validation pass@1 behind the last step."""
+    """The same search for every method: the learning rate with the highest validation pass@1 behind
+    the last step."""
 
     learning_rates: tuple[LearningRate, ...] = Field(min_length=1)
     """tried for each method"""
@@ -43,7 +47,8 @@ class CompareConfig(_Section):
     """Several methods and seeds under one budget."""
 
     run: str | None = None
-    """TOML of the run that all methods share but for its objective, beside this file; absent: the embedded default"""
+    """TOML of the run that all methods share but for its objective, beside this file; absent: the
+    embedded default"""
     directory: str = "runs/comparison"
     """where runs and report are stored"""
     seeds: tuple[NonNegativeInt, ...] = Field((0, 1, 2), min_length=1)
@@ -62,19 +67,36 @@ class CompareConfig(_Section):
     @model_validator(mode="after")
     def _fits_together(self) -> "CompareConfig":
         tuning = self.tuning
-        seeds, rates = (tuning.seeds, [f"{rate:g}" for rate in tuning.learning_rates]) if tuning else ((), [])
-        for name, values in (("seeds", self.seeds), ("tuning.seeds", seeds), ("tuning.learning_rates", rates)):
+        seeds, rates = (
+            (tuning.seeds, [f"{rate:g}" for rate in tuning.learning_rates]) if tuning else ((), [])
+        )
+        for name, values in (
+            ("seeds", self.seeds),
+            ("tuning.seeds", seeds),
+            ("tuning.learning_rates", rates),
+        ):
             if len(set(values)) < len(values):
-                raise ValueError(f"{name} = {list(values)} holds a value twice; each run needs one of its own")
+                raise ValueError(
+                    f"{name} = {list(values)} holds a value twice; each run needs one of its own"
+                )
         if "seed" in self.shared or "run_dir" in self.shared:
-            raise ValueError("[shared] sets seed or run_dir, which belong to single runs; use seeds and directory")
+            raise ValueError(
+                "[shared] sets seed or run_dir, which belong to single runs; use seeds and "
+                "directory"
+            )
         if self.baseline is not None and self.baseline not in self.methods:
-            raise ValueError(f"baseline = {self.baseline!r} is none of the methods; there are {', '.join(self.methods)}")
+            raise ValueError(
+                f"baseline = {self.baseline!r} is none of the methods; there are "
+                f"{', '.join(self.methods)}"
+            )
         return self
 
 
-def load_comparison(path: Path | str | None = None, overrides: list[str] | None = None) -> tuple[CompareConfig, Path]:
-    """The comparison in a TOML file (None: the embedded default) with overrides, and the folder that its paths start from.
+def load_comparison(
+    path: Path | str | None = None, overrides: list[str] | None = None
+) -> tuple[CompareConfig, Path]:
+    """The comparison in a TOML file (None: the embedded default) with overrides, and the folder
+    that its paths start from.
 
     Raises `ValueError` with one sentence for each mistake, those of its methods included.
     """
@@ -84,7 +106,10 @@ def load_comparison(path: Path | str | None = None, overrides: list[str] | None 
     for name in config.methods:
         folder = folder_name(name)
         if folder in folders or not folder.strip("."):
-            raise ValueError(f"methods {name!r} and {folders.get(folder)!r} would share one folder; rename one of them.")
+            raise ValueError(
+                f"methods {name!r} and {folders.get(folder)!r} would share one folder; rename one "
+                "of them."
+            )
         folders[folder] = name
         method_config(config, path.parent, name, seed=config.seeds[0])
     return config, path.parent
@@ -96,7 +121,8 @@ def folder_name(method: str) -> str:
 
 
 def method_config(comparison: CompareConfig, folder: Path, method: str, *, seed: int) -> RunConfig:
-    """The run of one method with one seed. `ValueError` when it is no valid run, or changes the budget of all."""
+    """The run of one method with one seed. `ValueError` when it is no valid run, or changes the
+    budget of all."""
     changes = comparison.methods[method]
     for section, value in changes.items():
         allowed = _OF_A_METHOD.get(section, ())
@@ -104,33 +130,55 @@ def method_config(comparison: CompareConfig, folder: Path, method: str, *, seed:
         wrong = [f"{section}.{key}" for key in keys if allowed is not None and key not in allowed]
         if section not in _OF_A_METHOD or wrong:
             raise ValueError(
-                f"method {method!r} sets {', '.join(wrong) or section}, but all methods share one budget; a method may set "
+                f"method {method!r} sets {', '.join(wrong) or section}, but all methods share one "
+                "budget; a method may set "
                 "objective, teacher and how it optimises: put the rest into [shared]."
             )
-    base = read_toml(DEFAULT_RUN if comparison.run is None else Path(os.path.join(folder, comparison.run)))
+    base = read_toml(
+        DEFAULT_RUN if comparison.run is None else Path(os.path.join(folder, comparison.run))
+    )
     objective = base.pop("objective", {})
     # The base run's own settings of its objective are those of the method of that name.
-    named = {} if "objective" in changes else {"objective": objective if objective.get("type") == method else {"type": method}}
+    named = (
+        {}
+        if "objective" in changes
+        else {"objective": objective if objective.get("type") == method else {"type": method}}
+    )
     try:
-        config = parse_config(expand_preset(named | changes, merged(base, comparison.shared)) | {"seed": seed})
+        config = parse_config(
+            expand_preset(named | changes, merged(base, comparison.shared)) | {"seed": seed}
+        )
         _require_a_fair_limit(config)
         return config
     except ValueError as error:
-        raise ValueError("\n".join(f"method {method!r}: {line}" for line in str(error).splitlines())) from None
+        raise ValueError(
+            "\n".join(f"method {method!r}: {line}" for line in str(error).splitlines())
+        ) from None
 
 
 def _require_a_fair_limit(config: RunConfig) -> None:
-    """`ValueError` when a limit of seconds or teacher tokens means nothing to a method, or something else than its steps."""
+    """`ValueError` when a limit of seconds or teacher tokens means nothing to a method, or
+    something else than its steps."""
     loop = config.optimization
     if loop.max_teacher_tokens is not None and not config.needs_teacher:
         raise ValueError(
-            f"objective {config.objective.type!r} uses no teacher, so max_teacher_tokens would not end it; leave the method "
+            f"objective {config.objective.type!r} uses no teacher, so max_teacher_tokens would not "
+            "end it; leave the method "
             "out, or compare under the same num_steps or max_seconds."
         )
-    limits = [name for name in ("max_seconds", "max_teacher_tokens") if getattr(loop, name) is not None]
-    planned = "its schedule" if loop.schedule != "constant" else "opd_share" if config.objective.type == "opd_then_grpo" else ""
+    limits = [
+        name for name in ("max_seconds", "max_teacher_tokens") if getattr(loop, name) is not None
+    ]
+    planned = (
+        "its schedule"
+        if loop.schedule != "constant"
+        else "opd_share"
+        if config.objective.type == "opd_then_grpo"
+        else ""
+    )
     if limits and planned:
         raise ValueError(
-            f"{planned} is planned over num_steps, which {limits[0]} may end early; give the comparison num_steps alone, or "
+            f"{planned} is planned over num_steps, which {limits[0]} may end early; give the "
+            "comparison num_steps alone, or "
             "this method a constant schedule and another objective."
         )

@@ -1,4 +1,5 @@
-"""Reading a run's TOML with dotted overrides, writing it back, and saying in one sentence what is wrong with it."""
+"""Reading a run's TOML with dotted overrides, writing it back, and saying in one sentence what is
+wrong with it."""
 
 import difflib
 import re
@@ -23,28 +24,39 @@ DEFAULT_RUN = Path(__file__).parents[1] / "embedded" / "run.toml"
 
 
 def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run described by a TOML file (None: the embedded default) with `key.path=value` overrides applied.
+    """The run described by a TOML file (None: the embedded default) with `key.path=value` overrides
+    applied.
 
-    A run directory stands for the config in it, and is then the `run_dir`, wherever it was moved. `section=name` selects
-    another objective, task or teacher by its type and replaces that whole section. Raises `ValueError` with one sentence for
-    each mistake.
+    A run directory stands for the config in it, and is then the `run_dir`, wherever it was moved.
+    `section=name` selects another objective, task or teacher by its type and replaces that whole
+    section. Raises `ValueError` with one sentence for each mistake.
     """
     path = DEFAULT_RUN if path is None else Path(path)
     if (path / CONFIG).is_file():
-        return parse_config(parse_overrides(read_toml(path / CONFIG) | {"run_dir": str(path)}, overrides))
+        return parse_config(
+            parse_overrides(read_toml(path / CONFIG) | {"run_dir": str(path)}, overrides)
+        )
     return parse_config(parse_overrides(read_toml(path), overrides))
 
 
 def parse_overrides(table: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """`table` with `key.path=value` overrides applied to it; `ValueError` for one that is not of that form.
+    """`table` with `key.path=value` overrides applied to it; `ValueError` for one that is not of
+    that form.
 
     A preset among them changes what the table says; the other overrides change the preset.
     """
-    choices = [override for override in overrides if override.partition("=")[0].strip() in ("objective", "objective.type")]
+    choices = [
+        override
+        for override in overrides
+        if override.partition("=")[0].strip() in ("objective", "objective.type")
+    ]
     for override in choices:
         _apply(table, override)
     if choices:
-        table = expand_preset({"objective": table["objective"]}, {key: table[key] for key in table if key != "objective"})
+        table = expand_preset(
+            {"objective": table["objective"]},
+            {key: table[key] for key in table if key != "objective"},
+        )
     for override in overrides:
         if override not in choices:
             _apply(table, override)
@@ -52,7 +64,8 @@ def parse_overrides(table: dict[str, Any], overrides: Sequence[str]) -> dict[str
 
 
 def parse_config(table: dict[str, Any]) -> RunConfig:
-    """A validated run from nested dictionaries, presets spelled out; `ValueError` with one sentence for each mistake."""
+    """A validated run from nested dictionaries, presets spelled out; `ValueError` with one sentence
+    for each mistake."""
     return validated(RunConfig, expand_preset(table))
 
 
@@ -70,7 +83,8 @@ def dump_config(config: RunConfig) -> str:
 
 
 def changed_settings(config: RunConfig) -> dict[str, Any]:
-    """Dotted keys and values of what differs from the defaults, and the types of tasks and objective."""
+    """Dotted keys and values of what differs from the defaults, and the types of tasks and
+    objective."""
 
     def names_a_type(key: str) -> bool:
         return key == "objective.type" or (key.startswith("task.") and key.endswith(".type"))
@@ -81,9 +95,17 @@ def changed_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def differing_settings(found: RunConfig, wanted: RunConfig) -> list[str]:
-    """The dotted settings in which two runs differ, with both values; where a run lies and what it keeps does not count."""
-    tables = [dict(_flat(config.model_dump(mode="json", exclude={"run_dir", "checkpoints"}))) for config in (found, wanted)]
-    keys = [key for key in dict.fromkeys((*tables[0], *tables[1])) if tables[0].get(key) != tables[1].get(key)]
+    """The dotted settings in which two runs differ, with both values; where a run lies and what it
+    keeps does not count."""
+    tables = [
+        dict(_flat(config.model_dump(mode="json", exclude={"run_dir", "checkpoints"})))
+        for config in (found, wanted)
+    ]
+    keys = [
+        key
+        for key in dict.fromkeys((*tables[0], *tables[1]))
+        if tables[0].get(key) != tables[1].get(key)
+    ]
     return [f"{key} is {tables[0].get(key)!r} instead of {tables[1].get(key)!r}" for key in keys]
 
 
@@ -93,7 +115,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(
-            f"config {path} cannot be read ({error.strerror}); give the path of a TOML file or of a run directory, "
+            f"config {path} cannot be read ({error.strerror}); give the path of a TOML file or of "
+            "a run directory, "
             "or none for the embedded example."
         ) from None
     except (ValueError, RecursionError) as error:
@@ -102,7 +125,10 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def _type_first(table: dict[str, Any]) -> dict[str, Any]:
     head = {"type": table["type"]} if "type" in table else {}
-    return head | {key: _type_first(value) if isinstance(value, dict) else value for key, value in table.items()}
+    return head | {
+        key: _type_first(value) if isinstance(value, dict) else value
+        for key, value in table.items()
+    }
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
@@ -116,7 +142,10 @@ def _flat(table: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
 def _apply(table: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
-        raise ValueError(f"override {override!r} is not of the form key.path=value, for example optimization.num_steps=50.")
+        raise ValueError(
+            f"override {override!r} is not of the form key.path=value, for example "
+            "optimization.num_steps=50."
+        )
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except (tomllib.TOMLDecodeError, RecursionError):
@@ -127,7 +156,9 @@ def _apply(table: dict[str, Any], override: str) -> None:
         if not isinstance(table, dict):
             raise ValueError(f"override {override!r}: {section} is a single value, not a section.")
     present = table.get(key)
-    names_a_type = isinstance(present, dict) or (not sections and key in ("objective", "task", "teacher"))
+    names_a_type = isinstance(present, dict) or (
+        not sections and key in ("objective", "task", "teacher")
+    )
     if not (names_a_type and isinstance(value, str)):
         table[key] = value
     elif not isinstance(present, dict) or present.setdefault("type", value) != value:
@@ -139,33 +170,49 @@ def _sentences(model: type[BaseModel], errors: Sequence[Any]) -> list[str]:
     found = [(*_explain(model, error), _is_of_another_kind(error)) for error in errors]
     sentences: dict[str, str] = {}
     for where, message, is_of_another_kind in found:
-        only_says_that_a_part_is_wrong = any(other.startswith((f"{where}.", f"{where}[")) for other, _, _ in found)
+        only_says_that_a_part_is_wrong = any(
+            other.startswith((f"{where}.", f"{where}[")) for other, _, _ in found
+        )
         is_alone = sum(other == where for other, _, _ in found) == 1
         if only_says_that_a_part_is_wrong or (is_of_another_kind and not is_alone):
             continue
         known = sentences.get(where)
-        sentences[where] = f"{known}, or {message.partition(': ')[2]}" if known else f"{where} {message}"
+        sentences[where] = (
+            f"{known}, or {message.partition(': ')[2]}" if known else f"{where} {message}"
+        )
     return [s.strip() if s.endswith("?") else f"{s.strip()}." for s in sentences.values()]
 
 
 def _is_of_another_kind(error: Any) -> bool:
-    """Whether it says that a number is no table, or a table no number: of a union, the alternative that was not meant."""
-    return error["type"] == "model_type" or (error["type"] == "float_type" and isinstance(error["input"], dict))
+    """Whether it says that a number is no table, or a table no number: of a union, the alternative
+    that was not meant."""
+    return error["type"] == "model_type" or (
+        error["type"] == "float_type" and isinstance(error["input"], dict)
+    )
 
 
 def _explain(model: type[BaseModel], error: Any) -> tuple[str, str]:
     """Which key an error of pydantic is about, and what is to be said of it."""
-    where, keys = _resolve(model, error["loc"][:-1] if error["type"] == "extra_forbidden" else error["loc"])
+    where, keys = _resolve(
+        model, error["loc"][:-1] if error["type"] == "extra_forbidden" else error["loc"]
+    )
     match error["type"]:
         case "extra_forbidden":
             unknown = str(error["loc"][-1])
             near = difflib.get_close_matches(unknown, keys, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "valid keys there are " + ", ".join(sorted(keys))
+            hint = (
+                f"did you mean {near[0]!r}?"
+                if near
+                else "valid keys there are " + ", ".join(sorted(keys))
+            )
             return f"{where}.{unknown}".lstrip("."), f"is an unknown key: {hint}"
         case "missing":
             return where, "is missing: add it to the config"
         case "union_tag_invalid":
-            tag, tags = str(error["ctx"]["tag"]), [t.strip(" '") for t in error["ctx"]["expected_tags"].split(",")]
+            tag, tags = (
+                str(error["ctx"]["tag"]),
+                [t.strip(" '") for t in error["ctx"]["expected_tags"].split(",")],
+            )
             tags += PRESETS if where == "objective" else ()
             near = difflib.get_close_matches(tag, tags, n=1)
             hint = f", did you mean {near[0]!r}?" if near else ""
@@ -180,9 +227,13 @@ def _explain(model: type[BaseModel], error: Any) -> tuple[str, str]:
             message = re.sub(r"^\w+ should", "it must", error["msg"].partition(" after")[0])
             return where, f"is {_shown(error['input'])}: {message}"
         case "value_error":
-            return where, f"is wrong: {error['ctx']['error']}" if where else str(error["ctx"]["error"])
+            return where, f"is wrong: {error['ctx']['error']}" if where else str(
+                error["ctx"]["error"]
+            )
         case _:
-            return where, f"is {_shown(error['input'])}: " + error["msg"].replace("Input should be", "it must be")
+            return where, f"is {_shown(error['input'])}: " + error["msg"].replace(
+                "Input should be", "it must be"
+            )
 
 
 def _shown(value: Any) -> str:
@@ -192,12 +243,17 @@ def _shown(value: Any) -> str:
 
 
 def _resolve(model: type[BaseModel], location: Sequence[str | int]) -> tuple[str, list[str]]:
-    """The dotted path as the user wrote it (pydantic adds its own names of union members), and the keys valid at its end."""
+    """The dotted path as the user wrote it (pydantic adds its own names of union members), and the
+    keys valid at its end."""
     models = [model]
     shown, names_an_entry = "", False
     for part in location:
         fields = {name: field for model in models for name, field in model.model_fields.items()}
-        tagged = [m for m in models if "type" in m.model_fields and part in get_args(m.model_fields["type"].annotation)]
+        tagged = [
+            m
+            for m in models
+            if "type" in m.model_fields and part in get_args(m.model_fields["type"].annotation)
+        ]
         if isinstance(part, int):
             shown += f"[{part}]"
         elif names_an_entry:

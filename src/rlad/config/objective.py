@@ -47,7 +47,8 @@ class GRPOConfig(_Clipped):
 class KDRLConfig(_Clipped):
     type: Literal["kdrl"] = "kdrl"
     kd_coef: NonNegative | AnnealedNonNegative = 2e-3
-    """weight of the distillation term; KDRL's annealing is start 5e-3, end 1e-3, change_per_step -5e-5"""
+    """weight of the distillation term; KDRL's annealing is start 5e-3, end 1e-3, change_per_step
+    -5e-5"""
     kd_estimator: Literal["k2", "k3"] = "k2"
     """of KL(πS || πT)"""
     masking: Literal["none", "response", "group"] = "none"
@@ -61,7 +62,8 @@ class OPDConfig(Section):
 class OPDThenGRPOConfig(_Clipped):
     type: Literal["opd_then_grpo"] = "opd_then_grpo"
     opd_share: Share = 0.4
-    """share of the run's steps with `opd`, rounded up to whole rollout batches; the rest is `grpo`"""
+    """share of the run's steps with `opd`, rounded up to whole rollout batches; the rest is
+    `grpo`"""
 
 
 class RLSDConfig(_Clipped):
@@ -85,7 +87,8 @@ class TOPDConfig(_Clipped):
 
 
 class SFTConfig(Section):
-    """SFT, supervised fine-tuning on what the teacher writes (sequence-level distillation, arXiv 1606.07947), by TRL.
+    """SFT, supervised fine-tuning on what the teacher writes (sequence-level distillation, arXiv
+    1606.07947), by TRL.
 
     loss_t = -log πS of the teacher's token
     """
@@ -96,7 +99,8 @@ class SFTConfig(Section):
 
 
 class GKDConfig(Section):
-    """GKD, generalised knowledge distillation on the student's own completions (arXiv 2306.13649), by TRL.
+    """GKD, generalised knowledge distillation on the student's own completions (arXiv 2306.13649),
+    by TRL.
 
     loss_t = generalised JSD_beta( πT || πS ) over the vocabulary
     """
@@ -104,9 +108,6 @@ class GKDConfig(Section):
     type: Literal["gkd"] = "gkd"
     beta: Share = 0.5
     """of the generalised Jensen-Shannon divergence: 0 is the forward KL, 1 the reverse KL"""
-
-
-TRAINED_BY_TRL = ("sft", "gkd")
 
 
 ObjectiveConfig = (

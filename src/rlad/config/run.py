@@ -1,8 +1,9 @@
 """Every setting of a run: type, range, default, one-line meaning. Imports no torch.
 
-A run is described by one TOML file; dotted overrides (`optimization.learning_rate=1e-5`) change single values. Unknown keys
-are refused with the nearest valid name. Defaults are those of the papers where they state one, not those of the
-embedded tiny models, whose run is `rlad/embedded/run.toml`.
+A run is described by one TOML file; dotted overrides (`optimization.learning_rate=1e-5`) change
+single values. Unknown keys are refused with the nearest valid name. Defaults are those of the
+papers where they state one, not those of the embedded tiny models, whose run is
+`rlad/embedded/run.toml`.
 """
 
 import hashlib
@@ -12,13 +13,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from rlad.config.engine import EngineConfig, require_values, what_it_computes
-from rlad.config.objective import TRAINED_BY_TRL, ObjectiveConfig, TRRDConfig
+from rlad.config.engine import EngineConfig
+from rlad.config.objective import ObjectiveConfig, TRRDConfig
 from rlad.config.task import TaskConfig, with_changes
 from rlad.config.teacher import TeacherConfig
-from rlad.config.teacher_tree import require_shardable, require_standing_still, what_it_answers
+from rlad.config.teacher_tree import what_it_answers
 from rlad.config.types import (
-    Annealed,
     AnnealedNonNegative,
     Count,
     NonNegative,
@@ -32,14 +32,18 @@ from rlad.config.types import (
 
 
 class LoraConfig(Section):
-    """Train a low-rank adapter, W + alpha / rank * B A, and leave the model's own weights as they are. Needs `rlad[peft]`."""
+    """Train a low-rank adapter, W + alpha / rank * B A, and leave the model's own weights as they
+    are. Needs `rlad[peft]`."""
 
     rank: Count = 16
     """of A and B"""
     alpha: Positive = 32.0
     """the adapter is scaled by alpha / rank"""
-    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
-    """the linear layers that get one, such as ["q_proj", "v_proj"]; "all-linear" is all but the output layer"""
+    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = (
+        "all-linear"
+    )
+    """the linear layers that get one, such as ["q_proj", "v_proj"]; "all-linear" is all but the
+    output layer"""
 
 
 class StudentConfig(Section):
@@ -54,7 +58,8 @@ class StudentConfig(Section):
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third more time"""
     end_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """end a completion too, such as ["<|im_end|>"] for a base model that is to answer as its chat teacher does"""
+    """end a completion too, such as ["<|im_end|>"] for a base model that is to answer as its chat
+    teacher does"""
     lora: LoraConfig | None = None
     """[student.lora] trains an adapter instead of all weights"""
 
@@ -94,15 +99,18 @@ class OptimizationConfig(Section):
     num_steps: Count = 100
     """optimiser steps of the whole run"""
     max_seconds: Positive | None = None
-    """end the run earlier, after the step with which training (without evaluation) has taken so long"""
+    """end the run earlier, after the step with which training (without evaluation) has taken so
+    long"""
     max_teacher_tokens: Count | None = None
-    """end the run earlier, after the step with which the teacher has scored or written so many tokens"""
+    """end the run earlier, after the step with which the teacher has scored or written so many
+    tokens"""
     steps_per_rollout_batch: Count = 1
     """optimiser steps (mini-batches) on each rollout batch"""
     learning_rate: Annotated[float, Field(strict=True, gt=0, le=1)] = 1e-6
     """of AdamW"""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """of the learning rate after the warm-up, as in transformers: linear and cosine fall to 0 behind the last step"""
+    """of the learning rate after the warm-up, as in transformers: linear and cosine fall to 0
+    behind the last step"""
     warmup_steps: NonNegativeInt = 0
     """steps in which the learning rate rises; the first of them has 0"""
     weight_decay: NonNegative = 0.0
@@ -118,15 +126,19 @@ class OptimizationConfig(Section):
     kl_coef: NonNegative | AnnealedNonNegative = 0.0
     """weight of the KL leash to the initial student"""
     max_missing_teacher_share: ShareBelowOne = 0.05
-    """tokens of a rollout batch that the teacher may leave without a log-prob; beyond it, asked twice, the run stops"""
+    """tokens of a rollout batch that the teacher may leave without a log-prob; beyond it, asked
+    twice, the run stops"""
     max_skipped_steps: Count = 3
-    """a step whose loss or gradient is not finite is skipped; with so many of them in a row the run stops"""
+    """a step whose loss or gradient is not finite is skipped; with so many of them in a row the run
+    stops"""
     tokens_per_batch: Count = 16_384
-    """most tokens (padding included) in one forward and backward pass; changes memory, not the result"""
+    """most tokens (padding included) in one forward and backward pass; changes memory, not the
+    result"""
 
 
 class EvaluationConfig(Section):
-    """How the student is measured on held-out problems: validation during the run, test before and after it."""
+    """How the student is measured on held-out problems: validation during the run, test before and
+    after it."""
 
     every_steps: Count = 20
     """validation, and a checkpoint, every so many steps"""
@@ -139,7 +151,8 @@ class EvaluationConfig(Section):
     num_test_samples: Count = 1
     """completions of each test problem; pass@k needs k of them"""
     ood_task: dict[str, Any] = Field(default={})
-    """settings of [task] that differ in the out-of-distribution test, such as { num_people = [4] }; empty: there is none"""
+    """settings of [task] that differ in the out-of-distribution test, such as { num_people = [4] };
+    empty: there is none"""
     num_ood_problems: Count = 100
     """out-of-distribution test problems, before and after training"""
     temperature: NonNegative = 1.0
@@ -147,14 +160,17 @@ class EvaluationConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """Which checkpoints are kept, and how old the newest may get; one is written at each validation, and at a signal."""
+    """Which checkpoints are kept, and how old the newest may get; one is written at each
+    validation, and at a signal."""
 
     keep_last: Count = 2
-    """of the checkpoints at validations the last so many; with one alone, a damaged one costs the run"""
+    """of the checkpoints at validations the last so many; with one alone, a damaged one costs the
+    run"""
     keep_best: NonNegativeInt = 1
     """and so many with the highest validation pass@1, of equals the earliest"""
     every_seconds: Positive = 600.0
-    """write one between validations too when the newest is so old: what a killed run loses at most, but for a step"""
+    """write one between validations too when the newest is so old: what a killed run loses at most,
+    but for a step"""
 
 
 class LoggingConfig(Section):
@@ -190,70 +206,43 @@ class RunConfig(Section):
         if rollout.prompts_per_batch % loop.steps_per_rollout_batch:
             raise ValueError(
                 f"rollout.prompts_per_batch = {rollout.prompts_per_batch} is no multiple of "
-                f"optimization.steps_per_rollout_batch = {loop.steps_per_rollout_batch}, but every optimiser step takes the "
+                f"optimization.steps_per_rollout_batch = {loop.steps_per_rollout_batch}, but every "
+                "optimiser step takes the "
                 "same number of prompts; change one of them"
             )
         if self.teacher is None and self.needs_teacher:
             raise ValueError(
-                f"objective {self.objective.type!r} needs a teacher; add a [teacher] section with its model, or set "
+                f"objective {self.objective.type!r} needs a teacher; add a [teacher] section with "
+                "its model, or set "
                 "objective=grpo"
             )
-        if self.objective.type in TRAINED_BY_TRL and self.teacher is not None and self.teacher.type != "local":
+        if self.engine.type == "trl":
             raise ValueError(
-                f"teacher.type = {self.teacher.type!r} is not for objective {self.objective.type!r}, whose teacher must be a "
-                "model in this process; use type = 'local'"
+                "engine.type = 'trl' is not available: a run is trained by engine.type = 'native'; "
+                "on several GPUs use "
+                "rlad.engines.trl.trainer.RLADTrainer in a script of your own (docs/trl.md)"
             )
-        if self.objective.type in TRAINED_BY_TRL and getattr(self.teacher, "keep", "gpu") == "cpu":
-            raise ValueError(
-                f"teacher.keep = 'cpu' is not for objective {self.objective.type!r}, which uses the teacher all the time; set "
-                "it to 'gpu'"
-            )
-        if self.objective.type in TRAINED_BY_TRL and loop.kl_coef:
-            raise ValueError(
-                f"optimization.kl_coef = {loop.kl_coef} is not for objective {self.objective.type!r}, which TRL trains without "
-                "a KL leash; set it to 0"
-            )
-        self._fits_the_engine()
         if self.evaluation.ood_task:
             _ = self.ood_task
         return self
 
-    def _fits_the_engine(self) -> None:
-        """`ValueError` for what TRL's trainer cannot do."""
-        loop, engine = self.optimization, self.engine
-        if engine.trl and engine.type != "trl":
-            raise ValueError("[engine.trl] belongs to engine.type = 'trl'; set that, or leave its options out")
-        if engine.type != "trl":
-            return
-        if self.objective.type in (*TRAINED_BY_TRL, "topd", "opd_then_grpo"):
-            raise ValueError(f"objective {self.objective.type!r} is not for engine.type = 'trl'; use engine.type = 'native'")
-        if isinstance(loop.kl_coef, Annealed):
-            raise ValueError("optimization.kl_coef must be one number with engine.type = 'trl'")
-        if self.student.lora:
-            raise ValueError("[student.lora] is not for engine.type = 'trl'; use engine.type = 'native'")
-        if self.evaluation.every_steps % loop.steps_per_rollout_batch:
-            raise ValueError(
-                f"evaluation.every_steps = {self.evaluation.every_steps} is no multiple of "
-                f"optimization.steps_per_rollout_batch = {loop.steps_per_rollout_batch}, but with engine.type = 'trl' a run "
-                "can go on from the end of a rollout batch alone; change one of them"
-            )
-        if self.teacher is not None and "{peer_solution}" in self.teacher.model_dump_json():
-            raise ValueError("a teacher's template with {peer_solution} is not for engine.type = 'trl'; use 'native'")
-        require_values(engine.trl)
-        if self.splits_teacher:
-            require_shardable(self.teacher)
-        if self.needs_teacher:
-            require_standing_still(self.teacher)
-
     @property
     def digest(self) -> str:
-        """Equal for configs that describe the same run, wherever it lies and, unless a schedule depends on it, however long it
-        is to go on.
+        """Equal for configs that describe the same run, wherever it lies and, unless a schedule
+        depends on it, however long it is to go on.
         """
         table = self.model_dump(mode="json", exclude={"run_dir", "checkpoints", "logging"})
-        table["teacher"], table["engine"] = what_it_answers(table["teacher"]), what_it_computes(table["engine"])
-        depends_on_num_steps = self.optimization.schedule != "constant" or self.objective.type == "opd_then_grpo"
-        for limit in ("num_steps", "max_seconds", "max_teacher_tokens", "max_missing_teacher_share", "max_skipped_steps"):
+        table["teacher"] = what_it_answers(table["teacher"])
+        depends_on_num_steps = (
+            self.optimization.schedule != "constant" or self.objective.type == "opd_then_grpo"
+        )
+        for limit in (
+            "num_steps",
+            "max_seconds",
+            "max_teacher_tokens",
+            "max_missing_teacher_share",
+            "max_skipped_steps",
+        ):
             if not (limit == "num_steps" and depends_on_num_steps):
                 del table["optimization"][limit]
         return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
@@ -261,11 +250,6 @@ class RunConfig(Section):
     @property
     def needs_teacher(self) -> bool:
         return self.objective.type != "grpo"
-
-    @property
-    def splits_teacher(self) -> bool:
-        """Whether the teacher's weights are split over the processes of the run."""
-        return self.needs_teacher and self.engine.trl.get("teacher_is_sharded", False)
 
     @property
     def ood_task(self) -> TaskConfig | None:

@@ -11,7 +11,9 @@ class KnightsAndKnavesConfig(Section):
     """Logic puzzles with exactly one solution; the split is by puzzle structure."""
 
     type: Literal["knights_and_knaves"] = "knights_and_knaves"
-    num_people: tuple[Annotated[int, Field(strict=True, ge=2, le=8)], ...] = Field((3, 4, 5, 6, 7), min_length=1)
+    num_people: tuple[Annotated[int, Field(strict=True, ge=2, le=8)], ...] = Field(
+        (3, 4, 5, 6, 7), min_length=1
+    )
     """sizes of the puzzles, taken in turn"""
     instructions: bool = True
     """put the rules and the answer format before each puzzle"""
@@ -103,9 +105,10 @@ class SeveralTasksConfig(Section):
     """Problems of several tasks in turn, each graded by its own."""
 
     type: Literal["several"] = "several"
-    tasks: dict[Annotated[str, Field(min_length=1)], Annotated[SingleTaskConfig, Field(discriminator="type")]] = Field(
-        min_length=1
-    )
+    tasks: dict[
+        Annotated[str, Field(min_length=1)],
+        Annotated[SingleTaskConfig, Field(discriminator="type")],
+    ] = Field(min_length=1)
     """by name: each a task of any other type"""
 
 
@@ -114,21 +117,27 @@ _ANY_TASK: TypeAdapter[TaskConfig] = TypeAdapter(Annotated[TaskConfig, Field(dis
 
 
 def with_changes(task: TaskConfig, changes: dict[str, Any], where: str) -> TaskConfig:
-    """A task with some settings changed; of several, those tasks alone that `changes` names. With another `type` it is that
-    task, and nothing of the first.
+    """A task with some settings changed; of several, those tasks alone that `changes` names. With
+    another `type` it is that task, and nothing of the first.
 
     Raises `ValueError` with one sentence about the key below `where` that does not fit.
     """
     is_another = changes.get("type", task.type) != task.type
     if isinstance(task, SeveralTasksConfig) and not is_another:
         named = changes.get("tasks") if set(changes) == {"tasks"} else None
-        are_settings = isinstance(named, dict) and all(isinstance(changed, dict) for changed in named.values())
+        are_settings = isinstance(named, dict) and all(
+            isinstance(changed, dict) for changed in named.values()
+        )
         if not (named and are_settings and named.keys() <= task.tasks.keys()):
             raise ValueError(
-                f"{where} is {changes}: for a task of type 'several' it is {{ tasks = {{ NAME = {{ ... }} }} }}, with names "
+                f"{where} is {changes}: for a task of type 'several' it is "
+                f"{{ tasks = {{ NAME = {{ ... }} }} }}, with names "
                 f"among {', '.join(task.tasks)}"
             )
-        tasks = {name: with_changes(task.tasks[name], changed, f"{where}.tasks.{name}") for name, changed in named.items()}
+        tasks = {
+            name: with_changes(task.tasks[name], changed, f"{where}.tasks.{name}")
+            for name, changed in named.items()
+        }
         return SeveralTasksConfig.model_validate({"tasks": tasks})
     try:
         if is_another:
@@ -138,4 +147,6 @@ def with_changes(task: TaskConfig, changes: dict[str, Any], where: str) -> TaskC
         first = error.errors()[0]
         named_type = changes.get("type", task.type)
         key = ".".join(str(part) for part in (where, *first["loc"]) if part != named_type)
-        raise ValueError(f"{key} does not fit a task of type {named_type!r}: {first['msg']}") from None
+        raise ValueError(
+            f"{key} does not fit a task of type {named_type!r}: {first['msg']}"
+        ) from None

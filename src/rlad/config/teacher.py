@@ -1,4 +1,5 @@
-"""The `[teacher]` section: one class for each `type`. `cached`, `privileged` and `several` hold teachers of their own."""
+"""The `[teacher]` section: one class for each `type`. `cached`, `privileged` and `several` hold
+teachers of their own."""
 
 import re
 from collections.abc import Iterator
@@ -20,24 +21,33 @@ class LocalTeacherConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """of its weights; bfloat16 halves the memory"""
     quantization: Literal["none", "int8", "int4"] = "none"
-    """of the weights of its linear layers but the output layer (torchao): 8 bits or 4 (on a GPU, dtype bfloat16) for each"""
+    """of the weights of its linear layers but the output layer (torchao): 8 bits or 4 (on a GPU,
+    dtype bfloat16) for each"""
     device: str = "auto"
     """`auto` takes the student's device"""
     keep: Literal["gpu", "cpu"] = "gpu"
-    """where its weights lie between uses; `cpu` leaves the GPU's memory to the student and costs two copies a rollout batch"""
+    """where its weights lie between uses; `cpu` leaves the GPU's memory to the student and costs
+    two copies a rollout batch"""
     tokens_per_batch: Count = 16_384
     """most tokens (padding included) in one forward pass"""
     random_weights: bool = False
-    """a control: the model's architecture with random weights of the run's seed, a teacher that knows nothing"""
+    """a control: the model's architecture with random weights of the run's seed, a teacher that
+    knows nothing"""
 
     @model_validator(mode="after")
     def _can_be_quantized(self) -> "LocalTeacherConfig":
         if self.quantization != "none" and self.random_weights:
             raise ValueError("random_weights are not quantised; set quantization = 'none'")
         if self.quantization == "int4" and self.dtype != "bfloat16":
-            raise ValueError(f"quantization = 'int4' computes in bfloat16, but dtype is {self.dtype!r}; set dtype = 'bfloat16'")
+            raise ValueError(
+                f"quantization = 'int4' computes in bfloat16, but dtype is {self.dtype!r}; set "
+                "dtype = 'bfloat16'"
+            )
         if self.quantization == "int4" and self.keep == "cpu":
-            raise ValueError("quantization = 'int4' packs weights for the GPU, where they stay; set keep = 'gpu', or take int8")
+            raise ValueError(
+                "quantization = 'int4' packs weights for the GPU, where they stay; set keep = "
+                "'gpu', or take int8"
+            )
         return self
 
     @property
@@ -46,7 +56,8 @@ class LocalTeacherConfig(Section):
 
 
 class AdapterTeacherConfig(Section):
-    """The student's base model with another LoRA adapter, or with none: one set of weights in memory for both."""
+    """The student's base model with another LoRA adapter, or with none: one set of weights in
+    memory for both."""
 
     type: Literal["adapter"]
     adapter: str = "none"
@@ -56,11 +67,16 @@ class AdapterTeacherConfig(Section):
 
     @property
     def title(self) -> str:
-        return "the student's base model" if self.adapter == "none" else f"the student's base model with {self.adapter}"
+        return (
+            "the student's base model"
+            if self.adapter == "none"
+            else f"the student's base model with {self.adapter}"
+        )
 
 
 def _server_url(url: str) -> str:
-    """The address without a slash at its end. `ValueError` without scheme and host, or with a password or query in it."""
+    """The address without a slash at its end. `ValueError` without scheme and host, or with a
+    password or query in it."""
     try:
         parts = urlsplit(url)
         is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -70,7 +86,8 @@ def _server_url(url: str) -> str:
         raise ValueError("it must be an address such as http://127.0.0.1:8000/v1")
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise ValueError(
-            "it may hold no user, password, query or fragment, as it is stored with the run; put a key into the environment "
+            "it may hold no user, password, query or fragment, as it is stored with the run; put a "
+            "key into the environment "
             "variable that api_key_variable names"
         )
     return url.rstrip("/")
@@ -78,7 +95,10 @@ def _server_url(url: str) -> str:
 
 def _variable_name(name: str) -> str:
     if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
-        raise ValueError("it must be the name of an environment variable, in capitals, not the key itself; correct it")
+        raise ValueError(
+            "it must be the name of an environment variable, in capitals, not the key itself; "
+            "correct it"
+        )
     return name
 
 
@@ -86,29 +106,36 @@ ServerURL = Annotated[str, AfterValidator(_server_url)]
 
 
 class ServedTeacherConfig(Section):
-    """A model behind an OpenAI-compatible `/v1/completions` that scores given token ids: vLLM, `rlad serve-teacher`."""
+    """A model behind an OpenAI-compatible `/v1/completions` that scores given token ids: vLLM,
+    `rlad serve-teacher`."""
 
     type: Literal["served"]
     urls: tuple[ServerURL, ...] = Field(min_length=1)
-    """such as `http://127.0.0.1:8000/v1`; several are replicas of one model: they share the work and stand in for each other"""
+    """such as `http://127.0.0.1:8000/v1`; several are replicas of one model: they share the work
+    and stand in for each other"""
     model: str
     """the name under which the server offers it"""
     scoring: Literal["auto", "prompt_logprobs", "echo"] = "auto"
-    """how the server is asked for log-probs of a given text; `auto` takes what passes the self-test"""
+    """how the server is asked for log-probs of a given text; `auto` takes what passes the
+    self-test"""
     api_key_variable: Annotated[str, AfterValidator(_variable_name)] = "RLAD_TEACHER_API_KEY"
-    """environment variable with the server's key, if it asks for one; the key itself is neither logged nor stored"""
+    """environment variable with the server's key, if it asks for one; the key itself is neither
+    logged nor stored"""
     max_concurrent_requests: Count = 16
     """to all replicas together"""
     timeout_seconds: Positive = 120.0
     """for one request, from sending it to the end of its answer"""
     num_retries: NonNegativeInt = 7
-    """of a request that no replica answered; with the default pause, 3 minutes pass until it is given up"""
+    """of a request that no replica answered; with the default pause, 3 minutes pass until it is
+    given up"""
     retry_pause_seconds: Positive = 2.0
     """before the first retry; doubled by each one up to a minute, and spread randomly"""
     tolerance: Positive = 0.5
-    """nats; how far a log-prob may move between generating and scoring the same text (float32 servers: 1e-3, bfloat16: 0.5)"""
+    """nats; how far a log-prob may move between generating and scoring the same text (float32
+    servers: 1e-3, bfloat16: 0.5)"""
     local_model: str | None = None
-    """the same model as a folder or Hugging Face name: its log-probs are compared with the server's before training"""
+    """the same model as a folder or Hugging Face name: its log-probs are compared with the server's
+    before training"""
 
     @model_validator(mode="after")
     def _urls_differ(self) -> "ServedTeacherConfig":
@@ -129,14 +156,18 @@ class SeveralTeachersConfig(Section):
     teachers: dict[str, "TeacherConfig"] = Field(min_length=1)
     """by name: the task's with `by_task`, any with `mixture`"""
     combine: Literal["by_task", "mixture"] = "by_task"
-    """`mixture`: log πT = log sum_i w_i πT_i for each token, the weights scaled to sum 1: a probability again"""
+    """`mixture`: log πT = log sum_i w_i πT_i for each token, the weights scaled to sum 1: a
+    probability again"""
     weights: dict[str, Positive] = Field(default={})
     """of a mixture, by teacher; 1 for those not named"""
 
     @model_validator(mode="after")
     def _weights_name_teachers(self) -> "SeveralTeachersConfig":
         if unknown := sorted(set(self.weights) - set(self.teachers)):
-            raise ValueError(f"weights names {unknown[0]!r}, which is none of its teachers {', '.join(self.teachers)}")
+            raise ValueError(
+                f"weights names {unknown[0]!r}, which is none of its teachers "
+                f"{', '.join(self.teachers)}"
+            )
         if self.weights and self.combine != "mixture":
             raise ValueError("weights belong to combine = 'mixture'; leave them out, or set it")
         return self
@@ -147,15 +178,17 @@ class SeveralTeachersConfig(Section):
 
 
 class PrivilegedTeacherConfig(Section):
-    """A teacher with a prompt of its own: it sees more than the student (the reference answer, a hint, a correct solution of
-    the same group), or the same in another form (its own chat template, thinking on).
+    """A teacher with a prompt of its own: it sees more than the student (the reference answer, a
+    hint, a correct solution of the same group), or the same in another form (its own chat template,
+    thinking on).
     """
 
     type: Literal["privileged"]
     teacher: "TeacherConfig"
     """the teacher that is shown it; with `ema` a student teaches itself"""
     template: str = "The correct answer to the following is: {answer}\n\n{prompt}"
-    """its prompt; {prompt}, {answer}, {peer_solution}, and {name} for each entry of the problem's metadata"""
+    """its prompt; {prompt}, {answer}, {peer_solution}, and {name} for each entry of the problem's
+    metadata"""
     chat_template: Literal["student", "teacher"] = "student"
     """whose chat template makes the conversation a text; the tokens are the student's"""
     system_prompt: Annotated[str, Field(min_length=1)] | None = None
@@ -167,20 +200,29 @@ class PrivilegedTeacherConfig(Section):
 
     @property
     def has_own_form(self) -> bool:
-        """Whether its prompts differ from the student's though the template may show nothing more."""
-        return self.chat_template == "teacher" or self.system_prompt is not None or self.chat_template_kwargs is not None
+        """Whether its prompts differ from the student's though the template may show nothing
+        more."""
+        return (
+            self.chat_template == "teacher"
+            or self.system_prompt is not None
+            or self.chat_template_kwargs is not None
+        )
 
     @field_validator("template")
     @classmethod
     def _shows_the_prompt(cls, template: str) -> str:
         if "prompt" not in template_names(template):
-            raise ValueError("it has no {prompt}, so the teacher would not see the question; add it")
+            raise ValueError(
+                "it has no {prompt}, so the teacher would not see the question; add it"
+            )
         return template
 
     @model_validator(mode="after")
     def _is_told_once(self) -> "PrivilegedTeacherConfig":
         if any(one.type == "privileged" for one in with_those_inside(self.teacher)):
-            raise ValueError("its teacher is privileged too, and would make its own prompt; write one template")
+            raise ValueError(
+                "its teacher is privileged too, and would make its own prompt; write one template"
+            )
         return self
 
     @property
@@ -199,7 +241,8 @@ class CachedTeacherConfig(Section):
     max_gib: Positive = 10.0
     """the entries used least recently are deleted beyond it"""
     tolerance: Positive = 0.1
-    """nats a token, on average; one stored answer a run is asked for again, and one further off is another teacher's"""
+    """nats a token, on average; one stored answer a run is asked for again, and one further off is
+    another teacher's"""
 
     @property
     def title(self) -> str:
@@ -211,13 +254,16 @@ class EMATeacherConfig(Section):
 
     type: Literal["ema"]
     update_rate: Share = 0.05
-    """after each step: teacher += update_rate * (student - teacher); 0 is the initial student, 1 the student itself"""
+    """after each step: teacher += update_rate * (student - teacher); 0 is the initial student, 1
+    the student itself"""
     tokens_per_batch: Count = 16_384
     """most tokens (padding included) in one forward pass"""
 
     @property
     def title(self) -> str:
-        return {0.0: "the initial student", 1.0: "the student itself"}.get(self.update_rate, "the student's moving average")
+        return {0.0: "the initial student", 1.0: "the student itself"}.get(
+            self.update_rate, "the student's moving average"
+        )
 
 
 def with_those_inside(teacher: Any) -> Iterator[Any]:

@@ -1,4 +1,5 @@
-"""Templates with `{names}` that are filled with texts which nobody checked: braces in a text mean nothing. Imports no torch."""
+"""Templates with `{names}` that are filled with texts which nobody checked: braces in a text mean
+nothing. Imports no torch."""
 
 from collections.abc import Mapping
 from string import Formatter
@@ -7,13 +8,15 @@ from string import Formatter
 def template_parts(template: str) -> list[tuple[str, str | None]]:
     """Text and the name behind it (None behind the last), with `{{` and `}}` for braces themselves.
 
-    Raises `ValueError` for a brace without its partner, and for a format or conversion behind a name.
+    Raises `ValueError` for a brace without its partner, and for a format or conversion behind a
+    name.
     """
     try:
         parts = list(Formatter().parse(template))
     except ValueError as error:
         raise ValueError(
-            f"its braces do not match ({error}); write {{{{ and }}}} for braces that the teacher shall see"
+            f"its braces do not match ({error}); write {{{{ and }}}} for braces that the teacher "
+            "shall see"
         ) from None
     for _, name, spec, conversion in parts:
         if spec or conversion:
@@ -28,4 +31,6 @@ def template_names(template: str) -> set[str]:
 
 def fill_template(template: str, values: Mapping[str, str]) -> str:
     """The template with `values` in the place of their names."""
-    return "".join(text + ("" if name is None else values[name]) for text, name in template_parts(template))
+    return "".join(
+        text + ("" if name is None else values[name]) for text, name in template_parts(template)
+    )

@@ -1,4 +1,5 @@
-"""What the sections of a config are made of: strict numbers, knobs that move with the step. Imports no torch."""
+"""What the sections of a config are made of: strict numbers, knobs that move with the step. Imports
+no torch."""
 
 from collections.abc import Callable
 from typing import Annotated
@@ -16,7 +17,9 @@ NonNegativeInt = Annotated[int, Field(strict=True, ge=0)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class Annealed(Section):
@@ -28,8 +31,15 @@ class Annealed(Section):
 
     @model_validator(mode="after")
     def _moves_towards_end(self) -> "Annealed":
-        if self.change_per_step == 0 or self.end == self.start or (self.end > self.start) != (self.change_per_step > 0):
-            raise ValueError(f"change_per_step {self.change_per_step} does not lead from start {self.start} to end {self.end}")
+        if (
+            self.change_per_step == 0
+            or self.end == self.start
+            or (self.end > self.start) != (self.change_per_step > 0)
+        ):
+            raise ValueError(
+                f"change_per_step {self.change_per_step} does not lead from start {self.start} to "
+                f"end {self.end}"
+            )
         return self
 
     def at(self, step: int) -> float:

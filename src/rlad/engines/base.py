@@ -1,4 +1,5 @@
-"""What every engine offers: it makes optimiser steps on a student, tells of each, and can be saved between two of them."""
+"""What every engine offers: it makes optimiser steps on a student, tells of each, and can be saved
+between two of them."""
 
 import resource
 import sys
@@ -22,7 +23,8 @@ class StepResult:
     metrics: Metrics
     groups: Sequence[RolloutGroup]
     imitation: Mapping[int, Any] | None = None
-    """of the first group: rollout -> what the step did with each of its tokens (`rlad.engines.imitation`)"""
+    """of the first group: rollout -> what the step did with each of its tokens
+    (`rlad.engines.imitation`)"""
     skipped: SkippedBatch | None = None
     """the batch of a step that was skipped, since its loss or gradient was not finite"""
 
@@ -43,7 +45,8 @@ class Engine(Protocol):
         ...
 
     def run(self, after_step: Callable[[StepResult], bool]) -> None:
-        """Make optimiser steps until the run's last one, or until `after_step`, which is told of each, answers False."""
+        """Make optimiser steps until the run's last one, or until `after_step`, which is told of
+        each, answers False."""
         ...
 
     def close(self) -> None:
@@ -51,16 +54,22 @@ class Engine(Protocol):
         ...
 
     def save(self, folder: Path, *, run_digest: str) -> None:
-        """Write everything that `restore` needs into `folder`, a Hugging Face model folder; `run_digest` names the run."""
+        """Write everything that `restore` needs into `folder`, a Hugging Face model folder;
+        `run_digest` names the run."""
         ...
 
     def restore(self, folder: Path, *, run_digest: str) -> None:
-        """Bring a new engine, whose student was loaded from `folder`, to the state saved there; `ValueError` if it cannot."""
+        """Bring a new engine, whose student was loaded from `folder`, to the state saved there;
+        `ValueError` if it cannot."""
         ...
 
 
 def peak_memory(student: LanguageModel) -> float:
-    """Most bytes that this process has held so far: on the student's GPU, or else resident in main memory."""
+    """Most bytes that this process has held so far: on the student's GPU, or else resident in main
+    memory."""
     if student.model.device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(student.model.device))
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    return float(
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if sys.platform == "darwin" else 1024)
+    )

@@ -13,11 +13,21 @@ def at_step(knob: float | Annealed, step: int) -> float:
 
 
 def objective_knobs(objective: Any, step: int) -> dict[str, Any]:
-    """The keyword arguments that an objective's config gives its function at a step ("off" is None)."""
-    knobs = {name: getattr(objective, name) for name in type(objective).model_fields if name != "type"}
-    return {k: None if v == "off" else at_step(v, step) if isinstance(v, Annealed) else v for k, v in knobs.items()}
+    """The keyword arguments that an objective's config gives its function at a step ("off" is
+    None)."""
+    knobs = {
+        name: getattr(objective, name) for name in type(objective).model_fields if name != "type"
+    }
+    return {
+        k: None if v == "off" else at_step(v, step) if isinstance(v, Annealed) else v
+        for k, v in knobs.items()
+    }
 
 
 def taken_by(function: Callable[..., Any], knobs: dict[str, Any]) -> dict[str, Any]:
     """Those knobs that are arguments of a function."""
-    return {name: value for name, value in knobs.items() if name in inspect.signature(function).parameters}
+    return {
+        name: value
+        for name, value in knobs.items()
+        if name in inspect.signature(function).parameters
+    }

@@ -1,4 +1,5 @@
-"""From per-token stats and rollouts to the numbers of one step; every key is defined in docs/metrics.md."""
+"""From per-token stats and rollouts to the numbers of one step; every key is defined in
+docs/metrics.md."""
 
 from collections.abc import Sequence
 
@@ -11,14 +12,21 @@ from rlad.rollouts.types import Metrics, RolloutGroup
 
 
 class TokenStats:
-    """Collects the trained tokens of a step's micro-batches, so that no average of averages is taken."""
+    """Collects the trained tokens of a step's micro-batches, so that no average of averages is
+    taken."""
 
     def __init__(self) -> None:
         self._columns: dict[str, list[Tensor]] = {}
         self.num_dropped = 0
         self.scored_share = 1.0
 
-    def add(self, inputs: LossInputs, entropy: Tensor, sampler_logprobs: Tensor, stats: dict[str, Tensor]) -> None:
+    def add(
+        self,
+        inputs: LossInputs,
+        entropy: Tensor,
+        sampler_logprobs: Tensor,
+        stats: dict[str, Tensor],
+    ) -> None:
         """Add the trained tokens of a micro-batch; every tensor is `[batch, token]`.
 
         `sampler_logprobs` are compared with those of the old policy, which is the one that sampled.
@@ -44,7 +52,10 @@ class TokenStats:
             return metrics
         metrics["student/entropy/mean"] = _mean(column["entropy"])
         if "ratio" in column:
-            metrics |= {"objective/ratio/mean": _mean(column["ratio"]), "objective/ratio/max": float(column["ratio"].max())}
+            metrics |= {
+                "objective/ratio/mean": _mean(column["ratio"]),
+                "objective/ratio/max": float(column["ratio"].max()),
+            }
         if "gated_positive" in column:
             positive, negative = column["advantages"] > 0, column["advantages"] < 0
             metrics["objective/gated_positive/frac"] = _mean(column["gated_positive"][positive])
@@ -55,8 +66,11 @@ class TokenStats:
             values = column["log_ratio_to_teacher"]
             metrics["teacher/log_ratio/mean"] = _mean(values)
             for name, share in (("q05", 0.05), ("q50", 0.5), ("q95", 0.95)):
-                # `torch.quantile` refuses more than 2^24 values; the order statistic is as good at that size.
-                metrics[f"teacher/log_ratio/{name}"] = float(values.kthvalue(1 + round(share * (len(values) - 1))).values)
+                # `torch.quantile` refuses more than 2^24 values; the order statistic is as good at
+                # that size.
+                metrics[f"teacher/log_ratio/{name}"] = float(
+                    values.kthvalue(1 + round(share * (len(values) - 1))).values
+                )
         for name, key in (
             ("advantage_weight", "objective/advantage_weight/mean"),
             ("kl_to_teacher", "teacher/kl/mean"),
@@ -68,7 +82,10 @@ class TokenStats:
         mismatch = mismatch[~mismatch.isnan()]  # a sampler may leave tokens without a log-prob
         if not len(mismatch):
             return metrics
-        return metrics | {"sampler/mismatch/mean": _mean(mismatch), "sampler/mismatch/max": float(mismatch.max())}
+        return metrics | {
+            "sampler/mismatch/mean": _mean(mismatch),
+            "sampler/mismatch/max": float(mismatch.max()),
+        }
 
 
 def rollout_metrics(groups: Sequence[RolloutGroup]) -> Metrics:
@@ -80,7 +97,8 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> Metrics:
     return {
         **({"reward/mean": _mean(rewards)} if len(rewards) else {}),
         "reward/correct/frac": sum(r.verdict == "correct" for r in rollouts) / len(rollouts),
-        "reward/cannot_judge/frac": sum(r.verdict == "cannot_judge" for r in rollouts) / len(rollouts),
+        "reward/cannot_judge/frac": sum(r.verdict == "cannot_judge" for r in rollouts)
+        / len(rollouts),
         "reward/zero_variance/frac": sum(same) / len(same),
         "rollout/completion_tokens/mean": _mean(lengths),
         "rollout/completion_tokens/max": float(lengths.max()),
@@ -90,9 +108,12 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> Metrics:
 
 
 def _repeated_share(group: RolloutGroup) -> float:
-    """Of the rollouts behind the first, the share whose tokens another rollout of the group has too: 1 when all are alike."""
+    """Of the rollouts behind the first, the share whose tokens another rollout of the group has
+    too: 1 when all are alike."""
     num_rollouts = len(group.rollouts)
-    return (num_rollouts - len({r.completion.token_ids for r in group.rollouts})) / max(num_rollouts - 1, 1)
+    return (num_rollouts - len({r.completion.token_ids for r in group.rollouts})) / max(
+        num_rollouts - 1, 1
+    )
 
 
 def _mean(values: Tensor) -> float:

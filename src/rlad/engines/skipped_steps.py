@@ -1,4 +1,5 @@
-"""A step whose loss or gradient is not finite moves nothing but the schedule of the learning rate."""
+"""A step whose loss or gradient is not finite moves nothing but the schedule of the learning
+rate."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,11 +20,13 @@ class SkippedBatch:
     groups: Sequence[RolloutGroup]
     """of the whole rollout batch"""
     tensors: Mapping[str, Tensor]
-    """scores of its rollouts by name, rollouts one behind the other; empty where the engine keeps none"""
+    """scores of its rollouts by name, rollouts one behind the other; empty where the engine keeps
+    none"""
 
 
 def drop_gradient(parameters: Iterable[nn.Parameter]) -> None:
-    """The optimiser's next step will leave weights and moments as they are; zeros would move them by the momentum."""
+    """The optimiser's next step will leave weights and moments as they are; zeros would move them
+    by the momentum."""
     for parameter in parameters:
         parameter.grad = None
 
@@ -34,9 +37,11 @@ def metrics_of_skipped(metrics: Metrics) -> Metrics:
 
 
 def require_sound_weights(step: int, parameters: Iterable[Tensor]) -> None:
-    """`RunFailedError` unless the weights are finite: with sound ones a batch that overflows may be skipped."""
+    """`RunFailedError` unless the weights are finite: with sound ones a batch that overflows may be
+    skipped."""
     if not all(bool(parameter.isfinite().all()) for parameter in parameters):
         raise RunFailedError(
-            f"step {step}: the student's own log-probs are not finite; its weights are broken: start a new run with a lower "
+            f"step {step}: the student's own log-probs are not finite; its weights are broken: "
+            "start a new run with a lower "
             "optimization.learning_rate, from an earlier checkpoint as student.model."
         )

@@ -1,4 +1,5 @@
-"""`rlad export model`: a checkpoint of a run as a plain Hugging Face folder, its adapter merged into the base model."""
+"""`rlad export model`: a checkpoint of a run as a plain Hugging Face folder, its adapter merged
+into the base model."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -24,29 +25,38 @@ def export_model(
     dtype: Literal["float32", "bfloat16"] = "float32",
     file_format: Literal["hf", "gguf"] = "hf",
 ) -> Path:
-    """Write the student of a checkpoint for any tool that loads transformers' models; returns the folder.
+    """Write the student of a checkpoint for any tool that loads transformers' models; returns the
+    folder.
 
-    `checkpoint` is `best` (on validation problems), `last` or a step. `output` is a new folder, by default `<run_dir>-model`.
-    The weights are those of training in float32, an adapter added to its base model, rounded at the end where `dtype` says so.
-    Raises `ValueError` for a user's mistake, `RunFailedError` when the folder cannot be written.
+    `checkpoint` is `best` (on validation problems), `last` or a step. `output` is a new folder, by
+    default `<run_dir>-model`. The weights are those of training in float32, an adapter added to its
+    base model, rounded at the end where `dtype` says so. Raises `ValueError` for a user's mistake,
+    `RunFailedError` when the folder cannot be written.
     """
     run = RunDirectory(Path(run_dir))
     if not run.exists():
-        raise ValueError(f"there is no run in {run_dir}; give the directory of a run, as `rlad train` names it at its end.")
+        raise ValueError(
+            f"there is no run in {run_dir}; give the directory of a run, as `rlad train` names it "
+            "at its end."
+        )
     folder = output or run.path.resolve().with_name(f"{run.path.resolve().name}-model")
     if file_format == "gguf":
         raise ValueError(
-            "GGUF is written by llama.cpp, whose converter is a script and no package; export with --format hf, and in a clone "
+            "GGUF is written by llama.cpp, whose converter is a script and no package; export with "
+            "--format hf, and in a clone "
             f"of llama.cpp run: python convert_hf_to_gguf.py {folder} --outfile {folder}.gguf"
         )
     if folder.exists() or folder.is_symlink() or not folder.parent.is_dir():
-        raise ValueError(f"--output {folder} exists already or has no folder to lie in; give a new folder.")
+        raise ValueError(
+            f"--output {folder} exists already or has no folder to lie in; give a new folder."
+        )
     student = _merged_student(run, _chosen(run, checkpoint), getattr(torch, dtype))
     try:
         write_folder(folder, lambda aside: save_model(student, aside))
     except (OSError, SafetensorError) as error:
         raise RunFailedError(
-            f"{folder} cannot be written ({error}); free some space or mend its permissions, or give another --output."
+            f"{folder} cannot be written ({error}); free some space or mend its permissions, or "
+            "give another --output."
         ) from None
     return folder
 
@@ -55,10 +65,15 @@ def _chosen(run: RunDirectory, which: str) -> Path:
     """The folder of a checkpoint that is whole."""
     if which in ("best", "last"):
         return (run.best_checkpoint() if which == "best" else run.newest_checkpoint())[1]
-    found = dict(reversed(run.checkpoints()))  # of two at one step the one that holds the student alone
+    found = dict(
+        reversed(run.checkpoints())
+    )  # of two at one step the one that holds the student alone
     if not which.isdecimal() or int(which) not in found:
         steps = ", ".join(map(str, sorted(found))) or "none"
-        raise ValueError(f"--checkpoint {which} is no checkpoint of {run.path}; use best, last, or one of its steps: {steps}.")
+        raise ValueError(
+            f"--checkpoint {which} is no checkpoint of {run.path}; use best, last, or one of its "
+            f"steps: {steps}."
+        )
     path = found[int(which)]
     if reason := damage(path):
         raise ValueError(f"checkpoint {path} is damaged ({reason}); choose another one.")
@@ -66,7 +81,8 @@ def _chosen(run: RunDirectory, which: str) -> Path:
 
 
 def _merged_student(run: RunDirectory, checkpoint: Path, dtype: torch.dtype) -> LanguageModel:
-    """A checkpoint as training holds it, then as one model that ends its answers where rlad ends them."""
+    """A checkpoint as training holds it, then as one model that ends its answers where rlad ends
+    them."""
     config = load_config(run.path)
     on_the_cpu = config.student.model_copy(update={"device": "cpu"})
     student = load_student(config.model_copy(update={"student": on_the_cpu}), checkpoint)

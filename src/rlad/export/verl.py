@@ -1,4 +1,5 @@
-"""`rlad export verl`: a folder with everything that verl needs to train a run: command, data, config, README."""
+"""`rlad export verl`: a folder with everything that verl needs to train a run: command, data,
+config, README."""
 
 import re
 import shlex
@@ -11,7 +12,14 @@ from transformers import PreTrainedTokenizerBase
 from rlad.config.file import CONFIG, dump_config
 from rlad.config.run import RunConfig
 from rlad.config.task import JsonlConfig
-from rlad.export.verl_command import Cluster, InFolder, num_rollout_batches, overrides, require_exportable, without_equivalent
+from rlad.export.verl_command import (
+    Cluster,
+    InFolder,
+    num_rollout_batches,
+    overrides,
+    require_exportable,
+    without_equivalent,
+)
 from rlad.models.loading import load_tokenizer
 from rlad.rollouts.prompts import chat_messages, is_plain, prompt_token_ids
 from rlad.tasks import Problem, Split, Task, make_task
@@ -29,14 +37,26 @@ def export_verl(config: RunConfig, folder: Path, cluster: Cluster) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is there already and not empty; choose another --output.")
     tokenizer = load_tokenizer(config.student.model)
-    template = _plain_template(tokenizer) if is_plain(tokenizer, config.rollout.prompt_format) else None
+    template = (
+        _plain_template(tokenizer) if is_plain(tokenizer, config.rollout.prompt_format) else None
+    )
     with closing(make_task(**config.task.model_dump())) as task:
-        train = _rows(config, task, "train", num_rollout_batches(config) * config.rollout.prompts_per_batch, config.seed)
+        train = _rows(
+            config,
+            task,
+            "train",
+            num_rollout_batches(config) * config.rollout.prompts_per_batch,
+            config.seed,
+        )
         validation = _rows(config, task, "validation", config.evaluation.num_validation_problems, 0)
-    longest = max(_num_prompt_tokens(tokenizer, row, config, template) for row in (*train, *validation))
+    longest = max(
+        _num_prompt_tokens(tokenizer, row, config, template) for row in (*train, *validation)
+    )
     limit = config.rollout.max_prompt_tokens
     if limit is not None and longest > limit:
-        raise ValueError(f"a prompt has {longest} tokens, but rollout.max_prompt_tokens is {limit}; raise it.")
+        raise ValueError(
+            f"a prompt has {longest} tokens, but rollout.max_prompt_tokens is {limit}; raise it."
+        )
     keys = overrides(config, cluster, prompt_tokens=longest, chat_template=template)
     notes = without_equivalent(config)
     tables = {"train": _table(train), "validation": _table(validation)}
@@ -46,21 +66,30 @@ def export_verl(config: RunConfig, folder: Path, cluster: Cluster) -> Path:
     (folder / CONFIG).write_text(dump_config(_with_absolute_files(config)), encoding="utf-8")
     (folder / COMMAND).write_text(command_text(keys, notes), encoding="utf-8")
     (folder / COMMAND).chmod(0o755)
-    (folder / "README.md").write_text(_readme(config, cluster, notes, len(train), len(validation)), encoding="utf-8")
+    (folder / "README.md").write_text(
+        _readme(config, cluster, notes, len(train), len(validation)), encoding="utf-8"
+    )
     return folder / COMMAND
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
-def _rows(config: RunConfig, task: Task, split: Split, number: int, seed: int) -> list[dict[str, Any]]:
+def _rows(
+    config: RunConfig, task: Task, split: Split, number: int, seed: int
+) -> list[dict[str, Any]]:
     """Problems in verl's form, in the order in which the native engine takes them."""
     number = number if split == "train" else min(number, task.num_problems(split) or number)
     system = config.rollout.system_prompt
-    return [_row(task.problem(split, i, seed=seed), task.name, system, split, i, seed) for i in range(number)]
+    return [
+        _row(task.problem(split, i, seed=seed), task.name, system, split, i, seed)
+        for i in range(number)
+    ]
 
 
-def _row(problem: Problem, task: str, system: str | None, split: Split, index: int, seed: int) -> dict[str, Any]:
+def _row(
+    problem: Problem, task: str, system: str | None, split: Split, index: int, seed: int
+) -> dict[str, Any]:
     return {
         "data_source": problem.task or task,
         "prompt": chat_messages(problem.asked, system),
@@ -76,14 +105,17 @@ def _table(rows: list[dict[str, Any]]) -> bytes:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        raise ValueError("verl reads Parquet files, for which pyarrow is needed: pip install 'rlad[datasets]'.") from None
+        raise ValueError(
+            "verl reads Parquet files, for which pyarrow is needed: pip install 'rlad[datasets]'."
+        ) from None
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows), sink)
     return sink.getvalue().to_pybytes()
 
 
 def _with_absolute_files(config: RunConfig) -> RunConfig:
-    """verl's workers run in folders of their own: files that the task names must be found from anywhere."""
+    """verl's workers run in folders of their own: files that the task names must be found from
+    anywhere."""
     task = config.task
     tasks = getattr(task, "tasks", None)
     changed = {k: _absolute(t) for k, t in tasks.items()} if tasks else None
@@ -95,7 +127,11 @@ def _absolute(task: Any) -> Any:
     if not isinstance(task, JsonlConfig):
         return task
     paths = {name: getattr(task, name) for name in ("path", "validation_path", "test_path")}
-    found = {name: str(Path(path).resolve()) for name, path in paths.items() if path and Path(path).exists()}
+    found = {
+        name: str(Path(path).resolve())
+        for name, path in paths.items()
+        if path and Path(path).exists()
+    }
     return task.model_copy(update=found)
 
 
@@ -103,24 +139,35 @@ def _absolute(task: Any) -> Any:
 
 
 def _plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """verl knows chat prompts alone: a template that writes the prompt as it is, behind the tokenizer's first token."""
-    bare, full = (tokenizer("1", add_special_tokens=special)["input_ids"] for special in (False, True))
+    """verl knows chat prompts alone: a template that writes the prompt as it is, behind the
+    tokenizer's first token."""
+    bare, full = (
+        tokenizer("1", add_special_tokens=special)["input_ids"] for special in (False, True)
+    )
     begins = len(full) > len(bare) and full[0] == tokenizer.bos_token_id
-    return ("{{ bos_token }}" if begins else "") + "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    return (
+        "{{ bos_token }}" if begins else ""
+    ) + "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
-def _num_prompt_tokens(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], config: RunConfig, template: str | None) -> int:
+def _num_prompt_tokens(
+    tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], config: RunConfig, template: str | None
+) -> int:
     """Tokens of a prompt. `ValueError` when verl would give the student other tokens than rlad."""
     messages, variables = row["prompt"], config.rollout.chat_template_kwargs
-    ours = prompt_token_ids(tokenizer, tuple((m["role"], m["content"]) for m in messages), config.rollout)
+    ours = prompt_token_ids(
+        tokenizer, tuple((m["role"], m["content"]) for m in messages), config.rollout
+    )
     text = tokenizer.apply_chat_template(
         messages, chat_template=template, tokenize=False, add_generation_prompt=True, **variables
     )
     theirs = tokenizer(str(text), add_special_tokens=False)["input_ids"]
     if ours != theirs:
         raise ValueError(
-            f"verl would turn the prompt {messages[-1]['content'][:60]!r} into other tokens than rlad ({theirs[:5]}... "
-            f"instead of {ours[:5]}...); use a tokenizer with a chat template and rollout.prompt_format = 'chat'."
+            f"verl would turn the prompt {messages[-1]['content'][:60]!r} into other tokens than "
+            f"rlad ({theirs[:5]}... "
+            f"instead of {ours[:5]}...); use a tokenizer with a chat template and "
+            "rollout.prompt_format = 'chat'."
         )
     return len(ours)
 
@@ -134,8 +181,10 @@ def command_text(keys: dict[str, Any], notes: list[str]) -> str:
     return "\n".join(
         [
             "#!/usr/bin/env bash",
-            "# verl's command for this run, written by `rlad export verl`; needs verl 0.9 with vLLM, and rlad, on every node.",
-            "# Further overrides of verl's settings may follow the script's name, and win. PYTHON names the interpreter.",
+            "# verl's command for this run, written by `rlad export verl`; needs verl 0.9 with "
+            "vLLM, and rlad, on every node.",
+            "# Further overrides of verl's settings may follow the script's name, and win. PYTHON "
+            "names the interpreter.",
             "#",
             "# What verl does otherwise, or not at all:",
             *(f"# - {note}" for note in notes),
@@ -161,7 +210,13 @@ def _hydra(value: Any) -> str:
             return "null"
         case bool():
             return str(value)
-        case str() if _IS_BARE.fullmatch(value) and value.lower() not in ("null", "true", "false", "nan", "inf"):
+        case str() if _IS_BARE.fullmatch(value) and value.lower() not in (
+            "null",
+            "true",
+            "false",
+            "nan",
+            "inf",
+        ):
             return value
         case str():
             escaped = value.replace("\\", "\\\\").replace("'", "\\'")
@@ -172,9 +227,16 @@ def _hydra(value: Any) -> str:
             return repr(value)
 
 
-def _readme(config: RunConfig, cluster: Cluster, notes: list[str], num_train: int, num_validation: int) -> str:
-    gpus, teacher = cluster.gpus_per_node * cluster.nodes, cluster.teacher_gpus_per_node * cluster.teacher_nodes
-    where = f"{gpus} GPUs for the student" + (f", {teacher} for the teacher" if config.objective.type != "grpo" else "")
+def _readme(
+    config: RunConfig, cluster: Cluster, notes: list[str], num_train: int, num_validation: int
+) -> str:
+    gpus, teacher = (
+        cluster.gpus_per_node * cluster.nodes,
+        cluster.teacher_gpus_per_node * cluster.teacher_nodes,
+    )
+    where = f"{gpus} GPUs for the student" + (
+        f", {teacher} for the teacher" if config.objective.type != "grpo" else ""
+    )
     told = "\n".join(f"- {note}" for note in notes)
     return f"""# {config.objective.type} on verl
 

@@ -1,18 +1,26 @@
-"""A run's config as overrides of `verl.trainer.main_ppo` (0.9), and what of it has no equivalent there. Imports no verl."""
+"""A run's config as overrides of `verl.trainer.main_ppo` (0.9), and what of it has no equivalent
+there. Imports no verl."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlad.config.file import changed_settings
-from rlad.config.run import Annealed, OptimizationConfig, RolloutConfig, RunConfig
+from rlad.config.run import OptimizationConfig, RolloutConfig, RunConfig
 from rlad.config.teacher import LocalTeacherConfig
+from rlad.config.types import Annealed
 from rlad.engines.verl.objective import NAMES, VARIABLE, objective_json
 from rlad.models.files import located
 
-AGGREGATION = {"sequence_mean": "seq-mean-token-mean", "token_mean": "token-mean", "constant_length": "seq-mean-token-sum-norm"}
+AGGREGATION = {
+    "sequence_mean": "seq-mean-token-mean",
+    "token_mean": "token-mean",
+    "constant_length": "seq-mean-token-sum-norm",
+}
 _STUDENT_SETTINGS = ("model", "dtype", "device", "gradient_checkpointing")
-_NO_DUAL_CLIP = 1e9  # verl's GRPO always bounds the loss of negative advantages; this bound is never reached
+_NO_DUAL_CLIP = (
+    1e9  # verl's GRPO always bounds the loss of negative advantages; this bound is never reached
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +45,24 @@ def require_exportable(config: RunConfig, cluster: Cluster) -> None:
     _require_objective(config)
     loop, student = config.optimization, config.student
     if loop.schedule == "linear":
-        raise ValueError("optimization.schedule = 'linear' is not available on verl; use constant or cosine.")
+        raise ValueError(
+            "optimization.schedule = 'linear' is not available on verl; use constant or cosine."
+        )
     if isinstance(loop.kl_coef, Annealed):
-        raise ValueError("optimization.kl_coef moves with the step, which verl's does not; give one number.")
+        raise ValueError(
+            "optimization.kl_coef moves with the step, which verl's does not; give one number."
+        )
     for name, field in type(student).model_fields.items():
         if name not in _STUDENT_SETTINGS and getattr(student, name) != field.default:
-            raise ValueError(f"student.{name} is not exported to verl; leave it out, or use another engine.")
+            raise ValueError(
+                f"student.{name} is not exported to verl; leave it out, or use another engine."
+            )
     gpus = cluster.gpus_per_node * cluster.nodes
     for what, number in _rows(config).items():
         if number % gpus:
             raise ValueError(
-                f"{what} holds {number} completions, which {gpus} GPUs cannot share equally; change rollout.prompts_per_batch, "
+                f"{what} holds {number} completions, which {gpus} GPUs cannot share equally; "
+                "change rollout.prompts_per_batch, "
                 "rollout.group_size or --gpus-per-node and --nodes."
             )
 
@@ -57,22 +72,30 @@ def _require_objective(config: RunConfig) -> None:
     if objective.type == "grpo":
         if objective.ratio_level != "token":
             raise ValueError(
-                "objective.ratio_level = 'sequence' is not exported for grpo, for which verl's own loss is taken; use 'token'."
+                "objective.ratio_level = 'sequence' is not exported for grpo, for which verl's own "
+                "loss is taken; use 'token'."
             )
         return
     if objective.type not in NAMES:
         raise ValueError(
-            f"objective {objective.type!r} is not available on verl; use one of grpo, {', '.join(NAMES)}, or the native engine."
+            f"objective {objective.type!r} is not available on verl; use one of grpo, "
+            f"{', '.join(NAMES)}, or the native engine."
         )
     objective_json(objective)
-    if not isinstance(teacher, LocalTeacherConfig) or teacher.random_weights or teacher.quantization != "none":
+    if (
+        not isinstance(teacher, LocalTeacherConfig)
+        or teacher.random_weights
+        or teacher.quantization != "none"
+    ):
         raise ValueError(
-            "the [teacher] must be of type 'local', with its own weights and without quantization: verl starts the servers of "
+            "the [teacher] must be of type 'local', with its own weights and without quantization: "
+            "verl starts the servers of "
             "the teacher itself, from a model's folder or name."
         )
     if temperature != 1:
         raise ValueError(
-            f"rollout.temperature is {temperature}, but verl's teacher always scores at 1; set it to 1, or use another engine."
+            f"rollout.temperature is {temperature}, but verl's teacher always scores at 1; set it "
+            "to 1, or use another engine."
         )
 
 
@@ -86,8 +109,11 @@ def num_rollout_batches(config: RunConfig) -> int:
     return -(-config.optimization.num_steps // config.optimization.steps_per_rollout_batch)
 
 
-def overrides(config: RunConfig, cluster: Cluster, *, prompt_tokens: int, chat_template: str | None) -> dict[str, Any]:
-    """Hydra keys and values; `prompt_tokens` is the longest prompt's, `chat_template` one that replaces the student's."""
+def overrides(
+    config: RunConfig, cluster: Cluster, *, prompt_tokens: int, chat_template: str | None
+) -> dict[str, Any]:
+    """Hydra keys and values; `prompt_tokens` is the longest prompt's, `chat_template` one that
+    replaces the student's."""
     return {
         **_data(config, prompt_tokens),
         **_student(config, chat_template),
@@ -108,7 +134,10 @@ def _data(config: RunConfig, prompt_tokens: int) -> dict[str, Any]:
         "data.shuffle": False,
         "data.seed": config.seed,
         "data.truncation": "error",
-        **{f"+data.apply_chat_template_kwargs.{name}": value for name, value in config.rollout.chat_template_kwargs.items()},
+        **{
+            f"+data.apply_chat_template_kwargs.{name}": value
+            for name, value in config.rollout.chat_template_kwargs.items()
+        },
         "reward.custom_reward_function.path": "pkg://rlad.engines.verl.reward",
         "reward.custom_reward_function.name": "compute_score",
         "+reward.custom_reward_function.reward_kwargs.config": InFolder("config.toml"),
@@ -151,7 +180,8 @@ def _rollouts(config: RunConfig) -> dict[str, Any]:
 def _optimisation(config: RunConfig, prompt_tokens: int) -> dict[str, Any]:
     rollout, loop = config.rollout, config.optimization
     keys: dict[str, Any] = {
-        "actor_rollout_ref.actor.ppo_mini_batch_size": rollout.prompts_per_batch // loop.steps_per_rollout_batch,
+        "actor_rollout_ref.actor.ppo_mini_batch_size": rollout.prompts_per_batch
+        // loop.steps_per_rollout_batch,
         "actor_rollout_ref.actor.ppo_epochs": 1,
         "actor_rollout_ref.actor.use_dynamic_bsz": True,
         "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": max(
@@ -165,7 +195,8 @@ def _optimisation(config: RunConfig, prompt_tokens: int) -> dict[str, Any]:
         "actor_rollout_ref.actor.optim.betas": list(loop.betas),
         "actor_rollout_ref.actor.optim.weight_decay": loop.weight_decay,
         "actor_rollout_ref.actor.optim.lr_scheduler_type": loop.schedule,
-        "actor_rollout_ref.actor.optim.lr_warmup_steps": loop.warmup_steps // loop.steps_per_rollout_batch,
+        "actor_rollout_ref.actor.optim.lr_warmup_steps": loop.warmup_steps
+        // loop.steps_per_rollout_batch,
         "actor_rollout_ref.actor.optim.clip_grad": loop.max_grad_norm,
         "actor_rollout_ref.actor.grad_clip": loop.max_grad_norm,
         "algorithm.adv_estimator": "grpo",
@@ -233,31 +264,53 @@ def model_path(name: str) -> str:
 
 def without_equivalent(config: RunConfig) -> list[str]:
     """What verl does otherwise, or not at all: one sentence each."""
-    loop, rollout, per_batch = config.optimization, config.rollout, config.optimization.steps_per_rollout_batch
+    loop, rollout, per_batch = (
+        config.optimization,
+        config.rollout,
+        config.optimization.steps_per_rollout_batch,
+    )
     notes = [
-        "Advantages are verl's: divided by the sample standard deviation + 1e-6 (rlad: population standard deviation + 1e-4)."
+        "Advantages are verl's: divided by the sample standard deviation + 1e-6 (rlad: population "
+        "standard deviation + 1e-4)."
         if loop.advantage_scale == "std"
         else "",
-        "A completion that the verifier cannot judge is left out of its group, and logged by verl as a failed session.",
-        "An answer in which the token limit cuts a completion off is judged as it stands: verl does not say that it was cut.",
-        f"optimization.max_missing_teacher_share = {loop.max_missing_teacher_share} is not enforced: tokens without a "
-        "teacher's log-prob have the loss 0, still count in the denominator, and are logged as actor/rlad/dropped/mean."
+        "A completion that the verifier cannot judge is left out of its group, and logged by verl "
+        "as a failed session.",
+        "An answer in which the token limit cuts a completion off is judged as it stands: verl "
+        "does not say that it was cut.",
+        f"optimization.max_missing_teacher_share = {loop.max_missing_teacher_share} is not "
+        "enforced: tokens without a "
+        "teacher's log-prob have the loss 0, still count in the denominator, and are logged as "
+        "actor/rlad/dropped/mean."
         if config.objective.type != "grpo"
         else "",
-        "evaluation: verl validates; the test problems and ood_task are for `rlad evaluate` on the finished model.",
-        "Sampled tokens are vLLM's: the same seed gives other completions than on the native engine.",
+        "evaluation: verl validates; the test problems and ood_task are for `rlad evaluate` on the "
+        "finished model.",
+        "Sampled tokens are vLLM's: the same seed gives other completions than on the native "
+        "engine.",
     ]
     if per_batch > 1:
-        notes.append("The learning rate moves once for each rollout batch, not for each optimiser step; so does the warm-up.")
+        notes.append(
+            "The learning rate moves once for each rollout batch, not for each optimiser step; so "
+            "does the warm-up."
+        )
         notes.append("verl chooses which completions of a rollout batch share an optimiser step.")
         if loop.num_steps % per_batch:
-            notes.append(f"optimization.num_steps = {loop.num_steps} is rounded up to whole rollout batches.")
+            notes.append(
+                f"optimization.num_steps = {loop.num_steps} is rounded up to whole rollout batches."
+            )
     defaults = OptimizationConfig(), RolloutConfig()
     for name in ("max_seconds", "max_teacher_tokens", "max_skipped_steps"):
         if getattr(loop, name) != getattr(defaults[0], name):
-            notes.append(f"optimization.{name} = {getattr(loop, name)} is not carried over: verl has no such limit.")
+            notes.append(
+                f"optimization.{name} = {getattr(loop, name)} is not carried over: verl has no "
+                "such limit."
+            )
     if rollout.max_batch_rows != defaults[1].max_batch_rows:
-        notes.append(f"rollout.max_batch_rows = {rollout.max_batch_rows} is not carried over: vLLM schedules by itself.")
+        notes.append(
+            f"rollout.max_batch_rows = {rollout.max_batch_rows} is not carried over: vLLM "
+            "schedules by itself."
+        )
     for key, value in changed_settings(config).items():
         if key in ("student.device", "teacher.device", "teacher.keep", "teacher.tokens_per_batch"):
             notes.append(f"{key} = {value!r} is not carried over: verl places models itself.")

@@ -1,9 +1,11 @@
-"""LoRA adapters inside a transformers model, which stays a `PreTrainedModel`. The only file that imports peft.
+"""LoRA adapters inside a transformers model, which stays a `PreTrainedModel`. The only file that
+imports peft.
 
     y = W x + alpha / rank * B (A x)        A [rank, in], B [out, rank]; W stands still
 
-An adapter folder is as PEFT writes it: adapter_config.json, which names the base model, and adapter_model.safetensors. The
-weights of adapters are float32, whatever those of the base model are.
+An adapter folder is as PEFT writes it: adapter_config.json, which names the base model, and
+adapter_model.safetensors. The weights of adapters are float32, whatever those of the base model
+are.
 """
 
 import warnings
@@ -30,20 +32,29 @@ _CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
 def add_lora(model: PreTrainedModel, settings: LoraConfig, *, base: str, seed: int) -> None:
-    """A new adapter that changes nothing yet: B = 0 and A drawn by PEFT from `seed`. It alone is trainable.
+    """A new adapter that changes nothing yet: B = 0 and A drawn by PEFT from `seed`. It alone is
+    trainable.
 
-    Call it on the CPU: A does not depend on the device then. Raises `ValueError` for target modules that are not there.
+    Call it on the CPU: A does not depend on the device then. Raises `ValueError` for target modules
+    that are not there.
     """
     import peft
 
-    targets = settings.target_modules if isinstance(settings.target_modules, str) else list(settings.target_modules)
-    config = peft.LoraConfig(r=settings.rank, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM")
+    targets = (
+        settings.target_modules
+        if isinstance(settings.target_modules, str)
+        else list(settings.target_modules)
+    )
+    config = peft.LoraConfig(
+        r=settings.rank, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM"
+    )
     config.lora_alpha = settings.alpha  # type: ignore[assignment] (PEFT only divides it by r)
     try:
         _inject(model, config, STUDENT)
     except ValueError as error:
         raise ValueError(
-            f"student.lora.target_modules = {targets!r} does not fit model {base!r} ({str(error).splitlines()[0]}); name "
+            f"student.lora.target_modules = {targets!r} does not fit model {base!r} "
+            f"({str(error).splitlines()[0]}); name "
             'linear layers of it such as ["q_proj", "v_proj"], or take "all-linear".'
         ) from None
     with torch.random.fork_rng():
@@ -74,7 +85,8 @@ def load_adapter(model: PreTrainedModel, folder: str, name: str = STUDENT) -> No
 
 
 def add_frozen_adapter(model: PreTrainedModel, folder: str) -> str:
-    """Add the adapter of a folder without using it: what is active and what is trainable stays so. Returns its name."""
+    """Add the adapter of a folder without using it: what is active and what is trainable stays so.
+    Returns its name."""
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     name = f"frozen{len(getattr(model, 'peft_config', {}))}"
     load_adapter(model, folder, name)
@@ -94,19 +106,25 @@ def adapter_names(model: PreTrainedModel) -> list[str]:
 
 def save_adapter(model: PreTrainedModel, folder: Path, name: str = STUDENT) -> None:
     """The adapter alone, as PEFT writes and reads it."""
-    weights = {PREFIX + key: tensor.detach().cpu().contiguous() for key, tensor in _weights(model, name).items()}
+    weights = {
+        PREFIX + key: tensor.detach().cpu().contiguous()
+        for key, tensor in _weights(model, name).items()
+    }
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     model.peft_config[name].save_pretrained(str(folder))  # type: ignore[attr-defined]
 
 
 def merge_adapter(model: PreTrainedModel) -> None:
-    """Add the active adapter, if there is one, to the weights under it: the model is then a plain one, without adapters.
+    """Add the active adapter, if there is one, to the weights under it: the model is then a plain
+    one, without adapters.
 
     Tied embeddings of which one alone has an adapter are untied: merged, they are two.
     """
     wrapped = set(_lora_layers(model))
-    layers: dict[str, Any] = {name: layer for name, layer in model.named_modules() if layer in wrapped}
+    layers: dict[str, Any] = {
+        name: layer for name, layer in model.named_modules() if layer in wrapped
+    }
     is_tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     if is_tied and wrapped & {model.get_input_embeddings(), model.get_output_embeddings()}:
         _untie(model)
@@ -132,9 +150,11 @@ def has_adapter(model: PreTrainedModel, name: str = STUDENT) -> bool:
 
 @contextmanager
 def only_adapter(model: PreTrainedModel, name: str | None) -> Iterator[None]:
-    """Within it the model computes with its adapter `name` alone, or (None) with its base weights alone; afterwards as before.
+    """Within it the model computes with its adapter `name` alone, or (None) with its base weights
+    alone; afterwards as before.
 
-    PEFT makes an adapter trainable when it is switched on, and not when it is switched off: those flags come back too.
+    PEFT makes an adapter trainable when it is switched on, and not when it is switched off: those
+    flags come back too.
     """
     layers = _lora_layers(model)
     before = [(layer, list(layer.active_adapters), layer.disable_adapters) for layer in layers]
@@ -156,31 +176,50 @@ def only_adapter(model: PreTrainedModel, name: str | None) -> Iterator[None]:
 
 
 def require_shareable(folder: str, base_config: PretrainedConfig) -> None:
-    """`ValueError` unless the folder holds a LoRA adapter that leaves base weights as they are and fits this base model."""
+    """`ValueError` unless the folder holds a LoRA adapter that leaves base weights as they are and
+    fits this base model."""
     config = read_adapter_config(folder)
     init = config.get("init_lora_weights")
     if config.get("peft_type") != "LORA":
         raise ValueError(f"it is a {config.get('peft_type')} adapter; {_only_lora(folder)}")
-    if config.get("modules_to_save") or config.get("bias", "none") != "none" or config.get("trainable_token_indices"):
-        raise ValueError(f"it replaces weights of the base model (modules_to_save, bias or tokens); {_only_lora(folder)}")
+    if (
+        config.get("modules_to_save")
+        or config.get("bias", "none") != "none"
+        or config.get("trainable_token_indices")
+    ):
+        raise ValueError(
+            "it replaces weights of the base model (modules_to_save, bias or tokens); "
+            f"{_only_lora(folder)}"
+        )
     if isinstance(init, str) and init.startswith(_CHANGE_THE_BASE):
-        raise ValueError(f"its init_lora_weights = {init!r} changes the base weights; {_only_lora(folder)}")
+        raise ValueError(
+            f"its init_lora_weights = {init!r} changes the base weights; {_only_lora(folder)}"
+        )
     _require_shapes(folder, base_config, "the student's base model")
 
 
 def require_loadable(folder: str, base_config: PretrainedConfig) -> None:
-    """`ValueError` unless an adapter's folder is whole and of a type that PEFT adds to a model; a LoRA must fit its base."""
+    """`ValueError` unless an adapter's folder is whole and of a type that PEFT adds to a model; a
+    LoRA must fit its base."""
     require_peft(f"adapter {folder!r}")
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners.tuners_utils import BaseTuner
 
     peft_type = read_adapter_config(folder).get("peft_type")
-    tuners: dict[Any, Any] = {each.value: tuner for each, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items()}
+    tuners: dict[Any, Any] = {
+        each.value: tuner for each, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items()
+    }
     tuner = tuners.get(str(peft_type))
-    # Types that prepend to a prompt, and those whose layers share tensors, need a model class of PEFT's own.
-    if tuner is None or not issubclass(tuner, BaseTuner) or getattr(tuner, "uses_shared_state", False):
+    # Types that prepend to a prompt, and those whose layers share tensors, need a model class of
+    # PEFT's own.
+    if (
+        tuner is None
+        or not issubclass(tuner, BaseTuner)
+        or getattr(tuner, "uses_shared_state", False)
+    ):
         raise ValueError(
-            f"adapter {folder!r} has peft_type = {peft_type!r}, which the installed peft cannot add to a model; give a LoRA "
+            f"adapter {folder!r} has peft_type = {peft_type!r}, which the installed peft cannot "
+            "add to a model; give a LoRA "
             "adapter, or merge it into its base model first."
         )
     if peft_type == "LORA":
@@ -190,7 +229,8 @@ def require_loadable(folder: str, base_config: PretrainedConfig) -> None:
 
 
 def _require_shapes(folder: str, base_config: PretrainedConfig, base: str) -> None:
-    """`ValueError` unless the tensors of a LoRA folder fit the model of a config, which is not loaded."""
+    """`ValueError` unless the tensors of a LoRA folder fit the model of a config, which is not
+    loaded."""
     import peft
 
     shapes = _read_shapes(folder)
@@ -198,10 +238,14 @@ def _require_shapes(folder: str, base_config: PretrainedConfig, base: str) -> No
         model = AutoModelForCausalLM.from_config(base_config)
         try:
             config: Any = peft.PeftConfig.from_pretrained(folder)
-            config.init_lora_weights = True  # none that would compute with weights that are not there
+            config.init_lora_weights = (
+                True  # none that would compute with weights that are not there
+            )
             _inject(model, config, STUDENT)
         except (ValueError, TypeError) as error:
-            raise ValueError(f"adapter {folder!r} does not fit {base} ({str(error).splitlines()[0]}).") from None
+            raise ValueError(
+                f"adapter {folder!r} does not fit {base} ({str(error).splitlines()[0]})."
+            ) from None
     require_fit(folder, shapes, _weights(model, STUDENT))
 
 
@@ -210,21 +254,29 @@ def _only_lora(folder: str) -> str:
 
 
 def require_fit(folder: str, saved: dict[str, tuple[int, ...]], wanted: dict[str, Tensor]) -> None:
-    """`ValueError` unless a folder's tensors have the names and shapes that its adapter has in the base model."""
+    """`ValueError` unless a folder's tensors have the names and shapes that its adapter has in the
+    base model."""
     shapes = {key: tuple(tensor.shape) for key, tensor in wanted.items()}
-    if differing := sorted(key for key in shapes.keys() | saved.keys() if shapes.get(key) != saved.get(key)):
+    if differing := sorted(
+        key for key in shapes.keys() | saved.keys() if shapes.get(key) != saved.get(key)
+    ):
         first = differing[0]
         raise ValueError(
-            f"the weights of adapter {folder!r} do not fit: {len(differing)} tensors differ, the first is {first!r} with shape "
+            f"the weights of adapter {folder!r} do not fit: {len(differing)} tensors differ, the "
+            f"first is {first!r} with shape "
             f"{saved.get(first, 'missing')} instead of {shapes.get(first, 'none')}; its base "
             "model is another one, or it is damaged."
         )
 
 
 def read_weights(folder: str) -> dict[str, Tensor]:
-    """The tensors of an adapter folder, by their name in the model. `ValueError` when they cannot be read."""
+    """The tensors of an adapter folder, by their name in the model. `ValueError` when they cannot
+    be read."""
     try:
-        return {key.removeprefix(PREFIX): tensor for key, tensor in load_file(Path(folder) / WEIGHTS).items()}
+        return {
+            key.removeprefix(PREFIX): tensor
+            for key, tensor in load_file(Path(folder) / WEIGHTS).items()
+        }
     except (OSError, SafetensorError) as error:
         raise ValueError(unreadable(folder, WEIGHTS, error)) from None
 
@@ -232,15 +284,21 @@ def read_weights(folder: str) -> dict[str, Tensor]:
 def _read_shapes(folder: str) -> dict[str, tuple[int, ...]]:
     try:
         with safe_open(Path(folder) / WEIGHTS, framework="pt") as file:
-            return {key.removeprefix(PREFIX): tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            return {
+                key.removeprefix(PREFIX): tuple(file.get_slice(key).get_shape())
+                for key in file.keys()
+            }
     except (OSError, SafetensorError) as error:
         raise ValueError(unreadable(folder, WEIGHTS, error)) from None
 
 
 def _inject(model: PreTrainedModel, config: Any, name: str) -> None:
-    """Layers for an adapter, float32, active and alone trainable; they hold nothing yet. Leaves global randomness."""
+    """Layers for an adapter, float32, active and alone trainable; they hold nothing yet. Leaves
+    global randomness."""
     with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of several adapters, and of layers that hold their weights transposed
+        warnings.simplefilter(
+            "ignore"
+        )  # of several adapters, and of layers that hold their weights transposed
         model.add_adapter(config, name)
     for parameter_name, parameter in model.named_parameters():
         if f".{name}." in parameter_name or parameter_name.endswith(f".{name}"):

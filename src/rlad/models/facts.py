@@ -24,11 +24,13 @@ _TOKENIZER_CLASSES = {
     ("qwen3", "TokenizersBackend"): "TokenizersBackend",
     ("qwen3", "PreTrainedTokenizerFast"): "TokenizersBackend",
 }
-"""(a model's family, the class that its tokenizer names): the class that transformers' `AutoTokenizer` takes"""
+"""(a model's family, the class that its tokenizer names): the class that transformers'
+`AutoTokenizer` takes"""
 
 
 def config_of(name: str) -> Any:
-    """The config of a model, its own or transformers', both with the same names. `ValueError` when `name` is no model."""
+    """The config of a model, its own or transformers', both with the same names. `ValueError` when
+    `name` is no model."""
     config = plain_config(name)
     if config is None:
         from rlad.models.loading import load_model_config
@@ -38,7 +40,8 @@ def config_of(name: str) -> Any:
 
 
 def tokenizer_of(name: str) -> AnyTokenizer:
-    """A tokenizer for prompts and comparisons. `ValueError` when there is none or it cannot be loaded."""
+    """A tokenizer for prompts and comparisons. `ValueError` when there is none or it cannot be
+    loaded."""
     tokenizer = plain_tokenizer(name) or _of_known_class(name)
     if tokenizer is None:
         from rlad.models.loading import load_tokenizer
@@ -48,25 +51,31 @@ def tokenizer_of(name: str) -> AnyTokenizer:
 
 
 def _of_known_class(name: str) -> "PreTrainedTokenizerBase | None":
-    """A folder's tokenizer as `AutoTokenizer` makes it, where its class is known beforehand: choosing it imports torch.
+    """A folder's tokenizer as `AutoTokenizer` makes it, where its class is known beforehand:
+    choosing it imports torch.
 
     None elsewhere, and for one that cannot be loaded: `load_tokenizer` says why.
     """
     config, settings = plain_config(name), read_json(Path(files_of(name)) / "tokenizer_config.json")
-    chosen = _TOKENIZER_CLASSES.get((str(getattr(config, "model_type", None)), str(settings.get("tokenizer_class"))))
+    chosen = _TOKENIZER_CLASSES.get(
+        (str(getattr(config, "model_type", None)), str(settings.get("tokenizer_class")))
+    )
     if chosen is None or "auto_map" in settings:
         return None
     import transformers
 
     try:
-        tokenizer = getattr(transformers, chosen).from_pretrained(files_of(name), trust_remote_code=False)
+        tokenizer = getattr(transformers, chosen).from_pretrained(
+            files_of(name), trust_remote_code=False
+        )
     except Exception:  # whatever transformers makes of files that are not what they should be
         return None
     return tokenizer if len(tokenizer) else None
 
 
 def generation_of(name: str) -> Any:
-    """The `generation_config.json` of a model, where end tokens stand too; None where there is none."""
+    """The `generation_config.json` of a model, where end tokens stand too; None where there is
+    none."""
     folder = Path(files_of(name))
     if folder.is_dir():
         return SimpleNamespace(**read_json(folder / "generation_config.json"))
@@ -80,7 +89,9 @@ def generation_of(name: str) -> Any:
 
 def device_name(device: str) -> str:
     """What `rlad.models.loading.pick_device` picks, with its errors."""
-    has_no_gpu = sys.platform == "linux" and not any(file for name in _GPU_FILES for file in Path("/dev").glob(name))
+    has_no_gpu = sys.platform == "linux" and not any(
+        file for name in _GPU_FILES for file in Path("/dev").glob(name)
+    )
     if device == "cpu" or (device == "auto" and has_no_gpu):
         return "cpu"
     from rlad.models.loading import pick_device

@@ -1,7 +1,8 @@
-"""A model's folder, embedded, prepared, own or an adapter's, and what it says of itself. Imports no torch, no transformers.
+"""A model's folder, embedded, prepared, own or an adapter's, and what it says of itself. Imports no
+torch, no transformers.
 
-`plain_config` and `num_stored_weights` answer where the files alone say what transformers would, and None everywhere else: then
-it is for transformers to say.
+`plain_config` and `num_stored_weights` answer where the files alone say what transformers would,
+and None everywhere else: then it is for transformers to say.
 """
 
 import importlib.util
@@ -40,14 +41,19 @@ def is_adapter(name: str) -> bool:
 
 
 def adapter_base(folder: str) -> str:
-    """The base model that an adapter folder names. `ValueError` when it names none, or an adapter."""
+    """The base model that an adapter folder names. `ValueError` when it names none, or an
+    adapter."""
     base = read_adapter_config(folder).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ValueError(
-            f"adapter {folder!r} does not name its base model; write base_model_name_or_path into its {ADAPTER_CONFIG}."
+            f"adapter {folder!r} does not name its base model; write base_model_name_or_path into "
+            f"its {ADAPTER_CONFIG}."
         )
     if is_adapter(base):
-        raise ValueError(f"adapter {folder!r} stands on {base!r}, another adapter; merge that one into its base model first.")
+        raise ValueError(
+            f"adapter {folder!r} stands on {base!r}, another adapter; merge that one into its base "
+            "model first."
+        )
     return base
 
 
@@ -77,12 +83,14 @@ def has_tokenizer(folder: str) -> bool:
 
 
 def files_of(name: str) -> Path | str:
-    """Where transformers finds a model's own files, or those of the model that an adapter stands on."""
+    """Where transformers finds a model's own files, or those of the model that an adapter stands
+    on."""
     return located(base_model(name))
 
 
 def located(name: str) -> Path | str:
-    """The folder of an embedded or a packaged model; every other name as it is. `ValueError` for one that is not prepared."""
+    """The folder of an embedded or a packaged model; every other name as it is. `ValueError` for
+    one that is not prepared."""
     return EMBEDDED.get(name) or prepared_folder(name) or name
 
 
@@ -90,10 +98,14 @@ def has_weights(folder: Path) -> bool:
     """Whether a model folder holds safetensors: the one file, or all that its index names."""
     if (folder / "model.safetensors").is_file():
         return True
-    shards = set((read_json(folder / "model.safetensors.index.json").get("weight_map") or {}).values())
+    shards = set(
+        (read_json(folder / "model.safetensors.index.json").get("weight_map") or {}).values()
+    )
     if shards:
         return all((folder / shard).is_file() for shard in shards)
-    return any("-of-" not in file.name for file in folder.glob("*.safetensors"))  # a shard needs its index
+    return any(
+        "-of-" not in file.name for file in folder.glob("*.safetensors")
+    )  # a shard needs its index
 
 
 def require_weights(name: str) -> None:
@@ -102,20 +114,27 @@ def require_weights(name: str) -> None:
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         if pickles := sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES):
             raise ValueError(
-                f"model folder {name!r} has its weights in {pickles[0]}, a pickle, which may run code when it is read; convert "
+                f"model folder {name!r} has its weights in {pickles[0]}, a pickle, which may run "
+                "code when it is read; convert "
                 "it to safetensors, where you trust it, with `save_pretrained`."
             )
-        raise ValueError(f"model folder {name!r} has no *.safetensors file; save its weights there with `save_pretrained`.")
+        raise ValueError(
+            f"model folder {name!r} has no *.safetensors file; save its weights there with "
+            "`save_pretrained`."
+        )
 
 
 def require_peft(what: str) -> None:
     """`ValueError` unless peft is installed; `what` needs it."""
     if importlib.util.find_spec("peft") is None:
-        raise ValueError(f"{what} needs peft, which is not installed; install it with: pip install 'rlad[peft]'.")
+        raise ValueError(
+            f"{what} needs peft, which is not installed; install it with: pip install 'rlad[peft]'."
+        )
 
 
 def resolvable(name: str) -> str:
-    """A model's name for adapter_config.json: a folder's full path, found from everywhere; else as it is."""
+    """A model's name for adapter_config.json: a folder's full path, found from everywhere; else as
+    it is."""
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
@@ -130,9 +149,13 @@ class PlainConfig(SimpleNamespace):
 
 
 def plain_config(name: str) -> PlainConfig | None:
-    """The config of a folder's causal language model of a common family that states all its sizes."""
+    """The config of a folder's causal language model of a common family that states all its
+    sizes."""
     settings = {} if is_adapter(name) else read_json(Path(files_of(name)) / "config.json")
-    architectures, sizes = settings.get("architectures"), _FAMILIES.get(str(settings.get("model_type")))
+    architectures, sizes = (
+        settings.get("architectures"),
+        _FAMILIES.get(str(settings.get("model_type"))),
+    )
     is_plain = (
         sizes is not None
         and isinstance(architectures, list)
@@ -150,19 +173,27 @@ def context_tokens(config: Any) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def end_token_ids(config: Any, generation: Any, tokenizer: Any, more: Sequence[str] = ()) -> tuple[int, ...]:
-    """Every end token that a model or its tokenizer declares (chat models have more than one), and `more`.
+def end_token_ids(
+    config: Any, generation: Any, tokenizer: Any, more: Sequence[str] = ()
+) -> tuple[int, ...]:
+    """Every end token that a model or its tokenizer declares (chat models have more than one), and
+    `more`.
 
     `ValueError` without any, and for one that the tokenizer does not know.
     """
     declared = getattr(generation, "eos_token_id", None)
-    declared = getattr(config.get_text_config(), "eos_token_id", None) if declared is None else declared
+    declared = (
+        getattr(config.get_text_config(), "eos_token_id", None) if declared is None else declared
+    )
     ids = [declared] if isinstance(declared, int) else list(declared or [])
     if isinstance(tokenizer.eos_token_id, int):
         ids.append(tokenizer.eos_token_id)
     ids += [token_id(tokenizer, token, "student.end_tokens") for token in more]
     if not ids:
-        raise ValueError(f"model {tokenizer.name_or_path!r} declares no end token; set `eos_token` in its tokenizer.")
+        raise ValueError(
+            f"model {tokenizer.name_or_path!r} declares no end token; set `eos_token` in its "
+            "tokenizer."
+        )
     return tuple(dict.fromkeys(ids))
 
 
@@ -170,25 +201,37 @@ def token_id(tokenizer: Any, token: str, setting: str) -> int:
     """The id of one token by its string. `ValueError` when the tokenizer has no such token."""
     found = tokenizer.get_vocab().get(token)
     if found is None:
-        raise ValueError(f"{setting} names {token!r}, which is no single token of {tokenizer.name_or_path!r}; correct it.")
+        raise ValueError(
+            f"{setting} names {token!r}, which is no single token of {tokenizer.name_or_path!r}; "
+            "correct it."
+        )
     return found
 
 
 def num_stored_weights(name: str) -> int | None:
-    """How many numbers the weights of a folder's model are, by the headers of its files; tied ones once."""
+    """How many numbers the weights of a folder's model are, by the headers of its files; tied ones
+    once."""
     config, folder = plain_config(name), Path(files_of(name))
     index = read_json(folder / "model.safetensors.index.json").get("weight_map", {})
-    files = ["model.safetensors"] if (folder / "model.safetensors").is_file() else sorted(set(index.values()))
+    files = (
+        ["model.safetensors"]
+        if (folder / "model.safetensors").is_file()
+        else sorted(set(index.values()))
+    )
     shapes: dict[str, list[int]] = {}
     try:
         for file in files:
             with safe_open(folder / file, framework="np") as tensors:
-                shapes |= {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118
+                shapes |= {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}
     except (OSError, SafetensorError):
         return None
     # Buffers, and a tied output layer that was stored all the same, are no weights of their own.
     is_plain = shapes and all(key.endswith((".weight", ".bias")) for key in shapes)
-    if config is None or not is_plain or (getattr(config, "tie_word_embeddings", True) and "lm_head.weight" in shapes):
+    if (
+        config is None
+        or not is_plain
+        or (getattr(config, "tie_word_embeddings", True) and "lm_head.weight" in shapes)
+    ):
         return None
     return sum(map(prod, shapes.values()))
 

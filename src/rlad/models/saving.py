@@ -7,7 +7,8 @@ from rlad.models.loading import LanguageModel
 
 
 def save_model(language_model: LanguageModel, folder: Path) -> None:
-    """Weights and tokenizer as `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` read them.
+    """Weights and tokenizer as `AutoModelForCausalLM.from_pretrained` and
+    `AutoTokenizer.from_pretrained` read them.
 
     Of a LoRA student the adapter alone, as PEFT reads it.
     """

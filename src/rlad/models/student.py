@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 def load_student(config: RunConfig, checkpoint: Path | None = None) -> LanguageModel:
-    """The model to be trained: the initial student, or what a checkpoint holds of it. `ValueError` when that cannot be."""
+    """The model to be trained: the initial student, or what a checkpoint holds of it. `ValueError`
+    when that cannot be."""
     from rlad.models.loading import load_language_model
 
     settings = config.student
@@ -35,7 +36,8 @@ def require_base_model(config: RunConfig) -> None:
     """`ValueError` when the student to be trained is an adapter, or its adapter cannot be made."""
     if is_adapter(config.student.model):
         raise ValueError(
-            f"student.model = {config.student.model!r} is a LoRA adapter, and a run starts from a whole model; merge it into "
+            f"student.model = {config.student.model!r} is a LoRA adapter, and a run starts from a "
+            "whole model; merge it into "
             "its base model (PEFT's merge_and_unload) and give the folder of the result."
         )
     if config.student.lora:
@@ -43,5 +45,6 @@ def require_base_model(config: RunConfig) -> None:
 
 
 def load_reference(config: RunConfig, student: LanguageModel) -> LanguageModel:
-    """The frozen initial student: a second copy of it, or a LoRA student itself, whose base weights it is."""
+    """The frozen initial student: a second copy of it, or a LoRA student itself, whose base weights
+    it is."""
     return student if config.student.lora else load_student(config)

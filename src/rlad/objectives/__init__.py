@@ -1,7 +1,9 @@
-"""The objectives: pure functions from log-probs and advantages to a loss per token, and their table.
+"""The objectives: pure functions from log-probs and advantages to a loss per token, and their
+table.
 
-Every objective has the signature of `trrd_loss`: keyword tensors `[batch, token]` in, `(token_loss, stats)` out. An engine
-computes the tensors in `needs`, calls `token_loss`, and divides in `rlad.objectives.aggregate`; there is no mathematics elsewhere.
+Every objective has the signature of `trrd_loss`: keyword tensors `[batch, token]` in, `(token_loss,
+stats)` out. An engine computes the tensors in `needs`, calls `token_loss`, and divides in
+`rlad.objectives.aggregate`; there is no mathematics elsewhere.
 """
 
 import inspect
@@ -34,7 +36,8 @@ class Objective:
     needs: tuple[str, ...]
     paper: str
     zero_advantage_is_zero_gradient: bool
-    """A completion with advantage 0 contributes exactly nothing, so it may be left out of the update."""
+    """A completion with advantage 0 contributes exactly nothing, so it may be left out of the
+    update."""
     uses_reward: bool = True
     takes_too: tuple[str, ...] = ()
     """fields of `LossInputs` that `function` takes where they are given"""
@@ -71,7 +74,9 @@ OBJECTIVES: dict[str, Objective] = {
         uses_reward=False,
     ),
     "rlsd": Objective(rlsd_loss, (*_RATIO, "teacher_logprobs"), "arXiv 2604.03128", True),
-    "distilled_rl": Objective(distilled_rl_loss, (*_RATIO, "teacher_logprobs"), "arXiv 2607.17247", True),
+    "distilled_rl": Objective(
+        distilled_rl_loss, (*_RATIO, "teacher_logprobs"), "arXiv 2607.17247", True
+    ),
     "topd": Objective(
         topd_loss,
         (*_RATIO, "teacher_logprobs"),
@@ -83,24 +88,35 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
-def token_loss(name: str, inputs: LossInputs, *, knobs: Mapping[str, Any] | None = None, kl_coef: float = 0.0) -> TokenLoss:
-    """rollout_weights * token loss of an objective + kl_coef * k3 estimate of KL(πS || πref): the KL leash, the same for all.
+def token_loss(
+    name: str, inputs: LossInputs, *, knobs: Mapping[str, Any] | None = None, kl_coef: float = 0.0
+) -> TokenLoss:
+    """rollout_weights * token loss of an objective + kl_coef * k3 estimate of KL(πS || πref): the
+    KL leash, the same for all.
 
-    `knobs` are the objective's own keyword arguments. Raises `ValueError` when a tensor that it needs is missing.
+    `knobs` are the objective's own keyword arguments. Raises `ValueError` when a tensor that it
+    needs is missing.
     """
     row = OBJECTIVES[name]
     needed = (*row.needs, "reference_logprobs") if kl_coef else row.needs
     missing = [field for field in needed if getattr(inputs, field) is None]
     if missing:
-        raise ValueError(f"objective {name!r} needs {', '.join(missing)}, which LossInputs was given without.")
+        raise ValueError(
+            f"objective {name!r} needs {', '.join(missing)}, which LossInputs was given without."
+        )
     given = [*row.needs, *(field for field in row.takes_too if getattr(inputs, field) is not None)]
-    loss, stats = row.function(**{field: getattr(inputs, field) for field in given}, **(knobs or {}))
+    loss, stats = row.function(
+        **{field: getattr(inputs, field) for field in given}, **(knobs or {})
+    )
     if inputs.rollout_weights is not None:
         loss = loss * clean(inputs.rollout_weights, inputs.mask & ~stats["dropped"])
     if kl_coef:
         assert inputs.reference_logprobs is not None
         kept = keep_finite(inputs.mask & ~stats["dropped"], inputs.reference_logprobs)
-        student, reference = clean(inputs.student_logprobs, kept), clean(inputs.reference_logprobs, kept)
+        student, reference = (
+            clean(inputs.student_logprobs, kept),
+            clean(inputs.reference_logprobs, kept),
+        )
         kl = kl_tokens(student, reference, estimator="k3")
         loss = clean(loss, kept) + kl_coef * kl
         stats = stats | {"kl_to_reference": kl.detach(), "dropped": inputs.mask & ~kept}

@@ -4,8 +4,9 @@
     token_mean       sum_it loss_it / sum_i |y_i|          (DAPO, arXiv 2503.14476)
     constant_length  sum_it loss_it / (G L)                (Dr.GRPO, arXiv 2503.20783; L = max_completion_tokens)
 
-G counts the rows with at least one masked token, |y_i| the masked tokens of a row. A batch that is split into micro-batches
-passes the denominator of the *whole* batch to every part; the sum of the parts is then the loss of the batch.
+G counts the rows with at least one masked token, |y_i| the masked tokens of a row. A batch that is
+split into micro-batches passes the denominator of the *whole* batch to every part; the sum of the
+parts is then the loss of the batch.
 """
 
 from typing import Literal, get_args
@@ -17,8 +18,11 @@ from rlad.objectives.masks import clean, masked_mean_of_rows
 Aggregation = Literal["sequence_mean", "token_mean", "constant_length"]
 
 
-def denominator(mask: Tensor, *, mode: Aggregation, max_completion_tokens: int | None = None) -> float:
-    """The number that the loss of a batch with this mask `[batch, token]` is divided by (at least 1)."""
+def denominator(
+    mask: Tensor, *, mode: Aggregation, max_completion_tokens: int | None = None
+) -> float:
+    """The number that the loss of a batch with this mask `[batch, token]` is divided by (at least
+    1)."""
     num_sequences, num_tokens = int(mask.any(dim=1).sum()), int(mask.sum())
     match mode:
         case "sequence_mean":
@@ -27,10 +31,16 @@ def denominator(mask: Tensor, *, mode: Aggregation, max_completion_tokens: int |
             return max(num_tokens, 1)
         case "constant_length":
             if max_completion_tokens is None:
-                raise ValueError("mode 'constant_length' needs max_completion_tokens, the constant it divides by.")
+                raise ValueError(
+                    "mode 'constant_length' needs max_completion_tokens, the constant it divides "
+                    "by."
+                )
             return max(num_sequences, 1) * max_completion_tokens
         case _:
-            raise ValueError(f"aggregation mode {mode!r} is unknown; use one of {', '.join(get_args(Aggregation))}.")
+            raise ValueError(
+                f"aggregation mode {mode!r} is unknown; use one of "
+                f"{', '.join(get_args(Aggregation))}."
+            )
 
 
 def aggregate(
@@ -43,11 +53,16 @@ def aggregate(
 ) -> Tensor:
     """The scalar loss of `token_loss` [batch, token] over the tokens of `mask`.
 
-    `denominator` is that of the whole batch when this is a part of it; None takes this batch as the whole.
+    `denominator` is that of the whole batch when this is a part of it; None takes this batch as the
+    whole.
     """
     if denominator is None:
         denominator = _denominator(mask, mode=mode, max_completion_tokens=max_completion_tokens)
-    total = masked_mean_of_rows(token_loss, mask) if mode == "sequence_mean" else clean(token_loss, mask)
+    total = (
+        masked_mean_of_rows(token_loss, mask)
+        if mode == "sequence_mean"
+        else clean(token_loss, mask)
+    )
     return total.sum() / denominator
 
 

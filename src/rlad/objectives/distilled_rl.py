@@ -1,4 +1,5 @@
-"""Distilled RL: positive advantages are shared out among the tokens as the teacher likes them (arXiv 2607.17247).
+"""Distilled RL: positive advantages are shared out among the tokens as the teacher likes them
+(arXiv 2607.17247).
 
 f_t    = clip(πT / πold, 1/b, b)                   (constant; b = 3)
 w_t    = f_t / geometric mean of f over the completion's trained tokens where Â > 0, else 1
@@ -27,12 +28,13 @@ def distilled_rl_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Token loss of Distilled RL; see the formula above, with b = `weight_bound`.
 
-    The logarithms of a completion's weights sum to 0: the teacher shares its advantage out among its tokens. Negative
-    advantages are untouched, and b = 1 is GRPO.
+    The logarithms of a completion's weights sum to 0: the teacher shares its advantage out among
+    its tokens. Negative advantages are untouched, and b = 1 is GRPO.
 
-    Log-probs [batch, token] (only the student carries a gradient), `advantages` [batch] or [batch, token], `mask`
-    [batch, token] bool. Returns the token loss [batch, token], 0 where masked, and the stats of GRPO with
-    `log_ratio_to_teacher` and `advantage_weight`. Raises `ValueError` for b below 1.
+    Log-probs [batch, token] (only the student carries a gradient), `advantages` [batch] or [batch,
+    token], `mask` [batch, token] bool. Returns the token loss [batch, token], 0 where masked, and
+    the stats of GRPO with `log_ratio_to_teacher` and `advantage_weight`. Raises `ValueError` for b
+    below 1.
     """
     if weight_bound < 1:
         raise ValueError(f"weight_bound is {weight_bound}; it must be at least 1 (1 = GRPO).")

@@ -23,9 +23,10 @@ def grpo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Token loss of GRPO; see the formula above.
 
-    `student_logprobs`, `old_logprobs` [batch, token] (only the student carries a gradient), `advantages` [batch] or
-    [batch, token], `mask` [batch, token] bool. Returns the token loss [batch, token], 0 where masked, and stats of that shape:
-    `ratio`, `gated_positive`, `gated_negative`, `dropped` (trained tokens with a non-finite log-prob, left out).
+    `student_logprobs`, `old_logprobs` [batch, token] (only the student carries a gradient),
+    `advantages` [batch] or [batch, token], `mask` [batch, token] bool. Returns the token loss
+    [batch, token], 0 where masked, and stats of that shape: `ratio`, `gated_positive`,
+    `gated_negative`, `dropped` (trained tokens with a non-finite log-prob, left out).
     """
     kept = keep_finite(mask, student_logprobs, old_logprobs)
     log_ratio = clean(student_logprobs, kept) - clean(old_logprobs, kept)

@@ -12,8 +12,8 @@ from rlad.objectives.masks import keep_finite
 class LossInputs:
     """What an objective may read; every tensor `[batch, token]` unless said. Validated on creation.
 
-    Log-probs are those of the sampled completion tokens, divided by the sampling temperature, float32 or wider.
-    Only `student_logprobs` may carry a gradient.
+    Log-probs are those of the sampled completion tokens, divided by the sampling temperature,
+    float32 or wider. Only `student_logprobs` may carry a gradient.
     """
 
     student_logprobs: Tensor
@@ -30,26 +30,37 @@ class LossInputs:
     group_is_solved: Tensor | None = None
     """bool `[batch]`: it called some completion of the same prompt correct"""
     rollout_weights: Tensor | None = None
-    """πold / πrollout where another sampler than the old policy wrote the completions, bounded by whoever made them; they
-    multiply the objective's loss of each token, not the KL leash"""
+    """πold / πrollout where another sampler than the old policy wrote the completions, bounded by
+    whoever made them; they multiply the objective's loss of each token, not the KL leash"""
 
     def __post_init__(self) -> None:
         shape = self.mask.shape
         if self.mask.dtype != torch.bool or self.mask.dim() != 2:
             raise ValueError(
-                f"mask is {self.mask.dtype} of shape {tuple(shape)}; a bool tensor [batch, token] is needed: "
+                f"mask is {self.mask.dtype} of shape {tuple(shape)}; a bool tensor [batch, token] "
+                "is needed: "
                 "write `mask.bool()`."
             )
         for field in fields(self):
             value = getattr(self, field.name)
             if value is None or field.name == "mask":
                 continue
-            allowed = {"advantages": (shape, shape[:1]), "is_correct": (shape[:1],), "group_is_solved": (shape[:1],)}
+            allowed = {
+                "advantages": (shape, shape[:1]),
+                "is_correct": (shape[:1],),
+                "group_is_solved": (shape[:1],),
+            }
             if value.shape not in allowed.get(field.name, (shape,)):
                 need = " or ".join(str(tuple(good)) for good in allowed.get(field.name, (shape,)))
-                raise ValueError(f"{field.name} has shape {tuple(value.shape)}; with a mask {tuple(shape)} it must be {need}.")
+                raise ValueError(
+                    f"{field.name} has shape {tuple(value.shape)}; with a mask {tuple(shape)} it "
+                    f"must be {need}."
+                )
             if value.requires_grad and field.name != "student_logprobs":
-                raise ValueError(f"{field.name} carries a gradient; only student_logprobs may: call `.detach()` on it.")
+                raise ValueError(
+                    f"{field.name} carries a gradient; only student_logprobs may: call `.detach()` "
+                    "on it."
+                )
 
     @property
     def trained(self) -> Tensor:

@@ -27,15 +27,18 @@ def kdrl_loss(
     is_correct: Tensor | None = None,
     group_is_solved: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Token loss of KDRL; see the formula above. The teacher acts on every trained token, also where the advantage is 0.
+    """Token loss of KDRL; see the formula above. The teacher acts on every trained token, also
+    where the advantage is 0.
 
-    `masking` leaves the KL term out of correct responses (`response`, which needs `is_correct` [batch] bool) or of all
-    responses of a group with a correct one (`group`, which needs `group_is_solved` [batch] bool).
+    `masking` leaves the KL term out of correct responses (`response`, which needs `is_correct`
+    [batch] bool) or of all responses of a group with a correct one (`group`, which needs
+    `group_is_solved` [batch] bool).
 
-    Log-probs [batch, token] (only the student carries a gradient), `advantages` [batch] or [batch, token], `mask`
-    [batch, token] bool. Returns the token loss [batch, token], 0 where masked, and the stats of GRPO with
-    `log_ratio_to_teacher` and `kl_to_teacher` (0 where it is left out). Raises `ValueError` for the estimator `k1` (see
-    `kl_tokens`), and when what the masking needs is missing.
+    Log-probs [batch, token] (only the student carries a gradient), `advantages` [batch] or [batch,
+    token], `mask` [batch, token] bool. Returns the token loss [batch, token], 0 where masked, and
+    the stats of GRPO with `log_ratio_to_teacher` and `kl_to_teacher` (0 where it is left out).
+    Raises `ValueError` for the estimator `k1` (see `kl_tokens`), and when what the masking needs is
+    missing.
     """
     kept = keep_finite(mask, student_logprobs, old_logprobs, teacher_logprobs)
     token_loss, stats = grpo_loss(
@@ -48,14 +51,24 @@ def kdrl_loss(
     )
     distilled = kept
     if masking != "none":
-        name, mastered = ("is_correct", is_correct) if masking == "response" else ("group_is_solved", group_is_solved)
+        name, mastered = (
+            ("is_correct", is_correct)
+            if masking == "response"
+            else ("group_is_solved", group_is_solved)
+        )
         if mastered is None:
             raise ValueError(f"KDRL with masking {masking!r} needs {name} [batch].")
         distilled = kept & ~mastered[:, None]
     # Cleaned before the exponential of k3: an infinite one would leave NaN in the gradient.
-    kl = kl_tokens(clean(student_logprobs, distilled), clean(teacher_logprobs, distilled), estimator=kd_estimator)
+    kl = kl_tokens(
+        clean(student_logprobs, distilled),
+        clean(teacher_logprobs, distilled),
+        estimator=kd_estimator,
+    )
     return token_loss + kd_coef * kl, stats | {
-        "log_ratio_to_teacher": (clean(student_logprobs, kept) - clean(teacher_logprobs, kept)).detach(),
+        "log_ratio_to_teacher": (
+            clean(student_logprobs, kept) - clean(teacher_logprobs, kept)
+        ).detach(),
         "kl_to_teacher": kl.detach(),
         "dropped": mask & ~kept,
     }

@@ -5,14 +5,16 @@ from torch import Tensor
 
 
 def keep_finite(mask: Tensor, *values: Tensor) -> Tensor:
-    """The tokens of `mask` at which every one of `values` is finite. All tensors `[batch, token]`."""
+    """The tokens of `mask` at which every one of `values` is finite. All tensors `[batch,
+    token]`."""
     for value in values:
         mask = mask & torch.isfinite(value.detach())
     return mask
 
 
 def clean(values: Tensor, mask: Tensor) -> Tensor:
-    """`values` where `mask` holds, 0 elsewhere; nothing outside the mask reaches value or gradient, be it NaN."""
+    """`values` where `mask` holds, 0 elsewhere; nothing outside the mask reaches value or gradient,
+    be it NaN."""
     return torch.where(mask, values, torch.zeros_like(values))
 
 

@@ -1,4 +1,5 @@
-"""OPD, on-policy distillation (Qwen3 report, arXiv 2505.09388; Thinking Machines, "On-Policy Distillation", 2025).
+"""OPD, on-policy distillation (Qwen3 report, arXiv 2505.09388; Thinking Machines, "On-Policy
+Distillation", 2025).
 
 A_t    = log πT - log πold        (constant; no reward)
 loss_t = -exp(log πS - log πold) A_t
@@ -14,12 +15,15 @@ def opd_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Token loss of on-policy distillation; see the formula above.
 
-    At πS = πold its expected gradient is that of the reverse KL(πS || πT) per token. Log-probs [batch, token] (only the student
-    carries a gradient), `mask` [batch, token] bool. Returns the token loss [batch, token], 0 where masked, and stats of that
-    shape: `ratio`, `log_ratio_to_teacher`, `dropped` (trained tokens with a non-finite log-prob, left out).
+    At πS = πold its expected gradient is that of the reverse KL(πS || πT) per token. Log-probs
+    [batch, token] (only the student carries a gradient), `mask` [batch, token] bool. Returns the
+    token loss [batch, token], 0 where masked, and stats of that shape: `ratio`,
+    `log_ratio_to_teacher`, `dropped` (trained tokens with a non-finite log-prob, left out).
     """
     kept = keep_finite(mask, student_logprobs, old_logprobs, teacher_logprobs)
-    student, old, teacher = (clean(x, kept) for x in (student_logprobs, old_logprobs, teacher_logprobs))
+    student, old, teacher = (
+        clean(x, kept) for x in (student_logprobs, old_logprobs, teacher_logprobs)
+    )
     ratio = (student - old.detach()).exp()
     return -clean(ratio * (teacher - old).detach(), kept), {
         "ratio": ratio.detach(),

@@ -1,4 +1,5 @@
-"""RLSD, RL with self-distillation: the teacher's evidence weighs each token's advantage (arXiv 2604.03128).
+"""RLSD, RL with self-distillation: the teacher's evidence weighs each token's advantage (arXiv
+2604.03128).
 
 w_t    = exp( sign(Â) (log πT - log πold) )        (constant)
 A_t    = Â [ (1 - λ) + λ clip(w_t, 1 - ε_w, 1 + ε_w) ]
@@ -26,11 +27,13 @@ def rlsd_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Token loss of RLSD; see the formula above, with λ = `teacher_weight` and ε_w = `weight_clip`.
 
-    The weight is positive: the teacher changes how much a token counts, never the sign of its advantage. λ = 0 is GRPO.
+    The weight is positive: the teacher changes how much a token counts, never the sign of its
+    advantage. λ = 0 is GRPO.
 
-    Log-probs [batch, token] (only the student carries a gradient), `advantages` [batch] or [batch, token], `mask`
-    [batch, token] bool. Returns the token loss [batch, token], 0 where masked, and the stats of GRPO with
-    `log_ratio_to_teacher` and `advantage_weight`. Raises `ValueError` for λ or ε_w outside [0, 1].
+    Log-probs [batch, token] (only the student carries a gradient), `advantages` [batch] or [batch,
+    token], `mask` [batch, token] bool. Returns the token loss [batch, token], 0 where masked, and
+    the stats of GRPO with `log_ratio_to_teacher` and `advantage_weight`. Raises `ValueError` for λ
+    or ε_w outside [0, 1].
     """
     for name, value in (("teacher_weight", teacher_weight), ("weight_clip", weight_clip)):
         if not 0 <= value <= 1:
@@ -39,7 +42,12 @@ def rlsd_loss(
     old, teacher = clean(old_logprobs, kept).detach(), clean(teacher_logprobs, kept).detach()
     per_token_advantages = per_token(advantages, kept)
     # The bounds before exp: the same numbers, and no overflow.
-    evidence = (per_token_advantages.sign() * (teacher - old)).clamp(max=1.0).exp().clamp(1 - weight_clip, 1 + weight_clip)
+    evidence = (
+        (per_token_advantages.sign() * (teacher - old))
+        .clamp(max=1.0)
+        .exp()
+        .clamp(1 - weight_clip, 1 + weight_clip)
+    )
     weight = torch.lerp(torch.ones_like(evidence), evidence, teacher_weight)
     token_loss, stats = grpo_loss(
         student_logprobs=student_logprobs,

@@ -15,29 +15,48 @@ _EPSILON = 1e-4  # that of the group advantages of rewards
 
 
 def topd_advantages(
-    *, old_logprobs: Tensor, teacher_logprobs: Tensor, mask: Tensor, group_size: int, alpha: float = 0.1
+    *,
+    old_logprobs: Tensor,
+    teacher_logprobs: Tensor,
+    mask: Tensor,
+    group_size: int,
+    alpha: float = 0.1,
 ) -> Tensor:
-    """The advantages A_t [batch, token] of TOPD, 0 where masked or where a log-prob is not finite; see the formula above.
+    """The advantages A_t [batch, token] of TOPD, 0 where masked or where a log-prob is not finite;
+    see the formula above.
 
-    The arguments hold whole groups, each prompt's `group_size` completions side by side: [batch, token] each. Normalised with
-    the population standard deviation + 1e-4; the last token takes its own r̃ for the mean of the later ones. A group whose
-    teacher agrees with the old policy everywhere has A = 0.
-    Raises `ValueError` for alpha outside (0, 1) or a batch that is no multiple of `group_size`.
+    The arguments hold whole groups, each prompt's `group_size` completions side by side: [batch,
+    token] each. Normalised with the population standard deviation + 1e-4; the last token takes its
+    own r̃ for the mean of the later ones. A group whose teacher agrees with the old policy
+    everywhere has A = 0. Raises `ValueError` for alpha outside (0, 1) or a batch that is no
+    multiple of `group_size`.
     """
     if not 0 < alpha < 1:
         raise ValueError(f"alpha is {alpha}; it must lie between 0 and 1.")
     if mask.shape[0] % group_size:
-        raise ValueError(f"the batch has {mask.shape[0]} completions; it must be a multiple of group_size = {group_size}.")
+        raise ValueError(
+            f"the batch has {mask.shape[0]} completions; it must be a multiple of group_size = "
+            f"{group_size}."
+        )
     kept = keep_finite(mask, old_logprobs, teacher_logprobs)
     x = clean(teacher_logprobs, kept) - clean(old_logprobs, kept)
-    # log(alpha e^x + 1 - alpha), without overflow and exactly 0 where the teacher agrees; for x > 0, e^x is taken out of it.
-    below, above = (alpha * x.clamp(max=0).expm1()).log1p(), ((1 - alpha) * (-x).clamp(max=0).expm1()).log1p()
+    # log(alpha e^x + 1 - alpha), without overflow and exactly 0 where the teacher agrees; for x >
+    # 0, e^x is taken out of it.
+    below, above = (
+        (alpha * x.clamp(max=0).expm1()).log1p(),
+        ((1 - alpha) * (-x).clamp(max=0).expm1()).log1p(),
+    )
     rewards = x.clamp(min=0) + below + above
     later = rewards.sum(dim=1, keepdim=True) - rewards.cumsum(dim=1)
     num_later = kept.sum(dim=1, keepdim=True) - kept.cumsum(dim=1)
     # With 0 for the mean that it lacks, the last token would stand out by its place alone.
-    returns = clean(rewards + torch.where(num_later > 0, later / num_later.clamp(min=1), rewards), kept)
-    groups, keep = returns.view(-1, group_size * mask.shape[1]), kept.view(-1, group_size * mask.shape[1])
+    returns = clean(
+        rewards + torch.where(num_later > 0, later / num_later.clamp(min=1), rewards), kept
+    )
+    groups, keep = (
+        returns.view(-1, group_size * mask.shape[1]),
+        kept.view(-1, group_size * mask.shape[1]),
+    )
     count = keep.sum(dim=1, keepdim=True).clamp(min=1)
     centred = clean(groups - groups.sum(dim=1, keepdim=True) / count, keep)
     std = (centred.square().sum(dim=1, keepdim=True) / count).sqrt()
@@ -54,10 +73,12 @@ def topd_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.28,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Token loss of TOPD; see the formula above. `advantages` [batch, token] are those of `topd_advantages`.
+    """Token loss of TOPD; see the formula above. `advantages` [batch, token] are those of
+    `topd_advantages`.
 
-    Log-probs [batch, token] (only the student carries a gradient), `mask` [batch, token] bool. Returns the token loss
-    [batch, token], 0 where masked, and the stats of GRPO with `log_ratio_to_teacher`.
+    Log-probs [batch, token] (only the student carries a gradient), `mask` [batch, token] bool.
+    Returns the token loss [batch, token], 0 where masked, and the stats of GRPO with
+    `log_ratio_to_teacher`.
     """
     kept = keep_finite(mask, student_logprobs, old_logprobs, teacher_logprobs)
     token_loss, stats = grpo_loss(
@@ -69,4 +90,7 @@ def topd_loss(
         clip_high=clip_high,
     )
     log_ratio_to_teacher = (clean(student_logprobs, kept) - clean(teacher_logprobs, kept)).detach()
-    return token_loss, stats | {"log_ratio_to_teacher": log_ratio_to_teacher, "dropped": mask & ~kept}
+    return token_loss, stats | {
+        "log_ratio_to_teacher": log_ratio_to_teacher,
+        "dropped": mask & ~kept,
+    }

@@ -24,20 +24,28 @@ def trrd_loss(
     ratio_level: RatioLevel = "token",
     dual_clip: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Token loss of TRRD; see the formula above, with c = `teacher_log_ratio_clip` (None: no clamp).
+    """Token loss of TRRD; see the formula above, with c = `teacher_log_ratio_clip` (None: no
+    clamp).
 
-    The ratio's denominator is the anchor πold^alpha πT^(1-alpha): `alpha` 1 is GRPO, 0 is anchored to the teacher alone.
-    Where the clamp is active the gradient of log r_t is alpha times that of log πS, elsewhere 1 times.
+    The ratio's denominator is the anchor πold^alpha πT^(1-alpha): `alpha` 1 is GRPO, 0 is anchored
+    to the teacher alone. Where the clamp is active the gradient of log r_t is alpha times that of
+    log πS, elsewhere 1 times.
 
-    Log-probs [batch, token] (only the student carries a gradient), `advantages` [batch] or [batch, token], `mask`
-    [batch, token] bool. Returns the token loss [batch, token], 0 where masked, and stats of that shape: `ratio`,
-    `gated_positive`, `gated_negative`, `clamped`, `log_ratio_to_teacher`, `dropped` (trained tokens with a non-finite
-    log-prob, left out). Raises `ValueError` for alpha outside [0, 1].
+    Log-probs [batch, token] (only the student carries a gradient), `advantages` [batch] or [batch,
+    token], `mask` [batch, token] bool. Returns the token loss [batch, token], 0 where masked, and
+    stats of that shape: `ratio`, `gated_positive`, `gated_negative`, `clamped`,
+    `log_ratio_to_teacher`, `dropped` (trained tokens with a non-finite log-prob, left out). Raises
+    `ValueError` for alpha outside [0, 1].
     """
     if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha is {alpha}; it must lie in [0, 1] (1 = GRPO, 0 = anchored to the teacher alone).")
+        raise ValueError(
+            f"alpha is {alpha}; it must lie in [0, 1] (1 = GRPO, 0 = anchored to the teacher "
+            "alone)."
+        )
     kept = keep_finite(mask, student_logprobs, old_logprobs, teacher_logprobs)
-    student, old, teacher = (clean(x, kept) for x in (student_logprobs, old_logprobs, teacher_logprobs))
+    student, old, teacher = (
+        clean(x, kept) for x in (student_logprobs, old_logprobs, teacher_logprobs)
+    )
 
     log_ratio_to_teacher = student - teacher
     c = float("inf") if teacher_log_ratio_clip is None else teacher_log_ratio_clip

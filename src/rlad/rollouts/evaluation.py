@@ -25,19 +25,22 @@ def evaluate(
     before_token: Callable[[], None] = lambda: None,
     share: Callable[[int], range] = range,
 ) -> list[ProblemResult]:
-    """Sample and grade the first `num_problems` problems of a split, with the prompt format and the limits of `rollout`.
+    """Sample and grade the first `num_problems` problems of a split, with the prompt format and the
+    limits of `rollout`.
 
-    Prompts and sampling seeds are the same for every run and model, so two results can be compared prompt by prompt. `share`
-    picks, of the number of problems, those that this process takes.
-    `before_token` is called before every decoding step and every problem that is graded, and may raise. Raises `ValueError`
-    for a prompt that leaves no room for its completion.
+    Prompts and sampling seeds are the same for every run and model, so two results can be compared
+    prompt by prompt. `share` picks, of the number of problems, those that this process takes.
+    `before_token` is called before every decoding step and every problem that is graded, and may
+    raise. Raises `ValueError` for a prompt that leaves no room for its completion.
     """
     available = task.num_problems(split)
     indices = share(num_problems if available is None else min(num_problems, available))
     problems = [task.problem(split, i) for i in indices]
     prompts = [prompt_token_ids(language_model.tokenizer, p.asked, rollout) for p in problems]
     for i, prompt in zip(indices, prompts, strict=True):
-        check_prompt_length(len(prompt), f"{split} problem {i}", rollout, language_model.context_tokens)
+        check_prompt_length(
+            len(prompt), f"{split} problem {i}", rollout, language_model.context_tokens
+        )
     groups = sample(
         language_model,
         prompts,
@@ -58,9 +61,15 @@ def evaluate(
 
 
 def _grade(
-    language_model: LanguageModel, task: Task, index: int, problem: Problem, completions: Sequence[Completion]
+    language_model: LanguageModel,
+    task: Task,
+    index: int,
+    problem: Problem,
+    completions: Sequence[Completion],
 ) -> ProblemResult:
-    texts = language_model.tokenizer.batch_decode([list(c.token_ids) for c in completions], skip_special_tokens=True)
+    texts = language_model.tokenizer.batch_decode(
+        [list(c.token_ids) for c in completions], skip_special_tokens=True
+    )
     verdicts = [
         judge_completion(task, problem, text, is_truncated=completion.is_truncated).verdict
         for text, completion in zip(texts, completions, strict=True)

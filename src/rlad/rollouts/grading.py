@@ -1,4 +1,5 @@
-"""Graded completions of training problems, by the student or by a teacher: what every engine starts from."""
+"""Graded completions of training problems, by the student or by a teacher: what every engine starts
+from."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,11 +27,13 @@ def roll_out(
     first_group: int = 0,
     after_group: Callable[[int, RolloutGroup], None] = lambda number, group: None,
 ) -> list[RolloutGroup]:
-    """A graded group of completions by `writer` for each training problem, prompted as the student is.
+    """A graded group of completions by `writer` for each training problem, prompted as the student
+    is.
 
-    A group is graded when the last of its completions has ended, and then given to `after_group` with its place in
-    `indices`, while others are still written. The time that writing and grading take is noted in `seconds`. `before_work` is
-    called before every token and every completion is judged. `first_group` is how many groups of the batch others write.
+    A group is graded when the last of its completions has ended, and then given to `after_group`
+    with its place in `indices`, while others are still written. The time that writing and grading
+    take is noted in `seconds`. `before_work` is called before every token and every completion is
+    judged. `first_group` is how many groups of the batch others write.
     """
     rollout, tokenizer = config.rollout, student.tokenizer
     problems = [task.problem("train", i, seed=config.seed) for i in indices]
@@ -40,21 +43,29 @@ def roll_out(
     def grade(number: int, completions: list[Completion]) -> None:
         problem = problems[number]
         with timed(spent, "rewards"):
-            texts = tokenizer.batch_decode([list(c.token_ids) for c in completions], skip_special_tokens=True)
+            texts = tokenizer.batch_decode(
+                [list(c.token_ids) for c in completions], skip_special_tokens=True
+            )
             rollouts = []
             for completion, text in zip(completions, texts, strict=True):
                 before_work()
-                judgement = judge_completion(task, problem, text, is_truncated=completion.is_truncated)
+                judgement = judge_completion(
+                    task, problem, text, is_truncated=completion.is_truncated
+                )
                 require_reward_in_range(task, judgement, f"training problem {indices[number]}")
                 rollouts.append(Rollout(completion, text, str(judgement.verdict), judgement.reward))
-            groups[number] = RolloutGroup(indices[number], problem.prompt, tuple(prompts[number]), tuple(rollouts))
+            groups[number] = RolloutGroup(
+                indices[number], problem.prompt, tuple(prompts[number]), tuple(rollouts)
+            )
         with timed(spent, "after groups"):
             after_group(number, groups[number])
 
     with timed(spent, "all"):
         prompts = [prompt_token_ids(tokenizer, problem.asked, rollout) for problem in problems]
         for i, prompt in zip(indices, prompts, strict=True):
-            check_prompt_length(len(prompt), f"training problem {i}", rollout, student.context_tokens)
+            check_prompt_length(
+                len(prompt), f"training problem {i}", rollout, student.context_tokens
+            )
         sample(
             writer,
             prompts,

@@ -1,4 +1,5 @@
-"""A key-value cache that is written in place: decoding a token copies that token's keys and values, not all that came before.
+"""A key-value cache that is written in place: decoding a token copies that token's keys and values,
+not all that came before.
 
 transformers' own `DynamicLayer` concatenates, so each decoding step copies the whole cache.
 """
@@ -11,20 +12,26 @@ from transformers.cache_utils import DynamicLayer
 
 
 def growing_cache(config: PreTrainedConfig) -> DynamicCache:
-    """The cache that transformers makes for a model, its plain layers written in place; values are the same bit for bit."""
+    """The cache that transformers makes for a model, its plain layers written in place; values are
+    the same bit for bit."""
     cache = DynamicCache(config=config)
-    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [
+        GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
     return cache
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values [row, head, token, dimension], the front of two buffers that have room for more tokens."""
+    """Keys and values [row, head, token, dimension], the front of two buffers that have room for
+    more tokens."""
 
     def __init__(self) -> None:
         super().__init__()
         self.buffers: list[Tensor] = []
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start = self.get_seq_length()
@@ -42,11 +49,14 @@ class GrowingLayer(DynamicLayer):
         self._move(rows=indices, num_tokens=self.get_seq_length())
 
     def _move(self, *, rows: Tensor | None, num_tokens: int) -> None:
-        """Copy what is held, or some rows of it, to buffers with room for `num_tokens` and some more."""
+        """Copy what is held, or some rows of it, to buffers with room for `num_tokens` and some
+        more."""
         assert self.keys is not None and self.values is not None
         held, length = (self.keys, self.values), self.keys.shape[-2]
         num_rows, size = len(self.keys) if rows is None else len(rows), room_for(num_tokens)
-        self.buffers = [states.new_empty(num_rows, states.shape[1], size, states.shape[-1]) for states in held]
+        self.buffers = [
+            states.new_empty(num_rows, states.shape[1], size, states.shape[-1]) for states in held
+        ]
         for buffer, states in zip(self.buffers, held, strict=True):
             buffer[:, :, :length] = states if rows is None else states.index_select(0, rows)
         self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)

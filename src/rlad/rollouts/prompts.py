@@ -14,16 +14,20 @@ Prompt = str | tuple[tuple[str, str], ...]
 
 
 def prompt_token_ids(tokenizer: AnyTokenizer, prompt: Prompt, rollout: RolloutConfig) -> list[int]:
-    """Token ids of a prompt: through the chat template (`chat`), as it is (`plain`), or as the tokenizer has one or not
-    (`auto`). Raises `ValueError` for `chat` without a template, and for what only a template can say without one.
+    """Token ids of a prompt: through the chat template (`chat`), as it is (`plain`), or as the
+    tokenizer has one or not (`auto`). Raises `ValueError` for `chat` without a template, and for
+    what only a template can say without one.
     """
     if rollout.prompt_format == "chat" and not tokenizer.chat_template:
         raise ValueError(
-            "rollout.prompt_format is 'chat' but the student's tokenizer has no chat template; use 'plain' or 'auto'."
+            "rollout.prompt_format is 'chat' but the student's tokenizer has no chat template; use "
+            "'plain' or 'auto'."
         )
     if is_plain(tokenizer, rollout.prompt_format) or isinstance(tokenizer, PlainTokenizer):
         return tokenizer(_plain_text(prompt, rollout))["input_ids"]
-    text = chat_text(tokenizer, chat_messages(prompt, rollout.system_prompt), rollout.chat_template_kwargs)
+    text = chat_text(
+        tokenizer, chat_messages(prompt, rollout.system_prompt), rollout.chat_template_kwargs
+    )
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -36,7 +40,8 @@ def _plain_text(prompt: Prompt, rollout: RolloutConfig) -> str:
     for name in ("system_prompt", "chat_template_kwargs"):
         if getattr(rollout, name):
             raise ValueError(
-                f"rollout.{name} has no place in plain prompts (rollout.prompt_format = 'plain', or a tokenizer without a chat "
+                f"rollout.{name} has no place in plain prompts (rollout.prompt_format = 'plain', "
+                "or a tokenizer without a chat "
                 "template); leave it out, or take a model with a chat template."
             )
     if isinstance(prompt, str):
@@ -44,40 +49,66 @@ def _plain_text(prompt: Prompt, rollout: RolloutConfig) -> str:
     if [role for role, _ in prompt] != ["user"]:
         roles = ", ".join(role for role, _ in prompt)
         raise ValueError(
-            f"a prompt is a conversation ({roles}), which plain prompts (rollout.prompt_format = 'plain', or a tokenizer "
-            "without a chat template) cannot tell; take a model with a chat template, or give each prompt as one text."
+            f"a prompt is a conversation ({roles}), which plain prompts (rollout.prompt_format = "
+            "'plain', or a tokenizer "
+            "without a chat template) cannot tell; take a model with a chat template, or give each "
+            "prompt as one text."
         )
     return prompt[0][1]
 
 
 def chat_messages(prompt: Prompt, system_prompt: str | None) -> list[dict[str, str]]:
-    """The messages of a conversation as a chat template wants them; a system message of its own wins."""
+    """The messages of a conversation as a chat template wants them; a system message of its own
+    wins."""
     conversation = (("user", prompt),) if isinstance(prompt, str) else prompt
     if system_prompt is not None and conversation[0][0] != "system":
         conversation = (("system", system_prompt), *conversation)
     return [{"role": role, "content": content} for role, content in conversation]
 
 
-def chat_text(tokenizer: Any, messages: list[dict[str, str]], variables: dict[str, Any], whose: str = "student") -> str:
-    """The conversation up to where the answer begins, by a tokenizer's chat template. `whose` is for messages.
+def chat_text(
+    tokenizer: Any,
+    messages: list[dict[str, str]],
+    variables: dict[str, Any],
+    whose: str = "student",
+) -> str:
+    """The conversation up to where the answer begins, by a tokenizer's chat template. `whose` is
+    for messages.
 
-    Raises `ValueError` when the template fails, does not know a variable, or leaves the system message out.
+    Raises `ValueError` when the template fails, does not know a variable, or leaves the system
+    message out.
     """
     the_template = f"the chat template of the {whose}'s tokenizer"
     template = str(tokenizer.chat_template)
-    if unknown := [name for name in variables if not re.search(rf"\b{re.escape(name)}\b", template)]:
-        raise ValueError(f"{the_template} knows no {unknown[0]!r}; leave it out of chat_template_kwargs, or correct its name.")
+    if unknown := [
+        name for name in variables if not re.search(rf"\b{re.escape(name)}\b", template)
+    ]:
+        raise ValueError(
+            f"{the_template} knows no {unknown[0]!r}; leave it out of chat_template_kwargs, or "
+            "correct its name."
+        )
     try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **variables))
+        text = str(
+            tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **variables
+            )
+        )
     except (TemplateError, ArithmeticError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{the_template} fails ({error}); mend it, or set rollout.prompt_format = 'plain'.") from None
+        raise ValueError(
+            f"{the_template} fails ({error}); mend it, or set rollout.prompt_format = 'plain'."
+        ) from None
     if messages[0]["role"] == "system" and messages[0]["content"].strip() not in text:
-        raise ValueError(f"{the_template} leaves the system message out; put its text into the prompts instead.")
+        raise ValueError(
+            f"{the_template} leaves the system message out; put its text into the prompts instead."
+        )
     return text
 
 
-def check_prompt_length(num_tokens: int, what: str, rollout: RolloutConfig, context_tokens: int | None) -> None:
-    """`ValueError` when a prompt leaves no room for its completion, or is longer than the config allows."""
+def check_prompt_length(
+    num_tokens: int, what: str, rollout: RolloutConfig, context_tokens: int | None
+) -> None:
+    """`ValueError` when a prompt leaves no room for its completion, or is longer than the config
+    allows."""
     longest, why = rollout.max_prompt_tokens, "rollout.max_prompt_tokens"
     if context_tokens is not None:
         room = context_tokens - rollout.max_completion_tokens
@@ -86,7 +117,8 @@ def check_prompt_length(num_tokens: int, what: str, rollout: RolloutConfig, cont
             why = f"context of {context_tokens} minus rollout.max_completion_tokens = {rollout.max_completion_tokens}"
     if longest is not None and num_tokens > longest:
         raise ValueError(
-            f"the prompt of {what} has {num_tokens} tokens, but at most {max(longest, 0)} are allowed ({why}); "
+            f"the prompt of {what} has {num_tokens} tokens, but at most {max(longest, 0)} are "
+            f"allowed ({why}); "
             "shorten the prompts or change that setting."
         )
 
@@ -101,7 +133,8 @@ def longest_prompt(
     context_tokens: int | None,
     ood_task: Task | None = None,
 ) -> int:
-    """Tokens of the longest prompt: of all that a finite task will give, of the first few of an endless one.
+    """Tokens of the longest prompt: of all that a finite task will give, of the first few of an
+    endless one.
 
     Raises `ValueError` when one leaves no room for its completion.
     """

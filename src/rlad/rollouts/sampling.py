@@ -1,8 +1,9 @@
 """Completions from the student.
 
-Randomness is explicit: row `i` of a call uses the uniform numbers `uniforms[i]`, one per token, through the inverse
-distribution function. So the tokens do not depend (but for rounding) on the batch a row is in, on dropped neighbours, or on
-which of the two decoders below runs; and a run resumes exactly by giving the same seed.
+Randomness is explicit: row `i` of a call uses the uniform numbers `uniforms[i]`, one per token,
+through the inverse distribution function. So the tokens do not depend (but for rounding) on the
+batch a row is in, on dropped neighbours, or on which of the two decoders below runs; and a run
+resumes exactly by giving the same seed.
 """
 
 import inspect
@@ -12,7 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rlad.models.loading import LanguageModel
@@ -20,19 +27,24 @@ from rlad.rollouts.growing_cache import growing_cache
 from rlad.rollouts.types import Completion
 from rlad.scoring.tiles import tokens_per_chunk
 
-# Rows are compacted once this share of the batch has finished: copying the cache costs about one decoding step.
+# Rows are compacted once this share of the batch has finished: copying the cache costs about one
+# decoding step.
 _COMPACT_SHARE = 0.2
 
 
 def pick_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """One token per row, and its log-prob, by inverting the distribution function of softmax(logits / temperature).
+    """One token per row, and its log-prob, by inverting the distribution function of softmax(logits
+    / temperature).
 
-    `logits` [batch, vocabulary], `uniforms` [batch] in [0, 1). Returns token ids [batch] and float32 log-probs [batch].
-    `temperature` 0 takes the most likely token and reports its log-prob at temperature 1. What is made of the logits on the
-    way exists for a chunk of rows at a time.
+    `logits` [batch, vocabulary], `uniforms` [batch] in [0, 1). Returns token ids [batch] and
+    float32 log-probs [batch]. `temperature` 0 takes the most likely token and reports its log-prob
+    at temperature 1. What is made of the logits on the way exists for a chunk of rows at a time.
     """
     size = tokens_per_chunk(logits.device.type, logits.shape[1])
-    picked = [_pick(*rows, temperature) for rows in zip(logits.split(size), uniforms.split(size), strict=True)]
+    picked = [
+        _pick(*rows, temperature)
+        for rows in zip(logits.split(size), uniforms.split(size), strict=True)
+    ]
     tokens, logprobs = (torch.cat(parts) for parts in zip(*picked, strict=True))
     return tokens, logprobs
 
@@ -43,11 +55,18 @@ def _pick(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor,
         tokens = logits.argmax(dim=-1)
     else:
         cumulative = probs.cumsum(dim=-1)
-        # right=True: the first token whose cumulative probability exceeds the target, so never one of probability 0.
+        # right=True: the first token whose cumulative probability exceeds the target, so never one
+        # of probability 0.
         target = uniforms[:, None] * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+        tokens = (
+            torch.searchsorted(cumulative, target, right=True)
+            .squeeze(1)
+            .clamp(max=logits.shape[1] - 1)
+        )
     # Never -inf: rounding of the cumulative sum may pick a token whose probability underflows.
-    return tokens, probs.gather(1, tokens[:, None]).squeeze(1).clamp(min=torch.finfo(torch.float32).tiny).log()
+    return tokens, probs.gather(1, tokens[:, None]).squeeze(1).clamp(
+        min=torch.finfo(torch.float32).tiny
+    ).log()
 
 
 def sample(
@@ -65,27 +84,33 @@ def sample(
 ) -> list[list[Completion]]:
     """`group_size` completions of each prompt (token ids), in the order of the prompts.
 
-    A completion ends with the model's first end token (kept as its last token) or at `max_completion_tokens`. At most
-    `max_batch_rows` rows are decoded at once. `first_row` is how many others stand before these under the same seed: those who
-    share the work draw what one would draw alone. `before_token` is called before every decoding step and may raise.
-    `after_group` is given a prompt's number and its completions when the last of them has ended, while others go on.
-    Log-probs are those of the sampled tokens after division by the temperature, float32. Raises `ValueError` for a prompt
-    without tokens and for a model whose logits are not finite.
+    A completion ends with the model's first end token (kept as its last token) or at
+    `max_completion_tokens`. At most `max_batch_rows` rows are decoded at once. `first_row` is how
+    many others stand before these under the same seed: those who share the work draw what one would
+    draw alone. `before_token` is called before every decoding step and may raise. `after_group` is
+    given a prompt's number and its completions when the last of them has ended, while others go on.
+    Log-probs are those of the sampled tokens after division by the temperature, float32. Raises
+    `ValueError` for a prompt without tokens and for a model whose logits are not finite.
     """
     if not all(prompts):
         raise ValueError(
-            "a prompt has no tokens, so there is nothing to predict the first token from; give every prompt some text."
+            "a prompt has no tokens, so there is nothing to predict the first token from; give "
+            "every prompt some text."
         )
     device = language_model.model.device
     prompt_of_row = [p for p in range(len(prompts)) for _ in range(group_size)]
     generator = torch.Generator().manual_seed(seed)
-    uniforms = torch.rand(first_row + len(prompt_of_row), max_completion_tokens, generator=generator)[first_row:].to(device)
+    uniforms = torch.rand(
+        first_row + len(prompt_of_row), max_completion_tokens, generator=generator
+    )[first_row:].to(device)
     decode = _decode if _cache_rows_can_be_dropped(language_model.model) else _generate
     groups = _Groups(language_model, len(prompts), group_size, after_group)
     with torch.inference_mode(), language_model.autocast():
         for start in range(0, len(prompt_of_row), max_batch_rows):
             owners = prompt_of_row[start : start + max_batch_rows]
-            ids, mask = _left_padded(prompts[owners[0] : owners[-1] + 1], language_model.pad_token_id, device)
+            ids, mask = _left_padded(
+                prompts[owners[0] : owners[-1] + 1], language_model.pad_token_id, device
+            )
             decode(
                 language_model,
                 ids,
@@ -120,31 +145,45 @@ class _Groups:
         """`tokens`, `logprobs` [row, token] of rows that are numbered from `start` on."""
         if not torch.isfinite(logprobs).all():
             raise ValueError(
-                f"the logits of {self._model.name!r} are not finite: its weights are broken or its dtype is too narrow; "
+                f"the logits of {self._model.name!r} are not finite: its weights are broken or its "
+                "dtype is too narrow; "
                 "use float32 or bfloat16, or an earlier checkpoint."
             )
-        completions = _completions(tokens.tolist(), logprobs.tolist(), set(self._model.eos_token_ids))
+        completions = _completions(
+            tokens.tolist(), logprobs.tolist(), set(self._model.eos_token_ids)
+        )
         for row, completion in zip(rows, completions, strict=True):
             number, place = divmod(start + row, self._size)
             group = self._ended[number]
             group[place] = completion
             if len(group) == self._size:
-                # What others do with a group is no part of decoding: tensors that they make may be trained on.
-                with torch.inference_mode(False), torch.autocast(self._model.model.device.type, enabled=False):
+                # What others do with a group is no part of decoding: tensors that they make may be
+                # trained on.
+                with (
+                    torch.inference_mode(False),
+                    torch.autocast(self._model.model.device.type, enabled=False),
+                ):
                     self._after_group(number, [group[i] for i in range(self._size)])
 
 
 def _cache_rows_can_be_dropped(model: PreTrainedModel) -> bool:
-    """Whether the cache is plain keys and values and positions can be given; other models go through `generate`.
+    """Whether the cache is plain keys and values and positions can be given; other models go
+    through `generate`.
 
-    The types are compared exactly: the layers of hybrid models derive from the plain ones but hold a recurrent state too.
+    The types are compared exactly: the layers of hybrid models derive from the plain ones but hold
+    a recurrent state too.
     """
     if model._is_stateful or "position_ids" not in inspect.signature(model.forward).parameters:
         return False
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=model.config).layers)
+    return all(
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+        for layer in DynamicCache(config=model.config).layers
+    )
 
 
-def _left_padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _left_padded(
+    prompts: Sequence[Sequence[int]], pad: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     longest = max(len(p) for p in prompts)
     ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -161,9 +200,11 @@ def _decode(
     before_token: Callable[[], None],
     after_rows: Callable[[list[int], Tensor, Tensor], None],
 ) -> None:
-    """Gives `after_rows` the rows that end with a step, and their tokens and log-probs [row, token].
+    """Gives `after_rows` the rows that end with a step, and their tokens and log-probs [row,
+    token].
 
-    Each prompt is prefilled once; row `i` goes on from prompt `owners[i]`. Finished rows leave the batch.
+    Each prompt is prefilled once; row `i` goes on from prompt `owners[i]`. Finished rows leave the
+    batch.
     """
     model, eos = language_model.model, torch.tensor(language_model.eos_token_ids, device=ids.device)
     num_rows, max_tokens = uniforms.shape
@@ -172,10 +213,14 @@ def _decode(
     cache = growing_cache(model.config)
     forward = partial(model, past_key_values=cache, use_cache=True, logits_to_keep=1)
     before_token()
-    logits = forward(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0)).logits
+    logits = forward(
+        input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0)
+    ).logits
     cache.batch_select_indices(owners)
     logits, mask = logits[owners, -1], mask[owners]
-    rows = torch.arange(num_rows, device=ids.device)  # which output row each row of the batch belongs to
+    rows = torch.arange(
+        num_rows, device=ids.device
+    )  # which output row each row of the batch belongs to
     alive, num_alive = torch.ones(num_rows, dtype=torch.bool, device=ids.device), num_rows
     for step in range(max_tokens):
         tokens, logprobs = pick_tokens(logits, uniforms[rows, step], temperature)
@@ -185,7 +230,9 @@ def _decode(
         num_before, num_alive = num_alive, int(alive.sum())
         if num_alive < num_before:
             ended = rows[ends]
-            after_rows(ended.tolist(), tokens_out[ended, : step + 1], logprobs_out[ended, : step + 1])
+            after_rows(
+                ended.tolist(), tokens_out[ended, : step + 1], logprobs_out[ended, : step + 1]
+            )
         if num_alive == 0:
             break
         if num_alive <= (1 - _COMPACT_SHARE) * len(rows):
@@ -195,11 +242,14 @@ def _decode(
         before_token()
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         positions = mask.sum(dim=1, keepdim=True) - 1
-        logits = forward(input_ids=tokens[:, None], attention_mask=mask, position_ids=positions).logits[:, -1]
+        logits = forward(
+            input_ids=tokens[:, None], attention_mask=mask, position_ids=positions
+        ).logits[:, -1]
 
 
 class _PickTokens(LogitsProcessor):
-    """Makes `generate` take exactly the token of `pick_tokens`, whatever its own choice would be."""
+    """Makes `generate` take exactly the token of `pick_tokens`, whatever its own choice would
+    be."""
 
     def __init__(self, uniforms: Tensor, temperature: float, before_token: Callable[[], None]):
         self.uniforms, self.temperature, self.before_token = uniforms, temperature, before_token
@@ -207,7 +257,9 @@ class _PickTokens(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.before_token()
-        tokens, logprobs = pick_tokens(scores, self.uniforms[:, len(self.logprobs)], self.temperature)
+        tokens, logprobs = pick_tokens(
+            scores, self.uniforms[:, len(self.logprobs)], self.temperature
+        )
         self.logprobs.append(logprobs)
         return torch.full_like(scores, float("-inf")).scatter_(1, tokens[:, None], 0.0)
 
@@ -222,21 +274,27 @@ def _generate(
     before_token: Callable[[], None],
     after_rows: Callable[[list[int], Tensor, Tensor], None],
 ) -> None:
-    """The same through transformers' `generate`, for models whose cache is not plain keys and values.
+    """The same through transformers' `generate`, for models whose cache is not plain keys and
+    values.
 
-    Prompts of one length go together: some recurrent models let padding into their state. What stands behind a row's end
-    token means nothing.
+    Prompts of one length go together: some recurrent models let padding into their state. What
+    stands behind a row's end token means nothing.
     """
     lengths = mask.sum(dim=1)[owners]
     for length in lengths.unique().tolist():
         rows = (lengths == length).nonzero().squeeze(1)
         processor = _PickTokens(uniforms[rows], temperature, before_token)
-        tokens = _generate_unpadded(language_model, ids[owners[rows], -length:], uniforms.shape[1], processor)
+        tokens = _generate_unpadded(
+            language_model, ids[owners[rows], -length:], uniforms.shape[1], processor
+        )
         after_rows(rows.tolist(), tokens, torch.stack(processor.logprobs, dim=1))
 
 
 def _generate_unpadded(
-    language_model: LanguageModel, ids: Tensor, max_completion_tokens: int, processor: LogitsProcessor
+    language_model: LanguageModel,
+    ids: Tensor,
+    max_completion_tokens: int,
+    processor: LogitsProcessor,
 ) -> Tensor:
     model: Any = language_model.model
     settings = GenerationConfig(
@@ -246,8 +304,8 @@ def _generate_unpadded(
         pad_token_id=language_model.pad_token_id,
         use_cache=True,
     )
-    # `generate` fills gaps from the model's own settings, and chat models bring a repetition penalty: the log-probs would no
-    # longer be those of the model.
+    # `generate` fills gaps from the model's own settings, and chat models bring a repetition
+    # penalty: the log-probs would no longer be those of the model.
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         out = model.generate(
@@ -261,11 +319,15 @@ def _generate_unpadded(
     return out[:, ids.shape[1] :]
 
 
-def _completions(tokens: list[list[int]], logprobs: list[list[float]], eos: set[int]) -> list[Completion]:
+def _completions(
+    tokens: list[list[int]], logprobs: list[list[float]], eos: set[int]
+) -> list[Completion]:
     """Cut each row after its first end token; a row without one was truncated."""
     completions = []
     for row, values in zip(tokens, logprobs, strict=True):
         end = next((i for i, token in enumerate(row) if token in eos), None)
         length = len(row) if end is None else end + 1
-        completions.append(Completion(tuple(row[:length]), tuple(values[:length]), is_truncated=end is None))
+        completions.append(
+            Completion(tuple(row[:length]), tuple(values[:length]), is_truncated=end is None)
+        )
     return completions

@@ -1,4 +1,5 @@
-"""Completions, rollouts and groups: what the sampler returns, the verifier grades and the run directory stores."""
+"""Completions, rollouts and groups: what the sampler returns, the verifier grades and the run
+directory stores."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -9,8 +10,8 @@ from typing import Any, Self
 class Completion:
     """Sampled tokens (the end token included) and their log-probs under the sampler.
 
-    `logprobs` are float32 values after division by the sampling temperature. `is_truncated` says that the token limit was
-    reached before an end token.
+    `logprobs` are float32 values after division by the sampling temperature. `is_truncated` says
+    that the token limit was reached before an end token.
     """
 
     token_ids: tuple[int, ...]
@@ -22,7 +23,8 @@ class Completion:
 class Rollout:
     """A completion with its text and its grade. `verdict` is `correct`, `wrong` or `cannot_judge`.
 
-    `reward` is NaN when the verifier could not judge; such a rollout is left out of the group and trains nothing.
+    `reward` is NaN when the verifier could not judge; such a rollout is left out of the group and
+    trains nothing.
     """
 
     completion: Completion
@@ -43,7 +45,9 @@ class RolloutGroup:
     def to_json(self) -> dict[str, Any]:
         row = asdict(self)
         for rollout in row["rollouts"]:
-            rollout["reward"] = None if math.isnan(rollout["reward"]) else rollout["reward"]  # JSON has no NaN
+            rollout["reward"] = (
+                None if math.isnan(rollout["reward"]) else rollout["reward"]
+            )  # JSON has no NaN
         return row
 
     @classmethod

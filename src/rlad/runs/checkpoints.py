@@ -25,13 +25,15 @@ def checkpoint_name(step: int, *, with_rollouts: bool = False) -> str:
 
 
 def find_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every complete checkpoint in a folder, oldest first; whether it is damaged is not looked at."""
+    """(step, folder) of every complete checkpoint in a folder, oldest first; whether it is damaged
+    is not looked at."""
     folders = [path for path in folder.glob("step-*") if path.is_dir() and not path.is_symlink()]
     return sorted((int(match[1]), path) for path in folders if (match := _NAME.fullmatch(path.name)))
 
 
 def write_checkpoint(target: Path, write: Callable[[Path], None], **about: Any) -> None:
-    """Let `write` fill a new folder, with a manifest of its files; `about` is what that says beside them."""
+    """Let `write` fill a new folder, with a manifest of its files; `about` is what that says beside
+    them."""
 
     def write_all(folder: Path) -> None:
         write(folder)
@@ -69,7 +71,8 @@ def write_manifest(folder: Path, **about: Any) -> None:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, in a few words; None when every file is as it was written. Reads all of it."""
+    """What is wrong with a checkpoint, in a few words; None when every file is as it was written.
+    Reads all of it."""
     try:
         files = dict(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"])
         found = ((name, _damage_of_file(checkpoint / name, checkpoint, **noted)) for name, noted in files.items())
@@ -93,14 +96,16 @@ def _damage_of_file(path: Path, checkpoint: Path, *, size: int, sha256: str) -> 
 
 
 def delete_checkpoint(path: Path) -> None:
-    """Take it out of the way, then delete it: a folder that is only half deleted must not be taken for a checkpoint."""
+    """Take it out of the way, then delete it: a folder that is only half deleted must not be taken
+    for a checkpoint."""
     delete_unfinished(path.parent)
     os.replace(path, path.with_name(f".{path.name}.tmp"))
     delete_unfinished(path.parent)
 
 
 def delete_unfinished(folder: Path) -> None:
-    """Delete what is left of checkpoints that were being written or deleted when the process was killed."""
+    """Delete what is left of checkpoints that were being written or deleted when the process was
+    killed."""
     for path in folder.glob(".step-*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
 

@@ -25,7 +25,8 @@ Rows = list[dict[str, Any]]
 
 
 def draw_curve(run: RunDirectory) -> bytes:
-    """The picture as PNG: pass@1 on held-out and training problems, gated shares, and completion length, by step."""
+    """The picture as PNG: pass@1 on held-out and training problems, gated shares, and completion
+    length, by step."""
     steps, evaluations = list(run.read(METRICS)), list(run.read(EVAL))
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -41,7 +42,8 @@ def draw_curve(run: RunDirectory) -> bytes:
 
 
 def curve_html(run: RunDirectory, figures: Mapping[str, object]) -> str:
-    """Named figures and, if it has been drawn, the learning curve of a run: what a notebook shows."""
+    """Named figures and, if it has been drawn, the learning curve of a run: what a notebook
+    shows."""
     rows = "".join(f"<tr><td>{escape(name)}</td><td>{escape(str(value))}</td></tr>" for name, value in figures.items())
     picture = run.path / CURVE
     source = b64encode(picture.read_bytes()).decode() if picture.is_file() else ""

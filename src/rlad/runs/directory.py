@@ -47,7 +47,8 @@ MODEL_CARD, LOCK = "README.md", ".lock"
 CHECKPOINTS = "checkpoints"
 
 EvaluationSet = Literal["validation", "test", "ood"]
-"""validation: chooses the best checkpoint; test: reported; ood: test problems out of the training distribution"""
+"""validation: chooses the best checkpoint; test: reported; ood: test problems out of the training
+distribution"""
 
 _log = logging.getLogger(__name__)
 
@@ -58,7 +59,8 @@ class CannotWriteError(RunFailedError):
 
 @dataclass(frozen=True, slots=True)
 class RunDirectory:
-    """A run directory on disk. Every write goes through here, and raises `CannotWriteError` when it fails."""
+    """A run directory on disk. Every write goes through here, and raises `CannotWriteError` when it
+    fails."""
 
     path: Path
 
@@ -70,10 +72,12 @@ class RunDirectory:
         return self.exists() and (self.path / MODEL_CARD).is_file()
 
     def require_free(self, *, overwrite: bool) -> None:
-        """`ValueError` when there is something already, unless it is a run and `overwrite` holds. Deletes nothing."""
+        """`ValueError` when there is something already, unless it is a run and `overwrite` holds.
+        Deletes nothing."""
         if self.exists() and not overwrite:
             raise ValueError(
-                f"run directory {self.path} exists already; use --resume to go on with it, --overwrite to delete it and start "
+                f"run directory {self.path} exists already; use --resume to go on with it, "
+                "--overwrite to delete it and start "
                 "again, or run_dir=... for another place."
             )
         # A run that was killed while it made its directory may have left the first of its files.
@@ -93,7 +97,8 @@ class RunDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other processes from training here meanwhile; `ValueError` when one does. Makes the directory."""
+        """Keeps other processes from training here meanwhile; `ValueError` when one does. Makes the
+        directory."""
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
             file = (self.path / LOCK).open("w")
@@ -103,7 +108,8 @@ class RunDirectory:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(
-                    f"another process is training in {self.path}; wait until it has ended, or choose another run_dir."
+                    f"another process is training in {self.path}; wait until it has ended, or "
+                    "choose another run_dir."
                 ) from None
             yield
 
@@ -120,7 +126,8 @@ class RunDirectory:
 
     @contextmanager
     def _one_at_a_time(self) -> Iterator[None]:
-        """Around a try of the lock, which is over at once: a run that begins must not find it held by one that only asks."""
+        """Around a try of the lock, which is over at once: a run that begins must not find it held
+        by one that only asks."""
         directory = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.flock(directory, fcntl.LOCK_EX)
@@ -147,9 +154,11 @@ class RunDirectory:
             file.write(json.dumps(row) + "\n")
 
     def read(self, name: str) -> Iterator[dict[str, Any]]:
-        """Rows of a JSONL file; nothing when it does not exist; a half-written last line is passed over.
+        """Rows of a JSONL file; nothing when it does not exist; a half-written last line is passed
+        over.
 
-        `ValueError` for any other line that is no row: it was not cut, something else has written there.
+        `ValueError` for any other line that is no row: it was not cut, something else has written
+        there.
         """
         for _, row in self._whole_lines(name):
             yield row
@@ -169,13 +178,15 @@ class RunDirectory:
                     is_row = False
                 if not is_row:
                     raise ValueError(
-                        f"line {number} of {path} is no row that a run has written; put back a copy of that file, or start "
+                        f"line {number} of {path} is no row that a run has written; put back a "
+                        "copy of that file, or start "
                         "the run again with --overwrite."
                     ) from None
                 yield line, row
 
     def forget_after(self, step: int) -> None:
-        """Cut off the rows of later steps, and a half-written last line: a run resumed at `step` writes them again."""
+        """Cut off the rows of later steps, and a half-written last line: a run resumed at `step`
+        writes them again."""
         for name in ROWS:
             kept = takewhile(lambda found: found[1]["step"] <= step, self._whole_lines(name))
             end = sum(len(line) for line, _ in kept)
@@ -189,25 +200,29 @@ class RunDirectory:
         return self.path / CHECKPOINTS / checkpoint_name(step, with_rollouts=with_rollouts)
 
     def checkpoints(self) -> list[tuple[int, Path]]:
-        """(step, folder) of every complete checkpoint, oldest first; whether it is damaged is not looked at."""
+        """(step, folder) of every complete checkpoint, oldest first; whether it is damaged is not
+        looked at."""
         return find_checkpoints(self.path / CHECKPOINTS)
 
     def checkpoints_by_validation(self) -> list[tuple[int, Path]]:
-        """The same, best validation pass@1 first, of equals the earliest; then those without one, newest first."""
+        """The same, best validation pass@1 first, of equals the earliest; then those without one,
+        newest first."""
         scores = self._validations()
         validated = [found for found in self.checkpoints() if found[0] in scores]
         rest = [found for found in reversed(self.checkpoints()) if found[0] not in scores]
         return sorted(validated, key=lambda found: (-scores[found[0]], found)) + rest
 
     def newest_checkpoint(self) -> tuple[int, Path]:
-        """(step, folder) of the newest one that is whole; a damaged one is named in a warning and passed over.
+        """(step, folder) of the newest one that is whole; a damaged one is named in a warning and
+        passed over.
 
         `ValueError` when there is none, or none that is whole.
         """
         return self._first_whole(self.checkpoints()[::-1])
 
     def best_checkpoint(self) -> tuple[int, Path]:
-        """(step, folder) of the one with the highest validation pass@1 that is whole; the newest if none has one.
+        """(step, folder) of the one with the highest validation pass@1 that is whole; the newest if
+        none has one.
 
         Warns and raises as `newest_checkpoint` does.
         """
@@ -225,14 +240,16 @@ class RunDirectory:
                 return step, path
             damaged.append(f"{path.name} is damaged: {reason}")
         raise ValueError(
-            f"{self.path} holds no checkpoint that is whole ({'; '.join(damaged)}); put back a copy of one, or start the run "
+            f"{self.path} holds no checkpoint that is whole ({'; '.join(damaged)}); put back a "
+            "copy of one, or start the run "
             "again with --overwrite."
         )
 
     def write_checkpoint(
         self, step: int, write: Callable[[Path], None], *, run_digest: str, with_rollouts: bool = False
     ) -> None:
-        """Let `write` fill a new checkpoint, which is complete or absent; the rows before it reach the disk before it does."""
+        """Let `write` fill a new checkpoint, which is complete or absent; the rows before it reach
+        the disk before it does."""
         with self._writing():
             for name in ROWS:
                 if (self.path / name).is_file():
@@ -240,7 +257,8 @@ class RunDirectory:
             write_checkpoint(self.checkpoint(step, with_rollouts=with_rollouts), write, step=step, run=run_digest)
 
     def set_aside_after(self, checkpoint: Path) -> None:
-        """Rename the checkpoints that are newer than this one, all of them damaged, to `damaged-...`.
+        """Rename the checkpoints that are newer than this one, all of them damaged, to
+        `damaged-...`.
 
         So is a damaged one of the same step: it would be kept in the place of this one.
         """
@@ -252,9 +270,11 @@ class RunDirectory:
                     set_aside(path)
 
     def keep(self, *, last: int, best: int) -> None:
-        """Delete all checkpoints but the last and the best of the validated ones, and what is left of unfinished ones.
+        """Delete all checkpoints but the last and the best of the validated ones, and what is left
+        of unfinished ones.
 
-        Those that a signal or the clock had written in between go too; the newest of all stays, which a run goes on from.
+        Those that a signal or the clock had written in between go too; the newest of all stays,
+        which a run goes on from.
         """
         of_step: dict[int, Path] = {}
         for step, path in self.checkpoints():
@@ -283,5 +303,6 @@ class RunDirectory:
                 else "or choose another run_dir"
             )
             raise CannotWriteError(
-                f"run directory {self.path} cannot be written ({error}); free some space or mend its permissions, {then}."
+                f"run directory {self.path} cannot be written ({error}); free some space or mend "
+                f"its permissions, {then}."
             ) from None

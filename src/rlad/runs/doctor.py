@@ -1,4 +1,5 @@
-"""What is wrong with a run, read from its directory: the guards' table over all its steps, and what only hindsight sees.
+"""What is wrong with a run, read from its directory: the guards' table over all its steps, and what
+only hindsight sees.
 
 Reads and never writes; loads no model.
 """
@@ -21,7 +22,8 @@ from rlad.runs.directory import CHECKPOINTS, ENVIRONMENT, EVAL, METRICS, SAMPLES
 
 LEVELS = ("error", "warning", "note")
 
-# Half of the time is generation in a usual run, so a part has to take much more to be the one thing worth speeding up.
+# Half of the time is generation in a usual run, so a part has to take much more to be the one thing
+# worth speeding up.
 LARGE_TIME_SHARE = 0.8
 FEW_STEPS_FOR_TIME = 10
 # One validation beyond the first tells noise from learning no better than a coin does.
@@ -32,7 +34,8 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """error: figures or files are wrong; warning: training does not do what it should; note: worth knowing."""
+    """error: figures or files are wrong; warning: training does not do what it should; note: worth
+    knowing."""
 
     level: Literal["error", "warning", "note"]
     name: str
@@ -81,7 +84,8 @@ class Diagnoses:
 
 
 def diagnose(path: Path, *, free_bytes: int | None = None) -> Diagnoses:
-    """Look at the run in `path`. `ValueError` when there is none. `free_bytes` takes the place of what its disk has."""
+    """Look at the run in `path`. `ValueError` when there is none. `free_bytes` takes the place of
+    what its disk has."""
     run = RunDirectory(path)
     if not run.exists():
         raise ValueError(f"there is no run in {path}; give the directory of a run, which holds config.toml and run.json.")
@@ -188,7 +192,8 @@ def _disk(evidence: Evidence) -> Iterator[Diagnosis]:
     size = sum(path.stat().st_size for path in checkpoints[-1][1].rglob("*") if path.is_file())
     if evidence.free_bytes < 2 * size:
         message = (
-            f"the disk has {evidence.free_bytes / 2**20:.0f} MiB left and a checkpoint takes {size / 2**20:.0f}, of which the "
+            f"the disk has {evidence.free_bytes / 2**20:.0f} MiB left and a checkpoint takes "
+            f"{size / 2**20:.0f}, of which the "
             "next is written before an old one is deleted: free some space."
         )
         yield Diagnosis("warning", "disk_nearly_full", message, value=evidence.free_bytes, limit=2 * size)
@@ -217,21 +222,27 @@ def _learning(evidence: Evidence) -> Iterator[Diagnosis]:
     now, top = last["pass@1"], best["pass@1"]
     if best is not first and now["high"] < top["low"]:
         message = (
-            f"validation pass@1 was {top['mean']:.1%} at step {best['step']} and is {now['mean']:.1%} now, beyond both "
-            "intervals: the student has unlearned what it could. Use that checkpoint, or train again with a lower "
+            f"validation pass@1 was {top['mean']:.1%} at step {best['step']} and is "
+            f"{now['mean']:.1%} now, beyond both "
+            "intervals: the student has unlearned what it could. Use that checkpoint, or train "
+            "again with a lower "
             "optimization.learning_rate, fewer steps, or optimization.kl_coef."
         )
         yield Diagnosis("warning", "best_long_ago", message, best["step"], now["high"], top["low"])
     elif now["high"] < low:
         message = (
-            f"validation pass@1 fell from {first['pass@1']['mean']:.1%} to {now['mean']:.1%}: training makes the student "
-            "worse. Lower optimization.learning_rate; check the verifier on samples.jsonl and the teacher with `rlad check`."
+            f"validation pass@1 fell from {first['pass@1']['mean']:.1%} to {now['mean']:.1%}: "
+            "training makes the student "
+            "worse. Lower optimization.learning_rate; check the verifier on samples.jsonl and the "
+            "teacher with `rlad check`."
         )
         yield Diagnosis("warning", "worse_than_before", message, last["step"], now["high"], low)
     elif all(low <= row["pass@1"]["mean"] <= high for row in rows):
         message = (
-            f"validation pass@1 never left the interval that it had before training, {low:.1%} to {high:.1%}: nothing was "
-            "learned that can be seen. Train longer or with a higher optimization.learning_rate, take problems that the "
+            f"validation pass@1 never left the interval that it had before training, {low:.1%} to "
+            f"{high:.1%}: nothing was "
+            "learned that can be seen. Train longer or with a higher optimization.learning_rate, "
+            "take problems that the "
             "student solves sometimes, or measure on more (evaluation.num_validation_problems)."
         )
         yield Diagnosis("warning", "no_learning", message, last["step"])

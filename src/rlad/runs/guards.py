@@ -1,7 +1,9 @@
-"""The guards against wrong numbers: one table of limits, read by a run while it goes on and by `rlad doctor` behind it.
+"""The guards against wrong numbers: one table of limits, read by a run while it goes on and by
+`rlad doctor` behind it.
 
-A guard looks at one metric of the steps so far, as rows of metrics.jsonl, and speaks once: at the first step at which its
-figure lies beyond its limit. Most figures are medians of several steps, so that one odd step says nothing.
+A guard looks at one metric of the steps so far, as rows of metrics.jsonl, and speaks once: at the
+first step at which its figure lies beyond its limit. Most figures are medians of several steps, so
+that one odd step says nothing.
 """
 
 import math
@@ -12,10 +14,12 @@ from typing import Any, Literal
 from rlad.config.run import RunConfig
 from rlad.runs.trends import Figure, change, jump, numbers_of, recent, value_of
 
-# Of half the tokens, so that the few on which a good teacher disagrees strongly do not count. Student and teacher of one
-# family differ by some hundredths or tenths of a nat there; unrelated vocabularies or prompt formats give several nats.
+# Of half the tokens, so that the few on which a good teacher disagrees strongly do not count.
+# Student and teacher of one family differ by some hundredths or tenths of a nat there; unrelated
+# vocabularies or prompt formats give several nats.
 LARGE_LOG_RATIO = 1.0
-# Gates are meant for the tokens on which teacher and reward disagree, the minority for a teacher that knows the task.
+# Gates are meant for the tokens on which teacher and reward disagree, the minority for a teacher
+# that knows the task.
 LARGE_GATED_SHARE = 0.5
 
 
@@ -46,7 +50,8 @@ def _computes_float32(config: RunConfig) -> bool:
 
 
 def _gates_by_teacher(config: RunConfig) -> bool:
-    # A moving average of the student begins as the student itself: then no gates are what is to be expected.
+    # A moving average of the student begins as the student itself: then no gates are what is to be
+    # expected.
     return config.objective.type == "trrd" and config.teacher is not None and config.teacher.type != "ema"
 
 
@@ -61,8 +66,10 @@ GUARDS: tuple[Guard, ...] = (
         recent(1),
         "above",
         0.0,
-        "loss or gradient was not finite, so the step was skipped and the weights stayed as they were",
-        "look at its rollouts and scores in skipped-step-*; if it happens again, lower optimization.learning_rate or set "
+        "loss or gradient was not finite, so the step was skipped and the weights stayed as they "
+        "were",
+        "look at its rollouts and scores in skipped-step-*; if it happens again, lower "
+        "optimization.learning_rate or set "
         "objective.teacher_log_ratio_clip = 1.0",
     ),
     Guard(
@@ -71,9 +78,11 @@ GUARDS: tuple[Guard, ...] = (
         recent(1),
         "above",
         1e-3,
-        "sampler and trainer give different log-probs to the same tokens of the same weights, by more than rounding to "
+        "sampler and trainer give different log-probs to the same tokens of the same weights, by "
+        "more than rounding to "
         "float32 can",
-        "look for what they compute differently: temperature, prompt template, precision, a model with dropout",
+        "look for what they compute differently: temperature, prompt template, precision, a model "
+        "with dropout",
         _computes_float32,
     ),
     Guard(
@@ -82,9 +91,11 @@ GUARDS: tuple[Guard, ...] = (
         recent(1),
         "above",
         0.05,
-        "sampler and trainer give different log-probs to the same tokens of the same weights, by more than rounding to "
+        "sampler and trainer give different log-probs to the same tokens of the same weights, by "
+        "more than rounding to "
         "bfloat16 usually does",
-        "look for what they compute differently: temperature, prompt template, a model with dropout; or set "
+        "look for what they compute differently: temperature, prompt template, a model with "
+        "dropout; or set "
         "student.dtype = float32",
         lambda config: not _computes_float32(config),
     ),
@@ -94,7 +105,8 @@ GUARDS: tuple[Guard, ...] = (
         recent(3),
         "above",
         0.01,
-        "the teacher (or the reference) leaves tokens without a finite log-prob, and they train nothing",
+        "the teacher (or the reference) leaves tokens without a finite log-prob, and they train "
+        "nothing",
         "check that it answers in full and does not overflow (bfloat16 instead of float16); "
         "optimization.max_missing_teacher_share says when the run stops",
     ),
@@ -105,7 +117,8 @@ GUARDS: tuple[Guard, ...] = (
         "above",
         LARGE_LOG_RATIO,
         "the teacher finds half of the student's own tokens very unlikely",
-        "compare vocabulary, prompt format and temperature of the two; `rlad check` shows samples' figures",
+        "compare vocabulary, prompt format and temperature of the two; `rlad check` shows samples' "
+        "figures",
     ),
     Guard(
         "nearly_all_gated",
@@ -114,7 +127,8 @@ GUARDS: tuple[Guard, ...] = (
         "above",
         LARGE_GATED_SHARE,
         "most tokens of one sign of advantage get no gradient",
-        "raise objective.alpha or the clips or take another teacher; without a teacher in the ratio, take fewer "
+        "raise objective.alpha or the clips or take another teacher; without a teacher in the "
+        "ratio, take fewer "
         "optimization.steps_per_rollout_batch or a lower optimization.learning_rate",
     ),
     Guard(
@@ -124,7 +138,8 @@ GUARDS: tuple[Guard, ...] = (
         "below",
         1e-4,
         "the teacher holds back and protects next to no token, so TRRD acts like GRPO",
-        "lower objective.alpha, raise objective.teacher_log_ratio_clip, or take a teacher that differs from the student",
+        "lower objective.alpha, raise objective.teacher_log_ratio_clip, or take a teacher that "
+        "differs from the student",
         _gates_by_teacher,
     ),
     Guard(
@@ -133,7 +148,8 @@ GUARDS: tuple[Guard, ...] = (
         change(5, 0.01),
         "below",
         0.2,
-        "the student has become nearly certain of every token: its rollouts of a prompt will be alike and teach nothing",
+        "the student has become nearly certain of every token: its rollouts of a prompt will be "
+        "alike and teach nothing",
         "lower optimization.learning_rate, raise objective.clip_high, or set optimization.kl_coef",
     ),
     Guard(
@@ -143,7 +159,8 @@ GUARDS: tuple[Guard, ...] = (
         "above",
         4.0,
         "the student's tokens become random",
-        "lower optimization.learning_rate or set optimization.kl_coef; an earlier checkpoint is the better student",
+        "lower optimization.learning_rate or set optimization.kl_coef; an earlier checkpoint is "
+        "the better student",
     ),
     Guard(
         "length_collapse",
@@ -151,8 +168,10 @@ GUARDS: tuple[Guard, ...] = (
         change(5, 1.0),
         "below",
         0.2,
-        "completions have become much shorter than at the start: the student may answer without reasoning",
-        "read samples.jsonl; if so, look for a reward without reasoning in the verifier, or set optimization.kl_coef",
+        "completions have become much shorter than at the start: the student may answer without "
+        "reasoning",
+        "read samples.jsonl; if so, look for a reward without reasoning in the verifier, or set "
+        "optimization.kl_coef",
     ),
     Guard(
         "length_explosion",
@@ -161,7 +180,8 @@ GUARDS: tuple[Guard, ...] = (
         "above",
         10.0,
         "completions have become much longer than at the start: the student may repeat itself",
-        "read samples.jsonl; if so, lower optimization.learning_rate or rollout.max_completion_tokens",
+        "read samples.jsonl; if so, lower optimization.learning_rate or "
+        "rollout.max_completion_tokens",
     ),
     Guard(
         "truncated",
@@ -170,7 +190,8 @@ GUARDS: tuple[Guard, ...] = (
         "above",
         0.5,
         "most completions are cut off before their end, and what is cut off is mostly graded wrong",
-        "raise rollout.max_completion_tokens, or look in samples.jsonl for completions that never end",
+        "raise rollout.max_completion_tokens, or look in samples.jsonl for completions that never "
+        "end",
     ),
     Guard(
         "zero_variance",
@@ -179,7 +200,8 @@ GUARDS: tuple[Guard, ...] = (
         "above",
         0.9,
         "in nearly all groups every rollout has the same reward, so nothing is learned from them",
-        "take easier problems if reward/mean is near 0 and harder ones if it is near 1, or raise rollout.group_size",
+        "take easier problems if reward/mean is near 0 and harder ones if it is near 1, or raise "
+        "rollout.group_size",
         _needs_reward,
     ),
     Guard(
@@ -189,7 +211,8 @@ GUARDS: tuple[Guard, ...] = (
         "above",
         0.2,
         "the verifier cannot judge many completions, and they train nothing",
-        "read samples.jsonl for what it is given; raise its time limit, or mend the verifier or the reference answers",
+        "read samples.jsonl for what it is given; raise its time limit, or mend the verifier or "
+        "the reference answers",
     ),
     Guard(
         "identical_completions",
@@ -206,8 +229,10 @@ GUARDS: tuple[Guard, ...] = (
         recent(5),
         "above",
         100.0,
-        "some tokens weigh a hundred times what they should, where the clip does not hold (negative advantages)",
-        "set objective.teacher_log_ratio_clip = 1.0 or objective.dual_clip, or take fewer optimization.steps_per_rollout_batch",
+        "some tokens weigh a hundred times what they should, where the clip does not hold "
+        "(negative advantages)",
+        "set objective.teacher_log_ratio_clip = 1.0 or objective.dual_clip, or take fewer "
+        "optimization.steps_per_rollout_batch",
     ),
     Guard(
         "kl_explosion",
@@ -225,7 +250,8 @@ GUARDS: tuple[Guard, ...] = (
         "above",
         10.0,
         "the gradient is many times as long as it was for twenty steps",
-        "lower optimization.learning_rate or optimization.max_grad_norm; read samples.jsonl of these steps",
+        "lower optimization.learning_rate or optimization.max_grad_norm; read samples.jsonl of "
+        "these steps",
     ),
 )
 
@@ -248,7 +274,8 @@ class GuardWarning:
 
 
 class Watch:
-    """Is shown the rows of metrics.jsonl one after the other; a function of them alone, so that a resumed run goes on."""
+    """Is shown the rows of metrics.jsonl one after the other; a function of them alone, so that a
+    resumed run goes on."""
 
     def __init__(self, config: RunConfig):
         self.guards = [guard for guard in GUARDS if guard.concerns(config)]

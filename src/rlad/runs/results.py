@@ -35,7 +35,8 @@ def ks_up_to(num_samples: int) -> list[int]:
 
 
 def summarise(results: Sequence[ProblemResult]) -> dict[str, Any]:
-    """mean@k, pass@k for k = 1, 2, 4, ... up to the number of samples, and pass@1 by difficulty; each with its interval.
+    """mean@k, pass@k for k = 1, 2, 4, ... up to the number of samples, and pass@1 by difficulty;
+    each with its interval.
 
     A completion that could not be judged counts as not correct.
     """

@@ -1,7 +1,8 @@
-"""Estimates with intervals, paired comparisons of methods, pass@k. Knows numbers only: no model, no run directory.
+"""Estimates with intervals, paired comparisons of methods, pass@k. Knows numbers only: no model, no
+run directory.
 
-Held-out results of one method are a table `values[seed][problem]`; `keys[problem]` names the cluster: problems of one key
-are variants of one another, and no two independent observations.
+Held-out results of one method are a table `values[seed][problem]`; `keys[problem]` names the
+cluster: problems of one key are variants of one another, and no two independent observations.
 """
 
 import math
@@ -42,7 +43,8 @@ class Comparison:
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Unbiased estimate of P(at least one of k samples is correct): 1 - C(n - c, k) / C(n, k) (arXiv 2107.03374, Eq. 1).
+    """Unbiased estimate of P(at least one of k samples is correct): 1 - C(n - c, k) / C(n, k)
+    (arXiv 2107.03374, Eq. 1).
 
     Raises `ValueError` for k outside 1..n.
     """
@@ -54,8 +56,8 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 def bootstrap(values: Sequence[float], keys: Sequence[str], *, seed: int = 0) -> Estimate:
     """Mean of per-problem values with the percentile bootstrap interval (95 %).
 
-    Problems of the same key are variants of one another, so keys are resampled with replacement, each with all its problems:
-    two puzzles of one structure are not two independent observations.
+    Problems of the same key are variants of one another, so keys are resampled with replacement,
+    each with all its problems: two puzzles of one structure are not two independent observations.
     """
     return mean_over_seeds([values], keys, seed=seed)
 
@@ -67,13 +69,15 @@ def mean_over_seeds(
     limits: tuple[float, float] = (-math.inf, math.inf),
     seed: int = 0,
 ) -> Estimate:
-    """Mean of `values[seed][problem]` with an interval (95 %) over seeds and problems; over problems alone for one seed.
+    """Mean of `values[seed][problem]` with an interval (95 %) over seeds and problems; over
+    problems alone for one seed.
 
-    Seeds and keys are resampled with replacement, independently of each other: the pigeonhole bootstrap for crossed effects
-    (Owen 2007, Ann. Appl. Stat. 1(2), 386-411), which errs on the wide side for what is peculiar to one seed on one problem.
-    n resampled seeds vary by (n - 1) / n less than n new ones, so the seeds' part is widened by sqrt(n / (n - 1)). With 2 or
-    3 seeds that differ far more than problems do, the interval is still too short. The ends are cut to `limits`, the range
-    that a value can have.
+    Seeds and keys are resampled with replacement, independently of each other: the pigeonhole
+    bootstrap for crossed effects (Owen 2007, Ann. Appl. Stat. 1(2), 386-411), which errs on the
+    wide side for what is peculiar to one seed on one problem. n resampled seeds vary by (n - 1) / n
+    less than n new ones, so the seeds' part is widened by sqrt(n / (n - 1)). With 2 or 3 seeds that
+    differ far more than problems do, the interval is still too short. The ends are cut to `limits`,
+    the range that a value can have.
 
     Raises `ValueError` without values, or when seeds have different numbers of problems.
     """
@@ -91,8 +95,8 @@ def compare(
 ) -> Comparison:
     """Compare two methods, each seed -> values of the same problems in the same order.
 
-    Over the seeds that both have; only where they share none over all of each, unpaired. Raises `ValueError` without values,
-    or when the numbers of problems differ.
+    Over the seeds that both have; only where they share none over all of each, unpaired. Raises
+    `ValueError` without values, or when the numbers of problems differ.
     """
     shared = sorted(set(method) & set(other))
     of_method, of_other = ([runs[s] for s in shared or sorted(runs)] for runs in (method, other))
@@ -110,12 +114,15 @@ def paired_difference(
     limits: tuple[float, float] = (-math.inf, math.inf),
     seed: int = 0,
 ) -> Estimate:
-    """Mean of method - other with its interval (95 %) over seeds and problems, as in `mean_over_seeds`.
+    """Mean of method - other with its interval (95 %) over seeds and problems, as in
+    `mean_over_seeds`.
 
-    Every resample takes the same problems for both methods, and, paired by seed, the same seeds: row i of both tables is
-    then of one seed. Otherwise the seeds of the two are resampled independently.
+    Every resample takes the same problems for both methods, and, paired by seed, the same seeds:
+    row i of both tables is then of one seed. Otherwise the seeds of the two are resampled
+    independently.
 
-    Raises `ValueError` without values, when the numbers of problems differ, or of seeds though they are paired.
+    Raises `ValueError` without values, when the numbers of problems differ, or of seeds though they
+    are paired.
     """
     a, b = _table(method, keys), _table(other, keys)
     if is_paired_by_seed and len(a) != len(b):
@@ -126,11 +133,13 @@ def paired_difference(
 def permutation_p_value(
     method: Sequence[Sequence[float]], other: Sequence[Sequence[float]], keys: Sequence[str], *, seed: int = 0
 ) -> float:
-    """Two-sided p-value of the paired permutation test: on each key, the two methods change places or do not.
+    """Two-sided p-value of the paired permutation test: on each key, the two methods change places
+    or do not.
 
-    The statistic is the difference of the means over problems, each problem's value being the mean over its seeds; exact
-    with few keys, else from `NUM_PERMUTATIONS` draws (`scipy.stats.permutation_test`). It is about *these trained runs*: its
-    null hypothesis is that on any key the results could as well be the other method's. Whether other seeds of the same
+    The statistic is the difference of the means over problems, each problem's value being the mean
+    over its seeds; exact with few keys, else from `NUM_PERMUTATIONS` draws
+    (`scipy.stats.permutation_test`). It is about *these trained runs*: its null hypothesis is that
+    on any key the results could as well be the other method's. Whether other seeds of the same
     methods would differ too is what the interval of `paired_difference` is about.
     """
     a, b = (_per_key(_table(values, keys).mean(axis=0)[None], keys)[0][0] for values in (method, other))
@@ -150,9 +159,11 @@ def permutation_p_value(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for as many comparisons: the chance of one false finding among all stays below the level.
+    """p-values corrected for as many comparisons: the chance of one false finding among all stays
+    below the level.
 
-    Of m sorted ascending, the i-th becomes max over j <= i of min(1, (m - j + 1) p_j) (Holm 1979, Scand. J. Stat. 6, 65-70).
+    Of m sorted ascending, the i-th becomes max over j <= i of min(1, (m - j + 1) p_j) (Holm 1979,
+    Scand. J. Stat. 6, 65-70).
     """
     corrected, largest = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
@@ -195,7 +206,8 @@ def _interval(
 
 
 def _seed_weights(num_seeds: int, rng: np.random.Generator) -> Floats:
-    """Weights `[resample, seed]` that sum to 1: the share of each seed in a resample, widened for few seeds."""
+    """Weights `[resample, seed]` that sum to 1: the share of each seed in a resample, widened for
+    few seeds."""
     if num_seeds == 1:
         return np.ones((NUM_RESAMPLES, 1))
     shares = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=NUM_RESAMPLES) / num_seeds

@@ -1,4 +1,5 @@
-"""What the guards look at: a metric of the steps so far, and the number made of it that is compared with a limit."""
+"""What the guards look at: a metric of the steps so far, and the number made of it that is compared
+with a limit."""
 
 import math
 import sys
@@ -13,7 +14,8 @@ Row = Mapping[str, float]
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """What is compared with the limit: a number made of a metric's values so far; None while there are too few."""
+    """What is compared with the limit: a number made of a metric's values so far; None while there
+    are too few."""
 
     says: str
     of: Callable[[Sequence[float]], float | None]
@@ -28,7 +30,8 @@ def recent(window: int) -> Figure:
 
 
 def change(window: int, floor: float) -> Figure:
-    """Median of the last `window` values, divided by that of the first `window`, which counts as at least `floor`."""
+    """Median of the last `window` values, divided by that of the first `window`, which counts as at
+    least `floor`."""
 
     def of(values: Sequence[float]) -> float | None:
         if len(values) < 2 * window:

@@ -15,7 +15,8 @@ _CAPS = ("final_logit_softcapping", "logits_soft_cap")
 
 @dataclass(frozen=True, slots=True)
 class OutputLayer:
-    """logits = capped(scale * linear(hidden)), capped(z) = soft_cap * tanh(z / soft_cap) or, without a cap, z."""
+    """logits = capped(scale * linear(hidden)), capped(z) = soft_cap * tanh(z / soft_cap) or,
+    without a cap, z."""
 
     linear: torch.nn.Linear
     scale: float = 1.0
@@ -24,10 +25,12 @@ class OutputLayer:
 
 @torch.no_grad()
 def output_layer(model: PreTrainedModel) -> OutputLayer | None:
-    """The output layer of a model; None where its logits are something else of the last hidden state.
+    """The output layer of a model; None where its logits are something else of the last hidden
+    state.
 
-    Read from its config and its output embeddings, and compared with the model's own logits of a probe of four tokens.
-    Without such a layer the full logits are used: right, but with memory that grows with tokens x vocabulary.
+    Read from its config and its output embeddings, and compared with the model's own logits of a
+    probe of four tokens. Without such a layer the full logits are used: right, but with memory that
+    grows with tokens x vocabulary.
     """
     head = model.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear):
@@ -41,7 +44,9 @@ def output_layer(model: PreTrainedModel) -> OutputLayer | None:
     if (scale, soft_cap) != (1, None):
         ours = output_logits(hidden, head.weight, head.bias, scale, soft_cap, temperature=1.0)
         # The model scales and caps in its own type: a few roundings of that.
-        if torch.allclose(ours, logits.to(ours.dtype), rtol=8 * torch.finfo(logits.dtype).eps, atol=0):
+        if torch.allclose(
+            ours, logits.to(ours.dtype), rtol=8 * torch.finfo(logits.dtype).eps, atol=0
+        ):
             return OutputLayer(head, scale, soft_cap)
     return OutputLayer(head) if torch.equal(head(hidden), logits) else None
 

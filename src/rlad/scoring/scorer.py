@@ -1,7 +1,9 @@
-"""Log-probs of given completions under any causal language model: student, teacher and reference go through here.
+"""Log-probs of given completions under any causal language model: student, teacher and reference go
+through here.
 
-Log-prob definition: completion token t given the prompt and the tokens before it, logits divided by the sampling temperature,
-float32. Sequences are padded on the right, which a causal model cannot see from the left, so no attention mask is needed.
+Log-prob definition: completion token t given the prompt and the tokens before it, logits divided by
+the sampling temperature, float32. Sequences are padded on the right, which a causal model cannot
+see from the left, so no attention mask is needed.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +24,8 @@ TokenIds = Sequence[int]
 
 @dataclass(frozen=True, slots=True)
 class CompletionScores:
-    """Of a batch of completions, all `[batch, token]`: log-probs (0 where masked), entropy (nats, no gradient; NaN where it
-    was not asked for), mask.
+    """Of a batch of completions, all `[batch, token]`: log-probs (0 where masked), entropy (nats,
+    no gradient; NaN where it was not asked for), mask.
     """
 
     logprobs: Tensor
@@ -42,26 +44,39 @@ class Scorer:
         tokens_per_batch: int,
         before_work: Callable[[], None] = lambda: None,
     ):
-        """`before_work` is called before every micro-batch that `score` computes; it may raise to stop there."""
+        """`before_work` is called before every micro-batch that `score` computes; it may raise to
+        stop there."""
         self.before_work, self._adds_in_place = before_work, False
         self.language_model, self.model = language_model, language_model.model
         self.temperature, self.tokens_per_batch = temperature, tokens_per_batch
         self.head = output_layer(language_model.model)
 
-    def batches(self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]) -> list[list[int]]:
-        """Rows in micro-batches of similar length whose padded size stays within `tokens_per_batch`."""
-        return batches_by_length([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)], self.tokens_per_batch)
+    def batches(
+        self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]
+    ) -> list[list[int]]:
+        """Rows in micro-batches of similar length whose padded size stays within
+        `tokens_per_batch`."""
+        return batches_by_length(
+            [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)],
+            self.tokens_per_batch,
+        )
 
     def __call__(
-        self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds], *, with_entropy: bool = True
+        self,
+        prompts: Sequence[TokenIds],
+        completions: Sequence[TokenIds],
+        *,
+        with_entropy: bool = True,
     ) -> CompletionScores:
         """Scores of one micro-batch, with gradient to the model where that is enabled.
 
-        Raises `ValueError` for a prompt without tokens: nothing would predict the completion's first token.
+        Raises `ValueError` for a prompt without tokens: nothing would predict the completion's
+        first token.
         """
         if not all(prompts):
             raise ValueError(
-                "a prompt has no tokens, so the first token of its completion has no log-prob; give every prompt some text."
+                "a prompt has no tokens, so the first token of its completion has no log-prob; "
+                "give every prompt some text."
             )
         device = self.model.device
         rows = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
@@ -77,19 +92,29 @@ class Scorer:
         logprobs, entropy = self._token_logprobs(ids, predicts, targets, with_entropy)
         # Both masks list tokens row by row, so the flat results go back in order.
         empty = torch.zeros(mask.shape, dtype=logprobs.dtype, device=device)
-        return CompletionScores(empty.masked_scatter(mask, logprobs), empty.masked_scatter(mask, entropy), mask)
+        return CompletionScores(
+            empty.masked_scatter(mask, logprobs), empty.masked_scatter(mask, entropy), mask
+        )
 
-    def _token_logprobs(self, ids: Tensor, predicts: Tensor, targets: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor]:
+    def _token_logprobs(
+        self, ids: Tensor, predicts: Tensor, targets: Tensor, with_entropy: bool
+    ) -> tuple[Tensor, Tensor]:
         if self.head is None:
             with self.language_model.autocast():
                 logits = self.model(input_ids=ids, use_cache=False).logits[predicts]
-            logprobs = (logits.to(float32_or_wider(logits.dtype)) / self.temperature).log_softmax(dim=-1)
+            logprobs = (logits.to(float32_or_wider(logits.dtype)) / self.temperature).log_softmax(
+                dim=-1
+            )
             with torch.no_grad():
                 # A token of probability 0 has the log-prob -inf, and adds 0.
-                entropy = -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(dim=-1)
+                entropy = -(
+                    logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)
+                ).sum(dim=-1)
             return logprobs.gather(1, targets[:, None]).squeeze(1), entropy
         with self.language_model.autocast():
-            hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[predicts]
+            hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[
+                predicts
+            ]
         return token_logprobs(
             hidden.to(self.language_model.compute_dtype),
             token_ids=targets,
@@ -110,14 +135,19 @@ class Scorer:
 
     @contextmanager
     def gradient_in_place(self) -> Iterator[None]:
-        """The gradients of embeddings and output layer, of what is scored in here, never exist beside the sum in their `.grad`.
+        """The gradients of embeddings and output layer, of what is scored in here, never exist
+        beside the sum in their `.grad`.
 
-        That must be there before, as zeros for a start, and stay until the backward pass, which adds to the rows of the tokens
-        at hand and, tile by tile, to the output layer's. Autograd is given nothing of the latter: hooks, as of DDP, miss it.
+        That must be there before, as zeros for a start, and stay until the backward pass, which
+        adds to the rows of the tokens at hand and, tile by tile, to the output layer's. Autograd is
+        given nothing of the latter: hooks, as of DDP, miss it.
         """
         embeddings: Any = self.model.get_input_embeddings()
         # Elsewhere (MPS) PyTorch may lack the operations for gradients by rows.
-        by_rows = isinstance(embeddings, torch.nn.Embedding) and self.model.device.type in ("cpu", "cuda")
+        by_rows = isinstance(embeddings, torch.nn.Embedding) and self.model.device.type in (
+            "cpu",
+            "cuda",
+        )
         if by_rows:
             embeddings.sparse = True
         self._adds_in_place = True
@@ -129,11 +159,14 @@ class Scorer:
                 embeddings.sparse = False
 
     @torch.no_grad()
-    def logits_in_chunks(self, token_ids: TokenIds, *, start: int = 1, chunk_tokens: int | None = None) -> Iterator[Tensor]:
-        """The logits `[chunk, vocabulary]` that predict one text's tokens from `start` on, divided by the temperature, float32.
+    def logits_in_chunks(
+        self, token_ids: TokenIds, *, start: int = 1, chunk_tokens: int | None = None
+    ) -> Iterator[Tensor]:
+        """The logits `[chunk, vocabulary]` that predict one text's tokens from `start` on, divided
+        by the temperature, float32.
 
-        A chunk has `chunk_tokens` tokens, by default as many as `LOGITS_PER_CHUNK` allows. Without an output layer all logits
-        exist at once.
+        A chunk has `chunk_tokens` tokens, by default as many as `LOGITS_PER_CHUNK` allows. Without
+        an output layer all logits exist at once.
         """
         ids = torch.tensor([token_ids], device=self.model.device)
         embeddings: Any = self.model.get_input_embeddings()
@@ -142,7 +175,9 @@ class Scorer:
             if self.head is None:
                 states = self.model(input_ids=ids, use_cache=False).logits[0, start - 1 : -1]
             else:
-                states = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, start - 1 : -1]
+                states = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[
+                    0, start - 1 : -1
+                ]
         readout = None if self.head is None else self._readout(self.head)
         for rows in states.split(size):
             if readout is None:
@@ -152,18 +187,22 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]) -> list[Tensor]:
-        """Log-probs of each completion, float32 `[its length]` on the CPU, without gradient, in the order given."""
+        """Log-probs of each completion, float32 `[its length]` on the CPU, without gradient, in the
+        order given."""
         results: list[Tensor] = [torch.empty(0)] * len(prompts)
         for rows in self.batches(prompts, completions):
             self.before_work()
-            scores = self([prompts[i] for i in rows], [completions[i] for i in rows], with_entropy=False)
+            scores = self(
+                [prompts[i] for i in rows], [completions[i] for i in rows], with_entropy=False
+            )
             for i, values, mask in zip(rows, scores.logprobs.cpu(), scores.mask.cpu(), strict=True):
                 results[i] = values[mask]
         return results
 
 
 def batches_by_length(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
-    """Indices sorted by length, longest first, cut into batches with rows x longest <= tokens_per_batch (at least 1 row)."""
+    """Indices sorted by length, longest first, cut into batches with rows x longest <=
+    tokens_per_batch (at least 1 row)."""
     batches: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens_per_batch:

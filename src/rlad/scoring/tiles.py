@@ -2,7 +2,8 @@
 
 from math import isqrt
 
-# A GPU reads the whole weight matrix for each chunk in less time than it takes to start the kernels: larger chunks there.
+# A GPU reads the whole weight matrix for each chunk in less time than it takes to start the
+# kernels: larger chunks there.
 LOGITS_PER_CHUNK = {"cpu": 2**22, "cuda": 2**26}
 MIN_CHUNK_TOKENS = 16
 
@@ -20,7 +21,8 @@ LOGITS_PER_TILE = {"cpu": 2**19, "cuda": 2**26}
 def tile_shape(device_type: str, num_tokens: int, vocabulary: int) -> tuple[int, int]:
     """Tokens and vocabulary entries of a tile of logits.
 
-    Near a square, which reads hidden states and weights least often; all tokens, or all of the vocabulary, where there are few.
+    Near a square, which reads hidden states and weights least often; all tokens, or all of the
+    vocabulary, where there are few.
     """
     logits = LOGITS_PER_TILE.get(device_type, LOGITS_PER_TILE["cuda"])
     entries = min(vocabulary, max(isqrt(logits), logits // max(num_tokens, 1)))

@@ -1,4 +1,5 @@
-"""Log-probs of given tokens from hidden states, in tiles: no `[token, vocabulary]` forward or backward."""
+"""Log-probs of given tokens from hidden states, in tiles: no `[token, vocabulary]` forward or
+backward."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -27,17 +28,21 @@ def token_logprobs(
 
     logits = capped(scale (hidden @ weight.T + bias)) / temperature,    capped(z) = soft_cap tanh(z / soft_cap)
 
-    Without `soft_cap` capped(z) = z. `hidden` [N, hidden_size]; `weight` [vocabulary, hidden_size] and `bias` [vocabulary] are
-    rounded to its type; `token_ids` [N], one outside of the vocabulary has NaN. Returns two float32 tensors [N] (float64 for
-    float64 inputs); without entropy, which costs half of the forward pass, the second is NaN.
-    Logits exist for one tile of `tile` = (tokens, vocabulary entries) at a time, forward and backward, by default as many as
-    `LOGITS_PER_TILE` allows: memory grows neither with N nor with the vocabulary, but for the gradient of `weight`. Where
-    `weight_grad` is given, that is added to it in place, and autograd is given none.
+    Without `soft_cap` capped(z) = z. `hidden` [N, hidden_size]; `weight` [vocabulary, hidden_size]
+    and `bias` [vocabulary] are rounded to its type; `token_ids` [N], one outside of the vocabulary
+    has NaN. Returns two float32 tensors [N] (float64 for float64 inputs); without entropy, which
+    costs half of the forward pass, the second is NaN. Logits exist for one tile of `tile` =
+    (tokens, vocabulary entries) at a time, forward and backward, by default as many as
+    `LOGITS_PER_TILE` allows: memory grows neither with N nor with the vocabulary, but for the
+    gradient of `weight`. Where `weight_grad` is given, that is added to it in place, and autograd
+    is given none.
     """
     if tile is None:
         tile = tile_shape(weight.device.type, len(token_ids), len(weight))
     transform = _Transform(scale, soft_cap, temperature)
-    return _TokenLogprobs.apply(hidden, weight, bias, token_ids, transform, with_entropy, weight_grad, tile)
+    return _TokenLogprobs.apply(
+        hidden, weight, bias, token_ids, transform, with_entropy, weight_grad, tile
+    )
 
 
 class _Transform(NamedTuple):
@@ -49,9 +54,9 @@ class _Transform(NamedTuple):
 class _TokenLogprobs(torch.autograd.Function):
     """Keeps the log-sum-exp of each token; backward recomputes the softmax tile by tile.
 
-    Of tiles with log-sum-exps l_k and entropies H_k: l = logsumexp_k l_k, H = sum_k w_k (H_k - log w_k), w_k = exp(l_k - l).
-    With x = hidden @ weight.T + bias and c = capped(scale x):
-    d log p(y) / dx = (onehot(y) - softmax(c / temperature)) / temperature * (1 - (c / soft_cap)^2) * scale.
+    Of tiles with log-sum-exps l_k and entropies H_k: l = logsumexp_k l_k, H = sum_k w_k (H_k - log
+    w_k), w_k = exp(l_k - l). With x = hidden @ weight.T + bias and c = capped(scale x): d log p(y)
+    / dx = (onehot(y) - softmax(c / temperature)) / temperature * (1 - (c / soft_cap)^2) * scale.
     """
 
     @staticmethod
@@ -67,12 +72,16 @@ class _TokenLogprobs(torch.autograd.Function):
         tile: tuple[int, int],
     ) -> tuple[Tensor, Tensor]:
         dtype = float32_or_wider(hidden.dtype)
-        logprobs, logsumexp, entropy = (hidden.new_full((len(hidden),), torch.nan, dtype=dtype) for _ in range(3))
+        logprobs, logsumexp, entropy = (
+            hidden.new_full((len(hidden),), torch.nan, dtype=dtype) for _ in range(3)
+        )
         for rows in _parts(len(hidden), tile[0]):
             of_tiles: list[Tensor] = []
             entropies: list[Tensor] = []
             for entries in _parts(len(weight), tile[1]):
-                logits = output_logits(hidden[rows], weight[entries], _part_of(bias, entries), *transform)
+                logits = output_logits(
+                    hidden[rows], weight[entries], _part_of(bias, entries), *transform
+                )
                 is_here, places = _places(token_ids[rows], entries)
                 chosen = logits.gather(1, places[:, None]).squeeze(1)
                 logprobs[rows] = torch.where(is_here, chosen, logprobs[rows])
@@ -104,9 +113,13 @@ class _TokenLogprobs(torch.autograd.Function):
             grad_weight = torch.zeros_like(weight, dtype=wide)
         for rows in _parts(len(hidden), ctx.tile[0]):
             for entries in _parts(len(weight), ctx.tile[1]):
-                logits = output_logits(hidden[rows], weight[entries], _part_of(bias, entries), *ctx.transform)
+                logits = output_logits(
+                    hidden[rows], weight[entries], _part_of(bias, entries), *ctx.transform
+                )
                 tokens = _places(token_ids[rows], entries)
-                grad_logits = _grad_logits(logits, logsumexp[rows], grads[0][rows], tokens, ctx.transform)
+                grad_logits = _grad_logits(
+                    logits, logsumexp[rows], grads[0][rows], tokens, ctx.transform
+                )
                 if grad_bias is not None:
                     grad_bias[entries] += grad_logits.sum(dim=0)
                 grad_logits = grad_logits.to(hidden.dtype)
@@ -116,18 +129,27 @@ class _TokenLogprobs(torch.autograd.Function):
                     _add_product(grad_weight[entries], grad_logits.T, hidden[rows])
         return (
             None if grad_hidden is None else grad_hidden.to(hidden.dtype),
-            None if grad_weight is None or ctx.weight_grad is not None else grad_weight.to(weight.dtype),
+            None
+            if grad_weight is None or ctx.weight_grad is not None
+            else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
             *(None,) * 5,
         )
 
 
 def _grad_logits(
-    logits: Tensor, logsumexp: Tensor, grad_logprobs: Tensor, tokens: tuple[Tensor, Tensor], transform: _Transform
+    logits: Tensor,
+    logsumexp: Tensor,
+    grad_logprobs: Tensor,
+    tokens: tuple[Tensor, Tensor],
+    transform: _Transform,
 ) -> Tensor:
-    """The gradient with regard to hidden @ weight.T + bias of a tile, `[token, entry]`, in the place of its logits."""
+    """The gradient with regard to hidden @ weight.T + bias of a tile, `[token, entry]`, in the
+    place of its logits."""
     scale, soft_cap, temperature = transform
-    slope = None if soft_cap is None else (logits * (temperature / soft_cap)).square_().neg_().add_(1)
+    slope = (
+        None if soft_cap is None else (logits * (temperature / soft_cap)).square_().neg_().add_(1)
+    )
     upstream = grad_logprobs[:, None] * (scale / temperature)
     is_here, places = tokens
     grad = logits.sub_(logsumexp[:, None]).exp_().mul_(-upstream)
@@ -144,7 +166,8 @@ def _part_of(bias: Tensor | None, entries: slice) -> Tensor | None:
 
 
 def _places(token_ids: Tensor, entries: slice) -> tuple[Tensor, Tensor]:
-    """Which tokens are among these entries of the vocabulary, and where; an arbitrary place for the others. Both `[token]`."""
+    """Which tokens are among these entries of the vocabulary, and where; an arbitrary place for the
+    others. Both `[token]`."""
     places = token_ids - entries.start
     last = entries.stop - entries.start - 1
     return (places >= 0) & (places <= last), places.clamp(0, last)
@@ -160,9 +183,15 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 @torch.no_grad()
 def output_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, soft_cap: float | None, temperature: float
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    soft_cap: float | None,
+    temperature: float,
 ) -> Tensor:
-    """The logits of `token_logprobs`, `[N, vocabulary]`, float32 (float64 for float64 inputs), without gradient."""
+    """The logits of `token_logprobs`, `[N, vocabulary]`, float32 (float64 for float64 inputs),
+    without gradient."""
     bias = None if bias is None else bias.to(hidden.dtype)
     logits = torch.nn.functional.linear(hidden, weight.to(hidden.dtype), bias)
     logits = logits.to(float32_or_wider(logits.dtype))

@@ -1,7 +1,8 @@
-"""A small teacher server over transformers: the `/v1/completions` of vLLM as far as distillation asks for it.
+"""A small teacher server over transformers: the `/v1/completions` of vLLM as far as distillation
+asks for it.
 
-Requests that arrive together are scored together. Log-probs told are the model's own, whatever the request's `temperature`,
-as vLLM's are; `"temper_prompt_logprobs": true` applies it.
+Requests that arrive together are scored together. Log-probs told are the model's own, whatever the
+request's `temperature`, as vLLM's are; `"temper_prompt_logprobs": true` applies it.
 """
 
 import asyncio
@@ -24,7 +25,13 @@ from starlette.requests import ClientDisconnect
 from rlad.models.loading import LanguageModel
 from rlad.rollouts.types import Completion
 from rlad.serving.limits import AnswerInPieces, Room
-from rlad.serving.protocol import AnswerWriter, CompletionRequest, ScoredText, parse_request, prompt_token_ids
+from rlad.serving.protocol import (
+    AnswerWriter,
+    CompletionRequest,
+    ScoredText,
+    parse_request,
+    prompt_token_ids,
+)
 from rlad.serving.worker import GenerateJob, Job, ScoreJob, TokenScores, Worker
 
 MAX_PROMPTS = 1024
@@ -32,7 +39,8 @@ MAX_LOGPROBS_PER_ANSWER = 500_000  # about 300 MB as Python objects and JSON
 MAX_LOGPROBS_HELD = 2 * MAX_LOGPROBS_PER_ANSWER
 """of all requests that are being computed, written or sent; others wait"""
 MAX_REQUESTS_HELD = 4
-"""of the largest size: as many bytes may the requests have together that are being read or answered"""
+"""of the largest size: as many bytes may the requests have together that are being read or
+answered"""
 _SECONDS_BETWEEN_LOOKS = 1.0
 _THEN_CLOSE = {"Connection": "close"}
 Result = TypeVar("Result")
@@ -50,7 +58,8 @@ class ServerSettings:
 
 
 def make_app(language_model: LanguageModel, settings: ServerSettings) -> FastAPI:
-    """The server's routes. `/v1/*` wants the bearer token where there is an API key; `/health` does not."""
+    """The server's routes. `/v1/*` wants the bearer token where there is an API key; `/health` does
+    not."""
     server = TeacherServer(language_model, settings)
 
     @asynccontextmanager
@@ -68,8 +77,12 @@ def make_app(language_model: LanguageModel, settings: ServerSettings) -> FastAPI
 
 
 async def _tell_error(_: Request, error: Any) -> JSONResponse:
-    kind = {400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError"}.get(error.status_code, "ServerError")
-    content = {"error": {"message": error.detail, "type": kind, "param": None, "code": error.status_code}}
+    kind = {400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError"}.get(
+        error.status_code, "ServerError"
+    )
+    content = {
+        "error": {"message": error.detail, "type": kind, "param": None, "code": error.status_code}
+    }
     return JSONResponse(content, error.status_code, headers=error.headers)
 
 
@@ -104,13 +117,16 @@ class TeacherServer:
         body = bytearray()
         try:
             await self._read(request, body)
-            # Long requests are read, and long answers written, beside the event loop, so that others are heard meanwhile.
+            # Long requests are read, and long answers written, beside the event loop, so that
+            # others are heard meanwhile.
             asked, prompts, num_logprobs = await asyncio.to_thread(self._understand, body)
             room = await self._unless_gone(request, self.room.take(num_logprobs))
             give_back = partial(self.room.give_back, room)
             try:
                 texts = await self._unless_gone(request, self._texts(asked, prompts))
-                return AnswerInPieces(await asyncio.to_thread(self._answer, asked, texts), then=give_back)
+                return AnswerInPieces(
+                    await asyncio.to_thread(self._answer, asked, texts), then=give_back
+                )
             except BaseException:
                 give_back()
                 raise
@@ -122,8 +138,13 @@ class TeacherServer:
         try:
             asked = parse_request(body)
             if asked.model != self.settings.served_name:
-                raise HTTPException(404, f"model {asked.model!r} is not served here; {self.settings.served_name!r} is.")
-            prompts = prompt_token_ids(asked, self.language_model.tokenizer, self.settings.max_context_tokens)
+                raise HTTPException(
+                    404,
+                    f"model {asked.model!r} is not served here; {self.settings.served_name!r} is.",
+                )
+            prompts = prompt_token_ids(
+                asked, self.language_model.tokenizer, self.settings.max_context_tokens
+            )
             return asked, prompts, self._require_size(asked, prompts)
         except ValueError as error:
             raise HTTPException(400, str(error)) from None
@@ -150,7 +171,9 @@ class TeacherServer:
             return
         given = request.headers.get("authorization", "").encode("latin-1")
         if not hmac.compare_digest(given, f"Bearer {self.settings.api_key}".encode()):
-            raise HTTPException(401, "the API key is missing or wrong; send it as `Authorization: Bearer KEY`.")
+            raise HTTPException(
+                401, "the API key is missing or wrong; send it as `Authorization: Bearer KEY`."
+            )
 
     async def _read(self, request: Request, body: bytearray) -> None:
         """Counted while it comes: the header may be missing or lie."""
@@ -163,59 +186,86 @@ class TeacherServer:
                     if len(body) > limit:
                         raise HTTPException(
                             413,
-                            f"the request is larger than {limit / 2**20:g} MiB; send fewer prompts at once, "
+                            f"the request is larger than {limit / 2**20:g} MiB; send fewer prompts "
+                            "at once, "
                             "or start the server with a larger --max-request-mib.",
                             headers=_THEN_CLOSE,
                         )
                     if self.held_bytes > limit * MAX_REQUESTS_HELD:
                         headers = _THEN_CLOSE | {"Retry-After": "1"}
-                        raise HTTPException(503, "the server holds too many large requests; send it again.", headers=headers)
+                        raise HTTPException(
+                            503,
+                            "the server holds too many large requests; send it again.",
+                            headers=headers,
+                        )
         except ClientDisconnect:
             raise HTTPException(499, "the client has gone.") from None
         except TimeoutError:
-            raise HTTPException(408, f"the request did not come within {seconds:g} seconds.", headers=_THEN_CLOSE) from None
+            raise HTTPException(
+                408, f"the request did not come within {seconds:g} seconds.", headers=_THEN_CLOSE
+            ) from None
 
     def _require_size(self, asked: CompletionRequest, prompts: Sequence[Sequence[int]]) -> int:
-        """How many log-probs the answer may hold. `ValueError` for prompts that the model cannot take, or too many of them."""
+        """How many log-probs the answer may hold. `ValueError` for prompts that the model cannot
+        take, or too many of them."""
         vocabulary, context = self.language_model.vocabulary, self.settings.max_context_tokens
         num_new = asked.num_new_tokens
         if len(prompts) > MAX_PROMPTS:
-            raise ValueError(f"{len(prompts)} prompts are more than the {MAX_PROMPTS} that one request may hold.")
+            raise ValueError(
+                f"{len(prompts)} prompts are more than the {MAX_PROMPTS} that one request may hold."
+            )
         if not all(prompts):
             raise ValueError("a prompt has no tokens; give every prompt some text.")
         if (largest := max(map(max, prompts))) >= vocabulary:
-            raise ValueError(f"token id {largest} is out of the model's vocabulary of {vocabulary} tokens.")
+            raise ValueError(
+                f"token id {largest} is out of the model's vocabulary of {vocabulary} tokens."
+            )
         if (longest := max(map(len, prompts))) + num_new > context:
             raise ValueError(
-                f"a prompt of {longest} tokens and max_tokens {num_new} are more than the context of {context} tokens."
+                f"a prompt of {longest} tokens and max_tokens {num_new} are more than the context "
+                f"of {context} tokens."
             )
         num_logprobs = sum(len(prompt) + num_new for prompt in prompts) * (1 + asked.num_top)
         if num_logprobs > MAX_LOGPROBS_PER_ANSWER:
             raise ValueError(
-                f"the answer would hold up to {num_logprobs} log-probs, more than {MAX_LOGPROBS_PER_ANSWER}; "
+                f"the answer would hold up to {num_logprobs} log-probs, more than "
+                f"{MAX_LOGPROBS_PER_ANSWER}; "
                 "send fewer prompts at once, or ask for fewer log-probs at each position."
             )
         return num_logprobs
 
-    async def _texts(self, asked: CompletionRequest, prompts: Sequence[list[int]]) -> list[ScoredText]:
+    async def _texts(
+        self, asked: CompletionRequest, prompts: Sequence[list[int]]
+    ) -> list[ScoredText]:
         try:
             return await self._scored(asked, prompts)
         except (RuntimeError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise HTTPException(500, f"the model could not compute this: {reason}") from error
 
-    async def _scored(self, asked: CompletionRequest, prompts: Sequence[list[int]]) -> list[ScoredText]:
+    async def _scored(
+        self, asked: CompletionRequest, prompts: Sequence[list[int]]
+    ) -> list[ScoredText]:
         completions = await self._generate(asked, prompts)
-        # The sampler's own log-probs are at its temperature: those at another one, and top tokens, take a scoring pass.
+        # The sampler's own log-probs are at its temperature: those at another one, and top tokens,
+        # take a scoring pass.
         sampled_at = asked.temperature or 1.0
-        rescored = bool(asked.logprobs) or (asked.logprobs is not None and sampled_at != asked.told_temperature)
+        rescored = bool(asked.logprobs) or (
+            asked.logprobs is not None and sampled_at != asked.told_temperature
+        )
         if not (rescored or asked.prompt_is_scored):
             return [_scored_text(p, c, None) for p, c in zip(prompts, completions, strict=True)]
-        texts = [[*p, *c.token_ids] if rescored else p for p, c in zip(prompts, completions, strict=True)]
-        scores = await asyncio.gather(*(self._done(ScoreJob(t, asked.num_top, asked.told_temperature)) for t in texts))
+        texts = [
+            [*p, *c.token_ids] if rescored else p for p, c in zip(prompts, completions, strict=True)
+        ]
+        scores = await asyncio.gather(
+            *(self._done(ScoreJob(t, asked.num_top, asked.told_temperature)) for t in texts)
+        )
         return [_scored_text(p, c, s) for p, c, s in zip(prompts, completions, scores, strict=True)]
 
-    async def _generate(self, asked: CompletionRequest, prompts: Sequence[list[int]]) -> list[Completion]:
+    async def _generate(
+        self, asked: CompletionRequest, prompts: Sequence[list[int]]
+    ) -> list[Completion]:
         if not asked.num_new_tokens:
             return [Completion((), (), is_truncated=True)] * len(prompts)
         seed = secrets.randbits(62) if asked.seed is None else asked.seed
@@ -225,13 +275,16 @@ class TeacherServer:
     async def _done(self, job: Job) -> Any:
         self.worker.submit(job)
         try:
-            return await asyncio.wrap_future(job.done)  # cancelling it takes the job out of the queue
+            return await asyncio.wrap_future(
+                job.done
+            )  # cancelling it takes the job out of the queue
         except asyncio.CancelledError:
             job.is_given_up.set()  # and this ends it where it has begun
             raise
 
     async def _unless_gone(self, request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-        """The result of `work`, which is given up when the client has gone: it may have sent its request again."""
+        """The result of `work`, which is given up when the client has gone: it may have sent its
+        request again."""
         task = asyncio.create_task(work)
         while not (await asyncio.wait({task}, timeout=_SECONDS_BETWEEN_LOOKS))[0]:
             if await request.is_disconnected() and task.cancel():
@@ -239,11 +292,15 @@ class TeacherServer:
         return task.result()
 
 
-def _scored_text(prompt: Sequence[int], completion: Completion, scores: TokenScores | None) -> ScoredText:
+def _scored_text(
+    prompt: Sequence[int], completion: Completion, scores: TokenScores | None
+) -> ScoredText:
     """Splits the scores of prompt and completion, where the completion was scored too."""
     own = TokenScores(torch.tensor(completion.logprobs))
     if scores is None:
         return ScoredText(prompt, completion, None, own)
     end = len(prompt) - 1
     was_scored = len(scores.logprobs) > end
-    return ScoredText(prompt, completion, scores.part(0, end), scores.part(end, None) if was_scored else own)
+    return ScoredText(
+        prompt, completion, scores.part(0, end), scores.part(end, None) if was_scored else own
+    )

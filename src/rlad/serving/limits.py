@@ -1,4 +1,5 @@
-"""What bounds a teacher server's memory and patience: room for answers, answers in pieces, connections that are cut."""
+"""What bounds a teacher server's memory and patience: room for answers, answers in pieces,
+connections that are cut."""
 
 import asyncio
 from collections.abc import Callable
@@ -22,7 +23,9 @@ class Room:
     async def take(self, size: int) -> int:
         """Waits for so many units, at most all; returns how many to give back."""
         size = min(size, self.size)
-        async with self._turn:  # first come, first served: a large request is not passed over for ever
+        async with (
+            self._turn
+        ):  # first come, first served: a large request is not passed over for ever
             while self.num_free < size:
                 self._freed.clear()
                 await self._freed.wait()
@@ -35,7 +38,8 @@ class Room:
 
 
 class AnswerInPieces(Response):
-    """Sends its content no faster than it is read; `then` is called when it is sent, or its reader has gone."""
+    """Sends its content no faster than it is read; `then` is called when it is sent, or its reader
+    has gone."""
 
     def __init__(self, content: bytes, then: Callable[[], None]):
         super().__init__(content, media_type="application/json")
@@ -44,7 +48,13 @@ class AnswerInPieces(Response):
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         content = memoryview(self.body)
         try:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await send(
+                {
+                    "type": "http.response.start",
+                    "status": self.status_code,
+                    "headers": self.raw_headers,
+                }
+            )
             for start in range(0, len(content), _PIECE_BYTES):
                 piece = bytes(content[start : start + _PIECE_BYTES])
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
@@ -56,7 +66,8 @@ class AnswerInPieces(Response):
 class ImpatientProtocol(H11Protocol):
     """Cuts connections that do not come to the end of a request's head, or leave an answer unread.
 
-    Of those that have asked nothing yet only so many are kept, the newest: they must not take the place of others.
+    Of those that have asked nothing yet only so many are kept, the newest: they must not take the
+    place of others.
     """
 
     head_seconds, unread_seconds, max_silent = 10.0, 30.0, 128
@@ -67,7 +78,9 @@ class ImpatientProtocol(H11Protocol):
         super().connection_made(transport)
         self.opened = self.loop.time()
         self._wait_for_head()
-        silent: list[Any] = [each for each in self.connections if getattr(each, "cycle", None) is None]
+        silent: list[Any] = [
+            each for each in self.connections if getattr(each, "cycle", None) is None
+        ]
         if len(silent) > self.max_silent:
             min(silent, key=lambda each: each.opened).transport.abort()
 
@@ -84,7 +97,10 @@ class ImpatientProtocol(H11Protocol):
         self._unread_timer = _cancelled(self._unread_timer)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._head_timer, self._unread_timer = _cancelled(self._head_timer), _cancelled(self._unread_timer)
+        self._head_timer, self._unread_timer = (
+            _cancelled(self._head_timer),
+            _cancelled(self._unread_timer),
+        )
         super().connection_lost(exc)
 
     def _wait_for_head(self) -> None:

@@ -1,4 +1,5 @@
-"""`/v1/completions` as OpenAI and vLLM write it: what a request may hold, and the form of the answer."""
+"""`/v1/completions` as OpenAI and vLLM write it: what a request may hold, and the form of the
+answer."""
 
 import math
 from collections.abc import Sequence
@@ -22,7 +23,8 @@ NumTop = Annotated[int, Field(ge=0, le=MAX_TOP)]
 
 
 class CompletionRequest(BaseModel):
-    """What is understood; of what would change the answer and is not, only the value that changes nothing is allowed."""
+    """What is understood; of what would change the answer and is not, only the value that changes
+    nothing is allowed."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -35,7 +37,8 @@ class CompletionRequest(BaseModel):
     echo: bool | None = False
     prompt_logprobs: NumTop | None = None
     temper_prompt_logprobs: bool = False
-    """also the log-probs told are those at `temperature`; otherwise they are the model's own, as vLLM's are"""
+    """also the log-probs told are those at `temperature`; otherwise they are the model's own, as
+    vLLM's are"""
     return_tokens_as_token_ids: bool | None = False
     return_token_ids: bool | None = False
     add_special_tokens: bool = True
@@ -68,11 +71,13 @@ class CompletionRequest(BaseModel):
     def num_new_tokens(self) -> int:
         """How many tokens to generate at most.
 
-        vLLM cannot be asked for fewer than one: a request for prompt log-probs and one token of which nothing is asked is about
-        the prompt alone.
+        vLLM cannot be asked for fewer than one: a request for prompt log-probs and one token of
+        which nothing is asked is about the prompt alone.
         """
         asks_of_it = self.logprobs is not None or self.return_token_ids
-        is_about_prompt = self.max_tokens == 1 and self.prompt_logprobs is not None and not asks_of_it
+        is_about_prompt = (
+            self.max_tokens == 1 and self.prompt_logprobs is not None and not asks_of_it
+        )
         return 0 if is_about_prompt else self.max_tokens or 0
 
     @property
@@ -90,22 +95,31 @@ def parse_request(body: bytes | bytearray) -> CompletionRequest:
         where = str(first["loc"][0]) if first["loc"] else "the body"
         if where == "prompt":
             raise ValueError(
-                "prompt must be a text, token ids, or a list of texts or of lists of token ids; none empty, no id negative."
+                "prompt must be a text, token ids, or a list of texts or of lists of token ids; "
+                "none empty, no id negative."
             ) from None
         if first["type"] == "extra_forbidden":
             raise ValueError(f"{where!r} is not understood by this server; leave it out.") from None
         raise ValueError(f"{where}: {first['msg'][:1].lower()}{first['msg'][1:]}.") from None
 
 
-def prompt_token_ids(request: CompletionRequest, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[list[int]]:
-    """The prompts of a request as token ids. `ValueError` for a text that is far too long for so many tokens."""
+def prompt_token_ids(
+    request: CompletionRequest, tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> list[list[int]]:
+    """The prompts of a request as token ids. `ValueError` for a text that is far too long for so
+    many tokens."""
     prompt: Any = request.prompt
     several: Any = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
     if not isinstance(several[0], str):
         return several
     if (longest := max(map(len, several))) > max_tokens * MAX_CHARACTERS_PER_TOKEN:
-        raise ValueError(f"a prompt of {longest} characters is far more than the context of {max_tokens} tokens.")
-    return [tokenizer(text, add_special_tokens=request.add_special_tokens)["input_ids"] for text in several]
+        raise ValueError(
+            f"a prompt of {longest} characters is far more than the context of {max_tokens} tokens."
+        )
+    return [
+        tokenizer(text, add_special_tokens=request.add_special_tokens)["input_ids"]
+        for text in several
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,28 +162,42 @@ class AnswerWriter:
         return choice
 
     def prompt_logprobs(self, text: ScoredText, num_top: int) -> list[dict[str, Any] | None]:
-        """One entry for each prompt token, None for the first: `{token id: {logprob, rank, decoded_token}}`."""
+        """One entry for each prompt token, None for the first: `{token id: {logprob, rank,
+        decoded_token}}`."""
         assert text.prompt_scores is not None
         entries: list[dict[str, Any] | None] = [None]
-        for token, (logprob, rank, top) in zip(text.prompt[1:], _rows(text.prompt_scores, num_top), strict=True):
-            entry = {str(token): {"logprob": logprob, "rank": rank, "decoded_token": self.text_of(token)}}
+        for token, (logprob, rank, top) in zip(
+            text.prompt[1:], _rows(text.prompt_scores, num_top), strict=True
+        ):
+            entry = {
+                str(token): {"logprob": logprob, "rank": rank, "decoded_token": self.text_of(token)}
+            }
             for place, (other, value) in enumerate(top, start=1):
-                entry.setdefault(str(other), {"logprob": value, "rank": place, "decoded_token": self.text_of(other)})
+                entry.setdefault(
+                    str(other),
+                    {"logprob": value, "rank": place, "decoded_token": self.text_of(other)},
+                )
             entries.append(entry)
         return entries
 
     def logprobs(self, request: CompletionRequest, text: ScoredText) -> dict[str, Any]:
-        """OpenAI's lists, of the completion's tokens, and with `echo` of the prompt's before them."""
+        """OpenAI's lists, of the completion's tokens, and with `echo` of the prompt's before
+        them."""
         assert request.logprobs is not None and text.completion_scores is not None
         name = _id_as_text if request.return_tokens_as_token_ids else self.text_of
-        tokens, rows = list(text.completion.token_ids), list(_rows(text.completion_scores, request.logprobs))
+        tokens, rows = (
+            list(text.completion.token_ids),
+            list(_rows(text.completion_scores, request.logprobs)),
+        )
         if request.echo:
             assert text.prompt_scores is not None
             tokens = [*text.prompt, *tokens]
             rows = [(None, None, None), *_rows(text.prompt_scores, request.logprobs), *rows]
         names = [name(token) for token in tokens]
         top = [
-            None if others is None else {name(token): logprob} | {name(other): value for other, value in others}
+            None
+            if others is None
+            else {name(token): logprob} | {name(other): value for other, value in others}
             for token, (logprob, _, others) in zip(tokens, rows, strict=True)
         ]
         offsets = [0]
@@ -194,7 +222,11 @@ def _rows(scores: TokenScores, num_top: int) -> Any:
         return ((logprob, None, []) for logprob in logprobs)
     tops = (
         [(token, _number(value)) for token, value in zip(ids, values, strict=True)]
-        for ids, values in zip(scores.top_ids[:, :num_top].tolist(), scores.top_logprobs[:, :num_top].tolist(), strict=True)
+        for ids, values in zip(
+            scores.top_ids[:, :num_top].tolist(),
+            scores.top_logprobs[:, :num_top].tolist(),
+            strict=True,
+        )
     )
     return zip(logprobs, scores.ranks.tolist(), tops, strict=True)
 

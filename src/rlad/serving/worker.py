@@ -1,4 +1,5 @@
-"""The one thread of a teacher server that computes: what has arrived is scored together, up to a budget of tokens."""
+"""The one thread of a teacher server that computes: what has arrived is scored together, up to a
+budget of tokens."""
 
 import threading
 from collections import deque
@@ -18,9 +19,11 @@ from rlad.scoring.scorer import Scorer
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """Of each token of a text but the first, which nothing predicts: its log-prob, float32 `[tokens - 1]`.
+    """Of each token of a text but the first, which nothing predicts: its log-prob, float32 `[tokens
+    - 1]`.
 
-    With `num_top` > 0 also its rank (1 is the most likely) and the most likely tokens with theirs, `[tokens - 1, num_top]`.
+    With `num_top` > 0 also its rank (1 is the most likely) and the most likely tokens with theirs,
+    `[tokens - 1, num_top]`.
     """
 
     logprobs: Tensor
@@ -46,7 +49,11 @@ class ScoreJob:
 
     def joins(self, other: "ScoreJob | GenerateJob") -> bool:
         """Whether one forward pass can serve both."""
-        return isinstance(other, ScoreJob) and self.num_top == other.num_top == 0 and self.temperature == other.temperature
+        return (
+            isinstance(other, ScoreJob)
+            and self.num_top == other.num_top == 0
+            and self.temperature == other.temperature
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,13 +111,16 @@ class Worker:
             jobs = [job for job in jobs if job.done.set_running_or_notify_cancel()]
             try:
                 self._compute(jobs)
-            except Exception as error:  # a job that fails, such as for want of memory, must not end the server
+            except (
+                Exception
+            ) as error:  # a job that fails, such as for want of memory, must not end the server
                 for job in jobs:
                     if not job.done.done():
                         job.done.set_exception(error)
 
     def _next_batch(self) -> list[Job]:
-        """The job that has waited longest, with those that can be scored beside it; empty when the worker is closed."""
+        """The job that has waited longest, with those that can be scored beside it; empty when the
+        worker is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._is_closed)
             if self._is_closed:
@@ -118,7 +128,9 @@ class Worker:
             batch, left = [self._waiting.popleft()], deque[Job]()
             num_tokens = _num_tokens(batch[0])
             for job in self._waiting:
-                is_taken = batch[0].joins(job) and num_tokens + _num_tokens(job) <= self.tokens_per_batch
+                is_taken = (
+                    batch[0].joins(job) and num_tokens + _num_tokens(job) <= self.tokens_per_batch
+                )
                 (batch if is_taken else left).append(job)
                 num_tokens += _num_tokens(job) if is_taken else 0
             self._waiting = left
@@ -140,12 +152,19 @@ class Worker:
 
     def _score(self, jobs: Sequence[ScoreJob]) -> list[TokenScores]:
         scorer = copy(self._scorer)
-        scorer.temperature, scorer.before_work = jobs[0].temperature, lambda: self._require_someone_waits(jobs)
+        scorer.temperature, scorer.before_work = (
+            jobs[0].temperature,
+            lambda: self._require_someone_waits(jobs),
+        )
         if jobs[0].num_top:
             return [score_with_top(scorer, job.token_ids, job.num_top) for job in jobs]
         long = [job for job in jobs if len(job.token_ids) > 1]
-        values = iter(scorer.score([job.token_ids[:1] for job in long], [job.token_ids[1:] for job in long]))
-        return [TokenScores(next(values) if len(job.token_ids) > 1 else torch.empty(0)) for job in jobs]
+        values = iter(
+            scorer.score([job.token_ids[:1] for job in long], [job.token_ids[1:] for job in long])
+        )
+        return [
+            TokenScores(next(values) if len(job.token_ids) > 1 else torch.empty(0)) for job in jobs
+        ]
 
     def _generate(self, job: GenerateJob) -> list[Completion]:
         longest = max(map(len, job.prompts)) + job.max_tokens
@@ -168,8 +187,12 @@ def _num_tokens(job: Job) -> int:
 
 @torch.no_grad()
 def score_with_top(scorer: Scorer, token_ids: Sequence[int], num_top: int) -> TokenScores:
-    """The scores of one text with ranks and the `num_top` most likely tokens; logits exist for a chunk of tokens at a time."""
-    parts, targets = [], torch.tensor(token_ids[1:], dtype=torch.long, device=scorer.model.device)[:, None]
+    """The scores of one text with ranks and the `num_top` most likely tokens; logits exist for a
+    chunk of tokens at a time."""
+    parts, targets = (
+        [],
+        torch.tensor(token_ids[1:], dtype=torch.long, device=scorer.model.device)[:, None],
+    )
     for logits in scorer.logits_in_chunks(token_ids):
         logprobs = logits.log_softmax(dim=-1)
         chosen, targets = logprobs.gather(1, targets[: len(logits)]), targets[len(logits) :]

@@ -12,12 +12,24 @@ from typing import Any
 
 from rlad.tasks.base import SPLITS, Judgement, Problem, Split, Task, Verdict, split_of
 
-__all__ = ["SPLITS", "TASKS", "Judgement", "Problem", "Split", "Task", "TaskRow", "Verdict", "make_task", "split_of"]
+__all__ = [
+    "SPLITS",
+    "TASKS",
+    "Judgement",
+    "Problem",
+    "Split",
+    "Task",
+    "TaskRow",
+    "Verdict",
+    "make_task",
+    "split_of",
+]
 
 
 @dataclass(frozen=True, slots=True)
 class TaskRow:
-    """`constructor` is `module:callable`, imported when the task is made; `rlad[extra]` installs what it needs."""
+    """`constructor` is `module:callable`, imported when the task is made; `rlad[extra]` installs
+    what it needs."""
 
     constructor: str
     summary: str
@@ -29,17 +41,35 @@ TASKS: dict[str, TaskRow] = {
         "rlad.tasks.logic:KnightsAndKnaves",
         "Logic puzzles of 2 to 8 people with exactly one solution, split by structure.",
     ),
-    "arithmetic": TaskRow("rlad.tasks.reasoning_gym:arithmetic", "Sums and differences of small numbers.", "reasoning-gym"),
+    "arithmetic": TaskRow(
+        "rlad.tasks.reasoning_gym:arithmetic",
+        "Sums and differences of small numbers.",
+        "reasoning-gym",
+    ),
     "countdown": TaskRow(
-        "rlad.tasks.reasoning_gym:countdown", "Reach a target with given numbers and + - * /.", "reasoning-gym"
+        "rlad.tasks.reasoning_gym:countdown",
+        "Reach a target with given numbers and + - * /.",
+        "reasoning-gym",
     ),
     "reasoning_gym": TaskRow(
-        "rlad.tasks.reasoning_gym:ReasoningGym", "Any data set of reasoning-gym, by its name.", "reasoning-gym"
+        "rlad.tasks.reasoning_gym:ReasoningGym",
+        "Any data set of reasoning-gym, by its name.",
+        "reasoning-gym",
     ),
-    "jsonl": TaskRow("rlad.tasks.jsonl:JsonlTask", "Prompts and answers from a file of your own, with a verifier."),
-    "gsm8k": TaskRow("rlad.tasks.benchmarks:gsm8k", "GSM8K's test set, for evaluation alone.", "benchmarks"),
-    "aime2025": TaskRow("rlad.tasks.benchmarks:aime2025", "AIME 2025, for evaluation alone.", "benchmarks"),
-    "several": TaskRow("rlad.tasks.several:SeveralTasks", "Problems of several tasks in turn, each graded by its own."),
+    "jsonl": TaskRow(
+        "rlad.tasks.jsonl:JsonlTask",
+        "Prompts and answers from a file of your own, with a verifier.",
+    ),
+    "gsm8k": TaskRow(
+        "rlad.tasks.benchmarks:gsm8k", "GSM8K's test set, for evaluation alone.", "benchmarks"
+    ),
+    "aime2025": TaskRow(
+        "rlad.tasks.benchmarks:aime2025", "AIME 2025, for evaluation alone.", "benchmarks"
+    ),
+    "several": TaskRow(
+        "rlad.tasks.several:SeveralTasks",
+        "Problems of several tasks in turn, each graded by its own.",
+    ),
 }
 
 
@@ -55,7 +85,10 @@ def make_task(type: str, **options: Any) -> Task:
     signature = inspect.signature(constructor)
     for option in options:
         if option not in signature.parameters:
-            raise ValueError(f"the task {type!r} has no option {option!r}; {_suggestion(option, signature.parameters)}")
+            raise ValueError(
+                f"the task {type!r} has no option {option!r}; "
+                f"{_suggestion(option, signature.parameters)}"
+            )
     for name, parameter in signature.parameters.items():
         if parameter.default is parameter.empty and name not in options:
             raise ValueError(f"the task {type!r} needs the option {name!r}; give it a value.")

@@ -1,6 +1,8 @@
-"""Where the answer of a completion stands, and what a text says: pure functions that never raise on any text.
+"""Where the answer of a completion stands, and what a text says: pure functions that never raise on
+any text.
 
-All of them are linear in the length of the text and look at its last `MAX_COMPLETION_CHARACTERS` only.
+All of them are linear in the length of the text and look at its last `MAX_COMPLETION_CHARACTERS`
+only.
 """
 
 import ast
@@ -15,7 +17,9 @@ _MAX_EXPRESSION_CHARACTERS, _MAX_NUMBER_CHARACTERS = 500, 500
 
 _ANSWER_MARKER = re.compile("answer:", re.IGNORECASE)
 _WHOLE = re.compile(r"\n|</?answer>|\\boxed\{|[^\W\d]\.[* ]*$")
-_OTHER_MINUS_SIGNS = str.maketrans(dict.fromkeys("\N{MINUS SIGN}\N{EN DASH}\N{SMALL HYPHEN-MINUS}", "-") | {"$": None})
+_OTHER_MINUS_SIGNS = str.maketrans(
+    dict.fromkeys("\N{MINUS SIGN}\N{EN DASH}\N{SMALL HYPHEN-MINUS}", "-") | {"$": None}
+)
 _NUMBER = re.compile(
     r"(?:(?<![\w)\]}])[-+])?"  # a sign, unless it stands between two terms as in 10-3
     r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+|(?=\.[0-9]))(?:\.[0-9]+)?"  # 1,000 or 1000 or .5 or 1.5
@@ -30,7 +34,8 @@ _OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
 
 
 def marked_answer(completion: str) -> str | None:
-    """The text in the last `<answer>` tag, else all text after the last `Answer:`; None when neither is there.
+    """The text in the last `<answer>` tag, else all text after the last `Answer:`; None when
+    neither is there.
 
     "" for a tag that is not closed: the completion may have been cut off within its answer.
     """
@@ -43,16 +48,19 @@ def marked_answer(completion: str) -> str | None:
     if last is None:
         return None
     head, tail = text[: last.start()], text[last.end() :]
-    if head.endswith("**"):  # `**Answer:** 42` and `**Answer: 42**`: the bold ends somewhere in the tail
+    if head.endswith(
+        "**"
+    ):  # `**Answer:** 42` and `**Answer: 42**`: the bold ends somewhere in the tail
         tail = tail.replace("**", "", 1)
     return _without_bold(tail.strip())
 
 
 def without_cut_answer(text: str) -> str:
-    """A text that the token limit cut off, without what follows its last `Answer:` if it ends in the first line there.
+    """A text that the token limit cut off, without what follows its last `Answer:` if it ends in
+    the first line there.
 
-    `Answer: 4` may be the beginning of `Answer: 42`. A line that ends with a word and a full stop stays, and so do answers with
-    an end of their own, `<answer>` and `\\boxed{`.
+    `Answer: 4` may be the beginning of `Answer: 42`. A line that ends with a word and a full stop
+    stays, and so do answers with an end of their own, `<answer>` and `\\boxed{`.
     """
     last = _last_match(_ANSWER_MARKER, text)
     if last is None or _WHOLE.search(text[last.end() :].lstrip("* \t\r\n")):
@@ -66,7 +74,8 @@ def _without_bold(text: str) -> str:
 
 
 def boxed_answer(completion: str) -> str | None:
-    r"""What stands in the braces of the last `\boxed{...}`; None when there is none, "" when it is not closed."""
+    r"""What stands in the braces of the last `\boxed{...}`; None when there is none, "" when it is
+    not closed."""
     _, box, tail = completion[-MAX_COMPLETION_CHARACTERS:].rpartition(r"\boxed{")
     if not box:
         return None
@@ -83,21 +92,25 @@ def final_answer(completion: str) -> str:
     marked = marked_answer(completion)
     if marked is not None:
         return marked
-    return _without_bold(completion[-MAX_COMPLETION_CHARACTERS:].rstrip().rpartition("\n")[2].strip())
+    return _without_bold(
+        completion[-MAX_COMPLETION_CHARACTERS:].rstrip().rpartition("\n")[2].strip()
+    )
 
 
 def normalised(text: str) -> str:
-    """`text` without case, differences of white space, markdown around words, and full stops after words."""
+    """`text` without case, differences of white space, markdown around words, and full stops after
+    words."""
     words = text[-MAX_COMPLETION_CHARACTERS:].casefold().split()
     # Only at the ends of words, so that x**2, 2*3 and snake_case stay what they are.
     return " ".join(word.lstrip("*_`#").rstrip("*_`#.") or word for word in words)
 
 
 def last_number(text: str) -> Fraction | None:
-    """The last number of the text, exactly: `-1,000`, `$5`, `.5`, `3/4`, `1e-3`; None when there is none.
+    """The last number of the text, exactly: `-1,000`, `$5`, `.5`, `3/4`, `1e-3`; None when there is
+    none.
 
-    Currency and percent signs are ignored, so 10% is 10. A division by zero and numbers of more than 500 digits are no
-    numbers.
+    Currency and percent signs are ignored, so 10% is 10. A division by zero and numbers of more
+    than 500 digits are no numbers.
     """
     last = _last_match(_NUMBER, text[-MAX_COMPLETION_CHARACTERS:].translate(_OTHER_MINUS_SIGNS))
     if last is None or len(last[0]) > _MAX_NUMBER_CHARACTERS:
@@ -114,9 +127,11 @@ def _last_match(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
 
 
 def evaluate_arithmetic(expression: str) -> tuple[Fraction, list[int]] | None:
-    """The exact value of an expression of whole numbers, + - * / and parentheses, and the numbers used in it.
+    """The exact value of an expression of whole numbers, + - * / and parentheses, and the numbers
+    used in it.
 
-    None for anything else. The text is parsed, never executed: powers, names and calls do not exist here.
+    None for anything else. The text is parsed, never executed: powers, names and calls do not exist
+    here.
     """
 
     def value(node: ast.expr) -> Fraction:

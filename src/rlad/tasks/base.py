@@ -29,12 +29,12 @@ class Verdict(StrEnum):
 class Problem:
     """One question of a task.
 
-    `key` decides the split: problems with the same key always fall into the same split, so a task that gives
-    equal keys to equivalent problems cannot leak held-out ones into training.
-    `difficulty` labels the problem in evaluation tables (for example the number of people).
-    `task` names its task among the several of a run; it is empty where a run has one.
-    `messages` is the conversation that the model answers; empty where `prompt` is all that the user says. With one, `prompt`
-    is how it is shown.
+    `key` decides the split: problems with the same key always fall into the same split, so a task
+    that gives equal keys to equivalent problems cannot leak held-out ones into training.
+    `difficulty` labels the problem in evaluation tables (for example the number of people). `task`
+    names its task among the several of a run; it is empty where a run has one. `messages` is the
+    conversation that the model answers; empty where `prompt` is all that the user says. With one,
+    `prompt` is how it is shown.
     """
 
     prompt: str
@@ -58,7 +58,8 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """A verdict and the reward that goes with it. `reward` is NaN when the verifier cannot judge."""
+    """A verdict and the reward that goes with it. `reward` is NaN when the verifier cannot
+    judge."""
 
     verdict: Verdict
     reward: float
@@ -78,7 +79,8 @@ def cannot_judge(reason: str) -> Judgement:
 class Task(Protocol):
     """A source of problems with a verifier.
 
-    Rewards lie in its attribute `reward_range`, (least, greatest), and in `UNIT_RANGE` where it has none.
+    Rewards lie in its attribute `reward_range`, (least, greatest), and in `UNIT_RANGE` where it has
+    none.
     """
 
     name: str
@@ -86,8 +88,9 @@ class Task(Protocol):
     def problem(self, split: Split, index: int, *, seed: int = 0) -> Problem:
         """Problem number `index` of a split, in an order that `seed` fixes.
 
-        A function of its arguments alone, so that a run resumes at any index without state. Procedural tasks have a
-        problem for every index; finite ones start again, in another order, after `num_problems(split)`.
+        A function of its arguments alone, so that a run resumes at any index without state.
+        Procedural tasks have a problem for every index; finite ones start again, in another order,
+        after `num_problems(split)`.
         """
         ...
 
@@ -105,7 +108,8 @@ class Task(Protocol):
 
 
 def judge_completion(task: Task, problem: Problem, text: str, *, is_truncated: bool) -> Judgement:
-    """Grade what the sampler wrote; of a text that the token limit cut off, without an answer that it cuts."""
+    """Grade what the sampler wrote; of a text that the token limit cut off, without an answer that
+    it cuts."""
     return task.judge(problem, without_cut_answer(text) if is_truncated else text)
 
 
@@ -114,17 +118,20 @@ def reward_range(task: Task) -> tuple[float, float]:
 
 
 def require_reward_in_range(task: Task, judgement: Judgement, problem: str) -> None:
-    """`RunFailedError` for a judged completion whose reward is no finite number in the task's range."""
+    """`RunFailedError` for a judged completion whose reward is no finite number in the task's
+    range."""
     low, high = reward_range(task)
     if judgement.verdict is not Verdict.CANNOT_JUDGE and not low <= judgement.reward <= high:
         raise RunFailedError(
-            f"the verifier of the task {task.name} gave reward {judgement.reward} for {problem}, and its rewards must lie "
+            f"the verifier of the task {task.name} gave reward {judgement.reward} for {problem}, "
+            "and its rewards must lie "
             f"between {low:g} and {high:g}; mend that verifier, then go on with --resume."
         )
 
 
 def split_of(key: str) -> Split:
-    """The split of a problem: a function of its key alone (10 % validation, 10 % test, 80 % train)."""
+    """The split of a problem: a function of its key alone (10 % validation, 10 % test, 80 %
+    train)."""
     bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % _NUM_BUCKETS
     if bucket < _VALIDATION_BELOW:
         return "validation"
@@ -138,6 +145,7 @@ def check_split(split: str) -> None:
 
 
 def text_key(text: str) -> str:
-    """A key that texts share when they are equal up to case, white space and Unicode compatibility forms."""
+    """A key that texts share when they are equal up to case, white space and Unicode compatibility
+    forms."""
     normalised = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     return hashlib.sha256(normalised.encode(errors="replace")).hexdigest()[:16]

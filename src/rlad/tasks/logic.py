@@ -1,11 +1,14 @@
-"""Knights and knaves: puzzles with exactly one solution, from a generator and an exact checker of our own.
+"""Knights and knaves: puzzles with exactly one solution, from a generator and an exact checker of
+our own.
 
-Every person is a knight (whatever they say is true) or a knave (whatever they say is false). A statement is one
-claim about a person or two claims joined by and / or / if-then / if and only if. A world (who is a knight) solves
-the puzzle when every speaker's role equals the truth of their statement.
+Every person is a knight (whatever they say is true) or a knave (whatever they say is false). A
+statement is one claim about a person or two claims joined by and / or / if-then / if and only if. A
+world (who is a knight) solves the puzzle when every speaker's role equals the truth of their
+statement.
 
-The family of puzzles is that of Logic-RL (arXiv 2502.14768) and of reasoning-gym's `knights_knaves`; the code here is
-independent of both, so that the default needs no compiled dependency and splits by *structure* (`structure_key`).
+The family of puzzles is that of Logic-RL (arXiv 2502.14768) and of reasoning-gym's
+`knights_knaves`; the code here is independent of both, so that the default needs no compiled
+dependency and splits by *structure* (`structure_key`).
 """
 
 import hashlib
@@ -95,9 +98,10 @@ def random_puzzle(num_people: int, rng: random.Random) -> Puzzle:
 def structure_key(puzzle: Puzzle) -> str:
     """A hash that two puzzles share whenever they are equal up to names and the order of people.
 
-    Colour refinement (Weisfeiler-Leman): each person's colour is hashed, round by round, from their own statement with
-    the people in it replaced by their colours. Invariant by construction; different structures may rarely collide,
-    which only puts them into the same split. The order of the claims under and / or / iff does not matter.
+    Colour refinement (Weisfeiler-Leman): each person's colour is hashed, round by round, from their
+    own statement with the people in it replaced by their colours. Invariant by construction;
+    different structures may rarely collide, which only puts them into the same split. The order of
+    the claims under and / or / iff does not matter.
     """
 
     def digest(text: str) -> str:
@@ -108,12 +112,16 @@ def structure_key(puzzle: Puzzle) -> str:
         heard: list[list[str]] = [[] for _ in puzzle]
         said = []
         for speaker, statement in enumerate(puzzle):
-            claims = [f"{colours[c.person]}{c.person == speaker}{c.is_knight}" for c in statement.claims]
+            claims = [
+                f"{colours[c.person]}{c.person == speaker}{c.is_knight}" for c in statement.claims
+            ]
             ordered = claims if statement.connective == "if" else sorted(claims)
             said.append(f"{statement.connective}({','.join(ordered)})")
             for position, c in enumerate(statement.claims):
                 place = position if statement.connective == "if" else 0
-                heard[c.person].append(f"{colours[speaker]}{statement.connective}{place}{c.is_knight}")
+                heard[c.person].append(
+                    f"{colours[speaker]}{statement.connective}{place}{c.is_knight}"
+                )
         colours = [digest(f"{colours[i]}|{said[i]}|{sorted(heard[i])}") for i in range(len(puzzle))]
     return digest("|".join(sorted(colours)))
 
@@ -138,23 +146,31 @@ def answer_text(world: World, names: Sequence[str]) -> str:
 
 
 def prompt_text(puzzle: Puzzle, names: Sequence[str], *, instructions: bool) -> str:
-    """The puzzle as English; `instructions` puts the rules and the wanted answer format before it."""
+    """The puzzle as English; `instructions` puts the rules and the wanted answer format before
+    it."""
     people = ", ".join(names[:-1]) + f" and {names[-1]}"
-    said = " ".join(f"{n} says that {statement_text(s, names)}." for n, s in zip(names, puzzle, strict=True))
+    said = " ".join(
+        f"{n} says that {statement_text(s, names)}." for n, s in zip(names, puzzle, strict=True)
+    )
     question = f"You meet {people}. {said} Who is a knight and who is a knave?\n"
     return _INSTRUCTIONS + question if instructions else question
 
 
 _INSTRUCTIONS = (
-    "On an island every person is either a knight, who only says true things, or a knave, who only says false things. "
-    "Reason step by step, then write a last line that begins with 'Answer:' and names the role of every person, "
+    "On an island every person is either a knight, who only says true things, or a knave, who only "
+    "says false things. "
+    "Reason step by step, then write a last line that begins with 'Answer:' and names the role of "
+    "every person, "
     "for example 'Answer: Ada is a knight, Ben is a knave.'\n"
 )
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _TAGGED_INSTRUCTIONS = (
-    "On an island every person is either a knight, who only says true things, or a knave, who only says false things. "
-    "First think about the puzzle between <think> and </think>, then name the role of every person between <answer> "
-    "and </answer>, for example '<think> your reasoning </think><answer> Ada is a knight, Ben is a knave </answer>'.\n"
+    "On an island every person is either a knight, who only says true things, or a knave, who only "
+    "says false things. "
+    "First think about the puzzle between <think> and </think>, then name the role of every person "
+    "between <answer> "
+    "and </answer>, for example '<think> your reasoning </think><answer> Ada is a knight, Ben is a "
+    "knave </answer>'.\n"
 )
 _ROLE_OF = re.compile(r"\b(\w+) is an? (knight|knave)\b")
 _MARKDOWN = str.maketrans("", "", "*_`#")
@@ -177,10 +193,10 @@ def parse_answer(completion: str) -> dict[str, bool] | None:
 class KnightsAndKnaves:
     """Puzzles of `num_people` people (each from 2 to 8; the sizes take turns), split by structure.
 
-    A completion is correct when its answer gives every person of the puzzle the right role and names nobody else.
-    With `instructions` the prompt begins with the rules and the wanted format; without `vary_names` the people are
-    always called Ada, Ben, Cleo and so on.
-    `reward="exact"` is 1 or 0; `reward="logic_rl"` is the rule of Logic-RL (arXiv 2502.14768), see `logic_rl_reward`.
+    A completion is correct when its answer gives every person of the puzzle the right role and
+    names nobody else. With `instructions` the prompt begins with the rules and the wanted format;
+    without `vary_names` the people are always called Ada, Ben, Cleo and so on. `reward="exact"` is
+    1 or 0; `reward="logic_rl"` is the rule of Logic-RL (arXiv 2502.14768), see `logic_rl_reward`.
     """
 
     name = "knights_and_knaves"
@@ -193,14 +209,22 @@ class KnightsAndKnaves:
         reward: Literal["exact", "logic_rl"] = "exact",
     ) -> None:
         is_list = isinstance(num_people, Sequence) and len(num_people) > 0
-        if not is_list or not all(isinstance(n, int) and MIN_PEOPLE <= n <= MAX_PEOPLE for n in num_people):
+        if not is_list or not all(
+            isinstance(n, int) and MIN_PEOPLE <= n <= MAX_PEOPLE for n in num_people
+        ):
             raise ValueError(
-                f"num_people is {num_people!r}; give a list of whole numbers from {MIN_PEOPLE} to {MAX_PEOPLE}, "
+                f"num_people is {num_people!r}; give a list of whole numbers from {MIN_PEOPLE} to "
+                f"{MAX_PEOPLE}, "
                 "for example [3, 4]."
             )
         if reward not in ("exact", "logic_rl"):
             raise ValueError(f"reward is {reward!r}; use 'exact' or 'logic_rl'.")
-        self._sizes, self._instructions, self._vary_names, self._reward = tuple(num_people), instructions, vary_names, reward
+        self._sizes, self._instructions, self._vary_names, self._reward = (
+            tuple(num_people),
+            instructions,
+            vary_names,
+            reward,
+        )
         self.reward_range = UNIT_RANGE if reward == "exact" else (-3.0, 3.0)
 
     def problem(self, split: Split, index: int, *, seed: int = 0) -> Problem:
@@ -240,10 +264,11 @@ class KnightsAndKnaves:
 
 
 def logic_rl_reward(completion: str, wanted: dict[str, bool]) -> float:
-    """Format (+1 or -1) plus answer (+2 right, -1.5 wrong, -2 when roles are missing or cannot be read): -3 to 3.
+    """Format (+1 or -1) plus answer (+2 right, -1.5 wrong, -2 when roles are missing or cannot be
+    read): -3 to 3.
 
-    The format is right when `<think>`, `</think>`, `<answer>` and `</answer>` stand there once each and in this order.
-    As in Logic-RL's code, the answer is not read when the format is wrong.
+    The format is right when `<think>`, `</think>`, `<answer>` and `</answer>` stand there once each
+    and in this order. As in Logic-RL's code, the answer is not read when the format is wrong.
     """
     positions = [completion.find(tag) for tag in _TAGS]
     if any(completion.count(tag) != 1 for tag in _TAGS) or positions != sorted(positions):

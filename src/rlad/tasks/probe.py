@@ -7,7 +7,8 @@ NUM_PROBED_ANSWERS = 5
 
 
 def require_working_verifier(task: Task) -> None:
-    """`ValueError` when the verifier cannot judge even the reference answers of the first problems; of several tasks, one's."""
+    """`ValueError` when the verifier cannot judge even the reference answers of the first problems;
+    of several tasks, one's."""
     if isinstance(task, SeveralTasks):
         for one in task.tasks.values():
             require_working_verifier(one)
@@ -16,6 +17,7 @@ def require_working_verifier(task: Task) -> None:
     judgements = [task.judge(problem, problem.answer) for problem in problems]
     if all(judgement.verdict == Verdict.CANNOT_JUDGE for judgement in judgements):
         raise ValueError(
-            f"the verifier of task {task.name!r} cannot judge the reference answers of the first {len(problems)} training "
+            f"the verifier of task {task.name!r} cannot judge the reference answers of the first "
+            f"{len(problems)} training "
             f"problems ({judgements[0].reason}); mend the verifier or the answers."
         )

@@ -1,10 +1,11 @@
 """Any data set of the optional package reasoning-gym, by name.
 
-Three pitfalls of the package are avoided here. Its item i is drawn from Random(seed + i), so that data sets with close
-seeds share items: every problem here is a data set of size 1 with a seed of its own, and the split is decided by the
-problem itself. Some of its scorers raise, hang, or evaluate the answer as Python code: scorers run in a process of
-their own, and answers that could do harm never reach those that evaluate. And partial credit is no success: only a
-score of 1 is correct.
+Three pitfalls of the package are avoided here. Its item i is drawn from Random(seed + i), so that
+data sets with close seeds share items: every problem here is a data set of size 1 with a seed of
+its own, and the split is decided by the problem itself. Some of its scorers raise, hang, or
+evaluate the answer as Python code: scorers run in a process of their own, and answers that could do
+harm never reach those that evaluate. And partial credit is no success: only a score of 1 is
+correct.
 """
 
 import difflib
@@ -17,11 +18,22 @@ from types import ModuleType
 from typing import Any
 
 from rlad.tasks.answers import evaluate_arithmetic, final_answer
-from rlad.tasks.base import Judgement, Problem, Split, Verdict, cannot_judge, check_split, split_of, text_key
+from rlad.tasks.base import (
+    Judgement,
+    Problem,
+    Split,
+    Verdict,
+    cannot_judge,
+    check_split,
+    split_of,
+    text_key,
+)
 from rlad.tasks.worker import CallFailed, Worker
 
 _MAX_TRIES, _MAX_FAILURES_IN_A_ROW, _MAX_ANSWER_CHARACTERS = 1_000, 30, 10_000
-_INSTRUCTIONS = "\nReason step by step, then write only the final answer between <answer> and </answer>.\n"
+_INSTRUCTIONS = (
+    "\nReason step by step, then write only the final answer between <answer> and </answer>.\n"
+)
 _MARKDOWN = str.maketrans("", "", "*_`#")
 
 # What makes two problems the same, where equal ones can differ in wording (names, order, template).
@@ -31,8 +43,9 @@ _KEYS: dict[str, Callable[[dict[str, Any]], str]] = {
     "puzzle24": lambda metadata: str(sorted(metadata["numbers"])),
 }
 
-# Data sets whose scorer hands the answer to `eval` or `sympy.parse_expr` (which evaluates too), with the characters
-# that it may then consist of. Names must be single letters or functions in all of them.
+# Data sets whose scorer hands the answer to `eval` or `sympy.parse_expr` (which evaluates too),
+# with the characters that it may then consist of. Names must be single letters or functions in all
+# of them.
 _LIST = re.compile(r"[\w\s,'\"\[\]]*", re.ASCII)
 _FORMULA = re.compile(r"(?:[\w\s+\-*/()]|\.(?=[0-9]))*", re.ASCII)
 _NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
@@ -46,18 +59,22 @@ _EVALUATED = {
     "spiral_matrix": _LIST,
     "string_insertion": _LIST,
 }
-# countdown's own scorer evaluates the answer too, and puzzle24's also accepts other numbers than the given ones.
+# countdown's own scorer evaluates the answer too, and puzzle24's also accepts other numbers than
+# the given ones.
 _ARITHMETIC = frozenset({"countdown", "puzzle24"})
 # Generators that iterate over sets of strings, whose order changes with every start of Python.
-_NEEDS_HASH_SEED = frozenset({"isomorphic_strings", "knight_swap", "polynomial_multiplication", "ransom_note", "word_ladder"})
+_NEEDS_HASH_SEED = frozenset(
+    {"isomorphic_strings", "knight_swap", "polynomial_multiplication", "ransom_note", "word_ladder"}
+)
 
 
 class ReasoningGym:
     """Problems of the reasoning-gym data set `dataset`, generated with its own `options`.
 
-    A completion is correct when the scorer of the data set gives its final answer 1. The reward is then 1, and 0
-    otherwise; with `partial_credit` it is the score. A scorer that raises, or takes longer than `timeout_seconds`,
-    cannot judge; nor can a data set without reference answers. With `instructions` the prompt asks for `<answer>` tags.
+    A completion is correct when the scorer of the data set gives its final answer 1. The reward is
+    then 1, and 0 otherwise; with `partial_credit` it is the score. A scorer that raises, or takes
+    longer than `timeout_seconds`, cannot judge; nor can a data set without reference answers. With
+    `instructions` the prompt asks for `<answer>` tags.
     """
 
     def __init__(
@@ -91,11 +108,15 @@ class ReasoningGym:
             try:
                 # Seeds fit in 32 bits because some generators pass them on to numpy.
                 entry = _create(self._dataset, rng.randrange(2**32 - 1), self._options)[0]
-            except Exception as error:  # whatever a generator raises on wrong options, or on an unlucky seed
+            except (
+                Exception
+            ) as error:  # whatever a generator raises on wrong options, or on an unlucky seed
                 num_failures += 1
                 if num_failures == _MAX_FAILURES_IN_A_ROW:
                     reason = f"{type(error).__name__}: {error}"
-                    raise ValueError(f"{what} gives no problems ({reason}); choose other options.") from error
+                    raise ValueError(
+                        f"{what} gives no problems ({reason}); choose other options."
+                    ) from error
                 continue
             num_failures = 0
             key = self._key(entry)
@@ -104,7 +125,8 @@ class ReasoningGym:
                 prompt = question + _INSTRUCTIONS if self._instructions else question
                 return Problem(prompt, str(entry["answer"] or ""), key, metadata={"entry": entry})
         raise ValueError(
-            f"{what} gave no {split} problem in {_MAX_TRIES} draws: it has too few different ones; choose options that "
+            f"{what} gave no {split} problem in {_MAX_TRIES} draws: it has too few different ones; "
+            "choose options that "
             "allow more, or another data set."
         )
 
@@ -131,9 +153,15 @@ class ReasoningGym:
     def _score(self, answer: str, entry: dict[str, Any]) -> float:
         if self._dataset in _ARITHMETIC:
             return _score_arithmetic(answer, entry["metadata"])
-        if self._dataset == "knights_knaves":  # its scorer takes "**Zoey" for another name than "Zoey"
+        if (
+            self._dataset == "knights_knaves"
+        ):  # its scorer takes "**Zoey" for another name than "Zoey"
             answer = answer.translate(_MARKDOWN)
-        if self._dataset in _EVALUATED and answer != entry["answer"] and not _is_harmless(answer, self._dataset):
+        if (
+            self._dataset in _EVALUATED
+            and answer != entry["answer"]
+            and not _is_harmless(answer, self._dataset)
+        ):
             return 0.0
         return self._worker.call(answer, entry)
 
@@ -148,14 +176,18 @@ def _made_easy(dataset: str, **easy: int) -> Callable[..., ReasoningGym]:
         partial_credit: bool = False,
         timeout_seconds: float = 5.0,
     ) -> ReasoningGym:
-        return ReasoningGym(dataset, {**easy, **(options or {})}, instructions, partial_credit, timeout_seconds)
+        return ReasoningGym(
+            dataset, {**easy, **(options or {})}, instructions, partial_credit, timeout_seconds
+        )
 
     return make
 
 
 # The arguments of ReasoningGym without `dataset`; `options` override these easy ones.
 arithmetic = _made_easy("chain_sum", min_terms=2, max_terms=4, min_digits=1, max_digits=2)
-countdown = _made_easy("countdown", min_numbers=3, max_numbers=4, max_value=50, min_target=10, max_target=100)
+countdown = _made_easy(
+    "countdown", min_numbers=3, max_numbers=4, max_value=50, min_target=10, max_target=100
+)
 
 
 def _package() -> ModuleType:
@@ -173,15 +205,21 @@ def _check(dataset: str, options: dict[str, Any]) -> None:
     known = importlib.import_module("reasoning_gym.factory").DATASETS
     if dataset not in known:
         near = difflib.get_close_matches(dataset, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"the names are: {', '.join(sorted(known))}."
+        hint = (
+            f"did you mean {near[0]!r}?" if near else f"the names are: {', '.join(sorted(known))}."
+        )
         raise ValueError(f"reasoning-gym has no data set {dataset!r}; {hint}")
     allowed = sorted(set(known[dataset][1].__dataclass_fields__) - {"seed", "size"})
     for option in options:
         if option not in allowed:
-            raise ValueError(f"the reasoning-gym data set {dataset!r} has no option {option!r}; use {', '.join(allowed)}.")
+            raise ValueError(
+                f"the reasoning-gym data set {dataset!r} has no option {option!r}; use "
+                f"{', '.join(allowed)}."
+            )
     if dataset in _NEEDS_HASH_SEED and os.environ.get("PYTHONHASHSEED", "random") in ("", "random"):
         raise ValueError(
-            f"the problems of the reasoning-gym data set {dataset!r} change with Python's hash seed; set the "
+            f"the problems of the reasoning-gym data set {dataset!r} change with Python's hash "
+            "seed; set the "
             "environment variable PYTHONHASHSEED=0, so that a run can be repeated."
         )
 
@@ -193,7 +231,9 @@ def _create(dataset: str, seed: int, options: dict[str, Any]) -> Any:
 def _is_harmless(answer: str, dataset: str) -> bool:
     """Whether evaluating the answer can only build a literal or a formula."""
     names = _NAME.findall(answer)
-    return bool(_EVALUATED[dataset].fullmatch(answer)) and all(len(n) == 1 or n in _FUNCTIONS for n in names)
+    return bool(_EVALUATED[dataset].fullmatch(answer)) and all(
+        len(n) == 1 or n in _FUNCTIONS for n in names
+    )
 
 
 def _score_arithmetic(answer: str, metadata: dict[str, Any]) -> float:
@@ -202,7 +242,9 @@ def _score_arithmetic(answer: str, metadata: dict[str, Any]) -> float:
     if result is None:
         return 0.0
     value, numbers = result
-    return float(value == metadata.get("target", 24) and sorted(numbers) == sorted(metadata["numbers"]))
+    return float(
+        value == metadata.get("target", 24) and sorted(numbers) == sorted(metadata["numbers"])
+    )
 
 
 # --- in the worker process --------------------------------------------------------------------------------------------

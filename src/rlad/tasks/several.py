@@ -12,8 +12,8 @@ from rlad.tasks.base import Judgement, Problem, Split, Task, reward_range
 class SeveralTasks:
     """Problem i of k tasks is problem i // k of task i % k, as that task alone would give it.
 
-    `tasks` holds the type and the options of each, by name. The name stands in the problem's `task` and before its
-    `difficulty`, so that evaluation tables show each task.
+    `tasks` holds the type and the options of each, by name. The name stands in the problem's `task`
+    and before its `difficulty`, so that evaluation tables show each task.
     """
 
     def __init__(self, tasks: Mapping[str, Mapping[str, Any]]) -> None:
@@ -40,8 +40,11 @@ class SeveralTasks:
         return replace(problem, task=name, difficulty=difficulty)
 
     def num_problems(self, split: Split) -> int | None:
-        """Of training: until each finite task has given all of its own. Held out: before one of them gives one again."""
-        sizes = [size for task in self.tasks.values() if (size := task.num_problems(split)) is not None]
+        """Of training: until each finite task has given all of its own. Held out: before one of
+        them gives one again."""
+        sizes = [
+            size for task in self.tasks.values() if (size := task.num_problems(split)) is not None
+        ]
         return len(self.tasks) * (max if split == "train" else min)(sizes) if sizes else None
 
     def judge(self, problem: Problem, completion: str) -> Judgement:

@@ -7,9 +7,9 @@
 - `package.module:function`: a function of your own, `function(completion: str, answer: str)`, that returns a bool, a
   reward from 0 to 1 (only 1 counts as correct) or a `Verdict`.
 
-The final answer is the text in the last `<answer>` tag, else after the last `Answer:`, else the last line.
-`math` and functions of your own run in a process of their own: one that hangs, raises, dies, eats memory or returns
-anything else costs one completion (cannot judge), never the run.
+The final answer is the text in the last `<answer>` tag, else after the last `Answer:`, else the
+last line. `math` and functions of your own run in a process of their own: one that hangs, raises,
+dies, eats memory or returns anything else costs one completion (cannot judge), never the run.
 """
 
 import difflib
@@ -21,7 +21,13 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from rlad.tasks.answers import MAX_COMPLETION_CHARACTERS, boxed_answer, final_answer, last_number, normalised
+from rlad.tasks.answers import (
+    MAX_COMPLETION_CHARACTERS,
+    boxed_answer,
+    final_answer,
+    last_number,
+    normalised,
+)
 from rlad.tasks.base import Judgement, Verdict, cannot_judge, judged
 from rlad.tasks.worker import MAX_MEMORY_GIB, CallFailed, Worker
 
@@ -30,13 +36,17 @@ _PROSE = re.compile(r"(?<!\\)\b[A-Za-z]{2,} [A-Za-z]{2,}")
 
 
 class Verifier:
-    """Grades completions. `judge` never raises and never hangs on any text; `close` releases the worker process."""
+    """Grades completions. `judge` never raises and never hangs on any text; `close` releases the
+    worker process."""
 
-    def __init__(self, grade: Callable[[str, str], Judgement], worker: Worker | None = None) -> None:
+    def __init__(
+        self, grade: Callable[[str, str], Judgement], worker: Worker | None = None
+    ) -> None:
         self._grade, self._worker = grade, worker
 
     def judge(self, completion: str, answer: str) -> Judgement:
-        """Compare the last `MAX_COMPLETION_CHARACTERS` of a completion with the reference answer."""
+        """Compare the last `MAX_COMPLETION_CHARACTERS` of a completion with the reference
+        answer."""
         try:
             return self._grade(completion[-MAX_COMPLETION_CHARACTERS:], answer)
         except CallFailed as failure:
@@ -47,14 +57,19 @@ class Verifier:
             self._worker.close()
 
 
-def make_verifier(name: str, *, timeout_seconds: float = 5.0, max_memory_gib: float = MAX_MEMORY_GIB) -> Verifier:
-    """The verifier called `name`; ValueError when there is none, or when what it needs is missing."""
+def make_verifier(
+    name: str, *, timeout_seconds: float = 5.0, max_memory_gib: float = MAX_MEMORY_GIB
+) -> Verifier:
+    """The verifier called `name`; ValueError when there is none, or when what it needs is
+    missing."""
     limits: Any = {"timeout_seconds": timeout_seconds, "max_memory_gib": max_memory_gib}
     if name in _IN_PROCESS:
         return Verifier(_IN_PROCESS[name])
     if name == "math":
         if importlib.util.find_spec("math_verify") is None:
-            raise ValueError("the verifier 'math' needs the package math-verify: pip install \"rlad[math]\".")
+            raise ValueError(
+                "the verifier 'math' needs the package math-verify: pip install \"rlad[math]\"."
+            )
         worker = Worker(_math, **limits, initializer=_warm_up_math, is_silent=True)
     elif ":" in name:
         import_function(name)
@@ -64,7 +79,8 @@ def make_verifier(name: str, *, timeout_seconds: float = 5.0, max_memory_gib: fl
         near = difflib.get_close_matches(name, [*_IN_PROCESS, "math"], n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"unknown verifier {name!r}; use 'exact', 'number', 'math' or a function of your own as "
+            f"unknown verifier {name!r}; use 'exact', 'number', 'math' or a function of your own "
+            "as "
             f"'package.module:function'.{hint}"
         )
     return Verifier(worker.call, worker)
@@ -73,11 +89,16 @@ def make_verifier(name: str, *, timeout_seconds: float = 5.0, max_memory_gib: fl
 def exact(completion: str, answer: str) -> Judgement:
     """Whether the final answer is `answer`, apart from case, white space and markdown."""
     wanted = normalised(answer)
-    return judged(normalised(final_answer(completion)) == wanted) if wanted else cannot_judge("the answer is empty")
+    return (
+        judged(normalised(final_answer(completion)) == wanted)
+        if wanted
+        else cannot_judge("the answer is empty")
+    )
 
 
 def number(completion: str, answer: str) -> Judgement:
-    """Whether the last number of the final answer (of the completion, if words stand there) is the last one of `answer`."""
+    """Whether the last number of the final answer (of the completion, if words stand there) is the
+    last one of `answer`."""
     wanted = last_number(answer)
     if wanted is None:
         return cannot_judge(f"the reference answer {answer[:80]!r} has no number")
@@ -95,17 +116,23 @@ _IN_PROCESS: dict[str, Callable[[str, str], Judgement]] = {"exact": exact, "numb
 
 
 def _warm_up_math() -> None:
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own timeouts are off, on purpose here
+    logging.getLogger("math_verify").setLevel(
+        logging.ERROR
+    )  # it warns that its own timeouts are off, on purpose here
     _parse_math("1")
 
 
 def _parse_math(text: str) -> list[Any]:
-    """What math-verify reads in `text`: a bare formula needs dollars around it, prose must not have them."""
+    """What math-verify reads in `text`: a bare formula needs dollars around it, prose must not have
+    them."""
     from math_verify import parse
 
     text = text[-_MAX_MATH_CHARACTERS:].replace(r"\$", "")
-    is_bare = not _PROSE.search(text) and not any(sign in text for sign in ("$", r"\boxed", r"\(", r"\["))
-    # Its timeouts rest on signals, which exist only in a main thread; the worker process has its own clock.
+    is_bare = not _PROSE.search(text) and not any(
+        sign in text for sign in ("$", r"\boxed", r"\(", r"\[")
+    )
+    # Its timeouts rest on signals, which exist only in a main thread; the worker process has its
+    # own clock.
     return parse(f"${text}$" if is_bare else text, parsing_timeout=None)  # pyright: ignore[reportArgumentType]
 
 
@@ -121,22 +148,28 @@ def _math(completion: str, answer: str) -> Judgement:
 
 
 def import_function(path: str) -> Callable[..., Any]:
-    """The function that `package.module:function` names; ValueError that says which part is wrong."""
+    """The function that `package.module:function` names; ValueError that says which part is
+    wrong."""
     module_name, _, attribute = path.partition(":")
     wanted = "write it as 'package.module:function', with the folder of the package on PYTHONPATH."
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
         raise ValueError(
-            f"verifier {path!r}: cannot import the module {module_name!r} ({type(error).__name__}: {error}); {wanted}"
+            f"verifier {path!r}: cannot import the module {module_name!r} ({type(error).__name__}: "
+            f"{error}); {wanted}"
         ) from error
     function: Any = getattr(module, attribute, None)
     if function is None or not callable(function):
-        raise ValueError(f"verifier {path!r}: the module {module_name!r} has no function {attribute!r}; {wanted}")
+        raise ValueError(
+            f"verifier {path!r}: the module {module_name!r} has no function {attribute!r}; {wanted}"
+        )
     try:
         inspect.signature(function).bind("", "")
     except TypeError as error:
-        raise ValueError(f"verifier {path!r} must be callable as function(completion, answer): {error}.") from error
+        raise ValueError(
+            f"verifier {path!r} must be callable as function(completion, answer): {error}."
+        ) from error
     return function
 
 
@@ -151,4 +184,6 @@ def _call_user(path: str, completion: str, answer: str) -> Judgement:
             return judged(is_correct)
         case int(reward) | float(reward) if 0 <= reward <= 1:
             return Judgement(Verdict.CORRECT if reward == 1 else Verdict.WRONG, float(reward))
-    return cannot_judge(f"the verifier returned {result!r:.80}, not a bool, a number from 0 to 1 or a Verdict")
+    return cannot_judge(
+        f"the verifier returned {result!r:.80}, not a bool, a number from 0 to 1 or a Verdict"
+    )

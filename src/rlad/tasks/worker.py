@@ -1,4 +1,5 @@
-"""Run a function that may hang, raise, die or eat memory in a process of its own, so that it costs one call and not the run.
+"""Run a function that may hang, raise, die or eat memory in a process of its own, so that it costs
+one call and not the run.
 
 This bounds time and memory; it is no sandbox: the process may do what its user may do.
 """
@@ -30,10 +31,11 @@ class CallFailed(Exception):
 class Worker:
     """One process that calls `function` again and again; it starts with the first call.
 
-    `function`, `initializer` and all arguments must be picklable. `initializer(*initargs)` runs whenever the process
-    starts: imports belong there, since `timeout_seconds` counts the call alone, and `max_memory_gib` what calls hold beyond
-    it (Linux; other systems count no such thing). What a silent one prints is thrown away: it may hold a model's text.
-    Calls from several threads take turns.
+    `function`, `initializer` and all arguments must be picklable. `initializer(*initargs)` runs
+    whenever the process starts: imports belong there, since `timeout_seconds` counts the call
+    alone, and `max_memory_gib` what calls hold beyond it (Linux; other systems count no such
+    thing). What a silent one prints is thrown away: it may hold a model's text. Calls from several
+    threads take turns.
     """
 
     def __init__(
@@ -47,21 +49,32 @@ class Worker:
         is_silent: bool = False,
     ) -> None:
         if not 0 < timeout_seconds < math.inf:
-            raise ValueError(f"timeout_seconds is {timeout_seconds}; give a positive number of seconds, for example 5.")
+            raise ValueError(
+                f"timeout_seconds is {timeout_seconds}; give a positive number of seconds, for "
+                "example 5."
+            )
         if not 0 < max_memory_gib < math.inf:
-            raise ValueError(f"max_memory_gib is {max_memory_gib}; give a positive number of GiB, for example 4.")
-        self._function, self._timeout_seconds, self._max_memory_gib = function, timeout_seconds, max_memory_gib
+            raise ValueError(
+                f"max_memory_gib is {max_memory_gib}; give a positive number of GiB, for example 4."
+            )
+        self._function, self._timeout_seconds, self._max_memory_gib = (
+            function,
+            timeout_seconds,
+            max_memory_gib,
+        )
         self._initargs = (initializer, initargs, int(max_memory_gib * 2**30), is_silent)
         self._lock = threading.Lock()
         self._pool: ProcessPool | None = None
 
     def call(self, *args: Any) -> Any:
-        """`function(*args)` in the process; raises CallFailed when it raises, dies, takes too long or too much memory."""
+        """`function(*args)` in the process; raises CallFailed when it raises, dies, takes too long
+        or too much memory."""
         with self._lock:
             try:
                 is_value, result = self._call(args)
             except BrokenProcessPool:
-                # A process that died between two calls breaks the pool, which shows only now: once more, with a new pool.
+                # A process that died between two calls breaks the pool, which shows only now: once
+                # more, with a new pool.
                 try:
                     is_value, result = self._call(args)
                 except BrokenProcessPool as error:
@@ -73,7 +86,9 @@ class Worker:
     def _call(self, args: tuple[Any, ...]) -> tuple[bool, Any]:
         pool = self._pool or self._start()
         try:
-            future = pool.schedule(_call_guarded, (self._function, args), timeout=self._timeout_seconds)
+            future = pool.schedule(
+                _call_guarded, (self._function, args), timeout=self._timeout_seconds
+            )
         except RuntimeError as error:
             self._stop()
             raise BrokenProcessPool from error
@@ -85,14 +100,17 @@ class Worker:
             raise CallFailed(f"no result within {self._timeout_seconds:g} seconds") from error
         except ProcessExpired as error:
             if error.exitcode == _OUT_OF_MEMORY:
-                raise CallFailed(f"it needs more than {self._max_memory_gib:g} GiB of memory") from error
+                raise CallFailed(
+                    f"it needs more than {self._max_memory_gib:g} GiB of memory"
+                ) from error
             raise CallFailed(f"the process died with exit code {error.exitcode}") from error
         except BrokenProcessPool:
             self._stop()
             raise
 
     def _start(self) -> ProcessPool:
-        # spawn: a fork would copy the threads' locks and the accelerator state of the training process.
+        # spawn: a fork would copy the threads' locks and the accelerator state of the training
+        # process.
         self._pool = ProcessPool(
             max_workers=1,
             initializer=_begin,
@@ -117,35 +135,48 @@ class Worker:
 # --- in the process ---------------------------------------------------------------------------------------------------
 
 
-def _begin(initializer: Callable[..., Any] | None, initargs: tuple[Any, ...], max_bytes: int, is_silent: bool) -> None:
+def _begin(
+    initializer: Callable[..., Any] | None,
+    initargs: tuple[Any, ...],
+    max_bytes: int,
+    is_silent: bool,
+) -> None:
     if is_silent:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a process that crashes must not leave its memory on the disk
+    resource.setrlimit(
+        resource.RLIMIT_CORE, (0, 0)
+    )  # a process that crashes must not leave its memory on the disk
     if initializer is not None:
         initializer(*initargs)
     _limit_memory(max_bytes)
 
 
 def _limit_memory(num_bytes: int) -> None:
-    """So much more private memory than is held now. Address space that is only reserved, as CUDA does, does not count."""
+    """So much more private memory than is held now. Address space that is only reserved, as CUDA
+    does, does not count."""
     status = Path("/proc/self/status")
     if not status.is_file():
         return
     held = next(line for line in status.read_text().splitlines() if line.startswith("VmData"))
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     limit = int(held.split()[1]) * 1024 + num_bytes
-    resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+    resource.setrlimit(
+        resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard)
+    )
 
 
 def _call_guarded(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[bool, Any]:
-    """(True, result), or (False, what was raised) as plain text: exceptions of the user's own may not be picklable."""
+    """(True, result), or (False, what was raised) as plain text: exceptions of the user's own may
+    not be picklable."""
     try:
         return True, function(*args)
     except MemoryError:
         os._exit(_OUT_OF_MEMORY)  # what it holds may stay held: the next call gets a new process
-    except BaseException as error:  # SystemExit and KeyboardInterrupt too: they must not travel into the run
+    except (
+        BaseException
+    ) as error:  # SystemExit and KeyboardInterrupt too: they must not travel into the run
         text = ""
         with contextlib.suppress(Exception):  # an exception may be unable to say what it is
             text = str(error)

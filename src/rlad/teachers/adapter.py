@@ -1,6 +1,8 @@
-"""The student's base model as its teacher, with another LoRA adapter or with none: one set of base weights for both.
+"""The student's base model as its teacher, with another LoRA adapter or with none: one set of base
+weights for both.
 
-While it scores, the student's adapter is off; its weights stay where they are, and nothing but it is ever trainable.
+While it scores, the student's adapter is off; its weights stay where they are, and nothing but it
+is ever trainable.
 """
 
 from collections.abc import Sequence
@@ -38,11 +40,14 @@ class AdapterScorer(Scorer):
 
 
 class AdapterTeacher(Teacher):
-    """Scores with the student's own base weights and the adapter in `folder`; None: without adapter."""
+    """Scores with the student's own base weights and the adapter in `folder`; None: without
+    adapter."""
 
     def __init__(self, student: LanguageModel, *, base: str, folder: str | None, **scoring: Any):
         """`scoring` is what a `Scorer` takes beside the model."""
-        self.identity = f"{base} without adapter" if folder is None else f"{base} with adapter {folder}"
+        self.identity = (
+            f"{base} without adapter" if folder is None else f"{base} with adapter {folder}"
+        )
         self._student, self._vocabulary = student, student.vocabulary
         self._adapter = None if folder is None else add_frozen_adapter(student.model, folder)
         remove_dropout(student.model)
@@ -63,19 +68,24 @@ def check_teacher(settings: AdapterTeacherConfig, setting: Setting) -> list[Find
         require_peft("teacher.type = 'adapter'")
         if setting.config.student.lora is None:
             raise ValueError(
-                "it stands on the student's base weights, which move unless the student is trained with [student.lora]; add "
+                "it stands on the student's base weights, which move unless the student is trained "
+                "with [student.lora]; add "
                 f"that section, or take type = 'local' with model = {base!r}."
             )
         if settings.adapter == "none":
             return [Finding("ok", "adapter", f"none: the base model {base} itself")]
         if not is_adapter(settings.adapter):
             raise ValueError(
-                f"{settings.adapter!r} is no folder of an adapter; give one with adapter_config.json, as PEFT writes it."
+                f"{settings.adapter!r} is no folder of an adapter; give one with "
+                "adapter_config.json, as PEFT writes it."
             )
         require_shareable(settings.adapter, load_model_config(base))
     except ValueError as error:
         return [Finding("error", "adapter", str(error))]
-    return [*_compare_base(settings.adapter, base), *_compare_own_tokenizer(settings.adapter, setting)]
+    return [
+        *_compare_base(settings.adapter, base),
+        *_compare_own_tokenizer(settings.adapter, setting),
+    ]
 
 
 def _compare_base(folder: str, base: str) -> list[Finding]:
@@ -83,14 +93,19 @@ def _compare_base(folder: str, base: str) -> list[Finding]:
     if resolvable(named) == resolvable(base):
         return [Finding("ok", "adapter", f"{folder} stands on {base}")]
     message = (
-        f"{folder} names {named!r} as its base model, the student's is {base!r}: its shapes fit, but on other weights it is "
+        f"{folder} names {named!r} as its base model, the student's is {base!r}: its shapes fit, "
+        "but on other weights it is "
         "another teacher; go on only if the two are the same model."
     )
     return [Finding("warning", "adapter", message)]
 
 
 def _compare_own_tokenizer(folder: str, setting: Setting) -> list[Finding]:
-    return compare_tokenizers(setting.student_tokenizer, load_tokenizer(folder)) if has_tokenizer(folder) else []
+    return (
+        compare_tokenizers(setting.student_tokenizer, load_tokenizer(folder))
+        if has_tokenizer(folder)
+        else []
+    )
 
 
 def make_teacher(settings: AdapterTeacherConfig, setting: Setting) -> AdapterTeacher:

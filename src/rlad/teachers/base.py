@@ -1,4 +1,5 @@
-"""What a teacher is: it gives one log-prob for each sampled token. Imports no torch before a teacher is made."""
+"""What a teacher is: it gives one log-prob for each sampled token. Imports no torch before a
+teacher is made."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ def missing_share(scores: Sequence[Tensor]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class TeacherRequest:
-    """A completion that is to be scored, the prompt that it was sampled from, and what a privileged teacher may be shown."""
+    """A completion that is to be scored, the prompt that it was sampled from, and what a privileged
+    teacher may be shown."""
 
     prompt: Sequence[int]
     completion: Sequence[int]
@@ -57,39 +59,43 @@ class Teacher(ABC):
 
     @property
     def works_elsewhere(self) -> bool:
-        """Whether it scores without the student's device, so that it may be asked while the student writes."""
+        """Whether it scores without the student's device, so that it may be asked while the student
+        writes."""
         return False
 
     @abstractmethod
     def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
-        """Log-probs of each completion's tokens, float32 `[its length]` on the CPU, at the sampling temperature.
+        """Log-probs of each completion's tokens, float32 `[its length]` on the CPU, at the sampling
+        temperature.
 
         A token that cannot be scored is NaN, never 0: the loss drops and counts it.
         """
 
     @contextmanager
     def asking(self, spans: Spans) -> Iterator[Ask]:
-        """Questions of one rollout batch, put a few at a time; what is still under way when the block is left is given up.
+        """Questions of one rollout batch, put a few at a time; what is still under way when the
+        block is left is given up.
 
-        Leaving the block never waits. Where the work is done elsewhere it begins with the question, and `spans` is filled.
+        Leaving the block never waits. Where the work is done elsewhere it begins with the question,
+        and `spans` is filled.
         """
         yield lambda requests: partial(self.logprobs, requests)
 
-    def after_step(self) -> None:  # noqa: B027 (most teachers stand still)
+    def after_step(self) -> None:
         """The student made an optimiser step; a teacher that follows it moves."""
 
     def state(self) -> Mapping[str, Tensor]:
         """What a checkpoint must hold of a teacher that moves; empty for all others."""
         return {}
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
         """The reverse of `state`."""
 
     def pop_metrics(self) -> dict[str, float]:
         """What it counted since the last call, for the metrics of a step."""
         return {}
 
-    def close(self) -> None:  # noqa: B027
+    def close(self) -> None:
         """Release connections and files."""
 
 
@@ -106,7 +112,8 @@ class DeferringTeacher(Teacher):
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """Where a teacher is to work: the run and its student. The model is None before weights are loaded."""
+    """Where a teacher is to work: the run and its student. The model is None before weights are
+    loaded."""
 
     config: RunConfig
     student_tokenizer: AnyTokenizer
@@ -114,7 +121,8 @@ class Setting:
     """tokens; None when the student's model does not say"""
     student: LanguageModel | None = None
     before_work: Callable[[], None] = lambda: None
-    """called by a teacher before each piece of its work, and while it waits; raises to stop the run there"""
+    """called by a teacher before each piece of its work, and while it waits; raises to stop the run
+    there"""
 
     @property
     def temperature(self) -> float:

@@ -1,7 +1,9 @@
-"""Log-probs on disk by key, in one SQLite file: atomic, for several processes at once, bounded in size.
+"""Log-probs on disk by key, in one SQLite file: atomic, for several processes at once, bounded in
+size.
 
-What goes wrong on the disk costs stored answers, never a run and never a number: an entry whose checksum does not fit counts as
-absent, a damaged file is set aside, and where nothing can be written any more, what is stored is still read. Each is said once.
+What goes wrong on the disk costs stored answers, never a run and never a number: an entry whose
+checksum does not fit counts as absent, a damaged file is set aside, and where nothing can be
+written any more, what is stored is still read. Each is said once.
 """
 
 import fcntl
@@ -22,9 +24,11 @@ FILE = "logprobs-v1.sqlite"
 """the number is that of the format; a file of another format is left alone"""
 
 _SCHEMA = (
-    "CREATE TABLE IF NOT EXISTS entries (key BLOB PRIMARY KEY, logprobs BLOB NOT NULL, checksum BLOB NOT NULL, used INTEGER)",
+    "CREATE TABLE IF NOT EXISTS entries (key BLOB PRIMARY KEY, logprobs BLOB NOT NULL, checksum "
+    "BLOB NOT NULL, used INTEGER)",
     "CREATE INDEX IF NOT EXISTS by_use ON entries (used)",
-    "CREATE TABLE IF NOT EXISTS witnesses (key BLOB PRIMARY KEY, request BLOB NOT NULL, logprobs BLOB NOT NULL, digest BLOB)",
+    "CREATE TABLE IF NOT EXISTS witnesses (key BLOB PRIMARY KEY, request BLOB NOT NULL, logprobs "
+    "BLOB NOT NULL, digest BLOB)",
 )
 _OLDEST = "SELECT rowid FROM entries ORDER BY used LIMIT 16"
 # Of an entry's row, its two index rows, and the page that it may begin.
@@ -36,7 +40,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Witness:
-    """One request with its answer, by which answers of the same origin are known; its key says for whom it speaks."""
+    """One request with its answer, by which answers of the same origin are known; its key says for
+    whom it speaks."""
 
     key: bytes
     request: bytes
@@ -52,8 +57,8 @@ class Witness:
 class LogprobStore:
     """Log-probs, float32 `[token]` on the CPU, by 32-byte keys. Use in the thread that made it.
 
-    Beyond `max_bytes` the entries used least recently are deleted; witnesses stay. Raises `ValueError` when `folder` cannot be
-    used.
+    Beyond `max_bytes` the entries used least recently are deleted; witnesses stay. Raises
+    `ValueError` when `folder` cannot be used.
     """
 
     def __init__(self, folder: Path, *, max_bytes: int):
@@ -70,7 +75,8 @@ class LogprobStore:
                 self._set_aside(error)
         except (OSError, sqlite3.Error) as error:
             raise ValueError(
-                f"the teacher's cache {folder} cannot be opened ({error}); free some space, mend its permissions, or name "
+                f"the teacher's cache {folder} cannot be opened ({error}); free some space, mend "
+                "its permissions, or name "
                 "another teacher.directory."
             ) from None
 
@@ -79,14 +85,18 @@ class LogprobStore:
         found: dict[bytes, Tensor] = {}
         try:
             for key in keys:
-                row = self._db.execute("SELECT logprobs, checksum FROM entries WHERE key = ?", (key,)).fetchone()
+                row = self._db.execute(
+                    "SELECT logprobs, checksum FROM entries WHERE key = ?", (key,)
+                ).fetchone()
                 if row and row[1] == _checksum(key, row[0]):
                     found[key] = _to_tensor(row[0])
         except sqlite3.Error as error:
             self._bear(error)
         uses = [(time.time_ns(), key) for key in found]
         if uses:
-            self._write(lambda: self._db.executemany("UPDATE entries SET used = ? WHERE key = ?", uses))
+            self._write(
+                lambda: self._db.executemany("UPDATE entries SET used = ? WHERE key = ?", uses)
+            )
         return found
 
     def put(self, entries: Mapping[bytes, Tensor]) -> None:
@@ -111,11 +121,14 @@ class LogprobStore:
             return None
 
     def claim(self, witness: Witness) -> Witness | None:
-        """The witness under its key, the same for all processes: this one where there was none. None where none can be kept."""
+        """The witness under its key, the same for all processes: this one where there was none.
+        None where none can be kept."""
 
         def insert() -> None:
             request, answer = witness.request, _to_bytes(witness.logprobs)
-            if self._read_witness(witness.key) is None and self._make_room(len(request) + len(answer) + _ENTRY_OVERHEAD_BYTES):
+            if self._read_witness(witness.key) is None and self._make_room(
+                len(request) + len(answer) + _ENTRY_OVERHEAD_BYTES
+            ):
                 row = (witness.key, request, answer, witness.digest)
                 self._db.execute("INSERT OR REPLACE INTO witnesses VALUES (?, ?, ?, ?)", row)
 
@@ -125,7 +138,9 @@ class LogprobStore:
         return self.witness(witness.key)
 
     def _read_witness(self, key: bytes) -> Witness | None:
-        row = self._db.execute("SELECT request, logprobs, digest FROM witnesses WHERE key = ?", (key,)).fetchone()
+        row = self._db.execute(
+            "SELECT request, logprobs, digest FROM witnesses WHERE key = ?", (key,)
+        ).fetchone()
         if row is None or len(row[1]) % 4:
             return None
         witness = Witness(key, row[0], _to_tensor(row[1]))
@@ -145,7 +160,9 @@ class LogprobStore:
         self._db.execute(f"PRAGMA journal_size_limit = {_MAX_JOURNAL_BYTES}")
         self._transact(lambda: [self._db.execute(statement) for statement in _SCHEMA])
         self._transact(lambda: self._make_room(0))
-        self._db.executescript("PRAGMA incremental_vacuum")  # `execute` would free one page and stop
+        self._db.executescript(
+            "PRAGMA incremental_vacuum"
+        )  # `execute` would free one page and stop
 
     # --- size ---------------------------------------------------------------------------------------------------------
 
@@ -159,7 +176,8 @@ class LogprobStore:
     def _used_bytes(self) -> int:
         """Of the pages that hold something; deleted entries leave theirs to those that come."""
         pages, free, size = (
-            self._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
+            self._db.execute(f"PRAGMA {name}").fetchone()[0]
+            for name in ("page_count", "freelist_count", "page_size")
         )
         return (pages - free) * size
 
@@ -189,13 +207,19 @@ class LogprobStore:
         """Go on without what failed, and say so."""
         if not _is_damage(error):
             self._writes = False
-            self._say(f"the teacher's cache {self._folder} stores nothing more in this run ({error}); the run goes on without")
+            self._say(
+                f"the teacher's cache {self._folder} stores nothing more in this run ({error}); "
+                "the run goes on without"
+            )
             return
         try:
             self._set_aside(error)
         except (OSError, sqlite3.Error) as another:
             self._writes = False
-            self._say(f"the teacher's cache {self._folder} is damaged and cannot be set aside ({another}); the run goes on")
+            self._say(
+                f"the teacher's cache {self._folder} is damaged and cannot be set aside "
+                f"({another}); the run goes on"
+            )
 
     def _set_aside(self, error: sqlite3.Error) -> None:
         """Rename the damaged file, unless another process has done so, and begin a new one."""
@@ -206,7 +230,10 @@ class LogprobStore:
                 for ending in ("", "-wal", "-shm"):
                     if (part := self._path.with_name(FILE + ending)).exists():
                         part.rename(aside.with_name(aside.name + ending))
-                self._say(f"the teacher's cache was damaged ({error}): it is now {aside}, to be deleted, and a new one begins")
+                self._say(
+                    f"the teacher's cache was damaged ({error}): it is now {aside}, to be deleted, "
+                    "and a new one begins"
+                )
         self._open()
 
     def _alone(self) -> "_Lock":

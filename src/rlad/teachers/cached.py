@@ -1,10 +1,13 @@
-"""A teacher whose answers are kept on disk: the same completion is scored once, by whichever run asks first.
+"""A teacher whose answers are kept on disk: the same completion is scored once, by whichever run
+asks first.
 
-key = sha256( format, fingerprint of the teacher, sampling temperature, prompt token ids, completion token ids, witness )
+key = sha256( format, fingerprint of the teacher, sampling temperature, prompt token ids, completion
+token ids, witness )
 
-The witness is the longest completion of the rollout batch that was first scored under a fingerprint and temperature, with its
-answer. Each session asks for it again before it uses or stores anything, and sees only entries that were stored under the same
-witness: so no two teachers' answers are mixed, whatever they have in common.
+The witness is the longest completion of the rollout batch that was first scored under a fingerprint
+and temperature, with its answer. Each session asks for it again before it uses or stores anything,
+and sees only entries that were stored under the same witness: so no two teachers' answers are
+mixed, whatever they have in common.
 """
 
 import hashlib
@@ -46,11 +49,20 @@ _NOT_CACHEABLE = {
 class CachedTeacher(DeferringTeacher):
     """Asks the teacher behind it for what is not stored; complete, finite answers alone are stored.
 
-    Raises `ValueError` when its answer to the witness differs on average by more than `tolerance` nats a token from the stored
-    one. While the witness is not answered whole, nothing is used or stored.
+    Raises `ValueError` when its answer to the witness differs on average by more than `tolerance`
+    nats a token from the stored one. While the witness is not answered whole, nothing is used or
+    stored.
     """
 
-    def __init__(self, teacher: Teacher, store: LogprobStore, *, directory: str, temperature: float, tolerance: float):
+    def __init__(
+        self,
+        teacher: Teacher,
+        store: LogprobStore,
+        *,
+        directory: str,
+        temperature: float,
+        tolerance: float,
+    ):
         assert not teacher.state(), "a teacher that moves cannot be cached"
         self.identity = teacher.identity
         self._teacher, self._store, self._directory = teacher, store, directory
@@ -58,7 +70,9 @@ class CachedTeacher(DeferringTeacher):
         self._fingerprint = teacher.fingerprint
         self._witness: Witness | None = None
         """the one that this session gave or confirmed"""
-        self._witness_key = _digest_of(_FORMAT, self._fingerprint.encode(), struct.pack("<d", temperature))
+        self._witness_key = _digest_of(
+            _FORMAT, self._fingerprint.encode(), struct.pack("<d", temperature)
+        )
         self._num_asked = self._num_hits = 0
 
     @property
@@ -75,13 +89,20 @@ class CachedTeacher(DeferringTeacher):
             stored = self._witness or self._store.witness(self._witness_key)
             if stored and not self._witness:
                 self._confirm(stored, ask)
-            yield partial(self._ask, _Batch(ask, stores=self._witness is not None or stored is None))
+            yield partial(
+                self._ask, _Batch(ask, stores=self._witness is not None or stored is None)
+            )
 
-    def _ask(self, batch: "_Batch", requests: Sequence[TeacherRequest]) -> Callable[[], list[Tensor]]:
+    def _ask(
+        self, batch: "_Batch", requests: Sequence[TeacherRequest]
+    ) -> Callable[[], list[Tensor]]:
         keys = [entry_key(self._fingerprint, self._temperature, request) for request in requests]
         asked = dict(zip(keys, requests, strict=True))
         known = self._known(asked)
-        self._num_asked, self._num_hits = self._num_asked + len(keys), self._num_hits + sum(key in known for key in keys)
+        self._num_asked, self._num_hits = (
+            self._num_asked + len(keys),
+            self._num_hits + sum(key in known for key in keys),
+        )
         unknown = [key for key in asked if key not in known]
         wait = batch.ask([asked[key] for key in unknown]) if unknown else list
         batch.num_open += 1
@@ -89,7 +110,11 @@ class CachedTeacher(DeferringTeacher):
         def answers() -> list[Tensor]:
             new = dict(zip(unknown, wait(), strict=True))
             batch.num_open -= 1
-            batch.whole |= {key: (asked[key], values) for key, values in new.items() if _is_whole(values, asked[key])}
+            batch.whole |= {
+                key: (asked[key], values)
+                for key, values in new.items()
+                if _is_whole(values, asked[key])
+            }
             if batch.stores and (self._witness or not batch.num_open):
                 self._keep(batch)
             return [(known | new)[key] for key in keys]
@@ -105,7 +130,8 @@ class CachedTeacher(DeferringTeacher):
         return {key: values for key, values in found.items() if _is_whole(values, asked[key])}
 
     def _keep(self, batch: "_Batch") -> None:
-        """Store its answers under the witness that all sessions agree on, which is this one's where there is none."""
+        """Store its answers under the witness that all sessions agree on, which is this one's where
+        there is none."""
         if not batch.whole:
             return
         request, values = max(batch.whole.values(), key=lambda answered: len(answered[1]))
@@ -116,11 +142,17 @@ class CachedTeacher(DeferringTeacher):
         elif held:  # another process was first, or the file was lost and begun anew
             self._confirm(held, batch.ask)
         if self._witness:
-            self._store.put({_digest_of(key, self._witness.digest): values for key, (_, values) in batch.whole.items()})
+            self._store.put(
+                {
+                    _digest_of(key, self._witness.digest): values
+                    for key, (_, values) in batch.whole.items()
+                }
+            )
         batch.whole.clear()
 
     def _confirm(self, stored: Witness, ask: Ask) -> None:
-        """`ValueError` when the stored answer is another teacher's. An answer that does not come whole confirms nothing."""
+        """`ValueError` when the stored answer is another teacher's. An answer that does not come
+        whole confirms nothing."""
         self._witness = None
         request = _unpack(stored.request)
         answer = ask([request])()[0]
@@ -128,8 +160,10 @@ class CachedTeacher(DeferringTeacher):
             return
         if (mean := float((answer - stored.logprobs).abs().mean())) > self._tolerance:
             raise ValueError(
-                f"the cache {self._directory} holds log-probs of another teacher than {self.identity!r}: a completion of "
-                f"{len(answer)} tokens, asked for again, differs by {mean:.3g} nats a token (teacher.tolerance is "
+                f"the cache {self._directory} holds log-probs of another teacher than "
+                f"{self.identity!r}: a completion of "
+                f"{len(answer)} tokens, asked for again, differs by {mean:.3g} nats a token "
+                "(teacher.tolerance is "
                 f"{self._tolerance:g}); delete that folder, or name another teacher.directory."
             )
         self._witness = stored
@@ -149,7 +183,8 @@ class CachedTeacher(DeferringTeacher):
 
 @dataclass(slots=True)
 class _Batch:
-    """The questions of one rollout batch. Without a witness nothing is stored before all of them are answered."""
+    """The questions of one rollout batch. Without a witness nothing is stored before all of them
+    are answered."""
 
     ask: Ask
     stores: bool
@@ -161,7 +196,9 @@ class _Batch:
 
 def entry_key(fingerprint: str, temperature: float, request: TeacherRequest) -> bytes:
     """32 bytes; equal for equal questions to equal teachers, and for no others."""
-    tokens = (np.asarray(ids, dtype="<i8").tobytes() for ids in (request.prompt, request.completion))
+    tokens = (
+        np.asarray(ids, dtype="<i8").tobytes() for ids in (request.prompt, request.completion)
+    )
     return _digest_of(_FORMAT, fingerprint.encode(), struct.pack("<d", temperature), *tokens)
 
 
@@ -174,7 +211,9 @@ def _digest_of(*parts: bytes) -> bytes:
 
 
 def _pack(request: TeacherRequest) -> bytes:
-    return json.dumps([[int(token) for token in ids] for ids in (request.prompt, request.completion)]).encode()
+    return json.dumps(
+        [[int(token) for token in ids] for ids in (request.prompt, request.completion)]
+    ).encode()
 
 
 def _unpack(packed: bytes) -> TeacherRequest:
@@ -188,14 +227,27 @@ def _is_whole(values: Tensor, request: TeacherRequest) -> bool:
 def check_teacher(settings: CachedTeacherConfig, setting: Setting) -> list[Finding]:
     if settings.teacher.type not in _CACHEABLE:
         return [Finding("error", "cache", f"{_NOT_CACHEABLE[settings.teacher.type]}.")]
-    return [*check_any_teacher(settings.teacher, setting), _check_directory(Path(settings.directory))]
+    return [
+        *check_any_teacher(settings.teacher, setting),
+        _check_directory(Path(settings.directory)),
+    ]
 
 
 def _check_directory(directory: Path) -> Finding:
-    there = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    there = next(
+        path for path in (directory.absolute(), *directory.absolute().parents) if path.exists()
+    )
     if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
-        return Finding("ok", "cache", f"{directory} can be written" if directory.exists() else f"{directory} will be made")
-    return Finding("error", "cache", f"{directory} cannot be made or written in {there}; name another teacher.directory.")
+        return Finding(
+            "ok",
+            "cache",
+            f"{directory} can be written" if directory.exists() else f"{directory} will be made",
+        )
+    return Finding(
+        "error",
+        "cache",
+        f"{directory} cannot be made or written in {there}; name another teacher.directory.",
+    )
 
 
 def make_teacher(settings: CachedTeacherConfig, setting: Setting) -> CachedTeacher:
@@ -206,5 +258,9 @@ def make_teacher(settings: CachedTeacherConfig, setting: Setting) -> CachedTeach
         store.close()
         raise
     return CachedTeacher(
-        teacher, store, directory=settings.directory, temperature=setting.temperature, tolerance=settings.tolerance
+        teacher,
+        store,
+        directory=settings.directory,
+        temperature=setting.temperature,
+        tolerance=settings.tolerance,
     )

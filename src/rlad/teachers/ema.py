@@ -20,10 +20,11 @@ from rlad.teachers.local import score_known_tokens
 
 
 class EMATeacher(Teacher):
-    """A copy of the student's trained weights, float32 as they are, that follows them; with update_rate = 1 no copy.
+    """A copy of the student's trained weights, float32 as they are, that follows them; with
+    update_rate = 1 no copy.
 
-    Weights that are not trained, as those below a LoRA adapter, are shared with the student; so are tied weights among
-    themselves. Buffers are constants of the model.
+    Weights that are not trained, as those below a LoRA adapter, are shared with the student; so are
+    tied weights among themselves. Buffers are constants of the model.
     """
 
     def __init__(self, student: LanguageModel, *, name: str, update_rate: float, **scoring: Any):
@@ -44,12 +45,14 @@ class EMATeacher(Teacher):
             mine.lerp_(students, self.update_rate)
 
     def state(self) -> dict[str, Tensor]:
-        """The averaged weights themselves, not a copy of them; empty where the student's own are used."""
+        """The averaged weights themselves, not a copy of them; empty where the student's own are
+        used."""
         return {name: mine.detach() for name, (mine, _) in self._pairs.items()}
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Raises `ValueError` unless all averaged weights are there: the student's present ones are not the average."""
+        """Raises `ValueError` unless all averaged weights are there: the student's present ones are
+        not the average."""
         shapes = {name: mine.shape for name, (mine, _) in self._pairs.items()}
         if {name: tensor.shape for name, tensor in state.items()} != shapes:
             raise ValueError(f"it does not hold the {len(shapes)} weights of {self.identity}.")
@@ -58,9 +61,14 @@ class EMATeacher(Teacher):
 
 
 def _copy(student: LanguageModel) -> tuple[LanguageModel, Mapping[str, tuple[Tensor, Tensor]]]:
-    """A student of the same weights that shares those that are not trained, and by name each copied weight with its source."""
-    trained = {name: weight for name, weight in student.model.named_parameters() if weight.requires_grad}
-    model = copy.deepcopy(student.model, {id(w): w for w in student.model.parameters() if not w.requires_grad})
+    """A student of the same weights that shares those that are not trained, and by name each copied
+    weight with its source."""
+    trained = {
+        name: weight for name, weight in student.model.named_parameters() if weight.requires_grad
+    }
+    model = copy.deepcopy(
+        student.model, {id(w): w for w in student.model.parameters() if not w.requires_grad}
+    )
     copies = dict(model.named_parameters())
     pairs = {name: (copies[name].requires_grad_(False), weight) for name, weight in trained.items()}
     return replace(student, model=model.eval()), pairs
@@ -69,7 +77,8 @@ def _copy(student: LanguageModel) -> tuple[LanguageModel, Mapping[str, tuple[Ten
 def check_teacher(settings: EMATeacherConfig, setting: Setting) -> list[Finding]:
     if settings.update_rate == 1 and setting.config.teacher == settings:
         message = (
-            "the student is its own teacher and sees the same prompt, so the teacher tells it nothing; wrap it in a teacher of "
+            "the student is its own teacher and sees the same prompt, so the teacher tells it "
+            "nothing; wrap it in a teacher of "
             "type 'privileged', or lower update_rate."
         )
         return [Finding("warning", "moving average", message)]

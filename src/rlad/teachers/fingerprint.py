@@ -11,24 +11,35 @@ from rlad.models.loading import LanguageModel
 
 
 def weights_fingerprint(language_model: LanguageModel, *, without: Collection[str] = ()) -> str:
-    """sha256 (hexadecimal) of the model's config, its compute type, and name, type, shape and bytes of each tensor.
+    """sha256 (hexadecimal) of the model's config, its compute type, and name, type, shape and bytes
+    of each tensor.
 
-    Taken of the weights in memory, so it knows quantisation, adapters and random weights too. About half a second for each GiB.
-    The adapters named in `without` are no part of it.
+    Taken of the weights in memory, so it knows quantisation, adapters and random weights too. About
+    half a second for each GiB. The adapters named in `without` are no part of it.
     """
     model = language_model.model
     says_nothing = ("_name_or_path", "transformers_version")
-    config = {key: value for key, value in model.config.to_dict().items() if key not in says_nothing}
-    digest = hashlib.sha256(json.dumps([config, str(language_model.compute_dtype)], sort_keys=True, default=str).encode())
+    config = {
+        key: value for key, value in model.config.to_dict().items() if key not in says_nothing
+    }
+    digest = hashlib.sha256(
+        json.dumps(
+            [config, str(language_model.compute_dtype)], sort_keys=True, default=str
+        ).encode()
+    )
     for adapter, settings in sorted(getattr(model, "peft_config", {}).items()):
         if adapter not in without:
-            digest.update(json.dumps([adapter, settings.to_dict()], sort_keys=True, default=sorted).encode())
+            digest.update(
+                json.dumps([adapter, settings.to_dict()], sort_keys=True, default=sorted).encode()
+            )
     for name, tensor in sorted(model.state_dict().items()):
         if any(f".{adapter}." in name for adapter in without):
             continue
         for part, plain in _plain_tensors(name, tensor):
             digest.update(f"{part} {plain.dtype} {tuple(plain.shape)}".encode())
-            digest.update(plain.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(
+                plain.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            )
     return digest.hexdigest()
 
 

@@ -17,7 +17,8 @@ from rlad.teachers.fingerprint import weights_fingerprint
 
 
 class LocalTeacher(Teacher):
-    """Scores the sampled tokens only, in micro-batches by token budget; never holds `[batch, token, vocabulary]`."""
+    """Scores the sampled tokens only, in micro-batches by token budget; never holds `[batch, token,
+    vocabulary]`."""
 
     def __init__(
         self,
@@ -29,12 +30,16 @@ class LocalTeacher(Teacher):
         keep: Literal["gpu", "cpu"] = "gpu",
         before_work: Callable[[], None] = lambda: None,
     ):
-        """With `keep` = "cpu" the weights are on the model's present device only while it scores, and else on the CPU."""
+        """With `keep` = "cpu" the weights are on the model's present device only while it scores,
+        and else on the CPU."""
         language_model.model.requires_grad_(False)
         self.identity, self.language_model = identity or language_model.name, language_model
         self._vocabulary = language_model.vocabulary
         self._scorer = Scorer(
-            language_model, temperature=temperature, tokens_per_batch=tokens_per_batch, before_work=before_work
+            language_model,
+            temperature=temperature,
+            tokens_per_batch=tokens_per_batch,
+            before_work=before_work,
         )
         self._works_on = language_model.model.device
         self._rests_on = torch.device("cpu") if keep == "cpu" else self._works_on
@@ -62,24 +67,36 @@ class LocalTeacher(Teacher):
             model.to(device)
 
 
-def score_known_tokens(scorer: Scorer, vocabulary: int, requests: Sequence[TeacherRequest]) -> list[Tensor]:
-    """Log-probs of completions whose token ids may go beyond a model's vocabulary: NaN from the first such id on.
+def score_known_tokens(
+    scorer: Scorer, vocabulary: int, requests: Sequence[TeacherRequest]
+) -> list[Tensor]:
+    """Log-probs of completions whose token ids may go beyond a model's vocabulary: NaN from the
+    first such id on.
 
     A student whose vocabulary is padded further than the teacher's can sample one.
     """
-    known = [list(takewhile(lambda token: token < vocabulary, request.completion)) for request in requests]
+    known = [
+        list(takewhile(lambda token: token < vocabulary, request.completion))
+        for request in requests
+    ]
     rows = [i for i, completion in enumerate(known) if completion]
     results = [torch.full((len(request.completion),), torch.nan) for request in requests]
-    for i, values in zip(rows, scorer.score([requests[i].prompt for i in rows], [known[i] for i in rows]), strict=True):
+    for i, values in zip(
+        rows,
+        scorer.score([requests[i].prompt for i in rows], [known[i] for i in rows]),
+        strict=True,
+    ):
         results[i] = torch.cat([values, results[i][len(values) :].to(values)])
     return results
 
 
 def quantization_config(quantization: str) -> Any:
-    """What transformers quantises the weights of a model's linear layers by as it loads them; None for "none".
+    """What transformers quantises the weights of a model's linear layers by as it loads them; None
+    for "none".
 
-    int8: symmetric, a scale for each output channel. int4: asymmetric, a scale and a zero point for each 64 inputs (tinygemm).
-    transformers leaves the output layer as it is, so log-probs are computed from it in tiles as of every other model.
+    int8: symmetric, a scale for each output channel. int4: asymmetric, a scale and a zero point for
+    each 64 inputs (tinygemm). transformers leaves the output layer as it is, so log-probs are
+    computed from it in tiles as of every other model.
     """
     if quantization == "none":
         return None
@@ -88,7 +105,9 @@ def quantization_config(quantization: str) -> Any:
 
     if quantization == "int8":
         return TorchAoConfig(Int8WeightOnlyConfig())
-    return TorchAoConfig(Int4WeightOnlyConfig(group_size=64, int4_packing_format="tile_packed_to_4d"))  # type: ignore[arg-type]
+    return TorchAoConfig(
+        Int4WeightOnlyConfig(group_size=64, int4_packing_format="tile_packed_to_4d")
+    )  # type: ignore[arg-type]
 
 
 def load_teacher_model(settings: LocalTeacherConfig, setting: Setting) -> LanguageModel:
@@ -98,7 +117,9 @@ def load_teacher_model(settings: LocalTeacherConfig, setting: Setting) -> Langua
         settings.model,
         dtype=settings.dtype,
         device=str(setting.student.model.device) if settings.device == "auto" else settings.device,
-        random_weights_seed=stream_seed(setting.config.seed, "random teacher", 0) if settings.random_weights else None,
+        random_weights_seed=stream_seed(setting.config.seed, "random teacher", 0)
+        if settings.random_weights
+        else None,
         quantization=quantization_config(settings.quantization),
     )
 

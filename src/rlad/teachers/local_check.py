@@ -1,4 +1,5 @@
-"""What can be known of a teacher in this process before its weights are loaded. Imports no torch."""
+"""What can be known of a teacher in this process before its weights are loaded. Imports no
+torch."""
 
 import importlib.util
 
@@ -14,11 +15,17 @@ def check_teacher(settings: LocalTeacherConfig, setting: Setting) -> list[Findin
     config = config_of(settings.model)
     require_weights(settings.model)
     if is_adapter(settings.model):
-        from rlad.models.adapters import require_loadable  # imports torch; what PEFT can load, only PEFT knows
+        from rlad.models.adapters import (
+            require_loadable,  # imports torch; what PEFT can load, only PEFT knows
+        )
 
         require_loadable(settings.model, config)
     return [
-        *compare_tokenizers(setting.student_tokenizer, tokenizer_of(settings.model), setting.config.student.end_tokens),
+        *compare_tokenizers(
+            setting.student_tokenizer,
+            tokenizer_of(settings.model),
+            setting.config.student.end_tokens,
+        ),
         compare_contexts(setting.config.rollout, setting.student_context, context_tokens(config)),
         *_check_quantization(settings, setting),
     ]
@@ -34,8 +41,16 @@ def _check_quantization(settings: LocalTeacherConfig, setting: Setting) -> list[
     if is_adapter(settings.model):
         message = f"{settings.model!r} is an adapter, and {what} is for whole models; merge it into its base model first."
         return [Finding("error", "quantization", message)]
-    device = device_name(setting.config.student.device if settings.device == "auto" else settings.device)
+    device = device_name(
+        setting.config.student.device if settings.device == "auto" else settings.device
+    )
     if settings.quantization == "int4" and not device.startswith("cuda"):
         message = f"{what} has no kernel on the device {device!r}; set it to 'int8', or teacher.device to a GPU."
         return [Finding("error", "quantization", message)]
-    return [Finding("ok", "quantization", f"linear layers {settings.quantization}, the output layer {settings.dtype}")]
+    return [
+        Finding(
+            "ok",
+            "quantization",
+            f"linear layers {settings.quantization}, the output layer {settings.dtype}",
+        )
+    ]

@@ -20,14 +20,25 @@ from rlad.teachers.base import Setting
 
 
 def shown_values(problem: Problem, peer_solution: str | None) -> dict[str, str]:
-    """What a template may name: texts and numbers of the problem's metadata, its prompt and answer, a peer's solution."""
-    entries = {name: str(value) for name, value in problem.metadata.items() if isinstance(value, str | int | float)}
-    return entries | {"prompt": problem.question, "answer": problem.answer, "peer_solution": peer_solution or ""}
+    """What a template may name: texts and numbers of the problem's metadata, its prompt and answer,
+    a peer's solution."""
+    entries = {
+        name: str(value)
+        for name, value in problem.metadata.items()
+        if isinstance(value, str | int | float)
+    }
+    return entries | {
+        "prompt": problem.question,
+        "answer": problem.answer,
+        "peer_solution": peer_solution or "",
+    }
 
 
-def privileged_prompt(template: str, problem: Problem | None, peer_solution: str | None) -> Prompt | None:
-    """The teacher's prompt, in a conversation its last message; None where something that the template names is missing or
-    empty.
+def privileged_prompt(
+    template: str, problem: Problem | None, peer_solution: str | None
+) -> Prompt | None:
+    """The teacher's prompt, in a conversation its last message; None where something that the
+    template names is missing or empty.
     """
     values = shown_values(problem, peer_solution) if problem else {}
     if problem is None or not all(values.get(name) for name in template_names(template)):
@@ -43,7 +54,9 @@ def encoder(settings: PrivilegedTeacherConfig, setting: Setting) -> Callable[[Pr
     """
     rollout, tokenizer = setting.config.rollout, setting.student_tokenizer
     changed = {
-        name: value for name in ("system_prompt", "chat_template_kwargs") if (value := getattr(settings, name)) is not None
+        name: value
+        for name in ("system_prompt", "chat_template_kwargs")
+        if (value := getattr(settings, name)) is not None
     }
     rollout = rollout.model_copy(update=changed)
     if settings.chat_template == "student":
@@ -51,19 +64,26 @@ def encoder(settings: PrivilegedTeacherConfig, setting: Setting) -> Callable[[Pr
     theirs = load_tokenizer(model_with_template(settings.teacher))
     if not theirs.chat_template:
         raise ValueError(
-            f"teacher.chat_template is 'teacher', but the tokenizer of {settings.teacher.title!r} has no chat template; use "
+            f"teacher.chat_template is 'teacher', but the tokenizer of {settings.teacher.title!r} "
+            "has no chat template; use "
             "'student'."
         )
 
     def encode(prompt: Prompt) -> list[int]:
-        text = chat_text(theirs, chat_messages(prompt, rollout.system_prompt), rollout.chat_template_kwargs, whose="teacher")
+        text = chat_text(
+            theirs,
+            chat_messages(prompt, rollout.system_prompt),
+            rollout.chat_template_kwargs,
+            whose="teacher",
+        )
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     return encode
 
 
 def model_with_template(settings: Any) -> str:
-    """The model whose tokenizer has the teacher's chat template. `ValueError` where none is in reach."""
+    """The model whose tokenizer has the teacher's chat template. `ValueError` where none is in
+    reach."""
     match settings:
         case LocalTeacherConfig():
             return settings.model
@@ -74,6 +94,7 @@ def model_with_template(settings: Any) -> str:
         case AdapterTeacherConfig() if has_tokenizer(settings.adapter):
             return settings.adapter
     raise ValueError(
-        f"teacher.chat_template is 'teacher', but a teacher of type {settings.type!r} has no tokenizer of its own in reach "
+        f"teacher.chat_template is 'teacher', but a teacher of type {settings.type!r} has no "
+        "tokenizer of its own in reach "
         "(of a served one it is local_model's); use 'student', or another type."
     )

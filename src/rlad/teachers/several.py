@@ -1,9 +1,11 @@
-"""Several teachers: each problem's tokens are scored by the teacher of its task, or by a weighted mixture of all.
+"""Several teachers: each problem's tokens are scored by the teacher of its task, or by a weighted
+mixture of all.
 
     log πT = log sum_i w_i πT_i        for each token, the weights w_i scaled to sum 1
 
-The mixture is taken at every token among the next-token distributions (each at the sampling temperature), so it is a
-probability distribution again; it is not the mixture of the teachers' distributions over whole completions.
+The mixture is taken at every token among the next-token distributions (each at the sampling
+temperature), so it is a probability distribution again; it is not the mixture of the teachers'
+distributions over whole completions.
 """
 
 import math
@@ -38,10 +40,18 @@ class SeveralTeachers(DeferringTeacher):
     @contextmanager
     def asking(self, spans: Spans) -> Iterator[Ask]:
         with ExitStack() as held:
-            yield partial(self._ask, {name: held.enter_context(one.asking(spans)) for name, one in self.teachers.items()})
+            yield partial(
+                self._ask,
+                {
+                    name: held.enter_context(one.asking(spans))
+                    for name, one in self.teachers.items()
+                },
+            )
 
     @abstractmethod
-    def _ask(self, asks: Mapping[str, Ask], requests: Sequence[TeacherRequest]) -> Callable[[], list[Tensor]]: ...
+    def _ask(
+        self, asks: Mapping[str, Ask], requests: Sequence[TeacherRequest]
+    ) -> Callable[[], list[Tensor]]: ...
 
     def after_step(self) -> None:
         for teacher in self.teachers.values():
@@ -49,13 +59,17 @@ class SeveralTeachers(DeferringTeacher):
 
     def state(self) -> dict[str, Tensor]:
         return {
-            _prefix(name) + key: tensor for name, teacher in self.teachers.items() for key, tensor in teacher.state().items()
+            _prefix(name) + key: tensor
+            for name, teacher in self.teachers.items()
+            for key, tensor in teacher.state().items()
         }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         for name, teacher in self.teachers.items():
             prefix = _prefix(name)
-            teacher.load_state({key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)})
+            teacher.load_state(
+                {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
+            )
 
     def pop_metrics(self) -> dict[str, float]:
         """`teacher/...` of the teacher `NAME` is `teacher/NAME/...`."""
@@ -77,21 +91,32 @@ def _prefix(name: str) -> str:
 
 
 class TeacherByTask(SeveralTeachers):
-    """Each request goes to the teacher that is named like its problem's task; `only_task` is that of a run with one."""
+    """Each request goes to the teacher that is named like its problem's task; `only_task` is that
+    of a run with one."""
 
     def __init__(self, teachers: Mapping[str, Teacher], *, only_task: str = ""):
         super().__init__(teachers)
         self.only_task = only_task
-        self.identity = "by task: " + ", ".join(f"{name} = {self.teachers[name].identity}" for name in sorted(self.teachers))
+        self.identity = "by task: " + ", ".join(
+            f"{name} = {self.teachers[name].identity}" for name in sorted(self.teachers)
+        )
 
-    def _ask(self, asks: Mapping[str, Ask], requests: Sequence[TeacherRequest]) -> Callable[[], list[Tensor]]:
+    def _ask(
+        self, asks: Mapping[str, Ask], requests: Sequence[TeacherRequest]
+    ) -> Callable[[], list[Tensor]]:
         rows: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
-            rows.setdefault((request.problem.task if request.problem else "") or self.only_task, []).append(i)
+            rows.setdefault(
+                (request.problem.task if request.problem else "") or self.only_task, []
+            ).append(i)
         waits = {name: asks[name]([requests[i] for i in wanted]) for name, wanted in rows.items()}
 
         def answers() -> list[Tensor]:
-            by_row = {i: values for name, wait in waits.items() for i, values in zip(rows[name], wait(), strict=True)}
+            by_row = {
+                i: values
+                for name, wait in waits.items()
+                for i, values in zip(rows[name], wait(), strict=True)
+            }
             return [by_row[i] for i in range(len(requests))]
 
         return answers
@@ -104,33 +129,49 @@ class TeacherMixture(SeveralTeachers):
         super().__init__(teachers)
         total = math.fsum(weights[name] for name in self.teachers)
         self.weights = {name: weights[name] / total for name in self.teachers}
-        parts = (f"{self.weights[name]!r} x {name} = {self.teachers[name].identity}" for name in sorted(self.teachers))
+        parts = (
+            f"{self.weights[name]!r} x {name} = {self.teachers[name].identity}"
+            for name in sorted(self.teachers)
+        )
         self.identity = "mixture: " + ", ".join(parts)
 
-    def _ask(self, asks: Mapping[str, Ask], requests: Sequence[TeacherRequest]) -> Callable[[], list[Tensor]]:
+    def _ask(
+        self, asks: Mapping[str, Ask], requests: Sequence[TeacherRequest]
+    ) -> Callable[[], list[Tensor]]:
         waits = [ask(requests) for ask in asks.values()]
         logarithms = torch.tensor([math.log(weight) for weight in self.weights.values()])[:, None]
 
         def answers() -> list[Tensor]:
             by_teacher = [wait() for wait in waits]
-            return [torch.logsumexp(torch.stack(values) + logarithms, dim=0) for values in zip(*by_teacher, strict=True)]
+            return [
+                torch.logsumexp(torch.stack(values) + logarithms, dim=0)
+                for values in zip(*by_teacher, strict=True)
+            ]
 
         return answers
 
 
 def task_names(config: RunConfig) -> list[str]:
     """The names of a run's tasks; the type of the only one."""
-    return list(config.task.tasks) if isinstance(config.task, SeveralTasksConfig) else [config.task.type]
+    return (
+        list(config.task.tasks)
+        if isinstance(config.task, SeveralTasksConfig)
+        else [config.task.type]
+    )
 
 
 def check_teacher(settings: SeveralTeachersConfig, setting: Setting) -> list[Finding]:
-    findings = [found for name in settings.teachers for found in _check_member(name, settings, setting)]
+    findings = [
+        found for name in settings.teachers for found in _check_member(name, settings, setting)
+    ]
     if settings.combine == "mixture":
         return findings
     tasks = task_names(setting.config)
     for name in (name for name in tasks if name not in settings.teachers):
         near = f"add [teacher.teachers.{name}], or rename one of {', '.join(settings.teachers)}"
-        findings.append(Finding("error", "teachers", f"task {name!r} has no teacher of that name; {near}."))
+        findings.append(
+            Finding("error", "teachers", f"task {name!r} has no teacher of that name; {near}.")
+        )
     for name in (name for name in settings.teachers if name not in tasks):
         message = f"teacher {name!r} is never asked: the run's tasks are {', '.join(tasks)}; remove or rename it."
         findings.append(Finding("warning", "teachers", message))
@@ -147,9 +188,14 @@ def _check_member(name: str, settings: SeveralTeachersConfig, setting: Setting) 
 
 def make_teacher(settings: SeveralTeachersConfig, setting: Setting) -> SeveralTeachers:
     with ExitStack() as made:
-        teachers = {n: made.enter_context(closing(build_teacher(one, setting))) for n, one in settings.teachers.items()}
+        teachers = {
+            n: made.enter_context(closing(build_teacher(one, setting)))
+            for n, one in settings.teachers.items()
+        }
         made.pop_all()
     if settings.combine == "mixture":
-        return TeacherMixture(teachers, {name: settings.weights.get(name, 1.0) for name in teachers})
+        return TeacherMixture(
+            teachers, {name: settings.weights.get(name, 1.0) for name in teachers}
+        )
     names = task_names(setting.config)
     return TeacherByTask(teachers, only_task=names[0] if len(names) == 1 else "")

@@ -1,4 +1,5 @@
-"""What a person sees of a run: a progress bar on a terminal and in a notebook, plain lines in a pipe."""
+"""What a person sees of a run: a progress bar on a terminal and in a notebook, plain lines in a
+pipe."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -8,7 +9,14 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from rlad.engines.base import StepResult
@@ -57,7 +65,12 @@ class ConsoleReporter:
         self._progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._progress.stop()
 
     def phase(self, name: str) -> None:
@@ -66,9 +79,13 @@ class ConsoleReporter:
     def step(self, result: StepResult, num_steps: int) -> None:
         figures = "  ".join(part for part in self._figures(result) if part)
         self._progress.figures = figures
-        self._progress.update(self._task, total=num_steps, completed=result.step, refresh=self._in_notebook)
+        self._progress.update(
+            self._task, total=num_steps, completed=result.step, refresh=self._in_notebook
+        )
         now = time.monotonic()
-        if not self._is_live and (now - self._last_line > _PLAIN_EVERY_SECONDS or result.step == num_steps):
+        if not self._is_live and (
+            now - self._last_line > _PLAIN_EVERY_SECONDS or result.step == num_steps
+        ):
             self._print(f"step {result.step}/{num_steps}  {figures}")
             self._last_line = now
 
@@ -90,7 +107,10 @@ class ConsoleReporter:
             yield f"could not be judged {metrics['reward/cannot_judge/frac']:.0%}"
         yield self._validation
         if "objective/gated_positive/frac" in metrics:
-            positive, negative = metrics["objective/gated_positive/frac"], metrics["objective/gated_negative/frac"]
+            positive, negative = (
+                metrics["objective/gated_positive/frac"],
+                metrics["objective/gated_negative/frac"],
+            )
             yield f"gated +{positive:.1%} -{negative:.1%}"
         num_rollouts = sum(len(group.rollouts) for group in result.groups)
         self._num_tokens += metrics.get("rollout/completion_tokens/mean", 0.0) * num_rollouts

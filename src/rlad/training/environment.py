@@ -19,7 +19,9 @@ PACKAGES = ("rlad", "torch", "transformers", "tokenizers", "safetensors", "numpy
 
 def describe_environment(seed: int) -> dict[str, Any]:
     """Command, versions, commit, machine, seed and time."""
-    versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
+    versions = {"python": platform.python_version()} | {
+        name: metadata.version(name) for name in PACKAGES
+    }
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "command": sys.argv,
@@ -32,23 +34,33 @@ def describe_environment(seed: int) -> dict[str, Any]:
 
 
 def note_resumption(run: RunDirectory, step: int) -> None:
-    """Add the present versions to the `run.json` of a run that goes on behind `step`, if they are others than before."""
+    """Add the present versions to the `run.json` of a run that goes on behind `step`, if they are
+    others than before."""
     try:
         described = json.loads((run.path / ENVIRONMENT).read_text(encoding="utf-8"))
-        now, sessions = describe_environment(described["seed"]), [described, *described.get("resumed", [])]
+        now, sessions = (
+            describe_environment(described["seed"]),
+            [described, *described.get("resumed", [])],
+        )
         is_same = all(now[name] == sessions[-1][name] for name in ("versions", "commit"))
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(
-            f"{run.path / ENVIRONMENT} is not what a run has written; put back a copy of it, or start the run again with "
+            f"{run.path / ENVIRONMENT} is not what a run has written; put back a copy of it, or "
+            "start the run again with "
             "--overwrite."
         ) from None
     if not is_same:
-        session = {"step": step} | {name: now[name] for name in ("command", "versions", "commit", "machine", "started")}
-        run.write(ENVIRONMENT, json.dumps(described | {"resumed": [*sessions[1:], session]}, indent=2))
+        session = {"step": step} | {
+            name: now[name] for name in ("command", "versions", "commit", "machine", "started")
+        }
+        run.write(
+            ENVIRONMENT, json.dumps(described | {"resumed": [*sessions[1:], session]}, indent=2)
+        )
 
 
 def commit(checkout: Path) -> str | None:
-    """The commit of a checkout, ending in `-dirty` when files differ from it; None for an installed package."""
+    """The commit of a checkout, ending in `-dirty` when files differ from it; None for an installed
+    package."""
     git = shutil.which("git")
     if git is None or not (checkout / ".git").exists():
         return None

@@ -12,13 +12,9 @@ from threading import current_thread, main_thread
 from typing import Any
 
 from rlad.config.file import dump_config, load_config, parse_config
-from rlad.config.objective import TRAINED_BY_TRL
 from rlad.config.run import RunConfig
 from rlad.engines.base import StepResult
 from rlad.engines.make import make_engine
-from rlad.engines.processes.followers import FollowersRun
-from rlad.engines.processes.ranks import Ranks, ranks_of
-from rlad.engines.processes.sharded import whole_weights
 from rlad.models.loading import LanguageModel
 from rlad.models.student import load_student
 from rlad.rollouts.evaluation import evaluate
@@ -50,7 +46,8 @@ from rlad.training.watch import RunWatch
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """A finished run: pass@1 on the test split before and after, 95 % intervals over problems, and the time it took."""
+    """A finished run: pass@1 on the test split before and after, 95 % intervals over problems, and
+    the time it took."""
 
     run_dir: Path
     before: Estimate
@@ -61,7 +58,11 @@ class TrainResult:
         return asdict(self) | {"run_dir": str(self.run_dir)}
 
     def _repr_html_(self) -> str:
-        figures = {"test pass@1 before": self.before, "test pass@1 after": self.after, "run directory": self.run_dir}
+        figures = {
+            "test pass@1 before": self.before,
+            "test pass@1 after": self.after,
+            "run directory": self.run_dir,
+        }
         return curve_html(RunDirectory(self.run_dir), figures)
 
 
@@ -74,29 +75,34 @@ def train(
 ) -> TrainResult:
     """Train a student as `config` says and write its run directory.
 
-    `config` may be a nested dictionary as in a TOML file. Raises `ValueError` with one sentence for a user's mistake, and
-    `StopRequested` after Ctrl-C or SIGTERM, when a checkpoint has been written. Nothing is written, and with `overwrite`
-    nothing deleted, before models, task and prompts have been found good. Where torchrun or the like has started several
-    processes this is to be called in each of them; the first alone writes, and tells `reporter`. In a notebook, without a
-    `reporter`, it shows its progress as `rlad train` does.
+    `config` may be a nested dictionary as in a TOML file. Raises `ValueError` with one sentence for
+    a user's mistake, and `StopRequested` after Ctrl-C or SIGTERM, when a checkpoint has been
+    written. Nothing is written, and with `overwrite` nothing deleted, before models, task and
+    prompts have been found good. In a notebook, without a `reporter`, it shows its progress as
+    `rlad train` does.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise ValueError(
-            "rlad.train is called where a worker process imports your script; put it under `if __name__ == '__main__':`."
+            "rlad.train is called where a worker process imports your script; put it under `if "
+            "__name__ == '__main__':`."
         )
     config = config if isinstance(config, RunConfig) else parse_config(config)
     require_trackers(config)
     if resume and overwrite:
-        raise ValueError("--resume goes on with a run and --overwrite deletes it; give one of the two.")
-    with ranks_of(config) as ranks, shown(reporter if ranks.is_first else None) as first_reporter:
-        return _train(config, ranks, resume=resume, overwrite=overwrite, reporter=first_reporter)
+        raise ValueError(
+            "--resume goes on with a run and --overwrite deletes it; give one of the two."
+        )
+    with shown(reporter) as shown_reporter:
+        return _train(config, resume=resume, overwrite=overwrite, reporter=shown_reporter)
 
 
-def _train(config: RunConfig, ranks: Ranks, *, resume: bool, overwrite: bool, reporter: Reporter | None) -> TrainResult:
-    run = RunDirectory(config.directory) if ranks.is_first else FollowersRun(config.directory)
-    stored = ranks.from_first("the run directory", lambda: _stored_config(run, config)) if resume else None
+def _train(
+    config: RunConfig, *, resume: bool, overwrite: bool, reporter: Reporter | None
+) -> TrainResult:
+    run = RunDirectory(config.directory)
+    stored = _stored_config(run, config) if resume else None
     if stored is None:
-        ranks.from_first("the run directory", lambda: run.require_free(overwrite=overwrite))
+        run.require_free(overwrite=overwrite)
     stop, is_there = Stop(), run.exists()
     with ExitStack() as held:
         if current_thread() is main_thread():
@@ -104,16 +110,18 @@ def _train(config: RunConfig, ranks: Ranks, *, resume: bool, overwrite: bool, re
         if is_there:
             held.enter_context(run.locked())
         with stop.at_once():
-            checkpoint = ranks.from_first("the checkpoints", lambda: _newest_checkpoint(run)) if stored else None
+            checkpoint = _newest_checkpoint(run) if stored else None
             task = held.enter_context(closing(make_task(**config.task.model_dump())))
             ood = config.ood_task
             ood_task = held.enter_context(closing(make_task(**ood.model_dump()))) if ood else None
-            training = Training(config, run, task, ood_task, reporter or Silent(), checkpoint, stop, ranks)
+            training = Training(config, run, task, ood_task, reporter or Silent(), checkpoint, stop)
             held.enter_context(closing(training.engine))
         if stored is None:
             if not is_there:
                 held.enter_context(run.locked())
-                run.require_free(overwrite=overwrite)  # by now another process may have made a run there
+                run.require_free(
+                    overwrite=overwrite
+                )  # by now another process may have made a run there
             run.clear()
             run.write(ENVIRONMENT, json.dumps(describe_environment(config.seed), indent=2))
             run.write(CONFIG, dump_config(config))
@@ -126,16 +134,16 @@ def _train(config: RunConfig, ranks: Ranks, *, resume: bool, overwrite: bool, re
             if stored != config:  # more steps, or a teacher that is reached in another way
                 run.write(CONFIG, dump_config(config))
 
-        def start_trackers() -> None:
-            resumed_at = training.engine.step if checkpoint else None
-            training.reporter = held.enter_context(tracked(config, run, training.reporter, resumed_at=resumed_at))
-
-        ranks.from_first("the trackers", start_trackers)
+        resumed_at = training.engine.step if checkpoint else None
+        training.reporter = held.enter_context(
+            tracked(config, run, training.reporter, resumed_at=resumed_at)
+        )
         return training.finish()
 
 
 class Training:
-    """One run in one process, or in each of several: the models, the engine and the run directory."""
+    """One run in one process, or in each of several: the models, the engine and the run
+    directory."""
 
     def __init__(
         self,
@@ -146,15 +154,14 @@ class Training:
         reporter: Reporter,
         checkpoint: Path | None,
         stop: Stop,
-        ranks: Ranks,
     ):
         self.config, self.run, self.task, self.ood_task = config, run, task, ood_task
-        self.reporter, self.stop, self.saved_at, self.ranks = reporter, stop, math.inf, ranks
+        self.reporter, self.stop, self.saved_at = reporter, stop, math.inf
         reporter.phase("loading models")
         require_working_verifier(task)
         self.student = _load_student(config, checkpoint)
         longest_prompt(config, task, self.student.tokenizer, self.student.context_tokens, ood_task)
-        self.engine = make_engine(config, self.student, task, before_work=self._before_work, ranks=ranks)
+        self.engine = make_engine(config, self.student, task, before_work=self._before_work)
         if checkpoint is not None:
             self._restore(checkpoint)
 
@@ -162,54 +169,62 @@ class Training:
         try:
             self.engine.restore(checkpoint, run_digest=self.config.digest)
         except ValueError as error:
-            by_trl = self.config.objective.type in TRAINED_BY_TRL
-            raise ValueError(str(error) if by_trl else _not_resumable(checkpoint, error)) from None
+            raise ValueError(_not_resumable(checkpoint, error)) from None
         step, num_steps = self.engine.step, self.config.optimization.num_steps
         if step > num_steps:
             raise ValueError(
-                f"{self.run.path} has made {step} steps, but optimization.num_steps is {num_steps}; give it at least {step}."
+                f"{self.run.path} has made {step} steps, but optimization.num_steps is "
+                f"{num_steps}; give it at least {step}."
             )
-        if step > 0 and self._recorded("test", 0) is None:
-            raise ValueError(f"{self.run.path}/{EVAL} has lost the test before training; put it back, or use --overwrite.")
+        if step > 0 and _recorded(self.run, "test", 0) is None:
+            raise ValueError(
+                f"{self.run.path}/{EVAL} has lost the test before training; put it back, or use "
+                "--overwrite."
+            )
 
     def finish(self) -> TrainResult:
         """Run to the end, or to a checkpoint and `StopRequested`."""
         started = time.monotonic()
         try:
             self.save()  # before the first row, so that no row is without a checkpoint
-            before = self._test(0) if self.engine.step == 0 else self._recorded("test", 0)
+            before = self._test(0) if self.engine.step == 0 else _recorded(self.run, "test", 0)
             self._train()
             after = self._test(self.engine.step)
         except CannotWriteError:
             raise
-        except (StopRequested, ValueError) as error:
-            if self.ranks.all_raise(error) and self._may_end_here:
+        except (StopRequested, ValueError):
+            if self.engine.resume_point is not None:
                 self.reporter.phase("writing a checkpoint")
                 self.save()
             raise
         assert before is not None, "a run without it is not resumed"
-        if self.ranks.is_first:
-            self.run.write(CURVE, draw_curve(self.run))
-            self.run.write(MODEL_CARD, model_card(self.config, self.run, before, after))
+        self.run.write(CURVE, draw_curve(self.run))
+        self.run.write(MODEL_CARD, model_card(self.config, self.run, before, after))
         return TrainResult(self.run.path, before, after, time.monotonic() - started)
 
     def _train(self) -> None:
-        """Steps to the end, each recorded; validation and a checkpoint at its times and behind the last step."""
+        """Steps to the end, each recorded; validation and a checkpoint at its times and behind the
+        last step."""
         settings, num_steps = self.config.evaluation, self.config.optimization.num_steps
-        spent = self.ranks.from_first("the metrics", lambda: _spent_by(self.run))
+        spent = _spent_by(self.run)
         watch = RunWatch(self.config, self.run, self.reporter)
 
         def is_over() -> bool:
-            limits = (self.config.optimization.max_seconds, self.config.optimization.max_teacher_tokens)
-            here = any(limit is not None and used >= limit for used, limit in zip(spent, limits, strict=True))
-            return self.ranks.from_first("the clock", lambda: here and self._may_end_here)
+            limits = (
+                self.config.optimization.max_seconds,
+                self.config.optimization.max_teacher_tokens,
+            )
+            return any(
+                limit is not None and used >= limit
+                for used, limit in zip(spent, limits, strict=True)
+            )
 
         def after_step(result: StepResult) -> bool:
             self.run.append(METRICS, {"step": result.step, **result.metrics})
             if result.groups:
                 self.run.append(SAMPLES, {"step": result.step} | self._sample_row(result))
-            self.ranks.together("the end of a step", lambda: watch.after_step(result, may_stop=self._may_end_here))
-            self.ranks.together("the report of a step", lambda: self.reporter.step(result, num_steps))
+            watch.after_step(result, may_stop=self.engine.resume_point is not None)
+            self.reporter.step(result, num_steps)
             spent[:] = [used + new for used, new in zip(spent, _spent(result.metrics), strict=True)]
             if result.step % settings.every_steps == 0 or result.step == num_steps or is_over():
                 self._validate()
@@ -217,14 +232,19 @@ class Training:
             self._save_if_old()
             return not is_over()
 
-        if self.engine.step % settings.every_steps == 0 or self.engine.step == num_steps or is_over():
+        if (
+            self.engine.step % settings.every_steps == 0
+            or self.engine.step == num_steps
+            or is_over()
+        ):
             self._validate()
         if not is_over():
             self.reporter.phase("training")
             self.engine.run(after_step)
 
     def _sample_row(self, result: StepResult) -> dict[str, Any]:
-        """The first group of a step with the text of each token, and what the update did with them."""
+        """The first group of a step with the text of each token, and what the update did with
+        them."""
         row, decode = result.groups[0].to_json(), self.student.tokenizer.decode
         for i, rollout in enumerate(row["rollouts"]):
             rollout["tokens"] = [decode([token]) for token in rollout["completion"]["token_ids"]]
@@ -235,17 +255,21 @@ class Training:
         """Validation, then a checkpoint; the last and the best ones are kept."""
         self._evaluate("validation", self.engine.step)
         self.save()
-        self.run.keep(last=self.config.checkpoints.keep_last, best=self.config.checkpoints.keep_best)
+        self.run.keep(
+            last=self.config.checkpoints.keep_last, best=self.config.checkpoints.keep_best
+        )
 
     def _test(self, step: int) -> Estimate:
-        """pass@1 on the test split; the out-of-distribution test, where there is one, is recorded too."""
+        """pass@1 on the test split; the out-of-distribution test, where there is one, is recorded
+        too."""
         if self.ood_task is not None:
             self._evaluate("ood", step)
         return self._evaluate("test", step)
 
     def _evaluate(self, name: EvaluationSet, step: int) -> Estimate:
-        """pass@1 of the present student; a result that was recorded before an interruption is not computed again."""
-        estimate = self._recorded(name, step)
+        """pass@1 of the present student; a result that was recorded before an interruption is not
+        computed again."""
+        estimate = _recorded(self.run, name, step)
         if estimate is None:
             settings = self.config.evaluation
             num_problems, num_samples = {
@@ -254,41 +278,28 @@ class Training:
                 "ood": (settings.num_ood_problems, settings.num_test_samples),
             }[name]
             self.reporter.phase(f"evaluating on {name} problems")
-            place = f"the evaluation on {name} problems"
 
-            def sample_share() -> list[ProblemResult]:
-                return evaluate(
-                    self.student,
-                    self.ood_task if name == "ood" and self.ood_task else self.task,
-                    "validation" if name == "validation" else "test",
-                    rollout=self.config.rollout,
-                    num_problems=num_problems,
-                    num_samples=num_samples,
-                    temperature=settings.temperature,
-                    before_token=self.stop.check,
-                    share=self.ranks.share,
-                )
-
-            with whole_weights(self.student.model):
-                share = self.ranks.together(place, sample_share)
-            results = self.ranks.to_first(place, share)
-            estimate = self.ranks.from_first(place, lambda: self._record(name, step, results))
-        self.ranks.together("the report of an evaluation", lambda: self.reporter.evaluated(name, step, estimate))
+            results = evaluate(
+                self.student,
+                self.ood_task if name == "ood" and self.ood_task else self.task,
+                "validation" if name == "validation" else "test",
+                rollout=self.config.rollout,
+                num_problems=num_problems,
+                num_samples=num_samples,
+                temperature=settings.temperature,
+                before_token=self.stop.check,
+            )
+            estimate = self._record(name, step, results)
+        self.reporter.evaluated(name, step, estimate)
         return estimate
 
     def _record(self, name: EvaluationSet, step: int, results: Sequence[ProblemResult]) -> Estimate:
         estimate = pass_at_1(results)
         rows = [asdict(result) for result in results]
-        self.run.append(EVAL, {"step": step, "split": name, "pass@1": asdict(estimate), "results": rows})
+        self.run.append(
+            EVAL, {"step": step, "split": name, "pass@1": asdict(estimate), "results": rows}
+        )
         return estimate
-
-    def _recorded(self, name: EvaluationSet, step: int) -> Estimate | None:
-        return self.ranks.from_first("the evaluations", lambda: _recorded(self.run, name, step))
-
-    @property
-    def _may_end_here(self) -> bool:
-        """Whether a run that ends now can go on from here, or could from nowhere."""
-        return self.engine.resume_point is not None or self.config.objective.type in TRAINED_BY_TRL
 
     def save(self) -> None:
         """A checkpoint of the present state, unless there is one."""
@@ -296,34 +307,39 @@ class Training:
         with_rollouts = self.engine.resume_point == "rollouts"
         path = self.run.checkpoint(step, with_rollouts=with_rollouts)
 
-        def write(folder: Path) -> None:
-            place = self.ranks.from_first("the folder of a checkpoint", lambda: folder)
-            self.ranks.together("a checkpoint", lambda: self.engine.save(place, run_digest=digest))
-
-        if not self.ranks.from_first("the checkpoints", path.is_dir):
-            self.run.write_checkpoint(step, write, run_digest=digest, with_rollouts=with_rollouts)
-        self.saved_at = self.ranks.from_first("the end of a checkpoint", lambda: path.stat().st_mtime)
+        if not path.is_dir():
+            self.run.write_checkpoint(
+                step,
+                lambda folder: self.engine.save(folder, run_digest=digest),
+                run_digest=digest,
+                with_rollouts=with_rollouts,
+            )
+        self.saved_at = path.stat().st_mtime
 
     def _before_work(self) -> None:
         """Is called before every piece of work, between which nothing is half done."""
         self.stop.check()
-        if self.ranks.number == 1:  # several are at one place only behind a step
-            self._save_if_old()
+        self._save_if_old()
 
     def _save_if_old(self) -> None:
         due = self.saved_at + self.config.checkpoints.every_seconds  # never, until training begins
-        if self.ranks.from_first("the clock", lambda: time.time() > due and self.engine.resume_point is not None):
+        if time.time() > due and self.engine.resume_point is not None:
             self.save()
 
 
 def _spent(metrics: Mapping[str, float]) -> tuple[float, float]:
     """Seconds and teacher tokens of one step."""
-    return sum(v for k, v in metrics.items() if k.startswith("time/")), metrics.get("teacher/tokens/count", 0.0)
+    return sum(v for k, v in metrics.items() if k.startswith("time/")), metrics.get(
+        "teacher/tokens/count", 0.0
+    )
 
 
 def _spent_by(run: RunDirectory) -> list[float]:
     """The same of all steps that are recorded."""
-    return [sum(column) for column in zip(*map(_spent, run.read(METRICS)), strict=True)] or [0.0, 0.0]
+    return [sum(column) for column in zip(*map(_spent, run.read(METRICS)), strict=True)] or [
+        0.0,
+        0.0,
+    ]
 
 
 def _recorded(run: RunDirectory, name: EvaluationSet, step: int) -> Estimate | None:
@@ -338,31 +354,37 @@ def how_to_go_on(config: RunConfig) -> str:
     checkpoints = RunDirectory(config.directory).checkpoints()
     if not checkpoints:
         return "training had not begun and nothing is written; start it again"
-    if checkpoints[-1][0] and config.objective.type in TRAINED_BY_TRL:
-        again = f"rlad train {config.directory} --overwrite"
-        return f"the student is in its last checkpoint, but TRL cannot go on from there; start again with: {again}"
     return f"a checkpoint is written, go on with: rlad train {config.directory} --resume"
 
 
 def _stored_config(run: RunDirectory, config: RunConfig) -> RunConfig:
-    """The config of the run that is to be resumed. `ValueError` when there is none, or when it is another run."""
+    """The config of the run that is to be resumed. `ValueError` when there is none, or when it is
+    another run."""
     if not run.exists():
-        raise ValueError(f"there is no run in {run.path} to go on with; start it without --resume, or give its run_dir.")
+        raise ValueError(
+            f"there is no run in {run.path} to go on with; start it without --resume, or give its "
+            "run_dir."
+        )
     stored = load_config(run.path)
     if stored.digest != config.digest:
         raise ValueError(
-            f"{run.path} holds a run with another config; go on with it by `rlad train {run.path} --resume`, "
+            f"{run.path} holds a run with another config; go on with it by `rlad train {run.path} "
+            "--resume`, "
             "or choose another run_dir for this one."
         )
     return stored
 
 
 def _newest_checkpoint(run: RunDirectory) -> Path | None:
-    """The newest whole one; None when the run was killed before it wrote its first. `ValueError` when all are lost."""
+    """The newest whole one; None when the run was killed before it wrote its first. `ValueError`
+    when all are lost."""
     if run.checkpoints():
         return run.newest_checkpoint()[1]
     if any(True for name in (METRICS, EVAL) for _ in run.read(name)):
-        raise ValueError(f"{run.path} has lost its checkpoints; put a copy of one back, or start again with --overwrite.")
+        raise ValueError(
+            f"{run.path} has lost its checkpoints; put a copy of one back, or start again with "
+            "--overwrite."
+        )
     return None
 
 

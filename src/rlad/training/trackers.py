@@ -1,7 +1,9 @@
-"""`[logging] trackers`: what a run records, also sent to TensorBoard, trackio or Weights & Biases. Their packages are optional.
+"""`[logging] trackers`: what a run records, also sent to TensorBoard, trackio or Weights & Biases.
+Their packages are optional.
 
-They get the rows of metrics.jsonl and eval.jsonl under the same names, by step, and with each validation the completions of one
-prompt; and the run's config. Nothing else: no environment, command line, code, console output or figures of the machine.
+They get the rows of metrics.jsonl and eval.jsonl under the same names, by step, and with each
+validation the completions of one prompt; and the run's config. Nothing else: no environment,
+command line, code, console output or figures of the machine.
 """
 
 import hashlib
@@ -35,9 +37,12 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in `tensorboard/` of the run directory; a resumed run purges the later steps of its event files."""
+    """Event files in `tensorboard/` of the run directory; a resumed run purges the later steps of
+    its event files."""
 
-    def __init__(self, config: RunConfig, run: RunDirectory, *, identity: str, resumed_at: int | None):
+    def __init__(
+        self, config: RunConfig, run: RunDirectory, *, identity: str, resumed_at: int | None
+    ):
         from torch.utils.tensorboard import SummaryWriter
 
         purge = None if resumed_at is None else resumed_at + 1
@@ -52,7 +57,8 @@ class TensorBoard:
 
     def log_completions(self, rows: Table, step: int) -> None:
         texts = [
-            f"{verdict}, reward {reward}\n\n{_as_code(prompt + completion)}" for prompt, completion, verdict, reward in rows
+            f"{verdict}, reward {reward}\n\n{_as_code(prompt + completion)}"
+            for prompt, completion, verdict, reward in rows
         ]
         self.writer.add_text("completions", "\n\n".join(texts), step)
 
@@ -63,7 +69,9 @@ class TensorBoard:
 class Trackio:
     """A run of a trackio project, on this machine unless trackio's own settings say otherwise."""
 
-    def __init__(self, config: RunConfig, run: RunDirectory, *, identity: str, resumed_at: int | None):
+    def __init__(
+        self, config: RunConfig, run: RunDirectory, *, identity: str, resumed_at: int | None
+    ):
         import trackio  # pyright: ignore[reportMissingImports]
 
         self.trackio = trackio
@@ -81,16 +89,26 @@ class Trackio:
         self.run.log(dict(figures), step=step)
 
     def log_completions(self, rows: Table, step: int) -> None:
-        self.run.log({"completions": self.trackio.Table(columns=list(COLUMNS), data=[list(row) for row in rows])}, step=step)
+        self.run.log(
+            {
+                "completions": self.trackio.Table(
+                    columns=list(COLUMNS), data=[list(row) for row in rows]
+                )
+            },
+            step=step,
+        )
 
     def close(self, *, failed: bool) -> None:
         self.run.finish()
 
 
 class WeightsAndBiases:
-    """A run of a W&B project, its local files in `wandb/` of the run directory; WANDB_MODE=offline sends nothing."""
+    """A run of a W&B project, its local files in `wandb/` of the run directory; WANDB_MODE=offline
+    sends nothing."""
 
-    def __init__(self, config: RunConfig, run: RunDirectory, *, identity: str, resumed_at: int | None):
+    def __init__(
+        self, config: RunConfig, run: RunDirectory, *, identity: str, resumed_at: int | None
+    ):
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
@@ -103,7 +121,13 @@ class WeightsAndBiases:
             dir=run.path,
             config=config.model_dump(mode="json"),
             settings={
-                **{"console": "off", "host": "hidden", "disable_git": True, "disable_code": True, "disable_job_creation": True},
+                **{
+                    "console": "off",
+                    "host": "hidden",
+                    "disable_git": True,
+                    "disable_code": True,
+                    "disable_job_creation": True,
+                },
                 **{
                     "x_disable_meta": True,
                     "x_disable_stats": True,
@@ -117,7 +141,14 @@ class WeightsAndBiases:
         self.run.log(dict(figures), step=step)
 
     def log_completions(self, rows: Table, step: int) -> None:
-        self.run.log({"completions": self.wandb.Table(columns=list(COLUMNS), data=[list(row) for row in rows])}, step=step)
+        self.run.log(
+            {
+                "completions": self.wandb.Table(
+                    columns=list(COLUMNS), data=[list(row) for row in rows]
+                )
+            },
+            step=step,
+        )
 
     def close(self, *, failed: bool) -> None:
         self.run.finish(exit_code=int(failed))
@@ -131,7 +162,8 @@ def require_trackers(config: RunConfig) -> None:
     for name in config.logging.trackers:
         if importlib.util.find_spec(name) is None:
             raise ValueError(
-                f"logging.trackers names {name!r}, whose package is not installed; install it with: pip install 'rlad[{name}]'."
+                f"logging.trackers names {name!r}, whose package is not installed; install it "
+                f"with: pip install 'rlad[{name}]'."
             )
 
 
@@ -158,7 +190,11 @@ class Tracked:
         if (name, step) in self.seen:
             return
         figures = {"mean": estimate.mean, "low": estimate.low, "high": estimate.high}
-        self._tell("log", {f"{name}/pass@1/{reduction}": value for reduction, value in figures.items()}, step)
+        self._tell(
+            "log",
+            {f"{name}/pass@1/{reduction}": value for reduction, value in figures.items()},
+            step,
+        )
         if name == "validation" and self.completions:
             self._tell("log_completions", self.completions, step)
 
@@ -171,14 +207,18 @@ class Tracked:
                 getattr(tracker, what)(content, step)
             except Exception as error:  # what a tracker raises is its own affair
                 raise RunFailedError(
-                    f"tracker {name!r} failed at step {step} ({_first_line(error)}); what the run itself has written is whole: "
+                    f"tracker {name!r} failed at step {step} ({_first_line(error)}); what the run "
+                    "itself has written is whole: "
                     "go on with --resume, without the tracker by logging.trackers=[]."
                 ) from error
 
 
 @contextmanager
-def tracked(config: RunConfig, run: RunDirectory, reporter: Any, *, resumed_at: int | None) -> Iterator[Any]:
-    """A reporter that also tells the run's trackers; of a resumed run they go on with the same run behind that step."""
+def tracked(
+    config: RunConfig, run: RunDirectory, reporter: Any, *, resumed_at: int | None
+) -> Iterator[Any]:
+    """A reporter that also tells the run's trackers; of a resumed run they go on with the same run
+    behind that step."""
     if not config.logging.trackers:
         yield reporter
         return
@@ -194,7 +234,8 @@ def tracked(config: RunConfig, run: RunDirectory, reporter: Any, *, resumed_at: 
 
 
 def _close(trackers: Mapping[str, Tracker], *, failed: bool) -> None:
-    """Close all of them; what one raises then is not raised where the run has failed, which is to be heard of first."""
+    """Close all of them; what one raises then is not raised where the run has failed, which is to
+    be heard of first."""
     problems: list[str] = []
     for name, tracker in trackers.items():
         try:
@@ -207,12 +248,15 @@ def _close(trackers: Mapping[str, Tracker], *, failed: bool) -> None:
 
 def _start(name: str, config: RunConfig, run: RunDirectory, resumed_at: int | None) -> Tracker:
     started = json.loads((run.path / ENVIRONMENT).read_text(encoding="utf-8")).get("started")
-    identity = hashlib.sha256(json.dumps([started, run.path.resolve().name, config.digest]).encode()).hexdigest()[:16]
+    identity = hashlib.sha256(
+        json.dumps([started, run.path.resolve().name, config.digest]).encode()
+    ).hexdigest()[:16]
     try:
         return TRACKERS[name](config, run, identity=identity, resumed_at=resumed_at)
     except Exception as error:  # not logged in, no such project, a package that is broken
         raise ValueError(
-            f"tracker {name!r} cannot start ({_first_line(error)}); mend that, or leave it out of logging.trackers."
+            f"tracker {name!r} cannot start ({_first_line(error)}); mend that, or leave it out of "
+            "logging.trackers."
         ) from error
 
 

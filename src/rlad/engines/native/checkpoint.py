@@ -1,7 +1,9 @@
-"""Saving and restoring the native engine: with the same config a restored run goes on bit for bit (CPU, float32).
+"""Saving and restoring the native engine: with the same config a restored run goes on bit for bit
+(CPU, float32).
 
-A checkpoint is a Hugging Face model folder; beside the weights, `trainer/` holds the rest. No pickle: tensors are safetensors,
-everything else is JSON. Randomness and the position in the data are functions of the step, so they need no storage.
+A checkpoint is a Hugging Face model folder; beside the weights, `trainer/` holds the rest. No
+pickle: tensors are safetensors, everything else is JSON. Randomness and the position in the data
+are functions of the step, so they need no storage.
 """
 
 import json
@@ -22,16 +24,25 @@ from rlad.rollouts.types import RolloutGroup
 if TYPE_CHECKING:
     from rlad.engines.native.loop import NativeEngine
 
-STATE, OPTIMIZER, PENDING = "trainer/state.json", "trainer/optimizer.safetensors", "trainer/pending.safetensors"
+STATE, OPTIMIZER, PENDING = (
+    "trainer/state.json",
+    "trainer/optimizer.safetensors",
+    "trainer/pending.safetensors",
+)
 TEACHER = "trainer/teacher.safetensors"
 
 
 def save_engine(engine: "NativeEngine", folder: Path, *, run_digest: str) -> None:
-    """Write everything that `restore_engine` needs into `folder`; `run_digest` names the run it belongs to."""
+    """Write everything that `restore_engine` needs into `folder`; `run_digest` names the run it
+    belongs to."""
     save_model(engine.student, folder)
     (folder / "trainer").mkdir()
     moments = engine.optimizer.state_dict()["state"]
-    tensors = {f"{index}.{name}": value for index, entry in moments.items() for name, value in entry.items()}
+    tensors = {
+        f"{index}.{name}": value
+        for index, entry in moments.items()
+        for name, value in entry.items()
+    }
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / OPTIMIZER)
     teacher = engine.teacher.state() if engine.teacher else {}
     if teacher:
@@ -47,18 +58,26 @@ def save_engine(engine: "NativeEngine", folder: Path, *, run_digest: str) -> Non
     if engine.pending is not None:
         batch = engine.pending
         groups = [group.to_json() for group in batch.groups]
-        state["pending"] = {"index": batch.index, "groups": groups, "seconds": batch.seconds, "counts": batch.counts}
+        state["pending"] = {
+            "index": batch.index,
+            "groups": groups,
+            "seconds": batch.seconds,
+            "counts": batch.counts,
+        }
         save_file(batch_tensors(batch), folder / PENDING)
     (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
 
 
 def read_state(folder: Path, *keys: str, run_digest: str) -> dict[str, Any]:
-    """What a checkpoint says of each key. `ValueError` when it cannot be read, lacks one of them, or is of another run."""
+    """What a checkpoint says of each key. `ValueError` when it cannot be read, lacks one of them,
+    or is of another run."""
     with _readable():
         saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
         run, state = saved["run"], {key: saved[key] for key in keys}
     if run != run_digest:
-        raise ValueError("it belongs to another run, whose config differs from this run directory's config.toml.")
+        raise ValueError(
+            "it belongs to another run, whose config differs from this run directory's config.toml."
+        )
     return state
 
 
@@ -71,11 +90,15 @@ def _readable() -> Iterator[None]:
 
 
 def restore_engine(engine: "NativeEngine", folder: Path, *, run_digest: str) -> None:
-    """Bring a new engine, whose student was loaded from `folder`, to the state that was saved there.
+    """Bring a new engine, whose student was loaded from `folder`, to the state that was saved
+    there.
 
-    Raises `ValueError` when the checkpoint is not one of ours, is damaged or of another run, or had another teacher.
+    Raises `ValueError` when the checkpoint is not one of ours, is damaged or of another run, or had
+    another teacher.
     """
-    state = read_state(folder, "step", "scheduler", "teacher", "teacher_moves", "pending", run_digest=run_digest)
+    state = read_state(
+        folder, "step", "scheduler", "teacher", "teacher_moves", "pending", run_digest=run_digest
+    )
     with _readable():
         tensors = load_file(folder / OPTIMIZER)
         pending = load_file(folder / PENDING) if state["pending"] else {}
@@ -103,7 +126,8 @@ _SCORES = ("teacher_logprobs", "reference_logprobs", "old_logprobs", "token_adva
 
 
 def batch_tensors(batch: RolloutBatch) -> dict[str, Tensor]:
-    """Advantages and scores by name, rollouts one behind the other, and of each score the lengths of its rows."""
+    """Advantages and scores by name, rollouts one behind the other, and of each score the lengths
+    of its rows."""
     tensors = {"advantages": batch.advantages}
     for name in _SCORES:
         rows = getattr(batch, name)
@@ -115,7 +139,13 @@ def batch_tensors(batch: RolloutBatch) -> dict[str, Tensor]:
 
 def _batch_from(saved: dict[str, Any], tensors: dict[str, Tensor]) -> RolloutBatch:
     groups = [RolloutGroup.from_json(row) for row in saved["groups"]]
-    batch = RolloutBatch(saved["index"], groups, tensors["advantages"], seconds=saved["seconds"], counts=saved["counts"])
+    batch = RolloutBatch(
+        saved["index"],
+        groups,
+        tensors["advantages"],
+        seconds=saved["seconds"],
+        counts=saved["counts"],
+    )
     for name in _SCORES:
         if name in tensors:
             setattr(batch, name, list(tensors[name].split(tensors[f"{name}/lengths"].tolist())))

@@ -1,6 +1,8 @@
-"""A teacher that works elsewhere is asked about each group when it is finished, while the student writes the others.
+"""A teacher that works elsewhere is asked about each group when it is finished, while the student
+writes the others.
 
-The questions and the answers are those that would be asked and given afterwards; only the time of asking differs.
+The questions and the answers are those that would be asked and given afterwards; only the time of
+asking differs.
 """
 
 import time
@@ -15,7 +17,8 @@ from rlad.teachers.base import Ask, Spans, Teacher, TeacherRequest
 
 
 class AskedAhead:
-    """What was asked about the rollouts of a batch, by their numbers, and what waits for the answers."""
+    """What was asked about the rollouts of a batch, by their numbers, and what waits for the
+    answers."""
 
     def __init__(self, ask: Ask, spans: Spans, seconds: Metrics):
         self._ask, self._spans, self.seconds = ask, spans, seconds
@@ -28,13 +31,20 @@ class AskedAhead:
         self._waits.append((rows, self._ask(requests)))
 
     def answers(self, rows: Sequence[int]) -> tuple[list[TeacherRequest], list[Tensor]]:
-        """What was asked about the rollouts, which must be all that were asked about, and the log-probs; waits for them.
+        """What was asked about the rollouts, which must be all that were asked about, and the
+        log-probs; waits for them.
 
         Notes for how many seconds the teacher had worked before.
         """
-        assert sorted(self._requests) == list(rows), "a group is asked about as it would be within its batch"
+        assert sorted(self._requests) == list(rows), (
+            "a group is asked about as it would be within its batch"
+        )
         began = time.monotonic()
-        scores = {row: values for asked, wait in self._waits for row, values in zip(asked, wait(), strict=True)}
+        scores = {
+            row: values
+            for asked, wait in self._waits
+            for row, values in zip(asked, wait(), strict=True)
+        }
         self.seconds["teacher/overlap/seconds"] = covered_seconds(self._spans, until=began)
         return [self._requests[row] for row in rows], [scores[row] for row in rows]
 
@@ -43,7 +53,8 @@ class AskedAhead:
 def asking_ahead(teacher: Teacher | None, seconds: Metrics) -> Iterator[AskedAhead | None]:
     """None without a teacher, and for one that would take the student's device from it.
 
-    What is still under way when the block is left is given up. The time that asking takes is added to `seconds`.
+    What is still under way when the block is left is given up. The time that asking takes is added
+    to `seconds`.
     """
     if teacher is None or not teacher.works_elsewhere:
         yield None

@@ -1,4 +1,5 @@
-"""`RLADConfig`: TRL's `GRPOConfig` with an objective of ours, which takes the place of some of its settings."""
+"""`RLADConfig`: TRL's `GRPOConfig` with an objective of ours, which takes the place of some of its
+settings."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -19,7 +20,8 @@ AGGREGATION: dict[str, Aggregation] = {
     "bnpo": "token_mean",
     "dr_grpo": "constant_length",
 }
-"""Of each of TRL's loss types whose ratio means what ours does: how token losses become one number."""
+"""Of each of TRL's loss types whose ratio means what ours does: how token losses become one
+number."""
 
 REPLACED: dict[str, tuple[Any, str]] = {
     "epsilon": (0.2, "set clip_low of the objective"),
@@ -32,13 +34,17 @@ REPLACED: dict[str, tuple[Any, str]] = {
     "entropy_coef": (0.0, "leave it out"),
     "use_adaptive_entropy": (False, "leave it out"),
 }
-"""Settings of TRL's own loss that ours has no place for: the value that means nothing, and what to do instead."""
+"""Settings of TRL's own loss that ours has no place for: the value that means nothing, and what to
+do instead."""
 
 
 Advantages = Literal["trl", "rlad"]
 _NOT_OURS = {
     "scale_rewards": ("batch", "divide by a deviation within the group; use 'group' or 'none'"),
-    "multi_objective_aggregation": ("normalize_then_sum", "compare weighted sums of rewards; use 'sum_then_normalize'"),
+    "multi_objective_aggregation": (
+        "normalize_then_sum",
+        "compare weighted sums of rewards; use 'sum_then_normalize'",
+    ),
     "num_generations_eval": (1, "compare completions of one prompt; use at least 2"),
 }
 """Values that advantages="rlad" has no place for: what those advantages do, and what to use."""
@@ -50,26 +56,34 @@ class _Holder(Section):
 
 @dataclass
 class RLADConfig(GRPOConfig):
-    """`GRPOConfig` with an objective. On a machine without accelerator bf16 and gradient checkpointing are off by default."""
+    """`GRPOConfig` with an objective. On a machine without accelerator bf16 and gradient
+    checkpointing are off by default."""
 
     _VALID_DICT_FIELDS: ClassVar = [*GRPOConfig._VALID_DICT_FIELDS, "objective"]
 
     objective: dict[str, Any] | str = field(
         default="trrd",
-        metadata={"help": "Name of the objective, or its section as in a run's TOML: {'type': 'trrd', 'alpha': 0.5}."},
+        metadata={
+            "help": "Name of the objective, or its section as in a run's TOML: {'type': 'trrd', 'alpha': 0.5}."
+        },
     )
     advantages: Advantages = field(
         default="trl",
         metadata={
             "help": "'trl': group advantages as TRL makes them (sample standard deviation). 'rlad': as the native engine "
-            "does (population standard deviation; a completion that no reward function judges trains nothing)."
+            "does (population standard deviation; a completion that no reward function judges "
+            "trains nothing)."
         },
     )
     max_missing_teacher_share: float = field(
-        default=0.05, metadata={"help": "Tokens of a generation batch that the teacher may leave without a log-prob."}
+        default=0.05,
+        metadata={
+            "help": "Tokens of a generation batch that the teacher may leave without a log-prob."
+        },
     )
     teacher_tokens_per_batch: int = field(
-        default=16_384, metadata={"help": "Most tokens (padding included) in one forward pass of a local teacher."}
+        default=16_384,
+        metadata={"help": "Most tokens (padding included) in one forward pass of a local teacher."},
     )
     teacher_is_sharded: bool = field(
         default=False,
@@ -77,10 +91,17 @@ class RLADConfig(GRPOConfig):
             "help": "Split a teacher given as a model or its name over the processes (FSDP2), instead of a replica each."
         },
     )
-    teacher_dtype: str = field(default="float32", metadata={"help": "Of the weights of a teacher that is given by name."})
-    use_bias_correction_kl: bool = field(default=False, metadata={"help": "Not available: see `beta`."})
+    teacher_dtype: str = field(
+        default="float32", metadata={"help": "Of the weights of a teacher that is given by name."}
+    )
+    use_bias_correction_kl: bool = field(
+        default=False, metadata={"help": "Not available: see `beta`."}
+    )
     gradient_checkpointing: bool | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
-        default=None, metadata={"help": "Recompute activations in the backward pass; by default on, and off on the CPU."}
+        default=None,
+        metadata={
+            "help": "Recompute activations in the backward pass; by default on, and off on the CPU."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -104,33 +125,44 @@ class RLADConfig(GRPOConfig):
         return AGGREGATION[self.loss_type]
 
     def _refuse_what_has_no_meaning(self) -> None:
-        """`ValueError` for an objective that TRL's batches cannot feed, and for settings of the loss that ours replaces."""
+        """`ValueError` for an objective that TRL's batches cannot feed, and for settings of the
+        loss that ours replaces."""
         objective = self.objective_config
         row = OBJECTIVES.get(objective.type)
         able = [name for name, row in OBJECTIVES.items() if row.token_advantages is None]
         if row is None or row.token_advantages is not None:
-            raise ValueError(f"objective {objective.type!r} is not available on TRL; use one of {', '.join(able)}.")
+            raise ValueError(
+                f"objective {objective.type!r} is not available on TRL; use one of "
+                f"{', '.join(able)}."
+            )
         if isinstance(objective, KDRLConfig) and objective.masking != "none":
             raise ValueError(
-                f"objective.masking = {objective.masking!r} needs verdicts, and TRL has rewards alone; set it to 'none', or "
+                f"objective.masking = {objective.masking!r} needs verdicts, and TRL has rewards "
+                "alone; set it to 'none', or "
                 "use the native engine."
             )
         if self.advantages not in get_args(Advantages):
-            raise ValueError(f"advantages is {self.advantages!r}; use {' or '.join(map(repr, get_args(Advantages)))}.")
+            raise ValueError(
+                f"advantages is {self.advantages!r}; use "
+                f"{' or '.join(map(repr, get_args(Advantages)))}."
+            )
         for name, (value, instead) in _NOT_OURS.items():
             if self.advantages == "rlad" and getattr(self, name) == value:
                 raise ValueError(
-                    f"{name} = {value!r} does not fit advantages = 'rlad', which {instead}, or advantages = 'trl'."
+                    f"{name} = {value!r} does not fit advantages = 'rlad', which {instead}, or "
+                    "advantages = 'trl'."
                 )
         if self.loss_type not in AGGREGATION:
             raise ValueError(
-                f"loss_type = {self.loss_type!r} gives the ratio another meaning than objective {objective.type!r}; use one of "
+                f"loss_type = {self.loss_type!r} gives the ratio another meaning than objective "
+                f"{objective.type!r}; use one of "
                 f"{', '.join(AGGREGATION)}, of which only the normalisation is taken."
             )
         for name, (neutral, instead) in REPLACED.items():
             if (value := getattr(self, name)) != neutral:
                 raise ValueError(
-                    f"{name} = {value!r} belongs to TRL's own loss, which objective {objective.type!r} takes the place of; it "
+                    f"{name} = {value!r} belongs to TRL's own loss, which objective "
+                    f"{objective.type!r} takes the place of; it "
                     f"must stay {neutral!r}: {instead}."
                 )
 

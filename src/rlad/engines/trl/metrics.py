@@ -18,7 +18,8 @@ def over_processes(accelerator: Accelerator, number: Tensor) -> Tensor:
 
 
 class WindowStats:
-    """Collects what one optimiser step did with its tokens; every process must add the same number of micro-batches."""
+    """Collects what one optimiser step did with its tokens; every process must add the same number
+    of micro-batches."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator, self.tokens = accelerator, TokenStats()
@@ -34,8 +35,8 @@ class WindowStats:
         sampled: Tensor | None,
         stats: dict[str, Tensor],
     ) -> None:
-        """Every tensor `[batch, token]`: the tokens with a say in the gradient, those that the denominator counts, and the
-        log-probs that the sampler reported (None where it gave none).
+        """Every tensor `[batch, token]`: the tokens with a say in the gradient, those that the
+        denominator counts, and the log-probs that the sampler reported (None where it gave none).
         """
         self.knows_sampler = sampled is not None
         given = {
@@ -51,7 +52,10 @@ class WindowStats:
         columns = self._of_all_processes(given | own)
         mask, has_a_say = columns["mask"].bool(), columns["trained"].bool()
         everything = LossInputs(
-            student_logprobs=columns["old"], old_logprobs=columns["old"], advantages=columns["advantages"], mask=has_a_say
+            student_logprobs=columns["old"],
+            old_logprobs=columns["old"],
+            advantages=columns["advantages"],
+            mask=has_a_say,
         )
         own = {name.removeprefix("own "): columns[name] for name in own}
         self.tokens.add(everything, columns["entropy"], columns["sampled"], own)
@@ -62,7 +66,9 @@ class WindowStats:
     def _of_all_processes(self, columns: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same tensors with the rows of every process, in one exchange."""
         shape = columns["mask"].shape
-        packed = torch.stack([values.detach().expand(shape).float() for values in columns.values()], dim=-1)
+        packed = torch.stack(
+            [values.detach().expand(shape).float() for values in columns.values()], dim=-1
+        )
         packed = self.accelerator.gather(self.accelerator.pad_across_processes(packed, dim=1))
         assert isinstance(packed, Tensor)
         return dict(zip(columns, packed.unbind(dim=-1), strict=True))
@@ -70,4 +76,6 @@ class WindowStats:
     def summary(self) -> Metrics:
         self.tokens.scored_share = self.num_scored / max(self.num_rows, 1)
         metrics = self.tokens.summary()
-        return {k: v for k, v in metrics.items() if self.knows_sampler or not k.startswith("sampler/")}
+        return {
+            k: v for k, v in metrics.items() if self.knows_sampler or not k.startswith("sampler/")
+        }

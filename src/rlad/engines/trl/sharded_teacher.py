@@ -1,4 +1,5 @@
-"""A teacher whose weights are split over the processes (torch's FSDP2): each holds its share and gathers a layer at a time."""
+"""A teacher whose weights are split over the processes (torch's FSDP2): each holds its share and
+gathers a layer at a time."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,33 +12,39 @@ from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
-from rlad.config.run import RunConfig
-from rlad.config.teacher import LocalTeacherConfig
 from rlad.models.loading import LanguageModel
 from rlad.scoring.scorer import CompletionScores, Scorer, TokenIds
-from rlad.teachers import check_teacher, require_no_error, setting_of
 from rlad.teachers.base import Teacher, TeacherRequest
-from rlad.teachers.local import identity_of, load_teacher_model, score_known_tokens
+from rlad.teachers.local import score_known_tokens
 
 
 def split_over_processes(model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Move the weights to the mesh's devices, a share on each; layers are gathered one by one, and let go at once."""
-    blocks = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+    """Move the weights to the mesh's devices, a share on each; layers are gathered one by one, and
+    let go at once."""
+    blocks = [
+        module
+        for module in model.modules()
+        if type(module).__name__ in (model._no_split_modules or ())
+    ]
     for module in [*blocks, model]:
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
 class ShardedScorer(Scorer):
-    """`score` is a collective call: all processes make it at the same times, with as many completions as each has."""
+    """`score` is a collective call: all processes make it at the same times, with as many
+    completions as each has."""
 
     def __init__(self, language_model: LanguageModel, *, mesh: DeviceMesh, **scoring: Any):
         super().__init__(language_model, **scoring)
-        # Weights are whole only within the model's own forward pass, so the log-probs are made there.
+        # Weights are whole only within the model's own forward pass, so the log-probs are made
+        # there.
         add_fused_lm_head(self.model, temperature=self.temperature)
         split_over_processes(self.model, mesh)
         self.group = mesh.get_group()
 
-    def _token_logprobs(self, ids: Tensor, predicts: Tensor, targets: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor]:
+    def _token_logprobs(
+        self, ids: Tensor, predicts: Tensor, targets: Tensor, with_entropy: bool
+    ) -> tuple[Tensor, Tensor]:
         labels = torch.full_like(ids, -100).masked_scatter(predicts, targets)
         with self.language_model.autocast():
             output = self.model(input_ids=ids, shift_labels=labels, fused_lm_head=True)
@@ -55,15 +62,24 @@ class ShardedScorer(Scorer):
         return results
 
     def _help_the_others(self) -> CompletionScores:
-        """A forward pass whose result nobody reads: without this process the others cannot gather their weights."""
+        """A forward pass whose result nobody reads: without this process the others cannot gather
+        their weights."""
         return self([[0]], [[0]], with_entropy=False)
 
 
 class ShardedTeacher(Teacher):
     """A frozen local model over all processes. `logprobs` is a collective call."""
 
-    def __init__(self, language_model: LanguageModel, *, device_type: str, identity: str | None = None, **scoring: Any):
-        """`scoring` is what a `Scorer` takes beside the model, whose weights should still be on the CPU."""
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        *,
+        device_type: str,
+        identity: str | None = None,
+        **scoring: Any,
+    ):
+        """`scoring` is what a `Scorer` takes beside the model, whose weights should still be on the
+        CPU."""
         language_model.model.requires_grad_(False)
         self.identity, self._vocabulary = identity or language_model.name, language_model.vocabulary
         mesh = init_device_mesh(device_type, (dist.get_world_size(),))
@@ -71,17 +87,3 @@ class ShardedTeacher(Teacher):
 
     def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
         return score_known_tokens(self._scorer, self._vocabulary, requests)
-
-
-def make_sharded_teacher(config: RunConfig, student: LanguageModel) -> ShardedTeacher:
-    """The local teacher of a run over all its processes. `ValueError` when it cannot score this student's tokens."""
-    settings, setting = config.teacher, setting_of(config, student)
-    assert isinstance(settings, LocalTeacherConfig), "RunConfig refuses to split others"
-    require_no_error(settings, check_teacher(settings, setting))
-    return ShardedTeacher(
-        load_teacher_model(settings.model_copy(update={"device": "cpu"}), setting),
-        device_type=student.model.device.type,
-        identity=identity_of(settings, config.seed),
-        temperature=setting.temperature,
-        tokens_per_batch=settings.tokens_per_batch,
-    )

@@ -1,7 +1,8 @@
-"""TRRD and its rivals in TRL's GRPO trainer: the teacher's log-probs beside the rollouts, our objective as the loss.
+"""TRRD and its rivals in TRL's GRPO trainer: the teacher's log-probs beside the rollouts, our
+objective as the loss.
 
-Two of TRL's methods are overridden, `_generate_and_score_completions` and `_compute_loss`. Sampling, rewards, optimiser,
-several devices, vLLM, checkpoints and trackers are TRL's.
+Two of TRL's methods are overridden, `_generate_and_score_completions` and `_compute_loss`.
+Sampling, rewards, optimiser, several devices, vLLM, checkpoints and trackers are TRL's.
 """
 
 import time
@@ -14,11 +15,10 @@ from transformers import PreTrainedModel
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from rlad.engines.knobs import objective_knobs
-from rlad.engines.processes.ranks import ALONE, Ranks
+from rlad.engines.trl.advantages import advantages_from, logged_rewards
 from rlad.engines.trl.config import RLADConfig
 from rlad.engines.trl.metrics import WindowStats, over_processes
 from rlad.engines.trl.teacher import ProblemOf, as_teacher, ask_teacher, requests_for
-from rlad.engines.trl_advantages import advantages_from, logged_rewards
 from rlad.errors import RunFailedError
 from rlad.objectives import OBJECTIVES, token_loss
 from rlad.objectives.aggregate import aggregate
@@ -30,13 +30,13 @@ SCORED = ("teacher_logprobs", "ref_per_token_logps", "old_per_token_logps")
 
 
 class RLADTrainer(GRPOTrainer):
-    """`GRPOTrainer` with a teacher: `RLADTrainer(model=..., teacher=..., reward_funcs=..., args=RLADConfig(...), ...)`."""
+    """`GRPOTrainer` with a teacher: `RLADTrainer(model=..., teacher=..., reward_funcs=...,
+    args=RLADConfig(...), ...)`."""
 
     args: RLADConfig
     model: Any
     num_generations: int
     max_completion_length: int
-    ranks: Ranks = ALONE
 
     def __init__(
         self,
@@ -47,28 +47,42 @@ class RLADTrainer(GRPOTrainer):
         problem_of: ProblemOf = lambda row: None,
         **settings: Any,
     ):
-        """`teacher` may be a model's name or folder, a transformers model, or a `Teacher` that scores at `args.temperature`.
+        """`teacher` may be a model's name or folder, a transformers model, or a `Teacher` that
+        scores at `args.temperature`.
 
-        `problem_of` turns a row of the data set into the problem that a privileged teacher is shown; `settings` are those of
-        `GRPOTrainer`. Raises `ValueError` for what cannot be trained so.
+        `problem_of` turns a row of the data set into the problem that a privileged teacher is
+        shown; `settings` are those of `GRPOTrainer`. Raises `ValueError` for what cannot be trained
+        so.
         """
         row = OBJECTIVES[args.objective_config.type]
         if row.needs_teacher and teacher is None:
-            raise ValueError(f"objective {args.objective_config.type!r} needs a teacher; pass teacher=..., or use 'grpo'.")
+            raise ValueError(
+                f"objective {args.objective_config.type!r} needs a teacher; pass teacher=..., or "
+                "use 'grpo'."
+            )
         is_whole = isinstance(model, PreTrainedModel) and settings.get("peft_config") is None
         if args.beta and is_whole and not model.config.name_or_path:
             raise ValueError(
-                f"beta = {args.beta} needs the initial student as the reference, which TRL loads from where the student came "
-                "from, and this one was made in memory; save it and pass the folder, or set beta = 0."
+                f"beta = {args.beta} needs the initial student as the reference, which TRL loads "
+                "from where the student came "
+                "from, and this one was made in memory; save it and pass the folder, or set beta = "
+                "0."
             )
         super().__init__(model=model, args=args, **settings)
         if self._is_vlm:
-            raise ValueError("RLADTrainer trains on text alone; pass a tokenizer as processing_class.")
+            raise ValueError(
+                "RLADTrainer trains on text alone; pass a tokenizer as processing_class."
+            )
         if self.aux_loss_enabled:
-            raise ValueError("RLADTrainer has no place for a router's auxiliary loss; set router_aux_loss_coef = 0.")
+            raise ValueError(
+                "RLADTrainer has no place for a router's auxiliary loss; set router_aux_loss_coef "
+                "= 0."
+            )
         self.teacher = None
         if row.needs_teacher:
-            self.teacher = as_teacher(teacher, args, self._tokenizer, self.accelerator, student=self.model)
+            self.teacher = as_teacher(
+                teacher, args, self._tokenizer, self.accelerator, student=self.model
+            )
         self.problem_of = problem_of
         self.windows = {mode: WindowStats(self.accelerator) for mode in ("train", "eval")}
 
@@ -82,9 +96,11 @@ class RLADTrainer(GRPOTrainer):
     # --- rollouts -----------------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """TRL's rollouts with what our loss needs: `teacher_logprobs` and `counted` [batch, token], `denominator` [].
+        """TRL's rollouts with what our loss needs: `teacher_logprobs` and `counted` [batch, token],
+        `denominator` [].
 
-        `counted` tokens are those that the denominator counts: all of the mask that the teacher did not leave without a value.
+        `counted` tokens are those that the denominator counts: all of the mask that the teacher did
+        not leave without a value.
         """
         with logged_rewards(self._logs) as rewards:
             batch = super()._generate_and_score_completions(inputs)
@@ -95,7 +111,9 @@ class RLADTrainer(GRPOTrainer):
             asked = counted & ~self._is_idle(batch)[:, None]
             batch["teacher_logprobs"] = self._ask_teacher(batch, asked, inputs)
             counted = keep_finite(counted, torch.where(asked, batch["teacher_logprobs"], 0))
-        batch["counted"] = keep_finite(counted, *(batch[name] for name in SCORED[1:] if name in batch))
+        batch["counted"] = keep_finite(
+            counted, *(batch[name] for name in SCORED[1:] if name in batch)
+        )
         # TRL counts a completion that `mask_truncated_completions` empties.
         rows = (batch["counted"].any(dim=1) | ~batch["completion_mask"].bool().any(dim=1)).sum()
         whole = {
@@ -107,27 +125,50 @@ class RLADTrainer(GRPOTrainer):
         return batch
 
     def _is_idle(self, batch: dict[str, Any]) -> Tensor:
-        """Completions `[batch]` that contribute exactly nothing to the gradient: the teacher need not be asked about them."""
-        skippable = OBJECTIVES[self.args.objective_config.type].zero_advantage_is_zero_gradient and not self.beta
+        """Completions `[batch]` that contribute exactly nothing to the gradient: the teacher need
+        not be asked about them."""
+        skippable = (
+            OBJECTIVES[self.args.objective_config.type].zero_advantage_is_zero_gradient
+            and not self.beta
+        )
         return (batch["advantages"] == 0) & skippable
 
-    def _ask_teacher(self, batch: dict[str, Any], asked: Tensor, rows: Sequence[dict[str, Any]]) -> Tensor:
+    def _ask_teacher(
+        self, batch: dict[str, Any], asked: Tensor, rows: Sequence[dict[str, Any]]
+    ) -> Tensor:
         assert self.teacher is not None
         started = time.monotonic()
-        requests, most = requests_for(batch, asked, rows, self.problem_of), self.args.max_missing_teacher_share
-        result = ask_teacher(self.teacher, requests, asked, self.accelerator, most_missing=most, ranks=self.ranks)
+        requests, most = (
+            requests_for(batch, asked, rows, self.problem_of),
+            self.args.max_missing_teacher_share,
+        )
+        result = ask_teacher(self.teacher, requests, asked, self.accelerator, most_missing=most)
         num_tokens = float(over_processes(self.accelerator, asked.sum()))
-        own = {"time/teacher/seconds": time.monotonic() - started, "teacher/tokens/count": num_tokens}
+        own = {
+            "time/teacher/seconds": time.monotonic() - started,
+            "teacher/tokens/count": num_tokens,
+        }
         for key, value in (own | self.teacher.pop_metrics()).items():
             self._metrics[self.mode][key].append(value)
         return result
 
-    def _replace_advantages(self, batch: dict[str, Any], rewards: Mapping[str, Sequence[float]]) -> None:
-        """Advantages as the native engine makes them; a completion that no reward function judged leaves the mask."""
-        size, group_size = len(batch["advantages"]), self.num_generations if self.mode == "train" else self.num_generations_eval
-        num_rows, first = size * self.accelerator.num_processes, size * self.accelerator.process_index
+    def _replace_advantages(
+        self, batch: dict[str, Any], rewards: Mapping[str, Sequence[float]]
+    ) -> None:
+        """Advantages as the native engine makes them; a completion that no reward function judged
+        leaves the mask."""
+        size, group_size = (
+            len(batch["advantages"]),
+            self.num_generations if self.mode == "train" else self.num_generations_eval,
+        )
+        num_rows, first = (
+            size * self.accelerator.num_processes,
+            size * self.accelerator.process_index,
+        )
         scale = {"num_rows": num_rows, "group_size": group_size, "scale": self.scale_rewards}
-        advantages, judged = advantages_from(rewards, self.reward_func_names, self.reward_weights, **scale)
+        advantages, judged = advantages_from(
+            rewards, self.reward_func_names, self.reward_weights, **scale
+        )
         batch["advantages"] = advantages[first : first + size].to(batch["advantages"])
         if OBJECTIVES[self.args.objective_config.type].uses_reward:
             mask = batch.get("tool_mask", batch["completion_mask"])
@@ -136,14 +177,19 @@ class RLADTrainer(GRPOTrainer):
     # --- loss ---------------------------------------------------------------------------------------------------------
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """Our objective, aggregated; with vLLM its importance weights on the surrogate, next to the teacher's term."""
+        """Our objective, aggregated; with vLLM its importance weights on the surrogate, next to the
+        teacher's term."""
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         width = inputs["completion_ids"].size(1)
-        logprobs, entropy, *_ = self._get_per_token_logps_and_entropies(model, ids, attention, width, compute_entropy=True)
+        logprobs, entropy, *_ = self._get_per_token_logps_and_entropies(
+            model, ids, attention, width, compute_entropy=True
+        )
         if not torch.isfinite(logprobs.detach()[_mask(inputs)]).all():
             self.found_broken_logprobs()
-        teacher, reference, old = (inputs[name].to(logprobs) if name in inputs else None for name in SCORED)
+        teacher, reference, old = (
+            inputs[name].to(logprobs) if name in inputs else None for name in SCORED
+        )
         weights = inputs.get("importance_sampling_ratio")
         batch = LossInputs(
             student_logprobs=logprobs,
@@ -164,13 +210,16 @@ class RLADTrainer(GRPOTrainer):
 
     def found_broken_logprobs(self) -> None:
         what = f"step {self.state.global_step + 1}: the student's own log-probs are not finite"
-        raise RunFailedError(f"{what}; its weights are broken: start again with a lower learning_rate.")
+        raise RunFailedError(
+            f"{what}; its weights are broken: start again with a lower learning_rate."
+        )
 
     def _denominator(self, inputs: dict[str, Any]) -> float:
-        """TRL's: of the whole optimiser step, for the part of one process, since gradients are averaged over processes.
+        """TRL's: of the whole optimiser step, for the part of one process, since gradients are
+        averaged over processes.
 
-        `bnpo` divides by the tokens of each micro-batch. The others span the generation batch, so that with several optimiser
-        steps on it each divides by the same share of the whole.
+        `bnpo` divides by the tokens of each micro-batch. The others span the generation batch, so
+        that with several optimiser steps on it each divides by the same share of the whole.
         """
         training = self.mode == "train"
         accumulation = self.current_gradient_accumulation_steps if training else 1
@@ -179,7 +228,9 @@ class RLADTrainer(GRPOTrainer):
         steps = self.args.steps_per_generation if training else 1
         return float(inputs["denominator"]) / self.accelerator.num_processes * accumulation / steps
 
-    def _record(self, batch: LossInputs, inputs: dict[str, Any], entropy: Tensor, stats: dict[str, Tensor]) -> None:
+    def _record(
+        self, batch: LossInputs, inputs: dict[str, Any], entropy: Tensor, stats: dict[str, Tensor]
+    ) -> None:
         """Our metrics of each optimiser step among TRL's."""
         window = self.windows[self.mode]
         sampled = inputs.get("sampling_per_token_logps")

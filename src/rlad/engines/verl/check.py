@@ -1,4 +1,5 @@
-"""Does verl see our objectives? Asked in a fresh process, since verl hides the errors of plug-ins. Imports no verl."""
+"""Does verl see our objectives? Asked in a fresh process, since verl hides the errors of plug-ins.
+Imports no verl."""
 
 import json
 import subprocess
@@ -37,25 +38,46 @@ def verl_version_problem() -> str | None:
 
 
 def check_verl() -> list[Finding]:
-    """Whether a fresh process that imports verl knows our objectives by their names. Takes seconds; starts no Ray."""
+    """Whether a fresh process that imports verl knows our objectives by their names. Takes seconds;
+    starts no Ray."""
     if problem := verl_version_problem():
         return [Finding("error", "verl", problem)]
     try:
-        done = subprocess.run([sys.executable, "-c", _SCRIPT], capture_output=True, text=True, timeout=_TIMEOUT_SECONDS)
+        done = subprocess.run(
+            [sys.executable, "-c", _SCRIPT],
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_SECONDS,
+        )
     except subprocess.TimeoutExpired:
         return [
-            Finding("error", "verl", f"importing verl took longer than {_TIMEOUT_SECONDS} s; try `python -c 'import verl'`.")
+            Finding(
+                "error",
+                "verl",
+                f"importing verl took longer than {_TIMEOUT_SECONDS} s; try `python -c 'import "
+                "verl'`.",
+            )
         ]
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return [Finding("error", "verl", f"verl cannot be imported ({last}); mend its installation.")]
+        return [
+            Finding("error", "verl", f"verl cannot be imported ({last}); mend its installation.")
+        ]
     return [_judge(json.loads(done.stdout.strip().splitlines()[-1]))]
 
 
 def _judge(answer: dict) -> Finding:
     if answer["error"]:
-        return Finding("error", "verl", f"rlad's plug-in does not load ({answer['error']}); verl would go on without it.")
-    foreign = {name: answer["seen"].get(name) for name in NAMES if answer["seen"].get(name) != "rlad.engines.verl.plugin"}
+        return Finding(
+            "error",
+            "verl",
+            f"rlad's plug-in does not load ({answer['error']}); verl would go on without it.",
+        )
+    foreign = {
+        name: answer["seen"].get(name)
+        for name in NAMES
+        if answer["seen"].get(name) != "rlad.engines.verl.plugin"
+    }
     taken = [f"{name} (of {module})" for name, module in foreign.items() if module]
     if taken:
         return Finding("error", "verl", f"another plug-in has taken {', '.join(taken)}; remove it.")
@@ -63,7 +85,8 @@ def _judge(answer: dict) -> Finding:
         return Finding(
             "error",
             "verl",
-            f"verl does not know {', '.join(foreign)}: install rlad with pip, so that verl finds its entry point, and "
+            f"verl does not know {', '.join(foreign)}: install rlad with pip, so that verl finds "
+            "its entry point, and "
             "leave VERL_USE_EXTERNAL_PLUGINS unset or let it name rlad.",
         )
     return Finding("ok", "verl", f"verl {version('verl')} knows {', '.join(NAMES)}")

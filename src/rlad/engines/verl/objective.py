@@ -1,8 +1,10 @@
-"""What verl's processes are told of the objective: the environment variable RLAD_OBJECTIVE, written by `rlad export verl`.
+"""What verl's processes are told of the objective: the environment variable RLAD_OBJECTIVE, written
+by `rlad export verl`.
 
-verl's config of a distillation loss has no field for knobs of ours. Ray hands the variable to every worker of the run
-(`ray_kwargs.ray_init.runtime_env.env_vars`). Its value is the section `[objective]` of a run's config as JSON, such as
-{"type": "trrd", "alpha": 0.5}; what it leaves out has the default. Imports no verl.
+verl's config of a distillation loss has no field for knobs of ours. Ray hands the variable to every
+worker of the run (`ray_kwargs.ray_init.runtime_env.env_vars`). Its value is the section
+`[objective]` of a run's config as JSON, such as {"type": "trrd", "alpha": 0.5}; what it leaves out
+has the default. Imports no verl.
 """
 
 import json
@@ -13,13 +15,15 @@ from pydantic import Field
 
 from rlad.config.file import validated
 from rlad.config.objective import ObjectiveConfig
-from rlad.config.run import Annealed
-from rlad.config.types import Section
+from rlad.config.types import Annealed, Section
 from rlad.objectives import OBJECTIVES
 
 VARIABLE = "RLAD_OBJECTIVE"
-NAMES = tuple(name for name, row in OBJECTIVES.items() if row.needs_teacher and row.token_advantages is None)
-"""The objectives that verl learns from us; its own `grpo` needs no teacher, and `topd` needs whole groups at once."""
+NAMES = tuple(
+    name for name, row in OBJECTIVES.items() if row.needs_teacher and row.token_advantages is None
+)
+"""The objectives that verl learns from us; its own `grpo` needs no teacher, and `topd` needs whole
+groups at once."""
 
 
 class _Holder(Section):
@@ -27,7 +31,8 @@ class _Holder(Section):
 
 
 def objective_json(objective: Any) -> str:
-    """The value of RLAD_OBJECTIVE for an objective's config. `ValueError` for one that verl's batches cannot feed."""
+    """The value of RLAD_OBJECTIVE for an objective's config. `ValueError` for one that verl's
+    batches cannot feed."""
     _require_fixed_knobs(objective)
     return json.dumps(objective.model_dump(mode="json", exclude_none=True))
 
@@ -41,17 +46,22 @@ def objective_knobs_from_environment(name: str) -> dict[str, Any]:
     example = f'{{"type": "{name}"}}'
     if text is None:
         raise ValueError(
-            f"the environment variable {VARIABLE} has not reached this process; start verl by the command of `rlad export "
-            f"verl`, or add +ray_kwargs.ray_init.runtime_env.env_vars.{VARIABLE}='{example}' to yours."
+            f"the environment variable {VARIABLE} has not reached this process; start verl by the "
+            "command of `rlad export "
+            f"verl`, or add +ray_kwargs.ray_init.runtime_env.env_vars.{VARIABLE}='{example}' to "
+            "yours."
         )
     try:
         section = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"the environment variable {VARIABLE} is no JSON ({error}); write it like {example}.") from None
+        raise ValueError(
+            f"the environment variable {VARIABLE} is no JSON ({error}); write it like {example}."
+        ) from None
     objective = validated(_Holder, {"objective": section}).objective
     if objective.type != name:
         raise ValueError(
-            f"{VARIABLE} describes objective {objective.type!r} but distillation.distillation_loss.loss_mode is {name!r}; "
+            f"{VARIABLE} describes objective {objective.type!r} but "
+            f"distillation.distillation_loss.loss_mode is {name!r}; "
             "make them the same."
         )
     _require_fixed_knobs(objective)
@@ -60,16 +70,19 @@ def objective_knobs_from_environment(name: str) -> dict[str, Any]:
 
 
 def _require_fixed_knobs(objective: Any) -> None:
-    """`ValueError` for knobs that verl's loss functions, which know neither step nor verdict, cannot follow."""
+    """`ValueError` for knobs that verl's loss functions, which know neither step nor verdict,
+    cannot follow."""
     for key in type(objective).model_fields:
         value = getattr(objective, key)
         if isinstance(value, Annealed):
             raise ValueError(
-                f"objective.{key} moves with the step, which verl does not tell its loss functions; give one number, for "
+                f"objective.{key} moves with the step, which verl does not tell its loss "
+                "functions; give one number, for "
                 f"example objective.{key}={value.start}."
             )
     if getattr(objective, "masking", "none") != "none":
         raise ValueError(
-            f"objective.masking = {objective.masking!r} needs verdicts, and verl's loss functions are given none; set "
+            f"objective.masking = {objective.masking!r} needs verdicts, and verl's loss functions "
+            "are given none; set "
             "it to 'none', or use the native engine."
         )

@@ -1,9 +1,11 @@
 # pyright: reportMissingImports=false
-"""verl plug-in: our objectives as verl's distillation losses (entry point group `verl.plugins`; loaded by `import verl`).
+"""verl plug-in: our objectives as verl's distillation losses (entry point group `verl.plugins`;
+loaded by `import verl`).
 
-Translates verl's TensorDict into LossInputs and hands token losses back; sampling, teacher, advantages, aggregation and the
-optimiser are verl's. On this route verl adds neither KL leash nor rollout importance weights: both are added here, when
-`actor.use_kl_loss` and `algorithm.rollout_correction.rollout_is` ask for them.
+Translates verl's TensorDict into LossInputs and hands token losses back; sampling, teacher,
+advantages, aggregation and the optimiser are verl's. On this route verl adds neither KL leash nor
+rollout importance weights: both are added here, when `actor.use_kl_loss` and
+`algorithm.rollout_correction.rollout_is` ask for them.
 """
 
 from typing import Any
@@ -27,8 +29,11 @@ from rlad.scoring.token_logprobs import float32_or_wider
 NEEDED = ("response_mask", "old_log_probs", "advantages", "teacher_logprobs")
 
 
-def rlad_loss(config: Any, distillation_config: Any, model_output: Any, data: Any) -> tuple[Tensor, dict[str, Any]]:
-    """Token losses `[batch, token]` of the objective that `loss_mode` names, and its metrics; arguments as verl gives them.
+def rlad_loss(
+    config: Any, distillation_config: Any, model_output: Any, data: Any
+) -> tuple[Tensor, dict[str, Any]]:
+    """Token losses `[batch, token]` of the objective that `loss_mode` names, and its metrics;
+    arguments as verl gives them.
 
     Raises `ValueError` for settings that have no meaning here, and for tensors that are missing.
     """
@@ -47,7 +52,9 @@ def _translate(config: Any, model_output: Any, data: Any) -> LossInputs:
     student = student.to(float32_or_wider(student.dtype))
     teacher = no_padding_2_padding(data["teacher_logprobs"], data).squeeze(-1)
     optional = [name for name in ("ref_log_prob", "rollout_is_weights") if name in data]
-    padded = data.select("response_mask", "old_log_probs", "advantages", *optional).to_padded_tensor()
+    padded = data.select(
+        "response_mask", "old_log_probs", "advantages", *optional
+    ).to_padded_tensor()
     return LossInputs(
         student_logprobs=student,
         old_logprobs=padded["old_log_probs"].to(student),
@@ -55,7 +62,9 @@ def _translate(config: Any, model_output: Any, data: Any) -> LossInputs:
         mask=padded["response_mask"].bool(),
         teacher_logprobs=teacher.to(student),
         reference_logprobs=padded["ref_log_prob"].to(student) if config.use_kl_loss else None,
-        rollout_weights=padded["rollout_is_weights"].to(student) if "rollout_is_weights" in optional else None,
+        rollout_weights=padded["rollout_is_weights"].to(student)
+        if "rollout_is_weights" in optional
+        else None,
     )
 
 
@@ -64,7 +73,8 @@ def _require_meaning(config: Any, settings: Any, data: Any) -> None:
     needed = (*NEEDED, "ref_log_prob") if config.use_kl_loss else NEEDED
     if missing := [field for field in needed if field not in data]:
         raise ValueError(
-            f"objective {name!r} needs {', '.join(missing)}, which verl's batch does not hold; enable distillation."
+            f"objective {name!r} needs {', '.join(missing)}, which verl's batch does not hold; "
+            "enable distillation."
         )
     must_be = (
         ("distillation.distillation_loss.use_task_rewards", settings.use_task_rewards, False),
@@ -74,29 +84,44 @@ def _require_meaning(config: Any, settings: Any, data: Any) -> None:
     )
     for key, value, wanted in must_be:
         if value != wanted:
-            raise ValueError(f"{key} is {value}; with objective {name!r}, a complete loss of its own, it must be {wanted}.")
+            raise ValueError(
+                f"{key} is {value}; with objective {name!r}, a complete loss of its own, it must "
+                f"be {wanted}."
+            )
     if config.use_kl_loss and config.kl_loss_type != "low_var_kl":
-        raise ValueError(f"actor_rollout_ref.actor.kl_loss_type is {config.kl_loss_type!r}; the KL leash is 'low_var_kl' (k3).")
+        raise ValueError(
+            f"actor_rollout_ref.actor.kl_loss_type is {config.kl_loss_type!r}; the KL leash is "
+            "'low_var_kl' (k3)."
+        )
     temperature = tensordict_utils.get_non_tensor_data(data, "temperature", 1.0)
     if not torch.all(torch.as_tensor(temperature) == 1.0):
         raise ValueError(
-            f"actor_rollout_ref.rollout.temperature is {temperature}, but verl's teacher always scores at 1; set it to 1."
+            f"actor_rollout_ref.rollout.temperature is {temperature}, but verl's teacher always "
+            "scores at 1; set it to 1."
         )
 
 
 def _metrics(stats: dict[str, Tensor], mask: Tensor, data: Any) -> dict[str, Any]:
-    """Means over the response tokens of the global mini-batch, each micro-batch its part: verl adds micro-batches up and takes
-    the mean over data-parallel ranks.
+    """Means over the response tokens of the global mini-batch, each micro-batch its part: verl adds
+    micro-batches up and takes the mean over data-parallel ranks.
     """
     denominator = float(data["batch_num_tokens"]) / data["dp_size"]
-    totals = {name: values.detach()[mask].sum(dtype=torch.float32) for name, values in stats.items()}
-    return {f"rlad/{name}/mean": Metric(AggregationType.SUM, total / denominator) for name, total in totals.items()}
+    totals = {
+        name: values.detach()[mask].sum(dtype=torch.float32) for name, values in stats.items()
+    }
+    return {
+        f"rlad/{name}/mean": Metric(AggregationType.SUM, total / denominator)
+        for name, total in totals.items()
+    }
 
 
 def register() -> None:
-    """Make verl know our objectives by their names; a name that verl has already is left to raise verl's own error."""
+    """Make verl know our objectives by their names; a name that verl has already is left to raise
+    verl's own error."""
     if not all(DISTILLATION_LOSS_REGISTRY.get(name) is rlad_loss for name in NAMES):
-        register_distillation_loss(DistillationLossSettings(names=list(NAMES), use_estimator=True))(rlad_loss)
+        register_distillation_loss(DistillationLossSettings(names=list(NAMES), use_estimator=True))(
+            rlad_loss
+        )
 
 
 register()

@@ -1,6 +1,8 @@
-"""verl's custom reward function: the task of a run's config judges what the student wrote. Imports no verl.
+"""verl's custom reward function: the task of a run's config judges what the student wrote. Imports
+no verl.
 
-`rlad export verl` names it in the command: `reward.custom_reward_function.path=pkg://rlad.engines.verl.reward`.
+`rlad export verl` names it in the command:
+`reward.custom_reward_function.path=pkg://rlad.engines.verl.reward`.
 """
 
 from collections.abc import Mapping
@@ -20,22 +22,36 @@ def _task_of(config: str) -> Task:
 
 
 def compute_score(
-    data_source: str, solution_str: str, ground_truth: str, extra_info: Mapping[str, Any], *, config: str, **_: Any
+    data_source: str,
+    solution_str: str,
+    ground_truth: str,
+    extra_info: Mapping[str, Any],
+    *,
+    config: str,
+    **_: Any,
 ) -> dict[str, float]:
-    """Reward and correctness (1 or 0) of one completion; `config` is the path of the run's TOML file.
+    """Reward and correctness (1 or 0) of one completion; `config` is the path of the run's TOML
+    file.
 
-    `extra_info` holds `split`, `index` and `seed` of the problem. Raises `ValueError` when the verifier cannot judge, upon
-    which verl leaves the completion out of its group, and when the problem is another one than in the data.
+    `extra_info` holds `split`, `index` and `seed` of the problem. Raises `ValueError` when the
+    verifier cannot judge, upon which verl leaves the completion out of its group, and when the
+    problem is another one than in the data.
     """
     with _LOCK:  # verl calls from several threads at once
         task = _task_of(config)
-        problem = task.problem(extra_info["split"], int(extra_info["index"]), seed=int(extra_info["seed"]))
+        problem = task.problem(
+            extra_info["split"], int(extra_info["index"]), seed=int(extra_info["seed"])
+        )
         if problem.answer != ground_truth:
             raise ValueError(
-                f"{extra_info['split']} problem {extra_info['index']} of {data_source} has another answer than in verl's data: "
+                f"{extra_info['split']} problem {extra_info['index']} of {data_source} has another "
+                "answer than in verl's data: "
                 "the task has changed since the export; run `rlad export verl` again."
             )
         judgement = task.judge(problem, solution_str)
     if judgement.verdict == Verdict.CANNOT_JUDGE:
-        raise ValueError(f"the verifier of {data_source} cannot judge a completion ({judgement.reason}); it is left out.")
+        raise ValueError(
+            f"the verifier of {data_source} cannot judge a completion ({judgement.reason}); it is "
+            "left out."
+        )
     return {"score": judgement.reward, "acc": float(judgement.verdict == Verdict.CORRECT)}

@@ -1,4 +1,5 @@
-"""From a GGUF file to a folder that transformers, PEFT and vLLM load. Needs the optional package gguf."""
+"""From a GGUF file to a folder that transformers, PEFT and vLLM load. Needs the optional package
+gguf."""
 
 import importlib.util
 import io
@@ -14,12 +15,14 @@ def require_gguf(name: str) -> None:
     """`ValueError` unless gguf is installed; preparing model `name` needs it."""
     if importlib.util.find_spec("gguf") is None:
         raise ValueError(
-            f"model {name!r} is converted with the package gguf, which is not installed; pip install 'rlad[gguf]'."
+            f"model {name!r} is converted with the package gguf, which is not installed; pip "
+            "install 'rlad[gguf]'."
         )
 
 
 def convert_gguf(file: Path, folder: Path) -> None:
-    """Writes tokenizer, config and float32 weights; the reloaded model's logits equal those of the GGUF file bit for bit."""
+    """Writes tokenizer, config and float32 weights; the reloaded model's logits equal those of the
+    GGUF file bit for bit."""
     source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     with redirect_stderr(io.StringIO()):  # where transformers draws bars of its own
         quantised: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)

@@ -43,30 +43,39 @@ def cached_models() -> list[CachedModel]:
     models = [
         CachedModel(repo.repo_id, repo.size_on_disk, cached_folder(repo.repo_id) is not None)
         for repo in repos
-        if repo.repo_type == "model" and any(file.file_name == "config.json" for r in repo.revisions for file in r.files)
+        if repo.repo_type == "model"
+        and any(file.file_name == "config.json" for r in repo.revisions for file in r.files)
     ]
     return sorted(models, key=lambda model: model.name)
 
 
 def cached_folder(name: str) -> Path | None:
-    """Where a model lies in the cache with its config and all of its weights; None when it does not."""
+    """Where a model lies in the cache with its config and all of its weights; None when it does
+    not."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(name, local_files_only=True, allow_patterns=_FILES, ignore_patterns=_SPARE))
+        folder = Path(
+            snapshot_download(
+                name, local_files_only=True, allow_patterns=_FILES, ignore_patterns=_SPARE
+            )
+        )
     except (LocalEntryNotFoundError, HFValidationError):
         return None
     return folder if (folder / "config.json").is_file() and has_weights(folder) else None
 
 
 def plan_fetch(name: str) -> Fetch:
-    """What of a model is missing in the cache. Asks the hub; raises as `fetch_model`, and `ValueError` without safetensors."""
+    """What of a model is missing in the cache. Asks the hub; raises as `fetch_model`, and
+    `ValueError` without safetensors."""
     files = _from_hub(name, dry_run=True)
     if not any(file.filename.endswith(".safetensors") for file in files):
         raise ValueError(
-            f"model {name!r} has no *.safetensors file on the Hugging Face hub, and no other weights are read (a pickle may "
-            "run code); take another model, or convert it where you trust it with `save_pretrained` and give that folder."
+            f"model {name!r} has no *.safetensors file on the Hugging Face hub, and no other "
+            "weights are read (a pickle may "
+            "run code); take another model, or convert it where you trust it with "
+            "`save_pretrained` and give that folder."
         )
     missing = [file for file in files if file.will_download]
     return Fetch(name, len(missing), sum(file.file_size or 0 for file in missing))
@@ -75,20 +84,29 @@ def plan_fetch(name: str) -> Fetch:
 def fetch_model(name: str) -> Path:
     """The folder of a model, fetched into the cache with a progress bar.
 
-    Raises `ValueError` when the hub has no such model or does not hand it out, `RunFailedError` without a connection.
+    Raises `ValueError` when the hub has no such model or does not hand it out, `RunFailedError`
+    without a connection.
     """
     return Path(_from_hub(name, dry_run=False))
 
 
 def _from_hub(name: str, *, dry_run: bool) -> Any:
-    """huggingface_hub's list of files when nothing is to be fetched, else the path of the folder."""
+    """huggingface_hub's list of files when nothing is to be fetched, else the path of the
+    folder."""
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "0"
     import httpx2
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
-        return snapshot_download(name, allow_patterns=_FILES, ignore_patterns=_SPARE, dry_run=dry_run)
+        return snapshot_download(
+            name, allow_patterns=_FILES, ignore_patterns=_SPARE, dry_run=dry_run
+        )
     except HFValidationError:
         raise _unknown(name) from None
     except (HfHubHTTPError, httpx2.HTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -97,13 +115,15 @@ def _from_hub(name: str, *, dry_run: bool) -> Any:
             raise _unknown(name) from None
         reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0].rstrip(".")
         raise RunFailedError(
-            f"model {name!r} is not complete in the Hugging Face cache and cannot be fetched ({reason}); is there a "
+            f"model {name!r} is not complete in the Hugging Face cache and cannot be fetched "
+            f"({reason}); is there a "
             "connection, and is HF_HUB_OFFLINE unset?"
         ) from None
 
 
 def _unknown(name: str) -> ValueError:
     return ValueError(
-        f"there is no model {name!r}: no folder of that name, and the Hugging Face hub has none, or none for you; check the "
+        f"there is no model {name!r}: no folder of that name, and the Hugging Face hub has none, "
+        "or none for you; check the "
         "name, or log in with `hf auth login`."
     )

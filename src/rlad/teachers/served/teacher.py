@@ -1,4 +1,5 @@
-"""A teacher behind an OpenAI-compatible `/v1/completions`: vLLM, `rlad serve-teacher`, or another that scores given tokens."""
+"""A teacher behind an OpenAI-compatible `/v1/completions`: vLLM, `rlad serve-teacher`, or another
+that scores given tokens."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,8 @@ SECONDS_BETWEEN_LOOKS = 0.2
 
 
 class ServedTeacher(DeferringTeacher):
-    """One request per completion, several at a time. What cannot be had is NaN; a refusal raises `RunFailedError`."""
+    """One request per completion, several at a time. What cannot be had is NaN; a refusal raises
+    `RunFailedError`."""
 
     def __init__(
         self,
@@ -41,7 +43,11 @@ class ServedTeacher(DeferringTeacher):
         self._client, self._settings = client, settings
         self._scoring: Scoring = scoring
         self._before_work = before_work
-        self._temperature, self._vocabulary, self._context_tokens = temperature, vocabulary, context_tokens
+        self._temperature, self._vocabulary, self._context_tokens = (
+            temperature,
+            vocabulary,
+            context_tokens,
+        )
 
     @property
     def works_elsewhere(self) -> bool:
@@ -58,7 +64,8 @@ class ServedTeacher(DeferringTeacher):
             finally:
                 spans.append((started, time.monotonic()))
 
-        # Threads of such a pool end with the process: a second Ctrl-C need not wait for a slow answer.
+        # Threads of such a pool end with the process: a second Ctrl-C need not wait for a slow
+        # answer.
         with ThreadPool(self._settings.max_concurrent_requests) as pool:
 
             def ask(requests: Sequence[TeacherRequest]) -> Callable[[], list[Tensor]]:
@@ -89,9 +96,13 @@ class ServedTeacher(DeferringTeacher):
         if not known:
             return values
         tokens = [*request.prompt, *known]
-        body = scoring_request(self._scoring, self._settings.model, tokens, temperature=self._temperature)
+        body = scoring_request(
+            self._scoring, self._settings.model, tokens, temperature=self._temperature
+        )
         try:
-            answer = self._client.complete(body, max_bytes=max_answer_bytes(len(tokens)), patience=patience)
+            answer = self._client.complete(
+                body, max_bytes=max_answer_bytes(len(tokens)), patience=patience
+            )
         except ServerUnavailableError:
             return values
         scores = read_scores(self._scoring, answer, tokens)
@@ -99,12 +110,18 @@ class ServedTeacher(DeferringTeacher):
         return values
 
     def _known(self, request: TeacherRequest) -> list[int]:
-        """The completion up to its first token out of vocabulary, and one token short of the server's context.
+        """The completion up to its first token out of vocabulary, and one token short of the
+        server's context.
 
-        A server writes at least one token for each text that it scores, and refuses texts that leave no room for it.
+        A server writes at least one token for each text that it scores, and refuses texts that
+        leave no room for it.
         """
         known = list(takewhile(lambda token: token < self._vocabulary, request.completion))
-        return known if self._context_tokens is None else known[: max(self._context_tokens - 1 - len(request.prompt), 0)]
+        return (
+            known
+            if self._context_tokens is None
+            else known[: max(self._context_tokens - 1 - len(request.prompt), 0)]
+        )
 
 
 def check_teacher(settings: ServedTeacherConfig, setting: Setting) -> list[Finding]:
@@ -129,6 +146,8 @@ def make_teacher(settings: ServedTeacherConfig, setting: Setting) -> ServedTeach
         identity=offers[0].identity,
         temperature=setting.temperature,
         vocabulary=max(setting.student_tokenizer.get_vocab().values()) + 1,
-        context_tokens=min((offer.context_tokens for offer in offers if offer.context_tokens), default=None),
+        context_tokens=min(
+            (offer.context_tokens for offer in offers if offer.context_tokens), default=None
+        ),
         before_work=setting.before_work,
     )

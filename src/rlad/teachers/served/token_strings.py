@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 PROBE = (
-    "Question: A train leaves at 9:45 and arrives at 12:07. How long does it take? Let's think step by step.\n"
-    "From 9:45 to 12:00 it is 2 hours and 15 minutes; 7 more make 2 h 22 min. So the answer is 142 minutes.\n"
+    "Question: A train leaves at 9:45 and arrives at 12:07. How long does it take? Let's think "
+    "step by step.\n"
+    "From 9:45 to 12:00 it is 2 hours and 15 minutes; 7 more make 2 h 22 min. So the answer is 142 "
+    "minutes.\n"
     "\tÜber naïve façades: 你好, Привет! if x_1 != 3.14: return [f(x) for x in y]"
 )
 MIN_PROBE_TOKENS, MAX_PROBE_TOKENS = 12, 128
@@ -14,7 +16,8 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 def probe_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The probe text in the student's tokens; for a vocabulary of few words, tokens all over it instead."""
+    """The probe text in the student's tokens; for a vocabulary of few words, tokens all over it
+    instead."""
     ids = list(tokenizer(PROBE, add_special_tokens=False)["input_ids"])[:MAX_PROBE_TOKENS]
     if len(set(ids)) >= MIN_PROBE_TOKENS:
         return ids
@@ -43,9 +46,11 @@ def ids_of_strings(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 def differing_tokens(
     tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], strings: Sequence[str]
 ) -> tuple[int, list[tuple[int, str, str]]]:
-    """How many tokens could be compared, and those that are another string for the server: id, ours, theirs.
+    """How many tokens could be compared, and those that are another string for the server: id,
+    ours, theirs.
 
-    Spaces at the ends do not count, as decoders differ in them; neither do parts of characters, nor strings not given ("").
+    Spaces at the ends do not count, as decoders differ in them; neither do parts of characters, nor
+    strings not given ("").
     """
     differing: list[tuple[int, str, str]] = []
     num_compared = 0
@@ -61,7 +66,9 @@ def differing_tokens(
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    return str(tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    return str(
+        tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    )
 
 
 def _plain(string: str) -> str:
