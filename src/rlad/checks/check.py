@@ -19,6 +19,7 @@ from rlad.config.catalogue import describe
 from rlad.config.run import RunConfig
 from rlad.config.teacher import LocalTeacherConfig
 from rlad.config.teacher_tree import single_teachers
+from rlad.errors import UserError
 from rlad.findings import Finding
 from rlad.models.facts import config_of, device_name, generation_of, tokenizer_of
 from rlad.models.files import context_tokens, end_token_ids, require_weights
@@ -301,7 +302,7 @@ def _check_held_out(config: RunConfig) -> list[Finding]:
 
 
 def _try_out(config: RunConfig) -> "Trial":
-    """`ValueError` also for what torch cannot do: a want of memory, weights that a device or a
+    """`UserError` also for what torch cannot do: a want of memory, weights that a device or a
     quantisation does not take."""
     import torch
 
@@ -320,7 +321,7 @@ def _try_out(config: RunConfig) -> "Trial":
         else:
             how = "change the device, dtype or quantization of student or teacher, or take other models"
             how += f" (it failed at {_place_of(error)})"  # it may be a mistake of ours, too
-        raise ValueError(f"the models cannot be loaded and run ({reason}); {how}.") from None
+        raise UserError(f"the models cannot be loaded and run ({reason}); {how}.") from None
 
 
 def _place_of(error: BaseException) -> str:

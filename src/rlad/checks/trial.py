@@ -95,7 +95,7 @@ class Trial:
 
 
 def run_trial(config: RunConfig) -> Trial:
-    """Loads the models. Raises `ValueError` for whatever the run itself would stop at before or in
+    """Loads the models. Raises `UserError` for whatever the run itself would stop at before or in
     its first step."""
     small = _small(config)
     student = load_student(small)

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from rlad.config.file import load_config, parse_config, parse_overrides
 from rlad.config.run import RunConfig
+from rlad.errors import UserError
 from rlad.models.files import EMBEDDED
 from rlad.models.loading import load_language_model
 from rlad.rollouts.evaluation import evaluate
@@ -48,10 +49,10 @@ def evaluate_run_or_model(
     num_samples: int,
     output: Path | None,
 ) -> Evaluation:
-    """Results of each held-out problem; also written to `output` as JSONL. `ValueError` for a
+    """Results of each held-out problem; also written to `output` as JSONL. `UserError` for a
     user's mistake."""
     if output is not None and (output.exists() or not output.parent.is_dir()):
-        raise ValueError(
+        raise UserError(
             f"--output {output} exists already or has no folder to lie in; give a new file."
         )
     another = [f"task={task_type}", "evaluation.ood_task={}"] if task_type else []
@@ -88,7 +89,7 @@ def _config_and_model(run_or_model: str, overrides: Sequence[str]) -> tuple[RunC
         return load_config(path, overrides), str(RunDirectory(path).best_checkpoint()[1])
     if path.parent.name == CHECKPOINTS and RunDirectory(path.parents[1]).exists():
         if reason := damage(path):
-            raise ValueError(
+            raise UserError(
                 f"checkpoint {path} is damaged ({reason}); give another one, or the run directory "
                 "itself."
             )
@@ -96,7 +97,7 @@ def _config_and_model(run_or_model: str, overrides: Sequence[str]) -> tuple[RunC
     if run_or_model in EMBEDDED:
         return load_config(None, overrides), run_or_model
     if not any(override.startswith(("task=", "task.type=")) for override in overrides):
-        raise ValueError(
+        raise UserError(
             f"{run_or_model!r} is no run directory, so its task is not known; add --task, for "
             "example "
             "--task knights_and_knaves."

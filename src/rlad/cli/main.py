@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rlad import __version__
-from rlad.errors import EXIT_FAILURE, EXIT_SIGNAL, EXIT_USER_MISTAKE, exit_code
+from rlad.errors import EXIT_FAILURE, EXIT_SIGNAL, EXIT_USER_MISTAKE, RladError, UserError
 from rlad.text import printable
 
 if TYPE_CHECKING:
@@ -51,11 +51,11 @@ def _sentences_for_mistakes(verb: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
             verb(*args, **kwargs)
-        except ValueError as error:
+        except RladError as error:
             click.echo(
                 "\n".join(f"rlad: {line}" for line in printable(str(error)).splitlines()), err=True
             )
-            sys.exit(exit_code(error))
+            sys.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("rlad: interrupted", err=True)
             sys.exit(EXIT_SIGNAL + 2)
@@ -74,7 +74,7 @@ def _path_and_overrides(arguments: Sequence[str]) -> tuple[str | None, list[str]
     overrides = [a for a in arguments if "=" in a and not os.path.exists(a)]
     paths = [a for a in arguments if a not in overrides]
     if len(paths) > 1:
-        raise ValueError(
+        raise UserError(
             f"got {len(paths)} configs, {', '.join(paths)}; give one, and overrides of the form "
             "key.path=value."
         )

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from rich.text import Text
 
+from rlad.errors import UserError
 from rlad.models.fetch.hub import cached_folder, cached_models, fetch_model, plan_fetch
 from rlad.models.fetch.wheel import Report, installed_file, prepare_packaged
 from rlad.models.files import EMBEDDED, require_weights
@@ -44,13 +45,13 @@ def model_rows() -> list[ModelRow]:
 
 
 def run_models(action: str, name: str | None, source: Path | None) -> None:
-    """What `rlad models` does. `ValueError` when the action and the rest do not fit."""
+    """What `rlad models` does. `UserError` when the action and the rest do not fit."""
     if action == "list" and name is None and source is None:
         print_models()
     elif action == "prepare" and name is not None:
         prepare(name, source)
     else:
-        raise ValueError(
+        raise UserError(
             "give `rlad models` alone, or `rlad models prepare NAME` with the name of a model."
         )
 
@@ -75,13 +76,13 @@ def prepare(name: str, source: Path | None, console: Console | None = None) -> P
     """Make a model ready for use without a connection, after saying what that takes; returns its
     folder.
 
-    `ValueError` for what is no model, `RunFailedError` when it cannot be fetched, converted or
+    `UserError` for what is no model, `RunFailedError` when it cannot be fetched, converted or
     stored.
     """
     console = console or Console(highlight=False)
     packaged = PACKAGED.get(name)
     if source is not None and packaged is None:
-        raise ValueError(
+        raise UserError(
             f"--source is for models of a Python package ({', '.join(PACKAGED)}); leave it out for "
             f"{name!r}."
         )
@@ -93,7 +94,7 @@ def prepare(name: str, source: Path | None, console: Console | None = None) -> P
         _say(console, f"fetching {name}: {plan.num_files} files, {plan.num_bytes / 1e6:.0f} MB")
         folder = fetch_model(name)
         if cached_folder(name) is None:
-            raise ValueError(
+            raise UserError(
                 f"{name!r} has no config.json with its weights, so it is no model of its own (an "
                 "adapter, say)."
             )
@@ -109,7 +110,7 @@ def _folder_at_hand(name: str) -> Path | None:
         return PACKAGED[name].folder if PACKAGED[name].is_ready else None
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
-            raise ValueError(
+            raise UserError(
                 f"folder {name!r} holds no model: it has no config.json; give what "
                 "`save_pretrained` wrote."
             )

@@ -12,6 +12,7 @@ from rlad.comparison.report import (
     write_report,
 )
 from rlad.config.file import load_config
+from rlad.errors import UserError
 from rlad.runs.directory import CONFIG, RunDirectory
 
 DEFAULT_OUTPUT = "report"
@@ -19,7 +20,7 @@ _SEED_FOLDER = "seed-"
 
 
 def report_runs(paths: Sequence[str], output: str | None, baseline: str | None = None) -> Path:
-    """Write the report of all runs in and below `paths`; returns the HTML file. `ValueError` for a
+    """Write the report of all runs in and below `paths`; returns the HTML file. `UserError` for a
     user's mistake.
 
     Runs of a comparison bear the names that it gave them, and come with its notes and, unless one
@@ -27,20 +28,20 @@ def report_runs(paths: Sequence[str], output: str | None, baseline: str | None =
     """
     folder = Path(output or DEFAULT_OUTPUT)
     if folder.exists() and not folder.is_dir():
-        raise ValueError(
+        raise UserError(
             f"--output {folder} is a file; give a folder for {HTML} and what belongs to it."
         )
     found: dict[Path, ReportedRun] = {}
     comparisons: dict[Path, ComparisonFile] = {}
     for path in map(Path, paths):
         if not path.is_dir():
-            raise ValueError(
+            raise UserError(
                 f"{path} is no folder; give a run directory, or a folder that holds run "
                 "directories."
             )
         runs = list(_runs_in(path))
         if not runs:
-            raise ValueError(
+            raise UserError(
                 f"no run found in {path}; give a run directory, or a folder that holds run "
                 "directories."
             )
@@ -52,7 +53,7 @@ def report_runs(paths: Sequence[str], output: str | None, baseline: str | None =
             if run.resolve() not in found
         }
     if not found:
-        raise ValueError("no run was given; give run directories, or folders that hold some.")
+        raise UserError("no run was given; give run directories, or folders that hold some.")
     names = {run.method for run in found.values()}
     baselines = [
         baseline,

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import click
 
+from rlad.errors import UserError
 from rlad.models.files import located, require_weights
 from rlad.models.loading import context_tokens, load_language_model, load_model_config, pick_device
 from rlad.teachers.served.client import read_key
@@ -44,7 +45,7 @@ class ServeOptions:
 
 
 def serve_teacher(options: ServeOptions) -> None:
-    """Serves until it is interrupted. `ValueError` with one sentence when it cannot start."""
+    """Serves until it is interrupted. `UserError` with one sentence when it cannot start."""
     engine = choose_engine(options)
     config = load_model_config(options.model)
     require_weights(options.model)
@@ -68,7 +69,7 @@ def serve_teacher(options: ServeOptions) -> None:
 
 
 def choose_engine(options: ServeOptions) -> str:
-    """`vllm` or `rlad`. `ValueError` when the one that is asked for is not installed, or an option
+    """`vllm` or `rlad`. `UserError` when the one that is asked for is not installed, or an option
     is not the engine's."""
     has_vllm = importlib.util.find_spec("vllm") is not None
     engine = options.engine if options.engine != "auto" else "vllm" if has_vllm else "rlad"
@@ -76,28 +77,28 @@ def choose_engine(options: ServeOptions) -> str:
         if missing := [
             name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None
         ]:
-            raise ValueError(
+            raise UserError(
                 f"rlad's own teacher server needs the package {missing[0]}; install it with `pip "
                 "install 'rlad[serve]'`, "
                 "or install vllm beside rlad."
             )
         return engine
     if not has_vllm:
-        raise ValueError(
+        raise UserError(
             "vllm is not installed in this environment; install it with rlad into one of its own, "
             "or take --engine rlad."
         )
     if options.device != "auto" or options.max_request_mib is not None:
-        raise ValueError(
+        raise UserError(
             "vLLM has no --device and no --max-request-mib; leave them out, or take --engine rlad."
         )
     return engine
 
 
 def require_key_beyond_this_machine(options: ServeOptions, key: str | None) -> None:
-    """`ValueError` for a server without a key that other machines could reach."""
+    """`UserError` for a server without a key that other machines could reach."""
     if key is None and not options.without_key and not _is_loopback(options.host):
-        raise ValueError(
+        raise UserError(
             f"host {options.host!r} can be reached from other machines: set the environment "
             f"variable {KEY_VARIABLE} to a key "
             "that clients must send, or let anyone in with --without-key."
@@ -112,7 +113,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that holds the port before the model is loaded. `ValueError` when that cannot be;
+    """A socket that holds the port before the model is loaded. `UserError` when that cannot be;
     port 0 is any free one."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -124,10 +125,10 @@ def bind(host: str, port: int) -> socket.socket:
         bound.listen()  # now, or another process could take the port while the model is loaded
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise ValueError(
+            raise UserError(
                 f"port {port} of {host} is in use; give another one with --port."
             ) from None
-        raise ValueError(
+        raise UserError(
             f"cannot listen on port {port} of {host!r} ({error.strerror}); change --host or --port."
         ) from None
     return bound

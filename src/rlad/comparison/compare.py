@@ -29,6 +29,7 @@ from rlad.comparison.report import (
 from rlad.config.comparison import CompareConfig, folder_name, method_config
 from rlad.config.file import differing_settings, dump_config, load_config
 from rlad.config.run import EvaluationConfig, RunConfig
+from rlad.errors import UserError
 from rlad.runs.directory import EVAL, METRICS, RunDirectory
 from rlad.stopping import Stop
 
@@ -55,7 +56,7 @@ class PlannedRun:
         return metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
 
     def is_done(self) -> bool:
-        """Whether it came to its end. `ValueError` when another run lies in its place."""
+        """Whether it came to its end. `UserError` when another run lies in its place."""
         if not self.directory.exists():
             return False
         try:
@@ -64,7 +65,7 @@ class PlannedRun:
             return False
         differing = differing_settings(stored, self.config)
         if differing:
-            raise ValueError(
+            raise UserError(
                 f"{self.path} holds a run with other settings than this comparison wants of "
                 f"{self.method!r} "
                 f"({'; '.join(differing)}); choose another directory for the comparison, or delete "
@@ -91,7 +92,7 @@ def compare(
     """Do what is missing of a comparison and write its report. `folder` is where the paths of its
     config start from.
 
-    Raises `ValueError` when a run directory of it holds another run or cannot be written, and
+    Raises `UserError` when a run directory of it holds another run or cannot be written, and
     `StopRequested` after Ctrl-C or SIGTERM, when the runs in progress have written their
     checkpoints.
     """
@@ -272,7 +273,7 @@ def _start(run: PlannedRun, jobs: int) -> "subprocess.Popen[bytes]":
         config.write_text(dump_config(run.config), encoding="utf-8")
         log = run.beside(".log").open("wb")
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"{run.path.parent} cannot be written ({error.strerror}); free some space or mend its "
             "permissions, or give the "
             "comparison another directory."

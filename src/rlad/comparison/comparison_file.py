@@ -6,6 +6,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from rlad.errors import UserError
+
 COMPARISON = "comparison.json"
 
 
@@ -27,7 +29,7 @@ def write_comparison_file(
     """Write `root/comparison.json` at once, whole. `methods`: folder below `root/runs` -> name of
     the method.
 
-    Raises `ValueError` when it cannot be written.
+    Raises `UserError` when it cannot be written.
     """
     content = ComparisonFile(methods=dict(methods), notes=list(notes), baseline=baseline)
     aside = root / f".{COMPARISON}.tmp"
@@ -36,19 +38,19 @@ def write_comparison_file(
         aside.write_text(content.model_dump_json(indent=2), encoding="utf-8")
         os.replace(aside, root / COMPARISON)
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"{root / COMPARISON} cannot be written ({error.strerror}); choose another folder."
         ) from None
 
 
 def read_comparison_file(root: Path) -> ComparisonFile | None:
-    """What stands in `root/comparison.json`; None when there is no such file. `ValueError` when it
+    """What stands in `root/comparison.json`; None when there is no such file. `UserError` when it
     cannot be read."""
     path = root / COMPARISON
     try:
         return ComparisonFile.model_validate_json(path.read_bytes()) if path.is_file() else None
     except (OSError, ValidationError):
-        raise ValueError(
+        raise UserError(
             f"{path} cannot be read as what a comparison writes; let `rlad compare` write it "
             "again, or delete it and methods "
             "bear the names of their folders."

@@ -8,6 +8,7 @@ from statistics import fmean, stdev
 
 from rlad.comparison.comparable import Group, Method
 from rlad.comparison.runs import PARTS, MissingRun, Run
+from rlad.errors import UserError
 from rlad.runs.results import ProblemResult, ks_up_to
 from rlad.runs.statistics import (
     Comparison,
@@ -81,12 +82,12 @@ def baseline_of(group: Group, chosen: str | None = None) -> Method:
 
 
 def require_baseline(chosen: str, groups: Sequence[Group], missing: Sequence[MissingRun]) -> None:
-    """`ValueError` when no table has a method of this name, though there are tables and none of its
+    """`UserError` when no table has a method of this name, though there are tables and none of its
     runs is missing."""
     methods = [method for group in groups for method in group.methods]
     if methods and not _named(methods, chosen) and chosen not in {run.method for run in missing}:
         names = ", ".join(dict.fromkeys(method.name for method in methods))
-        raise ValueError(f"the baseline {chosen!r} is none of the methods; there are {names}.")
+        raise UserError(f"the baseline {chosen!r} is none of the methods; there are {names}.")
 
 
 def _named(methods: Sequence[Method], name: str | None) -> Method | None:

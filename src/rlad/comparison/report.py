@@ -14,6 +14,7 @@ from rlad.comparison.comparison_file import (
 from rlad.comparison.methods import require_baseline
 from rlad.comparison.page import make_page, render_html, render_markdown
 from rlad.comparison.runs import MissingRun, ReportedRun, read_run
+from rlad.errors import UserError
 
 __all__ = [
     "HTML",
@@ -49,7 +50,7 @@ def write_report(
     compared with the one named `baseline`; without it with `grpo`, else with the first of objective
     grpo, else with the first. Earlier reports in the folder are replaced.
 
-    Returns what the report lists as missing. Raises `ValueError` when no run is of the method
+    Returns what the report lists as missing. Raises `UserError` when no run is of the method
     `baseline`, or when the folder cannot be written.
     """
     read = [read_run(run) for run in runs]
@@ -75,7 +76,7 @@ def write_report(
         for name, text in files.items():
             (output / name).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"the report cannot be written to {output} ({error.strerror}); choose another folder."
         ) from None
     return missing

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from rlad.config.file import changed_settings, load_config
 from rlad.config.run import NonNegativeInt, RunConfig
+from rlad.errors import UserError
 from rlad.runs.directory import EVAL, METRICS, RunDirectory
 from rlad.runs.results import ProblemResult, summarise
 from rlad.runs.statistics import Estimate
@@ -188,9 +189,9 @@ def _finished_run(
 ) -> Run:
     tests, ood = (_first_and_last(evaluations, split, config) for split in ("test", "ood"))
     if tests is None:
-        raise ValueError(f"{EVAL} lacks the test before or after training.")
+        raise UserError(f"{EVAL} lacks the test before or after training.")
     if late := [row.step for row in evaluations if row.step > config.optimization.num_steps]:
-        raise ValueError(
+        raise UserError(
             f"{EVAL} has an evaluation of step {late[0]}, but the run has "
             f"{config.optimization.num_steps}."
         )
@@ -210,7 +211,7 @@ def _finished_run(
 
 
 def _read(directory: RunDirectory, name: str, kind: type[Row]) -> list[Row]:
-    """The rows of a file; `ValueError` that names the first one that is not of this kind, or no row
+    """The rows of a file; `UserError` that names the first one that is not of this kind, or no row
     at all."""
     rows: list[Row] = []
     try:
@@ -219,7 +220,7 @@ def _read(directory: RunDirectory, name: str, kind: type[Row]) -> list[Row]:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = f", {'.'.join(map(str, first['loc']))}" if first["loc"] else ""
-        raise ValueError(f"row {len(rows) + 1} of {name}{where}: {first['msg']}.") from None
+        raise UserError(f"row {len(rows) + 1} of {name}{where}: {first['msg']}.") from None
     return rows
 
 
@@ -229,7 +230,7 @@ def _steps(directory: RunDirectory) -> list[dict[str, Any]]:
     steps = [row.model_dump() for row in _read(directory, METRICS, _Step)]
     for number, row in enumerate(steps, start=1):
         if row["step"] != number:
-            raise ValueError(
+            raise UserError(
                 f"row {number} of {METRICS} is of step {row['step']}; there must be one for each "
                 "step."
             )
@@ -239,14 +240,14 @@ def _steps(directory: RunDirectory) -> list[dict[str, Any]]:
 def _first_and_last(
     evaluations: Sequence[_Evaluation], split: str, config: RunConfig
 ) -> tuple[Sequence[ProblemResult], Sequence[ProblemResult]] | None:
-    """Results before and after training; None when there are not both. `ValueError` when they do
+    """Results before and after training; None when there are not both. `UserError` when they do
     not fit together."""
     rows = sorted((row for row in evaluations if row.split == split), key=lambda row: row.step)
     if len(rows) < 2:
         return None
     before, after = rows[0].results, rows[-1].results
     if [(r.index, r.key) for r in before] != [(r.index, r.key) for r in after]:
-        raise ValueError(
+        raise UserError(
             f"the {split} problems in {EVAL} are not the same before and after training."
         )
     for result in (*before, *after):
@@ -258,11 +259,11 @@ def _first_and_last(
 
 def _require_sound(result: ProblemResult, name: str, num_samples: int) -> None:
     if result.num_samples != num_samples:
-        raise ValueError(f"{name} has {result.num_samples} samples instead of {num_samples}.")
+        raise UserError(f"{name} has {result.num_samples} samples instead of {num_samples}.")
     counts = (result.num_correct, result.num_cannot_judge, result.num_truncated)
     tokens = result.mean_completion_tokens
     if min(counts) < 0 or max(counts) > num_samples or not 0 <= tokens < _LARGEST:
-        raise ValueError(f"{name} has counts that {num_samples} samples cannot have.")
+        raise UserError(f"{name} has counts that {num_samples} samples cannot have.")
 
 
 def _split_json(results: Sequence[ProblemResult]) -> dict[str, Any] | None:

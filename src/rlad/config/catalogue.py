@@ -25,6 +25,7 @@ from rlad.config.run import (
 from rlad.config.task import TaskConfig
 from rlad.config.teacher import TeacherConfig
 from rlad.config.types import Annealed
+from rlad.errors import UserError
 
 OBJECTIVES = Path(__file__).parents[1] / "objectives"
 
@@ -58,12 +59,12 @@ def _names(what: str) -> list[str]:
 
 
 def describe(what: str, name: str) -> str:
-    """Documentation and settings of one entry. `ValueError` with the nearest name when there is
+    """Documentation and settings of one entry. `UserError` with the nearest name when there is
     none."""
     if name not in _names(what):
         near = difflib.get_close_matches(name, _names(what), n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(_names(what))}."
-        raise ValueError(f"{name!r} is none of the {what}: {hint}")
+        raise UserError(f"{name!r} is none of the {what}: {hint}")
     if name in PRESETS:
         return f"{_documentation(what, name)}\n\n{tomli_w.dumps(PRESETS[name][1]).strip()}"
     section, config = name if what == "settings" else what.removesuffix("s"), CONFIGS[what][name]

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rlad.config.file import DEFAULT_RUN, parse_config, parse_overrides, read_toml, validated
 from rlad.config.presets import expand_preset, merged
 from rlad.config.run import Count, NonNegativeInt, RunConfig
+from rlad.errors import UserError
 
 DEFAULT_COMPARISON = Path(__file__).parents[1] / "embedded" / "compare.toml"
 
@@ -76,16 +77,16 @@ class CompareConfig(_Section):
             ("tuning.learning_rates", rates),
         ):
             if len(set(values)) < len(values):
-                raise ValueError(
+                raise UserError(
                     f"{name} = {list(values)} holds a value twice; each run needs one of its own"
                 )
         if "seed" in self.shared or "run_dir" in self.shared:
-            raise ValueError(
+            raise UserError(
                 "[shared] sets seed or run_dir, which belong to single runs; use seeds and "
                 "directory"
             )
         if self.baseline is not None and self.baseline not in self.methods:
-            raise ValueError(
+            raise UserError(
                 f"baseline = {self.baseline!r} is none of the methods; there are "
                 f"{', '.join(self.methods)}"
             )
@@ -98,7 +99,7 @@ def load_comparison(
     """The comparison in a TOML file (None: the embedded default) with overrides, and the folder
     that its paths start from.
 
-    Raises `ValueError` with one sentence for each mistake, those of its methods included.
+    Raises `UserError` with one sentence for each mistake, those of its methods included.
     """
     path = DEFAULT_COMPARISON if path is None else Path(path)
     config = validated(CompareConfig, parse_overrides(read_toml(path), overrides or []))
@@ -106,7 +107,7 @@ def load_comparison(
     for name in config.methods:
         folder = folder_name(name)
         if folder in folders or not folder.strip("."):
-            raise ValueError(
+            raise UserError(
                 f"methods {name!r} and {folders.get(folder)!r} would share one folder; rename one "
                 "of them."
             )
@@ -121,7 +122,7 @@ def folder_name(method: str) -> str:
 
 
 def method_config(comparison: CompareConfig, folder: Path, method: str, *, seed: int) -> RunConfig:
-    """The run of one method with one seed. `ValueError` when it is no valid run, or changes the
+    """The run of one method with one seed. `UserError` when it is no valid run, or changes the
     budget of all."""
     changes = comparison.methods[method]
     for section, value in changes.items():
@@ -129,7 +130,7 @@ def method_config(comparison: CompareConfig, folder: Path, method: str, *, seed:
         keys = value if isinstance(value, dict) and allowed is not None else {}
         wrong = [f"{section}.{key}" for key in keys if allowed is not None and key not in allowed]
         if section not in _OF_A_METHOD or wrong:
-            raise ValueError(
+            raise UserError(
                 f"method {method!r} sets {', '.join(wrong) or section}, but all methods share one "
                 "budget; a method may set "
                 "objective, teacher and how it optimises: put the rest into [shared]."
@@ -151,17 +152,17 @@ def method_config(comparison: CompareConfig, folder: Path, method: str, *, seed:
         _require_a_fair_limit(config)
         return config
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             "\n".join(f"method {method!r}: {line}" for line in str(error).splitlines())
         ) from None
 
 
 def _require_a_fair_limit(config: RunConfig) -> None:
-    """`ValueError` when a limit of seconds or teacher tokens means nothing to a method, or
+    """`UserError` when a limit of seconds or teacher tokens means nothing to a method, or
     something else than its steps."""
     loop = config.optimization
     if loop.max_teacher_tokens is not None and not config.needs_teacher:
-        raise ValueError(
+        raise UserError(
             f"objective {config.objective.type!r} uses no teacher, so max_teacher_tokens would not "
             "end it; leave the method "
             "out, or compare under the same num_steps or max_seconds."
@@ -177,7 +178,7 @@ def _require_a_fair_limit(config: RunConfig) -> None:
         else ""
     )
     if limits and planned:
-        raise ValueError(
+        raise UserError(
             f"{planned} is planned over num_steps, which {limits[0]} may end early; give the "
             "comparison num_steps alone, or "
             "this method a constant schedule and another objective."

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from rlad.config.presets import PRESETS, expand_preset
 from rlad.config.run import RunConfig
+from rlad.errors import UserError
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -29,7 +30,7 @@ def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -
 
     A run directory stands for the config in it, and is then the `run_dir`, wherever it was moved.
     `section=name` selects another objective, task or teacher by its type and replaces that whole
-    section. Raises `ValueError` with one sentence for each mistake.
+    section. Raises `UserError` with one sentence for each mistake.
     """
     path = DEFAULT_RUN if path is None else Path(path)
     if (path / CONFIG).is_file():
@@ -40,7 +41,7 @@ def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -
 
 
 def parse_overrides(table: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """`table` with `key.path=value` overrides applied to it; `ValueError` for one that is not of
+    """`table` with `key.path=value` overrides applied to it; `UserError` for one that is not of
     that form.
 
     A preset among them changes what the table says; the other overrides change the preset.
@@ -64,17 +65,17 @@ def parse_overrides(table: dict[str, Any], overrides: Sequence[str]) -> dict[str
 
 
 def parse_config(table: dict[str, Any]) -> RunConfig:
-    """A validated run from nested dictionaries, presets spelled out; `ValueError` with one sentence
+    """A validated run from nested dictionaries, presets spelled out; `UserError` with one sentence
     for each mistake."""
     return validated(RunConfig, expand_preset(table))
 
 
 def validated(model: type[Model], table: dict[str, Any]) -> Model:
-    """`table` as a config of this kind; `ValueError` with one sentence for each mistake."""
+    """`table` as a config of this kind; `UserError` with one sentence for each mistake."""
     try:
         return model.model_validate(table)
     except ValidationError as error:
-        raise ValueError("\n".join(_sentences(model, error.errors(include_url=False)))) from None
+        raise UserError("\n".join(_sentences(model, error.errors(include_url=False)))) from None
 
 
 def dump_config(config: RunConfig) -> str:
@@ -110,17 +111,17 @@ def differing_settings(found: RunConfig, wanted: RunConfig) -> list[str]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file; `ValueError` with one sentence when it cannot be read."""
+    """The tables of a TOML file; `UserError` with one sentence when it cannot be read."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"config {path} cannot be read ({error.strerror}); give the path of a TOML file or of "
             "a run directory, "
             "or none for the embedded example."
         ) from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"config {path} is not valid TOML: {error}; mend that line.") from None
+        raise UserError(f"config {path} is not valid TOML: {error}; mend that line.") from None
 
 
 def _type_first(table: dict[str, Any]) -> dict[str, Any]:
@@ -142,7 +143,7 @@ def _flat(table: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
 def _apply(table: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
-        raise ValueError(
+        raise UserError(
             f"override {override!r} is not of the form key.path=value, for example "
             "optimization.num_steps=50."
         )
@@ -154,7 +155,7 @@ def _apply(table: dict[str, Any], override: str) -> None:
     for section in sections:
         table = table.setdefault(section, {})
         if not isinstance(table, dict):
-            raise ValueError(f"override {override!r}: {section} is a single value, not a section.")
+            raise UserError(f"override {override!r}: {section} is a single value, not a section.")
     present = table.get(key)
     names_a_type = isinstance(present, dict) or (
         not sections and key in ("objective", "task", "teacher")

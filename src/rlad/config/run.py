@@ -27,6 +27,7 @@ from rlad.config.types import (
     Section,
     ShareBelowOne,
 )
+from rlad.errors import UserError
 
 # --- models -----------------------------------------------------------------------------------------------------------
 
@@ -204,20 +205,20 @@ class RunConfig(Section):
     def _fits_together(self) -> "RunConfig":
         loop, rollout = self.optimization, self.rollout
         if rollout.prompts_per_batch % loop.steps_per_rollout_batch:
-            raise ValueError(
+            raise UserError(
                 f"rollout.prompts_per_batch = {rollout.prompts_per_batch} is no multiple of "
                 f"optimization.steps_per_rollout_batch = {loop.steps_per_rollout_batch}, but every "
                 "optimiser step takes the "
                 "same number of prompts; change one of them"
             )
         if self.teacher is None and self.needs_teacher:
-            raise ValueError(
+            raise UserError(
                 f"objective {self.objective.type!r} needs a teacher; add a [teacher] section with "
                 "its model, or set "
                 "objective=grpo"
             )
         if self.engine.type == "trl":
-            raise ValueError(
+            raise UserError(
                 "engine.type = 'trl' is not available: a run is trained by engine.type = 'native'; "
                 "on several GPUs use "
                 "rlad.engines.trl.trainer.RLADTrainer in a script of your own (docs/trl.md)"

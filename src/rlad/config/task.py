@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from rlad.config.types import Positive, Section
+from rlad.errors import UserError
 
 
 class KnightsAndKnavesConfig(Section):
@@ -120,7 +121,7 @@ def with_changes(task: TaskConfig, changes: dict[str, Any], where: str) -> TaskC
     """A task with some settings changed; of several, those tasks alone that `changes` names. With
     another `type` it is that task, and nothing of the first.
 
-    Raises `ValueError` with one sentence about the key below `where` that does not fit.
+    Raises `UserError` with one sentence about the key below `where` that does not fit.
     """
     is_another = changes.get("type", task.type) != task.type
     if isinstance(task, SeveralTasksConfig) and not is_another:
@@ -129,7 +130,7 @@ def with_changes(task: TaskConfig, changes: dict[str, Any], where: str) -> TaskC
             isinstance(changed, dict) for changed in named.values()
         )
         if not (named and are_settings and named.keys() <= task.tasks.keys()):
-            raise ValueError(
+            raise UserError(
                 f"{where} is {changes}: for a task of type 'several' it is "
                 f"{{ tasks = {{ NAME = {{ ... }} }} }}, with names "
                 f"among {', '.join(task.tasks)}"
@@ -147,6 +148,6 @@ def with_changes(task: TaskConfig, changes: dict[str, Any], where: str) -> TaskC
         first = error.errors()[0]
         named_type = changes.get("type", task.type)
         key = ".".join(str(part) for part in (where, *first["loc"]) if part != named_type)
-        raise ValueError(
+        raise UserError(
             f"{key} does not fit a task of type {named_type!r}: {first['msg']}"
         ) from None

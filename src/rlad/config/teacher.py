@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator, mo
 
 from rlad.config.template import template_names
 from rlad.config.types import Count, NonNegativeInt, Positive, Section, Share
+from rlad.errors import UserError
 
 
 class LocalTeacherConfig(Section):
@@ -37,14 +38,14 @@ class LocalTeacherConfig(Section):
     @model_validator(mode="after")
     def _can_be_quantized(self) -> "LocalTeacherConfig":
         if self.quantization != "none" and self.random_weights:
-            raise ValueError("random_weights are not quantised; set quantization = 'none'")
+            raise UserError("random_weights are not quantised; set quantization = 'none'")
         if self.quantization == "int4" and self.dtype != "bfloat16":
-            raise ValueError(
+            raise UserError(
                 f"quantization = 'int4' computes in bfloat16, but dtype is {self.dtype!r}; set "
                 "dtype = 'bfloat16'"
             )
         if self.quantization == "int4" and self.keep == "cpu":
-            raise ValueError(
+            raise UserError(
                 "quantization = 'int4' packs weights for the GPU, where they stay; set keep = "
                 "'gpu', or take int8"
             )
@@ -75,7 +76,7 @@ class AdapterTeacherConfig(Section):
 
 
 def _server_url(url: str) -> str:
-    """The address without a slash at its end. `ValueError` without scheme and host, or with a
+    """The address without a slash at its end. `UserError` without scheme and host, or with a
     password or query in it."""
     try:
         parts = urlsplit(url)
@@ -83,9 +84,9 @@ def _server_url(url: str) -> str:
     except ValueError:  # a port that is no number
         is_address = False
     if not is_address or not url.isprintable() or " " in url:
-        raise ValueError("it must be an address such as http://127.0.0.1:8000/v1")
+        raise UserError("it must be an address such as http://127.0.0.1:8000/v1")
     if "@" in parts.netloc or parts.query or parts.fragment:
-        raise ValueError(
+        raise UserError(
             "it may hold no user, password, query or fragment, as it is stored with the run; put a "
             "key into the environment "
             "variable that api_key_variable names"
@@ -95,7 +96,7 @@ def _server_url(url: str) -> str:
 
 def _variable_name(name: str) -> str:
     if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
-        raise ValueError(
+        raise UserError(
             "it must be the name of an environment variable, in capitals, not the key itself; "
             "correct it"
         )
@@ -140,7 +141,7 @@ class ServedTeacherConfig(Section):
     @model_validator(mode="after")
     def _urls_differ(self) -> "ServedTeacherConfig":
         if len(set(self.urls)) < len(self.urls):
-            raise ValueError("urls names a replica twice; name each once")
+            raise UserError("urls names a replica twice; name each once")
         return self
 
     @property
@@ -164,12 +165,12 @@ class SeveralTeachersConfig(Section):
     @model_validator(mode="after")
     def _weights_name_teachers(self) -> "SeveralTeachersConfig":
         if unknown := sorted(set(self.weights) - set(self.teachers)):
-            raise ValueError(
+            raise UserError(
                 f"weights names {unknown[0]!r}, which is none of its teachers "
                 f"{', '.join(self.teachers)}"
             )
         if self.weights and self.combine != "mixture":
-            raise ValueError("weights belong to combine = 'mixture'; leave them out, or set it")
+            raise UserError("weights belong to combine = 'mixture'; leave them out, or set it")
         return self
 
     @property
@@ -212,15 +213,13 @@ class PrivilegedTeacherConfig(Section):
     @classmethod
     def _shows_the_prompt(cls, template: str) -> str:
         if "prompt" not in template_names(template):
-            raise ValueError(
-                "it has no {prompt}, so the teacher would not see the question; add it"
-            )
+            raise UserError("it has no {prompt}, so the teacher would not see the question; add it")
         return template
 
     @model_validator(mode="after")
     def _is_told_once(self) -> "PrivilegedTeacherConfig":
         if any(one.type == "privileged" for one in with_those_inside(self.teacher)):
-            raise ValueError(
+            raise UserError(
                 "its teacher is privileged too, and would make its own prompt; write one template"
             )
         return self

@@ -4,28 +4,30 @@ nothing. Imports no torch."""
 from collections.abc import Mapping
 from string import Formatter
 
+from rlad.errors import UserError
+
 
 def template_parts(template: str) -> list[tuple[str, str | None]]:
     """Text and the name behind it (None behind the last), with `{{` and `}}` for braces themselves.
 
-    Raises `ValueError` for a brace without its partner, and for a format or conversion behind a
+    Raises `UserError` for a brace without its partner, and for a format or conversion behind a
     name.
     """
     try:
         parts = list(Formatter().parse(template))
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"its braces do not match ({error}); write {{{{ and }}}} for braces that the teacher "
             "shall see"
         ) from None
     for _, name, spec, conversion in parts:
         if spec or conversion:
-            raise ValueError(f"{{{name}}} has a format behind its name; write {{{name}}} alone")
+            raise UserError(f"{{{name}}} has a format behind its name; write {{{name}}} alone")
     return [(text, name) for text, name, _, _ in parts]
 
 
 def template_names(template: str) -> set[str]:
-    """The names that a template wants. `ValueError` as in `template_parts`."""
+    """The names that a template wants. `UserError` as in `template_parts`."""
     return {name for _, name in template_parts(template) if name is not None}
 
 

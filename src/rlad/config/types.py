@@ -6,6 +6,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from rlad.errors import UserError
+
 # Strict: 1 is a float, but "1", true and 1.0 are no int.
 Number = Annotated[float, Field(strict=True)]
 Positive = Annotated[float, Field(strict=True, gt=0)]
@@ -36,7 +38,7 @@ class Annealed(Section):
             or self.end == self.start
             or (self.end > self.start) != (self.change_per_step > 0)
         ):
-            raise ValueError(
+            raise UserError(
                 f"change_per_step {self.change_per_step} does not lead from start {self.start} to "
                 f"end {self.end}"
             )
@@ -51,7 +53,7 @@ def _between(low: float, high: float) -> Callable[[Annealed], Annealed]:
     def check(knob: Annealed) -> Annealed:
         for name, value in (("start", knob.start), ("end", knob.end)):
             if not low <= value <= high:
-                raise ValueError(f"its {name} is {value}; it must lie in [{low:g}, {high:g}]")
+                raise UserError(f"its {name} is {value}; it must lie in [{low:g}, {high:g}]")
         return knob
 
     return check

@@ -60,7 +60,7 @@ class Engine(Protocol):
 
     def restore(self, folder: Path, *, run_digest: str) -> None:
         """Bring a new engine, whose student was loaded from `folder`, to the state saved there;
-        `ValueError` if it cannot."""
+        `UserError` if it cannot."""
         ...
 
 

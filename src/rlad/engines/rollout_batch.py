@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from rlad.errors import UserError
 from rlad.rollouts.types import Metrics, Rollout, RolloutGroup
 from rlad.tasks import Task, Verdict
 from rlad.teachers.base import TeacherRequest
@@ -89,12 +90,12 @@ def by_rollout(values: Sequence[Tensor], batch: RolloutBatch, rows: Sequence[int
     """The scores of the rollouts `rows` in a list over all rollouts of the batch; empty tensors for
     the others.
 
-    Raises `ValueError` when a completion did not get one score per token.
+    Raises `UserError` when a completion did not get one score per token.
     """
     completions, results = batch.completions, [torch.empty(0)] * len(batch.rollouts)
     for i, value in zip(rows, values, strict=True):
         if len(value) != len(completions[i]):
-            raise ValueError(
+            raise UserError(
                 f"rollout {i} has {len(completions[i])} tokens but {len(value)} log-probs came "
                 "back for it; "
                 "a teacher must give one for each token, NaN where it has none."

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 
 from rlad.config.file import load_config
-from rlad.errors import RunFailedError
+from rlad.errors import RunFailedError, UserError
 from rlad.models.adapters import merge_adapter
 from rlad.models.loading import LanguageModel
 from rlad.models.saving import save_model
@@ -30,24 +30,24 @@ def export_model(
 
     `checkpoint` is `best` (on validation problems), `last` or a step. `output` is a new folder, by
     default `<run_dir>-model`. The weights are those of training in float32, an adapter added to its
-    base model, rounded at the end where `dtype` says so. Raises `ValueError` for a user's mistake,
+    base model, rounded at the end where `dtype` says so. Raises `UserError` for a user's mistake,
     `RunFailedError` when the folder cannot be written.
     """
     run = RunDirectory(Path(run_dir))
     if not run.exists():
-        raise ValueError(
+        raise UserError(
             f"there is no run in {run_dir}; give the directory of a run, as `rlad train` names it "
             "at its end."
         )
     folder = output or run.path.resolve().with_name(f"{run.path.resolve().name}-model")
     if file_format == "gguf":
-        raise ValueError(
+        raise UserError(
             "GGUF is written by llama.cpp, whose converter is a script and no package; export with "
             "--format hf, and in a clone "
             f"of llama.cpp run: python convert_hf_to_gguf.py {folder} --outfile {folder}.gguf"
         )
     if folder.exists() or folder.is_symlink() or not folder.parent.is_dir():
-        raise ValueError(
+        raise UserError(
             f"--output {folder} exists already or has no folder to lie in; give a new folder."
         )
     student = _merged_student(run, _chosen(run, checkpoint), getattr(torch, dtype))
@@ -70,13 +70,13 @@ def _chosen(run: RunDirectory, which: str) -> Path:
     )  # of two at one step the one that holds the student alone
     if not which.isdecimal() or int(which) not in found:
         steps = ", ".join(map(str, sorted(found))) or "none"
-        raise ValueError(
+        raise UserError(
             f"--checkpoint {which} is no checkpoint of {run.path}; use best, last, or one of its "
             f"steps: {steps}."
         )
     path = found[int(which)]
     if reason := damage(path):
-        raise ValueError(f"checkpoint {path} is damaged ({reason}); choose another one.")
+        raise UserError(f"checkpoint {path} is damaged ({reason}); choose another one.")
     return path
 
 

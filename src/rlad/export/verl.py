@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from rlad.config.file import CONFIG, dump_config
 from rlad.config.run import RunConfig
 from rlad.config.task import JsonlConfig
+from rlad.errors import UserError
 from rlad.export.verl_command import (
     Cluster,
     InFolder,
@@ -31,11 +32,11 @@ _IS_BARE = re.compile(r"[A-Za-z_/][\w./:-]*")  # what Hydra reads as text withou
 def export_verl(config: RunConfig, folder: Path, cluster: Cluster) -> Path:
     """Write the folder, which must be new or empty, and return the path of its command.
 
-    Raises `ValueError` for what verl would train differently, and when a package is missing.
+    Raises `UserError` for what verl would train differently, and when a package is missing.
     """
     require_exportable(config, cluster)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there already and not empty; choose another --output.")
+        raise UserError(f"{folder} is there already and not empty; choose another --output.")
     tokenizer = load_tokenizer(config.student.model)
     template = (
         _plain_template(tokenizer) if is_plain(tokenizer, config.rollout.prompt_format) else None
@@ -54,7 +55,7 @@ def export_verl(config: RunConfig, folder: Path, cluster: Cluster) -> Path:
     )
     limit = config.rollout.max_prompt_tokens
     if limit is not None and longest > limit:
-        raise ValueError(
+        raise UserError(
             f"a prompt has {longest} tokens, but rollout.max_prompt_tokens is {limit}; raise it."
         )
     keys = overrides(config, cluster, prompt_tokens=longest, chat_template=template)
@@ -105,7 +106,7 @@ def _table(rows: list[dict[str, Any]]) -> bytes:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        raise ValueError(
+        raise UserError(
             "verl reads Parquet files, for which pyarrow is needed: pip install 'rlad[datasets]'."
         ) from None
     sink = pa.BufferOutputStream()
@@ -153,7 +154,7 @@ def _plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
 def _num_prompt_tokens(
     tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], config: RunConfig, template: str | None
 ) -> int:
-    """Tokens of a prompt. `ValueError` when verl would give the student other tokens than rlad."""
+    """Tokens of a prompt. `UserError` when verl would give the student other tokens than rlad."""
     messages, variables = row["prompt"], config.rollout.chat_template_kwargs
     ours = prompt_token_ids(
         tokenizer, tuple((m["role"], m["content"]) for m in messages), config.rollout
@@ -163,7 +164,7 @@ def _num_prompt_tokens(
     )
     theirs = tokenizer(str(text), add_special_tokens=False)["input_ids"]
     if ours != theirs:
-        raise ValueError(
+        raise UserError(
             f"verl would turn the prompt {messages[-1]['content'][:60]!r} into other tokens than "
             f"rlad ({theirs[:5]}... "
             f"instead of {ours[:5]}...); use a tokenizer with a chat template and "

@@ -10,6 +10,7 @@ from rlad.config.run import OptimizationConfig, RolloutConfig, RunConfig
 from rlad.config.teacher import LocalTeacherConfig
 from rlad.config.types import Annealed
 from rlad.engines.verl.objective import NAMES, VARIABLE, objective_json
+from rlad.errors import UserError
 from rlad.models.files import located
 
 AGGREGATION = {
@@ -41,26 +42,26 @@ class InFolder:
 
 
 def require_exportable(config: RunConfig, cluster: Cluster) -> None:
-    """`ValueError` with one sentence for what verl would train differently, or not at all."""
+    """`UserError` with one sentence for what verl would train differently, or not at all."""
     _require_objective(config)
     loop, student = config.optimization, config.student
     if loop.schedule == "linear":
-        raise ValueError(
+        raise UserError(
             "optimization.schedule = 'linear' is not available on verl; use constant or cosine."
         )
     if isinstance(loop.kl_coef, Annealed):
-        raise ValueError(
+        raise UserError(
             "optimization.kl_coef moves with the step, which verl's does not; give one number."
         )
     for name, field in type(student).model_fields.items():
         if name not in _STUDENT_SETTINGS and getattr(student, name) != field.default:
-            raise ValueError(
+            raise UserError(
                 f"student.{name} is not exported to verl; leave it out, or use another engine."
             )
     gpus = cluster.gpus_per_node * cluster.nodes
     for what, number in _rows(config).items():
         if number % gpus:
-            raise ValueError(
+            raise UserError(
                 f"{what} holds {number} completions, which {gpus} GPUs cannot share equally; "
                 "change rollout.prompts_per_batch, "
                 "rollout.group_size or --gpus-per-node and --nodes."
@@ -71,13 +72,13 @@ def _require_objective(config: RunConfig) -> None:
     objective, teacher, temperature = config.objective, config.teacher, config.rollout.temperature
     if objective.type == "grpo":
         if objective.ratio_level != "token":
-            raise ValueError(
+            raise UserError(
                 "objective.ratio_level = 'sequence' is not exported for grpo, for which verl's own "
                 "loss is taken; use 'token'."
             )
         return
     if objective.type not in NAMES:
-        raise ValueError(
+        raise UserError(
             f"objective {objective.type!r} is not available on verl; use one of grpo, "
             f"{', '.join(NAMES)}, or the native engine."
         )
@@ -87,13 +88,13 @@ def _require_objective(config: RunConfig) -> None:
         or teacher.random_weights
         or teacher.quantization != "none"
     ):
-        raise ValueError(
+        raise UserError(
             "the [teacher] must be of type 'local', with its own weights and without quantization: "
             "verl starts the servers of "
             "the teacher itself, from a model's folder or name."
         )
     if temperature != 1:
-        raise ValueError(
+        raise UserError(
             f"rollout.temperature is {temperature}, but verl's teacher always scores at 1; set it "
             "to 1, or use another engine."
         )

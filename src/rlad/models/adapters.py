@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from rlad.config.run import LoraConfig
+from rlad.errors import UserError
 from rlad.models.files import read_adapter_config, require_peft, resolvable, unreadable
 
 STUDENT = "default"
@@ -35,7 +36,7 @@ def add_lora(model: PreTrainedModel, settings: LoraConfig, *, base: str, seed: i
     """A new adapter that changes nothing yet: B = 0 and A drawn by PEFT from `seed`. It alone is
     trainable.
 
-    Call it on the CPU: A does not depend on the device then. Raises `ValueError` for target modules
+    Call it on the CPU: A does not depend on the device then. Raises `UserError` for target modules
     that are not there.
     """
     import peft
@@ -52,7 +53,7 @@ def add_lora(model: PreTrainedModel, settings: LoraConfig, *, base: str, seed: i
     try:
         _inject(model, config, STUDENT)
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"student.lora.target_modules = {targets!r} does not fit model {base!r} "
             f"({str(error).splitlines()[0]}); name "
             'linear layers of it such as ["q_proj", "v_proj"], or take "all-linear".'
@@ -68,7 +69,7 @@ def add_lora(model: PreTrainedModel, settings: LoraConfig, *, base: str, seed: i
 def load_adapter(model: PreTrainedModel, folder: str, name: str = STUDENT) -> None:
     """Add the adapter of a folder. It becomes the active and the only trainable one.
 
-    Raises `ValueError` when the folder is damaged or its adapter does not fit the model.
+    Raises `UserError` when the folder is damaged or its adapter does not fit the model.
     """
     import peft
 
@@ -176,30 +177,30 @@ def only_adapter(model: PreTrainedModel, name: str | None) -> Iterator[None]:
 
 
 def require_shareable(folder: str, base_config: PretrainedConfig) -> None:
-    """`ValueError` unless the folder holds a LoRA adapter that leaves base weights as they are and
+    """`UserError` unless the folder holds a LoRA adapter that leaves base weights as they are and
     fits this base model."""
     config = read_adapter_config(folder)
     init = config.get("init_lora_weights")
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"it is a {config.get('peft_type')} adapter; {_only_lora(folder)}")
+        raise UserError(f"it is a {config.get('peft_type')} adapter; {_only_lora(folder)}")
     if (
         config.get("modules_to_save")
         or config.get("bias", "none") != "none"
         or config.get("trainable_token_indices")
     ):
-        raise ValueError(
+        raise UserError(
             "it replaces weights of the base model (modules_to_save, bias or tokens); "
             f"{_only_lora(folder)}"
         )
     if isinstance(init, str) and init.startswith(_CHANGE_THE_BASE):
-        raise ValueError(
+        raise UserError(
             f"its init_lora_weights = {init!r} changes the base weights; {_only_lora(folder)}"
         )
     _require_shapes(folder, base_config, "the student's base model")
 
 
 def require_loadable(folder: str, base_config: PretrainedConfig) -> None:
-    """`ValueError` unless an adapter's folder is whole and of a type that PEFT adds to a model; a
+    """`UserError` unless an adapter's folder is whole and of a type that PEFT adds to a model; a
     LoRA must fit its base."""
     require_peft(f"adapter {folder!r}")
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -217,7 +218,7 @@ def require_loadable(folder: str, base_config: PretrainedConfig) -> None:
         or not issubclass(tuner, BaseTuner)
         or getattr(tuner, "uses_shared_state", False)
     ):
-        raise ValueError(
+        raise UserError(
             f"adapter {folder!r} has peft_type = {peft_type!r}, which the installed peft cannot "
             "add to a model; give a LoRA "
             "adapter, or merge it into its base model first."
@@ -229,7 +230,7 @@ def require_loadable(folder: str, base_config: PretrainedConfig) -> None:
 
 
 def _require_shapes(folder: str, base_config: PretrainedConfig, base: str) -> None:
-    """`ValueError` unless the tensors of a LoRA folder fit the model of a config, which is not
+    """`UserError` unless the tensors of a LoRA folder fit the model of a config, which is not
     loaded."""
     import peft
 
@@ -243,7 +244,7 @@ def _require_shapes(folder: str, base_config: PretrainedConfig, base: str) -> No
             )
             _inject(model, config, STUDENT)
         except (ValueError, TypeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"adapter {folder!r} does not fit {base} ({str(error).splitlines()[0]})."
             ) from None
     require_fit(folder, shapes, _weights(model, STUDENT))
@@ -254,14 +255,14 @@ def _only_lora(folder: str) -> str:
 
 
 def require_fit(folder: str, saved: dict[str, tuple[int, ...]], wanted: dict[str, Tensor]) -> None:
-    """`ValueError` unless a folder's tensors have the names and shapes that its adapter has in the
+    """`UserError` unless a folder's tensors have the names and shapes that its adapter has in the
     base model."""
     shapes = {key: tuple(tensor.shape) for key, tensor in wanted.items()}
     if differing := sorted(
         key for key in shapes.keys() | saved.keys() if shapes.get(key) != saved.get(key)
     ):
         first = differing[0]
-        raise ValueError(
+        raise UserError(
             f"the weights of adapter {folder!r} do not fit: {len(differing)} tensors differ, the "
             f"first is {first!r} with shape "
             f"{saved.get(first, 'missing')} instead of {shapes.get(first, 'none')}; its base "
@@ -270,7 +271,7 @@ def require_fit(folder: str, saved: dict[str, tuple[int, ...]], wanted: dict[str
 
 
 def read_weights(folder: str) -> dict[str, Tensor]:
-    """The tensors of an adapter folder, by their name in the model. `ValueError` when they cannot
+    """The tensors of an adapter folder, by their name in the model. `UserError` when they cannot
     be read."""
     try:
         return {
@@ -278,18 +279,17 @@ def read_weights(folder: str) -> dict[str, Tensor]:
             for key, tensor in load_file(Path(folder) / WEIGHTS).items()
         }
     except (OSError, SafetensorError) as error:
-        raise ValueError(unreadable(folder, WEIGHTS, error)) from None
+        raise UserError(unreadable(folder, WEIGHTS, error)) from None
 
 
 def _read_shapes(folder: str) -> dict[str, tuple[int, ...]]:
     try:
         with safe_open(Path(folder) / WEIGHTS, framework="pt") as file:
             return {
-                key.removeprefix(PREFIX): tuple(file.get_slice(key).get_shape())
-                for key in file.keys()
+                key.removeprefix(PREFIX): tuple(file.get_slice(key).get_shape()) for key in file
             }
     except (OSError, SafetensorError) as error:
-        raise ValueError(unreadable(folder, WEIGHTS, error)) from None
+        raise UserError(unreadable(folder, WEIGHTS, error)) from None
 
 
 def _inject(model: PreTrainedModel, config: Any, name: str) -> None:

@@ -29,7 +29,7 @@ _TOKENIZER_CLASSES = {
 
 
 def config_of(name: str) -> Any:
-    """The config of a model, its own or transformers', both with the same names. `ValueError` when
+    """The config of a model, its own or transformers', both with the same names. `UserError` when
     `name` is no model."""
     config = plain_config(name)
     if config is None:
@@ -40,7 +40,7 @@ def config_of(name: str) -> Any:
 
 
 def tokenizer_of(name: str) -> AnyTokenizer:
-    """A tokenizer for prompts and comparisons. `ValueError` when there is none or it cannot be
+    """A tokenizer for prompts and comparisons. `UserError` when there is none or it cannot be
     loaded."""
     tokenizer = plain_tokenizer(name) or _of_known_class(name)
     if tokenizer is None:

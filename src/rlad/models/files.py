@@ -15,6 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from rlad.errors import UserError
 from rlad.models.packaged import prepared_folder
 
 EMBEDDED = {
@@ -41,16 +42,16 @@ def is_adapter(name: str) -> bool:
 
 
 def adapter_base(folder: str) -> str:
-    """The base model that an adapter folder names. `ValueError` when it names none, or an
+    """The base model that an adapter folder names. `UserError` when it names none, or an
     adapter."""
     base = read_adapter_config(folder).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise ValueError(
+        raise UserError(
             f"adapter {folder!r} does not name its base model; write base_model_name_or_path into "
             f"its {ADAPTER_CONFIG}."
         )
     if is_adapter(base):
-        raise ValueError(
+        raise UserError(
             f"adapter {folder!r} stands on {base!r}, another adapter; merge that one into its base "
             "model first."
         )
@@ -58,13 +59,13 @@ def adapter_base(folder: str) -> str:
 
 
 def read_adapter_config(folder: str) -> dict[str, Any]:
-    """The settings in an adapter's folder. `ValueError` when they cannot be read."""
+    """The settings in an adapter's folder. `UserError` when they cannot be read."""
     try:
         config = json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(unreadable(folder, ADAPTER_CONFIG, error)) from None
+        raise UserError(unreadable(folder, ADAPTER_CONFIG, error)) from None
     if not isinstance(config, dict):
-        raise ValueError(unreadable(folder, ADAPTER_CONFIG, "no JSON object"))
+        raise UserError(unreadable(folder, ADAPTER_CONFIG, "no JSON object"))
     return config
 
 
@@ -89,7 +90,7 @@ def files_of(name: str) -> Path | str:
 
 
 def located(name: str) -> Path | str:
-    """The folder of an embedded or a packaged model; every other name as it is. `ValueError` for
+    """The folder of an embedded or a packaged model; every other name as it is. `UserError` for
     one that is not prepared."""
     return EMBEDDED.get(name) or prepared_folder(name) or name
 
@@ -109,25 +110,25 @@ def has_weights(folder: Path) -> bool:
 
 
 def require_weights(name: str) -> None:
-    """`ValueError` for a model folder without weights. Says nothing of a Hugging Face name."""
+    """`UserError` for a model folder without weights. Says nothing of a Hugging Face name."""
     folder = Path(files_of(name))
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         if pickles := sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES):
-            raise ValueError(
+            raise UserError(
                 f"model folder {name!r} has its weights in {pickles[0]}, a pickle, which may run "
                 "code when it is read; convert "
                 "it to safetensors, where you trust it, with `save_pretrained`."
             )
-        raise ValueError(
+        raise UserError(
             f"model folder {name!r} has no *.safetensors file; save its weights there with "
             "`save_pretrained`."
         )
 
 
 def require_peft(what: str) -> None:
-    """`ValueError` unless peft is installed; `what` needs it."""
+    """`UserError` unless peft is installed; `what` needs it."""
     if importlib.util.find_spec("peft") is None:
-        raise ValueError(
+        raise UserError(
             f"{what} needs peft, which is not installed; install it with: pip install 'rlad[peft]'."
         )
 
@@ -179,7 +180,7 @@ def end_token_ids(
     """Every end token that a model or its tokenizer declares (chat models have more than one), and
     `more`.
 
-    `ValueError` without any, and for one that the tokenizer does not know.
+    `UserError` without any, and for one that the tokenizer does not know.
     """
     declared = getattr(generation, "eos_token_id", None)
     declared = (
@@ -190,7 +191,7 @@ def end_token_ids(
         ids.append(tokenizer.eos_token_id)
     ids += [token_id(tokenizer, token, "student.end_tokens") for token in more]
     if not ids:
-        raise ValueError(
+        raise UserError(
             f"model {tokenizer.name_or_path!r} declares no end token; set `eos_token` in its "
             "tokenizer."
         )
@@ -198,10 +199,10 @@ def end_token_ids(
 
 
 def token_id(tokenizer: Any, token: str, setting: str) -> int:
-    """The id of one token by its string. `ValueError` when the tokenizer has no such token."""
+    """The id of one token by its string. `UserError` when the tokenizer has no such token."""
     found = tokenizer.get_vocab().get(token)
     if found is None:
-        raise ValueError(
+        raise UserError(
             f"{setting} names {token!r}, which is no single token of {tokenizer.name_or_path!r}; "
             "correct it."
         )
@@ -222,7 +223,7 @@ def num_stored_weights(name: str) -> int | None:
     try:
         for file in files:
             with safe_open(folder / file, framework="np") as tensors:
-                shapes |= {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}
+                shapes |= {key: tensors.get_slice(key).get_shape() for key in tensors}
     except (OSError, SafetensorError):
         return None
     # Buffers, and a tied output layer that was stored all the same, are no weights of their own.

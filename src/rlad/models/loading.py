@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from rlad.config.run import LoraConfig
+from rlad.errors import UserError
 from rlad.models.adapters import add_lora, load_adapter
 from rlad.models.files import (
     EMBEDDED,
@@ -66,7 +67,7 @@ class LanguageModel:
 
 
 def pick_device(device: str) -> torch.device:
-    """The torch device for a `device` setting; `auto` is the GPU where there is one. `ValueError`
+    """The torch device for a `device` setting; `auto` is the GPU where there is one. `UserError`
     when it cannot be used."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -78,7 +79,7 @@ def pick_device(device: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         picked, why = None, _first_line(error)
     if picked is None or picked.type not in _DEVICES:
-        raise ValueError(
+        raise UserError(
             f"device {device!r} cannot be used on this machine ({why}); use 'auto', 'cpu', or for "
             "a GPU 'cuda' or 'cuda:0'."
         )
@@ -86,7 +87,7 @@ def pick_device(device: str) -> torch.device:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; `ValueError` when there is none or it cannot be loaded. An adapter
+    """The tokenizer of a model; `UserError` when there is none or it cannot be loaded. An adapter
     may have its own."""
     load_model_config(name)
     try:
@@ -95,14 +96,14 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         _refuse_code(name, error)
-        raise ValueError(
+        raise UserError(
             f"no tokenizer can be loaded from {name!r} ({_first_line(error)}); a model folder "
             "needs tokenizer.json or the "
             "tokenizer files of its family: save the tokenizer beside the model with "
             "`tokenizer.save_pretrained(folder)`."
         ) from None
     if not len(tokenizer):
-        raise ValueError(
+        raise UserError(
             f"the tokenizer of {name!r} is empty; save the right one with "
             "`tokenizer.save_pretrained(folder)`."
         )
@@ -110,10 +111,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def load_model_config(name: str) -> PretrainedConfig:
-    """What a model says of itself, without its weights. `ValueError` when `name` is no model."""
+    """What a model says of itself, without its weights. `UserError` when `name` is no model."""
     base = base_model(name)
     if base.startswith("embedded/") and base not in EMBEDDED:
-        raise ValueError(
+        raise UserError(
             f"model {base!r} is unknown; the embedded models are {', '.join(EMBEDDED)}."
         )
     where = located(base)
@@ -126,7 +127,7 @@ def load_model_config(name: str) -> PretrainedConfig:
             if base == name
             else f"model {base!r}, on which adapter {name!r} stands,"
         )
-        raise ValueError(
+        raise UserError(
             f"{what} cannot be found or read ({_first_line(error)}); give a folder that "
             "`save_pretrained` wrote, or a "
             "Hugging Face name that is in the cache or can be downloaded."
@@ -145,7 +146,7 @@ def load_language_model(
     quantization: Any = None,
     end_tokens: Sequence[str] = (),
 ) -> LanguageModel:
-    """The model and its tokenizer, ready to sample and score. `ValueError` with one sentence when
+    """The model and its tokenizer, ready to sample and score. `UserError` with one sentence when
     that cannot be.
 
     A `trainable` model keeps float32 weights and only computes in `dtype`: the small updates of RL
@@ -186,7 +187,7 @@ def load_language_model(
     pad = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else eos[0]
     loaded = LanguageModel(name, model.to(where).eval(), tokenizer, eos, pad, compute_dtype)
     if len(tokenizer) > loaded.vocabulary:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer of {name!r} has {len(tokenizer)} tokens but the model only "
             f"{loaded.vocabulary} embeddings; "
             "this tokenizer belongs to another model."
@@ -215,14 +216,14 @@ def _load_weights(name: str, dtype: torch.dtype, quantization: Any, device: torc
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         _refuse_code(name, error)
-        raise ValueError(
+        raise UserError(
             f"no causal language model can be loaded from {name!r} ({_first_line(error)}); give a "
             "Hugging Face name, "
             "or a folder with config.json and model.safetensors."
         ) from None
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
-        raise ValueError(
+        raise UserError(
             f"the weights of {name!r} lack {len(missing)} tensors of a causal language model, the "
             f"first is {missing[0]!r}; "
             "give a complete model."
@@ -231,10 +232,10 @@ def _load_weights(name: str, dtype: torch.dtype, quantization: Any, device: torc
 
 
 def _refuse_code(name: str, error: Exception) -> None:
-    """`ValueError` when it was because a model wants Python code of its own to be run, which is
+    """`UserError` when it was because a model wants Python code of its own to be run, which is
     never done."""
     if "trust_remote_code" in str(error):
-        raise ValueError(
+        raise UserError(
             f"model {name!r} comes with Python code of its own, which rlad does not run; take a "
             "model whose architecture and "
             "tokenizer transformers has itself."
@@ -244,7 +245,7 @@ def _refuse_code(name: str, error: Exception) -> None:
 def _require_finite(name: str, model: PreTrainedModel) -> None:
     for weight, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise ValueError(
+            raise UserError(
                 f"weight {weight!r} of {name!r} holds NaN or infinite values; give a model that is "
                 "whole."
             )

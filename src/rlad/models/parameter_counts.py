@@ -4,17 +4,18 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlad.config.run import LoraConfig
+from rlad.errors import UserError
 from rlad.models.adapters import add_lora
 from rlad.models.loading import load_model_config
 
 
 def num_parameters(name: str) -> int:
-    """Tied ones once. `ValueError` when it is no causal language model."""
+    """Tied ones once. `UserError` when it is no causal language model."""
     return sum(parameter.numel() for parameter in _weightless_model(name).parameters())
 
 
 def num_adapter_parameters(name: str, lora: LoraConfig) -> int:
-    """Of an adapter on a model. `ValueError` when it does not fit."""
+    """Of an adapter on a model. `UserError` when it does not fit."""
     model = _weightless_model(name)
     with torch.device("meta"):
         add_lora(model, lora, base=name, seed=0)
@@ -50,6 +51,6 @@ def _weightless_model(name: str) -> PreTrainedModel:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"{name!r} is no causal language model ({str(error).splitlines()[0]}); give one."
         ) from None

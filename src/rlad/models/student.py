@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlad.config.run import RunConfig
+from rlad.errors import UserError
 from rlad.models.files import is_adapter, require_peft
 from rlad.seeds import stream_seed
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def load_student(config: RunConfig, checkpoint: Path | None = None) -> LanguageModel:
-    """The model to be trained: the initial student, or what a checkpoint holds of it. `ValueError`
+    """The model to be trained: the initial student, or what a checkpoint holds of it. `UserError`
     when that cannot be."""
     from rlad.models.loading import load_language_model
 
@@ -33,9 +34,9 @@ def load_student(config: RunConfig, checkpoint: Path | None = None) -> LanguageM
 
 
 def require_base_model(config: RunConfig) -> None:
-    """`ValueError` when the student to be trained is an adapter, or its adapter cannot be made."""
+    """`UserError` when the student to be trained is an adapter, or its adapter cannot be made."""
     if is_adapter(config.student.model):
-        raise ValueError(
+        raise UserError(
             f"student.model = {config.student.model!r} is a LoRA adapter, and a run starts from a "
             "whole model; merge it into "
             "its base model (PEFT's merge_and_unload) and give the folder of the result."

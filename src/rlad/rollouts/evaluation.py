@@ -31,7 +31,7 @@ def evaluate(
     Prompts and sampling seeds are the same for every run and model, so two results can be compared
     prompt by prompt. `share` picks, of the number of problems, those that this process takes.
     `before_token` is called before every decoding step and every problem that is graded, and may
-    raise. Raises `ValueError` for a prompt that leaves no room for its completion.
+    raise. Raises `UserError` for a prompt that leaves no room for its completion.
     """
     available = task.num_problems(split)
     indices = share(num_problems if available is None else min(num_problems, available))

@@ -6,6 +6,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from rlad.config.run import RolloutConfig, RunConfig
+from rlad.errors import UserError
 from rlad.models.plain_tokenizer import AnyTokenizer, PlainTokenizer
 from rlad.tasks import Split, Task
 
@@ -15,11 +16,11 @@ Prompt = str | tuple[tuple[str, str], ...]
 
 def prompt_token_ids(tokenizer: AnyTokenizer, prompt: Prompt, rollout: RolloutConfig) -> list[int]:
     """Token ids of a prompt: through the chat template (`chat`), as it is (`plain`), or as the
-    tokenizer has one or not (`auto`). Raises `ValueError` for `chat` without a template, and for
+    tokenizer has one or not (`auto`). Raises `UserError` for `chat` without a template, and for
     what only a template can say without one.
     """
     if rollout.prompt_format == "chat" and not tokenizer.chat_template:
-        raise ValueError(
+        raise UserError(
             "rollout.prompt_format is 'chat' but the student's tokenizer has no chat template; use "
             "'plain' or 'auto'."
         )
@@ -39,7 +40,7 @@ def is_plain(tokenizer: AnyTokenizer, prompt_format: str) -> bool:
 def _plain_text(prompt: Prompt, rollout: RolloutConfig) -> str:
     for name in ("system_prompt", "chat_template_kwargs"):
         if getattr(rollout, name):
-            raise ValueError(
+            raise UserError(
                 f"rollout.{name} has no place in plain prompts (rollout.prompt_format = 'plain', "
                 "or a tokenizer without a chat "
                 "template); leave it out, or take a model with a chat template."
@@ -48,7 +49,7 @@ def _plain_text(prompt: Prompt, rollout: RolloutConfig) -> str:
         return prompt
     if [role for role, _ in prompt] != ["user"]:
         roles = ", ".join(role for role, _ in prompt)
-        raise ValueError(
+        raise UserError(
             f"a prompt is a conversation ({roles}), which plain prompts (rollout.prompt_format = "
             "'plain', or a tokenizer "
             "without a chat template) cannot tell; take a model with a chat template, or give each "
@@ -75,7 +76,7 @@ def chat_text(
     """The conversation up to where the answer begins, by a tokenizer's chat template. `whose` is
     for messages.
 
-    Raises `ValueError` when the template fails, does not know a variable, or leaves the system
+    Raises `UserError` when the template fails, does not know a variable, or leaves the system
     message out.
     """
     the_template = f"the chat template of the {whose}'s tokenizer"
@@ -83,7 +84,7 @@ def chat_text(
     if unknown := [
         name for name in variables if not re.search(rf"\b{re.escape(name)}\b", template)
     ]:
-        raise ValueError(
+        raise UserError(
             f"{the_template} knows no {unknown[0]!r}; leave it out of chat_template_kwargs, or "
             "correct its name."
         )
@@ -94,11 +95,11 @@ def chat_text(
             )
         )
     except (TemplateError, ArithmeticError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(
+        raise UserError(
             f"{the_template} fails ({error}); mend it, or set rollout.prompt_format = 'plain'."
         ) from None
     if messages[0]["role"] == "system" and messages[0]["content"].strip() not in text:
-        raise ValueError(
+        raise UserError(
             f"{the_template} leaves the system message out; put its text into the prompts instead."
         )
     return text
@@ -107,7 +108,7 @@ def chat_text(
 def check_prompt_length(
     num_tokens: int, what: str, rollout: RolloutConfig, context_tokens: int | None
 ) -> None:
-    """`ValueError` when a prompt leaves no room for its completion, or is longer than the config
+    """`UserError` when a prompt leaves no room for its completion, or is longer than the config
     allows."""
     longest, why = rollout.max_prompt_tokens, "rollout.max_prompt_tokens"
     if context_tokens is not None:
@@ -116,7 +117,7 @@ def check_prompt_length(
             longest = room
             why = f"context of {context_tokens} minus rollout.max_completion_tokens = {rollout.max_completion_tokens}"
     if longest is not None and num_tokens > longest:
-        raise ValueError(
+        raise UserError(
             f"the prompt of {what} has {num_tokens} tokens, but at most {max(longest, 0)} are "
             f"allowed ({why}); "
             "shorten the prompts or change that setting."
@@ -136,7 +137,7 @@ def longest_prompt(
     """Tokens of the longest prompt: of all that a finite task will give, of the first few of an
     endless one.
 
-    Raises `ValueError` when one leaves no room for its completion.
+    Raises `UserError` when one leaves no room for its completion.
     """
     loop, rollout, evaluation = config.optimization, config.rollout, config.evaluation
     num_batches = -(-loop.num_steps // loop.steps_per_rollout_batch)

@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from rlad.errors import UserError
 from rlad.models.loading import LanguageModel
 from rlad.rollouts.growing_cache import growing_cache
 from rlad.rollouts.types import Completion
@@ -90,10 +91,10 @@ def sample(
     draw alone. `before_token` is called before every decoding step and may raise. `after_group` is
     given a prompt's number and its completions when the last of them has ended, while others go on.
     Log-probs are those of the sampled tokens after division by the temperature, float32. Raises
-    `ValueError` for a prompt without tokens and for a model whose logits are not finite.
+    `UserError` for a prompt without tokens and for a model whose logits are not finite.
     """
     if not all(prompts):
-        raise ValueError(
+        raise UserError(
             "a prompt has no tokens, so there is nothing to predict the first token from; give "
             "every prompt some text."
         )
@@ -144,7 +145,7 @@ class _Groups:
     def add(self, start: int, rows: Sequence[int], tokens: Tensor, logprobs: Tensor) -> None:
         """`tokens`, `logprobs` [row, token] of rows that are numbered from `start` on."""
         if not torch.isfinite(logprobs).all():
-            raise ValueError(
+            raise UserError(
                 f"the logits of {self._model.name!r} are not finite: its weights are broken or its "
                 "dtype is too narrow; "
                 "use float32 or bfloat16, or an earlier checkpoint."

@@ -36,7 +36,7 @@ from rlad.runs.checkpoints import (
     set_aside,
     write_checkpoint,
 )
-from rlad.errors import RunFailedError
+from rlad.errors import RunFailedError, UserError
 
 CONFIG, ENVIRONMENT = "config.toml", "run.json"
 METRICS, EVAL, SAMPLES = "metrics.jsonl", "eval.jsonl", "samples.jsonl"
@@ -72,10 +72,10 @@ class RunDirectory:
         return self.exists() and (self.path / MODEL_CARD).is_file()
 
     def require_free(self, *, overwrite: bool) -> None:
-        """`ValueError` when there is something already, unless it is a run and `overwrite` holds.
+        """`UserError` when there is something already, unless it is a run and `overwrite` holds.
         Deletes nothing."""
         if self.exists() and not overwrite:
-            raise ValueError(
+            raise UserError(
                 f"run directory {self.path} exists already; use --resume to go on with it, "
                 "--overwrite to delete it and start "
                 "again, or run_dir=... for another place."
@@ -84,7 +84,7 @@ class RunDirectory:
         left = [p.name for p in self.path.iterdir() if not p.name.startswith(".")] if self.path.is_dir() else []
         is_free = not self.path.exists() or (self.path.is_dir() and left in ([], [ENVIRONMENT]))
         if not (is_free or self.exists()):
-            raise ValueError(f"{self.path} exists and is not a run directory; choose another run_dir.")
+            raise UserError(f"{self.path} exists and is not a run directory; choose another run_dir.")
 
     def clear(self) -> None:
         """Delete everything in the directory but its lock; what makes it a run goes last."""
@@ -97,7 +97,7 @@ class RunDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other processes from training here meanwhile; `ValueError` when one does. Makes the
+        """Keeps other processes from training here meanwhile; `UserError` when one does. Makes the
         directory."""
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ class RunDirectory:
                 with self._one_at_a_time():
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ValueError(
+                raise UserError(
                     f"another process is training in {self.path}; wait until it has ended, or "
                     "choose another run_dir."
                 ) from None
@@ -157,7 +157,7 @@ class RunDirectory:
         """Rows of a JSONL file; nothing when it does not exist; a half-written last line is passed
         over.
 
-        `ValueError` for any other line that is no row: it was not cut, something else has written
+        `UserError` for any other line that is no row: it was not cut, something else has written
         there.
         """
         for _, row in self._whole_lines(name):
@@ -177,7 +177,7 @@ class RunDirectory:
                 except (ValueError, TypeError, KeyError, RecursionError):
                     is_row = False
                 if not is_row:
-                    raise ValueError(
+                    raise UserError(
                         f"line {number} of {path} is no row that a run has written; put back a "
                         "copy of that file, or start "
                         "the run again with --overwrite."
@@ -216,7 +216,7 @@ class RunDirectory:
         """(step, folder) of the newest one that is whole; a damaged one is named in a warning and
         passed over.
 
-        `ValueError` when there is none, or none that is whole.
+        `UserError` when there is none, or none that is whole.
         """
         return self._first_whole(self.checkpoints()[::-1])
 
@@ -230,7 +230,7 @@ class RunDirectory:
 
     def _first_whole(self, candidates: Sequence[tuple[int, Path]]) -> tuple[int, Path]:
         if not candidates:
-            raise ValueError(f"{self.path} holds no checkpoint; give the directory of a run that has written one.")
+            raise UserError(f"{self.path} holds no checkpoint; give the directory of a run that has written one.")
         damaged: list[str] = []
         for step, path in candidates:
             reason = damage(path)
@@ -239,7 +239,7 @@ class RunDirectory:
                     _log.warning("checkpoint %s/%s; it is passed over, and %s taken", self.path, each, path.name)
                 return step, path
             damaged.append(f"{path.name} is damaged: {reason}")
-        raise ValueError(
+        raise UserError(
             f"{self.path} holds no checkpoint that is whole ({'; '.join(damaged)}); put back a "
             "copy of one, or start the run "
             "again with --overwrite."

@@ -4,6 +4,8 @@ only hindsight sees.
 Reads and never writes; loads no model.
 """
 
+from rlad.errors import UserError
+
 import json
 import math
 import shutil
@@ -84,11 +86,11 @@ class Diagnoses:
 
 
 def diagnose(path: Path, *, free_bytes: int | None = None) -> Diagnoses:
-    """Look at the run in `path`. `ValueError` when there is none. `free_bytes` takes the place of
+    """Look at the run in `path`. `UserError` when there is none. `free_bytes` takes the place of
     what its disk has."""
     run = RunDirectory(path)
     if not run.exists():
-        raise ValueError(f"there is no run in {path}; give the directory of a run, which holds config.toml and run.json.")
+        raise UserError(f"there is no run in {path}; give the directory of a run, which holds config.toml and run.json.")
     rows, found = {}, []
     for name in (METRICS, EVAL, SAMPLES):
         rows[name], problem = _rows(run, name)

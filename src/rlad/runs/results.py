@@ -1,5 +1,7 @@
 """Results of held-out problems, and mean@k and pass@k of them with intervals. Imports no torch."""
 
+from rlad.errors import UserError
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +43,7 @@ def summarise(results: Sequence[ProblemResult]) -> dict[str, Any]:
     A completion that could not be judged counts as not correct.
     """
     if not results:
-        raise ValueError("there are no results to summarise; evaluate at least one problem.")
+        raise UserError("there are no results to summarise; evaluate at least one problem.")
     n = results[0].num_samples
 
     def estimate(k: int, chosen: Sequence[ProblemResult] = results) -> Estimate:

@@ -22,6 +22,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.requests import ClientDisconnect
 
+from rlad.errors import UserError
 from rlad.models.loading import LanguageModel
 from rlad.rollouts.types import Completion
 from rlad.serving.limits import AnswerInPieces, Room
@@ -206,28 +207,28 @@ class TeacherServer:
             ) from None
 
     def _require_size(self, asked: CompletionRequest, prompts: Sequence[Sequence[int]]) -> int:
-        """How many log-probs the answer may hold. `ValueError` for prompts that the model cannot
+        """How many log-probs the answer may hold. `UserError` for prompts that the model cannot
         take, or too many of them."""
         vocabulary, context = self.language_model.vocabulary, self.settings.max_context_tokens
         num_new = asked.num_new_tokens
         if len(prompts) > MAX_PROMPTS:
-            raise ValueError(
+            raise UserError(
                 f"{len(prompts)} prompts are more than the {MAX_PROMPTS} that one request may hold."
             )
         if not all(prompts):
-            raise ValueError("a prompt has no tokens; give every prompt some text.")
+            raise UserError("a prompt has no tokens; give every prompt some text.")
         if (largest := max(map(max, prompts))) >= vocabulary:
-            raise ValueError(
+            raise UserError(
                 f"token id {largest} is out of the model's vocabulary of {vocabulary} tokens."
             )
         if (longest := max(map(len, prompts))) + num_new > context:
-            raise ValueError(
+            raise UserError(
                 f"a prompt of {longest} tokens and max_tokens {num_new} are more than the context "
                 f"of {context} tokens."
             )
         num_logprobs = sum(len(prompt) + num_new for prompt in prompts) * (1 + asked.num_top)
         if num_logprobs > MAX_LOGPROBS_PER_ANSWER:
-            raise ValueError(
+            raise UserError(
                 f"the answer would hold up to {num_logprobs} log-probs, more than "
                 f"{MAX_LOGPROBS_PER_ANSWER}; "
                 "send fewer prompts at once, or ask for fewer log-probs at each position."

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import PreTrainedTokenizerBase
 
+from rlad.errors import UserError
 from rlad.rollouts.types import Completion
 from rlad.serving.worker import TokenScores
 
@@ -87,33 +88,33 @@ class CompletionRequest(BaseModel):
 
 
 def parse_request(body: bytes | bytearray) -> CompletionRequest:
-    """`ValueError` with one sentence when the body is none."""
+    """`UserError` with one sentence when the body is none."""
     try:
         return CompletionRequest.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = str(first["loc"][0]) if first["loc"] else "the body"
         if where == "prompt":
-            raise ValueError(
+            raise UserError(
                 "prompt must be a text, token ids, or a list of texts or of lists of token ids; "
                 "none empty, no id negative."
             ) from None
         if first["type"] == "extra_forbidden":
-            raise ValueError(f"{where!r} is not understood by this server; leave it out.") from None
-        raise ValueError(f"{where}: {first['msg'][:1].lower()}{first['msg'][1:]}.") from None
+            raise UserError(f"{where!r} is not understood by this server; leave it out.") from None
+        raise UserError(f"{where}: {first['msg'][:1].lower()}{first['msg'][1:]}.") from None
 
 
 def prompt_token_ids(
     request: CompletionRequest, tokenizer: PreTrainedTokenizerBase, max_tokens: int
 ) -> list[list[int]]:
-    """The prompts of a request as token ids. `ValueError` for a text that is far too long for so
+    """The prompts of a request as token ids. `UserError` for a text that is far too long for so
     many tokens."""
     prompt: Any = request.prompt
     several: Any = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
     if not isinstance(several[0], str):
         return several
     if (longest := max(map(len, several))) > max_tokens * MAX_CHARACTERS_PER_TOKEN:
-        raise ValueError(
+        raise UserError(
             f"a prompt of {longest} characters is far more than the context of {max_tokens} tokens."
         )
     return [

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from rlad.errors import UserError
 from rlad.tasks.base import SPLITS, Judgement, Problem, Split, Task, Verdict, split_of
 
 __all__ = [
@@ -79,19 +80,19 @@ def make_task(type: str, **options: Any) -> Task:
     ValueError for an unknown name or option, and for whatever the task itself refuses.
     """
     if type not in TASKS:
-        raise ValueError(f"there is no task {type!r}; {_suggestion(type, TASKS)}")
+        raise UserError(f"there is no task {type!r}; {_suggestion(type, TASKS)}")
     module, _, attribute = TASKS[type].constructor.partition(":")
     constructor = getattr(importlib.import_module(module), attribute)
     signature = inspect.signature(constructor)
     for option in options:
         if option not in signature.parameters:
-            raise ValueError(
+            raise UserError(
                 f"the task {type!r} has no option {option!r}; "
                 f"{_suggestion(option, signature.parameters)}"
             )
     for name, parameter in signature.parameters.items():
         if parameter.default is parameter.empty and name not in options:
-            raise ValueError(f"the task {type!r} needs the option {name!r}; give it a value.")
+            raise UserError(f"the task {type!r} needs the option {name!r}; give it a value.")
     return constructor(**options)
 
 

@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Callable
 from fractions import Fraction
 
+from rlad.errors import UserError
+
 MAX_COMPLETION_CHARACTERS = 200_000
 _MAX_EXPRESSION_CHARACTERS, _MAX_NUMBER_CHARACTERS = 500, 500
 
@@ -143,7 +145,7 @@ def evaluate_arithmetic(expression: str) -> tuple[Fraction, list[int]] | None:
                 return -value(operand)
             case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
                 return _OPERATORS[type(op)](value(left), value(right))
-        raise ValueError("not arithmetic")
+        raise UserError("not arithmetic")
 
     numbers: list[int] = []
     if len(expression) > _MAX_EXPRESSION_CHARACTERS:

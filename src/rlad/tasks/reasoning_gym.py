@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
+from rlad.errors import UserError
 from rlad.tasks.answers import evaluate_arithmetic, final_answer
 from rlad.tasks.base import (
     Judgement,
@@ -114,7 +115,7 @@ class ReasoningGym:
                 num_failures += 1
                 if num_failures == _MAX_FAILURES_IN_A_ROW:
                     reason = f"{type(error).__name__}: {error}"
-                    raise ValueError(
+                    raise UserError(
                         f"{what} gives no problems ({reason}); choose other options."
                     ) from error
                 continue
@@ -124,7 +125,7 @@ class ReasoningGym:
                 question = entry["question"]
                 prompt = question + _INSTRUCTIONS if self._instructions else question
                 return Problem(prompt, str(entry["answer"] or ""), key, metadata={"entry": entry})
-        raise ValueError(
+        raise UserError(
             f"{what} gave no {split} problem in {_MAX_TRIES} draws: it has too few different ones; "
             "choose options that "
             "allow more, or another data set."
@@ -194,7 +195,7 @@ def _package() -> ModuleType:
     try:
         return importlib.import_module("reasoning_gym")
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f'this task needs the package reasoning-gym ({error}): pip install "rlad[reasoning-gym]" '
             "(some packages that it uses are compiled, so a C compiler must be there)."
         ) from error
@@ -208,16 +209,16 @@ def _check(dataset: str, options: dict[str, Any]) -> None:
         hint = (
             f"did you mean {near[0]!r}?" if near else f"the names are: {', '.join(sorted(known))}."
         )
-        raise ValueError(f"reasoning-gym has no data set {dataset!r}; {hint}")
+        raise UserError(f"reasoning-gym has no data set {dataset!r}; {hint}")
     allowed = sorted(set(known[dataset][1].__dataclass_fields__) - {"seed", "size"})
     for option in options:
         if option not in allowed:
-            raise ValueError(
+            raise UserError(
                 f"the reasoning-gym data set {dataset!r} has no option {option!r}; use "
                 f"{', '.join(allowed)}."
             )
     if dataset in _NEEDS_HASH_SEED and os.environ.get("PYTHONHASHSEED", "random") in ("", "random"):
-        raise ValueError(
+        raise UserError(
             f"the problems of the reasoning-gym data set {dataset!r} change with Python's hash "
             "seed; set the "
             "environment variable PYTHONHASHSEED=0, so that a run can be repeated."

@@ -5,6 +5,7 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any
 
+from rlad.errors import UserError
 from rlad.tasks import make_task
 from rlad.tasks.base import Judgement, Problem, Split, Task, reward_range
 
@@ -18,14 +19,14 @@ class SeveralTasks:
 
     def __init__(self, tasks: Mapping[str, Mapping[str, Any]]) -> None:
         if not tasks:
-            raise ValueError("the task 'several' has no tasks; give it at least one, by name.")
+            raise UserError("the task 'several' has no tasks; give it at least one, by name.")
         self.tasks: dict[str, Task] = {}
         with ExitStack() as made:
             for name, options in tasks.items():
                 try:
                     self.tasks[name] = made.enter_context(closing(make_task(**options)))
                 except ValueError as error:
-                    raise ValueError(f"task {name!r}: {error}") from None
+                    raise UserError(f"task {name!r}: {error}") from None
             self._held = made.pop_all()
         self.name = f"several ({', '.join(self.tasks)})"
         self._names = list(self.tasks)

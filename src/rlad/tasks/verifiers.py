@@ -21,6 +21,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from rlad.errors import UserError
 from rlad.tasks.answers import (
     MAX_COMPLETION_CHARACTERS,
     boxed_answer,
@@ -67,7 +68,7 @@ def make_verifier(
         return Verifier(_IN_PROCESS[name])
     if name == "math":
         if importlib.util.find_spec("math_verify") is None:
-            raise ValueError(
+            raise UserError(
                 "the verifier 'math' needs the package math-verify: pip install \"rlad[math]\"."
             )
         worker = Worker(_math, **limits, initializer=_warm_up_math, is_silent=True)
@@ -78,7 +79,7 @@ def make_verifier(
     else:
         near = difflib.get_close_matches(name, [*_IN_PROCESS, "math"], n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
+        raise UserError(
             f"unknown verifier {name!r}; use 'exact', 'number', 'math' or a function of your own "
             "as "
             f"'package.module:function'.{hint}"
@@ -155,19 +156,19 @@ def import_function(path: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
-        raise ValueError(
+        raise UserError(
             f"verifier {path!r}: cannot import the module {module_name!r} ({type(error).__name__}: "
             f"{error}); {wanted}"
         ) from error
     function: Any = getattr(module, attribute, None)
     if function is None or not callable(function):
-        raise ValueError(
+        raise UserError(
             f"verifier {path!r}: the module {module_name!r} has no function {attribute!r}; {wanted}"
         )
     try:
         inspect.signature(function).bind("", "")
     except TypeError as error:
-        raise ValueError(
+        raise UserError(
             f"verifier {path!r} must be callable as function(completion, answer): {error}."
         ) from error
     return function

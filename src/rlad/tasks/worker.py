@@ -17,6 +17,8 @@ from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
 
+from rlad.errors import UserError
+
 MAX_MEMORY_GIB = 4.0
 _STARTUP_SECONDS = 120.0
 _MAX_REASON_CHARACTERS = 200
@@ -49,12 +51,12 @@ class Worker:
         is_silent: bool = False,
     ) -> None:
         if not 0 < timeout_seconds < math.inf:
-            raise ValueError(
+            raise UserError(
                 f"timeout_seconds is {timeout_seconds}; give a positive number of seconds, for "
                 "example 5."
             )
         if not 0 < max_memory_gib < math.inf:
-            raise ValueError(
+            raise UserError(
                 f"max_memory_gib is {max_memory_gib}; give a positive number of GiB, for example 4."
             )
         self._function, self._timeout_seconds, self._max_memory_gib = (

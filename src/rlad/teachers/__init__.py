@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlad.config.run import RunConfig
 from rlad.config.teacher import LocalTeacherConfig
+from rlad.errors import UserError
 from rlad.findings import Finding
 from rlad.teachers.base import Setting, Teacher
 
@@ -33,7 +34,7 @@ def check_teacher(settings: Any, setting: Setting) -> list[Finding]:
 
 
 def make_teacher(settings: Any, setting: Setting) -> Teacher:
-    """The teacher of a `[teacher]` section. `ValueError` when it cannot score this student's
+    """The teacher of a `[teacher]` section. `UserError` when it cannot score this student's
     tokens."""
     require_no_error(settings, check_teacher(settings, setting))
     return build_teacher(settings, setting)
@@ -46,10 +47,10 @@ def build_teacher(settings: Any, setting: Setting) -> Teacher:
 
 
 def require_no_error(settings: Any, findings: Sequence[Finding]) -> None:
-    """`ValueError` with the first error among the findings about a teacher."""
+    """`UserError` with the first error among the findings about a teacher."""
     for finding in findings:
         if finding.level == "error":
-            raise ValueError(
+            raise UserError(
                 f"teacher {settings.title!r} cannot score the student's tokens: {finding.subject}: "
                 f"{finding.message}"
             )
@@ -63,7 +64,7 @@ def setting_of(
 
 
 def load_teacher(config: RunConfig, student: LanguageModel) -> LanguageModel:
-    """The model of a local teacher. `ValueError` when it cannot score this student's tokens."""
+    """The model of a local teacher. `UserError` when it cannot score this student's tokens."""
     settings, setting = config.teacher, setting_of(config, student)
     assert isinstance(settings, LocalTeacherConfig), (
         "RunConfig refuses other teachers where the model itself is needed"
@@ -77,7 +78,7 @@ def load_teacher(config: RunConfig, student: LanguageModel) -> LanguageModel:
 def prepare_teacher(
     config: RunConfig, student: LanguageModel, before_work: Callable[[], None] = lambda: None
 ) -> Teacher | None:
-    """The teacher of an objective of ours that needs one, or None. `ValueError` when it cannot
+    """The teacher of an objective of ours that needs one, or None. `UserError` when it cannot
     score this student's tokens.
 
     `before_work` is called before each piece of its work; it may raise to stop the run there.

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from rlad.config.teacher import AdapterTeacherConfig
+from rlad.errors import UserError
 from rlad.findings import Finding
 from rlad.models.adapters import (
     adapter_names,
@@ -67,7 +68,7 @@ def check_teacher(settings: AdapterTeacherConfig, setting: Setting) -> list[Find
     try:
         require_peft("teacher.type = 'adapter'")
         if setting.config.student.lora is None:
-            raise ValueError(
+            raise UserError(
                 "it stands on the student's base weights, which move unless the student is trained "
                 "with [student.lora]; add "
                 f"that section, or take type = 'local' with model = {base!r}."
@@ -75,7 +76,7 @@ def check_teacher(settings: AdapterTeacherConfig, setting: Setting) -> list[Find
         if settings.adapter == "none":
             return [Finding("ok", "adapter", f"none: the base model {base} itself")]
         if not is_adapter(settings.adapter):
-            raise ValueError(
+            raise UserError(
                 f"{settings.adapter!r} is no folder of an adapter; give one with "
                 "adapter_config.json, as PEFT writes it."
             )

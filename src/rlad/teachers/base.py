@@ -81,21 +81,21 @@ class Teacher(ABC):
         """
         yield lambda requests: partial(self.logprobs, requests)
 
-    def after_step(self) -> None:
+    def after_step(self) -> None:  # noqa: B027
         """The student made an optimiser step; a teacher that follows it moves."""
 
     def state(self) -> Mapping[str, Tensor]:
         """What a checkpoint must hold of a teacher that moves; empty for all others."""
         return {}
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
+    def load_state(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027
         """The reverse of `state`."""
 
     def pop_metrics(self) -> dict[str, float]:
         """What it counted since the last call, for the metrics of a step."""
         return {}
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Release connections and files."""
 
 

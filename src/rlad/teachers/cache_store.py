@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlad.errors import UserError
+
 FILE = "logprobs-v1.sqlite"
 """the number is that of the format; a file of another format is left alone"""
 
@@ -58,7 +60,7 @@ class LogprobStore:
     """Log-probs, float32 `[token]` on the CPU, by 32-byte keys. Use in the thread that made it.
 
     Beyond `max_bytes` the entries used least recently are deleted; witnesses stay. Raises
-    `ValueError` when `folder` cannot be used.
+    `UserError` when `folder` cannot be used.
     """
 
     def __init__(self, folder: Path, *, max_bytes: int):
@@ -74,7 +76,7 @@ class LogprobStore:
                     raise
                 self._set_aside(error)
         except (OSError, sqlite3.Error) as error:
-            raise ValueError(
+            raise UserError(
                 f"the teacher's cache {folder} cannot be opened ({error}); free some space, mend "
                 "its permissions, or name "
                 "another teacher.directory."

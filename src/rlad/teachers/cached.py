@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from rlad.config.teacher import CachedTeacherConfig
+from rlad.errors import UserError
 from rlad.findings import Finding
 from rlad.teachers import build_teacher
 from rlad.teachers import check_teacher as check_any_teacher
@@ -49,7 +50,7 @@ _NOT_CACHEABLE = {
 class CachedTeacher(DeferringTeacher):
     """Asks the teacher behind it for what is not stored; complete, finite answers alone are stored.
 
-    Raises `ValueError` when its answer to the witness differs on average by more than `tolerance`
+    Raises `UserError` when its answer to the witness differs on average by more than `tolerance`
     nats a token from the stored one. While the witness is not answered whole, nothing is used or
     stored.
     """
@@ -151,7 +152,7 @@ class CachedTeacher(DeferringTeacher):
         batch.whole.clear()
 
     def _confirm(self, stored: Witness, ask: Ask) -> None:
-        """`ValueError` when the stored answer is another teacher's. An answer that does not come
+        """`UserError` when the stored answer is another teacher's. An answer that does not come
         whole confirms nothing."""
         self._witness = None
         request = _unpack(stored.request)
@@ -159,7 +160,7 @@ class CachedTeacher(DeferringTeacher):
         if not _is_whole(answer, request):
             return
         if (mean := float((answer - stored.logprobs).abs().mean())) > self._tolerance:
-            raise ValueError(
+            raise UserError(
                 f"the cache {self._directory} holds log-probs of another teacher than "
                 f"{self.identity!r}: a completion of "
                 f"{len(answer)} tokens, asked for again, differs by {mean:.3g} nats a token "

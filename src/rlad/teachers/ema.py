@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlad.config.teacher import EMATeacherConfig
+from rlad.errors import UserError
 from rlad.findings import Finding
 from rlad.models.loading import LanguageModel
 from rlad.scoring.scorer import Scorer
@@ -51,11 +52,11 @@ class EMATeacher(Teacher):
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Raises `ValueError` unless all averaged weights are there: the student's present ones are
+        """Raises `UserError` unless all averaged weights are there: the student's present ones are
         not the average."""
         shapes = {name: mine.shape for name, (mine, _) in self._pairs.items()}
         if {name: tensor.shape for name, tensor in state.items()} != shapes:
-            raise ValueError(f"it does not hold the {len(shapes)} weights of {self.identity}.")
+            raise UserError(f"it does not hold the {len(shapes)} weights of {self.identity}.")
         for name, (mine, _) in self._pairs.items():
             mine.copy_(state[name])
 

@@ -252,7 +252,7 @@ def teacher_context(settings: Any, setting: Setting) -> int | None:
 
 
 def own_end_token(settings: PrivilegedTeacherConfig, setting: Setting) -> int:
-    """The id of the teacher's end token. `ValueError` when it is no token."""
+    """The id of the teacher's end token. `UserError` when it is no token."""
     assert settings.end_token is not None
     return token_id(setting.student_tokenizer, settings.end_token, "teacher.end_token")
 

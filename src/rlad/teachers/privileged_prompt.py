@@ -12,6 +12,7 @@ from rlad.config.teacher import (
     ServedTeacherConfig,
 )
 from rlad.config.template import fill_template, template_names
+from rlad.errors import UserError
 from rlad.models.files import has_tokenizer
 from rlad.models.loading import load_tokenizer
 from rlad.rollouts.prompts import Prompt, chat_messages, chat_text, prompt_token_ids
@@ -50,7 +51,7 @@ def privileged_prompt(
 def encoder(settings: PrivilegedTeacherConfig, setting: Setting) -> Callable[[Prompt], list[int]]:
     """From a prompt to the ids of the student's tokens, in the form that the section gives it.
 
-    `ValueError` when the teacher's own template is wanted and there is none.
+    `UserError` when the teacher's own template is wanted and there is none.
     """
     rollout, tokenizer = setting.config.rollout, setting.student_tokenizer
     changed = {
@@ -63,7 +64,7 @@ def encoder(settings: PrivilegedTeacherConfig, setting: Setting) -> Callable[[Pr
         return partial(prompt_token_ids, tokenizer, rollout=rollout)
     theirs = load_tokenizer(model_with_template(settings.teacher))
     if not theirs.chat_template:
-        raise ValueError(
+        raise UserError(
             f"teacher.chat_template is 'teacher', but the tokenizer of {settings.teacher.title!r} "
             "has no chat template; use "
             "'student'."
@@ -82,7 +83,7 @@ def encoder(settings: PrivilegedTeacherConfig, setting: Setting) -> Callable[[Pr
 
 
 def model_with_template(settings: Any) -> str:
-    """The model whose tokenizer has the teacher's chat template. `ValueError` where none is in
+    """The model whose tokenizer has the teacher's chat template. `UserError` where none is in
     reach."""
     match settings:
         case LocalTeacherConfig():
@@ -93,7 +94,7 @@ def model_with_template(settings: Any) -> str:
             return settings.local_model
         case AdapterTeacherConfig() if has_tokenizer(settings.adapter):
             return settings.adapter
-    raise ValueError(
+    raise UserError(
         f"teacher.chat_template is 'teacher', but a teacher of type {settings.type!r} has no "
         "tokenizer of its own in reach "
         "(of a served one it is local_model's); use 'student', or another type."

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from rlad.errors import UserError
 from rlad.runs.directory import ENVIRONMENT, RunDirectory
 
 PACKAGES = ("rlad", "torch", "transformers", "tokenizers", "safetensors", "numpy")
@@ -44,7 +45,7 @@ def note_resumption(run: RunDirectory, step: int) -> None:
         )
         is_same = all(now[name] == sessions[-1][name] for name in ("versions", "commit"))
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise ValueError(
+        raise UserError(
             f"{run.path / ENVIRONMENT} is not what a run has written; put back a copy of it, or "
             "start the run again with "
             "--overwrite."

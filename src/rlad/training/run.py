@@ -15,6 +15,7 @@ from rlad.config.file import dump_config, load_config, parse_config
 from rlad.config.run import RunConfig
 from rlad.engines.base import StepResult
 from rlad.engines.make import make_engine
+from rlad.errors import RladError, UserError
 from rlad.models.loading import LanguageModel
 from rlad.models.student import load_student
 from rlad.rollouts.evaluation import evaluate
@@ -75,21 +76,21 @@ def train(
 ) -> TrainResult:
     """Train a student as `config` says and write its run directory.
 
-    `config` may be a nested dictionary as in a TOML file. Raises `ValueError` with one sentence for
+    `config` may be a nested dictionary as in a TOML file. Raises `UserError` with one sentence for
     a user's mistake, and `StopRequested` after Ctrl-C or SIGTERM, when a checkpoint has been
     written. Nothing is written, and with `overwrite` nothing deleted, before models, task and
     prompts have been found good. In a notebook, without a `reporter`, it shows its progress as
     `rlad train` does.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise ValueError(
+        raise UserError(
             "rlad.train is called where a worker process imports your script; put it under `if "
             "__name__ == '__main__':`."
         )
     config = config if isinstance(config, RunConfig) else parse_config(config)
     require_trackers(config)
     if resume and overwrite:
-        raise ValueError(
+        raise UserError(
             "--resume goes on with a run and --overwrite deletes it; give one of the two."
         )
     with shown(reporter) as shown_reporter:
@@ -169,15 +170,15 @@ class Training:
         try:
             self.engine.restore(checkpoint, run_digest=self.config.digest)
         except ValueError as error:
-            raise ValueError(_not_resumable(checkpoint, error)) from None
+            raise UserError(_not_resumable(checkpoint, error)) from None
         step, num_steps = self.engine.step, self.config.optimization.num_steps
         if step > num_steps:
-            raise ValueError(
+            raise UserError(
                 f"{self.run.path} has made {step} steps, but optimization.num_steps is "
                 f"{num_steps}; give it at least {step}."
             )
         if step > 0 and _recorded(self.run, "test", 0) is None:
-            raise ValueError(
+            raise UserError(
                 f"{self.run.path}/{EVAL} has lost the test before training; put it back, or use "
                 "--overwrite."
             )
@@ -192,7 +193,7 @@ class Training:
             after = self._test(self.engine.step)
         except CannotWriteError:
             raise
-        except (StopRequested, ValueError):
+        except (StopRequested, RladError):
             if self.engine.resume_point is not None:
                 self.reporter.phase("writing a checkpoint")
                 self.save()
@@ -358,16 +359,16 @@ def how_to_go_on(config: RunConfig) -> str:
 
 
 def _stored_config(run: RunDirectory, config: RunConfig) -> RunConfig:
-    """The config of the run that is to be resumed. `ValueError` when there is none, or when it is
+    """The config of the run that is to be resumed. `UserError` when there is none, or when it is
     another run."""
     if not run.exists():
-        raise ValueError(
+        raise UserError(
             f"there is no run in {run.path} to go on with; start it without --resume, or give its "
             "run_dir."
         )
     stored = load_config(run.path)
     if stored.digest != config.digest:
-        raise ValueError(
+        raise UserError(
             f"{run.path} holds a run with another config; go on with it by `rlad train {run.path} "
             "--resume`, "
             "or choose another run_dir for this one."
@@ -376,12 +377,12 @@ def _stored_config(run: RunDirectory, config: RunConfig) -> RunConfig:
 
 
 def _newest_checkpoint(run: RunDirectory) -> Path | None:
-    """The newest whole one; None when the run was killed before it wrote its first. `ValueError`
+    """The newest whole one; None when the run was killed before it wrote its first. `UserError`
     when all are lost."""
     if run.checkpoints():
         return run.newest_checkpoint()[1]
     if any(True for name in (METRICS, EVAL) for _ in run.read(name)):
-        raise ValueError(
+        raise UserError(
             f"{run.path} has lost its checkpoints; put a copy of one back, or start again with "
             "--overwrite."
         )
@@ -392,7 +393,7 @@ def _load_student(config: RunConfig, checkpoint: Path | None) -> LanguageModel:
     try:
         return load_student(config, checkpoint)
     except ValueError as error:
-        raise ValueError(_not_resumable(checkpoint, error)) if checkpoint else error from None
+        raise UserError(_not_resumable(checkpoint, error)) if checkpoint else error from None
 
 
 def _not_resumable(checkpoint: Path, error: ValueError) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from rlad.config.file import dump_config
 from rlad.config.run import RunConfig
-from rlad.errors import RunFailedError
+from rlad.errors import RunFailedError, UserError
 from rlad.runs.directory import ENVIRONMENT, EVAL, EvaluationSet, RunDirectory
 from rlad.runs.guards import GuardWarning
 from rlad.runs.statistics import Estimate
@@ -158,10 +158,10 @@ TRACKERS = {"tensorboard": TensorBoard, "trackio": Trackio, "wandb": WeightsAndB
 
 
 def require_trackers(config: RunConfig) -> None:
-    """`ValueError` when the package of a tracker is missing."""
+    """`UserError` when the package of a tracker is missing."""
     for name in config.logging.trackers:
         if importlib.util.find_spec(name) is None:
-            raise ValueError(
+            raise UserError(
                 f"logging.trackers names {name!r}, whose package is not installed; install it "
                 f"with: pip install 'rlad[{name}]'."
             )
@@ -254,7 +254,7 @@ def _start(name: str, config: RunConfig, run: RunDirectory, resumed_at: int | No
     try:
         return TRACKERS[name](config, run, identity=identity, resumed_at=resumed_at)
     except Exception as error:  # not logged in, no such project, a package that is broken
-        raise ValueError(
+        raise UserError(
             f"tracker {name!r} cannot start ({_first_line(error)}); mend that, or leave it out of "
             "logging.trackers."
         ) from error

@@ -11,6 +11,7 @@ from trl.trainer.grpo_config import GRPOConfig
 from rlad.config.file import validated
 from rlad.config.objective import KDRLConfig, ObjectiveConfig
 from rlad.config.types import Section
+from rlad.errors import UserError
 from rlad.objectives import OBJECTIVES
 from rlad.objectives.aggregate import Aggregation
 
@@ -125,42 +126,42 @@ class RLADConfig(GRPOConfig):
         return AGGREGATION[self.loss_type]
 
     def _refuse_what_has_no_meaning(self) -> None:
-        """`ValueError` for an objective that TRL's batches cannot feed, and for settings of the
+        """`UserError` for an objective that TRL's batches cannot feed, and for settings of the
         loss that ours replaces."""
         objective = self.objective_config
         row = OBJECTIVES.get(objective.type)
         able = [name for name, row in OBJECTIVES.items() if row.token_advantages is None]
         if row is None or row.token_advantages is not None:
-            raise ValueError(
+            raise UserError(
                 f"objective {objective.type!r} is not available on TRL; use one of "
                 f"{', '.join(able)}."
             )
         if isinstance(objective, KDRLConfig) and objective.masking != "none":
-            raise ValueError(
+            raise UserError(
                 f"objective.masking = {objective.masking!r} needs verdicts, and TRL has rewards "
                 "alone; set it to 'none', or "
                 "use the native engine."
             )
         if self.advantages not in get_args(Advantages):
-            raise ValueError(
+            raise UserError(
                 f"advantages is {self.advantages!r}; use "
                 f"{' or '.join(map(repr, get_args(Advantages)))}."
             )
         for name, (value, instead) in _NOT_OURS.items():
             if self.advantages == "rlad" and getattr(self, name) == value:
-                raise ValueError(
+                raise UserError(
                     f"{name} = {value!r} does not fit advantages = 'rlad', which {instead}, or "
                     "advantages = 'trl'."
                 )
         if self.loss_type not in AGGREGATION:
-            raise ValueError(
+            raise UserError(
                 f"loss_type = {self.loss_type!r} gives the ratio another meaning than objective "
                 f"{objective.type!r}; use one of "
                 f"{', '.join(AGGREGATION)}, of which only the normalisation is taken."
             )
         for name, (neutral, instead) in REPLACED.items():
             if (value := getattr(self, name)) != neutral:
-                raise ValueError(
+                raise UserError(
                     f"{name} = {value!r} belongs to TRL's own loss, which objective "
                     f"{objective.type!r} takes the place of; it "
                     f"must stay {neutral!r}: {instead}."

@@ -13,7 +13,7 @@ from trl.trainer.utils import use_adapter
 
 from rlad.engines.trl.config import RLADConfig
 from rlad.engines.trl.sharded_teacher import ShardedTeacher
-from rlad.errors import RunFailedError
+from rlad.errors import RunFailedError, UserError
 from rlad.models.loading import LanguageModel, load_language_model
 from rlad.scoring.scorer import Scorer
 from rlad.tasks import Problem
@@ -36,7 +36,7 @@ def as_teacher(
     replica on each process's device, or (`teacher_is_sharded`) one over all processes. The base
     model of a PEFT student shares its weights with it.
 
-    Raises `ValueError` when it cannot score this tokenizer's tokens, or moves with the student.
+    Raises `UserError` when it cannot score this tokenizer's tokens, or moves with the student.
     """
     scoring: dict[str, Any] = {
         "temperature": args.temperature,
@@ -50,7 +50,7 @@ def as_teacher(
         _require_shareable(args, accelerator)
         return BaseModelTeacher(student, tokenizer, **scoring)
     if teacher is student:
-        raise ValueError(
+        raise UserError(
             "teacher is the student itself, which moves with every step; pass its name for a "
             "frozen copy, or peft_config to "
             "train an adapter on it."
@@ -59,7 +59,7 @@ def as_teacher(
         loaded = load_language_model(teacher, dtype=args.teacher_dtype, device=str(device))
         for finding in compare_tokenizers(tokenizer, loaded.tokenizer):
             if finding.level == "error":
-                raise ValueError(
+                raise UserError(
                     f"teacher {teacher!r} cannot score the student's tokens: {finding.message}"
                 )
     elif isinstance(teacher, PreTrainedModel):
@@ -68,14 +68,14 @@ def as_teacher(
             str(teacher.config.name_or_path), placed.to(device), tokenizer, (), 0, teacher.dtype
         )
     else:
-        raise ValueError(
+        raise UserError(
             f"teacher is a {type(teacher).__name__}; pass a model's name, a transformers model or "
             "a Teacher."
         )
     if not args.teacher_is_sharded:
         return LocalTeacher(loaded, **scoring)
     if accelerator.num_processes == 1:
-        raise ValueError(
+        raise UserError(
             "teacher_is_sharded splits the teacher over processes, and this is one alone; leave it "
             "out."
         )
@@ -84,12 +84,12 @@ def as_teacher(
 
 def _require_own_placement(teacher: Teacher, args: RLADConfig) -> None:
     if teacher.state():
-        raise ValueError(
+        raise UserError(
             f"teacher {teacher.identity!r} moves with the student, which the native engine alone "
             "offers."
         )
     if args.teacher_is_sharded and not isinstance(teacher, ShardedTeacher):
-        raise ValueError(
+        raise UserError(
             "teacher_is_sharded is for a teacher given as a model or its name; "
             f"{teacher.identity!r} says itself where it is."
         )
@@ -101,7 +101,7 @@ def _require_shareable(args: RLADConfig, accelerator: Accelerator) -> None:
         what = (
             "teacher_is_sharded" if args.teacher_is_sharded else accelerator.distributed_type.value
         )
-        raise ValueError(
+        raise UserError(
             f"teacher is the student's base model, whose weights {what} would split under it; pass "
             "its name, which loads "
             "a copy."

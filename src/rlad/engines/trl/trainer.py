@@ -19,7 +19,7 @@ from rlad.engines.trl.advantages import advantages_from, logged_rewards
 from rlad.engines.trl.config import RLADConfig
 from rlad.engines.trl.metrics import WindowStats, over_processes
 from rlad.engines.trl.teacher import ProblemOf, as_teacher, ask_teacher, requests_for
-from rlad.errors import RunFailedError
+from rlad.errors import RunFailedError, UserError
 from rlad.objectives import OBJECTIVES, token_loss
 from rlad.objectives.aggregate import aggregate
 from rlad.objectives.inputs import LossInputs
@@ -51,18 +51,18 @@ class RLADTrainer(GRPOTrainer):
         scores at `args.temperature`.
 
         `problem_of` turns a row of the data set into the problem that a privileged teacher is
-        shown; `settings` are those of `GRPOTrainer`. Raises `ValueError` for what cannot be trained
+        shown; `settings` are those of `GRPOTrainer`. Raises `UserError` for what cannot be trained
         so.
         """
         row = OBJECTIVES[args.objective_config.type]
         if row.needs_teacher and teacher is None:
-            raise ValueError(
+            raise UserError(
                 f"objective {args.objective_config.type!r} needs a teacher; pass teacher=..., or "
                 "use 'grpo'."
             )
         is_whole = isinstance(model, PreTrainedModel) and settings.get("peft_config") is None
         if args.beta and is_whole and not model.config.name_or_path:
-            raise ValueError(
+            raise UserError(
                 f"beta = {args.beta} needs the initial student as the reference, which TRL loads "
                 "from where the student came "
                 "from, and this one was made in memory; save it and pass the folder, or set beta = "
@@ -70,11 +70,11 @@ class RLADTrainer(GRPOTrainer):
             )
         super().__init__(model=model, args=args, **settings)
         if self._is_vlm:
-            raise ValueError(
+            raise UserError(
                 "RLADTrainer trains on text alone; pass a tokenizer as processing_class."
             )
         if self.aux_loss_enabled:
-            raise ValueError(
+            raise UserError(
                 "RLADTrainer has no place for a router's auxiliary loss; set router_aux_loss_coef "
                 "= 0."
             )

@@ -16,6 +16,7 @@ from pydantic import Field
 from rlad.config.file import validated
 from rlad.config.objective import ObjectiveConfig
 from rlad.config.types import Annealed, Section
+from rlad.errors import UserError
 from rlad.objectives import OBJECTIVES
 
 VARIABLE = "RLAD_OBJECTIVE"
@@ -31,7 +32,7 @@ class _Holder(Section):
 
 
 def objective_json(objective: Any) -> str:
-    """The value of RLAD_OBJECTIVE for an objective's config. `ValueError` for one that verl's
+    """The value of RLAD_OBJECTIVE for an objective's config. `UserError` for one that verl's
     batches cannot feed."""
     _require_fixed_knobs(objective)
     return json.dumps(objective.model_dump(mode="json", exclude_none=True))
@@ -40,12 +41,12 @@ def objective_json(objective: Any) -> str:
 def objective_knobs_from_environment(name: str) -> dict[str, Any]:
     """The keyword arguments of objective `name` that RLAD_OBJECTIVE gives ("off" is None).
 
-    Raises `ValueError` when the variable is missing, cannot be read, or is of another objective.
+    Raises `UserError` when the variable is missing, cannot be read, or is of another objective.
     """
     text = os.environ.get(VARIABLE)
     example = f'{{"type": "{name}"}}'
     if text is None:
-        raise ValueError(
+        raise UserError(
             f"the environment variable {VARIABLE} has not reached this process; start verl by the "
             "command of `rlad export "
             f"verl`, or add +ray_kwargs.ray_init.runtime_env.env_vars.{VARIABLE}='{example}' to "
@@ -54,12 +55,12 @@ def objective_knobs_from_environment(name: str) -> dict[str, Any]:
     try:
         section = json.loads(text)
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"the environment variable {VARIABLE} is no JSON ({error}); write it like {example}."
         ) from None
     objective = validated(_Holder, {"objective": section}).objective
     if objective.type != name:
-        raise ValueError(
+        raise UserError(
             f"{VARIABLE} describes objective {objective.type!r} but "
             f"distillation.distillation_loss.loss_mode is {name!r}; "
             "make them the same."
@@ -70,18 +71,18 @@ def objective_knobs_from_environment(name: str) -> dict[str, Any]:
 
 
 def _require_fixed_knobs(objective: Any) -> None:
-    """`ValueError` for knobs that verl's loss functions, which know neither step nor verdict,
+    """`UserError` for knobs that verl's loss functions, which know neither step nor verdict,
     cannot follow."""
     for key in type(objective).model_fields:
         value = getattr(objective, key)
         if isinstance(value, Annealed):
-            raise ValueError(
+            raise UserError(
                 f"objective.{key} moves with the step, which verl does not tell its loss "
                 "functions; give one number, for "
                 f"example objective.{key}={value.start}."
             )
     if getattr(objective, "masking", "none") != "none":
-        raise ValueError(
+        raise UserError(
             f"objective.masking = {objective.masking!r} needs verdicts, and verl's loss functions "
             "are given none; set "
             "it to 'none', or use the native engine."

