@@ -15,10 +15,10 @@ from torch import Tensor
 
 import rlad.training.run
 from rlad.config.file import load_config
-from rlad.teachers.base import Teacher
+from rlad.teachers.base import SynchronousTeacher, Teacher
 
 
-class Poisoned(Teacher):
+class Poisoned(SynchronousTeacher):
     """Gives log-probs of -3e38, whose sum is infinite in float32, in the rollout batches before
     some optimiser steps."""
 

@@ -171,7 +171,7 @@ def test_groups_are_scored_while_others_are_written(world, server):
         def count_asked(ahead: Any, index: int, number: int, group: Any) -> None:
             nonlocal num_asked
             ask_ahead(ahead, index, number, group)
-            num_asked = len(ahead._requests)
+            num_asked = len(ahead.requests)
 
         def wait_for_answers() -> None:
             wait_for(lambda: len(server.requests) - num_before == num_asked, seconds=20)
@@ -283,7 +283,7 @@ def test_stopping_does_not_wait_for_the_teacher(world, server, when, fault):
         def count_asked(ahead: Any, index: int, number: int, group: Any) -> None:
             nonlocal num_asked
             ask_ahead(ahead, index, number, group)
-            num_asked = len(ahead._requests)
+            num_asked = len(ahead.requests)
 
         def notice_the_end(index: int, groups: Any, seconds: Any) -> RolloutBatch:
             nonlocal is_written

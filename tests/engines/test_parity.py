@@ -31,7 +31,7 @@ from rlad.errors import RunFailedError
 from rlad.objectives import token_loss
 from rlad.objectives.aggregate import aggregate
 from rlad.tasks.base import Judgement, Problem, cannot_judge
-from rlad.teachers.base import Teacher, TeacherRequest
+from rlad.teachers.base import SynchronousTeacher, TeacherRequest
 
 AGGREGATIONS = ["sequence_mean", "token_mean", "constant_length"]
 WITH_TEACHER = [name for name in OBJECTIVES if name != "grpo"]
@@ -257,7 +257,7 @@ def test_a_missing_teacher_value_drops_its_token_and_nothing_else(
     dropped = {(i, len(batch.completions[i]) // 2) for i in scored[::2]}
     dropped |= {(scored[1], t) for t in range(len(batch.completions[scored[1]]))}
 
-    class Spotty(Teacher):
+    class Spotty(SynchronousTeacher):
         identity, teacher = "spotty", case.engine.teacher
 
         def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
@@ -275,7 +275,7 @@ def test_a_missing_teacher_value_drops_its_token_and_nothing_else(
     assert stats.summary()["objective/dropped_tokens/count"] == len(dropped)
 
 
-class Forgetful(Teacher):
+class Forgetful(SynchronousTeacher):
     """Leaves out the last `missing` tokens of every second completion in its first `bad_calls`
     answers."""
 
@@ -314,7 +314,7 @@ def test_a_teacher_that_leaves_out_too_much_is_asked_again_for_that_and_then_sto
 
 
 def test_a_second_answer_fills_up_the_first() -> None:
-    class Halves(Teacher):
+    class Halves(SynchronousTeacher):
         """First it knows the even tokens alone, then the odd ones."""
 
         identity, calls = "halves", 0
@@ -460,7 +460,7 @@ def test_a_teacher_that_answers_too_little_is_refused() -> None:
     """Filled up with zeros, the missing values would say that the teacher is certain of those
     tokens."""
 
-    class Short(Teacher):
+    class Short(SynchronousTeacher):
         identity = "short"
 
         def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
@@ -522,7 +522,7 @@ def test_scores_belong_to_their_rollouts() -> None:
 
 
 def test_the_teacher_is_asked_only_for_what_trains() -> None:
-    class Counting(Teacher):
+    class Counting(SynchronousTeacher):
         identity, num_asked = "counting", 0
 
         def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:

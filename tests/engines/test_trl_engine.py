@@ -21,7 +21,7 @@ from rlad.engines.trl.config import AGGREGATION, REPLACED, RLADConfig
 from rlad.engines.trl.trainer import RLADTrainer
 from rlad.errors import RunFailedError
 from rlad.tasks import Problem
-from rlad.teachers.base import Teacher, TeacherRequest
+from rlad.teachers.base import SynchronousTeacher, Teacher, TeacherRequest
 from tiny_models import tiny_tokenizer
 from trl_runs import (
     ARGUMENTS,
@@ -220,7 +220,7 @@ def with_anchor(trainer: Any, inputs: dict[str, Any], *, alpha: float) -> dict[s
 # --- the teacher ------------------------------------------------------------------------------------------------------
 
 
-class Recorded(Teacher):
+class Recorded(SynchronousTeacher):
     """Says -2 of every token, and NaN of the tokens that are named."""
 
     identity = "recorded"

@@ -60,8 +60,12 @@ def healthy(finished: Path, tmp_path: Path) -> Path:
     for name in ("run.json", "README.md", "samples.jsonl"):
         (path / name).write_bytes((finished / name).read_bytes())
     (path / "checkpoints").symlink_to(finished / "checkpoints")
-    (path / "config.toml").write_text(dump_config(config.model_copy(update={"optimization": loop, "run_dir": str(path)})))
-    write_rows(path, "metrics.jsonl", [{"step": step} | HEALTHY for step in range(1, NUM_STEPS + 1)])
+    (path / "config.toml").write_text(
+        dump_config(config.model_copy(update={"optimization": loop, "run_dir": str(path)}))
+    )
+    write_rows(
+        path, "metrics.jsonl", [{"step": step} | HEALTHY for step in range(1, NUM_STEPS + 1)]
+    )
     write_validations(path, 0.3, 0.5, 0.6, 0.65)
     return path
 
@@ -73,7 +77,11 @@ def write_rows(path: Path, name: str, rows: list[dict[str, Any]]) -> None:
 def write_validations(path: Path, *means: float) -> None:
     """pass@1 every ten steps, with intervals of 0.1 to both sides."""
     rows = [
-        {"step": 10 * i, "split": "validation", "pass@1": {"mean": mean, "low": mean - 0.1, "high": mean + 0.1}}
+        {
+            "step": 10 * i,
+            "split": "validation",
+            "pass@1": {"mean": mean, "low": mean - 0.1, "high": mean + 0.1},
+        }
         for i, mean in enumerate(means)
     ]
     write_rows(path, "eval.jsonl", rows)
@@ -106,11 +114,16 @@ def own_checkpoints(path: Path) -> Path:
 def test_a_healthy_run_is_silent(healthy):
     assert diagnose(healthy).found == []
     result = CliRunner().invoke(main, ["doctor", str(healthy)])
-    assert (result.exit_code, result.stdout) == (0, f"{healthy}: step 30 of 30, finished\nnothing is wrong with it\n")
+    assert (result.exit_code, result.stdout) == (
+        0,
+        f"{healthy}: step 30 of 30, finished\nnothing is wrong with it\n",
+    )
 
 
 def test_a_run_in_a_folder_that_holds_none():
-    assert "there is no run in nowhere; give the directory of a run" in rlad_fails("doctor", "nowhere")
+    assert "there is no run in nowhere; give the directory of a run" in rlad_fails(
+        "doctor", "nowhere"
+    )
 
 
 def test_it_changes_nothing(healthy):
@@ -126,19 +139,27 @@ def test_it_changes_nothing(healthy):
 def test_every_guard_is_a_diagnosis(healthy, guard):
     config = load_config(healthy)
     student = config.student.model_copy(update={"dtype": concerned(guard).student.dtype})
-    (healthy / "config.toml").write_text(dump_config(config.model_copy(update={"student": student})))
+    (healthy / "config.toml").write_text(
+        dump_config(config.model_copy(update={"student": student}))
+    )
     figure = (guard.limit or 1e-9) * (1.01 if guard.side == "above" else 0.99)
     sick = [HEALTHY | row for row in rows_of(guard, figure)]
     write_rows(healthy, "metrics.jsonl", sick)
     (diagnosis,) = diagnose(healthy).found
     watch = Watch(load_config(healthy))
     (warning,) = [warning for row in sick for warning in watch.see(row)]
-    assert (diagnosis.level, diagnosis.name, diagnosis.step) == ("warning", guard.name, warning.step)
+    assert (diagnosis.level, diagnosis.name, diagnosis.step) == (
+        "warning",
+        guard.name,
+        warning.step,
+    )
     assert diagnosis.message == f"from step {warning.step} on: {warning.message}"
 
 
 def test_what_was_over_by_the_end_is_said_to_be(healthy):
-    change_rows(healthy, lambda rows: [row.update({"rollout/truncated/frac": 0.9}) for row in rows[5:12]])
+    change_rows(
+        healthy, lambda rows: [row.update({"rollout/truncated/frac": 0.9}) for row in rows[5:12]]
+    )
     (diagnosis,) = diagnose(healthy).found
     assert (diagnosis.name, diagnosis.step, diagnosis.value) == ("truncated", 8, 0.9)
     assert diagnosis.message.endswith("never end. It was over by the last step.")
@@ -165,7 +186,9 @@ def test_a_line_that_is_none_of_ours(healthy, name):
     assert found(healthy) == [], "half a last line is what a killed run leaves, and is passed over"
 
 
-@pytest.mark.parametrize("rows", [[{"step": "x"}], [{"step": 1, "pass@1": 3, "split": "validation"}], [[1]]])
+@pytest.mark.parametrize(
+    "rows", [[{"step": "x"}], [{"step": 1, "pass@1": 3, "split": "validation"}], [[1]]]
+)
 def test_rows_that_say_nonsense_are_no_crash(healthy, rows):
     for name in ("metrics.jsonl", "eval.jsonl", "samples.jsonl"):
         write_rows(healthy, name, rows)
@@ -180,7 +203,10 @@ def test_a_damaged_checkpoint(healthy):
     (newest / "model.safetensors").write_bytes(content)
     (diagnosis,) = diagnose(healthy).found
     assert (diagnosis.level, diagnosis.name) == ("error", "damaged_checkpoint")
-    assert newest.name in diagnosis.message and "model.safetensors has other content than was written" in diagnosis.message
+    assert (
+        newest.name in diagnosis.message
+        and "model.safetensors has other content than was written" in diagnosis.message
+    )
     newest.rename(newest.with_name(f"damaged-{newest.name}"))
     assert found(healthy) == [("note", "set_aside_checkpoint")] and diagnose(healthy).is_healthy
 
@@ -208,7 +234,10 @@ def test_a_disk_that_is_nearly_full(healthy):
     newest = RunDirectory(healthy).checkpoints()[-1][1]
     size = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
     assert found(healthy, free_bytes=2 * size) == [("warning", "unfinished")]
-    assert found(healthy, free_bytes=2 * size - 1) == [("warning", "unfinished"), ("warning", "disk_nearly_full")]
+    assert found(healthy, free_bytes=2 * size - 1) == [
+        ("warning", "unfinished"),
+        ("warning", "disk_nearly_full"),
+    ]
     (healthy / "README.md").touch()
     assert found(healthy, free_bytes=0) == [], "a finished run writes no more"
 
@@ -222,8 +251,14 @@ def test_resumed_with_other_versions(world, tmp_path):
     for num_steps in (3, 4):
         config["optimization"]["num_steps"] = num_steps
         rlad.train(config, resume=True)
-    notes = [each for each in diagnose(tmp_path / "run").found if each.name == "resumed_with_other_versions"]
-    assert [(each.level, each.step) for each in notes] == [("note", 2)], "the second time with the same ones"
+    notes = [
+        each
+        for each in diagnose(tmp_path / "run").found
+        if each.name == "resumed_with_other_versions"
+    ]
+    assert [(each.level, each.step) for each in notes] == [("note", 2)], (
+        "the second time with the same ones"
+    )
     assert f"torch {rlad_torch_version()} instead of 1.0" in notes[0].message
     (tmp_path / "run" / "run.json").write_text("{")
     assert ("error", "unreadable_file") in found(tmp_path / "run")
@@ -260,9 +295,13 @@ def test_learning(healthy, means, name):
 
 
 def test_time_in_one_part(healthy):
-    change_rows(healthy, lambda rows: [row.update({"time/generation/seconds": 20.0}) for row in rows])
+    change_rows(
+        healthy, lambda rows: [row.update({"time/generation/seconds": 20.0}) for row in rows]
+    )
     assert found(healthy) == [], "20 of 25 seconds is the limit"
-    change_rows(healthy, lambda rows: [row.update({"time/generation/seconds": 20.1}) for row in rows])
+    change_rows(
+        healthy, lambda rows: [row.update({"time/generation/seconds": 20.1}) for row in rows]
+    )
     assert found(healthy) == [("note", "time_in_one_part")]
     assert diagnose(healthy).found[0].message.startswith("80% of the training time is generation: ")
 
@@ -271,16 +310,29 @@ def test_time_in_one_part(healthy):
 
 
 def test_the_worst_comes_first_and_the_exit_code_says_that_something_is_wrong(healthy):
-    change_rows(healthy, lambda rows: [row.update({"time/update/seconds": 99.0, "rollout/repeated/frac": 1.0}) for row in rows])
+    change_rows(
+        healthy,
+        lambda rows: [
+            row.update({"time/update/seconds": 99.0, "rollout/repeated/frac": 1.0}) for row in rows
+        ],
+    )
     change_rows(healthy, lambda rows: rows.pop(0))
     assert [level for level, _ in found(healthy)] == ["error", "warning", "note"]
     result = CliRunner().invoke(main, ["doctor", str(healthy)])
     lines = result.stdout.splitlines()
     assert result.exit_code == 1 and lines[-1] == "2 things are wrong with it"
-    assert [line[2:22] for line in lines[1:-1]] == ["✗ steps missing: met", "! identical completi", "· time in one part: "]
+    assert [line[2:22] for line in lines[1:-1]] == [
+        "✗ steps missing: met",
+        "! identical completi",
+        "· time in one part: ",
+    ]
     answer = json.loads(CliRunner().invoke(main, ["doctor", str(healthy), "--json"]).stdout)
     assert (answer["healthy"], answer["state"]) == (False, "step 30 of 30, finished")
-    assert [each["name"] for each in answer["found"]] == ["steps_missing", "identical_completions", "time_in_one_part"]
+    assert [each["name"] for each in answer["found"]] == [
+        "steps_missing",
+        "identical_completions",
+        "time_in_one_part",
+    ]
     assert answer["found"][1] | {"message": ""} == {
         "level": "warning",
         "name": "identical_completions",
@@ -292,12 +344,17 @@ def test_the_worst_comes_first_and_the_exit_code_says_that_something_is_wrong(he
 
 
 def test_infinite_figures_are_words_in_json(healthy):
-    change_rows(healthy, lambda rows: [row.update({"objective/ratio/max": float("inf")}) for row in rows])
+    change_rows(
+        healthy, lambda rows: [row.update({"objective/ratio/max": float("inf")}) for row in rows]
+    )
     output = CliRunner().invoke(main, ["doctor", str(healthy), "--json"]).stdout
     assert json.loads(output, parse_constant=pytest.fail)["found"][0]["value"] == "inf"
 
 
 def test_absurd_numbers_cost_neither_memory_nor_a_traceback(healthy):
-    change_rows(healthy, lambda rows: rows.append({"step": 10**12} | HEALTHY | {"optimization/loss": 10**400}))
+    change_rows(
+        healthy,
+        lambda rows: rows.append({"step": 10**12} | HEALTHY | {"optimization/loss": 10**400}),
+    )
     first = diagnose(healthy).found[0]
     assert (first.name, first.level) == ("steps_missing", "error") and "999999999" in first.message

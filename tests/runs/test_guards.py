@@ -29,14 +29,22 @@ from rlad.tasks.logic import KnightsAndKnaves
 from tiny_runs import remains, run_config
 
 ROOT = Path(__file__).parents[2]
-START = {"student/entropy/mean": 0.4, "rollout/completion_tokens/mean": 50.0, "optimization/gradient_norm": 0.2}
+START = {
+    "student/entropy/mean": 0.4,
+    "rollout/completion_tokens/mean": 50.0,
+    "optimization/gradient_norm": 0.2,
+}
 """of a healthy run, where a guard compares with the start or with the steps before"""
 GATED = "the larger of objective/gated_positive/frac and objective/gated_negative/frac"
 NUM_ROWS = 30
 
 
 def config(**sections: Any) -> RunConfig:
-    said = {"student": {"model": "tiny"}, "teacher": {"model": "tiny"}, "task": {"type": "knights_and_knaves"}}
+    said = {
+        "student": {"model": "tiny"},
+        "teacher": {"model": "tiny"},
+        "task": {"type": "knights_and_knaves"},
+    }
     return RunConfig.model_validate(said | sections)
 
 
@@ -47,7 +55,10 @@ def columns(metric: str, value: float) -> dict[str, float]:
     if metric.startswith("size of "):
         return {metric.removeprefix("size of "): -value}
     if metric.startswith("dropped"):
-        return {"objective/dropped_tokens/count": value * 1e6, "objective/trained_tokens/count": (1 - value) * 1e6}
+        return {
+            "objective/dropped_tokens/count": value * 1e6,
+            "objective/trained_tokens/count": (1 - value) * 1e6,
+        }
     return {metric: value}
 
 
@@ -57,11 +68,17 @@ def rows_of(guard: Guard, figure: float) -> list[dict[str, float]]:
     if usual is None:
         return [{"step": step} | columns(guard.metric, figure) for step in range(1, NUM_ROWS + 1)]
     late = [usual] * 25 + [usual * figure] * 5
-    return [{"step": step} | columns(guard.metric, value) for step, value in enumerate(late, start=1)]
+    return [
+        {"step": step} | columns(guard.metric, value) for step, value in enumerate(late, start=1)
+    ]
 
 
 def concerned(guard: Guard) -> RunConfig:
-    return config() if guard.concerns(config()) else config(student={"model": "tiny", "dtype": "bfloat16"})
+    return (
+        config()
+        if guard.concerns(config())
+        else config(student={"model": "tiny", "dtype": "bfloat16"})
+    )
 
 
 def said(rows: list[dict[str, float]], run: RunConfig | None = None) -> list[GuardWarning]:
@@ -75,7 +92,10 @@ def test_a_guard_speaks_just_beyond_its_limit_once_and_alone(guard):
     limit = guard.limit or 1e-9
     beyond = said(rows_of(guard, limit * (1 + away)), concerned(guard))
     assert [warning.name for warning in beyond] == [guard.name]
-    assert beyond[0].value == pytest.approx(limit * (1 + away), rel=1e-7) and beyond[0].limit == guard.limit
+    assert (
+        beyond[0].value == pytest.approx(limit * (1 + away), rel=1e-7)
+        and beyond[0].limit == guard.limit
+    )
     assert said(rows_of(guard, guard.limit * (1 - away)), concerned(guard)) == []
 
 
@@ -87,19 +107,30 @@ def test_one_odd_step_says_nothing(guard):
     odd = 1e3 if guard.side == "above" else 0.0
     healthy = START.get(guard.metric, guard.limit)
     for at in (0, 12, NUM_ROWS - 1):
-        rows = [{"step": i + 1} | columns(guard.metric, odd if i == at else healthy) for i in range(NUM_ROWS)]
-        assert [warning.step for warning in said(rows, concerned(guard))] == ([at + 1] if is_immediate else [])
+        rows = [
+            {"step": i + 1} | columns(guard.metric, odd if i == at else healthy)
+            for i in range(NUM_ROWS)
+        ]
+        assert [warning.step for warning in said(rows, concerned(guard))] == (
+            [at + 1] if is_immediate else []
+        )
 
 
 def test_a_step_without_the_metric_or_with_nan_is_no_step_of_its_window():
-    rows: list[dict[str, float]] = [{"step": i + 1, "rollout/truncated/frac": 0.9} for i in range(4)]
+    rows: list[dict[str, float]] = [
+        {"step": i + 1, "rollout/truncated/frac": 0.9} for i in range(4)
+    ]
     assert said([*rows, {"step": 5}, {"step": 6, "rollout/truncated/frac": math.nan}]) == []
-    assert [w.step for w in said([*rows, {"step": 5}, {"step": 6, "rollout/truncated/frac": 0.9}])] == [6]
+    assert [
+        w.step for w in said([*rows, {"step": 5}, {"step": 6, "rollout/truncated/frac": 0.9}])
+    ] == [6]
 
 
 def test_guards_by_hand():
     lengths = [100, 100, 90, 110, 100, 60, 19, 19, 19, 30]
-    rows = [{"step": i + 1, "rollout/completion_tokens/mean": value} for i, value in enumerate(lengths)]
+    rows = [
+        {"step": i + 1, "rollout/completion_tokens/mean": value} for i, value in enumerate(lengths)
+    ]
     (warning,) = said(rows)
     assert (warning.step, warning.name, warning.value) == (10, "length_collapse", 0.19)
     assert warning.message == (
@@ -111,7 +142,12 @@ def test_guards_by_hand():
         "optimization.kl_coef."
     )
     norms = [0.1] * 10 + [0.3] * 10 + [2.1, 2.1, 2.1]
-    assert [w.step for w in said([{"step": i + 1, "optimization/gradient_norm": v} for i, v in enumerate(norms)])] == [23]
+    assert [
+        w.step
+        for w in said(
+            [{"step": i + 1, "optimization/gradient_norm": v} for i, v in enumerate(norms)]
+        )
+    ] == [23]
 
 
 def test_what_a_guard_does_not_concern():
@@ -137,7 +173,10 @@ def as_code(metric: str) -> str:
 # --- steps that are not finite ----------------------------------------------------------------------------------------
 
 
-OPD: dict[str, Any] = {"objective": {"type": "opd"}, "optimization": {"num_steps": 6, "learning_rate": 3e-3}}
+OPD: dict[str, Any] = {
+    "objective": {"type": "opd"},
+    "optimization": {"num_steps": 6, "learning_rate": 3e-3},
+}
 
 
 def weights(engine: NativeEngine) -> Tensor:
@@ -148,13 +187,22 @@ def weights(engine: NativeEngine) -> Tensor:
 def test_a_skipped_step_moves_nothing_but_the_schedule(what):
     """Behind it the run is where it would be had that step's update not been: weights, moments, and
     what follows."""
-    run = {"optimization": {"num_steps": 4, "schedule": "linear", "weight_decay": 0.1, "learning_rate": 1e-2}}
+    run = {
+        "optimization": {
+            "num_steps": 4,
+            "schedule": "linear",
+            "weight_decay": 0.1,
+            "learning_rate": 1e-2,
+        }
+    }
     skips, leaves_out = (make_case("opd", dtype=torch.float32, **run).engine for _ in range(2))
     for step in range(4):
         batch, same = skips.make_rollout_batch(step), leaves_out.make_rollout_batch(step)
         if step == 2:
             before, metrics = weights(skips), overflow(skips, batch, what)
-            assert metrics["optimization/skipped/count"] == 1 and ("optimization/loss" in metrics) == (what == "gradient")
+            assert metrics["optimization/skipped/count"] == 1 and (
+                "optimization/loss" in metrics
+            ) == (what == "gradient")
             assert all(map(math.isfinite, metrics.values())) and batch.imitation == {}
             assert torch.equal(weights(skips), before)
             leaves_out.scheduler.step()
@@ -163,7 +211,9 @@ def test_a_skipped_step_moves_nothing_but_the_schedule(what):
             leaves_out.update(same, range(4))
         skips.step = leaves_out.step = step + 1
         assert torch.equal(weights(skips), weights(leaves_out)), step
-    for mine, theirs in zip(skips.optimizer.state.values(), leaves_out.optimizer.state.values(), strict=True):
+    for mine, theirs in zip(
+        skips.optimizer.state.values(), leaves_out.optimizer.state.values(), strict=True
+    ):
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
@@ -206,11 +256,19 @@ def test_a_run_with_a_skipped_step_says_so_and_goes_on(world, tmp_path, poison):
     }
     with Console(file=io.StringIO()) as console, console.capture() as capture:
         print_summary(console, result)
-    assert f"rlad doctor {run.path}\n    it was warned of: " in capture.get() and "skipped steps" in capture.get()
+    assert (
+        f"rlad doctor {run.path}\n    it was warned of: " in capture.get()
+        and "skipped steps" in capture.get()
+    )
     scores = load_file(run.path / "skipped-step-000003.safetensors")
-    groups = [json.loads(line) for line in (run.path / "skipped-step-000003.jsonl").read_text().splitlines()]
+    groups = [
+        json.loads(line)
+        for line in (run.path / "skipped-step-000003.jsonl").read_text().splitlines()
+    ]
     assert len(groups) == 4 and groups[0]["problem_index"] == 8, "the third batch of four problems"
-    num_tokens = sum(len(r["completion"]["token_ids"]) for group in groups for r in group["rollouts"])
+    num_tokens = sum(
+        len(r["completion"]["token_ids"]) for group in groups for r in group["rollouts"]
+    )
     assert torch.equal(scores["teacher_logprobs"], torch.full((num_tokens,), -3e38))
 
 
@@ -218,23 +276,41 @@ def test_several_in_a_row_stop_the_run_which_then_goes_on(world, tmp_path, poiso
     poison(2, 3, 4)
     config = run_config(world, tmp_path / "run", **OPD)
     config["optimization"]["max_skipped_steps"] = 2
-    with pytest.raises(RunFailedError, match="step 3: loss or gradient was not finite in 2 steps in a row"):
+    with pytest.raises(
+        RunFailedError, match="step 3: loss or gradient was not finite in 2 steps in a row"
+    ):
         rlad.train(config)
     run = RunDirectory(tmp_path / "run")
     assert [step for step, _ in run.checkpoints()][-1] == 3
-    assert (run.path / "skipped-step-000002.jsonl").is_file() and (run.path / "skipped-step-000003.safetensors").is_file()
+    assert (run.path / "skipped-step-000002.jsonl").is_file() and (
+        run.path / "skipped-step-000003.safetensors"
+    ).is_file()
     with pytest.raises(RunFailedError, match=r"step 4: .* in 3 steps in a row"):
         rlad.train(config, resume=True)
     assert len(list(run.path.glob("skipped-*.jsonl"))) == 2, "no more than may be skipped in a row"
     rlad.train(config, resume=True)
-    assert [row["optimization/skipped/count"] for row in run.read("metrics.jsonl")] == [0, 1, 1, 1, 0, 0]
+    assert [row["optimization/skipped/count"] for row in run.read("metrics.jsonl")] == [
+        0,
+        1,
+        1,
+        1,
+        0,
+        0,
+    ]
     wanted = run_config(world, tmp_path / "patient" / "run", **OPD)
     wanted["optimization"]["max_skipped_steps"] = 9
     rlad.train(wanted)
     found, expected = remains(run.path), remains(tmp_path / "patient" / "run")
-    for name in ("metrics.jsonl", "samples.jsonl", "step 6: model.safetensors", "step 6: trainer/optimizer.safetensors"):
+    for name in (
+        "metrics.jsonl",
+        "samples.jsonl",
+        "step 6: model.safetensors",
+        "step 6: trainer/optimizer.safetensors",
+    ):
         assert found[name] == expected[name], name
-    assert (run.path / "warnings.jsonl").read_bytes() == (tmp_path / "patient" / "run" / "warnings.jsonl").read_bytes()
+    assert (run.path / "warnings.jsonl").read_bytes() == (
+        tmp_path / "patient" / "run" / "warnings.jsonl"
+    ).read_bytes()
 
 
 def test_a_run_stopped_behind_a_skipped_step_counts_on(world, tmp_path, poison):
@@ -258,9 +334,17 @@ def test_a_run_stopped_behind_a_skipped_step_counts_on(world, tmp_path, poison):
 
 def test_a_reward_out_of_range_names_the_verifier():
     exact, logic_rl = KnightsAndKnaves(), KnightsAndKnaves(reward="logic_rl")
-    for task, good, bad in ((exact, 1.0, 1.001), (exact, 0.0, -0.001), (logic_rl, 3.0, 3.1), (logic_rl, -3.0, math.inf)):
+    for task, good, bad in (
+        (exact, 1.0, 1.001),
+        (exact, 0.0, -0.001),
+        (logic_rl, 3.0, 3.1),
+        (logic_rl, -3.0, math.inf),
+    ):
         require_reward_in_range(task, Judgement(Verdict.CORRECT, good), "training problem 7")
-        with pytest.raises(RunFailedError, match=r"the task knights_and_knaves gave reward .* for training problem 7"):
+        with pytest.raises(
+            RunFailedError,
+            match=r"the task knights_and_knaves gave reward .* for training problem 7",
+        ):
             require_reward_in_range(task, Judgement(Verdict.CORRECT, bad), "training problem 7")
     with pytest.raises(RunFailedError, match="gave reward nan"):
         require_reward_in_range(exact, Judgement(Verdict.WRONG, math.nan), "training problem 7")

@@ -60,7 +60,10 @@ def test_nan_reads_back(run):
 @pytest.mark.parametrize("name", ROWS)
 def test_the_last_line_cut_at_every_byte(run, name):
     """Every JSONL file reads as the rows before it, and is whole again when the run has gone on."""
-    rows = [{"step": 1, "x": 1.5}, {"step": 2, "text": 'a\n"b"\u2028 ü', "nan": None, "more": [{"y": -1e-300}]}]
+    rows = [
+        {"step": 1, "x": 1.5},
+        {"step": 2, "text": 'a\n"b"\u2028 ü', "nan": None, "more": [{"y": -1e-300}]},
+    ]
     for row in rows:
         run.append(name, row)
     whole = (run.path / name).read_bytes()
@@ -74,18 +77,26 @@ def test_the_last_line_cut_at_every_byte(run, name):
         assert (run.path / name).read_bytes() == whole, end
 
 
-@pytest.mark.parametrize("line", [b"\x00\x00\n", b"{]\n", b"3\n", b'{"reward": 1}\n', b"\xff\xfe\n", b"[" * 100_000 + b"\n"])
+@pytest.mark.parametrize(
+    "line",
+    [b"\x00\x00\n", b"{]\n", b"3\n", b'{"reward": 1}\n', b"\xff\xfe\n", b"[" * 100_000 + b"\n"],
+)
 def test_any_other_damaged_line_is_named(run, line):
     run.append(METRICS, {"step": 1})
     with (run.path / METRICS).open("ab") as file:
         file.write(line + b'{"step": 3}\n')
     for reads in (lambda: list(run.read(METRICS)), lambda: run.forget_after(2)):
-        with pytest.raises(ValueError, match=r"line 2 of .*metrics\.jsonl is no row that a run has written; put back a copy"):
+        with pytest.raises(
+            ValueError,
+            match=r"line 2 of .*metrics\.jsonl is no row that a run has written; put back a copy",
+        ):
             reads()
     assert (run.path / METRICS).read_bytes().endswith(b'{"step": 3}\n')
 
 
-@pytest.mark.parametrize(("step", "kept"), [(-1, []), (0, [0]), (2, [0, 1, 2, 2]), (9, [0, 1, 2, 2, 3])])
+@pytest.mark.parametrize(
+    ("step", "kept"), [(-1, []), (0, [0]), (2, [0, 1, 2, 2]), (9, [0, 1, 2, 2, 3])]
+)
 def test_forget_after_cuts_later_rows_and_half_a_line(run, step, kept):
     for row in (0, 1, 2, 2, 3):
         run.append(EVAL, {"step": row})
@@ -112,7 +123,9 @@ def test_a_checkpoint_is_complete_or_absent(run):
         (folder / "weights").write_text("half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(CannotWriteError, match=r"No space left on device.*goes on from step-000000\.$"):
+    with pytest.raises(
+        CannotWriteError, match=r"No space left on device.*goes on from step-000000\.$"
+    ):
         run.write_checkpoint(1, fails, run_digest="d")
     assert [path.name for path in (run.path / "checkpoints").iterdir()] == ["step-000000"]
 
@@ -148,13 +161,22 @@ def test_best_checkpoint_is_the_earliest_of_the_highest_that_is_there(run, score
 
 
 def test_no_checkpoint(run):
-    with pytest.raises(ValueError, match="holds no checkpoint; give the directory of a run that has written one"):
+    with pytest.raises(
+        ValueError, match="holds no checkpoint; give the directory of a run that has written one"
+    ):
         run.best_checkpoint()
 
 
 @pytest.mark.parametrize(
     ("last", "best", "kept"),
-    [(1, 0, [8]), (1, 1, [2, 8]), (2, 1, [2, 6, 8]), (1, 2, [2, 4, 8]), (2, 3, [2, 4, 6, 8]), (9, 0, [0, 2, 4, 6, 8])],
+    [
+        (1, 0, [8]),
+        (1, 1, [2, 8]),
+        (2, 1, [2, 6, 8]),
+        (1, 2, [2, 4, 8]),
+        (2, 3, [2, 4, 6, 8]),
+        (9, 0, [0, 2, 4, 6, 8]),
+    ],
 )
 def test_keep_the_last_and_the_best(run, last, best, kept):
     """Of equals the earliest; what was written between two validations goes."""
@@ -168,7 +190,11 @@ def test_keep_the_last_and_the_best(run, last, best, kept):
 def test_with_the_next_rollouts_is_newer(run):
     write_checkpoint(run, 4, with_rollouts=True)
     write_checkpoint(run, 4, 2)
-    assert [path.name for _, path in run.checkpoints()] == ["step-000002", "step-000004", "step-000004-rollouts"]
+    assert [path.name for _, path in run.checkpoints()] == [
+        "step-000002",
+        "step-000004",
+        "step-000004-rollouts",
+    ]
     assert run.newest_checkpoint() == (4, run.checkpoint(4, with_rollouts=True))
 
 
@@ -192,16 +218,31 @@ def change_manifest(folder: Path, **files: dict[str, Any]) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "truncated": (lambda folder: (folder / "weights").write_text(""), "weights has 0 bytes instead of 1"),
-    "a bit flipped": (lambda folder: (folder / "weights").write_text("v"), "weights has other content than was written"),
-    "half deleted": (lambda folder: (folder / "trainer" / "state").unlink(), "trainer/state is missing"),
+    "truncated": (
+        lambda folder: (folder / "weights").write_text(""),
+        "weights has 0 bytes instead of 1",
+    ),
+    "a bit flipped": (
+        lambda folder: (folder / "weights").write_text("v"),
+        "weights has other content than was written",
+    ),
+    "half deleted": (
+        lambda folder: (folder / "trainer" / "state").unlink(),
+        "trainer/state is missing",
+    ),
     "a folder in its place": (
         lambda folder: ((folder / "weights").unlink(), (folder / "weights").mkdir()),
         "weights is missing",
     ),
     "no manifest": (lambda folder: (folder / MANIFEST).unlink(), r"it has no manifest\.json"),
-    "half a manifest": (lambda folder: os.truncate(folder / MANIFEST, 20), r"manifest\.json is not what was written"),
-    "an empty manifest": (lambda folder: (folder / MANIFEST).write_text("[]"), r"manifest\.json is not what was written"),
+    "half a manifest": (
+        lambda folder: os.truncate(folder / MANIFEST, 20),
+        r"manifest\.json is not what was written",
+    ),
+    "an empty manifest": (
+        lambda folder: (folder / MANIFEST).write_text("[]"),
+        r"manifest\.json is not what was written",
+    ),
     "a manifest that looks elsewhere": (
         lambda folder: change_manifest(folder, **{"../../../secret": {"size": 1, "sha256": ""}}),
         r"\.\./\.\./\.\./secret lies outside of it",
@@ -223,10 +264,16 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(run, name, caplog):
         caplog.clear()
         assert chosen() == (2, run.checkpoint(2))
         (record,) = caplog.records
-        assert re.search(f"step-000004 is damaged: {reason}; it is passed over, and step-000002 taken", record.getMessage())
+        assert re.search(
+            f"step-000004 is damaged: {reason}; it is passed over, and step-000002 taken",
+            record.getMessage(),
+        )
     assert run.checkpoint(4).is_dir()
     do_damage(run.checkpoint(2))
-    with pytest.raises(ValueError, match=rf"holds no checkpoint that is whole \(step-000004 is damaged: {reason}; step-000002"):
+    with pytest.raises(
+        ValueError,
+        match=rf"holds no checkpoint that is whole \(step-000004 is damaged: {reason}; step-000002",
+    ):
         run.newest_checkpoint()
 
 
@@ -236,7 +283,12 @@ def test_damaged_checkpoints_are_set_aside_and_kept(run):
     write_checkpoint(run, 4)
     run.set_aside_after(run.checkpoint(2))
     names = sorted(path.name for path in (run.path / "checkpoints").iterdir())
-    assert names == ["damaged-step-000004", "damaged-step-000004-2", "damaged-step-000006", "step-000002"]
+    assert names == [
+        "damaged-step-000004",
+        "damaged-step-000004-2",
+        "damaged-step-000006",
+        "step-000002",
+    ]
 
 
 # --- is there a run already? ------------------------------------------------------------------------------------------
@@ -246,13 +298,19 @@ def test_a_free_place(tmp_path):
     run = RunDirectory(tmp_path / "a" / "b")
     run.require_free(overwrite=False)
     run.path.mkdir(parents=True, exist_ok=True)
-    for name in (".run.json.tmp", "run.json", ".config.toml.tmp"):  # killed while the first files were written
+    for name in (
+        ".run.json.tmp",
+        "run.json",
+        ".config.toml.tmp",
+    ):  # killed while the first files were written
         (run.path / name).touch()
         run.require_free(overwrite=False)
 
 
 def test_a_run_is_only_replaced_with_overwrite(run):
-    with pytest.raises(ValueError, match="exists already; use --resume to go on with it, --overwrite to delete it"):
+    with pytest.raises(
+        ValueError, match="exists already; use --resume to go on with it, --overwrite to delete it"
+    ):
         run.require_free(overwrite=False)
     run.require_free(overwrite=True)
     assert run.exists()
@@ -286,7 +344,9 @@ def test_what_is_no_run_is_never_replaced(tmp_path):
     (tmp_path / "notes.txt").touch()
     (tmp_path / "config.toml").touch()
     for path in (tmp_path, tmp_path / "notes.txt"):
-        with pytest.raises(ValueError, match="exists and is not a run directory; choose another run_dir"):
+        with pytest.raises(
+            ValueError, match="exists and is not a run directory; choose another run_dir"
+        ):
             RunDirectory(path).require_free(overwrite=True)
 
 
@@ -295,7 +355,9 @@ def test_an_unwritable_place_names_what_to_do(run):
     with pytest.raises(CannotWriteError, match=r"cannot be written .*or choose another run_dir\.$"):
         run.append(METRICS, {"step": 1})
     write_checkpoint(run, 3)
-    with pytest.raises(CannotWriteError, match=r"then `rlad train .* --resume` goes on from step-000003\.$"):
+    with pytest.raises(
+        CannotWriteError, match=r"then `rlad train .* --resume` goes on from step-000003\.$"
+    ):
         run.append(METRICS, {"step": 1})
 
 

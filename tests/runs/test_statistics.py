@@ -44,7 +44,9 @@ def test_pass_at_k_of_many_samples_does_not_overflow():
 
 @pytest.mark.parametrize("k", [0, 5, -1])
 def test_pass_at_k_needs_k_samples(k: int):
-    with pytest.raises(ValueError, match=rf"pass@{k} cannot be estimated from 4 samples; k must lie in 1\.\.4"):
+    with pytest.raises(
+        ValueError, match=rf"pass@{k} cannot be estimated from 4 samples; k must lie in 1\.\.4"
+    ):
         pass_at_k(4, 2, k)
 
 
@@ -69,10 +71,13 @@ def test_variants_of_one_problem_are_not_independent():
     clustered = bootstrap(np.repeat(passed, 5), [str(i // 5) for i in range(100)])
     alone = bootstrap(passed, [str(i) for i in range(20)])
     naive = bootstrap(np.repeat(passed, 5), [str(i) for i in range(100)])
-    assert clustered.mean == pytest.approx(alone.mean) and (clustered.low, clustered.high) == pytest.approx(
-        (alone.low, alone.high)
+    assert clustered.mean == pytest.approx(alone.mean) and (
+        clustered.low,
+        clustered.high,
+    ) == pytest.approx((alone.low, alone.high))
+    assert (clustered.high - clustered.low) / (naive.high - naive.low) == pytest.approx(
+        math.sqrt(5), rel=0.15
     )
-    assert (clustered.high - clustered.low) / (naive.high - naive.low) == pytest.approx(math.sqrt(5), rel=0.15)
 
 
 def test_the_interval_is_the_same_in_every_process_and_holds_the_mean():
@@ -100,7 +105,9 @@ def test_two_seeds_by_hand():
     """All problems equal, so only seeds are resampled: 0 and 1 with probability 1/4 each, .5 with
     1/2; deviations from .5 are widened by sqrt(2). The 2.5 % quantile is the lowest of them."""
     estimate = mean_over_seeds([[0.0] * 3, [1.0] * 3], list("abc"))
-    assert (estimate.mean, estimate.low, estimate.high) == pytest.approx((0.5, 0.5 - math.sqrt(0.5), 0.5 + math.sqrt(0.5)))
+    assert (estimate.mean, estimate.low, estimate.high) == pytest.approx(
+        (0.5, 0.5 - math.sqrt(0.5), 0.5 + math.sqrt(0.5))
+    )
     limited = mean_over_seeds([[0.0] * 3, [1.0] * 3], list("abc"), limits=(0, 1))
     assert (limited.low, limited.high) == (0, 1)
 
@@ -114,8 +121,12 @@ def crossed(rng: np.random.Generator, num_seeds: int, sd: float) -> tuple[np.nda
     return first.astype(float), second.astype(float)
 
 
-@pytest.mark.parametrize(("num_seeds", "sd", "widest"), [(1, 0.0, 1.1), (3, 0.0, 2.0), (3, 0.03, 1.7), (5, 0.03, 1.7)])
-def test_intervals_over_seeds_and_problems_hold_the_truth_and_are_not_too_wide(num_seeds, sd, widest):
+@pytest.mark.parametrize(
+    ("num_seeds", "sd", "widest"), [(1, 0.0, 1.1), (3, 0.0, 2.0), (3, 0.03, 1.7), (5, 0.03, 1.7)]
+)
+def test_intervals_over_seeds_and_problems_hold_the_truth_and_are_not_too_wide(
+    num_seeds, sd, widest
+):
     """Of 200 simulated comparisons they hold it in at least 92 % and, as the bootstrap errs on the
     wide side, up to all.
 
@@ -127,7 +138,9 @@ def test_intervals_over_seeds_and_problems_hold_the_truth_and_are_not_too_wide(n
     rng, keys = np.random.default_rng(2), [str(i) for i in range(200)]
     pairs = [crossed(rng, num_seeds, sd) for _ in range(200)]
     means = [mean_over_seeds(first, keys, seed=i) for i, (first, _) in enumerate(pairs)]
-    differences = [paired_difference(first, second, keys, seed=i) for i, (first, second) in enumerate(pairs)]
+    differences = [
+        paired_difference(first, second, keys, seed=i) for i, (first, second) in enumerate(pairs)
+    ]
     for estimates, truth in ((means, 0.525), (differences, 0.05)):
         assert sum(e.low <= truth <= e.high for e in estimates) >= 184
         needed = 2 * 1.96 * np.std([e.mean for e in estimates])
@@ -219,7 +232,10 @@ def test_permutation_test_by_hand():
 
 def test_p_values_of_equal_methods_are_spread_evenly():
     rng, keys = np.random.default_rng(4), [str(i) for i in range(40)]
-    p_values = [permutation_p_value(rng.random((1, 40)), rng.random((1, 40)), keys, seed=i) for i in range(100)]
+    p_values = [
+        permutation_p_value(rng.random((1, 40)), rng.random((1, 40)), keys, seed=i)
+        for i in range(100)
+    ]
     # Standard deviation of 100 draws with probability .1 and .5: 3 and 5.
     assert 1 <= sum(p < 0.1 for p in p_values) <= 19 and 35 <= sum(p < 0.5 for p in p_values) <= 65
 

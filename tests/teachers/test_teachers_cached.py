@@ -241,9 +241,9 @@ def test_two_that_begin_at_once_agree_on_one_witness(tmp_path, added):
 def test_the_witness_is_the_longest_of_the_batch_however_it_is_asked(tmp_path):
     """Group by group, while the student writes, as all at once."""
     wanted = requests(3, 12, 7)
-    with cached(Asked(), tmp_path).asking([]) as ask:
-        for wait in [ask([request]) for request in wanted]:
-            wait()
+    asked_in_groups = cached(Asked(), tmp_path)
+    for (answer,) in [asked_in_groups.submit([request]) for request in wanted]:
+        answer.result()
     teacher = Asked()
     cached(teacher, tmp_path).logprobs(wanted)
     assert teacher.asked == [wanted[1]]
@@ -547,7 +547,7 @@ def test_a_full_disk_costs_what_would_have_been_stored(tmp_path, caplog):
 
 def test_a_disk_that_becomes_full(tmp_path, caplog):
     """A file system of 200 kB, filled to its last byte: right numbers, one warning."""
-    from test_interruptions import small_disk
+    from small_disk import small_disk
 
     teacher, old, new = Asked(), requests(7, 12), requests(*[200] * 200, seed=5)
     with small_disk(tmp_path / "disk", kilobytes=200):

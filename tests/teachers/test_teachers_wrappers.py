@@ -28,7 +28,7 @@ from rlad.rollouts.prompts import prompt_token_ids
 from rlad.runs.directory import RunDirectory
 from rlad.tasks import Problem
 from rlad.teachers import check_teacher, make_teacher
-from rlad.teachers.base import Setting, Teacher, TeacherRequest
+from rlad.teachers.base import Setting, SynchronousTeacher, Teacher, TeacherRequest
 from rlad.teachers.ema import EMATeacher
 from rlad.teachers.local import LocalTeacher
 from rlad.teachers.privileged import PrivilegedTeacher
@@ -165,7 +165,7 @@ def test_what_one_member_cannot_score_is_missing():
 # --- members move, are stored and closed ------------------------------------------------------------------------------------
 
 
-class Recording(Teacher):
+class Recording(SynchronousTeacher):
     """Counts what it is told."""
 
     def __init__(self, name: str):

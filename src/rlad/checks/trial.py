@@ -32,7 +32,8 @@ from rlad.scoring.scorer import Scorer
 from rlad.seeds import stream_seed
 from rlad.tasks import Task, make_task
 from rlad.teachers import prepare_teacher
-from rlad.teachers.base import Teacher, TeacherRequest, missing_share
+from rlad.teachers.asking import count_missing
+from rlad.teachers.base import Teacher, TeacherRequest
 from rlad.teachers.local import LocalTeacher
 from rlad.teachers.several import task_names
 
@@ -252,11 +253,12 @@ def _ask(
     ours = Scorer(student, temperature=temperature, tokens_per_batch=loop.tokens_per_batch).score(
         batch.prompts, batch.completions
     )
+    num_missing, num_tokens = count_missing(theirs)
     log_ratio = torch.cat(ours) - torch.cat(theirs).to(torch.cat(ours))
     log_ratio = log_ratio[log_ratio.isfinite()].double()
     known = len(log_ratio) > 0
     return TeacherTrial(
-        missing=missing_share(theirs),
+        missing=num_missing / max(num_tokens, 1),
         mean=float(log_ratio.mean()) if known else None,
         mean_size=float(log_ratio.abs().mean()) if known else None,
         median_size=float(log_ratio.abs().median()) if known else None,

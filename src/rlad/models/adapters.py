@@ -285,9 +285,8 @@ def read_weights(folder: str) -> dict[str, Tensor]:
 def _read_shapes(folder: str) -> dict[str, tuple[int, ...]]:
     try:
         with safe_open(Path(folder) / WEIGHTS, framework="pt") as file:
-            return {
-                key.removeprefix(PREFIX): tuple(file.get_slice(key).get_shape()) for key in file
-            }
+            keys = file.keys()  # the file itself cannot be iterated over
+            return {key.removeprefix(PREFIX): tuple(file.get_slice(key).get_shape()) for key in keys}
     except (OSError, SafetensorError) as error:
         raise UserError(unreadable(folder, WEIGHTS, error)) from None
 

@@ -28,7 +28,9 @@ def find_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """(step, folder) of every complete checkpoint in a folder, oldest first; whether it is damaged
     is not looked at."""
     folders = [path for path in folder.glob("step-*") if path.is_dir() and not path.is_symlink()]
-    return sorted((int(match[1]), path) for path in folders if (match := _NAME.fullmatch(path.name)))
+    return sorted(
+        (int(match[1]), path) for path in folders if (match := _NAME.fullmatch(path.name))
+    )
 
 
 def write_checkpoint(target: Path, write: Callable[[Path], None], **about: Any) -> None:
@@ -64,7 +66,10 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
 def write_manifest(folder: Path, **about: Any) -> None:
     """Note size and checksum of every file that lies in a folder now."""
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    files = {name: {"size": (folder / name).stat().st_size, "sha256": _checksum(folder / name)} for name in names}
+    files = {
+        name: {"size": (folder / name).stat().st_size, "sha256": _checksum(folder / name)}
+        for name in names
+    }
     files.pop(MANIFEST, None)
     text = json.dumps({"rlad": metadata.version("rlad"), **about, "files": files}, indent=1)
     (folder / MANIFEST).write_text(text, encoding="utf-8")
@@ -75,7 +80,10 @@ def damage(checkpoint: Path) -> str | None:
     Reads all of it."""
     try:
         files = dict(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"])
-        found = ((name, _damage_of_file(checkpoint / name, checkpoint, **noted)) for name, noted in files.items())
+        found = (
+            (name, _damage_of_file(checkpoint / name, checkpoint, **noted))
+            for name, noted in files.items()
+        )
         return next((f"{name} {reason}" for name, reason in found if reason), None)
     except FileNotFoundError:
         return f"it has no {MANIFEST}"

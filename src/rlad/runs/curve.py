@@ -44,20 +44,36 @@ def draw_curve(run: RunDirectory) -> bytes:
 def curve_html(run: RunDirectory, figures: Mapping[str, object]) -> str:
     """Named figures and, if it has been drawn, the learning curve of a run: what a notebook
     shows."""
-    rows = "".join(f"<tr><td>{escape(name)}</td><td>{escape(str(value))}</td></tr>" for name, value in figures.items())
+    rows = "".join(
+        f"<tr><td>{escape(name)}</td><td>{escape(str(value))}</td></tr>"
+        for name, value in figures.items()
+    )
     picture = run.path / CURVE
     source = b64encode(picture.read_bytes()).decode() if picture.is_file() else ""
-    return f"<table>{rows}</table>" + (f'<img alt="learning curve" src="data:image/png;base64,{source}">' if source else "")
+    return f"<table>{rows}</table>" + (
+        f'<img alt="learning curve" src="data:image/png;base64,{source}">' if source else ""
+    )
 
 
 def _draw_passed(axes: Axes, steps: Rows, evaluations: Rows) -> None:
     _plot(axes, steps, "reward/correct/frac", color=GREY, linewidth=0.8, label="training, sampled")
-    for split, colour, marker, line in (("validation", BLUE, "o", "-"), ("test", ORANGE, "D", "none")):
+    for split, colour, marker, line in (
+        ("validation", BLUE, "o", "-"),
+        ("test", ORANGE, "D", "none"),
+    ):
         rows = [row for row in evaluations if row["split"] == split]
         figures = [row["pass@1"] for row in rows]
         bars = [[f["mean"] - f["low"] for f in figures], [f["high"] - f["mean"] for f in figures]]
-        style = {"color": colour, "marker": marker, "linestyle": line, "capsize": 3, "label": f"{split} (95 %)"}
-        axes.errorbar([row["step"] for row in rows], [f["mean"] for f in figures], yerr=bars, **style)
+        style = {
+            "color": colour,
+            "marker": marker,
+            "linestyle": line,
+            "capsize": 3,
+            "label": f"{split} (95 %)",
+        }
+        axes.errorbar(
+            [row["step"] for row in rows], [f["mean"] for f in figures], yerr=bars, **style
+        )
     axes.set(title="pass@1", xlabel="step", ylim=(0, 1))
     axes.legend()
 

@@ -81,15 +81,23 @@ class RunDirectory:
                 "again, or run_dir=... for another place."
             )
         # A run that was killed while it made its directory may have left the first of its files.
-        left = [p.name for p in self.path.iterdir() if not p.name.startswith(".")] if self.path.is_dir() else []
+        left = (
+            [p.name for p in self.path.iterdir() if not p.name.startswith(".")]
+            if self.path.is_dir()
+            else []
+        )
         is_free = not self.path.exists() or (self.path.is_dir() and left in ([], [ENVIRONMENT]))
         if not (is_free or self.exists()):
-            raise UserError(f"{self.path} exists and is not a run directory; choose another run_dir.")
+            raise UserError(
+                f"{self.path} exists and is not a run directory; choose another run_dir."
+            )
 
     def clear(self) -> None:
         """Delete everything in the directory but its lock; what makes it a run goes last."""
         with self._writing():
-            for path in sorted(self.path.iterdir(), key=lambda path: (path.name in (CONFIG, ENVIRONMENT), path)):
+            for path in sorted(
+                self.path.iterdir(), key=lambda path: (path.name in (CONFIG, ENVIRONMENT), path)
+            ):
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
                 elif path.name != LOCK:
@@ -230,13 +238,20 @@ class RunDirectory:
 
     def _first_whole(self, candidates: Sequence[tuple[int, Path]]) -> tuple[int, Path]:
         if not candidates:
-            raise UserError(f"{self.path} holds no checkpoint; give the directory of a run that has written one.")
+            raise UserError(
+                f"{self.path} holds no checkpoint; give the directory of a run that has written one."
+            )
         damaged: list[str] = []
         for step, path in candidates:
             reason = damage(path)
             if reason is None:
                 for each in damaged:
-                    _log.warning("checkpoint %s/%s; it is passed over, and %s taken", self.path, each, path.name)
+                    _log.warning(
+                        "checkpoint %s/%s; it is passed over, and %s taken",
+                        self.path,
+                        each,
+                        path.name,
+                    )
                 return step, path
             damaged.append(f"{path.name} is damaged: {reason}")
         raise UserError(
@@ -246,7 +261,12 @@ class RunDirectory:
         )
 
     def write_checkpoint(
-        self, step: int, write: Callable[[Path], None], *, run_digest: str, with_rollouts: bool = False
+        self,
+        step: int,
+        write: Callable[[Path], None],
+        *,
+        run_digest: str,
+        with_rollouts: bool = False,
     ) -> None:
         """Let `write` fill a new checkpoint, which is complete or absent; the rows before it reach
         the disk before it does."""
@@ -254,7 +274,9 @@ class RunDirectory:
             for name in ROWS:
                 if (self.path / name).is_file():
                     flush(self.path / name)
-            write_checkpoint(self.checkpoint(step, with_rollouts=with_rollouts), write, step=step, run=run_digest)
+            write_checkpoint(
+                self.checkpoint(step, with_rollouts=with_rollouts), write, step=step, run=run_digest
+            )
 
     def set_aside_after(self, checkpoint: Path) -> None:
         """Rename the checkpoints that are newer than this one, all of them damaged, to
@@ -278,7 +300,9 @@ class RunDirectory:
         """
         of_step: dict[int, Path] = {}
         for step, path in self.checkpoints():
-            of_step.setdefault(step, path)  # one with rollouts stands behind one without, and for it where there is none
+            of_step.setdefault(
+                step, path
+            )  # one with rollouts stands behind one without, and for it where there is none
         scores = self._validations()
         validated = [path for step, path in of_step.items() if step in scores]
         by_validation = [path for _, path in self.checkpoints_by_validation() if path in validated]
@@ -289,7 +313,11 @@ class RunDirectory:
             delete_unfinished(self.path / CHECKPOINTS)
 
     def _validations(self) -> dict[int, float]:
-        return {row["step"]: row["pass@1"]["mean"] for row in self.read(EVAL) if row.get("split") == "validation"}
+        return {
+            row["step"]: row["pass@1"]["mean"]
+            for row in self.read(EVAL)
+            if row.get("split") == "validation"
+        }
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -81,8 +81,16 @@ class Diagnoses:
         return all(each.level == "note" for each in self.found)
 
     def to_json(self) -> dict[str, Any]:
-        found = [{k: str(v) if v in (math.inf, -math.inf) else v for k, v in asdict(each).items()} for each in self.found]
-        return {"run": str(self.run), "state": self.state, "healthy": self.is_healthy, "found": found}
+        found = [
+            {k: str(v) if v in (math.inf, -math.inf) else v for k, v in asdict(each).items()}
+            for each in self.found
+        ]
+        return {
+            "run": str(self.run),
+            "state": self.state,
+            "healthy": self.is_healthy,
+            "found": found,
+        }
 
 
 def diagnose(path: Path, *, free_bytes: int | None = None) -> Diagnoses:
@@ -90,16 +98,22 @@ def diagnose(path: Path, *, free_bytes: int | None = None) -> Diagnoses:
     what its disk has."""
     run = RunDirectory(path)
     if not run.exists():
-        raise UserError(f"there is no run in {path}; give the directory of a run, which holds config.toml and run.json.")
+        raise UserError(
+            f"there is no run in {path}; give the directory of a run, which holds config.toml and run.json."
+        )
     rows, found = {}, []
     for name in (METRICS, EVAL, SAMPLES):
         rows[name], problem = _rows(run, name)
         found += [problem] if problem else []
     free = shutil.disk_usage(path).free if free_bytes is None else free_bytes
-    evidence = Evidence(run, load_config(path), rows[METRICS], rows[EVAL], rows[SAMPLES], run.is_locked(), free)
+    evidence = Evidence(
+        run, load_config(path), rows[METRICS], rows[EVAL], rows[SAMPLES], run.is_locked(), free
+    )
     for look in LOOKS:
         found += look(evidence)
-    return Diagnoses(path, _state(evidence), sorted(found, key=lambda each: LEVELS.index(each.level)))
+    return Diagnoses(
+        path, _state(evidence), sorted(found, key=lambda each: LEVELS.index(each.level))
+    )
 
 
 def _rows(run: RunDirectory, name: str) -> tuple[list[Row], Diagnosis | None]:
@@ -116,7 +130,13 @@ def _rows(run: RunDirectory, name: str) -> tuple[list[Row], Diagnosis | None]:
 
 def _state(evidence: Evidence) -> str:
     done = f"step {evidence.last_step} of {evidence.config.optimization.num_steps}"
-    return f"{done}, " + ("finished" if evidence.run.is_finished() else "training" if evidence.is_training else "stopped")
+    return f"{done}, " + (
+        "finished"
+        if evidence.run.is_finished()
+        else "training"
+        if evidence.is_training
+        else "stopped"
+    )
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -130,7 +150,9 @@ def _steps(evidence: Evidence) -> Iterator[Diagnosis]:
     repair = f"put back a copy of {METRICS}, or start the run again with --overwrite; figures and time limits count its rows"
     if gaps:
         first = gaps[0][0]
-        which = f"step {first}" if num_missing == 1 else f"{num_missing} steps, the first is {first}"
+        which = (
+            f"step {first}" if num_missing == 1 else f"{num_missing} steps, the first is {first}"
+        )
         yield Diagnosis("error", "steps_missing", f"{METRICS} lacks {which}: {repair}.", first)
     keys = {
         METRICS: numbers,
@@ -147,13 +169,23 @@ def _steps(evidence: Evidence) -> Iterator[Diagnosis]:
 def _checkpoints(evidence: Evidence) -> Iterator[Diagnosis]:
     run = evidence.run
     damaged = [(path, reason) for _, path in run.checkpoints() if (reason := damage(path))]
-    whole = [path.name for _, path in run.checkpoints() if path not in [broken for broken, _ in damaged]]
+    whole = [
+        path.name for _, path in run.checkpoints() if path not in [broken for broken, _ in damaged]
+    ]
     for path, reason in damaged:
-        then = f"{evidence.resume} takes {whole[-1]}" if whole else "no whole one is left: start again with --overwrite"
+        then = (
+            f"{evidence.resume} takes {whole[-1]}"
+            if whole
+            else "no whole one is left: start again with --overwrite"
+        )
         message = f"checkpoint {path.name} is damaged ({reason}): put back a copy of it, or leave it: {then}."
         yield Diagnosis("error", "damaged_checkpoint", message)
     for path in sorted((run.path / CHECKPOINTS).glob("damaged-*")):
-        yield Diagnosis("note", "set_aside_checkpoint", f"{path.name} was found damaged by a resumed run; it may be deleted.")
+        yield Diagnosis(
+            "note",
+            "set_aside_checkpoint",
+            f"{path.name} was found damaged by a resumed run; it may be deleted.",
+        )
 
 
 def _versions(evidence: Evidence) -> Iterator[Diagnosis]:
@@ -163,7 +195,11 @@ def _versions(evidence: Evidence) -> Iterator[Diagnosis]:
         pairs = [(before, after, after.get("step", 0)) for before, after in pairwise(sessions)]
         changes = [(_changed(before, after), step) for before, after, step in pairs]
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        yield Diagnosis("error", "unreadable_file", f"{ENVIRONMENT} is not what a run has written; put back a copy of it.")
+        yield Diagnosis(
+            "error",
+            "unreadable_file",
+            f"{ENVIRONMENT} is not what a run has written; put back a copy of it.",
+        )
         return
     for changed, step in changes:
         message = f"resumed behind step {step} with {changed}: it is not bit for bit the run that it would have been."
@@ -172,17 +208,27 @@ def _versions(evidence: Evidence) -> Iterator[Diagnosis]:
 
 def _changed(before: Row, after: Row) -> str:
     old, new = ({**each["versions"], "commit": each.get("commit")} for each in (before, after))
-    return ", ".join(f"{name} {new[name]} instead of {old.get(name)}" for name in new if new[name] != old.get(name))
+    return ", ".join(
+        f"{name} {new[name]} instead of {old.get(name)}"
+        for name in new
+        if new[name] != old.get(name)
+    )
 
 
 def _progress(evidence: Evidence) -> Iterator[Diagnosis]:
     if evidence.run.is_finished():
         return
     if evidence.is_training:
-        yield Diagnosis("note", "training", "a process is training here now; this is what it has done so far.")
+        yield Diagnosis(
+            "note", "training", "a process is training here now; this is what it has done so far."
+        )
         return
     checkpoints = evidence.run.checkpoints()
-    start = f"from {checkpoints[-1][1].name}" if checkpoints else "from the start, as it has no checkpoint yet"
+    start = (
+        f"from {checkpoints[-1][1].name}"
+        if checkpoints
+        else "from the start, as it has no checkpoint yet"
+    )
     message = f"the run stopped before its end ({_state(evidence)}); go on {start}: {evidence.resume[1:-1]}"
     yield Diagnosis("warning", "unfinished", message, evidence.last_step)
 
@@ -198,7 +244,9 @@ def _disk(evidence: Evidence) -> Iterator[Diagnosis]:
             f"{size / 2**20:.0f}, of which the "
             "next is written before an old one is deleted: free some space."
         )
-        yield Diagnosis("warning", "disk_nearly_full", message, value=evidence.free_bytes, limit=2 * size)
+        yield Diagnosis(
+            "warning", "disk_nearly_full", message, value=evidence.free_bytes, limit=2 * size
+        )
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -252,8 +300,14 @@ def _learning(evidence: Evidence) -> Iterator[Diagnosis]:
 
 def _is_validation(row: Row) -> bool:
     estimate = row.get("pass@1")
-    numbers = [estimate.get(name) for name in ("mean", "low", "high")] if isinstance(estimate, dict) else [None]
-    return row.get("split") == "validation" and all(isinstance(number, int | float) for number in numbers)
+    numbers = (
+        [estimate.get(name) for name in ("mean", "low", "high")]
+        if isinstance(estimate, dict)
+        else [None]
+    )
+    return row.get("split") == "validation" and all(
+        isinstance(number, int | float) for number in numbers
+    )
 
 
 def _time(evidence: Evidence) -> Iterator[Diagnosis]:

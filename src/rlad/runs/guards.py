@@ -42,7 +42,11 @@ class Guard:
         figure = self.figure.of(values)
         if figure is None:
             return None
-        return figure if (figure > self.limit if self.side == "above" else figure < self.limit) else None
+        return (
+            figure
+            if (figure > self.limit if self.side == "above" else figure < self.limit)
+            else None
+        )
 
 
 def _computes_float32(config: RunConfig) -> bool:
@@ -52,7 +56,11 @@ def _computes_float32(config: RunConfig) -> bool:
 def _gates_by_teacher(config: RunConfig) -> bool:
     # A moving average of the student begins as the student itself: then no gates are what is to be
     # expected.
-    return config.objective.type == "trrd" and config.teacher is not None and config.teacher.type != "ema"
+    return (
+        config.objective.type == "trrd"
+        and config.teacher is not None
+        and config.teacher.type != "ema"
+    )
 
 
 def _needs_reward(config: RunConfig) -> bool:
@@ -270,7 +278,9 @@ class GuardWarning:
     message: str
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"value": self.value if math.isfinite(self.value) else str(self.value)}
+        return asdict(self) | {
+            "value": self.value if math.isfinite(self.value) else str(self.value)
+        }
 
 
 class Watch:
@@ -286,7 +296,9 @@ class Watch:
     def see(self, row: Mapping[str, Any]) -> list[GuardWarning]:
         """What is to be said behind this step: each guard speaks once."""
         row = numbers_of(row)
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if row.get("optimization/skipped/count") else 0
+        self.skipped_in_a_row = (
+            self.skipped_in_a_row + 1 if row.get("optimization/skipped/count") else 0
+        )
         for metric, values in self._values.items():
             if (value := value_of(metric, row)) is not None:
                 values.append(value)
@@ -296,7 +308,11 @@ class Watch:
                 continue
             if (figure := guard.speaks(self._values[guard.metric])) is not None:
                 self._said.add(guard.name)
-                found.append(GuardWarning(int(row["step"]), guard.name, figure, guard.limit, sentence(guard, figure)))
+                found.append(
+                    GuardWarning(
+                        int(row["step"]), guard.name, figure, guard.limit, sentence(guard, figure)
+                    )
+                )
         return found
 
     def still_speaks(self, name: str) -> bool:

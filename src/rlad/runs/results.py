@@ -33,7 +33,9 @@ def pass_at_1(results: Sequence[ProblemResult]) -> Estimate:
 
 def ks_up_to(num_samples: int) -> list[int]:
     """The k of pass@k that are reported: 1, 2, 4, ... and the number of samples itself."""
-    return sorted({num_samples, *(2**i for i in range(num_samples.bit_length()) if 2**i <= num_samples)})
+    return sorted(
+        {num_samples, *(2**i for i in range(num_samples.bit_length()) if 2**i <= num_samples)}
+    )
 
 
 def summarise(results: Sequence[ProblemResult]) -> dict[str, Any]:
@@ -55,7 +57,9 @@ def summarise(results: Sequence[ProblemResult]) -> dict[str, Any]:
         "num_samples": n,
         f"mean@{n}": estimate(1),
         "pass@k": {k: estimate(k) for k in ks_up_to(n)},
-        "pass@1 by difficulty": {name: estimate(1, [r for r in results if r.difficulty == name]) for name in difficulties},
+        "pass@1 by difficulty": {
+            name: estimate(1, [r for r in results if r.difficulty == name]) for name in difficulties
+        },
         "mean_completion_tokens": sum(r.mean_completion_tokens for r in results) / len(results),
         "truncated_share": sum(r.num_truncated for r in results) / (n * len(results)),
         "cannot_judge_share": sum(r.num_cannot_judge for r in results) / (n * len(results)),

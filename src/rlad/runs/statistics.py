@@ -49,7 +49,9 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     Raises `ValueError` for k outside 1..n.
     """
     if not 1 <= k <= num_samples:
-        raise ValueError(f"pass@{k} cannot be estimated from {num_samples} samples; k must lie in 1..{num_samples}.")
+        raise ValueError(
+            f"pass@{k} cannot be estimated from {num_samples} samples; k must lie in 1..{num_samples}."
+        )
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
@@ -100,7 +102,9 @@ def compare(
     """
     shared = sorted(set(method) & set(other))
     of_method, of_other = ([runs[s] for s in shared or sorted(runs)] for runs in (method, other))
-    difference = paired_difference(of_method, of_other, keys, is_paired_by_seed=bool(shared), limits=limits, seed=seed)
+    difference = paired_difference(
+        of_method, of_other, keys, is_paired_by_seed=bool(shared), limits=limits, seed=seed
+    )
     p_value = permutation_p_value(of_method, of_other, keys, seed=seed)
     return Comparison(difference, p_value, min(len(of_method), len(of_other)), bool(shared))
 
@@ -126,12 +130,18 @@ def paired_difference(
     """
     a, b = _table(method, keys), _table(other, keys)
     if is_paired_by_seed and len(a) != len(b):
-        raise ValueError(f"{len(a)} and {len(b)} seeds cannot be paired; give the values of the same seeds.")
+        raise ValueError(
+            f"{len(a)} and {len(b)} seeds cannot be paired; give the values of the same seeds."
+        )
     return _interval(a, b, keys, is_paired=is_paired_by_seed, limits=limits, seed=seed)
 
 
 def permutation_p_value(
-    method: Sequence[Sequence[float]], other: Sequence[Sequence[float]], keys: Sequence[str], *, seed: int = 0
+    method: Sequence[Sequence[float]],
+    other: Sequence[Sequence[float]],
+    keys: Sequence[str],
+    *,
+    seed: int = 0,
 ) -> float:
     """Two-sided p-value of the paired permutation test: on each key, the two methods change places
     or do not.
@@ -142,7 +152,9 @@ def permutation_p_value(
     on any key the results could as well be the other method's. Whether other seeds of the same
     methods would differ too is what the interval of `paired_difference` is about.
     """
-    a, b = (_per_key(_table(values, keys).mean(axis=0)[None], keys)[0][0] for values in (method, other))
+    a, b = (
+        _per_key(_table(values, keys).mean(axis=0)[None], keys)[0][0] for values in (method, other)
+    )
     if np.allclose(a, b, rtol=0, atol=1e-12):
         return 1.0
     from scipy import stats  # takes most of a second
@@ -176,7 +188,9 @@ def _table(values: Sequence[Sequence[float]], keys: Sequence[str]) -> Floats:
     if not len(values) or not len(keys):
         raise ValueError("there are no values; give those of at least one seed and one problem.")
     if wrong := [len(row) for row in values if len(row) != len(keys)]:
-        raise ValueError(f"a seed has {wrong[0]} values for {len(keys)} problems; give one for each.")
+        raise ValueError(
+            f"a seed has {wrong[0]} values for {len(keys)} problems; give one for each."
+        )
     return np.asarray(values, dtype=float)
 
 
@@ -184,12 +198,20 @@ def _per_key(table: Floats, keys: Sequence[str]) -> tuple[Floats, Floats]:
     """Sums `[seed, key]` over the problems of each key, and how many they are `[key]`."""
     _, cluster = np.unique(keys, return_inverse=True)
     sizes: Floats = np.bincount(cluster).astype(np.float64)
-    sums: Floats = np.stack([np.bincount(cluster, weights=row, minlength=len(sizes)) for row in table]).astype(np.float64)
+    sums: Floats = np.stack(
+        [np.bincount(cluster, weights=row, minlength=len(sizes)) for row in table]
+    ).astype(np.float64)
     return sums, sizes
 
 
 def _interval(
-    a: Floats, b: Floats, keys: Sequence[str], *, is_paired: bool, limits: tuple[float, float], seed: int
+    a: Floats,
+    b: Floats,
+    keys: Sequence[str],
+    *,
+    is_paired: bool,
+    limits: tuple[float, float],
+    seed: int,
 ) -> Estimate:
     """The interval of mean(a) - mean(b); of mean(a) when `b` has no rows."""
     rng = np.random.default_rng(seed)
@@ -202,7 +224,9 @@ def _interval(
     low, high = np.quantile(means, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
     mean = float(a.mean() - (b.mean() if len(b) else 0.0))
     low, high = max(float(low), limits[0]), min(float(high), limits[1])
-    return Estimate(mean, min(low, mean), max(high, mean))  # equal values round differently in another order
+    return Estimate(
+        mean, min(low, mean), max(high, mean)
+    )  # equal values round differently in another order
 
 
 def _seed_weights(num_seeds: int, rng: np.random.Generator) -> Floats:
@@ -210,5 +234,8 @@ def _seed_weights(num_seeds: int, rng: np.random.Generator) -> Floats:
     few seeds."""
     if num_seeds == 1:
         return np.ones((NUM_RESAMPLES, 1))
-    shares = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=NUM_RESAMPLES) / num_seeds
+    shares = (
+        rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=NUM_RESAMPLES)
+        / num_seeds
+    )
     return 1 / num_seeds + math.sqrt(num_seeds / (num_seeds - 1)) * (shares - 1 / num_seeds)

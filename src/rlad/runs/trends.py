@@ -38,7 +38,9 @@ def change(window: int, floor: float) -> Figure:
             return None
         return median(values[-window:]) / max(median(values[:window]), floor)
 
-    return Figure(f"median of {window} steps over that of the first {window} (at least {floor:g})", of)
+    return Figure(
+        f"median of {window} steps over that of the first {window} (at least {floor:g})", of
+    )
 
 
 def jump(window: int, before: int) -> Figure:
@@ -57,12 +59,22 @@ def jump(window: int, before: int) -> Figure:
 
 
 def _dropped_share(row: Row) -> float | None:
-    dropped, trained = (row.get(f"objective/{kind}_tokens/count") for kind in ("dropped", "trained"))
-    return None if dropped is None or trained is None or not dropped + trained else dropped / (dropped + trained)
+    dropped, trained = (
+        row.get(f"objective/{kind}_tokens/count") for kind in ("dropped", "trained")
+    )
+    return (
+        None
+        if dropped is None or trained is None or not dropped + trained
+        else dropped / (dropped + trained)
+    )
 
 
 def _gated_share(row: Row) -> float | None:
-    shares = [row[f"objective/gated_{sign}/frac"] for sign in ("positive", "negative") if f"objective/gated_{sign}/frac" in row]
+    shares = [
+        row[f"objective/gated_{sign}/frac"]
+        for sign in ("positive", "negative")
+        if f"objective/gated_{sign}/frac" in row
+    ]
     return max(shares, default=None)
 
 
@@ -82,7 +94,8 @@ def numbers_of(row: Mapping[str, Any]) -> Row:
     return {
         key: float(value)
         for key, value in row.items()
-        if (isinstance(value, float) and not math.isnan(value)) or (isinstance(value, int) and abs(value) <= sys.float_info.max)
+        if (isinstance(value, float) and not math.isnan(value))
+        or (isinstance(value, int) and abs(value) <= sys.float_info.max)
     }
 
 

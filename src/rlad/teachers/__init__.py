@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 TEACHERS: dict[str, str] = {
     name: f"rlad.teachers.{name}"
-    for name in ("local", "adapter", "served", "several", "privileged", "cached", "ema")
-}
+    for name in ("local", "adapter", "several", "privileged", "cached", "ema")
+} | {"served": "rlad.teachers.served.teacher"}
 """Type -> module, imported when it is asked for, with two functions: `check_teacher(settings,
 setting) -> list[Finding]` says what can be known before weights are loaded; `make_teacher(settings,
 setting) -> Teacher`, called when it found no error, loads them."""

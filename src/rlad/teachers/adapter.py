@@ -22,7 +22,7 @@ from rlad.models.adapters import (
 from rlad.models.files import adapter_base, has_tokenizer, is_adapter, require_peft, resolvable
 from rlad.models.loading import LanguageModel, load_model_config, load_tokenizer, remove_dropout
 from rlad.scoring.scorer import Scorer, TokenIds
-from rlad.teachers.base import Setting, Teacher, TeacherRequest
+from rlad.teachers.base import Setting, SynchronousTeacher, TeacherRequest
 from rlad.teachers.compatibility import compare_tokenizers
 from rlad.teachers.fingerprint import weights_fingerprint
 from rlad.teachers.local import score_known_tokens
@@ -40,7 +40,7 @@ class AdapterScorer(Scorer):
             return super().score(prompts, completions)
 
 
-class AdapterTeacher(Teacher):
+class AdapterTeacher(SynchronousTeacher):
     """Scores with the student's own base weights and the adapter in `folder`; None: without
     adapter."""
 

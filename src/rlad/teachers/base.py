@@ -4,10 +4,8 @@ teacher is made."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rlad.config.run import RunConfig
@@ -18,12 +16,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rlad.models.loading import LanguageModel
-
-
-def missing_share(scores: Sequence[Tensor]) -> float:
-    """The share of tokens without a finite log-prob."""
-    num_tokens = sum(map(len, scores))
-    return sum(int((~values.isfinite()).sum()) for values in scores) / max(num_tokens, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +30,32 @@ class TeacherRequest:
     """a correct completion of the same group, not this one"""
 
 
-Ask = Callable[[Sequence[TeacherRequest]], Callable[[], "list[Tensor]"]]
-"""Puts questions and returns what waits for their answers"""
+@dataclass(slots=True)
+class Answer:
+    """The log-probs of one completion, which may still be under way."""
 
+    wait: Callable[[], Tensor]
+    """returns the log-probs when they are there; may be called again"""
+    spans: list[tuple[float, float]] = field(default_factory=list)
+    """from when to when it was under way, in `time.monotonic()`: filled by the time that `result`
+    returns, where that is measured"""
 
-Spans = list[tuple[float, float]]
-"""from when to when a question was under way, `time.monotonic()`"""
+    def result(self) -> Tensor:
+        """Wait for the log-probs: float32 `[length of the completion]` on the CPU, NaN where a
+        token has none."""
+        return self.wait()
+
+    @classmethod
+    def finished(cls, logprobs: Tensor) -> Answer:
+        """Hold log-probs that are there already."""
+        return cls(lambda: logprobs)
+
+    @classmethod
+    def missing(cls, request: TeacherRequest) -> Answer:
+        """Say that no token of the completion can be scored."""
+        import torch
+
+        return cls.finished(torch.full((len(request.completion),), torch.nan))
 
 
 class Teacher(ABC):
@@ -64,22 +76,18 @@ class Teacher(ABC):
         return False
 
     @abstractmethod
-    def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
-        """Log-probs of each completion's tokens, float32 `[its length]` on the CPU, at the sampling
-        temperature.
+    def submit(self, requests: Sequence[TeacherRequest]) -> list[Answer]:
+        """Start scoring the completions at the sampling temperature; one answer for each request.
 
         A token that cannot be scored is NaN, never 0: the loss drops and counts it.
         """
 
-    @contextmanager
-    def asking(self, spans: Spans) -> Iterator[Ask]:
-        """Questions of one rollout batch, put a few at a time; what is still under way when the
-        block is left is given up.
+    def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
+        """Score the completions and wait for the answers."""
+        return [answer.result() for answer in self.submit(requests)]
 
-        Leaving the block never waits. Where the work is done elsewhere it begins with the question,
-        and `spans` is filled.
-        """
-        yield lambda requests: partial(self.logprobs, requests)
+    def cancel(self) -> None:  # noqa: B027
+        """Give up all answers that are still under way; never waits for them."""
 
     def after_step(self) -> None:  # noqa: B027
         """The student made an optimiser step; a teacher that follows it moves."""
@@ -99,15 +107,52 @@ class Teacher(ABC):
         """Release connections and files."""
 
 
-class DeferringTeacher(Teacher):
-    """A teacher that is first asked and then waited for."""
+class SynchronousTeacher(Teacher):
+    """A teacher that scores at once, in this process: its answers are finished."""
 
     @abstractmethod
-    def asking(self, spans: Spans) -> AbstractContextManager[Ask]: ...
+    def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]: ...
 
-    def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
-        with self.asking([]) as ask:
-            return ask(requests)()
+    def submit(self, requests: Sequence[TeacherRequest]) -> list[Answer]:
+        return list(map(Answer.finished, self.logprobs(requests)))
+
+
+class TeacherWrapper(Teacher):
+    """A teacher that is asked through another one: all that a subclass does not change is the
+    wrapped teacher's."""
+
+    def __init__(self, teacher: Teacher):
+        self.teacher = teacher
+        self.identity = teacher.identity
+
+    @property
+    def fingerprint(self) -> str:
+        return self.teacher.fingerprint
+
+    @property
+    def works_elsewhere(self) -> bool:
+        return self.teacher.works_elsewhere
+
+    def submit(self, requests: Sequence[TeacherRequest]) -> list[Answer]:
+        return self.teacher.submit(requests)
+
+    def cancel(self) -> None:
+        self.teacher.cancel()
+
+    def after_step(self) -> None:
+        self.teacher.after_step()
+
+    def state(self) -> Mapping[str, Tensor]:
+        return self.teacher.state()
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        self.teacher.load_state(state)
+
+    def pop_metrics(self) -> dict[str, float]:
+        return self.teacher.pop_metrics()
+
+    def close(self) -> None:
+        self.teacher.close()
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +27,7 @@ from rlad.errors import UserError
 from rlad.findings import Finding
 from rlad.teachers import build_teacher
 from rlad.teachers import check_teacher as check_any_teacher
-from rlad.teachers.base import Ask, DeferringTeacher, Setting, Spans, Teacher, TeacherRequest
+from rlad.teachers.base import Answer, Setting, Teacher, TeacherRequest, TeacherWrapper
 from rlad.teachers.cache_store import LogprobStore, Witness
 
 _FORMAT = b"rlad log-probs 2"
@@ -47,7 +45,7 @@ _NOT_CACHEABLE = {
 }
 
 
-class CachedTeacher(DeferringTeacher):
+class CachedTeacher(TeacherWrapper):
     """Asks the teacher behind it for what is not stored; complete, finite answers alone are stored.
 
     Raises `UserError` when its answer to the witness differs on average by more than `tolerance`
@@ -65,8 +63,8 @@ class CachedTeacher(DeferringTeacher):
         tolerance: float,
     ):
         assert not teacher.state(), "a teacher that moves cannot be cached"
-        self.identity = teacher.identity
-        self._teacher, self._store, self._directory = teacher, store, directory
+        super().__init__(teacher)
+        self._store, self._directory = store, directory
         self._temperature, self._tolerance = temperature, tolerance
         self._fingerprint = teacher.fingerprint
         self._witness: Witness | None = None
@@ -74,53 +72,61 @@ class CachedTeacher(DeferringTeacher):
         self._witness_key = _digest_of(
             _FORMAT, self._fingerprint.encode(), struct.pack("<d", temperature)
         )
+        self._open: set[bytes] = set()
+        """the keys of what is asked for and not yet answered, in the present batch"""
+        self._whole: dict[bytes, tuple[TeacherRequest, Tensor]] = {}
+        """what was answered whole in the present batch, and is stored at its end"""
+        self._is_stored = False
+        """whether the present batch may be stored"""
         self._num_asked = self._num_hits = 0
 
     @property
     def fingerprint(self) -> str:
         return self._fingerprint
 
-    @property
-    def works_elsewhere(self) -> bool:
-        return self._teacher.works_elsewhere
-
-    @contextmanager
-    def asking(self, spans: Spans) -> Iterator[Ask]:
-        with self._teacher.asking(spans) as ask:
-            stored = self._witness or self._store.witness(self._witness_key)
-            if stored and not self._witness:
-                self._confirm(stored, ask)
-            yield partial(
-                self._ask, _Batch(ask, stores=self._witness is not None or stored is None)
-            )
-
-    def _ask(
-        self, batch: "_Batch", requests: Sequence[TeacherRequest]
-    ) -> Callable[[], list[Tensor]]:
+    def submit(self, requests: Sequence[TeacherRequest]) -> list[Answer]:
+        if not self._open:
+            self._begin_batch()
         keys = [entry_key(self._fingerprint, self._temperature, request) for request in requests]
         asked = dict(zip(keys, requests, strict=True))
         known = self._known(asked)
-        self._num_asked, self._num_hits = (
-            self._num_asked + len(keys),
-            self._num_hits + sum(key in known for key in keys),
-        )
+        self._num_asked += len(keys)
+        self._num_hits += sum(key in known for key in keys)
         unknown = [key for key in asked if key not in known]
-        wait = batch.ask([asked[key] for key in unknown]) if unknown else list
-        batch.num_open += 1
+        self._open.update(unknown)
+        answers = {key: Answer.finished(values) for key, values in known.items()}
+        if unknown:
+            submitted = self.teacher.submit([asked[key] for key in unknown])
+            for key, answer in zip(unknown, submitted, strict=True):
+                wait = partial(self._wait_for, key, asked[key], answer)
+                answers[key] = Answer(wait, answer.spans)
+        return [answers[key] for key in keys]
 
-        def answers() -> list[Tensor]:
-            new = dict(zip(unknown, wait(), strict=True))
-            batch.num_open -= 1
-            batch.whole |= {
-                key: (asked[key], values)
-                for key, values in new.items()
-                if _is_whole(values, asked[key])
-            }
-            if batch.stores and (self._witness or not batch.num_open):
-                self._keep(batch)
-            return [(known | new)[key] for key in keys]
+    def cancel(self) -> None:
+        self._open.clear()
+        self._whole.clear()
+        super().cancel()
 
-        return answers
+    def _begin_batch(self) -> None:
+        """Before anything else, ask again for a witness that this session has not seen
+        confirmed."""
+        self._whole.clear()
+        stored = self._witness or self._store.witness(self._witness_key)
+        if stored and not self._witness:
+            self._confirm(stored)
+        self._is_stored = self._witness is not None or stored is None
+
+    def _wait_for(self, key: bytes, request: TeacherRequest, answer: Answer) -> Tensor:
+        """The teacher's answer. The batch is stored when the last of its answers has come: a first
+        witness is the longest of them all."""
+        values = answer.result()
+        if key in self._open:
+            self._open.remove(key)
+            if _is_whole(values, request):
+                self._whole[key] = (request, values)
+            if self._is_stored and not self._open:
+                self._keep()
+        return values
 
     def _known(self, asked: Mapping[bytes, TeacherRequest]) -> dict[bytes, Tensor]:
         """The stored ones."""
@@ -130,48 +136,47 @@ class CachedTeacher(DeferringTeacher):
         found = {names[name]: values for name, values in self._store.get(list(names)).items()}
         return {key: values for key, values in found.items() if _is_whole(values, asked[key])}
 
-    def _keep(self, batch: "_Batch") -> None:
-        """Store its answers under the witness that all sessions agree on, which is this one's where
-        there is none."""
-        if not batch.whole:
+    def _keep(self) -> None:
+        """Store the batch's answers under the witness that all sessions agree on, which is this
+        one's where there is none."""
+        if not self._whole:
             return
-        request, values = max(batch.whole.values(), key=lambda answered: len(answered[1]))
+        request, values = max(self._whole.values(), key=lambda answered: len(answered[1]))
         ours = self._witness or Witness(self._witness_key, _pack(request), values)
         held = self._store.claim(ours)
         if held and held.digest == ours.digest:
             self._witness = ours
         elif held:  # another process was first, or the file was lost and begun anew
-            self._confirm(held, batch.ask)
+            self._confirm(held)
         if self._witness:
             self._store.put(
                 {
                     _digest_of(key, self._witness.digest): values
-                    for key, (_, values) in batch.whole.items()
+                    for key, (_, values) in self._whole.items()
                 }
             )
-        batch.whole.clear()
+        self._whole.clear()
 
-    def _confirm(self, stored: Witness, ask: Ask) -> None:
+    def _confirm(self, stored: Witness) -> None:
         """`UserError` when the stored answer is another teacher's. An answer that does not come
         whole confirms nothing."""
         self._witness = None
         request = _unpack(stored.request)
-        answer = ask([request])()[0]
+        (answer,) = self.teacher.logprobs([request])
         if not _is_whole(answer, request):
             return
         if (mean := float((answer - stored.logprobs).abs().mean())) > self._tolerance:
             raise UserError(
                 f"the cache {self._directory} holds log-probs of another teacher than "
-                f"{self.identity!r}: a completion of "
-                f"{len(answer)} tokens, asked for again, differs by {mean:.3g} nats a token "
-                "(teacher.tolerance is "
-                f"{self._tolerance:g}); delete that folder, or name another teacher.directory."
+                f"{self.identity!r}: a completion of {len(answer)} tokens, asked for again, differs "
+                f"by {mean:.3g} nats a token (teacher.tolerance is {self._tolerance:g}); delete "
+                "that folder, or name another teacher.directory."
             )
         self._witness = stored
 
     def pop_metrics(self) -> dict[str, float]:
         """Share of the completions asked for since the last call that were stored."""
-        metrics = self._teacher.pop_metrics()
+        metrics = super().pop_metrics()
         if self._num_asked:
             metrics["teacher/cache_hits/frac"] = self._num_hits / self._num_asked
         self._num_asked = self._num_hits = 0
@@ -179,20 +184,7 @@ class CachedTeacher(DeferringTeacher):
 
     def close(self) -> None:
         self._store.close()
-        self._teacher.close()
-
-
-@dataclass(slots=True)
-class _Batch:
-    """The questions of one rollout batch. Without a witness nothing is stored before all of them
-    are answered."""
-
-    ask: Ask
-    stores: bool
-    num_open: int = 0
-    """questions that wait for their answers"""
-    whole: dict[bytes, tuple[TeacherRequest, Tensor]] = field(default_factory=dict)
-    """what was answered whole and is not stored yet"""
+        super().close()
 
 
 def entry_key(fingerprint: str, temperature: float, request: TeacherRequest) -> bytes:

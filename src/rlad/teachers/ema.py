@@ -16,11 +16,11 @@ from rlad.errors import UserError
 from rlad.findings import Finding
 from rlad.models.loading import LanguageModel
 from rlad.scoring.scorer import Scorer
-from rlad.teachers.base import Setting, Teacher, TeacherRequest
+from rlad.teachers.base import Setting, SynchronousTeacher, TeacherRequest
 from rlad.teachers.local import score_known_tokens
 
 
-class EMATeacher(Teacher):
+class EMATeacher(SynchronousTeacher):
     """A copy of the student's trained weights, float32 as they are, that follows them; with
     update_rate = 1 no copy.
 

@@ -12,11 +12,11 @@ from rlad.config.teacher import LocalTeacherConfig
 from rlad.models.loading import LanguageModel, load_language_model
 from rlad.scoring.scorer import Scorer
 from rlad.seeds import stream_seed
-from rlad.teachers.base import Setting, Teacher, TeacherRequest
+from rlad.teachers.base import Setting, SynchronousTeacher, TeacherRequest
 from rlad.teachers.fingerprint import weights_fingerprint
 
 
-class LocalTeacher(Teacher):
+class LocalTeacher(SynchronousTeacher):
     """Scores the sampled tokens only, in micro-batches by token budget; never holds `[batch, token,
     vocabulary]`."""
 

@@ -7,14 +7,10 @@ its group was correct), the teacher is given what the student sees, in the teach
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
-from functools import partial
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from rlad.config.teacher import (
     AdapterTeacherConfig,
@@ -32,7 +28,7 @@ from rlad.rollouts.prompts import Prompt
 from rlad.tasks import Problem, make_task
 from rlad.teachers import build_teacher
 from rlad.teachers import check_teacher as check_inner
-from rlad.teachers.base import Ask, DeferringTeacher, Setting, Spans, Teacher, TeacherRequest
+from rlad.teachers.base import Answer, Setting, Teacher, TeacherRequest, TeacherWrapper
 from rlad.teachers.privileged_prompt import encoder, privileged_prompt, shown_values
 
 NUM_PROBED_PROBLEMS = 20
@@ -40,7 +36,7 @@ _FORM = ("chat_template", "system_prompt", "chat_template_kwargs", "end_token")
 """settings that make other prompts, or another end, besides the template"""
 
 
-class PrivilegedTeacher(DeferringTeacher):
+class PrivilegedTeacher(TeacherWrapper):
     """Asks another teacher about the same completions behind another prompt; NaN where both do not
     fit into `context`."""
 
@@ -58,23 +54,15 @@ class PrivilegedTeacher(DeferringTeacher):
         is not stated. `form` names how its prompts differ from the student's besides the template;
         empty where they do not. `ends` maps the student's end tokens to the teacher's.
         """
-        self.teacher, self.template, self.encode, self.context = teacher, template, encode, context
+        super().__init__(teacher)
+        self.template, self.encode, self.context = template, encode, context
         self.identity = f"{teacher.identity}, privileged by {template!r}" + (
             f" in the form {form}" if form else ""
         )
         self._has_own_form, self._ends = bool(form), ends or {}
         self._num_asked = self._num_shown = 0
 
-    @property
-    def works_elsewhere(self) -> bool:
-        return self.teacher.works_elsewhere
-
-    @contextmanager
-    def asking(self, spans: Spans) -> Iterator[Ask]:
-        with self.teacher.asking(spans) as ask:
-            yield partial(self._ask, ask)
-
-    def _ask(self, ask: Ask, requests: Sequence[TeacherRequest]) -> Callable[[], list[Tensor]]:
+    def submit(self, requests: Sequence[TeacherRequest]) -> list[Answer]:
         prompts = [
             privileged_prompt(self.template, request.problem, request.peer_solution)
             for request in requests
@@ -85,18 +73,15 @@ class PrivilegedTeacher(DeferringTeacher):
             for r in privileged
         ]
         is_told = [prompt is not None and does for prompt, does in zip(prompts, fits, strict=True)]
-        self._num_asked, self._num_shown = (
-            self._num_asked + len(is_told),
-            self._num_shown + sum(is_told),
+        self._num_asked += len(is_told)
+        self._num_shown += sum(is_told)
+        answers = iter(
+            self.teacher.submit([request for request, does in zip(privileged, fits) if does])
         )
-        wait = ask([request for request, does in zip(privileged, fits, strict=True) if does])
-
-        def answers() -> list[Tensor]:
-            scores = iter(wait())
-            missing = (torch.full((len(request.completion),), torch.nan) for request in privileged)
-            return [next(scores) if does else nan for does, nan in zip(fits, missing, strict=True)]
-
-        return answers
+        return [
+            next(answers) if does else Answer.missing(request)
+            for request, does in zip(privileged, fits)
+        ]
 
     def _privileged(
         self, requests: Sequence[TeacherRequest], prompts: Sequence[Prompt | None]
@@ -126,15 +111,6 @@ class PrivilegedTeacher(DeferringTeacher):
             return completion
         return [*completion[:-1], self._ends[completion[-1]]]
 
-    def after_step(self) -> None:
-        self.teacher.after_step()
-
-    def state(self) -> Any:
-        return self.teacher.state()
-
-    def load_state(self, state: Any) -> None:
-        self.teacher.load_state(state)
-
     def pop_metrics(self) -> dict[str, float]:
         """With the share of the completions since the last call for which the teacher saw what its
         template names."""
@@ -143,9 +119,6 @@ class PrivilegedTeacher(DeferringTeacher):
             metrics["teacher/privileged/frac"] = self._num_shown / self._num_asked
         self._num_asked = self._num_shown = 0
         return metrics
-
-    def close(self) -> None:
-        self.teacher.close()
 
 
 def check_teacher(settings: PrivilegedTeacherConfig, setting: Setting) -> list[Finding]:

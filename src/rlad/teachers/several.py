@@ -9,10 +9,8 @@ distributions over whole completions.
 """
 
 import math
-from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from functools import partial
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from urllib.parse import quote
 
 import torch
@@ -24,10 +22,10 @@ from rlad.config.teacher import SeveralTeachersConfig
 from rlad.findings import Finding
 from rlad.teachers import build_teacher
 from rlad.teachers import check_teacher as check_one
-from rlad.teachers.base import Ask, DeferringTeacher, Setting, Spans, Teacher, TeacherRequest
+from rlad.teachers.base import Answer, Setting, Teacher, TeacherRequest
 
 
-class SeveralTeachers(DeferringTeacher):
+class SeveralTeachers(Teacher):
     """What the two ways to combine have in common: all members move, are stored and are closed."""
 
     def __init__(self, teachers: Mapping[str, Teacher]):
@@ -37,21 +35,9 @@ class SeveralTeachers(DeferringTeacher):
     def works_elsewhere(self) -> bool:
         return all(teacher.works_elsewhere for teacher in self.teachers.values())
 
-    @contextmanager
-    def asking(self, spans: Spans) -> Iterator[Ask]:
-        with ExitStack() as held:
-            yield partial(
-                self._ask,
-                {
-                    name: held.enter_context(one.asking(spans))
-                    for name, one in self.teachers.items()
-                },
-            )
-
-    @abstractmethod
-    def _ask(
-        self, asks: Mapping[str, Ask], requests: Sequence[TeacherRequest]
-    ) -> Callable[[], list[Tensor]]: ...
+    def cancel(self) -> None:
+        for teacher in self.teachers.values():
+            teacher.cancel()
 
     def after_step(self) -> None:
         for teacher in self.teachers.values():
@@ -101,25 +87,16 @@ class TeacherByTask(SeveralTeachers):
             f"{name} = {self.teachers[name].identity}" for name in sorted(self.teachers)
         )
 
-    def _ask(
-        self, asks: Mapping[str, Ask], requests: Sequence[TeacherRequest]
-    ) -> Callable[[], list[Tensor]]:
+    def submit(self, requests: Sequence[TeacherRequest]) -> list[Answer]:
         rows: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
-            rows.setdefault(
-                (request.problem.task if request.problem else "") or self.only_task, []
-            ).append(i)
-        waits = {name: asks[name]([requests[i] for i in wanted]) for name, wanted in rows.items()}
-
-        def answers() -> list[Tensor]:
-            by_row = {
-                i: values
-                for name, wait in waits.items()
-                for i, values in zip(rows[name], wait(), strict=True)
-            }
-            return [by_row[i] for i in range(len(requests))]
-
-        return answers
+            task = request.problem.task if request.problem else ""
+            rows.setdefault(task or self.only_task, []).append(i)
+        answers: dict[int, Answer] = {}
+        for name, wanted in rows.items():
+            submitted = self.teachers[name].submit([requests[i] for i in wanted])
+            answers |= zip(wanted, submitted, strict=True)
+        return [answers[i] for i in range(len(requests))]
 
 
 class TeacherMixture(SeveralTeachers):
@@ -135,20 +112,20 @@ class TeacherMixture(SeveralTeachers):
         )
         self.identity = "mixture: " + ", ".join(parts)
 
-    def _ask(
-        self, asks: Mapping[str, Ask], requests: Sequence[TeacherRequest]
-    ) -> Callable[[], list[Tensor]]:
-        waits = [ask(requests) for ask in asks.values()]
-        logarithms = torch.tensor([math.log(weight) for weight in self.weights.values()])[:, None]
+    def submit(self, requests: Sequence[TeacherRequest]) -> list[Answer]:
+        by_teacher = [teacher.submit(requests) for teacher in self.teachers.values()]
+        return [self._mixed(answers) for answers in zip(*by_teacher, strict=True)]
 
-        def answers() -> list[Tensor]:
-            by_teacher = [wait() for wait in waits]
-            return [
-                torch.logsumexp(torch.stack(values) + logarithms, dim=0)
-                for values in zip(*by_teacher, strict=True)
-            ]
+    def _mixed(self, answers: Sequence[Answer]) -> Answer:
+        log_weights = torch.tensor([math.log(weight) for weight in self.weights.values()])[:, None]
+        spans: list[tuple[float, float]] = []
 
-        return answers
+        def wait() -> Tensor:
+            values = torch.stack([answer.result() for answer in answers])
+            spans[:] = [span for answer in answers for span in answer.spans]
+            return torch.logsumexp(values + log_weights, dim=0)
+
+        return Answer(wait, spans)
 
 
 def task_names(config: RunConfig) -> list[str]:

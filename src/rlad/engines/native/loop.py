@@ -40,7 +40,6 @@ from rlad.engines.skipped_steps import (
     metrics_of_skipped,
     require_sound_weights,
 )
-from rlad.errors import RunFailedError
 from rlad.models.loading import LanguageModel
 from rlad.objectives import OBJECTIVES, Objective, token_loss
 from rlad.objectives.advantages import group_advantages
@@ -53,7 +52,8 @@ from rlad.scoring.scorer import CompletionScores, Scorer
 from rlad.seeds import stream_seed
 from rlad.tasks import Task, Verdict
 from rlad.teachers.adapter import AdapterScorer
-from rlad.teachers.base import Teacher, missing_share
+from rlad.teachers.asking import complete_logprobs
+from rlad.teachers.base import Teacher
 
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
@@ -254,34 +254,19 @@ class NativeEngine:
     def _ask_teacher(
         self, batch: RolloutBatch, rows: Sequence[int], ahead: AskedAhead | None = None
     ) -> list[Tensor]:
-        """The teacher's log-probs of some rollouts; what lacks too many of them is asked for once
-        more.
-
-        Raises `RunFailedError` when too many are missing then too.
-        """
+        """The teacher's log-probs of some rollouts, which it may have been asked for ahead."""
         assert self.teacher is not None
         if ahead is None:
             requests = teacher_requests(batch, rows, self.task, seed=self.config.seed)
-            scores = self.teacher.logprobs(requests)
         else:
-            requests, scores = ahead.answers(rows)
-        most = self.config.optimization.max_missing_teacher_share
-        if missing_share(scores) > most:
-            again = [i for i, values in enumerate(scores) if not values.isfinite().all()]
-            for i, values in zip(
-                again, self.teacher.logprobs([requests[i] for i in again]), strict=True
-            ):
-                scores[i] = torch.where(scores[i].isfinite(), scores[i], values)
-        if (share := missing_share(scores)) > most:
-            raise RunFailedError(
-                f"step {self.step + 1}: the teacher gave no finite log-prob for {share:.1%} of the "
-                "tokens, also when asked "
-                f"again; optimization.max_missing_teacher_share allows {most:.1%}. Check that it "
-                "is the right model, answers "
-                "in full, and does not overflow (dtype = bfloat16 instead of float16), then go on "
-                "with --resume."
-            )
-        return scores
+            requests = [ahead.requests[row] for row in rows]
+        return complete_logprobs(
+            self.teacher,
+            requests,
+            max_missing_share=self.config.optimization.max_missing_teacher_share,
+            step=self.step + 1,
+            answers=None if ahead is None else ahead.answers(rows),
+        )
 
     def _token_advantages(self, row: Objective, batch: RolloutBatch) -> list[Tensor]:
         assert (

@@ -6,47 +6,42 @@ asking differs.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-from torch import Tensor
-
-from rlad.rollouts.grading import timed
 from rlad.rollouts.types import Metrics
-from rlad.teachers.base import Ask, Spans, Teacher, TeacherRequest
+from rlad.teachers.base import Answer, Teacher, TeacherRequest
 
 
 class AskedAhead:
-    """What was asked about the rollouts of a batch, by their numbers, and what waits for the
-    answers."""
+    """What a teacher was asked about the rollouts of a batch, and its answers, by their numbers."""
 
-    def __init__(self, ask: Ask, spans: Spans, seconds: Metrics):
-        self._ask, self._spans, self.seconds = ask, spans, seconds
-        self._requests: dict[int, TeacherRequest] = {}
-        self._waits: list[tuple[Sequence[int], Callable[[], list[Tensor]]]] = []
+    def __init__(self, teacher: Teacher, seconds: Metrics):
+        self._teacher = teacher
+        self.seconds = seconds
+        self.requests: dict[int, TeacherRequest] = {}
+        self._answers: dict[int, Answer] = {}
 
     def ask(self, rows: Sequence[int], requests: Sequence[TeacherRequest]) -> None:
         """Begin to have some rollouts scored."""
-        self._requests |= zip(rows, requests, strict=True)
-        self._waits.append((rows, self._ask(requests)))
+        self.requests |= zip(rows, requests, strict=True)
+        self._answers |= zip(rows, self._teacher.submit(requests), strict=True)
 
-    def answers(self, rows: Sequence[int]) -> tuple[list[TeacherRequest], list[Tensor]]:
-        """What was asked about the rollouts, which must be all that were asked about, and the
-        log-probs; waits for them.
+    def answers(self, rows: Sequence[int]) -> list[Answer]:
+        """Wait for the answers about the rollouts, which must be all that were asked about.
 
         Notes for how many seconds the teacher had worked before.
         """
-        assert sorted(self._requests) == list(rows), (
+        assert sorted(self.requests) == list(rows), (
             "a group is asked about as it would be within its batch"
         )
         began = time.monotonic()
-        scores = {
-            row: values
-            for asked, wait in self._waits
-            for row, values in zip(asked, wait(), strict=True)
-        }
-        self.seconds["teacher/overlap/seconds"] = covered_seconds(self._spans, until=began)
-        return [self._requests[row] for row in rows], [scores[row] for row in rows]
+        answers = [self._answers[row] for row in rows]
+        for answer in answers:
+            answer.result()
+        spans = [span for answer in answers for span in answer.spans]
+        self.seconds["teacher/overlap/seconds"] = covered_seconds(spans, until=began)
+        return answers
 
 
 @contextmanager
@@ -56,18 +51,16 @@ def asking_ahead(teacher: Teacher | None, seconds: Metrics) -> Iterator[AskedAhe
     What is still under way when the block is left is given up. The time that asking takes is added
     to `seconds`.
     """
-    if teacher is None or not teacher.works_elsewhere:
+    if teacher is None:
         yield None
         return
-    spans: Spans = []
-    with ExitStack() as held:
-        with timed(seconds, "time/teacher/seconds"):
-            ask = held.enter_context(teacher.asking(spans))
-        spans.clear()  # of what a teacher asks before all else the end was waited for
-        yield AskedAhead(ask, spans, seconds)
+    try:
+        yield AskedAhead(teacher, seconds) if teacher.works_elsewhere else None
+    finally:
+        teacher.cancel()
 
 
-def covered_seconds(spans: Spans, *, until: float) -> float:
+def covered_seconds(spans: Sequence[tuple[float, float]], *, until: float) -> float:
     """For how long before `until` at least one of the spans was open."""
     total, covered_to = 0.0, float("-inf")
     for start, end in sorted((start, min(end, until)) for start, end in spans):

@@ -14,7 +14,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from rlad.models.loading import LanguageModel
 from rlad.scoring.scorer import CompletionScores, Scorer, TokenIds
-from rlad.teachers.base import Teacher, TeacherRequest
+from rlad.teachers.base import SynchronousTeacher, TeacherRequest
 from rlad.teachers.local import score_known_tokens
 
 
@@ -67,7 +67,7 @@ class ShardedScorer(Scorer):
         return self([[0]], [[0]], with_entropy=False)
 
 
-class ShardedTeacher(Teacher):
+class ShardedTeacher(SynchronousTeacher):
     """A frozen local model over all processes. `logprobs` is a collective call."""
 
     def __init__(

@@ -13,11 +13,12 @@ from trl.trainer.utils import use_adapter
 
 from rlad.engines.trl.config import RLADConfig
 from rlad.engines.trl.sharded_teacher import ShardedTeacher
-from rlad.errors import RunFailedError, UserError
+from rlad.errors import UserError
 from rlad.models.loading import LanguageModel, load_language_model
 from rlad.scoring.scorer import Scorer
 from rlad.tasks import Problem
-from rlad.teachers.base import Teacher, TeacherRequest, missing_share
+from rlad.teachers.asking import ask_twice, require_few_missing
+from rlad.teachers.base import SynchronousTeacher, Teacher, TeacherRequest
 from rlad.teachers.compatibility import compare_tokenizers
 from rlad.teachers.local import LocalTeacher, score_known_tokens
 
@@ -124,53 +125,37 @@ def requests_for(
     return {i: TeacherRequest(prompts[i], completions[i], problem_of(rows[i])) for i in wanted}
 
 
-def _scores(teacher: Teacher, requests: list[TeacherRequest], most_missing: float) -> list[Tensor]:
-    """The teacher's answers to this process; what lacks too many tokens is asked for once more."""
-    every_process_asks = isinstance(
-        teacher, ShardedTeacher
-    )  # and asking again would change nothing
-    scores = teacher.logprobs(requests) if requests or every_process_asks else []
-    if missing_share(scores) > most_missing and not every_process_asks:
-        again = [k for k, values in enumerate(scores) if not values.isfinite().all()]
-        for k, values in zip(again, teacher.logprobs([requests[k] for k in again]), strict=True):
-            scores[k] = values
-    return scores
-
-
 def ask_teacher(
     teacher: Teacher,
     requests: dict[int, TeacherRequest],
     asked: Tensor,
     accelerator: Accelerator,
     *,
-    most_missing: float,
+    max_missing_share: float,
+    step: int,
 ) -> Tensor:
     """Log-probs `[batch, token]`, NaN where there are none.
 
-    Raises `RunFailedError`, on every process, when more than the share `most_missing` of the tokens
-    in `asked` has none, also when asked for once more.
+    Raises `RunFailedError`, on every process, when more than `max_missing_share` of the tokens in
+    `asked` have none, also when asked for once more.
     """
-    rows = list(requests)
-    scores = _scores(teacher, list(requests.values()), most_missing)
+    if isinstance(teacher, ShardedTeacher):
+        # All processes ask it at the same time, and asking again would change nothing.
+        scores = teacher.logprobs(list(requests.values()))
+    else:
+        scores = ask_twice(teacher, list(requests.values()), max_missing_share=max_missing_share)
     result = torch.full(asked.shape, torch.nan, dtype=scores[0].dtype if scores else torch.float32)
-    for i, values in zip(rows, scores, strict=True):
-        result[i, : len(requests[i].completion)] = values
+    for (i, request), values in zip(requests.items(), scores, strict=True):
+        result[i, : len(request.completion)] = values
     result = result.to(asked.device)
     counts = accelerator.gather(torch.stack([(asked & ~result.isfinite()).sum(), asked.sum()]))
     assert isinstance(counts, Tensor)
     missing, total = counts.view(-1, 2).sum(dim=0).tolist()
-    if missing > most_missing * total:
-        raise RunFailedError(
-            f"the teacher gave no finite log-prob for {missing / total:.1%} of the tokens, also "
-            "when asked again; "
-            f"max_missing_teacher_share allows {most_missing:.1%}. Check that it is the right "
-            "model, answers in full, and does "
-            "not overflow (dtype = bfloat16 instead of float16)."
-        )
+    require_few_missing(missing, total, max_missing_share=max_missing_share, step=step)
     return result
 
 
-class BaseModelTeacher(Teacher):
+class BaseModelTeacher(SynchronousTeacher):
     """Scores with the student's adapters switched off; nothing of the student is frozen or moved by
     it."""
 

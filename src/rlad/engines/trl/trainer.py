@@ -138,11 +138,14 @@ class RLADTrainer(GRPOTrainer):
     ) -> Tensor:
         assert self.teacher is not None
         started = time.monotonic()
-        requests, most = (
+        result = ask_teacher(
+            self.teacher,
             requests_for(batch, asked, rows, self.problem_of),
-            self.args.max_missing_teacher_share,
+            asked,
+            self.accelerator,
+            max_missing_share=self.args.max_missing_teacher_share,
+            step=self.state.global_step + 1,
         )
-        result = ask_teacher(self.teacher, requests, asked, self.accelerator, most_missing=most)
         num_tokens = float(over_processes(self.accelerator, asked.sum()))
         own = {
             "time/teacher/seconds": time.monotonic() - started,

@@ -2,8 +2,9 @@
 that scores given tokens."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from functools import partial
 from itertools import takewhile
 from multiprocessing import TimeoutError
 from multiprocessing.pool import AsyncResult, ThreadPool
@@ -14,7 +15,7 @@ from torch import Tensor
 from rlad.config.teacher import ServedTeacherConfig
 from rlad.errors import UserError
 from rlad.findings import Finding
-from rlad.teachers.base import Ask, DeferringTeacher, Setting, Spans, TeacherRequest
+from rlad.teachers.base import Answer, Setting, Teacher, TeacherRequest
 from rlad.teachers.served.client import CompletionsClient, Patience, ServerUnavailableError
 from rlad.teachers.served.probe import SelfTestFailed, ServerProbe, find_scoring
 from rlad.teachers.served.protocol import Scoring, max_answer_bytes, read_scores, scoring_request
@@ -23,7 +24,7 @@ from rlad.teachers.served.self_test import check_server
 SECONDS_BETWEEN_LOOKS = 0.2
 
 
-class ServedTeacher(DeferringTeacher):
+class ServedTeacher(Teacher):
     """One request per completion, several at a time. What cannot be had is NaN; a refusal raises
     `RunFailedError`."""
 
@@ -49,37 +50,47 @@ class ServedTeacher(DeferringTeacher):
             vocabulary,
             context_tokens,
         )
+        self._pool: ThreadPool | None = None
+        self._patience = Patience()
+        self._submitted: list[AsyncResult] = []
 
     @property
     def works_elsewhere(self) -> bool:
         return True
 
-    @contextmanager
-    def asking(self, spans: Spans) -> Iterator[Ask]:
-        patience = Patience()
+    def submit(self, requests: Sequence[TeacherRequest]) -> list[Answer]:
+        # Threads of such a pool end with the process: Ctrl-C never waits for a slow answer.
+        self._pool = self._pool or ThreadPool(self._settings.max_concurrent_requests)
+        # Requests are given up together, until all of them have had their answers.
+        if all(answer.ready() for answer in self._submitted):
+            self._patience, self._submitted = Patience(), []
+        answers = []
+        for request in requests:
+            spans: list[tuple[float, float]] = []
+            result = self._pool.apply_async(self._timed_score, (self._patience, request, spans))
+            self._submitted.append(result)
+            answers.append(Answer(partial(self._wait_for, result), spans))
+        return answers
 
-        def score(request: TeacherRequest) -> Tensor:
-            started = time.monotonic()
-            try:
-                return self._score(patience, request)
-            finally:
-                spans.append((started, time.monotonic()))
-
-        # Threads of such a pool end with the process: a second Ctrl-C need not wait for a slow
-        # answer.
-        with ThreadPool(self._settings.max_concurrent_requests) as pool:
-
-            def ask(requests: Sequence[TeacherRequest]) -> Callable[[], list[Tensor]]:
-                answers = [pool.apply_async(score, (request,)) for request in requests]
-                return lambda: [self._wait_for(answer) for answer in answers]
-
-            try:
-                yield ask
-            finally:
-                patience.is_over.set()
+    def cancel(self) -> None:
+        self._patience.is_over.set()
+        self._submitted = []
+        if self._pool is not None:
+            self._pool.terminate()
+            self._pool = None
 
     def close(self) -> None:
+        self.cancel()
         self._client.close()
+
+    def _timed_score(
+        self, patience: Patience, request: TeacherRequest, spans: list[tuple[float, float]]
+    ) -> Tensor:
+        started = time.monotonic()
+        try:
+            return self._score(patience, request)
+        finally:
+            spans.append((started, time.monotonic()))
 
     def _wait_for(self, answer: AsyncResult) -> Tensor:
         """An answer; while it is not there, the run may be stopped."""
