@@ -50,6 +50,21 @@ def opd_token(s: Any, o: Any, t: Any) -> Any:
     return -exp(s - o) * (t - o)
 
 
+def kl(p: Sequence[Any], q: Sequence[Any]) -> Any:
+    """KL(p || q) of two lists of log-probs over the vocabulary."""
+    return sum(exp(x) * (x - y) for x, y in zip(p, q, strict=True))
+
+
+def generalised_jsd(student: Sequence[Any], teacher: Sequence[float], *, beta: float) -> Any:
+    """JSD_beta(teacher || student) as GKD defines it, the KL divergences at its ends."""
+    if beta in (0, 1):
+        return kl(teacher, student) if beta == 0 else kl(student, teacher)
+    mixture = [
+        (beta * exp(t) + (1 - beta) * exp(s)).log() for s, t in zip(student, teacher, strict=True)
+    ]
+    return beta * kl(teacher, mixture) + (1 - beta) * kl(student, mixture)
+
+
 def rlsd_weight(
     o: float, t: float, a: float, *, teacher_weight: float, weight_clip: float
 ) -> float:

@@ -1,16 +1,32 @@
 """Log-probs in tiles against `log_softmax`."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from rlad.scoring import token_logprobs as in_tiles
+from rlad.scoring.distributions import Distributions
 from rlad.scoring.tiles import tile_shape, tokens_per_chunk
-from rlad.scoring.token_logprobs import token_logprobs
 from tiny_models import LargestTensor
 
 INF = math.inf
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    *,
+    with_entropy: bool = True,
+    tile: tuple[int, int] | None = None,
+    **readout: Any,
+) -> tuple[Tensor, Tensor]:
+    distributions = Distributions(hidden, weight, bias, **readout)
+    return in_tiles.token_logprobs(distributions, ids, with_entropy=with_entropy, tile=tile)
 
 
 def inputs(

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from rlad.scoring.token_logprobs import output_logits
+from rlad.scoring.distributions import Distributions
 
 # As configs call it: Cohere, Falcon H1; Granite; Gemma, RecurrentGemma.
 _MULTIPLIERS, _DIVISORS = ("logit_scale", "lm_head_multiplier"), ("logits_scaling",)
@@ -21,6 +22,15 @@ class OutputLayer:
     linear: torch.nn.Linear
     scale: float = 1.0
     soft_cap: float | None = None
+
+    def distributions(
+        self, hidden: Tensor, *, temperature: float = 1.0, weight_grad: Tensor | None = None
+    ) -> Distributions:
+        """The distributions that this layer makes of hidden states `[N, hidden_size]`."""
+        weight, bias = self.linear.weight, self.linear.bias
+        return Distributions(
+            hidden, weight, bias, self.scale, self.soft_cap, temperature, weight_grad
+        )
 
 
 @torch.no_grad()
@@ -42,17 +52,18 @@ def output_layer(model: PreTrainedModel) -> OutputLayer | None:
         return None
     scale, soft_cap = _stated(model.config.get_text_config())
     if (scale, soft_cap) != (1, None):
-        ours = output_logits(hidden, head.weight, head.bias, scale, soft_cap, temperature=1.0)
+        layer = OutputLayer(head, scale, soft_cap)
+        ours = layer.distributions(hidden.flatten(0, -2)).logits().view_as(logits)
         # The model scales and caps in its own type: a few roundings of that.
         if torch.allclose(
             ours, logits.to(ours.dtype), rtol=8 * torch.finfo(logits.dtype).eps, atol=0
         ):
-            return OutputLayer(head, scale, soft_cap)
+            return layer
     return OutputLayer(head) if torch.equal(head(hidden), logits) else None
 
 
 def _stated(config: PretrainedConfig) -> tuple[float, float | None]:
-    """Scale and soft cap that a config states."""
+    """Return the scale and the soft cap that a config states."""
 
     def numbers(names: tuple[str, ...]) -> list[float]:
         return [float(value) for name in names if (value := getattr(config, name, None))]

@@ -14,23 +14,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlad.errors import UserError
 from rlad.models.loading import LanguageModel
-from rlad.scoring.output_layer import OutputLayer, output_layer
+from rlad.scoring.distributions import Distributions, float32_or_wider
+from rlad.scoring.output_layer import output_layer
 from rlad.scoring.tiles import tokens_per_chunk
-from rlad.scoring.token_logprobs import float32_or_wider, output_logits, token_logprobs
+from rlad.scoring.token_logprobs import token_logprobs
 
 TokenIds = Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
 class CompletionScores:
-    """Of a batch of completions, all `[batch, token]`: log-probs (0 where masked), entropy (nats,
-    no gradient; NaN where it was not asked for), mask.
-    """
+    """Of a batch of completions, all `[batch, token]`, 0 where masked."""
 
     logprobs: Tensor
     entropy: Tensor
+    """nats, without gradient; NaN where it was not asked for"""
     mask: Tensor
+    divergence: Tensor | None = None
+    """of the whole distributions, where it was asked for"""
 
 
 class Scorer:
@@ -67,14 +70,37 @@ class Scorer:
         completions: Sequence[TokenIds],
         *,
         with_entropy: bool = True,
+        divergence: Callable[[Distributions], Tensor] | None = None,
     ) -> CompletionScores:
         """Scores of one micro-batch, with gradient to the model where that is enabled.
 
-        Raises `ValueError` for a prompt without tokens: nothing would predict the completion's
-        first token.
+        `divergence` returns a number for each of the tokens' distributions. It needs an output
+        layer.
         """
+        ids, predicts, mask = self._padded(prompts, completions)
+        targets = ids.roll(-1, dims=1)[predicts]
+        scores = self._token_scores(ids, predicts, targets, with_entropy, divergence)
+        # The masks `predicts` and `mask` both list tokens row by row, so the flat results go back
+        # in order.
+        empty = torch.zeros(mask.shape, dtype=scores[0].dtype, device=mask.device)
+        logprobs, entropy, *rest = (empty.masked_scatter(mask, values) for values in scores)
+        return CompletionScores(logprobs, entropy, mask, *rest)
+
+    @torch.no_grad()
+    def distributions(
+        self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]
+    ) -> Distributions:
+        """The distributions of all tokens, one completion after the other, without gradient."""
+        ids, predicts, _ = self._padded(prompts, completions)
+        return self._distributions(ids, predicts)
+
+    def _padded(
+        self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids and the positions that predict a completion's tokens, `[batch, prompt +
+        completion]`, and which tokens a completion has, `[batch, token]`."""
         if not all(prompts):
-            raise ValueError(
+            raise UserError(
                 "a prompt has no tokens, so the first token of its completion has no log-prob; "
                 "give every prompt some text."
             )
@@ -87,62 +113,64 @@ class Scorer:
         # The hidden state *before* a token predicts it: positions start - 1 ... start + length - 2.
         position = torch.arange(width, device=device)[None]
         predicts = (position >= starts - 1) & (position < starts - 1 + lengths)
-        mask = torch.arange(longest, device=device)[None] < lengths
-        targets = ids.roll(-1, dims=1)[predicts]
-        logprobs, entropy = self._token_logprobs(ids, predicts, targets, with_entropy)
-        # Both masks list tokens row by row, so the flat results go back in order.
-        empty = torch.zeros(mask.shape, dtype=logprobs.dtype, device=device)
-        return CompletionScores(
-            empty.masked_scatter(mask, logprobs), empty.masked_scatter(mask, entropy), mask
-        )
+        return ids, predicts, torch.arange(longest, device=device)[None] < lengths
 
-    def _token_logprobs(
-        self, ids: Tensor, predicts: Tensor, targets: Tensor, with_entropy: bool
-    ) -> tuple[Tensor, Tensor]:
+    def _token_scores(
+        self,
+        ids: Tensor,
+        predicts: Tensor,
+        targets: Tensor,
+        with_entropy: bool,
+        divergence: Callable[[Distributions], Tensor] | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Log-probs, entropies and, where it is given, divergences of the tokens `targets`."""
         if self.head is None:
-            with self.language_model.autocast():
-                logits = self.model(input_ids=ids, use_cache=False).logits[predicts]
-            logprobs = (logits.to(float32_or_wider(logits.dtype)) / self.temperature).log_softmax(
-                dim=-1
-            )
-            with torch.no_grad():
-                # A token of probability 0 has the log-prob -inf, and adds 0.
-                entropy = -(
-                    logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)
-                ).sum(dim=-1)
-            return logprobs.gather(1, targets[:, None]).squeeze(1), entropy
+            assert divergence is None
+            return self._scores_of_all_logits(ids, predicts, targets)
+        distributions = self._distributions(ids, predicts)
+        scores = token_logprobs(distributions, targets, with_entropy=with_entropy)
+        return scores if divergence is None else (*scores, divergence(distributions))
+
+    def _distributions(self, ids: Tensor, predicts: Tensor) -> Distributions:
+        assert self.head is not None
         with self.language_model.autocast():
-            hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[
-                predicts
-            ]
-        return token_logprobs(
-            hidden.to(self.language_model.compute_dtype),
-            token_ids=targets,
-            with_entropy=with_entropy,
+            states = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        return self.head.distributions(
+            states[predicts].to(self.language_model.compute_dtype),
+            temperature=self.temperature,
             weight_grad=self.head.linear.weight.grad if self._adds_in_place else None,
-            **self._readout(self.head),
         )
 
-    def _readout(self, head: OutputLayer) -> dict[str, Any]:
-        """What makes logits of hidden states, as `token_logprobs` takes it."""
-        return {
-            "weight": head.linear.weight,
-            "bias": head.linear.bias,
-            "scale": head.scale,
-            "soft_cap": head.soft_cap,
-            "temperature": self.temperature,
-        }
+    def _scores_of_all_logits(
+        self, ids: Tensor, predicts: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        with self.language_model.autocast():
+            logits = self.model(input_ids=ids, use_cache=False).logits[predicts]
+        logprobs = (logits.to(float32_or_wider(logits.dtype)) / self.temperature).log_softmax(
+            dim=-1
+        )
+        with torch.no_grad():
+            # A token of probability 0 has the log-prob -inf, and adds 0.
+            lowest = torch.finfo(logprobs.dtype).min
+            entropy = -(logprobs.exp() * logprobs.clamp(min=lowest)).sum(dim=-1)
+        return logprobs.gather(1, targets[:, None]).squeeze(1), entropy
 
     @contextmanager
     def gradient_in_place(self) -> Iterator[None]:
-        """The gradients of embeddings and output layer, of what is scored in here, never exist
-        beside the sum in their `.grad`.
+        """Add gradients of embeddings and output layer to the sum in their `.grad` itself.
 
-        That must be there before, as zeros for a start, and stay until the backward pass, which
-        adds to the rows of the tokens at hand and, tile by tile, to the output layer's. Autograd is
-        given nothing of the latter: hooks, as of DDP, miss it.
+        So no second matrix of that size exists: the backward pass of what is scored in here adds
+        to the rows of the tokens at hand and, tile by tile, to the output layer's. The `.grad` must
+        be there before (zeros for a start) and stay until the backward pass. Autograd is given
+        nothing of the output layer's: hooks, as of DDP, miss it.
         """
         embeddings: Any = self.model.get_input_embeddings()
+        matrices = (
+            [embeddings.weight]
+            if self.head is None
+            else [embeddings.weight, self.head.linear.weight]
+        )
+        assert all(matrix.grad is not None for matrix in matrices if matrix.requires_grad)
         # Elsewhere (MPS) PyTorch may lack the operations for gradients by rows.
         by_rows = isinstance(embeddings, torch.nn.Embedding) and self.model.device.type in (
             "cpu",
@@ -169,21 +197,19 @@ class Scorer:
         an output layer all logits exist at once.
         """
         ids = torch.tensor([token_ids], device=self.model.device)
+        predicts = torch.zeros_like(ids, dtype=torch.bool)
+        predicts[0, start - 1 : -1] = True
         embeddings: Any = self.model.get_input_embeddings()
         size = chunk_tokens or tokens_per_chunk(self.model.device.type, len(embeddings.weight))
+        if self.head is not None:
+            distributions = self._distributions(ids, predicts)
+            for rows, _ in distributions.tiles((size, len(embeddings.weight))):
+                yield distributions.logits(rows)
+            return
         with self.language_model.autocast():
-            if self.head is None:
-                states = self.model(input_ids=ids, use_cache=False).logits[0, start - 1 : -1]
-            else:
-                states = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[
-                    0, start - 1 : -1
-                ]
-        readout = None if self.head is None else self._readout(self.head)
-        for rows in states.split(size):
-            if readout is None:
-                yield rows.to(float32_or_wider(rows.dtype)) / self.temperature
-            else:
-                yield output_logits(rows.to(self.language_model.compute_dtype), **readout)
+            logits = self.model(input_ids=ids, use_cache=False).logits[predicts]
+        for part in logits.split(size):
+            yield part.to(float32_or_wider(part.dtype)) / self.temperature
 
     @torch.no_grad()
     def score(self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]) -> list[Tensor]:

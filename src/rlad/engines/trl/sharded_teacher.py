@@ -42,8 +42,8 @@ class ShardedScorer(Scorer):
         split_over_processes(self.model, mesh)
         self.group = mesh.get_group()
 
-    def _token_logprobs(
-        self, ids: Tensor, predicts: Tensor, targets: Tensor, with_entropy: bool
+    def _token_scores(
+        self, ids: Tensor, predicts: Tensor, targets: Tensor, *_: Any
     ) -> tuple[Tensor, Tensor]:
         labels = torch.full_like(ids, -100).masked_scatter(predicts, targets)
         with self.language_model.autocast():

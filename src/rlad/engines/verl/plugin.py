@@ -24,7 +24,7 @@ from verl.workers.utils.padding import no_padding_2_padding
 from rlad.engines.verl.objective import NAMES, objective_knobs_from_environment
 from rlad.objectives import token_loss
 from rlad.objectives.inputs import LossInputs
-from rlad.scoring.token_logprobs import float32_or_wider
+from rlad.scoring.distributions import float32_or_wider
 
 NEEDED = ("response_mask", "old_log_probs", "advantages", "teacher_logprobs")
 

@@ -1,0 +1,106 @@
+"""Next-token distributions as hidden states and an output layer, whose logits exist in tiles."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Distributions(NamedTuple):
+    """The distributions softmax(logits) of N tokens over a vocabulary.
+
+        logits = capped(scale (hidden @ weight.T + bias)) / temperature
+        capped(z) = soft_cap tanh(z / soft_cap), without `soft_cap` z
+
+    `weight` and `bias` are rounded to the type of `hidden`.
+    """
+
+    hidden: Tensor
+    """[N, hidden_size]"""
+    weight: Tensor
+    """[vocabulary, hidden_size]"""
+    bias: Tensor | None = None
+    """[vocabulary]"""
+    scale: float = 1.0
+    soft_cap: float | None = None
+    temperature: float = 1.0
+    weight_grad: Tensor | None = None
+    """where given, the gradient of `weight` is added to it in place, and autograd is given none"""
+
+    @torch.no_grad()
+    def logits(self, rows: slice = slice(None), entries: slice = slice(None)) -> Tensor:
+        """A tile of the logits, `[token, entry]`, float32 (float64 for float64 inputs)."""
+        hidden = self.hidden[rows]
+        bias = None if self.bias is None else self.bias[entries].to(hidden.dtype)
+        logits = torch.nn.functional.linear(hidden, self.weight[entries].to(hidden.dtype), bias)
+        logits = logits.to(float32_or_wider(logits.dtype))
+        if self.scale != 1:
+            logits.mul_(self.scale)
+        if self.soft_cap is not None:
+            logits.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
+        return logits.div_(self.temperature)
+
+    def slope_of_cap(self, logits: Tensor) -> Tensor | None:
+        """The derivative of `capped` where it gave these logits; None without a cap."""
+        if self.soft_cap is None:
+            return None
+        return (logits * (self.temperature / self.soft_cap)).square_().neg_().add_(1)
+
+    def tiles(self, tile: tuple[int, int]) -> Iterator[tuple[slice, list[slice]]]:
+        """Parts of the tokens, each with the parts of the vocabulary; at most of the size `tile`."""
+        entries = list(_parts(len(self.weight), tile[1]))
+        return ((rows, entries) for rows in _parts(len(self.hidden), tile[0]))
+
+
+class OutputGradient:
+    """The gradients of hidden states, weight and bias, added up tile by tile."""
+
+    def __init__(self, of: Distributions, wanted: tuple[bool, bool, bool]):
+        """`wanted` says for which of the three autograd asks."""
+        dtype = float32_or_wider(of.hidden.dtype)
+        wants_hidden, wants_weight, wants_bias = wanted
+        self.of = of
+        self.hidden = torch.zeros_like(of.hidden, dtype=dtype) if wants_hidden else None
+        self.weight = of.weight_grad
+        if wants_weight and self.weight is None:
+            self.weight = torch.zeros_like(of.weight, dtype=dtype)
+        self.bias = torch.zeros_like(of.bias, dtype=dtype) if wants_bias else None
+
+    def add(self, rows: slice, entries: slice, grad: Tensor) -> None:
+        """Add the part of a tile, given the gradient of its hidden @ weight.T + bias."""
+        if self.bias is not None:
+            self.bias[entries] += grad.sum(dim=0)
+        hidden = self.of.hidden[rows]
+        grad = grad.to(hidden.dtype)
+        if self.hidden is not None:
+            _add_product(self.hidden[rows], grad, self.of.weight[entries].to(hidden.dtype))
+        if self.weight is not None:
+            _add_product(self.weight[entries], grad.T, hidden)
+
+    def for_autograd(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The sums in the types of what they are gradients of; None where autograd gets none."""
+        of = self.of
+        weight = None if of.weight_grad is not None else self.weight
+        return (
+            None if self.hidden is None else self.hidden.to(of.hidden.dtype),
+            None if weight is None else weight.to(of.weight.dtype),
+            None if self.bias is None or of.bias is None else self.bias.to(of.bias.dtype),
+        )
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, in the type of `total`."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
+
+
+def _parts(length: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, length)) for start in range(0, length, size))
+
+
+def float32_or_wider(dtype: torch.dtype) -> torch.dtype:
+    """The type in which log-probs of logits of this type are computed."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,98 @@
+"""Divergences of whole distributions from hidden states, in tiles: no `[token, vocabulary]` forward
+or backward."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rlad.objectives.divergences import Divergence
+from rlad.scoring.distributions import Distributions, OutputGradient, float32_or_wider
+from rlad.scoring.tiles import tile_shape
+
+
+def token_divergence(
+    student: Distributions,
+    teacher: Distributions,
+    divergence: Divergence,
+    *,
+    tile: tuple[int, int] | None = None,
+) -> Tensor:
+    """The divergence of student and teacher at each token, `[N]`, float32 (float64 for float64
+    inputs).
+
+    Both are over the same vocabulary; the hidden sizes may differ. The gradient goes to the student
+    alone. Logits exist for one tile of each at a time, as in `token_logprobs`.
+    """
+    assert (len(student.hidden), len(student.weight)) == (len(teacher.hidden), len(teacher.weight))
+    if tile is None:
+        tile = tile_shape(student.weight.device.type, len(student.hidden), len(student.weight))
+    return _TokenDivergence.apply(*student, teacher, divergence, tile)
+
+
+class _TokenDivergence(torch.autograd.Function):
+    """Keeps the log-sum-exps of each token and the sum of its slopes.
+
+    The terms need both log-sum-exps, so forward goes over the tiles twice. Backward computes the
+    slopes again: the gradient to a logit is slope - πS * sum of slopes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *given, teacher, divergence, tile = arguments
+        student = Distributions(*given)
+        logsumexps = [_logsumexp(each, tile) for each in (student, teacher)]
+        total = torch.zeros_like(logsumexps[0])
+        slope_sum = torch.zeros_like(logsumexps[0])
+        for rows, parts in student.tiles(tile):
+            for entries in parts:
+                logprobs = _logprobs((student, teacher), logsumexps, rows, entries)
+                terms, slopes = divergence(*logprobs)
+                total[rows] += terms.sum(dim=-1)
+                slope_sum[rows] += slopes.sum(dim=-1)
+        ctx.save_for_backward(*given[:3], slope_sum, *logsumexps)
+        ctx.readout, ctx.teacher, ctx.divergence, ctx.tile = given[3:], teacher, divergence, tile
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        *given, slope_sum, student_logsumexp, teacher_logsumexp = ctx.saved_tensors
+        student = Distributions(*given, *ctx.readout)
+        logsumexps = (student_logsumexp, teacher_logsumexp)
+        gradient = OutputGradient(student, ctx.needs_input_grad[:3])
+        for rows, parts in student.tiles(ctx.tile):
+            upstream = grads[0][rows, None] * (student.scale / student.temperature)
+            for entries in parts:
+                logprobs = _logprobs((student, ctx.teacher), logsumexps, rows, entries)
+                _, slopes = ctx.divergence(*logprobs)
+                grad = (slopes - logprobs[0].exp() * slope_sum[rows, None]).mul_(upstream)
+                # A token that the loss leaves out has no gradient, be its divergence infinite.
+                grad.masked_fill_(upstream == 0, 0)
+                slope = student.slope_of_cap(logprobs[0] + student_logsumexp[rows, None])
+                gradient.add(rows, entries, grad if slope is None else grad.mul_(slope))
+        return (*gradient.for_autograd(), *(None,) * 7)
+
+
+def _logsumexp(distributions: Distributions, tile: tuple[int, int]) -> Tensor:
+    """The log-sum-exp of each token's logits, `[N]`."""
+    hidden = distributions.hidden
+    result = hidden.new_empty(len(hidden), dtype=float32_or_wider(hidden.dtype))
+    for rows, parts in distributions.tiles(tile):
+        of_tiles = [distributions.logits(rows, entries).logsumexp(dim=-1) for entries in parts]
+        result[rows] = torch.stack(of_tiles).logsumexp(dim=0)
+    return result
+
+
+def _logprobs(
+    both: tuple[Distributions, Distributions],
+    logsumexps: tuple[Tensor, Tensor] | list[Tensor],
+    rows: slice,
+    entries: slice,
+) -> list[Tensor]:
+    """Log-probs of a tile under each of two distributions."""
+    return [
+        each.logits(rows, entries).sub_(logsumexp[rows, None])
+        for each, logsumexp in zip(both, logsumexps, strict=True)
+    ]
