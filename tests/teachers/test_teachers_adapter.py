@@ -81,7 +81,7 @@ def largest_difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> fl
     return float((torch.cat(one) - torch.cat(other)).abs().max())
 
 
-# --- numbers ----------------------------------------------------------------------------------------------------------
+# --- numbers --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("with_folder", [True, False])
@@ -146,7 +146,7 @@ def test_one_set_of_base_weights_in_memory(world, tmp_path, folder):
     assert sum(storages.values()) == base + (3 + 2) * each_rank
 
 
-# --- training ---------------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 def metrics_of(config: dict[str, Any]) -> list[dict[str, float]]:
@@ -240,7 +240,7 @@ def test_preview_scores_with_the_base_model(world, tmp_path, folder):
     assert row["teacher_logprobs"] == pytest.approx(wanted, abs=1e-6)
 
 
-# --- check ------------------------------------------------------------------------------------------------------------
+# --- check ----------------------------------------------------------------------------------------
 
 
 def errors(config: dict[str, Any]) -> list[str]:

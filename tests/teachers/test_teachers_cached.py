@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 import rlad
+from rlad.errors import UserError
 from rlad.runs.directory import METRICS, RunDirectory
 from rlad.teachers.base import Teacher, TeacherRequest
-from rlad.teachers.cache_store import FILE, LogprobStore, Witness
-from rlad.teachers.cached import CachedTeacher, entry_key
+from rlad.teachers.cache_store import FILE, CacheStore
+from rlad.teachers.cached import CachedTeacher
 from rlad.teachers.fingerprint import weights_fingerprint
 from rlad.teachers.local import LocalTeacher
 from tiny_models import random_tokens, tiny_language_model
@@ -57,7 +58,7 @@ def requests(*lengths: int, seed: int = 0) -> list[TeacherRequest]:
 def cached(
     teacher: Teacher, folder: Path, *, temperature: float = 1.0, max_bytes: int = GIB
 ) -> CachedTeacher:
-    store = LogprobStore(folder, max_bytes=max_bytes)
+    store = CacheStore(folder, max_bytes=max_bytes)
     return CachedTeacher(
         teacher, store, directory=str(folder), temperature=temperature, tolerance=0.1
     )
@@ -72,7 +73,7 @@ def close(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
     return all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, theirs, strict=True))
 
 
-# --- hits -------------------------------------------------------------------------------------------------------------
+# --- hits -----------------------------------------------------------------------------------------
 
 
 def test_a_hit_is_the_same_bit_for_bit_and_asks_nobody(tmp_path):
@@ -125,24 +126,25 @@ def test_only_complete_and_finite_answers_are_stored(tmp_path):
     assert teacher.asked == [wanted[2], *wanted[:2]]
 
 
-# --- what the key knows -----------------------------------------------------------------------------------------------
+# --- what the key knows ---------------------------------------------------------------------------
 
 
-def test_the_key_changes_with_teacher_temperature_and_every_token():
-    request = TeacherRequest([1, 2], [3, 4])
+def test_the_key_changes_with_every_token(tmp_path):
+    """Nothing but the same tokens, divided in the same way, is found."""
+    wanted = TeacherRequest([1, 2], [3, 4])
     others = [
-        entry_key("teachers", 1.0, request),
-        entry_key("teacher", 0.9, request),
-        entry_key("teacher", 1.0, TeacherRequest([1], [2, 3, 4])),
-        entry_key("teacher", 1.0, TeacherRequest([1, 2, 3], [4])),
-        entry_key("teacher", 1.0, TeacherRequest([1, 2], [3, 5])),
-        entry_key("teacher", 1.0, TeacherRequest([1, 2], [3])),
-        entry_key("teacher", 1.0, TeacherRequest([2, 1], [3, 4])),
+        TeacherRequest([1], [2, 3, 4]),
+        TeacherRequest([1, 2, 3], [4]),
+        TeacherRequest([1, 2], [3, 5]),
+        TeacherRequest([1, 2], [3]),
+        TeacherRequest([2, 1], [3, 4]),
     ]
-    assert len({entry_key("teacher", 1.0, request), *others}) == 8
-    assert entry_key("teacher", 1.0, TeacherRequest((1, 2), (3, 4))) == entry_key(
-        "teacher", 1.0, request
-    )
+    teacher = Asked()
+    both = cached(teacher, tmp_path)
+    both.logprobs([wanted])
+    both.logprobs(others)
+    both.logprobs([TeacherRequest((1, 2), (3, 4))])
+    assert teacher.asked == [wanted, *others]
 
 
 @pytest.mark.parametrize("change", ["temperature", "weights", "one weight", "dtype"])
@@ -201,7 +203,7 @@ def test_stored_answers_of_another_teacher_end_the_run(tmp_path):
     assert same(
         cached(Elsewhere(0.05), tmp_path).logprobs(wanted), first
     )  # as far as rounding may go
-    with pytest.raises(ValueError, match=ANOTHER):
+    with pytest.raises(UserError, match=ANOTHER):
         cached(Elsewhere(-0.3), tmp_path).logprobs(wanted)
 
 
@@ -210,7 +212,7 @@ def test_another_teacher_is_found_without_a_hit_and_stores_nothing(tmp_path):
     wanted = requests(12, 7, 3)
     cached(Asked(), tmp_path).logprobs(wanted[:1])
     another = Elsewhere(-4.0)
-    with pytest.raises(ValueError, match=ANOTHER):
+    with pytest.raises(UserError, match=ANOTHER):
         cached(another, tmp_path).logprobs(wanted[1:])
     assert another.asked == wanted[:1]
     teacher = Asked()
@@ -228,7 +230,7 @@ def test_two_that_begin_at_once_agree_on_one_witness(tmp_path, added):
     second = cached(Elsewhere(added), tmp_path)
     first = Elsewhere(0.0, meanwhile=lambda: second.logprobs(wanted[:1]))
     if added:
-        with pytest.raises(ValueError, match=ANOTHER):
+        with pytest.raises(UserError, match=ANOTHER):
             cached(first, tmp_path).logprobs(wanted[1:])
     else:
         cached(first, tmp_path).logprobs(wanted[1:])
@@ -256,9 +258,9 @@ def test_entries_whose_witness_is_lost_are_not_used(tmp_path, how):
     cached(Asked(), tmp_path).logprobs(wanted)
     with sqlite3.connect(tmp_path / FILE) as database:
         change = (
-            "DELETE FROM witnesses"
+            "DELETE FROM entries WHERE used > 1 << 62"
             if how == "deleted"
-            else "UPDATE witnesses SET logprobs = zeroblob(48)"
+            else "UPDATE entries SET value = zeroblob(48) WHERE used > 1 << 62"
         )
         assert database.execute(change).rowcount == 1
     other = Elsewhere(-0.3)
@@ -266,7 +268,7 @@ def test_entries_whose_witness_is_lost_are_not_used(tmp_path, how):
         same(cached(other, tmp_path).logprobs(wanted), Elsewhere(-0.3).logprobs(wanted))
         and other.asked == wanted
     )
-    with pytest.raises(ValueError, match=ANOTHER):
+    with pytest.raises(UserError, match=ANOTHER):
         cached(Asked(), tmp_path).logprobs(wanted)
 
 
@@ -289,16 +291,14 @@ def test_a_witness_that_is_not_answered_confirms_nothing(tmp_path, fault):
     again.logprobs(wanted)
     assert moved.asked == [wanted[0], *wanted] and again.pop_metrics() == {HITS: 0.0}
     fault = ""  # the server is well again
-    with pytest.raises(ValueError, match=ANOTHER):
+    with pytest.raises(UserError, match=ANOTHER):
         again.logprobs(wanted)
 
 
-def claim_at_once(folder: Path, number: int, start: Event, held: "Queue[float]") -> None:
-    store = LogprobStore(folder, max_bytes=GIB)
+def claim_at_once(folder: Path, number: int, start: Event, held: "Queue[bytes | None]") -> None:
+    store = CacheStore(folder, max_bytes=GIB)
     start.wait(30)
-    witness = store.claim(Witness(bytes(32), b"request", torch.tensor([float(number)])))
-    assert witness is not None
-    held.put(float(witness.logprobs))
+    held.put(store.claim(bytes(32), str(number).encode()))
 
 
 def test_processes_that_claim_at_once_hold_the_same_witness(tmp_path):
@@ -315,36 +315,38 @@ def test_processes_that_claim_at_once_hold_the_same_witness(tmp_path):
     for process in claims:
         process.join(timeout=60)
         assert process.exitcode == 0
-    assert len(set(numbers)) == 1
+    assert len(set(numbers)) == 1 and numbers[0] is not None
 
 
 def test_a_witness_that_does_not_fit_is_not_claimed(tmp_path):
     """Nothing is stored then, and the numbers are the teacher's."""
     wanted, teacher = requests(12), Asked()
-    assert (
-        LogprobStore(tmp_path, max_bytes=10).claim(Witness(bytes(32), b"", torch.zeros(3))) is None
-    )
+    assert CacheStore(tmp_path, max_bytes=10).claim(bytes(32), b"witness") is None
     for _ in range(2):
         values = cached(teacher, tmp_path, max_bytes=10).logprobs(wanted)
         assert same(values, LocalTeacher.logprobs(teacher, wanted))
     assert teacher.asked == wanted * 2
 
 
-# --- size -------------------------------------------------------------------------------------------------------------
+# --- size -----------------------------------------------------------------------------------------
 
 
-def fill(store: LogprobStore, numbers: range, *, tokens: int = 4000) -> list[bytes]:
+def value_of(number: int, tokens: int = 2000) -> bytes:
+    return number.to_bytes(4, "big") * tokens
+
+
+def fill(store: CacheStore, numbers: range, *, tokens: int = 4000) -> list[bytes]:
     """One entry each, of `tokens` equal values; returns the keys."""
     keys = [number.to_bytes(32, "big") for number in numbers]
     for number, key in zip(numbers, keys, strict=True):
-        store.put({key: torch.full((tokens,), float(number))})
+        store.put({key: value_of(number, tokens)})
     return keys
 
 
 def test_the_least_recently_used_go_first_and_the_file_stays_in_bounds(tmp_path):
     """Entries of 16 kB in a store of 1 MB: about 50 stay, among them the first, which was used all
     the time."""
-    store = LogprobStore(tmp_path, max_bytes=10**6)
+    store = CacheStore(tmp_path, max_bytes=10**6)
     first = fill(store, range(1))
     for start in range(1, 400, 10):
         fill(store, range(start, start + 10))
@@ -357,7 +359,7 @@ def test_the_least_recently_used_go_first_and_the_file_stays_in_bounds(tmp_path)
         and 35 <= len(stored) <= 60
     )
     store.close()
-    smaller = LogprobStore(
+    smaller = CacheStore(
         tmp_path, max_bytes=3 * 10**5
     )  # a bound that was lowered takes hold at once
     smaller.close()
@@ -365,25 +367,21 @@ def test_the_least_recently_used_go_first_and_the_file_stays_in_bounds(tmp_path)
 
 
 def test_an_entry_larger_than_the_store_is_not_stored(tmp_path):
-    store = LogprobStore(tmp_path, max_bytes=10**5)
+    store = CacheStore(tmp_path, max_bytes=10**5)
     (large,) = fill(store, range(1), tokens=10**5)
     (small,) = fill(store, range(1, 2), tokens=10)
     assert list(store.get([large, small])) == [small]
 
 
-# --- several processes ------------------------------------------------------------------------------------------------
+# --- several processes ----------------------------------------------------------------------------
 
 
 def write_turns(folder: Path, turns: range) -> None:
     """10 entries a turn."""
-    store = LogprobStore(folder, max_bytes=GIB)
+    store = CacheStore(folder, max_bytes=GIB)
     for i in turns:
-        store.put(
-            {
-                n.to_bytes(32, "big"): torch.full((2000,), float(n))
-                for n in range(10 * i, 10 * i + 10)
-            }
-        )
+        numbers = range(10 * i, 10 * i + 10)
+        store.put({n.to_bytes(32, "big"): value_of(n) for n in numbers})
         assert store.get([(10 * i).to_bytes(32, "big")])
 
 
@@ -395,11 +393,11 @@ def start_writer(folder: Path, turns: range) -> BaseProcess:
 
 def stored_numbers(folder: Path, numbers: range) -> list[int]:
     """Those that are stored; their values must be right."""
-    store = LogprobStore(folder, max_bytes=GIB)
+    store = CacheStore(folder, max_bytes=GIB)
     found = store.get([number.to_bytes(32, "big") for number in numbers])
     store.close()
     for key, values in found.items():
-        assert torch.equal(values, torch.full((2000,), float(int.from_bytes(key, "big"))))
+        assert values == value_of(int.from_bytes(key, "big"))
     return sorted(int.from_bytes(key, "big") for key in found)
 
 
@@ -425,23 +423,23 @@ def test_killed_while_it_writes(tmp_path):
         process.join()
         there = stored_numbers(folder, range(20_000))
         assert there == list(range(len(there))) and len(there) % 10 == 0
-        fill(LogprobStore(folder, max_bytes=GIB), range(20_000, 20_001), tokens=2000)
+        fill(CacheStore(folder, max_bytes=GIB), range(20_000, 20_001), tokens=2000)
         assert stored_numbers(folder, range(20_001)) == [*there, 20_000]
 
 
-# --- damage -----------------------------------------------------------------------------------------------------------
+# --- damage ---------------------------------------------------------------------------------------
 
 
 def test_a_damaged_entry_is_asked_for_again(tmp_path):
-    """One bit of one stored value flipped: the teacher answers, and the entry is mended."""
+    """One bit of one stored value flipped: the teacher answers, and the entry is stored again."""
     wanted = requests(7, 12)
     first = cached(Asked(), tmp_path).logprobs(wanted)
     with sqlite3.connect(tmp_path / FILE) as database:
         key, stored = database.execute(
-            "SELECT key, logprobs FROM entries WHERE length(logprobs) = 48"
+            "SELECT key, value FROM entries WHERE length(value) = 48"
         ).fetchone()
         database.execute(
-            "UPDATE entries SET logprobs = ? WHERE key = ?",
+            "UPDATE entries SET value = ? WHERE key = ?",
             (bytes([stored[0] ^ 1]) + stored[1:], key),
         )
     for asked in ([wanted[1], wanted[1]], [wanted[1]]):  # the witness, and the damaged one
@@ -449,28 +447,19 @@ def test_a_damaged_entry_is_asked_for_again(tmp_path):
         assert same(cached(teacher, tmp_path).logprobs(wanted), first) and teacher.asked == asked
 
 
-def test_a_file_that_is_no_database_is_set_aside(tmp_path, caplog):
+def test_a_file_that_is_no_database_is_refused_before_training(tmp_path):
     (tmp_path / FILE).write_bytes(b"no database" * 1000)
-    wanted = requests(7)
-    values = cached(Asked(), tmp_path).logprobs(wanted)
-    (message,) = caplog.messages
-    assert (
-        "was damaged (file is not a database): it is now" in message
-        and f"{FILE}.damaged-" in message
-    )
-    assert [path.read_bytes()[:5] for path in tmp_path.glob("*.damaged-*")] == [b"no da"]
-    teacher = Asked()
-    assert (
-        same(cached(teacher, tmp_path).logprobs(wanted), values) and teacher.asked == wanted
-    )  # the witness
-    assert len(caplog.messages) == 1
+    with pytest.raises(
+        UserError, match=r"\(file is not a database\); .*delete logprobs-v2\.sqlite"
+    ):
+        CacheStore(tmp_path, max_bytes=GIB)
 
 
 @pytest.mark.parametrize("how", ["overwritten", "cut off"])
 def test_a_file_that_is_damaged_in_mid_run(tmp_path, caplog, how):
-    """The run goes on; every number is right."""
-    store = LogprobStore(tmp_path, max_bytes=GIB)
-    keys = fill(store, range(200), tokens=2000)
+    """The run continues, and every number is right."""
+    store = CacheStore(tmp_path, max_bytes=GIB)
+    fill(store, range(200), tokens=2000)
     store.close()
     wanted = requests(7, 12)
     teacher = Asked()
@@ -484,39 +473,11 @@ def test_a_file_that_is_damaged_in_mid_run(tmp_path, caplog, how):
             file.write(os.urandom(size - 4096))
     for _ in range(2):
         assert same(both.logprobs(wanted), LocalTeacher.logprobs(teacher, wanted))
-    store = LogprobStore(tmp_path, max_bytes=GIB)
-    for key, values in store.get(keys).items():
-        assert torch.equal(values, torch.full((2000,), float(int.from_bytes(key, "big"))))
-    again = Asked()
-    assert same(
-        cached(again, tmp_path).logprobs(wanted), LocalTeacher.logprobs(teacher, wanted)
-    ) and again.asked == [wanted[1]]
-    assert 1 <= len(caplog.messages) <= 2 and all(
-        "was damaged" in message for message in caplog.messages
-    )
+    (message,) = caplog.messages
+    assert "stores nothing more in this run (" in message
 
 
-def test_two_that_find_the_same_damage_make_one_new_file(tmp_path, caplog):
-    stores = [LogprobStore(tmp_path, max_bytes=GIB) for _ in range(2)]
-    error = sqlite3.DatabaseError("malformed")
-    error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
-    stores[0]._bear(error)
-    (key,) = fill(stores[0], range(1))
-    stores[1]._bear(error)
-    assert list(stores[1].get([key])) == [key]
-    assert (
-        len(
-            {
-                path.name.partition("-wal")[0].partition("-shm")[0]
-                for path in tmp_path.glob("*.damaged-*")
-            }
-        )
-        == 1
-    )
-    assert len(caplog.messages) == 1
-
-
-# --- no space, no permission ------------------------------------------------------------------------------------------
+# --- no space, no permission ----------------------------------------------------------------------
 
 
 def test_a_full_disk_costs_what_would_have_been_stored(tmp_path, caplog):
@@ -570,10 +531,10 @@ def test_a_folder_that_cannot_be_used(tmp_path):
         ValueError,
         match=r"cache .*file/cache cannot be opened .*name another teacher\.directory\.$",
     ):
-        LogprobStore(tmp_path / "file" / "cache", max_bytes=GIB)
+        CacheStore(tmp_path / "file" / "cache", max_bytes=GIB)
 
 
-# --- whole runs -------------------------------------------------------------------------------------------------------
+# --- whole runs -----------------------------------------------------------------------------------
 
 
 def cached_section(world: Path, folder: Path, **inner: object) -> dict[str, object]:

@@ -165,7 +165,7 @@ def test_a_bfloat16_student_has_a_float32_average_that_computes_as_it_does():
     assert equal(teacher.logprobs(REQUESTS), scores(student))
 
 
-# --- state ------------------------------------------------------------------------------------------------------------
+# --- state ----------------------------------------------------------------------------------------
 
 
 def test_state_brings_back_the_average_whatever_the_student_is():
@@ -269,7 +269,7 @@ def test_a_checkpoint_without_the_average_is_refused_and_identity_names_the_init
         rlad.train(config, resume=True)
 
 
-# --- check ------------------------------------------------------------------------------------------------------------
+# --- check ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("teacher", "level"), [({"update_rate": 1.0}, "warning"), ({}, "ok")])

@@ -46,7 +46,7 @@ def round_to_8_bits(weight: torch.Tensor) -> torch.Tensor:
     return scale * (weight * (1 / scale)).round().clamp(-128, 127)
 
 
-# --- quantised --------------------------------------------------------------------------------------------------------
+# --- quantised ------------------------------------------------------------------------------------
 
 quantized = pytest.mark.quantization
 
@@ -139,7 +139,7 @@ def test_int4_on_a_gpu(torchao, world):
     assert found.isfinite().all() and 1e-4 < (found - plain).abs().mean() < 1
 
 
-# --- on the CPU between uses ------------------------------------------------------------------------------------------
+# --- on the CPU between uses ----------------------------------------------------------------------
 
 
 def test_keep_cpu_moves_nothing_on_the_cpu(world):
@@ -168,7 +168,7 @@ def test_keep_cpu_leaves_the_gpu_between_uses(world):
     assert {p.device.type for p in model.model.parameters()} == {"cpu"}
 
 
-# --- names and mistakes -----------------------------------------------------------------------------------------------
+# --- names and mistakes ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def errors(findings: Sequence[Finding], level: str = "error") -> list[tuple[str,
     return [(finding.subject, finding.message) for finding in findings if finding.level == level]
 
 
-# --- a teacher for each task --------------------------------------------------------------------------------------------
+# --- a teacher for each task ----------------------------------------------------------------------
 
 
 def test_each_request_goes_to_the_teacher_of_its_task():
@@ -111,7 +111,7 @@ def test_identity_names_all_members_in_any_order():
     )
 
 
-# --- a mixture ----------------------------------------------------------------------------------------------------------
+# --- a mixture ------------------------------------------------------------------------------------
 
 
 def test_mixture_is_the_logarithm_of_the_weighted_mean_probability():
@@ -162,7 +162,7 @@ def test_what_one_member_cannot_score_is_missing():
     assert values.isfinite().tolist() == [True, True, False, False] and values[2:].isnan().all()
 
 
-# --- members move, are stored and closed ------------------------------------------------------------------------------------
+# --- members move, are stored and closed ----------------------------------------------------------
 
 
 class Recording(SynchronousTeacher):
@@ -233,7 +233,7 @@ def test_the_privileged_one_passes_everything_on():
     assert teacher.identity == "r, privileged by '{prompt}{answer}'"
 
 
-# --- several teachers: check and run ----------------------------------------------------------------------------------------
+# --- several teachers: check and run --------------------------------------------------------------
 
 
 def two_tasks(world: Path, run_dir: Path, **teacher: Any) -> dict[str, Any]:
@@ -302,7 +302,7 @@ def test_runs_with_several_teachers(world, tmp_path):
     assert len({round(norm, 4) for norm in norms.values()}) == 4
 
 
-# --- templates ------------------------------------------------------------------------------------------------------------
+# --- templates ------------------------------------------------------------------------------------
 
 
 def test_a_template_by_hand():
@@ -355,7 +355,7 @@ def test_what_a_template_may_name():
     assert privileged_prompt("{prompt}{answer}", None, None) is None
 
 
-# --- privileged: alignment --------------------------------------------------------------------------------------------------
+# --- privileged: alignment ------------------------------------------------------------------------
 
 
 def tokenizers() -> dict[str, Any]:
@@ -488,7 +488,7 @@ def test_what_does_not_fit_is_missing_and_the_others_are_scored():
         assert sum(bool(values.isfinite().all()) for values in found) == fit
 
 
-# --- privileged: check ------------------------------------------------------------------------------------------------------
+# --- privileged: check ----------------------------------------------------------------------------
 
 
 def privileged_config(world: Path, run_dir: Path, template: str, **sections: Any) -> dict[str, Any]:
@@ -565,7 +565,7 @@ def test_privileged_in_privileged_is_refused(world, tmp_path):
         parse_config(config)
 
 
-# --- privileged: runs -------------------------------------------------------------------------------------------------------
+# --- privileged: runs -----------------------------------------------------------------------------
 
 
 def documented_example() -> dict[str, Any]:
@@ -651,7 +651,7 @@ def test_make_teacher_builds_what_the_sections_say(world, tmp_path):
     teacher.close()
 
 
-# --- rlad list --------------------------------------------------------------------------------------------------------------
+# --- rlad list ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CONFIGS["teachers"])
