@@ -12,20 +12,20 @@ from torch import Tensor
 
 import reference
 from reference import grpo_token, kl_token, opd_token, trrd_token
+from rlad.config.objective import OBJECTIVE_CONFIGS, OPDThenGRPOConfig
 from rlad.objectives import OBJECTIVES, token_loss
 from rlad.objectives.distilled_rl import distilled_rl_loss
 from rlad.objectives.grpo import grpo_loss
 from rlad.objectives.inputs import LossInputs
 from rlad.objectives.kdrl import kdrl_loss
 from rlad.objectives.opd import opd_loss
-from rlad.objectives.opd_then_grpo import phase_at
 from rlad.objectives.rlsd import rlsd_loss
 from rlad.objectives.topd import topd_advantages, topd_loss
 from rlad.objectives.trrd import trrd_loss
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.28}
 NAMES = sorted(OBJECTIVES)
-WITH_TEACHER = [name for name in NAMES if OBJECTIVES[name].needs_teacher]
+WITH_TEACHER = [name for name in NAMES if OBJECTIVE_CONFIGS[name].needs_teacher]
 
 
 def random_inputs(
@@ -242,7 +242,8 @@ def test_topd_by_hand() -> None:
     ],
 )
 def test_phases_of_opd_then_grpo(num_steps: int, opd_share: float, num_opd: int) -> None:
-    phases = [phase_at(step, num_steps=num_steps, opd_share=opd_share) for step in range(num_steps)]
+    objective = OPDThenGRPOConfig(opd_share=opd_share)
+    phases = [objective.at_step(step, num_steps).type for step in range(num_steps)]
     assert phases == ["opd"] * num_opd + ["grpo"] * (num_steps - num_opd)
 
 
@@ -572,7 +573,7 @@ def test_zero_advantage_is_zero_gradient_as_the_table_says() -> None:
     inputs = random_inputs() | {"advantages": torch.zeros(6, dtype=torch.float64)}
     for name in NAMES:
         gradient = value_and_gradient(name, inputs)[1]
-        assert (gradient == 0).all() == OBJECTIVES[name].zero_advantage_is_zero_gradient
+        assert (gradient == 0).all() == OBJECTIVE_CONFIGS[name].zero_advantage_is_zero_gradient
 
 
 def _expected_over_samples(name: str, logits: Tensor, teacher: Tensor, **knobs: Any) -> Tensor:

@@ -128,16 +128,6 @@ def check_run(
     return CheckReport(config, describe_plan(config), findings, memory, trial)
 
 
-_TEACHER_WORK = {
-    "grpo": "no teacher",
-    "opd_then_grpo": "the teacher scores each sampled token once in the steps with opd, later nothing",
-    "sft": "the teacher writes all completions before the first step",
-    "gkd": "the teacher computes the full vocabulary's probabilities at each sampled token",
-}
-# As the rows of `rlad.objectives` say, whose functions need torch.
-ZERO_ADVANTAGE_IS_ZERO_GRADIENT = ("trrd", "grpo", "rlsd", "distilled_rl")
-
-
 def describe_plan(config: RunConfig) -> list[str]:
     """What a step computes, one line each."""
     rollout, loop = config.rollout, config.optimization
@@ -147,7 +137,7 @@ def describe_plan(config: RunConfig) -> list[str]:
         f"{num_rollouts} rollouts "
         f"({rollout.prompts_per_batch} prompts x {rollout.group_size})",
         *describe("objectives", config.objective.type).partition("\n\n[")[0].splitlines(),
-        _TEACHER_WORK.get(config.objective.type, "the teacher scores each sampled token once"),
+        config.objective.teacher_work,
     ]
     if loop.kl_coef:
         plan.append("the initial student scores each sampled token once (KL leash)")
@@ -155,7 +145,7 @@ def describe_plan(config: RunConfig) -> list[str]:
         plan.append(
             "the old policy scores each sampled token once (several steps on one rollout batch)"
         )
-    if config.objective.type in ZERO_ADVANTAGE_IS_ZERO_GRADIENT and not loop.kl_coef:
+    if config.objective.zero_advantage_is_zero_gradient and not loop.kl_coef:
         plan.append(
             "completions of advantage 0 are left out of scoring and update: they contribute "
             "exactly nothing"

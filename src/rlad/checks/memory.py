@@ -100,7 +100,7 @@ def estimate_memory(
         config.teacher if config.needs_teacher else None,
     )
     rows = min(rollout.max_batch_rows, num_rollouts)
-    if config.objective.type == "gkd":
+    if config.objective.needs_vocabulary:
         logits = 4 * shape.vocab_size * tokens
     else:
         scored = [(shape, tokens), *_scored_by(teacher, shape, num_rollouts * sequence, device)]

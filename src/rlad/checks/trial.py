@@ -289,7 +289,7 @@ def _gates(
 ) -> dict[str, float | None]:
     """Shares of the tokens that TRRD itself gates and clamps at the first step, where πS = πold."""
     names = ("gated_positive", "gated_negative", "clamped")
-    if config.objective.type != "trrd":
+    if not config.objective.gates_by_teacher:
         return dict.fromkeys(names)
     student, teacher = (
         pad_sequence(list(ours), batch_first=True),

@@ -67,7 +67,7 @@ def _next_commands(result: TrainResult) -> list[tuple[str, str]]:
         ),
         (f"rlad list objectives {config.objective.type}", "the formula and its settings"),
     ]
-    if config.objective.type != "grpo":
+    if config.needs_teacher:
         commands.append(
             (
                 f"rlad train {run} objective=grpo run_dir={run}-grpo",

@@ -159,7 +159,7 @@ def imitation_maps(group: Group) -> list[ImitationMap]:
     found = (
         _first_map(m.name, m.runs)
         for m in group.methods
-        if m.runs[0].config.objective.type == OBJECTIVE
+        if m.runs[0].config.objective.gates_by_teacher
     )
     return list(islice((each for each in found if each is not None), MOST_METHODS))
 

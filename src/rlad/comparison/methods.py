@@ -77,7 +77,7 @@ def baseline_of(group: Group, chosen: str | None = None) -> Method:
     return (
         _named(methods, chosen)
         or next((m for m in methods if m.name == BASELINE), None)
-        or next((m for m in methods if m.runs[0].config.objective.type == BASELINE), methods[0])
+        or next((m for m in methods if not m.runs[0].config.needs_teacher), methods[0])
     )
 
 

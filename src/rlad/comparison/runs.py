@@ -81,7 +81,10 @@ class Run:
     def completion_lengths(self) -> dict[int, float]:
         """Mean length of the student's rollouts by step; none for `sft`, which trains on what the
         teacher wrote."""
-        key, samples = "rollout/completion_tokens/mean", self.config.objective.type != "sft"
+        key, samples = (
+            "rollout/completion_tokens/mean",
+            self.config.objective.written_by == "student",
+        )
         return {row["step"]: row[key] for row in self.steps if samples and key in row}
 
     @property

@@ -133,16 +133,23 @@ def not_comparable(groups: Sequence[Group]) -> list[str]:
 
 
 def cost_notes(figures: Sequence[MethodFigures]) -> list[str]:
-    """What the shares of the cost table do not say of the methods that TRL trains."""
-    by_type = {
-        kind: [f.name for f in figures if f.method.runs[0].config.objective.type == kind]
-        for kind in ("gkd", "sft")
-    }
-    told = {
-        "gkd": "the teacher works inside the update, so its time is part of the update's.",
-        "sft": "the student samples nothing; the teacher writes all completions before the first step.",
-    }
-    return [f"{', '.join(names)}: {told[kind]}" for kind, names in by_type.items() if names]
+    """What the shares of the cost table do not say of some methods."""
+    inside, written = [], []
+    for method in figures:
+        objective = method.method.runs[0].config.objective
+        if objective.needs_vocabulary:
+            inside.append(method.name)
+        if objective.written_by == "teacher":
+            written.append(method.name)
+    notes = []
+    if inside:
+        notes.append(
+            f"{', '.join(inside)}: the teacher works inside the update, so its time is part of the "
+            "update's."
+        )
+    if written:
+        notes.append(f"{', '.join(written)}: the teacher writes the completions, not the student.")
+    return notes
 
 
 def _over(figures: MethodFigures) -> str:

@@ -174,7 +174,7 @@ def _require_a_fair_limit(config: RunConfig) -> None:
         "its schedule"
         if loop.schedule != "constant"
         else "opd_share"
-        if config.objective.type == "opd_then_grpo"
+        if config.objective.schedule_depends_on_num_steps
         else ""
     )
     if limits and planned:

@@ -1,6 +1,7 @@
-"""The knobs of each objective. Imports no torch."""
+"""The knobs of each objective, and what else is known of it. Imports no torch."""
 
-from typing import Annotated, Literal
+import math
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field
 
@@ -14,10 +15,37 @@ from rlad.config.types import (
     Share,
 )
 
+EngineName = Literal["native", "trl", "verl"]
 DualClip = Annotated[float, Field(strict=True, gt=1)] | None
 
 
-class _Clipped(Section):
+class ObjectiveSection(Section):
+    """The base of all objectives. Its class variables are facts about an objective, which engines,
+    checks, guards and reports read; nobody compares an objective's name."""
+
+    needs_teacher: ClassVar[bool] = True
+    uses_reward: ClassVar[bool] = True
+    zero_advantage_is_zero_gradient: ClassVar[bool] = False
+    """A completion with advantage 0 contributes exactly nothing, so it may be left out of scoring
+    and update."""
+    written_by: ClassVar[Literal["student", "teacher"]] = "student"
+    """Who writes the completions that are trained on."""
+    needs_vocabulary: ClassVar[bool] = False
+    """Whether it compares the probabilities of the whole vocabulary, with a teacher in this
+    process."""
+    gates_by_teacher: ClassVar[bool] = False
+    """Whether the teacher decides for single tokens that they get no gradient."""
+    schedule_depends_on_num_steps: ClassVar[bool] = False
+    engines: ClassVar[tuple[EngineName, ...]] = ("native", "trl", "verl")
+    """On which it runs; `trl` is `RLADTrainer`."""
+    teacher_work: ClassVar[str] = "the teacher scores each sampled token once"
+
+    def at_step(self, step: int, num_steps: int) -> "ObjectiveSection":
+        """The objective of one optimiser step (from 0) of a run of `num_steps`."""
+        return self
+
+
+class _Clipped(ObjectiveSection):
     clip_low: NonNegative = 0.2
     """the ratio is clipped to [1 - clip_low, 1 + clip_high]"""
     clip_high: NonNegative = 0.28
@@ -35,6 +63,9 @@ class TRRDConfig(_Clipped):
     dual_clip: DualClip = None
     """bound of the loss of negative advantages, above 1; none by default"""
 
+    zero_advantage_is_zero_gradient: ClassVar[bool] = True
+    gates_by_teacher: ClassVar[bool] = True
+
 
 class GRPOConfig(_Clipped):
     type: Literal["grpo"] = "grpo"
@@ -42,6 +73,10 @@ class GRPOConfig(_Clipped):
     """a ratio for each token, or one for the sequence (GSPO)"""
     dual_clip: DualClip = None
     """bound of the loss of negative advantages, above 1; none by default"""
+
+    needs_teacher: ClassVar[bool] = False
+    zero_advantage_is_zero_gradient: ClassVar[bool] = True
+    teacher_work: ClassVar[str] = "no teacher"
 
 
 class KDRLConfig(_Clipped):
@@ -55,8 +90,10 @@ class KDRLConfig(_Clipped):
     """leave out the distillation of correct responses, or of groups with a correct response"""
 
 
-class OPDConfig(Section):
+class OPDConfig(ObjectiveSection):
     type: Literal["opd"] = "opd"
+
+    uses_reward: ClassVar[bool] = False
 
 
 class OPDThenGRPOConfig(_Clipped):
@@ -64,6 +101,19 @@ class OPDThenGRPOConfig(_Clipped):
     opd_share: Share = 0.4
     """share of the run's steps with `opd`, rounded up to whole rollout batches; the rest is
     `grpo`"""
+
+    schedule_depends_on_num_steps: ClassVar[bool] = True
+    engines: ClassVar[tuple[EngineName, ...]] = ("native",)
+    teacher_work: ClassVar[str] = (
+        "the teacher scores each sampled token once in the steps with opd, later nothing"
+    )
+
+    def at_step(self, step: int, num_steps: int) -> ObjectiveSection:
+        # Rounded first: 0.07 * 100 is 7.000000000000001.
+        num_opd_steps = math.ceil(round(self.opd_share * num_steps, 9))
+        if step < num_opd_steps:
+            return OPDConfig()
+        return GRPOConfig(clip_low=self.clip_low, clip_high=self.clip_high)
 
 
 class RLSDConfig(_Clipped):
@@ -73,22 +123,29 @@ class RLSDConfig(_Clipped):
     weight_clip: Share = 0.2
     """ε_w: the evidence weight is clipped to [1 - weight_clip, 1 + weight_clip]"""
 
+    zero_advantage_is_zero_gradient: ClassVar[bool] = True
+
 
 class DistilledRLConfig(_Clipped):
     type: Literal["distilled_rl"] = "distilled_rl"
     weight_bound: Annotated[float, Field(strict=True, ge=1)] = 3.0
     """πT / πold is clipped to [1 / weight_bound, weight_bound]"""
 
+    zero_advantage_is_zero_gradient: ClassVar[bool] = True
+
 
 class TOPDConfig(_Clipped):
     type: Literal["topd"] = "topd"
     alpha: Annotated[float, Field(strict=True, gt=0, lt=1)] = 0.1
-    """share of the teacher in the mixture; no token reward lies below log(1 - alpha)"""
+    """share of the teacher in the mixture; no token reward is below log(1 - alpha)"""
+
+    uses_reward: ClassVar[bool] = False
+    engines: ClassVar[tuple[EngineName, ...]] = ("native",)
 
 
-class SFTConfig(Section):
+class SFTConfig(ObjectiveSection):
     """SFT, supervised fine-tuning on what the teacher writes (sequence-level distillation, arXiv
-    1606.07947), by TRL.
+    1606.07947).
 
     loss_t = -log πS of the teacher's token
     """
@@ -97,10 +154,14 @@ class SFTConfig(Section):
     rejection: bool = True
     """train on those of the teacher's completions alone that the verifier calls correct"""
 
+    uses_reward: ClassVar[bool] = False
+    written_by: ClassVar[Literal["student", "teacher"]] = "teacher"
+    engines: ClassVar[tuple[EngineName, ...]] = ("native",)
+    teacher_work: ClassVar[str] = "the teacher writes the completions"
 
-class GKDConfig(Section):
-    """GKD, generalised knowledge distillation on the student's own completions (arXiv 2306.13649),
-    by TRL.
+
+class GKDConfig(ObjectiveSection):
+    """GKD, generalised knowledge distillation on the student's own completions (arXiv 2306.13649).
 
     loss_t = generalised JSD_beta( πT || πS ) over the vocabulary
     """
@@ -108,6 +169,13 @@ class GKDConfig(Section):
     type: Literal["gkd"] = "gkd"
     beta: Share = 0.5
     """of the generalised Jensen-Shannon divergence: 0 is the forward KL, 1 the reverse KL"""
+
+    uses_reward: ClassVar[bool] = False
+    needs_vocabulary: ClassVar[bool] = True
+    engines: ClassVar[tuple[EngineName, ...]] = ("native",)
+    teacher_work: ClassVar[str] = (
+        "the teacher computes the full vocabulary's probabilities at each sampled token"
+    )
 
 
 ObjectiveConfig = (
@@ -122,3 +190,7 @@ ObjectiveConfig = (
     | SFTConfig
     | GKDConfig
 )
+OBJECTIVE_CONFIGS: dict[str, type[ObjectiveSection]] = {
+    section.model_fields["type"].default: section for section in get_args(ObjectiveConfig)
+}
+"""By name."""

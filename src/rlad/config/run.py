@@ -235,7 +235,7 @@ class RunConfig(Section):
         table = self.model_dump(mode="json", exclude={"run_dir", "checkpoints", "logging"})
         table["teacher"] = what_it_answers(table["teacher"])
         depends_on_num_steps = (
-            self.optimization.schedule != "constant" or self.objective.type == "opd_then_grpo"
+            self.optimization.schedule != "constant" or self.objective.schedule_depends_on_num_steps
         )
         for limit in (
             "num_steps",
@@ -250,7 +250,7 @@ class RunConfig(Section):
 
     @property
     def needs_teacher(self) -> bool:
-        return self.objective.type != "grpo"
+        return self.objective.needs_teacher
 
     @property
     def ood_task(self) -> TaskConfig | None:

@@ -236,7 +236,7 @@ def _readme(
         cluster.teacher_gpus_per_node * cluster.teacher_nodes,
     )
     where = f"{gpus} GPUs for the student" + (
-        f", {teacher} for the teacher" if config.objective.type != "grpo" else ""
+        f", {teacher} for the teacher" if config.needs_teacher else ""
     )
     told = "\n".join(f"- {note}" for note in notes)
     return f"""# {config.objective.type} on verl

@@ -70,7 +70,7 @@ def require_exportable(config: RunConfig, cluster: Cluster) -> None:
 
 def _require_objective(config: RunConfig) -> None:
     objective, teacher, temperature = config.objective, config.teacher, config.rollout.temperature
-    if objective.type == "grpo":
+    if not objective.needs_teacher:
         if objective.ratio_level != "token":
             raise UserError(
                 "objective.ratio_level = 'sequence' is not exported for grpo, for which verl's own "
@@ -215,7 +215,7 @@ def _optimisation(config: RunConfig, prompt_tokens: int) -> dict[str, Any]:
 
 def _objective(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
     objective: Any = config.objective
-    if objective.type == "grpo":
+    if not objective.needs_teacher:
         return {
             "distillation.enabled": False,
             "actor_rollout_ref.actor.clip_ratio": objective.clip_low,
@@ -283,7 +283,7 @@ def without_equivalent(config: RunConfig) -> list[str]:
         "enforced: tokens without a "
         "teacher's log-prob have the loss 0, still count in the denominator, and are logged as "
         "actor/rlad/dropped/mean."
-        if config.objective.type != "grpo"
+        if config.needs_teacher
         else "",
         "evaluation: verl validates; the test problems and ood_task are for `rlad evaluate` on the "
         "finished model.",

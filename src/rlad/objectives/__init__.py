@@ -35,18 +35,10 @@ class Objective:
     function: Callable[..., TokenLoss]
     needs: tuple[str, ...]
     paper: str
-    zero_advantage_is_zero_gradient: bool
-    """A completion with advantage 0 contributes exactly nothing, so it may be left out of the
-    update."""
-    uses_reward: bool = True
     takes_too: tuple[str, ...] = ()
     """fields of `LossInputs` that `function` takes where they are given"""
     token_advantages: Callable[..., Tensor] | None = None
     """makes the advantages [batch, token] of whole groups, in place of those of the rewards"""
-
-    @property
-    def needs_teacher(self) -> bool:
-        return "teacher_logprobs" in self.needs
 
     @property
     def formula(self) -> str:
@@ -57,32 +49,25 @@ class Objective:
 
 _RATIO = ("student_logprobs", "old_logprobs", "advantages", "mask")
 OBJECTIVES: dict[str, Objective] = {
-    "trrd": Objective(trrd_loss, (*_RATIO, "teacher_logprobs"), "arXiv 2602.22495", True),
-    "grpo": Objective(grpo_loss, _RATIO, "arXiv 2402.03300", True),
+    "trrd": Objective(trrd_loss, (*_RATIO, "teacher_logprobs"), "arXiv 2602.22495"),
+    "grpo": Objective(grpo_loss, _RATIO, "arXiv 2402.03300"),
     "kdrl": Objective(
         kdrl_loss,
         (*_RATIO, "teacher_logprobs"),
         "arXiv 2506.02208",
-        zero_advantage_is_zero_gradient=False,
         takes_too=("is_correct", "group_is_solved"),
     ),
     "opd": Objective(
         opd_loss,
         ("student_logprobs", "old_logprobs", "teacher_logprobs", "mask"),
         "arXiv 2505.09388",
-        zero_advantage_is_zero_gradient=False,
-        uses_reward=False,
     ),
-    "rlsd": Objective(rlsd_loss, (*_RATIO, "teacher_logprobs"), "arXiv 2604.03128", True),
-    "distilled_rl": Objective(
-        distilled_rl_loss, (*_RATIO, "teacher_logprobs"), "arXiv 2607.17247", True
-    ),
+    "rlsd": Objective(rlsd_loss, (*_RATIO, "teacher_logprobs"), "arXiv 2604.03128"),
+    "distilled_rl": Objective(distilled_rl_loss, (*_RATIO, "teacher_logprobs"), "arXiv 2607.17247"),
     "topd": Objective(
         topd_loss,
         (*_RATIO, "teacher_logprobs"),
         "arXiv 2607.04751",
-        zero_advantage_is_zero_gradient=False,
-        uses_reward=False,
         token_advantages=topd_advantages,
     ),
 }

@@ -57,14 +57,14 @@ def _gates_by_teacher(config: RunConfig) -> bool:
     # A moving average of the student begins as the student itself: then no gates are what is to be
     # expected.
     return (
-        config.objective.type == "trrd"
+        config.objective.gates_by_teacher
         and config.teacher is not None
         and config.teacher.type != "ema"
     )
 
 
 def _needs_reward(config: RunConfig) -> bool:
-    return config.objective.type not in ("opd", "topd", "gkd", "sft")
+    return config.objective.uses_reward
 
 
 GUARDS: tuple[Guard, ...] = (

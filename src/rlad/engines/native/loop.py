@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import get_scheduler
 
-from rlad.config.objective import GRPOConfig, OPDConfig, OPDThenGRPOConfig
 from rlad.config.run import RunConfig
 from rlad.engines.base import ResumePoint, StepResult, peak_memory
 from rlad.engines.imitation import imitation_of
@@ -45,7 +44,6 @@ from rlad.objectives import OBJECTIVES, Objective, token_loss
 from rlad.objectives.advantages import group_advantages
 from rlad.objectives.aggregate import aggregate, denominator
 from rlad.objectives.inputs import LossInputs
-from rlad.objectives.opd_then_grpo import phase_at
 from rlad.rollouts.grading import roll_out, timed
 from rlad.rollouts.types import Metrics, RolloutGroup
 from rlad.scoring.scorer import CompletionScores, Scorer
@@ -169,12 +167,7 @@ class NativeEngine:
         """The config of the objective that a rollout batch is for: of the run's, the one whose turn
         it is."""
         objective, loop = self.config.objective, self.config.optimization
-        if not isinstance(objective, OPDThenGRPOConfig):
-            return objective
-        step = batch_index * loop.steps_per_rollout_batch
-        if phase_at(step, num_steps=loop.num_steps, opd_share=objective.opd_share) == "opd":
-            return OPDConfig()
-        return GRPOConfig(clip_low=objective.clip_low, clip_high=objective.clip_high)
+        return objective.at_step(batch_index * loop.steps_per_rollout_batch, loop.num_steps)
 
     # --- rollouts -----------------------------------------------------------------------------------------------------
 
@@ -182,9 +175,10 @@ class NativeEngine:
         """Sample, reward, advantage; then what the objective needs from teacher, reference and old
         policy."""
         size = self.config.rollout.prompts_per_batch
-        row = OBJECTIVES[self.objective_of(index).type]
+        objective = self.objective_of(index)
+        row = OBJECTIVES[objective.type]
         seconds: Metrics = {}
-        with asking_ahead(self.teacher if row.needs_teacher else None, seconds) as ahead:
+        with asking_ahead(self.teacher if objective.needs_teacher else None, seconds) as ahead:
             groups = roll_out(
                 self.config,
                 self.task,
@@ -198,7 +192,7 @@ class NativeEngine:
             )
             batch = self._with_advantages(index, groups, seconds)
             rows = self._rows_that_train(batch)
-            if row.needs_teacher:
+            if objective.needs_teacher:
                 assert self.teacher is not None
                 with timed(seconds, "time/teacher/seconds"):
                     batch.teacher_logprobs = by_rollout(
@@ -292,15 +286,17 @@ class NativeEngine:
     def _rows_that_train(self, batch: RolloutBatch) -> list[int]:
         """Rollouts with a say in the loss; without those of advantage 0 that contribute exactly
         nothing to the gradient."""
-        row = OBJECTIVES[self.objective_of(batch.index).type]
-        skippable = row.zero_advantage_is_zero_gradient and not self.config.optimization.kl_coef
+        objective = self.objective_of(batch.index)
+        skippable = (
+            objective.zero_advantage_is_zero_gradient and not self.config.optimization.kl_coef
+        )
         rows = self._rows_that_count(batch)
         return [i for i in rows if not (skippable and batch.advantages[i] == 0)]
 
     def _rows_that_count(self, batch: RolloutBatch) -> list[int]:
         """The rollouts that the denominator counts: the judged ones; all of them for an objective
         that uses no reward."""
-        if not OBJECTIVES[self.objective_of(batch.index).type].uses_reward:
+        if not self.objective_of(batch.index).uses_reward:
             return list(range(len(batch.rollouts)))
         return [
             i for i, rollout in enumerate(batch.rollouts) if rollout.verdict != Verdict.CANNOT_JUDGE

@@ -9,10 +9,9 @@ from pydantic import Field
 from trl.trainer.grpo_config import GRPOConfig
 
 from rlad.config.file import validated
-from rlad.config.objective import KDRLConfig, ObjectiveConfig
+from rlad.config.objective import OBJECTIVE_CONFIGS, ObjectiveConfig
 from rlad.config.types import Section
 from rlad.errors import UserError
-from rlad.objectives import OBJECTIVES
 from rlad.objectives.aggregate import Aggregation
 
 AGGREGATION: dict[str, Aggregation] = {
@@ -129,14 +128,13 @@ class RLADConfig(GRPOConfig):
         """`UserError` for an objective that TRL's batches cannot feed, and for settings of the
         loss that ours replaces."""
         objective = self.objective_config
-        row = OBJECTIVES.get(objective.type)
-        able = [name for name, row in OBJECTIVES.items() if row.token_advantages is None]
-        if row is None or row.token_advantages is not None:
+        if "trl" not in objective.engines:
+            able = [name for name, each in OBJECTIVE_CONFIGS.items() if "trl" in each.engines]
             raise UserError(
                 f"objective {objective.type!r} is not available on TRL; use one of "
                 f"{', '.join(able)}."
             )
-        if isinstance(objective, KDRLConfig) and objective.masking != "none":
+        if getattr(objective, "masking", "none") != "none":
             raise UserError(
                 f"objective.masking = {objective.masking!r} needs verdicts, and TRL has rewards "
                 "alone; set it to 'none', or "

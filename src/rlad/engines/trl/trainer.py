@@ -54,8 +54,8 @@ class RLADTrainer(GRPOTrainer):
         shown; `settings` are those of `GRPOTrainer`. Raises `UserError` for what cannot be trained
         so.
         """
-        row = OBJECTIVES[args.objective_config.type]
-        if row.needs_teacher and teacher is None:
+        needs_teacher = args.objective_config.needs_teacher
+        if needs_teacher and teacher is None:
             raise UserError(
                 f"objective {args.objective_config.type!r} needs a teacher; pass teacher=..., or "
                 "use 'grpo'."
@@ -79,7 +79,7 @@ class RLADTrainer(GRPOTrainer):
                 "= 0."
             )
         self.teacher = None
-        if row.needs_teacher:
+        if needs_teacher:
             self.teacher = as_teacher(
                 teacher, args, self._tokenizer, self.accelerator, student=self.model
             )
@@ -127,10 +127,8 @@ class RLADTrainer(GRPOTrainer):
     def _is_idle(self, batch: dict[str, Any]) -> Tensor:
         """Completions `[batch]` that contribute exactly nothing to the gradient: the teacher need
         not be asked about them."""
-        skippable = (
-            OBJECTIVES[self.args.objective_config.type].zero_advantage_is_zero_gradient
-            and not self.beta
-        )
+        objective = self.args.objective_config
+        skippable = objective.zero_advantage_is_zero_gradient and not self.beta
         return (batch["advantages"] == 0) & skippable
 
     def _ask_teacher(
@@ -173,7 +171,7 @@ class RLADTrainer(GRPOTrainer):
             rewards, self.reward_func_names, self.reward_weights, **scale
         )
         batch["advantages"] = advantages[first : first + size].to(batch["advantages"])
-        if OBJECTIVES[self.args.objective_config.type].uses_reward:
+        if self.args.objective_config.uses_reward:
             mask = batch.get("tool_mask", batch["completion_mask"])
             batch["tool_mask"] = mask * judged[first : first + size, None].to(mask)
 

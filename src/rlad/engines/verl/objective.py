@@ -14,14 +14,15 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from rlad.config.file import validated
-from rlad.config.objective import ObjectiveConfig
+from rlad.config.objective import OBJECTIVE_CONFIGS, ObjectiveConfig
 from rlad.config.types import Annealed, Section
 from rlad.errors import UserError
-from rlad.objectives import OBJECTIVES
 
 VARIABLE = "RLAD_OBJECTIVE"
 NAMES = tuple(
-    name for name, row in OBJECTIVES.items() if row.needs_teacher and row.token_advantages is None
+    name
+    for name, objective in OBJECTIVE_CONFIGS.items()
+    if "verl" in objective.engines and objective.needs_teacher
 )
 """The objectives that verl learns from us; its own `grpo` needs no teacher, and `topd` needs whole
 groups at once."""
