@@ -17,7 +17,8 @@ from rlad.config.file import (
     parse_config,
     parse_overrides,
 )
-from rlad.config.run import Annealed, RunConfig
+from rlad.config.run import RunConfig
+from rlad.config.types import Annealed
 
 MODELS = {"student": {"model": "s"}, "teacher": {"model": "t"}}
 BASE: dict[str, Any] = MODELS | {"task": {"type": "knights_and_knaves"}}

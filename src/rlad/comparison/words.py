@@ -148,7 +148,9 @@ def cost_notes(figures: Sequence[MethodFigures]) -> list[str]:
             "update's."
         )
     if written:
-        notes.append(f"{', '.join(written)}: the teacher writes the completions, not the student.")
+        notes.append(
+            f"{', '.join(written)}: the student samples nothing; the teacher writes the completions."
+        )
     return notes
 
 

@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 from safetensors import SafetensorError
 
+from rlad.errors import RunFailedError, UserError
 from rlad.runs.checkpoints import (
     checkpoint_name,
     damage,
@@ -36,7 +37,6 @@ from rlad.runs.checkpoints import (
     set_aside,
     write_checkpoint,
 )
-from rlad.errors import RunFailedError, UserError
 
 CONFIG, ENVIRONMENT = "config.toml", "run.json"
 METRICS, EVAL, SAMPLES = "metrics.jsonl", "eval.jsonl", "samples.jsonl"

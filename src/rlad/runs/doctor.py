@@ -4,8 +4,6 @@ only hindsight sees.
 Reads and never writes; loads no model.
 """
 
-from rlad.errors import UserError
-
 import json
 import math
 import shutil
@@ -16,11 +14,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from rlad.runs.checkpoints import damage
-from rlad.config.run import RunConfig
 from rlad.config.file import load_config
-from rlad.runs.guards import Watch
+from rlad.config.run import RunConfig
+from rlad.errors import UserError
+from rlad.runs.checkpoints import damage
 from rlad.runs.directory import CHECKPOINTS, ENVIRONMENT, EVAL, METRICS, SAMPLES, RunDirectory
+from rlad.runs.guards import Watch
 
 LEVELS = ("error", "warning", "note")
 

@@ -1,11 +1,10 @@
 """Results of held-out problems, and mean@k and pass@k of them with intervals. Imports no torch."""
 
-from rlad.errors import UserError
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlad.errors import UserError
 from rlad.runs.statistics import Estimate, bootstrap, pass_at_k
 
 

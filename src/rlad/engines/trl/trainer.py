@@ -20,7 +20,7 @@ from rlad.engines.trl.config import RLADConfig
 from rlad.engines.trl.metrics import WindowStats, over_processes
 from rlad.engines.trl.teacher import ProblemOf, as_teacher, ask_teacher, requests_for
 from rlad.errors import RunFailedError, UserError
-from rlad.objectives import OBJECTIVES, token_loss
+from rlad.objectives import token_loss
 from rlad.objectives.aggregate import aggregate
 from rlad.objectives.inputs import LossInputs
 from rlad.objectives.masks import keep_finite
