@@ -16,9 +16,8 @@ from typing import Any
 class Client:
     """Requests to a server on a port of 127.0.0.1."""
 
-    state: Any
-    """of rlad's own server in this process"""
-    worker: Any
+    server: Any
+    """rlad's own, in this process"""
 
     def __init__(self, port: int, key: str | None = None):
         self.port, self.key = port, key
@@ -48,11 +47,11 @@ class Client:
             connection.close()
         return answer.status, json.loads(text) if text else None
 
-    def completions(self, **body: Any) -> list[dict[str, Any]]:
-        """The choices of an answer that must be one."""
+    def completion(self, **body: Any) -> dict[str, Any]:
+        """The choice of an answer that must be one."""
         status, answer = self.ask("POST", "/v1/completions", body)
         assert status == 200, answer
-        return answer["choices"]
+        return answer["choices"][0]
 
     def is_healthy(self) -> bool:
         try:
@@ -68,27 +67,17 @@ def free_port() -> int:
 
 
 @contextmanager
-def server_thread(
-    language_model: Any, *, uvicorn: Mapping[str, Any] | None = None, **settings: Any
-) -> Iterator[Client]:
-    """rlad's own server, with the model and the settings that are given, and those of uvicorn."""
-    from uvicorn import Server
+def server_thread(language_model: Any, **settings: Any) -> Iterator[Client]:
+    """rlad's own server, with the model and the settings that are given."""
+    import uvicorn
 
-    from rlad.serving.app import ServerSettings, make_app
-    from rlad.serving.limits import server_config
+    from rlad.serving.app import UVICORN_SETTINGS, TeacherServer
 
-    defaults = {
-        "api_key": None,
-        "max_request_bytes": 2**20,
-        "max_context_tokens": 64,
-        "tokens_per_batch": 512,
-    }
-    app = make_app(
-        language_model, ServerSettings(**{"served_name": "tiny", **defaults, **settings})
-    )
+    defaults = {"served_name": "tiny", "max_context_tokens": 64, "tokens_per_batch": 512}
     client = Client(free_port(), settings.get("api_key"))
-    client.state, client.worker = app.state.server, app.state.server.worker
-    server = Server(server_config(app, host="127.0.0.1", port=client.port, **(uvicorn or {})))
+    client.server = TeacherServer(language_model, **defaults | settings)
+    config = uvicorn.Config(client.server.app(), port=client.port, **UVICORN_SETTINGS)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -138,7 +138,7 @@ def assert_right(values: list[Tensor], model: LanguageModel, temperature: float 
         torch.testing.assert_close(value, expected, rtol=0, atol=1e-5)
 
 
-# --- numbers -----------------------------------------------------------------------------------------------------------
+# --- numbers --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("understood", ["prompt_logprobs", "echo"])
@@ -197,7 +197,7 @@ def test_requests_at_once_are_limited(model):
         assert server.max_open == 3 and not torch.cat(values).isnan().any()
 
 
-# --- reading answers -----------------------------------------------------------------------------------------------------
+# --- reading answers ------------------------------------------------------------------------------
 
 NAN = math.nan
 
@@ -320,7 +320,7 @@ def test_written_tokens_are_read_as_ids_or_by_their_text(model):
     assert read_generation(answer, ids_of_strings(model.tokenizer)) == ([4, 5], [-1.0, -2.0])
 
 
-# --- the self-test -------------------------------------------------------------------------------------------------------
+# --- the self-test --------------------------------------------------------------------------------
 
 SAID = {
     "row ahead": "the server's scores are shifted by one token",
@@ -492,7 +492,7 @@ def test_a_server_that_does_not_list_its_models(model):
             assert_right(teacher.logprobs(REQUESTS), model)
 
 
-# --- tokens as strings ---------------------------------------------------------------------------------------------------
+# --- tokens as strings ----------------------------------------------------------------------------
 
 
 def byte_level() -> PreTrainedTokenizerFast:
@@ -549,7 +549,7 @@ def test_probes_reach_the_whole_vocabulary(model):
     assert len(set(probe)) == 12
 
 
-# --- users' mistakes -----------------------------------------------------------------------------------------------------
+# --- users' mistakes ------------------------------------------------------------------------------
 
 
 def test_what_users_get_wrong_ends_in_a_sentence(model, monkeypatch):
@@ -631,7 +631,7 @@ def test_a_slash_at_the_end_does_not_matter():
     assert config_of("http://h/v1/").teacher.urls == ("http://h/v1",)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
 
 
-# --- the key -------------------------------------------------------------------------------------------------------------
+# --- the key --------------------------------------------------------------------------------------
 
 
 def test_the_key_is_nowhere(world, tmp_path, monkeypatch, caplog):
@@ -679,7 +679,7 @@ def test_the_key_over_plain_http_to_another_machine_is_a_warning(monkeypatch):
         assert len(key_findings(CompletionsClient(config_of(url).teacher))) == num  # pyright: ignore[reportArgumentType]
 
 
-# --- faults --------------------------------------------------------------------------------------------------------------
+# --- faults ---------------------------------------------------------------------------------------
 
 PASSING = ["500", "429", "truncated", "closed", "not JSON", "list", "deep", "huge"]
 
@@ -804,7 +804,7 @@ def test_interrupting_does_not_wait_for_retries_or_answers(model):
         signal.signal(signal.SIGALRM, former)
 
 
-# --- replicas ------------------------------------------------------------------------------------------------------------
+# --- replicas -------------------------------------------------------------------------------------
 
 
 def test_replicas_share_the_work(model):
@@ -845,7 +845,7 @@ def test_a_replica_stands_in_for_another_that_is_tried_again_later(model, caplog
         ]
 
 
-# --- whole runs ----------------------------------------------------------------------------------------------------------
+# --- whole runs -----------------------------------------------------------------------------------
 
 
 def served(*servers: ConformanceServer, **settings: Any) -> dict[str, Any]:

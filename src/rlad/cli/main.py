@@ -346,11 +346,6 @@ def doctor(run: str, as_json: bool) -> None:
     help="Longest text; by default what the model allows.",
 )
 @click.option(
-    "--max-request-mib",
-    type=click.IntRange(min=1),
-    help="Largest request, 16 by default; not for vLLM.",
-)
-@click.option(
     "--served-name", metavar="NAME", help="Name by which clients ask for it; by default MODEL."
 )
 @click.option("--without-key", is_flag=True, help="Let other machines in without an API key.")
@@ -363,7 +358,7 @@ def serve_teacher(**options: Any) -> None:
     into the config of a run.
 
     Clients must send the key that is in the environment variable RLAD_TEACHER_API_KEY, if it is
-    set.
+    set. rlad's own server is for runs that trust each other; a public server should be vLLM.
     """
     from rlad.cli.serve import ServeOptions
     from rlad.cli.serve import serve_teacher as serve

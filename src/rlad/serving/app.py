@@ -1,307 +1,233 @@
-"""A small teacher server over transformers: the `/v1/completions` of vLLM as far as distillation
-asks for it.
+"""A small teacher server over transformers: of vLLM's `/v1/completions` what distillation needs.
 
-Requests that arrive together are scored together. Log-probs told are the model's own, whatever the
-request's `temperature`, as vLLM's are; `"temper_prompt_logprobs": true` applies it.
+It is made for runs that trust each other. A server that strangers can reach should be vLLM.
 """
 
 import asyncio
 import hmac
-import secrets
-import time
-import uuid
-from collections.abc import AsyncIterator, Coroutine, Sequence
+import random
+from collections import defaultdict
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeVar
+from functools import lru_cache
+from typing import Any
 
 import torch
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
-from starlette.exceptions import HTTPException as AnyHTTPException
-from starlette.requests import ClientDisconnect
 
-from rlad.errors import UserError
+from rlad.errors import RladError, UserError
 from rlad.models.loading import LanguageModel
-from rlad.rollouts.types import Completion
-from rlad.serving.limits import AnswerInPieces, Room
-from rlad.serving.protocol import (
-    AnswerWriter,
-    CompletionRequest,
-    ScoredText,
-    parse_request,
-    prompt_token_ids,
-)
-from rlad.serving.worker import GenerateJob, Job, ScoreJob, TokenScores, Worker
+from rlad.rollouts.sampling import sample
+from rlad.scoring.scorer import Scorer
+from rlad.serving.protocol import CompletionRequest, completion_choice, parse_request
 
-MAX_PROMPTS = 1024
-MAX_LOGPROBS_PER_ANSWER = 500_000  # about 300 MB as Python objects and JSON
-MAX_LOGPROBS_HELD = 2 * MAX_LOGPROBS_PER_ANSWER
-"""of all requests that are being computed, written or sent; others wait"""
-MAX_REQUESTS_HELD = 4
-"""of the largest size: as many bytes may the requests have together that are being read or
-answered"""
-_SECONDS_BETWEEN_LOOKS = 1.0
-_THEN_CLOSE = {"Connection": "close"}
-Result = TypeVar("Result")
+MAX_REQUEST_BYTES = 16 * 2**20
+UVICORN_SETTINGS: dict[str, Any] = {
+    "http": "h11",
+    "ws": "none",
+    "access_log": False,
+    "log_level": "error",
+    "limit_concurrency": 256,
+    "timeout_keep_alive": 60,
+    "timeout_graceful_shutdown": 5,
+    "h11_max_incomplete_event_size": 16 * 1024,
+}
 
 
 @dataclass(frozen=True, slots=True)
-class ServerSettings:
-    served_name: str
-    api_key: str | None
-    max_request_bytes: int
-    max_context_tokens: int
-    tokens_per_batch: int
-    request_seconds: float = 60.0
-    """within which a request must have come"""
+class Job:
+    """A request that waits for its answer."""
 
-
-def make_app(language_model: LanguageModel, settings: ServerSettings) -> FastAPI:
-    """The server's routes. `/v1/*` wants the bearer token where there is an API key; `/health` does
-    not."""
-    server = TeacherServer(language_model, settings)
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        server.worker.close()
-
-    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.server = server
-    app.add_api_route("/health", server.health, methods=["GET"])
-    app.add_api_route("/v1/models", server.models, methods=["GET"])
-    app.add_api_route("/v1/completions", server.completions, methods=["POST"])
-    app.add_exception_handler(AnyHTTPException, _tell_error)
-    return app
-
-
-async def _tell_error(_: Request, error: Any) -> JSONResponse:
-    kind = {400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError"}.get(
-        error.status_code, "ServerError"
-    )
-    content = {
-        "error": {"message": error.detail, "type": kind, "param": None, "code": error.status_code}
-    }
-    return JSONResponse(content, error.status_code, headers=error.headers)
+    asked: CompletionRequest
+    client: Request
+    choice: "asyncio.Future[dict[str, Any]]"
 
 
 class TeacherServer:
-    """Answers requests; all computing is the worker's."""
+    """The routes, and the queue of requests that wait for the model."""
 
-    def __init__(self, language_model: LanguageModel, settings: ServerSettings):
-        self.language_model, self.settings = language_model, settings
-        self.worker = Worker(language_model, tokens_per_batch=settings.tokens_per_batch)
-        self.writer = AnswerWriter(language_model.tokenizer)
-        self.started = int(time.time())
-        self.room, self.held_bytes = Room(MAX_LOGPROBS_HELD), 0
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        *,
+        served_name: str,
+        max_context_tokens: int,
+        tokens_per_batch: int,
+        api_key: str | None = None,
+    ):
+        """`/v1/*` wants the key, if there is one, as a bearer token."""
+        language_model.model.requires_grad_(False)
+        self.language_model = language_model
+        self.served_name = served_name
+        self.max_context_tokens = max_context_tokens
+        self.tokens_per_batch = tokens_per_batch
+        self.api_key = api_key
+        self.waiting: asyncio.Queue[Job] = asyncio.Queue()
+        self.is_closing = False
+        self.text_of = lru_cache(200_000)(lambda token: language_model.tokenizer.decode([token]))
+        self.scorer_at = lru_cache(8)(self._make_scorer)
+        self.scorer_at(1.0)  # looks at the model's output layer now, not in the first request
+
+    def app(self) -> FastAPI:
+        @asynccontextmanager
+        async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+            working = asyncio.create_task(self.work())
+            yield
+            self.is_closing = True
+            working.cancel()
+
+        app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+        app.add_api_route("/health", self.health, methods=["GET"])
+        app.add_api_route("/v1/models", self.models, methods=["GET"])
+        app.add_api_route("/v1/completions", self.completions, methods=["POST"])
+        return app
 
     async def health(self) -> Response:
-        return Response(status_code=200 if self.worker.is_alive else 503)
+        return Response()
 
-    async def models(self, request: Request) -> dict[str, Any]:
+    async def models(self, request: Request) -> JSONResponse:
         self._require_key(request)
-        model = {
-            "id": self.settings.served_name,
-            "object": "model",
-            "created": self.started,
-            "owned_by": "rlad",
-            "root": self.language_model.name,
-            "parent": None,
-            "max_model_len": self.settings.max_context_tokens,
-        }
-        return {"object": "list", "data": [model]}
+        root, context = self.language_model.name, self.max_context_tokens
+        model = {"id": self.served_name, "root": root, "max_model_len": context}
+        return JSONResponse({"object": "list", "data": [model]})
 
-    async def completions(self, request: Request) -> Response:
+    async def completions(self, request: Request) -> JSONResponse:
         self._require_key(request)
-        body = bytearray()
+        _require_short_body(request)
         try:
-            await self._read(request, body)
-            # Long requests are read, and long answers written, beside the event loop, so that
-            # others are heard meanwhile.
-            asked, prompts, num_logprobs = await asyncio.to_thread(self._understand, body)
-            room = await self._unless_gone(request, self.room.take(num_logprobs))
-            give_back = partial(self.room.give_back, room)
-            try:
-                texts = await self._unless_gone(request, self._texts(asked, prompts))
-                return AnswerInPieces(
-                    await asyncio.to_thread(self._answer, asked, texts), then=give_back
-                )
-            except BaseException:
-                give_back()
-                raise
-        finally:
-            self.held_bytes -= len(body)
-
-    def _understand(self, body: bytearray) -> tuple[CompletionRequest, list[list[int]], int]:
-        """What is asked, the prompts as token ids, and how many log-probs the answer may hold."""
-        try:
-            asked = parse_request(body)
-            if asked.model != self.settings.served_name:
-                raise HTTPException(
-                    404,
-                    f"model {asked.model!r} is not served here; {self.settings.served_name!r} is.",
-                )
-            prompts = prompt_token_ids(
-                asked, self.language_model.tokenizer, self.settings.max_context_tokens
-            )
-            return asked, prompts, self._require_size(asked, prompts)
-        except ValueError as error:
+            asked = parse_request(await request.body())
+            self._require_possible(asked)
+        except UserError as error:
             raise HTTPException(400, str(error)) from None
+        job = Job(asked, request, asyncio.get_running_loop().create_future())
+        self.waiting.put_nowait(job)
+        answer = {"object": "text_completion", "model": asked.model, "choices": [await job.choice]}
+        return JSONResponse(answer)
 
-    def _answer(self, asked: CompletionRequest, texts: Sequence[ScoredText]) -> bytes:
-        num_prompt = sum(len(text.prompt) for text in texts)
-        num_generated = sum(len(text.completion.token_ids) for text in texts)
-        answer = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": self.settings.served_name,
-            "choices": [self.writer.choice(i, asked, text) for i, text in enumerate(texts)],
-            "usage": {
-                "prompt_tokens": num_prompt,
-                "completion_tokens": num_generated,
-                "total_tokens": num_prompt + num_generated,
-            },
-        }
-        return bytes(JSONResponse(answer).body)
+    async def work(self) -> None:
+        """Compute what waits, all of it together, for as long as the server runs."""
+        while True:
+            jobs = [await self.waiting.get()]
+            while not self.waiting.empty():
+                jobs.append(self.waiting.get_nowait())
+            # A client that has gone may have sent its request again: nobody needs this answer.
+            for job in [job for job in jobs if await job.client.is_disconnected()]:
+                job.choice.set_exception(HTTPException(499, "the client has gone."))
+                jobs.remove(job)
+            try:
+                choices = await asyncio.to_thread(self.compute, [job.asked for job in jobs])
+            except Exception as error:  # of these requests alone; the server continues
+                for job in jobs:
+                    job.choice.set_exception(_as_answer(error))
+            else:
+                for job, choice in zip(jobs, choices, strict=True):
+                    job.choice.set_result(choice)
+
+    def compute(self, requests: Sequence[CompletionRequest]) -> list[dict[str, Any]]:
+        """Write and score what is asked; plain scores of one temperature share forward passes."""
+        texts = [self._written(asked) for asked in requests]
+        scores: dict[int, list[dict[int, float]]] = {}
+        plain = defaultdict[float, list[int]](list)
+        for i, asked in enumerate(requests):
+            if asked.num_likeliest:
+                scores[i] = self._scores_with_likeliest(asked, texts[i])
+            else:
+                plain[asked.score_temperature].append(i)
+        for temperature, rows in plain.items():
+            score = self.scorer_at(temperature).score
+            found = score([texts[i][:1] for i in rows], [texts[i][1:] for i in rows])
+            for i, values in zip(rows, found, strict=True):
+                pairs = zip(texts[i][1:], values.tolist(), strict=True)
+                scores[i] = [{}, *({token: value} for token, value in pairs)]
+        return [
+            completion_choice(asked, texts[i], scores[i], self.text_of)
+            for i, asked in enumerate(requests)
+        ]
+
+    def _written(self, asked: CompletionRequest) -> list[int]:
+        """The prompt with the tokens that the model writes after it, if any are wanted."""
+        if not asked.num_new_tokens:
+            return asked.prompt
+        (completion,) = sample(
+            self.language_model,
+            [asked.prompt],
+            group_size=1,
+            max_completion_tokens=asked.num_new_tokens,
+            temperature=asked.temperature,
+            seed=random.getrandbits(62),
+            before_token=self._require_open,
+        )[0]
+        return [*asked.prompt, *completion.token_ids]
+
+    @torch.no_grad()
+    def _scores_with_likeliest(
+        self, asked: CompletionRequest, tokens: Sequence[int]
+    ) -> list[dict[int, float]]:
+        """Score one text, with the likeliest tokens; logits exist for some positions at a time."""
+        scores: list[dict[int, float]] = [{}]
+        for logits in self.scorer_at(asked.score_temperature).logits_in_chunks(tokens):
+            logprobs = logits.log_softmax(dim=-1)
+            top = logprobs.topk(asked.num_likeliest, dim=1)
+            given = tokens[len(scores) : len(scores) + len(logits)]
+            values = logprobs[range(len(given)), given].tolist()
+            likeliest = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+            for token, value, others in zip(given, values, likeliest, strict=True):
+                scores.append({token: value} | dict(zip(*others, strict=True)))
+        return scores
+
+    def _make_scorer(self, temperature: float) -> Scorer:
+        return Scorer(
+            self.language_model,
+            temperature=temperature,
+            tokens_per_batch=self.tokens_per_batch,
+            before_work=self._require_open,
+        )
+
+    def _require_open(self) -> None:
+        """Stop between forward passes when the server ends."""
+        if self.is_closing:
+            raise RuntimeError("the server is being stopped")
 
     def _require_key(self, request: Request) -> None:
-        if self.settings.api_key is None:
-            return
         given = request.headers.get("authorization", "").encode("latin-1")
-        if not hmac.compare_digest(given, f"Bearer {self.settings.api_key}".encode()):
+        wanted = f"Bearer {self.api_key}".encode()
+        if self.api_key is not None and not hmac.compare_digest(given, wanted):
             raise HTTPException(
                 401, "the API key is missing or wrong; send it as `Authorization: Bearer KEY`."
             )
 
-    async def _read(self, request: Request, body: bytearray) -> None:
-        """Counted while it comes: the header may be missing or lie."""
-        limit, seconds = self.settings.max_request_bytes, self.settings.request_seconds
-        try:
-            async with asyncio.timeout(seconds):
-                async for piece in request.stream():
-                    body += piece
-                    self.held_bytes += len(piece)
-                    if len(body) > limit:
-                        raise HTTPException(
-                            413,
-                            f"the request is larger than {limit / 2**20:g} MiB; send fewer prompts "
-                            "at once, "
-                            "or start the server with a larger --max-request-mib.",
-                            headers=_THEN_CLOSE,
-                        )
-                    if self.held_bytes > limit * MAX_REQUESTS_HELD:
-                        headers = _THEN_CLOSE | {"Retry-After": "1"}
-                        raise HTTPException(
-                            503,
-                            "the server holds too many large requests; send it again.",
-                            headers=headers,
-                        )
-        except ClientDisconnect:
-            raise HTTPException(499, "the client has gone.") from None
-        except TimeoutError:
+    def _require_possible(self, asked: CompletionRequest) -> None:
+        """HTTP 404 for another model; `UserError` for a text that the model cannot take."""
+        vocabulary, length = self.language_model.vocabulary, len(asked.prompt)
+        if asked.model != self.served_name:
             raise HTTPException(
-                408, f"the request did not come within {seconds:g} seconds.", headers=_THEN_CLOSE
-            ) from None
-
-    def _require_size(self, asked: CompletionRequest, prompts: Sequence[Sequence[int]]) -> int:
-        """How many log-probs the answer may hold. `UserError` for prompts that the model cannot
-        take, or too many of them."""
-        vocabulary, context = self.language_model.vocabulary, self.settings.max_context_tokens
-        num_new = asked.num_new_tokens
-        if len(prompts) > MAX_PROMPTS:
-            raise UserError(
-                f"{len(prompts)} prompts are more than the {MAX_PROMPTS} that one request may hold."
+                404, f"model {asked.model!r} is not served here; {self.served_name!r} is."
             )
-        if not all(prompts):
-            raise UserError("a prompt has no tokens; give every prompt some text.")
-        if (largest := max(map(max, prompts))) >= vocabulary:
+        if (largest := max(asked.prompt)) >= vocabulary:
             raise UserError(
                 f"token id {largest} is out of the model's vocabulary of {vocabulary} tokens."
             )
-        if (longest := max(map(len, prompts))) + num_new > context:
+        if length + asked.num_new_tokens > self.max_context_tokens:
             raise UserError(
-                f"a prompt of {longest} tokens and max_tokens {num_new} are more than the context "
-                f"of {context} tokens."
+                f"a prompt of {length} tokens and max_tokens {asked.num_new_tokens} are more than "
+                f"the context of {self.max_context_tokens} tokens."
             )
-        num_logprobs = sum(len(prompt) + num_new for prompt in prompts) * (1 + asked.num_top)
-        if num_logprobs > MAX_LOGPROBS_PER_ANSWER:
-            raise UserError(
-                f"the answer would hold up to {num_logprobs} log-probs, more than "
-                f"{MAX_LOGPROBS_PER_ANSWER}; "
-                "send fewer prompts at once, or ask for fewer log-probs at each position."
-            )
-        return num_logprobs
-
-    async def _texts(
-        self, asked: CompletionRequest, prompts: Sequence[list[int]]
-    ) -> list[ScoredText]:
-        try:
-            return await self._scored(asked, prompts)
-        except (RuntimeError, ValueError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise HTTPException(500, f"the model could not compute this: {reason}") from error
-
-    async def _scored(
-        self, asked: CompletionRequest, prompts: Sequence[list[int]]
-    ) -> list[ScoredText]:
-        completions = await self._generate(asked, prompts)
-        # The sampler's own log-probs are at its temperature: those at another one, and top tokens,
-        # take a scoring pass.
-        sampled_at = asked.temperature or 1.0
-        rescored = bool(asked.logprobs) or (
-            asked.logprobs is not None and sampled_at != asked.told_temperature
-        )
-        if not (rescored or asked.prompt_is_scored):
-            return [_scored_text(p, c, None) for p, c in zip(prompts, completions, strict=True)]
-        texts = [
-            [*p, *c.token_ids] if rescored else p for p, c in zip(prompts, completions, strict=True)
-        ]
-        scores = await asyncio.gather(
-            *(self._done(ScoreJob(t, asked.num_top, asked.told_temperature)) for t in texts)
-        )
-        return [_scored_text(p, c, s) for p, c, s in zip(prompts, completions, scores, strict=True)]
-
-    async def _generate(
-        self, asked: CompletionRequest, prompts: Sequence[list[int]]
-    ) -> list[Completion]:
-        if not asked.num_new_tokens:
-            return [Completion((), (), is_truncated=True)] * len(prompts)
-        seed = secrets.randbits(62) if asked.seed is None else asked.seed
-        temperature = 1.0 if asked.temperature is None else asked.temperature
-        return await self._done(GenerateJob(prompts, asked.num_new_tokens, temperature, seed))
-
-    async def _done(self, job: Job) -> Any:
-        self.worker.submit(job)
-        try:
-            return await asyncio.wrap_future(
-                job.done
-            )  # cancelling it takes the job out of the queue
-        except asyncio.CancelledError:
-            job.is_given_up.set()  # and this ends it where it has begun
-            raise
-
-    async def _unless_gone(self, request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-        """The result of `work`, which is given up when the client has gone: it may have sent its
-        request again."""
-        task = asyncio.create_task(work)
-        while not (await asyncio.wait({task}, timeout=_SECONDS_BETWEEN_LOOKS))[0]:
-            if await request.is_disconnected() and task.cancel():
-                raise HTTPException(499, "the client has gone.")
-        return task.result()
 
 
-def _scored_text(
-    prompt: Sequence[int], completion: Completion, scores: TokenScores | None
-) -> ScoredText:
-    """Splits the scores of prompt and completion, where the completion was scored too."""
-    own = TokenScores(torch.tensor(completion.logprobs))
-    if scores is None:
-        return ScoredText(prompt, completion, None, own)
-    end = len(prompt) - 1
-    was_scored = len(scores.logprobs) > end
-    return ScoredText(
-        prompt, completion, scores.part(0, end), scores.part(end, None) if was_scored else own
-    )
+def _require_short_body(request: Request) -> None:
+    """HTTP 411 for a request of unknown size, 413 for one that is too large."""
+    size = request.headers.get("content-length")
+    if size is None:
+        raise HTTPException(411, "the request has no Content-Length; send it with one.")
+    if int(size) > MAX_REQUEST_BYTES:
+        raise HTTPException(413, f"the request is larger than {MAX_REQUEST_BYTES // 2**20} MiB.")
+
+
+def _as_answer(error: Exception) -> Exception:
+    """Make a sentence of what PyTorch or the sampler says; a bug keeps its traceback."""
+    if not isinstance(error, RuntimeError | RladError):
+        return error
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return HTTPException(500, f"the model could not compute this: {reason}")
