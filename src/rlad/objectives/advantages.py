@@ -15,41 +15,38 @@ def group_advantages(
     scale: Literal["std", "none"] = "std",
     judged: Tensor | None = None,
 ) -> Tensor:
-    """Advantage of each rollout against the others of its prompt.
+    """Compare each rollout with the others of its prompt.
 
-        A_i = (R_i - mean_G) / (std_G + 1e-4)        scale="std"   (GRPO, arXiv 2402.03300; population std)
-        A_i =  R_i - mean_G                          scale="none"  (Dr.GRPO, arXiv 2503.20783)
+        A_i = (R_i - mean_G) / (std_G + 1e-4)    scale="std"   (GRPO, arXiv 2402.03300)
+        A_i =  R_i - mean_G                      scale="none"  (Dr.GRPO, arXiv 2503.20783)
+
+    std_G is the population standard deviation.
 
     `rewards` [batch], each prompt's `group_size` rollouts side by side; returns [batch]. `judged`
     [batch] bool leaves rollouts out of mean and std and gives them the advantage 0 (their rewards
-    may be anything). Raises `ValueError` for a group size below 2, a batch that is no multiple of
-    it, or a reward that is not finite.
+    may be anything). Raises `ValueError` for a batch that is not made of groups of at least 2
+    rollouts, and for a reward that is not finite.
     """
-    if group_size < 2:
+    if group_size < 2 or rewards.dim() != 1 or rewards.shape[0] % group_size:
         raise ValueError(
-            f"group_size is {group_size}; a group needs at least 2 rollouts, or every advantage is "
-            "0."
-        )
-    if rewards.dim() != 1 or rewards.shape[0] % group_size:
-        raise ValueError(
-            f"rewards have shape {tuple(rewards.shape)}; need [batch] with batch a multiple of "
-            f"{group_size}."
+            f"group_size is {group_size} and rewards have shape {tuple(rewards.shape)}; a group "
+            "needs at least 2 rollouts, and rewards must be [batch] with batch a multiple of it."
         )
     judged = torch.ones_like(rewards, dtype=torch.bool) if judged is None else judged
     bad = judged & ~torch.isfinite(rewards)
     if bad.any():
         where = int(bad.nonzero()[0])
         raise ValueError(
-            f"reward {where} is {float(rewards[where])}; rewards must be finite: mend the "
-            "verifier, "
-            "or let it answer 'cannot judge' for such completions."
+            f"reward {where} is {float(rewards[where])}; rewards must be finite: fix the "
+            "verifier, or let it return 'cannot judge' for such completions."
         )
     rewards = rewards if rewards.is_floating_point() else rewards.double()
-    values, keep = rewards.view(-1, group_size), judged.view(-1, group_size)
+    values = rewards.view(-1, group_size)
+    keep = judged.view(-1, group_size)
     count = keep.sum(dim=1, keepdim=True).clamp(min=1)
     mean = torch.where(keep, values, 0).sum(dim=1, keepdim=True) / count
-    # A group of equal rewards is told by its range: the rounding of the mean would leave tiny
-    # advantages.
+    # Equal rewards are recognised by their range: the rounding of the mean would leave tiny
+    # advantages, which the division by their deviation makes large.
     highest = values.masked_fill(~keep, -torch.inf).amax(dim=1, keepdim=True)
     lowest = values.masked_fill(~keep, torch.inf).amin(dim=1, keepdim=True)
     centred = torch.where(keep & (highest > lowest), values - mean, 0)

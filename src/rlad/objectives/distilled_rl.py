@@ -1,5 +1,4 @@
-"""Distilled RL: positive advantages are shared out among the tokens as the teacher likes them
-(arXiv 2607.17247).
+"""Distilled RL: the teacher shares positive advantages out among the tokens (arXiv 2607.17247).
 
 f_t    = clip(πT / πold, 1/b, b)                   (constant; b = 3)
 w_t    = f_t / geometric mean of f over the completion's trained tokens where Â > 0, else 1
@@ -26,7 +25,7 @@ def distilled_rl_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.28,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Token loss of Distilled RL; see the formula above, with b = `weight_bound`.
+    """Compute the token loss of Distilled RL; see the formula above, with b = `weight_bound`.
 
     The logarithms of a completion's weights sum to 0: the teacher shares its advantage out among
     its tokens. Negative advantages are untouched, and b = 1 is GRPO.
@@ -39,12 +38,16 @@ def distilled_rl_loss(
     if weight_bound < 1:
         raise ValueError(f"weight_bound is {weight_bound}; it must be at least 1 (1 = GRPO).")
     kept = keep_finite(mask, student_logprobs, old_logprobs, teacher_logprobs)
-    old, teacher = clean(old_logprobs, kept).detach(), clean(teacher_logprobs, kept).detach()
+    old = clean(old_logprobs, kept).detach()
+    teacher = clean(teacher_logprobs, kept).detach()
     per_token_advantages = per_token(advantages, kept)
+
+    # Clipped and divided as logarithms, so that nothing overflows.
     bound = math.log(weight_bound)
     log_factor = (teacher - old).clamp(-bound, bound)
     weight = (log_factor - masked_mean_of_rows(log_factor, kept)).exp()
     weight = torch.where(per_token_advantages > 0, weight, torch.ones_like(weight))
+
     token_loss, stats = grpo_loss(
         student_logprobs=student_logprobs,
         old_logprobs=old_logprobs,

@@ -10,7 +10,8 @@ from rlad.objectives.masks import clean, keep_finite
 
 
 def gkd_loss(*, divergence_to_teacher: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Token loss of GKD; see the formula above, and `rlad.objectives.divergences` for the divergence.
+    """Compute the token loss of GKD; see the formula above, and `rlad.objectives.divergences` for
+    the divergence.
 
     `divergence_to_teacher` [batch, token] is that of the two distributions of each token, with
     gradient to the student; `mask` [batch, token] bool. Returns the token loss [batch, token], 0

@@ -21,7 +21,7 @@ def grpo_loss(
     ratio_level: RatioLevel = "token",
     dual_clip: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Token loss of GRPO; see the formula above.
+    """Compute the token loss of GRPO; see the formula above.
 
     `student_logprobs`, `old_logprobs` [batch, token] (only the student carries a gradient),
     `advantages` [batch] or [batch, token], `mask` [batch, token] bool. Returns the token loss

@@ -1,6 +1,7 @@
 """KDRL, GRPO plus a distillation term (arXiv 2506.02208, Eq. 9).
 
-loss_t = GRPO loss_t + kd_coef * KL_t(πS || πT)       KL_t = d^2 / 2 (k2) or e^d - d - 1 (k3), d = log πT - log πS
+loss_t = GRPO loss_t + kd_coef * KL_t(πS || πT)
+KL_t   = d^2 / 2 (k2) or e^d - d - 1 (k3),  d = log πT - log πS
 """
 
 from typing import Literal
@@ -27,8 +28,8 @@ def kdrl_loss(
     is_correct: Tensor | None = None,
     group_is_solved: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Token loss of KDRL; see the formula above. The teacher acts on every trained token, also
-    where the advantage is 0.
+    """Compute the token loss of KDRL; see the formula above. The teacher acts on every trained
+    token, also where the advantage is 0.
 
     `masking` leaves the KL term out of correct responses (`response`, which needs `is_correct`
     [batch] bool) or of all responses of a group with a correct one (`group`, which needs
@@ -51,24 +52,20 @@ def kdrl_loss(
     )
     distilled = kept
     if masking != "none":
-        name, mastered = (
-            ("is_correct", is_correct)
-            if masking == "response"
-            else ("group_is_solved", group_is_solved)
-        )
+        mastered = is_correct if masking == "response" else group_is_solved
         if mastered is None:
-            raise ValueError(f"KDRL with masking {masking!r} needs {name} [batch].")
+            needed = "is_correct" if masking == "response" else "group_is_solved"
+            raise ValueError(f"KDRL with masking {masking!r} needs {needed} [batch].")
         distilled = kept & ~mastered[:, None]
-    # Cleaned before the exponential of k3: an infinite one would leave NaN in the gradient.
+    # Cleaned before the exponential of k3: an infinite value would leave NaN in the gradient.
     kl = kl_tokens(
         clean(student_logprobs, distilled),
         clean(teacher_logprobs, distilled),
         estimator=kd_estimator,
     )
+    log_ratio_to_teacher = clean(student_logprobs, kept) - clean(teacher_logprobs, kept)
     return token_loss + kd_coef * kl, stats | {
-        "log_ratio_to_teacher": (
-            clean(student_logprobs, kept) - clean(teacher_logprobs, kept)
-        ).detach(),
+        "log_ratio_to_teacher": log_ratio_to_teacher.detach(),
         "kl_to_teacher": kl.detach(),
         "dropped": mask & ~kept,
     }

@@ -1,5 +1,4 @@
-"""OPD, on-policy distillation (Qwen3 report, arXiv 2505.09388; Thinking Machines, "On-Policy
-Distillation", 2025).
+"""OPD, on-policy distillation (Qwen3, arXiv 2505.09388; Thinking Machines, 2025).
 
 A_t    = log πT - log πold        (constant; no reward)
 loss_t = -exp(log πS - log πold) A_t
@@ -13,7 +12,7 @@ from rlad.objectives.masks import clean, keep_finite
 def opd_loss(
     *, student_logprobs: Tensor, old_logprobs: Tensor, teacher_logprobs: Tensor, mask: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Token loss of on-policy distillation; see the formula above.
+    """Compute the token loss of on-policy distillation; see the formula above.
 
     At πS = πold its expected gradient is that of the reverse KL(πS || πT) per token. Log-probs
     [batch, token] (only the student carries a gradient), `mask` [batch, token] bool. Returns the

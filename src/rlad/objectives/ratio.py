@@ -1,5 +1,4 @@
-"""The clipped surrogate that every ratio-based objective shares (PPO, arXiv 1707.06347; GRPO, arXiv
-2402.03300).
+"""The clipped surrogate of all ratio-based objectives (arXiv 1707.06347, arXiv 2402.03300).
 
 loss_t = -min( r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t )
 """
@@ -25,7 +24,7 @@ def clipped_surrogate(
     level: RatioLevel = "token",
     dual_clip: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Token loss of the clipped surrogate, 0 where masked, and its stats.
+    """Compute the token loss of the clipped surrogate, 0 where masked, and its stats.
 
     All tensors `[batch, token]`; `log_ratio` and `advantages` are 0 outside the mask.
     `level="sequence"` replaces each token's log-ratio by the mean over its sequence (GSPO, arXiv

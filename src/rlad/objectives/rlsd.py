@@ -1,5 +1,4 @@
-"""RLSD, RL with self-distillation: the teacher's evidence weighs each token's advantage (arXiv
-2604.03128).
+"""RLSD: the teacher's evidence weighs each token's advantage (arXiv 2604.03128).
 
 w_t    = exp( sign(Â) (log πT - log πold) )        (constant)
 A_t    = Â [ (1 - λ) + λ clip(w_t, 1 - ε_w, 1 + ε_w) ]
@@ -25,7 +24,8 @@ def rlsd_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.28,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Token loss of RLSD; see the formula above, with λ = `teacher_weight` and ε_w = `weight_clip`.
+    """Compute the token loss of RLSD; see the formula above, with λ = `teacher_weight` and ε_w =
+    `weight_clip`.
 
     The weight is positive: the teacher changes how much a token counts, never the sign of its
     advantage. λ = 0 is GRPO.
@@ -35,20 +35,21 @@ def rlsd_loss(
     the stats of GRPO with `log_ratio_to_teacher` and `advantage_weight`. Raises `ValueError` for λ
     or ε_w outside [0, 1].
     """
-    for name, value in (("teacher_weight", teacher_weight), ("weight_clip", weight_clip)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} is {value}; it must lie in [0, 1].")
+    if not (0 <= teacher_weight <= 1 and 0 <= weight_clip <= 1):
+        raise ValueError(
+            f"teacher_weight is {teacher_weight} and weight_clip {weight_clip}; both must be in "
+            "[0, 1]."
+        )
     kept = keep_finite(mask, student_logprobs, old_logprobs, teacher_logprobs)
-    old, teacher = clean(old_logprobs, kept).detach(), clean(teacher_logprobs, kept).detach()
+    old = clean(old_logprobs, kept).detach()
+    teacher = clean(teacher_logprobs, kept).detach()
     per_token_advantages = per_token(advantages, kept)
-    # The bounds before exp: the same numbers, and no overflow.
-    evidence = (
-        (per_token_advantages.sign() * (teacher - old))
-        .clamp(max=1.0)
-        .exp()
-        .clamp(1 - weight_clip, 1 + weight_clip)
-    )
+
+    # Bounded once before exp: the same numbers, since 1 + weight_clip < e, and no overflow.
+    log_evidence = (per_token_advantages.sign() * (teacher - old)).clamp(max=1.0)
+    evidence = log_evidence.exp().clamp(1 - weight_clip, 1 + weight_clip)
     weight = torch.lerp(torch.ones_like(evidence), evidence, teacher_weight)
+
     token_loss, stats = grpo_loss(
         student_logprobs=student_logprobs,
         old_logprobs=old_logprobs,

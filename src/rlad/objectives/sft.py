@@ -9,7 +9,7 @@ from rlad.objectives.masks import clean, keep_finite
 
 
 def sft_loss(*, student_logprobs: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Token loss of SFT; see the formula above.
+    """Compute the token loss of SFT; see the formula above.
 
     `student_logprobs` [batch, token] are those of the teacher's tokens, `mask` [batch, token] bool.
     Returns the token loss [batch, token], 0 where masked, and the stat `dropped` of that shape

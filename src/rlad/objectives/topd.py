@@ -11,7 +11,8 @@ from torch import Tensor
 from rlad.objectives.grpo import grpo_loss
 from rlad.objectives.masks import clean, keep_finite
 
-_EPSILON = 1e-4  # that of the group advantages of rewards
+_EPSILON = 1e-4
+"""as in the group advantages of rewards"""
 
 
 def topd_advantages(
@@ -32,7 +33,7 @@ def topd_advantages(
     multiple of `group_size`.
     """
     if not 0 < alpha < 1:
-        raise ValueError(f"alpha is {alpha}; it must lie between 0 and 1.")
+        raise ValueError(f"alpha is {alpha}; it must be between 0 and 1.")
     if mask.shape[0] % group_size:
         raise ValueError(
             f"the batch has {mask.shape[0]} completions; it must be a multiple of group_size = "
@@ -40,23 +41,23 @@ def topd_advantages(
         )
     kept = keep_finite(mask, old_logprobs, teacher_logprobs)
     x = clean(teacher_logprobs, kept) - clean(old_logprobs, kept)
+
     # log(alpha e^x + 1 - alpha), without overflow and exactly 0 where the teacher agrees; for x >
     # 0, e^x is taken out of it.
-    below, above = (
-        (alpha * x.clamp(max=0).expm1()).log1p(),
-        ((1 - alpha) * (-x).clamp(max=0).expm1()).log1p(),
-    )
+    below = (alpha * x.clamp(max=0).expm1()).log1p()
+    above = ((1 - alpha) * (-x).clamp(max=0).expm1()).log1p()
     rewards = x.clamp(min=0) + below + above
+
+    # Each token's reward and the mean of the later ones. With 0 for the mean that it lacks, the
+    # last token would stand out by its place alone.
     later = rewards.sum(dim=1, keepdim=True) - rewards.cumsum(dim=1)
     num_later = kept.sum(dim=1, keepdim=True) - kept.cumsum(dim=1)
-    # With 0 for the mean that it lacks, the last token would stand out by its place alone.
-    returns = clean(
-        rewards + torch.where(num_later > 0, later / num_later.clamp(min=1), rewards), kept
-    )
-    groups, keep = (
-        returns.view(-1, group_size * mask.shape[1]),
-        kept.view(-1, group_size * mask.shape[1]),
-    )
+    mean_of_later = torch.where(num_later > 0, later / num_later.clamp(min=1), rewards)
+    returns = clean(rewards + mean_of_later, kept)
+
+    # Normalised over all tokens of a group.
+    groups = returns.view(-1, group_size * mask.shape[1])
+    keep = kept.view(-1, group_size * mask.shape[1])
     count = keep.sum(dim=1, keepdim=True).clamp(min=1)
     centred = clean(groups - groups.sum(dim=1, keepdim=True) / count, keep)
     std = (centred.square().sum(dim=1, keepdim=True) / count).sqrt()
@@ -73,8 +74,8 @@ def topd_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.28,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Token loss of TOPD; see the formula above. `advantages` [batch, token] are those of
-    `topd_advantages`.
+    """Compute the token loss of TOPD; see the formula above. `advantages` [batch, token] are those
+    of `topd_advantages`.
 
     Log-probs [batch, token] (only the student carries a gradient), `mask` [batch, token] bool.
     Returns the token loss [batch, token], 0 where masked, and the stats of GRPO with

@@ -24,8 +24,8 @@ def trrd_loss(
     ratio_level: RatioLevel = "token",
     dual_clip: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Token loss of TRRD; see the formula above, with c = `teacher_log_ratio_clip` (None: no
-    clamp).
+    """Compute the token loss of TRRD; see the formula above, with c = `teacher_log_ratio_clip`
+    (None: no clamp).
 
     The ratio's denominator is the anchor πold^alpha πT^(1-alpha): `alpha` 1 is GRPO, 0 is anchored
     to the teacher alone. Where the clamp is active the gradient of log r_t is alpha times that of
@@ -39,8 +39,7 @@ def trrd_loss(
     """
     if not 0 <= alpha <= 1:
         raise ValueError(
-            f"alpha is {alpha}; it must lie in [0, 1] (1 = GRPO, 0 = anchored to the teacher "
-            "alone)."
+            f"alpha is {alpha}; it must be in [0, 1] (1 = GRPO, 0 = anchored to the teacher alone)."
         )
     kept = keep_finite(mask, student_logprobs, old_logprobs, teacher_logprobs)
     student, old, teacher = (

@@ -48,7 +48,8 @@ class Distributions(NamedTuple):
         return (logits * (self.temperature / self.soft_cap)).square_().neg_().add_(1)
 
     def tiles(self, tile: tuple[int, int]) -> Iterator[tuple[slice, list[slice]]]:
-        """Parts of the tokens, each with the parts of the vocabulary; at most of the size `tile`."""
+        """Parts of the tokens, each with the parts of the vocabulary; at most of the size
+        `tile`."""
         entries = list(_parts(len(self.weight), tile[1]))
         return ((rows, entries) for rows in _parts(len(self.hidden), tile[0]))
 
