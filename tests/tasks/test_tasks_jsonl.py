@@ -79,7 +79,7 @@ def test_a_question_is_the_same_under_any_system_message_and_as_plain_text(write
         3 * plain.num_problems(split) for split in SPLITS
     ]
     with pytest.raises(
-        ValueError, match=r"1 of its 60 prompts also stand in .*test.jsonl, for example 'What is 3"
+        ValueError, match=r"1 of its 60 prompts are also in .*test.jsonl, for example 'What is 3"
     ):
         JsonlTask(
             write(questions(60)), test_path=write([chat("a", "what is 3 + 1?")], "test.jsonl")
@@ -107,7 +107,7 @@ def test_training_prompts_that_are_held_out_are_refused(write):
     )
     with pytest.raises(
         ValueError,
-        match=r"data.jsonl: 2 of its 52 prompts also stand in .*test.jsonl, for example 'WHAT  is 201",
+        match=r"data.jsonl: 2 of its 52 prompts are also in .*test.jsonl, for example 'WHAT  is",
     ):
         JsonlTask(train, test_path=write(questions(7, 200), "test.jsonl"))
 
@@ -173,20 +173,22 @@ GOOD = '{"prompt": "p", "answer": "a"}'
         ),
         (
             [
-                '{"prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "answer": 1}'
+                '{"prompt": [{"role": "user", "content": "q"}, '
+                '{"role": "assistant", "content": "a"}], "answer": 1}'
             ],
             "line 1: the field 'prompt' ends with a message of the assistant, but it is the model "
             "that answers: end it with",
         ),
         (
             [
-                '{"prompt": [{"role": "user", "content": "q"}, {"role": "system", "content": "s"}], "answer": 1}'
+                '{"prompt": [{"role": "user", "content": "q"}, '
+                '{"role": "system", "content": "s"}], "answer": 1}'
             ],
             "line 1: the field 'prompt' has a system message that is not its first; put it there",
         ),
         (
             ['{"prompt": [{"role": "tool", "content": "q"}], "answer": 1}'],
-            r'the field \'prompt\', message 1, is {"role": "tool", "content": "q"}; write {"role": ..., "content": ...}',
+            r'the field \'prompt\', message 1, is {"role": "tool", "content": "q"}; write {"role"',
         ),
         (
             ['{"prompt": [{"role": "user", "content": " "}], "answer": 1}'],
@@ -210,8 +212,8 @@ GOOD = '{"prompt": "p", "answer": "a"}'
             "line 1: the field 'prompt' has half of a surrogate pair",
         ),
         (["[" * 100_000], "line 1: not JSON"),
-        ([], "data.jsonl: the file is empty; write one JSON object a line"),
-        ([" ", ""], "data.jsonl: the file is empty"),
+        ([], "data.jsonl: there is no problem in it; write at least one"),
+        ([" ", ""], "data.jsonl: there is no problem in it"),
         (
             [GOOD],
             "data.jsonl: none of its 1 problems falls into the split validation; give more "

@@ -28,7 +28,7 @@ def says(connective, *claims: tuple[int, bool]) -> Statement:
     return Statement(connective, tuple(Claim(*claim) for claim in claims))
 
 
-# --- puzzles solved by hand -------------------------------------------------------------------------------------------
+# --- puzzles solved by hand -----------------------------------------------------------------------
 
 HAND_WORKED: list[tuple[Puzzle, list[tuple[bool, ...]]]] = [
     # 0 says that 1 is a knave; 1 says that 0 and 1 are knights. If 0 is a knight, 1 is a knave,
@@ -124,7 +124,7 @@ def test_random_puzzles_have_one_solution_and_nobody_talks_of_strangers(num_peop
         )
 
 
-# --- structure --------------------------------------------------------------------------------------------------------
+# --- structure ------------------------------------------------------------------------------------
 
 
 def reordered(puzzle: Puzzle, order: list[int], rng: random.Random) -> Puzzle:
@@ -207,7 +207,7 @@ def test_different_structures_have_different_keys():
     )  # so that drawing until the split fits always ends
 
 
-# --- the task ---------------------------------------------------------------------------------------------------------
+# --- the task -------------------------------------------------------------------------------------
 
 
 def test_no_structure_is_in_two_splits():

@@ -107,7 +107,7 @@ def test_mistakes_of_one_task_name_it():
         make_task("several", tasks={})
 
 
-# --- config -----------------------------------------------------------------------------------------------------------
+# --- config ---------------------------------------------------------------------------------------
 
 BASE: dict[str, Any] = {
     "student": {"model": "s"},
@@ -192,7 +192,7 @@ def test_the_out_of_distribution_test_holds_the_named_tasks_alone():
     assert make_task(**ood.model_dump()).problem("test", 3).difficulty == "logic, 4 people"
 
 
-# --- a run ------------------------------------------------------------------------------------------------------------
+# --- a run ----------------------------------------------------------------------------------------
 
 
 def test_a_run_shows_each_task_in_its_evaluations(world, tmp_path):

@@ -63,7 +63,7 @@ def test_exact_and_number_judge_any_text(completion, answer):
         )
 
 
-# --- math -------------------------------------------------------------------------------------------------------------
+# --- math -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_missing_math_verify_is_said_at_once(monkeypatch):
         make_verifier("math")
 
 
-# --- functions of the user's own --------------------------------------------------------------------------------------
+# --- functions of the user's own ------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,18 @@ Nothing heavy is imported until a task is made.
 """
 
 import difflib
-import importlib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from rlad.errors import UserError
 from rlad.tasks.base import SPLITS, Judgement, Problem, Split, Task, Verdict, split_of
+from rlad.tasks.benchmarks import aime2025, gsm8k
+from rlad.tasks.jsonl import JsonlTask
+from rlad.tasks.logic import KnightsAndKnaves
+from rlad.tasks.reasoning_gym import ReasoningGym, arithmetic, countdown
+from rlad.tasks.several import SeveralTasks
 
 __all__ = [
     "SPLITS",
@@ -29,68 +33,47 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class TaskRow:
-    """`constructor` is `module:callable`, imported when the task is made; `rlad[extra]` installs
-    what it needs."""
+    """What makes a task, and what it is; `rlad[extra]` installs what it needs."""
 
-    constructor: str
+    constructor: Callable[..., Task]
     summary: str
     extra: str = ""
 
 
 TASKS: dict[str, TaskRow] = {
     "knights_and_knaves": TaskRow(
-        "rlad.tasks.logic:KnightsAndKnaves",
+        KnightsAndKnaves,
         "Logic puzzles of 2 to 8 people with exactly one solution, split by structure.",
     ),
-    "arithmetic": TaskRow(
-        "rlad.tasks.reasoning_gym:arithmetic",
-        "Sums and differences of small numbers.",
-        "reasoning-gym",
-    ),
+    "arithmetic": TaskRow(arithmetic, "Sums and differences of small numbers.", "reasoning-gym"),
     "countdown": TaskRow(
-        "rlad.tasks.reasoning_gym:countdown",
-        "Reach a target with given numbers and + - * /.",
-        "reasoning-gym",
+        countdown, "Reach a target with given numbers and + - * /.", "reasoning-gym"
     ),
     "reasoning_gym": TaskRow(
-        "rlad.tasks.reasoning_gym:ReasoningGym",
-        "Any data set of reasoning-gym, by its name.",
-        "reasoning-gym",
+        ReasoningGym, "Any data set of reasoning-gym, by its name.", "reasoning-gym"
     ),
-    "jsonl": TaskRow(
-        "rlad.tasks.jsonl:JsonlTask",
-        "Prompts and answers from a file of your own, with a verifier.",
-    ),
-    "gsm8k": TaskRow(
-        "rlad.tasks.benchmarks:gsm8k", "GSM8K's test set, for evaluation alone.", "benchmarks"
-    ),
-    "aime2025": TaskRow(
-        "rlad.tasks.benchmarks:aime2025", "AIME 2025, for evaluation alone.", "benchmarks"
-    ),
-    "several": TaskRow(
-        "rlad.tasks.several:SeveralTasks",
-        "Problems of several tasks in turn, each graded by its own.",
-    ),
+    "jsonl": TaskRow(JsonlTask, "Prompts and answers from a file of your own, with a verifier."),
+    "gsm8k": TaskRow(gsm8k, "GSM8K's test set, for evaluation alone.", "benchmarks"),
+    "aime2025": TaskRow(aime2025, "AIME 2025, for evaluation alone.", "benchmarks"),
+    "several": TaskRow(SeveralTasks, "Problems of several tasks in turn, each graded by its own."),
 }
 
 
 def make_task(type: str, **options: Any) -> Task:
-    """The task `type` (a name in `TASKS`) with its options.
+    """Build the task `type` (a name in `TASKS`) with its options.
 
-    ValueError for an unknown name or option, and for whatever the task itself refuses.
+    Raises `UserError` for an unknown name or option, and for whatever the task itself refuses.
     """
     if type not in TASKS:
         raise UserError(f"there is no task {type!r}; {_suggestion(type, TASKS)}")
-    module, _, attribute = TASKS[type].constructor.partition(":")
-    constructor = getattr(importlib.import_module(module), attribute)
-    signature = inspect.signature(constructor)
+    constructor = TASKS[type].constructor
+    parameters = inspect.signature(constructor).parameters
     for option in options:
-        if option not in signature.parameters:
+        if option not in parameters:
             raise UserError(
-                f"the task {type!r} has no option {option!r}; "
-                f"{_suggestion(option, signature.parameters)}"
+                f"the task {type!r} has no option {option!r}; {_suggestion(option, parameters)}"
             )
-    for name, parameter in signature.parameters.items():
+    for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in options:
             raise UserError(f"the task {type!r} needs the option {name!r}; give it a value.")
     return constructor(**options)

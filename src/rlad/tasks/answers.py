@@ -1,5 +1,4 @@
-"""Where the answer of a completion stands, and what a text says: pure functions that never raise on
-any text.
+"""The answer in a completion and what it says: pure functions that never raise on any text.
 
 All of them are linear in the length of the text and look at its last `MAX_COMPLETION_CHARACTERS`
 only.
@@ -12,10 +11,9 @@ from collections import deque
 from collections.abc import Callable
 from fractions import Fraction
 
-from rlad.errors import UserError
-
 MAX_COMPLETION_CHARACTERS = 200_000
-_MAX_EXPRESSION_CHARACTERS, _MAX_NUMBER_CHARACTERS = 500, 500
+_MAX_EXPRESSION_CHARACTERS = 500
+_MAX_NUMBER_CHARACTERS = 500
 
 _ANSWER_MARKER = re.compile("answer:", re.IGNORECASE)
 _WHOLE = re.compile(r"\n|</?answer>|\\boxed\{|[^\W\d]\.[* ]*$")
@@ -24,7 +22,8 @@ _OTHER_MINUS_SIGNS = str.maketrans(
 )
 _NUMBER = re.compile(
     r"(?:(?<![\w)\]}])[-+])?"  # a sign, unless it stands between two terms as in 10-3
-    r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+|(?=\.[0-9]))(?:\.[0-9]+)?"  # 1,000 or 1000 or .5 or 1.5
+    # 1,000 or 1000 or .5 or 1.5
+    r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+|(?=\.[0-9]))(?:\.[0-9]+)?"
     r"(?:[eE][-+]?[0-9]{1,3}(?!\w)|\s?/\s?[0-9]+(?:\.[0-9]+)?)?"  # 1e-3 or 3/4
 )
 _OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
@@ -36,7 +35,7 @@ _OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
 
 
 def marked_answer(completion: str) -> str | None:
-    """The text in the last `<answer>` tag, else all text after the last `Answer:`; None when
+    """Find the text in the last `<answer>` tag, else all text after the last `Answer:`; None when
     neither is there.
 
     "" for a tag that is not closed: the completion may have been cut off within its answer.
@@ -49,16 +48,15 @@ def marked_answer(completion: str) -> str | None:
     last = _last_match(_ANSWER_MARKER, text)
     if last is None:
         return None
-    head, tail = text[: last.start()], text[last.end() :]
-    if head.endswith(
-        "**"
-    ):  # `**Answer:** 42` and `**Answer: 42**`: the bold ends somewhere in the tail
+    tail = text[last.end() :]
+    if text[: last.start()].endswith("**"):
+        # `**Answer:** 42` and `**Answer: 42**`: the bold ends somewhere in the tail.
         tail = tail.replace("**", "", 1)
     return _without_bold(tail.strip())
 
 
 def without_cut_answer(text: str) -> str:
-    """A text that the token limit cut off, without what follows its last `Answer:` if it ends in
+    """Cut from a text that the token limit cut off what follows its last `Answer:`, if it ends in
     the first line there.
 
     `Answer: 4` may be the beginning of `Answer: 42`. A line that ends with a word and a full stop
@@ -76,8 +74,8 @@ def _without_bold(text: str) -> str:
 
 
 def boxed_answer(completion: str) -> str | None:
-    r"""What stands in the braces of the last `\boxed{...}`; None when there is none, "" when it is
-    not closed."""
+    r"""Find the text in the braces of the last `\boxed{...}`; None when there is none, "" when it
+    is not closed."""
     _, box, tail = completion[-MAX_COMPLETION_CHARACTERS:].rpartition(r"\boxed{")
     if not box:
         return None
@@ -90,26 +88,25 @@ def boxed_answer(completion: str) -> str | None:
 
 
 def final_answer(completion: str) -> str:
-    """The marked answer, else the last line that is not empty; "" for an empty completion."""
+    """Find the marked answer, else the last line that is not empty; "" for an empty completion."""
     marked = marked_answer(completion)
     if marked is not None:
         return marked
-    return _without_bold(
-        completion[-MAX_COMPLETION_CHARACTERS:].rstrip().rpartition("\n")[2].strip()
-    )
+    last_line = completion[-MAX_COMPLETION_CHARACTERS:].rstrip().rpartition("\n")[2]
+    return _without_bold(last_line.strip())
 
 
 def normalised(text: str) -> str:
-    """`text` without case, differences of white space, markdown around words, and full stops after
-    words."""
+    """Return `text` without case, differences of white space, markdown around words, and full
+    stops after words."""
     words = text[-MAX_COMPLETION_CHARACTERS:].casefold().split()
     # Only at the ends of words, so that x**2, 2*3 and snake_case stay what they are.
     return " ".join(word.lstrip("*_`#").rstrip("*_`#.") or word for word in words)
 
 
 def last_number(text: str) -> Fraction | None:
-    """The last number of the text, exactly: `-1,000`, `$5`, `.5`, `3/4`, `1e-3`; None when there is
-    none.
+    """Read the last number of the text, exactly: `-1,000`, `$5`, `.5`, `3/4`, `1e-3`; None when
+    there is none.
 
     Currency and percent signs are ignored, so 10% is 10. A division by zero and numbers of more
     than 500 digits are no numbers.
@@ -129,8 +126,8 @@ def _last_match(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
 
 
 def evaluate_arithmetic(expression: str) -> tuple[Fraction, list[int]] | None:
-    """The exact value of an expression of whole numbers, + - * / and parentheses, and the numbers
-    used in it.
+    """Compute the exact value of an expression of whole numbers, + - * / and parentheses, and list
+    the numbers used in it.
 
     None for anything else. The text is parsed, never executed: powers, names and calls do not exist
     here.
@@ -145,7 +142,7 @@ def evaluate_arithmetic(expression: str) -> tuple[Fraction, list[int]] | None:
                 return -value(operand)
             case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
                 return _OPERATORS[type(op)](value(left), value(right))
-        raise UserError("not arithmetic")
+        raise SyntaxError("not arithmetic")
 
     numbers: list[int] = []
     if len(expression) > _MAX_EXPRESSION_CHARACTERS:

@@ -1,4 +1,4 @@
-"""What a task is: problems, and a judge of completions."""
+"""Tasks: problems, and a judge of completions."""
 
 import hashlib
 import math
@@ -16,7 +16,9 @@ Conversation: TypeAlias = tuple[tuple[str, str], ...]
 """(role, content) of each message, the user's last"""
 
 UNIT_RANGE = (0.0, 1.0)
-_NUM_BUCKETS, _VALIDATION_BELOW, _TEST_BELOW = 10_000, 1_000, 2_000
+_NUM_BUCKETS = 10_000
+_VALIDATION_BELOW = 1_000
+_TEST_BELOW = 2_000
 
 
 class Verdict(StrEnum):
@@ -27,7 +29,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One question of a task.
+    """A question of a task.
 
     `key` decides the split: problems with the same key always fall into the same split, so a task
     that gives equal keys to equivalent problems cannot leak held-out ones into training.
@@ -47,7 +49,7 @@ class Problem:
 
     @property
     def asked(self) -> str | Conversation:
-        """What the model is given: a conversation, or the user's one message."""
+        """The conversation that the model is given, or the user's one message."""
         return self.messages or self.prompt
 
     @property
@@ -67,26 +69,26 @@ class Judgement:
 
 
 def judged(is_correct: bool) -> Judgement:
-    """Correct with reward 1, or wrong with reward 0."""
+    """Judge as correct with reward 1, or as wrong with reward 0."""
     return Judgement(Verdict.CORRECT, 1.0) if is_correct else Judgement(Verdict.WRONG, 0.0)
 
 
 def cannot_judge(reason: str) -> Judgement:
-    """No verdict: the reward is NaN, and `reason` says in a few words what went wrong."""
+    """Judge without a verdict: the reward is NaN, `reason` says in a few words what went wrong."""
     return Judgement(Verdict.CANNOT_JUDGE, math.nan, reason)
 
 
 class Task(Protocol):
     """A source of problems with a verifier.
 
-    Rewards lie in its attribute `reward_range`, (least, greatest), and in `UNIT_RANGE` where it has
-    none.
+    Rewards are within its attribute `reward_range`, (least, greatest), and within `UNIT_RANGE`
+    where it has none.
     """
 
     name: str
 
     def problem(self, split: Split, index: int, *, seed: int = 0) -> Problem:
-        """Problem number `index` of a split, in an order that `seed` fixes.
+        """Return problem number `index` of a split, in an order that `seed` fixes.
 
         A function of its arguments alone, so that a run resumes at any index without state.
         Procedural tasks have a problem for every index; finite ones start again, in another order,
@@ -95,7 +97,7 @@ class Task(Protocol):
         ...
 
     def num_problems(self, split: Split) -> int | None:
-        """How many different problems the split has; None when they are generated without end."""
+        """Count the different problems of the split; None when they are generated without end."""
         ...
 
     def judge(self, problem: Problem, completion: str) -> Judgement:
@@ -118,20 +120,19 @@ def reward_range(task: Task) -> tuple[float, float]:
 
 
 def require_reward_in_range(task: Task, judgement: Judgement, problem: str) -> None:
-    """`RunFailedError` for a judged completion whose reward is no finite number in the task's
-    range."""
+    """Raise `RunFailedError` for a judged completion whose reward is no finite number in the
+    task's range."""
     low, high = reward_range(task)
     if judgement.verdict is not Verdict.CANNOT_JUDGE and not low <= judgement.reward <= high:
         raise RunFailedError(
             f"the verifier of the task {task.name} gave reward {judgement.reward} for {problem}, "
-            "and its rewards must lie "
-            f"between {low:g} and {high:g}; mend that verifier, then go on with --resume."
+            f"and its rewards must be between {low:g} and {high:g}; fix that verifier, then "
+            "continue with --resume."
         )
 
 
 def split_of(key: str) -> Split:
-    """The split of a problem: a function of its key alone (10 % validation, 10 % test, 80 %
-    train)."""
+    """Choose the split of a problem by its key alone (10 % validation, 10 % test, 80 % train)."""
     bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % _NUM_BUCKETS
     if bucket < _VALIDATION_BELOW:
         return "validation"
@@ -139,13 +140,13 @@ def split_of(key: str) -> Split:
 
 
 def check_split(split: str) -> None:
-    """ValueError unless `split` is one of `SPLITS`."""
+    """Raise `UserError` unless `split` is one of `SPLITS`."""
     if split not in SPLITS:
         raise UserError(f"there is no split {split!r}; use one of {', '.join(SPLITS)}.")
 
 
 def text_key(text: str) -> str:
-    """A key that texts share when they are equal up to case, white space and Unicode compatibility
-    forms."""
+    """Hash a text so that those that are equal up to case, white space and Unicode compatibility
+    forms are equal."""
     normalised = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     return hashlib.sha256(normalised.encode(errors="replace")).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Prompts that are conversations: reading them from a file, showing them, comparing them."""
+"""Prompts that are conversations: how they are read from a file, shown and compared."""
 
 import json
 from typing import Any
@@ -6,13 +6,12 @@ from typing import Any
 from rlad.errors import UserError
 from rlad.tasks.base import Conversation
 
-ROLES = ("system", "user", "assistant")
-
 
 def conversation(value: list[Any], where: str) -> Conversation:
-    """The messages of a prompt. `UserError` that begins with `where` unless they are a
-    conversation that a model can answer: texts, a system message at most as the first, the user's
-    as the last.
+    """Read the messages of a prompt.
+
+    Raises `UserError` that begins with `where` unless they are a conversation that a model can
+    answer: texts, a system message at most as the first, the user's as the last.
     """
     messages = tuple(
         _message(message, f"{where}, message {number},")
@@ -25,41 +24,39 @@ def conversation(value: list[Any], where: str) -> Conversation:
     if messages[-1][0] != "user":
         raise UserError(
             f"{where} ends with a message of the {messages[-1][0]}, but it is the model that "
-            "answers: end it with the user's, "
-            "and give the reference answer in a field of its own."
+            "answers: end it with the user's, and give the reference answer in a field of its own."
         )
     return messages
 
 
 def _message(message: Any, where: str) -> tuple[str, str]:
-    is_message = (
-        isinstance(message, dict)
-        and message.get("role") in ROLES
-        and isinstance(message.get("content"), str)
+    match message:
+        case {"role": "system" | "user" | "assistant" as role, "content": str(content)} if (
+            content.strip()
+        ):
+            require_text(content, where)
+            return role, content
+    came = json.dumps(message, default=str)[:80]
+    raise UserError(
+        f'{where} is {came}; write {{"role": ..., "content": ...}} with a role among system, user, '
+        "assistant and a text that is not empty."
     )
-    if not is_message or not message["content"].strip():
-        came = json.dumps(message, default=str)[:80]
-        raise UserError(
-            f'{where} is {came}; write {{"role": ..., "content": ...}} with a role among {", ".join(ROLES)} and a text that is '
-            "not empty."
-        )
-    require_text(message["content"], where)
-    return message["role"], message["content"]
 
 
 def require_text(value: str, where: str) -> None:
-    """`UserError` that begins with `where` for half of a surrogate pair."""
+    """Raise `UserError` that begins with `where` for half of a surrogate pair."""
     if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
         raise UserError(f"{where} has half of a surrogate pair, which is no text; remove it.")
 
 
 def shown(messages: Conversation) -> str:
-    """How a conversation is shown: the user's message alone as it is, others behind their roles."""
+    """Show a conversation: the user's message alone as it is, others after their roles."""
     if [role for role, _ in messages] == ["user"]:
         return messages[0][1]
     return "\n\n".join(f"{role}: {content}" for role, content in messages)
 
 
 def asked_text(messages: Conversation) -> str:
-    """What is asked, without the system message: one question under two of them is one question."""
+    """Show what is asked, without the system message: one question under two of them is one
+    question."""
     return shown(tuple(message for message in messages if message[0] != "system"))

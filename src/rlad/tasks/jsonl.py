@@ -1,7 +1,5 @@
-"""Problems from a file of your own: JSON Lines, or a data set of the optional package Hugging Face
-`datasets`."""
+"""Problems from a file of your own: JSON Lines, or a data set of the package `datasets`."""
 
-import importlib
 import json
 import random
 from collections.abc import Iterator
@@ -15,7 +13,7 @@ from rlad.tasks.conversations import asked_text, conversation, require_text, sho
 from rlad.tasks.verifiers import make_verifier
 from rlad.tasks.worker import MAX_MEMORY_GIB
 
-Row = tuple[str, Any]  # where the row stands, and what it is
+Row = tuple[str, Any]  # its place, and what it is
 _MOST_SHOWN = 200
 """characters of what a file holds in an error message"""
 
@@ -68,6 +66,7 @@ class JsonlTask:
             _refuse_overlap(
                 validation_path, self._problems["validation"], test_path, self._problems["test"]
             )
+        # What falls into a split that has a file of its own is trained on.
         for problem in problems:
             split = split_of(problem.key)
             self._problems["train" if held_out.get(split) else split].append(problem)
@@ -75,8 +74,8 @@ class JsonlTask:
             if not found:
                 raise UserError(
                     f"{path}: none of its {len(problems)} problems falls into the split {split}; "
-                    "give more problems, or "
-                    "files of their own for validation (validation_path) and test (test_path)."
+                    "give more problems, or files of their own for validation (validation_path) "
+                    "and test (test_path)."
                 )
 
     def problem(self, split: Split, index: int, *, seed: int = 0) -> Problem:
@@ -102,59 +101,55 @@ def _order(seed: int, split: Split, epoch: int, num_problems: int) -> list[int]:
     return order
 
 
-def _rows(source: str, split: Split) -> Iterator[Row]:
-    if not source.endswith(".jsonl"):
-        return _hugging_face_rows(source, split)
-    if not Path(source).is_file():
+def _rows(source: str, split: Split) -> list[Row]:
+    rows = _jsonl_rows(source) if source.endswith(".jsonl") else _saved_rows(source, split)
+    found = list(rows)
+    if not found:
+        raise UserError(
+            f"{source}: there is no problem in it; write at least one, with a prompt and an answer."
+        )
+    return found
+
+
+def _jsonl_rows(source: str) -> Iterator[Row]:
+    path = Path(source)
+    if not path.is_file():
         raise UserError(
             f"{source}: there is no such file; give the path of a .jsonl file, one JSON object a "
             "line."
         )
-    return _jsonl_rows(source)
-
-
-def _jsonl_rows(source: str) -> Iterator[Row]:
-    is_empty = True
-    for number, line in enumerate(Path(source).read_bytes().split(b"\n"), start=1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
-        is_empty = False
         where = f"{source}, line {number}"
         try:
             yield where, json.loads(line)
-        except (ValueError, RecursionError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise UserError(
                 f"{where}: not JSON ({error}); write one JSON object in UTF-8 a line."
             ) from error
-    if is_empty:
-        raise UserError(
-            f"{source}: the file is empty; write one JSON object a line, with a prompt and an "
-            "answer."
-        )
 
 
-def _hugging_face_rows(source: str, split: Split) -> Iterator[Row]:
+def _saved_rows(source: str, split: Split) -> Iterator[Row]:
+    """Read a folder or a name on the hub with the package `datasets`."""
     try:
-        datasets = importlib.import_module("datasets")
+        import datasets
     except ImportError as error:
         raise UserError(
             f"{source}: a path that does not end in .jsonl is read with the package datasets, "
-            "which is not installed "
-            f'({error}); give a .jsonl file, or pip install "rlad[datasets]".'
+            f"which is not installed ({error}); give a .jsonl file, or pip install "
+            '"rlad[datasets]".'
         ) from error
     try:
         if Path(source).is_dir():
-            data = datasets.load_from_disk(source)
+            data: Any = datasets.load_from_disk(source)
         else:
             name, _, subset = source.partition(":")
             data = datasets.load_dataset(name, subset or None)
-    except (
-        Exception
-    ) as error:  # whatever the package raises on a wrong name, a wrong folder, or without a network
+    except Exception as error:  # the package raises all kinds on a wrong name or without a network
         raise UserError(
             f"{source}: datasets cannot load it ({type(error).__name__}: {error}); give a .jsonl "
-            "file, a folder made "
-            "by save_to_disk, or a name on the Hugging Face hub."
+            "file, a folder made by save_to_disk, or a name on the Hugging Face hub."
         ) from error
     if isinstance(data, dict):
         if split not in data:
@@ -163,8 +158,6 @@ def _hugging_face_rows(source: str, split: Split) -> Iterator[Row]:
                 "it."
             )
         data = data[split]
-    if not len(data):
-        raise UserError(f"{source}: the data set is empty; give one with at least one problem.")
     return ((f"{source}, row {number}", row) for number, row in enumerate(data, start=1))
 
 
@@ -174,32 +167,23 @@ def _problem(row: Any, where: str, prompt_field: str, answer_field: str) -> Prob
         raise UserError(
             f"{where}: holds a {type(row).__name__}; write a JSON object with the fields {wanted}."
         )
-    messages = (
-        conversation(row[prompt_field], f"{where}: the field {prompt_field!r}")
-        if _is_list(row, prompt_field)
-        else ()
-    )
-    prompt = shown(messages) if messages else _text(row, prompt_field, where, "prompt_field")
+    value = row.get(prompt_field)
+    if isinstance(value, list):
+        messages = conversation(value, f"{where}: the field {prompt_field!r}")
+        prompt = shown(messages)
+        question = asked_text(messages)
+    else:
+        messages = ()
+        prompt = question = _text(row, prompt_field, where, "prompt_field")
     answer = _text(row, answer_field, where, "answer_field")
-    others = {
-        name: value for name, value in row.items() if name not in (prompt_field, answer_field)
-    }
     metadata = {
-        name: value for name, value in others.items() if isinstance(value, str | int | float)
+        name: value
+        for name, value in row.items()
+        if name not in (prompt_field, answer_field) and isinstance(value, str | int | float)
     }
     for name, value in metadata.items():
         require_text(f"{name}{value}", f"{where}: the field {name!r}")
-    return Problem(
-        prompt,
-        answer,
-        text_key(asked_text(messages) or prompt),
-        metadata=metadata,
-        messages=messages,
-    )
-
-
-def _is_list(row: dict[str, Any], field: str) -> bool:
-    return isinstance(row.get(field), list)
+    return Problem(prompt, answer, text_key(question), metadata=metadata, messages=messages)
 
 
 def _text(row: dict[str, Any], field: str, where: str, setting: str) -> str:
@@ -223,7 +207,6 @@ def _refuse_overlap(
     shared = [problem for problem in problems if problem.key in keys]
     if shared:
         raise UserError(
-            f"{path}: {len(shared)} of its {len(problems)} prompts also stand in {held_out_path}, "
-            "for example "
-            f"{shared[0].prompt[:80]!r}; remove them from one of the two files."
+            f"{path}: {len(shared)} of its {len(problems)} prompts are also in {held_out_path}, "
+            f"for example {shared[0].prompt[:80]!r}; remove them from one of the two files."
         )

@@ -1,5 +1,4 @@
-"""Knights and knaves: puzzles with exactly one solution, from a generator and an exact checker of
-our own.
+"""Knights and knaves: puzzles with exactly one solution, with their own generator and checker.
 
 Every person is a knight (whatever they say is true) or a knave (whatever they say is false). A
 statement is one claim about a person or two claims joined by and / or / if-then / if and only if. A
@@ -36,7 +35,7 @@ World = tuple[bool, ...]
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """`person` (an index) is a knight, or is a knave."""
+    """The claim that `person` (an index) is a knight, or is a knave."""
 
     person: int
     is_knight: bool
@@ -71,13 +70,13 @@ Puzzle = tuple[Statement, ...]  # statement i is made by person i
 
 
 def solutions(puzzle: Puzzle) -> list[World]:
-    """All worlds in which every speaker is a knight exactly when their statement holds."""
+    """List the worlds in which every speaker is a knight exactly when their statement holds."""
     worlds = itertools.product((True, False), repeat=len(puzzle))
     return [w for w in worlds if all(w[i] == s.holds(w) for i, s in enumerate(puzzle))]
 
 
 def random_puzzle(num_people: int, rng: random.Random) -> Puzzle:
-    """A uniformly drawn puzzle among those with exactly one solution (by rejection)."""
+    """Draw a puzzle uniformly among those with exactly one solution (by rejection)."""
 
     def claim(person: int) -> Claim:
         return Claim(person, rng.random() < 0.5)
@@ -97,7 +96,7 @@ def random_puzzle(num_people: int, rng: random.Random) -> Puzzle:
 
 
 def structure_key(puzzle: Puzzle) -> str:
-    """A hash that two puzzles share whenever they are equal up to names and the order of people.
+    """Hash a puzzle so that those that are equal up to names and the order of people are equal.
 
     Colour refinement (Weisfeiler-Leman): each person's colour is hashed, round by round, from their
     own statement with the people in it replaced by their colours. Invariant by construction;
@@ -128,7 +127,7 @@ def structure_key(puzzle: Puzzle) -> str:
 
 
 def statement_text(statement: Statement, names: Sequence[str]) -> str:
-    """The statement as English, for example `if Ada is a knave then Ben is a knight`."""
+    """Write the statement in English, for example `if Ada is a knave then Ben is a knight`."""
     parts = [f"{names[c.person]} is a {ROLES[c.is_knight]}" for c in statement.claims]
     match statement.connective:
         case "is":
@@ -142,13 +141,13 @@ def statement_text(statement: Statement, names: Sequence[str]) -> str:
 
 
 def answer_text(world: World, names: Sequence[str]) -> str:
-    """The answer as it is expected, for example `Ada is a knight, Ben is a knave`."""
+    """Write the expected answer, for example `Ada is a knight, Ben is a knave`."""
     return ", ".join(f"{name} is a {ROLES[role]}" for name, role in zip(names, world, strict=True))
 
 
 def prompt_text(puzzle: Puzzle, names: Sequence[str], *, instructions: bool) -> str:
-    """The puzzle as English; `instructions` puts the rules and the wanted answer format before
-    it."""
+    """Write the puzzle in English, after the rules and the wanted answer format with
+    `instructions`."""
     people = ", ".join(names[:-1]) + f" and {names[-1]}"
     said = " ".join(
         f"{n} says that {statement_text(s, names)}." for n, s in zip(names, puzzle, strict=True)
@@ -157,28 +156,26 @@ def prompt_text(puzzle: Puzzle, names: Sequence[str], *, instructions: bool) -> 
     return _INSTRUCTIONS + question if instructions else question
 
 
-_INSTRUCTIONS = (
+_RULES = (
     "On an island every person is either a knight, who only says true things, or a knave, who only "
     "says false things. "
-    "Reason step by step, then write a last line that begins with 'Answer:' and names the role of "
-    "every person, "
-    "for example 'Answer: Ada is a knight, Ben is a knave.'\n"
+)
+_INSTRUCTIONS = (
+    f"{_RULES}Reason step by step, then write a last line that begins with 'Answer:' and names the "
+    "role of every person, for example 'Answer: Ada is a knight, Ben is a knave.'\n"
 )
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _TAGGED_INSTRUCTIONS = (
-    "On an island every person is either a knight, who only says true things, or a knave, who only "
-    "says false things. "
-    "First think about the puzzle between <think> and </think>, then name the role of every person "
-    "between <answer> "
-    "and </answer>, for example '<think> your reasoning </think><answer> Ada is a knight, Ben is a "
-    "knave </answer>'.\n"
+    f"{_RULES}First think about the puzzle between <think> and </think>, then name the role of "
+    "every person between <answer> and </answer>, for example '<think> your reasoning "
+    "</think><answer> Ada is a knight, Ben is a knave </answer>'.\n"
 )
 _ROLE_OF = re.compile(r"\b(\w+) is an? (knight|knave)\b")
 _MARKDOWN = str.maketrans("", "", "*_`#")
 
 
 def parse_answer(completion: str) -> dict[str, bool] | None:
-    """Roles by lower-case name in the last `<answer>` tag, else after the last `Answer:`.
+    """Read roles by lower-case name from the last `<answer>` tag, else after the last `Answer:`.
 
     None when there is neither, when it names nobody, or when it gives one person both roles.
     """
@@ -192,7 +189,7 @@ def parse_answer(completion: str) -> dict[str, bool] | None:
 
 
 class KnightsAndKnaves:
-    """Puzzles of `num_people` people (each from 2 to 8; the sizes take turns), split by structure.
+    """The puzzles of `num_people` people (2 to 8; several sizes take turns), split by structure.
 
     A completion is correct when its answer gives every person of the puzzle the right role and
     names nobody else. With `instructions` the prompt begins with the rules and the wanted format;
@@ -215,17 +212,14 @@ class KnightsAndKnaves:
         ):
             raise UserError(
                 f"num_people is {num_people!r}; give a list of whole numbers from {MIN_PEOPLE} to "
-                f"{MAX_PEOPLE}, "
-                "for example [3, 4]."
+                f"{MAX_PEOPLE}, for example [3, 4]."
             )
         if reward not in ("exact", "logic_rl"):
             raise UserError(f"reward is {reward!r}; use 'exact' or 'logic_rl'.")
-        self._sizes, self._instructions, self._vary_names, self._reward = (
-            tuple(num_people),
-            instructions,
-            vary_names,
-            reward,
-        )
+        self._sizes = tuple(num_people)
+        self._instructions = instructions
+        self._vary_names = vary_names
+        self._reward = reward
         self.reward_range = UNIT_RANGE if reward == "exact" else (-3.0, 3.0)
 
     def problem(self, split: Split, index: int, *, seed: int = 0) -> Problem:
@@ -265,11 +259,11 @@ class KnightsAndKnaves:
 
 
 def logic_rl_reward(completion: str, wanted: dict[str, bool]) -> float:
-    """Format (+1 or -1) plus answer (+2 right, -1.5 wrong, -2 when roles are missing or cannot be
-    read): -3 to 3.
+    """Add the reward of the format (+1 or -1) and of the answer (+2 right, -1.5 wrong, -2 when
+    roles are missing or cannot be read): -3 to 3.
 
-    The format is right when `<think>`, `</think>`, `<answer>` and `</answer>` stand there once each
-    and in this order. As in Logic-RL's code, the answer is not read when the format is wrong.
+    The format is right with each of `<think>`, `</think>`, `<answer>` and `</answer>` once and in
+    this order. As in Logic-RL's code, the answer is not read when the format is wrong.
     """
     positions = [completion.find(tag) for tag in _TAGS]
     if any(completion.count(tag) != 1 for tag in _TAGS) or positions != sorted(positions):

@@ -1,15 +1,15 @@
-"""A verifier is tried on reference answers before it judges a student."""
+"""A try of the verifier on reference answers, before it judges a student."""
 
 from rlad.errors import UserError
-from rlad.tasks import Task, Verdict
+from rlad.tasks.base import Task, Verdict
 from rlad.tasks.several import SeveralTasks
 
 NUM_PROBED_ANSWERS = 5
 
 
 def require_working_verifier(task: Task) -> None:
-    """`UserError` when the verifier cannot judge even the reference answers of the first problems;
-    of several tasks, one's."""
+    """Raise `UserError` when the verifier cannot judge even the reference answers of the first
+    problems; of several tasks, when one's cannot."""
     if isinstance(task, SeveralTasks):
         for one in task.tasks.values():
             require_working_verifier(one)
@@ -19,6 +19,6 @@ def require_working_verifier(task: Task) -> None:
     if all(judgement.verdict == Verdict.CANNOT_JUDGE for judgement in judgements):
         raise UserError(
             f"the verifier of task {task.name!r} cannot judge the reference answers of the first "
-            f"{len(problems)} training "
-            f"problems ({judgements[0].reason}); mend the verifier or the answers."
+            f"{len(problems)} training problems ({judgements[0].reason}); fix the verifier or the "
+            "answers."
         )

@@ -9,12 +9,10 @@ correct.
 """
 
 import difflib
-import importlib
 import os
 import random
 import re
 from collections.abc import Callable, Mapping
-from types import ModuleType
 from typing import Any
 
 from rlad.errors import UserError
@@ -31,7 +29,9 @@ from rlad.tasks.base import (
 )
 from rlad.tasks.worker import CallFailed, Worker
 
-_MAX_TRIES, _MAX_FAILURES_IN_A_ROW, _MAX_ANSWER_CHARACTERS = 1_000, 30, 10_000
+_MAX_TRIES = 1_000
+_MAX_FAILURES_IN_A_ROW = 30
+_MAX_ANSWER_CHARACTERS = 10_000
 _INSTRUCTIONS = (
     "\nReason step by step, then write only the final answer between <answer> and </answer>.\n"
 )
@@ -70,7 +70,7 @@ _NEEDS_HASH_SEED = frozenset(
 
 
 class ReasoningGym:
-    """Problems of the reasoning-gym data set `dataset`, generated with its own `options`.
+    """The problems of the reasoning-gym data set `dataset`, generated with its own `options`.
 
     A completion is correct when the scorer of the data set gives its final answer 1. The reward is
     then 1, and 0 otherwise; with `partial_credit` it is the score. A scorer that raises, or takes
@@ -87,8 +87,10 @@ class ReasoningGym:
         timeout_seconds: float = 5.0,
     ) -> None:
         self.name = f"reasoning_gym/{dataset}"
-        self._dataset, self._options = dataset, dict(options or {})
-        self._instructions, self._partial_credit = instructions, partial_credit
+        self._dataset = dataset
+        self._options = dict(options or {})
+        self._instructions = instructions
+        self._partial_credit = partial_credit
         _check(dataset, self._options)
         self._worker = Worker(
             _score,
@@ -100,7 +102,7 @@ class ReasoningGym:
         self.problem("train", 0)  # options that the data set refuses must fail now, not in the run
 
     def problem(self, split: Split, index: int, *, seed: int = 0) -> Problem:
-        """As the protocol says; ValueError when no problem of the split can be drawn."""
+        """Draw problems until one falls into the split; `UserError` when none does."""
         check_split(split)
         rng = random.Random(f"{seed}/{split}/{index}")
         what = f"the reasoning-gym data set {self._dataset!r} with options {self._options}"
@@ -109,9 +111,7 @@ class ReasoningGym:
             try:
                 # Seeds fit in 32 bits because some generators pass them on to numpy.
                 entry = _create(self._dataset, rng.randrange(2**32 - 1), self._options)[0]
-            except (
-                Exception
-            ) as error:  # whatever a generator raises on wrong options, or on an unlucky seed
+            except Exception as error:  # of any kind, on wrong options or on an unlucky seed
                 num_failures += 1
                 if num_failures == _MAX_FAILURES_IN_A_ROW:
                     reason = f"{type(error).__name__}: {error}"
@@ -127,8 +127,7 @@ class ReasoningGym:
                 return Problem(prompt, str(entry["answer"] or ""), key, metadata={"entry": entry})
         raise UserError(
             f"{what} gave no {split} problem in {_MAX_TRIES} draws: it has too few different ones; "
-            "choose options that "
-            "allow more, or another data set."
+            "choose options that allow more, or another data set."
         )
 
     def _key(self, entry: dict[str, Any]) -> str:
@@ -154,15 +153,11 @@ class ReasoningGym:
     def _score(self, answer: str, entry: dict[str, Any]) -> float:
         if self._dataset in _ARITHMETIC:
             return _score_arithmetic(answer, entry["metadata"])
-        if (
-            self._dataset == "knights_knaves"
-        ):  # its scorer takes "**Zoey" for another name than "Zoey"
+        if self._dataset == "knights_knaves":
+            # Its scorer takes "**Zoey" for another name than "Zoey".
             answer = answer.translate(_MARKDOWN)
-        if (
-            self._dataset in _EVALUATED
-            and answer != entry["answer"]
-            and not _is_harmless(answer, self._dataset)
-        ):
+        is_evaluated = self._dataset in _EVALUATED and answer != entry["answer"]
+        if is_evaluated and not _is_harmless(answer, self._dataset):
             return 0.0
         return self._worker.call(answer, entry)
 
@@ -191,24 +186,20 @@ countdown = _made_easy(
 )
 
 
-def _package() -> ModuleType:
+def _check(dataset: str, options: dict[str, Any]) -> None:
     try:
-        return importlib.import_module("reasoning_gym")
+        import reasoning_gym.factory
     except ImportError as error:
         raise UserError(
-            f'this task needs the package reasoning-gym ({error}): pip install "rlad[reasoning-gym]" '
-            "(some packages that it uses are compiled, so a C compiler must be there)."
+            f"this task needs the package reasoning-gym ({error}): pip install "
+            '"rlad[reasoning-gym]" (some packages that it uses are compiled, so a C compiler must '
+            "be there)."
         ) from error
-
-
-def _check(dataset: str, options: dict[str, Any]) -> None:
-    _package()
-    known = importlib.import_module("reasoning_gym.factory").DATASETS
+    known = reasoning_gym.factory.DATASETS
     if dataset not in known:
         near = difflib.get_close_matches(dataset, known, n=1)
-        hint = (
-            f"did you mean {near[0]!r}?" if near else f"the names are: {', '.join(sorted(known))}."
-        )
+        names = ", ".join(sorted(known))
+        hint = f"did you mean {near[0]!r}?" if near else f"the names are: {names}."
         raise UserError(f"reasoning-gym has no data set {dataset!r}; {hint}")
     allowed = sorted(set(known[dataset][1].__dataclass_fields__) - {"seed", "size"})
     for option in options:
@@ -220,35 +211,33 @@ def _check(dataset: str, options: dict[str, Any]) -> None:
     if dataset in _NEEDS_HASH_SEED and os.environ.get("PYTHONHASHSEED", "random") in ("", "random"):
         raise UserError(
             f"the problems of the reasoning-gym data set {dataset!r} change with Python's hash "
-            "seed; set the "
-            "environment variable PYTHONHASHSEED=0, so that a run can be repeated."
+            "seed; set the environment variable PYTHONHASHSEED=0, so that a run can be repeated."
         )
 
 
 def _create(dataset: str, seed: int, options: dict[str, Any]) -> Any:
-    return _package().create_dataset(dataset, seed=seed, size=1, **options)
+    import reasoning_gym
+
+    return reasoning_gym.create_dataset(dataset, seed=seed, size=1, **options)
 
 
 def _is_harmless(answer: str, dataset: str) -> bool:
-    """Whether evaluating the answer can only build a literal or a formula."""
-    names = _NAME.findall(answer)
-    return bool(_EVALUATED[dataset].fullmatch(answer)) and all(
-        len(n) == 1 or n in _FUNCTIONS for n in names
-    )
+    """Say whether evaluating the answer can only build a literal or a formula."""
+    has_harmless_names = all(len(n) == 1 or n in _FUNCTIONS for n in _NAME.findall(answer))
+    return bool(_EVALUATED[dataset].fullmatch(answer)) and has_harmless_names
 
 
 def _score_arithmetic(answer: str, metadata: dict[str, Any]) -> float:
-    """1 when the answer uses exactly the given numbers and reaches the target."""
+    """Return 1 when the answer uses exactly the given numbers and reaches the target, else 0."""
     result = evaluate_arithmetic(answer)
     if result is None:
         return 0.0
     value, numbers = result
-    return float(
-        value == metadata.get("target", 24) and sorted(numbers) == sorted(metadata["numbers"])
-    )
+    uses_the_numbers = sorted(numbers) == sorted(metadata["numbers"])
+    return float(uses_the_numbers and value == metadata.get("target", 24))
 
 
-# --- in the worker process --------------------------------------------------------------------------------------------
+# --- in the worker process ------------------------------------------------------------------------
 
 _scorer: Callable[[str, dict[str, Any]], float]
 

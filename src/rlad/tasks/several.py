@@ -6,18 +6,20 @@ from dataclasses import replace
 from typing import Any
 
 from rlad.errors import UserError
-from rlad.tasks import make_task
 from rlad.tasks.base import Judgement, Problem, Split, Task, reward_range
 
 
 class SeveralTasks:
-    """Problem i of k tasks is problem i // k of task i % k, as that task alone would give it.
+    """A task whose problem i is problem i // k of task i % k of its k tasks, as that alone would
+    give it.
 
     `tasks` holds the type and the options of each, by name. The name stands in the problem's `task`
     and before its `difficulty`, so that evaluation tables show each task.
     """
 
     def __init__(self, tasks: Mapping[str, Mapping[str, Any]]) -> None:
+        from rlad.tasks import make_task  # whose table holds this class
+
         if not tasks:
             raise UserError("the task 'several' has no tasks; give it at least one, by name.")
         self.tasks: dict[str, Task] = {}
@@ -25,7 +27,7 @@ class SeveralTasks:
             for name, options in tasks.items():
                 try:
                     self.tasks[name] = made.enter_context(closing(make_task(**options)))
-                except ValueError as error:
+                except UserError as error:
                     raise UserError(f"task {name!r}: {error}") from None
             self._held = made.pop_all()
         self.name = f"several ({', '.join(self.tasks)})"
@@ -41,12 +43,13 @@ class SeveralTasks:
         return replace(problem, task=name, difficulty=difficulty)
 
     def num_problems(self, split: Split) -> int | None:
-        """Of training: until each finite task has given all of its own. Held out: before one of
-        them gives one again."""
-        sizes = [
-            size for task in self.tasks.values() if (size := task.num_problems(split)) is not None
-        ]
-        return len(self.tasks) * (max if split == "train" else min)(sizes) if sizes else None
+        """Count the problems of training until each finite task has given all of its own; of a
+        held-out split before one of them gives one again."""
+        all_sizes = [task.num_problems(split) for task in self.tasks.values()]
+        sizes = [size for size in all_sizes if size is not None]
+        if not sizes:
+            return None
+        return len(self.tasks) * (max(sizes) if split == "train" else min(sizes))
 
     def judge(self, problem: Problem, completion: str) -> Judgement:
         return self.tasks[problem.task].judge(problem, completion)

@@ -1,11 +1,12 @@
 """Verifiers by name: how a completion is compared with the reference answer of its problem.
 
 - `exact`: the final answer is the same text, apart from case, white space and markdown.
-- `number`: the last number of the final answer is the same number (`1,000`, `$5`, `.5`, `3/4`, `10%` as 10).
-- `math`: what stands in the last `\\boxed{...}`, else the final answer, is mathematically equal (LaTeX too), judged by
-  the optional package math-verify.
-- `package.module:function`: a function of your own, `function(completion: str, answer: str)`, that returns a bool, a
-  reward from 0 to 1 (only 1 counts as correct) or a `Verdict`.
+- `number`: the last number of the final answer is the same number (`1,000`, `$5`, `.5`, `3/4`,
+  `10%` as 10).
+- `math`: the text in the last `\\boxed{...}`, else the final answer, is mathematically equal (LaTeX
+  too), judged by the optional package math-verify.
+- `package.module:function`: a function of your own, `function(completion: str, answer: str)`, that
+  returns a bool, a reward from 0 to 1 (only 1 counts as correct) or a `Verdict`.
 
 The final answer is the text in the last `<answer>` tag, else after the last `Answer:`, else the
 last line. `math` and functions of your own run in a process of their own: one that hangs, raises,
@@ -37,13 +38,14 @@ _PROSE = re.compile(r"(?<!\\)\b[A-Za-z]{2,} [A-Za-z]{2,}")
 
 
 class Verifier:
-    """Grades completions. `judge` never raises and never hangs on any text; `close` releases the
-    worker process."""
+    """A grader of completions. `judge` never raises and never hangs on any text; `close` releases
+    the worker process."""
 
     def __init__(
         self, grade: Callable[[str, str], Judgement], worker: Worker | None = None
     ) -> None:
-        self._grade, self._worker = grade, worker
+        self._grade = grade
+        self._worker = worker
 
     def judge(self, completion: str, answer: str) -> Judgement:
         """Compare the last `MAX_COMPLETION_CHARACTERS` of a completion with the reference
@@ -61,7 +63,7 @@ class Verifier:
 def make_verifier(
     name: str, *, timeout_seconds: float = 5.0, max_memory_gib: float = MAX_MEMORY_GIB
 ) -> Verifier:
-    """The verifier called `name`; ValueError when there is none, or when what it needs is
+    """Make the verifier called `name`; `UserError` when there is none, or when what it needs is
     missing."""
     limits: Any = {"timeout_seconds": timeout_seconds, "max_memory_gib": max_memory_gib}
     if name in _IN_PROCESS:
@@ -81,25 +83,22 @@ def make_verifier(
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise UserError(
             f"unknown verifier {name!r}; use 'exact', 'number', 'math' or a function of your own "
-            "as "
-            f"'package.module:function'.{hint}"
+            f"as 'package.module:function'.{hint}"
         )
     return Verifier(worker.call, worker)
 
 
 def exact(completion: str, answer: str) -> Judgement:
-    """Whether the final answer is `answer`, apart from case, white space and markdown."""
+    """Judge whether the final answer is `answer`, apart from case, white space and markdown."""
     wanted = normalised(answer)
-    return (
-        judged(normalised(final_answer(completion)) == wanted)
-        if wanted
-        else cannot_judge("the answer is empty")
-    )
+    if not wanted:
+        return cannot_judge("the answer is empty")
+    return judged(normalised(final_answer(completion)) == wanted)
 
 
 def number(completion: str, answer: str) -> Judgement:
-    """Whether the last number of the final answer (of the completion, if words stand there) is the
-    last one of `answer`."""
+    """Judge whether the last number of the final answer (of the completion, if that has only words)
+    is the last one of `answer`."""
     wanted = last_number(answer)
     if wanted is None:
         return cannot_judge(f"the reference answer {answer[:80]!r} has no number")
@@ -113,25 +112,23 @@ def number(completion: str, answer: str) -> Judgement:
 _IN_PROCESS: dict[str, Callable[[str, str], Judgement]] = {"exact": exact, "number": number}
 
 
-# --- in the worker process --------------------------------------------------------------------------------------------
+# --- in the worker process ------------------------------------------------------------------------
 
 
 def _warm_up_math() -> None:
-    logging.getLogger("math_verify").setLevel(
-        logging.ERROR
-    )  # it warns that its own timeouts are off, on purpose here
+    # It warns that its own timeouts are off, which they are on purpose.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
     _parse_math("1")
 
 
 def _parse_math(text: str) -> list[Any]:
-    """What math-verify reads in `text`: a bare formula needs dollars around it, prose must not have
+    """Read `text` with math-verify: a bare formula needs dollars around it, prose must not have
     them."""
     from math_verify import parse
 
     text = text[-_MAX_MATH_CHARACTERS:].replace(r"\$", "")
-    is_bare = not _PROSE.search(text) and not any(
-        sign in text for sign in ("$", r"\boxed", r"\(", r"\[")
-    )
+    is_marked = any(sign in text for sign in ("$", r"\boxed", r"\(", r"\["))
+    is_bare = not is_marked and not _PROSE.search(text)
     # Its timeouts rest on signals, which exist only in a main thread; the worker process has its
     # own clock.
     return parse(f"${text}$" if is_bare else text, parsing_timeout=None)  # pyright: ignore[reportArgumentType]
@@ -149,19 +146,19 @@ def _math(completion: str, answer: str) -> Judgement:
 
 
 def import_function(path: str) -> Callable[..., Any]:
-    """The function that `package.module:function` names; ValueError that says which part is
-    wrong."""
+    """Import the function that `package.module:function` names; `UserError` that says which part
+    is wrong."""
     module_name, _, attribute = path.partition(":")
     wanted = "write it as 'package.module:function', with the folder of the package on PYTHONPATH."
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except Exception as error:  # of any kind: the module is the user's
         raise UserError(
             f"verifier {path!r}: cannot import the module {module_name!r} ({type(error).__name__}: "
             f"{error}); {wanted}"
         ) from error
     function: Any = getattr(module, attribute, None)
-    if function is None or not callable(function):
+    if not callable(function):
         raise UserError(
             f"verifier {path!r}: the module {module_name!r} has no function {attribute!r}; {wanted}"
         )

@@ -13,11 +13,12 @@ import threading
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
-
-from pebble import ProcessExpired, ProcessPool
+from typing import TYPE_CHECKING, Any
 
 from rlad.errors import UserError
+
+if TYPE_CHECKING:
+    from pebble import ProcessPool
 
 MAX_MEMORY_GIB = 4.0
 _STARTUP_SECONDS = 120.0
@@ -27,7 +28,7 @@ _OUT_OF_MEMORY = 77
 
 
 class CallFailed(Exception):
-    """The call gave no result; the message says why in a few words."""
+    """A call that gave no result; the message says why in a few words."""
 
 
 class Worker:
@@ -50,26 +51,23 @@ class Worker:
         initargs: tuple[Any, ...] = (),
         is_silent: bool = False,
     ) -> None:
-        if not 0 < timeout_seconds < math.inf:
-            raise UserError(
-                f"timeout_seconds is {timeout_seconds}; give a positive number of seconds, for "
-                "example 5."
-            )
-        if not 0 < max_memory_gib < math.inf:
-            raise UserError(
-                f"max_memory_gib is {max_memory_gib}; give a positive number of GiB, for example 4."
-            )
-        self._function, self._timeout_seconds, self._max_memory_gib = (
-            function,
-            timeout_seconds,
-            max_memory_gib,
-        )
+        for name, value, unit in (
+            ("timeout_seconds", timeout_seconds, "seconds"),
+            ("max_memory_gib", max_memory_gib, "GiB"),
+        ):
+            if not 0 < value < math.inf:
+                raise UserError(
+                    f"{name} is {value}; give a positive number of {unit}, for example 5."
+                )
+        self._function = function
+        self._timeout_seconds = timeout_seconds
+        self._max_memory_gib = max_memory_gib
         self._initargs = (initializer, initargs, int(max_memory_gib * 2**30), is_silent)
         self._lock = threading.Lock()
         self._pool: ProcessPool | None = None
 
     def call(self, *args: Any) -> Any:
-        """`function(*args)` in the process; raises CallFailed when it raises, dies, takes too long
+        """Call `function(*args)` in the process; `CallFailed` when it raises, dies, takes too long
         or too much memory."""
         with self._lock:
             try:
@@ -86,31 +84,29 @@ class Worker:
         return result
 
     def _call(self, args: tuple[Any, ...]) -> tuple[bool, Any]:
-        pool = self._pool or self._start()
+        from pebble import ProcessExpired
+
+        limit = self._timeout_seconds
         try:
-            future = pool.schedule(
-                _call_guarded, (self._function, args), timeout=self._timeout_seconds
-            )
-        except RuntimeError as error:
-            self._stop()
-            raise BrokenProcessPool from error
-        try:
-            return future.result(timeout=self._timeout_seconds + _STARTUP_SECONDS)
+            pool = self._pool or self._start()
+            future = pool.schedule(_call_guarded, (self._function, args), timeout=limit)
+            return future.result(timeout=limit + _STARTUP_SECONDS)
         except TimeoutError as error:
             if not future.done():  # hung before the call began, where pebble does not count
                 self._stop()
-            raise CallFailed(f"no result within {self._timeout_seconds:g} seconds") from error
+            raise CallFailed(f"no result within {limit:g} seconds") from error
         except ProcessExpired as error:
+            reason = f"the process died with exit code {error.exitcode}"
             if error.exitcode == _OUT_OF_MEMORY:
-                raise CallFailed(
-                    f"it needs more than {self._max_memory_gib:g} GiB of memory"
-                ) from error
-            raise CallFailed(f"the process died with exit code {error.exitcode}") from error
-        except BrokenProcessPool:
+                reason = f"it needs more than {self._max_memory_gib:g} GiB of memory"
+            raise CallFailed(reason) from error
+        except RuntimeError as error:  # of a broken pool, which is one too
             self._stop()
-            raise
+            raise BrokenProcessPool from error
 
-    def _start(self) -> ProcessPool:
+    def _start(self) -> "ProcessPool":
+        from pebble import ProcessPool
+
         # spawn: a fork would copy the threads' locks and the accelerator state of the training
         # process.
         self._pool = ProcessPool(
@@ -134,7 +130,7 @@ class Worker:
             self._stop()
 
 
-# --- in the process ---------------------------------------------------------------------------------------------------
+# --- in the process -------------------------------------------------------------------------------
 
 
 def _begin(
@@ -147,38 +143,35 @@ def _begin(
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
-    resource.setrlimit(
-        resource.RLIMIT_CORE, (0, 0)
-    )  # a process that crashes must not leave its memory on the disk
+    # A process that crashes must not leave its memory on the disk.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if initializer is not None:
         initializer(*initargs)
     _limit_memory(max_bytes)
 
 
 def _limit_memory(num_bytes: int) -> None:
-    """So much more private memory than is held now. Address space that is only reserved, as CUDA
-    does, does not count."""
+    """Allow so much more private memory than is held now. Address space that is only reserved, as
+    CUDA does, does not count."""
     status = Path("/proc/self/status")
     if not status.is_file():
         return
     held = next(line for line in status.read_text().splitlines() if line.startswith("VmData"))
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     limit = int(held.split()[1]) * 1024 + num_bytes
-    resource.setrlimit(
-        resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard)
-    )
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 
 def _call_guarded(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[bool, Any]:
-    """(True, result), or (False, what was raised) as plain text: exceptions of the user's own may
-    not be picklable."""
+    """Return (True, result), or (False, what was raised) as plain text: exceptions of the user's
+    own may not be picklable."""
     try:
         return True, function(*args)
     except MemoryError:
         os._exit(_OUT_OF_MEMORY)  # what it holds may stay held: the next call gets a new process
-    except (
-        BaseException
-    ) as error:  # SystemExit and KeyboardInterrupt too: they must not travel into the run
+    except BaseException as error:  # SystemExit too: it must not travel into the run
         text = ""
         with contextlib.suppress(Exception):  # an exception may be unable to say what it is
             text = str(error)
