@@ -57,7 +57,7 @@ def load(folder: Path, world: Path, **settings: Any) -> tuple[CompareConfig, Pat
     return load_comparison(write_comparison(folder, world, **settings))
 
 
-# --- config -----------------------------------------------------------------------------------------------------------
+# --- config ---------------------------------------------------------------------------------------
 
 
 def test_a_methods_name_is_its_objective_or_preset_and_the_base_runs_settings_of_it_stay(
@@ -210,7 +210,7 @@ def test_a_comparison_without_methods_is_refused(tmp_path: Path) -> None:
     )
 
 
-# --- whole comparisons ------------------------------------------------------------------------------------------------
+# --- whole comparisons ----------------------------------------------------------------------------
 
 
 def test_a_failing_method_does_not_take_the_others_down_and_what_is_done_is_not_done_again(

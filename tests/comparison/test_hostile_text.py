@@ -63,7 +63,7 @@ def test_hostile_inputs(name):
     seed(1)(few(given(target.inputs)(target.check)))()
 
 
-# --- time -------------------------------------------------------------------------------------------------------------
+# --- time -----------------------------------------------------------------------------------------
 
 READERS: dict[str, Callable[[str], object]] = {
     "exact": lambda text: exact(text, "42"),
@@ -126,7 +126,7 @@ def test_megabytes(unit):
     assert time.monotonic() - began < 5
 
 
-# --- a verifier's process ---------------------------------------------------------------------------------------------
+# --- a verifier's process -------------------------------------------------------------------------
 
 
 def test_memory_is_bounded_and_costs_one_completion():
@@ -184,7 +184,7 @@ def test_a_silent_process_prints_nothing(capfd):
         assert (EVIL.strip("\n") in capfd.readouterr().out) is not is_silent
 
 
-# --- what was found ---------------------------------------------------------------------------------------------------
+# --- what was found -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_config_files_that_are_deep_or_no_text(tmp_path, text):
     )
 
 
-# --- the terminal -----------------------------------------------------------------------------------------------------
+# --- the terminal ---------------------------------------------------------------------------------
 
 
 def is_plain(shown: str) -> bool:

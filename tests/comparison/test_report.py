@@ -80,7 +80,7 @@ def cells(text: str) -> list[set[int]]:
     ]
 
 
-# --- numbers ----------------------------------------------------------------------------------------------------------
+# --- numbers --------------------------------------------------------------------------------------
 
 
 def test_figures_equal_an_independent_computation(runs, tmp_path):
@@ -154,7 +154,7 @@ def test_a_real_run(world, tmp_path):
     assert {fate.letter for fate in FATES} == set(RECORDED_FATES)
 
 
-# --- words ------------------------------------------------------------------------------------------------------------
+# --- words ----------------------------------------------------------------------------------------
 
 
 def test_the_first_paragraph_says_what_came_out(runs, tmp_path):
@@ -214,7 +214,7 @@ def test_few_seeds_are_said(runs, tmp_path):
     assert table(text, "Test pass@1")["trrd"]["minus grpo"].endswith("2 shared seed(s)")
 
 
-# --- missing, and not comparable ------------------------------------------------------------------------------------------
+# --- missing, and not comparable ------------------------------------------------------------------
 
 
 def test_missing_runs_do_not_take_the_others_down(runs, tmp_path):
@@ -473,7 +473,7 @@ def loaded(runs: list[ReportedRun]) -> list[Run]:
     return [run for run in read if isinstance(run, Run)]
 
 
-# --- runs that lack something -------------------------------------------------------------------------------------------
+# --- runs that lack something ---------------------------------------------------------------------
 
 
 def test_runs_without_optional_metrics_samples_and_tests(tmp_path):
@@ -504,7 +504,7 @@ def test_a_run_without_steps(tmp_path):
     assert table(text, "Cost")["trrd"]["s / step"] == "–"
 
 
-# --- hostile text -------------------------------------------------------------------------------------------------------
+# --- hostile text ---------------------------------------------------------------------------------
 
 EVIL = "<script>alert(1)</script>"
 
@@ -564,7 +564,7 @@ def test_the_page_needs_nothing_from_outside(runs, tmp_path):
         assert 'role="img"' in svg and re.search(r'aria-label="[^"]{20,}"', svg), svg
 
 
-# --- the imitation map --------------------------------------------------------------------------------------------------
+# --- the imitation map ----------------------------------------------------------------------------
 
 
 def test_the_map_shows_the_completions_with_most_gated_tokens(tmp_path):
@@ -629,7 +629,7 @@ def test_damaged_samples_are_passed_over(tmp_path):
     assert found.phases[0].num_tokens == 4 and page.count('class="completion"') == 1
 
 
-# --- the baseline -------------------------------------------------------------------------------------------------------
+# --- the baseline ---------------------------------------------------------------------------------
 
 
 def group_of(tmp_path: Path, **objectives: str | dict[str, Any]) -> Any:
@@ -673,7 +673,7 @@ def test_a_baseline_whose_runs_are_missing_ends_no_report(runs, tmp_path):
     assert told in page and told in text and "minus grpo" in table(text, "Test pass@1")["trrd"]
 
 
-# --- methods that TRL trains --------------------------------------------------------------------------------------------
+# --- methods that TRL trains ----------------------------------------------------------------------
 
 
 def test_sft_samples_nothing_and_the_teacher_of_gkd_works_in_the_update(tmp_path):
@@ -700,7 +700,7 @@ def test_the_entropy_curve_says_what_it_is_over(runs, tmp_path):
     assert page.count(told) == 2  # caption and alternative text
 
 
-# --- the command --------------------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 
 def test_command_finds_runs_below_a_folder(tmp_path):

@@ -108,7 +108,7 @@ def own_checkpoints(path: Path) -> Path:
     return RunDirectory(path).checkpoints()[-1][1]
 
 
-# --- healthy ----------------------------------------------------------------------------------------------------------
+# --- healthy --------------------------------------------------------------------------------------
 
 
 def test_a_healthy_run_is_silent(healthy):
@@ -132,7 +132,7 @@ def test_it_changes_nothing(healthy):
     assert {path: path.read_bytes() for path in healthy.rglob("*") if path.is_file()} == before
 
 
-# --- guards -----------------------------------------------------------------------------------------------------------
+# --- guards ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("guard", GUARDS, ids=lambda guard: guard.name)
@@ -165,7 +165,7 @@ def test_what_was_over_by_the_end_is_said_to_be(healthy):
     assert diagnosis.message.endswith("never end. It was over by the last step.")
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def test_missing_and_doubled_steps(healthy):
@@ -272,7 +272,7 @@ def rlad_torch_version() -> str:
     return metadata.version("torch")
 
 
-# --- learning ---------------------------------------------------------------------------------------------------------
+# --- learning -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,7 @@ def test_time_in_one_part(healthy):
     assert diagnose(healthy).found[0].message.startswith("80% of the training time is generation: ")
 
 
-# --- what is printed --------------------------------------------------------------------------------------------------
+# --- what is printed ------------------------------------------------------------------------------
 
 
 def test_the_worst_comes_first_and_the_exit_code_says_that_something_is_wrong(healthy):

@@ -170,7 +170,7 @@ def as_code(metric: str) -> str:
     return f"`{metric}`" if " " not in metric else metric
 
 
-# --- steps that are not finite ----------------------------------------------------------------------------------------
+# --- steps that are not finite --------------------------------------------------------------------
 
 
 OPD: dict[str, Any] = {
@@ -329,7 +329,7 @@ def test_a_run_stopped_behind_a_skipped_step_counts_on(world, tmp_path, poison):
         rlad.train(config, resume=True)
 
 
-# --- rewards ----------------------------------------------------------------------------------------------------------
+# --- rewards --------------------------------------------------------------------------------------
 
 
 def test_a_reward_out_of_range_names_the_verifier():

@@ -198,7 +198,7 @@ def test_with_the_next_rollouts_is_newer(run):
     assert run.newest_checkpoint() == (4, run.checkpoint(4, with_rollouts=True))
 
 
-# --- damaged checkpoints ----------------------------------------------------------------------------------------------
+# --- damaged checkpoints --------------------------------------------------------------------------
 
 
 def test_the_manifest_names_every_file_with_size_and_checksum(run):
@@ -291,7 +291,7 @@ def test_damaged_checkpoints_are_set_aside_and_kept(run):
     ]
 
 
-# --- is there a run already? ------------------------------------------------------------------------------------------
+# --- is there a run already? ----------------------------------------------------------------------
 
 
 def test_a_free_place(tmp_path):

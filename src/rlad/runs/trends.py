@@ -55,7 +55,7 @@ def jump(window: int, before: int) -> Figure:
     return Figure(f"median of {window} steps over that of the {before} before", of)
 
 
-# --- metrics that are made of others ----------------------------------------------------------------------------------
+# --- metrics that are made of others --------------------------------------------------------------
 
 
 def _dropped_share(row: Row) -> float | None:
