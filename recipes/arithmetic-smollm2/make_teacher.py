@@ -1,7 +1,7 @@
 """Makes what run.toml and run-lora.toml need: the problems, and a teacher that is the student after
 a warm-up and GRPO.
 
-    python recipes/arithmetic-smollm2/make_teacher.py [--student MODEL] [--out runs/arithmetic-smollm2]
+    python recipes/arithmetic-smollm2/make_teacher.py [--student MODEL] [--out FOLDER]
 
 Writes OUT/problems.jsonl, OUT/warm (after the supervised warm-up on right answers), the GRPO run
 OUT/teacher-grpo, and OUT/teacher. Warm-up and GRPO see problems of the training split alone.

@@ -77,7 +77,7 @@ SECOND = {
 }
 
 
-# --- what the models read ---------------------------------------------------------------------------------------------
+# --- what the models read ------------------------------------------------------------------------
 
 
 def worked_solution(
@@ -170,7 +170,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
 
 
-# --- pretraining ------------------------------------------------------------------------------------------------------
+# --- pretraining ---------------------------------------------------------------------------------
 
 
 def build(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:

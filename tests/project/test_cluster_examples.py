@@ -1,5 +1,5 @@
-"""The Slurm and the Kubernetes example: their syntax, and that our command line understands what
-they call it with."""
+"""The Slurm and the Kubernetes example: their syntax, what they call, and the training script on
+one process."""
 
 import json
 import os
@@ -20,6 +20,9 @@ from rlad.cli.main import main
 from rlad.config.file import load_config
 from rlad.config.run import RunConfig
 from rlad.config.teacher import ServedTeacherConfig
+from rlad.models.loading import load_language_model
+from running_servers import server_thread
+from tiny_runs import run_config, write_config
 
 CLUSTER = Path(__file__).parents[2] / "recipes" / "cluster"
 SLURM, RAY_JOB = CLUSTER / "slurm.sbatch", CLUSTER / "rayjob.yaml"
@@ -61,7 +64,7 @@ def parsed(words: list[str]) -> tuple[click.Context, RunConfig]:
     return context, load_config(path, overrides)
 
 
-# --- Slurm ------------------------------------------------------------------------------------------------------------
+# --- Slurm ---------------------------------------------------------------------------------------
 
 
 def test_bash_and_shellcheck_find_nothing():
@@ -142,7 +145,8 @@ def submit(
     )
     calls: dict[str, list[str]] = {}
     for name, *words in map(json.loads, log.read_text().splitlines()):
-        key = "rlad" if "rlad" in words else "vllm" if "serve" in words else name
+        is_launcher = any(word.endswith("/torchrun") for word in words)
+        key = "torchrun" if is_launcher else "vllm" if "serve" in words else name
         calls[key] = words
     return done.returncode, calls
 
@@ -150,18 +154,13 @@ def submit(
 def test_the_hosts_train_and_the_last_one_serves(tmp_path, monkeypatch):
     code, calls = submit(tmp_path)
     assert code == 0 and calls["scontrol"][0] == "show", "a run that has ended is not queued again"
-    assert (
-        "--nodelist=gamma" in calls["vllm"]
-        and "--exclude=gamma" in calls["rlad"]
-        and "--nodes=2" in calls["rlad"]
-    )
-    words = calls["rlad"]
-    launcher, command = words[: words.index("rlad")], words[words.index("rlad") + 1 :]
-    assert launcher[launcher.index("--rdzv-endpoint") + 1] == "alpha:29500" and launcher[-1] == "-m"
+    assert "--nodelist=gamma" in calls["vllm"]
+    assert "--exclude=gamma" in calls["torchrun"] and "--nodes=2" in calls["torchrun"]
+    *launcher, script, run, output, teacher = calls["torchrun"]
+    assert launcher[launcher.index("--rdzv-endpoint") + 1] == "alpha:29500"
+    assert (CLUSTER.parents[1] / script).is_file() and output == "runs/slurm-rlad-7"
     monkeypatch.chdir(tmp_path)
-    context, config = parsed(command)
-    assert not context.params["resume"]
-    assert config.engine.type == "trl" and str(config.directory) == "runs/slurm-rlad-7"
+    config = load_config(run, [teacher])
     assert isinstance(config.teacher, ServedTeacherConfig)
     assert config.teacher.urls == ("http://gamma:8000/v1",)
     served = calls["vllm"]
@@ -169,29 +168,11 @@ def test_the_hosts_train_and_the_last_one_serves(tmp_path, monkeypatch):
     assert "secret" not in json.dumps(calls), "the key travels by the environment alone"
 
 
-def test_the_student_is_split_as_by_our_accelerate_config():
-    exports = dict(re.findall(r"\b(FSDP_\w+|ACCELERATE_\w+)=(\w+)", SLURM.read_text()))
-    settings = yaml.safe_load(
-        (CLUSTER.parents[1] / "src/rlad/accelerate_configs/fsdp2.yaml").read_text()
-    )["fsdp_config"]
-    wanted = {
-        key.upper(): str(value).lower() if isinstance(value, bool) else str(value)
-        for key, value in settings.items()
-    }
-    assert exports == wanted | {"ACCELERATE_USE_FSDP": "true"}
-
-
-def test_a_job_that_was_stopped_is_queued_again_and_goes_on(tmp_path, monkeypatch):
+def test_a_job_that_was_stopped_is_queued_again_and_writes_into_the_same_folder(tmp_path):
     code, calls = submit(tmp_path, seconds_left=200, code=1)
     assert code == 1 and calls["scontrol"] == ["requeue", "7"]
-    run_dir = tmp_path / "runs" / "slurm-rlad-7"
-    run_dir.mkdir(parents=True)
-    (run_dir / "config.toml").write_text("")
-    _, calls = submit(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    (run_dir / "config.toml").unlink()
-    context, _ = parsed(calls["rlad"][calls["rlad"].index("rlad") + 1 :])
-    assert context.params["resume"]
+    _, again = submit(tmp_path)
+    assert again["torchrun"] == calls["torchrun"]
 
 
 def test_a_run_that_fails_is_not_queued_again(tmp_path):
@@ -204,12 +185,38 @@ def test_torchrun_has_the_options():
     known = {
         option for action in run.get_args_parser()._actions for option in action.option_strings
     }
-    launcher = SLURM.read_text().partition("/bin/torchrun")[2].partition("-m rlad")[0]
+    launcher = SLURM.read_text().partition("/bin/torchrun")[2].partition('"$SCRIPT"')[0]
     used = set(re.findall(r"--[a-z-]+", launcher))
     assert used and used <= known
 
 
-# --- Kubernetes -------------------------------------------------------------------------------------------------------
+@pytest.mark.trl
+@pytest.mark.serve
+def test_the_script_trains_and_resumes(world, tmp_path):
+    """On the CPU and one process, with rlad's own server in the place of vLLM."""
+    for package in ("trl", "fastapi", "uvicorn"):
+        pytest.importorskip(package)
+    teacher = load_language_model(str(world / "teacher"))
+    run = write_config(tmp_path / "run.toml", run_config(world, tmp_path / "unused"))
+
+    def train(url: str, num_steps: int) -> dict[str, Any]:
+        section = f"teacher={{type='served',urls=['{url}'],model='tiny',tolerance=0.01}}"
+        command = [sys.executable, CLUSTER / "train_trl.py", run, tmp_path / "out", section]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        command.append(f"optimization.num_steps={num_steps}")
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        checkpoint = tmp_path / "out" / f"checkpoint-{num_steps}"
+        return json.loads((checkpoint / "trainer_state.json").read_text())
+
+    with server_thread(teacher, max_context_tokens=512) as server:
+        train(server.url, 2)
+        history = train(server.url, 3)["log_history"]
+    assert [row["step"] for row in history if "objective/ratio/mean" in row] == [1, 2, 3]
+    assert any(row.get("teacher/log_ratio/mean") for row in history)
+
+
+# --- Kubernetes ----------------------------------------------------------------------------------
 
 JOB_FIELDS = {
     "entrypoint",

@@ -21,8 +21,9 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.browser
 WIDTH = 400  # pixels
 NOT_RENDERED = """
-return [[...document.querySelectorAll('article p, article li')].filter(e => !e.querySelector('li')).map(e => e.textContent),
-        [...document.querySelectorAll('article *')].filter(e => e instanceof HTMLUnknownElement).map(e => e.outerHTML)]
+const all = selector => [...document.querySelectorAll(selector)];
+return [all('article p, article li').filter(e => !e.querySelector('li')).map(e => e.textContent),
+        all('article *').filter(e => e instanceof HTMLUnknownElement).map(e => e.outerHTML)]
 """
 BARE_MARKS = re.compile(
     r"^\s*(?:[-*] |1\. )|^\|.*\||\]\(|```|^:::", re.MULTILINE
@@ -88,7 +89,7 @@ def test_every_page_of_docs_and_every_recipe_is_in_the_site(pages):
     assert "repository/src/rlad/objectives/trrd.py/" in pages  # linked from README.md
 
 
-def test_every_page_of_docs_stands_once_in_the_navigation():
+def test_every_page_of_docs_is_once_in_the_navigation():
     _, navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")
     named = re.findall(r"(\S+\.md)$", navigation, re.MULTILINE)
     pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}

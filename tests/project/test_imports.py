@@ -71,7 +71,7 @@ def test_public_names_are_there():
         _ = rlad.trian  # pyright: ignore[reportAttributeAccessIssue]
 
 
-# --- objectives, tasks, teachers: tables, configs, docs ------------------------------------------------------------------
+# --- objectives, tasks, teachers: tables, configs, docs ------------------------------------------
 
 
 WITHOUT_A_ROW = ("opd_then_grpo", "sft", "gkd")
@@ -164,7 +164,7 @@ def test_the_union_of_configs_is_the_table():
     }
 
 
-# --- metrics ----------------------------------------------------------------------------------------------------------
+# --- metrics -------------------------------------------------------------------------------------
 
 
 def test_every_logged_metric_is_defined_and_every_definition_is_logged(world, tmp_path):

@@ -99,7 +99,7 @@ def test_the_runs_of_a_recipe_differ_in_what_they_say(name):
     assert other.evaluation.num_test_problems == 98 and other.evaluation.num_test_samples == 4
 
 
-# --- the teacher of arithmetic-smollm2 --------------------------------------------------------------------------------
+# --- the teacher of arithmetic-smollm2 -----------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

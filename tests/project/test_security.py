@@ -29,7 +29,7 @@ SOURCES = sorted(Path(rlad.__file__).parent.rglob("*.py"))
 CANARY = "c4n4ry-5ing5-7h3-k3y"
 
 
-# --- nothing of ours runs what it reads -------------------------------------------------------------------------------
+# --- nothing of ours runs what it reads ----------------------------------------------------------
 
 FORBIDDEN_MODULES = {
     "pickle",
@@ -247,7 +247,7 @@ def test_options_of_trl_that_are_refused(world, tmp_path, option, words):
     assert words in sentence and CANARY not in sentence and not (tmp_path / "run").exists()
 
 
-# --- paths ------------------------------------------------------------------------------------------------------------
+# --- paths ---------------------------------------------------------------------------------------
 
 
 def test_a_link_is_no_checkpoint(tmp_path):
@@ -277,7 +277,7 @@ def test_a_run_directory_cannot_send_writes_elsewhere(world, tmp_path):
     assert rlad.load_config(tmp_path).directory == tmp_path
 
 
-# --- secrets ----------------------------------------------------------------------------------------------------------
+# --- secrets -------------------------------------------------------------------------------------
 
 
 class Echo(BaseHTTPRequestHandler):
@@ -438,7 +438,7 @@ def test_torch_loads_nothing_but_weights(tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
-# --- dependencies --------------------------------------------------------------------------------------------------------
+# --- dependencies --------------------------------------------------------------------------------
 
 
 def pins(text: str) -> dict[str, str]:
