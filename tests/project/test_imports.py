@@ -126,7 +126,7 @@ def test_every_objective_has_a_file_a_test_and_a_section(name):
         and row.function.__name__ == f"{name}_loss"
     )
     assert getattr(rlad, f"{name}_loss") is row.function
-    assert f"{name}_loss" in (ROOT / "tests" / "test_objectives.py").read_text()
+    assert f"{name}_loss" in (ROOT / "tests/objectives/test_objectives.py").read_text()
 
 
 @pytest.mark.parametrize("name", CONFIGS["objectives"])
