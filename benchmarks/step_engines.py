@@ -65,7 +65,7 @@ def work(engine: str, case: Case, num_steps: int, connection: Connection) -> Non
     ENGINES[engine](case, Turns(connection, num_steps))
 
 
-# --- rlad -------------------------------------------------------------------------------------------------------------
+# --- rlad -----------------------------------------------------------------------------------------
 
 
 def _rlad(objective: str, without: str = "") -> Callable[[Case, Turns], None]:
@@ -166,7 +166,7 @@ MEASURES: dict[str, Callable[[NativeEngine], None]] = {
 """What makes rlad fast, by name, and how each is switched off."""
 
 
-# --- TRL --------------------------------------------------------------------------------------------------------------
+# --- TRL ------------------------------------------------------------------------------------------
 
 
 class Clock:

@@ -34,7 +34,7 @@ Section = dict[str, Any]
 Row = dict[str, Any]
 
 
-# --- one form, in a process of its own --------------------------------------------------------------------------------
+# --- one form, in a process of its own ------------------------------------------------------------
 
 
 def measure(arguments: argparse.Namespace, teacher: Section) -> Row:
@@ -115,7 +115,7 @@ def config_of(arguments: argparse.Namespace, teacher: Section | None) -> Any:
     return parse_config(table if teacher is None else table | {"teacher": teacher})
 
 
-# --- all forms --------------------------------------------------------------------------------------------------------
+# --- all forms ------------------------------------------------------------------------------------
 
 
 def forms(

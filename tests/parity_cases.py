@@ -176,7 +176,7 @@ def rollouts_of(case: Case, prompts: Collection[int] | None = None) -> list[int]
     return [i for p in chosen for i in range(p * rollout.group_size, (p + 1) * rollout.group_size)]
 
 
-# --- the engine -------------------------------------------------------------------------------------------------------
+# --- the engine -----------------------------------------------------------------------------------
 
 
 def by_engine(
@@ -187,7 +187,7 @@ def by_engine(
     return loss, {name: p.grad.clone() for name, p in parameters if p.grad is not None}
 
 
-# --- the slow reference -----------------------------------------------------------------------------------------------
+# --- the slow reference ---------------------------------------------------------------------------
 
 
 def token_logprobs(
@@ -381,7 +381,7 @@ def gradients_of(language_model: LanguageModel, loss: Tensor) -> Gradients:
     }
 
 
-# --- the tiny loop ----------------------------------------------------------------------------------------------------
+# --- the tiny loop --------------------------------------------------------------------------------
 
 
 def tiny_loop() -> Any:
@@ -426,7 +426,7 @@ def by_tiny_loop(
     return float(loss.detach()), gradients_of(student, loss)
 
 
-# --- differences ------------------------------------------------------------------------------------------------------
+# --- differences ----------------------------------------------------------------------------------
 
 
 def difference(

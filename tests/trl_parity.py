@@ -87,7 +87,7 @@ def by_trl(trainer: Any, *, wrapped: str = "") -> tuple[float, Tensor]:
     return loss_and_gradient(trainer, first_inputs(trainer), model=model)
 
 
-# --- under torchrun ---------------------------------------------------------------------------------------------------
+# --- under torchrun -------------------------------------------------------------------------------
 
 
 def torchrun(world: int, script: str | Path, where: Path, what: Any) -> None:

@@ -4,6 +4,7 @@ torchrun --nproc_per_node 2 tests/trl_runs.py FOLDER '{"run": {"objective": "trr
 """
 
 import json
+import os
 import sys
 import warnings
 from dataclasses import dataclass, field
@@ -215,7 +216,7 @@ def rows_of(trainer: Any, part: dict[str, Any]) -> list[dict[str, list[float]]]:
     ]
 
 
-# --- under torchrun ---------------------------------------------------------------------------------------------------
+# --- under torchrun -------------------------------------------------------------------------------
 
 
 def same_rollouts(prompts: list[str], trainer: Any) -> dict[str, Any]:
@@ -235,8 +236,16 @@ def same_rollouts(prompts: list[str], trainer: Any) -> dict[str, Any]:
     }
 
 
+def die_in_the_second_process(completions: list[str], **columns: Any) -> list[float]:
+    if os.environ["RANK"] == "1":
+        os._exit(9)
+    return few_high_words(completions)
+
+
 def main(folder: Path, runs: dict[str, dict[str, Any]]) -> None:
     for name, arguments in runs.items():
+        if arguments.pop("second_process_dies", False):
+            arguments["reward"] = die_in_the_second_process
         model = student("gpt2", dtype=torch.float64)
         trainer = make_trainer(
             folder, model=model, longest=1, trainer={"rollout_func": same_rollouts}, **arguments

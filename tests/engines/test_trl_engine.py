@@ -51,7 +51,7 @@ def two_windows(inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return inputs[-ARGUMENTS["gradient_accumulation_steps"] :]
 
 
-# --- what of TRL is relied on -----------------------------------------------------------------------------------------
+# --- what of TRL is relied on ---------------------------------------------------------------------
 
 
 def test_this_is_the_trl_that_the_adapter_was_written_for():
@@ -131,7 +131,7 @@ def test_what_a_batch_holds(tmp_path):
     assert set(several) == set(aligned) | {"old_per_token_logps"}
 
 
-# --- against TRL's own loss -------------------------------------------------------------------------------------------
+# --- against TRL's own loss -----------------------------------------------------------------------
 
 
 @ALL_MODES
@@ -217,7 +217,7 @@ def with_anchor(trainer: Any, inputs: dict[str, Any], *, alpha: float) -> dict[s
     }
 
 
-# --- the teacher ------------------------------------------------------------------------------------------------------
+# --- the teacher ----------------------------------------------------------------------------------
 
 
 class Recorded(SynchronousTeacher):
@@ -347,7 +347,7 @@ def test_too_many_tokens_without_teacher_stop_the_run(tmp_path):
     )
 
 
-# --- metrics and schedules --------------------------------------------------------------------------------------------
+# --- metrics and schedules ------------------------------------------------------------------------
 
 
 def test_annealed_knobs_follow_the_step_of_the_trainer(tmp_path):
@@ -406,7 +406,7 @@ def test_evaluation_leaves_the_metrics_of_training_alone(tmp_path):
     assert not trainer._metrics["train"]
 
 
-# --- settings ---------------------------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from parity_cases import EqualPrompts, by_engine, make_case, rollouts_of
 from trl_parity import by_trl, in_processes, torchrun, trainer_of
 from trl_runs import distance
 
-# --- the native engine ------------------------------------------------------------------------------------------------
+# --- the native engine ----------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
@@ -55,8 +55,9 @@ def test_the_native_engine_has_the_same_loss_and_gradient(
     assert distance(ours[1], native) < 1e-6
 
 
-# --- whole runs, by Accelerate ----------------------------------------------------------------------------------------
+# --- whole runs, by Accelerate --------------------------------------------------------------------
 
+TRL_RUNS = Path(__file__).parents[1] / "trl_runs.py"
 RUNS: dict[str, dict[str, Any]] = {
     "sequence_mean": {"objective": {"type": "trrd"}, "loss_type": "grpo"},
     "token_mean": {
@@ -83,7 +84,7 @@ def one_and_two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[int,
             name: run | {"per_device_train_batch_size": rows, "max_steps": 3}
             for name, run in RUNS.items()
         }
-        torchrun(world, Path(__file__).parents[1] / "trl_runs.py", folders[world], runs)
+        torchrun(world, TRL_RUNS, folders[world], runs)
     return folders
 
 
@@ -101,7 +102,7 @@ def test_two_processes_are_one(one_and_two_processes, name):
             assert a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-6), key
 
 
-# --- one step, by torch's `fully_shard`: on the CPU Accelerate would take DDP for FSDP2 without a word ---------------------
+# --- one step, by torch's `fully_shard`: on the CPU Accelerate would take DDP for FSDP2 without a w
 
 
 AGGREGATIONS = ("sequence_mean", "token_mean")
@@ -114,6 +115,13 @@ TEACHERS = {
     for wrapped in ("ddp", "fully_shard")
 }
 Steps = dict[str, dict[str, Any]]
+
+
+def test_a_process_that_dies_ends_all(tmp_path: Path) -> None:
+    """The other one waits for it in a collective call; torchrun ends it."""
+    with pytest.raises(RuntimeError, match="2 processes with .* failed"):
+        torchrun(2, TRL_RUNS, tmp_path, {"run": {"second_process_dies": True}})
+    assert not list(tmp_path.glob("*.pt"))
 
 
 @pytest.fixture(scope="module")

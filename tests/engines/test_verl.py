@@ -267,7 +267,7 @@ def test_a_temperature_at_which_the_teacher_did_not_score_is_refused(batch, monk
         )
 
 
-# --- registration -----------------------------------------------------------------------------------------------------
+# --- registration ---------------------------------------------------------------------------------
 
 
 def test_verl_knows_the_names():
@@ -282,7 +282,7 @@ def test_the_check_sees_a_plugin_that_verl_did_not_load(monkeypatch):
     assert finding.level == "error" and finding.message.startswith("verl does not know trrd, kdrl")
 
 
-# --- the exported command ---------------------------------------------------------------------------------------------
+# --- the exported command -------------------------------------------------------------------------
 
 
 def composed(command: Path, *more: str) -> DictConfig:

@@ -125,7 +125,7 @@ def test_a_model_without_numbers_does_not_pass_for_agreement(beta: float) -> Non
     assert bool(divergence(nothing, logits(0, tokens=1), beta).isnan().all())
 
 
-# --- the losses -------------------------------------------------------------------------------------------------------
+# --- the losses -----------------------------------------------------------------------------------
 
 MASK = torch.tensor([[True, True, True], [True, False, False]])
 

@@ -91,7 +91,7 @@ def one_token(s: float, o: float, t: float, a: float) -> dict[str, Tensor]:
     }
 
 
-# --- by hand ----------------------------------------------------------------------------------------------------------
+# --- by hand --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_first_step_ratio_stays_within_the_clamp() -> None:
     assert max(ratios) == pytest.approx(1.64872, abs=1e-5)
 
 
-# --- against the slow reference ---------------------------------------------------------------------------------------
+# --- against the slow reference -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -380,7 +380,7 @@ def test_weights_and_advantages_of_whole_completions_equal_the_slow_reference(
         assert advantages[i][mask].tolist() == pytest.approx(of_group[i % 2], rel=1e-10, abs=1e-12)
 
 
-# --- identities and limits --------------------------------------------------------------------------------------------
+# --- identities and limits ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("clip", [1.0, None])
@@ -645,7 +645,7 @@ def test_k3_follows_the_forward_kl() -> None:
     assert torch.allclose(ours, exact, atol=1e-14)
 
 
-# --- mask, dropped tokens, extremes -----------------------------------------------------------------------------------
+# --- mask, dropped tokens, extremes ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30])
@@ -743,7 +743,7 @@ def test_only_the_student_receives_a_gradient(name: str) -> None:
         LossInputs(**inputs)
 
 
-# --- masking of KDRL --------------------------------------------------------------------------------------------------
+# --- masking of KDRL ------------------------------------------------------------------------------
 
 
 def mastered(*flags: bool) -> Tensor:
@@ -854,7 +854,7 @@ def test_kdrl_masking_needs_to_know_what_is_correct() -> None:
         LossInputs(**inputs, is_correct=torch.ones(1, 1, dtype=torch.bool))
 
 
-# --- sequence level, dual clip, leash, refusals -----------------------------------------------------------------------
+# --- sequence level, dual clip, leash, refusals ---------------------------------------------------
 
 
 def test_sequence_level_ratio_by_hand() -> None:

@@ -57,7 +57,7 @@ def direct(
     return logprobs, torch.stack([-(row.exp() * row).sum() for row in rows])
 
 
-# --- values -----------------------------------------------------------------------------------------------------------
+# --- values ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -149,7 +149,7 @@ def test_temperature_divides_the_logits_of_every_model_alike() -> None:
     assert log_odds == pytest.approx(float(logits[6] - logits[9]), abs=1e-5)
 
 
-# --- micro-batches ----------------------------------------------------------------------------------------------------
+# --- micro-batches --------------------------------------------------------------------------------
 
 
 @settings(max_examples=100, deadline=None)
@@ -185,7 +185,7 @@ def test_empty_completions_and_prompts() -> None:
         scorer.score([[5], []], [[6], [7]])
 
 
-# --- gradients --------------------------------------------------------------------------------------------------------
+# --- gradients ------------------------------------------------------------------------------------
 
 
 def gradients(model: LanguageModel, loss: Tensor) -> dict[str, Tensor]:
@@ -255,7 +255,7 @@ def test_checkpointing_gives_the_same_gradient_although_the_model_has_dropout(
         assert torch.equal(its_gradients[name], wanted), name
 
 
-# --- precision --------------------------------------------------------------------------------------------------------
+# --- precision ------------------------------------------------------------------------------------
 
 
 def test_a_student_that_computes_in_bfloat16_stays_close() -> None:
@@ -280,7 +280,7 @@ def test_a_student_that_computes_in_bfloat16_stays_close() -> None:
         assert float((gradient - wanted[name]).norm() / wanted[name].norm()) < 0.05, name
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("vocab_size", [4000, 4096])

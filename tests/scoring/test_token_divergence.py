@@ -133,7 +133,7 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary() -> None:
     assert largest.num_elements == 64 * 256 == 4096 * 4  # a tile, and the hidden states
 
 
-# --- through the models -----------------------------------------------------------------------------------------------
+# --- through the models ---------------------------------------------------------------------------
 
 PROMPTS = random_tokens(7, 3, 1, 12, 5, seed=1)
 COMPLETIONS = random_tokens(4, 9, 6, 1, 8, seed=2)

@@ -289,7 +289,7 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary() -> None:
     assert whole.num_elements == num_tokens * vocabulary
 
 
-# --- scaled and capped logits -----------------------------------------------------------------------------------------
+# --- scaled and capped logits ---------------------------------------------------------------------
 
 TRANSFORMS = [(0.25, None), (1.0, 1.5), (3.0, 2.0), (1.0, 30.0)]
 

@@ -1,5 +1,4 @@
-"""`RLADConfig`: TRL's `GRPOConfig` with an objective of ours, which takes the place of some of its
-settings."""
+"""`RLADConfig`: TRL's `GRPOConfig` with an objective of ours in place of some of its settings."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -20,8 +19,8 @@ AGGREGATION: dict[str, Aggregation] = {
     "bnpo": "token_mean",
     "dr_grpo": "constant_length",
 }
-"""Of each of TRL's loss types whose ratio means what ours does: how token losses become one
-number."""
+"""How token losses become one number, for each of TRL's loss types whose ratio means what ours
+does."""
 
 REPLACED: dict[str, tuple[Any, str]] = {
     "epsilon": (0.2, "set clip_low of the objective"),
@@ -34,9 +33,8 @@ REPLACED: dict[str, tuple[Any, str]] = {
     "entropy_coef": (0.0, "leave it out"),
     "use_adaptive_entropy": (False, "leave it out"),
 }
-"""Settings of TRL's own loss that ours has no place for: the value that means nothing, and what to
-do instead."""
-
+"""Settings of TRL's own loss that ours has no place for: the neutral value, and what to do
+instead."""
 
 Advantages = Literal["trl", "rlad"]
 _NOT_OURS = {
@@ -64,15 +62,16 @@ class RLADConfig(GRPOConfig):
     objective: dict[str, Any] | str = field(
         default="trrd",
         metadata={
-            "help": "Name of the objective, or its section as in a run's TOML: {'type': 'trrd', 'alpha': 0.5}."
+            "help": "Name of the objective, or its section as in a run's TOML: {'type': 'trrd', "
+            "'alpha': 0.5}."
         },
     )
     advantages: Advantages = field(
         default="trl",
         metadata={
-            "help": "'trl': group advantages as TRL makes them (sample standard deviation). 'rlad': as the native engine "
-            "does (population standard deviation; a completion that no reward function judges "
-            "trains nothing)."
+            "help": "'trl': group advantages as TRL makes them (sample standard deviation); "
+            "'rlad': as the native engine does (population standard deviation, and a completion that no "
+            "reward function judges trains nothing)."
         },
     )
     max_missing_teacher_share: float = field(
@@ -88,7 +87,8 @@ class RLADConfig(GRPOConfig):
     teacher_is_sharded: bool = field(
         default=False,
         metadata={
-            "help": "Split a teacher given as a model or its name over the processes (FSDP2), instead of a replica each."
+            "help": "Split a teacher given as a model or its name over the processes (FSDP2), "
+            "instead of a replica each."
         },
     )
     teacher_dtype: str = field(
@@ -125,8 +125,8 @@ class RLADConfig(GRPOConfig):
         return AGGREGATION[self.loss_type]
 
     def _refuse_what_has_no_meaning(self) -> None:
-        """`UserError` for an objective that TRL's batches cannot feed, and for settings of the
-        loss that ours replaces."""
+        """Raise `UserError` for an objective that TRL's batches cannot feed, and for settings of
+        the loss that ours replaces."""
         objective = self.objective_config
         if "trl" not in objective.engines:
             able = [name for name, each in OBJECTIVE_CONFIGS.items() if "trl" in each.engines]

@@ -1,5 +1,6 @@
-"""The teacher beside TRL's trainer: made from what the user passes, asked for the rollouts of one
-process."""
+"""The teacher of `RLADTrainer`: made of what the user passes, asked about the rollouts of a
+process.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -33,9 +34,11 @@ def as_teacher(
     *,
     student: Any,
 ) -> Teacher:
-    """A `Teacher` as it is; of a model or its name, one that scores at the sampling temperature: a
-    replica on each process's device, or (`teacher_is_sharded`) one over all processes. The base
-    model of a PEFT student shares its weights with it.
+    """Make a teacher of a model or its name; a `Teacher` stays as it is.
+
+    The teacher scores at the sampling temperature: a replica on each process's device, or
+    (`teacher_is_sharded`) one over all processes. The base model of a PEFT student shares its
+    weights with it.
 
     Raises `UserError` when it cannot score this tokenizer's tokens, or moves with the student.
     """

@@ -1,5 +1,6 @@
-"""TRRD and its rivals in TRL's GRPO trainer: the teacher's log-probs beside the rollouts, our
-objective as the loss.
+"""TRRD and its rivals in TRL's GRPO trainer.
+
+The teacher's log-probs join the rollouts, and our objective is the loss.
 
 Two of TRL's methods are overridden, `_generate_and_score_completions` and `_compute_loss`.
 Sampling, rewards, optimiser, several devices, vLLM, checkpoints and trackers are TRL's.
@@ -87,20 +88,20 @@ class RLADTrainer(GRPOTrainer):
         self.windows = {mode: WindowStats(self.accelerator) for mode in ("train", "eval")}
 
     def _send_telemetry(self) -> None:
-        """Tells nobody."""
+        """Send nothing."""
 
     @property
     def mode(self) -> str:
         return "train" if self.model.training else "eval"
 
-    # --- rollouts -----------------------------------------------------------------------------------------------------
+    # --- rollouts ---------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """TRL's rollouts with what our loss needs: `teacher_logprobs` and `counted` [batch, token],
-        `denominator` [].
+        """Add to TRL's rollouts what our loss needs: `teacher_logprobs` and `counted` [batch,
+        token], `denominator` [].
 
-        `counted` tokens are those that the denominator counts: all of the mask that the teacher did
-        not leave without a value.
+        `counted` are the tokens that the denominator counts: all of the mask for which every score
+        is finite.
         """
         with logged_rewards(self._logs) as rewards:
             batch = super()._generate_and_score_completions(inputs)
@@ -115,18 +116,18 @@ class RLADTrainer(GRPOTrainer):
             counted, *(batch[name] for name in SCORED[1:] if name in batch)
         )
         # TRL counts a completion that `mask_truncated_completions` empties.
-        rows = (batch["counted"].any(dim=1) | ~batch["completion_mask"].bool().any(dim=1)).sum()
+        num_rows = (batch["counted"].any(dim=1) | ~batch["completion_mask"].bool().any(dim=1)).sum()
         whole = {
-            "sequence_mean": rows,
+            "sequence_mean": num_rows,
             "token_mean": batch["counted"].sum(),
-            "constant_length": rows * self.max_completion_length,
+            "constant_length": num_rows * self.max_completion_length,
         }[self.args.aggregation]
         batch["denominator"] = over_processes(self.accelerator, whole).clamp(min=1)
         return batch
 
     def _is_idle(self, batch: dict[str, Any]) -> Tensor:
-        """Completions `[batch]` that contribute exactly nothing to the gradient: the teacher need
-        not be asked about them."""
+        """Return the completions `[batch]` that contribute exactly nothing to the gradient, about
+        which the teacher need not be asked."""
         objective = self.args.objective_config
         skippable = objective.zero_advantage_is_zero_gradient and not self.beta
         return (batch["advantages"] == 0) & skippable
@@ -156,30 +157,29 @@ class RLADTrainer(GRPOTrainer):
     def _replace_advantages(
         self, batch: dict[str, Any], rewards: Mapping[str, Sequence[float]]
     ) -> None:
-        """Advantages as the native engine makes them; a completion that no reward function judged
-        leaves the mask."""
-        size, group_size = (
-            len(batch["advantages"]),
-            self.num_generations if self.mode == "train" else self.num_generations_eval,
-        )
-        num_rows, first = (
-            size * self.accelerator.num_processes,
-            size * self.accelerator.process_index,
-        )
-        scale = {"num_rows": num_rows, "group_size": group_size, "scale": self.scale_rewards}
+        """Make the advantages as the native engine does; a completion that no reward function
+        judged leaves the mask."""
+        training = self.mode == "train"
+        size = len(batch["advantages"])
+        first = size * self.accelerator.process_index
         advantages, judged = advantages_from(
-            rewards, self.reward_func_names, self.reward_weights, **scale
+            rewards,
+            self.reward_func_names,
+            self.reward_weights,
+            num_rows=size * self.accelerator.num_processes,
+            group_size=self.num_generations if training else self.num_generations_eval,
+            scale=self.scale_rewards,
         )
         batch["advantages"] = advantages[first : first + size].to(batch["advantages"])
         if self.args.objective_config.uses_reward:
             mask = batch.get("tool_mask", batch["completion_mask"])
             batch["tool_mask"] = mask * judged[first : first + size, None].to(mask)
 
-    # --- loss ---------------------------------------------------------------------------------------------------------
+    # --- loss -------------------------------------------------------------------------------------
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """Our objective, aggregated; with vLLM its importance weights on the surrogate, next to the
-        teacher's term."""
+        """Compute our objective, aggregated; with vLLM its importance weights multiply the token
+        losses."""
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         width = inputs["completion_ids"].size(1)
@@ -187,7 +187,10 @@ class RLADTrainer(GRPOTrainer):
             model, ids, attention, width, compute_entropy=True
         )
         if not torch.isfinite(logprobs.detach()[_mask(inputs)]).all():
-            self.found_broken_logprobs()
+            raise RunFailedError(
+                f"step {self.state.global_step + 1}: the student's own log-probs are not finite; "
+                "its weights are broken: start again with a lower learning_rate."
+            )
         teacher, reference, old = (
             inputs[name].to(logprobs) if name in inputs else None for name in SCORED
         )
@@ -209,15 +212,9 @@ class RLADTrainer(GRPOTrainer):
         self._record(batch, inputs, entropy, stats)
         return aggregate(losses, batch.trained, mode=self.args.aggregation, denominator=whole)
 
-    def found_broken_logprobs(self) -> None:
-        what = f"step {self.state.global_step + 1}: the student's own log-probs are not finite"
-        raise RunFailedError(
-            f"{what}; its weights are broken: start again with a lower learning_rate."
-        )
-
     def _denominator(self, inputs: dict[str, Any]) -> float:
-        """TRL's: of the whole optimiser step, for the part of one process, since gradients are
-        averaged over processes.
+        """Return TRL's denominator: that of the whole optimiser step, for the part of one process,
+        since gradients are averaged over processes.
 
         `bnpo` divides by the tokens of each micro-batch. The others span the generation batch, so
         that with several optimiser steps on it each divides by the same share of the whole.
@@ -232,7 +229,7 @@ class RLADTrainer(GRPOTrainer):
     def _record(
         self, batch: LossInputs, inputs: dict[str, Any], entropy: Tensor, stats: dict[str, Tensor]
     ) -> None:
-        """Our metrics of each optimiser step among TRL's."""
+        """Add our metrics of each optimiser step to TRL's."""
         window = self.windows[self.mode]
         sampled = inputs.get("sampling_per_token_logps")
         trained = batch.trained & ~self._is_idle(inputs)[:, None]
@@ -244,6 +241,7 @@ class RLADTrainer(GRPOTrainer):
 
 
 def _mask(batch: dict[str, Any]) -> Tensor:
-    """The completion tokens that are trained on, `[batch, token]`: those that the student wrote."""
+    """Return the completion tokens that are trained on, `[batch, token]`: those that the student
+    wrote."""
     mask = batch["completion_mask"]
     return (mask * batch["tool_mask"] if "tool_mask" in batch else mask).bool()
