@@ -105,7 +105,9 @@ def describe(row: dict[str, Any]) -> str:
         for k in ("before", "after")
     )
     shares = " | ".join(f"{value:.1%}" for value in row["all_steps"].values())
-    return f"| {row['objective']} | {row['seed']} | {before} | {after} | {shares} | {sum(row['seconds'].values()):.0f} |"
+    seconds = sum(row["seconds"].values())
+    name = f"{row['objective']} | {row['seed']}"
+    return f"| {name} | {before} | {after} | {shares} | {seconds:.0f} |"
 
 
 if __name__ == "__main__":

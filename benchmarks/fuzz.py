@@ -2,7 +2,7 @@
 table.
 
     python benchmarks/fuzz.py                        # hypothesis: inputs made to be hostile
-    python benchmarks/fuzz.py --coverage-seconds 20  # and atheris: inputs led by the lines they reach (rlad[fuzz])
+    python benchmarks/fuzz.py --coverage-seconds 20  # and atheris (rlad[fuzz])
 
 Targets, inputs and checks are those of `tests/hostile_targets.py`, which the tests try with fewer
 inputs. A finding is an error that is not the documented `ValueError`, an input that takes longer

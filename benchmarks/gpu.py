@@ -2,7 +2,7 @@
 weights of real shapes.
 
     python benchmarks/gpu.py --json gpu.json      a few minutes on a GPU with 80 GB or more
-    python benchmarks/gpu.py --smoke              the same code with tiny shapes on the CPU; its figures mean nothing
+    python benchmarks/gpu.py --smoke              the same code with tiny shapes on the CPU
 
 Students Qwen3-0.6B and 1.7B (float32 weights, bfloat16 forward pass), teacher Qwen3-8B (bfloat16),
 built from their configs on the device. The floor of a piece of work is the greater of FLOPs /

@@ -1,8 +1,8 @@
 """What it is worth to ask a served teacher while the student still writes: the same rollout batches
 with and without.
 
-    python benchmarks/overlap.py                                           the default case, under two minutes on two idle cores
-    python benchmarks/overlap.py --teacher-hidden 192 --lengths equal      no tail to hide anything in
+    python benchmarks/overlap.py        the default case, under two minutes on two idle cores
+    python benchmarks/overlap.py --teacher-hidden 192 --lengths equal   no tail to hide anything in
 
 The student decodes on one thread in this process, `rlad serve-teacher` scores on one thread in
 another; both are random models. Completions are replayed (`replay.py`). Each round makes one

@@ -1,9 +1,9 @@
 """How long one training step takes: rlad's TRRD with its teacher beside stock TRL, on the same
 completions.
 
-    python benchmarks/step.py                    the cases that matter, some minutes on two idle cores
-    python benchmarks/step.py --measures         rlad without each of its measures
-    python benchmarks/step.py --full             all vocabularies, lengths and zero-variance shares: hours
+    python benchmarks/step.py              the cases that matter, minutes on two idle cores
+    python benchmarks/step.py --measures   rlad without each of its measures
+    python benchmarks/step.py --full       all vocabularies, lengths, zero-variance shares: hours
     python benchmarks/step.py --max-tokens 256 2048 --zero-variance 0.3 --json step.json
 
 Every engine has a process of its own and they take turns step by step (A B C A B C ...), one at a

@@ -2,7 +2,8 @@
 it takes.
 
     python benchmarks/teachers.py --out runs/teachers
-    python benchmarks/teachers.py --out runs/teachers --vllm-url http://127.0.0.1:8000/v1 --vllm-model teacher --train
+    python benchmarks/teachers.py --out runs/teachers --train \\
+        --vllm-url http://127.0.0.1:8000/v1 --vllm-model teacher
 
 The student samples completions of training problems once; each form of the teacher scores them in a
 process of its own, and is compared with the local model in float32; tokens without a log-prob are
@@ -259,7 +260,10 @@ def main() -> None:
 
 def compare(arguments: argparse.Namespace, served: Section | None) -> None:
     """Prints the table, a line as soon as it is known, and writes the figures."""
-    columns = "| teacher | mean error | largest error | missing tokens | tokens/s | memory MiB | test pass@1 |"
+    columns = (
+        "| teacher | mean error | largest error | missing tokens | tokens/s | memory MiB "
+        "| test pass@1 |"
+    )
     print(columns + "\n|" + " --- |" * 7, flush=True)
     rows: list[Row] = []
     reference: Row | None = None

@@ -21,7 +21,7 @@ from rlad.engines.trl.config import AGGREGATION, REPLACED, RLADConfig
 from rlad.engines.trl.trainer import RLADTrainer
 from rlad.errors import RunFailedError
 from rlad.tasks import Problem
-from rlad.teachers.base import SynchronousTeacher, Teacher, TeacherRequest
+from rlad.teachers.base import SynchronousTeacher, TeacherRequest
 from tiny_models import tiny_tokenizer
 from trl_runs import (
     ARGUMENTS,

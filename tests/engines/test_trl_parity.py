@@ -119,7 +119,7 @@ Steps = dict[str, dict[str, Any]]
 
 def test_a_process_that_dies_ends_all(tmp_path: Path) -> None:
     """The other one waits for it in a collective call; torchrun ends it."""
-    with pytest.raises(RuntimeError, match="2 processes with .* failed"):
+    with pytest.raises(RuntimeError, match=r"2 processes with .* failed"):
         torchrun(2, TRL_RUNS, tmp_path, {"run": {"second_process_dies": True}})
     assert not list(tmp_path.glob("*.pt"))
 
