@@ -559,7 +559,7 @@ def test_each_teacher_adds_its_own_weights(world):
 def test_a_teacher_on_another_gpu_takes_nothing_from_the_students(
     world, monkeypatch, device, students
 ):
-    monkeypatch.setattr("rlad.checks.memory.device_name", str)  # there need be no GPU
+    monkeypatch.setattr("rlad.checks.memory.pick_device", str)  # there need be no GPU
     local = LocalTeacherConfig(model=str(world / "teacher"), device=device)
     assert [
         who for who in ("cpu", "cuda", "cuda:0", "cuda:1") if teacher_bytes(local, 7, who)
@@ -651,17 +651,11 @@ def test_without_models_loads_no_weights(world, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (
-            {"peft_type": "NOPE"},
-            "peft_type = 'NOPE', which the installed peft cannot add to a model",
-        ),
-        (
-            {"peft_type": "PROMPT_TUNING"},
-            "peft_type = 'PROMPT_TUNING', which the installed peft cannot add",
-        ),
-        ({"peft_type": "VERA"}, "peft_type = 'VERA', which the installed peft cannot add"),
+        ({"peft_type": "NOPE"}, "(peft_type = 'NOPE') cannot be added to its base model"),
+        ({"peft_type": "PROMPT_TUNING"}, "(peft_type = 'PROMPT_TUNING') cannot be added"),
+        ({"peft_type": "VERA"}, "(peft_type = 'VERA') cannot be added"),
         ({"r": 5}, "do not fit: 4 tensors differ"),
-        ({"target_modules": ["nope"]}, "does not fit its base model"),
+        ({"target_modules": ["nope"]}, "cannot be added to its base model"),
         (None, "its adapter_model.safetensors cannot be read"),
     ],
 )

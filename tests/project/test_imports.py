@@ -1,7 +1,7 @@
 """What belongs together agrees: imports, objectives and their configs, docs, logged metrics."""
 
 import dataclasses
-import importlib.util
+import importlib
 import inspect
 import re
 import subprocess
@@ -48,20 +48,6 @@ def test_these_import_nothing_heavy(module):
     code = f"import sys, {module}; print([name for name in {HEAVY} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
-
-
-@pytest.mark.parametrize("setting", ["seed=1", 'logging.trackers=["tensorboard"]'])
-def test_a_check_without_models_imports_neither_torch_nor_transformers_nor_scipy(tmp_path, setting):
-    if "tensorboard" in setting and importlib.util.find_spec("tensorboard") is None:
-        pytest.skip("the optional package tensorboard is not installed")
-    code = (
-        "import sys; from rlad.cli.main import main; main(['check', '--without-models', "
-        "sys.argv[1]], standalone_mode=False); "
-        "print([name for name in ('torch', 'transformers', 'scipy') if name in sys.modules])"
-    )
-    command = [sys.executable, "-c", code, f"run_dir={tmp_path / 'run'}", setting]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "this can be trained\n[]\n" in done.stdout and "memory: about" in done.stdout
 
 
 def test_public_names_are_there():

@@ -19,11 +19,17 @@ from rlad.config.catalogue import describe
 from rlad.config.run import RunConfig
 from rlad.config.teacher import LocalTeacherConfig
 from rlad.config.teacher_tree import single_teachers
-from rlad.errors import UserError
+from rlad.errors import RladError, UserError
 from rlad.findings import Finding
-from rlad.models.facts import config_of, device_name, generation_of, tokenizer_of
-from rlad.models.files import context_tokens, end_token_ids, require_weights
-from rlad.models.plain_tokenizer import AnyTokenizer
+from rlad.models.files import require_weights
+from rlad.models.loading import (
+    context_tokens,
+    end_token_ids,
+    load_generation_config,
+    load_model_config,
+    load_tokenizer,
+    pick_device,
+)
 from rlad.models.student import require_base_model
 from rlad.rollouts.prompts import longest_prompt
 from rlad.runs.directory import RunDirectory
@@ -83,7 +89,7 @@ def check_run(
     def attempt(subject: str, check: Callable[[RunConfig], Result]) -> Result | None:
         try:
             return check(config)
-        except ValueError as error:
+        except RladError as error:
             findings.append(Finding("error", subject, str(error)))
             return None
 
@@ -105,7 +111,7 @@ def check_run(
         findings.append(Finding("ok", "prompts", message))
         memory = attempt("memory", partial(estimate_memory, prompt_tokens=prompt_tokens))
     if memory is not None:
-        findings.append(compare_memory(memory, memory_of(device_name(config.student.device))))
+        findings.append(compare_memory(memory, memory_of(str(pick_device(config.student.device)))))
         if with_models and findings[-1].level != "ok":
             findings.append(
                 Finding(
@@ -184,7 +190,7 @@ def _check_devices(config: RunConfig) -> list[Finding]:
     for name, teacher in single_teachers(config.teacher):
         if isinstance(teacher, LocalTeacherConfig):
             devices[name] = teacher.device
-    picked = {who: device_name(device) for who, device in devices.items()}
+    picked = {who: pick_device(device) for who, device in devices.items()}
     return [Finding("ok", "device", ", ".join(f"{who} {device}" for who, device in picked.items()))]
 
 
@@ -198,7 +204,10 @@ def _check_trackers(config: RunConfig) -> list[Finding]:
 
 
 def _check_models(config: RunConfig) -> list[Finding]:
-    student, student_config = tokenizer_of(config.student.model), config_of(config.student.model)
+    student, student_config = (
+        load_tokenizer(config.student.model),
+        load_model_config(config.student.model),
+    )
     require_weights(config.student.model)
     require_base_model(config)
     findings = [Finding("ok", "student", f"{config.student.model} ({student_config.model_type})")]
@@ -217,9 +226,11 @@ def _check_models(config: RunConfig) -> list[Finding]:
     ]
 
 
-def _special_tokens(config: RunConfig, student: AnyTokenizer, student_config: Any) -> Finding:
+def _special_tokens(config: RunConfig, student: Any, student_config: Any) -> Finding:
     settings = config.student
-    ids = end_token_ids(student_config, generation_of(settings.model), student, settings.end_tokens)
+    ids = end_token_ids(
+        student_config, load_generation_config(settings.model), student, settings.end_tokens
+    )
     end = ", ".join(map(repr, student.convert_ids_to_tokens(list(ids))))
     begin, pad = (
         repr(token) if token else "none" for token in (student.bos_token, student.pad_token)
@@ -229,14 +240,14 @@ def _special_tokens(config: RunConfig, student: AnyTokenizer, student_config: An
     )
 
 
-def _vocabulary_padding(config: RunConfig, student: AnyTokenizer) -> Finding:
+def _vocabulary_padding(config: RunConfig, student: Any) -> Finding:
     """Sizes may differ: neither model is asked for tokens that the other lacks, but for those that
     the student samples."""
     models = {"student": (config.student.model, len(student))}
     if isinstance(config.teacher, LocalTeacherConfig) and config.needs_teacher:
-        models["teacher"] = (config.teacher.model, len(tokenizer_of(config.teacher.model)))
+        models["teacher"] = (config.teacher.model, len(load_tokenizer(config.teacher.model)))
     sizes = {
-        who: (num_tokens, config_of(name).get_text_config().vocab_size)
+        who: (num_tokens, load_model_config(name).get_text_config().vocab_size)
         for who, (name, num_tokens) in models.items()
     }
     told = ", ".join(
@@ -326,11 +337,11 @@ def _place_of(error: BaseException) -> str:
 
 def _longest_prompt(config: RunConfig) -> int:
     with ExitStack() as tasks:
-        tokenizer, ood = tokenizer_of(config.student.model), config.ood_task
+        tokenizer, ood = load_tokenizer(config.student.model), config.ood_task
         task = tasks.enter_context(closing(make_task(**config.task.model_dump())))
         ood_task = tasks.enter_context(closing(make_task(**ood.model_dump()))) if ood else None
         return longest_prompt(config, task, tokenizer, _context(config), ood_task)
 
 
 def _context(config: RunConfig) -> int | None:
-    return context_tokens(config_of(config.student.model))
+    return context_tokens(load_model_config(config.student.model))

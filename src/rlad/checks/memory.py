@@ -18,8 +18,8 @@ from rlad.config.teacher import (
 )
 from rlad.config.teacher_tree import single_teachers
 from rlad.findings import Finding
-from rlad.models.facts import config_of, device_name
-from rlad.models.files import num_stored_weights
+from rlad.models.loading import load_model_config, pick_device
+from rlad.models.sizes import num_adapter_parameters, num_parameters, quantized_bytes
 from rlad.rollouts.growing_cache import room_for
 from rlad.scoring.tiles import tile_shape, tokens_per_chunk
 
@@ -81,11 +81,9 @@ def estimate_memory(
     quarter, at least 64).
     """
     rollout, loop, student = config.rollout, config.optimization, config.student
-    shape, width = config_of(student.model).get_text_config(), _BYTES[student.dtype]
-    num_trained = num_weights = _num_weights(student.model)
+    shape, width = load_model_config(student.model).get_text_config(), _BYTES[student.dtype]
+    num_trained = num_weights = num_parameters(student.model)
     if student.lora:
-        from rlad.models.parameter_counts import num_adapter_parameters
-
         num_trained = num_adapter_parameters(student.model, student.lora)
     layers, hidden = shape.num_hidden_layers, shape.hidden_size
     sequence, num_rollouts = (
@@ -96,7 +94,7 @@ def estimate_memory(
     per_layer = 17 * width * hidden * tokens
     checkpointed = per_layer + width * hidden * layers * tokens
     device, teacher = (
-        device or device_name(student.device),
+        device or str(pick_device(student.device)),
         config.teacher if config.needs_teacher else None,
     )
     rows = min(rollout.max_batch_rows, num_rollouts)
@@ -133,7 +131,7 @@ def teacher_bytes(teacher: Any, num_trained: int, device: str) -> int:
 def _is_on(teacher: LocalTeacherConfig, device: str) -> bool:
     """`auto` is the student's device; `cuda` is the first GPU."""
     first = {"cuda": "cuda:0"}
-    theirs = device if teacher.device == "auto" else device_name(teacher.device)
+    theirs = device if teacher.device == "auto" else str(pick_device(teacher.device))
     return first.get(theirs, theirs) == first.get(device, device)
 
 
@@ -145,19 +143,8 @@ def _type(device: str) -> str:
 def _weights_bytes(settings: LocalTeacherConfig) -> int:
     width = _BYTES[settings.dtype]
     if settings.quantization == "none":
-        return width * _num_weights(settings.model)
-    from rlad.models.parameter_counts import quantized_bytes
-
+        return width * num_parameters(settings.model)
     return quantized_bytes(settings.model, settings.quantization, width)
-
-
-def _num_weights(name: str) -> int:
-    number = num_stored_weights(name)
-    if number is None:
-        from rlad.models.parameter_counts import num_parameters
-
-        return num_parameters(name)
-    return number
 
 
 def _scored_by(
@@ -166,7 +153,10 @@ def _scored_by(
     """The teachers on the student's device, each with the most tokens that it scores at once."""
     for _, one in single_teachers(teacher):
         if isinstance(one, LocalTeacherConfig) and _is_on(one, device):
-            yield config_of(one.model).get_text_config(), min(one.tokens_per_batch, num_tokens)
+            yield (
+                load_model_config(one.model).get_text_config(),
+                min(one.tokens_per_batch, num_tokens),
+            )
         elif isinstance(one, AdapterTeacherConfig | EMATeacherConfig):
             yield student, min(one.tokens_per_batch, num_tokens)
 

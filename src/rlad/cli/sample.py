@@ -10,7 +10,8 @@ from torch import Tensor
 
 from rlad.config.file import load_config
 from rlad.config.run import RunConfig
-from rlad.models.loading import LanguageModel, load_language_model
+from rlad.models.loading import LanguageModel
+from rlad.models.student import load_student
 from rlad.rollouts.prompts import check_prompt_length, prompt_token_ids
 from rlad.rollouts.sampling import sample
 from rlad.rollouts.types import Completion
@@ -34,15 +35,8 @@ def preview(config: RunConfig, *, num_prompts: int) -> list[Row]:
     """
     run, rollout = RunDirectory(config.directory), config.rollout
     is_this_run = run.exists() and load_config(run.path).digest == config.digest
-    name = (
-        str(run.newest_checkpoint()[1])
-        if is_this_run and run.checkpoints()
-        else config.student.model
-    )
-    settings = config.student
-    student = load_language_model(
-        name, dtype=settings.dtype, device=settings.device, end_tokens=settings.end_tokens
-    )
+    has_checkpoint = is_this_run and run.checkpoints()
+    student = load_student(config, run.newest_checkpoint()[1] if has_checkpoint else None)
     teacher, task = prepare_teacher(config, student), make_task(**config.task.model_dump())
     try:
         problems = [task.problem("validation", i) for i in range(num_prompts)]

@@ -1,19 +1,10 @@
-"""A model's folder, embedded, prepared, own or an adapter's, and what it says of itself. Imports no
-torch, no transformers.
-
-`plain_config` and `num_stored_weights` answer where the files alone say what transformers would,
-and None everywhere else: then it is for transformers to say.
-"""
+"""From a model's name to its folder: embedded, prepared from a package, the user's own, or an
+adapter's. Imports no torch."""
 
 import importlib.util
 import json
-from collections.abc import Sequence
-from math import prod
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-
-from safetensors import SafetensorError, safe_open
 
 from rlad.errors import UserError
 from rlad.models.packaged import prepared_folder
@@ -24,15 +15,27 @@ EMBEDDED = {
 }
 ADAPTER_CONFIG = "adapter_config.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_SIZES = (
-    "vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-)  # fmt: skip
-_FAMILIES = {"llama": _SIZES, "qwen2": _SIZES, "qwen3": (*_SIZES, "head_dim")}
-"""what a config.json must state so that transformers adds no size of its own"""
-_ELSEWHERE = ("text_config", "auto_map", "quantization_config")
-"""sections of a config that change what its other settings mean"""
 
-# --- where it is ------------------------------------------------------------------------------------------------------
+
+def located(name: str) -> Path | str:
+    """Return the folder of an embedded or a packaged model, and every other name as it is.
+
+    Raises `UserError` for a packaged model that is not prepared.
+    """
+    return EMBEDDED.get(name) or prepared_folder(name) or name
+
+
+def files_of(name: str) -> Path | str:
+    """Return where transformers finds a model's files, or those of an adapter's base model."""
+    return located(base_model(name))
+
+
+def resolvable(name: str) -> str:
+    """Return a name that is found from every folder: a folder's full path, else the name."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+# --- adapters -------------------------------------------------------------------------------------
 
 
 def is_adapter(name: str) -> bool:
@@ -41,9 +44,21 @@ def is_adapter(name: str) -> bool:
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
+def has_tokenizer(folder: str) -> bool:
+    """Whether an adapter's folder holds a tokenizer."""
+    return is_adapter(folder) and (Path(folder) / "tokenizer_config.json").is_file()
+
+
+def base_model(name: str) -> str:
+    """Return the base model of an adapter's folder, and every other name as it is."""
+    return adapter_base(name) if is_adapter(name) else name
+
+
 def adapter_base(folder: str) -> str:
-    """The base model that an adapter folder names. `UserError` when it names none, or an
-    adapter."""
+    """Return the base model that an adapter's folder names.
+
+    Raises `UserError` when it names none, or another adapter.
+    """
     base = read_adapter_config(folder).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(
@@ -52,195 +67,66 @@ def adapter_base(folder: str) -> str:
         )
     if is_adapter(base):
         raise UserError(
-            f"adapter {folder!r} stands on {base!r}, another adapter; merge that one into its base "
-            "model first."
+            f"adapter {folder!r} has {base!r}, another adapter, as its base model; merge that one "
+            "into its own base model first."
         )
     return base
 
 
 def read_adapter_config(folder: str) -> dict[str, Any]:
-    """The settings in an adapter's folder. `UserError` when they cannot be read."""
+    """Return the settings in an adapter's folder. Raises `UserError` when they cannot be read."""
     try:
         config = json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(unreadable(folder, ADAPTER_CONFIG, error)) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise unreadable_adapter(folder, ADAPTER_CONFIG, error) from None
     if not isinstance(config, dict):
-        raise UserError(unreadable(folder, ADAPTER_CONFIG, "no JSON object"))
+        raise unreadable_adapter(folder, ADAPTER_CONFIG, "no JSON object")
     return config
 
 
-def unreadable(folder: str, file: str, error: object) -> str:
-    return f"adapter {folder!r}: its {file} cannot be read ({error}); give a folder that PEFT's `save_pretrained` wrote."
-
-
-def base_model(name: str) -> str:
-    """The model that an adapter's folder stands on; of every other model its own name."""
-    return adapter_base(name) if is_adapter(name) else name
-
-
-def has_tokenizer(folder: str) -> bool:
-    """Whether an adapter's folder holds a tokenizer."""
-    return is_adapter(folder) and (Path(folder) / "tokenizer_config.json").is_file()
-
-
-def files_of(name: str) -> Path | str:
-    """Where transformers finds a model's own files, or those of the model that an adapter stands
-    on."""
-    return located(base_model(name))
-
-
-def located(name: str) -> Path | str:
-    """The folder of an embedded or a packaged model; every other name as it is. `UserError` for
-    one that is not prepared."""
-    return EMBEDDED.get(name) or prepared_folder(name) or name
-
-
-def has_weights(folder: Path) -> bool:
-    """Whether a model folder holds safetensors: the one file, or all that its index names."""
-    if (folder / "model.safetensors").is_file():
-        return True
-    shards = set(
-        (read_json(folder / "model.safetensors.index.json").get("weight_map") or {}).values()
+def unreadable_adapter(folder: str, file: str, error: object) -> UserError:
+    return UserError(
+        f"adapter {folder!r}: its {file} cannot be read ({error}); give a folder that PEFT's "
+        "`save_pretrained` wrote."
     )
-    if shards:
-        return all((folder / shard).is_file() for shard in shards)
-    return any(
-        "-of-" not in file.name for file in folder.glob("*.safetensors")
-    )  # a shard needs its index
-
-
-def require_weights(name: str) -> None:
-    """`UserError` for a model folder without weights. Says nothing of a Hugging Face name."""
-    folder = Path(files_of(name))
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        if pickles := sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES):
-            raise UserError(
-                f"model folder {name!r} has its weights in {pickles[0]}, a pickle, which may run "
-                "code when it is read; convert "
-                "it to safetensors, where you trust it, with `save_pretrained`."
-            )
-        raise UserError(
-            f"model folder {name!r} has no *.safetensors file; save its weights there with "
-            "`save_pretrained`."
-        )
 
 
 def require_peft(what: str) -> None:
-    """`UserError` unless peft is installed; `what` needs it."""
+    """Raise `UserError` unless peft is installed; `what` needs it."""
     if importlib.util.find_spec("peft") is None:
         raise UserError(
             f"{what} needs peft, which is not installed; install it with: pip install 'rlad[peft]'."
         )
 
 
-def resolvable(name: str) -> str:
-    """A model's name for adapter_config.json: a folder's full path, found from everywhere; else as
-    it is."""
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
+# --- weights --------------------------------------------------------------------------------------
 
 
-# --- what it says of itself -------------------------------------------------------------------------------------------
+def has_weights(folder: Path) -> bool:
+    """Whether a model folder holds safetensors: the one file, or all that its index names."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        return True
+    if index.is_file():
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return all((folder / shard).is_file() for shard in set(shards))
+    # A shard without its index does not count.
+    return any("-of-" not in file.name for file in folder.glob("*.safetensors"))
 
 
-class PlainConfig(SimpleNamespace):
-    """A config.json as it stands."""
-
-    def get_text_config(self) -> "PlainConfig":
-        return self
-
-
-def plain_config(name: str) -> PlainConfig | None:
-    """The config of a folder's causal language model of a common family that states all its
-    sizes."""
-    settings = {} if is_adapter(name) else read_json(Path(files_of(name)) / "config.json")
-    architectures, sizes = (
-        settings.get("architectures"),
-        _FAMILIES.get(str(settings.get("model_type"))),
-    )
-    is_plain = (
-        sizes is not None
-        and isinstance(architectures, list)
-        and any(str(architecture).endswith("ForCausalLM") for architecture in architectures)
-        and all(type(settings.get(size)) is int and settings[size] > 0 for size in sizes)
-        and settings["hidden_size"] % settings["num_attention_heads"] == 0
-        and "eos_token_id" in settings
-        and not any(settings.get(section) for section in _ELSEWHERE)
-    )
-    return PlainConfig(**settings) if is_plain else None
-
-
-def context_tokens(config: Any) -> int | None:
-    """The longest sequence a model was made for; None when it does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
-
-
-def end_token_ids(
-    config: Any, generation: Any, tokenizer: Any, more: Sequence[str] = ()
-) -> tuple[int, ...]:
-    """Every end token that a model or its tokenizer declares (chat models have more than one), and
-    `more`.
-
-    `UserError` without any, and for one that the tokenizer does not know.
-    """
-    declared = getattr(generation, "eos_token_id", None)
-    declared = (
-        getattr(config.get_text_config(), "eos_token_id", None) if declared is None else declared
-    )
-    ids = [declared] if isinstance(declared, int) else list(declared or [])
-    if isinstance(tokenizer.eos_token_id, int):
-        ids.append(tokenizer.eos_token_id)
-    ids += [token_id(tokenizer, token, "student.end_tokens") for token in more]
-    if not ids:
+def require_weights(name: str) -> None:
+    """Raise `UserError` for a model folder without weights. A Hugging Face name passes."""
+    folder = Path(files_of(name))
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+    if pickles:
         raise UserError(
-            f"model {tokenizer.name_or_path!r} declares no end token; set `eos_token` in its "
-            "tokenizer."
+            f"model folder {name!r} has its weights in {pickles[0]}, a pickle, which may run code "
+            "when it is read; convert it to safetensors, where you trust it, with "
+            "`save_pretrained`."
         )
-    return tuple(dict.fromkeys(ids))
-
-
-def token_id(tokenizer: Any, token: str, setting: str) -> int:
-    """The id of one token by its string. `UserError` when the tokenizer has no such token."""
-    found = tokenizer.get_vocab().get(token)
-    if found is None:
-        raise UserError(
-            f"{setting} names {token!r}, which is no single token of {tokenizer.name_or_path!r}; "
-            "correct it."
-        )
-    return found
-
-
-def num_stored_weights(name: str) -> int | None:
-    """How many numbers the weights of a folder's model are, by the headers of its files; tied ones
-    once."""
-    config, folder = plain_config(name), Path(files_of(name))
-    index = read_json(folder / "model.safetensors.index.json").get("weight_map", {})
-    files = (
-        ["model.safetensors"]
-        if (folder / "model.safetensors").is_file()
-        else sorted(set(index.values()))
+    raise UserError(
+        f"model folder {name!r} has no *.safetensors file; save its weights there with "
+        "`save_pretrained`."
     )
-    shapes: dict[str, list[int]] = {}
-    try:
-        for file in files:
-            with safe_open(folder / file, framework="np") as tensors:
-                shapes |= {key: tensors.get_slice(key).get_shape() for key in tensors}
-    except (OSError, SafetensorError):
-        return None
-    # Buffers, and a tied output layer that was stored all the same, are no weights of their own.
-    is_plain = shapes and all(key.endswith((".weight", ".bias")) for key in shapes)
-    if (
-        config is None
-        or not is_plain
-        or (getattr(config, "tie_word_embeddings", True) and "lm_head.weight" in shapes)
-    ):
-        return None
-    return sum(map(prod, shapes.values()))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Empty when there is no such file or it holds something else; transformers says so better."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

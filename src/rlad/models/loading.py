@@ -1,5 +1,5 @@
-"""Loading a causal language model with its tokenizer: embedded, a folder (of an adapter too), or a
-Hugging Face name."""
+"""Loading a causal language model with its tokenizer, by name: embedded, packaged, a folder (of an
+adapter too), or a Hugging Face name."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,6 +12,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -23,8 +24,6 @@ from rlad.models.adapters import add_lora, load_adapter
 from rlad.models.files import (
     EMBEDDED,
     base_model,
-    context_tokens,
-    end_token_ids,
     files_of,
     has_tokenizer,
     is_adapter,
@@ -32,7 +31,8 @@ from rlad.models.files import (
     require_peft,
 )
 
-_DEVICES = ("cpu", "cuda", "mps")
+# What transformers raises for files that are not what they should be.
+_UNUSABLE_FILES = (OSError, ValueError, TypeError, KeyError, AttributeError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,41 +66,78 @@ class LanguageModel:
         return context_tokens(self.model.config)
 
 
+# --- without weights ------------------------------------------------------------------------------
+
+
 def pick_device(device: str) -> torch.device:
-    """The torch device for a `device` setting; `auto` is the GPU where there is one. `UserError`
-    when it cannot be used."""
+    """Return the torch device of a `device` setting; `auto` is the GPU where there is one.
+
+    Raises `UserError` when it cannot be used.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        picked, why = (
-            torch.empty(0, device=device).device,
-            f"models are computed on {', '.join(_DEVICES)}",
-        )
+        picked = torch.empty(0, device=device).device
+        reason = "models are computed on cpu, cuda, mps"
     except (RuntimeError, AssertionError) as error:
-        picked, why = None, _first_line(error)
-    if picked is None or picked.type not in _DEVICES:
+        picked = None
+        reason = _first_line(error)
+    if picked is None or picked.type not in ("cpu", "cuda", "mps"):
         raise UserError(
-            f"device {device!r} cannot be used on this machine ({why}); use 'auto', 'cpu', or for "
-            "a GPU 'cuda' or 'cuda:0'."
+            f"device {device!r} cannot be used on this machine ({reason}); use 'auto', 'cpu', or "
+            "for a GPU 'cuda' or 'cuda:0'."
         )
     return picked
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; `UserError` when there is none or it cannot be loaded. An adapter
-    may have its own."""
-    load_model_config(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name if has_tokenizer(name) else files_of(name), trust_remote_code=False
+def load_model_config(name: str) -> PretrainedConfig:
+    """Load a model's config, of an adapter that of its base model.
+
+    Raises `UserError` when `name` is no model.
+    """
+    base = base_model(name)
+    if base.startswith("embedded/") and base not in EMBEDDED:
+        raise UserError(
+            f"model {base!r} is unknown; the embedded models are {', '.join(EMBEDDED)}."
         )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    where = located(base)
+    try:
+        return AutoConfig.from_pretrained(where, trust_remote_code=False)
+    except _UNUSABLE_FILES as error:
+        _refuse_code(base, error)
+        what = f"model {base!r}"
+        if base != name:
+            what += f", the base model of adapter {name!r},"
+        raise UserError(
+            f"{what} cannot be found or read ({_first_line(error)}); give a folder that "
+            "`save_pretrained` wrote, or a Hugging Face name that is in the cache or can be "
+            "downloaded."
+        ) from None
+
+
+def load_generation_config(name: str) -> GenerationConfig | None:
+    """Load a model's `generation_config.json`, which may name end tokens; None without one."""
+    try:
+        return GenerationConfig.from_pretrained(str(files_of(name)))
+    except OSError:
+        return None
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model, of an adapter its own where it has one.
+
+    Raises `UserError` when there is none or it cannot be loaded.
+    """
+    load_model_config(name)
+    where = name if has_tokenizer(name) else files_of(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+    except _UNUSABLE_FILES as error:
         _refuse_code(name, error)
         raise UserError(
             f"no tokenizer can be loaded from {name!r} ({_first_line(error)}); a model folder "
-            "needs tokenizer.json or the "
-            "tokenizer files of its family: save the tokenizer beside the model with "
-            "`tokenizer.save_pretrained(folder)`."
+            "needs tokenizer.json or the tokenizer files of its family: save the tokenizer beside "
+            "the model with `tokenizer.save_pretrained(folder)`."
         ) from None
     if not len(tokenizer):
         raise UserError(
@@ -110,28 +147,46 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model_config(name: str) -> PretrainedConfig:
-    """What a model says of itself, without its weights. `UserError` when `name` is no model."""
-    base = base_model(name)
-    if base.startswith("embedded/") and base not in EMBEDDED:
+def context_tokens(config: Any) -> int | None:
+    """Return the longest sequence a model was made for; None when its config does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def end_token_ids(
+    config: Any, generation: Any, tokenizer: Any, more: Sequence[str] = ()
+) -> tuple[int, ...]:
+    """Return every end token that a model or its tokenizer declares (chat models have more than
+    one), and `more`.
+
+    Raises `UserError` without any, and for one that the tokenizer does not know.
+    """
+    declared = getattr(generation, "eos_token_id", None)
+    if declared is None:
+        declared = getattr(config.get_text_config(), "eos_token_id", None)
+    ids = [declared] if isinstance(declared, int) else list(declared or [])
+    if isinstance(tokenizer.eos_token_id, int):
+        ids.append(tokenizer.eos_token_id)
+    ids += [token_id(tokenizer, token, "student.end_tokens") for token in more]
+    if not ids:
         raise UserError(
-            f"model {base!r} is unknown; the embedded models are {', '.join(EMBEDDED)}."
+            f"model {tokenizer.name_or_path!r} declares no end token; set `eos_token` in its "
+            "tokenizer."
         )
-    where = located(base)
-    try:
-        return AutoConfig.from_pretrained(where, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        _refuse_code(base, error)
-        what = (
-            f"model {base!r}"
-            if base == name
-            else f"model {base!r}, on which adapter {name!r} stands,"
-        )
+    return tuple(dict.fromkeys(ids))
+
+
+def token_id(tokenizer: Any, token: str, setting: str) -> int:
+    """Return the id of one token by its string. Raises `UserError` when there is no such token."""
+    found = tokenizer.get_vocab().get(token)
+    if found is None:
         raise UserError(
-            f"{what} cannot be found or read ({_first_line(error)}); give a folder that "
-            "`save_pretrained` wrote, or a "
-            "Hugging Face name that is in the cache or can be downloaded."
-        ) from None
+            f"{setting} names {token!r}, which is no single token of {tokenizer.name_or_path!r}; "
+            "correct it."
+        )
+    return found
+
+
+# --- with weights ---------------------------------------------------------------------------------
 
 
 def load_language_model(
@@ -146,26 +201,23 @@ def load_language_model(
     quantization: Any = None,
     end_tokens: Sequence[str] = (),
 ) -> LanguageModel:
-    """The model and its tokenizer, ready to sample and score. `UserError` with one sentence when
-    that cannot be.
+    """Load a model and its tokenizer, ready to sample and score.
 
     A `trainable` model keeps float32 weights and only computes in `dtype`: the small updates of RL
     vanish in bfloat16 weights. With `lora` it gets an adapter, drawn from `seed`, whose float32
     weights are trained instead; its own are then in `dtype`. The folder of an adapter is loaded
-    with the model that it stands on, the same way. With `random_weights_seed` the weights are drawn
-    anew, by the model's own initialisation. `quantization` is transformers' `quantization_config`.
-    `end_tokens` end a completion besides those that the model declares, and stand in what is saved.
+    with its base model, the same way. With `random_weights_seed` the weights are drawn anew, by
+    the model's own initialisation. `quantization` is transformers' `quantization_config`.
+    `end_tokens` end a completion besides those that the model declares, and are saved with it.
+    Raises `UserError` when the model cannot be loaded.
     """
-    tokenizer, where, compute_dtype = (
-        load_tokenizer(name),
-        pick_device(device),
-        getattr(torch, dtype),
-    )
+    tokenizer = load_tokenizer(name)
+    where = pick_device(device)
+    compute_dtype = getattr(torch, dtype)
     if random_weights_seed is None:
         weights_are_trained = trainable and not lora and not is_adapter(name)
-        model = _load_weights(
-            name, torch.float32 if weights_are_trained else compute_dtype, quantization, where
-        )
+        weights_dtype = torch.float32 if weights_are_trained else compute_dtype
+        model = _load_weights(name, weights_dtype, quantization, where)
     else:
         with torch.random.fork_rng():
             torch.manual_seed(random_weights_seed)
@@ -176,9 +228,9 @@ def load_language_model(
     if trainable:
         _require_finite(name, model)
     if where.type == "cpu":
+        # Each weight gets aligned memory of its own: the last bits of a product depend on where
+        # in their file the weights were.
         for parameter in model.parameters():
-            # Memory of its own, aligned: the last bits of a product depend on where in their file
-            # the weights stood.
             parameter.data = parameter.data.clone()
     remove_dropout(model)
     eos = end_token_ids(model.config, model.generation_config, tokenizer, end_tokens)
@@ -189,8 +241,7 @@ def load_language_model(
     if len(tokenizer) > loaded.vocabulary:
         raise UserError(
             f"the tokenizer of {name!r} has {len(tokenizer)} tokens but the model only "
-            f"{loaded.vocabulary} embeddings; "
-            "this tokenizer belongs to another model."
+            f"{loaded.vocabulary} embeddings; this tokenizer belongs to another model."
         )
     return loaded
 
@@ -201,10 +252,10 @@ def _load_weights(name: str, dtype: torch.dtype, quantization: Any, device: torc
         model = _load_weights(base_model(name), dtype, quantization, device)
         load_adapter(model, name)
         return model
-    # Quantised where it is to work: some kernels pack their weights on the GPU alone.
-    settings = (
-        {} if quantization is None else {"quantization_config": quantization, "device_map": device}
-    )
+    settings: dict[str, Any] = {}
+    if quantization is not None:
+        # Quantised where it is to work: some kernels pack their weights on the GPU alone.
+        settings = {"quantization_config": quantization, "device_map": device}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             located(name),
@@ -218,28 +269,28 @@ def _load_weights(name: str, dtype: torch.dtype, quantization: Any, device: torc
         _refuse_code(name, error)
         raise UserError(
             f"no causal language model can be loaded from {name!r} ({_first_line(error)}); give a "
-            "Hugging Face name, "
-            "or a folder with config.json and model.safetensors."
+            "Hugging Face name, or a folder with config.json and model.safetensors."
         ) from None
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise UserError(
             f"the weights of {name!r} lack {len(missing)} tensors of a causal language model, the "
-            f"first is {missing[0]!r}; "
-            "give a complete model."
+            f"first is {missing[0]!r}; give a complete model."
         )
     return model
 
 
-def _refuse_code(name: str, error: Exception) -> None:
-    """`UserError` when it was because a model wants Python code of its own to be run, which is
-    never done."""
-    if "trust_remote_code" in str(error):
-        raise UserError(
-            f"model {name!r} comes with Python code of its own, which rlad does not run; take a "
-            "model whose architecture and "
-            "tokenizer transformers has itself."
-        ) from None
+def remove_dropout(model: PreTrainedModel) -> None:
+    """Disable dropout: old, student and teacher log-probs must come from one function.
+
+    So must the noise that some mixtures of experts put on their router in training mode.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                setattr(module, name, 0.0)
 
 
 def _require_finite(name: str, model: PreTrainedModel) -> None:
@@ -251,18 +302,14 @@ def _require_finite(name: str, model: PreTrainedModel) -> None:
             )
 
 
-def remove_dropout(model: PreTrainedModel) -> None:
-    """Old, student and teacher log-probs must come from one function; dropout would make it another
-    one each time.
-
-    So would the noise that some mixtures of experts put on their router in training mode.
-    """
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if isinstance(value, float) and ("drop" in name or "jitter" in name):
-                setattr(module, name, 0.0)
+def _refuse_code(name: str, error: Exception) -> None:
+    """Raise `UserError` for a model that wants to run Python code of its own, which rlad never
+    does."""
+    if "trust_remote_code" in str(error):
+        raise UserError(
+            f"model {name!r} comes with Python code of its own, which rlad does not run; take a "
+            "model whose architecture and tokenizer transformers has itself."
+        ) from None
 
 
 def _first_line(error: BaseException) -> str:

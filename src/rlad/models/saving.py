@@ -7,10 +7,9 @@ from rlad.models.loading import LanguageModel
 
 
 def save_model(language_model: LanguageModel, folder: Path) -> None:
-    """Weights and tokenizer as `AutoModelForCausalLM.from_pretrained` and
-    `AutoTokenizer.from_pretrained` read them.
-
-    Of a LoRA student the adapter alone, as PEFT reads it.
+    """Write weights and tokenizer as `AutoModelForCausalLM.from_pretrained` and
+    `AutoTokenizer.from_pretrained` read them; of a LoRA student the adapter alone, as PEFT reads
+    it.
     """
     if has_adapter(language_model.model):
         save_adapter(language_model.model, folder)

@@ -1,24 +1,19 @@
 """The model that is trained, and the frozen copy of it that a KL leash is tied to."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rlad.config.run import RunConfig
 from rlad.errors import UserError
 from rlad.models.files import is_adapter, require_peft
+from rlad.models.loading import LanguageModel, load_language_model
 from rlad.seeds import stream_seed
-
-if TYPE_CHECKING:
-    from rlad.models.loading import LanguageModel
 
 
 def load_student(config: RunConfig, checkpoint: Path | None = None) -> LanguageModel:
-    """The model to be trained: the initial student, or what a checkpoint holds of it. `UserError`
-    when that cannot be."""
-    from rlad.models.loading import load_language_model
+    """Load the model to be trained: the initial student, or what a checkpoint holds of it.
 
+    Raises `UserError` when that cannot be.
+    """
     settings = config.student
     if checkpoint is None:
         require_base_model(config)
@@ -34,18 +29,19 @@ def load_student(config: RunConfig, checkpoint: Path | None = None) -> LanguageM
 
 
 def require_base_model(config: RunConfig) -> None:
-    """`UserError` when the student to be trained is an adapter, or its adapter cannot be made."""
+    """Raise `UserError` when the student to be trained is an adapter, or its adapter cannot be
+    made."""
     if is_adapter(config.student.model):
         raise UserError(
             f"student.model = {config.student.model!r} is a LoRA adapter, and a run starts from a "
-            "whole model; merge it into "
-            "its base model (PEFT's merge_and_unload) and give the folder of the result."
+            "whole model; merge it into its base model (PEFT's merge_and_unload) and give the "
+            "folder of the result."
         )
     if config.student.lora:
         require_peft("[student.lora]")
 
 
 def load_reference(config: RunConfig, student: LanguageModel) -> LanguageModel:
-    """The frozen initial student: a second copy of it, or a LoRA student itself, whose base weights
-    it is."""
+    """Return the frozen initial student: a second copy of it, or a LoRA student itself, whose base
+    weights it is."""
     return student if config.student.lora else load_student(config)

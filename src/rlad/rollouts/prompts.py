@@ -4,17 +4,19 @@ import re
 from typing import Any
 
 from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
 
 from rlad.config.run import RolloutConfig, RunConfig
 from rlad.errors import UserError
-from rlad.models.plain_tokenizer import AnyTokenizer, PlainTokenizer
 from rlad.tasks import Split, Task
 
 Prompt = str | tuple[tuple[str, str], ...]
 """the user's one message, or a conversation: (role, content) of each message"""
 
 
-def prompt_token_ids(tokenizer: AnyTokenizer, prompt: Prompt, rollout: RolloutConfig) -> list[int]:
+def prompt_token_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, rollout: RolloutConfig
+) -> list[int]:
     """Token ids of a prompt: through the chat template (`chat`), as it is (`plain`), or as the
     tokenizer has one or not (`auto`). Raises `UserError` for `chat` without a template, and for
     what only a template can say without one.
@@ -24,7 +26,7 @@ def prompt_token_ids(tokenizer: AnyTokenizer, prompt: Prompt, rollout: RolloutCo
             "rollout.prompt_format is 'chat' but the student's tokenizer has no chat template; use "
             "'plain' or 'auto'."
         )
-    if is_plain(tokenizer, rollout.prompt_format) or isinstance(tokenizer, PlainTokenizer):
+    if is_plain(tokenizer, rollout.prompt_format):
         return tokenizer(_plain_text(prompt, rollout))["input_ids"]
     text = chat_text(
         tokenizer, chat_messages(prompt, rollout.system_prompt), rollout.chat_template_kwargs
@@ -32,7 +34,7 @@ def prompt_token_ids(tokenizer: AnyTokenizer, prompt: Prompt, rollout: RolloutCo
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def is_plain(tokenizer: AnyTokenizer, prompt_format: str) -> bool:
+def is_plain(tokenizer: PreTrainedTokenizerBase, prompt_format: str) -> bool:
     """Whether prompts are given as they are, not as messages of a chat."""
     return prompt_format == "plain" or not tokenizer.chat_template
 
@@ -130,7 +132,7 @@ NUM_PROBED_PROBLEMS = 20
 def longest_prompt(
     config: RunConfig,
     task: Task,
-    tokenizer: AnyTokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     context_tokens: int | None,
     ood_task: Task | None = None,
 ) -> int:

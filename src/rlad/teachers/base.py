@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rlad.config.run import RunConfig
-from rlad.models.plain_tokenizer import AnyTokenizer
 from rlad.tasks import Problem
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
     from rlad.models.loading import LanguageModel
 
@@ -161,7 +161,7 @@ class Setting:
     loaded."""
 
     config: RunConfig
-    student_tokenizer: AnyTokenizer
+    student_tokenizer: PreTrainedTokenizerBase
     student_context: int | None
     """tokens; None when the student's model does not say"""
     student: LanguageModel | None = None

@@ -2,15 +2,18 @@
 
 from collections.abc import Sequence
 
+from transformers import PreTrainedTokenizerBase
+
 from rlad.config.run import RolloutConfig
 from rlad.findings import Finding
-from rlad.models.plain_tokenizer import AnyTokenizer
 
 THINKING_MARKERS = ("<think>", "</think>")
 
 
 def compare_tokenizers(
-    student: AnyTokenizer, teacher: AnyTokenizer, end_tokens: Sequence[str] = ()
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase,
+    end_tokens: Sequence[str] = (),
 ) -> list[Finding]:
     """Vocabulary, end token, chat template and thinking markers of student and teacher.
 
@@ -59,7 +62,7 @@ def compare_contexts(
     )
 
 
-def _vocabulary(student: AnyTokenizer, teacher: AnyTokenizer) -> Finding:
+def _vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> Finding:
     ours, theirs = student.get_vocab(), {i: token for token, i in teacher.get_vocab().items()}
     differing = sorted(
         (i, token, theirs.get(i)) for token, i in ours.items() if theirs.get(i) != token
@@ -81,7 +84,9 @@ def _vocabulary(student: AnyTokenizer, teacher: AnyTokenizer) -> Finding:
     )
 
 
-def _end_token(student: AnyTokenizer, teacher: AnyTokenizer, end_tokens: Sequence[str]) -> Finding:
+def _end_token(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, end_tokens: Sequence[str]
+) -> Finding:
     if teacher.eos_token in end_tokens:
         return Finding(
             "ok",
@@ -101,7 +106,7 @@ def _end_token(student: AnyTokenizer, teacher: AnyTokenizer, end_tokens: Sequenc
     )
 
 
-def _chat_template(student: AnyTokenizer, teacher: AnyTokenizer) -> Finding:
+def _chat_template(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> Finding:
     ours, theirs = student.chat_template, teacher.chat_template
     if ours == theirs:
         return Finding(
@@ -117,8 +122,10 @@ def _chat_template(student: AnyTokenizer, teacher: AnyTokenizer) -> Finding:
     )
 
 
-def _thinking_markers(student: AnyTokenizer, teacher: AnyTokenizer) -> Finding:
-    def known(tokenizer: AnyTokenizer) -> set[str]:
+def _thinking_markers(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
+) -> Finding:
+    def known(tokenizer: PreTrainedTokenizerBase) -> set[str]:
         template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
         return {m for m in THINKING_MARKERS if m in tokenizer.get_vocab() or m in template}
 

@@ -22,8 +22,7 @@ from rlad.config.teacher import (
 )
 from rlad.config.template import template_names
 from rlad.findings import Finding
-from rlad.models.files import token_id
-from rlad.models.loading import context_tokens, load_model_config
+from rlad.models.loading import context_tokens, load_model_config, token_id
 from rlad.rollouts.prompts import Prompt
 from rlad.tasks import Problem, make_task
 from rlad.teachers import build_teacher

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from rlad.config.teacher import ServedTeacherConfig
-from rlad.models.loading import load_tokenizer
-from rlad.models.plain_tokenizer import PlainTokenizer
 from rlad.teachers.base import Setting
 from rlad.teachers.served.client import (
     CompletionsClient,
@@ -77,13 +75,7 @@ class ServerProbe:
         self, client: CompletionsClient, url: str, settings: ServedTeacherConfig, setting: Setting
     ):
         self.client, self.url, self.settings, self.setting = client, url, settings, setting
-        tokenizer = setting.student_tokenizer
-        # It decodes, which only transformers does as it is done elsewhere.
-        self.tokenizer = (
-            load_tokenizer(tokenizer.name_or_path)
-            if isinstance(tokenizer, PlainTokenizer)
-            else tokenizer
-        )
+        self.tokenizer = setting.student_tokenizer
         self.text = probe_ids(self.tokenizer)
 
     def offer(self) -> Offer:
