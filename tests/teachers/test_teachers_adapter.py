@@ -270,7 +270,7 @@ def test_a_full_weight_student_is_refused(world, tmp_path):
         config_of(world, tmp_path / "run", {"type": "adapter"}, student={"device": "cpu"})
     )
     assert (
-        message.startswith("error: it stands on the student's base weights, which move unless")
+        message.startswith("error: it shares the student's base weights, which move unless")
         and "[student.lora]" in message
     )
 
@@ -286,7 +286,9 @@ def test_adapters_of_other_models_are_refused(world, tmp_path, folder):
     assert "do not fit: 6 tensors differ" in message and "mlp.down_proj" in message
     moved = shutil.copytree(world / "student", tmp_path / "moved")
     (message,) = messages(write_adapter(tmp_path / "same", moved, seed=1))
-    assert message.startswith("warning") and "go on only if the two are the same model" in message
+    assert (
+        message.startswith("warning") and "continue only if the two are the same model" in message
+    )
     for changes, wanted in (
         ({"modules_to_save": ["lm_head"]}, "replaces weights of the base model"),
         ({"init_lora_weights": "pissa"}, "changes the base weights"),

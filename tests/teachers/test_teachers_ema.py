@@ -101,7 +101,7 @@ def test_buffers_are_the_students_and_not_shared():
     student.model.model.register_buffer("constant", torch.tensor([3.0]))
     teacher = ema(student, 0.5)
     teacher.after_step()
-    copied = dict(teacher._scorer.model.named_buffers())
+    copied = dict(teacher.scorer.model.named_buffers())
     for name, buffer in student.model.named_buffers():
         assert torch.equal(copied[name], buffer) and copied[name].data_ptr() != buffer.data_ptr()
     assert "model.constant" not in teacher.state()
@@ -116,7 +116,7 @@ def test_only_trained_weights_are_averaged_and_stored_the_others_are_shared():
     trained = {
         name: weight for name, weight in student.model.named_parameters() if weight.requires_grad
     }
-    copies = dict(teacher._scorer.model.named_parameters())
+    copies = dict(teacher.scorer.model.named_parameters())
     assert set(teacher.state()) == set(trained) and len(trained) == 2
     for name, weight in student.model.named_parameters():
         assert (copies[name].data_ptr() == weight.data_ptr()) is (name not in trained)

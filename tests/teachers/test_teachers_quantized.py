@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 
 import rlad
-import rlad.teachers.local_check
+import rlad.teachers.local
 from rlad.config.file import parse_config
 from rlad.config.teacher import LocalTeacherConfig
 from rlad.models.loading import LanguageModel, load_language_model, load_tokenizer
@@ -232,7 +232,7 @@ def test_check_names_the_package_that_is_missing(world, tmp_path, monkeypatch):
     def find_spec(name: str) -> Any:
         return None if name == "torchao" else object()
 
-    monkeypatch.setattr(rlad.teachers.local_check.importlib.util, "find_spec", find_spec)
+    monkeypatch.setattr(rlad.teachers.local.importlib.util, "find_spec", find_spec)
     (message,) = quantization_findings(world, tmp_path, quantization="int8")
     assert message == (
         "error: teacher.quantization = 'int8' needs torchao and accelerate; install them with: pip "

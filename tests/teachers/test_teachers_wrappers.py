@@ -31,8 +31,7 @@ from rlad.teachers import check_teacher, make_teacher
 from rlad.teachers.base import Setting, SynchronousTeacher, Teacher, TeacherRequest
 from rlad.teachers.ema import EMATeacher
 from rlad.teachers.local import LocalTeacher
-from rlad.teachers.privileged import PrivilegedTeacher
-from rlad.teachers.privileged_prompt import privileged_prompt
+from rlad.teachers.privileged import PrivilegedTeacher, privileged_prompt
 from rlad.teachers.several import TeacherByTask, TeacherMixture
 from tiny_models import VOCABULARY, random_tokens, tiny_language_model, tiny_tokenizer
 from tiny_runs import FILES, run_config, write_model

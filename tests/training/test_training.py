@@ -13,7 +13,8 @@ from rlad.config.run import RunConfig
 from rlad.models.loading import load_language_model
 from rlad.runs.directory import EVAL, METRICS, SAMPLES, RunDirectory
 from rlad.stopping import StopRequested
-from rlad.teachers import load_teacher
+from rlad.teachers import prepare_teacher
+from rlad.teachers.local import LocalTeacher
 from rlad.training.reporter import Silent
 from tiny_runs import remains, run_config
 
@@ -285,7 +286,9 @@ def test_out_of_distribution_prompts_are_measured_before_anything_is_written(
 def weights_of_teacher(world: Path, **settings: Any) -> dict[str, torch.Tensor]:
     config = RunConfig.model_validate(run_config(world, world / "none", **settings))
     student = load_language_model(str(world / "student"))
-    loaded = load_teacher(config, student)
+    teacher = prepare_teacher(config, student)
+    assert isinstance(teacher, LocalTeacher)
+    loaded = teacher.language_model
     assert not loaded.model.training
     return dict(loaded.model.state_dict())
 

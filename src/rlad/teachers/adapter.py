@@ -1,8 +1,7 @@
 """The student's base model as its teacher, with another LoRA adapter or with none: one set of base
 weights for both.
 
-While it scores, the student's adapter is off; its weights stay where they are, and nothing but it
-is ever trainable.
+While it scores, the student's adapter is off. The teacher's weights are never trainable.
 """
 
 from collections.abc import Sequence
@@ -22,10 +21,10 @@ from rlad.models.adapters import (
 from rlad.models.files import adapter_base, has_tokenizer, is_adapter, require_peft, resolvable
 from rlad.models.loading import LanguageModel, load_model_config, load_tokenizer, remove_dropout
 from rlad.scoring.scorer import Scorer, TokenIds
-from rlad.teachers.base import Setting, SynchronousTeacher, TeacherRequest
+from rlad.teachers.base import Setting
 from rlad.teachers.compatibility import compare_tokenizers
 from rlad.teachers.fingerprint import weights_fingerprint
-from rlad.teachers.local import score_known_tokens
+from rlad.teachers.local import ScoringTeacher
 
 
 class AdapterScorer(Scorer):
@@ -40,72 +39,62 @@ class AdapterScorer(Scorer):
             return super().score(prompts, completions)
 
 
-class AdapterTeacher(SynchronousTeacher):
+class AdapterTeacher(ScoringTeacher):
     """Scores with the student's own base weights and the adapter in `folder`; None: without
     adapter."""
 
     def __init__(self, student: LanguageModel, *, base: str, folder: str | None, **scoring: Any):
         """`scoring` is what a `Scorer` takes beside the model."""
-        self.identity = (
-            f"{base} without adapter" if folder is None else f"{base} with adapter {folder}"
-        )
-        self._student, self._vocabulary = student, student.vocabulary
+        self._student = student
         self._adapter = None if folder is None else add_frozen_adapter(student.model, folder)
         remove_dropout(student.model)
-        self._scorer = AdapterScorer(student, adapter=self._adapter, **scoring)
+        super().__init__(
+            f"{base} without adapter" if folder is None else f"{base} with adapter {folder}",
+            AdapterScorer(student, adapter=self._adapter, **scoring),
+        )
 
     @property
     def fingerprint(self) -> str:
         others = [name for name in adapter_names(self._student.model) if name != self._adapter]
         return weights_fingerprint(self._student, without=others)
 
-    def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
-        return score_known_tokens(self._scorer, self._vocabulary, requests)
-
 
 def check_teacher(settings: AdapterTeacherConfig, setting: Setting) -> list[Finding]:
     base = setting.config.student.model
+    folder = settings.adapter
     try:
         require_peft("teacher.type = 'adapter'")
         if setting.config.student.lora is None:
             raise UserError(
-                "it stands on the student's base weights, which move unless the student is trained "
-                "with [student.lora]; add "
-                f"that section, or take type = 'local' with model = {base!r}."
+                "it shares the student's base weights, which move unless the student is trained "
+                "with [student.lora]; add that section, or take type = 'local' with model = "
+                f"{base!r}."
             )
-        if settings.adapter == "none":
+        if folder == "none":
             return [Finding("ok", "adapter", f"none: the base model {base} itself")]
-        if not is_adapter(settings.adapter):
+        if not is_adapter(folder):
             raise UserError(
-                f"{settings.adapter!r} is no folder of an adapter; give one with "
-                "adapter_config.json, as PEFT writes it."
+                f"{folder!r} is no folder of an adapter; give one with adapter_config.json, as "
+                "PEFT writes it."
             )
-        require_shareable(settings.adapter, load_model_config(base))
-    except ValueError as error:
+        require_shareable(folder, load_model_config(base))
+        findings = [_compare_base(folder, base)]
+    except UserError as error:
         return [Finding("error", "adapter", str(error))]
-    return [
-        *_compare_base(settings.adapter, base),
-        *_compare_own_tokenizer(settings.adapter, setting),
-    ]
+    if has_tokenizer(folder):
+        findings += compare_tokenizers(setting.student_tokenizer, load_tokenizer(folder))
+    return findings
 
 
-def _compare_base(folder: str, base: str) -> list[Finding]:
+def _compare_base(folder: str, base: str) -> Finding:
     named = adapter_base(folder)
     if resolvable(named) == resolvable(base):
-        return [Finding("ok", "adapter", f"{folder} stands on {base}")]
-    message = (
+        return Finding("ok", "adapter", f"{folder} is for {base}")
+    return Finding(
+        "warning",
+        "adapter",
         f"{folder} names {named!r} as its base model, the student's is {base!r}: its shapes fit, "
-        "but on other weights it is "
-        "another teacher; go on only if the two are the same model."
-    )
-    return [Finding("warning", "adapter", message)]
-
-
-def _compare_own_tokenizer(folder: str, setting: Setting) -> list[Finding]:
-    return (
-        compare_tokenizers(setting.student_tokenizer, load_tokenizer(folder))
-        if has_tokenizer(folder)
-        else []
+        "but on other weights it is another teacher; continue only if the two are the same model.",
     )
 
 

@@ -1,21 +1,18 @@
-"""What a teacher is: it gives one log-prob for each sampled token. Imports no torch before a
-teacher is made."""
+"""What a teacher is: it gives one log-prob for each sampled token."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from rlad.config.run import RunConfig
+from rlad.models.loading import LanguageModel
 from rlad.tasks import Problem
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
-
-    from rlad.models.loading import LanguageModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +50,6 @@ class Answer:
     @classmethod
     def missing(cls, request: TeacherRequest) -> Answer:
         """Say that no token of the completion can be scored."""
-        import torch
-
         return cls.finished(torch.full((len(request.completion),), torch.nan))
 
 

@@ -1,10 +1,11 @@
 """The student's exponential moving average as its teacher: self-distillation.
 
-teacher_0 = the initial student,    teacher += update_rate * (student - teacher)    after each optimiser step
+teacher_0 = the initial student
+teacher += update_rate * (student - teacher)    after each optimiser step
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,11 +17,11 @@ from rlad.errors import UserError
 from rlad.findings import Finding
 from rlad.models.loading import LanguageModel
 from rlad.scoring.scorer import Scorer
-from rlad.teachers.base import Setting, SynchronousTeacher, TeacherRequest
-from rlad.teachers.local import score_known_tokens
+from rlad.teachers.base import Setting
+from rlad.teachers.local import ScoringTeacher
 
 
-class EMATeacher(SynchronousTeacher):
+class EMATeacher(ScoringTeacher):
     """A copy of the student's trained weights, float32 as they are, that follows them; with
     update_rate = 1 no copy.
 
@@ -30,15 +31,12 @@ class EMATeacher(SynchronousTeacher):
 
     def __init__(self, student: LanguageModel, *, name: str, update_rate: float, **scoring: Any):
         """`scoring` is what a `Scorer` takes beside the model."""
-        self.identity = f"the moving average of {name} (update rate {update_rate!r})"
-        self.update_rate, self._vocabulary = update_rate, student.vocabulary
+        self.update_rate = update_rate
         self._pairs: Mapping[str, tuple[Tensor, Tensor]] = {}
         if update_rate < 1:
             student, self._pairs = _copy(student)
-        self._scorer = Scorer(student, **scoring)
-
-    def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
-        return score_known_tokens(self._scorer, self._vocabulary, requests)
+        identity = f"the moving average of {name} (update rate {update_rate!r})"
+        super().__init__(identity, Scorer(student, **scoring))
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -78,9 +76,8 @@ def _copy(student: LanguageModel) -> tuple[LanguageModel, Mapping[str, tuple[Ten
 def check_teacher(settings: EMATeacherConfig, setting: Setting) -> list[Finding]:
     if settings.update_rate == 1 and setting.config.teacher == settings:
         message = (
-            "the student is its own teacher and sees the same prompt, so the teacher tells it "
-            "nothing; wrap it in a teacher of "
-            "type 'privileged', or lower update_rate."
+            "the student is its own teacher and sees the same prompt, so it learns nothing from "
+            "it; wrap it in a teacher of type 'privileged', or lower update_rate."
         )
         return [Finding("warning", "moving average", message)]
     return [Finding("ok", "moving average", f"{settings.title} of the same tokenizer and context")]

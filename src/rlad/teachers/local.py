@@ -1,7 +1,7 @@
 """A teacher in this process: a frozen transformers model with its own dtype and device."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import importlib.util
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any, Literal
 
@@ -9,16 +9,47 @@ import torch
 from torch import Tensor
 
 from rlad.config.teacher import LocalTeacherConfig
-from rlad.models.loading import LanguageModel, load_language_model
+from rlad.findings import Finding
+from rlad.models.adapters import require_loadable
+from rlad.models.files import is_adapter, require_weights
+from rlad.models.loading import (
+    LanguageModel,
+    context_tokens,
+    load_language_model,
+    load_model_config,
+    load_tokenizer,
+    pick_device,
+)
 from rlad.scoring.scorer import Scorer
 from rlad.seeds import stream_seed
 from rlad.teachers.base import Setting, SynchronousTeacher, TeacherRequest
+from rlad.teachers.compatibility import compare_contexts, compare_tokenizers
 from rlad.teachers.fingerprint import weights_fingerprint
 
 
-class LocalTeacher(SynchronousTeacher):
-    """Scores the sampled tokens only, in micro-batches by token budget; never holds `[batch, token,
-    vocabulary]`."""
+class ScoringTeacher(SynchronousTeacher):
+    """A teacher whose model is in this process. It scores the sampled tokens only, in micro-batches
+    by token budget, and never holds `[batch, token, vocabulary]`."""
+
+    def __init__(self, identity: str, scorer: Scorer):
+        self.identity = identity
+        self.scorer = scorer
+
+    def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
+        # A student whose vocabulary is padded further than the teacher's can sample ids that this
+        # model does not know: the first one and all tokens after it are NaN.
+        vocabulary = self.scorer.language_model.vocabulary
+        known = [list(takewhile(lambda t: t < vocabulary, one.completion)) for one in requests]
+        rows = [i for i, completion in enumerate(known) if completion]
+        scores = self.scorer.score([requests[i].prompt for i in rows], [known[i] for i in rows])
+        results = [torch.full((len(request.completion),), torch.nan) for request in requests]
+        for i, values in zip(rows, scores, strict=True):
+            results[i][: len(values)] = values
+        return results
+
+
+class LocalTeacher(ScoringTeacher):
+    """A frozen model of its own."""
 
     def __init__(
         self,
@@ -31,16 +62,16 @@ class LocalTeacher(SynchronousTeacher):
         before_work: Callable[[], None] = lambda: None,
     ):
         """With `keep` = "cpu" the weights are on the model's present device only while it scores,
-        and else on the CPU."""
+        and otherwise on the CPU."""
         language_model.model.requires_grad_(False)
-        self.identity, self.language_model = identity or language_model.name, language_model
-        self._vocabulary = language_model.vocabulary
-        self._scorer = Scorer(
+        self.language_model = language_model
+        scorer = Scorer(
             language_model,
             temperature=temperature,
             tokens_per_batch=tokens_per_batch,
             before_work=before_work,
         )
+        super().__init__(identity or language_model.name, scorer)
         self._works_on = language_model.model.device
         self._rests_on = torch.device("cpu") if keep == "cpu" else self._works_on
         self._move(self._rests_on)
@@ -50,14 +81,9 @@ class LocalTeacher(SynchronousTeacher):
         return weights_fingerprint(self.language_model)
 
     def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
-        with self._at_work():
-            return score_known_tokens(self._scorer, self._vocabulary, requests)
-
-    @contextmanager
-    def _at_work(self) -> Iterator[None]:
         self._move(self._works_on)
         try:
-            yield
+            return super().logprobs(requests)
         finally:
             self._move(self._rests_on)
 
@@ -65,29 +91,6 @@ class LocalTeacher(SynchronousTeacher):
         model: Any = self.language_model.model
         if model.device != device:
             model.to(device)
-
-
-def score_known_tokens(
-    scorer: Scorer, vocabulary: int, requests: Sequence[TeacherRequest]
-) -> list[Tensor]:
-    """Log-probs of completions whose token ids may go beyond a model's vocabulary: NaN from the
-    first such id on.
-
-    A student whose vocabulary is padded further than the teacher's can sample one.
-    """
-    known = [
-        list(takewhile(lambda token: token < vocabulary, request.completion))
-        for request in requests
-    ]
-    rows = [i for i, completion in enumerate(known) if completion]
-    results = [torch.full((len(request.completion),), torch.nan) for request in requests]
-    for i, values in zip(
-        rows,
-        scorer.score([requests[i].prompt for i in rows], [known[i] for i in rows]),
-        strict=True,
-    ):
-        results[i] = torch.cat([values, results[i][len(values) :].to(values)])
-    return results
 
 
 def quantization_config(quantization: str) -> Any:
@@ -105,23 +108,49 @@ def quantization_config(quantization: str) -> Any:
 
     if quantization == "int8":
         return TorchAoConfig(Int8WeightOnlyConfig())
-    return TorchAoConfig(
-        Int4WeightOnlyConfig(group_size=64, int4_packing_format="tile_packed_to_4d")
-    )  # type: ignore[arg-type]
+    int4: Any = Int4WeightOnlyConfig(group_size=64, int4_packing_format="tile_packed_to_4d")
+    return TorchAoConfig(int4)
 
 
-def load_teacher_model(settings: LocalTeacherConfig, setting: Setting) -> LanguageModel:
-    """The weights, on the student's device unless another is named."""
-    assert setting.student is not None
-    return load_language_model(
-        settings.model,
-        dtype=settings.dtype,
-        device=str(setting.student.model.device) if settings.device == "auto" else settings.device,
-        random_weights_seed=stream_seed(setting.config.seed, "random teacher", 0)
-        if settings.random_weights
-        else None,
-        quantization=quantization_config(settings.quantization),
-    )
+def check_teacher(settings: LocalTeacherConfig, setting: Setting) -> list[Finding]:
+    config = load_model_config(settings.model)
+    require_weights(settings.model)
+    if is_adapter(settings.model):
+        require_loadable(settings.model, config)
+    student, run = setting.student_tokenizer, setting.config
+    return [
+        *compare_tokenizers(student, load_tokenizer(settings.model), run.student.end_tokens),
+        compare_contexts(run.rollout, setting.student_context, context_tokens(config)),
+        *_check_quantization(settings, setting),
+    ]
+
+
+def _check_quantization(settings: LocalTeacherConfig, setting: Setting) -> list[Finding]:
+    if settings.quantization == "none":
+        return []
+    what = f"teacher.quantization = {settings.quantization!r}"
+    is_auto = settings.device == "auto"
+    device = pick_device(setting.config.student.device if is_auto else settings.device)
+    level = "error"
+    if any(importlib.util.find_spec(package) is None for package in ("torchao", "accelerate")):
+        message = (
+            f"{what} needs torchao and accelerate; install them with: pip install "
+            "'rlad[quantization]'."
+        )
+    elif is_adapter(settings.model):
+        message = (
+            f"{settings.model!r} is an adapter, and {what} is for whole models; merge it into its "
+            "base model first."
+        )
+    elif settings.quantization == "int4" and device.type != "cuda":
+        message = (
+            f"{what} has no kernel on the device '{device}'; set it to 'int8', or teacher.device "
+            "to a GPU."
+        )
+    else:
+        level = "ok"
+        message = f"linear layers {settings.quantization}, the output layer {settings.dtype}"
+    return [Finding(level, "quantization", message)]
 
 
 def make_teacher(settings: LocalTeacherConfig, setting: Setting) -> LocalTeacher:
@@ -132,6 +161,20 @@ def make_teacher(settings: LocalTeacherConfig, setting: Setting) -> LocalTeacher
         identity=identity_of(settings, setting.config.seed),
         keep=settings.keep,
         before_work=setting.before_work,
+    )
+
+
+def load_teacher_model(settings: LocalTeacherConfig, setting: Setting) -> LanguageModel:
+    """The weights, on the student's device unless another is named."""
+    assert setting.student is not None
+    is_auto = settings.device == "auto"
+    random_seed = stream_seed(setting.config.seed, "random teacher", 0)
+    return load_language_model(
+        settings.model,
+        dtype=settings.dtype,
+        device=str(setting.student.model.device) if is_auto else settings.device,
+        random_weights_seed=random_seed if settings.random_weights else None,
+        quantization=quantization_config(settings.quantization),
     )
 
 

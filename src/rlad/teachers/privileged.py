@@ -1,4 +1,4 @@
-"""A teacher with a prompt of its own, made anew from a template; the completion's token ids stay.
+"""A teacher with a prompt of its own, made from a template; the completion's token ids stay.
 
     log πT(y_t | template(prompt, answer, peer solution, ...), y_<t)
 
@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import lru_cache, partial
 from typing import Any
 
 from rlad.config.teacher import (
@@ -18,25 +19,27 @@ from rlad.config.teacher import (
     EMATeacherConfig,
     LocalTeacherConfig,
     PrivilegedTeacherConfig,
+    ServedTeacherConfig,
     SeveralTeachersConfig,
 )
-from rlad.config.template import template_names
+from rlad.config.template import fill_template, template_names
+from rlad.errors import UserError
 from rlad.findings import Finding
-from rlad.models.loading import context_tokens, load_model_config, token_id
-from rlad.rollouts.prompts import Prompt
+from rlad.models.files import has_tokenizer
+from rlad.models.loading import context_tokens, load_model_config, load_tokenizer, token_id
+from rlad.rollouts.prompts import Prompt, chat_messages, chat_text, prompt_token_ids
 from rlad.tasks import Problem, make_task
 from rlad.teachers import build_teacher
 from rlad.teachers import check_teacher as check_inner
 from rlad.teachers.base import Answer, Setting, Teacher, TeacherRequest, TeacherWrapper
-from rlad.teachers.privileged_prompt import encoder, privileged_prompt, shown_values
 
 NUM_PROBED_PROBLEMS = 20
 _FORM = ("chat_template", "system_prompt", "chat_template_kwargs", "end_token")
-"""settings that make other prompts, or another end, besides the template"""
+"""The settings besides the template that make other prompts, or another end."""
 
 
 class PrivilegedTeacher(TeacherWrapper):
-    """Asks another teacher about the same completions behind another prompt; NaN where both do not
+    """Asks another teacher about the same completions after another prompt; NaN where both do not
     fit into `context`."""
 
     def __init__(
@@ -54,152 +57,124 @@ class PrivilegedTeacher(TeacherWrapper):
         empty where they do not. `ends` maps the student's end tokens to the teacher's.
         """
         super().__init__(teacher)
-        self.template, self.encode, self.context = template, encode, context
-        self.identity = f"{teacher.identity}, privileged by {template!r}" + (
-            f" in the form {form}" if form else ""
-        )
-        self._has_own_form, self._ends = bool(form), ends or {}
-        self._num_asked = self._num_shown = 0
+        self.identity = f"{teacher.identity}, privileged by {template!r}"
+        if form:
+            self.identity += f" in the form {form}"
+        self.template = template
+        self.context = context
+        self._encode = lru_cache(maxsize=1024)(encode)
+        self._has_own_form = bool(form)
+        self._ends = ends or {}
+        self._num_asked = 0
+        self._num_shown = 0
 
     def submit(self, requests: Sequence[TeacherRequest]) -> list[Answer]:
-        prompts = [
-            privileged_prompt(self.template, request.problem, request.peer_solution)
-            for request in requests
-        ]
-        privileged = self._privileged(requests, prompts)
-        fits = [
-            self.context is None or len(r.prompt) + len(r.completion) <= self.context
-            for r in privileged
-        ]
-        is_told = [prompt is not None and does for prompt, does in zip(prompts, fits, strict=True)]
-        self._num_asked += len(is_told)
-        self._num_shown += sum(is_told)
-        answers = iter(
-            self.teacher.submit([request for request, does in zip(privileged, fits) if does])
-        )
+        shown = [self._show(request) for request in requests]
+        answers = iter(self.teacher.submit([request for request in shown if request is not None]))
         return [
-            next(answers) if does else Answer.missing(request)
-            for request, does in zip(privileged, fits)
+            Answer.missing(request) if other is None else next(answers)
+            for request, other in zip(requests, shown, strict=True)
         ]
 
-    def _privileged(
-        self, requests: Sequence[TeacherRequest], prompts: Sequence[Prompt | None]
-    ) -> list[TeacherRequest]:
-        def unprivileged(request: TeacherRequest) -> Prompt | None:
-            return request.problem.asked if self._has_own_form and request.problem else None
+    def _show(self, request: TeacherRequest) -> TeacherRequest | None:
+        """The request as the teacher sees it; None where that does not fit into its context."""
+        prompt = privileged_prompt(self.template, request.problem, request.peer_solution)
+        is_privileged = prompt is not None
+        if prompt is None and self._has_own_form and request.problem is not None:
+            prompt = request.problem.asked
 
-        prompts = [
-            unprivileged(r) if prompt is None else prompt
-            for r, prompt in zip(requests, prompts, strict=True)
-        ]
-        ids = {prompt: self.encode(prompt) for prompt in set(prompts) if prompt is not None}
-        pairs = zip(requests, prompts, strict=True)
-        return [
-            replace(
-                r,
-                prompt=r.prompt if prompt is None else ids[prompt],
-                completion=self._with_own_end(r.completion),
-            )
-            for r, prompt in pairs
-        ]
+        ids = request.prompt if prompt is None else self._encode(prompt)
+        completion = request.completion
+        if completion and completion[-1] in self._ends:
+            # The same length and the same event: the teacher's own end token.
+            completion = [*completion[:-1], self._ends[completion[-1]]]
 
-    def _with_own_end(self, completion: Sequence[int]) -> Sequence[int]:
-        """The same length and the same event: the teacher's end token in the place of the
-        student's."""
-        if not completion or completion[-1] not in self._ends:
-            return completion
-        return [*completion[:-1], self._ends[completion[-1]]]
+        fits = self.context is None or len(ids) + len(completion) <= self.context
+        self._num_asked += 1
+        self._num_shown += is_privileged and fits
+        return replace(request, prompt=ids, completion=completion) if fits else None
 
     def pop_metrics(self) -> dict[str, float]:
-        """With the share of the completions since the last call for which the teacher saw what its
-        template names."""
-        metrics = self.teacher.pop_metrics()
+        """The inner teacher's, and the share of the completions for which it saw what the template
+        names."""
+        metrics = super().pop_metrics()
         if self._num_asked:
             metrics["teacher/privileged/frac"] = self._num_shown / self._num_asked
-        self._num_asked = self._num_shown = 0
+        self._num_asked = 0
+        self._num_shown = 0
         return metrics
 
 
-def check_teacher(settings: PrivilegedTeacherConfig, setting: Setting) -> list[Finding]:
-    with closing(make_task(**setting.config.task.model_dump())) as task:
-        problems = [
-            task.problem("train", i, seed=setting.config.seed) for i in range(NUM_PROBED_PROBLEMS)
-        ]
-    form = ("chat template",) if settings.chat_template == "teacher" else ()
-    mended = (*form, "end token") if settings.end_token is not None else form
-    findings = [
-        finding
-        for finding in check_inner(settings.teacher, setting)
-        if finding.subject not in mended
-    ]
-    findings += _check_names(settings, problems)
-    if settings.end_token is not None:
-        own_end_token(settings, setting)
-        findings.append(
-            Finding(
-                "ok",
-                "end token",
-                f"the student's is scored as the teacher's {settings.end_token!r}",
-            )
+# --- what it is shown -----------------------------------------------------------------------------
+
+
+def shown_values(problem: Problem, peer_solution: str | None) -> dict[str, str]:
+    """What a template may name: texts and numbers of the problem's metadata, its prompt and answer,
+    a peer's solution."""
+    values = {
+        name: str(value)
+        for name, value in problem.metadata.items()
+        if isinstance(value, str | int | float)
+    }
+    values |= {"prompt": problem.question, "answer": problem.answer}
+    return values | {"peer_solution": peer_solution or ""}
+
+
+def privileged_prompt(
+    template: str, problem: Problem | None, peer_solution: str | None
+) -> Prompt | None:
+    """The teacher's prompt, in a conversation its last message; None where something that the
+    template names is missing or empty."""
+    values = shown_values(problem, peer_solution) if problem else {}
+    if problem is None or not all(values.get(name) for name in template_names(template)):
+        return None
+    text = fill_template(template, values)
+    return (*problem.messages[:-1], (problem.messages[-1][0], text)) if problem.messages else text
+
+
+def encoder(settings: PrivilegedTeacherConfig, setting: Setting) -> Callable[[Prompt], list[int]]:
+    """From a prompt to the ids of the student's tokens, in the form that the section gives it.
+
+    `UserError` when the teacher's own template is wanted and there is none.
+    """
+    tokenizer = setting.student_tokenizer
+    own = {name: getattr(settings, name) for name in ("system_prompt", "chat_template_kwargs")}
+    rollout = setting.config.rollout.model_copy(
+        update={name: value for name, value in own.items() if value is not None}
+    )
+    if settings.chat_template == "student":
+        return partial(prompt_token_ids, tokenizer, rollout=rollout)
+    theirs = load_tokenizer(_model_with_template(settings.teacher))
+    if not theirs.chat_template:
+        raise UserError(
+            f"teacher.chat_template is 'teacher', but the tokenizer of {settings.teacher.title!r} "
+            "has no chat template; use 'student'."
         )
-    if any(finding.level == "error" for finding in findings):
-        return findings
-    return [*findings, _check_length(settings, setting, problems)]
+
+    def encode(prompt: Prompt) -> list[int]:
+        messages = chat_messages(prompt, rollout.system_prompt)
+        text = chat_text(theirs, messages, rollout.chat_template_kwargs, whose="teacher")
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    return encode
 
 
-def _check_names(settings: PrivilegedTeacherConfig, problems: Sequence[Problem]) -> list[Finding]:
-    """Whether problems have what a template names, and whether that is more than the student
-    sees."""
-    template = settings.template
-    wanted, values = (
-        sorted(template_names(template)),
-        [shown_values(problem, "a solution") for problem in problems],
-    )
-    allowed = sorted({name for one in values for name in one})
-    if unknown := [name for name in wanted if name not in allowed]:
-        allowed_names = ", ".join(f"{{{name}}}" for name in allowed)
-        message = f"its template names {{{unknown[0]}}}, which the task's problems do not have; use {allowed_names}."
-        return [Finding("error", "template", message)]
-    if wanted == ["prompt"] and not settings.has_own_form:
-        message = "its template shows nothing but the prompt, which the student sees too; add {answer} or {peer_solution}."
-        return [Finding("warning", "template", message)]
-    for name in wanted:
-        if num_empty := sum(not one.get(name) for one in values):
-            message = f"{num_empty} of {len(values)} problems have no {{{name}}}: the teacher is given the student's prompt there"
-            return [Finding("warning", "template", message)]
-    return [Finding("ok", "template", f"shows {', '.join(f'{{{name}}}' for name in wanted)}")]
-
-
-def _check_length(
-    settings: PrivilegedTeacherConfig, setting: Setting, problems: Sequence[Problem]
-) -> Finding:
-    """Whether the longest privileged prompt among `problems` and its completion fit, a peer's
-    solution at its longest too."""
-    context, completion = (
-        teacher_context(settings.teacher, setting),
-        setting.config.rollout.max_completion_tokens,
-    )
-    encode = encoder(settings, setting)
-    prompts = [privileged_prompt(settings.template, problem, "?") for problem in problems]
-    longest = (
-        max((len(encode(prompt)) for prompt in prompts if prompt is not None), default=0)
-        + completion
-    )
-    with_peer = (
-        longest + completion if "peer_solution" in template_names(settings.template) else longest
-    )
-    if context is not None and longest > context:
-        message = (
-            f"the longest of {len(problems)} privileged prompts with its completion needs "
-            f"{longest} tokens, but the teacher's "
-            f"context has {context}; shorten the template, or lower rollout.max_completion_tokens."
-        )
-        return Finding("error", "privileged context", message)
-    if context is not None and with_peer > context:
-        message = f"with a long peer solution up to {with_peer} tokens of {context}: what does not fit is not scored"
-        return Finding("warning", "privileged context", message)
-    return Finding(
-        "ok", "privileged context", f"up to {with_peer} of {context or 'unlimited'} tokens"
+def _model_with_template(settings: Any) -> str:
+    """The model whose tokenizer has the teacher's chat template. `UserError` where none is in
+    reach."""
+    match settings:
+        case LocalTeacherConfig():
+            return settings.model
+        case CachedTeacherConfig():
+            return _model_with_template(settings.teacher)
+        case ServedTeacherConfig() if settings.local_model is not None:
+            return settings.local_model
+        case AdapterTeacherConfig() if has_tokenizer(settings.adapter):
+            return settings.adapter
+    raise UserError(
+        f"teacher.chat_template is 'teacher', but a teacher of type {settings.type!r} has no "
+        "tokenizer of its own in reach (of a served one it is local_model's); use 'student', or "
+        "another type."
     )
 
 
@@ -211,19 +186,105 @@ def teacher_context(settings: Any, setting: Setting) -> int | None:
         case AdapterTeacherConfig() | EMATeacherConfig():
             return setting.student_context
         case SeveralTeachersConfig():
-            known = [
-                context
-                for one in settings.teachers.values()
-                if (context := teacher_context(one, setting)) is not None
-            ]
-            return min(known, default=None)
+            contexts = [teacher_context(one, setting) for one in settings.teachers.values()]
+            return min((one for one in contexts if one is not None), default=None)
         case PrivilegedTeacherConfig() | CachedTeacherConfig():
             return teacher_context(settings.teacher, setting)
         case _:  # served: its server says so itself
             return None
 
 
-def own_end_token(settings: PrivilegedTeacherConfig, setting: Setting) -> int:
+# --- check and make -------------------------------------------------------------------------------
+
+
+def check_teacher(settings: PrivilegedTeacherConfig, setting: Setting) -> list[Finding]:
+    run = setting.config
+    with closing(make_task(**run.task.model_dump())) as task:
+        problems = [task.problem("train", i, seed=run.seed) for i in range(NUM_PROBED_PROBLEMS)]
+    findings = [one for one in check_inner(settings.teacher, setting) if not _fixes(settings, one)]
+    findings.append(_check_names(settings, problems))
+    if settings.end_token is not None:
+        _own_end_token(settings, setting)
+        message = f"the student's is scored as the teacher's {settings.end_token!r}"
+        findings.append(Finding("ok", "end token", message))
+    if not any(finding.level == "error" for finding in findings):
+        findings.append(_check_length(settings, setting, problems))
+    return findings
+
+
+def _fixes(settings: PrivilegedTeacherConfig, finding: Finding) -> bool:
+    """Whether the section itself settles what a finding about the inner teacher says."""
+    if finding.subject == "chat template":
+        return settings.chat_template == "teacher"
+    return finding.subject == "end token" and settings.end_token is not None
+
+
+def _check_names(settings: PrivilegedTeacherConfig, problems: Sequence[Problem]) -> Finding:
+    """Whether problems have what a template names, and whether that is more than the student
+    sees."""
+    wanted = sorted(template_names(settings.template))
+    values = [shown_values(problem, "a solution") for problem in problems]
+    allowed = sorted({name for one in values for name in one})
+    unknown = [name for name in wanted if name not in allowed]
+    level = "warning"
+    if unknown:
+        level = "error"
+        message = (
+            f"its template names {{{unknown[0]}}}, which the task's problems do not have; use "
+            f"{_in_braces(allowed)}."
+        )
+    elif wanted == ["prompt"] and not settings.has_own_form:
+        message = (
+            "its template shows nothing but the prompt, which the student sees too; add {answer} "
+            "or {peer_solution}."
+        )
+    elif missing := [name for name in wanted if not all(one.get(name) for one in values)]:
+        num_empty = sum(not one.get(missing[0]) for one in values)
+        message = (
+            f"{num_empty} of {len(values)} problems have no {{{missing[0]}}}: the teacher is given "
+            "the student's prompt there"
+        )
+    else:
+        level = "ok"
+        message = f"shows {_in_braces(wanted)}"
+    return Finding(level, "template", message)
+
+
+def _in_braces(names: Sequence[str]) -> str:
+    return ", ".join(f"{{{name}}}" for name in names)
+
+
+def _check_length(
+    settings: PrivilegedTeacherConfig, setting: Setting, problems: Sequence[Problem]
+) -> Finding:
+    """Whether the longest privileged prompt among `problems` and its completion fit, a peer's
+    solution at its longest too."""
+    context = teacher_context(settings.teacher, setting)
+    encode = encoder(settings, setting)
+    prompts = [privileged_prompt(settings.template, problem, "?") for problem in problems]
+    most_tokens = setting.config.rollout.max_completion_tokens
+    longest = max((len(encode(one)) for one in prompts if one is not None), default=0) + most_tokens
+    shows_peer = "peer_solution" in template_names(settings.template)
+    with_peer = longest + most_tokens if shows_peer else longest
+    level = "ok"
+    message = f"up to {with_peer} of {context or 'unlimited'} tokens"
+    if context is not None and longest > context:
+        level = "error"
+        message = (
+            f"the longest of {len(problems)} privileged prompts with its completion needs "
+            f"{longest} tokens, but the teacher's context has {context}; shorten the template, or "
+            "lower rollout.max_completion_tokens."
+        )
+    elif context is not None and with_peer > context:
+        level = "warning"
+        message = (
+            f"with a long peer solution up to {with_peer} tokens of {context}: what does not fit "
+            "is not scored"
+        )
+    return Finding(level, "privileged context", message)
+
+
+def _own_end_token(settings: PrivilegedTeacherConfig, setting: Setting) -> int:
     """The id of the teacher's end token. `UserError` when it is no token."""
     assert settings.end_token is not None
     return token_id(setting.student_tokenizer, settings.end_token, "teacher.end_token")
@@ -231,17 +292,16 @@ def own_end_token(settings: PrivilegedTeacherConfig, setting: Setting) -> int:
 
 def make_teacher(settings: PrivilegedTeacherConfig, setting: Setting) -> PrivilegedTeacher:
     assert setting.student is not None
-    form = {
-        name: value
-        for name in _FORM
-        if (value := getattr(settings, name)) != PrivilegedTeacherConfig.model_fields[name].default
-    }
-    end = None if settings.end_token is None else own_end_token(settings, setting)
+    form = settings.model_dump(include=set(_FORM), exclude_defaults=True)
+    ends = {}
+    if settings.end_token is not None:
+        own_end = _own_end_token(settings, setting)
+        ends = dict.fromkeys(setting.student.eos_token_ids, own_end)
     return PrivilegedTeacher(
         build_teacher(settings.teacher, setting),
         settings.template,
         encode=encoder(settings, setting),
         context=teacher_context(settings.teacher, setting),
         form=json.dumps(form, sort_keys=True) if form else "",
-        ends={} if end is None else dict.fromkeys(setting.student.eos_token_ids, end),
+        ends=ends,
     )

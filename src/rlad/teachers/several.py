@@ -10,7 +10,8 @@ distributions over whole completions.
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from dataclasses import replace
+from typing import Any
 from urllib.parse import quote
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from rlad.config.run import RunConfig
 from rlad.config.task import SeveralTasksConfig
 from rlad.config.teacher import SeveralTeachersConfig
+from rlad.errors import UserError
 from rlad.findings import Finding
 from rlad.teachers import build_teacher
 from rlad.teachers import check_teacher as check_one
@@ -66,9 +68,8 @@ class SeveralTeachers(Teacher):
         }
 
     def close(self) -> None:
-        with ExitStack() as held:
-            for teacher in self.teachers.values():
-                held.callback(teacher.close)
+        for teacher in self.teachers.values():
+            teacher.close()
 
 
 def _prefix(name: str) -> str:
@@ -83,9 +84,8 @@ class TeacherByTask(SeveralTeachers):
     def __init__(self, teachers: Mapping[str, Teacher], *, only_task: str = ""):
         super().__init__(teachers)
         self.only_task = only_task
-        self.identity = "by task: " + ", ".join(
-            f"{name} = {self.teachers[name].identity}" for name in sorted(self.teachers)
-        )
+        members = [f"{name} = {one.identity}" for name, one in sorted(self.teachers.items())]
+        self.identity = f"by task: {', '.join(members)}"
 
     def submit(self, requests: Sequence[TeacherRequest]) -> list[Answer]:
         rows: dict[str, list[int]] = {}
@@ -106,11 +106,11 @@ class TeacherMixture(SeveralTeachers):
         super().__init__(teachers)
         total = math.fsum(weights[name] for name in self.teachers)
         self.weights = {name: weights[name] / total for name in self.teachers}
-        parts = (
-            f"{self.weights[name]!r} x {name} = {self.teachers[name].identity}"
-            for name in sorted(self.teachers)
-        )
-        self.identity = "mixture: " + ", ".join(parts)
+        members = [
+            f"{self.weights[name]!r} x {name} = {one.identity}"
+            for name, one in sorted(self.teachers.items())
+        ]
+        self.identity = f"mixture: {', '.join(members)}"
 
     def submit(self, requests: Sequence[TeacherRequest]) -> list[Answer]:
         by_teacher = [teacher.submit(requests) for teacher in self.teachers.values()]
@@ -130,49 +130,45 @@ class TeacherMixture(SeveralTeachers):
 
 def task_names(config: RunConfig) -> list[str]:
     """The names of a run's tasks; the type of the only one."""
-    return (
-        list(config.task.tasks)
-        if isinstance(config.task, SeveralTasksConfig)
-        else [config.task.type]
-    )
+    task = config.task
+    return list(task.tasks) if isinstance(task, SeveralTasksConfig) else [task.type]
 
 
 def check_teacher(settings: SeveralTeachersConfig, setting: Setting) -> list[Finding]:
-    findings = [
-        found for name in settings.teachers for found in _check_member(name, settings, setting)
-    ]
+    members = settings.teachers
+    findings = [one for name in members for one in _check_member(name, members[name], setting)]
     if settings.combine == "mixture":
         return findings
     tasks = task_names(setting.config)
-    for name in (name for name in tasks if name not in settings.teachers):
-        near = f"add [teacher.teachers.{name}], or rename one of {', '.join(settings.teachers)}"
-        findings.append(
-            Finding("error", "teachers", f"task {name!r} has no teacher of that name; {near}.")
-        )
-    for name in (name for name in settings.teachers if name not in tasks):
-        message = f"teacher {name!r} is never asked: the run's tasks are {', '.join(tasks)}; remove or rename it."
-        findings.append(Finding("warning", "teachers", message))
+    for name in tasks:
+        if name not in members:
+            message = (
+                f"task {name!r} has no teacher of that name; add [teacher.teachers.{name}], or "
+                f"rename one of {', '.join(members)}."
+            )
+            findings.append(Finding("error", "teachers", message))
+    for name in members:
+        if name not in tasks:
+            message = (
+                f"teacher {name!r} is never asked: the run's tasks are {', '.join(tasks)}; remove "
+                "or rename it."
+            )
+            findings.append(Finding("warning", "teachers", message))
     return findings
 
 
-def _check_member(name: str, settings: SeveralTeachersConfig, setting: Setting) -> list[Finding]:
+def _check_member(name: str, settings: Any, setting: Setting) -> list[Finding]:
     try:
-        found = check_one(settings.teachers[name], setting)
-    except ValueError as error:
-        found = [Finding("error", "teacher", str(error))]
-    return [Finding(one.level, f"{name}: {one.subject}", one.message) for one in found]
+        findings = check_one(settings, setting)
+    except UserError as error:
+        findings = [Finding("error", "teacher", str(error))]
+    return [replace(one, subject=f"{name}: {one.subject}") for one in findings]
 
 
 def make_teacher(settings: SeveralTeachersConfig, setting: Setting) -> SeveralTeachers:
-    with ExitStack() as made:
-        teachers = {
-            n: made.enter_context(closing(build_teacher(one, setting)))
-            for n, one in settings.teachers.items()
-        }
-        made.pop_all()
+    teachers = {name: build_teacher(one, setting) for name, one in settings.teachers.items()}
     if settings.combine == "mixture":
-        return TeacherMixture(
-            teachers, {name: settings.weights.get(name, 1.0) for name in teachers}
-        )
+        weights = {name: settings.weights.get(name, 1.0) for name in teachers}
+        return TeacherMixture(teachers, weights)
     names = task_names(setting.config)
     return TeacherByTask(teachers, only_task=names[0] if len(names) == 1 else "")

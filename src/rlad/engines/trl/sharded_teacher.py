@@ -14,8 +14,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from rlad.models.loading import LanguageModel
 from rlad.scoring.scorer import CompletionScores, Scorer, TokenIds
-from rlad.teachers.base import SynchronousTeacher, TeacherRequest
-from rlad.teachers.local import score_known_tokens
+from rlad.teachers.local import ScoringTeacher
 
 
 def split_over_processes(model: PreTrainedModel, mesh: DeviceMesh) -> None:
@@ -67,7 +66,7 @@ class ShardedScorer(Scorer):
         return self([[0]], [[0]], with_entropy=False)
 
 
-class ShardedTeacher(SynchronousTeacher):
+class ShardedTeacher(ScoringTeacher):
     """A frozen local model over all processes. `logprobs` is a collective call."""
 
     def __init__(
@@ -81,9 +80,6 @@ class ShardedTeacher(SynchronousTeacher):
         """`scoring` is what a `Scorer` takes beside the model, whose weights should still be on the
         CPU."""
         language_model.model.requires_grad_(False)
-        self.identity, self._vocabulary = identity or language_model.name, language_model.vocabulary
         mesh = init_device_mesh(device_type, (dist.get_world_size(),))
-        self._scorer = ShardedScorer(language_model, mesh=mesh, **scoring)
-
-    def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
-        return score_known_tokens(self._scorer, self._vocabulary, requests)
+        scorer = ShardedScorer(language_model, mesh=mesh, **scoring)
+        super().__init__(identity or language_model.name, scorer)

@@ -19,9 +19,9 @@ from rlad.models.loading import LanguageModel, load_language_model
 from rlad.scoring.scorer import Scorer
 from rlad.tasks import Problem
 from rlad.teachers.asking import ask_twice, require_few_missing
-from rlad.teachers.base import SynchronousTeacher, Teacher, TeacherRequest
+from rlad.teachers.base import Teacher, TeacherRequest
 from rlad.teachers.compatibility import compare_tokenizers
-from rlad.teachers.local import LocalTeacher, score_known_tokens
+from rlad.teachers.local import LocalTeacher, ScoringTeacher
 
 ProblemOf = Callable[[dict[str, Any]], Problem | None]
 
@@ -158,7 +158,7 @@ def ask_teacher(
     return result
 
 
-class BaseModelTeacher(SynchronousTeacher):
+class BaseModelTeacher(ScoringTeacher):
     """Scores with the student's adapters switched off; nothing of the student is frozen or moved by
     it."""
 
@@ -168,15 +168,15 @@ class BaseModelTeacher(SynchronousTeacher):
         language_model = LanguageModel(
             str(base.config.name_or_path), base, tokenizer, (), 0, base.dtype
         )
-        self.identity = f"{language_model.name} without adapter"
-        self._student, self._vocabulary = student, language_model.vocabulary
-        self._scorer = Scorer(language_model, **scoring)
+        self._student = student
+        identity = f"{language_model.name} without adapter"
+        super().__init__(identity, Scorer(language_model, **scoring))
 
     def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
         was_training = self._student.training
         self._student.eval()
         try:
             with use_adapter(self._student, None):
-                return score_known_tokens(self._scorer, self._vocabulary, requests)
+                return super().logprobs(requests)
         finally:
             self._student.train(was_training)
