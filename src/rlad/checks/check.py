@@ -17,8 +17,7 @@ from rlad.checks.contamination import MOST_PROBLEMS, RUN_WORDS, find_contaminati
 from rlad.checks.memory import MemoryEstimate, compare_memory, estimate_memory, memory_of
 from rlad.config.catalogue import describe
 from rlad.config.run import RunConfig
-from rlad.config.teacher import LocalTeacherConfig
-from rlad.config.teacher_tree import single_teachers
+from rlad.config.teacher import LocalTeacherConfig, single_teachers
 from rlad.errors import RladError, UserError
 from rlad.findings import Finding
 from rlad.models.files import require_weights

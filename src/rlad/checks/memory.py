@@ -15,8 +15,8 @@ from rlad.config.teacher import (
     AdapterTeacherConfig,
     EMATeacherConfig,
     LocalTeacherConfig,
+    single_teachers,
 )
-from rlad.config.teacher_tree import single_teachers
 from rlad.findings import Finding
 from rlad.models.loading import load_model_config, pick_device
 from rlad.models.sizes import num_adapter_parameters, num_parameters, quantized_bytes

@@ -3,7 +3,7 @@
 from rlad.checks.top_choices import NUM_CHOICES
 from rlad.checks.trial import StepSeconds, TeacherTrial, Trial
 from rlad.config.run import RunConfig
-from rlad.config.teacher_tree import single_teachers
+from rlad.config.teacher import single_teachers
 from rlad.findings import Finding
 from rlad.runs.guards import LARGE_GATED_SHARE, LARGE_LOG_RATIO
 

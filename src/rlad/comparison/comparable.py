@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlad.comparison.runs import MissingRun, Run
+from rlad.config.run import OptimizationConfig
+from rlad.config.types import Mark
 
 Settings = dict[str, Any]
 
-_BUDGET = ("num_steps", "max_seconds", "max_teacher_tokens", "steps_per_rollout_batch")
-_NO_MATTER = ("device", "tokens_per_batch", "max_batch_rows", "gradient_checkpointing")
-"""settings of memory and place, which change no result"""
+_BUDGET = OptimizationConfig.keys_with(Mark.LENGTH, Mark.BUDGET)
+_NO_RESULT = (Mark.NO_NUMBER, Mark.ROUNDING)
 _PROBLEMS = "test problems"
 
 
@@ -68,9 +69,9 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[MissingRun]]:
 def shared_settings(run: Run) -> Settings:
     """Dotted settings that are equal for all runs of a table, and a fingerprint of the held-out
     problems."""
-    table = run.config.model_dump(
-        mode="json", exclude={"run_dir", "seed", "objective", "teacher", "checkpoints"}
-    )
+    table = run.config.dump(without=_NO_RESULT)
+    for section in ("seed", "objective", "teacher"):
+        del table[section]
     table["optimization"] = {key: table["optimization"][key] for key in _BUDGET}
     problems = [
         (r.index, r.key, r.difficulty, r.prompt, r.num_samples)
@@ -78,21 +79,17 @@ def shared_settings(run: Run) -> Settings:
         for r in results
     ]
     digest = hashlib.sha256(json.dumps(problems).encode()).hexdigest()[:8]
-    return _without_place(_flat(table)) | {_PROBLEMS: digest}
+    return _flat(table) | {_PROBLEMS: digest}
 
 
 def method_settings(run: Run) -> Settings:
     """Dotted settings that make the method: objective, teacher where it needs one, and
     optimiser."""
     config = run.config
-    table = config.model_dump(
-        mode="json", include={"objective", "optimization", "teacher"}, exclude_none=True
-    )
-    if not config.needs_teacher:
-        table.pop("teacher", None)
-    return _without_place(
-        {key: value for key, value in _flat(table).items() if key.rpartition(".")[2] not in _BUDGET}
-    )
+    sections = ["objective", "optimization"] + ["teacher"] * config.needs_teacher
+    table = config.dump(without=(*_NO_RESULT, Mark.LENGTH, Mark.BUDGET))
+    settings = _flat({section: table[section] for section in sections})
+    return {key: value for key, value in settings.items() if value is not None}
 
 
 def _methods(runs: Sequence[Run]) -> tuple[list[Method], list[MissingRun]]:
@@ -139,12 +136,6 @@ def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 def _shown(value: Any) -> str:
     return "none" if value is None else value if isinstance(value, str) else json.dumps(value)
-
-
-def _without_place(settings: Settings) -> Settings:
-    return {
-        key: value for key, value in settings.items() if key.rpartition(".")[2] not in _NO_MATTER
-    }
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> Settings:

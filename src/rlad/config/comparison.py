@@ -9,21 +9,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rlad.config.file import DEFAULT_RUN, parse_config, parse_overrides, read_toml, validated
 from rlad.config.presets import expand_preset, merged
-from rlad.config.run import Count, NonNegativeInt, RunConfig
+from rlad.config.run import OptimizationConfig, RunConfig
+from rlad.config.types import Count, Mark, NonNegativeInt
 from rlad.errors import UserError
 
 DEFAULT_COMPARISON = Path(__file__).parents[1] / "embedded" / "compare.toml"
 
-# A method may differ in these from the others; everything else is the budget that all of them
-# share.
-_OF_A_METHOD = {
-    "objective": None,
-    "teacher": None,
-    "optimization": (
-        "learning_rate", "schedule", "warmup_steps", "weight_decay", "betas", "max_grad_norm",
-        "aggregation", "advantage_scale", "kl_coef", "tokens_per_batch",
-    ),
-}  # fmt: skip
+_SHARED_OPTIMIZATION = OptimizationConfig.keys_with(Mark.LENGTH, Mark.BUDGET, Mark.NO_NUMBER)
 
 LearningRate = Annotated[float, Field(strict=True, gt=0, le=1)]
 
@@ -126,12 +118,15 @@ def method_config(comparison: CompareConfig, folder: Path, method: str, *, seed:
     budget of all."""
     changes = comparison.methods[method]
     for section, value in changes.items():
-        allowed = _OF_A_METHOD.get(section, ())
-        keys = value if isinstance(value, dict) and allowed is not None else {}
-        wrong = [f"{section}.{key}" for key in keys if allowed is not None and key not in allowed]
-        if section not in _OF_A_METHOD or wrong:
+        if section in ("objective", "teacher"):
+            continue
+        wrong = [section]
+        if isinstance(value, dict):
+            shared = _SHARED_OPTIMIZATION if section == "optimization" else value
+            wrong = [f"{section}.{key}" for key in value if key in shared]
+        if wrong:
             raise UserError(
-                f"method {method!r} sets {', '.join(wrong) or section}, but all methods share one "
+                f"method {method!r} sets {', '.join(wrong)}, but all methods share one "
                 "budget; a method may set "
                 "objective, teacher and how it optimises: put the rest into [shared]."
             )

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from rlad.config.presets import PRESETS, expand_preset
 from rlad.config.run import RunConfig
+from rlad.config.types import Mark
 from rlad.errors import UserError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -96,12 +97,9 @@ def changed_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def differing_settings(found: RunConfig, wanted: RunConfig) -> list[str]:
-    """The dotted settings in which two runs differ, with both values; where a run lies and what it
-    keeps does not count."""
-    tables = [
-        dict(_flat(config.model_dump(mode="json", exclude={"run_dir", "checkpoints"})))
-        for config in (found, wanted)
-    ]
+    """The dotted settings in which two runs differ, with both values; those that change no number
+    do not count."""
+    tables = [dict(_flat(config.dump(without=(Mark.NO_NUMBER,)))) for config in (found, wanted)]
     keys = [
         key
         for key in dict.fromkeys((*tables[0], *tables[1]))

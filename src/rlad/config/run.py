@@ -17,10 +17,10 @@ from rlad.config.engine import EngineConfig
 from rlad.config.objective import ObjectiveConfig, TRRDConfig
 from rlad.config.task import TaskConfig, with_changes
 from rlad.config.teacher import TeacherConfig
-from rlad.config.teacher_tree import what_it_answers
 from rlad.config.types import (
     AnnealedNonNegative,
     Count,
+    Mark,
     NonNegative,
     NonNegativeInt,
     Positive,
@@ -54,9 +54,9 @@ class StudentConfig(Section):
     """Hugging Face name, folder, `embedded/student` or `smollm2-135m`"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """of the forward pass; the weights that are trained and all log-probs are float32"""
-    device: str = "auto"
+    device: Annotated[str, Mark.ROUNDING] = "auto"
     """`auto` takes the GPU where there is one; else a torch device such as `cuda:0` or `cpu`"""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[bool, Mark.ROUNDING] = False
     """recompute activations in the backward pass: less memory, about a third more time"""
     end_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """end a completion too, such as ["<|im_end|>"] for a base model that is to answer as its chat
@@ -90,22 +90,22 @@ class RolloutConfig(Section):
     """before each conversation that has none of its own; needs a chat template"""
     chat_template_kwargs: dict[str, Any] = Field(default={})
     """variables of the chat template, such as { enable_thinking = false }"""
-    max_batch_rows: Count = 256
+    max_batch_rows: Annotated[Count, Mark.ROUNDING] = 256
     """most completions that are decoded at once"""
 
 
 class OptimizationConfig(Section):
     """From rollouts to a better student."""
 
-    num_steps: Count = 100
+    num_steps: Annotated[Count, Mark.LENGTH] = 100
     """optimiser steps of the whole run"""
-    max_seconds: Positive | None = None
+    max_seconds: Annotated[Positive | None, Mark.LENGTH] = None
     """end the run earlier, after the step with which training (without evaluation) has taken so
     long"""
-    max_teacher_tokens: Count | None = None
+    max_teacher_tokens: Annotated[Count | None, Mark.LENGTH] = None
     """end the run earlier, after the step with which the teacher has scored or written so many
     tokens"""
-    steps_per_rollout_batch: Count = 1
+    steps_per_rollout_batch: Annotated[Count, Mark.BUDGET] = 1
     """optimiser steps (mini-batches) on each rollout batch"""
     learning_rate: Annotated[float, Field(strict=True, gt=0, le=1)] = 1e-6
     """of AdamW"""
@@ -126,13 +126,13 @@ class OptimizationConfig(Section):
     """divide advantages by the group's standard deviation, or not (Dr.GRPO)"""
     kl_coef: NonNegative | AnnealedNonNegative = 0.0
     """weight of the KL leash to the initial student"""
-    max_missing_teacher_share: ShareBelowOne = 0.05
+    max_missing_teacher_share: Annotated[ShareBelowOne, Mark.NO_NUMBER] = 0.05
     """tokens of a rollout batch that the teacher may leave without a log-prob; beyond it, asked
     twice, the run stops"""
-    max_skipped_steps: Count = 3
+    max_skipped_steps: Annotated[Count, Mark.NO_NUMBER] = 3
     """a step whose loss or gradient is not finite is skipped; with so many of them in a row the run
     stops"""
-    tokens_per_batch: Count = 16_384
+    tokens_per_batch: Annotated[Count, Mark.ROUNDING] = 16_384
     """most tokens (padding included) in one forward and backward pass; changes memory, not the
     result"""
 
@@ -193,12 +193,12 @@ class RunConfig(Section):
     rollout: RolloutConfig = RolloutConfig()
     optimization: OptimizationConfig = OptimizationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    checkpoints: CheckpointConfig = CheckpointConfig()
+    checkpoints: Annotated[CheckpointConfig, Mark.NO_NUMBER] = CheckpointConfig()
     engine: EngineConfig = EngineConfig()
-    logging: LoggingConfig = LoggingConfig()
+    logging: Annotated[LoggingConfig, Mark.NO_NUMBER] = LoggingConfig()
     seed: NonNegativeInt = 0
     """of everything that is drawn at random"""
-    run_dir: str | None = None
+    run_dir: Annotated[str | None, Mark.NO_NUMBER] = None
     """where the run is stored; by default `runs/<task>-<objective>-seed<seed>`"""
 
     @model_validator(mode="after")
@@ -229,23 +229,12 @@ class RunConfig(Section):
 
     @property
     def digest(self) -> str:
-        """Equal for configs that describe the same run, wherever it lies and, unless a schedule
-        depends on it, however long it is to go on.
-        """
-        table = self.model_dump(mode="json", exclude={"run_dir", "checkpoints", "logging"})
-        table["teacher"] = what_it_answers(table["teacher"])
-        depends_on_num_steps = (
-            self.optimization.schedule != "constant" or self.objective.schedule_depends_on_num_steps
-        )
-        for limit in (
-            "num_steps",
-            "max_seconds",
-            "max_teacher_tokens",
-            "max_missing_teacher_share",
-            "max_skipped_steps",
-        ):
-            if not (limit == "num_steps" and depends_on_num_steps):
-                del table["optimization"][limit]
+        """Equal for configs of the same run: it may be stored and reached elsewhere and, unless a
+        schedule depends on it, be of another length."""
+        loop = self.optimization
+        table = self.dump(without=(Mark.NO_NUMBER, Mark.LENGTH))
+        if loop.schedule != "constant" or self.objective.schedule_depends_on_num_steps:
+            table["optimization"]["num_steps"] = loop.num_steps
         return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
 
     @property

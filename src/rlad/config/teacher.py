@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from rlad.config.template import template_names
-from rlad.config.types import Count, NonNegativeInt, Positive, Section, Share
+from rlad.config.types import Count, Mark, NonNegativeInt, Positive, Section, Share
 from rlad.errors import UserError
 
 
@@ -24,12 +24,12 @@ class LocalTeacherConfig(Section):
     quantization: Literal["none", "int8", "int4"] = "none"
     """of the weights of its linear layers but the output layer (torchao): 8 bits or 4 (on a GPU,
     dtype bfloat16) for each"""
-    device: str = "auto"
+    device: Annotated[str, Mark.ROUNDING] = "auto"
     """`auto` takes the student's device"""
-    keep: Literal["gpu", "cpu"] = "gpu"
+    keep: Annotated[Literal["gpu", "cpu"], Mark.NO_NUMBER] = "gpu"
     """where its weights lie between uses; `cpu` leaves the GPU's memory to the student and costs
     two copies a rollout batch"""
-    tokens_per_batch: Count = 16_384
+    tokens_per_batch: Annotated[Count, Mark.ROUNDING] = 16_384
     """most tokens (padding included) in one forward pass"""
     random_weights: bool = False
     """a control: the model's architecture with random weights of the run's seed, a teacher that
@@ -63,7 +63,7 @@ class AdapterTeacherConfig(Section):
     type: Literal["adapter"]
     adapter: str = "none"
     """folder of a PEFT adapter of the student's base model; `none` is the base model itself"""
-    tokens_per_batch: Count = 16_384
+    tokens_per_batch: Annotated[Count, Mark.ROUNDING] = 16_384
     """most tokens (padding included) in one forward pass"""
 
     @property
@@ -111,7 +111,7 @@ class ServedTeacherConfig(Section):
     `rlad serve-teacher`."""
 
     type: Literal["served"]
-    urls: tuple[ServerURL, ...] = Field(min_length=1)
+    urls: Annotated[tuple[ServerURL, ...], Field(min_length=1), Mark.NO_NUMBER]
     """such as `http://127.0.0.1:8000/v1`; several are replicas of one model: they share the work
     and stand in for each other"""
     model: str
@@ -119,22 +119,24 @@ class ServedTeacherConfig(Section):
     scoring: Literal["auto", "prompt_logprobs", "echo"] = "auto"
     """how the server is asked for log-probs of a given text; `auto` takes what passes the
     self-test"""
-    api_key_variable: Annotated[str, AfterValidator(_variable_name)] = "RLAD_TEACHER_API_KEY"
+    api_key_variable: Annotated[str, AfterValidator(_variable_name), Mark.NO_NUMBER] = (
+        "RLAD_TEACHER_API_KEY"
+    )
     """environment variable with the server's key, if it asks for one; the key itself is neither
     logged nor stored"""
-    max_concurrent_requests: Count = 16
+    max_concurrent_requests: Annotated[Count, Mark.NO_NUMBER] = 16
     """to all replicas together"""
-    timeout_seconds: Positive = 120.0
+    timeout_seconds: Annotated[Positive, Mark.NO_NUMBER] = 120.0
     """for one request, from sending it to the end of its answer"""
-    num_retries: NonNegativeInt = 7
+    num_retries: Annotated[NonNegativeInt, Mark.NO_NUMBER] = 7
     """of a request that no replica answered; with the default pause, 3 minutes pass until it is
     given up"""
-    retry_pause_seconds: Positive = 2.0
+    retry_pause_seconds: Annotated[Positive, Mark.NO_NUMBER] = 2.0
     """before the first retry; doubled by each one up to a minute, and spread randomly"""
-    tolerance: Positive = 0.5
+    tolerance: Annotated[Positive, Mark.NO_NUMBER] = 0.5
     """nats; how far a log-prob may move between generating and scoring the same text (float32
     servers: 1e-3, bfloat16: 0.5)"""
-    local_model: str | None = None
+    local_model: Annotated[str | None, Mark.NO_NUMBER] = None
     """the same model as a folder or Hugging Face name: its log-probs are compared with the server's
     before training"""
 
@@ -218,7 +220,7 @@ class PrivilegedTeacherConfig(Section):
 
     @model_validator(mode="after")
     def _is_told_once(self) -> "PrivilegedTeacherConfig":
-        if any(one.type == "privileged" for one in with_those_inside(self.teacher)):
+        if any(isinstance(one, PrivilegedTeacherConfig) for one in self.teacher.walk()):
             raise UserError(
                 "its teacher is privileged too, and would make its own prompt; write one template"
             )
@@ -235,11 +237,11 @@ class CachedTeacherConfig(Section):
     type: Literal["cached"]
     teacher: "TeacherConfig"
     """the teacher behind the cache"""
-    directory: str = "teacher_cache"
+    directory: Annotated[str, Mark.NO_NUMBER] = "teacher_cache"
     """shared by all runs that name it, also at the same time"""
-    max_gib: Positive = 10.0
+    max_gib: Annotated[Positive, Mark.NO_NUMBER] = 10.0
     """the entries used least recently are deleted beyond it"""
-    tolerance: Positive = 0.1
+    tolerance: Annotated[Positive, Mark.NO_NUMBER] = 0.1
     """nats a token, on average; one stored answer a run is asked for again, and one further off is
     another teacher's"""
 
@@ -255,7 +257,7 @@ class EMATeacherConfig(Section):
     update_rate: Share = 0.05
     """after each step: teacher += update_rate * (student - teacher); 0 is the initial student, 1
     the student itself"""
-    tokens_per_batch: Count = 16_384
+    tokens_per_batch: Annotated[Count, Mark.ROUNDING] = 16_384
     """most tokens (padding included) in one forward pass"""
 
     @property
@@ -265,12 +267,15 @@ class EMATeacherConfig(Section):
         )
 
 
-def with_those_inside(teacher: Any) -> Iterator[Any]:
-    """A section, and the sections of all teachers that it holds."""
-    yield teacher
-    for inner in (getattr(teacher, "teacher", None), *getattr(teacher, "teachers", {}).values()):
-        if inner is not None:
-            yield from with_those_inside(inner)
+def single_teachers(teacher: Section | None, name: str = "teacher") -> Iterator[tuple[str, Any]]:
+    """The sections of the teachers that score by themselves, each with what to call it."""
+    if teacher is None:
+        return
+    if not teacher.children:
+        yield name, teacher
+    for key, inner in teacher.children.items():
+        own_name = key.removeprefix("teachers.")
+        yield from single_teachers(inner, name if key == "teacher" else f"{name} {own_name}")
 
 
 def _local_by_default(section: Any) -> Any:

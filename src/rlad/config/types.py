@@ -1,8 +1,9 @@
 """What the sections of a config are made of: strict numbers, knobs that move with the step. Imports
 no torch."""
 
-from collections.abc import Callable
-from typing import Annotated
+from collections.abc import Callable, Collection, Iterator
+from enum import Enum
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -18,10 +19,59 @@ Count = Annotated[int, Field(strict=True, ge=1)]
 NonNegativeInt = Annotated[int, Field(strict=True, ge=0)]
 
 
+class Mark(Enum):
+    """What changing a setting does to the numbers of a run. A setting without a mark may change all
+    of them."""
+
+    NO_NUMBER = "none: where things are, how they are reached, when a failing run stops"
+    ROUNDING = "their rounding alone: devices, and how much is computed at once"
+    LENGTH = "how many there are"
+    BUDGET = "all of them, and all methods of a comparison share it"
+
+
 class Section(BaseModel):
+    """A table of a config file."""
+
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    @property
+    def children(self) -> "dict[str, Section]":
+        """The sections inside of it, by their dotted key."""
+        found = {}
+        for key in type(self).model_fields:
+            value = getattr(self, key)
+            named = (
+                {f"{key}.{name}": one for name, one in value.items()}
+                if isinstance(value, dict)
+                else {key: value}
+            )
+            found |= {key: one for key, one in named.items() if isinstance(one, Section)}
+        return found
+
+    def walk(self) -> "Iterator[Section]":
+        """This section and all that are inside of it, at any depth."""
+        yield self
+        for child in self.children.values():
+            yield from child.walk()
+
+    def dump(self, *, without: Collection[Mark] = ()) -> dict[str, Any]:
+        """The settings as plain values for JSON, without those that have one of these marks."""
+        table = self.model_dump(mode="json")
+        for key, child in self.children.items():
+            *parents, last = key.split(".", 1)
+            parent = table[parents[0]] if parents else table
+            parent[last] = child.dump(without=without)
+        for key in type(self).keys_with(*without):
+            del table[key]
+        return table
+
+    @classmethod
+    def keys_with(cls, *marks: Mark) -> list[str]:
+        """The settings that have one of these marks."""
+        fields = cls.model_fields.items()
+        return [key for key, field in fields if any(mark in field.metadata for mark in marks)]
 
 
 class Annealed(Section):
