@@ -31,7 +31,6 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from rlad.config.run import RunConfig
 from rlad.engines.native.loop import NativeEngine
-from rlad.engines.rollout_batch import by_rollout
 from rlad.models.loading import LanguageModel
 from rlad.rollouts.sampling import sample
 from rlad.teachers.local import LocalTeacher
@@ -191,10 +190,10 @@ def measure(
     device = teacher.model.device
     student = build(shapes[name], device, torch.float32)
     engine = engine_of(case, student, teacher, options.repetitions + 1)
-    batch, rows = batch_of(engine, case, case.max_tokens), range(case.num_rows)
+    batch = batch_of(engine, case, case.max_tokens)
 
     def score() -> None:
-        batch.teacher_logprobs = by_rollout(engine._ask_teacher(batch, rows), batch, rows)
+        batch.teacher_logprobs = batch.by_rollout(engine._ask_teacher(batch))
 
     def decode() -> None:
         sample(

@@ -26,8 +26,9 @@ from replay import EOS, Case, prompt_text, scripted_completions
 from step_engines import environment, make_engine
 
 from rlad.engines.native.loop import NativeEngine
-from rlad.engines.rollout_batch import RolloutBatch, by_rollout
+from rlad.engines.rollout_batch import RolloutBatch
 from rlad.rollouts.types import Completion, Rollout, RolloutGroup
+from rlad.tasks import Problem
 from rlad.teachers.local import LocalTeacher
 
 BASE = Case(lengths="equal", max_tokens=512, num_prompts=1, group_size=2)
@@ -46,7 +47,7 @@ def batch_of(engine: NativeEngine, case: Case, tokens: int) -> RolloutBatch:
             for row in completions[i * size : (i + 1) * size]
         ]
         ids = engine.student.tokenizer(prompt)["input_ids"]
-        groups.append(RolloutGroup(i, prompt, tuple(ids), tuple(rollouts)))
+        groups.append(RolloutGroup(i, Problem(prompt, "", str(i)), tuple(ids), tuple(rollouts)))
     return RolloutBatch(0, groups, torch.tensor([1.0, -1.0]).repeat(case.num_rows // 2))
 
 
@@ -69,14 +70,14 @@ def measure_here(case: Case, without: str) -> dict[str, int]:
     case = replace(case, tokens_per_batch=case.prompt_tokens + case.max_tokens)
     engine = make_engine(case, num_steps=2, without=without)
     assert isinstance(engine.teacher, LocalTeacher)
-    rows, prompts = range(case.num_rows), range(case.num_prompts)
+    prompts = range(case.num_prompts)
     found = {
         "weights": 4 * _num_bytes(engine.student.model) + _num_bytes(engine.teacher._scorer.model)
     }
     for tokens in (SMALL, case.max_tokens):
         batch = batch_of(engine, case, tokens)
         before = resident()
-        batch.teacher_logprobs = by_rollout(engine._ask_teacher(batch, rows), batch, rows)
+        batch.teacher_logprobs = batch.by_rollout(engine._ask_teacher(batch))
         found["teacher"] = _status("VmHWM") - before
         before = resident()
         engine.update(batch, prompts)

@@ -23,9 +23,9 @@ from replay import Case, ReplayTask, Script, language_model, prompt_text, reward
 from transformers.utils.logging import disable_progress_bar
 
 from rlad.config.run import RunConfig
-from rlad.engines import roll_out
 from rlad.engines.native.loop import NativeEngine
-from rlad.rollouts import sampling
+from rlad.engines.rollout_batch import RolloutBatch
+from rlad.rollouts import grading, sampling
 from rlad.scoring.scorer import Scorer
 from rlad.teachers.local import LocalTeacher
 
@@ -118,7 +118,11 @@ def make_engine(
 
 
 def _score_everything(engine: NativeEngine) -> None:
-    engine._rows_that_train = engine._rows_that_count
+    def count_all(batch: RolloutBatch) -> None:
+        choose_what_trains(batch)
+        batch.trains = batch.counted
+
+    choose_what_trains, engine.choose_what_trains = engine.choose_what_trains, count_all
 
 
 def _keep_finished_rows(engine: NativeEngine) -> None:
@@ -136,7 +140,7 @@ def _prefill_each_row(engine: NativeEngine) -> None:
         for number in range(len(prompts)):
             after_group(number, rows[number * group_size : (number + 1) * group_size])
 
-    roll_out.sample = one_by_one
+    grading.sample = one_by_one
 
 
 def _take_rows_as_they_come(engine: NativeEngine) -> None:

@@ -23,7 +23,7 @@ from tiny_runs import remains
 # evaluation, counts as that.
 PHASES: dict[str, tuple[Any, str]] = {
     "loading": (rlad.training.run, "_load_student"),
-    "generation": (rlad.engines.native.loop, "roll_out"),
+    "generation": (rlad.engines.native.loop, "graded_groups"),
     "teacher scoring": (NativeEngine, "_ask_teacher"),
     "update": (NativeEngine, "update"),
     "checkpoint writing": (RunDirectory, "write_checkpoint"),

@@ -210,7 +210,7 @@ def test_second_ctrl_c_stops_at_once(world, tmp_path, monkeypatch):
 # Where a signal comes: (module or class, its function, which call of it).
 PLACES: dict[str, tuple[Any, str, int]] = {
     "loading models": (rlad.training.run, "load_student", 1),
-    "writing a checkpoint": (rlad.engines.native.loop, "save_engine", 2),
+    "writing a checkpoint": (rlad.engines.native.loop, "save_state", 2),
     "evaluation": (rlad.rollouts.evaluation, "_grade", 1),
     "generation": (NativeEngine, "make_rollout_batch", 2),
     "teacher": (NativeEngine, "_ask_teacher", 2),
@@ -286,7 +286,7 @@ def test_a_second_signal_while_the_checkpoint_is_written_leaves_the_former_one(
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     config = run_config(world, tmp_path / "run")
     toml = write_config(tmp_path / "run.toml", config)
-    places = (PLACES["update"], (rlad.engines.native.loop, "save_engine", 2))
+    places = (PLACES["update"], (rlad.engines.native.loop, "save_state", 2))
     assert (
         train_with_signals(toml, *places, number=signal.SIGINT, errors=tmp_path / "errors") == 130
     )
@@ -333,7 +333,7 @@ def test_a_signal_to_all_processes_leaves_no_completion_unjudged(world, tmp_path
         after_rollouts, original = itertools.count(1), Worker.call
 
         def judge(self: Worker, *args: Any) -> Any:
-            is_training = any(frame.function == "roll_out" for frame in inspect.stack())
+            is_training = any(frame.function == "make_rollout_batch" for frame in inspect.stack())
             if is_training and next(after_rollouts) == 12:
                 (tmp_path / "slow").touch()
                 threading.Timer(0.5, os.killpg, (0, signal.SIGTERM)).start()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from parity_cases import make_case, rollouts_of
-from rlad.engines.imitation import FATES, imitation_of
+from rlad.engines.imitation import FATES, ImitationMap, imitation_of
 from rlad.engines.metrics import TokenStats
 from rlad.objectives import token_loss
 from rlad.objectives.inputs import LossInputs
@@ -101,12 +101,14 @@ def test_the_fates_of_a_step_are_its_gated_shares(tokens_per_batch: int) -> None
         for g in range(4)
         if len({float(a) for a in batch.advantages[4 * g : 4 * g + 4]} - {0.0}) > 1
     )
-    case.engine.accumulate_gradient(batch, rollouts_of(case, [group]), stats)
+    recorded = ImitationMap(4 * group, 4)
+    case.engine.accumulate_gradient(batch, rollouts_of(case, [group]), stats, recorded)
+    imitation = recorded.of_rollout
     summary = stats.summary()
     trained = [i for i in range(4) if batch.advantages[4 * group + i] != 0]
-    assert sorted(batch.imitation) == trained
-    fates = "".join(batch.imitation[i]["fates"] for i in trained)
-    clamped = "".join(batch.imitation[i]["clamped"] for i in trained)
+    assert sorted(imitation) == trained
+    fates = "".join(imitation[i]["fates"] for i in trained)
+    clamped = "".join(imitation[i]["clamped"] for i in trained)
     count = {letter: fates.count(letter) for letter in FATES}
     assert len(fates) == summary["objective/trained_tokens/count"]
     assert min(count[letter] for letter in "+h-p") > 0 and count["."] == 0
@@ -118,7 +120,7 @@ def test_the_fates_of_a_step_are_its_gated_shares(tokens_per_batch: int) -> None
     )
     assert clamped.count("c") / len(clamped) == pytest.approx(summary["objective/clamped/frac"])
     for i in trained:
-        record, advantage = batch.imitation[i], float(batch.advantages[4 * group + i])
+        record, advantage = imitation[i], float(batch.advantages[4 * group + i])
         assert len(record["fates"]) == len(batch.completions[4 * group + i])
         assert record["advantages"] == [pytest.approx(advantage, abs=5e-4)] * len(record["fates"])
         assert set(record["fates"]) <= set("+h" if advantage > 0 else "-p")

@@ -11,6 +11,7 @@ from parity_cases import OBJECTIVES, make_case
 from rlad.engines.metrics import TokenStats, rollout_metrics
 from rlad.objectives.inputs import LossInputs
 from rlad.rollouts.types import Completion, Rollout, RolloutGroup
+from rlad.tasks import Problem
 
 
 def inputs(
@@ -122,7 +123,10 @@ def test_rollout_metrics_by_hand() -> None:
         rollout(1, "correct", 1.0),
         rollout(1, "cannot_judge", math.nan),
     )
-    metrics = rollout_metrics([RolloutGroup(0, "", (5,), mixed), RolloutGroup(1, "", (5,), easy)])
+    problem = Problem("", "", key="")
+    metrics = rollout_metrics(
+        [RolloutGroup(0, problem, (5,), mixed), RolloutGroup(1, problem, (5,), easy)]
+    )
     assert metrics == {
         "reward/mean": 0.75,
         "reward/correct/frac": 0.5,

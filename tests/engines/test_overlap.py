@@ -14,7 +14,7 @@ import torch
 from conformance_server import ConformanceServer
 from rlad.config.file import parse_config
 from rlad.engines.native.loop import NativeEngine
-from rlad.engines.native.overlap import covered_seconds
+from rlad.engines.native.overlap import AskedAhead, covered_seconds
 from rlad.engines.rollout_batch import RolloutBatch
 from rlad.errors import RunFailedError
 from rlad.models.loading import load_language_model
@@ -161,23 +161,24 @@ def test_with_the_own_server(world, monkeypatch):
 # --- when it is asked ----------------------------------------------------------------------------------------------------
 
 
-def test_groups_are_scored_while_others_are_written(world, server):
+def test_groups_are_scored_while_others_are_written(world, server, monkeypatch):
     """One group is decoded after another; the student waits before each token until what was asked
     is answered."""
     with engine_at(world, served(server.url), max_batch_rows=GROUP_SIZE) as engine:
         answered_at_token: list[int] = []
-        num_before, num_asked, ask_ahead = len(server.requests), 0, engine._ask_ahead
+        num_before, num_asked, submit = len(server.requests), 0, AskedAhead.submit
 
-        def count_asked(ahead: Any, index: int, number: int, group: Any) -> None:
+        def count_asked(self: AskedAhead, number: int, requests: Any) -> None:
             nonlocal num_asked
-            ask_ahead(ahead, index, number, group)
-            num_asked = len(ahead.requests)
+            submit(self, number, requests)
+            num_asked += len(requests)
 
         def wait_for_answers() -> None:
             wait_for(lambda: len(server.requests) - num_before == num_asked, seconds=20)
             answered_at_token.append(num_asked)
 
-        engine._ask_ahead, engine.before_work = count_asked, wait_for_answers
+        monkeypatch.setattr(AskedAhead, "submit", count_asked)
+        engine.before_work = wait_for_answers
         batch = engine.make_rollout_batch(0)
     scored = [len(values) > 0 for values in batch.teacher_logprobs or ()]
     by_group = [sum(scored[i : i + GROUP_SIZE]) for i in range(0, len(scored), GROUP_SIZE)]
@@ -261,7 +262,7 @@ class Stopped(Exception):
 
 @pytest.mark.parametrize("fault", ["slow", "401", "dead"])
 @pytest.mark.parametrize("when", ["while the student writes", "while it waits"])
-def test_stopping_does_not_wait_for_the_teacher(world, server, when, fault):
+def test_stopping_does_not_wait_for_the_teacher(world, server, when, fault, monkeypatch):
     """What stops the run is what is raised, whatever has become of the requests."""
     is_written, num_asked = False, 0
 
@@ -274,23 +275,21 @@ def test_stopping_does_not_wait_for_the_teacher(world, server, when, fault):
     with engine_at(
         world, served(server.url, **patient), before_work=stop, max_batch_rows=GROUP_SIZE
     ) as engine:
-        num_before, ask_ahead, with_advantages = (
-            num_threads_here(),
-            engine._ask_ahead,
-            engine._with_advantages,
-        )
+        num_before = num_threads_here()
+        submit, with_advantages = AskedAhead.submit, engine.with_advantages
 
-        def count_asked(ahead: Any, index: int, number: int, group: Any) -> None:
+        def count_asked(self: AskedAhead, number: int, requests: Any) -> None:
             nonlocal num_asked
-            ask_ahead(ahead, index, number, group)
-            num_asked = len(ahead.requests)
+            submit(self, number, requests)
+            num_asked += len(requests)
 
-        def notice_the_end(index: int, groups: Any, seconds: Any) -> RolloutBatch:
+        def notice_the_end(index: int, groups: Any) -> RolloutBatch:
             nonlocal is_written
             is_written = len(groups) == NUM_GROUPS
-            return with_advantages(index, groups, seconds)
+            return with_advantages(index, groups)
 
-        engine._ask_ahead, engine._with_advantages = count_asked, notice_the_end
+        monkeypatch.setattr(AskedAhead, "submit", count_asked)
+        engine.with_advantages = notice_the_end
         server.lasting_fault, server.slow_seconds = ("" if fault == "dead" else fault), 3.0
         if fault == "dead":
             server.kill()

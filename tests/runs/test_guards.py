@@ -200,10 +200,9 @@ def test_a_skipped_step_moves_nothing_but_the_schedule(what):
         batch, same = skips.make_rollout_batch(step), leaves_out.make_rollout_batch(step)
         if step == 2:
             before, metrics = weights(skips), overflow(skips, batch, what)
-            assert metrics["optimization/skipped/count"] == 1 and (
-                "optimization/loss" in metrics
-            ) == (what == "gradient")
-            assert all(map(math.isfinite, metrics.values())) and batch.imitation == {}
+            assert metrics["optimization/skipped/count"] == 1
+            assert ("optimization/loss" in metrics) == (what == "gradient")
+            assert all(map(math.isfinite, metrics.values()))
             assert torch.equal(weights(skips), before)
             leaves_out.scheduler.step()
         else:

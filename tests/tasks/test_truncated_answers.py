@@ -11,7 +11,7 @@ from rlad.config.file import parse_config
 from rlad.config.run import RunConfig
 from rlad.models.loading import load_language_model
 from rlad.rollouts.evaluation import evaluate
-from rlad.rollouts.grading import roll_out
+from rlad.rollouts.grading import graded_groups
 from rlad.tasks.base import Judgement
 from rlad.tasks.jsonl import JsonlTask
 from tiny_runs import WORDS, run_config, write_model
@@ -67,9 +67,7 @@ def test_what_is_judged(config, route):
         more = {"num_problems": 2, "num_samples": NUM_SAMPLES, "temperature": 1.0}
         evaluate(student, task, "test", rollout=config.rollout, **more)
     else:
-        seconds: dict[str, float] = {}
-        more = {"seed": 0, "seconds": seconds, "before_work": lambda: None}
-        groups = roll_out(config, task, [0, 1], writer=student, student=student, **more)
+        groups = graded_groups(student, task, "train", [0, 1], rollout=config.rollout, seed=0)
         written = [rollout for group in groups for rollout in group.rollouts]
         pairs = [(rollout.text, heard) for rollout, heard in zip(written, task.heard, strict=True)]
         assert all(text.startswith(heard) for text, heard in pairs) and any(

@@ -21,7 +21,7 @@ from rlad.config.teacher import CachedTeacherConfig, PrivilegedTeacherConfig, Se
 from rlad.engines.knobs import objective_knobs
 from rlad.engines.metrics import TokenStats
 from rlad.engines.native.loop import NativeEngine
-from rlad.engines.rollout_batch import RolloutBatch, teacher_requests
+from rlad.engines.rollout_batch import RolloutBatch
 from rlad.models.loading import LanguageModel
 from rlad.models.student import load_student
 from rlad.objectives import OBJECTIVES
@@ -30,7 +30,7 @@ from rlad.rollouts.sampling import sample
 from rlad.rollouts.types import Rollout, RolloutGroup
 from rlad.scoring.scorer import Scorer
 from rlad.seeds import stream_seed
-from rlad.tasks import Task, make_task
+from rlad.tasks import Problem, Task, make_task
 from rlad.teachers import prepare_teacher
 from rlad.teachers.asking import count_missing
 from rlad.teachers.base import Teacher, TeacherRequest
@@ -114,7 +114,7 @@ def run_trial(config: RunConfig) -> Trial:
             )
             batch = _sampled(small, student, task, tokens)
             asked, teacher_seconds = (
-                (None, 0.0) if teacher is None else _ask(small, student, teacher, batch, task)
+                (None, 0.0) if teacher is None else _ask(small, student, teacher, batch)
             )
             steps, is_answered = (
                 (),
@@ -193,11 +193,9 @@ class _Decoding:
 
 def _prompts(
     config: RunConfig, student: LanguageModel, task: Task, number: int
-) -> list[tuple[str, list[int]]]:
+) -> list[tuple[Problem, list[int]]]:
     problems = [task.problem("train", i, seed=config.seed) for i in range(number)]
-    return [
-        (p.prompt, prompt_token_ids(student.tokenizer, p.asked, config.rollout)) for p in problems
-    ]
+    return [(p, prompt_token_ids(student.tokenizer, p.asked, config.rollout)) for p in problems]
 
 
 def _sample(
@@ -225,11 +223,11 @@ def _sampled(
     groups = [
         RolloutGroup(
             i,
-            text,
+            problem,
             tuple(ids),
             tuple(Rollout(completion, "", "wrong", 0.0) for completion in group),
         )
-        for i, ((text, ids), group) in enumerate(zip(prompts, completions, strict=True))
+        for i, ((problem, ids), group) in enumerate(zip(prompts, completions, strict=True))
     ]
     num_rollouts = sum(map(len, completions))
     return RolloutBatch(0, groups, 1 - 2 * (torch.arange(num_rollouts, dtype=torch.float64) % 2))
@@ -239,12 +237,12 @@ def _sampled(
 
 
 def _ask(
-    config: RunConfig, student: LanguageModel, teacher: Teacher, batch: RolloutBatch, task: Task
+    config: RunConfig, student: LanguageModel, teacher: Teacher, batch: RolloutBatch
 ) -> tuple[TeacherTrial, float]:
     """Its log-probs, which the batch keeps, compared with the student's; and the seconds that they
     took."""
     requests = _with_peers(
-        teacher_requests(batch, range(len(batch.rollouts)), task, seed=config.seed), student, batch
+        batch.teacher_requests(), student, batch
     )
     teacher.logprobs(requests[:1])  # the first call also loads kernels
     theirs, seconds = _timed(lambda: teacher.logprobs(requests))

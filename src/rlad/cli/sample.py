@@ -12,13 +12,11 @@ from rlad.config.file import load_config
 from rlad.config.run import RunConfig
 from rlad.models.loading import LanguageModel
 from rlad.models.student import load_student
-from rlad.rollouts.prompts import check_prompt_length, prompt_token_ids
-from rlad.rollouts.sampling import sample
-from rlad.rollouts.types import Completion
+from rlad.rollouts.grading import graded_groups
+from rlad.rollouts.types import Rollout, RolloutGroup
 from rlad.runs.directory import RunDirectory
 from rlad.seeds import stream_seed
-from rlad.tasks import Problem, Task, make_task
-from rlad.tasks.base import judge_completion
+from rlad.tasks import make_task
 from rlad.teachers import prepare_teacher
 from rlad.teachers.base import TeacherRequest
 from rlad.text import printable
@@ -33,34 +31,29 @@ def preview(config: RunConfig, *, num_prompts: int) -> list[Row]:
     The student is the last checkpoint in the config's run directory when that holds this very run,
     else the initial student.
     """
-    run, rollout = RunDirectory(config.directory), config.rollout
+    run = RunDirectory(config.directory)
     is_this_run = run.exists() and load_config(run.path).digest == config.digest
     has_checkpoint = is_this_run and run.checkpoints()
     student = load_student(config, run.newest_checkpoint()[1] if has_checkpoint else None)
     teacher, task = prepare_teacher(config, student), make_task(**config.task.model_dump())
     try:
-        problems = [task.problem("validation", i) for i in range(num_prompts)]
-        prompts = [prompt_token_ids(student.tokenizer, p.asked, rollout) for p in problems]
-        for i, prompt in enumerate(prompts):
-            check_prompt_length(
-                len(prompt), f"validation problem {i}", rollout, student.context_tokens
-            )
-        groups = sample(
+        groups = graded_groups(
             student,
-            prompts,
-            group_size=rollout.group_size,
-            max_completion_tokens=rollout.max_completion_tokens,
-            temperature=rollout.temperature,
+            task,
+            "validation",
+            range(num_prompts),
+            rollout=config.rollout,
             seed=stream_seed(config.seed, "preview"),
-            max_batch_rows=rollout.max_batch_rows,
         )
         rows = []
-        for problem, prompt, group in zip(problems, prompts, groups, strict=True):
-            ids = [list(completion.token_ids) for completion in group]
-            requests = [TeacherRequest(prompt, completion, problem) for completion in ids]
-            scored = teacher.logprobs(requests) if teacher else [None] * len(group)
+        for group in groups:
+            requests = [
+                TeacherRequest(group.prompt_token_ids, r.completion.token_ids, group.problem)
+                for r in group.rollouts
+            ]
+            scored = teacher.logprobs(requests) if teacher else [None] * len(requests)
             rows += [
-                _row(student, task, problem, *pair) for pair in zip(group, scored, strict=True)
+                _row(student, group, *pair) for pair in zip(group.rollouts, scored, strict=True)
             ]
         return rows
     finally:
@@ -70,24 +63,18 @@ def preview(config: RunConfig, *, num_prompts: int) -> list[Row]:
 
 
 def _row(
-    student: LanguageModel,
-    task: Task,
-    problem: Problem,
-    completion: Completion,
-    teacher_logprobs: Tensor | None,
+    student: LanguageModel, group: RolloutGroup, rollout: Rollout, teacher_logprobs: Tensor | None
 ) -> Row:
-    token_ids = list(completion.token_ids)
-    (text,) = student.tokenizer.batch_decode([token_ids], skip_special_tokens=True)
-    judgement = judge_completion(task, problem, text, is_truncated=completion.is_truncated)
+    completion = rollout.completion
     return {
         "student": student.name,
-        "prompt": problem.prompt,
-        "completion": text,
-        "verdict": str(judgement.verdict),
-        "reward": _finite(judgement.reward),
-        "reason": judgement.reason,
+        "prompt": group.prompt,
+        "completion": rollout.text,
+        "verdict": rollout.verdict,
+        "reward": _finite(rollout.reward),
+        "reason": rollout.reason,
         "is_truncated": completion.is_truncated,
-        "tokens": student.tokenizer.convert_ids_to_tokens(token_ids),
+        "tokens": student.tokenizer.convert_ids_to_tokens(list(completion.token_ids)),
         "student_logprobs": list(completion.logprobs),
         "teacher_logprobs": None
         if teacher_logprobs is None

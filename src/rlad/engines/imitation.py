@@ -1,5 +1,6 @@
 """What an update did with each token of a completion, for the report's imitation map."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,12 +12,32 @@ FATES = {
     "+": "reinforced: positive advantage, made more likely",
     "h": "held back: positive advantage, gated because the ratio is above 1 + clip_high",
     "-": "punished: negative advantage, made less likely",
-    "p": "protected: negative advantage, gated because the ratio is below 1 - clip_low (or above dual_clip)",
+    "p": (
+        "protected: negative advantage, gated because the ratio is below 1 - clip_low "
+        "(or above dual_clip)"
+    ),
     ".": "no advantage, or no finite score: untouched by the surrogate",
 }
 """One letter for each thing that the clipped surrogate does with a token. It is the teacher that
 holds back and protects where it is in the ratio (TRRD); elsewhere a token is gated because the
 student has moved since it sampled."""
+
+
+class ImitationMap:
+    """Records what an update does with the tokens of one group, whose first rollout in the batch is
+    `first_row`."""
+
+    def __init__(self, first_row: int, group_size: int):
+        self.rows = range(first_row, first_row + group_size)
+        self.of_rollout: dict[int, Any] = {}
+        """by the rollout's place in its group"""
+
+    def add(self, rows: Sequence[int], inputs: LossInputs, stats: dict[str, Tensor]) -> None:
+        """Add a micro-batch, of which `rows` are the rollouts."""
+        for place, row in enumerate(rows):
+            if row in self.rows:
+                record = imitation_of(inputs, stats, place)
+                self.of_rollout[row - self.rows.start] = record
 
 
 def imitation_of(inputs: LossInputs, stats: dict[str, Tensor], row: int) -> dict[str, Any] | None:
@@ -29,16 +50,11 @@ def imitation_of(inputs: LossInputs, stats: dict[str, Tensor], row: int) -> dict
         return None
     length = int(inputs.mask[row].sum())
     advantages = per_token(inputs.advantages, inputs.mask)[row, :length].tolist()
-    trained, held_back, protected = (
-        values[row, :length].tolist()
-        for values in (inputs.trained, stats["gated_positive"], stats["gated_negative"])
-    )
-    fates = [
-        "." if not kept or not a else "h" if held else "p" if spared else "+" if a > 0 else "-"
-        for a, kept, held, spared in zip(advantages, trained, held_back, protected, strict=True)
-    ]
+    trained = inputs.trained[row, :length].tolist()
+    held_back = stats["gated_positive"][row, :length].tolist()
+    protected = stats["gated_negative"][row, :length].tolist()
     record: dict[str, Any] = {
-        "fates": "".join(fates),
+        "fates": "".join(map(_fate, advantages, trained, held_back, protected)),
         "advantages": [round(a, 3) for a in advantages],
     }
     if "clamped" in stats:
@@ -50,3 +66,13 @@ def imitation_of(inputs: LossInputs, stats: dict[str, Tensor], row: int) -> dict
             round(x, 3) for x in stats["log_ratio_to_teacher"][row, :length].tolist()
         ]
     return record
+
+
+def _fate(advantage: float, is_trained: bool, is_held_back: bool, is_protected: bool) -> str:
+    if not is_trained or not advantage:
+        return "."
+    if is_held_back:
+        return "h"
+    if is_protected:
+        return "p"
+    return "+" if advantage > 0 else "-"

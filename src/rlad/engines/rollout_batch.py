@@ -1,26 +1,29 @@
 """What the native engine knows of one batch of prompts between sampling and the last step on it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rlad.errors import UserError
 from rlad.rollouts.types import Metrics, Rollout, RolloutGroup
-from rlad.tasks import Task, Verdict
+from rlad.tasks import Verdict
 from rlad.teachers.base import TeacherRequest
+
+TokenIds = tuple[int, ...]
 
 
 @dataclass(slots=True)
 class RolloutBatch:
-    """The rollouts of one batch of prompts and what was scored on them; lists are by rollout, group
-    after group."""
+    """The rollouts of one batch of prompts and what was scored on them.
+
+    Lists and tensors are by rollout, group after group. Scores are `[completion tokens]` each, and
+    empty for the rollouts that do not train.
+    """
 
     index: int
-    groups: list[RolloutGroup]
+    groups: Sequence[RolloutGroup]
     advantages: Tensor
     teacher_logprobs: list[Tensor] | None = None
     reference_logprobs: list[Tensor] | None = None
@@ -30,75 +33,67 @@ class RolloutBatch:
     """of an objective that makes them from the teacher; they take the place of `advantages`"""
     seconds: Metrics = field(default_factory=dict)
     counts: Metrics = field(default_factory=dict)
-    imitation: dict[int, Any] = field(default_factory=dict)
-    """rollout -> what the last step did with its tokens (`rlad.engines.imitation`), of the first
-    group of that step"""
+
+    group_size: int = field(init=False)
+    rollouts: list[Rollout] = field(init=False)
+    prompts: list[TokenIds] = field(init=False)
+    completions: list[TokenIds] = field(init=False)
+    judged: Tensor = field(init=False)
+    """bool"""
+    is_correct: Tensor = field(init=False)
+    """bool"""
+    group_is_solved: Tensor = field(init=False)
+    """bool: whether some rollout of its group is correct"""
+    counted: Tensor = field(init=False)
+    """bool: the rollouts that the denominator of the loss counts"""
+    trains: Tensor = field(init=False)
+    """bool: those of them that can contribute to the gradient; no other one is scored"""
+
+    def __post_init__(self) -> None:
+        self.group_size = len(self.groups[0].rollouts)
+        self.rollouts = [rollout for group in self.groups for rollout in group.rollouts]
+        self.prompts = [group.prompt_token_ids for group in self.groups for _ in group.rollouts]
+        self.completions = [rollout.completion.token_ids for rollout in self.rollouts]
+        self.judged = torch.tensor([r.verdict != Verdict.CANNOT_JUDGE for r in self.rollouts])
+        self.is_correct = torch.tensor([r.verdict == Verdict.CORRECT for r in self.rollouts])
+        solved = self.is_correct.view(-1, self.group_size).any(dim=1)
+        self.group_is_solved = solved.repeat_interleave(self.group_size)
+        self.counted = self.judged
+        self.trains = self.judged
 
     @property
-    def rollouts(self) -> list[Rollout]:
-        return [rollout for group in self.groups for rollout in group.rollouts]
+    def training_rows(self) -> list[int]:
+        return self.trains.nonzero().flatten().tolist()
 
-    @property
-    def prompts(self) -> list[tuple[int, ...]]:
-        return [group.prompt_token_ids for group in self.groups for _ in group.rollouts]
+    def by_rollout(self, scores: Sequence[Tensor]) -> list[Tensor]:
+        """Scores of the rollouts that train, in a list over all rollouts."""
+        results = [torch.empty(0)] * len(self.rollouts)
+        for i, values in zip(self.training_rows, scores, strict=True):
+            # Filled up with zeros, missing values would say that a teacher is certain of a token.
+            assert len(values) == len(self.completions[i]), "a score for each token, NaN for none"
+            results[i] = values
+        return results
 
-    @property
-    def completions(self) -> list[tuple[int, ...]]:
-        return [rollout.completion.token_ids for rollout in self.rollouts]
+    def teacher_requests(self) -> list[TeacherRequest]:
+        """What a teacher is asked about the rollouts that train."""
+        return [self._teacher_request(*divmod(i, self.group_size)) for i in self.training_rows]
 
-
-def teacher_requests(
-    batch: RolloutBatch, rows: Sequence[int], task: Task, *, seed: int
-) -> list[TeacherRequest]:
-    """What the teacher is asked for some rollouts: tokens, the problem, and a correct completion of
-    another rollout."""
-    size = len(batch.groups[0].rollouts)
-    problems = [task.problem("train", group.problem_index, seed=seed) for group in batch.groups]
-    requests = []
-    for i in rows:
-        group, rollouts = batch.groups[i // size], batch.groups[i // size].rollouts
-        peers = (
-            r.text for j, r in enumerate(rollouts) if j != i % size and r.verdict == Verdict.CORRECT
+    def _teacher_request(self, group_number: int, place: int) -> TeacherRequest:
+        group = self.groups[group_number]
+        correct_others = (
+            rollout.text
+            for i, rollout in enumerate(group.rollouts)
+            if i != place and rollout.verdict == Verdict.CORRECT
         )
-        completion = rollouts[i % size].completion.token_ids
-        requests.append(
-            TeacherRequest(
-                group.prompt_token_ids, completion, problems[i // size], next(peers, None)
-            )
+        return TeacherRequest(
+            group.prompt_token_ids,
+            group.rollouts[place].completion.token_ids,
+            group.problem,
+            next(correct_others, None),
         )
-    return requests
 
 
 def padded(rows: Sequence[Tensor], like: Tensor) -> Tensor:
     """Rows `[length]` as one tensor `[row, longest length]` of the dtype and device of `like`, 0
-    behind each row's end."""
+    where they end."""
     return pad_sequence(list(rows), batch_first=True).to(like)
-
-
-def score_rows(
-    score: Callable[..., list[Tensor]], batch: RolloutBatch, rows: Sequence[int]
-) -> list[Tensor]:
-    """`score(prompts, completions)` of some rollouts of a batch, in a list over all of them; empty
-    tensors for the others."""
-    prompts, completions = batch.prompts, batch.completions
-    return by_rollout(
-        score([prompts[i] for i in rows], [completions[i] for i in rows]), batch, rows
-    )
-
-
-def by_rollout(values: Sequence[Tensor], batch: RolloutBatch, rows: Sequence[int]) -> list[Tensor]:
-    """The scores of the rollouts `rows` in a list over all rollouts of the batch; empty tensors for
-    the others.
-
-    Raises `UserError` when a completion did not get one score per token.
-    """
-    completions, results = batch.completions, [torch.empty(0)] * len(batch.rollouts)
-    for i, value in zip(rows, values, strict=True):
-        if len(value) != len(completions[i]):
-            raise UserError(
-                f"rollout {i} has {len(completions[i])} tokens but {len(value)} log-probs came "
-                "back for it; "
-                "a teacher must give one for each token, NaN where it has none."
-            )
-        results[i] = value
-    return results

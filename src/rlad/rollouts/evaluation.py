@@ -1,16 +1,14 @@
 """Held-out evaluation: sampling and grading problems that were not trained on."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from rlad.config.run import RolloutConfig
 from rlad.models.loading import LanguageModel
-from rlad.rollouts.prompts import check_prompt_length, prompt_token_ids
-from rlad.rollouts.sampling import sample
-from rlad.rollouts.types import Completion
+from rlad.rollouts.grading import graded_groups
+from rlad.rollouts.types import RolloutGroup
 from rlad.runs.results import ProblemResult
 from rlad.seeds import stream_seed
-from rlad.tasks import Problem, Split, Task, Verdict
-from rlad.tasks.base import judge_completion
+from rlad.tasks import Split, Task, Verdict
 
 
 def evaluate(
@@ -22,67 +20,40 @@ def evaluate(
     num_problems: int,
     num_samples: int,
     temperature: float,
-    before_token: Callable[[], None] = lambda: None,
-    share: Callable[[int], range] = range,
+    before_work: Callable[[], None] = lambda: None,
 ) -> list[ProblemResult]:
     """Sample and grade the first `num_problems` problems of a split, with the prompt format and the
     limits of `rollout`.
 
     Prompts and sampling seeds are the same for every run and model, so two results can be compared
-    prompt by prompt. `share` picks, of the number of problems, those that this process takes.
-    `before_token` is called before every decoding step and every problem that is graded, and may
-    raise. Raises `UserError` for a prompt that leaves no room for its completion.
+    prompt by prompt. `before_work` and what is raised are those of `graded_groups`.
     """
     available = task.num_problems(split)
-    indices = share(num_problems if available is None else min(num_problems, available))
-    problems = [task.problem(split, i) for i in indices]
-    prompts = [prompt_token_ids(language_model.tokenizer, p.asked, rollout) for p in problems]
-    for i, prompt in zip(indices, prompts, strict=True):
-        check_prompt_length(
-            len(prompt), f"{split} problem {i}", rollout, language_model.context_tokens
-        )
-    groups = sample(
+    groups = graded_groups(
         language_model,
-        prompts,
-        group_size=num_samples,
-        max_completion_tokens=rollout.max_completion_tokens,
-        temperature=temperature,
+        task,
+        split,
+        range(num_problems if available is None else min(num_problems, available)),
+        rollout=rollout.model_copy(update={"group_size": num_samples, "temperature": temperature}),
         seed=stream_seed(0, "evaluation", split),
-        first_row=indices.start * num_samples,
-        max_batch_rows=rollout.max_batch_rows,
-        before_token=before_token,
+        before_work=before_work,
     )
-    results = []
-    for index, problem, group in zip(indices, problems, groups, strict=True):
-        before_token()
-        results.append(_grade(language_model, task, index, problem, group))
-    before_token()  # a signal to all processes may have ended the verifier's before a completion was judged
-    return results
+    return [_result(group) for group in groups]
 
 
-def _grade(
-    language_model: LanguageModel,
-    task: Task,
-    index: int,
-    problem: Problem,
-    completions: Sequence[Completion],
-) -> ProblemResult:
-    texts = language_model.tokenizer.batch_decode(
-        [list(c.token_ids) for c in completions], skip_special_tokens=True
-    )
-    verdicts = [
-        judge_completion(task, problem, text, is_truncated=completion.is_truncated).verdict
-        for text, completion in zip(texts, completions, strict=True)
-    ]
+def _result(group: RolloutGroup) -> ProblemResult:
+    problem, rollouts = group.problem, group.rollouts
+    verdicts = [rollout.verdict for rollout in rollouts]
+    num_tokens = sum(len(rollout.completion.token_ids) for rollout in rollouts)
     return ProblemResult(
-        index=index,
+        index=group.problem_index,
         key=problem.key,
         difficulty=problem.difficulty,
-        num_samples=len(completions),
+        num_samples=len(rollouts),
         num_correct=verdicts.count(Verdict.CORRECT),
         num_cannot_judge=verdicts.count(Verdict.CANNOT_JUDGE),
-        num_truncated=sum(c.is_truncated for c in completions),
-        mean_completion_tokens=sum(len(c.token_ids) for c in completions) / len(completions),
+        num_truncated=sum(rollout.completion.is_truncated for rollout in rollouts),
+        mean_completion_tokens=num_tokens / len(rollouts),
         prompt=problem.prompt,
-        first_completion=texts[0],
+        first_completion=rollouts[0].text,
     )

@@ -1,92 +1,82 @@
-"""Graded completions of training problems, by the student or by a teacher: what every engine starts
-from."""
+"""From problems to graded groups of completions: prompt, length check, sample, judge.
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+Training, evaluation, `rlad sample` and `rlad check` all come through here.
+"""
 
-from rlad.config.run import RunConfig
+from collections.abc import Callable, Sequence
+
+from rlad.config.run import RolloutConfig
 from rlad.models.loading import LanguageModel
 from rlad.rollouts.prompts import check_prompt_length, prompt_token_ids
 from rlad.rollouts.sampling import sample
-from rlad.rollouts.types import Completion, Metrics, Rollout, RolloutGroup
-from rlad.tasks import Task
+from rlad.rollouts.timer import Timer
+from rlad.rollouts.types import Completion, Rollout, RolloutGroup
+from rlad.tasks import Split, Task
 from rlad.tasks.base import judge_completion, require_reward_in_range
 
 
-def roll_out(
-    config: RunConfig,
+def graded_groups(
+    student: LanguageModel,
     task: Task,
+    split: Split,
     indices: Sequence[int],
     *,
-    writer: LanguageModel,
-    student: LanguageModel,
+    rollout: RolloutConfig,
     seed: int,
-    seconds: Metrics,
-    before_work: Callable[[], None],
-    first_group: int = 0,
+    problem_seed: int = 0,
+    writer: LanguageModel | None = None,
+    before_work: Callable[[], None] = lambda: None,
     after_group: Callable[[int, RolloutGroup], None] = lambda number, group: None,
+    timer: Timer | None = None,
 ) -> list[RolloutGroup]:
-    """A graded group of completions by `writer` for each training problem, prompted as the student
-    is.
+    """Sample `rollout.group_size` completions of each problem of a split, and grade them.
 
-    A group is graded when the last of its completions has ended, and then given to `after_group`
-    with its place in `indices`, while others are still written. The time that writing and grading
-    take is noted in `seconds`. `before_work` is called before every token and every completion is
-    judged. `first_group` is how many groups of the batch others write.
+    The student writes, or `writer`, which is prompted as the student is. `seed` is that of the
+    sampler, `problem_seed` that of the task. A group is graded when its last completion has ended,
+    and then given to `after_group` with its place in `indices`, while others are still written.
+    `before_work` is called before every token and before every completion is judged; it may raise.
+    Raises `UserError` for a prompt that leaves no room for its completion.
     """
-    rollout, tokenizer = config.rollout, student.tokenizer
-    problems = [task.problem("train", i, seed=config.seed) for i in indices]
+    timer = timer or Timer()
+    problems = [task.problem(split, i, seed=problem_seed) for i in indices]
+    names = [f"{'training' if split == 'train' else split} problem {i}" for i in indices]
     groups: dict[int, RolloutGroup] = {}
-    spent: Metrics = {"all": 0.0, "rewards": 0.0, "after groups": 0.0}
 
     def grade(number: int, completions: list[Completion]) -> None:
-        problem = problems[number]
-        with timed(spent, "rewards"):
-            texts = tokenizer.batch_decode(
+        with timer("rewards"):
+            texts = student.tokenizer.batch_decode(
                 [list(c.token_ids) for c in completions], skip_special_tokens=True
             )
             rollouts = []
             for completion, text in zip(completions, texts, strict=True):
                 before_work()
                 judgement = judge_completion(
-                    task, problem, text, is_truncated=completion.is_truncated
+                    task, problems[number], text, is_truncated=completion.is_truncated
                 )
-                require_reward_in_range(task, judgement, f"training problem {indices[number]}")
-                rollouts.append(Rollout(completion, text, str(judgement.verdict), judgement.reward))
+                require_reward_in_range(task, judgement, names[number])
+                grades = (str(judgement.verdict), judgement.reward, judgement.reason)
+                rollouts.append(Rollout(completion, text, *grades))
             groups[number] = RolloutGroup(
-                indices[number], problem.prompt, tuple(prompts[number]), tuple(rollouts)
+                indices[number], problems[number], tuple(prompts[number]), tuple(rollouts)
             )
-        with timed(spent, "after groups"):
-            after_group(number, groups[number])
+        after_group(number, groups[number])
 
-    with timed(spent, "all"):
-        prompts = [prompt_token_ids(tokenizer, problem.asked, rollout) for problem in problems]
-        for i, prompt in zip(indices, prompts, strict=True):
-            check_prompt_length(
-                len(prompt), f"training problem {i}", rollout, student.context_tokens
-            )
+    with timer("generation"):
+        prompts = [prompt_token_ids(student.tokenizer, p.asked, rollout) for p in problems]
+        for name, prompt in zip(names, prompts, strict=True):
+            check_prompt_length(len(prompt), name, rollout, student.context_tokens)
         sample(
-            writer,
+            writer or student,
             prompts,
             group_size=rollout.group_size,
             max_completion_tokens=rollout.max_completion_tokens,
             temperature=rollout.temperature,
             seed=seed,
-            first_row=first_group * rollout.group_size,
             max_batch_rows=rollout.max_batch_rows,
             before_token=before_work,
             after_group=grade,
         )
-    before_work()  # a signal to all processes may have ended the verifier's before a completion was judged
-    seconds["time/rewards/seconds"] = spent["rewards"]
-    seconds["time/generation/seconds"] = spent["all"] - spent["rewards"] - spent["after groups"]
+    # A signal to all processes may have ended the verifier's own before a completion was judged:
+    # then the run stops here, and what could not be judged is not recorded.
+    before_work()
     return [groups[number] for number in range(len(groups))]
-
-
-@contextmanager
-def timed(seconds: Metrics, key: str) -> Iterator[None]:
-    """Adds how long the block took."""
-    started = time.monotonic()
-    yield
-    seconds[key] = seconds.get(key, 0.0) + time.monotonic() - started

@@ -2,8 +2,10 @@
 directory stores."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Self
+
+from rlad.tasks import Problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,34 +26,51 @@ class Rollout:
     """A completion with its text and its grade. `verdict` is `correct`, `wrong` or `cannot_judge`.
 
     `reward` is NaN when the verifier could not judge; such a rollout is left out of the group and
-    trains nothing.
+    trains nothing. `reason` is what the verifier says of its verdict, if anything; it is not
+    stored.
     """
 
     completion: Completion
     text: str
     verdict: str
     reward: float
+    reason: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutGroup:
-    """All rollouts of one prompt."""
+    """All rollouts of one problem. `problem_index` is its number in the split that it is from."""
 
     problem_index: int
-    prompt: str
+    problem: Problem
     prompt_token_ids: tuple[int, ...]
     rollouts: tuple[Rollout, ...]
 
+    @property
+    def prompt(self) -> str:
+        return self.problem.prompt
+
     def to_json(self) -> dict[str, Any]:
-        row = asdict(self)
-        for rollout in row["rollouts"]:
-            rollout["reward"] = (
-                None if math.isnan(rollout["reward"]) else rollout["reward"]
-            )  # JSON has no NaN
-        return row
+        """What is stored of a group; of the problem its index and its prompt."""
+        rollouts = [
+            {
+                "completion": asdict(rollout.completion),
+                "text": rollout.text,
+                "verdict": rollout.verdict,
+                # JSON has no NaN.
+                "reward": None if math.isnan(rollout.reward) else rollout.reward,
+            }
+            for rollout in self.rollouts
+        ]
+        return {
+            "problem_index": self.problem_index,
+            "prompt": self.prompt,
+            "prompt_token_ids": list(self.prompt_token_ids),
+            "rollouts": rollouts,
+        }
 
     @classmethod
-    def from_json(cls, row: dict[str, Any]) -> Self:
+    def from_json(cls, row: dict[str, Any], problem: Problem) -> Self:
         rollouts = tuple(
             Rollout(
                 completion=Completion(
@@ -65,7 +84,7 @@ class RolloutGroup:
             )
             for r in row["rollouts"]
         )
-        return cls(row["problem_index"], row["prompt"], tuple(row["prompt_token_ids"]), rollouts)
+        return cls(row["problem_index"], problem, tuple(row["prompt_token_ids"]), rollouts)
 
 
 Metrics = dict[str, float]

@@ -288,7 +288,7 @@ class Training:
                 num_problems=num_problems,
                 num_samples=num_samples,
                 temperature=settings.temperature,
-                before_token=self.stop.check,
+                before_work=self.stop.check,
             )
             estimate = self._record(name, step, results)
         self.reporter.evaluated(name, step, estimate)

@@ -1,4 +1,4 @@
-"""Saving and restoring the native engine: with the same config a restored run goes on bit for bit
+"""The state of the native engine on disk: with the same config a restored run continues bit for bit
 (CPU, float32).
 
 A checkpoint is a Hugging Face model folder; beside the weights, `trainer/` holds the rest. No
@@ -7,10 +7,11 @@ are functions of the step, so they need no storage.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,116 +19,112 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlad.engines.rollout_batch import RolloutBatch
-from rlad.models.saving import save_model
+from rlad.errors import UserError
 from rlad.rollouts.types import RolloutGroup
+from rlad.tasks import Problem
 
-if TYPE_CHECKING:
-    from rlad.engines.native.loop import NativeEngine
-
-STATE, OPTIMIZER, PENDING = (
-    "trainer/state.json",
-    "trainer/optimizer.safetensors",
-    "trainer/pending.safetensors",
-)
+STATE = "trainer/state.json"
+OPTIMIZER = "trainer/optimizer.safetensors"
+PENDING = "trainer/pending.safetensors"
 TEACHER = "trainer/teacher.safetensors"
+_SCORES = ("teacher_logprobs", "reference_logprobs", "old_logprobs", "token_advantages")
 
 
-def save_engine(engine: "NativeEngine", folder: Path, *, run_digest: str) -> None:
-    """Write everything that `restore_engine` needs into `folder`; `run_digest` names the run it
-    belongs to."""
-    save_model(engine.student, folder)
+@dataclass(frozen=True, slots=True)
+class EngineState:
+    """All that the next steps of a run depend on, beside the student's weights and the config."""
+
+    step: int
+    scheduler: dict[str, Any]
+    moments: dict[int, dict[str, Tensor]]
+    """the optimiser's, by parameter"""
+    teacher_identity: str | None
+    teacher: Mapping[str, Tensor]
+    """of a teacher that moves; empty for others"""
+    pending: RolloutBatch | None
+    """the rollout batch on which steps are still to be made"""
+
+
+def save_state(state: EngineState, folder: Path, *, run_digest: str) -> None:
+    """Write a state into a model's folder; `run_digest` names the run it belongs to."""
     (folder / "trainer").mkdir()
-    moments = engine.optimizer.state_dict()["state"]
-    tensors = {
-        f"{index}.{name}": value
-        for index, entry in moments.items()
+    moments = {
+        f"{index}.{name}": value.contiguous()
+        for index, entry in state.moments.items()
         for name, value in entry.items()
     }
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / OPTIMIZER)
-    teacher = engine.teacher.state() if engine.teacher else {}
-    if teacher:
-        save_file(dict(teacher), folder / TEACHER)
-    state: dict[str, Any] = {
+    save_file(moments, folder / OPTIMIZER)
+    if state.teacher:
+        save_file(dict(state.teacher), folder / TEACHER)
+    saved: dict[str, Any] = {
         "run": run_digest,
-        "step": engine.step,
-        "scheduler": engine.scheduler.state_dict(),
-        "teacher": getattr(engine.teacher, "identity", None),
-        "teacher_moves": bool(teacher),
+        "step": state.step,
+        "scheduler": state.scheduler,
+        "teacher": state.teacher_identity,
+        "teacher_moves": bool(state.teacher),
         "pending": None,
     }
-    if engine.pending is not None:
-        batch = engine.pending
-        groups = [group.to_json() for group in batch.groups]
-        state["pending"] = {
-            "index": batch.index,
-            "groups": groups,
-            "seconds": batch.seconds,
-            "counts": batch.counts,
+    if state.pending is not None:
+        saved["pending"] = {
+            "index": state.pending.index,
+            "groups": [group.to_json() for group in state.pending.groups],
+            "seconds": state.pending.seconds,
+            "counts": state.pending.counts,
         }
-        save_file(batch_tensors(batch), folder / PENDING)
-    (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
+        save_file(batch_tensors(state.pending), folder / PENDING)
+    (folder / STATE).write_text(json.dumps(saved), encoding="utf-8")
 
 
-def read_state(folder: Path, *keys: str, run_digest: str) -> dict[str, Any]:
-    """What a checkpoint says of each key. `ValueError` when it cannot be read, lacks one of them,
-    or is of another run."""
+def load_state(
+    folder: Path, *, run_digest: str, problem_of: Callable[[int], Problem]
+) -> EngineState:
+    """The state that was saved in a checkpoint's folder. `problem_of` gives the training problem of
+    an index.
+
+    Raises `UserError` when it is not one of ours, is damaged, or is of another run.
+    """
     with _readable():
         saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        run, state = saved["run"], {key: saved[key] for key in keys}
-    if run != run_digest:
-        raise ValueError(
-            "it belongs to another run, whose config differs from this run directory's config.toml."
+        if saved["run"] != run_digest:
+            raise UserError(
+                "it belongs to another run, whose config differs from this run directory's "
+                "config.toml."
+            )
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in load_file(folder / OPTIMIZER).items():
+            index, _, name = key.partition(".")
+            moments.setdefault(int(index), {})[name] = tensor
+        pending = None
+        if saved["pending"]:
+            pending = _batch_from(saved["pending"], load_file(folder / PENDING), problem_of)
+        return EngineState(
+            step=saved["step"],
+            scheduler=saved["scheduler"],
+            moments=moments,
+            teacher_identity=saved["teacher"],
+            teacher=load_file(folder / TEACHER) if saved["teacher_moves"] else {},
+            pending=pending,
         )
-    return state
 
 
 @contextmanager
 def _readable() -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(f"its state cannot be read ({error}).") from None
-
-
-def restore_engine(engine: "NativeEngine", folder: Path, *, run_digest: str) -> None:
-    """Bring a new engine, whose student was loaded from `folder`, to the state that was saved
-    there.
-
-    Raises `ValueError` when the checkpoint is not one of ours, is damaged or of another run, or had
-    another teacher.
-    """
-    state = read_state(
-        folder, "step", "scheduler", "teacher", "teacher_moves", "pending", run_digest=run_digest
-    )
-    with _readable():
-        tensors = load_file(folder / OPTIMIZER)
-        pending = load_file(folder / PENDING) if state["pending"] else {}
-        teacher = load_file(folder / TEACHER) if state["teacher_moves"] else {}
-    identity = getattr(engine.teacher, "identity", None)
-    if state["teacher"] != identity:
-        raise ValueError(f"it was trained with teacher {state['teacher']!r}, not {identity!r}.")
-    if engine.teacher is not None:
-        engine.teacher.load_state(teacher)
-    engine.step = state["step"]
-    engine.scheduler.load_state_dict(state["scheduler"])
-    moments: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        index, _, name = key.partition(".")
-        moments.setdefault(int(index), {})[name] = tensor
-    groups = engine.optimizer.state_dict()["param_groups"]
-    for group, learning_rate in zip(groups, engine.scheduler.get_last_lr(), strict=True):
-        group["lr"] = learning_rate
-    engine.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-    if state["pending"]:
-        engine.pending = _batch_from(state["pending"], pending)
-
-
-_SCORES = ("teacher_logprobs", "reference_logprobs", "old_logprobs", "token_advantages")
+    except (
+        OSError,
+        UnicodeDecodeError,
+        json.JSONDecodeError,
+        KeyError,
+        TypeError,
+        SafetensorError,
+    ) as error:
+        raise UserError(f"its state cannot be read ({error}).") from None
 
 
 def batch_tensors(batch: RolloutBatch) -> dict[str, Tensor]:
-    """Advantages and scores by name, rollouts one behind the other, and of each score the lengths
-    of its rows."""
+    """Advantages and scores by name: rollouts one after the other, and the lengths of their
+    rows."""
     tensors = {"advantages": batch.advantages}
     for name in _SCORES:
         rows = getattr(batch, name)
@@ -137,16 +134,22 @@ def batch_tensors(batch: RolloutBatch) -> dict[str, Tensor]:
     return tensors
 
 
-def _batch_from(saved: dict[str, Any], tensors: dict[str, Tensor]) -> RolloutBatch:
-    groups = [RolloutGroup.from_json(row) for row in saved["groups"]]
-    batch = RolloutBatch(
+def _batch_from(
+    saved: dict[str, Any], tensors: dict[str, Tensor], problem_of: Callable[[int], Problem]
+) -> RolloutBatch:
+    groups = [
+        RolloutGroup.from_json(row, problem_of(row["problem_index"])) for row in saved["groups"]
+    ]
+    scores = {
+        name: list(tensors[name].split(tensors[f"{name}/lengths"].tolist()))
+        for name in _SCORES
+        if name in tensors
+    }
+    return RolloutBatch(
         saved["index"],
         groups,
         tensors["advantages"],
         seconds=saved["seconds"],
         counts=saved["counts"],
+        **scores,
     )
-    for name in _SCORES:
-        if name in tensors:
-            setattr(batch, name, list(tensors[name].split(tensors[f"{name}/lengths"].tolist())))
-    return batch

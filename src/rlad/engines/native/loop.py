@@ -9,6 +9,7 @@ rollout batch, that batch.
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,18 +21,12 @@ from transformers import get_scheduler
 
 from rlad.config.run import RunConfig
 from rlad.engines.base import ResumePoint, StepResult, peak_memory
-from rlad.engines.imitation import imitation_of
+from rlad.engines.imitation import ImitationMap
 from rlad.engines.knobs import at_step, objective_knobs, taken_by
 from rlad.engines.metrics import TokenStats, rollout_metrics
-from rlad.engines.native.checkpoint import batch_tensors, restore_engine, save_engine
-from rlad.engines.native.overlap import AskedAhead, asking_ahead
-from rlad.engines.rollout_batch import (
-    RolloutBatch,
-    by_rollout,
-    padded,
-    score_rows,
-    teacher_requests,
-)
+from rlad.engines.native.checkpoint import EngineState, batch_tensors, load_state, save_state
+from rlad.engines.native.overlap import AskedAhead
+from rlad.engines.rollout_batch import RolloutBatch, padded
 from rlad.engines.skipped_steps import (
     SKIPPED,
     SkippedBatch,
@@ -39,12 +34,15 @@ from rlad.engines.skipped_steps import (
     metrics_of_skipped,
     require_sound_weights,
 )
+from rlad.errors import UserError
 from rlad.models.loading import LanguageModel
-from rlad.objectives import OBJECTIVES, Objective, token_loss
+from rlad.models.saving import save_model
+from rlad.objectives import OBJECTIVES, token_loss
 from rlad.objectives.advantages import group_advantages
 from rlad.objectives.aggregate import aggregate, denominator
 from rlad.objectives.inputs import LossInputs
-from rlad.rollouts.grading import roll_out, timed
+from rlad.rollouts.grading import graded_groups
+from rlad.rollouts.timer import Timer
 from rlad.rollouts.types import Metrics, RolloutGroup
 from rlad.scoring.scorer import CompletionScores, Scorer
 from rlad.seeds import stream_seed
@@ -123,8 +121,9 @@ class NativeEngine:
                 self.before_work()
             batch, part = self.pending, self.step % per_batch
             started = time.monotonic()
-            prompts = self._minibatch(batch.index, part)
-            metrics = self.update(batch, prompts)
+            prompts = self.minibatch(batch.index, part)
+            imitation = ImitationMap(prompts[0] * batch.group_size, batch.group_size)
+            metrics = self.update(batch, prompts, imitation)
             metrics |= {
                 "time/update/seconds": time.monotonic() - started,
                 "memory/peak/bytes": peak_memory(self.student),
@@ -133,9 +132,13 @@ class NativeEngine:
             self.step += 1
             if part == per_batch - 1:
                 self.pending = None
-            skipped = SkippedBatch(batch.groups, batch_tensors(batch)) if metrics[SKIPPED] else None
+            is_skipped = bool(metrics[SKIPPED])
             yield StepResult(
-                self.step, metrics, [batch.groups[i] for i in prompts], batch.imitation, skipped
+                self.step,
+                metrics,
+                [batch.groups[i] for i in prompts],
+                {} if is_skipped else imitation.of_rollout,
+                SkippedBatch(batch.groups, batch_tensors(batch)) if is_skipped else None,
             )
 
     def run(self, after_step: Callable[[StepResult], bool]) -> None:
@@ -154,180 +157,199 @@ class NativeEngine:
         return "rollouts" if is_new else "step"
 
     def save(self, folder: Path, *, run_digest: str) -> None:
-        save_engine(self, folder, run_digest=run_digest)
+        save_model(self.student, folder)
+        state = EngineState(
+            step=self.step,
+            scheduler=self.scheduler.state_dict(),
+            moments=self.optimizer.state_dict()["state"],
+            teacher_identity=self._teacher_identity,
+            teacher=self.teacher.state() if self.teacher else {},
+            pending=self.pending,
+        )
+        save_state(state, folder, run_digest=run_digest)
 
     def restore(self, folder: Path, *, run_digest: str) -> None:
-        restore_engine(self, folder, run_digest=run_digest)
+        problem_of = partial(self.task.problem, "train", seed=self.config.seed)
+        state = load_state(folder, run_digest=run_digest, problem_of=problem_of)
+        if state.teacher_identity != self._teacher_identity:
+            raise UserError(
+                f"it was trained with teacher {state.teacher_identity!r}, not "
+                f"{self._teacher_identity!r}."
+            )
+        if self.teacher is not None:
+            self.teacher.load_state(state.teacher)
+        self.step = state.step
+        self.scheduler.load_state_dict(state.scheduler)
+        # The optimiser of a new engine is at the first learning rate of the schedule.
+        groups = self.optimizer.state_dict()["param_groups"]
+        for group, learning_rate in zip(groups, self.scheduler.get_last_lr(), strict=True):
+            group["lr"] = learning_rate
+        self.optimizer.load_state_dict({"state": state.moments, "param_groups": groups})
+        self.pending = state.pending
+        if self.pending is not None:
+            self.choose_what_trains(self.pending)
+
+    @property
+    def _teacher_identity(self) -> str | None:
+        return None if self.teacher is None else self.teacher.identity
 
     def close(self) -> None:
         if self.teacher is not None:
             self.teacher.close()
 
-    def objective_of(self, batch_index: int) -> Any:
+    def objective_at(self, batch_index: int) -> Any:
         """The config of the objective that a rollout batch is for: of the run's, the one whose turn
         it is."""
         objective, loop = self.config.objective, self.config.optimization
         return objective.at_step(batch_index * loop.steps_per_rollout_batch, loop.num_steps)
 
-    # --- rollouts -----------------------------------------------------------------------------------------------------
+    # --- rollouts ---------------------------------------------------------------------------------
 
     def make_rollout_batch(self, index: int) -> RolloutBatch:
-        """Sample, reward, advantage; then what the objective needs from teacher, reference and old
-        policy."""
-        size = self.config.rollout.prompts_per_batch
-        objective = self.objective_of(index)
-        row = OBJECTIVES[objective.type]
-        seconds: Metrics = {}
-        with asking_ahead(self.teacher if objective.needs_teacher else None, seconds) as ahead:
-            groups = roll_out(
-                self.config,
-                self.task,
-                range(index * size, (index + 1) * size),
-                writer=self.student,
-                student=self.student,
-                seed=stream_seed(self.config.seed, "rollouts", index),
-                seconds=seconds,
-                before_work=self.before_work,
-                after_group=partial(self._ask_ahead, ahead, index),
-            )
-            batch = self._with_advantages(index, groups, seconds)
-            rows = self._rows_that_train(batch)
-            if objective.needs_teacher:
-                assert self.teacher is not None
-                with timed(seconds, "time/teacher/seconds"):
-                    batch.teacher_logprobs = by_rollout(
-                        self._ask_teacher(batch, rows, ahead), batch, rows
-                    )
-                batch.counts |= {
-                    "teacher/tokens/count": sum(map(len, batch.teacher_logprobs))
-                } | self.teacher.pop_metrics()
+        """Everything that the steps on one batch of prompts need, in the order of the paper."""
+        objective = self.objective_at(index)
+        timer = Timer()
+        teacher = self.teacher if objective.needs_teacher else None
+        ahead = AskedAhead(teacher) if teacher and teacher.works_elsewhere else None
+
+        # A teacher that works elsewhere begins with a group while others are still written.
+        def after_group(number: int, group: RolloutGroup) -> None:
+            if ahead is not None:
+                with timer("teacher"):
+                    requests = self.with_advantages(index, [group]).teacher_requests()
+                    ahead.submit(number, requests)
+
+        with ExitStack() as held:
+            if teacher is not None:
+                held.callback(teacher.cancel)  # what an error leaves under way
+
+            # 1. Sample a group of completions for each prompt, and grade them.
+            groups = self.sample_groups(index, timer=timer, after_group=after_group)
+
+            # 2. Advantages, and with them which completions can contribute to the gradient at all.
+            batch = self.with_advantages(index, groups)
+
+            # 3. What teacher, reference and old policy say of those completions, as far as the
+            # objective needs it.
+            if teacher is not None:
+                with timer("teacher"):
+                    batch.teacher_logprobs = batch.by_rollout(self._ask_teacher(batch, ahead))
+                num_tokens = sum(map(len, batch.teacher_logprobs))
+                batch.counts = {"teacher/tokens/count": num_tokens} | teacher.pop_metrics()
         if self.reference_scorer is not None:
-            with timed(seconds, "time/reference/seconds"):
-                batch.reference_logprobs = score_rows(self.reference_scorer.score, batch, rows)
-        if self.config.optimization.steps_per_rollout_batch > 1 or row.token_advantages:
-            with timed(seconds, "time/old_logprobs/seconds"):
-                batch.old_logprobs = score_rows(self.scorer.score, batch, rows)
-        if row.token_advantages:
-            batch.token_advantages = self._token_advantages(row, batch)
+            with timer("reference"):
+                batch.reference_logprobs = self._scores(batch, self.reference_scorer)
+        token_advantages = OBJECTIVES[objective.type].token_advantages
+        if self.config.optimization.steps_per_rollout_batch > 1 or token_advantages:
+            with timer("old_logprobs"):
+                batch.old_logprobs = self._scores(batch, self.scorer)
+        if token_advantages:
+            batch.token_advantages = self._token_advantages(batch, token_advantages)
+        batch.seconds = timer.seconds
+        if ahead is not None:
+            batch.seconds["teacher/overlap/seconds"] = ahead.overlap_seconds
         return batch
 
-    def _with_advantages(
-        self, index: int, groups: list[RolloutGroup], seconds: Metrics
-    ) -> RolloutBatch:
-        rewards = torch.tensor(
-            [r.reward for group in groups for r in group.rollouts], dtype=torch.float64
-        )
-        judged = torch.tensor(
-            [r.verdict != Verdict.CANNOT_JUDGE for group in groups for r in group.rollouts]
-        )
-        scale, size = self.config.optimization.advantage_scale, self.config.rollout.group_size
-        return RolloutBatch(
-            index,
-            groups,
-            group_advantages(rewards, size, scale=scale, judged=judged),
-            seconds=seconds,
+    def sample_groups(
+        self,
+        index: int,
+        *,
+        timer: Timer,
+        after_group: Callable[[int, RolloutGroup], None] = lambda number, group: None,
+    ) -> list[RolloutGroup]:
+        """A graded group for each prompt of a rollout batch."""
+        size = self.config.rollout.prompts_per_batch
+        return graded_groups(
+            self.student,
+            self.task,
+            "train",
+            range(index * size, (index + 1) * size),
+            rollout=self.config.rollout,
+            seed=stream_seed(self.config.seed, "rollouts", index),
+            problem_seed=self.config.seed,
+            before_work=self.before_work,
+            after_group=after_group,
+            timer=timer,
         )
 
-    def _ask_ahead(
-        self, ahead: AskedAhead | None, index: int, number: int, group: RolloutGroup
-    ) -> None:
-        """Ask the teacher about a group of a batch, while others of it are still written."""
-        if ahead is None:
-            return
-        with timed(ahead.seconds, "time/teacher/seconds"):
-            batch, first = (
-                self._with_advantages(index, [group], {}),
-                number * self.config.rollout.group_size,
-            )
-            rows = self._rows_that_train(batch)
-            ahead.ask(
-                [first + i for i in rows],
-                teacher_requests(batch, rows, self.task, seed=self.config.seed),
-            )
+    def with_advantages(self, index: int, groups: Sequence[RolloutGroup]) -> RolloutBatch:
+        """Some groups of a rollout batch, with their advantages and what of them trains."""
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        advantages = group_advantages(
+            torch.tensor([r.reward for r in rollouts], dtype=torch.float64),
+            len(groups[0].rollouts),
+            scale=self.config.optimization.advantage_scale,
+            judged=torch.tensor([r.verdict != Verdict.CANNOT_JUDGE for r in rollouts]),
+        )
+        batch = RolloutBatch(index, groups, advantages)
+        self.choose_what_trains(batch)
+        return batch
 
-    def _ask_teacher(
-        self, batch: RolloutBatch, rows: Sequence[int], ahead: AskedAhead | None = None
-    ) -> list[Tensor]:
-        """The teacher's log-probs of some rollouts, which it may have been asked for ahead."""
+    def choose_what_trains(self, batch: RolloutBatch) -> None:
+        """Leave out rollouts that were not judged, where rewards are used, and those of advantage 0
+        that contribute exactly nothing to the gradient."""
+        objective = self.objective_at(batch.index)
+        batch.counted = batch.judged if objective.uses_reward else torch.ones_like(batch.judged)
+        batch.trains = batch.counted
+        if objective.zero_advantage_is_zero_gradient and not self.config.optimization.kl_coef:
+            batch.trains = batch.counted & (batch.advantages != 0)
+
+    def _scores(self, batch: RolloutBatch, scorer: Scorer) -> list[Tensor]:
+        rows = batch.training_rows
+        prompts, completions = batch.prompts, batch.completions
+        return batch.by_rollout(
+            scorer.score([prompts[i] for i in rows], [completions[i] for i in rows])
+        )
+
+    def _ask_teacher(self, batch: RolloutBatch, ahead: AskedAhead | None = None) -> list[Tensor]:
+        """The teacher's log-probs of the rollouts that train, for which it may have been asked
+        ahead."""
         assert self.teacher is not None
-        if ahead is None:
-            requests = teacher_requests(batch, rows, self.task, seed=self.config.seed)
-        else:
-            requests = [ahead.requests[row] for row in rows]
         return complete_logprobs(
             self.teacher,
-            requests,
+            batch.teacher_requests(),
             max_missing_share=self.config.optimization.max_missing_teacher_share,
             step=self.step + 1,
-            answers=None if ahead is None else ahead.answers(rows),
+            answers=None if ahead is None else ahead.wait(),
         )
 
-    def _token_advantages(self, row: Objective, batch: RolloutBatch) -> list[Tensor]:
-        assert (
-            batch.old_logprobs is not None
-            and batch.teacher_logprobs is not None
-            and row.token_advantages is not None
-        )
-        lengths = [len(completion) for completion in batch.completions]
-        mask = pad_sequence(
-            [torch.ones(length, dtype=torch.bool) for length in lengths], batch_first=True
-        )
-        advantages = row.token_advantages(
+    def _token_advantages(self, batch: RolloutBatch, make: Callable[..., Tensor]) -> list[Tensor]:
+        assert batch.old_logprobs and batch.teacher_logprobs
+        knobs = objective_knobs(self.objective_at(batch.index), self.step)
+        tokens = [torch.ones(len(ids), dtype=torch.bool) for ids in batch.completions]
+        advantages = make(
             old_logprobs=pad_sequence(batch.old_logprobs, batch_first=True),
             teacher_logprobs=pad_sequence(batch.teacher_logprobs, batch_first=True),
-            mask=mask,
-            group_size=self.config.rollout.group_size,
-            **taken_by(
-                row.token_advantages, objective_knobs(self.objective_of(batch.index), self.step)
-            ),
+            mask=pad_sequence(tokens, batch_first=True),
+            group_size=batch.group_size,
+            **taken_by(make, knobs),
         )
-        return [values[:length] for values, length in zip(advantages, lengths, strict=True)]
+        return [row[: len(ids)] for row, ids in zip(advantages, batch.completions, strict=True)]
 
-    def _rows_that_train(self, batch: RolloutBatch) -> list[int]:
-        """Rollouts with a say in the loss; without those of advantage 0 that contribute exactly
-        nothing to the gradient."""
-        objective = self.objective_of(batch.index)
-        skippable = (
-            objective.zero_advantage_is_zero_gradient and not self.config.optimization.kl_coef
-        )
-        rows = self._rows_that_count(batch)
-        return [i for i in rows if not (skippable and batch.advantages[i] == 0)]
+    # --- update -----------------------------------------------------------------------------------
 
-    def _rows_that_count(self, batch: RolloutBatch) -> list[int]:
-        """The rollouts that the denominator counts: the judged ones; all of them for an objective
-        that uses no reward."""
-        if not self.objective_of(batch.index).uses_reward:
-            return list(range(len(batch.rollouts)))
-        return [
-            i for i, rollout in enumerate(batch.rollouts) if rollout.verdict != Verdict.CANNOT_JUDGE
-        ]
-
-    def _minibatch(self, index: int, part: int) -> list[int]:
+    def minibatch(self, index: int, part: int) -> list[int]:
         """The prompts of one optimiser step: an equal share of the batch, in a seeded order."""
-        rollout, per_batch = self.config.rollout, self.config.optimization.steps_per_rollout_batch
-        generator = torch.Generator().manual_seed(
-            stream_seed(self.config.seed, "minibatches", index)
-        )
-        order = torch.randperm(rollout.prompts_per_batch, generator=generator).tolist()
-        size = rollout.prompts_per_batch // per_batch
+        num_prompts = self.config.rollout.prompts_per_batch
+        size = num_prompts // self.config.optimization.steps_per_rollout_batch
+        seed = stream_seed(self.config.seed, "minibatches", index)
+        order = torch.randperm(num_prompts, generator=torch.Generator().manual_seed(seed)).tolist()
         return sorted(order[part * size : (part + 1) * size])
 
-    # --- update -------------------------------------------------------------------------------------------------------
-
-    def update(self, batch: RolloutBatch, prompts: Sequence[int]) -> Metrics:
+    def update(
+        self, batch: RolloutBatch, prompts: Sequence[int], imitation: ImitationMap | None = None
+    ) -> Metrics:
         """One optimiser step on the groups `prompts` of a batch; returns its metrics.
 
         When loss or gradient is not finite the step is skipped: weights, moments and teacher stay
-        as they are, and the learning rate goes on, which is a function of the step's number.
+        as they are, and the learning rate moves on, which is a function of the step's number.
         """
-        group_size = self.config.rollout.group_size
-        wanted = [i for p in prompts for i in range(p * group_size, (p + 1) * group_size)]
-        stats = TokenStats()
-        loss = self.accumulate_gradient(batch, wanted, stats)
+        size, stats = batch.group_size, TokenStats()
+        wanted = [i for p in prompts for i in range(p * size, (p + 1) * size)]
+        loss = self.accumulate_gradient(batch, wanted, stats, imitation)
         norm = float(
             torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optimization.max_grad_norm)
         )
-        is_skipped = not (math.isfinite(loss) and math.isfinite(norm))
         metrics = rollout_metrics([batch.groups[i] for i in prompts]) | stats.summary()
         metrics |= {
             "optimization/loss": loss,
@@ -335,9 +357,10 @@ class NativeEngine:
             "optimization/learning_rate": float(self.scheduler.get_last_lr()[0]),
             SKIPPED: 0.0,
         }
+        is_skipped = not (math.isfinite(loss) and math.isfinite(norm))
         if is_skipped:
             drop_gradient(self.parameters)
-            metrics, batch.imitation = metrics_of_skipped(metrics), {}
+            metrics = metrics_of_skipped(metrics)
         self.optimizer.step()
         self.scheduler.step()
         if self.teacher is not None and not is_skipped:
@@ -345,21 +368,21 @@ class NativeEngine:
         return metrics
 
     def accumulate_gradient(
-        self, batch: RolloutBatch, wanted: Sequence[int], stats: TokenStats
+        self,
+        batch: RolloutBatch,
+        wanted: Sequence[int],
+        stats: TokenStats,
+        imitation: ImitationMap | None = None,
     ) -> float:
         """Set the gradient to that of the loss over the rollouts `wanted`, and return the loss.
 
         The denominator is that of all of them, so neither micro-batches nor left-out rows change
         the result. The loss is NaN where the student's own log-probs are not finite.
         """
-        loop, objective = self.config.optimization, self.objective_of(batch.index)
+        loop, objective = self.config.optimization, self.objective_at(batch.index)
         knobs = taken_by(OBJECTIVES[objective.type].function, objective_knobs(objective, self.step))
         kl_coef = at_step(loop.kl_coef, self.step)
-        prompts, completions, trains = (
-            batch.prompts,
-            batch.completions,
-            set(self._rows_that_train(batch)),
-        )
+        trains = set(batch.training_rows)
         rows = [i for i in wanted if i in trains]
         stats.scored_share = len(rows) / len(wanted)
         whole = self._denominator(batch, wanted, stats)
@@ -372,7 +395,8 @@ class NativeEngine:
                 parameter.grad = torch.zeros_like(parameter)
             else:
                 parameter.grad.zero_()
-        total, batch.imitation = 0.0, {}
+        total = 0.0
+        prompts, completions = batch.prompts, batch.completions
         for micro in self.scorer.batches(
             [prompts[i] for i in rows], [completions[i] for i in rows]
         ):
@@ -391,11 +415,8 @@ class NativeEngine:
             total += float(loss.detach())
             sampled = [torch.tensor(batch.rollouts[i].completion.logprobs) for i in part]
             stats.add(inputs, scores.entropy, padded(sampled, scores.logprobs), token_stats)
-            for row, i in enumerate(part):
-                if i in wanted[: self.config.rollout.group_size]:
-                    batch.imitation[i % self.config.rollout.group_size] = imitation_of(
-                        inputs, token_stats, row
-                    )
+            if imitation is not None:
+                imitation.add(part, inputs, token_stats)
         self.student.model.eval()
         return total
 
@@ -403,31 +424,25 @@ class NativeEngine:
         self, batch: RolloutBatch, part: Sequence[int], scores: CompletionScores
     ) -> LossInputs:
         """The tensors of the rollouts `part`, given the student's scores of them."""
+        like, rows = scores.logprobs, torch.tensor(part)
 
         def chosen(values: list[Tensor] | None) -> Tensor | None:
-            return None if values is None else padded([values[i] for i in part], scores.logprobs)
+            return None if values is None else padded([values[i] for i in part], like)
 
-        old, advantages, size = (
-            chosen(batch.old_logprobs),
-            chosen(batch.token_advantages),
-            self.config.rollout.group_size,
-        )
-        correct = torch.tensor(
-            [rollout.verdict == Verdict.CORRECT for rollout in batch.rollouts],
-            device=scores.mask.device,
-        )
-        solved = correct.view(-1, size).any(dim=1).repeat_interleave(size)
+        old, token_advantages = chosen(batch.old_logprobs), chosen(batch.token_advantages)
+        if token_advantages is None:
+            advantages = batch.advantages[rows].to(like)
+        else:
+            advantages = token_advantages
         return LossInputs(
-            student_logprobs=scores.logprobs,
-            old_logprobs=scores.logprobs.detach() if old is None else old,
-            advantages=batch.advantages[list(part)].to(scores.logprobs)
-            if advantages is None
-            else advantages,
+            student_logprobs=like,
+            old_logprobs=like.detach() if old is None else old,
+            advantages=advantages,
             mask=scores.mask,
             teacher_logprobs=chosen(batch.teacher_logprobs),
             reference_logprobs=chosen(batch.reference_logprobs),
-            is_correct=correct[list(part)],
-            group_is_solved=solved[list(part)],
+            is_correct=batch.is_correct[rows].to(like.device),
+            group_is_solved=batch.group_is_solved[rows].to(like.device),
         )
 
     def _denominator(self, batch: RolloutBatch, wanted: Sequence[int], stats: TokenStats) -> float:
@@ -436,16 +451,17 @@ class NativeEngine:
 
         Rows that were not scored, as they contribute nothing, count in full.
         """
-        counted = set(self._rows_that_count(batch))
-        kept = []
-        for i in (i for i in wanted if i in counted):
-            kept.append(torch.ones(len(batch.rollouts[i].completion.token_ids), dtype=torch.bool))
+        counted = batch.counted.tolist()
+        kept = [torch.zeros(0, dtype=torch.bool)]
+        for i in (i for i in wanted if counted[i]):
+            tokens = torch.ones(len(batch.completions[i]), dtype=torch.bool)
             for values in (batch.teacher_logprobs, batch.reference_logprobs, batch.old_logprobs):
                 if values is not None and len(values[i]):
-                    kept[-1] &= torch.isfinite(values[i])
-            stats.num_dropped += int((~kept[-1]).sum())
-        mask = pad_sequence(kept, batch_first=True) if kept else torch.zeros(0, 0, dtype=torch.bool)
-        max_tokens = self.config.rollout.max_completion_tokens
+                    tokens &= torch.isfinite(values[i])
+            stats.num_dropped += int((~tokens).sum())
+            kept.append(tokens)
         return denominator(
-            mask, mode=self.config.optimization.aggregation, max_completion_tokens=max_tokens
+            pad_sequence(kept, batch_first=True),
+            mode=self.config.optimization.aggregation,
+            max_completion_tokens=self.config.rollout.max_completion_tokens,
         )
