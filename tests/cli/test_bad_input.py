@@ -345,7 +345,7 @@ def finished(world: Path, toml: Path, tmp_path: Path) -> Path:
 def test_existing_run_is_kept(toml, finished):
     before = remains(finished)
     sentence = rlad_fails("train", toml)
-    assert "exists already; use --resume to go on with it, --overwrite to delete it" in sentence
+    assert "exists already; use --resume to continue it, --overwrite to delete it" in sentence
     assert remains(finished) == before
 
 

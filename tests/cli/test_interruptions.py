@@ -78,7 +78,7 @@ def test_disk_full_at_a_checkpoint(world, tmp_path, full_at):
     with small_disk(tmp_path / "disk", kilobytes=1000):
         config = run_config(world, tmp_path / "disk" / "run")
         with pytest.raises(
-            CannotWriteError, match=r"cannot be written .*--resume` goes on from step-000000"
+            CannotWriteError, match=r"cannot be written .*--resume` continues from step-000000"
         ):
             rlad.train(
                 config, reporter=Fill(tmp_path / "disk", leave=leave, before_checkpoint=True)
@@ -109,7 +109,7 @@ def test_file_size_limit_at_a_checkpoint(world, tmp_path):
     config = run_config(world, tmp_path / "run")
     try:
         with pytest.raises(
-            CannotWriteError, match=r"File too large.*--resume` goes on from step-000000"
+            CannotWriteError, match=r"File too large.*--resume` continues from step-000000"
         ):
             rlad.train(config, reporter=Limit())
     finally:
@@ -367,6 +367,6 @@ def test_of_two_runs_that_begin_at_once_in_one_place_the_later_is_refused(world,
             if name == "loading models":
                 first.append(remains(rlad.train(config).run_dir))
 
-    with pytest.raises(ValueError, match="exists already; use --resume to go on with it"):
+    with pytest.raises(ValueError, match="exists already; use --resume to continue it"):
         rlad.train(config, reporter=MeanwhileAnother())
     assert first == [remains(tmp_path / "run")]

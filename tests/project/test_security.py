@@ -268,7 +268,7 @@ def test_a_manifest_that_names_files_elsewhere_is_damage(tmp_path, name):
     (checkpoint / "manifest.json").write_text(
         json.dumps({"files": {name: {"size": 1, "sha256": "0" * 64}}})
     )
-    assert damage(checkpoint) == f"{name} lies outside of it"
+    assert damage(checkpoint) == f"{name} is outside of it"
 
 
 def test_a_run_directory_cannot_send_writes_elsewhere(world, tmp_path):

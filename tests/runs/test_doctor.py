@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from test_guards import concerned, rows_of
 
 import rlad
 from rlad.cli.main import main
@@ -16,7 +17,6 @@ from rlad.config.file import dump_config, load_config
 from rlad.runs.directory import RunDirectory
 from rlad.runs.doctor import diagnose
 from rlad.runs.guards import GUARDS, Watch
-from test_guards import concerned, rows_of
 from tiny_runs import rlad_fails, run_config
 
 NUM_STEPS = 30
@@ -74,6 +74,20 @@ def write_rows(path: Path, name: str, rows: list[dict[str, Any]]) -> None:
     (path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+RESULT = {
+    "index": 0,
+    "key": "key",
+    "difficulty": "",
+    "num_samples": 4,
+    "num_correct": 1,
+    "num_cannot_judge": 0,
+    "num_truncated": 0,
+    "mean_completion_tokens": 10.0,
+    "prompt": "",
+    "first_completion": "",
+}
+
+
 def write_validations(path: Path, *means: float) -> None:
     """pass@1 every ten steps, with intervals of 0.1 to both sides."""
     rows = [
@@ -81,6 +95,7 @@ def write_validations(path: Path, *means: float) -> None:
             "step": 10 * i,
             "split": "validation",
             "pass@1": {"mean": mean, "low": mean - 0.1, "high": mean + 0.1},
+            "results": [RESULT],
         }
         for i, mean in enumerate(means)
     ]
@@ -215,9 +230,11 @@ def test_a_run_that_stopped(healthy):
     (healthy / "README.md").unlink()
     (diagnosis,) = diagnose(healthy).found
     assert (diagnosis.level, diagnosis.name) == ("warning", "unfinished")
-    assert diagnosis.message.endswith(f"go on from step-000002: rlad train {healthy} --resume")
+    assert diagnosis.message.endswith(f"continue from step-000002: rlad train {healthy} --resume")
     (healthy / "checkpoints").unlink()
-    assert "go on from the start, as it has no checkpoint yet" in diagnose(healthy).found[0].message
+    assert (
+        "continue from the start, as it has no checkpoint yet" in diagnose(healthy).found[0].message
+    )
 
 
 def test_a_run_that_is_going_on(healthy):
@@ -352,9 +369,9 @@ def test_infinite_figures_are_words_in_json(healthy):
 
 
 def test_absurd_numbers_cost_neither_memory_nor_a_traceback(healthy):
-    change_rows(
-        healthy,
-        lambda rows: rows.append({"step": 10**12} | HEALTHY | {"optimization/loss": 10**400}),
-    )
+    change_rows(healthy, lambda rows: rows.append({"step": 10**12} | HEALTHY))
     first = diagnose(healthy).found[0]
     assert (first.name, first.level) == ("steps_missing", "error") and "999999999" in first.message
+    change_rows(healthy, lambda rows: rows[-1].update({"step": 31, "optimization/loss": 10**400}))
+    (first,) = diagnose(healthy).found
+    assert first.name == "unreadable_file" and "row 31 of metrics.jsonl, optim" in first.message

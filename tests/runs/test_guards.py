@@ -16,6 +16,7 @@ from torch import Tensor
 import rlad
 import rlad.training.run
 from parity_cases import make_case
+from rlad.cli.train import print_summary
 from rlad.config.run import RunConfig
 from rlad.engines.native.loop import NativeEngine
 from rlad.engines.rollout_batch import RolloutBatch
@@ -23,7 +24,6 @@ from rlad.errors import RunFailedError
 from rlad.runs.directory import RunDirectory
 from rlad.runs.guards import GUARDS, Guard, GuardWarning, Watch
 from rlad.stopping import StopRequested
-from rlad.summary import print_summary
 from rlad.tasks.base import Judgement, Verdict, require_reward_in_range
 from rlad.tasks.logic import KnightsAndKnaves
 from tiny_runs import remains, run_config
@@ -162,7 +162,10 @@ def test_what_a_guard_does_not_concern():
 def test_the_docs_hold_the_table():
     page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
     for guard in GUARDS:
-        row = f"| `{guard.name}` | {as_code(guard.metric)} | {guard.figure.says} | {guard.side} {guard.limit:g} |"
+        row = (
+            f"| `{guard.name}` | {as_code(guard.metric)} | {guard.figure.says} "
+            f"| {guard.side} {guard.limit:g} |"
+        )
         assert f"{row} {guard.meaning} |" in page, row
 
 

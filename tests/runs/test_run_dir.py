@@ -124,7 +124,7 @@ def test_a_checkpoint_is_complete_or_absent(run):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(
-        CannotWriteError, match=r"No space left on device.*goes on from step-000000\.$"
+        CannotWriteError, match=r"No space left on device.*continues from step-000000\.$"
     ):
         run.write_checkpoint(1, fails, run_digest="d")
     assert [path.name for path in (run.path / "checkpoints").iterdir()] == ["step-000000"]
@@ -245,11 +245,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a manifest that looks elsewhere": (
         lambda folder: change_manifest(folder, **{"../../../secret": {"size": 1, "sha256": ""}}),
-        r"\.\./\.\./\.\./secret lies outside of it",
+        r"\.\./\.\./\.\./secret is outside of it",
     ),
     "a manifest that names a device": (
         lambda folder: change_manifest(folder, **{"/dev/zero": {"size": 0, "sha256": ""}}),
-        "/dev/zero lies outside of it",
+        "/dev/zero is outside of it",
     ),
 }
 
@@ -265,7 +265,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(run, name, caplog):
         assert chosen() == (2, run.checkpoint(2))
         (record,) = caplog.records
         assert re.search(
-            f"step-000004 is damaged: {reason}; it is passed over, and step-000002 taken",
+            f"step-000004 is damaged: {reason}; it is skipped, and step-000002 taken",
             record.getMessage(),
         )
     assert run.checkpoint(4).is_dir()
@@ -309,7 +309,7 @@ def test_a_free_place(tmp_path):
 
 def test_a_run_is_only_replaced_with_overwrite(run):
     with pytest.raises(
-        ValueError, match="exists already; use --resume to go on with it, --overwrite to delete it"
+        ValueError, match="exists already; use --resume to continue it, --overwrite to delete it"
     ):
         run.require_free(overwrite=False)
     run.require_free(overwrite=True)
@@ -356,7 +356,7 @@ def test_an_unwritable_place_names_what_to_do(run):
         run.append(METRICS, {"step": 1})
     write_checkpoint(run, 3)
     with pytest.raises(
-        CannotWriteError, match=r"then `rlad train .* --resume` goes on from step-000003\.$"
+        CannotWriteError, match=r"then `rlad train .* --resume` continues from step-000003\.$"
     ):
         run.append(METRICS, {"step": 1})
 

@@ -318,7 +318,7 @@ def test_a_damaged_checkpoint_costs_the_steps_behind_the_one_before(
     rlad.train(config, resume=True)
     (record,) = (record for record in caplog.records if record.name == "rlad.runs.directory")
     assert re.search(
-        r"step-000006 is damaged: .*; it is passed over, and step-000003 taken", record.getMessage()
+        r"step-000006 is damaged: .*; it is skipped, and step-000003 taken", record.getMessage()
     )
     assert_same(remains(tmp_path / "run"), uninterrupted, name)
     assert (last.with_name("damaged-step-000006") / name).read_bytes() == content

@@ -1,9 +1,10 @@
 """Checkpoints on disk: complete or absent, and a whole one can be told from a damaged one.
 
-step-000020/            the state behind step 20
-step-000020-rollouts/   the same with the rollouts of the next step, which a signal or a clock may have had written
-    manifest.json       {"rlad": version, "step": 20, "run": digest, "files": {name: {"size": bytes, "sha256": hex digits}}}
-damaged-step-000020/    what a resumed run found damaged and did not go on from
+step-000020/            the state after step 20
+step-000020-rollouts/   the same with the rollouts of the next step, written at a signal or by time
+    manifest.json       {"rlad": version, "step": 20, "run": digest,
+                         "files": {name: {"size": bytes, "sha256": hex digits}}}
+damaged-step-000020/    a checkpoint that a resumed run found damaged and did not continue from
 """
 
 import hashlib
@@ -20,22 +21,18 @@ MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-([0-9]+)(-rollouts)?")
 
 
-def checkpoint_name(step: int, *, with_rollouts: bool = False) -> str:
-    return f"step-{step:06d}{'-rollouts' if with_rollouts else ''}"
-
-
 def find_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every complete checkpoint in a folder, oldest first; whether it is damaged
-    is not looked at."""
-    folders = [path for path in folder.glob("step-*") if path.is_dir() and not path.is_symlink()]
-    return sorted(
-        (int(match[1]), path) for path in folders if (match := _NAME.fullmatch(path.name))
-    )
+    """List (step, folder) of the complete checkpoints in a folder, damaged or not, oldest first."""
+    found = []
+    for path in folder.glob("step-*"):
+        match = _NAME.fullmatch(path.name)
+        if match and path.is_dir() and not path.is_symlink():
+            found.append((int(match[1]), path))
+    return sorted(found)
 
 
 def write_checkpoint(target: Path, write: Callable[[Path], None], **about: Any) -> None:
-    """Let `write` fill a new folder, with a manifest of its files; `about` is what that says beside
-    them."""
+    """Let `write` fill a new folder, and add a manifest of its files that also says `about`."""
 
     def write_all(folder: Path) -> None:
         write(folder)
@@ -64,7 +61,7 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_manifest(folder: Path, **about: Any) -> None:
-    """Note size and checksum of every file that lies in a folder now."""
+    """Write size and checksum of every file that is in a folder now."""
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     files = {
         name: {"size": (folder / name).stat().st_size, "sha256": _checksum(folder / name)}
@@ -76,8 +73,8 @@ def write_manifest(folder: Path, **about: Any) -> None:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, in a few words; None when every file is as it was written.
-    Reads all of it."""
+    """Say in a few words what is wrong with a checkpoint; None when every file is as it was
+    written. Reads all of it."""
     try:
         files = dict(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"])
         found = (
@@ -95,7 +92,7 @@ def damage(checkpoint: Path) -> str | None:
 
 def _damage_of_file(path: Path, checkpoint: Path, *, size: int, sha256: str) -> str | None:
     if not path.resolve().is_relative_to(checkpoint.resolve()):
-        return "lies outside of it"
+        return "is outside of it"
     if not path.is_file():
         return "is missing"
     if (found := path.stat().st_size) != size:
@@ -104,8 +101,8 @@ def _damage_of_file(path: Path, checkpoint: Path, *, size: int, sha256: str) -> 
 
 
 def delete_checkpoint(path: Path) -> None:
-    """Take it out of the way, then delete it: a folder that is only half deleted must not be taken
-    for a checkpoint."""
+    """Rename it, then delete it: a folder that is only half deleted must not be taken for a
+    checkpoint."""
     delete_unfinished(path.parent)
     os.replace(path, path.with_name(f".{path.name}.tmp"))
     delete_unfinished(path.parent)

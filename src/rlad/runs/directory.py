@@ -1,15 +1,15 @@
-"""The run directory: what a run writes, and how it is read again.
+"""The run directory: what a run writes, and how it is read back.
 
 config.toml           the resolved config; `rlad train config.toml` repeats the run
 run.json              versions, commit, machine, seed
 metrics.jsonl         one row per optimiser step
 eval.jsonl            one row per validation or test
 samples.jsonl         graded completions of one prompt per step
-warnings.jsonl        what the guards said; absent when they said nothing
+warnings.jsonl        the guards' warnings; absent when there are none
 skipped-step-N.*      rollouts (JSONL) and scores (safetensors) of the last steps that were skipped
-checkpoints/step-N/   the best and the last few: Hugging Face model folders, with `trainer/` beside the weights for resuming
+checkpoints/step-N/   the best and the last few: Hugging Face model folders; `trainer/` is to resume
 curve.png, README.md  the learning curve and the model card
-tensorboard/, wandb/  what these trackers keep, if they are in [logging]
+tensorboard/, wandb/  the files of these trackers, if they are in [logging]
 """
 
 import fcntl
@@ -28,7 +28,6 @@ from safetensors import SafetensorError
 
 from rlad.errors import RunFailedError, UserError
 from rlad.runs.checkpoints import (
-    checkpoint_name,
     damage,
     delete_checkpoint,
     delete_unfinished,
@@ -38,12 +37,17 @@ from rlad.runs.checkpoints import (
     write_checkpoint,
 )
 
-CONFIG, ENVIRONMENT = "config.toml", "run.json"
-METRICS, EVAL, SAMPLES = "metrics.jsonl", "eval.jsonl", "samples.jsonl"
-WARNINGS, SKIPPED_BATCHES = "warnings.jsonl", "skipped-step"
+CONFIG = "config.toml"
+ENVIRONMENT = "run.json"
+METRICS = "metrics.jsonl"
+EVAL = "eval.jsonl"
+SAMPLES = "samples.jsonl"
+WARNINGS = "warnings.jsonl"
 ROWS = (METRICS, EVAL, SAMPLES, WARNINGS)
 """the JSONL files, whose rows all have a step"""
-MODEL_CARD, LOCK = "README.md", ".lock"
+SKIPPED_BATCHES = "skipped-step"
+MODEL_CARD = "README.md"
+LOCK = ".lock"
 CHECKPOINTS = "checkpoints"
 
 EvaluationSet = Literal["validation", "test", "ood"]
@@ -54,12 +58,12 @@ _log = logging.getLogger(__name__)
 
 
 class CannotWriteError(RunFailedError):
-    """Disk full, no permission and the like; what was written before is still there."""
+    """A full disk, no permission and the like; what was written before is still there."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunDirectory:
-    """A run directory on disk. Every write goes through here, and raises `CannotWriteError` when it
+    """A run directory on disk. Every write goes through it, and raises `CannotWriteError` when it
     fails."""
 
     path: Path
@@ -68,17 +72,16 @@ class RunDirectory:
         return all((self.path / name).is_file() for name in (CONFIG, ENVIRONMENT))
 
     def is_finished(self) -> bool:
-        """Whether the run came to its end: the model card is the last thing that it writes."""
+        """Say whether the run came to its end: the model card is the last thing that it writes."""
         return self.exists() and (self.path / MODEL_CARD).is_file()
 
     def require_free(self, *, overwrite: bool) -> None:
-        """`UserError` when there is something already, unless it is a run and `overwrite` holds.
-        Deletes nothing."""
+        """Raise `UserError` when there is something already, unless it is a run and `overwrite`
+        holds. Deletes nothing."""
         if self.exists() and not overwrite:
             raise UserError(
-                f"run directory {self.path} exists already; use --resume to go on with it, "
-                "--overwrite to delete it and start "
-                "again, or run_dir=... for another place."
+                f"run directory {self.path} exists already; use --resume to continue it, "
+                "--overwrite to delete it and start again, or run_dir=... for another place."
             )
         # A run that was killed while it made its directory may have left the first of its files.
         left = (
@@ -105,8 +108,8 @@ class RunDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other processes from training here meanwhile; `UserError` when one does. Makes the
-        directory."""
+        """Make the directory, and keep other processes from training here meanwhile; `UserError`
+        when one does."""
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
             file = (self.path / LOCK).open("w")
@@ -122,7 +125,7 @@ class RunDirectory:
             yield
 
     def is_locked(self) -> bool:
-        """Whether a process is training here."""
+        """Say whether a process is training here."""
         try:
             with self._one_at_a_time(), (self.path / LOCK).open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -134,8 +137,8 @@ class RunDirectory:
 
     @contextmanager
     def _one_at_a_time(self) -> Iterator[None]:
-        """Around a try of the lock, which is over at once: a run that begins must not find it held
-        by one that only asks."""
+        """Let one process at a time try the lock, which is over at once: a run that begins must not
+        find it held by one that only asks."""
         directory = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.flock(directory, fcntl.LOCK_EX)
@@ -149,7 +152,7 @@ class RunDirectory:
             (self.path / name).unlink(missing_ok=True)
 
     def write(self, name: str, content: str | bytes) -> None:
-        """Write a whole file at once: it is either the old one or the new one, never half of it."""
+        """Write a whole file at once: it is the old one or the new one, never half of it."""
         aside = self.path / f".{name}.tmp"
         with self._writing():
             aside.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -161,76 +164,77 @@ class RunDirectory:
         with self._writing(), (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
-    def read(self, name: str) -> Iterator[dict[str, Any]]:
-        """Rows of a JSONL file; nothing when it does not exist; a half-written last line is passed
-        over.
+    def lines(self, name: str) -> Iterator[tuple[bytes, Any]]:
+        """Read the lines of a JSONL file, each with its JSON, or None for a line that is none.
 
-        `UserError` for any other line that is no row: it was not cut, something else has written
-        there.
+        Nothing when the file does not exist; a half-written last line is left out.
         """
-        for _, row in self._whole_lines(name):
-            yield row
-
-    def _whole_lines(self, name: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
         path = self.path / name
         if not path.is_file():
             return
         with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            for line in file:
                 if not line.endswith(b"\n"):
                     return
                 try:
-                    row = json.loads(line)
-                    is_row = type(row["step"]) is int
-                except (ValueError, TypeError, KeyError, RecursionError):
-                    is_row = False
-                if not is_row:
-                    raise UserError(
-                        f"line {number} of {path} is no row that a run has written; put back a "
-                        "copy of that file, or start "
-                        "the run again with --overwrite."
-                    ) from None
-                yield line, row
+                    yield line, json.loads(line)
+                except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+                    yield line, None
+
+    def read(self, name: str) -> Iterator[dict[str, Any]]:
+        """Read the rows of a JSONL file, whole lines alone.
+
+        `UserError` for one that is no row: it was not cut, something else has written there.
+        """
+        return (row for _, row in self._lines_with_rows(name))
+
+    def _lines_with_rows(self, name: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
+        for number, (line, row) in enumerate(self.lines(name), start=1):
+            if not isinstance(row, dict) or type(row.get("step")) is not int:
+                raise UserError(
+                    f"line {number} of {self.path / name} is no row that a run has written; put "
+                    "back a copy of that file, or start the run again with --overwrite."
+                )
+            yield line, row
 
     def forget_after(self, step: int) -> None:
         """Cut off the rows of later steps, and a half-written last line: a run resumed at `step`
         writes them again."""
         for name in ROWS:
-            kept = takewhile(lambda found: found[1]["step"] <= step, self._whole_lines(name))
+            kept = takewhile(lambda found: found[1]["step"] <= step, self._lines_with_rows(name))
             end = sum(len(line) for line, _ in kept)
             if (self.path / name).is_file():
                 with self._writing():
                     os.truncate(self.path / name, end)
 
-    # --- checkpoints --------------------------------------------------------------------------------------------------
+    # --- checkpoints ------------------------------------------------------------------------------
 
     def checkpoint(self, step: int, *, with_rollouts: bool = False) -> Path:
-        return self.path / CHECKPOINTS / checkpoint_name(step, with_rollouts=with_rollouts)
+        return self.path / CHECKPOINTS / f"step-{step:06d}{'-rollouts' if with_rollouts else ''}"
 
     def checkpoints(self) -> list[tuple[int, Path]]:
-        """(step, folder) of every complete checkpoint, oldest first; whether it is damaged is not
-        looked at."""
+        """List (step, folder) of every complete checkpoint, damaged or not, oldest first."""
         return find_checkpoints(self.path / CHECKPOINTS)
 
     def checkpoints_by_validation(self) -> list[tuple[int, Path]]:
-        """The same, best validation pass@1 first, of equals the earliest; then those without one,
-        newest first."""
+        """List them with the best validation pass@1 first, of equals the earliest; then those
+        without one, newest first."""
         scores = self._validations()
         validated = [found for found in self.checkpoints() if found[0] in scores]
         rest = [found for found in reversed(self.checkpoints()) if found[0] not in scores]
         return sorted(validated, key=lambda found: (-scores[found[0]], found)) + rest
 
     def newest_checkpoint(self) -> tuple[int, Path]:
-        """(step, folder) of the newest one that is whole; a damaged one is named in a warning and
-        passed over.
+        """Find (step, folder) of the newest one that is whole; a damaged one is named in a warning
+        and skipped.
 
         `UserError` when there is none, or none that is whole.
         """
         return self._first_whole(self.checkpoints()[::-1])
 
     def best_checkpoint(self) -> tuple[int, Path]:
-        """(step, folder) of the one with the highest validation pass@1 that is whole; the newest if
-        none has one.
+        """Find (step, folder) of the one with the highest validation pass@1 that is whole; the
+        newest if none has one.
 
         Warns and raises as `newest_checkpoint` does.
         """
@@ -239,7 +243,8 @@ class RunDirectory:
     def _first_whole(self, candidates: Sequence[tuple[int, Path]]) -> tuple[int, Path]:
         if not candidates:
             raise UserError(
-                f"{self.path} holds no checkpoint; give the directory of a run that has written one."
+                f"{self.path} holds no checkpoint; give the directory of a run that has written "
+                "one."
             )
         damaged: list[str] = []
         for step, path in candidates:
@@ -247,17 +252,13 @@ class RunDirectory:
             if reason is None:
                 for each in damaged:
                     _log.warning(
-                        "checkpoint %s/%s; it is passed over, and %s taken",
-                        self.path,
-                        each,
-                        path.name,
+                        "checkpoint %s/%s; it is skipped, and %s taken", self.path, each, path.name
                     )
                 return step, path
             damaged.append(f"{path.name} is damaged: {reason}")
         raise UserError(
             f"{self.path} holds no checkpoint that is whole ({'; '.join(damaged)}); put back a "
-            "copy of one, or start the run "
-            "again with --overwrite."
+            "copy of one, or start the run again with --overwrite."
         )
 
     def write_checkpoint(
@@ -274,9 +275,8 @@ class RunDirectory:
             for name in ROWS:
                 if (self.path / name).is_file():
                     flush(self.path / name)
-            write_checkpoint(
-                self.checkpoint(step, with_rollouts=with_rollouts), write, step=step, run=run_digest
-            )
+            target = self.checkpoint(step, with_rollouts=with_rollouts)
+            write_checkpoint(target, write, step=step, run=run_digest)
 
     def set_aside_after(self, checkpoint: Path) -> None:
         """Rename the checkpoints that are newer than this one, all of them damaged, to
@@ -296,28 +296,25 @@ class RunDirectory:
         of unfinished ones.
 
         Those that a signal or the clock had written in between go too; the newest of all stays,
-        which a run goes on from.
+        from which a run continues.
         """
+        # Of a step one without rollouts comes first; one with them counts where it is alone.
         of_step: dict[int, Path] = {}
         for step, path in self.checkpoints():
-            of_step.setdefault(
-                step, path
-            )  # one with rollouts stands behind one without, and for it where there is none
+            of_step.setdefault(step, path)
         scores = self._validations()
         validated = [path for step, path in of_step.items() if step in scores]
         by_validation = [path for _, path in self.checkpoints_by_validation() if path in validated]
+        kept = validated[-last:] + by_validation[:best]
         with self._writing():
             for _, path in self.checkpoints()[:-1]:
-                if path not in validated[-last:] + by_validation[:best]:
+                if path not in kept:
                     delete_checkpoint(path)
             delete_unfinished(self.path / CHECKPOINTS)
 
     def _validations(self) -> dict[int, float]:
-        return {
-            row["step"]: row["pass@1"]["mean"]
-            for row in self.read(EVAL)
-            if row.get("split") == "validation"
-        }
+        rows = (row for row in self.read(EVAL) if row.get("split") == "validation")
+        return {row["step"]: row["pass@1"]["mean"] for row in rows}
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -325,12 +322,11 @@ class RunDirectory:
             yield
         except (OSError, SafetensorError) as error:
             kept = self.checkpoints()
-            then = (
-                f"then `rlad train {self.path} --resume` goes on from {kept[-1][1].name}"
-                if kept
-                else "or choose another run_dir"
-            )
+            then = "or choose another run_dir"
+            if kept:
+                last = kept[-1][1].name
+                then = f"then `rlad train {self.path} --resume` continues from {last}"
             raise CannotWriteError(
-                f"run directory {self.path} cannot be written ({error}); free some space or mend "
+                f"run directory {self.path} cannot be written ({error}); free some space or fix "
                 f"its permissions, {then}."
             ) from None

@@ -1,5 +1,5 @@
-"""The guards against wrong numbers: one table of limits, read by a run while it goes on and by
-`rlad doctor` behind it.
+"""The guards against wrong numbers: one table of limits, read by a run while it trains and by
+`rlad doctor` later.
 
 A guard looks at one metric of the steps so far, as rows of metrics.jsonl, and speaks once: at the
 first step at which its figure lies beyond its limit. Most figures are medians of several steps, so
@@ -25,7 +25,7 @@ LARGE_GATED_SHARE = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """One row of the table. `meaning` and `advice` complete the sentence that is said."""
+    """A row of the table. `meaning` and `advice` are parts of the warning's sentence."""
 
     name: str
     metric: str
@@ -38,15 +38,12 @@ class Guard:
     """whether the figure means something in such a run"""
 
     def speaks(self, values: Sequence[float]) -> float | None:
-        """The figure, if it is beyond the limit."""
+        """Return the figure if it is beyond the limit."""
         figure = self.figure.of(values)
         if figure is None:
             return None
-        return (
-            figure
-            if (figure > self.limit if self.side == "above" else figure < self.limit)
-            else None
-        )
+        is_beyond = figure > self.limit if self.side == "above" else figure < self.limit
+        return figure if is_beyond else None
 
 
 def _computes_float32(config: RunConfig) -> bool:
@@ -269,7 +266,7 @@ GUARDS: tuple[Guard, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class GuardWarning:
-    """What a guard said, and when: a row of warnings.jsonl."""
+    """The warning of a guard: a row of warnings.jsonl."""
 
     step: int
     name: str
@@ -278,14 +275,13 @@ class GuardWarning:
     message: str
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {
-            "value": self.value if math.isfinite(self.value) else str(self.value)
-        }
+        value = self.value if math.isfinite(self.value) else str(self.value)
+        return asdict(self) | {"value": value}
 
 
 class Watch:
-    """Is shown the rows of metrics.jsonl one after the other; a function of them alone, so that a
-    resumed run goes on."""
+    """The state of all guards, which sees the rows of metrics.jsonl one after the other; a function
+    of them alone, so that it works the same in a resumed run."""
 
     def __init__(self, config: RunConfig):
         self.guards = [guard for guard in GUARDS if guard.concerns(config)]
@@ -294,11 +290,10 @@ class Watch:
         self.skipped_in_a_row = 0
 
     def see(self, row: Mapping[str, Any]) -> list[GuardWarning]:
-        """What is to be said behind this step: each guard speaks once."""
+        """Return the warnings after this step: each guard speaks once."""
         row = numbers_of(row)
-        self.skipped_in_a_row = (
-            self.skipped_in_a_row + 1 if row.get("optimization/skipped/count") else 0
-        )
+        is_skipped = bool(row.get("optimization/skipped/count"))
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if is_skipped else 0
         for metric, values in self._values.items():
             if (value := value_of(metric, row)) is not None:
                 values.append(value)
@@ -308,19 +303,18 @@ class Watch:
                 continue
             if (figure := guard.speaks(self._values[guard.metric])) is not None:
                 self._said.add(guard.name)
-                found.append(
-                    GuardWarning(
-                        int(row["step"]), guard.name, figure, guard.limit, sentence(guard, figure)
-                    )
-                )
+                step = int(row["step"])
+                message = sentence(guard, figure)
+                found.append(GuardWarning(step, guard.name, figure, guard.limit, message))
         return found
 
     def still_speaks(self, name: str) -> bool:
-        """Whether a guard's figure is beyond its limit at the last step that was seen."""
+        """Say whether a guard's figure is beyond its limit at the last step that was seen."""
         guard = next(each for each in self.guards if each.name == name)
         return guard.speaks(self._values[guard.metric]) is not None
 
 
 def sentence(guard: Guard, figure: float) -> str:
-    """What it means, the figure and its limit, what to do."""
-    return f"{guard.meaning} ({guard.metric}, {guard.figure.says}: {figure:.3g}, limit {guard.limit:g}); {guard.advice}."
+    """Write the warning: what it means, the figure and its limit, what to do."""
+    measured = f"{guard.metric}, {guard.figure.says}: {figure:.3g}, limit {guard.limit:g}"
+    return f"{guard.meaning} ({measured}); {guard.advice}."

@@ -1,4 +1,4 @@
-"""The README of a run directory: a model card in the Hugging Face form."""
+"""The README of a run directory: a model card as the Hugging Face hub reads it."""
 
 from rlad.config.run import RunConfig
 from rlad.runs.directory import RunDirectory
@@ -6,7 +6,7 @@ from rlad.runs.statistics import Estimate
 
 
 def model_card(config: RunConfig, run: RunDirectory, before: Estimate, after: Estimate) -> str:
-    """Markdown with the metadata that the Hub reads, the figures, and how to load and repeat it."""
+    """Write Markdown with the hub's metadata, the figures, and how to load and repeat it."""
     teacher = f"teacher `{config.teacher.title}`" if config.teacher else "no teacher"
     last, best = run.checkpoints()[-1][1].name, run.checkpoints_by_validation()[0][1].name
     return f"""---
@@ -31,8 +31,10 @@ tags: [rlad, {config.objective.type}, distillation, reinforcement-learning]
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "checkpoints/{last}"  # the best on the validation split: {best}
-model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
 ```
 
-`config.toml` repeats the run (`rlad train config.toml run_dir=...`); `run.json` holds the versions it was made with.
+`config.toml` repeats the run (`rlad train config.toml run_dir=...`); `run.json` holds the versions
+it was made with.
 """

@@ -1,5 +1,5 @@
-"""Estimates with intervals, paired comparisons of methods, pass@k. Knows numbers only: no model, no
-run directory.
+"""Estimates with intervals, paired comparisons of methods, pass@k: numbers alone, no model, no run
+directory.
 
 Held-out results of one method are a table `values[seed][problem]`; `keys[problem]` names the
 cluster: problems of one key are variants of one another, and no two independent observations.
@@ -33,7 +33,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """How much better a method is than another, on the same problems: positive is better."""
+    """The difference of a method to another on the same problems: positive is better."""
 
     difference: Estimate
     p_value: float
@@ -43,20 +43,14 @@ class Comparison:
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Unbiased estimate of P(at least one of k samples is correct): 1 - C(n - c, k) / C(n, k)
-    (arXiv 2107.03374, Eq. 1).
-
-    Raises `ValueError` for k outside 1..n.
-    """
-    if not 1 <= k <= num_samples:
-        raise ValueError(
-            f"pass@{k} cannot be estimated from {num_samples} samples; k must lie in 1..{num_samples}."
-        )
+    """Estimate P(at least one of k <= n samples is correct) without bias: 1 - C(n - c, k) / C(n, k)
+    (arXiv 2107.03374, Eq. 1)."""
+    assert 1 <= k <= num_samples
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
 def bootstrap(values: Sequence[float], keys: Sequence[str], *, seed: int = 0) -> Estimate:
-    """Mean of per-problem values with the percentile bootstrap interval (95 %).
+    """Estimate the mean of per-problem values with the percentile bootstrap interval (95 %).
 
     Problems of the same key are variants of one another, so keys are resampled with replacement,
     each with all its problems: two puzzles of one structure are not two independent observations.
@@ -71,8 +65,8 @@ def mean_over_seeds(
     limits: tuple[float, float] = (-math.inf, math.inf),
     seed: int = 0,
 ) -> Estimate:
-    """Mean of `values[seed][problem]` with an interval (95 %) over seeds and problems; over
-    problems alone for one seed.
+    """Estimate the mean of `values[seed][problem]` with an interval (95 %) over seeds and problems;
+    over problems alone for one seed.
 
     Seeds and keys are resampled with replacement, independently of each other: the pigeonhole
     bootstrap for crossed effects (Owen 2007, Ann. Appl. Stat. 1(2), 386-411), which errs on the
@@ -80,8 +74,6 @@ def mean_over_seeds(
     less than n new ones, so the seeds' part is widened by sqrt(n / (n - 1)). With 2 or 3 seeds that
     differ far more than problems do, the interval is still too short. The ends are cut to `limits`,
     the range that a value can have.
-
-    Raises `ValueError` without values, or when seeds have different numbers of problems.
     """
     table = _table(values, keys)
     return _interval(table, table[:0], keys, is_paired=True, limits=limits, seed=seed)
@@ -97,8 +89,7 @@ def compare(
 ) -> Comparison:
     """Compare two methods, each seed -> values of the same problems in the same order.
 
-    Over the seeds that both have; only where they share none over all of each, unpaired. Raises
-    `ValueError` without values, or when the numbers of problems differ.
+    Over the seeds that both have; only where they share none over all of each, unpaired.
     """
     shared = sorted(set(method) & set(other))
     of_method, of_other = ([runs[s] for s in shared or sorted(runs)] for runs in (method, other))
@@ -118,21 +109,16 @@ def paired_difference(
     limits: tuple[float, float] = (-math.inf, math.inf),
     seed: int = 0,
 ) -> Estimate:
-    """Mean of method - other with its interval (95 %) over seeds and problems, as in
+    """Estimate the mean of method - other with its interval (95 %) over seeds and problems, as in
     `mean_over_seeds`.
 
     Every resample takes the same problems for both methods, and, paired by seed, the same seeds:
     row i of both tables is then of one seed. Otherwise the seeds of the two are resampled
     independently.
-
-    Raises `ValueError` without values, when the numbers of problems differ, or of seeds though they
-    are paired.
     """
-    a, b = _table(method, keys), _table(other, keys)
-    if is_paired_by_seed and len(a) != len(b):
-        raise ValueError(
-            f"{len(a)} and {len(b)} seeds cannot be paired; give the values of the same seeds."
-        )
+    a = _table(method, keys)
+    b = _table(other, keys)
+    assert len(a) == len(b) or not is_paired_by_seed
     return _interval(a, b, keys, is_paired=is_paired_by_seed, limits=limits, seed=seed)
 
 
@@ -143,8 +129,8 @@ def permutation_p_value(
     *,
     seed: int = 0,
 ) -> float:
-    """Two-sided p-value of the paired permutation test: on each key, the two methods change places
-    or do not.
+    """Compute the two-sided p-value of the paired permutation test: on each key, the two methods
+    change places or do not.
 
     The statistic is the difference of the means over problems, each problem's value being the mean
     over its seeds; exact with few keys, else from `NUM_PERMUTATIONS` draws
@@ -152,9 +138,8 @@ def permutation_p_value(
     on any key the results could as well be the other method's. Whether other seeds of the same
     methods would differ too is what the interval of `paired_difference` is about.
     """
-    a, b = (
-        _per_key(_table(values, keys).mean(axis=0)[None], keys)[0][0] for values in (method, other)
-    )
+    means = [_table(values, keys).mean(axis=0) for values in (method, other)]
+    a, b = _per_key(np.stack(means), keys)[0]
     if np.allclose(a, b, rtol=0, atol=1e-12):
         return 1.0
     from scipy import stats  # takes most of a second
@@ -171,13 +156,14 @@ def permutation_p_value(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for as many comparisons: the chance of one false finding among all stays
+    """Correct p-values for as many comparisons: the chance of one false finding among all stays
     below the level.
 
     Of m sorted ascending, the i-th becomes max over j <= i of min(1, (m - j + 1) p_j) (Holm 1979,
     Scand. J. Stat. 6, 65-70).
     """
-    corrected, largest = [0.0] * len(p_values), 0.0
+    corrected = [0.0] * len(p_values)
+    largest = 0.0
     for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
         corrected[i] = largest
@@ -185,23 +171,16 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _table(values: Sequence[Sequence[float]], keys: Sequence[str]) -> Floats:
-    if not len(values) or not len(keys):
-        raise ValueError("there are no values; give those of at least one seed and one problem.")
-    if wrong := [len(row) for row in values if len(row) != len(keys)]:
-        raise ValueError(
-            f"a seed has {wrong[0]} values for {len(keys)} problems; give one for each."
-        )
-    return np.asarray(values, dtype=float)
+    table = np.asarray(values, dtype=float)
+    assert table.size and table.shape == (len(values), len(keys))
+    return table
 
 
 def _per_key(table: Floats, keys: Sequence[str]) -> tuple[Floats, Floats]:
-    """Sums `[seed, key]` over the problems of each key, and how many they are `[key]`."""
+    """Add up the values `[seed, key]` over the problems of each key, and count these `[key]`."""
     _, cluster = np.unique(keys, return_inverse=True)
-    sizes: Floats = np.bincount(cluster).astype(np.float64)
-    sums: Floats = np.stack(
-        [np.bincount(cluster, weights=row, minlength=len(sizes)) for row in table]
-    ).astype(np.float64)
-    return sums, sizes
+    sums = np.stack([np.bincount(cluster, weights=row) for row in table])
+    return sums, np.bincount(cluster).astype(np.float64)
 
 
 def _interval(
@@ -213,8 +192,9 @@ def _interval(
     limits: tuple[float, float],
     seed: int,
 ) -> Estimate:
-    """The interval of mean(a) - mean(b); of mean(a) when `b` has no rows."""
+    """Estimate mean(a) - mean(b) with its interval; mean(a) when `b` has no rows."""
     rng = np.random.default_rng(seed)
+    # Seeds are resampled by weights `[resample, seed]`, keys by drawing `[resample, key]`.
     sums, sizes = _per_key(np.concatenate([a, -b]), keys)
     draws = rng.integers(len(sizes), size=(NUM_RESAMPLES, len(sizes)))
     weights = _seed_weights(len(a), rng)
@@ -223,19 +203,18 @@ def _interval(
     means = np.take_along_axis(resampled, draws, axis=1).sum(axis=1) / sizes[draws].sum(axis=1)
     low, high = np.quantile(means, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
     mean = float(a.mean() - (b.mean() if len(b) else 0.0))
-    low, high = max(float(low), limits[0]), min(float(high), limits[1])
-    return Estimate(
-        mean, min(low, mean), max(high, mean)
-    )  # equal values round differently in another order
+    # The ends hold the mean: equal values round differently in another order.
+    low = min(max(float(low), limits[0]), mean)
+    high = max(min(float(high), limits[1]), mean)
+    return Estimate(mean, low, high)
 
 
 def _seed_weights(num_seeds: int, rng: np.random.Generator) -> Floats:
-    """Weights `[resample, seed]` that sum to 1: the share of each seed in a resample, widened for
-    few seeds."""
+    """Draw weights `[resample, seed]` that sum to 1: the share of each seed in a resample, widened
+    for few seeds."""
     if num_seeds == 1:
         return np.ones((NUM_RESAMPLES, 1))
-    shares = (
-        rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=NUM_RESAMPLES)
-        / num_seeds
-    )
-    return 1 / num_seeds + math.sqrt(num_seeds / (num_seeds - 1)) * (shares - 1 / num_seeds)
+    even = 1 / num_seeds
+    counts = rng.multinomial(num_seeds, np.full(num_seeds, even), size=NUM_RESAMPLES)
+    widening = math.sqrt(num_seeds / (num_seeds - 1))
+    return even + widening * (counts / num_seeds - even)

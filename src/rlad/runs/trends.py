@@ -1,8 +1,6 @@
-"""What the guards look at: a metric of the steps so far, and the number made of it that is compared
-with a limit."""
+"""The figures of the guards: numbers made of a metric of the steps so far."""
 
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -14,15 +12,15 @@ Row = Mapping[str, float]
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """What is compared with the limit: a number made of a metric's values so far; None while there
-    are too few."""
+    """A number made of a metric's values so far, to be compared with a limit; None while there are
+    too few."""
 
     says: str
     of: Callable[[Sequence[float]], float | None]
 
 
 def recent(window: int) -> Figure:
-    """Median of the last `window` values."""
+    """Take the median of the last `window` values."""
     return Figure(
         "each step" if window == 1 else f"median of {window} steps",
         lambda values: median(values[-window:]) if len(values) >= window else None,
@@ -30,8 +28,8 @@ def recent(window: int) -> Figure:
 
 
 def change(window: int, floor: float) -> Figure:
-    """Median of the last `window` values, divided by that of the first `window`, which counts as at
-    least `floor`."""
+    """Divide the median of the last `window` values by that of the first `window`, which counts as
+    at least `floor`."""
 
     def of(values: Sequence[float]) -> float | None:
         if len(values) < 2 * window:
@@ -44,7 +42,7 @@ def change(window: int, floor: float) -> Figure:
 
 
 def jump(window: int, before: int) -> Figure:
-    """Median of the last `window` values, divided by that of the `before` values before them."""
+    """Divide the median of the last `window` values by that of the `before` values before them."""
 
     def of(values: Sequence[float]) -> float | None:
         former = values[-window - before : -window]
@@ -59,23 +57,16 @@ def jump(window: int, before: int) -> Figure:
 
 
 def _dropped_share(row: Row) -> float | None:
-    dropped, trained = (
-        row.get(f"objective/{kind}_tokens/count") for kind in ("dropped", "trained")
-    )
-    return (
-        None
-        if dropped is None or trained is None or not dropped + trained
-        else dropped / (dropped + trained)
-    )
+    dropped = row.get("objective/dropped_tokens/count")
+    trained = row.get("objective/trained_tokens/count")
+    if dropped is None or trained is None or not dropped + trained:
+        return None
+    return dropped / (dropped + trained)
 
 
 def _gated_share(row: Row) -> float | None:
-    shares = [
-        row[f"objective/gated_{sign}/frac"]
-        for sign in ("positive", "negative")
-        if f"objective/gated_{sign}/frac" in row
-    ]
-    return max(shares, default=None)
+    keys = ("objective/gated_positive/frac", "objective/gated_negative/frac")
+    return max((row[key] for key in keys if key in row), default=None)
 
 
 def _distance_to_teacher(row: Row) -> float | None:
@@ -90,15 +81,11 @@ DERIVED: dict[str, Callable[[Row], float | None]] = {
 
 
 def numbers_of(row: Mapping[str, Any]) -> Row:
-    """What of a row of metrics.jsonl is a number that a float can hold."""
-    return {
-        key: float(value)
-        for key, value in row.items()
-        if (isinstance(value, float) and not math.isnan(value))
-        or (isinstance(value, int) and abs(value) <= sys.float_info.max)
-    }
+    """Keep the numbers of a row of metrics.jsonl."""
+    numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
+    return {key: value for key, value in numbers.items() if not math.isnan(value)}
 
 
 def value_of(metric: str, row: Row) -> float | None:
-    """The metric of a step; None where it was not recorded."""
+    """Compute the metric of a step; None where it was not recorded."""
     return DERIVED[metric](row) if metric in DERIVED else row.get(metric)

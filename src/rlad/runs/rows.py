@@ -1,0 +1,137 @@
+"""The rows of a run's files, as doctor, report and compare read them.
+
+A row that is not as a run writes it becomes a `Damage`; who reads decides what that means.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+
+from rlad.runs.directory import EVAL, METRICS, RunDirectory
+from rlad.runs.results import ProblemResult
+
+
+class Row(BaseModel):
+    """A row of any file of a run."""
+
+    model_config = ConfigDict(strict=True)
+
+    step: int = Field(ge=0)
+
+
+class StepRow(Row):
+    """A row of metrics.jsonl. A figure may be infinite, such as the largest ratio."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, float]
+
+
+class Interval(BaseModel):
+    """A mean with its interval."""
+
+    mean: FiniteFloat
+    low: FiniteFloat
+    high: FiniteFloat
+
+
+class EvaluationRow(Row):
+    """A row of eval.jsonl."""
+
+    model_config = ConfigDict(strict=False)
+
+    split: str
+    pass_at_1: Interval = Field(alias="pass@1")
+    results: list[ProblemResult] = Field(min_length=1)
+
+
+class Imitation(BaseModel):
+    """What an update did with each token of a completion; see `rlad.engines.imitation`."""
+
+    fates: Annotated[str, Field(pattern=r"^[+h\-p.]*$")]
+    advantages: list[FiniteFloat]
+    clamped: Annotated[str, Field(pattern=r"^[c.]*$")] | None = None
+    log_ratio_to_teacher: list[FiniteFloat | None] | None = None
+
+
+class SampledRollout(BaseModel):
+    """A completion in samples.jsonl."""
+
+    verdict: str
+    tokens: list[str] | None = None
+    imitation: Imitation | None = None
+
+
+class SampleRow(Row):
+    """A row of samples.jsonl."""
+
+    step: int = Field(ge=1)
+    prompt: str
+    rollouts: list[SampledRollout]
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """A row that is not as a run writes it, in a sentence without its full stop."""
+
+    sentence: str
+
+
+AnyRow = TypeVar("AnyRow", bound=Row)
+
+
+def read_rows(run: RunDirectory, name: str, kind: type[AnyRow]) -> Iterator[AnyRow | Damage]:
+    """Read a file row by row; nothing when it does not exist."""
+    for number, (_, row) in enumerate(run.lines(name), start=1):
+        try:
+            yield kind.model_validate(row)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = f", {'.'.join(map(str, first['loc']))}" if first["loc"] else ""
+            yield Damage(f"row {number} of {name}{where}: {first['msg']}")
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """What a run's files say about its steps and evaluations."""
+
+    steps: Sequence[Mapping[str, float]]
+    evaluations: Sequence[EvaluationRow]
+    damage: Sequence[Damage]
+    """the first of each file; rows that are not damaged are read all the same"""
+
+    @property
+    def validations(self) -> list[EvaluationRow]:
+        rows = [row for row in self.evaluations if row.split == "validation"]
+        return sorted(rows, key=lambda row: row.step)
+
+    def seconds(self) -> dict[str, float]:
+        """Add up the seconds of training by part; evaluation and loading are not in it."""
+        spent: dict[str, float] = {}
+        for row in self.steps:
+            for key, value in row.items():
+                if key.startswith("time/"):
+                    part = key.split("/")[1]
+                    spent[part] = spent.get(part, 0.0) + value
+        return spent
+
+
+def read_history(run: RunDirectory) -> History:
+    """Read metrics.jsonl and eval.jsonl."""
+    steps, damaged_steps = sort_rows(read_rows(run, METRICS, StepRow))
+    evaluations, damaged_evaluations = sort_rows(read_rows(run, EVAL, EvaluationRow))
+    damage = [*damaged_steps[:1], *damaged_evaluations[:1]]
+    return History([row.model_dump() for row in steps], evaluations, damage)
+
+
+def sort_rows(rows: Iterator[AnyRow | Damage]) -> tuple[list[AnyRow], list[Damage]]:
+    """Part the rows that are as a run writes them from the damaged ones."""
+    whole: list[AnyRow] = []
+    damaged: list[Damage] = []
+    for row in rows:
+        if isinstance(row, Damage):
+            damaged.append(row)
+        else:
+            whole.append(row)
+    return whole, damaged
