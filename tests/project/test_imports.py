@@ -12,7 +12,6 @@ from typing import Any, get_args
 import pytest
 
 import rlad
-from rlad.checks.check import ZERO_ADVANTAGE_IS_ZERO_GRADIENT
 from rlad.config.catalogue import CONFIGS
 from rlad.config.objective import ObjectiveConfig
 from rlad.engines.imitation import FATES
@@ -96,12 +95,6 @@ def test_tensors_of_the_table_are_those_of_the_function(name):
     assert {p.name for p in parameters if p.default is None and p.name in BATCH} == set(
         OBJECTIVES[name].takes_too
     )
-
-
-def test_a_check_says_what_is_left_out_as_the_table_does():
-    assert set(ZERO_ADVANTAGE_IS_ZERO_GRADIENT) == {
-        name for name, row in OBJECTIVES.items() if row.zero_advantage_is_zero_gradient
-    }
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from rlad.config.run import RolloutConfig
 from rlad.findings import Finding
@@ -11,9 +11,7 @@ THINKING_MARKERS = ("<think>", "</think>")
 
 
 def compare_tokenizers(
-    student: PreTrainedTokenizerBase,
-    teacher: PreTrainedTokenizerBase,
-    end_tokens: Sequence[str] = (),
+    student: Tokenizer, teacher: Tokenizer, end_tokens: Sequence[str] = ()
 ) -> list[Finding]:
     """Vocabulary, end token, chat template and thinking markers of student and teacher.
 
@@ -34,108 +32,83 @@ def compare_contexts(
 ) -> Finding:
     """Whether the longest sequence that this run can make fits into the teacher's context (None:
     not stated)."""
-    if teacher_tokens is None:
-        return Finding(
-            "ok", "context", f"student {student_tokens or 'not stated'}, teacher not stated"
-        )
-    longest = student_tokens
+    allowed = student_tokens
     if rollout.max_prompt_tokens is not None:
-        allowed = rollout.max_prompt_tokens + rollout.max_completion_tokens
-        longest = allowed if longest is None else min(longest, allowed)
-    if longest is not None and longest <= teacher_tokens:
-        return Finding(
-            "ok",
-            "context",
-            f"student {student_tokens or 'not stated'}, teacher {teacher_tokens} tokens",
-        )
+        most = rollout.max_prompt_tokens + rollout.max_completion_tokens
+        allowed = most if allowed is None else min(allowed, most)
+    if teacher_tokens is None or (allowed is not None and allowed <= teacher_tokens):
+        theirs = "not stated" if teacher_tokens is None else f"{teacher_tokens} tokens"
+        message = f"student {student_tokens or 'not stated'}, teacher {theirs}"
+        return Finding("ok", "context", message)
     room = teacher_tokens - rollout.max_completion_tokens
-    what = (
-        f"set rollout.max_prompt_tokens to at most {room}"
-        if room > 0
-        else "lower rollout.max_completion_tokens"
-    )
-    return Finding(
-        "error",
-        "context",
+    advice = "lower rollout.max_completion_tokens"
+    if room > 0:
+        advice = f"set rollout.max_prompt_tokens to at most {room}"
+    message = (
         f"its context of {teacher_tokens} tokens is shorter than prompt and completion may be "
-        f"({longest or 'no limit stated'}); {what}.",
+        f"({allowed or 'no limit stated'}); {advice}."
     )
+    return Finding("error", "context", message)
 
 
-def _vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> Finding:
-    ours, theirs = student.get_vocab(), {i: token for token, i in teacher.get_vocab().items()}
-    differing = sorted(
-        (i, token, theirs.get(i)) for token, i in ours.items() if theirs.get(i) != token
-    )
+def _vocabulary(student: Tokenizer, teacher: Tokenizer) -> Finding:
+    ours = student.get_vocab()
+    theirs = {i: token for token, i in teacher.get_vocab().items()}
+    differing = sorted((i, token) for token, i in ours.items() if theirs.get(i) != token)
     if not differing:
-        return Finding(
-            "ok",
-            "vocabulary",
-            f"all {len(ours)} tokens of the student are the teacher's (it has {len(theirs)})",
-        )
-    i, token, other = differing[0]
-    meaning = "not in the teacher's vocabulary" if other is None else f"{other!r} for the teacher"
-    return Finding(
-        "error",
-        "vocabulary",
+        message = f"all {len(ours)} tokens of the student are the teacher's (it has {len(theirs)})"
+        return Finding("ok", "vocabulary", message)
+    i, token = differing[0]
+    meaning = f"{theirs[i]!r} for the teacher" if i in theirs else "not in the teacher's vocabulary"
+    message = (
         f"{len(differing)} of {len(ours)} token ids differ, the first is id {i}, {token!r} for the "
-        f"student and {meaning}; "
-        "TRRD needs a teacher of the student's tokenizer family.",
+        f"student and {meaning}; take a teacher of the student's tokenizer family."
     )
+    return Finding("error", "vocabulary", message)
 
 
-def _end_token(
-    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, end_tokens: Sequence[str]
-) -> Finding:
-    if teacher.eos_token in end_tokens:
-        return Finding(
-            "ok",
-            "end token",
-            f"{teacher.eos_token!r} for both, and {student.eos_token!r} for the student",
-        )
-    if student.eos_token == teacher.eos_token:
-        return Finding("ok", "end token", f"{student.eos_token!r} for both")
-    return Finding(
-        "warning",
-        "end token",
-        f"the student ends with {student.eos_token!r}, the teacher with {teacher.eos_token!r}: the "
-        "teacher will find the "
-        f"student's end token unlikely and completions grow longer; name {teacher.eos_token!r} in "
-        "student.end_tokens, or let a "
-        "teacher of type 'privileged' score it instead (end_token).",
-    )
-
-
-def _chat_template(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> Finding:
-    ours, theirs = student.chat_template, teacher.chat_template
+def _end_token(student: Tokenizer, teacher: Tokenizer, end_tokens: Sequence[str]) -> Finding:
+    ours = student.eos_token
+    theirs = teacher.eos_token
+    if theirs in end_tokens:
+        message = f"{theirs!r} for both, and {ours!r} for the student"
+        return Finding("ok", "end token", message)
     if ours == theirs:
-        return Finding(
-            "ok", "chat template", "the same for both" if ours else "none for both: plain prompts"
-        )
+        return Finding("ok", "end token", f"{ours!r} for both")
+    message = (
+        f"the student ends with {ours!r}, the teacher with {theirs!r}: the teacher will find the "
+        f"student's end token unlikely and completions grow longer; name {theirs!r} in "
+        "student.end_tokens, or let a teacher of type 'privileged' score it instead (end_token)."
+    )
+    return Finding("warning", "end token", message)
+
+
+def _chat_template(student: Tokenizer, teacher: Tokenizer) -> Finding:
+    ours = student.chat_template
+    theirs = teacher.chat_template
+    if ours == theirs:
+        message = "the same for both" if ours else "none for both: plain prompts"
+        return Finding("ok", "chat template", message)
     what = "differ" if ours and theirs else f"only the {'student' if ours else 'teacher'} has one"
-    return Finding(
-        "warning",
-        "chat template",
+    message = (
         f"{what}; the teacher is given the student's prompt, which is not what it was trained on: "
-        "a teacher of type "
-        "'privileged' with chat_template = 'teacher' is given its own.",
+        "a teacher of type 'privileged' with chat_template = 'teacher' is given its own."
     )
+    return Finding("warning", "chat template", message)
 
 
-def _thinking_markers(
-    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
-) -> Finding:
-    def known(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+def _thinking_markers(student: Tokenizer, teacher: Tokenizer) -> Finding:
+    def known(tokenizer: Tokenizer) -> list[str]:
         template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
-        return {m for m in THINKING_MARKERS if m in tokenizer.get_vocab() or m in template}
+        vocabulary = tokenizer.get_vocab()
+        return sorted(m for m in THINKING_MARKERS if m in vocabulary or m in template)
 
-    ours, theirs = known(student), known(teacher)
+    ours = known(student)
+    theirs = known(teacher)
     if ours == theirs:
-        return Finding("ok", "thinking markers", f"{', '.join(sorted(ours)) or 'none'} for both")
-    return Finding(
-        "warning",
-        "thinking markers",
-        f"student {sorted(ours) or 'none'}, teacher {sorted(theirs) or 'none'}: one of them "
-        "reasons inside markers that the "
-        "other does not know.",
+        return Finding("ok", "thinking markers", f"{', '.join(ours) or 'none'} for both")
+    message = (
+        f"student {ours or 'none'}, teacher {theirs or 'none'}: one of them reasons inside markers "
+        "that the other does not know."
     )
+    return Finding("warning", "thinking markers", message)
