@@ -60,12 +60,13 @@ class ConformanceServer:
         self.root: str | None = None
         self.key: str | None = None
         self.understands: tuple[str, ...] = ("prompt_logprobs", "echo")
-        self.tempers, self.lists_models, self.prefix = False, True, "/v1"
+        self.tempers = False
+        self.prefix = "/v1"
         self.faults: deque[str] = deque()
         """each spoils the answer to one completion request"""
         self.lasting_fault = ""
         """spoils the answer to every completion request"""
-        self.slow_seconds, self.retry_after = 5.0, 0.0
+        self.slow_seconds = 5.0
         self.requests: list[dict[str, Any]] = []
         self.times: list[float] = []
         self.counts: Counter[str] = Counter()
@@ -168,7 +169,7 @@ class ConformanceServer:
         rows = self._rows(tokens, body["temperature"] if is_tempered else 1.0)
         rows = rows[1:] if self.flaw == "row ahead" else rows[:-1]
         if self.flaw == "not repeatable":
-            rows = rows + torch.randn_like(rows)
+            rows = rows - torch.randn_like(rows).abs()
         if self.flaw == "zeros":
             rows = torch.zeros_like(rows)
         num_top = body.get("prompt_logprobs") or body.get("logprobs") or 0
@@ -270,7 +271,7 @@ class _Handler(BaseHTTPRequestHandler):
         return False
 
     def do_GET(self) -> None:
-        if not (self.owner.lists_models and self.path == f"{self.owner.prefix}/models"):
+        if self.path != f"{self.owner.prefix}/models":
             self.answer(404, {"detail": "Not Found"})
         elif self.is_allowed():
             self.answer(200, self.owner.models())
@@ -296,8 +297,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def respond(self, body: dict[str, Any], fault: str) -> None:
         if fault.isdecimal():
-            extra = {"Retry-After": str(self.owner.retry_after)} if self.owner.retry_after else {}
-            extra |= {"Location": "http://127.0.0.1:9/v1/completions"} if fault == "307" else {}
+            extra = {"Location": "http://127.0.0.1:9/v1/completions"} if fault == "307" else {}
             self.answer(int(fault), {"error": {"message": f"no, {fault}"}}, **extra)
         elif fault:
             self.misbehave(fault, json.dumps(self.owner.completion(body)).encode())

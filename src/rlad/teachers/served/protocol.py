@@ -5,10 +5,11 @@ A `seed` is never sent: several seeded requests at once end the engine of vLLM o
 """
 
 import math
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 Scoring = Literal["prompt_logprobs", "echo"]
 
@@ -17,7 +18,36 @@ LARGEST_LOGPROB = 1e-2
 STAND_IN_FOR_MINUS_INFINITY = -9999.0
 """of vLLM, as JSON knows no infinity"""
 BYTES_PER_TOKEN, BYTES_PER_ANSWER = 1024, 65_536
-_TOKEN_AS_ID = re.compile(r"token_id:([0-9]{1,18})")
+
+
+def _finite_logprob(value: Any) -> float:
+    """Return a finite log-prob, or NaN for whatever else an answer holds in its place."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    return float(value) if STAND_IN_FOR_MINUS_INFINITY < value <= LARGEST_LOGPROB else math.nan
+
+
+Logprob = Annotated[float, BeforeValidator(_finite_logprob)]
+
+
+class _Entry(BaseModel):
+    logprob: Logprob = math.nan
+    decoded_token: str | None = None
+
+
+class _Logprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[Logprob]
+    top_logprobs: list[dict[str, Logprob] | None] | None = None
+
+
+class _Choice(BaseModel):
+    prompt_logprobs: list[dict[str, _Entry] | None] | None = None
+    logprobs: _Logprobs | None = None
+
+
+class _Completion(BaseModel):
+    choices: list[_Choice] = Field(min_length=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +61,9 @@ class TokenScores:
     strings: list[str]
     """the given tokens as the server writes them"""
 
-    @classmethod
-    def missing(cls, num_tokens: int) -> "TokenScores":
-        return cls([math.nan] * num_tokens, [{}] * num_tokens, [""] * num_tokens)
-
 
 def max_answer_bytes(num_tokens: int, num_likeliest: int = 1) -> int:
-    """Far more than an answer about so many tokens needs."""
+    """Return far more bytes than an answer about so many tokens needs."""
     return BYTES_PER_ANSWER + BYTES_PER_TOKEN * num_tokens * (1 + num_likeliest)
 
 
@@ -50,12 +76,12 @@ def scoring_request(
     num_likeliest: int = 0,
     as_ids: bool = True,
 ) -> dict[str, Any]:
-    """Asks for the log-prob of each given token but the first, and for the likeliest tokens at each
+    """Ask for the log-prob of each given token but the first, and for the likeliest tokens at each
     position.
 
     `temper_prompt_logprobs` is our own word for log-probs at the request's temperature; `rlad
-    serve-teacher` knows it, other servers pass it over. With `as_ids` a server that answers with
-    the text of tokens is asked for their ids instead.
+    serve-teacher` knows it, other servers ignore it. With `as_ids` a server that answers with the
+    text of tokens is asked for their ids instead.
     """
     body: dict[str, Any] = {"model": model, "prompt": list(tokens), "temperature": temperature}
     if temperature != 1:
@@ -66,19 +92,8 @@ def scoring_request(
     return body | {"return_tokens_as_token_ids": True} if as_ids else body
 
 
-def read_scores(scoring: Scoring, answer: dict[str, Any], tokens: Sequence[int]) -> TokenScores:
-    """The scores of `tokens` in an answer; those of an answer about another number of tokens are
-    all missing."""
-    choice = _first_choice(answer)
-    return (
-        _read_prompt_logprobs(choice, tokens)
-        if scoring == "prompt_logprobs"
-        else _read_echo(choice, tokens)
-    )
-
-
 def generation_request(model: str, prompt: Sequence[int], num_tokens: int) -> dict[str, Any]:
-    """Asks for the likeliest continuation with its log-probs and token ids."""
+    """Ask for the likeliest continuation with its log-probs and token ids."""
     return {
         "model": model,
         "prompt": list(prompt),
@@ -89,91 +104,72 @@ def generation_request(model: str, prompt: Sequence[int], num_tokens: int) -> di
     }
 
 
+def read_scores(scoring: Scoring, answer: dict[str, Any], tokens: Sequence[int]) -> TokenScores:
+    """Read the scores of `tokens`. In an answer about another number of tokens all are missing."""
+    choice = _first_choice(answer)
+    num_tokens = len(tokens)
+    scores = TokenScores([math.nan] * num_tokens, [{}] * num_tokens, [""] * num_tokens)
+    if scoring == "prompt_logprobs":
+        _read_prompt_logprobs(choice.prompt_logprobs or [], tokens, scores)
+    elif choice.logprobs is not None:
+        _read_echo(choice.logprobs, tokens, scores)
+    return scores
+
+
+def _read_prompt_logprobs(
+    entries: Sequence[dict[str, _Entry] | None], tokens: Sequence[int], scores: TokenScores
+) -> None:
+    """Read one entry per token, None for the first: token id -> log-prob and text."""
+    if len(entries) != len(tokens):
+        return
+    for i in range(1, len(tokens)):
+        entry = entries[i] or {}
+        given = entry.get(str(tokens[i]), _Entry())
+        scores.logprobs[i] = given.logprob
+        scores.strings[i] = given.decoded_token or ""
+        scores.likeliest[i] = {token: other.logprob for token, other in entry.items()}
+
+
+def _read_echo(lists: _Logprobs, tokens: Sequence[int], scores: TokenScores) -> None:
+    """Read lists over tokens. A token that is written as another id than the given one has no
+    value; one that is written as text is taken on trust."""
+    likeliest = lists.top_logprobs or [None] * len(tokens)
+    if any(len(row) != len(tokens) for row in (lists.tokens, lists.token_logprobs, likeliest)):
+        return
+    for i in range(1, len(tokens)):
+        name = lists.tokens[i]
+        if name.startswith("token_id:") and name != f"token_id:{tokens[i]}":
+            continue
+        scores.logprobs[i] = lists.token_logprobs[i]
+        scores.strings[i] = name
+        scores.likeliest[i] = likeliest[i] or {}
+
+
 def read_generation(
-    answer: dict[str, Any], ids_of_strings: dict[str, int]
+    answer: dict[str, Any], ids_of_strings: Mapping[str, int]
 ) -> tuple[list[int], list[float]]:
-    """Ids and log-probs of what a server wrote, up to the first token that cannot be read.
+    """Read ids and log-probs of what a server wrote, up to the first token that cannot be read.
 
     `ids_of_strings` is for servers that write tokens as text.
     """
-    logprobs = _section(_first_choice(answer), "logprobs")
+    logprobs = _first_choice(answer).logprobs
     ids: list[int] = []
     values: list[float] = []
-    for string, value in zip(
-        _list(logprobs, "tokens"), _list(logprobs, "token_logprobs"), strict=False
-    ):
-        as_id = _TOKEN_AS_ID.fullmatch(string) if isinstance(string, str) else None
-        token = (
-            int(as_id[1])
-            if as_id
-            else ids_of_strings.get(string)
-            if isinstance(string, str)
-            else None
-        )
-        if token is None or math.isnan(_logprob(value)):
+    if logprobs is None:
+        return ids, values
+    for name, value in zip(logprobs.tokens, logprobs.token_logprobs, strict=False):
+        number = name.removeprefix("token_id:")
+        is_id = number != name and number.isascii() and number.isdecimal() and len(number) < 19
+        token = int(number) if is_id else ids_of_strings.get(name)
+        if token is None or math.isnan(value):
             break
         ids.append(token)
-        values.append(_logprob(value))
+        values.append(value)
     return ids, values
 
 
-def _read_prompt_logprobs(choice: dict[str, Any], tokens: Sequence[int]) -> TokenScores:
-    """One entry per token, None for the first: token id -> {"logprob", "decoded_token"}."""
-    entries = _list(choice, "prompt_logprobs")
-    if len(entries) != len(tokens):
-        return TokenScores.missing(len(tokens))
-    scores = TokenScores.missing(len(tokens))
-    for i, (entry, token) in enumerate(zip(entries, tokens, strict=True)):
-        if i == 0 or not isinstance(entry, dict):
-            continue
-        found = {key: value for key, value in entry.items() if isinstance(value, dict)}
-        given = found.get(str(token), {})
-        scores.logprobs[i] = _logprob(given.get("logprob"))
-        scores.likeliest[i] = {key: _logprob(value.get("logprob")) for key, value in found.items()}
-        string = given.get("decoded_token")
-        scores.strings[i] = string if isinstance(string, str) else ""
-    return scores
-
-
-def _read_echo(choice: dict[str, Any], tokens: Sequence[int]) -> TokenScores:
-    """Lists over tokens. Where tokens are written as ids, another id than the given one has no
-    value."""
-    logprobs = _section(choice, "logprobs")
-    values, strings, likeliest = (
-        _list(logprobs, name) for name in ("token_logprobs", "tokens", "top_logprobs")
-    )
-    if len(values) != len(tokens):
-        return TokenScores.missing(len(tokens))
-    scores = TokenScores.missing(len(tokens))
-    for i, token in enumerate(tokens):
-        string = strings[i] if len(strings) == len(tokens) and isinstance(strings[i], str) else ""
-        as_id = _TOKEN_AS_ID.fullmatch(string)
-        if i == 0 or (as_id and int(as_id[1]) != token):
-            continue
-        scores.logprobs[i] = _logprob(values[i])
-        scores.strings[i] = string
-        if len(likeliest) == len(tokens) and isinstance(likeliest[i], dict):
-            scores.likeliest[i] = {key: _logprob(value) for key, value in likeliest[i].items()}
-    return scores
-
-
-def _logprob(value: Any) -> float:
-    """A finite log-prob, or NaN for whatever else stands there."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return math.nan
-    return float(value) if STAND_IN_FOR_MINUS_INFINITY < value <= LARGEST_LOGPROB else math.nan
-
-
-def _first_choice(answer: dict[str, Any]) -> dict[str, Any]:
-    choices = _list(answer, "choices")
-    return choices[0] if choices and isinstance(choices[0], dict) else {}
-
-
-def _list(table: dict[str, Any], name: str) -> list[Any]:
-    value = table.get(name)
-    return value if isinstance(value, list) else []
-
-
-def _section(table: dict[str, Any], name: str) -> dict[str, Any]:
-    value = table.get(name)
-    return value if isinstance(value, dict) else {}
+def _first_choice(answer: dict[str, Any]) -> _Choice:
+    try:
+        return _Completion.model_validate(answer).choices[0]
+    except ValidationError:
+        return _Choice()

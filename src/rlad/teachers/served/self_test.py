@@ -1,14 +1,11 @@
-"""The self-test of a server, before training: each thing that is asked of it becomes a
-`Finding`."""
+"""The self-test of a server, before training: it is asked with the student's tokens what it offers,
+and whether its scores can be trusted. Each answer becomes a `Finding`."""
 
 import gc
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any, get_args
 from urllib.parse import urlsplit
-
-import psutil
-import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from rlad.config.teacher import ServedTeacherConfig
 from rlad.findings import Finding
@@ -23,156 +20,284 @@ from rlad.teachers.served.client import (
     ServerUnavailableError,
     is_this_machine,
 )
-from rlad.teachers.served.probe import (
-    NUM_LIKELIEST,
-    Errors,
-    Offer,
-    SelfTestFailed,
-    ServerProbe,
-    find_scoring,
+from rlad.teachers.served.protocol import (
+    Scoring,
+    TokenScores,
+    generation_request,
+    max_answer_bytes,
+    read_generation,
+    read_scores,
+    scoring_request,
 )
-from rlad.teachers.served.protocol import Scoring, TokenScores
-from rlad.teachers.served.token_strings import differing_tokens, spread_ids
+from rlad.teachers.served.token_strings import (
+    differing_tokens,
+    ids_of_strings,
+    probe_ids,
+    spread_ids,
+)
 
+NUM_CUTS, NUM_WRITTEN = 4, 5
+"""places in the probe at which the server continues it, and how many tokens it writes"""
+NUM_LIKELIEST = 5
 NUM_STRINGS = 200
 """tokens all over the vocabulary whose strings are compared"""
 TEMPERATURE_PRECISION = 0.1
 """of the distance between the temperature and 1"""
-_GIB = 1024**3
+MODEL_LIST_BYTES = 4 * 1024**2
 
 
-def check_server(
-    client: CompletionsClient, settings: ServedTeacherConfig, setting: Setting
-) -> list[Finding]:
-    """Everything that is asked before training; it ends at the first thing without which the next
-    cannot be asked."""
-    findings: list[Finding] = []
-    probes = [ServerProbe(client, url, settings, setting) for url in settings.urls]
-    first, subject = probes[0], "server"
-    try:
-        findings += key_findings(client)
-        offers = [probe.offer() for probe in probes]
-        findings.append(_describe_offers(probes, offers))
-        subject = "context"
-        findings.append(_compare_context(setting, offers))
-        subject = "scoring"
-        scoring, message = find_scoring(first)
-        findings.append(Finding("ok", "scoring", message))
-        subject = "vocabulary"
-        findings.append(_compare_strings(first, scoring, offers[0].context_tokens))
-        subject = "temperature"
-        findings.append(_check_temperature(first, scoring))
-        subject = "replicas"
-        findings += [_compare_replica(first, probe, scoring) for probe in probes[1:]]
-        subject = "local model"
-        findings += [_compare_with_local(first, scoring)] if settings.local_model else []
-    except SelfTestFailed as error:
-        findings.append(Finding("error", subject, str(error)))
-    except (ServerUnavailableError, ServerRefusedError) as error:
-        findings.append(Finding("error", subject, f"the server stopped answering: {error}"))
-    return findings
+class SelfTestFailed(Exception):
+    """One sentence about what does not fit."""
 
 
-def key_findings(client: CompletionsClient) -> list[Finding]:
-    urls = [replica.url for replica in client.replicas if not is_this_machine(replica.url)]
-    bare = [parts.netloc for parts in map(urlsplit, urls) if parts.scheme == "http"]
-    if client.key is None or not bare:
-        return []
-    return [
-        Finding(
-            "warning",
-            "server",
-            f"the key goes unencrypted to {bare[0]}; use https, or a tunnel to 127.0.0.1.",
+class SelfTest:
+    """The questions, in their order: each method asks one thing, and raises `SelfTestFailed` where
+    the next cannot be asked."""
+
+    def __init__(self, client: CompletionsClient, settings: ServedTeacherConfig, setting: Setting):
+        self.client = client
+        self.settings = settings
+        self.setting = setting
+        self.tokenizer = setting.student_tokenizer
+        self.identity = settings.model
+        self.context: int | None = None
+        self.scoring: Scoring = "prompt_logprobs"
+        self.text = probe_ids(self.tokenizer)
+
+    def findings(self) -> list[Finding]:
+        """Ask everything, up to the first error."""
+        found = key_findings(self.client)
+        questions = {
+            "server": self.ask_for_model,
+            "context": self.compare_context,
+            "scoring": self.find_scoring,
+            "vocabulary": self.compare_strings,
+            "temperature": self.check_temperature,
+            "replicas": self.compare_replicas,
+            "local model": self.compare_with_local,
+        }
+        for subject, question in questions.items():
+            try:
+                found += question()
+            except (SelfTestFailed, ServerRefusedError) as error:
+                return [*found, Finding("error", subject, str(error))]
+            except ServerUnavailableError as error:
+                message = f"the server stopped answering: {error}; look into its log."
+                return [*found, Finding("error", subject, message)]
+        return found
+
+    def ask_for_model(self) -> list[Finding]:
+        """Every replica can be reached and offers the model."""
+        cards = [self._card(url) for url in self.settings.urls]
+        root = str(cards[0].get("root") or self.identity)[:200]
+        if root != self.identity:
+            self.identity += f" ({root})"
+        stated = [card.get("max_model_len") for card in cards]
+        self.context = min((size for size in stated if isinstance(size, int)), default=None)
+        if self.context is not None:
+            self.text = self.text[: self.context - NUM_WRITTEN - 1]
+        message = f"{self.identity} at {', '.join(self.settings.urls)}"
+        return [Finding("ok", "server", message)]
+
+    def compare_context(self) -> list[Finding]:
+        """The longest prompt with its completion fits."""
+        rollout = self.setting.config.rollout
+        return [compare_contexts(rollout, self.setting.student_context, self.context)]
+
+    def find_scoring(self) -> list[Finding]:
+        """In one of the ways to ask, scores of text that the server wrote are those of writing."""
+        wanted = self.settings.scoring
+        reasons: list[str] = []
+        for scoring in get_args(Scoring) if wanted == "auto" else (wanted,):
+            self.scoring = scoring
+            try:
+                return [Finding("ok", "scoring", self._agreement_with_writing())]
+            except (SelfTestFailed, ServerUnavailableError, ServerRefusedError) as error:
+                reasons.append(f"{scoring}: {str(error).rstrip('.')}")
+        raise SelfTestFailed(
+            f"{'; '.join(reasons)}; serve the model with vLLM or `rlad serve-teacher`."
         )
-    ]
 
-
-def _describe_offers(probes: Sequence[ServerProbe], offers: Sequence[Offer]) -> Finding:
-    for probe, offer in zip(probes, offers, strict=True):
-        if not offer.is_listed:
-            message = f"{probe.url} does not list its models; that it serves {probe.settings.model!r} is taken on trust."
-            return Finding("warning", "server", message)
-    where = ", ".join(probe.url for probe in probes)
-    return Finding("ok", "server", f"{offers[0].identity} at {where}")
-
-
-def _compare_context(setting: Setting, offers: Sequence[Offer]) -> Finding:
-    stated = [offer.context_tokens for offer in offers if offer.context_tokens is not None]
-    return compare_contexts(
-        setting.config.rollout, setting.student_context, min(stated, default=None)
-    )
-
-
-def _compare_strings(probe: ServerProbe, scoring: Scoring, context: int | None) -> Finding:
-    tokens = spread_ids(probe.tokenizer, min(NUM_STRINGS, (context or NUM_STRINGS + 2) - 2))
-    try:
+    def compare_strings(self) -> list[Finding]:
+        """Tokens all over the vocabulary are the same strings for the server."""
+        tokens = spread_ids(self.tokenizer, min(NUM_STRINGS, (self.context or NUM_STRINGS + 2) - 2))
         # Nothing is said of a text's first token.
-        strings = probe.score(scoring, [tokens[-1], *tokens], as_ids=False).strings[1:]
-    except ServerRefusedError as error:
-        raise SelfTestFailed(
-            f"it refuses tokens of the student, so it has another tokenizer: {error}"
-        ) from None
-    compared, differing = differing_tokens(probe.tokenizer, tokens, strings)
-    if differing:
-        token, ours, theirs = differing[0]
-        raise SelfTestFailed(
-            f"{len(differing)} of {compared} token ids compared differ, the first is id {token}, "
-            f"{ours!r} for the student and "
-            f"{theirs[:100]!r} for the server; TRRD needs a teacher of the student's tokenizer "
-            "family."
-        )
-    if not compared:
-        return Finding(
-            "warning",
-            "vocabulary",
+        strings = self._scores([tokens[-1], *tokens], as_ids=False).strings[1:]
+        compared, differing = differing_tokens(self.tokenizer, tokens, strings)
+        if differing:
+            token, ours, theirs = differing[0]
+            raise SelfTestFailed(
+                f"{len(differing)} of {compared} token ids compared differ, the first is id "
+                f"{token}, {ours!r} for the student and {theirs[:100]!r} for the server; serve a "
+                "teacher of the student's tokenizer family."
+            )
+        if compared:
+            message = f"{compared} tokens all over the student's vocabulary are the server's"
+            return [Finding("ok", "vocabulary", message)]
+        message = (
             "the server does not show the strings of tokens; that it has the student's tokenizer "
-            "is taken on trust.",
+            "is taken on trust."
         )
-    return Finding(
-        "ok", "vocabulary", f"{compared} tokens all over the student's vocabulary are the server's"
-    )
+        return [Finding("warning", "vocabulary", message)]
 
+    def check_temperature(self) -> list[Finding]:
+        """At a sampling temperature T other than 1, differences of log-probs at one position are
+        those at 1, divided by T.
 
-def _check_temperature(probe: ServerProbe, scoring: Scoring) -> Finding:
-    """At a sampling temperature T other than 1, differences of log-probs at one position must be
-    those at 1, divided by T.
+        The temperature found is the least-squares one over all pairs: sum d1^2 / sum (d1 dT).
+        """
+        wanted = self.setting.temperature
+        if wanted == 1:
+            message = "1: the server's log-probs are those of sampling"
+            return [Finding("ok", "temperature", message)]
+        advice = (
+            "set rollout.temperature = 1, or serve the model with `rlad serve-teacher`, which "
+            f"scores at {wanted:g}."
+        )
+        try:
+            plain, tempered = (
+                self._scores(self.text, num_likeliest=NUM_LIKELIEST, temperature=temperature)
+                for temperature in (1.0, wanted)
+            )
+        except ServerRefusedError as error:
+            raise SelfTestFailed(
+                f"the server gives no log-probs at temperature {wanted:g} ({error}); {advice}"
+            ) from None
+        pairs = list(_differences(plain, tempered))
+        product = sum(d1 * dt for d1, dt in pairs)
+        if not product > 0:
+            raise SelfTestFailed(
+                "nothing shows that the server's log-probs are those at temperature "
+                f"{wanted:g}; {advice}"
+            )
+        found = sum(d1 * d1 for d1, _ in pairs) / product
+        if abs(found - wanted) > TEMPERATURE_PRECISION * abs(1 - wanted):
+            raise SelfTestFailed(
+                f"the run samples at temperature {wanted:g}, but the server's log-probs are those "
+                f"at {found:.2f}; {advice}"
+            )
+        message = f"{wanted:g}: the server applies it (found {found:.4f})"
+        return [Finding("ok", "temperature", message)]
 
-    The temperature found is the least-squares one over all pairs: sum d1^2 / sum (d1 dT).
-    """
-    temperature = probe.setting.temperature
-    if temperature == 1:
-        return Finding("ok", "temperature", "1: the server's log-probs are those of sampling")
-    how = f"set rollout.temperature = 1, or serve the model with `rlad serve-teacher`, which scores at {temperature:g}."
-    try:
-        plain, tempered = (
-            probe.complete_scores(scoring, probe.text, num_likeliest=NUM_LIKELIEST, temperature=t)
-            for t in (1.0, temperature)
+    def compare_replicas(self) -> list[Finding]:
+        """All replicas give the probe the same log-probs, at the sampling temperature."""
+        first, *others = self.settings.urls
+        findings = []
+        for url in others:
+            found, wanted = self._tempered_logprobs(url), self._tempered_logprobs(first)
+            otherwise = f"{url} gives other log-probs than {first}"
+            difference = self._require_equal(found, wanted, otherwise)
+            message = f"{url} agrees with {first} ({difference})"
+            findings.append(Finding("ok", "replicas", message))
+        return findings
+
+    def compare_with_local(self) -> list[Finding]:
+        """A forward pass in this process gives the same log-probs, at the sampling temperature.
+
+        Weights are loaded only where those of the run are, too: where the setting has its student.
+        They are computed on the CPU, as the GPU is the run's.
+        """
+        name = self.settings.local_model
+        if name is None:
+            return []
+        load_model_config(name)
+        require_weights(name)
+        if self.setting.student is None:
+            message = f"{name} is compared when the models are loaded"
+            return [Finding("ok", "local model", message)]
+        scorer = Scorer(
+            load_language_model(name, device="cpu"),
+            temperature=self.setting.temperature,
+            tokens_per_batch=len(self.text),
         )
-    except (SelfTestFailed, ServerRefusedError) as error:
-        reason = str(error).rstrip(".")
-        raise SelfTestFailed(
-            f"the server gives no log-probs at temperature {temperature:g} ({reason}); {how}"
-        ) from None
-    pairs = list(_differences(plain, tempered))
-    product = sum(d1 * dt for d1, dt in pairs)
-    if not pairs or not product > 0:
-        raise SelfTestFailed(
-            f"nothing shows that the server's log-probs are those at temperature {temperature:g}; "
-            f"{how}"
+        local = scorer.score([self.text[:1]], [self.text[1:]])[0].tolist()
+        del scorer
+        gc.collect()  # a model is freed with the last of its references, some of which are circles
+        served = self._tempered_logprobs(self.settings.urls[0])
+        otherwise = f"the server's log-probs are not those of {name}"
+        difference = self._require_equal(served, local, otherwise)
+        return [Finding("ok", "local model", f"the server agrees with {name} ({difference})")]
+
+    def _card(self, url: str) -> dict[str, Any]:
+        """What a server says of the model."""
+        model = self.settings.model
+        try:
+            answer = self.client.ask(url, "/models", max_bytes=MODEL_LIST_BYTES)
+        except ServerUnavailableError as error:
+            raise SelfTestFailed(
+                f"no answer that can be used: {error}; start the server, or correct teacher.urls."
+            ) from None
+        cards = answer.get("data")
+        cards = (
+            [card for card in cards if isinstance(card, dict)] if isinstance(cards, list) else []
         )
-    found = sum(d1 * d1 for d1, _ in pairs) / product
-    worst = max(abs(dt * temperature - d1) for d1, dt in pairs)
-    if (
-        abs(found - temperature) > TEMPERATURE_PRECISION * abs(1 - temperature)
-        or worst > probe.settings.tolerance
-    ):
+        for card in cards:
+            if card.get("id") == model:
+                return card
+        offered = ", ".join(repr(str(card.get("id"))[:100]) for card in cards[:10]) or "no model"
         raise SelfTestFailed(
-            f"the run samples at temperature {temperature:g}, but the server's log-probs are those "
-            f"at {found:.2f}; {how}"
+            f"{url} offers {offered}, not {model!r}; set teacher.model to what it offers."
         )
-    return Finding(
-        "ok", "temperature", f"{temperature:g}: the server applies it (found {found:.4f})"
-    )
+
+    def _scores(self, tokens: Sequence[int], url: str | None = None, **wanted: Any) -> TokenScores:
+        body = scoring_request(self.scoring, self.settings.model, tokens, **wanted)
+        max_bytes = max_answer_bytes(len(tokens), NUM_LIKELIEST)
+        url = url or self.settings.urls[0]
+        answer = self.client.ask(url, "/completions", body, max_bytes=max_bytes)
+        return read_scores(self.scoring, answer, tokens)
+
+    def _logprobs(self, tokens: Sequence[int], **wanted: Any) -> list[float]:
+        """The log-prob of each token but the first, of which none may be missing."""
+        logprobs = self._scores(tokens, **wanted).logprobs[1:]
+        if missing := sum(map(math.isnan, logprobs)):
+            raise SelfTestFailed(
+                f"it gives no finite log-prob for {missing} of {len(logprobs)} given tokens"
+            )
+        return logprobs
+
+    def _tempered_logprobs(self, url: str) -> list[float]:
+        return self._logprobs(self.text, url=url, temperature=self.setting.temperature)
+
+    def _agreement_with_writing(self) -> str:
+        """Let the server continue the probe from several places, and score what it wrote."""
+        writing: list[float] = []
+        scoring: list[float] = []
+        for cut in range(1, NUM_CUTS + 1):
+            prompt = self.text[: max(2, len(self.text) * cut // NUM_CUTS)]
+            body = generation_request(self.settings.model, prompt, NUM_WRITTEN)
+            max_bytes = max_answer_bytes(NUM_WRITTEN)
+            url = self.settings.urls[0]
+            answer = self.client.ask(url, "/completions", body, max_bytes=max_bytes)
+            ids, values = read_generation(answer, ids_of_strings(self.tokenizer))
+            if not ids:
+                raise SelfTestFailed(
+                    "it does not say which tokens it writes with which log-probs (`logprobs`, "
+                    "`return_tokens_as_token_ids`), so that its scores cannot be checked"
+                )
+            writing += values
+            scoring += self._logprobs([*prompt, *ids])[-len(ids) :]
+        difference = self._require_equal(
+            scoring,
+            writing,
+            "what the server wrote has other log-probs when it scores it, as when scores are "
+            "shifted by one token, or are of another text or model",
+        )
+        return (
+            f"by {self.scoring}; scores of text that the server wrote agree with those it gave "
+            f"when writing ({difference})"
+        )
+
+    def _require_equal(
+        self, found: Sequence[float], wanted: Sequence[float], otherwise: str
+    ) -> str:
+        """Return how far the log-probs differ; fail when one does by more than the tolerance."""
+        sizes = [abs(a - b) for a, b in zip(found, wanted, strict=True)]
+        tolerance = self.settings.tolerance
+        mean, largest = sum(sizes) / len(sizes), max(sizes)
+        difference = f"mean {mean:.2g}, max {largest:.2g} nats over {len(sizes)} tokens"
+        if largest > tolerance:
+            raise SelfTestFailed(f"{otherwise} ({difference}; teacher.tolerance is {tolerance:g}).")
+        return difference
 
 
 def _differences(plain: TokenScores, tempered: TokenScores) -> Iterator[tuple[float, float]]:
@@ -185,72 +310,11 @@ def _differences(plain: TokenScores, tempered: TokenScores) -> Iterator[tuple[fl
             yield both[-1][0] - one, both[-1][1] - tempered_one
 
 
-def _compare_replica(first: ServerProbe, other: ServerProbe, scoring: Scoring) -> Finding:
-    """Whether another replica gives the probe the same log-probs, at the sampling temperature."""
-    temperature = first.setting.temperature
-    text = min(first.text, other.text, key=len)  # cut to the context of each
-    ours, theirs = (
-        p.complete_scores(scoring, text, temperature=temperature).logprobs[1:]
-        for p in (first, other)
-    )
-    errors = Errors.between(zip(theirs, ours, strict=True))
-    if not errors.within(first.settings.tolerance):
-        raise SelfTestFailed(
-            f"{other.url} gives other log-probs than {first.url} ({errors}; teacher.tolerance is "
-            f"{first.settings.tolerance:g}); replicas must serve one model."
-        )
-    return Finding("ok", "replicas", f"{other.url} agrees with {first.url} ({errors})")
-
-
-def _compare_with_local(probe: ServerProbe, scoring: Scoring) -> Finding:
-    """Whether a forward pass in this process gives the same log-probs, at the sampling temperature.
-
-    Weights are loaded only where those of the run are, too: where the setting has its student.
-    """
-    settings, temperature = probe.settings, probe.setting.temperature
-    assert settings.local_model is not None
-    config = load_model_config(settings.local_model)
-    require_weights(settings.local_model)
-    if probe.setting.student is None:
-        return Finding(
-            "ok", "local model", f"{settings.local_model} is compared when the models are loaded"
-        )
-    if (num_bytes := _float32_bytes(config)) > (free := free_bytes()):
-        raise SelfTestFailed(
-            f"the float32 weights of {settings.local_model} take {num_bytes / _GIB:.1f} GiB, and "
-            f"{free / _GIB:.1f} GiB of this "
-            "machine's memory are free; leave teacher.local_model out."
-        )
-    served = probe.complete_scores(scoring, probe.text, temperature=temperature).logprobs[1:]
-    errors = Errors.between(
-        zip(served, _local_logprobs(settings.local_model, probe.text, temperature), strict=True)
-    )
-    gc.collect()  # a model is freed with the last of its references, some of which go in circles
-    if not errors.within(settings.tolerance):
-        raise SelfTestFailed(
-            f"the server's log-probs are not those of {settings.local_model} ({errors}; "
-            "teacher.tolerance is "
-            f"{settings.tolerance:g}); serve that model, or correct teacher.local_model."
-        )
-    return Finding("ok", "local model", f"the server agrees with {settings.local_model} ({errors})")
-
-
-def _float32_bytes(config: PretrainedConfig) -> int:
-    """Of a model's weights, from its config."""
-    with torch.device("meta"):
-        return 4 * sum(
-            parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters()
-        )
-
-
-def free_bytes() -> int:
-    """Of this machine's memory, which is not the GPU's."""
-    return psutil.virtual_memory().available
-
-
-def _local_logprobs(name: str, text: Sequence[int], temperature: float) -> list[float]:
-    """Of each token but the first; on the CPU, as the GPU is the run's."""
-    scorer = Scorer(
-        load_language_model(name, device="cpu"), temperature=temperature, tokens_per_batch=len(text)
-    )
-    return scorer.score([text[:1]], [text[1:]])[0].tolist()
+def key_findings(client: CompletionsClient) -> list[Finding]:
+    """A key may not go unencrypted to another machine without a warning."""
+    urls = [url for url in client.settings.urls if not is_this_machine(url)]
+    bare = [parts.netloc for parts in map(urlsplit, urls) if parts.scheme == "http"]
+    if client.key is None or not bare:
+        return []
+    message = f"the key goes unencrypted to {bare[0]}; use https, or a tunnel to 127.0.0.1."
+    return [Finding("warning", "server", message)]

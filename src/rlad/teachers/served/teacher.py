@@ -1,8 +1,9 @@
 """A teacher behind an OpenAI-compatible `/v1/completions`: vLLM, `rlad serve-teacher`, or another
 that scores given tokens."""
 
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 from itertools import takewhile
@@ -16,10 +17,9 @@ from rlad.config.teacher import ServedTeacherConfig
 from rlad.errors import UserError
 from rlad.findings import Finding
 from rlad.teachers.base import Answer, Setting, Teacher, TeacherRequest
-from rlad.teachers.served.client import CompletionsClient, Patience, ServerUnavailableError
-from rlad.teachers.served.probe import SelfTestFailed, ServerProbe, find_scoring
+from rlad.teachers.served.client import CompletionsClient, ServerUnavailableError
 from rlad.teachers.served.protocol import Scoring, max_answer_bytes, read_scores, scoring_request
-from rlad.teachers.served.self_test import check_server
+from rlad.teachers.served.self_test import SelfTest, SelfTestFailed
 
 SECONDS_BETWEEN_LOOKS = 0.2
 
@@ -31,27 +31,21 @@ class ServedTeacher(Teacher):
     def __init__(
         self,
         client: CompletionsClient,
-        settings: ServedTeacherConfig,
+        setting: Setting,
         *,
         scoring: Scoring,
         identity: str,
-        temperature: float,
-        vocabulary: int,
         context_tokens: int | None,
-        before_work: Callable[[], None] = lambda: None,
     ):
-        """`vocabulary` is the student's: ids beyond it are padding, which no server need know."""
         self.identity = identity
-        self._client, self._settings = client, settings
+        self._client = client
+        self._setting = setting
         self._scoring: Scoring = scoring
-        self._before_work = before_work
-        self._temperature, self._vocabulary, self._context_tokens = (
-            temperature,
-            vocabulary,
-            context_tokens,
-        )
+        self._context_tokens = context_tokens
+        # The student's ids beyond its vocabulary are padding, which no server need know.
+        self._vocabulary = max(setting.student_tokenizer.get_vocab().values()) + 1
         self._pool: ThreadPool | None = None
-        self._patience = Patience()
+        self._given_up = threading.Event()
         self._submitted: list[AsyncResult] = []
 
     @property
@@ -60,20 +54,21 @@ class ServedTeacher(Teacher):
 
     def submit(self, requests: Sequence[TeacherRequest]) -> list[Answer]:
         # Threads of such a pool end with the process: Ctrl-C never waits for a slow answer.
-        self._pool = self._pool or ThreadPool(self._settings.max_concurrent_requests)
+        self._pool = self._pool or ThreadPool(self._client.settings.max_concurrent_requests)
         # Requests are given up together, until all of them have had their answers.
         if all(answer.ready() for answer in self._submitted):
-            self._patience, self._submitted = Patience(), []
+            self._given_up = threading.Event()
+            self._submitted = []
         answers = []
         for request in requests:
             spans: list[tuple[float, float]] = []
-            result = self._pool.apply_async(self._timed_score, (self._patience, request, spans))
+            result = self._pool.apply_async(self._timed_score, (request, self._given_up, spans))
             self._submitted.append(result)
             answers.append(Answer(partial(self._wait_for, result), spans))
         return answers
 
     def cancel(self) -> None:
-        self._patience.is_over.set()
+        self._given_up.set()
         self._submitted = []
         if self._pool is not None:
             self._pool.terminate()
@@ -84,37 +79,36 @@ class ServedTeacher(Teacher):
         self._client.close()
 
     def _timed_score(
-        self, patience: Patience, request: TeacherRequest, spans: list[tuple[float, float]]
+        self, request: TeacherRequest, given_up: threading.Event, spans: list[tuple[float, float]]
     ) -> Tensor:
         started = time.monotonic()
         try:
-            return self._score(patience, request)
+            return self._score(request, given_up)
         finally:
             spans.append((started, time.monotonic()))
 
     def _wait_for(self, answer: AsyncResult) -> Tensor:
-        """An answer; while it is not there, the run may be stopped."""
+        """Wait for an answer; meanwhile the run may be stopped."""
         while True:
-            self._before_work()
+            self._setting.before_work()
             try:
                 return answer.get(timeout=SECONDS_BETWEEN_LOOKS)
             except TimeoutError:
                 continue
 
-    def _score(self, patience: Patience, request: TeacherRequest) -> Tensor:
-        """Log-probs of one completion, NaN from the first token on that the server cannot know."""
+    def _score(self, request: TeacherRequest, given_up: threading.Event) -> Tensor:
+        """Ask for the log-probs of one completion. They are NaN from the first token on that the
+        server cannot know, and all where it gives no usable answer."""
         values = torch.full((len(request.completion),), torch.nan)
         known = self._known(request)
         if not known:
             return values
         tokens = [*request.prompt, *known]
-        body = scoring_request(
-            self._scoring, self._settings.model, tokens, temperature=self._temperature
-        )
+        model, temperature = self._client.settings.model, self._setting.temperature
+        body = scoring_request(self._scoring, model, tokens, temperature=temperature)
+        max_bytes = max_answer_bytes(len(tokens))
         try:
-            answer = self._client.complete(
-                body, max_bytes=max_answer_bytes(len(tokens)), patience=patience
-            )
+            answer = self._client.complete(body, max_bytes=max_bytes, given_up=given_up)
         except ServerUnavailableError:
             return values
         scores = read_scores(self._scoring, answer, tokens)
@@ -122,44 +116,38 @@ class ServedTeacher(Teacher):
         return values
 
     def _known(self, request: TeacherRequest) -> list[int]:
-        """The completion up to its first token out of vocabulary, and one token short of the
+        """Cut the completion before its first token out of vocabulary, and one token short of the
         server's context.
 
         A server writes at least one token for each text that it scores, and refuses texts that
         leave no room for it.
         """
         known = list(takewhile(lambda token: token < self._vocabulary, request.completion))
-        return (
-            known
-            if self._context_tokens is None
-            else known[: max(self._context_tokens - 1 - len(request.prompt), 0)]
-        )
+        if self._context_tokens is None:
+            return known
+        return known[: max(self._context_tokens - 1 - len(request.prompt), 0)]
 
 
 def check_teacher(settings: ServedTeacherConfig, setting: Setting) -> list[Finding]:
+    """Test the server before training."""
     with closing(CompletionsClient(settings)) as client:
-        return check_server(client, settings, setting)
+        return SelfTest(client, settings, setting).findings()
 
 
 def make_teacher(settings: ServedTeacherConfig, setting: Setting) -> ServedTeacher:
-    """Raises `UserError` when the server has changed since it was checked."""
+    """Raise `UserError` when the server has changed since it was checked."""
     client = CompletionsClient(settings)
-    probes = [ServerProbe(client, url, settings, setting) for url in settings.urls]
+    test = SelfTest(client, settings, setting)
     try:
-        offers = [probe.offer() for probe in probes]
-        scoring, _ = find_scoring(probes[0])
+        test.ask_for_model()
+        test.find_scoring()
     except SelfTestFailed as error:
         client.close()
         raise UserError(f"teacher {settings.title!r} failed its self-test: {error}") from None
     return ServedTeacher(
         client,
-        settings,
-        scoring=scoring,
-        identity=offers[0].identity,
-        temperature=setting.temperature,
-        vocabulary=max(setting.student_tokenizer.get_vocab().values()) + 1,
-        context_tokens=min(
-            (offer.context_tokens for offer in offers if offer.context_tokens), default=None
-        ),
-        before_work=setting.before_work,
+        setting,
+        scoring=test.scoring,
+        identity=test.identity,
+        context_tokens=test.context,
     )
