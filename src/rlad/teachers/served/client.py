@@ -167,7 +167,7 @@ class CompletionsClient:
         if response.status_code in (401, 403):
             return f"the environment variable {variable} holds a key that it does not take"
         if response.is_redirect:
-            return "give the address to which it redirects in teacher.urls"
+            return "it redirects, which is not followed: give the new address in teacher.urls"
         return "check teacher.urls, which mostly end in /v1, teacher.model and the server's log"
 
     def _words_of(self, answer: dict[str, Any]) -> str:
