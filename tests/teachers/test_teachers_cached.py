@@ -59,9 +59,7 @@ def cached(
     teacher: Teacher, folder: Path, *, temperature: float = 1.0, max_bytes: int = GIB
 ) -> CachedTeacher:
     store = CacheStore(folder, max_bytes=max_bytes)
-    return CachedTeacher(
-        teacher, store, directory=str(folder), temperature=temperature, tolerance=0.1
-    )
+    return CachedTeacher(teacher, store, temperature=temperature, tolerance=0.1)
 
 
 def same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:

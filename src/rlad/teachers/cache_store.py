@@ -46,7 +46,7 @@ class CacheStore:
     """
 
     def __init__(self, folder: Path, *, max_bytes: int):
-        self._folder = folder
+        self.folder = folder
         self._max_bytes = max_bytes
         self._has_failed = False
         try:
@@ -96,10 +96,10 @@ class CacheStore:
 
     def _open(self) -> None:
         # Two processes that make one file at the same time would lock each other out.
-        with (self._folder / ".lock").open("w") as lock:
+        with (self.folder / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             self._db = sqlite3.connect(
-                self._folder / FILE, timeout=_WAIT_SECONDS, isolation_level=None
+                self.folder / FILE, timeout=_WAIT_SECONDS, isolation_level=None
             )
             self._db.execute("PRAGMA auto_vacuum = FULL")
             self._db.execute("PRAGMA journal_mode = WAL")
@@ -146,7 +146,7 @@ class CacheStore:
             _log.warning(
                 "rlad: the teacher's cache %s stores nothing more in this run (%s); free some "
                 "space, or delete the folder if it is damaged",
-                self._folder,
+                self.folder,
                 error,
             )
         self._has_failed = True

@@ -55,18 +55,11 @@ class CachedTeacher(TeacherWrapper):
     """
 
     def __init__(
-        self,
-        teacher: Teacher,
-        store: CacheStore,
-        *,
-        directory: str,
-        temperature: float,
-        tolerance: float,
+        self, teacher: Teacher, store: CacheStore, *, temperature: float, tolerance: float
     ):
         assert not teacher.state(), "a teacher that moves cannot be cached"
         super().__init__(teacher)
         self._store = store
-        self._directory = directory
         self._tolerance = tolerance
         self._witness_key = _key(_FORMAT, teacher.fingerprint, temperature)
         self._witness: bytes | None = None
@@ -159,7 +152,7 @@ class CachedTeacher(TeacherWrapper):
         difference = float((answer - torch.tensor(stored)).abs().mean())
         if difference > self._tolerance:
             raise UserError(
-                f"the cache {self._directory} holds log-probs of another teacher than "
+                f"the cache {self._store.folder} holds log-probs of another teacher than "
                 f"{self.identity!r}: a completion of {len(answer)} tokens, asked for again, "
                 f"differs by {difference:.3g} nats a token (teacher.tolerance is "
                 f"{self._tolerance:g}); delete that folder, or name another teacher.directory."
@@ -214,7 +207,6 @@ def make_teacher(settings: CachedTeacherConfig, setting: Setting) -> CachedTeach
     return CachedTeacher(
         build_teacher(settings.teacher, setting),
         CacheStore(Path(settings.directory), max_bytes=int(settings.max_gib * _GIB)),
-        directory=settings.directory,
         temperature=setting.temperature,
         tolerance=settings.tolerance,
     )

@@ -154,27 +154,24 @@ def _check_quantization(settings: LocalTeacherConfig, setting: Setting) -> list[
 
 
 def make_teacher(settings: LocalTeacherConfig, setting: Setting) -> LocalTeacher:
-    return LocalTeacher(
-        load_teacher_model(settings, setting),
-        temperature=setting.temperature,
-        tokens_per_batch=settings.tokens_per_batch,
-        identity=identity_of(settings, setting.config.seed),
-        keep=settings.keep,
-        before_work=setting.before_work,
-    )
-
-
-def load_teacher_model(settings: LocalTeacherConfig, setting: Setting) -> LanguageModel:
-    """The weights, on the student's device unless another is named."""
     assert setting.student is not None
+    seed = setting.config.seed
+    random_seed = stream_seed(seed, "random teacher", 0)
     is_auto = settings.device == "auto"
-    random_seed = stream_seed(setting.config.seed, "random teacher", 0)
-    return load_language_model(
+    language_model = load_language_model(
         settings.model,
         dtype=settings.dtype,
         device=str(setting.student.model.device) if is_auto else settings.device,
         random_weights_seed=random_seed if settings.random_weights else None,
         quantization=quantization_config(settings.quantization),
+    )
+    return LocalTeacher(
+        language_model,
+        temperature=setting.temperature,
+        tokens_per_batch=settings.tokens_per_batch,
+        identity=identity_of(settings, seed),
+        keep=settings.keep,
+        before_work=setting.before_work,
     )
 
 

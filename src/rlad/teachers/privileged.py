@@ -16,11 +16,10 @@ from typing import Any
 from rlad.config.teacher import (
     AdapterTeacherConfig,
     CachedTeacherConfig,
-    EMATeacherConfig,
     LocalTeacherConfig,
     PrivilegedTeacherConfig,
     ServedTeacherConfig,
-    SeveralTeachersConfig,
+    single_teachers,
 )
 from rlad.config.template import fill_template, template_names
 from rlad.errors import UserError
@@ -163,10 +162,10 @@ def _model_with_template(settings: Any) -> str:
     """The model whose tokenizer has the teacher's chat template. `UserError` where none is in
     reach."""
     match settings:
-        case LocalTeacherConfig():
-            return settings.model
         case CachedTeacherConfig():
             return _model_with_template(settings.teacher)
+        case LocalTeacherConfig():
+            return settings.model
         case ServedTeacherConfig() if settings.local_model is not None:
             return settings.local_model
         case AdapterTeacherConfig() if has_tokenizer(settings.adapter):
@@ -179,19 +178,14 @@ def _model_with_template(settings: Any) -> str:
 
 
 def teacher_context(settings: Any, setting: Setting) -> int | None:
-    """Tokens of the context of the teacher that a section names; None where it is not stated."""
-    match settings:
-        case LocalTeacherConfig():
-            return context_tokens(load_model_config(settings.model))
-        case AdapterTeacherConfig() | EMATeacherConfig():
-            return setting.student_context
-        case SeveralTeachersConfig():
-            contexts = [teacher_context(one, setting) for one in settings.teachers.values()]
-            return min((one for one in contexts if one is not None), default=None)
-        case PrivilegedTeacherConfig() | CachedTeacherConfig():
-            return teacher_context(settings.teacher, setting)
-        case _:  # served: its server says so itself
-            return None
+    """Tokens of the shortest context of the teachers in a section; None where none is stated."""
+    contexts = []
+    for _, one in single_teachers(settings):
+        if isinstance(one, LocalTeacherConfig):
+            contexts.append(context_tokens(load_model_config(one.model)))
+        elif not isinstance(one, ServedTeacherConfig):  # whose server says so itself
+            contexts.append(setting.student_context)
+    return min((tokens for tokens in contexts if tokens is not None), default=None)
 
 
 # --- check and make -------------------------------------------------------------------------------
