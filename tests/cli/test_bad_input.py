@@ -168,7 +168,7 @@ def bad(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "1 of 7 token ids differ, the first is id 4, '2' for the student and '9'",
         ),
         ("teacher.model", "{bad}/short_context", "set rollout.max_prompt_tokens to at most 12"),
-        ("task.path", "{bad}/empty.jsonl", "the file is empty"),
+        ("task.path", "{bad}/empty.jsonl", "there is no problem in it"),
         ("task.path", "{bad}/nothing.jsonl", "there is no such file"),
         (
             "task.path",

@@ -331,7 +331,7 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(tmp_path: Path, worl
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and f"go on with: rlad compare {path}" in errors, errors
+    assert process.returncode == 130 and f"continue with: rlad compare {path}" in errors, errors
     assert RunDirectory(run).checkpoints() and not RunDirectory(run).is_finished()
     subprocess.run(command, check=True, capture_output=True)
     interrupted = remains(run)

@@ -1,23 +1,34 @@
 """`rlad check`: the page that it prints."""
 
-from __future__ import annotations
-
 import json
+import sys
 import textwrap
-from typing import TYPE_CHECKING
 
+import click
 from rich.console import Console
 from rich.text import Text
 
-from rlad.checks.check import CheckReport
+from rlad.checks.check import CheckReport, check_run
 from rlad.config.file import changed_settings
+from rlad.config.run import RunConfig
+from rlad.errors import EXIT_USER_MISTAKE
 from rlad.text import printable
 
-if TYPE_CHECKING:
-    pass
-
-
 _MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "error": ("✗", "red")}
+
+
+def run_check(
+    config: RunConfig, *, without_models: bool, engine: str | None, as_json: bool
+) -> None:
+    """Check a run and print what was found; exit code 2 when it cannot work."""
+    with Console(stderr=True).status("checking"):
+        report = check_run(config, with_models=not without_models, for_verl=engine == "verl")
+    if as_json:
+        click.echo(json.dumps(report.to_json()))
+    else:
+        print_report(report)
+    if report.errors:
+        sys.exit(EXIT_USER_MISTAKE)
 
 
 def print_report(report: CheckReport, console: Console | None = None) -> None:
@@ -49,6 +60,6 @@ def print_report(report: CheckReport, console: Console | None = None) -> None:
         )
     line("")
     if report.errors:
-        line("this cannot work: mend what is marked with ✗", style="bold red")
+        line("this cannot work: fix what is marked with ✗", style="bold red")
     else:
         line("this can be trained", style="bold green")

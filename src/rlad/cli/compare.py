@@ -1,8 +1,10 @@
 """What a person sees of `rlad compare`: the plan, the progress over all runs, what is missing."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import click
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -16,7 +18,27 @@ from rich.progress import (
 from rlad.comparison.compare import PlannedRun, compare, final_runs, tuning_runs
 from rlad.comparison.report import MissingRun
 from rlad.config.comparison import CompareConfig
+from rlad.errors import EXIT_FAILURE, EXIT_SIGNAL
+from rlad.stopping import StopRequested
 from rlad.text import printable
+
+
+def run_compare(comparison: CompareConfig, folder: Path, *, dry_run: bool, command: str) -> None:
+    """Do a comparison, or print its plan; exit code 1 when a run is missing from its report."""
+    console = Console()
+    if dry_run:
+        print_plan(console, comparison, folder)
+        return
+    try:
+        missing = run_comparison(console, comparison, folder)
+    except StopRequested as stopped:
+        click.echo(
+            f"rlad: stopped by {stopped}; what was trained is kept, continue with: {command}",
+            err=True,
+        )
+        sys.exit(EXIT_SIGNAL + stopped.signal_number)
+    if missing:
+        sys.exit(EXIT_FAILURE)
 
 
 def print_plan(console: Console, comparison: CompareConfig, folder: Path) -> None:

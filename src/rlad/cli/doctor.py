@@ -1,18 +1,29 @@
 """What `rlad doctor` prints."""
 
+import json
+import sys
 from pathlib import Path
 
+import click
 from rich.console import Console
 from rich.text import Text
 
+from rlad.errors import EXIT_FAILURE
 from rlad.runs.doctor import Diagnoses, diagnose
 from rlad.text import printable
 
 _MARKS = {"error": ("✗", "red"), "warning": ("!", "yellow"), "note": ("·", "")}
 
 
-def diagnose_run(path: str) -> Diagnoses:
-    return diagnose(Path(path))
+def run_doctor(path: str, *, as_json: bool) -> None:
+    """Print what is wrong with a run; exit code 1 when something is."""
+    diagnoses = diagnose(Path(path))
+    if as_json:
+        click.echo(json.dumps(diagnoses.to_json()))
+    else:
+        print_diagnoses(diagnoses)
+    if not diagnoses.is_healthy:
+        sys.exit(EXIT_FAILURE)
 
 
 def print_diagnoses(diagnoses: Diagnoses, console: Console | None = None) -> None:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -38,6 +39,17 @@ class Evaluation:
         return {"model": self.model, "task": self.task, "split": self.split} | _plain(
             summarise(self.results)
         )
+
+
+def run_evaluation(
+    run_or_model: str, overrides: Sequence[str], *, as_json: bool, **how: Any
+) -> None:
+    """Evaluate and print the summary, for a reader or as JSON."""
+    evaluation = evaluate_run_or_model(run_or_model, overrides, **how)
+    if as_json:
+        click.echo(json.dumps(evaluation.summary_json()))
+    else:
+        print_summary(evaluation)
 
 
 def evaluate_run_or_model(

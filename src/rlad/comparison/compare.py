@@ -61,7 +61,7 @@ class PlannedRun:
             return False
         try:
             stored = load_config(self.path)
-        except ValueError:  # of a damaged run, which its own process then says
+        except UserError:  # of a damaged run, which its own process then says
             return False
         differing = differing_settings(stored, self.config)
         if differing:

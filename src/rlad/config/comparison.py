@@ -146,7 +146,7 @@ def method_config(comparison: CompareConfig, folder: Path, method: str, *, seed:
         )
         _require_a_fair_limit(config)
         return config
-    except ValueError as error:
+    except UserError as error:
         raise UserError(
             "\n".join(f"method {method!r}: {line}" for line in str(error).splitlines())
         ) from None

@@ -118,8 +118,8 @@ def read_toml(path: Path) -> dict[str, Any]:
             "a run directory, "
             "or none for the embedded example."
         ) from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"config {path} is not valid TOML: {error}; mend that line.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"config {path} is not valid TOML: {error}; fix that line.") from None
 
 
 def _type_first(table: dict[str, Any]) -> dict[str, Any]:

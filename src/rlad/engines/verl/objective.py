@@ -55,7 +55,7 @@ def objective_knobs_from_environment(name: str) -> dict[str, Any]:
         )
     try:
         section = json.loads(text)
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         raise UserError(
             f"the environment variable {VARIABLE} is no JSON ({error}); write it like {example}."
         ) from None
