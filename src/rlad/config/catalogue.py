@@ -97,7 +97,7 @@ def _settings(config: type[BaseModel]) -> str:
         value = _value_of(field)
         about = "; ".join(
             part
-            for part in (field.description, _allowed(field), "required" * field.is_required())
+            for part in (_about(field), _allowed(field), "required" * field.is_required())
             if part
         )
         rows.append((f"{name} = {value}" if value else f"# {name}", about))
@@ -105,6 +105,11 @@ def _settings(config: type[BaseModel]) -> str:
     return "\n".join(
         f"{setting:<{width}}  # {about}" if about else setting for setting, about in rows
     )
+
+
+def _about(field: FieldInfo) -> str:
+    """The description in one line."""
+    return " ".join((field.description or "").split())
 
 
 def _value_of(field: FieldInfo) -> str:
@@ -129,7 +134,8 @@ def _sections_in(field: FieldInfo) -> list[type[BaseModel]]:
 def _inner_section(section: str, name: str, field: FieldInfo, what: str) -> str:
     """A section within a section as it stands in a config: its settings, or where those of its
     types are shown."""
-    header = f"[{section}.{name}{'.NAME' * (get_origin(field.annotation) is dict)}]  # {field.description}"
+    key = name + ".NAME" * (get_origin(field.annotation) is dict)
+    header = f"[{section}.{key}]  # {_about(field)}"
     kinds = _sections_in(field)
     if len(kinds) == 1:
         return f"{header}\n{_settings(kinds[0])}"
