@@ -57,7 +57,9 @@ class Teacher(ABC):
     """Scores the student's completions. One number per token is all that it is ever asked for."""
 
     identity: str
-    """names the teacher, though not each bit of its weights; a resumed run must find the same"""
+    """Names the teacher, though not each bit of its weights; a resumed run must find the same."""
+    inner: Sequence[Teacher] = ()
+    """The teachers that it asks itself; they move, give up and are closed with it."""
 
     @property
     def fingerprint(self) -> str:
@@ -68,7 +70,7 @@ class Teacher(ABC):
     def works_elsewhere(self) -> bool:
         """Whether it scores without the student's device, so that it may be asked while the student
         writes."""
-        return False
+        return bool(self.inner) and all(teacher.works_elsewhere for teacher in self.inner)
 
     @abstractmethod
     def submit(self, requests: Sequence[TeacherRequest]) -> list[Answer]:
@@ -81,11 +83,20 @@ class Teacher(ABC):
         """Score the completions and wait for the answers."""
         return [answer.result() for answer in self.submit(requests)]
 
-    def cancel(self) -> None:  # noqa: B027
+    def cancel(self) -> None:
         """Give up all answers that are still under way; never waits for them."""
+        for teacher in self.inner:
+            teacher.cancel()
 
-    def after_step(self) -> None:  # noqa: B027
+    def after_step(self) -> None:
         """The student made an optimiser step; a teacher that follows it moves."""
+        for teacher in self.inner:
+            teacher.after_step()
+
+    def close(self) -> None:
+        """Release connections and files."""
+        for teacher in self.inner:
+            teacher.close()
 
     def state(self) -> Mapping[str, Tensor]:
         """What a checkpoint must hold of a teacher that moves; empty for all others."""
@@ -97,9 +108,6 @@ class Teacher(ABC):
     def pop_metrics(self) -> dict[str, float]:
         """What it counted since the last call, for the metrics of a step."""
         return {}
-
-    def close(self) -> None:  # noqa: B027
-        """Release connections and files."""
 
 
 class SynchronousTeacher(Teacher):
@@ -113,29 +121,19 @@ class SynchronousTeacher(Teacher):
 
 
 class TeacherWrapper(Teacher):
-    """A teacher that is asked through another one: all that a subclass does not change is the
-    wrapped teacher's."""
+    """A teacher that asks another one: all that a subclass does not change is that one's."""
 
     def __init__(self, teacher: Teacher):
         self.teacher = teacher
+        self.inner = (teacher,)
         self.identity = teacher.identity
 
     @property
     def fingerprint(self) -> str:
         return self.teacher.fingerprint
 
-    @property
-    def works_elsewhere(self) -> bool:
-        return self.teacher.works_elsewhere
-
     def submit(self, requests: Sequence[TeacherRequest]) -> list[Answer]:
         return self.teacher.submit(requests)
-
-    def cancel(self) -> None:
-        self.teacher.cancel()
-
-    def after_step(self) -> None:
-        self.teacher.after_step()
 
     def state(self) -> Mapping[str, Tensor]:
         return self.teacher.state()
@@ -145,9 +143,6 @@ class TeacherWrapper(Teacher):
 
     def pop_metrics(self) -> dict[str, float]:
         return self.teacher.pop_metrics()
-
-    def close(self) -> None:
-        self.teacher.close()
 
 
 @dataclass(frozen=True, slots=True)

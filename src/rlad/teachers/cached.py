@@ -72,7 +72,8 @@ class CachedTeacher(TeacherWrapper):
         self._num_hits = 0
 
     def submit(self, requests: Sequence[TeacherRequest]) -> list[Answer]:
-        # Before a batch, ask again for a witness that this session has not confirmed.
+        # A batch begins. A stored witness that this session has not confirmed is asked for again
+        # first: nothing stored is used before it is known to be this teacher's.
         if not self._open and not self._witness:
             stored = self._store.get([self._witness_key])
             for witness in stored.values():
@@ -83,6 +84,7 @@ class CachedTeacher(TeacherWrapper):
         self._num_asked += len(rows)
         self._num_hits += sum(tokens in answers for tokens in rows)
 
+        # What is not stored is asked for, each completion once.
         unknown = [tokens for tokens in asked if tokens not in answers]
         submitted = self.teacher.submit([asked[tokens] for tokens in unknown]) if unknown else []
         for tokens, answer in zip(unknown, submitted, strict=True):
@@ -112,8 +114,11 @@ class CachedTeacher(TeacherWrapper):
         if not self._witness:
             return {}
         keys = {self._entry_key(tokens): tokens for tokens in asked}
-        stored = self._store.get(list(keys))
-        return {keys[key]: Answer.finished(_to_tensor(value)) for key, value in stored.items()}
+        answers = {}
+        for key, value in self._store.get(list(keys)).items():
+            logprobs = np.frombuffer(value, dtype="<f4").astype(np.float32)
+            answers[keys[key]] = Answer.finished(torch.from_numpy(logprobs))
+        return answers
 
     def _wait_for(self, tokens: Tokens, answer: Answer) -> Tensor:
         """The inner teacher's answer. With the last one of a batch, the batch is stored."""
@@ -129,6 +134,7 @@ class CachedTeacher(TeacherWrapper):
     def _store_batch(self) -> None:
         """Store under the witness that all sessions agree on, which is this one's where there is
         none."""
+        # The longest completion tells two teachers apart best.
         longest = max(self._whole, key=lambda tokens: len(tokens[1]))
         ours = self._witness or json.dumps([*longest, self._whole[longest].tolist()]).encode()
         held = self._store.claim(self._witness_key, ours)
@@ -137,8 +143,11 @@ class CachedTeacher(TeacherWrapper):
         elif held:  # another process was first, or the file was lost and begun anew
             self._confirm(held)
         if self._witness:
-            entries = self._whole.items()
-            self._store.put({self._entry_key(tokens): _to_bytes(one) for tokens, one in entries})
+            entries = {
+                self._entry_key(tokens): logprobs.numpy().astype("<f4").tobytes()
+                for tokens, logprobs in self._whole.items()
+            }
+            self._store.put(entries)
         self._whole.clear()
 
     def _confirm(self, witness: bytes) -> None:
@@ -175,14 +184,6 @@ def _tokens(request: TeacherRequest) -> Tokens:
 
 def _is_whole(logprobs: Tensor, tokens: Sequence[Sequence[int]]) -> bool:
     return len(logprobs) == len(tokens[1]) and bool(logprobs.isfinite().all())
-
-
-def _to_bytes(logprobs: Tensor) -> bytes:
-    return logprobs.numpy().astype("<f4").tobytes()
-
-
-def _to_tensor(stored: bytes) -> Tensor:
-    return torch.from_numpy(np.frombuffer(stored, dtype="<f4").astype(np.float32))
 
 
 def check_teacher(settings: CachedTeacherConfig, setting: Setting) -> list[Finding]:

@@ -198,7 +198,7 @@ def check_teacher(settings: PrivilegedTeacherConfig, setting: Setting) -> list[F
     findings = [one for one in check_inner(settings.teacher, setting) if not _fixes(settings, one)]
     findings.append(_check_names(settings, problems))
     if settings.end_token is not None:
-        _own_end_token(settings, setting)
+        token_id(setting.student_tokenizer, settings.end_token, "teacher.end_token")
         message = f"the student's is scored as the teacher's {settings.end_token!r}"
         findings.append(Finding("ok", "end token", message))
     if not any(finding.level == "error" for finding in findings):
@@ -214,8 +214,7 @@ def _fixes(settings: PrivilegedTeacherConfig, finding: Finding) -> bool:
 
 
 def _check_names(settings: PrivilegedTeacherConfig, problems: Sequence[Problem]) -> Finding:
-    """Whether problems have what a template names, and whether that is more than the student
-    sees."""
+    """Whether problems have what the template names, which is more than the student sees."""
     wanted = sorted(template_names(settings.template))
     values = [shown_values(problem, "a solution") for problem in problems]
     allowed = sorted({name for one in values for name in one})
@@ -278,18 +277,12 @@ def _check_length(
     return Finding(level, "privileged context", message)
 
 
-def _own_end_token(settings: PrivilegedTeacherConfig, setting: Setting) -> int:
-    """The id of the teacher's end token. `UserError` when it is no token."""
-    assert settings.end_token is not None
-    return token_id(setting.student_tokenizer, settings.end_token, "teacher.end_token")
-
-
 def make_teacher(settings: PrivilegedTeacherConfig, setting: Setting) -> PrivilegedTeacher:
     assert setting.student is not None
     form = settings.model_dump(include=set(_FORM), exclude_defaults=True)
     ends = {}
     if settings.end_token is not None:
-        own_end = _own_end_token(settings, setting)
+        own_end = token_id(setting.student_tokenizer, settings.end_token, "teacher.end_token")
         ends = dict.fromkeys(setting.student.eos_token_ids, own_end)
     return PrivilegedTeacher(
         build_teacher(settings.teacher, setting),

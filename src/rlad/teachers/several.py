@@ -28,22 +28,11 @@ from rlad.teachers.base import Answer, Setting, Teacher, TeacherRequest
 
 
 class SeveralTeachers(Teacher):
-    """What the two ways to combine have in common: all members move, are stored and are closed."""
+    """What the two ways to combine have in common: the state and the metrics of all members."""
 
     def __init__(self, teachers: Mapping[str, Teacher]):
         self.teachers = dict(teachers)
-
-    @property
-    def works_elsewhere(self) -> bool:
-        return all(teacher.works_elsewhere for teacher in self.teachers.values())
-
-    def cancel(self) -> None:
-        for teacher in self.teachers.values():
-            teacher.cancel()
-
-    def after_step(self) -> None:
-        for teacher in self.teachers.values():
-            teacher.after_step()
+        self.inner = tuple(teachers.values())
 
     def state(self) -> dict[str, Tensor]:
         return {
@@ -55,9 +44,8 @@ class SeveralTeachers(Teacher):
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         for name, teacher in self.teachers.items():
             prefix = _prefix(name)
-            teacher.load_state(
-                {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
-            )
+            own = [key for key in state if key.startswith(prefix)]
+            teacher.load_state({key.removeprefix(prefix): state[key] for key in own})
 
     def pop_metrics(self) -> dict[str, float]:
         """`teacher/...` of the teacher `NAME` is `teacher/NAME/...`."""
@@ -66,10 +54,6 @@ class SeveralTeachers(Teacher):
             for name, teacher in self.teachers.items()
             for key, value in teacher.pop_metrics().items()
         }
-
-    def close(self) -> None:
-        for teacher in self.teachers.values():
-            teacher.close()
 
 
 def _prefix(name: str) -> str:
@@ -117,6 +101,7 @@ class TeacherMixture(SeveralTeachers):
         return [self._mixed(answers) for answers in zip(*by_teacher, strict=True)]
 
     def _mixed(self, answers: Sequence[Answer]) -> Answer:
+        # log sum_i w_i p_i = logsumexp_i(log w_i + log p_i), so no probability underflows.
         log_weights = torch.tensor([math.log(weight) for weight in self.weights.values()])[:, None]
         spans: list[tuple[float, float]] = []
 
