@@ -24,7 +24,7 @@ student = torch.tensor([[0.50, 0.30, 0.60, 0.20], [0.40, 0.30, 0.25, 1.0]])
 teacher = torch.tensor([[0.55, 0.10, 0.80, 0.90], [0.90, 0.25, 0.02, 1.0]])
 tensors: dict[str, Any] = {
     "student_logprobs": student.log().requires_grad_(),
-    "old_logprobs": student.log(),  # the first optimiser step on these rollouts: the student has not moved yet
+    "old_logprobs": student.log(),  # first optimiser step: the student has not moved yet
     "advantages": advantages,
     "mask": mask,
 }
@@ -54,8 +54,7 @@ print(
     f"\nloss of the batch: {loss.item():+.4f} (mean over completions of the mean over their tokens)"
 )
 
-# alpha = 1 leaves no teacher in the ratio: it is GRPO, in value and gradient, whatever the teacher
-# says.
+# alpha = 1 leaves no teacher in the ratio: it is GRPO, in value and gradient.
 alone, _ = trrd_loss(**tensors, teacher_logprobs=teacher.log(), alpha=1.0)
 grpo, _ = grpo_loss(**tensors)
 (alone_gradient,) = torch.autograd.grad(alone.sum(), tensors["student_logprobs"])

@@ -1,8 +1,8 @@
 """The whole method in one file: sample, reward, advantage, teacher, TRRD, step.
 
-Nothing here comes from rlad's engine or objectives; only the puzzles and the embedded pair of
-models do. It is the page to read first and the one to copy from. `rlad train` does the same, faster
-and for real models, and tests hold the two equal.
+Only the puzzles and the embedded models come from rlad; engine and objective are here. Read this
+file first, and copy from it. `rlad train` does the same, faster and for real models, and tests hold
+the two equal.
 
     python examples/02_tiny_loop.py                                     # a few minutes on two cores
     python examples/02_tiny_loop.py --student my/student --teacher my/teacher
@@ -23,7 +23,9 @@ from transformers import (
 from rlad.models.files import EMBEDDED
 from rlad.tasks.logic import KnightsAndKnaves
 
-PROMPTS_PER_STEP, GROUP_SIZE, MAX_COMPLETION_TOKENS = 16, 8, 320
+PROMPTS_PER_STEP = 16
+GROUP_SIZE = 8
+MAX_COMPLETION_TOKENS = 320
 
 
 def main() -> None:
@@ -45,9 +47,9 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.student, padding_side="left")
     if AutoTokenizer.from_pretrained(options.teacher).get_vocab() != tokenizer.get_vocab():
         raise SystemExit(
-            "The teacher is asked about the student's token ids: both must have the same tokenizer."
+            "The teacher scores the student's token ids: both must have the same tokenizer."
         )
-    # eval() for good: with dropout, student and old policy would be two different functions.
+    # eval() all the time: with dropout, student and old policy would be two different functions.
     student = AutoModelForCausalLM.from_pretrained(options.student, dtype=torch.float32).eval()
     teacher = AutoModelForCausalLM.from_pretrained(options.teacher, dtype=torch.float32).eval()
     optimizer = torch.optim.AdamW(student.parameters(), lr=3e-4, weight_decay=0.0)
@@ -76,13 +78,12 @@ def main() -> None:
         # 3. Advantage: how much better than the other completions of the same prompt.
         advantages = group_advantages(rewards, GROUP_SIZE)
 
-        # 4. The teacher says how likely it finds each token that the *student* wrote; it never
-        # generates.
+        # 4. The teacher scores each token that the *student* wrote; it never generates.
         with torch.no_grad():
             teacher_logprobs = completion_logprobs(teacher, ids, attention_mask, mask)
 
-        # 5. TRRD, and one step. The student has not moved since it sampled, so it is its own old
-        # policy.
+        # 5. TRRD, and one optimiser step. The student has not moved since it sampled, so it is its
+        # own old policy.
         student_logprobs = completion_logprobs(student, ids, attention_mask, mask)
         loss = trrd(
             student_logprobs,
@@ -107,8 +108,8 @@ def main() -> None:
 def generate(
     student: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[str]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Prompts and sampled completions as ids [batch, all tokens], their attention mask, and the
-    mask of completion tokens."""
+    """Return ids of prompts and sampled completions [batch, all tokens], their attention mask, and
+    the mask of completion tokens."""
     prompt = tokenizer(prompts, return_tensors="pt", padding=True)
     # top_k = 0 and top_p = 1: the tokens must come from the very distribution that is scored and
     # trained below.
@@ -122,16 +123,15 @@ def generate(
         use_cache=True,
     )
     completion = ids[:, prompt["input_ids"].shape[1] :]
-    # A completion lasts until its first end token, which is trained on too; behind it there is
-    # padding.
+    # A completion ends with its first end token, which is trained on too; after it comes padding.
     is_end = completion == tokenizer.eos_token_id
     mask = is_end.cumsum(dim=1) - is_end.long() == 0
     return ids, torch.cat([prompt["attention_mask"], mask.long()], dim=1), mask
 
 
 def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
-    """(reward - mean of its group) / (standard deviation of its group + 1e-4), [batch]; 0 in a
-    group of equal rewards."""
+    """Return (reward - mean of its group) / (standard deviation of its group + 1e-4), [batch]; 0 in
+    a group of equal rewards."""
     groups = rewards.view(-1, group_size)
     centred = groups - groups.mean(dim=1, keepdim=True)
     return (centred / (groups.std(dim=1, correction=0, keepdim=True) + 1e-4)).flatten()
@@ -140,7 +140,7 @@ def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
 def completion_logprobs(
     model: PreTrainedModel, ids: Tensor, attention_mask: Tensor, mask: Tensor
 ) -> Tensor:
-    """Log-prob of each completion token given all tokens before it, [batch, completion token]."""
+    """Return the log-prob of each completion token given all tokens before it, [batch, token]."""
     # Padding on the left shifts nothing: positions count real tokens only.
     positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
     logits = model(
@@ -165,15 +165,15 @@ def trrd(
     clip_high: float = 0.28,
     teacher_log_ratio_clip: float = 1.0,
 ) -> Tensor:
-    """The loss of RLAD (arXiv 2602.22495, Eq. 3-5), a scalar. Log-probs and mask [batch, token],
-    advantages [batch]."""
+    """Compute the loss of RLAD (arXiv 2602.22495, Eq. 3-5), a scalar. Log-probs and mask are
+    [batch, token], advantages [batch]."""
     # The ratio of GRPO, with part of its denominator given to the teacher. The clamp keeps one
     # token on which teacher and student disagree wildly from dominating the step.
     to_teacher = (student_logprobs - teacher_logprobs).clamp(
         -teacher_log_ratio_clip, teacher_log_ratio_clip
     )
     log_ratio = alpha * (student_logprobs - old_logprobs) + (1 - alpha) * to_teacher
-    # What stands in the padding must not reach exp, not even multiplied by 0: inf * 0 is NaN.
+    # Values of padding must not reach exp, not even multiplied by 0: inf * 0 is NaN.
     ratio = torch.where(mask, log_ratio, 0).exp()
     # The minimum is what makes imitation selective: a right token that the teacher finds unlikely
     # (ratio above 1.28) is not reinforced, a wrong one that it likes (ratio below 0.8) is not

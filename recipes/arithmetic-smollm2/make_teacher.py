@@ -1,11 +1,11 @@
-"""Makes what run.toml and run-lora.toml need: the problems, and a teacher that is the student after
+"""Make what run.toml and run-lora.toml need: the problems, and a teacher that is the student after
 a warm-up and GRPO.
 
     python recipes/arithmetic-smollm2/make_teacher.py [--student MODEL] [--out FOLDER]
 
 Writes OUT/problems.jsonl, OUT/warm (after the supervised warm-up on right answers), the GRPO run
 OUT/teacher-grpo, and OUT/teacher. Warm-up and GRPO see problems of the training split alone.
-Started again it takes OUT/warm, where that is there, and makes the rest anew.
+A second start uses OUT/warm if it is there, and makes the rest anew.
 """
 
 import argparse
@@ -28,16 +28,18 @@ from rlad.runs.directory import RunDirectory
 from rlad.scoring.scorer import Scorer
 from rlad.tasks import Problem, Task, make_task
 
-LARGEST, LARGEST_SECOND = 30, 20
+LARGEST = 30
+LARGEST_SECOND = 20
 QUESTION = "State the final answer to the following arithmetic problem: {problem} ="
 RIGHT_ANSWER = "The final answer to this arithmetic problem is {answer}."
-NUM_STEPS, BATCH_SIZE, LEARNING_RATE = 40, 24, 5e-5
+NUM_STEPS = 40
+BATCH_SIZE = 24
+LEARNING_RATE = 5e-5
 GRPO = Path(__file__).with_name("grpo.toml")
 
 
 def write_problems(path: Path) -> None:
-    """Every sum, and every difference that is not negative, of two numbers; one JSON object a
-    line."""
+    """Write every sum, and every difference that is not negative, one JSON object a line."""
     problems = {}
     for a in range(1, LARGEST + 1):
         for b in range(1, LARGEST_SECOND + 1):
@@ -54,7 +56,7 @@ def write_problems(path: Path) -> None:
 
 
 def right_answer(student: LanguageModel, problem: Problem) -> tuple[list[int], list[int]]:
-    """Token ids of a problem's prompt and of the completion that the warm-up teaches."""
+    """Return token ids of a problem's prompt and of the completion that the warm-up teaches."""
     prompt = prompt_token_ids(
         student.tokenizer, problem.prompt, RolloutConfig(prompt_format="chat")
     )
@@ -63,7 +65,7 @@ def right_answer(student: LanguageModel, problem: Problem) -> tuple[list[int], l
 
 
 def warm_up(student: LanguageModel, task: Task) -> None:
-    """AdamW on the mean negative log-prob of right answers."""
+    """Train by AdamW on the mean negative log-prob of right answers."""
     scorer = Scorer(student, temperature=1.0, tokens_per_batch=16_384)
     optimizer = torch.optim.AdamW(student.model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(
@@ -94,7 +96,7 @@ def warm_up(student: LanguageModel, task: Task) -> None:
 
 
 def write_warm_student(student: str, problems: Path, folder: Path) -> None:
-    """The model after its warm-up, made where it is not there yet."""
+    """Warm the model up and write it, unless it is there already."""
     if folder.is_dir():
         return
     warmed = load_language_model(student, dtype="bfloat16", trainable=True)
@@ -103,7 +105,7 @@ def write_warm_student(student: str, problems: Path, folder: Path) -> None:
 
 
 def write_teacher(checkpoint: Path, folder: Path) -> None:
-    """A checkpoint without what resuming needs, in the place of a teacher that is there."""
+    """Copy a checkpoint without what resuming needs; an older teacher is replaced."""
 
     def copy(aside: Path) -> None:
         shutil.copytree(
@@ -128,7 +130,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    problems, warm = arguments.out / "problems.jsonl", arguments.out / "warm"
+    problems = arguments.out / "problems.jsonl"
+    warm = arguments.out / "warm"
     write_problems(problems)
     write_warm_student(arguments.student, problems, warm)
     run_dir = arguments.out / "teacher-grpo"

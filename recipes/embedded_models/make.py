@@ -1,12 +1,12 @@
-"""Makes the embedded tokenizer, tiny teacher and tiny student:
+"""Make the embedded tokenizer, tiny teacher and tiny student:
 
-    python recipes/embedded_models/make.py --base /tmp/rlad-base --out src/rlad/models
+    python recipes/embedded_models/make.py --base /tmp/rlad-base --out src/rlad/embedded
 
 One base model is pretrained from scratch on knights-and-knaves puzzles of the *training* split,
-each followed by a worked solution that the solver below writes. The teacher goes on with those. The
-student goes on with a mixture of three habits, as a base model that has read the web has: careful
-solutions, sloppy ones (some statements are never looked at) and blind guesses. Reinforcement
-learning can then teach it which habit pays.
+each followed by a worked solution that the solver below writes. The teacher continues with those.
+The student continues with a mixture of three habits, as a base model has: careful solutions, sloppy
+ones (some statements are never checked) and blind guesses. Reinforcement learning can then teach it
+which habit pays.
 """
 
 import argparse
@@ -36,17 +36,16 @@ from rlad.tasks.logic import (
     structure_key,
 )
 
-END, PAD = "<|endoftext|>", "<|pad|>"
-ASSUMED = {
-    True: "honest",
-    False: "lying",
-}  # other words than ROLES: what is assumed is not confused with what is said
+END = "<|endoftext|>"
+PAD = "<|pad|>"
+# Other words than ROLES: what is assumed is not confused with what is said.
+ASSUMED = {True: "honest", False: "lying"}
 SIZES = {2: 1, 3: 3}  # number of people -> weight
 
 
 @dataclass(frozen=True)
 class Habits:
-    """Shares of the ways of answering."""
+    """The shares of the ways of answering."""
 
     careful: float = 0.0
     sloppy: float = 0.0
@@ -58,8 +57,7 @@ class Habits:
 
 @dataclass(frozen=True)
 class Phase:
-    """Some steps on one mixture of habits, with an optimiser and a learning rate schedule of its
-    own."""
+    """A number of steps on one mixture of habits, with its own optimiser and schedule."""
 
     habits: Habits
     num_steps: int
@@ -86,12 +84,11 @@ def worked_solution(
     rng: random.Random,
     is_looked_at: Callable[[int], bool] = lambda person: True,
 ) -> str:
-    """Try the worlds in random order; in each, hold the people's statements against it until one
-    does not fit; answer with the first world in which all fit. A person that is not looked at is
-    believed to fit.
+    """Try the worlds in random order, check the people's statements in each until one does not fit,
+    and answer with the first world in which all fit.
 
-    Random, because in a fixed order most claims are as true as in the line before: a model that
-    copies learns nothing.
+    A person that is not looked at is believed to fit. The order is random because in a fixed one
+    most claims are as true as in the line before, and a model that copies learns nothing.
     """
     worlds = list(itertools.product((True, False), repeat=len(puzzle)))
     lines = []
@@ -99,7 +96,8 @@ def worked_solution(
         people = " ".join(
             f"{name} {ASSUMED[role]}" for name, role in zip(names, world, strict=True)
         )
-        line, fits = f"Try {people}:", True
+        line = f"Try {people}:"
+        fits = True
         for person, statement in enumerate(puzzle):
             if not is_looked_at(person):
                 continue
@@ -116,12 +114,11 @@ def worked_solution(
 
 
 def _claims(statement: Statement, world: World, names: list[str]) -> str:
-    """What is claimed, what is assumed and whether they agree, such as `Ada knave honest no or Ben
-    knight honest yes`.
+    """Write what is claimed, what is assumed and whether they agree, such as `Ada knave honest no
+    or Ben knight honest yes`.
 
-    What is assumed is repeated before it is compared: agreement alone is an exclusive or of two
-    things to be looked up, of which neither helps without the other, and a tiny model takes very
-    long to find it.
+    The assumption is repeated before it is compared. Agreement alone is an exclusive or of two
+    look-ups, of which neither helps without the other: a tiny model takes very long to find it.
     """
     claims = [
         f"{names[c.person]} {ROLES[c.is_knight]} {ASSUMED[world[c.person]]} "
@@ -132,7 +129,7 @@ def _claims(statement: Statement, world: World, names: list[str]) -> str:
 
 
 def examples(habits: Habits, seed: int) -> Iterator[tuple[str, str]]:
-    """Endless (prompt, completion) pairs of the training split."""
+    """Yield (prompt, completion) pairs of the training split without end."""
     rng = random.Random(seed)
     while True:
         (size,) = rng.choices(list(SIZES), weights=list(SIZES.values()))
@@ -156,7 +153,7 @@ def examples(habits: Habits, seed: int) -> Iterator[tuple[str, str]]:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE: the words of the puzzles are single tokens, and any other text still
+    """Train a byte-level BPE: the words of the puzzles are single tokens, and any other text still
     round-trips."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -196,8 +193,9 @@ def build(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
 def batches(
     phase: Phase, tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(token ids, labels) of examples of similar length; only completions are learned."""
-    source, rng = examples(phase.habits, phase.seed + 1), random.Random(phase.seed)
+    """Yield (token ids, labels) of examples of similar length; only completions are learned."""
+    source = examples(phase.habits, phase.seed + 1)
+    rng = random.Random(phase.seed)
     while True:
         pairs = [next(source) for _ in range(phase.batch_size * 16)]
         prompts = tokenizer([prompt for prompt, _ in pairs])["input_ids"]
@@ -218,12 +216,10 @@ def batches(
 
 
 def pretrain(model: Qwen2ForCausalLM, phase: Phase, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Muon for the matrices, AdamW for embeddings, norms and biases; warm-up, then cosine to 0."""
-    source, started, named = (
-        batches(phase, tokenizer),
-        time.monotonic(),
-        list(model.named_parameters()),
-    )
+    """Train by Muon for the matrices and AdamW for the rest; warm-up, then cosine to 0."""
+    source = batches(phase, tokenizer)
+    started = time.monotonic()
+    named = list(model.named_parameters())
     matrices = [p for name, p in named if p.dim() == 2 and "embed" not in name]
     others = [p for name, p in named if p.dim() != 2 or "embed" in name]
     optimizers = [

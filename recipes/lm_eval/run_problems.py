@@ -1,6 +1,6 @@
 """The test problems of a run for lm-eval, and rlad's verdict on an answer: 1 for a correct one.
 
-`RLAD_RUN` names the run directory. lm-eval reads this file by its name in `rlad_run.yaml`.
+`RLAD_RUN` names the run directory. `rlad_run.yaml` names this file.
 """
 
 import os

@@ -1,8 +1,6 @@
-"""The memory that `rlad check` estimates for the recipes here, without downloading their models:
-`python memory.py`.
+"""Print the memory that `rlad check` estimates for the recipes here, without downloading models.
 
-The models' sizes are those of their published config.json. Weights are on meta tensors: nothing is
-held.
+The models' sizes are those of their published config.json. Weights are on meta tensors.
 """
 
 import json
@@ -27,7 +25,7 @@ GIB = 1024**3
 
 
 def write_config(name: str, folder: Path) -> str:
-    """The folder of a model that has its sizes and no weights."""
+    """Write the config of a model without weights; return its folder."""
     layers, hidden, intermediate, heads = SIZES[name]
     config: dict[str, Any] = {
         "architectures": ["Qwen3ForCausalLM"],

@@ -1,5 +1,6 @@
-"""The examples run as they stand."""
+"""The examples and the README's code run as they are."""
 
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from tiny_models import tiny_model
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
 
 
 def test_what_trrd_does_to_each_token(capsys: pytest.CaptureFixture[str]) -> None:
@@ -19,6 +21,12 @@ def test_what_trrd_does_to_each_token(capsys: pytest.CaptureFixture[str]) -> Non
     for fate in ("reinforced", "held back", "protected", "punished", "clamped"):
         assert fate in printed
     assert "losses differ by 0, gradients by 0" in printed
+
+
+def test_the_objective_on_plain_tensors_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    exec("\n".join(blocks), {})
+    assert capsys.readouterr().out == "tensor([[False,  True, False]])\n"
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
