@@ -24,8 +24,7 @@ from hostile_texts import (
 )
 from report_runs import write_run
 from rlad.comparison.escaping import markdown
-from rlad.comparison.report import MissingRun, ReportedRun
-from rlad.comparison.runs import read_run
+from rlad.comparison.runs import MissingRun, ReportedRun, read_run
 from rlad.config.file import DEFAULT_RUN, dump_config, load_config, parse_config, parse_overrides
 from rlad.config.template import fill_template, template_names
 from rlad.runs.directory import EVAL, METRICS, SAMPLES, RunDirectory

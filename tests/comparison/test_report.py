@@ -16,17 +16,12 @@ import rlad
 from report_runs import sample_row, write_run
 from rlad.cli.report import report_runs
 from rlad.comparison.comparable import group_runs
+from rlad.comparison.comparison_file import read_comparison_file, write_comparison_file
 from rlad.comparison.escaping import markdown
 from rlad.comparison.imitation_map import FATES, MOST_TOKENS, imitation_maps
 from rlad.comparison.methods import baseline_of, figures_of
-from rlad.comparison.report import (
-    MissingRun,
-    ReportedRun,
-    read_comparison_file,
-    write_comparison_file,
-    write_report,
-)
-from rlad.comparison.runs import Run, read_run
+from rlad.comparison.report import write_report
+from rlad.comparison.runs import MissingRun, ReportedRun, Run, read_run
 from rlad.engines.imitation import FATES as RECORDED_FATES
 from tiny_runs import run_config
 
@@ -179,7 +174,7 @@ def test_the_first_paragraph_says_what_came_out(runs, tmp_path):
 
 
 def test_the_splits_say_what_chose_what(runs, tmp_path):
-    told = "The tables show the student before training and after the last step, not the best checkpoint."
+    told = "before training and after the last step, not the best checkpoint."
     page, text, _ = report(runs, tmp_path, notes=["trrd: 1e-05"])
     for form in (page, text):
         assert (
@@ -290,7 +285,7 @@ AFTER = 3  # row of the test after training in eval.jsonl
             1,
             {"step": ...},
             False,
-            "metrics.jsonl is no row that a run has written; put back a copy",
+            "row 2 of metrics.jsonl, step: Field required",
         ),
         (
             "metrics.jsonl",
@@ -393,8 +388,8 @@ def test_unequal_numbers_of_problems_and_broken_lines_make_a_run_missing(runs, t
     assert len(rows) == 6
     for why in (
         "are not the same before and after training",
-        "broken/eval.jsonl is no row that a run has written",
-        "unlike/metrics.jsonl is no row that a run has written",
+        "broken cannot be read: row 1 of eval.jsonl is no JSON object",
+        "unlike cannot be read: row 1 of metrics.jsonl is no JSON object",
     ):
         assert why in text
 
@@ -529,9 +524,9 @@ def test_text_of_models_and_people_stays_text(tmp_path):
     )
     assert "&lt;script&gt;" in page and "<script" not in text
     assert "[x](http" not in text and len(table(text, "Runs that are not in the tables")) == 1
-    # Missing; results; detail (pass@4, two difficulties, tokens, truncated); cost; methods: each
-    # with the row's name.
-    assert cells(text) == [{3}, {6}, {6}, {11}, {4}]
+    # Missing; results; detail (pass@4, two difficulties, tokens, truncated); fates of tokens; cost;
+    # methods: each with the row's name.
+    assert cells(text) == [{3}, {6}, {6}, {8}, {11}, {4}]
 
 
 def test_markdown_by_hand():
@@ -556,12 +551,12 @@ def test_the_page_needs_nothing_from_outside(runs, tmp_path):
     page, _, _ = report(runs, tmp_path)
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)
     assert policy and policy[1].startswith(
-        "default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-"
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-"
     )
     addresses = set(re.findall(r'(?:src|href|url)\s*[=(]\s*["\']?([^"\')\s>]+)', page))
-    assert all(address.startswith("#") for address in addresses), addresses
-    for svg in re.findall(r"<svg[^>]*>", page):
-        assert 'role="img"' in svg and re.search(r'aria-label="[^"]{20,}"', svg), svg
+    assert addresses and all(a.startswith("data:image/svg+xml;base64,") for a in addresses)
+    for image in re.findall(r"<img[^>]*>", page):
+        assert re.search(r'alt="[^"]{15,}"', image), image
 
 
 # --- the imitation map ----------------------------------------------------------------------------
@@ -673,7 +668,7 @@ def test_a_baseline_whose_runs_are_missing_ends_no_report(runs, tmp_path):
     assert told in page and told in text and "minus grpo" in table(text, "Test pass@1")["trrd"]
 
 
-# --- methods that TRL trains ----------------------------------------------------------------------
+# --- what some methods do otherwise ---------------------------------------------------------------
 
 
 def test_sft_samples_nothing_and_the_teacher_of_gkd_works_in_the_update(tmp_path):
@@ -696,7 +691,7 @@ def test_sft_samples_nothing_and_the_teacher_of_gkd_works_in_the_update(tmp_path
 
 def test_the_entropy_curve_says_what_it_is_over(runs, tmp_path):
     page, _, _ = report(runs, tmp_path)
-    told = "Entropy by step. Over the trained tokens, so not comparable between methods that train on different tokens"
+    told = "Entropy by step. Over the trained tokens, so not comparable between methods that train"
     assert page.count(told) == 2  # caption and alternative text
 
 
@@ -777,7 +772,7 @@ def test_the_comparison_file(tmp_path):
         (root / "comparison.json").write_text(damaged)
         with pytest.raises(
             ValueError,
-            match=r"comparison\.json cannot be read as what a comparison writes; let `rlad compare`",
+            match=r"comparison\.json cannot be read as what a comparison writes; let `rlad comp",
         ):
             read_comparison_file(root)
     with pytest.raises(

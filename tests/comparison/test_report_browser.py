@@ -10,7 +10,8 @@ import pytest
 
 from browsers import asked_for, opened
 from report_runs import sample_row, write_run
-from rlad.comparison.report import MissingRun, ReportedRun, write_report
+from rlad.comparison.report import write_report
+from rlad.comparison.runs import MissingRun, ReportedRun
 
 pytestmark = pytest.mark.browser
 EVIL = "<script>document.title = 'taken'</script>"
@@ -98,10 +99,11 @@ def test_text_stands_out_in_light_and_dark(browser, tmp_path, scheme):
     )
     paper = luminance(browser, "document.body", "backgroundColor")
     assert (paper > 0.9) if scheme == "light" else (paper < 0.05)
-    for selector in ("h1", "td", "small", "figcaption", "figure svg text"):
-        what = "fill" if "svg" in selector else "color"
+    filter_of_plots = "return getComputedStyle(document.querySelector('figure img')).filter"
+    assert ("invert" in browser.execute_script(filter_of_plots)) == (scheme == "dark")
+    for selector in ("h1", "td", "small", "figcaption"):
         assert (
-            contrast(luminance(browser, f"document.querySelector('{selector}')", what), paper)
+            contrast(luminance(browser, f"document.querySelector('{selector}')", "color"), paper)
             >= 4.5
         ), selector
     for kind in ("reinforced", "held", "punished", "protected"):

@@ -16,7 +16,7 @@ from rich.progress import (
 )
 
 from rlad.comparison.compare import PlannedRun, compare, final_runs, tuning_runs
-from rlad.comparison.report import MissingRun
+from rlad.comparison.runs import MissingRun
 from rlad.config.comparison import CompareConfig
 from rlad.errors import EXIT_FAILURE, EXIT_SIGNAL
 from rlad.stopping import StopRequested

@@ -1,13 +1,13 @@
-"""Which runs may stand in one table, and what tells their methods apart."""
+"""The runs that may be in one table, and what tells their methods apart."""
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rlad.comparison.runs import MissingRun, Run
-from rlad.config.run import OptimizationConfig
+from rlad.config.run import OptimizationConfig, RunConfig
 from rlad.config.types import Mark
 
 Settings = dict[str, Any]
@@ -28,11 +28,14 @@ class Method:
     def seeds(self) -> list[int]:
         return [run.seed for run in self.runs]
 
+    @property
+    def config(self) -> RunConfig:
+        return self.runs[0].config
+
 
 @dataclass(frozen=True)
 class Group:
-    """Methods that were given the same task, student, rollouts, budget and evaluation: they stand
-    in one table."""
+    """The methods of one table, with the same task, student, rollouts, budget and evaluation."""
 
     methods: Sequence[Method]
     settings: Settings
@@ -43,32 +46,70 @@ class Group:
         return self.methods[0].runs[0]
 
     def differences(self, other: "Group") -> list[str]:
-        """The settings in which this group is not like another, each with both values."""
-        return _differences(self.settings, other.settings)
+        """List the settings in which this group is not like another, each with both values."""
+        keys = _differing([self.settings, other.settings])
+        keys.discard(_PROBLEMS)
+        told = [
+            f"{key}: {_shown(self.settings.get(key))} and {_shown(other.settings.get(key))}"
+            for key in sorted(keys)
+        ]
+        # Another task has other problems; that they differ is said where nothing else explains it.
+        return told or ["the held-out problems themselves"]
 
 
 def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[MissingRun]]:
-    """Groups of comparable runs in the order of the runs, and the runs that are left out as
+    """Group comparable runs in the order of the runs; returned too are those that are left out as
     doubles.
 
     Methods may differ in objective, teacher and in how the optimiser works; all else must be equal,
     the test problems included. Runs of one name that differ in those are methods of their own, with
     what differs in the name. A second run of a method with the same seed is left out.
     """
-    by_settings: dict[str, list[Run]] = {}
-    for run in runs:
-        by_settings.setdefault(json.dumps(shared_settings(run), sort_keys=True), []).append(run)
-    groups, doubles = [], []
-    for chosen in by_settings.values():
-        methods, left_out = _methods(chosen)
-        groups.append(Group(methods, shared_settings(chosen[0])))
-        doubles += left_out
+    groups = []
+    doubles = []
+    for comparable in _parted(runs, shared_settings):
+        methods = []
+        for namesakes in _parted(comparable, lambda run: run.method):
+            variants = _parted(namesakes, method_settings)
+            own_keys = _differing([method_settings(variant[0]) for variant in variants])
+            for variant in variants:
+                method, left_out = _method(variant, own_keys)
+                methods.append(method)
+                doubles += left_out
+        groups.append(Group(methods, shared_settings(comparable[0])))
     return groups, doubles
 
 
+def _parted(runs: Iterable[Run], key: Callable[[Run], Any]) -> list[list[Run]]:
+    """Part runs by what `key` says of them, in the order in which that first comes."""
+    parts: dict[str, list[Run]] = {}
+    for run in runs:
+        parts.setdefault(json.dumps(key(run), sort_keys=True), []).append(run)
+    return list(parts.values())
+
+
+def _method(runs: Sequence[Run], own_keys: set[str]) -> tuple[Method, list[MissingRun]]:
+    """Make one method of runs with equal settings, named with those of its settings that tell it
+    from its namesakes."""
+    settings = method_settings(runs[0])
+    own = [f"{key.rpartition('.')[2]} = {_shown(settings.get(key))}" for key in sorted(own_keys)]
+    name = runs[0].method + (f" ({', '.join(own)})" if own else "")
+    by_seed: dict[int, Run] = {}
+    doubles = []
+    for run in runs:
+        first = by_seed.setdefault(run.seed, run)
+        if first is not run:
+            reason = (
+                f"{run.path} is a second run of this method and seed; the one in {first.path} is "
+                "shown."
+            )
+            doubles.append(MissingRun(run.method, run.seed, reason))
+    return Method(name, [by_seed[seed] for seed in sorted(by_seed)]), doubles
+
+
 def shared_settings(run: Run) -> Settings:
-    """Dotted settings that are equal for all runs of a table, and a fingerprint of the held-out
-    problems."""
+    """Flatten the settings that are equal for all runs of a table, with a fingerprint of the
+    held-out problems."""
     table = run.config.dump(without=_NO_RESULT)
     for section in ("seed", "objective", "teacher"):
         del table[section]
@@ -83,7 +124,7 @@ def shared_settings(run: Run) -> Settings:
 
 
 def method_settings(run: Run) -> Settings:
-    """Dotted settings that make the method: objective, teacher where it needs one, and
+    """Flatten the settings that make the method: objective, teacher where it needs one, and
     optimiser."""
     config = run.config
     sections = ["objective", "optimization"] + ["teacher"] * config.needs_teacher
@@ -92,56 +133,21 @@ def method_settings(run: Run) -> Settings:
     return {key: value for key, value in settings.items() if value is not None}
 
 
-def _methods(runs: Sequence[Run]) -> tuple[list[Method], list[MissingRun]]:
-    variants: dict[tuple[str, str], list[Run]] = {}
-    for run in runs:
-        variants.setdefault(
-            (run.method, json.dumps(method_settings(run), sort_keys=True)), []
-        ).append(run)
-    methods, doubles = [], []
-    for (name, _), chosen in variants.items():
-        by_seed: dict[int, Run] = {}
-        for run in chosen:
-            if by_seed.setdefault(run.seed, run) is not run:
-                reason = f"{run.path} is a second run of this method and seed; the one in {by_seed[run.seed].path} is shown."
-                doubles.append(MissingRun(run.method, run.seed, reason))
-        namesakes = [
-            method_settings(others[0]) for (other, _), others in variants.items() if other == name
-        ]
-        full_name = name + _what_is_its_own(method_settings(chosen[0]), namesakes)
-        methods.append(Method(full_name, [by_seed[seed] for seed in sorted(by_seed)]))
-    return methods, doubles
-
-
-def _what_is_its_own(settings: Settings, namesakes: Sequence[Settings]) -> str:
-    """The settings in which a method differs from the others of its name, in parentheses."""
-    keys = {
-        key
-        for one in namesakes
-        for key in one
-        if any(one[key] != other.get(key) for other in namesakes)
-    }
-    own = [f"{key.rpartition('.')[2]} = {_shown(settings.get(key))}" for key in sorted(keys)]
-    return f" ({', '.join(own)})" if own else ""
-
-
-def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    keys = [key for key in dict.fromkeys((*one, *other)) if one.get(key) != other.get(key)]
-    told = [key for key in keys if key != _PROBLEMS]
-    # Another task has other problems; that the problems differ is told where nothing else explains
-    # it.
-    said = [f"{key}: {_shown(one.get(key))} and {_shown(other.get(key))}" for key in told]
-    return said or ["the held-out problems themselves"]
+def _differing(settings: Sequence[Settings]) -> set[str]:
+    """Collect the keys whose values are not equal in all."""
+    keys = set().union(*settings)
+    return {key for key in keys if any(one.get(key) != settings[0].get(key) for one in settings)}
 
 
 def _shown(value: Any) -> str:
-    return "none" if value is None else value if isinstance(value, str) else json.dumps(value)
+    if value is None:
+        return "none"
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> Settings:
     flat: Settings = {}
     for key, value in table.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
+        is_table = isinstance(value, dict)
+        flat |= _flat(value, f"{prefix}{key}.") if is_table else {prefix + key: value}
     return flat

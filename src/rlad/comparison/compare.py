@@ -1,11 +1,11 @@
 """Several methods x several seeds under one budget: tune, train what is missing, report.
 
-    DIRECTORY/runs/METHOD/seed-N/               a run directory; its console output in seed-N.log beside it
+    DIRECTORY/runs/METHOD/seed-N/               a run directory; its console output in seed-N.log
     DIRECTORY/tuning/METHOD/lr-X/seed-N/        the runs that chose the learning rate
     DIRECTORY/report.html, report.md, results.jsonl
 
 Each run is a process of its own, so one that fails or is killed takes no other with it; a
-comparison that is started again goes on with what is missing.
+comparison that is started again continues with what is missing.
 """
 
 import math
@@ -19,13 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-from rlad.comparison.report import (
-    HTML,
-    MissingRun,
-    ReportedRun,
-    write_comparison_file,
-    write_report,
-)
+from rlad.comparison.comparison_file import write_comparison_file
+from rlad.comparison.report import HTML, write_report
+from rlad.comparison.runs import MissingRun, ReportedRun
 from rlad.config.comparison import CompareConfig, folder_name, method_config
 from rlad.config.file import differing_settings, dump_config, load_config
 from rlad.config.run import EvaluationConfig, RunConfig

@@ -1,4 +1,4 @@
-"""`comparison.json`: what `rlad compare` tells `rlad report` about the runs below it."""
+"""`comparison.json`: how `rlad compare` names the runs below it, for `rlad report`."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ COMPARISON = "comparison.json"
 
 
 class ComparisonFile(BaseModel):
-    """How a comparison names its methods, how it tuned them, and what it compares them with."""
+    """The names of a comparison's methods, how they were tuned, and what they are compared with."""
 
     model_config = ConfigDict(strict=True, frozen=True, use_attribute_docstrings=True)
 
@@ -44,14 +44,13 @@ def write_comparison_file(
 
 
 def read_comparison_file(root: Path) -> ComparisonFile | None:
-    """What stands in `root/comparison.json`; None when there is no such file. `UserError` when it
-    cannot be read."""
+    """Read `root/comparison.json`; None when there is no such file. `UserError` when it cannot be
+    read."""
     path = root / COMPARISON
     try:
         return ComparisonFile.model_validate_json(path.read_bytes()) if path.is_file() else None
     except (OSError, ValidationError):
         raise UserError(
             f"{path} cannot be read as what a comparison writes; let `rlad compare` write it "
-            "again, or delete it and methods "
-            "bear the names of their folders."
+            "again, or delete it, and methods get the names of their folders."
         ) from None

@@ -1,4 +1,4 @@
-"""Figures of the methods of one table: means with intervals over seeds and problems, and the
+"""The figures of the methods of one table: means with intervals over seeds and problems, and the
 comparison with the baseline."""
 
 import math
@@ -26,8 +26,7 @@ BASELINE = "grpo"
 
 @dataclass(frozen=True)
 class MethodFigures:
-    """What a table says of a method. Everything is on the test split, after training, unless it
-    says otherwise."""
+    """The figures of a method, on the test split and after training unless they say otherwise."""
 
     method: Method
     before: Estimate
@@ -52,7 +51,7 @@ class MethodFigures:
 
 @dataclass(frozen=True)
 class Cost:
-    """Means over the runs of a method; NaN where a run has not recorded it."""
+    """The costs of a method, means over its runs; NaN where a run has not recorded it."""
 
     num_steps: float
     seconds: dict[str, float]
@@ -71,19 +70,17 @@ class Cost:
 
 
 def baseline_of(group: Group, chosen: str | None = None) -> Method:
-    """The method named `chosen`, else the one named `grpo`, else the first of objective grpo, else
-    the first."""
+    """Choose the method named `chosen`, else the one named `grpo`, else the first without a
+    teacher, else the first."""
     methods = group.methods
-    return (
-        _named(methods, chosen)
-        or next((m for m in methods if m.name == BASELINE), None)
-        or next((m for m in methods if not m.runs[0].config.needs_teacher), methods[0])
-    )
+    without_teacher = [m for m in methods if not m.config.needs_teacher]
+    named_grpo = [m for m in methods if m.name == BASELINE]
+    return _named(methods, chosen) or [*named_grpo, *without_teacher, *methods][0]
 
 
 def require_baseline(chosen: str, groups: Sequence[Group], missing: Sequence[MissingRun]) -> None:
-    """`UserError` when no table has a method of this name, though there are tables and none of its
-    runs is missing."""
+    """Raise `UserError` when no table has a method of this name, though there are tables and none
+    of its runs is missing."""
     methods = [method for group in groups for method in group.methods]
     if methods and not _named(methods, chosen) and chosen not in {run.method for run in missing}:
         names = ", ".join(dict.fromkeys(method.name for method in methods))
@@ -91,15 +88,16 @@ def require_baseline(chosen: str, groups: Sequence[Group], missing: Sequence[Mis
 
 
 def _named(methods: Sequence[Method], name: str | None) -> Method | None:
-    """The method of this name, or the first of those that had it before what tells them apart was
-    added."""
-    exact = (m for m in methods if m.name == name)
-    return next(exact, None) or next((m for m in methods if m.runs[0].method == name), None)
+    """Find the method of this name, or the first of those that had it before what tells them apart
+    was added."""
+    exact = [m for m in methods if m.name == name]
+    short = [m for m in methods if m.runs[0].method == name]
+    return next(iter(exact + short), None)
 
 
 def figures_of(group: Group, chosen: str | None = None) -> list[MethodFigures]:
-    """Figures of each method; all but the baseline with its difference to it, p-values corrected
-    for their number."""
+    """Compute the figures of each method; all but the baseline with its difference to it, p-values
+    corrected for their number."""
     baseline = baseline_of(group, chosen)
     figures = [_figures(method) for method in group.methods]
     compared = [
@@ -156,12 +154,11 @@ def _keys(results: Sequence[ProblemResult]) -> list[str]:
 
 
 def _cost(runs: Sequence[Run]) -> Cost:
+    known = [run.peak_memory for run in runs if not math.isnan(run.peak_memory)]
     return Cost(
         num_steps=fmean(run.num_steps for run in runs),
         seconds={part: fmean(run.seconds[part] for run in runs) for part in PARTS},
         completion_tokens=fmean(run.completion_tokens for run in runs),
         teacher_tokens=fmean(run.teacher_tokens for run in runs),
-        peak_memory=max(
-            (run.peak_memory for run in runs if not math.isnan(run.peak_memory)), default=math.nan
-        ),
+        peak_memory=max(known, default=math.nan),
     )

@@ -1,48 +1,69 @@
-"""From figures to `report.html` and `report.md`."""
+"""The content of a report, once for `report.html` and `report.md`."""
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from rlad.comparison import plots, tables, words
+from rlad.comparison import tables, words
 from rlad.comparison.comparable import Group
 from rlad.comparison.escaping import markdown
-from rlad.comparison.imitation_map import FATES, ImitationMap, imitation_maps
+from rlad.comparison.imitation_map import FATES, MappedCompletion, imitation_maps
 from rlad.comparison.methods import baseline_of, figures_of
+from rlad.comparison.plots import Plot, draw_plots
 from rlad.comparison.runs import MissingRun
 from rlad.text import printable
 
 
-@dataclass(frozen=True)
-class Section:
-    """Everything about one group of comparable runs."""
+@dataclass(frozen=True, slots=True)
+class Heading:
+    """A heading; level 1 is the title of the page."""
 
-    headline: str
-    shared: str
-    splits: str
-    warnings: Sequence[str]
-    tables: dict[str, tables.Table]
-    results: plots.Plot
-    legend: plots.Plot
-    curves: Sequence[plots.Plot]
-    cost: plots.Plot
-    cost_notes: Sequence[str]
-    maps: Sequence[ImitationMap]
+    kind: ClassVar = "heading"
+    text: str
+    level: int = 2
 
 
-@dataclass(frozen=True)
-class Page:
-    """What both forms of the report show."""
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A paragraph. `style` is a CSS class: headline, warning or fine; `lead` stands out before the
+    text."""
 
-    title: str
-    notes: Sequence[str]
-    sections: Sequence[Section]
-    not_comparable: Sequence[str]
-    missing: tables.Table | None
+    kind: ClassVar = "paragraph"
+    text: str
+    style: str = ""
+    lead: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A table."""
+
+    kind: ClassVar = "table"
+    table: tables.Table
+
+
+@dataclass(frozen=True, slots=True)
+class Plots:
+    """Plots beside one another; Markdown says in words what can be read from them."""
+
+    kind: ClassVar = "plots"
+    plots: Sequence[Plot]
+
+
+@dataclass(frozen=True, slots=True)
+class Completions:
+    """The completions of an imitation map; Markdown leaves them out."""
+
+    kind: ClassVar = "completions"
+    completions: Sequence[MappedCompletion]
+
+
+Block = Heading | Text | Rows | Plots | Completions
 
 
 def make_page(
@@ -51,49 +72,82 @@ def make_page(
     groups: Sequence[Group],
     missing: Sequence[MissingRun],
     baseline: str | None,
-) -> Page:
-    sections = [_section(group, baseline, is_tuned=bool(notes)) for group in groups]
-    missed = tables.missing_table(missing) if missing else None
-    return Page(title, notes, sections, words.not_comparable(groups), missed)
+) -> list[Block]:
+    """Put the report together; its first block is the title."""
+    names = [f"Table {i}" if len(groups) > 1 else "" for i in range(1, len(groups) + 1)]
+    sections = [
+        list(_section(name, group, baseline, is_tuned=bool(notes)))
+        for name, group in zip(names, groups, strict=True)
+    ]
+    page: list[Block] = [Heading(title, level=1)]
+    page += [section.pop(0) for section in sections]
+    if not groups:
+        text = "No run came to its end, so there is nothing to compare."
+        page.append(Text(text, "headline"))
+    for text in words.not_comparable(groups):
+        page.append(Text(text, "warning", lead="Not one comparison."))
+    if missing:
+        page += [Heading("What is missing"), Rows(tables.missing_table(missing))]
+    for section in sections:
+        page += section
+    page += [Heading("How to read it"), *map(Text, notes), Text(words.HOW_TO_READ)]
+    return page
 
 
-def _section(group: Group, chosen: str | None, *, is_tuned: bool) -> Section:
-    figures, baseline = figures_of(group, chosen), baseline_of(group, chosen)
-    shown = [tables.results_table(figures, baseline.name), tables.breakdown_table(figures)]
-    shown += [tables.cost_table(figures), tables.methods_table(figures)]
-    passed = plots.draw_pass_at_k(figures)
-    return Section(
-        headline=words.headline(figures, baseline.name),
-        shared=words.what_is_shared(group),
-        splits=words.splits(group, is_tuned=is_tuned),
-        warnings=words.warnings(figures, baseline, chosen),
-        tables={table.name: table for table in shown},
-        results=plots.draw_results(figures),
-        legend=plots.legend(figures),
-        curves=[*plots.draw_curves(figures), *([passed] if passed else [])],
-        cost=plots.draw_cost(figures),
-        cost_notes=words.cost_notes(figures),
-        maps=imitation_maps(group),
-    )
+def _section(name: str, group: Group, chosen: str | None, *, is_tuned: bool) -> Iterator[Block]:
+    """Show everything about one group of comparable runs; its headline comes first."""
+    baseline = baseline_of(group, chosen)
+    figures = figures_of(group, chosen)
+    plots = draw_plots(figures)
+    headline = words.headline(figures, baseline.name)
+    yield Text(headline, "headline", lead=f"{name}." if name else "")
+
+    yield Heading(name or "Results")
+    yield Text(words.what_is_shared(group))
+    for text in words.warnings(figures, baseline, chosen):
+        yield Text(text, "warning", lead="Warning.")
+    yield Rows(tables.results_table(figures, baseline.name))
+    yield Plots(plots["results"])
+    yield Rows(tables.breakdown_table(figures))
+    yield Text(words.splits(group, is_tuned=is_tuned), "fine")
+
+    yield Heading("Learning curves", level=3)
+    yield Text(words.HOW_TO_READ_CURVES, "fine")
+    yield Plots(plots["curves"])
+
+    maps = imitation_maps(group)
+    if maps:
+        yield Heading("Imitation map: what TRRD did with each token", level=3)
+        yield Text(words.HOW_TO_READ_MAP)
+    for found in maps:
+        yield Rows(tables.phases_table(found))
+        yield Completions(found.completions)
+
+    yield Heading("Cost", level=3)
+    yield Plots(plots["cost"])
+    yield Rows(tables.cost_table(figures))
+    for text in words.cost_notes(figures):
+        yield Text(text, "fine")
+    yield Heading("Methods", level=3)
+    yield Rows(tables.methods_table(figures))
 
 
-def render_html(page: Page) -> str:
-    """One file without anything from outside; the policy in its head forbids the browser to load
-    any."""
+def render_html(page: Sequence[Block]) -> str:
+    """Render one file without anything from outside; the policy in its head forbids the browser to
+    load any."""
     environment = _environment(autoescape=True)
-    source = environment.loader
-    assert source is not None
+    assert environment.loader is not None
     style, script = (
-        Markup(source.get_source(environment, name)[0]) for name in ("style.css", "sort.js")
+        Markup(environment.loader.get_source(environment, name)[0])
+        for name in ("style.css", "sort.js")
     )
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    template = environment.get_template("report.html.j2")
-    return template.render(
-        page=page, fates=FATES, style=style, script=script, script_digest=digest, svg=Markup
+    return environment.get_template("report.html.j2").render(
+        page=page, fates=FATES, style=style, script=script, script_digest=digest
     )
 
 
-def render_markdown(page: Page) -> str:
+def render_markdown(page: Sequence[Block]) -> str:
     return _environment(autoescape=False).get_template("report.md.j2").render(page=page)
 
 

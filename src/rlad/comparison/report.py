@@ -6,29 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlad.comparison.comparable import group_runs
-from rlad.comparison.comparison_file import (
-    ComparisonFile,
-    read_comparison_file,
-    write_comparison_file,
-)
 from rlad.comparison.methods import require_baseline
 from rlad.comparison.page import make_page, render_html, render_markdown
-from rlad.comparison.runs import MissingRun, ReportedRun, read_run
+from rlad.comparison.runs import MissingRun, ReportedRun, Run, read_run
 from rlad.errors import UserError
 
-__all__ = [
-    "HTML",
-    "MARKDOWN",
-    "RESULTS",
-    "ComparisonFile",
-    "MissingRun",
-    "ReportedRun",
-    "read_comparison_file",
-    "write_comparison_file",
-    "write_report",
-]
-
-HTML, MARKDOWN, RESULTS = "report.html", "report.md", "results.jsonl"
+HTML = "report.html"
+MARKDOWN = "report.md"
+RESULTS = "results.jsonl"
 
 
 def write_report(
@@ -43,19 +28,18 @@ def write_report(
     """Write `report.html`, `report.md` and `results.jsonl` (a row for each run) into the folder
     `output`.
 
-    Methods stand in the order in which they first appear in `runs`; runs that cannot be compared
-    stand in separate tables. A run that is unfinished or unreadable is listed with the reason, as
-    are those of `missing`; the report shows these alone when no run can be read. `notes` say how a
+    Methods are in the order in which they first appear in `runs`; runs that cannot be compared are
+    in separate tables. A run that is unfinished or unreadable is listed with the reason, as are
+    those of `missing`; the report shows these alone when no run can be read. `notes` say how a
     search on the validation split chose the learning rates, where there was one. The methods are
-    compared with the one named `baseline`; without it with `grpo`, else with the first of objective
-    grpo, else with the first. Earlier reports in the folder are replaced.
+    compared with the one named `baseline`; without it with `grpo`, else with the first without a
+    teacher, else with the first. Earlier reports in the folder are replaced.
 
     Returns what the report lists as missing. Raises `UserError` when no run is of the method
     `baseline`, or when the folder cannot be written.
     """
     read = [read_run(run) for run in runs]
-    finished = [run for run in read if not isinstance(run, MissingRun)]
-    groups, doubles = group_runs(finished)
+    groups, doubles = group_runs([run for run in read if isinstance(run, Run)])
     missing = [*missing, *(run for run in read if isinstance(run, MissingRun)), *doubles]
     if baseline is not None:
         require_baseline(baseline, groups, missing)

@@ -1,10 +1,11 @@
 """The tables of a report, as texts that HTML and Markdown show alike."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rlad.comparison.comparable import method_settings
+from rlad.comparison.imitation_map import FATES, ImitationMap
 from rlad.comparison.methods import MethodFigures
 from rlad.comparison.runs import PARTS, MissingRun
 from rlad.config.file import changed_settings
@@ -15,8 +16,7 @@ UNKNOWN = "–"
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What stands in a field: a text, a smaller text behind it, and the number that the column is
-    sorted by."""
+    """A field: a text, a smaller text after it, and the number that the column is sorted by."""
 
     text: str
     small: str = ""
@@ -27,7 +27,6 @@ class Cell:
 class Table:
     """`columns` and, for each, what it means; `rows` of as many cells, the first naming the row."""
 
-    name: str
     caption: str
     columns: Sequence[str]
     meanings: Sequence[str]
@@ -37,171 +36,182 @@ class Table:
         return any(row[column].order is not None for row in self.rows)
 
 
-Column = tuple[str, str, list[Cell]]
+Column = tuple[str, str, Callable[[MethodFigures], Cell]]
+"""name, meaning, and the cell of a method"""
 
 
 def results_table(figures: Sequence[MethodFigures], baseline: str) -> Table:
-    """pass@1 on the test split, and the difference to the baseline."""
+    """Show pass@1 on the test split, and the difference to the baseline."""
     columns: list[Column] = [
-        ("seeds", "number of trained runs", [_number(len(f.method.runs)) for f in figures]),
-        ("before", "pass@1 of the untrained student", [_share(f.before.mean) for f in figures]),
+        ("seeds", "number of trained runs", lambda f: _number(len(f.method.runs))),
+        ("before", "pass@1 of the untrained student", lambda f: _share(f.before.mean)),
         (
             "after",
             "pass@1 after the last step, with 95 % interval",
-            [_estimate(f.after) for f in figures],
+            lambda f: _estimate(f.after),
         ),
         (
             "sd over seeds",
             "standard deviation of pass@1 over seeds, in points",
-            [_points(f.sd) for f in figures],
+            lambda f: _points(f.sd),
         ),
         (
             "gain",
             "after minus before, in points, with 95 % interval",
-            [_difference(f.gain) for f in figures],
+            lambda f: _difference(f.gain),
         ),
     ]
-    if any(f.to_baseline for f in figures):
-        is_alone = all(
-            f.to_baseline is None or f.to_baseline.num_seeds == len(f.method.runs) for f in figures
-        )
-        meaning = f"pass@1 minus that of {baseline}, in points, on the same problems and seeds, with 95 % interval"
+    compared = [f for f in figures if f.to_baseline]
+    if compared:
+        # Where all are compared over all of their seeds, the column of seeds says so.
+        says_seeds = any(f.to_baseline.num_seeds < len(f.method.runs) for f in compared)
         columns += [
             (
                 f"minus {baseline}",
-                meaning,
-                [_to_baseline(f, say_seeds=not is_alone) for f in figures],
+                f"pass@1 minus that of {baseline}, in points, on the same problems and seeds, with "
+                "95 % interval",
+                lambda f: _to_baseline(f, says_seeds=says_seeds),
             ),
             (
                 "p",
                 "paired permutation test by prompt, two-sided",
-                [_p(f, corrected=False) for f in figures],
+                lambda f: _p(f, f.to_baseline.p_value if f.to_baseline else math.nan),
             ),
             (
                 "p, Holm",
                 "the same, corrected for the comparisons of this table",
-                [_p(f, corrected=True) for f in figures],
+                lambda f: _p(f, f.corrected_p),
             ),
         ]
-    return _table(
-        "results",
-        "Test pass@1; sd, gain and difference in points; in brackets 95 % intervals",
-        figures,
-        columns,
-    )
+    caption = "Test pass@1; sd, gain and difference in points; in brackets 95 % intervals"
+    return _table(caption, figures, columns)
 
 
 def breakdown_table(figures: Sequence[MethodFigures]) -> Table:
-    """pass@k, out of distribution, by difficulty, length, truncation."""
+    """Show pass@k, pass@1 by difficulty and out of distribution, length and truncation."""
     k = max(figures[0].pass_at_k)
     columns: list[Column] = []
     if k > 1:
         meaning = f"at least one of {k} completions is correct, with 95 % interval"
-        columns.append((f"pass@{k}", meaning, [_estimate(f.pass_at_k[k]) for f in figures]))
+        columns.append((f"pass@{k}", meaning, lambda f: _estimate(f.pass_at_k[k])))
     for name in figures[0].by_difficulty:
         meaning = "pass@1 on the test problems of this difficulty, with 95 % interval"
-        columns.append((name, meaning, [_estimate(f.by_difficulty[name]) for f in figures]))
+        columns.append((name, meaning, lambda f, name=name: _estimate(f.by_difficulty[name])))
     if figures[0].ood:
         meaning = "pass@1 on problems unlike those of the training, with 95 % interval"
-        columns.append(("out of distribution", meaning, [_estimate(f.ood) for f in figures]))
+        columns.append(("out of distribution", meaning, lambda f: _estimate(f.ood)))
     columns += [
         (
             "tokens",
             "mean completion length on the test split",
-            [_number(f.completion_tokens, 1) for f in figures],
+            lambda f: _number(f.completion_tokens, 1),
         ),
         (
             "truncated",
             "share of test completions that reached the token limit",
-            [_share(f.truncated_share) for f in figures],
+            lambda f: _share(f.truncated_share),
         ),
     ]
-    return _table("breakdown", "Test after training, in detail", figures, columns)
+    return _table("Test after training, in detail", figures, columns)
 
 
 def cost_table(figures: Sequence[MethodFigures]) -> Table:
-    """What a run costs, evaluation and loading left out."""
-    costs = [f.cost for f in figures]
+    """Show what a run costs, evaluation and loading left out."""
     columns: list[Column] = [
-        ("steps", "optimiser steps of a run", [_number(c.num_steps) for c in costs]),
-        ("seconds", "training time of a run", [_number(c.total_seconds) for c in costs]),
+        ("steps", "optimiser steps of a run", lambda f: _number(f.cost.num_steps)),
+        ("seconds", "training time of a run", lambda f: _number(f.cost.total_seconds)),
         (
             "s / step",
             "the same by step",
-            [_number(c.total_seconds / (c.num_steps or math.nan), 2) for c in costs],
+            lambda f: _number(f.cost.total_seconds / (f.cost.num_steps or math.nan), 2),
         ),
-        *(
-            (part, "share of the training time", [_share(c.share(part)) for c in costs])
-            for part in PARTS
-        ),
+    ]
+    for part in PARTS:
+        meaning = "share of the training time"
+        columns.append((part, meaning, lambda f, part=part: _share(f.cost.share(part))))
+    columns += [
         (
             "sampled tokens",
             "tokens of all rollouts of a run, written by the student",
-            [_number(c.completion_tokens) for c in costs],
+            lambda f: _number(f.cost.completion_tokens),
         ),
         (
             "teacher tokens",
             "tokens that the teacher scored or wrote",
-            [_number(c.teacher_tokens) for c in costs],
+            lambda f: _number(f.cost.teacher_tokens),
         ),
         (
             "peak memory",
             "most memory that a run has held, in MiB",
-            [_number(c.peak_memory / 2**20) for c in costs],
+            lambda f: _number(f.cost.peak_memory / 2**20),
         ),
     ]
-    return _table("cost", "Cost of a run, mean over seeds", figures, columns)
+    return _table("Cost of a run, mean over seeds", figures, columns)
 
 
 def methods_table(figures: Sequence[MethodFigures]) -> Table:
-    """What tells the methods apart: objective, teacher, and settings that are not the default."""
-    runs = [f.method.runs[0] for f in figures]
-    shown = ("objective.type", "optimization.learning_rate")
-    own = [
-        [
-            f"{k} = {v}"
-            for k, v in changed_settings(run.config).items()
-            if k in method_settings(run) and k not in shown
-        ]
-        for run in runs
-    ]
+    """Show what tells the methods apart: objective, teacher, and settings that are not the
+    default."""
     columns: list[Column] = [
         (
             "objective",
             "`rlad list objectives NAME` explains it",
-            [Cell(run.config.objective.type) for run in runs],
+            lambda f: Cell(f.method.config.objective.type),
         ),
         (
             "learning rate",
             "of AdamW",
-            [_number(run.config.optimization.learning_rate, None) for run in runs],
+            lambda f: _number(f.method.config.optimization.learning_rate, None),
         ),
-        (
-            "other settings that are not the default",
-            "",
-            [Cell(", ".join(settings) or UNKNOWN) for settings in own],
-        ),
+        ("other settings that are not the default", "", _other_settings),
     ]
-    return _table("methods", "What tells the methods apart", figures, columns)
+    return _table("What tells the methods apart", figures, columns)
+
+
+def _other_settings(figures: MethodFigures) -> Cell:
+    run = figures.method.runs[0]
+    own = method_settings(run).keys() - {"objective.type", "optimization.learning_rate"}
+    changed = changed_settings(run.config).items()
+    return Cell(", ".join(f"{key} = {value}" for key, value in changed if key in own) or UNKNOWN)
 
 
 def missing_table(missing: Sequence[MissingRun]) -> Table:
+    """Show the runs that are not in the tables, and why."""
     rows = [
-        [Cell(m.method), Cell(UNKNOWN) if m.seed is None else _number(m.seed), Cell(m.reason)]
+        [Cell(m.method), _number(math.nan if m.seed is None else m.seed), Cell(m.reason)]
         for m in missing
     ]
+    return Table("Runs that are not in the tables", ("method", "seed", "why"), ("",) * 3, rows)
+
+
+def phases_table(found: ImitationMap) -> Table:
+    """Show the shares of each fate early, in the middle and late in a run."""
+    rows = [
+        [
+            Cell(phase.name, f"steps {phase.first_step}–{phase.last_step}"),
+            _number(phase.num_tokens),
+            *(_share(phase.shares[fate.name]) for fate in FATES),
+            _share(phase.clamped),
+        ]
+        for phase in found.phases
+    ]
     return Table(
-        "missing", "Runs that are not in the tables", ("method", "seed", "why"), ("", "", ""), rows
+        f"{found.method}, seed {found.seed}: shares of the tokens of all recorded completions",
+        ("part of the run", "tokens", *(fate.name for fate in FATES), "clamped"),
+        (
+            "",
+            "",
+            *(fate.meaning for fate in FATES),
+            "the log-ratio to the teacher was beyond the clamp and was cut",
+        ),
+        rows,
     )
 
 
-def _table(
-    name: str, caption: str, figures: Sequence[MethodFigures], columns: Sequence[Column]
-) -> Table:
-    rows = [[Cell(f.name), *(cells[i] for _, _, cells in columns)] for i, f in enumerate(figures)]
-    return Table(
-        name, caption, ["method", *(c[0] for c in columns)], ["", *(c[1] for c in columns)], rows
-    )
+def _table(caption: str, figures: Sequence[MethodFigures], columns: Sequence[Column]) -> Table:
+    names, meanings, cells = zip(*columns, strict=True)
+    rows = [[Cell(f.name), *(cell(f) for cell in cells)] for f in figures]
+    return Table(caption, ("method", *names), ("", *meanings), rows)
 
 
 def _number(value: float, digits: int | None = 0) -> Cell:
@@ -221,41 +231,34 @@ def _points(value: float) -> Cell:
 def _estimate(estimate: Estimate | None) -> Cell:
     if estimate is None:
         return Cell(UNKNOWN)
-    return Cell(
-        f"{estimate.mean:.1%}",
-        f"[{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]",
-        estimate.mean,
-    )
+    interval = f"[{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
+    return Cell(f"{estimate.mean:.1%}", interval, estimate.mean)
 
 
 def _difference(estimate: Estimate) -> Cell:
-    return Cell(
-        signed(estimate.mean), f"[{signed(estimate.low)}, {signed(estimate.high)}]", estimate.mean
-    )
+    interval = f"[{signed(estimate.low)}, {signed(estimate.high)}]"
+    return Cell(signed(estimate.mean), interval, estimate.mean)
 
 
-def _to_baseline(figures: MethodFigures, *, say_seeds: bool) -> Cell:
+def _to_baseline(figures: MethodFigures, *, says_seeds: bool) -> Cell:
     compared = figures.to_baseline
     if compared is None:
         return Cell("baseline", order=0.0)
     cell = _difference(compared.difference)
+    if not says_seeds:
+        return cell
     seeds = (
-        f" {compared.num_seeds} shared seed(s)"
-        if compared.is_paired_by_seed
-        else " no shared seeds"
+        f"{compared.num_seeds} shared seed(s)" if compared.is_paired_by_seed else "no shared seeds"
     )
-    return Cell(cell.text, cell.small + (seeds if say_seeds else ""), cell.order)
+    return Cell(cell.text, f"{cell.small} {seeds}", cell.order)
 
 
-def _p(figures: MethodFigures, *, corrected: bool) -> Cell:
-    if figures.to_baseline is None:
-        return Cell(UNKNOWN)
-    p = figures.corrected_p if corrected else figures.to_baseline.p_value
-    return Cell(p_text(p), order=p)
+def _p(figures: MethodFigures, p: float) -> Cell:
+    return Cell(p_text(p), order=p) if figures.to_baseline else Cell(UNKNOWN)
 
 
 def signed(share: float) -> str:
-    """A difference of shares in points, with its sign."""
+    """Write a difference of shares in points, with its sign."""
     text = f"{100 * share:+.1f}"
     return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "\N{MINUS SIGN}")
 

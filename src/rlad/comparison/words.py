@@ -10,54 +10,77 @@ from rlad.runs.statistics import Estimate
 FEWEST_SEEDS = 3
 _LEVEL = 0.05
 
+HOW_TO_READ = (
+    "Intervals are 95 % bootstrap intervals over seeds and problems, resampled independently; "
+    "problems of one structure are resampled together. With one seed they are over problems alone. "
+    "The difference to the baseline is taken on the same problems and seeds. The p-value asks "
+    "less: whether, for these trained runs, the results on each prompt could as well be the other "
+    "method's. So a small p with an interval that holds 0 means that these runs differ but other "
+    "seeds need not. “p, Holm” is corrected for the comparisons of its table. An interval without "
+    "width, such as [0.0, 0.0], says that all resamples gave the same, not that the figure is "
+    "certain. A learning curve is drawn at the steps that all seeds of its method have."
+)
+HOW_TO_READ_CURVES = (
+    "Lines: mean over seeds. Bands: from the lowest to the highest seed; of pass@k the 95 % "
+    "interval."
+)
+HOW_TO_READ_MAP = (
+    "The reward decides the direction, the teacher whether a token follows it. Shown are, early, "
+    "in the middle and late in the run, the better and the worse completion with the largest share of "
+    "tokens that the teacher held back or protected; the table says how rare such tokens are. "
+    "Recorded is one prompt of every step. Point at a token for its numbers."
+)
+
 
 def headline(figures: Sequence[MethodFigures], baseline: str) -> str:
-    """The best method, and which methods the data tell apart from the baseline."""
+    """Name the best method, and the methods that the data tell apart from the baseline."""
     best = max(figures, key=lambda f: f.after.mean)
-    text = f"{_over(best)}, {best.name} reaches {_figure(best)} pass@1 on the test split"
+    count = len(best.method.runs)
+    over = f"Over {count} seeds" if count > 1 else "With one seed"
+    text = f"{over}, {best.name} reaches {_figure(best)} pass@1 on the test split"
     if len(figures) == 1:
         return f"{text}; it starts at {best.before.mean:.1%}, so it gains {_difference(best.gain)}."
     text += ", the highest mean"
     compared = [f for f in figures if f.to_baseline]
     if best.to_baseline:
         reference = next(f for f in figures if f.name == baseline)
+        p = f"p = {p_text(best.corrected_p)}".replace("= <", "<")
         text += (
             f"; {baseline} reaches {_figure(reference)}. The difference is "
-            f"{_difference(best.to_baseline.difference)}, "
-            f"p = {p_text(best.corrected_p)}".replace("= <", "<")
+            f"{_difference(best.to_baseline.difference)}, {p}"
         )
-        text += f" after correction for {len(compared)} comparisons" if len(compared) > 1 else ""
+        if len(compared) > 1:
+            text += f" after correction for {len(compared)} comparisons"
     return f"{text}. {_verdicts(compared, baseline)}"
 
 
 def _verdicts(compared: Sequence[MethodFigures], baseline: str) -> str:
-    """Who is ahead of the baseline, who behind, and who cannot be told from it."""
+    """Say who is ahead of the baseline, who behind, and who cannot be told from it."""
     kinds = {"ahead of it": [], "behind it": [], "not told apart from it by these data": []}
+    few = []
     for f in compared:
         assert f.to_baseline is not None
         interval = f.to_baseline.difference
-        is_clear = f.corrected_p < _LEVEL and (interval.low > 0 or interval.high < 0)
-        kind = (
-            "not told apart from it by these data"
-            if not is_clear
-            else "ahead of it"
-            if interval.low > 0
-            else "behind it"
-        )
-        kinds[kind].append(f.name)
+        if f.corrected_p < _LEVEL and interval.low > 0:
+            kinds["ahead of it"].append(f.name)
+        elif f.corrected_p < _LEVEL and interval.high < 0:
+            kinds["behind it"].append(f.name)
+        else:
+            kinds["not told apart from it by these data"].append(f.name)
+        if f.to_baseline.num_seeds < FEWEST_SEEDS:
+            few.append(f.name)
     said = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
-    few = [f.name for f in compared if f.to_baseline and f.to_baseline.num_seeds < FEWEST_SEEDS]
-    told = (
-        f" With so few seeds, what is said of {', '.join(few)} is about the trained runs alone."
-        if few
-        else ""
-    )
-    return f"Compared with {baseline}, {said}.{told}"
+    text = f"Compared with {baseline}, {said}."
+    if few:
+        text += (
+            f" With so few seeds, what is said of {', '.join(few)} is about the trained runs alone."
+        )
+    return text
 
 
 def warnings(figures: Sequence[MethodFigures], baseline: Method, chosen: str | None) -> list[str]:
-    """What a reader must know before believing the table. `chosen`: the baseline that was asked
-    for."""
+    """List what a reader must know before believing the table. `chosen`: the baseline that was
+    asked for."""
     told = []
     if chosen and chosen not in (baseline.name, baseline.runs[0].method) and len(figures) > 1:
         told.append(
@@ -69,8 +92,8 @@ def warnings(figures: Sequence[MethodFigures], baseline: Method, chosen: str | N
         names = ", ".join(f"{f.name} ({len(f.method.runs)})" for f in few)
         told.append(
             f"Fewer than {FEWEST_SEEDS} seeds: {names}. The interval of a method with one seed is "
-            "over problems alone; with "
-            "two it hardly knows how much seeds differ. Another seed may well fall outside."
+            "over problems alone; with two it hardly knows how much seeds differ. Another seed may "
+            "well be outside."
         )
     unlike = [f.name for f in figures if f.to_baseline and not f.to_baseline.is_paired_by_seed]
     if unlike:
@@ -82,49 +105,47 @@ def warnings(figures: Sequence[MethodFigures], baseline: Method, chosen: str | N
 
 
 def splits(group: Group, *, is_tuned: bool) -> str:
-    """Which problems chose something, and which are reported."""
+    """Say which problems chose something, and which are reported."""
     run = group.first
-    samples = run.config.evaluation.num_validation_samples
+    evaluation = run.config.evaluation
+    validations = run.history.validations
+    num_problems = len(validations[-1].results) if validations else 0
+    rates = ", and chose the learning rates, as the notes say" if is_tuned else ""
     text = (
-        f"Selection: the validation split ({run.num_validation_problems} problems x {samples} "
-        "completions) chooses the "
-        "checkpoint that a run keeps as its "
-        f"best{', and chose the learning rates, as the notes say' if is_tuned else ''}. "
-        f"Report: the test split ({len(run.after)} problems x {run.after[0].num_samples} "
-        "completions), which chooses nothing. "
-        "The tables show the student before training and after the last step, not the best "
-        "checkpoint."
+        f"Selection: the validation split ({num_problems} problems x "
+        f"{evaluation.num_validation_samples} completions) chooses the checkpoint that a run keeps "
+        f"as its best{rates}. Report: the test split ({len(run.after)} problems x "
+        f"{run.after[0].num_samples} completions), which chooses nothing. The tables show the "
+        "student before training and after the last step, not the best checkpoint."
     )
     if run.ood_after:
-        text += f" Out of distribution: {len(run.ood_after)} problems x {run.ood_after[0].num_samples} completions"
-        changed = ", ".join(
-            f"{key} = {value}" for key, value in run.config.evaluation.ood_task.items()
+        changed = ", ".join(f"{key} = {value}" for key, value in evaluation.ood_task.items())
+        text += (
+            f" Out of distribution: {len(run.ood_after)} problems x {run.ood_after[0].num_samples} "
+            f"completions of the same task with {changed}."
         )
-        text += f" of the same task with {changed}."
     return f"{text} Prompts and sampling seeds are the same for all."
 
 
 def what_is_shared(group: Group) -> str:
-    """Task, student and budget of a table in one sentence."""
-    run, loop, rollout = (
-        group.first.config,
-        group.first.config.optimization,
-        group.first.config.rollout,
-    )
-    limits = [f"at most {loop.max_seconds:g} seconds"] if loop.max_seconds else []
-    limits += (
-        [f"at most {loop.max_teacher_tokens:,} teacher tokens"] if loop.max_teacher_tokens else []
-    )
+    """Write task, student and budget of a table in one sentence."""
+    config = group.first.config
+    loop = config.optimization
+    rollout = config.rollout
+    budget = [f"{loop.num_steps} steps"]
+    if loop.max_seconds:
+        budget.append(f"at most {loop.max_seconds:g} seconds")
+    if loop.max_teacher_tokens:
+        budget.append(f"at most {loop.max_teacher_tokens:,} teacher tokens")
     return (
-        f"Task {run.task.type}, student {run.student.model}; "
-        f"{', '.join([f'{loop.num_steps} steps', *limits])}, "
+        f"Task {config.task.type}, student {config.student.model}; {', '.join(budget)}, "
         f"{rollout.prompts_per_batch} prompts x {rollout.group_size} rollouts (at most "
         f"{rollout.max_completion_tokens} tokens)."
     )
 
 
 def not_comparable(groups: Sequence[Group]) -> list[str]:
-    """Why the runs stand in several tables; nothing when they stand in one."""
+    """Say why the runs are in several tables; nothing when they are in one."""
     return [
         f"Table {i} is not comparable with table 1. They differ in (table 1 and table {i}) "
         f"{'; '.join(groups[0].differences(group))}."
@@ -133,14 +154,9 @@ def not_comparable(groups: Sequence[Group]) -> list[str]:
 
 
 def cost_notes(figures: Sequence[MethodFigures]) -> list[str]:
-    """What the shares of the cost table do not say of some methods."""
-    inside, written = [], []
-    for method in figures:
-        objective = method.method.runs[0].config.objective
-        if objective.needs_vocabulary:
-            inside.append(method.name)
-        if objective.written_by == "teacher":
-            written.append(method.name)
+    """Say what the shares of the cost table do not say of some methods."""
+    inside = [f.name for f in figures if f.method.config.objective.needs_vocabulary]
+    written = [f.name for f in figures if f.method.config.objective.written_by == "teacher"]
     notes = []
     if inside:
         notes.append(
@@ -149,20 +165,15 @@ def cost_notes(figures: Sequence[MethodFigures]) -> list[str]:
         )
     if written:
         notes.append(
-            f"{', '.join(written)}: the student samples nothing; the teacher writes the completions."
+            f"{', '.join(written)}: the student samples nothing; the teacher writes the "
+            "completions."
         )
     return notes
 
 
-def _over(figures: MethodFigures) -> str:
-    count = len(figures.method.runs)
-    return f"Over {count} seeds" if count > 1 else "With one seed"
-
-
 def _figure(figures: MethodFigures) -> str:
-    return (
-        f"{figures.after.mean:.1%} [{100 * figures.after.low:.1f}, {100 * figures.after.high:.1f}]"
-    )
+    after = figures.after
+    return f"{after.mean:.1%} [{100 * after.low:.1f}, {100 * after.high:.1f}]"
 
 
 def _difference(estimate: Estimate) -> str:

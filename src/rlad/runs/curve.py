@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from rlad.runs.directory import RunDirectory
 from rlad.runs.rows import History, read_history
@@ -35,6 +36,7 @@ def curve(
 ) -> None:
     """Draw a line, with a band from `low` to `high` around it."""
     (line,) = axes.plot(x, y, **look)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if low is not None and high is not None:
         axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
 
@@ -78,18 +80,14 @@ def curve_html(run: RunDirectory, figures: Mapping[str, object]) -> str:
 def _draw_passed(axes: Axes, history: History) -> None:
     key = "reward/correct/frac"
     _draw_metric(axes, history, key, label="training, sampled", color="grey", linewidth=0.8)
-    for split, line in (("validation", "-"), ("test", ":")):
+    for split, look in (("validation", "o-"), ("test", "D")):
         rows = [row for row in history.evaluations if row.split == split]
-        curve(
-            axes,
-            [row.step for row in rows],
-            [row.pass_at_1.mean for row in rows],
-            [row.pass_at_1.low for row in rows],
-            [row.pass_at_1.high for row in rows],
-            label=f"{split} (95 %)",
-            linestyle=line,
-            marker="o",
-        )
+        means = [row.pass_at_1.mean for row in rows]
+        below = [row.pass_at_1.mean - row.pass_at_1.low for row in rows]
+        above = [row.pass_at_1.high - row.pass_at_1.mean for row in rows]
+        steps = [row.step for row in rows]
+        label = f"{split} (95 %)"
+        axes.errorbar(steps, means, yerr=[below, above], fmt=look, capsize=3, label=label)
     axes.set(title="pass@1", xlabel="step", ylim=(0, 1))
     axes.legend()
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from rlad.runs.directory import EVAL, METRICS, RunDirectory
 from rlad.runs.results import ProblemResult
@@ -56,11 +56,19 @@ class Imitation(BaseModel):
 
 
 class SampledRollout(BaseModel):
-    """A completion in samples.jsonl."""
+    """A completion in samples.jsonl; where it has an imitation, with an entry for each token."""
 
     verdict: str
     tokens: list[str] | None = None
     imitation: Imitation | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "SampledRollout":
+        if self.imitation is not None:
+            columns = [value for _, value in self.imitation if value is not None]
+            if {len(column) for column in columns} != {len(self.tokens or ())}:
+                raise ValueError("the imitation has not one entry for each token")
+        return self
 
 
 class SampleRow(Row):
@@ -84,6 +92,9 @@ AnyRow = TypeVar("AnyRow", bound=Row)
 def read_rows(run: RunDirectory, name: str, kind: type[AnyRow]) -> Iterator[AnyRow | Damage]:
     """Read a file row by row; nothing when it does not exist."""
     for number, (_, row) in enumerate(run.lines(name), start=1):
+        if not isinstance(row, dict):
+            yield Damage(f"row {number} of {name} is no JSON object")
+            continue
         try:
             yield kind.model_validate(row)
         except ValidationError as error:

@@ -1,4 +1,4 @@
-// Columns sort by their numbers where all that are known are numbers, else by text; what is unknown stands last.
+// Columns sort by their numbers where all that are known are numbers, else by text; what is unknown comes last.
 for (const table of document.querySelectorAll("table.sortable")) {
   const heads = [...table.tHead.rows[0].cells];
   heads.forEach((head, column) => {
