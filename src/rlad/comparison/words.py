@@ -26,8 +26,8 @@ HOW_TO_READ_CURVES = (
 )
 HOW_TO_READ_MAP = (
     "The reward decides the direction, the teacher whether a token follows it. Shown are, early, "
-    "in the middle and late in the run, the better and the worse completion with the largest share of "
-    "tokens that the teacher held back or protected; the table says how rare such tokens are. "
+    "in the middle and late in the run, the better and the worse completion with the largest share "
+    "of tokens that the teacher held back or protected; the table says how rare such tokens are. "
     "Recorded is one prompt of every step. Point at a token for its numbers."
 )
 
