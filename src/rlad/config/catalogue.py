@@ -9,49 +9,43 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import tomli_w
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from rlad.config.engine import EngineConfig
-from rlad.config.objective import ObjectiveConfig
+from rlad.config.objective import OBJECTIVE_CONFIGS
 from rlad.config.presets import PRESETS
-from rlad.config.run import (
-    CheckpointConfig,
-    EvaluationConfig,
-    OptimizationConfig,
-    RolloutConfig,
-    StudentConfig,
-)
+from rlad.config.run import RunConfig
 from rlad.config.task import TaskConfig
 from rlad.config.teacher import TeacherConfig
-from rlad.config.types import Annealed
+from rlad.config.types import Annealed, Section, sections_in
 from rlad.errors import UserError
 
 OBJECTIVES = Path(__file__).parents[1] / "objectives"
 
 
-def _by_type(*configs: type[BaseModel]) -> dict[str, type[BaseModel]]:
-    return {get_args(config.model_fields["type"].annotation)[0]: config for config in configs}
+def _by_type(union: Any) -> dict[str, type[Section]]:
+    return {
+        get_args(section.model_fields["type"].annotation)[0]: section
+        for section in sections_in(union)
+    }
 
 
-CONFIGS = {
-    "objectives": _by_type(*get_args(ObjectiveConfig)),
-    "tasks": _by_type(*get_args(TaskConfig)),
-    "teachers": _by_type(*get_args(get_args(TeacherConfig)[0])),
+CONFIGS: dict[str, dict[str, type[Section]]] = {
+    "objectives": dict(OBJECTIVE_CONFIGS),
+    "tasks": _by_type(TaskConfig),
+    "teachers": _by_type(TeacherConfig),
     "settings": {
-        "student": StudentConfig,
-        "rollout": RolloutConfig,
-        "optimization": OptimizationConfig,
-        "evaluation": EvaluationConfig,
-        "checkpoints": CheckpointConfig,
-        "engine": EngineConfig,
+        name: sections[0]
+        for name, field in RunConfig.model_fields.items()
+        if len(sections := sections_in(field.annotation)) == 1
     },
 }
 
 
 def names(what: str) -> dict[str, str]:
     """Each name with one line about it."""
-    return {name: _documentation(what, name).splitlines()[0] for name in _names(what)}
+    return {
+        name: _one_line(_documentation(what, name).partition("\n\n")[0]) for name in _names(what)
+    }
 
 
 def _names(what: str) -> list[str]:
@@ -67,49 +61,41 @@ def describe(what: str, name: str) -> str:
         raise UserError(f"{name!r} is none of the {what}: {hint}")
     if name in PRESETS:
         return f"{_documentation(what, name)}\n\n{tomli_w.dumps(PRESETS[name][1]).strip()}"
-    section, config = name if what == "settings" else what.removesuffix("s"), CONFIGS[what][name]
-    inner = [
-        _inner_section(section, key, field, what)
-        for key, field in config.model_fields.items()
-        if _sections_in(field)
-    ]
-    return "\n\n".join([_documentation(what, name), f"[{section}]\n{_settings(config)}", *inner])
+    section = name if what == "settings" else what.removesuffix("s")
+    config = CONFIGS[what][name]
+    parts = [_documentation(what, name), f"[{section}]\n{_settings(config)}"]
+    for key, field in config.model_fields.items():
+        if inner := _inner_sections(field):
+            parts.append(_describe_inner(f"{section}.{key}", field, inner, what))
+    return "\n\n".join(parts)
 
 
 def _documentation(what: str, name: str) -> str:
-    """What opens the objective's file; the docstring of every other config."""
+    """What the objective's file begins with; the docstring of every other config."""
     if name in PRESETS:
         return f"{PRESETS[name][0]}\n\nStands for these settings:"
-    if what != "objectives" or not (OBJECTIVES / f"{name}.py").is_file():
-        return inspect.getdoc(CONFIGS[what][name]) or ""
-    return (
-        ast.get_docstring(ast.parse((OBJECTIVES / f"{name}.py").read_text(encoding="utf-8"))) or ""
-    )
+    file = OBJECTIVES / f"{name}.py"
+    if what == "objectives" and file.is_file():
+        return ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    return inspect.getdoc(CONFIGS[what][name]) or ""
 
 
-def _settings(config: type[BaseModel]) -> str:
-    """The section as it stands in a config, with every default, what else is allowed, and what it
+def _settings(config: type[Section]) -> str:
+    """The section as a config has it, with every default, what else is allowed, and what it
     means."""
     rows = []
     for name, field in sorted(config.model_fields.items(), key=lambda item: item[0] != "type"):
-        if _sections_in(field):
+        if _inner_sections(field):
             continue
         value = _value_of(field)
-        about = "; ".join(
-            part
-            for part in (_about(field), _allowed(field), "required" * field.is_required())
-            if part
-        )
-        rows.append((f"{name} = {value}" if value else f"# {name}", about))
+        about = [_one_line(field.description or ""), *_allowed(field)]
+        if field.is_required():
+            about.append("required")
+        rows.append((f"{name} = {value}" if value else f"# {name}", "; ".join(filter(None, about))))
     width = max(len(setting) for setting, _ in rows)
     return "\n".join(
         f"{setting:<{width}}  # {about}" if about else setting for setting, about in rows
     )
-
-
-def _about(field: FieldInfo) -> str:
-    """The description in one line."""
-    return " ".join((field.description or "").split())
 
 
 def _value_of(field: FieldInfo) -> str:
@@ -121,53 +107,41 @@ def _value_of(field: FieldInfo) -> str:
     return _toml(choices[0]) if len(choices) == 1 else "..."
 
 
-def _sections_in(field: FieldInfo) -> list[type[BaseModel]]:
+def _inner_sections(field: FieldInfo) -> list[type[Section]]:
     """What a setting may hold that is a section itself, or several by name."""
-    parts = _parts(field.annotation)
-    return [
-        part
-        for part in parts
-        if isinstance(part, type) and issubclass(part, BaseModel) and part is not Annealed
-    ]
+    return [section for section in sections_in(field.annotation) if section is not Annealed]
 
 
-def _inner_section(section: str, name: str, field: FieldInfo, what: str) -> str:
-    """A section within a section as it stands in a config: its settings, or where those of its
-    types are shown."""
-    key = name + ".NAME" * (get_origin(field.annotation) is dict)
-    header = f"[{section}.{key}]  # {_about(field)}"
-    kinds = _sections_in(field)
+def _describe_inner(key: str, field: FieldInfo, kinds: list[type[Section]], what: str) -> str:
+    """A section within a section: its settings, or where those of its types are shown."""
+    name = ".NAME" if get_origin(field.annotation) is dict else ""
+    header = f"[{key}{name}]  # {_one_line(field.description or '')}"
     if len(kinds) == 1:
         return f"{header}\n{_settings(kinds[0])}"
     return f"{header}\ntype = ...  # one of those that `rlad list {what}` names, with its settings"
 
 
-def _allowed(field: FieldInfo) -> str:
-    choices = [
-        value
-        for part in _parts(field.annotation)
-        if get_origin(part) is Literal
-        for value in get_args(part)
-    ]
-    told = f"one of {', '.join(map(_toml, choices))}" if len(choices) > 1 else ""
-    can_move = any(part is Annealed for part in _parts(field.annotation))
-    return "; ".join(
-        part for part in (told, "or { start, end, change_per_step }" * can_move) if part
-    )
+def _allowed(field: FieldInfo) -> list[str]:
+    choices = _choices(field.annotation)
+    allowed = [f"one of {', '.join(map(_toml, choices))}"] if len(choices) > 1 else []
+    if Annealed in sections_in(field.annotation):
+        allowed.append("or { start, end, change_per_step }")
+    return allowed
 
 
-def _parts(annotation: Any) -> list[Any]:
-    """The alternatives of a union, without what is annotated to them."""
-    if get_origin(annotation) is Literal or not get_args(annotation):
-        return [annotation]
-    return [part for argument in get_args(annotation) for part in _parts(argument)]
+def _choices(annotation: Any) -> list[Any]:
+    """The values that an annotation names."""
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    return [choice for part in get_args(annotation) for choice in _choices(part)]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _toml(value: Any) -> str:
     if isinstance(value, Annealed):
-        return (
-            "{ "
-            + ", ".join(f"{name} = {number}" for name, number in value.model_dump().items())
-            + " }"
-        )
+        numbers = [f"{name} = {number}" for name, number in value.model_dump().items()]
+        return f"{{ {', '.join(numbers)} }}"
     return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)

@@ -4,17 +4,16 @@ wrong with it."""
 import difflib
 import re
 import tomllib
-import types
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from rlad.config.presets import PRESETS, expand_preset
 from rlad.config.run import RunConfig
-from rlad.config.types import Mark
+from rlad.config.types import Mark, sections_in
 from rlad.errors import UserError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -261,15 +260,7 @@ def _resolve(model: type[BaseModel], location: Sequence[str | int]) -> tuple[str
         elif part in fields:
             shown += f".{part}"
             names_an_entry = get_origin(fields[part].annotation) is dict
-            models = list(_models_in(fields[part].annotation))
+            models = sections_in(fields[part].annotation)
         elif tagged:
             models = tagged
     return shown.lstrip("."), [name for model in models for name in model.model_fields]
-
-
-def _models_in(annotation: Any) -> Iterable[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    elif get_origin(annotation) in (Annotated, Union, types.UnionType, dict):
-        for part in get_args(annotation):
-            yield from _models_in(part)

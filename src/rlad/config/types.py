@@ -3,7 +3,7 @@ no torch."""
 
 from collections.abc import Callable, Collection, Iterator
 from enum import Enum
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -72,6 +72,15 @@ class Section(BaseModel):
         """The settings that have one of these marks."""
         fields = cls.model_fields.items()
         return [key for key, field in fields if any(mark in field.metadata for mark in marks)]
+
+
+def sections_in(annotation: Any) -> list[type[Section]]:
+    """The sections that a setting of this type may hold, itself or by name."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    if get_origin(annotation) is Literal:
+        return []
+    return [section for part in get_args(annotation) for section in sections_in(part)]
 
 
 class Annealed(Section):
