@@ -180,7 +180,7 @@ def test_generated_tasks_have_nothing_to_compare_and_several_give_those_of_each(
     )
 
 
-# --- rlad check -------------------------------------------------------------------------------------------------------
+# --- rlad check -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -210,9 +210,9 @@ def test_check_says_how_many_and_which(world, tmp_path):
     task = {name: str(tmp_path / f"{name}.jsonl") for name in files}
     level, message = finding(run_config(world, tmp_path, task=task))
     assert level == "warning" and message == (
-        "1 of 4 stand among the 2 training problems (0 as they are, the others with 13 words in a "
+        "1 of 4 are among the 2 training problems (0 as they are, the others with 13 words in a "
         "row or all of a shorter "
-        "one), for example '0 1 2 0 1 2 0 1 2 0 1 2 0'; take them out of those."
+        "one), for example '0 1 2 0 1 2 0 1 2 0 1 2 0'; remove them from those."
     )
 
 
@@ -231,7 +231,7 @@ def test_check_says_that_phrases_were_left_aside(world, tmp_path):
     assert finding(run_config(world, tmp_path, task=task, rollout={"prompts_per_batch": 30})) == (
         "ok",
         "none of 3 shares 13 words in a row with any of 27 training problems, apart from phrases "
-        "that stand in more than 10 of "
+        "that are in more than 10 of "
         "either",
     )
 
@@ -250,6 +250,6 @@ def test_a_test_set_of_another_task_is_compared_too(world, tmp_path):
     ood_task = {"type": "several", "tasks": {"other": other}}
     level, message = finding(run_config(world, tmp_path, evaluation={"ood_task": ood_task}))
     assert level == "error" and message.startswith(
-        "1 of 5 stand among the 5 training problems (1 as they are"
+        "1 of 5 are among the 5 training problems (1 as they are"
     )
     assert "for example '1 1'" in message

@@ -1,7 +1,4 @@
-"""How much memory a run needs, from the models' files alone, and how much is free.
-
-Imports torch only for what the files leave open: adapters, quantised layers, a GPU's memory.
-"""
+"""How much memory a run needs, from the models' configs alone, and how much is free."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -9,6 +6,7 @@ from math import prod
 from typing import Any
 
 import psutil
+import torch
 
 from rlad.config.run import RunConfig
 from rlad.config.teacher import (
@@ -50,12 +48,8 @@ class MemoryEstimate:
     @property
     def models(self) -> int:
         """What no setting of the loop makes smaller."""
-        return (
-            self.student_weights
-            + self.gradients_and_optimizer
-            + self.teacher_weights
-            + self.reference_weights
-        )
+        weights = self.student_weights + self.teacher_weights + self.reference_weights
+        return weights + self.gradients_and_optimizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,123 +63,81 @@ class Memory:
 def estimate_memory(
     config: RunConfig, prompt_tokens: int, device: str | None = None
 ) -> MemoryEstimate:
-    """On `device`, by default the student's. Weights that are trained are float32 (AdamW: 16 bytes
-    a parameter for weight, gradient and two moments).
+    """Estimate the bytes on `device`, by default the student's.
 
-    Activations: about 34 bytes x hidden size a token and layer in 16 bit (arXiv 2205.05198, without
-    the attention matrix), twice that in float32; with gradient checkpointing one layer's, plus the
-    layer inputs. Logits: three times those of a tile, or those of the next token of all rows that
-    are decoded at once and three times those of a chunk of rows; for `gkd` of a whole micro-batch,
-    for student and teacher, with their log-probs. The sampler's cache: keys and values of whole
-    sequences, with the room that it keeps for more tokens (`rlad.rollouts.growing_cache`: a
-    quarter, at least 64).
+    Weights that are trained are float32 (AdamW: 16 bytes a parameter for weight, gradient and two
+    moments). Activations: about 34 bytes x hidden size a token and layer in 16 bit (arXiv
+    2205.05198, without the attention matrix), twice that in float32; with gradient checkpointing
+    one layer's, plus the layer inputs. The sampler's cache: keys and values of whole sequences,
+    with the room that it keeps for more tokens (`rlad.rollouts.growing_cache`).
     """
     rollout, loop, student = config.rollout, config.optimization, config.student
-    shape, width = load_model_config(student.model).get_text_config(), _BYTES[student.dtype]
-    num_trained = num_weights = num_parameters(student.model)
+    device = device or str(pick_device(student.device))
+    teacher = config.teacher if config.needs_teacher else None
+    shape = load_model_config(student.model).get_text_config()
+    width = _BYTES[student.dtype]
+
+    # Weights and what is kept for each of them.
+    num_weights = num_parameters(student.model)
+    num_trained = num_weights
+    frozen_bytes = 0
     if student.lora:
         num_trained = num_adapter_parameters(student.model, student.lora)
-    layers, hidden = shape.num_hidden_layers, shape.hidden_size
-    sequence, num_rollouts = (
-        prompt_tokens + rollout.max_completion_tokens,
-        rollout.prompts_per_batch * rollout.group_size,
-    )
-    tokens = min(loop.tokens_per_batch, num_rollouts * sequence)
-    per_layer = 17 * width * hidden * tokens
-    checkpointed = per_layer + width * hidden * layers * tokens
-    device, teacher = (
-        device or str(pick_device(student.device)),
-        config.teacher if config.needs_teacher else None,
-    )
+        frozen_bytes = width * num_weights
+    has_reference = loop.kl_coef and not student.lora
+
+    # The sampler decodes some rows at once; an update takes a micro-batch of tokens.
+    sequence = prompt_tokens + rollout.max_completion_tokens
+    num_rollouts = rollout.prompts_per_batch * rollout.group_size
     rows = min(rollout.max_batch_rows, num_rollouts)
-    if config.objective.needs_vocabulary:
-        logits = 4 * shape.vocab_size * tokens
-    else:
-        scored = [(shape, tokens), *_scored_by(teacher, shape, num_rollouts * sequence, device)]
-        logits = max(
-            _sampled_logits(shape, rows, device), *(_scored_logits(*one, device) for one in scored)
-        )
+    tokens = min(loop.tokens_per_batch, num_rollouts * sequence)
+    layers = shape.num_hidden_layers
+    per_layer = 17 * width * shape.hidden_size * tokens
+    activations = per_layer * layers
+    if student.gradient_checkpointing:
+        activations = per_layer + width * shape.hidden_size * layers * tokens
+
     return MemoryEstimate(
-        student_weights=4 * num_trained + (width * num_weights if student.lora else 0),
+        student_weights=4 * num_trained + frozen_bytes,
         gradients_and_optimizer=12 * num_trained,
         teacher_weights=teacher_bytes(teacher, num_trained, device),
-        reference_weights=4 * num_weights if loop.kl_coef and not student.lora else 0,
+        reference_weights=4 * num_weights if has_reference else 0,
         sampler_cache=rows * room_for(sequence) * 2 * layers * _key_size(shape) * width,
-        activations=checkpointed if student.gradient_checkpointing else per_layer * layers,
-        logits=4 * logits,
+        activations=activations,
+        logits=4 * _num_logits(config, shape, rows, tokens, num_rollouts * sequence, device),
         logprobs=4 * _NUM_LOGPROBS * num_rollouts * rollout.max_completion_tokens,
     )
 
 
 def teacher_bytes(teacher: Any, num_trained: int, device: str) -> int:
-    """The weights that a teacher adds to the memory of the student's device."""
+    """Count the bytes of the weights that a teacher adds to the memory of the student's device.
+
+    None are added by a served teacher, nor by an adapter, which uses the student's base model.
+    """
     num_bytes = 0
     for _, one in single_teachers(teacher):
-        if isinstance(one, LocalTeacherConfig) and _is_on(one, device):
-            num_bytes += _weights_bytes(one)
-        elif isinstance(one, EMATeacherConfig) and one.update_rate != 1:
+        if isinstance(one, EMATeacherConfig) and one.update_rate != 1:
             num_bytes += 4 * num_trained
-    return num_bytes  # what is served is elsewhere, and an adapter stands on the student's own base model
-
-
-def _is_on(teacher: LocalTeacherConfig, device: str) -> bool:
-    """`auto` is the student's device; `cuda` is the first GPU."""
-    first = {"cuda": "cuda:0"}
-    theirs = device if teacher.device == "auto" else str(pick_device(teacher.device))
-    return first.get(theirs, theirs) == first.get(device, device)
-
-
-def _type(device: str) -> str:
-    """Without the number behind it."""
-    return device.partition(":")[0]
-
-
-def _weights_bytes(settings: LocalTeacherConfig) -> int:
-    width = _BYTES[settings.dtype]
-    if settings.quantization == "none":
-        return width * num_parameters(settings.model)
-    return quantized_bytes(settings.model, settings.quantization, width)
-
-
-def _scored_by(
-    teacher: Any, student: Any, num_tokens: int, device: str
-) -> Iterator[tuple[Any, int]]:
-    """The teachers on the student's device, each with the most tokens that it scores at once."""
-    for _, one in single_teachers(teacher):
-        if isinstance(one, LocalTeacherConfig) and _is_on(one, device):
-            yield (
-                load_model_config(one.model).get_text_config(),
-                min(one.tokens_per_batch, num_tokens),
-            )
-        elif isinstance(one, AdapterTeacherConfig | EMATeacherConfig):
-            yield student, min(one.tokens_per_batch, num_tokens)
-
-
-def _scored_logits(shape: Any, tokens: int, device: str) -> int:
-    """Numbers held at once while `tokens` are scored: a tile of logits, its float32 copy, and the
-    log-probs or the gradient."""
-    return 3 * prod(tile_shape(_type(device), tokens, shape.vocab_size))
-
-
-def _sampled_logits(shape: Any, rows: int, device: str) -> int:
-    """Numbers held at once while a token of each of `rows` is picked: logits, and of a chunk what
-    is made of them."""
-    return shape.vocab_size * (
-        rows + 3 * min(rows, tokens_per_chunk(_type(device), shape.vocab_size))
-    )
+        elif isinstance(one, LocalTeacherConfig) and _is_on(one, device):
+            width = _BYTES[one.dtype]
+            if one.quantization == "none":
+                num_bytes += width * num_parameters(one.model)
+            else:
+                num_bytes += quantized_bytes(one.model, one.quantization, width)
+    return num_bytes
 
 
 def memory_of(device: str) -> Memory:
-    if _type(device) == "cuda":
-        import torch
-
+    """Measure how much memory a device has and how much of it is free."""
+    if device.startswith("cuda"):
         return Memory(*torch.cuda.mem_get_info(device))
     memory = psutil.virtual_memory()
     return Memory(memory.available, memory.total)
 
 
 def compare_memory(needed: MemoryEstimate, memory: Memory) -> Finding:
-    """More than is free is doubtful; models that are larger than all of the memory cannot work."""
+    """Compare an estimate with a device: more than is free is a warning; models that are larger
+    than all of the memory are an error."""
     parts = ", ".join(
         f"{name.replace('_', ' ')} {size / _GIB:.2f}"
         for name, size in asdict(needed).items()
@@ -197,18 +149,62 @@ def compare_memory(needed: MemoryEstimate, memory: Memory) -> Finding:
     if needed.models > memory.total:
         what = (
             f"weights and optimiser alone are more than the {memory.total / _GIB:.1f} GiB that "
-            "there are; take a smaller "
-            "model, [student.lora], teacher.quantization, or a served teacher."
+            "there are; take a smaller model, [student.lora], teacher.quantization, or a served "
+            "teacher."
         )
         return Finding("error", "memory", f"{message}; {what}")
     if needed.total <= memory.free:
         return Finding("ok", "memory", message)
-    what = "lower optimization.tokens_per_batch or rollout.max_batch_rows, or set student.gradient_checkpointing = true"
+    what = (
+        "lower optimization.tokens_per_batch or rollout.max_batch_rows, or set "
+        "student.gradient_checkpointing = true"
+    )
     return Finding("warning", "memory", f"{message}; {what}")
 
 
+def _num_logits(
+    config: RunConfig, shape: Any, rows: int, tokens: int, all_tokens: int, device: str
+) -> int:
+    """Count the most numbers of the size of logits that are held at once.
+
+    Scoring holds a tile of logits, its float32 copy, and the log-probs or the gradient. Sampling
+    holds the logits of the next token of all rows, and three times those of a chunk of rows. An
+    objective over the whole vocabulary holds all of a micro-batch, for student and teacher.
+    """
+    kind = device.partition(":")[0]
+    if config.objective.needs_vocabulary:
+        return 4 * shape.vocab_size * tokens
+    chunk = min(rows, tokens_per_chunk(kind, shape.vocab_size))
+    sampled = shape.vocab_size * (rows + 3 * chunk)
+    scored = [
+        3 * prod(tile_shape(kind, num_tokens, model.vocab_size))
+        for model, num_tokens in [(shape, tokens), *_scored_by(config, shape, all_tokens, device)]
+    ]
+    return max(sampled, *scored)
+
+
+def _scored_by(
+    config: RunConfig, student: Any, num_tokens: int, device: str
+) -> Iterator[tuple[Any, int]]:
+    """Yield the configs of the teachers on the student's device, each with the most tokens that it
+    scores at once."""
+    for _, one in single_teachers(config.teacher if config.needs_teacher else None):
+        if isinstance(one, AdapterTeacherConfig | EMATeacherConfig):
+            yield student, min(one.tokens_per_batch, num_tokens)
+        elif isinstance(one, LocalTeacherConfig) and _is_on(one, device):
+            model = load_model_config(one.model).get_text_config()
+            yield model, min(one.tokens_per_batch, num_tokens)
+
+
+def _is_on(teacher: LocalTeacherConfig, device: str) -> bool:
+    """Whether a teacher is on the student's device. `auto` is that one; `cuda` is the first GPU."""
+    first = {"cuda": "cuda:0"}
+    own = device if teacher.device == "auto" else str(pick_device(teacher.device))
+    return first.get(own, own) == first.get(device, device)
+
+
 def _key_size(shape: Any) -> int:
-    """Numbers in the keys of one token and layer; 0 for models without attention."""
+    """Count the numbers in the keys of one token and layer; 0 for models without attention."""
     heads = getattr(shape, "num_attention_heads", None)
     if not heads:
         return 0

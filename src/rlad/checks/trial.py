@@ -1,81 +1,58 @@
-"""A trial of a run: a handful of completions, what the teacher says of them, and how long a step
-takes. Writes nothing.
+"""A trial of a run: a few real steps of its engine on a handful of short completions, of which
+nothing is written.
 
-Everything happens to copies in memory: the student's one step is forgotten, a cached teacher is
-asked past its cache.
+The student's steps happen in memory, and a cached teacher is asked past its cache.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-
-from rlad.checks.top_choices import TopChoices, compare_top_choices
 from rlad.config.run import RunConfig
-from rlad.config.teacher import CachedTeacherConfig, PrivilegedTeacherConfig, SeveralTeachersConfig
-from rlad.engines.knobs import objective_knobs
-from rlad.engines.metrics import TokenStats
-from rlad.engines.native.loop import NativeEngine
-from rlad.engines.rollout_batch import RolloutBatch
+from rlad.config.teacher import (
+    CachedTeacherConfig,
+    PrivilegedTeacherConfig,
+    SeveralTeachersConfig,
+    single_teachers,
+)
+from rlad.engines.base import StepResult
+from rlad.engines.make import make_engine
+from rlad.findings import Finding
 from rlad.models.loading import LanguageModel
 from rlad.models.student import load_student
-from rlad.objectives import OBJECTIVES
-from rlad.rollouts.prompts import prompt_token_ids
-from rlad.rollouts.sampling import sample
-from rlad.rollouts.types import Rollout, RolloutGroup
-from rlad.scoring.scorer import Scorer
+from rlad.rollouts.grading import graded_groups
+from rlad.rollouts.types import Metrics
+from rlad.runs.guards import Watch
 from rlad.seeds import stream_seed
-from rlad.tasks import Problem, Task, make_task
-from rlad.teachers import prepare_teacher
-from rlad.teachers.asking import count_missing
-from rlad.teachers.base import Teacher, TeacherRequest
-from rlad.teachers.local import LocalTeacher
+from rlad.tasks import Problem, Split, Task, make_task
+from rlad.tasks.base import Judgement, judged
 from rlad.teachers.several import task_names
 
-NUM_PROMPTS, GROUP_SIZE, MAX_TOKENS, SECONDS = 4, 4, 64, 30.0
+NUM_PROMPTS = 4
+GROUP_SIZE = 4
+MAX_TOKENS = 64
+# Below what rounding to bfloat16 moves log-probs by, two models cannot be told apart.
+SMALL_LOG_RATIO = 0.01
 # Tokens that each row is decoded for in order to time the run's own batch size.
 _NUM_TIMED_TOKENS = 9
+# More than the longest window of a guard.
+_NUM_LIKE_THE_TRIAL = 20
+_GIB = 1024**3
 
 
 @dataclass(frozen=True, slots=True)
-class TeacherTrial:
-    """What the teacher says of the trial's tokens; shares are between 0 and 1, log-ratios log πS -
-    log πT in nats."""
-
-    missing: float
-    """share of tokens without a finite log-prob; those are left out of the rest"""
-    mean: float | None
-    mean_size: float | None
-    """of the log-ratio's absolute value"""
-    median_size: float | None
-    gated_positive: float | None
-    """TRRD: share of tokens without gradient at the first step if all advantages were positive;
-    None for other objectives"""
-    gated_negative: float | None
-    """the same if all were negative"""
-    clamped: float | None
-    top_choices: TopChoices | None
-    """None where the teacher's distributions are out of reach"""
-
-
-@dataclass(frozen=True, slots=True)
-class StepSeconds:
+class StepTime:
     """Of one optimiser step, evaluation left out, if all completions have so many tokens."""
 
     completion_tokens: float
-    generation: float
-    teacher: float
-    update: float
-    """with the passes of old policy and reference where there are any"""
+    seconds: dict[str, float]
+    """by part: generation, teacher, update and the like"""
 
     @property
     def total(self) -> float:
-        return self.generation + self.teacher + self.update
+        return sum(self.seconds.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,73 +61,101 @@ class Trial:
     max_tokens: int
     num_truncated: int
     mean_tokens: float
-    teacher: TeacherTrial | None
-    steps: tuple[StepSeconds, ...]
-    """completions as long as the trial's, and as long as allowed; empty where TRL makes them and
-    where no teacher answers"""
+    metrics: Metrics
+    """of the first step, as metrics.jsonl has them"""
+    steps: tuple[StepTime, ...]
+    """completions as long as the trial's, and as long as allowed"""
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {
-            "steps": [asdict(step) | {"total": step.total} for step in self.steps]
-        }
+        steps = [asdict(step) | {"total": step.total} for step in self.steps]
+        return asdict(self) | {"steps": steps}
+
+
+# --- the steps ------------------------------------------------------------------------------------
+
+
+class AlternatingVerdicts:
+    """A task whose every second completion is correct, so that all have an advantage and reach the
+    teacher, whatever the student can do within a few tokens."""
+
+    def __init__(self, task: Task):
+        self.task = task
+        self.name = task.name
+        self._is_correct = False
+
+    def problem(self, split: Split, index: int, *, seed: int = 0) -> Problem:
+        return self.task.problem(split, index, seed=seed)
+
+    def num_problems(self, split: Split) -> int | None:
+        return self.task.num_problems(split)
+
+    def judge(self, problem: Problem, completion: str) -> Judgement:
+        self._is_correct = not self._is_correct
+        return judged(self._is_correct)
+
+    def close(self) -> None:
+        self.task.close()
 
 
 def run_trial(config: RunConfig) -> Trial:
-    """Loads the models. Raises `UserError` for whatever the run itself would stop at before or in
-    its first step."""
-    small = _small(config)
-    student = load_student(small)
-    with closing(make_task(**config.task.model_dump())) as task:
-        teacher = prepare_teacher(small, student)
-        try:
-            decoding = _Decoding(config, student, task)
-            tokens = max(
-                4,
-                min(
-                    MAX_TOKENS,
-                    config.rollout.max_completion_tokens,
-                    int(SECONDS / decoding.seconds_per_token),
-                ),
-            )
-            batch = _sampled(small, student, task, tokens)
-            asked, teacher_seconds = (
-                (None, 0.0) if teacher is None else _ask(small, student, teacher, batch)
-            )
-            steps, is_answered = (
-                (),
-                asked is None or asked.missing <= config.optimization.max_missing_teacher_share,
-            )
-            if is_answered:
-                update_seconds = _update_seconds(small, student, task, teacher, batch)
-                steps = _steps(config, batch, decoding, teacher_seconds, update_seconds)
-        finally:
-            if teacher:
-                teacher.close()
-    lengths = [len(completion) for completion in batch.completions]
-    truncated = sum(rollout.completion.is_truncated for rollout in batch.rollouts)
-    return Trial(len(lengths), tokens, truncated, sum(lengths) / len(lengths), asked, steps)
+    """Load the models and make the steps of two rollout batches.
+
+    Raises `UserError` and `RunFailedError` for whatever the run itself would stop at before or in
+    its first steps.
+    """
+    small = shrunken(config)
+    per_batch = small.optimization.steps_per_rollout_batch
+    results: list[StepResult] = []
+
+    def after_step(result: StepResult) -> bool:
+        results.append(result)
+        return len(results) < 2 * per_batch
+
+    with closing(AlternatingVerdicts(make_task(**config.task.model_dump()))) as task:
+        engine = make_engine(small, load_student(small), task, before_work=lambda: None)
+        with closing(engine):
+            engine.run(after_step)
+            decoding = Decoding.measure(config, engine.student, task)
+    # The first batch also loads kernels, so times are those of the last.
+    batch = results[-per_batch:]
+    rollouts = [
+        rollout for result in batch for group in result.groups for rollout in group.rollouts
+    ]
+    lengths = [len(rollout.completion.token_ids) for rollout in rollouts]
+    return Trial(
+        num_completions=len(rollouts),
+        max_tokens=small.rollout.max_completion_tokens,
+        num_truncated=sum(rollout.completion.is_truncated for rollout in rollouts),
+        mean_tokens=sum(lengths) / len(lengths),
+        metrics=results[0].metrics,
+        steps=_step_times(config, batch, decoding),
+    )
 
 
-def _small(config: RunConfig) -> RunConfig:
-    """The run with a handful of completions, one step on them, no KL leash, and no cache around its
+def shrunken(config: RunConfig) -> RunConfig:
+    """Return the run with a handful of short completions in a batch and no cache around its
     teacher.
 
     Several tasks take turns: at least one prompt of each, so that the teacher of each is asked.
     """
-    rollout, loop = config.rollout, config.optimization
+    rollout = config.rollout
+    per_batch = config.optimization.steps_per_rollout_batch
     num_prompts = max(min(NUM_PROMPTS, rollout.prompts_per_batch), len(task_names(config)))
-    size = {"prompts_per_batch": num_prompts, "group_size": min(GROUP_SIZE, rollout.group_size)}
+    sizes = {
+        "prompts_per_batch": -(-num_prompts // per_batch) * per_batch,
+        "group_size": min(GROUP_SIZE, rollout.group_size),
+        "max_completion_tokens": min(MAX_TOKENS, rollout.max_completion_tokens),
+    }
     return config.model_copy(
         update={
-            "rollout": rollout.model_copy(update=size),
-            "optimization": loop.model_copy(update={"steps_per_rollout_batch": 1, "kl_coef": 0.0}),
+            "rollout": rollout.model_copy(update=sizes),
             "teacher": without_cache(config.teacher),
         }
     )
 
 
 def without_cache(teacher: Any) -> Any:
-    """A `[teacher]` section with no cache in it."""
+    """Return a `[teacher]` section with no cache in it."""
     match teacher:
         case CachedTeacherConfig():
             return without_cache(teacher.teacher)
@@ -163,224 +168,165 @@ def without_cache(teacher: Any) -> Any:
             return teacher
 
 
-# --- generation -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How long the student takes to write the run's own number of rows at once."""
 
+    num_batches: float
+    """of such rows in a rollout batch"""
+    prompt_seconds: float
+    token_seconds: float
 
-class _Decoding:
-    """Seconds that the run's own batch of rows takes: for its prompts, and for each token of all
-    rows."""
-
-    def __init__(self, config: RunConfig, student: LanguageModel, task: Task):
+    @classmethod
+    def measure(cls, config: RunConfig, student: LanguageModel, task: Task) -> "Decoding":
         rollout = config.rollout
-        num_rows = rollout.prompts_per_batch * rollout.group_size
-        num_prompts = max(
-            1, min(rollout.prompts_per_batch, rollout.max_batch_rows // rollout.group_size)
-        )
-        self.num_batches = num_rows / (num_prompts * rollout.group_size)
-        prompts = [ids for _, ids in _prompts(config, student, task, num_prompts)]
+        prompts_at_once = max(1, rollout.max_batch_rows // rollout.group_size)
+        num_prompts = min(rollout.prompts_per_batch, prompts_at_once)
+        most = min(_NUM_TIMED_TOKENS, rollout.max_completion_tokens)
 
         def seconds(num_tokens: int) -> float:
-            return _timed(lambda: _sample(config, student, prompts, num_tokens))[1]
+            short = rollout.model_copy(update={"max_completion_tokens": num_tokens})
+            started = time.monotonic()
+            graded_groups(
+                student,
+                task,
+                "train",
+                range(num_prompts),
+                rollout=short,
+                seed=stream_seed(config.seed, "trial"),
+                problem_seed=config.seed,
+            )
+            return time.monotonic() - started
 
-        seconds(1)  # the first call also loads kernels
-        one = self.seconds_of_prompts = seconds(1)
-        more = min(
-            2 if one > SECONDS / _NUM_TIMED_TOKENS else _NUM_TIMED_TOKENS,
-            rollout.max_completion_tokens,
-        )
-        self.seconds_per_token = max((seconds(more) - one) / (more - 1), 1e-6) if more > 1 else one
+        one = seconds(1)
+        each = max(seconds(most) - one, 0.0) / (most - 1) if most > 1 else one
+        return cls(rollout.prompts_per_batch / num_prompts, one, each)
 
-
-def _prompts(
-    config: RunConfig, student: LanguageModel, task: Task, number: int
-) -> list[tuple[Problem, list[int]]]:
-    problems = [task.problem("train", i, seed=config.seed) for i in range(number)]
-    return [(p, prompt_token_ids(student.tokenizer, p.asked, config.rollout)) for p in problems]
-
-
-def _sample(
-    config: RunConfig, student: LanguageModel, prompts: Sequence[Sequence[int]], num_tokens: int
-) -> list[Any]:
-    rollout, seed = config.rollout, stream_seed(config.seed, "trial")
-    return sample(
-        student,
-        prompts,
-        group_size=rollout.group_size,
-        max_completion_tokens=num_tokens,
-        temperature=rollout.temperature,
-        seed=seed,
-        max_batch_rows=rollout.max_batch_rows,
-    )
+    def seconds_for(self, num_tokens: float) -> float:
+        """Estimate the seconds of a rollout batch whose completions have so many tokens."""
+        return self.num_batches * (self.prompt_seconds + self.token_seconds * (num_tokens - 1))
 
 
-def _sampled(
-    config: RunConfig, student: LanguageModel, task: Task, num_tokens: int
-) -> RolloutBatch:
-    """Completions of the first training prompts, not judged: half of them get the advantage 1, the
-    others -1."""
-    prompts = _prompts(config, student, task, config.rollout.prompts_per_batch)
-    completions = _sample(config, student, [ids for _, ids in prompts], num_tokens)
-    groups = [
-        RolloutGroup(
-            i,
-            problem,
-            tuple(ids),
-            tuple(Rollout(completion, "", "wrong", 0.0) for completion in group),
-        )
-        for i, ((problem, ids), group) in enumerate(zip(prompts, completions, strict=True))
-    ]
-    num_rollouts = sum(map(len, completions))
-    return RolloutBatch(0, groups, 1 - 2 * (torch.arange(num_rollouts, dtype=torch.float64) % 2))
+def _step_times(
+    config: RunConfig, batch: Sequence[StepResult], decoding: Decoding
+) -> tuple[StepTime, ...]:
+    """Scale the time of a batch's steps to the run's numbers of completions and tokens.
 
-
-# --- the teacher ------------------------------------------------------------------------------------------------------
-
-
-def _ask(
-    config: RunConfig, student: LanguageModel, teacher: Teacher, batch: RolloutBatch
-) -> tuple[TeacherTrial, float]:
-    """Its log-probs, which the batch keeps, compared with the student's; and the seconds that they
-    took."""
-    requests = _with_peers(
-        batch.teacher_requests(), student, batch
-    )
-    teacher.logprobs(requests[:1])  # the first call also loads kernels
-    theirs, seconds = _timed(lambda: teacher.logprobs(requests))
-    batch.teacher_logprobs = theirs
-    loop, temperature = config.optimization, config.rollout.temperature
-    ours = Scorer(student, temperature=temperature, tokens_per_batch=loop.tokens_per_batch).score(
-        batch.prompts, batch.completions
-    )
-    num_missing, num_tokens = count_missing(theirs)
-    log_ratio = torch.cat(ours) - torch.cat(theirs).to(torch.cat(ours))
-    log_ratio = log_ratio[log_ratio.isfinite()].double()
-    known = len(log_ratio) > 0
-    return TeacherTrial(
-        missing=num_missing / max(num_tokens, 1),
-        mean=float(log_ratio.mean()) if known else None,
-        mean_size=float(log_ratio.abs().mean()) if known else None,
-        median_size=float(log_ratio.abs().median()) if known else None,
-        **_gates(config, ours, theirs),
-        top_choices=_top_choices(student, teacher, batch),
-    ), seconds
-
-
-def _with_peers(
-    requests: Sequence[TeacherRequest], student: LanguageModel, batch: RolloutBatch
-) -> list[TeacherRequest]:
-    """Each with another completion of its group in place of the correct one that a teacher may be
-    shown; none is judged."""
-    size = len(batch.groups[0].rollouts)
-    texts = student.tokenizer.batch_decode(
-        [list(ids) for ids in batch.completions], skip_special_tokens=True
-    )
-
-    def peer(i: int) -> str | None:
-        start = i // size * size
-        return next((texts[j] for j in range(start, start + size) if j != i and texts[j]), None)
-
-    return [replace(request, peer_solution=peer(i)) for i, request in enumerate(requests)]
-
-
-def _gates(
-    config: RunConfig, ours: Sequence[Tensor], theirs: Sequence[Tensor]
-) -> dict[str, float | None]:
-    """Shares of the tokens that TRRD itself gates and clamps at the first step, where πS = πold."""
-    names = ("gated_positive", "gated_negative", "clamped")
-    if not config.objective.gates_by_teacher:
-        return dict.fromkeys(names)
-    student, teacher = (
-        pad_sequence(list(ours), batch_first=True),
-        pad_sequence(list(theirs), batch_first=True),
-    )
-    mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in ours], batch_first=True)
-    shares: dict[str, float | None] = dict.fromkeys(names)
-    for name, advantage in zip(names, (1.0, -1.0, 1.0), strict=True):
-        _, stats = OBJECTIVES["trrd"].function(
-            student_logprobs=student,
-            old_logprobs=student,
-            teacher_logprobs=teacher,
-            advantages=torch.full((len(student),), advantage),
-            mask=mask,
-            **objective_knobs(config.objective, step=0),
-        )
-        kept = mask & ~stats["dropped"]
-        shares[name] = float(stats[name][kept].float().mean()) if kept.any() else None
-    return shares
-
-
-def _top_choices(
-    student: LanguageModel, teacher: Teacher, batch: RolloutBatch
-) -> TopChoices | None:
-    if (
-        not isinstance(teacher, LocalTeacher)
-        or teacher.language_model.model.device != student.model.device
-    ):
-        return None
-    return compare_top_choices(student, teacher.language_model, batch.prompts, batch.completions)
-
-
-# --- time -------------------------------------------------------------------------------------------------------------
-
-
-def _update_seconds(
-    config: RunConfig,
-    student: LanguageModel,
-    task: Task,
-    teacher: Teacher | None,
-    batch: RolloutBatch,
-) -> float:
-    engine = NativeEngine(config, student=student, task=task, teacher=teacher)
-    engine.accumulate_gradient(batch, [0], TokenStats())  # the first call also loads kernels
-    return _timed(lambda: engine.update(batch, range(len(batch.groups))))[1]
-
-
-def _steps(
-    config: RunConfig,
-    batch: RolloutBatch,
-    decoding: _Decoding,
-    teacher_seconds: float,
-    update_seconds: float,
-) -> tuple[StepSeconds, ...]:
-    """The trial's times for the run's numbers of completions and tokens: decoding by the token of
-    the whole batch, scoring and update in proportion to prompt and completion tokens. No completion
-    is left out, so a real step may take less.
+    The student writes as long as decoding takes; all else takes time in proportion to the tokens.
     """
-    rollout, loop, objective = (
-        config.rollout,
-        config.optimization,
-        OBJECTIVES.get(config.objective.type),
+    groups = [group for result in batch for group in result.groups]
+    completions = [rollout.completion for group in groups for rollout in group.rollouts]
+    prompt = sum(len(group.prompt_token_ids) for group in groups) / len(groups)
+    mean = sum(len(completion.token_ids) for completion in completions) / len(completions)
+    loop, rollout = config.optimization, config.rollout
+    num_completions = rollout.prompts_per_batch * rollout.group_size / loop.steps_per_rollout_batch
+
+    seconds: dict[str, float] = {}
+    for result in batch:
+        for key, value in result.metrics.items():
+            if key.startswith("time/") and value > 0:
+                part = key.split("/")[1]
+                seconds[part] = seconds.get(part, 0.0) + value
+
+    lengths = [mean]
+    if any(completion.is_truncated for completion in completions):
+        lengths.append(float(rollout.max_completion_tokens))
+    times = []
+    for length in lengths:
+        scale = num_completions / len(completions) * (prompt + length) / (prompt + mean)
+        scaled = {part: scale * value for part, value in seconds.items()}
+        if config.objective.written_by == "student":
+            scaled["generation"] = decoding.seconds_for(length) / loop.steps_per_rollout_batch
+        times.append(StepTime(length, scaled))
+    return tuple(times)
+
+
+# --- what it says of the run ----------------------------------------------------------------------
+
+
+def describe_trial(trial: Trial, config: RunConfig) -> list[Finding]:
+    """Return the trial's findings, one line each."""
+    message = (
+        f"{trial.num_completions} completions of training prompts, cut at {trial.max_tokens} "
+        f"tokens ({trial.num_truncated} were), {trial.mean_tokens:.0f} tokens on average, every "
+        "second one counted as correct; at most "
+        f"{trial.metrics['memory/peak/bytes'] / _GIB:.2f} GiB were held"
     )
-    prompt = sum(map(len, batch.prompts)) / len(batch.prompts)
-    mean = sum(map(len, batch.completions)) / len(batch.completions)
-    # A pass without gradient is about a third of one with it.
-    passes = bool(loop.kl_coef) + bool(
-        loop.steps_per_rollout_batch > 1 or (objective and objective.token_advantages)
+    return [
+        Finding("ok", "trial", message),
+        *_log_ratio(trial.metrics, config),
+        *_gates(trial.metrics, config),
+        *_guards(trial.metrics, config),
+        *_time(trial.steps),
+    ]
+
+
+def _log_ratio(metrics: Metrics, config: RunConfig) -> list[Finding]:
+    if "teacher/log_ratio/mean" not in metrics:
+        return []
+    low, median, high = (metrics[f"teacher/log_ratio/{name}"] for name in ("q05", "q50", "q95"))
+    subject = "log πS - log πT"
+    message = (
+        f"mean {metrics['teacher/log_ratio/mean']:+.2f} nats, median {median:+.2f}, nine tenths "
+        f"between {low:+.2f} and {high:+.2f}"
     )
-    truncated = any(rollout.completion.is_truncated for rollout in batch.rollouts)
-    lengths = [mean, float(rollout.max_completion_tokens)] if truncated else [mean]
-
-    def at(length: float) -> StepSeconds:
-        num_completions = (
-            rollout.prompts_per_batch * rollout.group_size / loop.steps_per_rollout_batch
-        )
-        scale = num_completions / len(batch.rollouts) * (prompt + length) / (prompt + mean)
-        generation = decoding.num_batches * (
-            decoding.seconds_of_prompts + decoding.seconds_per_token * (length - 1)
-        )
-        update = update_seconds * scale * (1 + passes / 3)
-        return StepSeconds(
-            length, generation / loop.steps_per_rollout_batch, teacher_seconds * scale, update
-        )
-
-    return tuple(at(length) for length in dict.fromkeys(lengths))
+    if max(-low, high) >= SMALL_LOG_RATIO:
+        return [Finding("ok", subject, message)]
+    if all(teacher.type == "ema" for _, teacher in single_teachers(config.teacher)):
+        return [
+            Finding("ok", subject, f"{message}: the moving average begins as the student itself")
+        ]
+    what = "the teacher says what the student says, so it changes nothing; is it the same model?"
+    return [Finding("warning", subject, f"{message}: {what}")]
 
 
-def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    result = work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return result, time.perf_counter() - started
+def _gates(metrics: Metrics, config: RunConfig) -> list[Finding]:
+    positive = metrics.get("objective/gated_positive/frac")
+    negative = metrics.get("objective/gated_negative/frac")
+    if not config.objective.gates_by_teacher or positive is None or negative is None:
+        return []
+    message = (
+        f"at the first step {positive:.0%} of the tokens where the advantage is positive, "
+        f"{negative:.0%} where it is negative"
+    )
+    if "objective/clamped/frac" in metrics:
+        message += f"; {metrics['objective/clamped/frac']:.0%} are clamped"
+    return [Finding("ok", "gated", message)]
+
+
+def _guards(metrics: Metrics, config: RunConfig) -> list[Finding]:
+    """Return what the run's guards would say if all of its steps were like the first."""
+    watch = Watch(config)
+    said = []
+    for step in range(1, _NUM_LIKE_THE_TRIAL + 1):
+        said += watch.see({**metrics, "step": step})
+    # Rewards are alternated and completions cut by the trial itself.
+    by_the_trial = ("reward/", "rollout/")
+    metric_of = {guard.name: guard.metric for guard in watch.guards}
+    return [
+        Finding("warning", warning.name.replace("_", " "), warning.message)
+        for warning in said
+        if not metric_of[warning.name].startswith(by_the_trial)
+    ]
+
+
+def _time(steps: tuple[StepTime, ...]) -> list[Finding]:
+    first = steps[0]
+    parts = ", ".join(
+        f"{part.replace('_', ' ')} {_duration(s)}" for part, s in first.seconds.items() if s >= 0.05
+    )
+    message = (
+        f"about {_duration(first.total)} a step with completions of {first.completion_tokens:.0f} "
+        f"tokens ({parts})"
+    )
+    if len(steps) > 1:
+        message += f"; {_duration(steps[1].total)} if all had {steps[1].completion_tokens:.0f}"
+    return [Finding("ok", "time", message)]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h"
