@@ -104,7 +104,5 @@ def make_teacher(settings: AdapterTeacherConfig, setting: Setting) -> AdapterTea
         setting.student,
         base=setting.config.student.model,
         folder=None if settings.adapter == "none" else settings.adapter,
-        temperature=setting.temperature,
-        tokens_per_batch=settings.tokens_per_batch,
-        before_work=setting.before_work,
+        **setting.scoring(settings.tokens_per_batch),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -132,9 +133,6 @@ class TeacherWrapper(Teacher):
     def fingerprint(self) -> str:
         return self.teacher.fingerprint
 
-    def submit(self, requests: Sequence[TeacherRequest]) -> list[Answer]:
-        return self.teacher.submit(requests)
-
     def state(self) -> Mapping[str, Tensor]:
         return self.teacher.state()
 
@@ -162,3 +160,11 @@ class Setting:
     @property
     def temperature(self) -> float:
         return self.config.rollout.temperature
+
+    def scoring(self, tokens_per_batch: int) -> dict[str, Any]:
+        """What a `Scorer` takes beside the model."""
+        return {
+            "temperature": self.temperature,
+            "tokens_per_batch": tokens_per_batch,
+            "before_work": self.before_work,
+        }

@@ -73,22 +73,13 @@ class CacheStore:
 
     def put(self, entries: Mapping[bytes, bytes]) -> None:
         """Store all of them, or none where that cannot be."""
-
-        def insert_all() -> None:
-            for key, value in entries.items():
-                self._insert(key, value, used=time.time_ns())
-
-        self._write(insert_all)
+        now = time.time_ns()
+        self._write(lambda: [self._insert(key, one, used=now) for key, one in entries.items()])
 
     def claim(self, key: bytes, value: bytes) -> bytes | None:
         """The value of a key, the same for all processes: this one where there was none. It is
         never deleted. None where it cannot be stored."""
-
-        def insert_first() -> None:
-            if self._read(key) is None:
-                self._insert(key, value, used=_PINNED)
-
-        self._write(insert_first)
+        self._write(lambda: self._read(key) or self._insert(key, value, used=_PINNED))
         return self.get([key]).get(key)
 
     def close(self) -> None:

@@ -89,7 +89,5 @@ def make_teacher(settings: EMATeacherConfig, setting: Setting) -> EMATeacher:
         setting.student,
         name=setting.config.student.model,
         update_rate=settings.update_rate,
-        temperature=setting.temperature,
-        tokens_per_batch=settings.tokens_per_batch,
-        before_work=setting.before_work,
+        **setting.scoring(settings.tokens_per_batch),
     )

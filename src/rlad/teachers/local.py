@@ -1,7 +1,7 @@
 """A teacher in this process: a frozen transformers model with its own dtype and device."""
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any, Literal
 
@@ -55,23 +55,15 @@ class LocalTeacher(ScoringTeacher):
         self,
         language_model: LanguageModel,
         *,
-        temperature: float,
-        tokens_per_batch: int,
         identity: str | None = None,
         keep: Literal["gpu", "cpu"] = "gpu",
-        before_work: Callable[[], None] = lambda: None,
+        **scoring: Any,
     ):
         """With `keep` = "cpu" the weights are on the model's present device only while it scores,
-        and otherwise on the CPU."""
+        and otherwise on the CPU. `scoring` is what a `Scorer` takes beside the model."""
         language_model.model.requires_grad_(False)
         self.language_model = language_model
-        scorer = Scorer(
-            language_model,
-            temperature=temperature,
-            tokens_per_batch=tokens_per_batch,
-            before_work=before_work,
-        )
-        super().__init__(identity or language_model.name, scorer)
+        super().__init__(identity or language_model.name, Scorer(language_model, **scoring))
         self._works_on = language_model.model.device
         self._rests_on = torch.device("cpu") if keep == "cpu" else self._works_on
         self._move(self._rests_on)
@@ -117,7 +109,8 @@ def check_teacher(settings: LocalTeacherConfig, setting: Setting) -> list[Findin
     require_weights(settings.model)
     if is_adapter(settings.model):
         require_loadable(settings.model, config)
-    student, run = setting.student_tokenizer, setting.config
+    student = setting.student_tokenizer
+    run = setting.config
     return [
         *compare_tokenizers(student, load_tokenizer(settings.model), run.student.end_tokens),
         compare_contexts(run.rollout, setting.student_context, context_tokens(config)),
@@ -167,11 +160,9 @@ def make_teacher(settings: LocalTeacherConfig, setting: Setting) -> LocalTeacher
     )
     return LocalTeacher(
         language_model,
-        temperature=setting.temperature,
-        tokens_per_batch=settings.tokens_per_batch,
         identity=identity_of(settings, seed),
         keep=settings.keep,
-        before_work=setting.before_work,
+        **setting.scoring(settings.tokens_per_batch),
     )
 
 
