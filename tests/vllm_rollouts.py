@@ -1,7 +1,9 @@
 """A short run of `RLADTrainer` whose rollouts vLLM samples on the CPU, in its own process. A
 program for vLLM's environment:
 
-PYTHON tests/vllm_rollouts.py FOLDER SETTINGS     # JSON of more arguments of RLADConfig; writes FOLDER/found.json
+PYTHON tests/vllm_rollouts.py FOLDER SETTINGS
+
+SETTINGS is JSON of more arguments of RLADConfig; FOLDER/found.json is written.
 """
 
 import json

@@ -36,13 +36,17 @@ UVICORN_SETTINGS: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Job:
-    """A request that waits for its answer."""
+    """A request that waits for its answer, which may be an error."""
 
     asked: CompletionRequest
     client: Request
-    choice: "asyncio.Future[dict[str, Any]]"
+    answer: "asyncio.Future[dict[str, Any] | Exception]"
+
+    def finish(self, answer: dict[str, Any] | Exception) -> None:
+        if not self.answer.done():  # the server is being stopped
+            self.answer.set_result(answer)
 
 
 class TeacherServer:
@@ -103,7 +107,10 @@ class TeacherServer:
             raise HTTPException(400, str(error)) from None
         job = Job(asked, request, asyncio.get_running_loop().create_future())
         self.waiting.put_nowait(job)
-        answer = {"object": "text_completion", "model": asked.model, "choices": [await job.choice]}
+        choice = await job.answer
+        if isinstance(choice, Exception):
+            raise choice
+        answer = {"object": "text_completion", "model": asked.model, "choices": [choice]}
         return JSONResponse(answer)
 
     async def work(self) -> None:
@@ -114,16 +121,15 @@ class TeacherServer:
                 jobs.append(self.waiting.get_nowait())
             # A client that has gone may have sent its request again: nobody needs this answer.
             for job in [job for job in jobs if await job.client.is_disconnected()]:
-                job.choice.set_exception(HTTPException(499, "the client has gone."))
+                job.finish(HTTPException(499, "the client has gone."))
                 jobs.remove(job)
+            answers: Sequence[dict[str, Any] | Exception]
             try:
-                choices = await asyncio.to_thread(self.compute, [job.asked for job in jobs])
+                answers = await asyncio.to_thread(self.compute, [job.asked for job in jobs])
             except Exception as error:  # of these requests alone; the server continues
-                for job in jobs:
-                    job.choice.set_exception(_as_answer(error))
-            else:
-                for job, choice in zip(jobs, choices, strict=True):
-                    job.choice.set_result(choice)
+                answers = [_as_answer(error)] * len(jobs)
+            for job, answer in zip(jobs, answers, strict=True):
+                job.finish(answer)
 
     def compute(self, requests: Sequence[CompletionRequest]) -> list[dict[str, Any]]:
         """Write and score what is asked; plain scores of one temperature share forward passes."""

@@ -148,17 +148,17 @@ class CompletionsClient:
         except httpx2.RequestError as error:
             reason = printable(str(error)) or type(error).__name__
             raise ServerUnavailableError(f"{address}: {reason}") from None
-        answer = _json_object(content)
-        said = f"HTTP {response.status_code}{self._words_of(answer or {})}"
-        if response.status_code in PASSING_STATUSES or response.status_code >= 500:
-            raise ServerUnavailableError(f"{address}: {said}")
-        if response.status_code != 200:
-            raise ServerRefusedError(
-                f"{address} refuses the teacher's requests ({said}); {self._advice(response)}."
-            )
-        if answer is None:
+        status, answer = response.status_code, _json_object(content)
+        if status == 200 and answer is not None:
+            return answer
+        if status == 200:
             raise ServerUnavailableError(f"{address}: the answer is no JSON object")
-        return answer
+        said = f"HTTP {status}{self._words_of(answer or {})}"
+        if status in PASSING_STATUSES or status >= 500:
+            raise ServerUnavailableError(f"{address}: {said}")
+        raise ServerRefusedError(
+            f"{address} refuses the teacher's requests ({said}); {self._advice(response)}."
+        )
 
     def _advice(self, response: httpx2.Response) -> str:
         variable = self.settings.api_key_variable
@@ -201,6 +201,6 @@ def read_key(variable: str) -> SecretStr | None:
 def _json_object(content: bytes | bytearray) -> dict[str, Any] | None:
     try:
         answer = json.loads(content)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # no UTF-8, no JSON, or far too long a number
         return None
     return answer if isinstance(answer, dict) else None

@@ -16,8 +16,8 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 def probe_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The probe text in the student's tokens; for a vocabulary of few words, tokens all over it
-    instead."""
+    """Write the probe text in the student's tokens; for a vocabulary of few words, take tokens all
+    over it instead."""
     ids = list(tokenizer(PROBE, add_special_tokens=False)["input_ids"])[:MAX_PROBE_TOKENS]
     if len(set(ids)) >= MIN_PROBE_TOKENS:
         return ids
@@ -26,14 +26,14 @@ def probe_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def spread_ids(tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> list[int]:
-    """At most so many ids, evenly spread over the vocabulary, the last one among them."""
+    """Pick at most so many ids, evenly spread over the vocabulary, the last one among them."""
     ids = sorted(tokenizer.get_vocab().values())
     num_tokens = min(num_tokens, len(ids))
     return [ids[(i + 1) * len(ids) // num_tokens - 1] for i in range(num_tokens)]
 
 
 def ids_of_strings(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Text of a token -> its id, for texts that belong to one token alone."""
+    """Map the text of a token to its id, for texts that belong to one token alone."""
     found: dict[str, int] = {}
     shared: set[str] = set()
     for token in tokenizer.get_vocab().values():
@@ -46,8 +46,8 @@ def ids_of_strings(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 def differing_tokens(
     tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], strings: Sequence[str]
 ) -> tuple[int, list[tuple[int, str, str]]]:
-    """How many tokens could be compared, and those that are another string for the server: id,
-    ours, theirs.
+    """Count the tokens that can be compared, and list those that are another string for the server:
+    id, ours, theirs.
 
     Spaces at the ends do not count, as decoders differ in them; neither do parts of characters, nor
     strings not given ("").
@@ -72,5 +72,5 @@ def _text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
 
 
 def _plain(string: str) -> str:
-    """Without the marks of spaces that byte-level and sentencepiece vocabularies write."""
+    """Remove the marks of spaces that byte-level and sentencepiece vocabularies write."""
     return string.replace("Ġ", " ").replace("▁", " ").replace("Ċ", "\n").strip()
