@@ -377,7 +377,7 @@ def test_resume_and_overwrite(toml):
 
 def test_resume_with_another_config(toml, finished):
     before = remains(finished)
-    assert f"go on with it by `rlad train {finished} --resume`" in rlad_fails(
+    assert f"resume it by `rlad train {finished} --resume`" in rlad_fails(
         "train", toml, "--resume", "seed=5"
     )
     assert remains(finished) == before

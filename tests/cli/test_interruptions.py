@@ -33,7 +33,7 @@ from tiny_runs import remains, rlad_fails, run_config, write_config, write_unrea
 # --- the disk is full ------------------------------------------------------------------------------------------------------
 
 
-class Fill(rlad.training.reporter.Silent):
+class Fill(rlad.training.reporter.Reporter):
     """Takes all space of the disk but `leave` bytes: after step 1, or after the validation at step
     2."""
 
@@ -101,7 +101,7 @@ def test_file_size_limit_at_a_checkpoint(world, tmp_path):
     """The same without root: the system refuses a file of more than 4 kB."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    class Limit(rlad.training.reporter.Silent):
+    class Limit(rlad.training.reporter.Reporter):
         def evaluated(self, split: str, step: int, estimate: Any) -> None:
             if (split, step) == ("validation", 2):
                 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
@@ -175,7 +175,7 @@ def test_signals_write_a_checkpoint(world, tmp_path):
         assert process.returncode == code and "Traceback" not in stderr
         command = f"rlad train {tmp_path / 'run'} --resume"
         assert stderr.splitlines()[-1] == (
-            f"rlad: stopped by {signal.Signals(number).name}; a checkpoint is written, go on with: "
+            f"rlad: stopped by {signal.Signals(number).name}; a checkpoint is written, continue with: "
             f"{command}"
         )
         rows = list(RunDirectory(tmp_path / "run").read("metrics.jsonl"))
@@ -211,7 +211,7 @@ def test_second_ctrl_c_stops_at_once(world, tmp_path, monkeypatch):
 PLACES: dict[str, tuple[Any, str, int]] = {
     "loading models": (rlad.training.run, "load_student", 1),
     "writing a checkpoint": (rlad.engines.native.loop, "save_state", 2),
-    "evaluation": (rlad.rollouts.evaluation, "_grade", 1),
+    "evaluation": (rlad.rollouts.evaluation, "graded_groups", 1),
     "generation": (NativeEngine, "make_rollout_batch", 2),
     "teacher": (NativeEngine, "_ask_teacher", 2),
     "update": (NativeEngine, "update", 2),
@@ -272,7 +272,7 @@ def test_a_signal_anywhere_ends_the_run_within_seconds(
     then = (
         "training had not begun and nothing is written"
         if is_loading
-        else "a checkpoint is written, go on with"
+        else "a checkpoint is written, continue with"
     )
     assert said.startswith(f"rlad: stopped by {signal.Signals(number).name}; {then}")
     assert (tmp_path / "run").exists() is not is_loading
@@ -362,7 +362,7 @@ def test_of_two_runs_that_begin_at_once_in_one_place_the_later_is_refused(world,
     config = run_config(world, tmp_path / "run")
     first: list[dict[str, Any]] = []
 
-    class MeanwhileAnother(rlad.training.reporter.Silent):
+    class MeanwhileAnother(rlad.training.reporter.Reporter):
         def phase(self, name: str) -> None:
             if name == "loading models":
                 first.append(remains(rlad.train(config).run_dir))

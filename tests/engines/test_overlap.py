@@ -78,7 +78,7 @@ def assert_equal(batch: RolloutBatch, other: RolloutBatch) -> None:
     assert batch.counts == other.counts
 
 
-# --- the same batch ------------------------------------------------------------------------------------------------------
+# --- the same batch -------------------------------------------------------------------------------
 
 
 def forms(url: str, folder: Path) -> dict[str, dict[str, Any]]:
@@ -158,7 +158,7 @@ def test_with_the_own_server(world, monkeypatch):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
-# --- when it is asked ----------------------------------------------------------------------------------------------------
+# --- when it is asked -----------------------------------------------------------------------------
 
 
 def test_groups_are_scored_while_others_are_written(world, server, monkeypatch):
@@ -222,7 +222,7 @@ def test_covered_seconds_by_hand():
     assert covered_seconds([], until=1.0) == covered_seconds(spans, until=-1.0) == 0
 
 
-# --- what goes wrong -----------------------------------------------------------------------------------------------------
+# --- what goes wrong ------------------------------------------------------------------------------
 
 
 def num_threads_here() -> int:

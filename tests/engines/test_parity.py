@@ -67,7 +67,7 @@ def test_the_batch_of_these_tests_is_a_telling_one() -> None:
         assert 0.05 < summary[f"objective/{key}/frac"] < 0.95
 
 
-# --- three witnesses --------------------------------------------------------------------------------------------------
+# --- three witnesses ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kl_coef", [0.0, 0.3])
@@ -153,7 +153,7 @@ def test_float32_stays_close_to_the_float64_reference(objective: str) -> None:
     assert agree(by_engine(case, batch, wanted), by_reference(case, batch, wanted), FLOAT32)
 
 
-# --- what may not change the gradient ---------------------------------------------------------------------------------
+# --- what may not change the gradient -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -227,7 +227,7 @@ def test_a_gradient_does_not_remember_the_one_before() -> None:
     assert agree(by_engine(case, batch, wanted), first)
 
 
-# --- temperature, missing values, several steps -----------------------------------------------------------------------
+# --- temperature, missing values, several steps ---------------------------------------------------
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -372,7 +372,7 @@ def test_old_logprobs_are_those_of_the_sampler() -> None:
         assert torch.allclose(batch.old_logprobs[i], sampled, rtol=0, atol=1e-6)
 
 
-# --- steps ------------------------------------------------------------------------------------------------------------
+# --- steps ----------------------------------------------------------------------------------------
 
 
 def weights(case: Case) -> Tensor:
@@ -473,7 +473,7 @@ def test_a_teacher_that_answers_too_little_is_refused() -> None:
         case.engine.make_rollout_batch(0)
 
 
-# --- the whole loop ---------------------------------------------------------------------------------------------------
+# --- the whole loop -------------------------------------------------------------------------------
 
 
 def test_the_steps_of_a_run() -> None:
@@ -553,7 +553,7 @@ def test_the_teacher_is_asked_only_for_what_trains() -> None:
     assert asked["grpo", False] == 0
 
 
-# --- opd, then grpo ---------------------------------------------------------------------------------------------------
+# --- opd, then grpo -------------------------------------------------------------------------------
 
 SCHEDULE: dict[str, Any] = {"num_steps": 6, "steps_per_rollout_batch": 2, "learning_rate": 1e-3}
 

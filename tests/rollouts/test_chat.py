@@ -65,7 +65,7 @@ def given(folder: Path | str, prompt: Any, **settings: Any) -> str:
     return tokenizer.decode(prompt_token_ids(tokenizer, prompt, RolloutConfig(**settings)))
 
 
-# --- the student's prompt ---------------------------------------------------------------------------------------------
+# --- the student's prompt -------------------------------------------------------------------------
 
 CONVERSATION = (("system", "0"), ("user", "1 + 1 ="), ("assistant", "2"), ("user", "2 + 1 ="))
 
@@ -140,7 +140,7 @@ def test_plain_prompts_are_one_text(world, prompt, settings, message):
             given(world / folder, prompt, **settings, **more)
 
 
-# --- end tokens -------------------------------------------------------------------------------------------------------
+# --- end tokens -----------------------------------------------------------------------------------
 
 
 def favour(model: LanguageModel, token: int) -> LanguageModel:
@@ -233,7 +233,7 @@ def test_a_base_student_of_a_chat_teacher(world, tmp_path):
     ) == ("ok", None, "ok")
 
 
-# --- the teacher's prompt ---------------------------------------------------------------------------------------------
+# --- the teacher's prompt -------------------------------------------------------------------------
 
 
 def by_hand(model: LanguageModel, prompt: str, completion: Sequence[int]) -> Tensor:
@@ -412,7 +412,7 @@ def test_a_base_student_learns_from_a_thinking_chat_teacher(world, tmp_path):
     assert all(row["teacher/log_ratio/mean"] != 0 for row in steps)
 
 
-# --- SmolLM2 ----------------------------------------------------------------------------------------------------------
+# --- SmolLM2 --------------------------------------------------------------------------------------
 
 SMOLLM2 = "smollm2-135m"
 smollm2 = pytest.mark.skipif(

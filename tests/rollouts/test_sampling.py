@@ -56,7 +56,7 @@ def tokens_of(groups: list[list[Completion]]) -> list[list[tuple[int, ...]]]:
     return [[completion.token_ids for completion in group] for group in groups]
 
 
-# --- picking a token --------------------------------------------------------------------------------------------------
+# --- picking a token ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -122,7 +122,7 @@ def test_temperature_zero_reports_the_logprob_at_temperature_one() -> None:
     assert logprobs.item() == pytest.approx(3 - math.log(math.e + math.e**2 + math.e**3), abs=1e-6)
 
 
-# --- log-probs --------------------------------------------------------------------------------------------------------
+# --- log-probs ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -154,7 +154,7 @@ def test_the_two_decoders_are_chosen_by_the_cache() -> None:
     assert not sampling._cache_rows_can_be_dropped(hybrid)
 
 
-# --- what tokens may not depend on ------------------------------------------------------------------------------------
+# --- what tokens may not depend on ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -266,7 +266,7 @@ def test_the_models_own_generation_settings_have_no_influence(family: str) -> No
     assert model.model.generation_config.repetition_penalty == 3.0
 
 
-# --- ends -------------------------------------------------------------------------------------------------------------
+# --- ends -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "mamba"])
@@ -320,7 +320,7 @@ def test_the_seed_decides() -> None:
     assert tokens_of(completions_of(model)) != tokens_of(completions_of(model, seed=6))
 
 
-# --- groups as they end -----------------------------------------------------------------------------------------------
+# --- groups as they end ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -363,7 +363,7 @@ def test_a_group_is_handed_on_when_its_last_completion_ends() -> None:
     assert steps_at == longest and len(set(longest.values())) > 2
 
 
-# --- interruption and refusals ----------------------------------------------------------------------------------------
+# --- interruption and refusals --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["llama", "mamba"])

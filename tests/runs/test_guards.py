@@ -240,7 +240,7 @@ def overflow(engine: NativeEngine, batch: RolloutBatch, what: str) -> dict[str, 
 def test_a_run_with_a_skipped_step_says_so_and_goes_on(world, tmp_path, poison):
     heard: list[GuardWarning] = []
 
-    class Hears(rlad.training.reporter.Silent):
+    class Hears(rlad.training.reporter.Reporter):
         def warned(self, warning: GuardWarning) -> None:
             heard.append(warning)
 
@@ -318,7 +318,7 @@ def test_several_in_a_row_stop_the_run_which_then_goes_on(world, tmp_path, poiso
 def test_a_run_stopped_behind_a_skipped_step_counts_on(world, tmp_path, poison):
     """Two skipped steps with an interruption in between are two in a row."""
 
-    class StopBehind(rlad.training.reporter.Silent):
+    class StopBehind(rlad.training.reporter.Reporter):
         def warned(self, warning: GuardWarning) -> None:
             raise StopRequested(2)
 

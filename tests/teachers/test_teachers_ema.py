@@ -198,7 +198,7 @@ def test_a_state_that_is_not_whole_is_refused():
         ema(tiny_language_model(), 1).load_state(whole)
 
 
-class StopBehind(rlad.training.reporter.Silent):
+class StopBehind(rlad.training.reporter.Reporter):
     def __init__(self, step: int) -> None:
         self.at = step
 

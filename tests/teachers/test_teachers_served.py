@@ -830,7 +830,7 @@ def server(world: Path) -> Iterator[ConformanceServer]:
         yield server
 
 
-class Behind(rlad.training.reporter.Silent):
+class Behind(rlad.training.reporter.Reporter):
     """Does something behind a step."""
 
     def __init__(self, step: int, action: Callable[[], Any]) -> None:

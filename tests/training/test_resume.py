@@ -121,7 +121,7 @@ def test_interrupted_again_and_again(world, tmp_path, uninterrupted, stop_at):
 
 
 def test_between_minibatches_the_rollout_batch_is_kept(world, tmp_path):
-    class AfterFirstStep(rlad.training.reporter.Silent):
+    class AfterFirstStep(rlad.training.reporter.Reporter):
         def step(self, result: Any, num_steps: int) -> None:
             raise StopRequested(signal.SIGINT)
 
@@ -155,7 +155,7 @@ def test_weights_give_the_same_numbers_wherever_they_stand_in_their_file(tmp_pat
     assert all(torch.equal(logits[0], other) for other in logits)
 
 
-class StopBehind(rlad.training.reporter.Silent):
+class StopBehind(rlad.training.reporter.Reporter):
     """Stops the run behind the steps with these numbers."""
 
     def __init__(self, *steps: int) -> None:
@@ -196,7 +196,7 @@ def test_the_length_of_opd_then_grpo_is_part_of_what_it_is(world, tmp_path):
         rlad.train(config, resume=True)
 
 
-# --- killed -----------------------------------------------------------------------------------------------------------
+# --- killed ---------------------------------------------------------------------------------------
 
 
 CHANGES = ("os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate", "shutil.rmtree")
@@ -297,7 +297,7 @@ def test_half_written_last_line_is_dropped(world, tmp_path, uninterrupted, stop_
     assert_same(remains(tmp_path / "run"), uninterrupted, f"half a line in {name}")
 
 
-# --- damaged ----------------------------------------------------------------------------------------------------------
+# --- damaged --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -324,7 +324,7 @@ def test_a_damaged_checkpoint_costs_the_steps_behind_the_one_before(
     assert (last.with_name("damaged-step-000006") / name).read_bytes() == content
 
 
-# --- checkpoints by the clock -----------------------------------------------------------------------------------------
+# --- checkpoints by the clock ---------------------------------------------------------------------
 
 
 def dies_in(config: dict[str, Any], method: str, *, at: int) -> bool:
@@ -388,7 +388,7 @@ def test_rollouts_are_not_made_twice(world, tmp_path, uninterrupted, monkeypatch
     assert_same(remains(tmp_path / "run"), uninterrupted, "killed before the first update")
 
 
-# --- finished ---------------------------------------------------------------------------------------------------------
+# --- finished -------------------------------------------------------------------------------------
 
 
 def test_resuming_a_finished_run_changes_nothing_and_reports_the_same(world, tmp_path):

@@ -32,7 +32,7 @@ def world(tmp_path_factory) -> Path:
     return write_world(tmp_path_factory.mktemp("world"))
 
 
-class StopAfter(rlad.training.reporter.Silent):
+class StopAfter(rlad.training.reporter.Reporter):
     def __init__(self, step: int):
         self.at = step
 
@@ -81,12 +81,8 @@ def completions_at(run_dir: Path, step: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.trackers
-@pytest.mark.parametrize("engine", ["native", pytest.param("trl", marks=pytest.mark.trl)])
-def test_tensorboard_reads_what_the_run_directory_holds(world, tmp_path, engine):
-    if engine == "trl":
-        pytest.importorskip("trl", reason="the optional package trl is not installed")
-    config = tracked_config(world, tmp_path / "run", "tensorboard", engine={"type": engine})
-    run_dir = train_with_a_stop(config)
+def test_tensorboard_reads_what_the_run_directory_holds(world, tmp_path):
+    run_dir = train_with_a_stop(tracked_config(world, tmp_path / "run", "tensorboard"))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(
@@ -117,7 +113,10 @@ def test_wandb_offline_holds_what_the_run_directory_holds(world, tmp_path, monke
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     run_dir = train_with_a_stop(tracked_config(world, tmp_path / "run", "wandb"))
     files = sorted((run_dir / "wandb").glob("offline-run-*/run-*.wandb"))
-    is_whole = lambda file: "exit" in [record.WhichOneof("record_type") for record in scan(file)]
+
+    def is_whole(file: Path) -> bool:
+        return "exit" in [record.WhichOneof("record_type") for record in scan(file)]
+
     wait_for(lambda: all(map(is_whole, files)), seconds=30)  # W&B's own process writes them
     records = [record for file in files for record in scan(file)]
     runs = [record.run for record in records if record.WhichOneof("record_type") == "run"]
@@ -207,7 +206,10 @@ def test_a_package_that_is_missing_is_one_sentence(world, tmp_path, monkeypatch)
     config = write_config(
         tmp_path / "run.toml", run_config(world, tmp_path / "run", logging={"trackers": ["wandb"]})
     )
-    sentence = "logging.trackers names 'wandb', whose package is not installed; install it with: pip install 'rlad[wandb]'."
+    sentence = (
+        "logging.trackers names 'wandb', whose package is not installed; install it with: pip "
+        "install 'rlad[wandb]'."
+    )
     assert rlad_fails("train", config) == f"rlad: {sentence}"
     checked = CliRunner().invoke(main, ["check", "--without-models", str(config)])
     assert checked.exit_code == 2 and f"  ✗ trackers: {sentence}\n" in checked.stdout
@@ -284,7 +286,7 @@ class Unclosable(Breaks):
 def test_a_tracker_that_cannot_be_closed_does_not_hide_how_the_run_ended(
     world, tmp_path, monkeypatch, is_stopped
 ):
-    class Stops(rlad.training.reporter.Silent):
+    class Stops(rlad.training.reporter.Reporter):
         def step(self, result: StepResult, num_steps: int) -> None:
             if is_stopped:
                 raise StopRequested(2)

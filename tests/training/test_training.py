@@ -15,7 +15,7 @@ from rlad.runs.directory import EVAL, METRICS, SAMPLES, RunDirectory
 from rlad.stopping import StopRequested
 from rlad.teachers import prepare_teacher
 from rlad.teachers.local import LocalTeacher
-from rlad.training.reporter import Silent
+from rlad.training.reporter import Reporter
 from tiny_runs import remains, run_config
 
 KDRL = {"objective": {"type": "kdrl"}, "optimization": {"num_steps": 6}}
@@ -36,7 +36,7 @@ def untimed(run_dir: Path) -> list[dict[str, Any]]:
     ]
 
 
-# --- one process at a time --------------------------------------------------------------------------------------------
+# --- one process at a time ------------------------------------------------------------------------
 
 
 def test_two_processes_do_not_train_in_one_run_directory(world, tmp_path):
@@ -59,7 +59,7 @@ def test_a_finished_run_that_goes_on_is_not_finished_before_its_new_end(world, t
     run = RunDirectory(tmp_path / "run")
     assert run.is_finished()
 
-    class Interrupts(Silent):
+    class Interrupts(Reporter):
         def step(self, result, num_steps):
             assert not run.is_finished()
             raise StopRequested(signal.SIGINT)
@@ -72,7 +72,7 @@ def test_a_finished_run_that_goes_on_is_not_finished_before_its_new_end(world, t
     assert run.is_finished() and len(rows(run.path, METRICS)) == 8
 
 
-# --- runs that end early ----------------------------------------------------------------------------------------------
+# --- runs that end early --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_only_training_counts_towards_the_seconds(world, tmp_path):
     """What counts is the times of the steps' rows: steps of 50 seconds reach 100 with the second,
     evaluation or not."""
 
-    class Clocked(Silent):
+    class Clocked(Reporter):
         def step(self, result: Any, num_steps: int) -> None:
             result.metrics.update({key: 0.0 for key in result.metrics if key.startswith("time/")})
             result.metrics["time/update/seconds"] = 50.0
@@ -169,7 +169,7 @@ def test_only_training_counts_towards_the_seconds(world, tmp_path):
 
 
 def test_interrupted_in_its_last_validation_a_run_with_a_limit_still_gets_it(world, tmp_path):
-    class InterruptedAt(Silent):
+    class InterruptedAt(Reporter):
         num_validations = 0
 
         def phase(self, name: str) -> None:
@@ -191,7 +191,7 @@ def test_interrupted_in_its_last_validation_a_run_with_a_limit_still_gets_it(wor
     assert [row["step"] for row in rows(tmp_path / "run", METRICS)] == [1]
 
 
-# --- the out-of-distribution test -------------------------------------------------------------------------------------
+# --- the out-of-distribution test -----------------------------------------------------------------
 
 
 @pytest.fixture
@@ -280,7 +280,7 @@ def test_out_of_distribution_prompts_are_measured_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-# --- the control teacher ----------------------------------------------------------------------------------------------
+# --- the control teacher --------------------------------------------------------------------------
 
 
 def weights_of_teacher(world: Path, **settings: Any) -> dict[str, torch.Tensor]:
@@ -328,7 +328,7 @@ def test_a_run_with_a_random_teacher(world, tmp_path):
     assert RunDirectory(tmp_path / "first").is_finished()
 
 
-# --- samples ----------------------------------------------------------------------------------------------------------
+# --- samples --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("objective", ["trrd", "opd"])

@@ -21,12 +21,12 @@ def run_training(config: RunConfig, *, resume: bool, overwrite: bool, as_json: b
     with console.status("starting"):  # the next imports take seconds
         from rlad.stopping import StopRequested
         from rlad.training.console import ConsoleReporter
-        from rlad.training.run import how_to_go_on, train
+        from rlad.training.run import how_to_resume, train
     try:
         with ConsoleReporter(console) as reporter:
             result = train(config, resume=resume, overwrite=overwrite, reporter=reporter)
     except StopRequested as stopped:
-        click.echo(f"rlad: stopped by {stopped}; {how_to_go_on(config)}", err=True)
+        click.echo(f"rlad: stopped by {stopped}; {how_to_resume(config)}", err=True)
         sys.exit(EXIT_SIGNAL + stopped.signal_number)
     if as_json:
         click.echo(json.dumps(result.to_json()))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console, RenderableType
 from rich.progress import (
@@ -24,6 +24,7 @@ from rlad.runs.directory import EvaluationSet
 from rlad.runs.guards import GuardWarning
 from rlad.runs.statistics import Estimate
 from rlad.text import printable
+from rlad.training.reporter import Reporter
 
 _PLAIN_EVERY_SECONDS = 10.0
 
@@ -38,8 +39,8 @@ class _TwoLines(Progress):
         yield Text(self.figures, no_wrap=True, overflow="ellipsis")
 
 
-class ConsoleReporter:
-    """Shows a run while it goes on. Use as a context manager."""
+class ConsoleReporter(Reporter):
+    """Shows a run while it is under way. Use as a context manager."""
 
     def __init__(self, console: Console):
         self._console = console
@@ -54,12 +55,15 @@ class ConsoleReporter:
             TimeRemainingColumn(),
             console=console,
             disable=not self._is_live,
-            auto_refresh=not self._in_notebook,  # from another thread it would take our lines into its widget
+            # From another thread it would take our lines into its widget.
+            auto_refresh=not self._in_notebook,
             speed_estimate_period=3600.0,
         )
         self._task = self._progress.add_task("starting", total=None)
         self._validation = ""
-        self._num_tokens, self._seconds, self._last_line = 0.0, 0.0, 0.0
+        self._num_tokens = 0.0
+        self._seconds = 0.0
+        self._last_line = 0.0
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -82,12 +86,10 @@ class ConsoleReporter:
         self._progress.update(
             self._task, total=num_steps, completed=result.step, refresh=self._in_notebook
         )
-        now = time.monotonic()
-        if not self._is_live and (
-            now - self._last_line > _PLAIN_EVERY_SECONDS or result.step == num_steps
-        ):
+        is_due = time.monotonic() - self._last_line > _PLAIN_EVERY_SECONDS
+        if not self._is_live and (is_due or result.step == num_steps):
             self._print(f"step {result.step}/{num_steps}  {figures}")
-            self._last_line = now
+            self._last_line = time.monotonic()
 
     def evaluated(self, name: EvaluationSet, step: int, estimate: Estimate) -> None:
         if name == "validation":
@@ -107,10 +109,8 @@ class ConsoleReporter:
             yield f"could not be judged {metrics['reward/cannot_judge/frac']:.0%}"
         yield self._validation
         if "objective/gated_positive/frac" in metrics:
-            positive, negative = (
-                metrics["objective/gated_positive/frac"],
-                metrics["objective/gated_negative/frac"],
-            )
+            positive = metrics["objective/gated_positive/frac"]
+            negative = metrics["objective/gated_negative/frac"]
             yield f"gated +{positive:.1%} -{negative:.1%}"
         num_rollouts = sum(len(group.rollouts) for group in result.groups)
         self._num_tokens += metrics.get("rollout/completion_tokens/mean", 0.0) * num_rollouts
@@ -123,11 +123,12 @@ class ConsoleReporter:
 
 
 @contextmanager
-def shown(reporter: Any) -> Iterator[Any]:
-    """The reporter that was given; in a notebook, where none was, the console's."""
+def shown(reporter: Reporter | None) -> Iterator[Reporter]:
+    """The reporter that was given. Where none was: the console's in a notebook, else a silent
+    one."""
     console = Console()
     if reporter is not None or not console.is_jupyter:
-        yield reporter
+        yield reporter or Reporter()
         return
     with ConsoleReporter(console) as own:
         yield own

@@ -35,7 +35,7 @@ def describe_environment(seed: int) -> dict[str, Any]:
 
 
 def note_resumption(run: RunDirectory, step: int) -> None:
-    """Add the present versions to the `run.json` of a run that goes on behind `step`, if they are
+    """Add the present versions to the `run.json` of a run that continues after `step`, if they are
     others than before."""
     try:
         described = json.loads((run.path / ENVIRONMENT).read_text(encoding="utf-8"))

@@ -1,33 +1,22 @@
 """Who is told what happens in a run."""
 
-from typing import Protocol
-
 from rlad.engines.base import StepResult
 from rlad.runs.directory import EvaluationSet
 from rlad.runs.guards import GuardWarning
 from rlad.runs.statistics import Estimate
 
 
-class Reporter(Protocol):
-    """Is told what happens in a run; the console's progress bar is one."""
-
-    def phase(self, name: str) -> None: ...
-    def step(self, result: StepResult, num_steps: int) -> None: ...
-    def evaluated(self, name: EvaluationSet, step: int, estimate: Estimate) -> None: ...
-    def warned(self, warning: GuardWarning) -> None: ...
-
-
-class Silent:
-    """A reporter that says nothing."""
+class Reporter:
+    """The base of what follows a run, such as the progress bar; by itself it is silent."""
 
     def phase(self, name: str) -> None:
-        pass
+        """The run begins another kind of work."""
 
     def step(self, result: StepResult, num_steps: int) -> None:
-        pass
+        """An optimiser step was made and recorded."""
 
     def evaluated(self, name: EvaluationSet, step: int, estimate: Estimate) -> None:
-        pass
+        """The student was evaluated after `step`, now or before an interruption."""
 
     def warned(self, warning: GuardWarning) -> None:
-        pass
+        """A guard found something."""

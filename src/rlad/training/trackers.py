@@ -10,19 +10,17 @@ import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 from rlad.config.file import dump_config
 from rlad.config.run import RunConfig
+from rlad.engines.base import StepResult
 from rlad.errors import RunFailedError, UserError
 from rlad.runs.directory import ENVIRONMENT, EVAL, EvaluationSet, RunDirectory
-from rlad.runs.guards import GuardWarning
 from rlad.runs.statistics import Estimate
-
-if TYPE_CHECKING:
-    from rlad.engines.base import StepResult
+from rlad.training.reporter import Reporter
 
 COLUMNS = ("prompt", "completion", "verdict", "reward")
 Table = Sequence[tuple[str, str, str, float]]
@@ -74,8 +72,8 @@ class Trackio:
     ):
         import trackio  # pyright: ignore[reportMissingImports]
 
-        self.trackio = trackio
-        self.run = trackio.init(
+        self.library: Any = trackio
+        self.run: Any = trackio.init(
             project=config.logging.project,
             name=f"{run.path.resolve().name}-{identity[:6]}",
             config=config.model_dump(mode="json"),
@@ -89,22 +87,16 @@ class Trackio:
         self.run.log(dict(figures), step=step)
 
     def log_completions(self, rows: Table, step: int) -> None:
-        self.run.log(
-            {
-                "completions": self.trackio.Table(
-                    columns=list(COLUMNS), data=[list(row) for row in rows]
-                )
-            },
-            step=step,
-        )
+        table = self.library.Table(columns=list(COLUMNS), data=[list(row) for row in rows])
+        self.run.log({"completions": table}, step=step)
 
     def close(self, *, failed: bool) -> None:
         self.run.finish()
 
 
-class WeightsAndBiases:
+class WeightsAndBiases(Trackio):
     """A run of a W&B project, its local files in `wandb/` of the run directory; WANDB_MODE=offline
-    sends nothing."""
+    sends nothing. It is used as trackio's are."""
 
     def __init__(
         self, config: RunConfig, run: RunDirectory, *, identity: str, resumed_at: int | None
@@ -112,7 +104,7 @@ class WeightsAndBiases:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
-        self.wandb = wandb
+        self.library = wandb
         self.run = wandb.init(
             project=config.logging.project,
             name=run.path.resolve().name,
@@ -120,45 +112,32 @@ class WeightsAndBiases:
             resume="allow",
             dir=run.path,
             config=config.model_dump(mode="json"),
-            settings={
-                **{
-                    "console": "off",
-                    "host": "hidden",
-                    "disable_git": True,
-                    "disable_code": True,
-                    "disable_job_creation": True,
-                },
-                **{
-                    "x_disable_meta": True,
-                    "x_disable_stats": True,
-                    "x_disable_machine_info": True,
-                    "x_save_requirements": False,
-                },
-            },
-        )
-
-    def log(self, figures: Mapping[str, float], step: int) -> None:
-        self.run.log(dict(figures), step=step)
-
-    def log_completions(self, rows: Table, step: int) -> None:
-        self.run.log(
-            {
-                "completions": self.wandb.Table(
-                    columns=list(COLUMNS), data=[list(row) for row in rows]
-                )
-            },
-            step=step,
+            settings=wandb.Settings(
+                console="off",
+                host="hidden",
+                disable_git=True,
+                disable_code=True,
+                disable_job_creation=True,
+                x_disable_meta=True,
+                x_disable_stats=True,
+                x_disable_machine_info=True,
+                x_save_requirements=False,
+            ),
         )
 
     def close(self, *, failed: bool) -> None:
         self.run.finish(exit_code=int(failed))
 
 
-TRACKERS = {"tensorboard": TensorBoard, "trackio": Trackio, "wandb": WeightsAndBiases}
+TRACKERS: dict[str, Callable[..., Tracker]] = {
+    "tensorboard": TensorBoard,
+    "trackio": Trackio,
+    "wandb": WeightsAndBiases,
+}
 
 
 def require_trackers(config: RunConfig) -> None:
-    """`UserError` when the package of a tracker is missing."""
+    """Raise `UserError` when the package of a tracker is missing."""
     for name in config.logging.trackers:
         if importlib.util.find_spec(name) is None:
             raise UserError(
@@ -167,101 +146,90 @@ def require_trackers(config: RunConfig) -> None:
             )
 
 
-class Tracked:
-    """A reporter that tells another one, and the trackers, what happens in a run."""
+class Trackers(Reporter):
+    """The trackers of a run, none by default. Use as a context manager.
 
-    def __init__(self, reporter: Any, trackers: Mapping[str, Tracker], run: RunDirectory):
-        self.reporter, self.trackers = reporter, trackers
+    Of a resumed run they continue the same run after the step `resumed_at`.
+    """
+
+    def __init__(self, config: RunConfig, run: RunDirectory, *, resumed_at: int | None):
+        self.config, self.run, self.resumed_at = config, run, resumed_at
+        self.trackers: dict[str, Tracker] = {}
         self.seen = {(row["split"], row["step"]) for row in run.read(EVAL)}
-        """evaluations that an earlier process has made, of which it has told the trackers"""
+        """the evaluations that were recorded, and sent, before an interruption"""
         self.completions: Table = []
 
-    def phase(self, name: str) -> None:
-        self.reporter.phase(name)
+    def __enter__(self) -> Self:
+        if not self.config.logging.trackers:
+            return self
+        environment = json.loads((self.run.path / ENVIRONMENT).read_text(encoding="utf-8"))
+        names = [environment.get("started"), self.run.path.resolve().name, self.config.digest]
+        identity = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
+        for name in self.config.logging.trackers:
+            try:
+                self.trackers[name] = TRACKERS[name](
+                    self.config, self.run, identity=identity, resumed_at=self.resumed_at
+                )
+            except Exception as error:  # not logged in, no such project, a package that is broken
+                self._close(failed=True)
+                raise UserError(
+                    f"tracker {name!r} cannot start ({_first_line(error)}); fix that, or leave it "
+                    "out of logging.trackers."
+                ) from error
+        return self
 
-    def step(self, result: "StepResult", num_steps: int) -> None:
-        self._tell("log", result.metrics, result.step)
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        problems = self._close(failed=error is not None)
+        # Where the run itself has failed, that is what must be heard of.
+        if problems and error is None:
+            raise RunFailedError(
+                f"{'; '.join(problems)}; what the run itself has written is whole."
+            )
+
+    def _close(self, *, failed: bool) -> list[str]:
+        """Close all of them; returns what went wrong."""
+        problems = []
+        for name, tracker in self.trackers.items():
+            try:
+                tracker.close(failed=failed)
+            except Exception as error:  # what a tracker raises is its own affair
+                problems.append(f"tracker {name!r} could not be closed ({_first_line(error)})")
+        return problems
+
+    def step(self, result: StepResult, num_steps: int) -> None:
+        self._log(result.metrics, result.step)
         for group in result.groups[:1]:
             self.completions = [(group.prompt, r.text, r.verdict, r.reward) for r in group.rollouts]
-        self.reporter.step(result, num_steps)
 
     def evaluated(self, name: EvaluationSet, step: int, estimate: Estimate) -> None:
-        self.reporter.evaluated(name, step, estimate)
         if (name, step) in self.seen:
             return
         figures = {"mean": estimate.mean, "low": estimate.low, "high": estimate.high}
-        self._tell(
-            "log",
-            {f"{name}/pass@1/{reduction}": value for reduction, value in figures.items()},
-            step,
-        )
-        if name == "validation" and self.completions:
-            self._tell("log_completions", self.completions, step)
+        completions = self.completions if name == "validation" else []
+        named = {f"{name}/pass@1/{key}": value for key, value in figures.items()}
+        self._log(named, step, completions)
 
-    def warned(self, warning: GuardWarning) -> None:
-        self.reporter.warned(warning)
-
-    def _tell(self, what: Literal["log", "log_completions"], content: Any, step: int) -> None:
+    def _log(self, figures: Mapping[str, float], step: int, completions: Table = ()) -> None:
         for name, tracker in self.trackers.items():
             try:
-                getattr(tracker, what)(content, step)
+                tracker.log(figures, step)
+                if completions:
+                    tracker.log_completions(completions, step)
             except Exception as error:  # what a tracker raises is its own affair
                 raise RunFailedError(
                     f"tracker {name!r} failed at step {step} ({_first_line(error)}); what the run "
-                    "itself has written is whole: "
-                    "go on with --resume, without the tracker by logging.trackers=[]."
+                    "itself has written is whole: continue with --resume, without the tracker by "
+                    "logging.trackers=[]."
                 ) from error
 
 
-@contextmanager
-def tracked(
-    config: RunConfig, run: RunDirectory, reporter: Any, *, resumed_at: int | None
-) -> Iterator[Any]:
-    """A reporter that also tells the run's trackers; of a resumed run they go on with the same run
-    behind that step."""
-    if not config.logging.trackers:
-        yield reporter
-        return
-    trackers: dict[str, Tracker] = {}
-    failed = True
-    try:
-        for name in config.logging.trackers:
-            trackers[name] = _start(name, config, run, resumed_at)
-        yield Tracked(reporter, trackers, run)
-        failed = False
-    finally:
-        _close(trackers, failed=failed)
-
-
-def _close(trackers: Mapping[str, Tracker], *, failed: bool) -> None:
-    """Close all of them; what one raises then is not raised where the run has failed, which is to
-    be heard of first."""
-    problems: list[str] = []
-    for name, tracker in trackers.items():
-        try:
-            tracker.close(failed=failed)
-        except Exception as error:  # what a tracker raises is its own affair
-            problems.append(f"tracker {name!r} could not be closed ({_first_line(error)})")
-    if problems and not failed:
-        raise RunFailedError(f"{'; '.join(problems)}; what the run itself has written is whole.")
-
-
-def _start(name: str, config: RunConfig, run: RunDirectory, resumed_at: int | None) -> Tracker:
-    started = json.loads((run.path / ENVIRONMENT).read_text(encoding="utf-8")).get("started")
-    identity = hashlib.sha256(
-        json.dumps([started, run.path.resolve().name, config.digest]).encode()
-    ).hexdigest()[:16]
-    try:
-        return TRACKERS[name](config, run, identity=identity, resumed_at=resumed_at)
-    except Exception as error:  # not logged in, no such project, a package that is broken
-        raise UserError(
-            f"tracker {name!r} cannot start ({_first_line(error)}); mend that, or leave it out of "
-            "logging.trackers."
-        ) from error
-
-
 def _as_code(text: str) -> str:
-    """Markdown that shows a text as it stands."""
+    """Markdown that shows a text as it is."""
     return "\n".join(f"    {line}" for line in text.splitlines())
 
 

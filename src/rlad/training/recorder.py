@@ -1,0 +1,178 @@
+"""What a run leaves behind while it trains: rows, samples, warnings, checkpoints; and who hears of
+it."""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from safetensors.torch import save
+from transformers import PreTrainedTokenizerBase
+
+from rlad.config.run import RunConfig
+from rlad.engines.base import Engine, StepResult
+from rlad.engines.skipped_steps import SkippedBatch
+from rlad.errors import RunFailedError
+from rlad.runs.curve import CURVE, draw_curve
+from rlad.runs.directory import (
+    EVAL,
+    METRICS,
+    MODEL_CARD,
+    SAMPLES,
+    SKIPPED_BATCHES,
+    WARNINGS,
+    EvaluationSet,
+    RunDirectory,
+)
+from rlad.runs.guards import Watch
+from rlad.runs.model_card import model_card
+from rlad.runs.results import ProblemResult, pass_at_1
+from rlad.runs.statistics import Estimate
+from rlad.training.reporter import Reporter
+
+
+class Recorder:
+    """Writes what happens in a run into its directory, then tells the reporters.
+
+    A new recorder continues after the steps that the directory holds. Nothing but a recorder writes
+    while a run trains, so that another process of the same run may do without one.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run: RunDirectory,
+        reporters: Sequence[Reporter],
+        tokenizer: PreTrainedTokenizerBase,
+    ):
+        self.config, self.run, self.reporters = config, run, reporters
+        self._decode = tokenizer.decode
+        self._guards = Watch(config)
+        self._saved_at = math.inf
+        for row in run.read(METRICS):
+            self._guards.see(row)
+
+    def phase(self, name: str) -> None:
+        for reporter in self.reporters:
+            reporter.phase(name)
+
+    # --- steps ------------------------------------------------------------------------------------
+
+    def step(self, result: StepResult, *, may_stop: bool) -> None:
+        """Record one optimiser step.
+
+        Raises `RunFailedError` when `max_skipped_steps` steps in a row, or more, were skipped and
+        the run `may_stop` here.
+        """
+        self.run.append(METRICS, {"step": result.step, **result.metrics})
+        if result.groups:
+            self.run.append(SAMPLES, {"step": result.step} | self._sample(result))
+        for warning in self._guards.see({"step": result.step, **result.metrics}):
+            self.run.append(WARNINGS, warning.to_json())
+            for reporter in self.reporters:
+                reporter.warned(warning)
+        if result.skipped is not None:
+            self._keep_skipped(result.step, result.skipped)
+            if may_stop:
+                self._require_few_skipped(result.step)
+        for reporter in self.reporters:
+            reporter.step(result, self.config.optimization.num_steps)
+
+    def _sample(self, result: StepResult) -> dict[str, Any]:
+        """The first group of a step with the text of each token, and what the update did with
+        them."""
+        row = result.groups[0].to_json()
+        for i, rollout in enumerate(row["rollouts"]):
+            token_ids = rollout["completion"]["token_ids"]
+            rollout["tokens"] = [self._decode([token]) for token in token_ids]
+            rollout["imitation"] = (result.imitation or {}).get(i)
+        return row
+
+    def _keep_skipped(self, step: int, batch: SkippedBatch) -> None:
+        """Rollouts and scores of the last skipped batches, as many as may be skipped in a row."""
+        name = f"{SKIPPED_BATCHES}-{step:06d}"
+        rows = "".join(json.dumps(group.to_json()) + "\n" for group in batch.groups)
+        self.run.write(f"{name}.jsonl", rows)
+        if batch.tensors:
+            tensors = {key: value.contiguous() for key, value in batch.tensors.items()}
+            self.run.write(f"{name}.safetensors", save(tensors))
+        kept = self.config.optimization.max_skipped_steps
+        for old in sorted(self.run.path.glob(f"{SKIPPED_BATCHES}-*.jsonl"))[:-kept]:
+            self.run.delete(old.name)
+            self.run.delete(old.with_suffix(".safetensors").name)
+
+    def _require_few_skipped(self, step: int) -> None:
+        most, number = self.config.optimization.max_skipped_steps, self._guards.skipped_in_a_row
+        if number >= most:
+            raise RunFailedError(
+                f"step {step}: loss or gradient was not finite in {number} steps in a row, which "
+                f"were skipped, and optimization.max_skipped_steps allows {most}. The weights are "
+                f"as they were before; their batches are in {self.run.path}/{SKIPPED_BATCHES}-*. "
+                "Start a new run with a lower optimization.learning_rate or with "
+                "objective.teacher_log_ratio_clip = 1.0, or continue with the next batch by "
+                "--resume."
+            )
+
+    # --- evaluations ------------------------------------------------------------------------------
+
+    def estimate(self, name: EvaluationSet, step: int) -> Estimate | None:
+        """The recorded pass@1 of an evaluation; None if there is none."""
+        return recorded_estimate(self.run, name, step)
+
+    def evaluated(
+        self, name: EvaluationSet, step: int, results: Sequence[ProblemResult]
+    ) -> Estimate:
+        """Record an evaluation; returns its pass@1."""
+        estimate = pass_at_1(results)
+        rows = [asdict(result) for result in results]
+        self.run.append(
+            EVAL, {"step": step, "split": name, "pass@1": asdict(estimate), "results": rows}
+        )
+        return estimate
+
+    def report_evaluation(self, name: EvaluationSet, step: int, estimate: Estimate) -> None:
+        for reporter in self.reporters:
+            reporter.evaluated(name, step, estimate)
+
+    def finish(self, before: Estimate, after: Estimate) -> None:
+        """Write the learning curve and the model card, the last thing that a run writes."""
+        self.run.write(CURVE, draw_curve(self.run))
+        self.run.write(MODEL_CARD, model_card(self.config, self.run, before, after))
+
+    # --- checkpoints ------------------------------------------------------------------------------
+
+    def save(self, engine: Engine) -> None:
+        """Write a checkpoint of the present state, unless there is one."""
+        step, digest = engine.step, self.config.digest
+        with_rollouts = engine.resume_point == "rollouts"
+        path = self.run.checkpoint(step, with_rollouts=with_rollouts)
+        if not path.is_dir():
+            self.run.write_checkpoint(
+                step,
+                lambda folder: engine.save(folder, run_digest=digest),
+                run_digest=digest,
+                with_rollouts=with_rollouts,
+            )
+        self._saved_at = path.stat().st_mtime
+
+    def save_if_due(self, engine: Engine) -> None:
+        """Write a checkpoint when `checkpoints.every_seconds` have passed since the last one; never
+        before the first."""
+        due = self._saved_at + self.config.checkpoints.every_seconds
+        if time.time() > due and engine.resume_point is not None:
+            self.save(engine)
+
+    def prune(self) -> None:
+        """Delete checkpoints but the last and the best ones."""
+        settings = self.config.checkpoints
+        self.run.keep(last=settings.keep_last, best=settings.keep_best)
+
+
+def recorded_estimate(run: RunDirectory, name: EvaluationSet, step: int) -> Estimate | None:
+    """The pass@1 that a run directory holds of an evaluation; None if it holds none."""
+    for row in run.read(EVAL):
+        if row["split"] == name and row["step"] == step:
+            return Estimate(**row["pass@1"])
+    return None
