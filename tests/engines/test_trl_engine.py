@@ -427,7 +427,7 @@ def test_evaluation_leaves_the_metrics_of_training_alone(tmp_path):
         ({"objective": "opd_then_grpo"}, "objective 'opd_then_grpo' is not available on TRL"),
         (
             {"objective": {"type": "kdrl", "masking": "group"}},
-            "objective.masking = 'group' needs verdicts",
+            r"objective.masking = 'group' \(it needs verdicts\) is not available on TRL",
         ),
         (
             {"loss_type": "cispo"},

@@ -247,20 +247,19 @@ def is_refused(config: RunConfig) -> bool:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["objective=topd"], "objective 'topd' is not available on verl; use one of grpo, trrd"),
+        (["objective=topd"], "objective 'topd' is not available on verl; use one of trrd, grpo"),
         (["objective=opd_then_grpo"], "objective 'opd_then_grpo' is not available on verl"),
         (
             ["objective=rlsd"],
-            "objective.teacher_weight moves with the step, which verl does not tell its loss "
-            "functions; give one",
+            "an annealed objective.teacher_weight is not available on verl; give one number.",
         ),
         (
             ["objective=kdrl", "objective.masking=group"],
-            "objective.masking = 'group' needs verdicts",
+            "objective.masking = 'group' (it needs verdicts) is not available on verl",
         ),
         (
             ["rollout.temperature=0.7"],
-            "rollout.temperature is 0.7, but verl's teacher always scores at 1",
+            "set it to 1, at which verl's teacher always scores",
         ),
         (
             ["optimization.schedule=linear"],
@@ -268,15 +267,15 @@ def is_refused(config: RunConfig) -> bool:
         ),
         (
             ["optimization.kl_coef={start=0.1,end=0.0,change_per_step=-0.1}"],
-            "optimization.kl_coef moves with the step",
+            "an annealed optimization.kl_coef is not available on verl",
         ),
         (
             ["teacher.quantization=int8"],
-            "the [teacher] must be of type 'local', with its own weights and without quantization",
+            "a [teacher] with quantization is not available on verl; name a model of type 'local'",
         ),
         (
             ["objective=grpo", "objective.ratio_level=sequence"],
-            "objective.ratio_level = 'sequence' is not exported for grpo",
+            "objective.ratio_level = 'sequence' of grpo is not available on verl",
         ),
         (
             ["--gpus-per-node", "3"],
@@ -404,7 +403,7 @@ def test_the_knobs_travel_as_json(monkeypatch):
         ),
         (
             '{"type": "trrd", "alpha": {"start": 1, "end": 0, "change_per_step": -0.1}}',
-            "objective.alpha moves with the step",
+            "an annealed objective.alpha is not available on verl",
         ),
     ],
 )

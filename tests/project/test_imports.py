@@ -15,7 +15,6 @@ import rlad
 from rlad.config.catalogue import CONFIGS
 from rlad.config.objective import ObjectiveConfig
 from rlad.engines.imitation import FATES
-from rlad.engines.knobs import objective_knobs
 from rlad.objectives import OBJECTIVES, Objective
 from rlad.objectives.inputs import LossInputs
 from rlad.runs.directory import EVAL, METRICS, SAMPLES, EvaluationSet, RunDirectory
@@ -85,7 +84,7 @@ def knobs(row: Objective) -> dict[str, Any]:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_config_and_function_have_the_same_knobs_and_defaults(name):
     config: Any = CONFIGS["objectives"][name]()
-    assert objective_knobs(config, step=0) == knobs(OBJECTIVES[name])
+    assert config.knobs_at(step=0) == knobs(OBJECTIVES[name])
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

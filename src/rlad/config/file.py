@@ -6,17 +6,23 @@ import re
 import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import tomli_w
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
+from rlad.config.objective import ObjectiveConfig
 from rlad.config.presets import PRESETS, expand_preset
 from rlad.config.run import RunConfig
-from rlad.config.types import Mark, sections_in
+from rlad.config.types import Mark, Section, sections_in
 from rlad.errors import UserError
 
 Model = TypeVar("Model", bound=BaseModel)
+
+
+class _Objective(Section):
+    objective: Annotated[ObjectiveConfig, Field(discriminator="type")]
+
 
 CONFIG = "config.toml"
 _MOST_SHOWN = 200
@@ -68,6 +74,11 @@ def parse_config(table: dict[str, Any]) -> RunConfig:
     """A validated run from nested dictionaries, presets spelled out; `UserError` with one sentence
     for each mistake."""
     return validated(RunConfig, expand_preset(table))
+
+
+def parse_objective(section: dict[str, Any]) -> Any:
+    """A validated `[objective]` section; `UserError` with one sentence for each mistake."""
+    return validated(_Objective, {"objective": section}).objective
 
 
 def validated(model: type[Model], table: dict[str, Any]) -> Model:

@@ -1,7 +1,7 @@
 """The knobs of each objective, and what else is known of it. Imports no torch."""
 
 import math
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field
 
@@ -13,6 +13,7 @@ from rlad.config.types import (
     Positive,
     Section,
     Share,
+    at_step,
 )
 
 EngineName = Literal["native", "trl", "verl"]
@@ -39,6 +40,16 @@ class ObjectiveSection(Section):
     engines: ClassVar[tuple[EngineName, ...]] = ("native", "trl", "verl")
     """On which it runs; `trl` is `RLADTrainer`."""
     teacher_work: ClassVar[str] = "the teacher scores each sampled token once"
+
+    @property
+    def needs_verdicts(self) -> bool:
+        """Whether it must know which completions are correct."""
+        return False
+
+    def knobs_at(self, step: int) -> dict[str, Any]:
+        """The keyword arguments of the objective's function at a step; "off" is None."""
+        knobs = {key: at_step(value, step) for key, value in self if key != "type"}
+        return {key: None if value == "off" else value for key, value in knobs.items()}
 
     def at_step(self, step: int, num_steps: int) -> "ObjectiveSection":
         """The objective of one optimiser step (from 0) of a run of `num_steps`."""
@@ -89,6 +100,10 @@ class KDRLConfig(_Clipped):
     masking: Literal["none", "response", "group"] = "none"
     """leave out the distillation of correct responses, or of groups with a correct response"""
 
+    @property
+    def needs_verdicts(self) -> bool:
+        return self.masking != "none"
+
 
 class OPDConfig(ObjectiveSection):
     type: Literal["opd"] = "opd"
@@ -107,6 +122,16 @@ class OPDThenGRPOConfig(_Clipped):
     teacher_work: ClassVar[str] = (
         "the teacher scores each sampled token once in the steps with opd, later nothing"
     )
+
+    @property
+    def needs_verdicts(self) -> bool:
+        """Whether it must know which completions are correct."""
+        return False
+
+    def knobs_at(self, step: int) -> dict[str, Any]:
+        """The keyword arguments of the objective's function at a step; "off" is None."""
+        knobs = {key: at_step(value, step) for key, value in self if key != "type"}
+        return {key: None if value == "off" else value for key, value in knobs.items()}
 
     def at_step(self, step: int, num_steps: int) -> ObjectiveSection:
         # Rounded first: 0.07 * 100 is 7.000000000000001.

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from rlad.config.capabilities import require_engine
 from rlad.config.engine import EngineConfig
 from rlad.config.objective import ObjectiveConfig, TRRDConfig
 from rlad.config.task import TaskConfig, with_changes
@@ -217,12 +218,7 @@ class RunConfig(Section):
                 "its model, or set "
                 "objective=grpo"
             )
-        if self.engine.type == "trl":
-            raise UserError(
-                "engine.type = 'trl' is not available: a run is trained by engine.type = 'native'; "
-                "on several GPUs use "
-                "rlad.engines.trl.trainer.RLADTrainer in a script of your own (docs/trl.md)"
-            )
+        require_engine(self.engine.type, self.objective, self)
         if self.evaluation.ood_task:
             _ = self.ood_task
         return self

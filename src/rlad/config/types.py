@@ -108,6 +108,11 @@ class Annealed(Section):
         return max(value, self.end) if self.end < self.start else min(value, self.end)
 
 
+def at_step(knob: Any, step: int) -> Any:
+    """The value of a setting that may be annealed."""
+    return knob.at(step) if isinstance(knob, Annealed) else knob
+
+
 def _between(low: float, high: float) -> Callable[[Annealed], Annealed]:
     def check(knob: Annealed) -> Annealed:
         for name, value in (("start", knob.start), ("end", knob.end)):

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlad.config.capabilities import require_engine
 from rlad.config.file import changed_settings
 from rlad.config.run import OptimizationConfig, RolloutConfig, RunConfig
 from rlad.config.teacher import LocalTeacherConfig
-from rlad.config.types import Annealed
-from rlad.engines.verl.objective import NAMES, VARIABLE, objective_json
+from rlad.engines.verl.objective import VARIABLE, objective_json
 from rlad.errors import UserError
 from rlad.models.files import located
 
@@ -18,7 +18,6 @@ AGGREGATION = {
     "token_mean": "token-mean",
     "constant_length": "seq-mean-token-sum-norm",
 }
-_STUDENT_SETTINGS = ("model", "dtype", "device", "gradient_checkpointing")
 _NO_DUAL_CLIP = (
     1e9  # verl's GRPO always bounds the loss of negative advantages; this bound is never reached
 )
@@ -43,21 +42,7 @@ class InFolder:
 
 def require_exportable(config: RunConfig, cluster: Cluster) -> None:
     """`UserError` with one sentence for what verl would train differently, or not at all."""
-    _require_objective(config)
-    loop, student = config.optimization, config.student
-    if loop.schedule == "linear":
-        raise UserError(
-            "optimization.schedule = 'linear' is not available on verl; use constant or cosine."
-        )
-    if isinstance(loop.kl_coef, Annealed):
-        raise UserError(
-            "optimization.kl_coef moves with the step, which verl's does not; give one number."
-        )
-    for name, field in type(student).model_fields.items():
-        if name not in _STUDENT_SETTINGS and getattr(student, name) != field.default:
-            raise UserError(
-                f"student.{name} is not exported to verl; leave it out, or use another engine."
-            )
+    require_engine("verl", config.objective, config)
     gpus = cluster.gpus_per_node * cluster.nodes
     for what, number in _rows(config).items():
         if number % gpus:
@@ -66,38 +51,6 @@ def require_exportable(config: RunConfig, cluster: Cluster) -> None:
                 "change rollout.prompts_per_batch, "
                 "rollout.group_size or --gpus-per-node and --nodes."
             )
-
-
-def _require_objective(config: RunConfig) -> None:
-    objective, teacher, temperature = config.objective, config.teacher, config.rollout.temperature
-    if not objective.needs_teacher:
-        if objective.ratio_level != "token":
-            raise UserError(
-                "objective.ratio_level = 'sequence' is not exported for grpo, for which verl's own "
-                "loss is taken; use 'token'."
-            )
-        return
-    if objective.type not in NAMES:
-        raise UserError(
-            f"objective {objective.type!r} is not available on verl; use one of grpo, "
-            f"{', '.join(NAMES)}, or the native engine."
-        )
-    objective_json(objective)
-    if (
-        not isinstance(teacher, LocalTeacherConfig)
-        or teacher.random_weights
-        or teacher.quantization != "none"
-    ):
-        raise UserError(
-            "the [teacher] must be of type 'local', with its own weights and without quantization: "
-            "verl starts the servers of "
-            "the teacher itself, from a model's folder or name."
-        )
-    if temperature != 1:
-        raise UserError(
-            f"rollout.temperature is {temperature}, but verl's teacher always scores at 1; set it "
-            "to 1, or use another engine."
-        )
 
 
 def _rows(config: RunConfig) -> dict[str, int]:

@@ -73,6 +73,12 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
+def taken_by(function: Callable[..., Any], knobs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those knobs that are arguments of a function."""
+    parameters = inspect.signature(function).parameters
+    return {name: value for name, value in knobs.items() if name in parameters}
+
+
 def token_loss(
     name: str, inputs: LossInputs, *, knobs: Mapping[str, Any] | None = None, kl_coef: float = 0.0
 ) -> TokenLoss:

@@ -20,9 +20,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import get_scheduler
 
 from rlad.config.run import RunConfig
+from rlad.config.types import at_step
 from rlad.engines.base import ResumePoint, StepResult, peak_memory
 from rlad.engines.imitation import ImitationMap
-from rlad.engines.knobs import at_step, objective_knobs, taken_by
 from rlad.engines.metrics import TokenStats, rollout_metrics
 from rlad.engines.native.checkpoint import EngineState, batch_tensors, load_state, save_state
 from rlad.engines.native.overlap import AskedAhead
@@ -37,7 +37,7 @@ from rlad.engines.skipped_steps import (
 from rlad.errors import UserError
 from rlad.models.loading import LanguageModel
 from rlad.models.saving import save_model
-from rlad.objectives import OBJECTIVES, token_loss
+from rlad.objectives import OBJECTIVES, taken_by, token_loss
 from rlad.objectives.advantages import group_advantages
 from rlad.objectives.aggregate import aggregate, denominator
 from rlad.objectives.inputs import LossInputs
@@ -315,7 +315,7 @@ class NativeEngine:
 
     def _token_advantages(self, batch: RolloutBatch, make: Callable[..., Tensor]) -> list[Tensor]:
         assert batch.old_logprobs and batch.teacher_logprobs
-        knobs = objective_knobs(self.objective_at(batch.index), self.step)
+        knobs = self.objective_at(batch.index).knobs_at(self.step)
         tokens = [torch.ones(len(ids), dtype=torch.bool) for ids in batch.completions]
         advantages = make(
             old_logprobs=pad_sequence(batch.old_logprobs, batch_first=True),
@@ -380,7 +380,7 @@ class NativeEngine:
         the result. The loss is NaN where the student's own log-probs are not finite.
         """
         loop, objective = self.config.optimization, self.objective_at(batch.index)
-        knobs = taken_by(OBJECTIVES[objective.type].function, objective_knobs(objective, self.step))
+        knobs = taken_by(OBJECTIVES[objective.type].function, objective.knobs_at(self.step))
         kl_coef = at_step(loop.kl_coef, self.step)
         trains = set(batch.training_rows)
         rows = [i for i in wanted if i in trains]

@@ -1,15 +1,13 @@
 """`RLADConfig`: TRL's `GRPOConfig` with an objective of ours in place of some of its settings."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from pydantic import Field
 from trl.trainer.grpo_config import GRPOConfig
 
-from rlad.config.file import validated
-from rlad.config.objective import OBJECTIVE_CONFIGS, ObjectiveConfig
-from rlad.config.types import Section
+from rlad.config.capabilities import require_engine
+from rlad.config.file import parse_objective
 from rlad.errors import UserError
 from rlad.objectives.aggregate import Aggregation
 
@@ -46,10 +44,6 @@ _NOT_OURS = {
     "num_generations_eval": (1, "compare completions of one prompt; use at least 2"),
 }
 """Values that advantages="rlad" has no place for: what those advantages do, and what to use."""
-
-
-class _Holder(Section):
-    objective: Annotated[ObjectiveConfig, Field(discriminator="type")]
 
 
 @dataclass
@@ -113,12 +107,12 @@ class RLADConfig(GRPOConfig):
         super().__post_init__()
         objective = {"type": self.objective} if isinstance(self.objective, str) else self.objective
         # A plain dictionary: trackers and checkpoints write the arguments as JSON.
-        self.objective = _parsed(objective).model_dump()
+        self.objective = parse_objective(objective).model_dump()
         self._refuse_what_has_no_meaning()
 
     @property
     def objective_config(self) -> Any:
-        return _parsed(self.objective)
+        return parse_objective(self.objective)
 
     @property
     def aggregation(self) -> Aggregation:
@@ -128,18 +122,7 @@ class RLADConfig(GRPOConfig):
         """Raise `UserError` for an objective that TRL's batches cannot feed, and for settings of
         the loss that ours replaces."""
         objective = self.objective_config
-        if "trl" not in objective.engines:
-            able = [name for name, each in OBJECTIVE_CONFIGS.items() if "trl" in each.engines]
-            raise UserError(
-                f"objective {objective.type!r} is not available on TRL; use one of "
-                f"{', '.join(able)}."
-            )
-        if getattr(objective, "masking", "none") != "none":
-            raise UserError(
-                f"objective.masking = {objective.masking!r} needs verdicts, and TRL has rewards "
-                "alone; set it to 'none', or "
-                "use the native engine."
-            )
+        require_engine("trl", objective)
         if self.advantages not in get_args(Advantages):
             raise UserError(
                 f"advantages is {self.advantages!r}; use "
@@ -164,7 +147,3 @@ class RLADConfig(GRPOConfig):
                     f"{objective.type!r} takes the place of; it "
                     f"must stay {neutral!r}: {instead}."
                 )
-
-
-def _parsed(objective: Any) -> Any:
-    return validated(_Holder, {"objective": objective}).objective

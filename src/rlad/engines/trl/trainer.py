@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from rlad.engines.knobs import objective_knobs
 from rlad.engines.trl.advantages import advantages_from, logged_rewards
 from rlad.engines.trl.config import RLADConfig
 from rlad.engines.trl.metrics import WindowStats, over_processes
@@ -206,7 +205,7 @@ class RLADTrainer(GRPOTrainer):
             rollout_weights=None if weights is None else weights.to(logprobs).expand_as(logprobs),
         )
         objective = self.args.objective_config
-        knobs = objective_knobs(objective, self.state.global_step)
+        knobs = objective.knobs_at(self.state.global_step)
         losses, stats = token_loss(objective.type, batch, knobs=knobs, kl_coef=self.beta)
         whole = self._denominator(inputs)
         self._record(batch, inputs, entropy, stats)

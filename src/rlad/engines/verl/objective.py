@@ -9,13 +9,11 @@ has the default. Imports no verl.
 
 import json
 import os
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field
-
-from rlad.config.file import validated
-from rlad.config.objective import OBJECTIVE_CONFIGS, ObjectiveConfig
-from rlad.config.types import Annealed, Section
+from rlad.config.capabilities import require_engine
+from rlad.config.file import parse_objective
+from rlad.config.objective import OBJECTIVE_CONFIGS
 from rlad.errors import UserError
 
 VARIABLE = "RLAD_OBJECTIVE"
@@ -28,14 +26,10 @@ NAMES = tuple(
 groups at once."""
 
 
-class _Holder(Section):
-    objective: Annotated[ObjectiveConfig, Field(discriminator="type")]
-
-
 def objective_json(objective: Any) -> str:
     """The value of RLAD_OBJECTIVE for an objective's config. `UserError` for one that verl's
     batches cannot feed."""
-    _require_fixed_knobs(objective)
+    require_engine("verl", objective)
     return json.dumps(objective.model_dump(mode="json", exclude_none=True))
 
 
@@ -59,32 +53,12 @@ def objective_knobs_from_environment(name: str) -> dict[str, Any]:
         raise UserError(
             f"the environment variable {VARIABLE} is no JSON ({error}); write it like {example}."
         ) from None
-    objective = validated(_Holder, {"objective": section}).objective
+    objective = parse_objective(section)
     if objective.type != name:
         raise UserError(
             f"{VARIABLE} describes objective {objective.type!r} but "
             f"distillation.distillation_loss.loss_mode is {name!r}; "
             "make them the same."
         )
-    _require_fixed_knobs(objective)
-    knobs = objective.model_dump(exclude={"type"})
-    return {key: None if value == "off" else value for key, value in knobs.items()}
-
-
-def _require_fixed_knobs(objective: Any) -> None:
-    """`UserError` for knobs that verl's loss functions, which know neither step nor verdict,
-    cannot follow."""
-    for key in type(objective).model_fields:
-        value = getattr(objective, key)
-        if isinstance(value, Annealed):
-            raise UserError(
-                f"objective.{key} moves with the step, which verl does not tell its loss "
-                "functions; give one number, for "
-                f"example objective.{key}={value.start}."
-            )
-    if getattr(objective, "masking", "none") != "none":
-        raise UserError(
-            f"objective.masking = {objective.masking!r} needs verdicts, and verl's loss functions "
-            "are given none; set "
-            "it to 'none', or use the native engine."
-        )
+    require_engine("verl", objective)
+    return objective.knobs_at(step=0)
