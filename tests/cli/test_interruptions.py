@@ -9,7 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,23 @@ from rlad.engines.native.loop import NativeEngine
 from rlad.models.loading import load_language_model
 from rlad.runs.directory import CannotWriteError, RunDirectory
 from rlad.tasks.worker import Worker
-from small_disk import small_disk
 from started_processes import start_process
 from tiny_runs import remains, rlad_fails, run_config, write_config, write_unreachable_answers
 
 # --- the disk is full ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def small_disk(folder: Path, kilobytes: int) -> Iterator[None]:
+    """A file system of that size; skips the test where mounting is not allowed."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "none", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a file system of its own size can only be mounted as root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 class Fill(rlad.training.reporter.Reporter):

@@ -14,6 +14,7 @@ from rlad.cli.sample import preview
 from rlad.config.file import parse_config
 from rlad.config.run import LoraConfig, RunConfig
 from rlad.engines.native.loop import NativeEngine
+from rlad.errors import UserError
 from rlad.models.adapters import save_adapter
 from rlad.models.loading import LanguageModel, load_language_model, load_tokenizer
 from rlad.models.student import load_student
@@ -124,7 +125,7 @@ def test_scoring_leaves_the_student_active_and_alone_trainable(
     logits = student.model(input_ids=ids).logits
     teacher.logprobs(REQUESTS)
     assert state() == before and torch.equal(student.model(input_ids=ids).logits, logits)
-    with pytest.raises(ValueError, match="a prompt has no tokens"):
+    with pytest.raises(UserError, match="a prompt has no tokens"):
         teacher.logprobs([TeacherRequest((), (3,))])
     assert state() == before and torch.equal(student.model(input_ids=ids).logits, logits)
 

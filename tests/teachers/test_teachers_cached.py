@@ -175,7 +175,7 @@ def test_the_fingerprint_is_that_of_the_weights():
     assert weights_fingerprint(slow) != weights_fingerprint(fast)
 
 
-# --- the witness: a server that offers another model under the same name, which no fingerprint tells --------------------
+# --- the witness: a server with another model under the same name, which no fingerprint knows ------
 
 
 class Elsewhere(Asked):
@@ -502,25 +502,6 @@ def test_a_full_disk_costs_what_would_have_been_stored(tmp_path, caplog):
         old[1],
         new[0],
     ]
-
-
-def test_a_disk_that_becomes_full(tmp_path, caplog):
-    """A file system of 200 kB, filled to its last byte: right numbers, one warning."""
-    from small_disk import small_disk
-
-    teacher, old, new = Asked(), requests(7, 12), requests(*[200] * 200, seed=5)
-    with small_disk(tmp_path / "disk", kilobytes=200):
-        both = cached(teacher, tmp_path / "disk" / "cache")
-        first = both.logprobs(old)
-        with pytest.raises(OSError), (tmp_path / "disk" / "filler").open("wb", buffering=0) as file:
-            while file.write(bytes(100)) == 100:
-                pass
-            raise OSError
-        for _ in range(2):
-            assert same(both.logprobs(new), LocalTeacher.logprobs(teacher, new))
-        assert same(both.logprobs(old), first)
-        both.close()
-    assert ["stores nothing more" in message for message in caplog.messages] == [True]
 
 
 def test_a_folder_that_cannot_be_used(tmp_path):

@@ -12,6 +12,7 @@ import rlad
 import rlad.training.run
 from rlad.config.file import parse_config
 from rlad.config.teacher import EMATeacherConfig
+from rlad.errors import UserError
 from rlad.models.loading import LanguageModel
 from rlad.runs.checkpoints import write_manifest
 from rlad.runs.directory import RunDirectory
@@ -194,7 +195,7 @@ def test_a_state_that_is_not_whole_is_refused():
             match=r"does not hold the 21 weights of the moving average of s \(update rate 0.3\)",
         ):
             teacher.load_state(state)
-    with pytest.raises(ValueError, match="does not hold the 0 weights"):
+    with pytest.raises(UserError, match="does not hold the 0 weights"):
         ema(tiny_language_model(), 1).load_state(whole)
 
 

@@ -12,6 +12,7 @@ import rlad
 import rlad.teachers.local
 from rlad.config.file import parse_config
 from rlad.config.teacher import LocalTeacherConfig
+from rlad.errors import UserError
 from rlad.models.loading import LanguageModel, load_language_model, load_tokenizer
 from rlad.models.student import load_student
 from rlad.runs.directory import RunDirectory
@@ -163,7 +164,7 @@ def test_keep_cpu_leaves_the_gpu_between_uses(world):
         assert {t.device.type for t in (*model.model.parameters(), *model.model.buffers())} == {
             "cpu"
         }
-    with pytest.raises(ValueError, match="no tokens"):
+    with pytest.raises(UserError, match="no tokens"):
         teacher.logprobs([TeacherRequest((), (3,))])
     assert {p.device.type for p in model.model.parameters()} == {"cpu"}
 

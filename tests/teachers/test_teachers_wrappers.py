@@ -22,6 +22,7 @@ from rlad.config.catalogue import CONFIGS, describe
 from rlad.config.file import parse_config
 from rlad.config.run import RolloutConfig, RunConfig
 from rlad.config.template import fill_template, template_names, template_parts
+from rlad.errors import UserError
 from rlad.findings import Finding
 from rlad.models.loading import LanguageModel, load_language_model, load_tokenizer
 from rlad.rollouts.prompts import prompt_token_ids
@@ -165,22 +166,26 @@ def test_what_one_member_cannot_score_is_missing():
 
 
 class Recording(SynchronousTeacher):
-    """Counts what it is told."""
+    """Notes what is called."""
 
     def __init__(self, name: str):
-        self.identity, self.told = name, []
+        self.identity = name
+        self.calls: list[str] = []
 
     def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
         return [torch.zeros(len(request.completion)) for request in requests]
 
     def after_step(self) -> None:
-        self.told.append("step")
+        self.calls.append("step")
 
     def pop_metrics(self) -> dict[str, float]:
         return {"teacher/x/frac": 0.5}
 
+    def cancel(self) -> None:
+        self.calls.append("cancel")
+
     def close(self) -> None:
-        self.told.append("close")
+        self.calls.append("close")
 
 
 def test_all_members_move_are_stored_under_their_names_and_closed():
@@ -210,8 +215,9 @@ def test_all_members_move_are_stored_under_their_names_and_closed():
     requests = requests_for("", "")
     assert all(map(torch.equal, restored.logprobs(requests), teacher.logprobs(requests)))
     assert teacher.pop_metrics() == {"teacher/c/x/frac": 0.5}
+    teacher.cancel()
     teacher.close()
-    assert members["c"].told == ["step", "close"]
+    assert members["c"].calls == ["step", "cancel", "close"]
 
 
 def test_the_privileged_one_passes_everything_on():
@@ -227,8 +233,11 @@ def test_the_privileged_one_passes_everything_on():
         recording, "{prompt}{answer}", encode=lambda text: [3], context=None
     )
     teacher.after_step()
+    teacher.cancel()
     teacher.close()
-    assert recording.told == ["step", "close"] and teacher.pop_metrics() == {"teacher/x/frac": 0.5}
+    assert recording.calls == ["step", "cancel", "close"] and teacher.pop_metrics() == {
+        "teacher/x/frac": 0.5
+    }
     assert teacher.identity == "r, privileged by '{prompt}{answer}'"
 
 
@@ -263,7 +272,7 @@ def test_a_task_without_a_teacher_is_an_error_before_the_run(world, tmp_path):
         "a: vocabulary",
         "c: context",
     }
-    with pytest.raises(ValueError, match="task 'b' has no teacher of that name"):
+    with pytest.raises(UserError, match="task 'b' has no teacher of that name"):
         rlad.train(config)
     assert not (tmp_path / "run").exists()
 
@@ -333,7 +342,7 @@ def test_a_template_by_hand():
 )
 def test_templates_that_cannot_be(world, tmp_path, template, sentence):
     teacher = {"type": "privileged", "template": template, "teacher": {"model": "t"}}
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         parse_config(run_config(world, tmp_path) | {"teacher": teacher})
     assert str(error.value).startswith("teacher.template is wrong: ") and sentence in str(
         error.value
@@ -505,7 +514,10 @@ def check(config: dict[str, Any], level: str) -> list[tuple[str, str]]:
 
 def test_names_of_a_template_are_checked(world, tmp_path):
     (message,) = check(privileged_config(world, tmp_path, "{prompt} {anser}"), "error")
-    sentence = "its template names {anser}, which the task's problems do not have; use {answer}, {peer_solution}, {prompt}."
+    sentence = (
+        "its template names {anser}, which the task's problems do not have; use {answer}, "
+        "{peer_solution}, {prompt}."
+    )
     assert message == ("template", sentence)
     (message,) = check(privileged_config(world, tmp_path, "= {prompt}"), "warning")
     assert message[0] == "template" and "nothing but the prompt" in message[1]
@@ -560,7 +572,7 @@ def test_the_longest_privileged_prompt_must_fit_with_its_completion(world, tmp_p
 def test_privileged_in_privileged_is_refused(world, tmp_path):
     config = privileged_config(world, tmp_path, "{prompt}")
     config["teacher"] = config["teacher"] | {"teacher": config["teacher"]}
-    with pytest.raises(ValueError, match="its teacher is privileged too"):
+    with pytest.raises(UserError, match="its teacher is privileged too"):
         parse_config(config)
 
 
