@@ -1,0 +1,150 @@
+"""The docs name only what is there: files, tests, modules, settings and commands."""
+
+import importlib
+import inspect
+import re
+import shlex
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from pydantic import BaseModel
+
+from rlad.cli.main import main
+from rlad.config import comparison, engine, objective, run, task, teacher, template
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "recipes").rglob("README.md"),
+    ]
+)
+FOLDERS = ("src", "docs", "tests", "benchmarks", "recipes", "examples", ".ci")
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+FREE_NAMES = {"logic", "sums", "gsm8k", "aime2025", "methods", "enable_thinking"}
+"""Keys of tables that a user names."""
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def spans(page: Path) -> list[str]:
+    """Return what the page has between backticks, outside of blocks."""
+    return re.findall(r"`([^`\n]+)`", FENCE.sub("", page.read_text(encoding="utf-8")))
+
+
+def blocks(page: Path, *languages: str) -> list[str]:
+    text = page.read_text(encoding="utf-8")
+    return [block for language, block in FENCE.findall(text) if language in languages]
+
+
+def setting_names() -> set[str]:
+    """Return the names of all fields of all sections of runs and comparisons."""
+    modules = (comparison, engine, objective, run, task, teacher, template)
+    sections = [
+        member
+        for module in modules
+        for _, member in inspect.getmembers(module, inspect.isclass)
+        if issubclass(member, BaseModel)
+    ]
+    return {field for section in sections for field in section.model_fields}
+
+
+def keys(table: Any) -> Iterator[str]:
+    if isinstance(table, dict):
+        for key, value in table.items():
+            yield key
+            yield from keys(value)
+
+
+SETTINGS = setting_names()
+TEST_SOURCES = "\n".join(
+    [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py")]
+    + [path.stem for path in (ROOT / "tests").rglob("*.py")]
+)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_paths_and_tests_are_there(page: Path) -> None:
+    named = [word for text in [*spans(page), *blocks(page, "bash", "")] for word in text.split()]
+    missing = []
+    for word in named:
+        path = word.strip("\"'(),;").rstrip("/")
+        if re.fullmatch(rf"({'|'.join(map(re.escape, FOLDERS))})/[\w./-]+", path):
+            missing += [path] if not (ROOT / path).exists() else []
+        elif re.fullmatch(r"[a-z_]+/[\w/]+\.py", path) and "NAME" not in path:
+            missing += [path] if not (ROOT / "src" / "rlad" / path).exists() else []
+        for test in re.findall(r"\btest_\w+", path):
+            missing += [test] if not re.search(rf"\b{test}\b", TEST_SOURCES) else []
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_modules_are_there(page: Path) -> None:
+    for name in re.findall(r"\brlad(?:\.\w+)+", page.read_text(encoding="utf-8")):
+        owner: Any = importlib.import_module("rlad")
+        module = "rlad"
+        for part in name.split(".")[1:]:
+            try:
+                owner = importlib.import_module(module := f"{module}.{part}")
+            except ModuleNotFoundError as error:
+                if error.name is not None and not error.name.startswith("rlad"):
+                    break  # an optional package is not installed
+                owner = getattr(owner, part)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_settings_are_there(page: Path) -> None:
+    sections = "|".join(run.RunConfig.model_fields)
+    quoted = [
+        part
+        for span in spans(page)
+        for path in re.findall(rf"^((?:{sections})\.[a-z_.]+[a-z])(?:$|[ =])", span)
+        for part in path.split(".")
+    ]
+    tables = [key for block in blocks(page, "toml") for key in keys(tomllib.loads(block))]
+    unknown = {key for key in [*quoted, *tables] if key not in SETTINGS | FREE_NAMES}
+    assert {key for key in unknown if " " not in key} - set(objective_names()) == set()
+
+
+def objective_names() -> list[str]:
+    from rlad.config.catalogue import names
+
+    return list(names("objectives"))
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """Yield the words after `rlad` of each of its commands on the page."""
+    lines = "\n".join(blocks(page, "bash", "")).replace("\\\n", " ").splitlines()
+    for text in [*lines, *spans(page)]:
+        command = re.search(r"(?:^|&& |; do |; )rlad ([a-z][^;&|]*)", text)
+        if command and "..." not in text:
+            yield shlex.split(command[1], comments=True)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_can_be_typed(page: Path) -> None:
+    for words in commands(page):
+        verb: Any = main
+        while isinstance(verb, click.Group) and words:
+            assert words[0] in verb.commands, words
+            verb = verb.commands[words[0]]
+            words = words[1:]
+        overrides = [word for word in words if re.match(r"[a-z_.]+=", word)]
+        unknown = [
+            part
+            for override in overrides
+            for part in override.partition("=")[0].split(".")
+            if part not in SETTINGS
+        ]
+        assert unknown == [], words
+        if not isinstance(verb, click.Group):
+            words = words or (["RUN"] if verb.name in ("doctor", "evaluate", "report") else [])
+            if verb.name not in ("model", "list", "serve-teacher") or words:
+                verb.make_context("rlad", list(words))
