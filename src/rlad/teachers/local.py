@@ -100,8 +100,8 @@ def quantization_config(quantization: str) -> Any:
 
     if quantization == "int8":
         return TorchAoConfig(Int8WeightOnlyConfig())
-    int4: Any = Int4WeightOnlyConfig(group_size=64, int4_packing_format="tile_packed_to_4d")
-    return TorchAoConfig(int4)
+    packing: Any = "tile_packed_to_4d"
+    return TorchAoConfig(Int4WeightOnlyConfig(group_size=64, int4_packing_format=packing))
 
 
 def check_teacher(settings: LocalTeacherConfig, setting: Setting) -> list[Finding]:
