@@ -175,7 +175,7 @@ def test_the_fingerprint_is_that_of_the_weights():
     assert weights_fingerprint(slow) != weights_fingerprint(fast)
 
 
-# --- the witness: a server with another model under the same name, which no fingerprint knows ------
+# --- the witness: a server with another model under the same name, which no fingerprint knows -----
 
 
 class Elsewhere(Asked):
