@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from rlad.cli.main import main
 from rlad.config import comparison, engine, objective, run, task, teacher, template
+from rlad.config.catalogue import CONFIGS, names
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -110,13 +111,7 @@ def test_settings_are_there(page: Path) -> None:
     ]
     tables = [key for block in blocks(page, "toml") for key in keys(tomllib.loads(block))]
     unknown = {key for key in [*quoted, *tables] if key not in SETTINGS | FREE_NAMES}
-    assert {key for key in unknown if " " not in key} - set(objective_names()) == set()
-
-
-def objective_names() -> list[str]:
-    from rlad.config.catalogue import names
-
-    return list(names("objectives"))
+    assert {key for key in unknown if " " not in key} - set(names("objectives")) == set()
 
 
 def commands(page: Path) -> Iterator[list[str]]:
@@ -148,3 +143,21 @@ def test_commands_can_be_typed(page: Path) -> None:
             words = words or (["RUN"] if verb.name in ("doctor", "evaluate", "report") else [])
             if verb.name not in ("model", "list", "serve-teacher") or words:
                 verb.make_context("rlad", list(words))
+
+
+@pytest.mark.parametrize("name", CONFIGS["objectives"])
+def test_the_readme_names_the_paper_of_each_method(name: str) -> None:
+    rows = re.findall(rf"^\| \[`{name}`\].*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(rows) == 1
+    papers = re.findall(r"arXiv (\d{4}\.\d{5})", names("objectives")[name])
+    assert papers and all(f"https://arxiv.org/abs/{paper}" in rows[0] for paper in papers)
+
+
+@pytest.mark.parametrize("what", ["teachers", "tasks"])
+def test_a_page_lists_each_kind(what: str) -> None:
+    table = "\n".join(
+        line
+        for line in (ROOT / "docs" / f"{what}.md").read_text().splitlines()
+        if line.startswith("| ")
+    )
+    assert [name for name in CONFIGS[what] if f"`{name}`" not in table] == []
