@@ -51,9 +51,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "distilled_rl": {"weight_bound": 3.0, **_CLIP},
     "topd": {"alpha": 0.1, **_CLIP},
+    "sft": {},
+    "gkd": {"beta": 0.5},
 }
 """What a config that says nothing means: the papers' numbers, written down once more."""
-USE_NO_REWARD = ("opd", "topd")
+USE_NO_REWARD = ("opd", "topd", "gkd")
 Positions = Collection[tuple[int, int]]
 Floats = list[float]
 
@@ -193,12 +195,19 @@ def by_engine(
 def token_logprobs(
     model: LanguageModel, prompt: list[int], completion: list[int], temperature: float
 ) -> list[Tensor]:
+    rows = distributions(model, prompt, completion, temperature)
+    return [row[token] for row, token in zip(rows, completion, strict=True)]
+
+
+def distributions(
+    model: LanguageModel, prompt: list[int], completion: list[int], temperature: float
+) -> list[Tensor]:
+    """The log-probs of the whole vocabulary at each token."""
     logits = model.model(input_ids=torch.tensor([prompt + completion])).logits[0].double()
-    rows = [
+    return [
         (logits[len(prompt) - 1 + t] / temperature).log_softmax(dim=-1)
         for t in range(len(completion))
     ]
-    return [row[token] for row, token in zip(rows, completion, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,8 +230,8 @@ def by_reference(
     teacher_temperature: float = 0,
     objective: str | None = None,
 ) -> tuple[float, Gradients]:
-    """Every judged rollout (of an objective without reward: every one) takes part, also of
-    advantage 0.
+    """Every judged rollout (of an objective without reward: every one; of `sft` with rejection: every
+    correct one) takes part, also of advantage 0.
 
     It reads from the batch what the student sampled and how it was judged, and no more. `dropped`
     tokens have no teacher value. `teacher_temperature` replaces that of the rollouts for the
@@ -232,9 +241,12 @@ def by_reference(
     name = objective or said["objective"]["type"]
     aggregation = said["optimization"].get("aggregation", "sequence_mean")
     kl_coef = reference.annealed(said["optimization"].get("kl_coef", 0.0), step)
-    takes_part = [
-        i for i in wanted if name in USE_NO_REWARD or batch.rollouts[i].verdict != "cannot_judge"
-    ]
+    allowed = {"correct", "wrong"}
+    if name == "sft" and said["objective"].get("rejection", True):
+        allowed = {"correct"}
+    elif name in (*USE_NO_REWARD, "sft"):
+        allowed |= {"cannot_judge"}
+    takes_part = [i for i in wanted if batch.rollouts[i].verdict in allowed]
     rows = {i: _row(case, batch, i, dropped, teacher_temperature) for i in takes_part}
     losses = []
     for i, token_losses in _token_losses(
@@ -317,7 +329,11 @@ def _token_losses(
     clip = {key: knobs[key] for key in _CLIP if key in knobs}
     for i, row in rows.items():
         tokens = list(zip(row.student, row.old, row.teacher, strict=True))
-        if name == "opd":
+        if name == "sft":
+            results[i] = [-s for s in row.student]
+        elif name == "gkd":
+            results[i] = _divergences(case, batch, i, knobs["beta"])
+        elif name == "opd":
             results[i] = [reference.opd_token(*token) for token in tokens]
         elif name == "trrd":
             trrd = {"alpha": knobs["alpha"], "c": knobs["teacher_log_ratio_clip"]}
@@ -336,6 +352,18 @@ def _token_losses(
                 loss + knobs["kd_coef"] * value for loss, value in zip(results[i], kl, strict=True)
             ]
     return results
+
+
+def _divergences(case: Case, batch: RolloutBatch, i: int, beta: float) -> list[Tensor]:
+    temperature = case.said["rollout"].get("temperature", 1.0)
+    sequence = list(batch.prompts[i]), list(batch.completions[i]), temperature
+    ours, theirs = (
+        distributions(model, *sequence) for model in (case.engine.student, case.teacher)
+    )
+    return [
+        reference.generalised_jsd(list(s), t.tolist(), beta=beta)
+        for s, t in zip(ours, theirs, strict=True)
+    ]
 
 
 def _advantages_of_tokens(

@@ -3,6 +3,7 @@ such a run leaves behind."""
 
 import json
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from rlad.cli.main import main
 from rlad.runs.checkpoints import MANIFEST, damage
 from rlad.runs.directory import RunDirectory
+from rlad.stopping import Stop, StopRequested
 from tiny_models import tiny_model
 
 WORDS = ("<pad>", "<eos>", "0", "1", "2", "+", "=")
@@ -82,6 +84,22 @@ def run_config(world: Path, run_dir: Path, **sections: Any) -> dict[str, Any]:
     for name, section in sections.items():
         config[name] = config.get(name, {}) | section if isinstance(section, dict) else section
     return config
+
+
+class StopAt(Stop):
+    """Stops the run at its `at`-th safe point, as a signal just before it would."""
+
+    num_checks = 0
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
+        StopAt.num_checks = 0
+
+    def check(self) -> None:
+        StopAt.num_checks += 1
+        if StopAt.num_checks == self.at:
+            raise StopRequested(signal.SIGINT)
 
 
 def remains(run_dir: Path) -> dict[str, Any]:

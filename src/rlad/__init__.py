@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from rlad.objectives import OBJECTIVES
     from rlad.objectives.advantages import group_advantages
     from rlad.objectives.distilled_rl import distilled_rl_loss
+    from rlad.objectives.gkd import gkd_loss
     from rlad.objectives.grpo import grpo_loss
     from rlad.objectives.inputs import LossInputs
     from rlad.objectives.kdrl import kdrl_loss
     from rlad.objectives.opd import opd_loss
     from rlad.objectives.rlsd import rlsd_loss
+    from rlad.objectives.sft import sft_loss
     from rlad.objectives.topd import topd_advantages, topd_loss
     from rlad.objectives.trrd import trrd_loss
     from rlad.training.run import TrainResult, train
@@ -32,12 +34,14 @@ _HOME = {
     "RunConfig": "rlad.config.run",
     "TrainResult": "rlad.training.run",
     "distilled_rl_loss": "rlad.objectives.distilled_rl",
+    "gkd_loss": "rlad.objectives.gkd",
     "grpo_loss": "rlad.objectives.grpo",
     "group_advantages": "rlad.objectives.advantages",
     "kdrl_loss": "rlad.objectives.kdrl",
     "load_config": "rlad.config.file",
     "opd_loss": "rlad.objectives.opd",
     "rlsd_loss": "rlad.objectives.rlsd",
+    "sft_loss": "rlad.objectives.sft",
     "topd_advantages": "rlad.objectives.topd",
     "topd_loss": "rlad.objectives.topd",
     "train": "rlad.training.run",
@@ -50,12 +54,14 @@ __all__ = [
     "TrainResult",
     "__version__",
     "distilled_rl_loss",
+    "gkd_loss",
     "group_advantages",
     "grpo_loss",
     "kdrl_loss",
     "load_config",
     "opd_loss",
     "rlsd_loss",
+    "sft_loss",
     "topd_advantages",
     "topd_loss",
     "train",

@@ -59,7 +59,7 @@ def test_by_hand():
 
 
 @pytest.mark.parametrize("kl_coef", [0.0, 0.3])
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", sorted(OBJECTIVES.keys() - {"sft", "gkd"}))
 def test_a_weight_of_1_is_exactly_no_weight(name, kl_coef):
     ones = torch.ones(4, 5, dtype=torch.float64)
     without = loss_and_gradient(name, inputs_of(name), kl_coef=kl_coef)
@@ -68,7 +68,7 @@ def test_a_weight_of_1_is_exactly_no_weight(name, kl_coef):
         assert torch.equal(a, b) and b.abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", sorted(OBJECTIVES.keys() - {"sft", "gkd"}))
 def test_weights_scale_loss_and_gradient_of_the_objective_and_not_the_leash(name):
     weights = 3 * torch.rand(4, 5, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     plain = loss_and_gradient(name, inputs_of(name), kl_coef=0.0)
@@ -100,6 +100,7 @@ def test_refusals():
     ):
         inputs_of("trrd", rollout_weights=torch.ones(4, 1))
     with pytest.raises(
-        ValueError, match="rollout_weights carries a gradient; only student_logprobs may"
+        ValueError,
+        match="rollout_weights carries a gradient; only student_logprobs and divergence_to_teacher may",
     ):
         inputs_of("trrd", rollout_weights=torch.ones(4, 5, requires_grad=True))

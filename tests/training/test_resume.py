@@ -24,8 +24,8 @@ from rlad.engines.native.loop import NativeEngine
 from rlad.models.loading import load_language_model
 from rlad.objectives import OBJECTIVES
 from rlad.runs.directory import RunDirectory
-from rlad.stopping import Stop, StopRequested
-from tiny_runs import remains, run_config, write_model
+from rlad.stopping import StopRequested
+from tiny_runs import StopAt, remains, run_config, write_model
 
 # Everything that has a state: several steps on one rollout batch, reference, annealing, schedule,
 # momentum, micro-batches.
@@ -50,22 +50,6 @@ SECTIONS: dict[str, Any] = {
         "num_test_samples": 2,
     },
 }
-
-
-class StopAt(Stop):
-    """Stops the run at its `at`-th safe point, as a signal just before it would."""
-
-    num_checks = 0
-
-    def __init__(self, at: int) -> None:
-        super().__init__()
-        self.at = at
-        StopAt.num_checks = 0
-
-    def check(self) -> None:
-        StopAt.num_checks += 1
-        if StopAt.num_checks == self.at:
-            raise StopRequested(signal.SIGINT)
 
 
 @pytest.fixture(scope="module")

@@ -42,6 +42,11 @@ class ObjectiveSection(Section):
     teacher_work: ClassVar[str] = "the teacher scores each sampled token once"
 
     @property
+    def counted_rollouts(self) -> Literal["judged", "correct", "all"]:
+        """Which rollouts the denominator of the loss counts; no other one trains."""
+        return "judged" if self.uses_reward else "all"
+
+    @property
     def needs_verdicts(self) -> bool:
         """Whether it must know which completions are correct."""
         return False
@@ -183,6 +188,10 @@ class SFTConfig(ObjectiveSection):
     written_by: ClassVar[Literal["student", "teacher"]] = "teacher"
     engines: ClassVar[tuple[EngineName, ...]] = ("native",)
     teacher_work: ClassVar[str] = "the teacher writes the completions"
+
+    @property
+    def counted_rollouts(self) -> Literal["judged", "correct", "all"]:
+        return "correct" if self.rejection else "all"
 
 
 class GKDConfig(ObjectiveSection):

@@ -218,6 +218,16 @@ class RunConfig(Section):
                 "its model, or set "
                 "objective=grpo"
             )
+        if (
+            self.teacher is not None
+            and self.teacher.type != "local"
+            and (self.objective.needs_vocabulary or self.objective.written_by == "teacher")
+        ):
+            raise UserError(
+                f"objective {self.objective.type!r} needs the teacher's model itself, and "
+                f"teacher.type is {self.teacher.type!r}; use teacher.type = 'local', or another "
+                "objective such as objective=opd"
+            )
         require_engine(self.engine.type, self.objective, self)
         if self.evaluation.ood_task:
             _ = self.ood_task

@@ -74,6 +74,7 @@ class TokenStats:
         for name, key in (
             ("advantage_weight", "objective/advantage_weight/mean"),
             ("kl_to_teacher", "teacher/kl/mean"),
+            ("divergence_to_teacher", "teacher/divergence/mean"),
             ("kl_to_reference", "reference/kl/mean"),
         ):
             if name in column:

@@ -15,6 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from rlad.objectives.distilled_rl import distilled_rl_loss
+from rlad.objectives.divergences import generalised_jsd
+from rlad.objectives.gkd import gkd_loss
 from rlad.objectives.grpo import grpo_loss
 from rlad.objectives.inputs import LossInputs
 from rlad.objectives.kdrl import kdrl_loss
@@ -22,6 +24,7 @@ from rlad.objectives.kl import kl_tokens
 from rlad.objectives.masks import clean, keep_finite
 from rlad.objectives.opd import opd_loss
 from rlad.objectives.rlsd import rlsd_loss
+from rlad.objectives.sft import sft_loss
 from rlad.objectives.topd import topd_advantages, topd_loss
 from rlad.objectives.trrd import trrd_loss
 
@@ -39,6 +42,9 @@ class Objective:
     """fields of `LossInputs` that `function` takes where they are given"""
     token_advantages: Callable[..., Tensor] | None = None
     """makes the advantages [batch, token] of whole groups, in place of those of the rewards"""
+    divergence: Callable[..., tuple[Tensor, Tensor]] | None = None
+    """compares the distributions of student and teacher over the vocabulary; see
+    `rlad.objectives.divergences`"""
 
     @property
     def formula(self) -> str:
@@ -69,6 +75,13 @@ OBJECTIVES: dict[str, Objective] = {
         (*_RATIO, "teacher_logprobs"),
         "arXiv 2607.04751",
         token_advantages=topd_advantages,
+    ),
+    "sft": Objective(sft_loss, ("student_logprobs", "mask"), "arXiv 1606.07947"),
+    "gkd": Objective(
+        gkd_loss,
+        ("divergence_to_teacher", "mask"),
+        "arXiv 2306.13649",
+        divergence=generalised_jsd,
     ),
 }
 

@@ -17,7 +17,7 @@ Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def generalised_jsd(
-    student_logprobs: Tensor, teacher_logprobs: Tensor, *, beta: float
+    student_logprobs: Tensor, teacher_logprobs: Tensor, *, beta: float = 0.5
 ) -> tuple[Tensor, Tensor]:
     """Terms and slopes of the generalised Jensen-Shannon divergence (arXiv 2306.13649).
 

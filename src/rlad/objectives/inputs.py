@@ -7,13 +7,16 @@ from torch import Tensor
 
 from rlad.objectives.masks import keep_finite
 
+_WITH_GRADIENT = ("student_logprobs", "divergence_to_teacher")
+
 
 @dataclass(frozen=True, slots=True)
 class LossInputs:
     """What an objective may read; every tensor `[batch, token]` unless said. Validated on creation.
 
     Log-probs are those of the sampled completion tokens, divided by the sampling temperature,
-    float32 or wider. Only `student_logprobs` may carry a gradient.
+    float32 or wider. Only what is the student's may carry a gradient: `student_logprobs` and
+    `divergence_to_teacher`.
     """
 
     student_logprobs: Tensor
@@ -29,6 +32,8 @@ class LossInputs:
     """bool `[batch]`: the verifier called the completion correct"""
     group_is_solved: Tensor | None = None
     """bool `[batch]`: it called some completion of the same prompt correct"""
+    divergence_to_teacher: Tensor | None = None
+    """of the whole distributions of student and teacher at each token"""
     rollout_weights: Tensor | None = None
     """πold / πrollout where another sampler than the old policy wrote the completions, bounded by
     whoever made them; they multiply the objective's loss of each token, not the KL leash"""
@@ -56,14 +61,19 @@ class LossInputs:
                     f"{field.name} has shape {tuple(value.shape)}; with a mask {tuple(shape)} it "
                     f"must be {need}."
                 )
-            if value.requires_grad and field.name != "student_logprobs":
+            if value.requires_grad and field.name not in _WITH_GRADIENT:
                 raise ValueError(
-                    f"{field.name} carries a gradient; only student_logprobs may: call `.detach()` "
-                    "on it."
+                    f"{field.name} carries a gradient; only {' and '.join(_WITH_GRADIENT)} may: "
+                    "call `.detach()` on it."
                 )
 
     @property
     def trained(self) -> Tensor:
-        """The tokens of the mask at which old, teacher and reference log-probs are finite."""
-        given = (self.old_logprobs, self.teacher_logprobs, self.reference_logprobs)
+        """The tokens of the mask at which all that is compared with the student is finite."""
+        given = (
+            self.old_logprobs,
+            self.teacher_logprobs,
+            self.reference_logprobs,
+            self.divergence_to_teacher,
+        )
         return keep_finite(self.mask, *(value for value in given if value is not None))

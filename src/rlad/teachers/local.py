@@ -1,7 +1,8 @@
 """A teacher in this process: a frozen transformers model with its own dtype and device."""
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlad.config.teacher import LocalTeacherConfig
+from rlad.errors import UserError
 from rlad.findings import Finding
 from rlad.models.adapters import require_loadable
 from rlad.models.files import is_adapter, require_weights
@@ -73,11 +75,36 @@ class LocalTeacher(ScoringTeacher):
         return weights_fingerprint(self.language_model)
 
     def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
+        with self.at_work():
+            return super().logprobs(requests)
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Keep the weights where they work."""
         self._move(self._works_on)
         try:
-            return super().logprobs(requests)
+            yield
         finally:
             self._move(self._rests_on)
+
+    def require_comparable(self, student: Scorer) -> None:
+        """Raise `UserError` unless the whole distributions of both models can be compared."""
+        ours, theirs = student.head, self.scorer.head
+        if ours is None or theirs is None:
+            problem = "the logits of one of them are no linear function of its hidden states"
+        elif ours.linear.out_features != theirs.linear.out_features:
+            problem = (
+                f"the student has {ours.linear.out_features} token probabilities and the teacher "
+                f"{theirs.linear.out_features}"
+            )
+        elif self._works_on != student.model.device:
+            problem = f"the student is on {student.model.device} and the teacher {self._works_on}"
+        else:
+            return
+        raise UserError(
+            f"whole distributions of student and teacher cannot be compared, as {problem}; take "
+            "another teacher, or objective=opd, which compares the sampled tokens alone."
+        )
 
     def _move(self, device: torch.device) -> None:
         model: Any = self.language_model.model

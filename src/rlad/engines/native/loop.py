@@ -9,7 +9,7 @@ rollout batch, that batch.
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,12 +44,15 @@ from rlad.objectives.inputs import LossInputs
 from rlad.rollouts.grading import graded_groups
 from rlad.rollouts.timer import Timer
 from rlad.rollouts.types import Metrics, RolloutGroup
+from rlad.scoring.distributions import Distributions
 from rlad.scoring.scorer import CompletionScores, Scorer
+from rlad.scoring.token_divergence import token_divergence
 from rlad.seeds import stream_seed
 from rlad.tasks import Task, Verdict
 from rlad.teachers.adapter import AdapterScorer
-from rlad.teachers.asking import complete_logprobs
+from rlad.teachers.asking import complete_logprobs, require_few_missing
 from rlad.teachers.base import Teacher
+from rlad.teachers.local import LocalTeacher
 
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
@@ -108,6 +111,8 @@ class NativeEngine:
                 if shared
                 else Scorer(reference, **scoring)
             )
+        if config.objective.needs_vocabulary:
+            self.local_teacher.require_comparable(self.scorer)
         if config.student.gradient_checkpointing:
             student.model.gradient_checkpointing_enable()
 
@@ -193,6 +198,13 @@ class NativeEngine:
     def _teacher_identity(self) -> str | None:
         return None if self.teacher is None else self.teacher.identity
 
+    @property
+    def local_teacher(self) -> LocalTeacher:
+        """The teacher of an objective that needs its model itself; a config with another one is
+        refused."""
+        assert isinstance(self.teacher, LocalTeacher)
+        return self.teacher
+
     def close(self) -> None:
         if self.teacher is not None:
             self.teacher.close()
@@ -208,8 +220,9 @@ class NativeEngine:
     def make_rollout_batch(self, index: int) -> RolloutBatch:
         """Everything that the steps on one batch of prompts need, in the order of the paper."""
         objective = self.objective_at(index)
+        row = OBJECTIVES[objective.type]
         timer = Timer()
-        teacher = self.teacher if objective.needs_teacher else None
+        teacher = self.teacher if "teacher_logprobs" in row.needs else None
         ahead = AskedAhead(teacher) if teacher and teacher.works_elsewhere else None
 
         # A teacher that works elsewhere begins with a group while others are still written.
@@ -236,15 +249,18 @@ class NativeEngine:
                     batch.teacher_logprobs = batch.by_rollout(self._ask_teacher(batch, ahead))
                 num_tokens = sum(map(len, batch.teacher_logprobs))
                 batch.counts = {"teacher/tokens/count": num_tokens} | teacher.pop_metrics()
+            elif objective.needs_teacher:
+                # It has written the completions, or compares their tokens within the update.
+                batch.counts = {"teacher/tokens/count": sum(map(len, batch.completions))}
         if self.reference_scorer is not None:
             with timer("reference"):
                 batch.reference_logprobs = self._scores(batch, self.reference_scorer)
-        token_advantages = OBJECTIVES[objective.type].token_advantages
-        if self.config.optimization.steps_per_rollout_batch > 1 or token_advantages:
+        student_moves = self.config.optimization.steps_per_rollout_batch > 1
+        if objective.written_by == "student" and (student_moves or row.token_advantages):
             with timer("old_logprobs"):
                 batch.old_logprobs = self._scores(batch, self.scorer)
-        if token_advantages:
-            batch.token_advantages = self._token_advantages(batch, token_advantages)
+        if row.token_advantages:
+            batch.token_advantages = self._token_advantages(batch, row.token_advantages)
         batch.seconds = timer.seconds
         if ahead is not None:
             batch.seconds["teacher/overlap/seconds"] = ahead.overlap_seconds
@@ -257,20 +273,24 @@ class NativeEngine:
         timer: Timer,
         after_group: Callable[[int, RolloutGroup], None] = lambda number, group: None,
     ) -> list[RolloutGroup]:
-        """A graded group for each prompt of a rollout batch."""
+        """A graded group for each prompt of a rollout batch, by the student or by its teacher."""
         size = self.config.rollout.prompts_per_batch
-        return graded_groups(
-            self.student,
-            self.task,
-            "train",
-            range(index * size, (index + 1) * size),
-            rollout=self.config.rollout,
-            seed=stream_seed(self.config.seed, "rollouts", index),
-            problem_seed=self.config.seed,
-            before_work=self.before_work,
-            after_group=after_group,
-            timer=timer,
-        )
+        by_teacher = self.objective_at(index).written_by == "teacher"
+        stream = "teacher rollouts" if by_teacher else "rollouts"
+        with self.local_teacher.at_work() if by_teacher else nullcontext():
+            return graded_groups(
+                self.student,
+                self.task,
+                "train",
+                range(index * size, (index + 1) * size),
+                rollout=self.config.rollout,
+                seed=stream_seed(self.config.seed, stream, index),
+                problem_seed=self.config.seed,
+                writer=self.local_teacher.language_model if by_teacher else self.student,
+                before_work=self.before_work,
+                after_group=after_group,
+                timer=timer,
+            )
 
     def with_advantages(self, index: int, groups: Sequence[RolloutGroup]) -> RolloutBatch:
         """Some groups of a rollout batch, with their advantages and what of them trains."""
@@ -286,10 +306,18 @@ class NativeEngine:
         return batch
 
     def choose_what_trains(self, batch: RolloutBatch) -> None:
-        """Leave out rollouts that were not judged, where rewards are used, and those of advantage 0
+        """Leave out rollouts of which the objective's loss knows nothing, and those of advantage 0
         that contribute exactly nothing to the gradient."""
         objective = self.objective_at(batch.index)
-        batch.counted = batch.judged if objective.uses_reward else torch.ones_like(batch.judged)
+        batch.counted = {
+            "judged": batch.judged,
+            "correct": batch.is_correct,
+            "all": torch.ones_like(batch.judged),
+        }[objective.counted_rollouts]
+        if objective.written_by == "teacher":
+            # A teacher whose vocabulary is padded further may write what the student cannot read.
+            known = [max(ids) < self.student.vocabulary for ids in batch.completions]
+            batch.counted = batch.counted & torch.tensor(known)
         batch.trains = batch.counted
         if objective.zero_advantage_is_zero_gradient and not self.config.optimization.kl_coef:
             batch.trains = batch.counted & (batch.advantages != 0)
@@ -346,7 +374,9 @@ class NativeEngine:
         """
         size, stats = batch.group_size, TokenStats()
         wanted = [i for p in prompts for i in range(p * size, (p + 1) * size)]
-        loss = self.accumulate_gradient(batch, wanted, stats, imitation)
+        needs_teacher = self.objective_at(batch.index).needs_vocabulary
+        with self.local_teacher.at_work() if needs_teacher else nullcontext():
+            loss = self.accumulate_gradient(batch, wanted, stats, imitation)
         norm = float(
             torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optimization.max_grad_norm)
         )
@@ -402,23 +432,56 @@ class NativeEngine:
         ):
             self.before_work()
             part = [rows[i] for i in micro]
+            sequences = [prompts[i] for i in part], [completions[i] for i in part]
             with self.scorer.gradient_in_place():
-                scores = self.scorer([prompts[i] for i in part], [completions[i] for i in part])
+                scores = self.scorer(*sequences, divergence=self._divergence(objective, *sequences))
             if not torch.isfinite(scores.logprobs).all():
                 require_sound_weights(self.step + 1, self.parameters)
                 total = math.nan
                 break
             inputs = self._loss_inputs(batch, part, scores)
+            if scores.divergence is not None:
+                self._count_missing(scores, stats)
             losses, token_stats = token_loss(objective.type, inputs, knobs=knobs, kl_coef=kl_coef)
             loss = aggregate(losses, inputs.trained, mode=loop.aggregation, denominator=whole)
             loss.backward()
             total += float(loss.detach())
             sampled = [torch.tensor(batch.rollouts[i].completion.logprobs) for i in part]
+            if objective.written_by == "teacher":  # whose log-probs are not those of the old policy
+                sampled = [torch.full_like(values, torch.nan) for values in sampled]
             stats.add(inputs, scores.entropy, padded(sampled, scores.logprobs), token_stats)
             if imitation is not None:
                 imitation.add(part, inputs, token_stats)
         self.student.model.eval()
         return total
+
+    def _divergence(
+        self,
+        objective: Any,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+    ) -> Callable[[Distributions], Tensor] | None:
+        """What compares the student's distributions of some completions with the teacher's, for an
+        objective that needs that."""
+        divergence = OBJECTIVES[objective.type].divergence
+        if divergence is None:
+            return None
+        measure = partial(divergence, **taken_by(divergence, objective.knobs_at(self.step)))
+        teacher = self.local_teacher.scorer.distributions(prompts, completions)
+        return lambda student: token_divergence(student, teacher, measure)
+
+    def _count_missing(self, scores: CompletionScores, stats: TokenStats) -> None:
+        """Count the tokens without a finite divergence. Raise `RunFailedError` where the teacher is
+        the reason for too many of them."""
+        assert scores.divergence is not None
+        num_missing = int((scores.mask & ~scores.divergence.isfinite()).sum())
+        stats.num_dropped += num_missing
+        require_few_missing(
+            num_missing,
+            int(scores.mask.sum()),
+            max_missing_share=self.config.optimization.max_missing_teacher_share,
+            step=self.step + 1,
+        )
 
     def _loss_inputs(
         self, batch: RolloutBatch, part: Sequence[int], scores: CompletionScores
@@ -441,6 +504,7 @@ class NativeEngine:
             mask=scores.mask,
             teacher_logprobs=chosen(batch.teacher_logprobs),
             reference_logprobs=chosen(batch.reference_logprobs),
+            divergence_to_teacher=scores.divergence,
             is_correct=batch.is_correct[rows].to(like.device),
             group_is_solved=batch.group_is_solved[rows].to(like.device),
         )
