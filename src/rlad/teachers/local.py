@@ -46,7 +46,8 @@ class ScoringTeacher(SynchronousTeacher):
         scores = self.scorer.score([requests[i].prompt for i in rows], [known[i] for i in rows])
         results = [torch.full((len(request.completion),), torch.nan) for request in requests]
         for i, values in zip(rows, scores, strict=True):
-            results[i][: len(values)] = values
+            # Joined, not written into: scores may be float64.
+            results[i] = torch.cat([values, results[i][len(values) :].to(values)])
         return results
 
 
