@@ -1,7 +1,6 @@
-"""What the site takes from outside `docs/`: the README is its home page, and each file that a page
-links to a page of its own.
+"""Pages of the site from outside `docs/`: the README is the home page, and each linked file a page.
 
-So one relative link works on GitHub and on the site, which then needs no address of a repository.
+So one relative link works on GitHub and on the site.
 """
 
 import re
@@ -14,13 +13,12 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-OUTSIDE = "repository/"  # where on the site the repository's other files stand
+OUTSIDE = "repository/"  # the folder of the site for the repository's other files
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)(?P<path>[^)\s#]+)(?=[)#])")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
-    """Adds README.md, what the navigation names, and whatever these and the pages of `docs/` link
-    to."""
+    """Add README.md, what the navigation names, and all that these and the pages of `docs/` link."""
     waiting = [
         "README.md",
         *_named(config.nav),
@@ -39,7 +37,7 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turns links between files of the repository into links between pages of the site."""
+    """Turn links between files of the repository into links between pages of the site."""
     here = _in_repository(page.file.src_uri)
     if not here.endswith(".md"):
         return markdown
@@ -56,7 +54,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def _named(nav: object) -> Iterator[str]:
-    """Files outside `docs/` that the navigation names."""
+    """Yield the files outside `docs/` that the navigation names."""
     if isinstance(nav, str) and nav.startswith(OUTSIDE):
         yield _in_repository(nav)
     elif isinstance(nav, dict | list):
@@ -69,8 +67,7 @@ def _linked(here: str, markdown: str) -> list[str]:
 
 
 def _target(here: str, link: str) -> str | None:
-    """The repository's file that a link in the file `here` leads to; None where there is no such
-    file."""
+    """Return the repository's file that a link in the file `here` leads to, if there is one."""
     path = normpath(PurePosixPath(here).parent / link)
     return path if (ROOT / path).is_file() and not path.startswith("..") else None
 
@@ -84,7 +81,7 @@ def _on_site(path: str) -> str:
 
 
 def _in_repository(src_uri: str) -> str:
-    """The reverse of `_on_site`."""
+    """Reverse `_on_site`."""
     if src_uri == "index.md":
         return "README.md"
     if not src_uri.startswith(OUTSIDE):

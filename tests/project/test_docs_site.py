@@ -1,5 +1,4 @@
-"""The documentation site: every link leads somewhere, every page opens offline, and nothing is
-wider than a telephone."""
+"""The documentation site: no dead link, every page opens offline and fits on a telephone."""
 
 import re
 import shutil
