@@ -18,7 +18,7 @@ LINK = re.compile(r"(?<=\]\()(?!\w+:|#)(?P<path>[^)\s#]+)(?=[)#])")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
-    """Add README.md, what the navigation names, and all that these and the pages of `docs/` link."""
+    """Add README.md, what the navigation names, and all that these and the pages link."""
     waiting = [
         "README.md",
         *_named(config.nav),
