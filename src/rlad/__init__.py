@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rlad.config.run import RunConfig
     from rlad.objectives import OBJECTIVES
     from rlad.objectives.advantages import group_advantages
+    from rlad.objectives.aggregate import aggregate
     from rlad.objectives.distilled_rl import distilled_rl_loss
     from rlad.objectives.gkd import gkd_loss
     from rlad.objectives.grpo import grpo_loss
@@ -33,6 +34,7 @@ _HOME = {
     "LossInputs": "rlad.objectives.inputs",
     "RunConfig": "rlad.config.run",
     "TrainResult": "rlad.training.run",
+    "aggregate": "rlad.objectives.aggregate",
     "distilled_rl_loss": "rlad.objectives.distilled_rl",
     "gkd_loss": "rlad.objectives.gkd",
     "grpo_loss": "rlad.objectives.grpo",
@@ -53,6 +55,7 @@ __all__ = [
     "RunConfig",
     "TrainResult",
     "__version__",
+    "aggregate",
     "distilled_rl_loss",
     "gkd_loss",
     "group_advantages",

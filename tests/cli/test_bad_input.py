@@ -33,7 +33,7 @@ def toml(world: Path, tmp_path: Path) -> Path:
     return write_config(tmp_path / "run.toml", run_config(world, tmp_path / "run"))
 
 
-# --- the config -------------------------------------------------------------------------------------------------------
+# --- the config -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_two_configs(toml):
     assert "got 2 configs" in rlad_fails("train", toml, "num_steps")
 
 
-# --- models, task, prompts: refused before anything is written, by `train` and by `check` -------------------------------
+# --- models, task, prompts: refused before anything is written, by `train` and by `check` ---------
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +247,7 @@ def test_padded_vocabularies_are_accepted(world, tmp_path):
     assert sum(row["objective/trained_tokens/count"] for row in rows) > 0
 
 
-# --- rewards and teachers that fail --------------------------------------------------------------------------------------
+# --- rewards and teachers that fail ---------------------------------------------------------------
 
 
 def test_nan_rewards_are_counted_and_the_run_goes_on(world, tmp_path):
@@ -333,7 +333,7 @@ def test_teacher_that_gives_some(world, tmp_path):
     assert sum(row["objective/trained_tokens/count"] for row in rows) > 0
 
 
-# --- run directories -----------------------------------------------------------------------------------------------------
+# --- run directories ------------------------------------------------------------------------------
 
 
 @pytest.fixture

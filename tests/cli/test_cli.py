@@ -45,7 +45,7 @@ def toml(world: Path, tmp_path: Path) -> Path:
     return path
 
 
-# --- help and lists ---------------------------------------------------------------------------------------------------
+# --- help and lists -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_list_of_an_unknown_name():
     )
 
 
-# --- check ------------------------------------------------------------------------------------------------------------
+# --- check ----------------------------------------------------------------------------------------
 
 
 def test_check_is_one_screen_and_trains_nothing(toml, tmp_path):
@@ -197,7 +197,7 @@ def test_plan_names_what_is_computed(toml):
     )
 
 
-# --- train ------------------------------------------------------------------------------------------------------------
+# --- train ----------------------------------------------------------------------------------------
 
 
 def test_train_in_a_pipe_is_plain_and_ends_with_what_to_do_next(toml, tmp_path):
@@ -277,7 +277,7 @@ def test_overrides_win_over_the_file(toml, tmp_path):
     assert len(list(RunDirectory(tmp_path / "other").read("metrics.jsonl"))) == 1
 
 
-# --- what a run leaves, sample, evaluate ---------------------------------------------------------------------------------
+# --- what a run leaves, sample, evaluate ----------------------------------------------------------
 
 
 def test_checkpoints_load_as_any_model_and_differ_from_the_start(world, run_dir):

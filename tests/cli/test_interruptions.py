@@ -30,7 +30,7 @@ from rlad.tasks.worker import Worker
 from started_processes import start_process
 from tiny_runs import remains, rlad_fails, run_config, write_config, write_unreachable_answers
 
-# --- the disk is full ------------------------------------------------------------------------------------------------------
+# --- the disk is full -----------------------------------------------------------------------------
 
 
 @contextmanager
@@ -149,7 +149,7 @@ def test_disk_full_while_rows_are_written(world, tmp_path):
         assert remains(tmp_path / "disk" / "run") == remains(wanted)
 
 
-# --- signals ---------------------------------------------------------------------------------------------------------------
+# --- signals --------------------------------------------------------------------------------------
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
@@ -366,7 +366,7 @@ def test_a_signal_to_all_processes_leaves_no_completion_unjudged(world, tmp_path
     assert remains(tmp_path / "run") == remains(wanted)
 
 
-# --- two processes ---------------------------------------------------------------------------------------------------------
+# --- two processes --------------------------------------------------------------------------------
 
 
 def test_of_two_runs_that_begin_at_once_in_one_place_the_later_is_refused(world, tmp_path):

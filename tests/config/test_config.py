@@ -63,7 +63,7 @@ def test_the_embedded_run_is_valid():
     assert config.objective.type == "trrd"
 
 
-# --- overrides --------------------------------------------------------------------------------------------------------
+# --- overrides ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_any_text_is_an_override_or_a_sentence(text: str):
         assert str(error).startswith("override ")
 
 
-# --- mistakes ---------------------------------------------------------------------------------------------------------
+# --- mistakes -------------------------------------------------------------------------------------
 
 
 def test_every_mistake_gets_its_own_sentence():
@@ -222,7 +222,7 @@ def test_mini_batches_are_of_equal_size():
         changed("rollout.prompts_per_batch=6", "optimization.steps_per_rollout_batch=4")
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 ANYTHING = [
     "objective=trrd",
@@ -293,7 +293,7 @@ def test_where_a_run_is_stored():
     assert changed("run_dir=here").directory == Path("here")
 
 
-# --- annealing --------------------------------------------------------------------------------------------------------
+# --- annealing ------------------------------------------------------------------------------------
 
 
 def test_annealed_knob_by_hand():

@@ -320,7 +320,7 @@ def test_files_of_the_task_are_found_from_everywhere(tmp_path, world, monkeypatc
     assert len(train) == 4 * 4, "a finite task starts again"
 
 
-# --- reward -----------------------------------------------------------------------------------------------------------
+# --- reward ---------------------------------------------------------------------------------------
 
 
 def judge(command: Path, row: dict[str, Any], completion: str, **changed: Any) -> dict[str, float]:
@@ -363,7 +363,7 @@ def test_what_cannot_be_judged_has_no_reward(tmp_path, world):
         judge(command, row, "nan")
 
 
-# --- RLAD_OBJECTIVE and the check -------------------------------------------------------------------------------------
+# --- RLAD_OBJECTIVE and the check -----------------------------------------------------------------
 
 
 def test_the_knobs_travel_as_json(monkeypatch):

@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rlad.comparison.runs import MissingRun, Run
+from rlad.config.file import flat
 from rlad.config.run import OptimizationConfig, RunConfig
 from rlad.config.types import Mark
 
@@ -120,7 +121,7 @@ def shared_settings(run: Run) -> Settings:
         for r in results
     ]
     digest = hashlib.sha256(json.dumps(problems).encode()).hexdigest()[:8]
-    return _flat(table) | {_PROBLEMS: digest}
+    return flat(table) | {_PROBLEMS: digest}
 
 
 def method_settings(run: Run) -> Settings:
@@ -129,7 +130,7 @@ def method_settings(run: Run) -> Settings:
     config = run.config
     sections = ["objective", "optimization"] + ["teacher"] * config.needs_teacher
     table = config.dump(without=(*_NO_RESULT, Mark.LENGTH, Mark.BUDGET))
-    settings = _flat({section: table[section] for section in sections})
+    settings = flat({section: table[section] for section in sections})
     return {key: value for key, value in settings.items() if value is not None}
 
 
@@ -143,11 +144,3 @@ def _shown(value: Any) -> str:
     if value is None:
         return "none"
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> Settings:
-    flat: Settings = {}
-    for key, value in table.items():
-        is_table = isinstance(value, dict)
-        flat |= _flat(value, f"{prefix}{key}.") if is_table else {prefix + key: value}
-    return flat

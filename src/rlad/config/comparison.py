@@ -5,12 +5,13 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from rlad.config.file import DEFAULT_RUN, parse_config, parse_overrides, read_toml, validated
+from rlad.config.file import DEFAULT_RUN, parse_config, parse_overrides, read_toml
 from rlad.config.presets import expand_preset, merged
 from rlad.config.run import OptimizationConfig, RunConfig
-from rlad.config.types import Count, Mark, NonNegativeInt
+from rlad.config.types import Count, Mark, NonNegativeInt, Section
+from rlad.config.validation import validated
 from rlad.errors import UserError
 
 DEFAULT_COMPARISON = Path(__file__).parents[1] / "embedded" / "compare.toml"
@@ -20,13 +21,7 @@ _SHARED_OPTIMIZATION = OptimizationConfig.keys_with(Mark.LENGTH, Mark.BUDGET, Ma
 LearningRate = Annotated[float, Field(strict=True, gt=0, le=1)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-
-class TuningConfig(_Section):
+class TuningConfig(Section):
     """The same search for every method: the learning rate with the highest validation pass@1 behind
     the last step."""
 
@@ -36,7 +31,7 @@ class TuningConfig(_Section):
     """of the tuning runs; best none of the seeds that are reported"""
 
 
-class CompareConfig(_Section):
+class CompareConfig(Section):
     """Several methods and seeds under one budget."""
 
     run: str | None = None

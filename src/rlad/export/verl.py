@@ -73,7 +73,7 @@ def export_verl(config: RunConfig, folder: Path, cluster: Cluster) -> Path:
     return folder / COMMAND
 
 
-# --- data -------------------------------------------------------------------------------------------------------------
+# --- data -----------------------------------------------------------------------------------------
 
 
 def _rows(
@@ -136,7 +136,7 @@ def _absolute(task: Any) -> Any:
     return task.model_copy(update=found)
 
 
-# --- prompts ----------------------------------------------------------------------------------------------------------
+# --- prompts --------------------------------------------------------------------------------------
 
 
 def _plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -173,7 +173,7 @@ def _num_prompt_tokens(
     return len(ours)
 
 
-# --- command and README -----------------------------------------------------------------------------------------------
+# --- command and README ---------------------------------------------------------------------------
 
 
 def command_text(keys: dict[str, Any], notes: list[str]) -> str:

@@ -1,0 +1,126 @@
+"""Validated sections of a config, and one sentence for each mistake in them."""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar, get_args, get_origin
+
+from pydantic import ValidationError
+
+from rlad.config.presets import PRESETS
+from rlad.config.types import Section, sections_in
+from rlad.errors import UserError
+
+SomeSection = TypeVar("SomeSection", bound=Section)
+_MOST_SHOWN = 200
+"""characters of a wrong value in an error message"""
+
+
+def validated(section: type[SomeSection], table: dict[str, Any]) -> SomeSection:
+    """`table` as a section of this kind; `UserError` with one sentence for each mistake."""
+    try:
+        return section.model_validate(table)
+    except ValidationError as error:
+        sentences = _sentences(section, error.errors(include_url=False))
+        raise UserError("\n".join(sentences)) from None
+
+
+def _sentences(section: type[Section], errors: Sequence[Any]) -> list[str]:
+    """One sentence for each wrong key; the alternatives of a union are joined by "or"."""
+    found = [(*_explain(section, error), error) for error in errors]
+    places = [where for where, _, _ in found]
+    sentences: dict[str, str] = {}
+    for where, message, error in found:
+        # What only says that a part is wrong is left out, and so is the alternative of a union that
+        # was not meant.
+        has_parts = any(place.startswith((f"{where}.", f"{where}[")) for place in places)
+        if has_parts or (places.count(where) > 1 and _is_of_another_kind(error)):
+            continue
+        if where in sentences:
+            sentences[where] += f", or {message.partition(': ')[2]}"
+        else:
+            sentences[where] = f"{where} {message}"
+    return [s.strip() if s.endswith("?") else f"{s.strip()}." for s in sentences.values()]
+
+
+def _is_of_another_kind(error: Any) -> bool:
+    """Whether it says that a number is no table, or a table no number."""
+    is_no_number = error["type"] == "float_type" and isinstance(error["input"], dict)
+    return error["type"] == "model_type" or is_no_number
+
+
+def _explain(section: type[Section], error: Any) -> tuple[str, str]:
+    """Which key an error of pydantic is about, and what to say of it."""
+    kind = error["type"]
+    is_unknown = kind == "extra_forbidden"
+    where, keys = _resolve(section, error["loc"][:-1] if is_unknown else error["loc"])
+    if is_unknown:
+        key = str(error["loc"][-1])
+        hint = _nearest(key, keys) or f"valid keys there are {', '.join(sorted(keys))}"
+        return f"{where}.{key}".lstrip("."), f"is an unknown key: {hint}"
+    if kind == "missing":
+        return where, "is missing: add it to the config"
+    if kind == "union_tag_not_found":
+        return f"{where}.type", "is missing: every such section names its type"
+    if kind == "union_tag_invalid":
+        tag = str(error["ctx"]["tag"])
+        tags = [each.strip(" '") for each in error["ctx"]["expected_tags"].split(",")]
+        tags += PRESETS if where == "objective" else ()
+        hint = _nearest(tag, tags)
+        allowed = f"it must be one of {', '.join(tags)}{', ' * bool(hint)}{hint}"
+        return f"{where}.type", f"is {tag!r}: {allowed}"
+    if kind == "value_error":
+        sentence = str(error["ctx"]["error"])
+        return where, f"is wrong: {sentence}" if where else sentence
+    return where, f"is {_shown(error['input'])}: {_requirement(error)}"
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else ""
+
+
+def _requirement(error: Any) -> str:
+    """What a value must be instead."""
+    if error["type"] in ("model_type", "model_attributes_type"):
+        return "it must be a section, with keys of its own"
+    if error["type"] == "tuple_type":
+        return "it must be a list"
+    if error["type"] in ("too_short", "too_long"):
+        return re.sub(r"^\w+ should", "it must", error["msg"].partition(" after")[0])
+    return error["msg"].replace("Input should be", "it must be")
+
+
+def _shown(value: Any) -> str:
+    """A wrong value in an error message: its beginning, and no password of an address in it."""
+    shown = re.sub(r"//[^/@\s]{1,200}@", "//***@", repr(value))
+    return shown if len(shown) <= _MOST_SHOWN else f"{shown[:_MOST_SHOWN]}..."
+
+
+def _resolve(section: type[Section], location: Sequence[str | int]) -> tuple[str, list[str]]:
+    """The dotted path as the user wrote it (pydantic adds its own names of union members), and the
+    keys valid at its end."""
+    sections = [section]
+    shown = ""
+    names_an_entry = False
+    for part in location:
+        fields = {name: field for each in sections for name, field in each.model_fields.items()}
+        tagged = [each for each in sections if part in _types(each)]
+        if isinstance(part, int):
+            shown += f"[{part}]"
+        elif names_an_entry:
+            shown += f".{part}"
+            names_an_entry = False
+        elif part in fields:
+            shown += f".{part}"
+            names_an_entry = get_origin(fields[part].annotation) is dict
+            sections = sections_in(fields[part].annotation)
+        elif tagged:
+            sections = tagged
+    return shown.lstrip("."), [name for each in sections for name in each.model_fields]
+
+
+def _types(section: type[Section]) -> tuple[Any, ...]:
+    """The values of `type` that stand for a section."""
+    field = section.model_fields.get("type")
+    return get_args(field.annotation) if field else ()
