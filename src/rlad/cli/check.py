@@ -1,4 +1,4 @@
-"""`rlad check`: the page that it prints."""
+"""`rlad check`: its page and its exit code."""
 
 import json
 import sys
@@ -32,26 +32,26 @@ def run_check(
 
 
 def print_report(report: CheckReport, console: Console | None = None) -> None:
-    """One screen: what differs from the defaults, what will be computed, findings. In a pipe each
-    is one line."""
+    """Print one screen: what differs from the defaults, what will be computed, findings. In a pipe
+    each is one line."""
     console = console or Console(highlight=False)
 
     def line(text: str, style: str = "") -> None:
         width = console.width if console.is_terminal else len(text) + 1
-        for part in textwrap.wrap(
-            text, width, subsequent_indent=" " * 6, replace_whitespace=False
-        ) or [""]:
+        parts = textwrap.wrap(text, width, subsequent_indent=" " * 6, replace_whitespace=False)
+        for part in parts or [""]:
             console.print(Text(printable(part), style=style), soft_wrap=True)
 
-    line("settings (all others have their defaults; --json prints them all)", style="bold")
+    def heading(text: str) -> None:
+        line(text, style="bold")
+
+    heading("settings (all others have their defaults; --json prints them all)")
     for key, value in changed_settings(report.config).items():
         line(f"  {key} = {json.dumps(value, ensure_ascii=False)}")
-    line("")
-    line("what will be computed", style="bold")
+    heading("\nwhat will be computed")
     for text in report.plan:
         line(f"  {text}")
-    line("")
-    line("checks", style="bold")
+    heading("\nchecks")
     for finding in report.findings:
         mark, colour = _MARKS[finding.level]
         line(

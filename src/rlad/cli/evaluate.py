@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ class Evaluation:
     results: list[ProblemResult]
 
     def summary_json(self) -> dict[str, Any]:
-        """The summary with intervals as plain JSON."""
+        """Return the summary with intervals as plain JSON."""
         return {"model": self.model, "task": self.task, "split": self.split} | _plain(
             summarise(self.results)
         )
@@ -61,20 +62,20 @@ def evaluate_run_or_model(
     num_samples: int,
     output: Path | None,
 ) -> Evaluation:
-    """Results of each held-out problem; also written to `output` as JSONL. `UserError` for a
-    user's mistake."""
+    """Evaluate each held-out problem; the results are also written to `output` as JSONL."""
     if output is not None and (output.exists() or not output.parent.is_dir()):
         raise UserError(
-            f"--output {output} exists already or has no folder to lie in; give a new file."
+            f"--output {output} exists already or its folder does not exist; give a new file."
         )
     another = [f"task={task_type}", "evaluation.ood_task={}"] if task_type else []
     config, model = _config_and_model(run_or_model, [*another, *overrides])
-    task, student = make_task(**config.task.model_dump()), config.student
-    try:
+    settings = config.student
+    with closing(make_task(**config.task.model_dump())) as task:
+        student = load_language_model(
+            model, dtype=settings.dtype, device=settings.device, end_tokens=settings.end_tokens
+        )
         results = evaluate(
-            load_language_model(
-                model, dtype=student.dtype, device=student.device, end_tokens=student.end_tokens
-            ),
+            student,
             task,
             split,
             rollout=config.rollout,
@@ -82,8 +83,6 @@ def evaluate_run_or_model(
             num_samples=num_samples,
             temperature=config.evaluation.temperature,
         )
-    finally:
-        task.close()
     if output is not None:
         lines = [
             json.dumps({"model": model, "task": config.task.type, "split": split} | asdict(r))
@@ -94,8 +93,8 @@ def evaluate_run_or_model(
 
 
 def _config_and_model(run_or_model: str, overrides: Sequence[str]) -> tuple[RunConfig, str]:
-    """Of a run its config and best checkpoint, of a checkpoint its run's config, of an embedded
-    model that of the example."""
+    """Return the config and the model: of a run its best checkpoint, of a checkpoint its run's
+    config, of an embedded model that of the example."""
     path = Path(run_or_model)
     if RunDirectory(path).exists():
         return load_config(path, overrides), str(RunDirectory(path).best_checkpoint()[1])
@@ -111,8 +110,7 @@ def _config_and_model(run_or_model: str, overrides: Sequence[str]) -> tuple[RunC
     if not any(override.startswith(("task=", "task.type=")) for override in overrides):
         raise UserError(
             f"{run_or_model!r} is no run directory, so its task is not known; add --task, for "
-            "example "
-            "--task knights_and_knaves."
+            "example --task knights_and_knaves."
         )
     table = {"student": {"model": run_or_model}, "objective": {"type": "grpo"}}
     return parse_config(parse_overrides(table, overrides)), run_or_model
@@ -125,7 +123,7 @@ def _plain(value: Any) -> Any:
 
 
 def print_summary(evaluation: Evaluation, console: Console | None = None) -> None:
-    """A table of the summary."""
+    """Print a table of the summary."""
     console = console or Console(highlight=False)
     summary = summarise(evaluation.results)
     n = summary["num_samples"]

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, closing
 from typing import Any
 
 import click
@@ -38,7 +39,7 @@ def show_samples(config: RunConfig, *, num_prompts: int, as_json: bool) -> None:
 
 
 def preview(config: RunConfig, *, num_prompts: int) -> list[Row]:
-    """Completions of the first validation prompts, graded and scored; one row per completion.
+    """Grade and score completions of the first validation prompts; returns one row per completion.
 
     The student is the last checkpoint in the config's run directory when that holds this very run,
     else the initial student.
@@ -47,8 +48,11 @@ def preview(config: RunConfig, *, num_prompts: int) -> list[Row]:
     is_this_run = run.exists() and load_config(run.path).digest == config.digest
     has_checkpoint = is_this_run and run.checkpoints()
     student = load_student(config, run.newest_checkpoint()[1] if has_checkpoint else None)
-    teacher, task = prepare_teacher(config, student), make_task(**config.task.model_dump())
-    try:
+    teacher = prepare_teacher(config, student)
+    with ExitStack() as stack:
+        if teacher is not None:
+            stack.enter_context(closing(teacher))
+        task = stack.enter_context(closing(make_task(**config.task.model_dump())))
         groups = graded_groups(
             student,
             task,
@@ -67,11 +71,7 @@ def preview(config: RunConfig, *, num_prompts: int) -> list[Row]:
             rows += [
                 _row(student, group, *pair) for pair in zip(group.rollouts, scored, strict=True)
             ]
-        return rows
-    finally:
-        task.close()
-        if teacher:
-            teacher.close()
+    return rows
 
 
 def _row(
@@ -95,12 +95,13 @@ def _row(
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no NaN: a reward that was not given and a token that was not scored are null."""
+    """Replace NaN by None, as JSON has none: no reward was given, or a token was not scored."""
     return value if math.isfinite(value) else None
 
 
 def print_preview(rows: Iterable[Row], console: Console | None = None) -> None:
-    """Each prompt once, then its completions with verdict, reward and log-ratio to the teacher."""
+    """Print each prompt once, then its completions with verdict, reward and log-ratio to the
+    teacher."""
     console = console or Console(highlight=False)
     prompt = None
     for row in rows:
@@ -126,7 +127,7 @@ def _details(row: Row) -> str:
 
 
 def _opinion(row: Row) -> str:
-    """The teacher's: mean of log πS - log πT over the tokens, and the token at which it is
+    """Return the teacher's: mean of log πS - log πT over the tokens, and the token at which it is
     largest."""
     scored: Sequence[float | None] = row["teacher_logprobs"] or []
     ratios = {i: row["student_logprobs"][i] - t for i, t in enumerate(scored) if t is not None}
@@ -134,4 +135,7 @@ def _opinion(row: Row) -> str:
         return ""
     most = max(ratios, key=lambda i: abs(ratios[i]))
     mean = sum(ratios.values()) / len(ratios)
-    return f"\nlog πS - log πT: mean {mean:+.3f}, largest {ratios[most]:+.2f} at token {most + 1} {row['tokens'][most]!r}"
+    return (
+        f"\nlog πS - log πT: mean {mean:+.3f}, largest {ratios[most]:+.2f} at token {most + 1} "
+        f"{row['tokens'][most]!r}"
+    )

@@ -60,28 +60,24 @@ def adapter_base(folder: str) -> str:
     Raises `UserError` when it names none, or another adapter.
     """
     base = read_adapter_config(folder).get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise UserError(
-            f"adapter {folder!r} does not name its base model; write base_model_name_or_path into "
-            f"its {ADAPTER_CONFIG}."
+    problem = ""
+    if not base:
+        problem = (
+            f"does not name its base model; write base_model_name_or_path into {ADAPTER_CONFIG}"
         )
-    if is_adapter(base):
-        raise UserError(
-            f"adapter {folder!r} has {base!r}, another adapter, as its base model; merge that one "
-            "into its own base model first."
-        )
+    elif is_adapter(base):
+        problem = f"has {base!r}, another adapter, as its base model; merge that one first"
+    if problem:
+        raise UserError(f"adapter {folder!r} {problem}.")
     return base
 
 
 def read_adapter_config(folder: str) -> dict[str, Any]:
     """Return the settings in an adapter's folder. Raises `UserError` when they cannot be read."""
     try:
-        config = json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        return dict(json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:  # no file, no JSON, or no table
         raise unreadable_adapter(folder, ADAPTER_CONFIG, error) from None
-    if not isinstance(config, dict):
-        raise unreadable_adapter(folder, ADAPTER_CONFIG, "no JSON object")
-    return config
 
 
 def unreadable_adapter(folder: str, file: str, error: object) -> UserError:
@@ -120,13 +116,10 @@ def require_weights(name: str) -> None:
     if not folder.is_dir() or any(folder.glob("*.safetensors")):
         return
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+    problem = "has no *.safetensors file; save its weights there"
     if pickles:
-        raise UserError(
-            f"model folder {name!r} has its weights in {pickles[0]}, a pickle, which may run code "
-            "when it is read; convert it to safetensors, where you trust it, with "
-            "`save_pretrained`."
+        problem = (
+            f"has its weights in {pickles[0]}, a pickle, which may run code when it is read; "
+            "convert it to safetensors, where you trust it,"
         )
-    raise UserError(
-        f"model folder {name!r} has no *.safetensors file; save its weights there with "
-        "`save_pretrained`."
-    )
+    raise UserError(f"model folder {name!r} {problem} with `save_pretrained`.")

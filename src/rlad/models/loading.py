@@ -141,7 +141,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         ) from None
     if not len(tokenizer):
         raise UserError(
-            f"the tokenizer of {name!r} is empty; save the right one with "
+            f"the tokenizer of {name!r} is empty; save the right one beside the model with "
             "`tokenizer.save_pretrained(folder)`."
         )
     return tokenizer
