@@ -784,7 +784,7 @@ def test_the_comparison_file(tmp_path):
 @pytest.mark.parametrize(
     ("paths", "output", "sentence"),
     [
-        (["nowhere"], "out", "nowhere is no folder; give a run directory"),
+        (["nowhere"], "out", "no run found in .*nowhere; give a run directory"),
         (["empty"], "out", "no run found in .*empty; give"),
         (["run"], "file", "--output .*file is a file; give a folder"),
         (["run"], "file/below", "the report cannot be written to .*; choose another folder"),

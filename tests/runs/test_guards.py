@@ -135,11 +135,9 @@ def test_guards_by_hand():
     assert (warning.step, warning.name, warning.value) == (10, "length_collapse", 0.19)
     assert warning.message == (
         "completions have become much shorter than at the start: the student may answer without "
-        "reasoning "
-        "(rollout/completion_tokens/mean, median of 5 steps over that of the first 5 (at least 1): "
-        "0.19, limit 0.2); read "
-        "samples.jsonl; if so, look for a reward without reasoning in the verifier, or set "
-        "optimization.kl_coef."
+        "reasoning (rollout/completion_tokens/mean, median of 5 steps over that of the first 5 (at "
+        "least 1): 0.19, limit 0.2); read samples.jsonl; if so, look for a reward without "
+        "reasoning in the verifier, or set optimization.kl_coef."
     )
     norms = [0.1] * 10 + [0.3] * 10 + [2.1, 2.1, 2.1]
     assert [

@@ -235,9 +235,8 @@ def test_the_first_problem_stays_what_it_is():
     assert problem == Problem(
         prompt=(
             "You meet Gus, Finn and Dan. Gus says that Finn is a knave. Finn says that Dan is a "
-            "knight. Dan says "
-            "that Dan is a knave if and only if Gus is a knave. Who is a knight and who is a "
-            "knave?\n"
+            "knight. Dan says that Dan is a knave if and only if Gus is a knave. Who is a knight "
+            "and who is a knave?\n"
         ),
         answer="Gus is a knight, Finn is a knave, Dan is a knave",
         key="acbcedcfd5e66695",
@@ -391,8 +390,7 @@ def test_prompt_says_the_rules_only_when_asked():
     bare = prompt_text(puzzle, ["Ada", "Ben"], instructions=False)
     assert bare == (
         "You meet Ada and Ben. Ada says that Ben is a knave. Ben says that Ada is a knight and Ben "
-        "is a knight. "
-        "Who is a knight and who is a knave?\n"
+        "is a knight. Who is a knight and who is a knave?\n"
     )
     assert prompt_text(puzzle, ["Ada", "Ben"], instructions=True).endswith(bare)
     assert KnightsAndKnaves([2]).num_problems("train") is None

@@ -174,8 +174,7 @@ def test_the_config_reads_back_and_takes_overrides(tmp_path):
         (
             ["evaluation.ood_task={tasks={logic={num_people=[9]}}}"],
             "evaluation.ood_task.tasks.logic.num_people.0 does not fit a task of type "
-            "'knights_and_knaves': "
-            "Input should be less than or equal to 8.",
+            "'knights_and_knaves': Input should be less than or equal to 8.",
         ),
     ],
 )

@@ -6,14 +6,7 @@ from pathlib import Path
 
 import click
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rlad.comparison.compare import PlannedRun, compare, final_runs, tuning_runs
 from rlad.comparison.runs import MissingRun
@@ -42,25 +35,21 @@ def run_compare(comparison: CompareConfig, folder: Path, *, dry_run: bool, comma
 
 
 def print_plan(console: Console, comparison: CompareConfig, folder: Path) -> None:
-    """The runs of a comparison, and which of them are done."""
+    """Print the runs of a comparison, and which of them are done."""
     tuning = [run for runs in tuning_runs(comparison, folder).values() for run in runs]
     runs = [*tuning, *final_runs(comparison, folder, {})]
     for run in runs:
-        # Which learning rate a run is to have is known only behind the tuning.
-        is_done = (
-            run.directory.is_finished()
-            if comparison.tuning and run not in tuning
-            else run.is_done()
-        )
+        # Before the tuning the learning rates are unknown, so settings cannot be compared.
+        is_final = comparison.tuning is not None and run not in tuning
+        is_done = run.directory.is_finished() if is_final else run.is_done()
         _print(console, f"{'done ' if is_done else 'to do'}  {run.path}")
-    loop, rollout = runs[-1].config.optimization, runs[-1].config.rollout
+    config = runs[-1].config
+    rollout = config.rollout
     _print(
         console,
         f"{len(runs)} runs, {len(tuning)} of them to choose learning rates, {comparison.jobs} side "
-        "by side; each of "
-        f"{loop.num_steps} steps with {rollout.prompts_per_batch} prompts x {rollout.group_size} "
-        "rollouts per batch\n"
-        f"report in {comparison.directory}",
+        f"by side; each of {config.optimization.num_steps} steps with {rollout.prompts_per_batch} "
+        f"prompts x {rollout.group_size} rollouts per batch\nreport in {comparison.directory}",
     )
 
 
@@ -69,15 +58,10 @@ def run_comparison(
 ) -> Sequence[MissingRun]:
     """Do the comparison with a bar over the steps of all runs; returns what is missing from its
     report."""
-    columns = (
+    bar = Progress(
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
-        TextColumn("steps"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-    )
-    bar = Progress(
-        *columns,
+        TextColumn("steps, left"),
         TimeRemainingColumn(),
         console=console,
         disable=not console.is_terminal,

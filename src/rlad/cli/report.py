@@ -11,70 +11,49 @@ from rlad.config.file import load_config
 from rlad.errors import UserError
 from rlad.runs.directory import CONFIG, RunDirectory
 
-DEFAULT_OUTPUT = "report"
-_SEED_FOLDER = "seed-"
+Comparisons = dict[Path, ComparisonFile]
+"""ROOT/runs -> the comparison of the runs at ROOT/runs/METHOD/seed-N"""
 
 
-def report_runs(paths: Sequence[str], output: str | None, baseline: str | None = None) -> Path:
-    """Write the report of all runs in and below `paths`; returns the HTML file. `UserError` for a
-    user's mistake.
+def report_runs(paths: Sequence[str], output: str, baseline: str | None = None) -> Path:
+    """Write the report of all runs in and below `paths`; returns the HTML file.
 
-    Runs of a comparison bear the names that it gave them, and come with its notes and, unless one
-    is given, its baseline.
+    Runs of a comparison get the names that it gave them, and come with its notes and, unless one is
+    given, its baseline.
     """
-    folder = Path(output or DEFAULT_OUTPUT)
+    folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise UserError(
             f"--output {folder} is a file; give a folder for {HTML} and what belongs to it."
         )
     found: dict[Path, ReportedRun] = {}
-    comparisons: dict[Path, ComparisonFile] = {}
+    comparisons: Comparisons = {}
     for path in map(Path, paths):
-        if not path.is_dir():
-            raise UserError(
-                f"{path} is no folder; give a run directory, or a folder that holds run "
-                "directories."
-            )
         runs = list(_runs_in(path))
         if not runs:
             raise UserError(
-                f"no run found in {path}; give a run directory, or a folder that holds run "
-                "directories."
+                f"no run found in {path}; give a run directory, or a folder that holds some."
             )
         comparisons |= _comparisons_of(runs)
-        runs.sort(key=lambda run: _place(run, comparisons))
-        found |= {
-            run.resolve(): ReportedRun(_method_of(run, comparisons), run)
-            for run in runs
-            if run.resolve() not in found
-        }
+        for run in sorted(runs, key=lambda run: _place(run, comparisons)):
+            found.setdefault(run.resolve(), ReportedRun(_method_of(run, comparisons), run))
     if not found:
         raise UserError("no run was given; give run directories, or folders that hold some.")
     names = {run.method for run in found.values()}
-    baselines = [
-        baseline,
-        *(
-            comparison.baseline
-            for comparison in comparisons.values()
-            if comparison.baseline in names
-        ),
-    ]
+    baselines = [c.baseline for c in comparisons.values() if c.baseline in names]
     write_report(
         list(found.values()),
         folder,
         title=f"Report on {', '.join(Path(path).resolve().name for path in paths)}",
         notes=[note for comparison in comparisons.values() for note in comparison.notes],
-        baseline=next((name for name in baselines if name), None),
+        baseline=baseline or next(iter(baselines), None),
     )
     return folder / HTML
 
 
 def _runs_in(path: Path) -> Iterator[Path]:
-    """The path itself, or the runs below it in the order of their names; those that tuned a
-    comparison are left out."""
-    if RunDirectory(path).exists():
-        yield path
-        return
+    """Find the runs in and below a path in the order of their names; those that tuned a comparison
+    are left out."""
     for folder, subfolders, _ in os.walk(path):
         subfolders.sort()
         if "tuning" in subfolders and "runs" in subfolders:
@@ -84,8 +63,7 @@ def _runs_in(path: Path) -> Iterator[Path]:
             yield Path(folder)
 
 
-def _comparisons_of(runs: Sequence[Path]) -> dict[Path, ComparisonFile]:
-    """The comparisons that runs at ROOT/runs/METHOD/seed-N belong to, by ROOT/runs."""
+def _comparisons_of(runs: Sequence[Path]) -> Comparisons:
     folders = dict.fromkeys(run.resolve().parent.parent for run in runs)
     read = {
         folder: read_comparison_file(folder.parent) for folder in folders if folder.name == "runs"
@@ -93,26 +71,24 @@ def _comparisons_of(runs: Sequence[Path]) -> dict[Path, ComparisonFile]:
     return {folder: comparison for folder, comparison in read.items() if comparison}
 
 
-def _place(run: Path, comparisons: dict[Path, ComparisonFile]) -> int:
-    """Where the method of a run stands in its comparison; other runs keep their order behind
+def _place(run: Path, comparisons: Comparisons) -> int:
+    """Find the place of a run's method in its comparison; other runs keep their order after
     those."""
     method = run.resolve().parent
     comparison = comparisons.get(method.parent)
     names = list(comparison.methods) if comparison else []
-    return (
-        names.index(method.name)
-        if method.name in names
-        else sum(len(each.methods) for each in comparisons.values())
-    )
+    if method.name in names:
+        return names.index(method.name)
+    return sum(len(each.methods) for each in comparisons.values())
 
 
-def _method_of(run: Path, comparisons: dict[Path, ComparisonFile]) -> str:
-    """What the comparison calls it; where runs lie as METHOD/seed-N that name; else the type of the
-    objective."""
+def _method_of(run: Path, comparisons: Comparisons) -> str:
+    """Name the method of a run as its comparison does; else, where runs lie as METHOD/seed-N, by
+    that folder; else by the type of the objective."""
     resolved = run.resolve()
-    if resolved.name.startswith(_SEED_FOLDER):
-        folder = resolved.parent
-        comparison = comparisons.get(folder.parent)
+    folder = resolved.parent
+    comparison = comparisons.get(folder.parent)
+    if resolved.name.startswith("seed-"):
         return comparison.methods.get(folder.name, folder.name) if comparison else folder.name
     try:
         return load_config(run).objective.type

@@ -24,9 +24,10 @@ from rlad.comparison.report import HTML, write_report
 from rlad.comparison.runs import MissingRun, ReportedRun
 from rlad.config.comparison import CompareConfig, folder_name, method_config
 from rlad.config.file import differing_settings, dump_config, load_config
-from rlad.config.run import EvaluationConfig, RunConfig
+from rlad.config.run import RunConfig
 from rlad.errors import UserError
-from rlad.runs.directory import EVAL, METRICS, RunDirectory
+from rlad.runs.directory import METRICS, RunDirectory
+from rlad.runs.rows import read_history
 from rlad.stopping import Stop
 
 _POLL_SECONDS = 1.0
@@ -34,7 +35,7 @@ _POLL_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class PlannedRun:
-    """One run of the comparison: its method, its config, and where it lies."""
+    """A run of the comparison: its method, its config and its directory."""
 
     method: str
     config: RunConfig
@@ -44,15 +45,16 @@ class PlannedRun:
     def directory(self) -> RunDirectory:
         return RunDirectory(self.path)
 
-    def beside(self, suffix: str) -> Path:
-        return self.path.with_name(self.path.name + suffix)
+    @property
+    def log(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.log")
 
     def steps_done(self) -> int:
         metrics = self.path / METRICS
         return metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
 
     def is_done(self) -> bool:
-        """Whether it came to its end. `UserError` when another run lies in its place."""
+        """Say whether it came to its end. `UserError` when another run is in its place."""
         if not self.directory.exists():
             return False
         try:
@@ -63,23 +65,22 @@ class PlannedRun:
         if differing:
             raise UserError(
                 f"{self.path} holds a run with other settings than this comparison wants of "
-                f"{self.method!r} "
-                f"({'; '.join(differing)}); choose another directory for the comparison, or delete "
-                "that run."
+                f"{self.method!r} ({'; '.join(differing)}); choose another directory for the "
+                "comparison, or delete that run."
             )
         return self.directory.is_finished()
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What came of a comparison: where the report is, and what is missing from it."""
+    """The result of a comparison: where the report is, and what is missing from it."""
 
     report: Path
     missing: Sequence[MissingRun]
 
 
 Progress = Callable[[str, Sequence[PlannedRun]], None]
-"""Is told now and then: a line to print (or ""), and the runs of the present stage."""
+"""Is called now and then with a line to print (or ""), and the runs of the present stage."""
 
 
 def compare(
@@ -93,101 +94,88 @@ def compare(
     checkpoints.
     """
     root = Path(comparison.directory)
+    methods = list(comparison.methods)
     rates, notes, missing = _tune(comparison, folder, progress)
-    planned = [
-        run
-        for run in final_runs(comparison, folder, rates)
-        if comparison.tuning is None or run.method in rates
-    ]
+    planned = final_runs(comparison, folder, rates)
+    if comparison.tuning is not None:
+        planned = [run for run in planned if run.method in rates]
     missing += _train(planned, comparison.jobs, progress)
     finished = [ReportedRun(run.method, run.path) for run in planned if run.directory.is_finished()]
-    finished.sort(key=lambda run: list(comparison.methods).index(run.method))
-    title, baseline = f"Comparison {root.name}", comparison.baseline
-    write_comparison_file(
-        root, {folder_name(method): method for method in comparison.methods}, notes, baseline
+    finished.sort(key=lambda run: methods.index(run.method))
+    names = {folder_name(method): method for method in methods}
+    write_comparison_file(root, names, notes, comparison.baseline)
+    missing = write_report(
+        finished,
+        root,
+        missing=missing,
+        title=f"Comparison {root.name}",
+        notes=notes,
+        baseline=comparison.baseline,
     )
-    return Comparison(
-        root / HTML,
-        write_report(finished, root, missing=missing, title=title, notes=notes, baseline=baseline),
-    )
+    return Comparison(root / HTML, missing)
 
 
 def final_runs(
     comparison: CompareConfig, folder: Path, rates: Mapping[str, float]
 ) -> list[PlannedRun]:
-    """The runs that are reported, seed by seed, with the learning rates that were chosen for some
-    methods."""
+    """Plan the runs that are reported, seed by seed, with the learning rates that were chosen for
+    some methods."""
+    root = Path(comparison.directory) / "runs"
     runs = []
     for seed in comparison.seeds:
         for method in comparison.methods:
             config = method_config(comparison, folder, method, seed=seed)
-            path = Path(comparison.directory) / "runs" / folder_name(method) / f"seed-{seed}"
-            runs.append(_planned(method, config, path, rates.get(method), config.evaluation))
+            path = root / folder_name(method) / f"seed-{seed}"
+            runs.append(_planned(method, config, path, rates.get(method)))
     return runs
 
 
 def tuning_runs(
     comparison: CompareConfig, folder: Path
 ) -> dict[tuple[str, float], list[PlannedRun]]:
-    """The runs that choose the learning rates: (method, learning rate) -> one for each tuning
+    """Plan the runs that choose the learning rates: (method, learning rate) -> one for each tuning
     seed."""
     tuning = comparison.tuning
+    root = Path(comparison.directory) / "tuning"
     grid: dict[tuple[str, float], list[PlannedRun]] = {}
+    # The test split is not looked at: one problem is the least that a run tests itself on.
+    blind = {"num_test_problems": 1, "num_test_samples": 1, "ood_task": {}}
     for rate in tuning.learning_rates if tuning else ():
         for method in comparison.methods:
             for seed in tuning.seeds if tuning else ():
                 config = method_config(comparison, folder, method, seed=seed)
-                path = (
-                    Path(comparison.directory)
-                    / "tuning"
-                    / folder_name(method)
-                    / f"lr-{rate:g}"
-                    / f"seed-{seed}"
-                )
-                # The test split is not looked at: one problem is the least that a run tests itself
-                # on.
-                blind = config.evaluation.model_copy(
-                    update={"num_test_problems": 1, "num_test_samples": 1, "ood_task": {}}
-                )
-                grid.setdefault((method, rate), []).append(
-                    _planned(method, config, path, rate, blind)
-                )
+                evaluation = config.evaluation.model_copy(update=blind)
+                config = config.model_copy(update={"evaluation": evaluation})
+                path = root / folder_name(method) / f"lr-{rate:g}" / f"seed-{seed}"
+                run = _planned(method, config, path, rate)
+                grid.setdefault((method, rate), []).append(run)
     return grid
 
 
-def _planned(
-    method: str,
-    config: RunConfig,
-    path: Path,
-    learning_rate: float | None,
-    evaluation: EvaluationConfig,
-) -> PlannedRun:
-    rate = {} if learning_rate is None else {"learning_rate": learning_rate}
-    loop = config.optimization.model_copy(update=rate)
-    settings = {"run_dir": str(path), "optimization": loop, "evaluation": evaluation}
-    return PlannedRun(method, config.model_copy(update=settings), path)
+def _planned(method: str, config: RunConfig, path: Path, rate: float | None) -> PlannedRun:
+    changes: dict[str, object] = {"run_dir": str(path)}
+    if rate is not None:
+        changes["optimization"] = config.optimization.model_copy(update={"learning_rate": rate})
+    return PlannedRun(method, config.model_copy(update=changes), path)
 
 
 def _tune(
     comparison: CompareConfig, folder: Path, progress: Progress
 ) -> tuple[dict[str, float], list[str], list[MissingRun]]:
-    """The learning rate of each method, what the report says of the search, and the methods for
-    which it failed."""
+    """Find the learning rate of each method, what the report says of the search, and the runs that
+    failed."""
     tuning = comparison.tuning
     if tuning is None:
         return {}, [], []
     grid = tuning_runs(comparison, folder)
     failed = _train([run for runs in grid.values() for run in runs], comparison.jobs, progress)
-    rates: dict[str, float] = {}
-    tried, seeds = (
-        ", ".join(f"{rate:g}" for rate in tuning.learning_rates),
-        ", ".join(map(str, tuning.seeds)),
-    )
+    tried = ", ".join(f"{rate:g}" for rate in tuning.learning_rates)
+    seeds = ", ".join(map(str, tuning.seeds))
     lines = [
         f"Learning rate of each method: the best of {tried} by pass@1 on the validation split "
-        "behind the last step, mean over "
-        f"seeds {seeds}; the same search for all."
+        f"after the last step, mean over seeds {seeds}; the same search for all."
     ]
+    rates: dict[str, float] = {}
     for method in comparison.methods:
         scores = {rate: _validation(grid[method, rate]) for rate in sorted(tuning.learning_rates)}
         found = {rate: score for rate, score in scores.items() if score is not None}
@@ -206,14 +194,10 @@ def _tune(
 
 
 def _validation(runs: Sequence[PlannedRun]) -> float | None:
-    """Validation pass@1 behind the last step, mean over seeds; None when a run is missing."""
+    """Average validation pass@1 after the last step over seeds; None when a run is missing."""
     if not all(run.directory.is_finished() for run in runs):
         return None
-    return mean(_last_validation(run.directory) for run in runs)
-
-
-def _last_validation(run: RunDirectory) -> float:
-    return [row["pass@1"]["mean"] for row in run.read(EVAL) if row["split"] == "validation"][-1]
+    return mean(read_history(run.directory).validations[-1].pass_at_1.mean for run in runs)
 
 
 def _train(planned: Sequence[PlannedRun], jobs: int, progress: Progress) -> list[MissingRun]:
@@ -221,8 +205,9 @@ def _train(planned: Sequence[PlannedRun], jobs: int, progress: Progress) -> list
     waiting = [run for run in planned if not run.is_done()]
     running: list[tuple[PlannedRun, subprocess.Popen[bytes]]] = []
     failed: list[MissingRun] = []
-    stop, num_done = Stop(), len(planned) - len(waiting)
+    num_done = len(planned) - len(waiting)
     progress(f"{num_done} of {len(planned)} runs are done already" if num_done else "", planned)
+    stop = Stop()
     with stop.on_signals():
         try:
             while waiting or running:
@@ -233,14 +218,12 @@ def _train(planned: Sequence[PlannedRun], jobs: int, progress: Progress) -> list
                 for run, process in [pair for pair in running if pair[1].poll() is not None]:
                     running.remove((run, process))
                     num_done += 1
-                    reason = _why_it_failed(run, process.returncode)
-                    if reason:
+                    result = "done"
+                    if process.returncode != 0:
+                        reason = _why_it_failed(run, process.returncode)
                         failed.append(MissingRun(run.method, run.config.seed, reason))
-                    progress(
-                        f"{num_done}/{len(planned)}  {run.path}  "
-                        f"{f'failed: {reason}' if reason else 'done'}",
-                        planned,
-                    )
+                        result = f"failed: {reason}"
+                    progress(f"{num_done}/{len(planned)}  {run.path}  {result}", planned)
                 progress("", planned)
                 time.sleep(_POLL_SECONDS)
         finally:
@@ -262,17 +245,16 @@ def _end(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
 
 
 def _start(run: PlannedRun, jobs: int) -> "subprocess.Popen[bytes]":
-    """The process of a run that begins or goes on; Ctrl-C reaches it through us alone."""
-    config = run.beside(".toml")
+    """Start the process of a run, new or resumed; Ctrl-C reaches it through us alone."""
+    config = run.path.with_name(f"{run.path.name}.toml")
     try:
         run.path.parent.mkdir(parents=True, exist_ok=True)
         config.write_text(dump_config(run.config), encoding="utf-8")
-        log = run.beside(".log").open("wb")
+        log = run.log.open("wb")
     except OSError as error:
         raise UserError(
-            f"{run.path.parent} cannot be written ({error.strerror}); free some space or mend its "
-            "permissions, or give the "
-            "comparison another directory."
+            f"{run.path.parent} cannot be written ({error.strerror}); free some space or fix its "
+            "permissions, or give the comparison another directory."
         ) from None
     command = [sys.executable, "-m", "rlad", "train", str(config)]
     if run.directory.exists():
@@ -290,19 +272,13 @@ def _start(run: PlannedRun, jobs: int) -> "subprocess.Popen[bytes]":
 
 
 def _why_it_failed(run: PlannedRun, code: int) -> str:
-    """The sentence that a run ended with; empty when it came to its end."""
-    if code == 0:
-        return ""
-    said = [
-        line
-        for line in run.beside(".log").read_text(encoding="utf-8", errors="replace").splitlines()
-        if line.strip()
-    ]
+    """Find the sentence that a run ended with."""
+    lines = run.log.read_text(encoding="utf-8", errors="replace").splitlines()
+    said = [line for line in lines if line.strip()] or ["no output"]
+    sentences = [line.removeprefix("rlad: ") for line in said if line.startswith("rlad: ")]
+    how = f"exit code {code}: {said[-1]}"
     if code < 0:
         how = f"killed by {signal.Signals(-code).name}"
-    else:
-        sentences = [line.removeprefix("rlad: ") for line in said if line.startswith("rlad: ")]
-        how = (
-            sentences[-1] if sentences else f"exit code {code}: {said[-1] if said else 'no output'}"
-        )
-    return f"{how} (see {run.beside('.log')})"
+    elif sentences:
+        how = sentences[-1]
+    return f"{how} (see {run.log})"

@@ -74,8 +74,7 @@ GUARDS: tuple[Guard, ...] = (
         "loss or gradient was not finite, so the step was skipped and the weights stayed as they "
         "were",
         "look at its rollouts and scores in skipped-step-*; if it happens again, lower "
-        "optimization.learning_rate or set "
-        "objective.teacher_log_ratio_clip = 1.0",
+        "optimization.learning_rate or set objective.teacher_log_ratio_clip = 1.0",
     ),
     Guard(
         "sampler_mismatch",
@@ -84,8 +83,7 @@ GUARDS: tuple[Guard, ...] = (
         "above",
         1e-3,
         "sampler and trainer give different log-probs to the same tokens of the same weights, by "
-        "more than rounding to "
-        "float32 can",
+        "more than rounding to float32 can",
         "look for what they compute differently: temperature, prompt template, precision, a model "
         "with dropout",
         _computes_float32,
@@ -97,11 +95,9 @@ GUARDS: tuple[Guard, ...] = (
         "above",
         0.05,
         "sampler and trainer give different log-probs to the same tokens of the same weights, by "
-        "more than rounding to "
-        "bfloat16 usually does",
+        "more than rounding to bfloat16 usually does",
         "look for what they compute differently: temperature, prompt template, a model with "
-        "dropout; or set "
-        "student.dtype = float32",
+        "dropout; or set student.dtype = float32",
         lambda config: not _computes_float32(config),
     ),
     Guard(
