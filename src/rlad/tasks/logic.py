@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rlad.errors import UserError
 from rlad.tasks.answers import marked_answer
 from rlad.tasks.base import UNIT_RANGE, Judgement, Problem, Split, check_split, judged, split_of
 
@@ -27,7 +26,6 @@ NAMES = (
     "Mia", "Noah", "Olga", "Paul", "Quinn", "Rosa", "Sam", "Tess", "Uma", "Vera", "Will", "Zoe",
 )  # fmt: skip
 ROLES = {True: "knight", False: "knave"}
-MIN_PEOPLE, MAX_PEOPLE = 2, 8
 
 Connective = Literal["is", "and", "or", "if", "iff"]
 World = tuple[bool, ...]
@@ -206,16 +204,6 @@ class KnightsAndKnaves:
         vary_names: bool = True,
         reward: Literal["exact", "logic_rl"] = "exact",
     ) -> None:
-        is_list = isinstance(num_people, Sequence) and len(num_people) > 0
-        if not is_list or not all(
-            isinstance(n, int) and MIN_PEOPLE <= n <= MAX_PEOPLE for n in num_people
-        ):
-            raise UserError(
-                f"num_people is {num_people!r}; give a list of whole numbers from {MIN_PEOPLE} to "
-                f"{MAX_PEOPLE}, for example [3, 4]."
-            )
-        if reward not in ("exact", "logic_rl"):
-            raise UserError(f"reward is {reward!r}; use 'exact' or 'logic_rl'.")
         self._sizes = tuple(num_people)
         self._instructions = instructions
         self._vary_names = vary_names

@@ -20,8 +20,6 @@ class SeveralTasks:
     def __init__(self, tasks: Mapping[str, Mapping[str, Any]]) -> None:
         from rlad.tasks import make_task  # whose table holds this class
 
-        if not tasks:
-            raise UserError("the task 'several' has no tasks; give it at least one, by name.")
         self.tasks: dict[str, Task] = {}
         with ExitStack() as made:
             for name, options in tasks.items():

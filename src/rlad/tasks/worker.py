@@ -5,7 +5,6 @@ This bounds time and memory; it is no sandbox: the process may do what its user 
 """
 
 import contextlib
-import math
 import multiprocessing
 import os
 import resource
@@ -14,8 +13,6 @@ from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from rlad.errors import UserError
 
 if TYPE_CHECKING:
     from pebble import ProcessPool
@@ -51,14 +48,6 @@ class Worker:
         initargs: tuple[Any, ...] = (),
         is_silent: bool = False,
     ) -> None:
-        for name, value, unit in (
-            ("timeout_seconds", timeout_seconds, "seconds"),
-            ("max_memory_gib", max_memory_gib, "GiB"),
-        ):
-            if not 0 < value < math.inf:
-                raise UserError(
-                    f"{name} is {value}; give a positive number of {unit}, for example 5."
-                )
         self._function = function
         self._timeout_seconds = timeout_seconds
         self._max_memory_gib = max_memory_gib
