@@ -48,6 +48,10 @@ class MethodFigures:
     def name(self) -> str:
         return self.method.name
 
+    @property
+    def p_value(self) -> float:
+        return self.to_baseline.p_value if self.to_baseline else math.nan
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -64,6 +68,10 @@ class Cost:
     @property
     def total_seconds(self) -> float:
         return sum(self.seconds.values())
+
+    @property
+    def seconds_per_step(self) -> float:
+        return self.total_seconds / self.num_steps if self.num_steps else math.nan
 
     def share(self, part: str) -> float:
         return self.seconds[part] / self.total_seconds if self.total_seconds else math.nan
@@ -114,7 +122,8 @@ def _compare(method: Method, baseline: Method) -> Comparison:
 
 
 def _figures(method: Method) -> MethodFigures:
-    runs, first = method.runs, method.runs[0]
+    runs = method.runs
+    first = runs[0]
     num_samples = first.after[0].num_samples
     difficulties = sorted({r.difficulty for r in first.after} - {""})
     after = [_pass(run.after, 1) for run in runs]

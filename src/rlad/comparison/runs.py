@@ -142,7 +142,8 @@ class Run:
 
 def read_run(reported: ReportedRun) -> Run | MissingRun:
     """Read the run in a directory; a run that is unfinished or cannot be read is a `MissingRun`."""
-    method, path = reported.method, reported.path
+    method = reported.method
+    path = reported.path
     directory = RunDirectory(path)
     if not directory.exists():
         return MissingRun(method, None, f"{path} holds no run.")
@@ -190,7 +191,8 @@ def _first_and_last(
     )
     if len(rows) < 2:
         return None
-    before, after = rows[0].results, rows[-1].results
+    before = rows[0].results
+    after = rows[-1].results
     if [(r.index, r.key) for r in before] != [(r.index, r.key) for r in after]:
         raise UserError(
             f"the {split} problems in {EVAL} are not the same before and after training."

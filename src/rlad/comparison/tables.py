@@ -45,43 +45,20 @@ def results_table(figures: Sequence[MethodFigures], baseline: str) -> Table:
     columns: list[Column] = [
         ("seeds", "number of trained runs", lambda f: _number(len(f.method.runs))),
         ("before", "pass@1 of the untrained student", lambda f: _share(f.before.mean)),
-        (
-            "after",
-            "pass@1 after the last step, with 95 % interval",
-            lambda f: _estimate(f.after),
-        ),
-        (
-            "sd over seeds",
-            "standard deviation of pass@1 over seeds, in points",
-            lambda f: _points(f.sd),
-        ),
-        (
-            "gain",
-            "after minus before, in points, with 95 % interval",
-            lambda f: _difference(f.gain),
-        ),
+        ("after", "pass@1 after the last step", lambda f: _estimate(f.after)),
+        ("sd over seeds", "standard deviation of pass@1, in points", lambda f: _points(f.sd)),
+        ("gain", "after minus before, in points", lambda f: _difference(f.gain)),
     ]
     compared = [f for f in figures if f.to_baseline]
     if compared:
         # Where all are compared over all of their seeds, the column of seeds says so.
         says_seeds = any(f.to_baseline.num_seeds < len(f.method.runs) for f in compared)
+        name = f"minus {baseline}"
+        meaning = f"pass@1 minus that of {baseline}, in points, on the same problems and seeds"
         columns += [
-            (
-                f"minus {baseline}",
-                f"pass@1 minus that of {baseline}, in points, on the same problems and seeds, with "
-                "95 % interval",
-                lambda f: _to_baseline(f, says_seeds=says_seeds),
-            ),
-            (
-                "p",
-                "paired permutation test by prompt, two-sided",
-                lambda f: _p(f, f.to_baseline.p_value if f.to_baseline else math.nan),
-            ),
-            (
-                "p, Holm",
-                "the same, corrected for the comparisons of this table",
-                lambda f: _p(f, f.corrected_p),
-            ),
+            (name, meaning, lambda f: _to_baseline(f, says_seeds=says_seeds)),
+            ("p", "paired permutation test by prompt, two-sided", lambda f: _p(f.p_value)),
+            ("p, Holm", "corrected for the comparisons of this table", lambda f: _p(f.corrected_p)),
         ]
     caption = "Test pass@1; sd, gain and difference in points; in brackets 95 % intervals"
     return _table(caption, figures, columns)
@@ -92,25 +69,17 @@ def breakdown_table(figures: Sequence[MethodFigures]) -> Table:
     k = max(figures[0].pass_at_k)
     columns: list[Column] = []
     if k > 1:
-        meaning = f"at least one of {k} completions is correct, with 95 % interval"
+        meaning = f"at least one of {k} completions is correct"
         columns.append((f"pass@{k}", meaning, lambda f: _estimate(f.pass_at_k[k])))
     for name in figures[0].by_difficulty:
-        meaning = "pass@1 on the test problems of this difficulty, with 95 % interval"
+        meaning = "pass@1 on the test problems of this difficulty"
         columns.append((name, meaning, lambda f, name=name: _estimate(f.by_difficulty[name])))
     if figures[0].ood:
-        meaning = "pass@1 on problems unlike those of the training, with 95 % interval"
+        meaning = "pass@1 on problems unlike those of the training"
         columns.append(("out of distribution", meaning, lambda f: _estimate(f.ood)))
     columns += [
-        (
-            "tokens",
-            "mean completion length on the test split",
-            lambda f: _number(f.completion_tokens, 1),
-        ),
-        (
-            "truncated",
-            "share of test completions that reached the token limit",
-            lambda f: _share(f.truncated_share),
-        ),
+        ("tokens", "mean completion length", lambda f: _number(f.completion_tokens, 1)),
+        ("truncated", "share that reached the token limit", lambda f: _share(f.truncated_share)),
     ]
     return _table("Test after training, in detail", figures, columns)
 
@@ -120,31 +89,18 @@ def cost_table(figures: Sequence[MethodFigures]) -> Table:
     columns: list[Column] = [
         ("steps", "optimiser steps of a run", lambda f: _number(f.cost.num_steps)),
         ("seconds", "training time of a run", lambda f: _number(f.cost.total_seconds)),
-        (
-            "s / step",
-            "the same by step",
-            lambda f: _number(f.cost.total_seconds / (f.cost.num_steps or math.nan), 2),
-        ),
+        ("s / step", "the same by step", lambda f: _number(f.cost.seconds_per_step, 2)),
     ]
     for part in PARTS:
         meaning = "share of the training time"
         columns.append((part, meaning, lambda f, part=part: _share(f.cost.share(part))))
+    sampled = "tokens of all rollouts of a run, written by the student"
+    scored = "tokens that the teacher scored or wrote"
+    memory = "most memory that a run has held, in MiB"
     columns += [
-        (
-            "sampled tokens",
-            "tokens of all rollouts of a run, written by the student",
-            lambda f: _number(f.cost.completion_tokens),
-        ),
-        (
-            "teacher tokens",
-            "tokens that the teacher scored or wrote",
-            lambda f: _number(f.cost.teacher_tokens),
-        ),
-        (
-            "peak memory",
-            "most memory that a run has held, in MiB",
-            lambda f: _number(f.cost.peak_memory / 2**20),
-        ),
+        ("sampled tokens", sampled, lambda f: _number(f.cost.completion_tokens)),
+        ("teacher tokens", scored, lambda f: _number(f.cost.teacher_tokens)),
+        ("peak memory", memory, lambda f: _number(f.cost.peak_memory / 2**20)),
     ]
     return _table("Cost of a run, mean over seeds", figures, columns)
 
@@ -153,19 +109,19 @@ def methods_table(figures: Sequence[MethodFigures]) -> Table:
     """Show what tells the methods apart: objective, teacher, and settings that are not the
     default."""
     columns: list[Column] = [
-        (
-            "objective",
-            "`rlad list objectives NAME` explains it",
-            lambda f: Cell(f.method.config.objective.type),
-        ),
-        (
-            "learning rate",
-            "of AdamW",
-            lambda f: _number(f.method.config.optimization.learning_rate, None),
-        ),
+        ("objective", "`rlad list objectives NAME` explains it", _objective),
+        ("learning rate", "of AdamW", _learning_rate),
         ("other settings that are not the default", "", _other_settings),
     ]
     return _table("What tells the methods apart", figures, columns)
+
+
+def _objective(figures: MethodFigures) -> Cell:
+    return Cell(figures.method.config.objective.type)
+
+
+def _learning_rate(figures: MethodFigures) -> Cell:
+    return _number(figures.method.config.optimization.learning_rate, None)
 
 
 def _other_settings(figures: MethodFigures) -> Cell:
@@ -253,8 +209,8 @@ def _to_baseline(figures: MethodFigures, *, says_seeds: bool) -> Cell:
     return Cell(cell.text, f"{cell.small} {seeds}", cell.order)
 
 
-def _p(figures: MethodFigures, p: float) -> Cell:
-    return Cell(p_text(p), order=p) if figures.to_baseline else Cell(UNKNOWN)
+def _p(p: float) -> Cell:
+    return Cell(UNKNOWN) if math.isnan(p) else Cell(p_text(p), order=p)
 
 
 def signed(share: float) -> str:

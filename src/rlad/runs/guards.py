@@ -2,7 +2,7 @@
 `rlad doctor` later.
 
 A guard looks at one metric of the steps so far, as rows of metrics.jsonl, and speaks once: at the
-first step at which its figure lies beyond its limit. Most figures are medians of several steps, so
+first step at which its figure is beyond its limit. Most figures are medians of several steps, so
 that one odd step says nothing.
 """
 
@@ -212,7 +212,7 @@ GUARDS: tuple[Guard, ...] = (
         "above",
         0.2,
         "the verifier cannot judge many completions, and they train nothing",
-        "read samples.jsonl for what it is given; raise its time limit, or mend the verifier or "
+        "read samples.jsonl for what it is given; raise its time limit, or fix the verifier or "
         "the reference answers",
     ),
     Guard(

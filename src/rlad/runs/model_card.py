@@ -8,7 +8,8 @@ from rlad.runs.statistics import Estimate
 def model_card(config: RunConfig, run: RunDirectory, before: Estimate, after: Estimate) -> str:
     """Write Markdown with the hub's metadata, the figures, and how to load and repeat it."""
     teacher = f"teacher `{config.teacher.title}`" if config.teacher else "no teacher"
-    last, best = run.checkpoints()[-1][1].name, run.checkpoints_by_validation()[0][1].name
+    last = run.checkpoints()[-1][1].name
+    best = run.checkpoints_by_validation()[0][1].name
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation

@@ -21,7 +21,7 @@ _OTHER_MINUS_SIGNS = str.maketrans(
     dict.fromkeys("\N{MINUS SIGN}\N{EN DASH}\N{SMALL HYPHEN-MINUS}", "-") | {"$": None}
 )
 _NUMBER = re.compile(
-    r"(?:(?<![\w)\]}])[-+])?"  # a sign, unless it stands between two terms as in 10-3
+    r"(?:(?<![\w)\]}])[-+])?"  # a sign, unless it is between two terms as in 10-3
     # 1,000 or 1000 or .5 or 1.5
     r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+|(?=\.[0-9]))(?:\.[0-9]+)?"
     r"(?:[eE][-+]?[0-9]{1,3}(?!\w)|\s?/\s?[0-9]+(?:\.[0-9]+)?)?"  # 1e-3 or 3/4

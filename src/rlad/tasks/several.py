@@ -13,8 +13,8 @@ class SeveralTasks:
     """A task whose problem i is problem i // k of task i % k of its k tasks, as that alone would
     give it.
 
-    `tasks` holds the type and the options of each, by name. The name stands in the problem's `task`
-    and before its `difficulty`, so that evaluation tables show each task.
+    `tasks` holds the type and the options of each, by name. The name is the problem's `task` and
+    comes before its `difficulty`, so that evaluation tables show each task.
     """
 
     def __init__(self, tasks: Mapping[str, Mapping[str, Any]]) -> None:
