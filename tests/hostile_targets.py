@@ -27,6 +27,7 @@ from rlad.comparison.escaping import markdown
 from rlad.comparison.runs import MissingRun, ReportedRun, read_run
 from rlad.config.file import DEFAULT_RUN, dump_config, load_config, parse_config, parse_overrides
 from rlad.config.template import fill_template, template_names
+from rlad.errors import UserError
 from rlad.runs.directory import EVAL, METRICS, SAMPLES, RunDirectory
 from rlad.tasks.answers import evaluate_arithmetic
 from rlad.tasks.base import Judgement, Verdict
@@ -255,7 +256,7 @@ def refused_or(read: Callable[[], Any]) -> Any:
     something."""
     try:
         return read()
-    except ValueError as error:
+    except UserError as error:
         assert str(error).strip(), "an error without a word"
         printable(str(error)).encode()
         return None
