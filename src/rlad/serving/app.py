@@ -70,7 +70,7 @@ class TeacherServer:
         self.api_key = api_key
         self.waiting: asyncio.Queue[Job] = asyncio.Queue()
         self.is_closing = False
-        self.text_of = lru_cache(200_000)(lambda token: language_model.tokenizer.decode([token]))
+        self.text_of = lru_cache(200_000)(self._text_of)
         self.scorer_at = lru_cache(8)(self._make_scorer)
         self.scorer_at(1.0)  # looks at the model's output layer now, not in the first request
 
@@ -182,6 +182,9 @@ class TeacherServer:
             for token, value, others in zip(given, values, likeliest, strict=True):
                 scores.append({token: value} | dict(zip(*others, strict=True)))
         return scores
+
+    def _text_of(self, token: int) -> str:
+        return str(self.language_model.tokenizer.decode([token]))
 
     def _make_scorer(self, temperature: float) -> Scorer:
         return Scorer(
