@@ -299,7 +299,8 @@ def test_any_end_token_ends_a_completion_and_stays_in_it(family: str) -> None:
 
 
 def test_an_end_token_at_the_limit_is_no_truncation() -> None:
-    completions = sampling._completions([[5, 1], [5, 6], [1, 9]], [[-1.0, -2.0]] * 3, {EOS})
+    rows = [[5, 1], [5, 6], [1, 9]]
+    completions = [sampling._completion(row, [-1.0, -2.0], {EOS}) for row in rows]
     assert [(c.token_ids, c.is_truncated) for c in completions] == [
         ((5, 1), False),
         ((5, 6), True),

@@ -1,4 +1,4 @@
-"""What every engine offers: it makes optimiser steps on a student, tells of each, and can be saved
+"""What every engine offers: it makes optimiser steps on a student, reports each, and can be saved
 between two of them."""
 
 import resource
@@ -34,6 +34,8 @@ ResumePoint = Literal["step", "rollouts"]
 
 
 class Engine(Protocol):
+    """What trains a student, step by step."""
+
     step: int
     """optimiser steps made so far"""
 
@@ -41,12 +43,12 @@ class Engine(Protocol):
 
     @property
     def resume_point(self) -> ResumePoint | None:
-        """What kind of moment the present one is, if a run can go on from it; None if it cannot."""
+        """What kind of moment the present one is, if a run can be resumed from it; else None."""
         ...
 
     def run(self, after_step: Callable[[StepResult], bool]) -> None:
-        """Make optimiser steps until the run's last one, or until `after_step`, which is told of
-        each, answers False."""
+        """Make optimiser steps until the run's last one, or until `after_step`, which gets each of
+        them, returns False."""
         ...
 
     def close(self) -> None:
@@ -59,17 +61,17 @@ class Engine(Protocol):
         ...
 
     def restore(self, folder: Path, *, run_digest: str) -> None:
-        """Bring a new engine, whose student was loaded from `folder`, to the state saved there;
-        `UserError` if it cannot."""
+        """Bring a new engine, whose student was loaded from `folder`, to the state saved there.
+
+        Raises `UserError` if it cannot.
+        """
         ...
 
 
 def peak_memory(student: LanguageModel) -> float:
-    """Most bytes that this process has held so far: on the student's GPU, or else resident in main
-    memory."""
+    """Measure the most bytes that this process has held so far: on the student's GPU, or else
+    resident in main memory."""
     if student.model.device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(student.model.device))
-    return float(
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        * (1 if sys.platform == "darwin" else 1024)
-    )
+    unit = 1 if sys.platform == "darwin" else 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)

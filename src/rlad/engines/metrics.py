@@ -90,17 +90,17 @@ class TokenStats:
 
 
 def rollout_metrics(groups: Sequence[RolloutGroup]) -> Metrics:
-    """Rewards, verdicts and lengths of the rollouts of one step."""
+    """Measure rewards, verdicts and lengths of the rollouts of one step."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    rewards = torch.tensor([r.reward for r in rollouts if r.verdict != "cannot_judge"])
+    verdicts = [rollout.verdict for rollout in rollouts]
+    judged = [[r.reward for r in g.rollouts if r.verdict != "cannot_judge"] for g in groups]
+    rewards = torch.tensor([reward for group in judged for reward in group])
     lengths = torch.tensor([float(len(r.completion.token_ids)) for r in rollouts])
-    same = [len({r.reward for r in g.rollouts if r.verdict != "cannot_judge"}) < 2 for g in groups]
     return {
         **({"reward/mean": _mean(rewards)} if len(rewards) else {}),
-        "reward/correct/frac": sum(r.verdict == "correct" for r in rollouts) / len(rollouts),
-        "reward/cannot_judge/frac": sum(r.verdict == "cannot_judge" for r in rollouts)
-        / len(rollouts),
-        "reward/zero_variance/frac": sum(same) / len(same),
+        "reward/correct/frac": verdicts.count("correct") / len(rollouts),
+        "reward/cannot_judge/frac": verdicts.count("cannot_judge") / len(rollouts),
+        "reward/zero_variance/frac": sum(len(set(group)) < 2 for group in judged) / len(groups),
         "rollout/completion_tokens/mean": _mean(lengths),
         "rollout/completion_tokens/max": float(lengths.max()),
         "rollout/truncated/frac": sum(r.completion.is_truncated for r in rollouts) / len(rollouts),
@@ -109,12 +109,11 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> Metrics:
 
 
 def _repeated_share(group: RolloutGroup) -> float:
-    """Of the rollouts behind the first, the share whose tokens another rollout of the group has
+    """Of the rollouts after the first, the share whose tokens another rollout of the group has
     too: 1 when all are alike."""
     num_rollouts = len(group.rollouts)
-    return (num_rollouts - len({r.completion.token_ids for r in group.rollouts})) / max(
-        num_rollouts - 1, 1
-    )
+    num_different = len({r.completion.token_ids for r in group.rollouts})
+    return (num_rollouts - num_different) / max(num_rollouts - 1, 1)
 
 
 def _mean(values: Tensor) -> float:

@@ -17,7 +17,7 @@ Prompt = str | tuple[tuple[str, str], ...]
 def prompt_token_ids(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, rollout: RolloutConfig
 ) -> list[int]:
-    """Token ids of a prompt: through the chat template (`chat`), as it is (`plain`), or as the
+    """Tokenize a prompt: through the chat template (`chat`), as it is (`plain`), or as the
     tokenizer has one or not (`auto`). Raises `UserError` for `chat` without a template, and for
     what only a template can say without one.
     """
@@ -44,8 +44,8 @@ def _plain_text(prompt: Prompt, rollout: RolloutConfig) -> str:
         if getattr(rollout, name):
             raise UserError(
                 f"rollout.{name} has no place in plain prompts (rollout.prompt_format = 'plain', "
-                "or a tokenizer without a chat "
-                "template); leave it out, or take a model with a chat template."
+                "or a tokenizer without a chat template); leave it out, or take a model with a "
+                "chat template."
             )
     if isinstance(prompt, str):
         return prompt
@@ -53,9 +53,8 @@ def _plain_text(prompt: Prompt, rollout: RolloutConfig) -> str:
         roles = ", ".join(role for role, _ in prompt)
         raise UserError(
             f"a prompt is a conversation ({roles}), which plain prompts (rollout.prompt_format = "
-            "'plain', or a tokenizer "
-            "without a chat template) cannot tell; take a model with a chat template, or give each "
-            "prompt as one text."
+            "'plain', or a tokenizer without a chat template) cannot express; take a model with a "
+            "chat template, or give each prompt as one text."
         )
     return prompt[0][1]
 
@@ -75,11 +74,10 @@ def chat_text(
     variables: dict[str, Any],
     whose: str = "student",
 ) -> str:
-    """The conversation up to where the answer begins, by a tokenizer's chat template. `whose` is
-    for messages.
+    """Write the conversation up to where the answer begins, by a tokenizer's chat template.
 
-    Raises `UserError` when the template fails, does not know a variable, or leaves the system
-    message out.
+    `whose` is for error texts. Raises `UserError` when the template fails, does not know a
+    variable, or leaves the system message out.
     """
     the_template = f"the chat template of the {whose}'s tokenizer"
     template = str(tokenizer.chat_template)
@@ -98,7 +96,7 @@ def chat_text(
         )
     except (TemplateError, ArithmeticError, TypeError, ValueError, RecursionError) as error:
         raise UserError(
-            f"{the_template} fails ({error}); mend it, or set rollout.prompt_format = 'plain'."
+            f"{the_template} fails ({error}); fix it, or set rollout.prompt_format = 'plain'."
         ) from None
     if messages[0]["role"] == "system" and messages[0]["content"].strip() not in text:
         raise UserError(
@@ -110,19 +108,20 @@ def chat_text(
 def check_prompt_length(
     num_tokens: int, what: str, rollout: RolloutConfig, context_tokens: int | None
 ) -> None:
-    """`UserError` when a prompt leaves no room for its completion, or is longer than the config
-    allows."""
-    longest, why = rollout.max_prompt_tokens, "rollout.max_prompt_tokens"
+    """Raise `UserError` when a prompt leaves no room for its completion, or is longer than the
+    config allows."""
+    limits = []
+    if rollout.max_prompt_tokens is not None:
+        limits.append((rollout.max_prompt_tokens, "rollout.max_prompt_tokens"))
     if context_tokens is not None:
-        room = context_tokens - rollout.max_completion_tokens
-        if longest is None or room < longest:
-            longest = room
-            why = f"context of {context_tokens} minus rollout.max_completion_tokens = {rollout.max_completion_tokens}"
-    if longest is not None and num_tokens > longest:
+        most = rollout.max_completion_tokens
+        why = f"context of {context_tokens} minus rollout.max_completion_tokens = {most}"
+        limits.append((context_tokens - most, why))
+    longest, why = min(limits, key=lambda limit: limit[0], default=(num_tokens, ""))
+    if num_tokens > longest:
         raise UserError(
             f"the prompt of {what} has {num_tokens} tokens, but at most {max(longest, 0)} are "
-            f"allowed ({why}); "
-            "shorten the prompts or change that setting."
+            f"allowed ({why}); shorten the prompts or change that setting."
         )
 
 
@@ -136,8 +135,8 @@ def longest_prompt(
     context_tokens: int | None,
     ood_task: Task | None = None,
 ) -> int:
-    """Tokens of the longest prompt: of all that a finite task will give, of the first few of an
-    endless one.
+    """Count the tokens of the longest prompt: of all that a finite task will give, of the first few
+    of an endless one.
 
     Raises `UserError` when one leaves no room for its completion.
     """

@@ -78,7 +78,6 @@ def sample(
     max_completion_tokens: int,
     temperature: float,
     seed: int,
-    first_row: int = 0,
     max_batch_rows: int = 256,
     before_token: Callable[[], None] = lambda: None,
     after_group: Callable[[int, list[Completion]], None] = lambda number, completions: None,
@@ -86,12 +85,11 @@ def sample(
     """`group_size` completions of each prompt (token ids), in the order of the prompts.
 
     A completion ends with the model's first end token (kept as its last token) or at
-    `max_completion_tokens`. At most `max_batch_rows` rows are decoded at once. `first_row` is how
-    many others stand before these under the same seed: those who share the work draw what one would
-    draw alone. `before_token` is called before every decoding step and may raise. `after_group` is
-    given a prompt's number and its completions when the last of them has ended, while others go on.
-    Log-probs are those of the sampled tokens after division by the temperature, float32. Raises
-    `UserError` for a prompt without tokens and for a model whose logits are not finite.
+    `max_completion_tokens`. At most `max_batch_rows` rows are decoded at once. `before_token` is
+    called before every decoding step and may raise. `after_group` is given a prompt's number and
+    its completions when the last of them has ended, while others are still decoded. Log-probs are
+    those of the sampled tokens after division by the temperature, float32. Raises `UserError` for a
+    prompt without tokens and for a model whose logits are not finite.
     """
     if not all(prompts):
         raise UserError(
@@ -101,9 +99,7 @@ def sample(
     device = language_model.model.device
     prompt_of_row = [p for p in range(len(prompts)) for _ in range(group_size)]
     generator = torch.Generator().manual_seed(seed)
-    uniforms = torch.rand(
-        first_row + len(prompt_of_row), max_completion_tokens, generator=generator
-    )[first_row:].to(device)
+    uniforms = torch.rand(len(prompt_of_row), max_completion_tokens, generator=generator).to(device)
     decode = _decode if _cache_rows_can_be_dropped(language_model.model) else _generate
     groups = _Groups(language_model, len(prompts), group_size, after_group)
     with torch.inference_mode(), language_model.autocast():
@@ -126,7 +122,7 @@ def sample(
 
 
 class _Groups:
-    """The completions that have ended; a group is handed on with the last of them."""
+    """Collects the completions that have ended, and gives a group away with the last of them."""
 
     def __init__(
         self,
@@ -147,16 +143,13 @@ class _Groups:
         if not torch.isfinite(logprobs).all():
             raise UserError(
                 f"the logits of {self._model.name!r} are not finite: its weights are broken or its "
-                "dtype is too narrow; "
-                "use float32 or bfloat16, or an earlier checkpoint."
+                "dtype is too narrow; use float32 or bfloat16, or an earlier checkpoint."
             )
-        completions = _completions(
-            tokens.tolist(), logprobs.tolist(), set(self._model.eos_token_ids)
-        )
-        for row, completion in zip(rows, completions, strict=True):
+        eos = set(self._model.eos_token_ids)
+        for row, ids, values in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
             number, place = divmod(start + row, self._size)
             group = self._ended[number]
-            group[place] = completion
+            group[place] = _completion(ids, values, eos)
             if len(group) == self._size:
                 # What others do with a group is no part of decoding: tensors that they make may be
                 # trained on.
@@ -201,10 +194,9 @@ def _decode(
     before_token: Callable[[], None],
     after_rows: Callable[[list[int], Tensor, Tensor], None],
 ) -> None:
-    """Gives `after_rows` the rows that end with a step, and their tokens and log-probs [row,
-    token].
+    """Give `after_rows` the rows that end with a step, and their tokens and log-probs [row, token].
 
-    Each prompt is prefilled once; row `i` goes on from prompt `owners[i]`. Finished rows leave the
+    Each prompt is prefilled once; row `i` continues prompt `owners[i]`. Finished rows leave the
     batch.
     """
     model, eos = language_model.model, torch.tensor(language_model.eos_token_ids, device=ids.device)
@@ -219,16 +211,18 @@ def _decode(
     ).logits
     cache.batch_select_indices(owners)
     logits, mask = logits[owners, -1], mask[owners]
-    rows = torch.arange(
-        num_rows, device=ids.device
-    )  # which output row each row of the batch belongs to
-    alive, num_alive = torch.ones(num_rows, dtype=torch.bool, device=ids.device), num_rows
+    # Which output row each row of the batch belongs to, and whether it is still to be continued.
+    rows = torch.arange(num_rows, device=ids.device)
+    alive = torch.ones(num_rows, dtype=torch.bool, device=ids.device)
+    num_alive = num_rows
     for step in range(max_tokens):
         tokens, logprobs = pick_tokens(logits, uniforms[rows, step], temperature)
-        tokens_out[rows, step], logprobs_out[rows, step] = tokens, logprobs
+        tokens_out[rows, step] = tokens
+        logprobs_out[rows, step] = logprobs
         ends = alive & torch.isin(tokens, eos) if step < max_tokens - 1 else alive
         alive = alive & ~ends
-        num_before, num_alive = num_alive, int(alive.sum())
+        num_before = num_alive
+        num_alive = int(alive.sum())
         if num_alive < num_before:
             ended = rows[ends]
             after_rows(
@@ -236,10 +230,12 @@ def _decode(
             )
         if num_alive == 0:
             break
+        # Where many rows have finished, the decode the others without them.
         if num_alive <= (1 - _COMPACT_SHARE) * len(rows):
             kept = alive.nonzero().squeeze(1)
             cache.batch_select_indices(kept)
-            rows, tokens, mask, alive = rows[kept], tokens[kept], mask[kept], alive[kept]
+            rows, tokens = rows[kept], tokens[kept]
+            mask, alive = mask[kept], alive[kept]
         before_token()
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         positions = mask.sum(dim=1, keepdim=True) - 1
@@ -278,28 +274,12 @@ def _generate(
     """The same through transformers' `generate`, for models whose cache is not plain keys and
     values.
 
-    Prompts of one length go together: some recurrent models let padding into their state. What
-    stands behind a row's end token means nothing.
+    Prompts of one length go together: some recurrent models let padding into their state. Tokens
+    after a row's end token mean nothing.
     """
-    lengths = mask.sum(dim=1)[owners]
-    for length in lengths.unique().tolist():
-        rows = (lengths == length).nonzero().squeeze(1)
-        processor = _PickTokens(uniforms[rows], temperature, before_token)
-        tokens = _generate_unpadded(
-            language_model, ids[owners[rows], -length:], uniforms.shape[1], processor
-        )
-        after_rows(rows.tolist(), tokens, torch.stack(processor.logprobs, dim=1))
-
-
-def _generate_unpadded(
-    language_model: LanguageModel,
-    ids: Tensor,
-    max_completion_tokens: int,
-    processor: LogitsProcessor,
-) -> Tensor:
     model: Any = language_model.model
     settings = GenerationConfig(
-        max_new_tokens=max_completion_tokens,
+        max_new_tokens=uniforms.shape[1],
         do_sample=False,
         eos_token_id=list(language_model.eos_token_ids),
         pad_token_id=language_model.pad_token_id,
@@ -307,28 +287,28 @@ def _generate_unpadded(
     )
     # `generate` fills gaps from the model's own settings, and chat models bring a repetition
     # penalty: the log-probs would no longer be those of the model.
-    own, model.generation_config = model.generation_config, GenerationConfig()
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    lengths = mask.sum(dim=1)[owners]
     try:
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            generation_config=settings,
-            logits_processor=LogitsProcessorList([processor]),
-        )
+        for length in lengths.unique().tolist():
+            rows = (lengths == length).nonzero().squeeze(1)
+            prompts = ids[owners[rows], -length:]
+            picker = _PickTokens(uniforms[rows], temperature, before_token)
+            tokens = model.generate(
+                input_ids=prompts,
+                attention_mask=torch.ones_like(prompts),
+                generation_config=settings,
+                logits_processor=LogitsProcessorList([picker]),
+            )
+            logprobs = torch.stack(picker.logprobs, dim=1)
+            after_rows(rows.tolist(), tokens[:, length:], logprobs)
     finally:
         model.generation_config = own
-    return out[:, ids.shape[1] :]
 
 
-def _completions(
-    tokens: list[list[int]], logprobs: list[list[float]], eos: set[int]
-) -> list[Completion]:
-    """Cut each row after its first end token; a row without one was truncated."""
-    completions = []
-    for row, values in zip(tokens, logprobs, strict=True):
-        end = next((i for i, token in enumerate(row) if token in eos), None)
-        length = len(row) if end is None else end + 1
-        completions.append(
-            Completion(tuple(row[:length]), tuple(values[:length]), is_truncated=end is None)
-        )
-    return completions
+def _completion(token_ids: list[int], logprobs: list[float], eos: set[int]) -> Completion:
+    """Cut a row after its first end token; a row without one was truncated."""
+    end = next((i for i, token in enumerate(token_ids) if token in eos), None)
+    length = len(token_ids) if end is None else end + 1
+    return Completion(tuple(token_ids[:length]), tuple(logprobs[:length]), end is None)

@@ -1,4 +1,4 @@
-"""With what a run is made: the contents of its `run.json`."""
+"""What a run is made with: the contents of its `run.json`."""
 
 import json
 import platform
@@ -19,7 +19,7 @@ PACKAGES = ("rlad", "torch", "transformers", "tokenizers", "safetensors", "numpy
 
 
 def describe_environment(seed: int) -> dict[str, Any]:
-    """Command, versions, commit, machine, seed and time."""
+    """Collect command, versions, commit, machine, seed and time."""
     versions = {"python": platform.python_version()} | {
         name: metadata.version(name) for name in PACKAGES
     }
@@ -39,16 +39,13 @@ def note_resumption(run: RunDirectory, step: int) -> None:
     others than before."""
     try:
         described = json.loads((run.path / ENVIRONMENT).read_text(encoding="utf-8"))
-        now, sessions = (
-            describe_environment(described["seed"]),
-            [described, *described.get("resumed", [])],
-        )
+        now = describe_environment(described["seed"])
+        sessions = [described, *described.get("resumed", [])]
         is_same = all(now[name] == sessions[-1][name] for name in ("versions", "commit"))
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (UnicodeDecodeError, json.JSONDecodeError, TypeError, KeyError, AttributeError):
         raise UserError(
             f"{run.path / ENVIRONMENT} is not what a run has written; put back a copy of it, or "
-            "start the run again with "
-            "--overwrite."
+            "start the run again with --overwrite."
         ) from None
     if not is_same:
         session = {"step": step} | {
@@ -60,8 +57,8 @@ def note_resumption(run: RunDirectory, step: int) -> None:
 
 
 def commit(checkout: Path) -> str | None:
-    """The commit of a checkout, ending in `-dirty` when files differ from it; None for an installed
-    package."""
+    """Name the commit of a checkout, ending in `-dirty` when files differ from it; None for an
+    installed package."""
     git = shutil.which("git")
     if git is None or not (checkout / ".git").exists():
         return None

@@ -1,5 +1,4 @@
-"""What a run leaves behind while it trains: rows, samples, warnings, checkpoints; and who hears of
-it."""
+"""What a run writes while it trains: rows, samples, warnings, checkpoints."""
 
 import json
 import math
@@ -34,7 +33,7 @@ from rlad.training.reporter import Reporter
 
 
 class Recorder:
-    """Writes what happens in a run into its directory, then tells the reporters.
+    """Writes what happens in a run into its directory, then calls the reporters.
 
     A new recorder continues after the steps that the directory holds. Nothing but a recorder writes
     while a run trains, so that another process of the same run may do without one.

@@ -1,4 +1,4 @@
-"""Who is told what happens in a run."""
+"""What follows a run while it trains."""
 
 from rlad.engines.base import StepResult
 from rlad.runs.directory import EvaluationSet

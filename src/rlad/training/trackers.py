@@ -185,7 +185,7 @@ class Trackers(Reporter):
         trace: TracebackType | None,
     ) -> None:
         problems = self._close(failed=error is not None)
-        # Where the run itself has failed, that is what must be heard of.
+        # Where the run itself has failed, its error is the one to raise.
         if problems and error is None:
             raise RunFailedError(
                 f"{'; '.join(problems)}; what the run itself has written is whole."
