@@ -204,3 +204,13 @@ def test_an_interrupted_run_resumes_bit_for_bit(
         monkeypatch.setattr(rlad.training.run, "Stop", lambda: StopAt(10**9))
         rlad.train(config, resume=True)
         assert remains(Path(config["run_dir"])) == wanted, at
+
+
+@BOTH
+def test_an_adapter_learns_too(world: Path, tmp_path: Path, objective: str) -> None:
+    pytest.importorskip("peft")
+    section = {"type": objective} | ({"rejection": False} if objective == "sft" else {})
+    config = run_config(world, tmp_path / "run", objective=section, **SECTIONS)
+    config["student"]["lora"] = {"rank": 2}
+    rows = list(RunDirectory(rlad.train(config).run_dir).read(METRICS))
+    assert all(row["optimization/gradient_norm"] > 0 for row in rows)
