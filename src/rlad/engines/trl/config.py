@@ -63,8 +63,8 @@ class RLADConfig(GRPOConfig):
     advantages: Advantages = field(
         default="trl",
         metadata={
-            "help": "'trl': group advantages as TRL makes them (sample standard deviation); "
-            "'rlad': as the native engine does (population standard deviation, and a completion that no "
+            "help": "'trl': group advantages as TRL makes them (sample standard deviation); 'rlad': "
+            "those of the native engine (population standard deviation, and a completion that no "
             "reward function judges trains nothing)."
         },
     )

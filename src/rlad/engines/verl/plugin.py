@@ -1,11 +1,10 @@
 # pyright: reportMissingImports=false
-"""verl plug-in: our objectives as verl's distillation losses (entry point group `verl.plugins`;
-loaded by `import verl`).
+"""The verl plug-in: our objectives as verl's distillation losses.
 
-Translates verl's TensorDict into LossInputs and hands token losses back; sampling, teacher,
-advantages, aggregation and the optimiser are verl's. On this route verl adds neither KL leash nor
-rollout importance weights: both are added here, when `actor.use_kl_loss` and
-`algorithm.rollout_correction.rollout_is` ask for them.
+`import verl` loads it (entry point group `verl.plugins`). It translates verl's TensorDict into
+LossInputs and returns token losses; sampling, teacher, advantages, aggregation and the optimiser
+are verl's. On this route verl adds neither KL leash nor rollout importance weights: both are added
+here, when `actor.use_kl_loss` and `algorithm.rollout_correction.rollout_is` ask for them.
 """
 
 from typing import Any
@@ -22,6 +21,7 @@ from verl.utils.metric import AggregationType, Metric
 from verl.workers.utils.padding import no_padding_2_padding
 
 from rlad.engines.verl.objective import NAMES, objective_knobs_from_environment
+from rlad.errors import UserError
 from rlad.objectives import token_loss
 from rlad.objectives.inputs import LossInputs
 from rlad.scoring.distributions import float32_or_wider
@@ -32,10 +32,10 @@ NEEDED = ("response_mask", "old_log_probs", "advantages", "teacher_logprobs")
 def rlad_loss(
     config: Any, distillation_config: Any, model_output: Any, data: Any
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Token losses `[batch, token]` of the objective that `loss_mode` names, and its metrics;
-    arguments as verl gives them.
+    """Compute the token losses `[batch, token]` of the objective that `loss_mode` names, and its
+    metrics; the arguments are those of verl's losses.
 
-    Raises `ValueError` for settings that have no meaning here, and for tensors that are missing.
+    Raises `UserError` for settings that have no meaning here, and for tensors that are missing.
     """
     settings = distillation_config.distillation_loss
     _require_meaning(config, settings, data)
@@ -47,7 +47,7 @@ def rlad_loss(
 
 
 def _translate(config: Any, model_output: Any, data: Any) -> LossInputs:
-    """What the objective reads, with rollout weights where verl has computed some."""
+    """Collect what the objective reads, with rollout weights where verl has computed some."""
     student = no_padding_2_padding(model_output["log_probs"], data)
     student = student.to(float32_or_wider(student.dtype))
     teacher = no_padding_2_padding(data["teacher_logprobs"], data).squeeze(-1)
@@ -72,7 +72,7 @@ def _require_meaning(config: Any, settings: Any, data: Any) -> None:
     name = settings.loss_mode
     needed = (*NEEDED, "ref_log_prob") if config.use_kl_loss else NEEDED
     if missing := [field for field in needed if field not in data]:
-        raise ValueError(
+        raise UserError(
             f"objective {name!r} needs {', '.join(missing)}, which verl's batch does not hold; "
             "enable distillation."
         )
@@ -84,27 +84,26 @@ def _require_meaning(config: Any, settings: Any, data: Any) -> None:
     )
     for key, value, wanted in must_be:
         if value != wanted:
-            raise ValueError(
+            raise UserError(
                 f"{key} is {value}; with objective {name!r}, a complete loss of its own, it must "
                 f"be {wanted}."
             )
     if config.use_kl_loss and config.kl_loss_type != "low_var_kl":
-        raise ValueError(
+        raise UserError(
             f"actor_rollout_ref.actor.kl_loss_type is {config.kl_loss_type!r}; the KL leash is "
             "'low_var_kl' (k3)."
         )
     temperature = tensordict_utils.get_non_tensor_data(data, "temperature", 1.0)
     if not torch.all(torch.as_tensor(temperature) == 1.0):
-        raise ValueError(
+        raise UserError(
             f"actor_rollout_ref.rollout.temperature is {temperature}, but verl's teacher always "
             "scores at 1; set it to 1."
         )
 
 
 def _metrics(stats: dict[str, Tensor], mask: Tensor, data: Any) -> dict[str, Any]:
-    """Means over the response tokens of the global mini-batch, each micro-batch its part: verl adds
-    micro-batches up and takes the mean over data-parallel ranks.
-    """
+    """Return this micro-batch's part of the means over the response tokens of the global
+    mini-batch: verl adds micro-batches up and takes the mean over data-parallel ranks."""
     denominator = float(data["batch_num_tokens"]) / data["dp_size"]
     totals = {
         name: values.detach()[mask].sum(dtype=torch.float32) for name, values in stats.items()
@@ -116,8 +115,7 @@ def _metrics(stats: dict[str, Tensor], mask: Tensor, data: Any) -> dict[str, Any
 
 
 def register() -> None:
-    """Make verl know our objectives by their names; a name that verl has already is left to raise
-    verl's own error."""
+    """Register our objectives with verl; for a name that is taken verl raises its own error."""
     if not all(DISTILLATION_LOSS_REGISTRY.get(name) is rlad_loss for name in NAMES):
         register_distillation_loss(DistillationLossSettings(names=list(NAMES), use_estimator=True))(
             rlad_loss
