@@ -831,7 +831,7 @@ def server(world: Path) -> Iterator[ConformanceServer]:
 
 
 class Behind(rlad.training.reporter.Reporter):
-    """Does something behind a step."""
+    """Does something after a step."""
 
     def __init__(self, step: int, action: Callable[[], Any]) -> None:
         self.at, self.action = step, action

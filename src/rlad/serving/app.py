@@ -93,8 +93,11 @@ class TeacherServer:
 
     async def models(self, request: Request) -> JSONResponse:
         self._require_key(request)
-        root, context = self.language_model.name, self.max_context_tokens
-        model = {"id": self.served_name, "root": root, "max_model_len": context}
+        model = {
+            "id": self.served_name,
+            "root": self.language_model.name,
+            "max_model_len": self.max_context_tokens,
+        }
         return JSONResponse({"object": "list", "data": [model]})
 
     async def completions(self, request: Request) -> JSONResponse:
@@ -209,7 +212,8 @@ class TeacherServer:
 
     def _require_possible(self, asked: CompletionRequest) -> None:
         """HTTP 404 for another model; `UserError` for a text that the model cannot take."""
-        vocabulary, length = self.language_model.vocabulary, len(asked.prompt)
+        vocabulary = self.language_model.vocabulary
+        length = len(asked.prompt)
         if asked.model != self.served_name:
             raise HTTPException(
                 404, f"model {asked.model!r} is not served here; {self.served_name!r} is."
@@ -226,12 +230,11 @@ class TeacherServer:
 
 
 def _require_short_body(request: Request) -> None:
-    """HTTP 411 for a request of unknown size, 413 for one that is too large."""
+    """HTTP 413 for a request that is too large, or does not say its size."""
     size = request.headers.get("content-length")
-    if size is None:
-        raise HTTPException(411, "the request has no Content-Length; send it with one.")
-    if int(size) > MAX_REQUEST_BYTES:
-        raise HTTPException(413, f"the request is larger than {MAX_REQUEST_BYTES // 2**20} MiB.")
+    if size is None or int(size) > MAX_REQUEST_BYTES:
+        most = MAX_REQUEST_BYTES // 2**20
+        raise HTTPException(413, f"a request must have a Content-Length of at most {most} MiB.")
 
 
 def _as_answer(error: Exception) -> Exception:

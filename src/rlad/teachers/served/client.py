@@ -107,8 +107,10 @@ class CompletionsClient:
     def _ask_replicas(self, body: dict[str, Any], max_bytes: int) -> dict[str, Any]:
         """Ask one replica after the other, each time beginning with the next one; those that failed
         lately come last."""
-        urls, turn, now = self.settings.urls, next(self._turns), time.monotonic()
-        in_turn = [urls[(turn + i) % len(urls)] for i in range(len(urls))]
+        urls = self.settings.urls
+        now = time.monotonic()
+        turn = next(self._turns) % len(urls)
+        in_turn = [*urls[turn:], *urls[:turn]]
         reasons: list[ServerUnavailableError] = []
         for url in sorted(in_turn, key=lambda url: self.rests_until.get(url, 0) > now):
             try:
@@ -148,13 +150,12 @@ class CompletionsClient:
         except httpx2.RequestError as error:
             reason = printable(str(error)) or type(error).__name__
             raise ServerUnavailableError(f"{address}: {reason}") from None
-        status, answer = response.status_code, _json_object(content)
+        status = response.status_code
+        answer = _json_object(content)
         if status == 200 and answer is not None:
             return answer
-        if status == 200:
-            raise ServerUnavailableError(f"{address}: the answer is no JSON object")
-        said = f"HTTP {status}{self._words_of(answer or {})}"
-        if status in PASSING_STATUSES or status >= 500:
+        said = f"HTTP {status}: {self._words_of(answer)}"
+        if status in {200, *PASSING_STATUSES} or status >= 500:
             raise ServerUnavailableError(f"{address}: {said}")
         raise ServerRefusedError(
             f"{address} refuses the teacher's requests ({said}); {self._advice(response)}."
@@ -170,16 +171,18 @@ class CompletionsClient:
             return "it redirects, which is not followed: give the new address in teacher.urls"
         return "check teacher.urls, which mostly end in /v1, teacher.model and the server's log"
 
-    def _words_of(self, answer: dict[str, Any]) -> str:
+    def _words_of(self, answer: dict[str, Any] | None) -> str:
         """Shorten what an error answer says, without the key, which some servers repeat."""
+        if answer is None:
+            return "the answer is no JSON object"
         error = answer.get("error", answer)
         if isinstance(error, dict):
-            error = error.get("message") or error.get("detail") or ""
-        text = str(error)
+            error = error.get("message") or error.get("detail")
+        text = str(error or "no reason given")
         if self.key is not None:
             text = text.replace(self.key.get_secret_value(), "***")
         text = " ".join(printable(text).split())
-        return f": {text[:200].rstrip('.')}" if text else ""
+        return text[:200].rstrip(".")
 
 
 def is_this_machine(url: str) -> bool:

@@ -17,7 +17,8 @@ LARGEST_LOGPROB = 1e-2
 """a little above 0, for rounding"""
 STAND_IN_FOR_MINUS_INFINITY = -9999.0
 """of vLLM, as JSON knows no infinity"""
-BYTES_PER_TOKEN, BYTES_PER_ANSWER = 1024, 65_536
+BYTES_PER_TOKEN = 1024
+BYTES_PER_ANSWER = 65_536
 
 
 def _finite_logprob(value: Any) -> float:

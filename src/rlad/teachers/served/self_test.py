@@ -37,8 +37,10 @@ from rlad.teachers.served.token_strings import (
     spread_ids,
 )
 
-NUM_CUTS, NUM_WRITTEN = 4, 5
-"""places in the probe at which the server continues it, and how many tokens it writes"""
+NUM_CUTS = 4
+"""places in the probe at which the server continues it"""
+NUM_WRITTEN = 5
+"""tokens that it writes at each of them"""
 NUM_LIKELIEST = 5
 NUM_STRINGS = 200
 """tokens all over the vocabulary whose strings are compared"""
@@ -180,9 +182,11 @@ class SelfTest:
         first, *others = self.settings.urls
         findings = []
         for url in others:
-            found, wanted = self._tempered_logprobs(url), self._tempered_logprobs(first)
-            otherwise = f"{url} gives other log-probs than {first}"
-            difference = self._require_equal(found, wanted, otherwise)
+            difference = self._require_equal(
+                self._tempered_logprobs(url),
+                self._tempered_logprobs(first),
+                f"{url} gives other log-probs than {first}",
+            )
             message = f"{url} agrees with {first} ({difference})"
             findings.append(Finding("ok", "replicas", message))
         return findings
@@ -293,7 +297,8 @@ class SelfTest:
         """Return how far the log-probs differ; fail when one does by more than the tolerance."""
         sizes = [abs(a - b) for a, b in zip(found, wanted, strict=True)]
         tolerance = self.settings.tolerance
-        mean, largest = sum(sizes) / len(sizes), max(sizes)
+        mean = sum(sizes) / len(sizes)
+        largest = max(sizes)
         difference = f"mean {mean:.2g}, max {largest:.2g} nats over {len(sizes)} tokens"
         if largest > tolerance:
             raise SelfTestFailed(f"{otherwise} ({difference}; teacher.tolerance is {tolerance:g}).")

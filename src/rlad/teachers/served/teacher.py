@@ -104,8 +104,8 @@ class ServedTeacher(Teacher):
         if not known:
             return values
         tokens = [*request.prompt, *known]
-        model, temperature = self._client.settings.model, self._setting.temperature
-        body = scoring_request(self._scoring, model, tokens, temperature=temperature)
+        model = self._client.settings.model
+        body = scoring_request(self._scoring, model, tokens, temperature=self._setting.temperature)
         max_bytes = max_answer_bytes(len(tokens))
         try:
             answer = self._client.complete(body, max_bytes=max_bytes, given_up=given_up)

@@ -11,7 +11,8 @@ PROBE = (
     "minutes.\n"
     "\tÜber naïve façades: 你好, Привет! if x_1 != 3.14: return [f(x) for x in y]"
 )
-MIN_PROBE_TOKENS, MAX_PROBE_TOKENS = 12, 128
+MIN_PROBE_TOKENS = 12
+MAX_PROBE_TOKENS = 128
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
