@@ -161,3 +161,18 @@ def test_a_page_lists_each_kind(what: str) -> None:
         if line.startswith("| ")
     )
     assert [name for name in CONFIGS[what] if f"`{name}`" not in table] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_options_of_scripts_are_in_their_sources(page: Path) -> None:
+    lines = "\n".join(blocks(page, "bash", "")).replace("\\\n", " ").splitlines()
+    unknown = []
+    for text in [*lines, *spans(page)]:
+        for script, words in re.findall(r"python ((?:benchmarks|recipes)/\S+\.py)([^#;|]*)", text):
+            source = (ROOT / script).read_text(encoding="utf-8")
+            unknown += [
+                (script, option)
+                for option in re.findall(r"--([a-z-]+)", words)
+                if option not in source and option.replace("-", "_") not in source
+            ]
+    assert unknown == []
