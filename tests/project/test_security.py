@@ -22,7 +22,7 @@ from rlad.cli.main import main
 from rlad.config.run import RolloutConfig
 from rlad.models.loading import load_language_model, load_model_config, load_tokenizer
 from rlad.rollouts.prompts import prompt_token_ids
-from rlad.runs.checkpoints import damage, find_checkpoints, write_manifest
+from rlad.runs.checkpoints import damage, find_checkpoints
 from tiny_runs import rlad_fails, run_config, write_config, write_tokenizer
 
 SOURCES = sorted(Path(rlad.__file__).parent.rglob("*.py"))
@@ -210,41 +210,6 @@ def test_a_chat_template_is_in_a_sandbox(world, tmp_path, template):
     else:
         assert "__" in template  # what the sandbox hides is empty
     assert not sprung.exists()
-
-
-@pytest.mark.trl
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt"])
-def test_a_checkpoint_of_trl_is_not_unpickled(world, tmp_path, name):
-    pytest.importorskip("trl", reason="needs the optional package trl")
-    config, sprung = (
-        run_config(world, tmp_path / "run", engine={"type": "trl"}),
-        tmp_path / "sprung",
-    )
-    rlad.train(config | {"optimization": config["optimization"] | {"num_steps": 2}})
-    (_, checkpoint) = rlad.runs.directory.RunDirectory(tmp_path / "run").newest_checkpoint()  # type: ignore[attr-defined]
-    (checkpoint / name).write_bytes(pickle.dumps(Trap(sprung)))
-    step, run = (
-        json.loads((checkpoint / "manifest.json").read_text())["step"],
-        json.loads((checkpoint / "manifest.json").read_text())["run"],
-    )
-    write_manifest(checkpoint, step=step, run=run)
-    with pytest.raises(
-        ValueError,
-        match=rf"cannot be resumed: its {re.escape(name)} is missing or damaged\. Delete that folder",
-    ):
-        rlad.train(config, resume=True)
-    assert not sprung.exists()
-
-
-@pytest.mark.trl
-@pytest.mark.parametrize(
-    ("option", "words"), [("hub_token", "is a secret"), ("trust_remote_code", "leave it out there")]
-)
-def test_options_of_trl_that_are_refused(world, tmp_path, option, words):
-    pytest.importorskip("trl", reason="needs the optional package trl")
-    config = run_config(world, tmp_path / "run", engine={"type": "trl", "trl": {option: CANARY}})
-    sentence = rlad_fails("train", write_config(tmp_path / "run.toml", config))
-    assert words in sentence and CANARY not in sentence and not (tmp_path / "run").exists()
 
 
 # --- paths ---------------------------------------------------------------------------------------
