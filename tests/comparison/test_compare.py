@@ -176,7 +176,7 @@ MISTAKES: dict[str, dict[str, Any]] = {
     "method 'gropo': objective.type is 'gropo'": {"methods": {"gropo": {}}},
     "method 'trrd' sets student": {"methods": {"trrd": {"student": {"model": "x"}}}},
     "seeds = [1, 1] holds a value twice": {"seeds": [1, 1]},
-    "tuning.learning_rates = ['0.001', '0.001'] holds a value twice": {
+    "tuning.learning_rates = [0.001, 0.001] holds a value twice": {
         "tuning": {"learning_rates": [1e-3, 0.001]}
     },
     "[shared] sets seed or run_dir": {"shared": {"seed": 3}},
@@ -184,7 +184,7 @@ MISTAKES: dict[str, dict[str, Any]] = {
     "uses no teacher, so max_teacher_tokens would not end it": {
         "shared": {"optimization": {"max_teacher_tokens": 9}}
     },
-    "opd_share is planned over num_steps, which max_seconds may end early": {
+    "its objective is planned over num_steps, which max_seconds may end early": {
         "methods": {"opd_then_grpo": {}},
         "shared": {"optimization": {"max_seconds": 9.0}},
     },

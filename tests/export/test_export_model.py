@@ -136,7 +136,7 @@ def test_bad_input(tmp_path):
     )
     (tmp_path / "there").mkdir()
     assert "exists already" in rlad_fails("export", "model", run, "--output", tmp_path / "there")
-    assert "no folder to lie in" in rlad_fails(
+    assert "no parent folder" in rlad_fails(
         "export", "model", run, "--output", tmp_path / "no" / "place"
     )
     command = (

@@ -22,13 +22,13 @@ LearningRate = Annotated[float, Field(strict=True, gt=0, le=1)]
 
 
 class TuningConfig(Section):
-    """The same search for every method: the learning rate with the highest validation pass@1 behind
+    """The same search for every method: the learning rate with the highest validation pass@1 after
     the last step."""
 
     learning_rates: tuple[LearningRate, ...] = Field(min_length=1)
     """tried for each method"""
     seeds: tuple[NonNegativeInt, ...] = Field((1000,), min_length=1)
-    """of the tuning runs; best none of the seeds that are reported"""
+    """of the tuning runs; preferably none of the seeds that are reported"""
 
 
 class CompareConfig(Section):
@@ -54,18 +54,14 @@ class CompareConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "CompareConfig":
-        tuning = self.tuning
-        seeds, rates = (
-            (tuning.seeds, [f"{rate:g}" for rate in tuning.learning_rates]) if tuning else ((), [])
-        )
-        for name, values in (
-            ("seeds", self.seeds),
-            ("tuning.seeds", seeds),
-            ("tuning.learning_rates", rates),
-        ):
-            if len(set(values)) < len(values):
+        values: dict[str, list[Any]] = {"seeds": list(self.seeds)}
+        if self.tuning:
+            values["tuning.seeds"] = list(self.tuning.seeds)
+            values["tuning.learning_rates"] = list(self.tuning.learning_rates)
+        for name, each in values.items():
+            if len(set(each)) < len(each):
                 raise UserError(
-                    f"{name} = {list(values)} holds a value twice; each run needs one of its own"
+                    f"{name} = {each} holds a value twice; each run needs one of its own"
                 )
         if "seed" in self.shared or "run_dir" in self.shared:
             raise UserError(
@@ -112,64 +108,56 @@ def method_config(comparison: CompareConfig, folder: Path, method: str, *, seed:
     """The run of one method with one seed. `UserError` when it is no valid run, or changes the
     budget of all."""
     changes = comparison.methods[method]
+    if wrong := _shared_settings(changes):
+        raise UserError(
+            f"method {method!r} sets {', '.join(wrong)}, but all methods share one budget; a "
+            "method may set objective, teacher and how it optimises: put the rest into [shared]."
+        )
+    base = read_toml(Path(os.path.join(folder, comparison.run)) if comparison.run else DEFAULT_RUN)
+    objective = base.pop("objective", {})
+    if "objective" not in changes:
+        # The base run's own settings of its objective are those of the method of that name.
+        is_of_base = objective.get("type") == method
+        changes = {"objective": objective if is_of_base else {"type": method}} | changes
+    table = expand_preset(changes, merged(base, comparison.shared)) | {"seed": seed}
+    try:
+        config = parse_config(table)
+        _require_fair_limit(config)
+    except UserError as error:
+        lines = [f"method {method!r}: {line}" for line in str(error).splitlines()]
+        raise UserError("\n".join(lines)) from None
+    return config
+
+
+def _shared_settings(changes: dict[str, Any]) -> list[str]:
+    """Those settings of a method that all methods must share."""
+    found = []
     for section, value in changes.items():
         if section in ("objective", "teacher"):
             continue
-        wrong = [section]
-        if isinstance(value, dict):
-            shared = _SHARED_OPTIMIZATION if section == "optimization" else value
-            wrong = [f"{section}.{key}" for key in value if key in shared]
-        if wrong:
-            raise UserError(
-                f"method {method!r} sets {', '.join(wrong)}, but all methods share one "
-                "budget; a method may set "
-                "objective, teacher and how it optimises: put the rest into [shared]."
-            )
-    base = read_toml(
-        DEFAULT_RUN if comparison.run is None else Path(os.path.join(folder, comparison.run))
-    )
-    objective = base.pop("objective", {})
-    # The base run's own settings of its objective are those of the method of that name.
-    named = (
-        {}
-        if "objective" in changes
-        else {"objective": objective if objective.get("type") == method else {"type": method}}
-    )
-    try:
-        config = parse_config(
-            expand_preset(named | changes, merged(base, comparison.shared)) | {"seed": seed}
-        )
-        _require_a_fair_limit(config)
-        return config
-    except UserError as error:
-        raise UserError(
-            "\n".join(f"method {method!r}: {line}" for line in str(error).splitlines())
-        ) from None
+        if not isinstance(value, dict):
+            found.append(section)
+            continue
+        shared = _SHARED_OPTIMIZATION if section == "optimization" else value
+        found += [f"{section}.{key}" for key in value if key in shared]
+    return found
 
 
-def _require_a_fair_limit(config: RunConfig) -> None:
-    """`UserError` when a limit of seconds or teacher tokens means nothing to a method, or
-    something else than its steps."""
+def _require_fair_limit(config: RunConfig) -> None:
+    """`UserError` when a limit of seconds or teacher tokens means nothing to a method, or ends a
+    schedule before its end."""
     loop = config.optimization
     if loop.max_teacher_tokens is not None and not config.needs_teacher:
         raise UserError(
             f"objective {config.objective.type!r} uses no teacher, so max_teacher_tokens would not "
-            "end it; leave the method "
-            "out, or compare under the same num_steps or max_seconds."
+            "end it; leave the method out, or compare under the same num_steps or max_seconds."
         )
     limits = [
         name for name in ("max_seconds", "max_teacher_tokens") if getattr(loop, name) is not None
     ]
-    planned = (
-        "its schedule"
-        if loop.schedule != "constant"
-        else "opd_share"
-        if config.objective.schedule_depends_on_num_steps
-        else ""
-    )
-    if limits and planned:
+    if limits and config.schedule_depends_on_num_steps:
+        planned = "its schedule" if loop.schedule != "constant" else "its objective"
         raise UserError(
             f"{planned} is planned over num_steps, which {limits[0]} may end early; give the "
-            "comparison num_steps alone, or "
-            "this method a constant schedule and another objective."
+            "comparison num_steps alone, or this method a constant schedule and another objective."
         )

@@ -109,7 +109,7 @@ class OptimizationConfig(Section):
     """of AdamW"""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """of the learning rate after the warm-up, as in transformers: linear and cosine fall to 0
-    behind the last step"""
+    after the last step"""
     warmup_steps: NonNegativeInt = 0
     """steps in which the learning rate rises; the first of them has 0"""
     weight_decay: NonNegative = 0.0
@@ -173,7 +173,7 @@ class CheckpointConfig(Section):
 
 
 class LoggingConfig(Section):
-    """Where the figures of a run go besides its own directory, on both engines."""
+    """Where the figures of a run go besides its own directory, on any engine."""
 
     trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
     """any of them; each needs the extra of its name, such as `rlad[tensorboard]`"""
@@ -201,19 +201,18 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "RunConfig":
-        loop, rollout = self.optimization, self.rollout
+        loop = self.optimization
+        rollout = self.rollout
         if rollout.prompts_per_batch % loop.steps_per_rollout_batch:
             raise UserError(
                 f"rollout.prompts_per_batch = {rollout.prompts_per_batch} is no multiple of "
                 f"optimization.steps_per_rollout_batch = {loop.steps_per_rollout_batch}, but every "
-                "optimiser step takes the "
-                "same number of prompts; change one of them"
+                "optimiser step takes the same number of prompts; change one of them"
             )
         if self.teacher is None and self.needs_teacher:
             raise UserError(
                 f"objective {self.objective.type!r} needs a teacher; add a [teacher] section with "
-                "its model, or set "
-                "objective=grpo"
+                "its model, or set objective=grpo"
             )
         if (
             self.teacher is not None
@@ -236,9 +235,15 @@ class RunConfig(Section):
         schedule depends on it, be of another length."""
         loop = self.optimization
         table = self.dump(without=(Mark.NO_NUMBER, Mark.LENGTH))
-        if loop.schedule != "constant" or self.objective.schedule_depends_on_num_steps:
+        if self.schedule_depends_on_num_steps:
             table["optimization"]["num_steps"] = loop.num_steps
         return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def schedule_depends_on_num_steps(self) -> bool:
+        """Whether the first steps would be others in a run of another length."""
+        constant = self.optimization.schedule == "constant"
+        return not constant or self.objective.schedule_depends_on_num_steps
 
     @property
     def needs_teacher(self) -> bool:

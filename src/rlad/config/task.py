@@ -63,9 +63,9 @@ class JsonlConfig(Section):
     test_path: str | None = None
     """the same"""
     prompt_field: str = "prompt"
-    """where a problem's prompt stands"""
+    """the field with a problem's prompt"""
     answer_field: str = "answer"
-    """where its reference answer stands"""
+    """the field with its reference answer"""
     verifier: str = "exact"
     """`exact`, `number`, `math`, or `import.path:function` of your own"""
     timeout_seconds: Positive = 5.0
@@ -76,7 +76,7 @@ class JsonlConfig(Section):
 
 class _BenchmarkConfig(Section):
     instructions: str = "Please reason step by step, and put your final answer within \\boxed{}."
-    """behind each question; may be empty"""
+    """after each question; may be empty"""
 
 
 class GSM8KConfig(_BenchmarkConfig):

@@ -27,7 +27,7 @@ class LocalTeacherConfig(Section):
     device: Annotated[str, Mark.ROUNDING] = "auto"
     """`auto` takes the student's device"""
     keep: Annotated[Literal["gpu", "cpu"], Mark.NO_NUMBER] = "gpu"
-    """where its weights lie between uses; `cpu` leaves the GPU's memory to the student and costs
+    """where its weights are between uses; `cpu` leaves the GPU's memory to the student and costs
     two copies a rollout batch"""
     tokens_per_batch: Annotated[Count, Mark.ROUNDING] = 16_384
     """most tokens (padding included) in one forward pass"""
@@ -88,8 +88,7 @@ def _server_url(url: str) -> str:
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise UserError(
             "it may hold no user, password, query or fragment, as it is stored with the run; put a "
-            "key into the environment "
-            "variable that api_key_variable names"
+            "key into the environment variable that api_key_variable names"
         )
     return url.rstrip("/")
 
@@ -236,7 +235,7 @@ class CachedTeacherConfig(Section):
 
     type: Literal["cached"]
     teacher: "TeacherConfig"
-    """the teacher behind the cache"""
+    """the teacher that is asked once"""
     directory: Annotated[str, Mark.NO_NUMBER] = "teacher_cache"
     """shared by all runs that name it, also at the same time"""
     max_gib: Annotated[Positive, Mark.NO_NUMBER] = 10.0

@@ -43,19 +43,19 @@ def export_model(
     if file_format == "gguf":
         raise UserError(
             "GGUF is written by llama.cpp, whose converter is a script and no package; export with "
-            "--format hf, and in a clone "
-            f"of llama.cpp run: python convert_hf_to_gguf.py {folder} --outfile {folder}.gguf"
+            "--format hf, and in a clone of llama.cpp run: python convert_hf_to_gguf.py "
+            f"{folder} --outfile {folder}.gguf"
         )
     if folder.exists() or folder.is_symlink() or not folder.parent.is_dir():
         raise UserError(
-            f"--output {folder} exists already or has no folder to lie in; give a new folder."
+            f"--output {folder} exists already or has no parent folder; give a new folder."
         )
     student = _merged_student(run, _chosen(run, checkpoint), getattr(torch, dtype))
     try:
         write_folder(folder, lambda aside: save_model(student, aside))
     except (OSError, SafetensorError) as error:
         raise RunFailedError(
-            f"{folder} cannot be written ({error}); free some space or mend its permissions, or "
+            f"{folder} cannot be written ({error}); free some space or fix its permissions, or "
             "give another --output."
         ) from None
     return folder
@@ -65,9 +65,8 @@ def _chosen(run: RunDirectory, which: str) -> Path:
     """The folder of a checkpoint that is whole."""
     if which in ("best", "last"):
         return (run.best_checkpoint() if which == "best" else run.newest_checkpoint())[1]
-    found = dict(
-        reversed(run.checkpoints())
-    )  # of two at one step the one that holds the student alone
+    # Of two at one step, the one that holds the student alone.
+    found = dict(reversed(run.checkpoints()))
     if not which.isdecimal() or int(which) not in found:
         steps = ", ".join(map(str, sorted(found))) or "none"
         raise UserError(

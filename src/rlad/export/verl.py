@@ -26,7 +26,8 @@ from rlad.rollouts.prompts import chat_messages, is_plain, prompt_token_ids
 from rlad.tasks import Problem, Split, Task, make_task
 
 COMMAND = "run.sh"
-_IS_BARE = re.compile(r"[A-Za-z_/][\w./:-]*")  # what Hydra reads as text without quotes
+_IS_BARE = re.compile(r"[A-Za-z_/][\w./:-]*")  # what Hydra reads as text without quotes,
+_WORDS = ("null", "true", "false", "nan", "inf")  # except for these
 
 
 def export_verl(config: RunConfig, folder: Path, cluster: Cluster) -> Path:
@@ -38,21 +39,16 @@ def export_verl(config: RunConfig, folder: Path, cluster: Cluster) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already and not empty; choose another --output.")
     tokenizer = load_tokenizer(config.student.model)
-    template = (
-        _plain_template(tokenizer) if is_plain(tokenizer, config.rollout.prompt_format) else None
-    )
+    template = None
+    if is_plain(tokenizer, config.rollout.prompt_format):
+        template = _plain_template(tokenizer)
+    num_train = num_rollout_batches(config) * config.rollout.prompts_per_batch
+    num_validation = config.evaluation.num_validation_problems
     with closing(make_task(**config.task.model_dump())) as task:
-        train = _rows(
-            config,
-            task,
-            "train",
-            num_rollout_batches(config) * config.rollout.prompts_per_batch,
-            config.seed,
-        )
-        validation = _rows(config, task, "validation", config.evaluation.num_validation_problems, 0)
-    longest = max(
-        _num_prompt_tokens(tokenizer, row, config, template) for row in (*train, *validation)
-    )
+        train = _rows(config, task, "train", num_train, config.seed)
+        validation = _rows(config, task, "validation", num_validation, 0)
+    rows = train + validation
+    longest = max(_num_prompt_tokens(tokenizer, row, config, template) for row in rows)
     limit = config.rollout.max_prompt_tokens
     if limit is not None and longest > limit:
         raise UserError(
@@ -140,15 +136,13 @@ def _absolute(task: Any) -> Any:
 
 
 def _plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """verl knows chat prompts alone: a template that writes the prompt as it is, behind the
+    """verl knows chat prompts alone: a template that writes the prompt as it is, after the
     tokenizer's first token."""
-    bare, full = (
-        tokenizer("1", add_special_tokens=special)["input_ids"] for special in (False, True)
-    )
+    bare = tokenizer("1", add_special_tokens=False)["input_ids"]
+    full = tokenizer("1", add_special_tokens=True)["input_ids"]
     begins = len(full) > len(bare) and full[0] == tokenizer.bos_token_id
-    return (
-        "{{ bos_token }}" if begins else ""
-    ) + "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    start = "{{ bos_token }}" if begins else ""
+    return start + "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
 def _num_prompt_tokens(
@@ -166,9 +160,8 @@ def _num_prompt_tokens(
     if ours != theirs:
         raise UserError(
             f"verl would turn the prompt {messages[-1]['content'][:60]!r} into other tokens than "
-            f"rlad ({theirs[:5]}... "
-            f"instead of {ours[:5]}...); use a tokenizer with a chat template and "
-            "rollout.prompt_format = 'chat'."
+            f"rlad ({theirs[:5]}... instead of {ours[:5]}...); use a tokenizer with a chat "
+            "template and rollout.prompt_format = 'chat'."
         )
     return len(ours)
 
@@ -177,7 +170,7 @@ def _num_prompt_tokens(
 
 
 def command_text(keys: dict[str, Any], notes: list[str]) -> str:
-    """The Bash script; further overrides may be given behind it, and win."""
+    """The Bash script; further overrides may follow its name, and win."""
     lines = [f"  {_shell(key, value)}" for key, value in keys.items()]
     return "\n".join(
         [
@@ -187,7 +180,7 @@ def command_text(keys: dict[str, Any], notes: list[str]) -> str:
             "# Further overrides of verl's settings may follow the script's name, and win. PYTHON "
             "names the interpreter.",
             "#",
-            "# What verl does otherwise, or not at all:",
+            "# What verl does differently, or not at all:",
             *(f"# - {note}" for note in notes),
             "set -euo pipefail",
             'HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"',
@@ -211,13 +204,7 @@ def _hydra(value: Any) -> str:
             return "null"
         case bool():
             return str(value)
-        case str() if _IS_BARE.fullmatch(value) and value.lower() not in (
-            "null",
-            "true",
-            "false",
-            "nan",
-            "inf",
-        ):
+        case str() if _IS_BARE.fullmatch(value) and value.lower() not in _WORDS:
             return value
         case str():
             escaped = value.replace("\\", "\\\\").replace("'", "\\'")
@@ -231,18 +218,15 @@ def _hydra(value: Any) -> str:
 def _readme(
     config: RunConfig, cluster: Cluster, notes: list[str], num_train: int, num_validation: int
 ) -> str:
-    gpus, teacher = (
-        cluster.gpus_per_node * cluster.nodes,
-        cluster.teacher_gpus_per_node * cluster.teacher_nodes,
-    )
-    where = f"{gpus} GPUs for the student" + (
-        f", {teacher} for the teacher" if config.needs_teacher else ""
-    )
+    where = f"{cluster.gpus_per_node * cluster.nodes} GPUs for the student"
+    if config.needs_teacher:
+        where += f", {cluster.teacher_gpus_per_node * cluster.teacher_nodes} for the teacher"
     told = "\n".join(f"- {note}" for note in notes)
     return f"""# {config.objective.type} on verl
 
-`bash {COMMAND}` trains on {where}. It needs verl 0.9 with vLLM, and rlad, in the environment of every node, and this folder
-at the same path on each of them. `bash {COMMAND} --cfg job` prints verl's whole config and starts nothing.
+`bash {COMMAND}` trains on {where}. It needs verl 0.9 with vLLM, and rlad, in the environment of
+every node, and this folder at the same path on each of them. `bash {COMMAND} --cfg job` prints
+verl's whole config and starts nothing.
 
 | file | what it is |
 | --- | --- |
@@ -254,7 +238,7 @@ at the same path on each of them. `bash {COMMAND} --cfg job` prints verl's whole
 A verifier of your own (`import.path:function`) must be importable on every node.
 Before the first run: `rlad check {CONFIG} --engine verl`, in verl's environment.
 
-What verl does otherwise, or not at all:
+What verl does differently, or not at all:
 
 {told}
 """

@@ -7,7 +7,7 @@ from typing import Any
 
 from rlad.config.capabilities import require_engine
 from rlad.config.file import changed_settings
-from rlad.config.run import OptimizationConfig, RolloutConfig, RunConfig
+from rlad.config.run import RunConfig
 from rlad.config.teacher import LocalTeacherConfig
 from rlad.engines.verl.objective import VARIABLE, objective_json
 from rlad.errors import UserError
@@ -18,9 +18,21 @@ AGGREGATION = {
     "token_mean": "token-mean",
     "constant_length": "seq-mean-token-sum-norm",
 }
-_NO_DUAL_CLIP = (
-    1e9  # verl's GRPO always bounds the loss of negative advantages; this bound is never reached
-)
+_MODEL = "actor_rollout_ref.model"
+_ACTOR = "actor_rollout_ref.actor"
+_ROLLOUT = "actor_rollout_ref.rollout"
+_NOT_CARRIED_OVER = {
+    "optimization.max_seconds": "verl has no such limit",
+    "optimization.max_teacher_tokens": "verl has no such limit",
+    "optimization.max_skipped_steps": "verl has no such limit",
+    "rollout.max_batch_rows": "vLLM schedules by itself",
+    "student.device": "verl places models itself",
+    "teacher.device": "verl places models itself",
+    "teacher.keep": "verl places models itself",
+    "teacher.tokens_per_batch": "verl's servers choose it",
+}
+# verl's GRPO always bounds the loss of negative advantages; this bound is never reached.
+_NO_DUAL_CLIP = 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,22 +56,19 @@ def require_exportable(config: RunConfig, cluster: Cluster) -> None:
     """`UserError` with one sentence for what verl would train differently, or not at all."""
     require_engine("verl", config.objective, config)
     gpus = cluster.gpus_per_node * cluster.nodes
-    for what, number in _rows(config).items():
+    whole = config.rollout.prompts_per_batch * config.rollout.group_size
+    step = whole // config.optimization.steps_per_rollout_batch
+    for what, number in (("the rollout batch", whole), ("an optimiser step", step)):
         if number % gpus:
             raise UserError(
                 f"{what} holds {number} completions, which {gpus} GPUs cannot share equally; "
-                "change rollout.prompts_per_batch, "
-                "rollout.group_size or --gpus-per-node and --nodes."
+                "change rollout.prompts_per_batch, rollout.group_size or --gpus-per-node and "
+                "--nodes."
             )
 
 
-def _rows(config: RunConfig) -> dict[str, int]:
-    rollout, loop = config.rollout, config.optimization
-    whole = rollout.prompts_per_batch * rollout.group_size
-    return {"the rollout batch": whole, "an optimiser step": whole // loop.steps_per_rollout_batch}
-
-
 def num_rollout_batches(config: RunConfig) -> int:
+    """Rollout batches of the whole run."""
     return -(-config.optimization.num_steps // config.optimization.steps_per_rollout_batch)
 
 
@@ -100,69 +109,67 @@ def _data(config: RunConfig, prompt_tokens: int) -> dict[str, Any]:
 
 def _student(config: RunConfig, chat_template: str | None) -> dict[str, Any]:
     keys: dict[str, Any] = {
-        "actor_rollout_ref.model.path": model_path(config.student.model),
-        "actor_rollout_ref.model.enable_gradient_checkpointing": config.student.gradient_checkpointing,
-        "actor_rollout_ref.actor.strategy": "fsdp2",
+        f"{_MODEL}.path": model_path(config.student.model),
+        f"{_MODEL}.enable_gradient_checkpointing": config.student.gradient_checkpointing,
+        f"{_ACTOR}.strategy": "fsdp2",
         "actor_rollout_ref.ref.strategy": "fsdp2",
-        "actor_rollout_ref.rollout.dtype": config.student.dtype,
+        f"{_ROLLOUT}.dtype": config.student.dtype,
     }
     if config.student.dtype == "float32":
         for part in ("actor", "ref"):
             for kind in ("param", "reduce", "buffer"):
                 keys[f"+actor_rollout_ref.{part}.fsdp_config.mixed_precision.{kind}_dtype"] = "fp32"
     if chat_template is not None:
-        keys["actor_rollout_ref.model.custom_chat_template"] = chat_template
+        keys[f"{_MODEL}.custom_chat_template"] = chat_template
     return keys
 
 
 def _rollouts(config: RunConfig) -> dict[str, Any]:
     rollout, evaluation = config.rollout, config.evaluation
     return {
-        "actor_rollout_ref.rollout.name": "vllm",
-        "actor_rollout_ref.rollout.n": rollout.group_size,
-        "actor_rollout_ref.rollout.temperature": rollout.temperature,
-        "actor_rollout_ref.rollout.top_p": 1.0,
-        "actor_rollout_ref.rollout.top_k": -1,
-        "actor_rollout_ref.rollout.seed": config.seed,
-        "actor_rollout_ref.rollout.tensor_model_parallel_size": 1,
-        "actor_rollout_ref.rollout.val_kwargs.n": evaluation.num_validation_samples,
-        "actor_rollout_ref.rollout.val_kwargs.temperature": evaluation.temperature,
-        "actor_rollout_ref.rollout.val_kwargs.do_sample": evaluation.temperature > 0,
+        f"{_ROLLOUT}.name": "vllm",
+        f"{_ROLLOUT}.n": rollout.group_size,
+        f"{_ROLLOUT}.temperature": rollout.temperature,
+        f"{_ROLLOUT}.top_p": 1.0,
+        f"{_ROLLOUT}.top_k": -1,
+        f"{_ROLLOUT}.seed": config.seed,
+        f"{_ROLLOUT}.tensor_model_parallel_size": 1,
+        f"{_ROLLOUT}.val_kwargs.n": evaluation.num_validation_samples,
+        f"{_ROLLOUT}.val_kwargs.temperature": evaluation.temperature,
+        f"{_ROLLOUT}.val_kwargs.do_sample": evaluation.temperature > 0,
     }
 
 
 def _optimisation(config: RunConfig, prompt_tokens: int) -> dict[str, Any]:
     rollout, loop = config.rollout, config.optimization
     keys: dict[str, Any] = {
-        "actor_rollout_ref.actor.ppo_mini_batch_size": rollout.prompts_per_batch
-        // loop.steps_per_rollout_batch,
-        "actor_rollout_ref.actor.ppo_epochs": 1,
-        "actor_rollout_ref.actor.use_dynamic_bsz": True,
-        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": max(
+        f"{_ACTOR}.ppo_mini_batch_size": rollout.prompts_per_batch // loop.steps_per_rollout_batch,
+        f"{_ACTOR}.ppo_epochs": 1,
+        f"{_ACTOR}.use_dynamic_bsz": True,
+        f"{_ACTOR}.ppo_max_token_len_per_gpu": max(
             loop.tokens_per_batch, prompt_tokens + rollout.max_completion_tokens
         ),
-        "actor_rollout_ref.actor.loss_agg_mode": AGGREGATION[loop.aggregation],
-        "actor_rollout_ref.actor.entropy_coeff": 0,
-        "actor_rollout_ref.actor.data_loader_seed": config.seed,
-        "actor_rollout_ref.actor.fsdp_config.seed": config.seed,
-        "actor_rollout_ref.actor.optim.lr": loop.learning_rate,
-        "actor_rollout_ref.actor.optim.betas": list(loop.betas),
-        "actor_rollout_ref.actor.optim.weight_decay": loop.weight_decay,
-        "actor_rollout_ref.actor.optim.lr_scheduler_type": loop.schedule,
-        "actor_rollout_ref.actor.optim.lr_warmup_steps": loop.warmup_steps
-        // loop.steps_per_rollout_batch,
-        "actor_rollout_ref.actor.optim.clip_grad": loop.max_grad_norm,
-        "actor_rollout_ref.actor.grad_clip": loop.max_grad_norm,
+        f"{_ACTOR}.loss_agg_mode": AGGREGATION[loop.aggregation],
+        f"{_ACTOR}.entropy_coeff": 0,
+        f"{_ACTOR}.data_loader_seed": config.seed,
+        f"{_ACTOR}.fsdp_config.seed": config.seed,
+        f"{_ACTOR}.optim.lr": loop.learning_rate,
+        f"{_ACTOR}.optim.betas": list(loop.betas),
+        f"{_ACTOR}.optim.weight_decay": loop.weight_decay,
+        f"{_ACTOR}.optim.lr_scheduler_type": loop.schedule,
+        f"{_ACTOR}.optim.lr_warmup_steps": loop.warmup_steps // loop.steps_per_rollout_batch,
+        f"{_ACTOR}.optim.clip_grad": loop.max_grad_norm,
+        f"{_ACTOR}.grad_clip": loop.max_grad_norm,
         "algorithm.adv_estimator": "grpo",
         "algorithm.norm_adv_by_std_in_grpo": loop.advantage_scale == "std",
         "algorithm.use_kl_in_reward": False,
-        "actor_rollout_ref.actor.use_kl_loss": bool(loop.kl_coef),
+        f"{_ACTOR}.use_kl_loss": bool(loop.kl_coef),
     }
     if loop.aggregation == "constant_length":
-        keys["actor_rollout_ref.actor.loss_scale_factor"] = rollout.max_completion_tokens
+        keys[f"{_ACTOR}.loss_scale_factor"] = rollout.max_completion_tokens
     if loop.kl_coef:
-        keys["actor_rollout_ref.actor.kl_loss_coef"] = loop.kl_coef
-        keys["actor_rollout_ref.actor.kl_loss_type"] = "low_var_kl"
+        keys[f"{_ACTOR}.kl_loss_coef"] = loop.kl_coef
+        keys[f"{_ACTOR}.kl_loss_type"] = "low_var_kl"
     return keys
 
 
@@ -171,10 +178,10 @@ def _objective(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
     if not objective.needs_teacher:
         return {
             "distillation.enabled": False,
-            "actor_rollout_ref.actor.clip_ratio": objective.clip_low,
-            "actor_rollout_ref.actor.clip_ratio_low": objective.clip_low,
-            "actor_rollout_ref.actor.clip_ratio_high": objective.clip_high,
-            "actor_rollout_ref.actor.clip_ratio_c": objective.dual_clip or _NO_DUAL_CLIP,
+            f"{_ACTOR}.clip_ratio": objective.clip_low,
+            f"{_ACTOR}.clip_ratio_low": objective.clip_low,
+            f"{_ACTOR}.clip_ratio_high": objective.clip_high,
+            f"{_ACTOR}.clip_ratio_c": objective.dual_clip or _NO_DUAL_CLIP,
         }
     assert isinstance(config.teacher, LocalTeacherConfig)
     teacher = "distillation.teacher_models.teacher_model"
@@ -217,55 +224,40 @@ def model_path(name: str) -> str:
 
 
 def without_equivalent(config: RunConfig) -> list[str]:
-    """What verl does otherwise, or not at all: one sentence each."""
-    loop, rollout, per_batch = (
-        config.optimization,
-        config.rollout,
-        config.optimization.steps_per_rollout_batch,
-    )
+    """What verl does differently, or not at all: one sentence each."""
+    loop = config.optimization
     notes = [
-        "Advantages are verl's: divided by the sample standard deviation + 1e-6 (rlad: population "
-        "standard deviation + 1e-4)."
-        if loop.advantage_scale == "std"
-        else "",
         "A completion that the verifier cannot judge is left out of its group, and logged by verl "
         "as a failed session.",
-        "An answer in which the token limit cuts a completion off is judged as it stands: verl "
-        "does not say that it was cut.",
-        f"optimization.max_missing_teacher_share = {loop.max_missing_teacher_share} is not "
-        "enforced: tokens without a "
-        "teacher's log-prob have the loss 0, still count in the denominator, and are logged as "
-        "actor/rlad/dropped/mean."
-        if config.needs_teacher
-        else "",
+        "An answer that the token limit cuts off is judged like any other: verl does not say that "
+        "it was cut.",
         "evaluation: verl validates; the test problems and ood_task are for `rlad evaluate` on the "
         "finished model.",
         "Sampled tokens are vLLM's: the same seed gives other completions than on the native "
         "engine.",
     ]
-    if per_batch > 1:
+    if loop.advantage_scale == "std":
         notes.append(
-            "The learning rate moves once for each rollout batch, not for each optimiser step; so "
-            "does the warm-up."
+            "Advantages are verl's: divided by the sample standard deviation + 1e-6 (rlad: "
+            "population standard deviation + 1e-4)."
         )
-        notes.append("verl chooses which completions of a rollout batch share an optimiser step.")
-        if loop.num_steps % per_batch:
-            notes.append(
-                f"optimization.num_steps = {loop.num_steps} is rounded up to whole rollout batches."
-            )
-    defaults = OptimizationConfig(), RolloutConfig()
-    for name in ("max_seconds", "max_teacher_tokens", "max_skipped_steps"):
-        if getattr(loop, name) != getattr(defaults[0], name):
-            notes.append(
-                f"optimization.{name} = {getattr(loop, name)} is not carried over: verl has no "
-                "such limit."
-            )
-    if rollout.max_batch_rows != defaults[1].max_batch_rows:
+    if config.needs_teacher:
         notes.append(
-            f"rollout.max_batch_rows = {rollout.max_batch_rows} is not carried over: vLLM "
-            "schedules by itself."
+            f"optimization.max_missing_teacher_share = {loop.max_missing_teacher_share} is not "
+            "enforced: tokens without a teacher's log-prob have the loss 0, still count in the "
+            "denominator, and are logged as actor/rlad/dropped/mean."
+        )
+    if loop.steps_per_rollout_batch > 1:
+        notes += [
+            "The learning rate moves once for each rollout batch, not for each optimiser step; so "
+            "does the warm-up.",
+            "verl chooses which completions of a rollout batch share an optimiser step.",
+        ]
+    if loop.num_steps % loop.steps_per_rollout_batch:
+        notes.append(
+            f"optimization.num_steps = {loop.num_steps} is rounded up to whole rollout batches."
         )
     for key, value in changed_settings(config).items():
-        if key in ("student.device", "teacher.device", "teacher.keep", "teacher.tokens_per_batch"):
-            notes.append(f"{key} = {value!r} is not carried over: verl places models itself.")
-    return [note for note in notes if note]
+        if key in _NOT_CARRIED_OVER:
+            notes.append(f"{key} = {value!r} is not carried over: {_NOT_CARRIED_OVER[key]}.")
+    return notes
