@@ -44,6 +44,7 @@ def ask_twice(
     num_missing, num_tokens = count_missing(logprobs)
     if num_missing <= max_missing_share * num_tokens:
         return logprobs
+    # Tokens that the first answer has are kept, and the others are filled from the second one.
     again = [i for i, values in enumerate(logprobs) if not values.isfinite().all()]
     for i, values in zip(again, teacher.logprobs([requests[i] for i in again]), strict=True):
         logprobs[i] = torch.where(logprobs[i].isfinite(), logprobs[i], values)

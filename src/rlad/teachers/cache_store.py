@@ -66,6 +66,7 @@ class CacheStore:
         except sqlite3.Error as error:
             self._warn(error)
             return {}
+        # What was used now is deleted last.
         uses = [(time.time_ns(), key, _PINNED) for key in found]
         update = "UPDATE entries SET used = ? WHERE key = ? AND used < ?"
         self._write(lambda: self._db.executemany(update, uses))
@@ -92,6 +93,8 @@ class CacheStore:
             self._db = sqlite3.connect(
                 self.folder / FILE, timeout=_WAIT_SECONDS, isolation_level=None
             )
+            # Full vacuum: what is deleted leaves the file. The write-ahead log lets one process
+            # write while others read.
             self._db.execute("PRAGMA auto_vacuum = FULL")
             self._db.execute("PRAGMA journal_mode = WAL")
             # After a power failure the last transactions may be missing, but the file is whole.

@@ -123,6 +123,7 @@ class CachedTeacher(TeacherWrapper):
     def _wait_for(self, tokens: Tokens, answer: Answer) -> Tensor:
         """The inner teacher's answer. With the last one of a batch, the batch is stored."""
         logprobs = answer.result()
+        # The same answer may be waited for twice, or after the batch was given up.
         if tokens in self._open:
             self._open.remove(tokens)
             if _is_whole(logprobs, tokens):
@@ -137,6 +138,7 @@ class CachedTeacher(TeacherWrapper):
         # The longest completion tells two teachers apart best.
         longest = max(self._whole, key=lambda tokens: len(tokens[1]))
         ours = self._witness or json.dumps([*longest, self._whole[longest].tolist()]).encode()
+        # Two sessions may come here at once: the first one's witness holds for both.
         held = self._store.claim(self._witness_key, ours)
         if held == ours:
             self._witness = ours

@@ -65,6 +65,7 @@ def _copy(student: LanguageModel) -> tuple[LanguageModel, Mapping[str, tuple[Ten
     trained = {
         name: weight for name, weight in student.model.named_parameters() if weight.requires_grad
     }
+    # deepcopy takes what its memo already holds as it is: frozen weights stay the student's own.
     model = copy.deepcopy(
         student.model, {id(w): w for w in student.model.parameters() if not w.requires_grad}
     )

@@ -32,6 +32,7 @@ def weights_fingerprint(language_model: LanguageModel, *, without: Collection[st
             digest.update(
                 json.dumps([adapter, settings.to_dict()], sort_keys=True, default=sorted).encode()
             )
+    # Sorted, so that the order in which a model was put together makes no difference.
     for name, tensor in sorted(model.state_dict().items()):
         if any(f".{adapter}." in name for adapter in without):
             continue

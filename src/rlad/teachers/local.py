@@ -67,6 +67,7 @@ class LocalTeacher(ScoringTeacher):
         language_model.model.requires_grad_(False)
         self.language_model = language_model
         super().__init__(identity or language_model.name, Scorer(language_model, **scoring))
+        # A teacher that rests on the CPU leaves the device's memory to the student's update.
         self._works_on = language_model.model.device
         self._rests_on = torch.device("cpu") if keep == "cpu" else self._works_on
         self._move(self._rests_on)

@@ -68,6 +68,8 @@ class PrivilegedTeacher(TeacherWrapper):
         self._num_shown = 0
 
     def submit(self, requests: Sequence[TeacherRequest]) -> list[Answer]:
+        # The inner teacher is asked only about what fits into its context; its answers go back into
+        # the places of those requests.
         shown = [self._show(request) for request in requests]
         answers = iter(self.teacher.submit([request for request in shown if request is not None]))
         return [
@@ -77,6 +79,8 @@ class PrivilegedTeacher(TeacherWrapper):
 
     def _show(self, request: TeacherRequest) -> TeacherRequest | None:
         """The request as the teacher sees it; None where that does not fit into its context."""
+        # Without what the template names: the student's prompt, in the teacher's own form if it has
+        # one.
         prompt = privileged_prompt(self.template, request.problem, request.peer_solution)
         is_privileged = prompt is not None
         if prompt is None and self._has_own_form and request.problem is not None:
@@ -255,6 +259,7 @@ def _check_length(
     context = teacher_context(settings.teacher, setting)
     encode = encoder(settings, setting)
     prompts = [privileged_prompt(settings.template, problem, "?") for problem in problems]
+    # A peer's solution is at most as long as a completion may be.
     most_tokens = setting.config.rollout.max_completion_tokens
     longest = max((len(encode(one)) for one in prompts if one is not None), default=0) + most_tokens
     shows_peer = "peer_solution" in template_names(settings.template)

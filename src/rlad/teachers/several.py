@@ -34,6 +34,8 @@ class SeveralTeachers(Teacher):
         self.teachers = dict(teachers)
         self.inner = tuple(teachers.values())
 
+    # A member's tensors have its name before theirs, so that those of two averages stay apart.
+
     def state(self) -> dict[str, Tensor]:
         return {
             _prefix(name) + key: tensor
@@ -72,6 +74,7 @@ class TeacherByTask(SeveralTeachers):
         self.identity = f"by task: {', '.join(members)}"
 
     def submit(self, requests: Sequence[TeacherRequest]) -> list[Answer]:
+        # Which requests are whose; then each teacher is asked once, about all of its own.
         rows: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             task = request.problem.task if request.problem else ""
