@@ -1,5 +1,4 @@
-"""The objectives: pure functions from log-probs and advantages to a loss per token, and their
-table.
+"""The objectives: pure functions from tensors to a loss per token, and their table.
 
 Every objective has the signature of `trrd_loss`: keyword tensors `[batch, token]` in, `(token_loss,
 stats)` out. An engine computes the tensors in `needs`, calls `token_loss`, and divides in
@@ -48,7 +47,7 @@ class Objective:
 
     @property
     def formula(self) -> str:
-        """The lines below the title of the objective's file."""
+        """The formula below the title of the objective's file."""
         doc = inspect.getdoc(sys.modules[self.function.__module__]) or ""
         return doc.split("\n\n")[1]
 
@@ -95,11 +94,11 @@ def taken_by(function: Callable[..., Any], knobs: Mapping[str, Any]) -> dict[str
 def token_loss(
     name: str, inputs: LossInputs, *, knobs: Mapping[str, Any] | None = None, kl_coef: float = 0.0
 ) -> TokenLoss:
-    """rollout_weights * token loss of an objective + kl_coef * k3 estimate of KL(πS || πref): the
-    KL leash, the same for all.
+    """Compute rollout_weights * token loss of an objective + kl_coef * k3 estimate of KL(πS ||
+    πref).
 
-    `knobs` are the objective's own keyword arguments. Raises `ValueError` when a tensor that it
-    needs is missing.
+    The second term is the KL leash, the same for all objectives. `knobs` are the objective's own
+    keyword arguments. Raises `ValueError` when a tensor that it needs is missing.
     """
     row = OBJECTIVES[name]
     needed = (*row.needs, "reference_logprobs") if kl_coef else row.needs
@@ -117,10 +116,8 @@ def token_loss(
     if kl_coef:
         assert inputs.reference_logprobs is not None
         kept = keep_finite(inputs.mask & ~stats["dropped"], inputs.reference_logprobs)
-        student, reference = (
-            clean(inputs.student_logprobs, kept),
-            clean(inputs.reference_logprobs, kept),
-        )
+        student = clean(inputs.student_logprobs, kept)
+        reference = clean(inputs.reference_logprobs, kept)
         kl = kl_tokens(student, reference, estimator="k3")
         loss = clean(loss, kept) + kl_coef * kl
         stats = stats | {"kl_to_reference": kl.detach(), "dropped": inputs.mask & ~kept}

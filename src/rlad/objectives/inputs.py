@@ -1,4 +1,4 @@
-"""`LossInputs`: the named tensors that an objective may read."""
+"""The named tensors that an objective may read."""
 
 from dataclasses import dataclass, fields
 

@@ -30,7 +30,7 @@ class Distributions(NamedTuple):
 
     @torch.no_grad()
     def logits(self, rows: slice = slice(None), entries: slice = slice(None)) -> Tensor:
-        """A tile of the logits, `[token, entry]`, float32 (float64 for float64 inputs)."""
+        """Compute a tile of the logits, `[token, entry]`, float32 (float64 for float64 inputs)."""
         hidden = self.hidden[rows]
         bias = None if self.bias is None else self.bias[entries].to(hidden.dtype)
         logits = torch.nn.functional.linear(hidden, self.weight[entries].to(hidden.dtype), bias)
@@ -42,13 +42,13 @@ class Distributions(NamedTuple):
         return logits.div_(self.temperature)
 
     def slope_of_cap(self, logits: Tensor) -> Tensor | None:
-        """The derivative of `capped` where it gave these logits; None without a cap."""
+        """Return the derivative of `capped` where it gave these logits; None without a cap."""
         if self.soft_cap is None:
             return None
         return (logits * (self.temperature / self.soft_cap)).square_().neg_().add_(1)
 
     def tiles(self, tile: tuple[int, int]) -> Iterator[tuple[slice, list[slice]]]:
-        """Parts of the tokens, each with the parts of the vocabulary; at most of the size
+        """Yield parts of the tokens, each with the parts of the vocabulary; at most of the size
         `tile`."""
         entries = list(_parts(len(self.weight), tile[1]))
         return ((rows, entries) for rows in _parts(len(self.hidden), tile[0]))
@@ -80,7 +80,8 @@ class OutputGradient:
             _add_product(self.weight[entries], grad.T, hidden)
 
     def for_autograd(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The sums in the types of what they are gradients of; None where autograd gets none."""
+        """Return the sums in the types of what they are gradients of; None where autograd gets
+        none."""
         of = self.of
         weight = None if of.weight_grad is not None else self.weight
         return (
@@ -103,5 +104,5 @@ def _parts(length: int, size: int) -> Iterator[slice]:
 
 
 def float32_or_wider(dtype: torch.dtype) -> torch.dtype:
-    """The type in which log-probs of logits of this type are computed."""
+    """Return the type in which log-probs of logits of this type are computed."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -26,7 +26,7 @@ class OutputLayer:
     def distributions(
         self, hidden: Tensor, *, temperature: float = 1.0, weight_grad: Tensor | None = None
     ) -> Distributions:
-        """The distributions that this layer makes of hidden states `[N, hidden_size]`."""
+        """Make the distributions of hidden states `[N, hidden_size]`."""
         weight, bias = self.linear.weight, self.linear.bias
         return Distributions(
             hidden, weight, bias, self.scale, self.soft_cap, temperature, weight_grad
@@ -35,7 +35,7 @@ class OutputLayer:
 
 @torch.no_grad()
 def output_layer(model: PreTrainedModel) -> OutputLayer | None:
-    """The output layer of a model; None where its logits are something else of the last hidden
+    """Find the output layer of a model; None where its logits are something else of the last hidden
     state.
 
     Read from its config and its output embeddings, and compared with the model's own logits of a

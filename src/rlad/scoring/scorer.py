@@ -57,7 +57,7 @@ class Scorer:
     def batches(
         self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]
     ) -> list[list[int]]:
-        """Rows in micro-batches of similar length whose padded size stays within
+        """Group rows into micro-batches of similar length whose padded size stays within
         `tokens_per_batch`."""
         return batches_by_length(
             [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)],
@@ -72,7 +72,7 @@ class Scorer:
         with_entropy: bool = True,
         divergence: Callable[[Distributions], Tensor] | None = None,
     ) -> CompletionScores:
-        """Scores of one micro-batch, with gradient to the model where that is enabled.
+        """Score one micro-batch, with gradient to the model where that is enabled.
 
         `divergence` returns a number for each of the tokens' distributions. It needs an output
         layer.
@@ -90,15 +90,16 @@ class Scorer:
     def distributions(
         self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]
     ) -> Distributions:
-        """The distributions of all tokens, one completion after the other, without gradient."""
+        """Return the distributions of all tokens, one completion after the other, without
+        gradient."""
         ids, predicts, _ = self._padded(prompts, completions)
         return self._distributions(ids, predicts)
 
     def _padded(
         self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Token ids and the positions that predict a completion's tokens, `[batch, prompt +
-        completion]`, and which tokens a completion has, `[batch, token]`."""
+        """Return token ids and the positions that predict a completion's tokens, `[batch, prompt +
+        completion]`, and the mask of the completions' tokens, `[batch, token]`."""
         if not all(prompts):
             raise UserError(
                 "a prompt has no tokens, so the first token of its completion has no log-prob; "
@@ -123,7 +124,7 @@ class Scorer:
         with_entropy: bool,
         divergence: Callable[[Distributions], Tensor] | None = None,
     ) -> tuple[Tensor, ...]:
-        """Log-probs, entropies and, where it is given, divergences of the tokens `targets`."""
+        """Return log-probs, entropies and, where asked for, divergences of the tokens `targets`."""
         if self.head is None:
             assert divergence is None
             return self._scores_of_all_logits(ids, predicts, targets)
@@ -190,8 +191,8 @@ class Scorer:
     def logits_in_chunks(
         self, token_ids: TokenIds, *, start: int = 1, chunk_tokens: int | None = None
     ) -> Iterator[Tensor]:
-        """The logits `[chunk, vocabulary]` that predict one text's tokens from `start` on, divided
-        by the temperature, float32.
+        """Yield the logits `[chunk, vocabulary]` that predict one text's tokens from `start` on,
+        divided by the temperature, float32.
 
         A chunk has `chunk_tokens` tokens, by default as many as `LOGITS_PER_CHUNK` allows. Without
         an output layer all logits exist at once.
@@ -213,8 +214,8 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]) -> list[Tensor]:
-        """Log-probs of each completion, float32 `[its length]` on the CPU, without gradient, in the
-        order given."""
+        """Return the log-probs of each completion, float32 `[its length]` on the CPU, without
+        gradient, in the order given."""
         results: list[Tensor] = [torch.empty(0)] * len(prompts)
         for rows in self.batches(prompts, completions):
             self.before_work()
@@ -227,7 +228,7 @@ class Scorer:
 
 
 def batches_by_length(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
-    """Indices sorted by length, longest first, cut into batches with rows x longest <=
+    """Sort indices by length, longest first, and cut them into batches with rows x longest <=
     tokens_per_batch (at least 1 row)."""
     batches: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

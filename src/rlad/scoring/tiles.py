@@ -9,7 +9,8 @@ MIN_CHUNK_TOKENS = 16
 
 
 def tokens_per_chunk(device_type: str, vocabulary: int) -> int:
-    """Tokens whose logits, `[token, vocabulary]`, are held at once on a device of this type."""
+    """Return how many tokens' logits, `[token, vocabulary]`, are held at once on a device of this
+    type."""
     logits = LOGITS_PER_CHUNK.get(device_type, LOGITS_PER_CHUNK["cuda"])
     return max(MIN_CHUNK_TOKENS, logits // vocabulary)
 
@@ -19,7 +20,7 @@ LOGITS_PER_TILE = {"cpu": 2**19, "cuda": 2**26}
 
 
 def tile_shape(device_type: str, num_tokens: int, vocabulary: int) -> tuple[int, int]:
-    """Tokens and vocabulary entries of a tile of logits.
+    """Return the tokens and the vocabulary entries of a tile of logits.
 
     Near a square, which reads hidden states and weights least often; all tokens, or all of the
     vocabulary, where there are few.

@@ -19,8 +19,8 @@ def token_divergence(
     *,
     tile: tuple[int, int] | None = None,
 ) -> Tensor:
-    """The divergence of student and teacher at each token, `[N]`, float32 (float64 for float64
-    inputs).
+    """Compute the divergence of student and teacher at each token, `[N]`, float32 (float64 for
+    float64 inputs).
 
     Both are over the same vocabulary; the hidden sizes may differ. The gradient goes to the student
     alone. Logits exist for one tile of each at a time, as in `token_logprobs`.
@@ -76,7 +76,7 @@ class _TokenDivergence(torch.autograd.Function):
 
 
 def _logsumexp(distributions: Distributions, tile: tuple[int, int]) -> Tensor:
-    """The log-sum-exp of each token's logits, `[N]`."""
+    """Return the log-sum-exp of each token's logits, `[N]`."""
     hidden = distributions.hidden
     result = hidden.new_empty(len(hidden), dtype=float32_or_wider(hidden.dtype))
     for rows, parts in distributions.tiles(tile):
@@ -91,7 +91,7 @@ def _logprobs(
     rows: slice,
     entries: slice,
 ) -> list[Tensor]:
-    """Log-probs of a tile under each of two distributions."""
+    """Return the log-probs of a tile under each of two distributions."""
     return [
         each.logits(rows, entries).sub_(logsumexp[rows, None])
         for each, logsumexp in zip(both, logsumexps, strict=True)

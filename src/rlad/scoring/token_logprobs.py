@@ -18,7 +18,7 @@ def token_logprobs(
     with_entropy: bool = True,
     tile: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs of given tokens, and the entropy of their distributions (no gradient).
+    """Return the log-probs of given tokens, and the entropy of their distributions (no gradient).
 
     `token_ids` [N]; one outside of the vocabulary has NaN. Returns two float32 tensors [N] (float64
     for float64 inputs); without entropy, which costs half of the forward pass, the second is NaN.
@@ -92,15 +92,15 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def _places(token_ids: Tensor, entries: slice) -> tuple[Tensor, Tensor]:
-    """Which tokens are among these entries of the vocabulary, and where; an arbitrary place for the
-    others. Both `[token]`."""
+    """Return which tokens are among these entries of the vocabulary, and their places there
+    (arbitrary for the others), both `[token]`."""
     places = token_ids - entries.start
     last = entries.stop - entries.start - 1
     return (places >= 0) & (places <= last), places.clamp(0, last)
 
 
 def _entropy(logits: Tensor, logsumexp: Tensor) -> Tensor:
-    """-sum_v p_v log p_v, `[token]`, p = softmax(logits). Overwrites the logits."""
+    """Return -sum_v p_v log p_v, `[token]`, p = softmax(logits). Overwrites the logits."""
     lowest = torch.finfo(logits.dtype).min
     logprobs = logits.sub_(logsumexp.clamp(min=lowest)[:, None])
     return -torch.linalg.vecdot(logprobs.exp(), logprobs.clamp_(min=lowest))

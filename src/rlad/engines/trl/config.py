@@ -63,7 +63,7 @@ class RLADConfig(GRPOConfig):
     advantages: Advantages = field(
         default="trl",
         metadata={
-            "help": "'trl': group advantages as TRL makes them (sample standard deviation); 'rlad': "
+            "help": "'trl': group advantages as TRL makes them (sample standard deviation), 'rlad' "
             "those of the native engine (population standard deviation, and a completion that no "
             "reward function judges trains nothing)."
         },
