@@ -1,4 +1,4 @@
-"""What `rlad doctor` prints."""
+"""`rlad doctor`: what is printed of a diagnosis."""
 
 import json
 import sys
@@ -27,7 +27,7 @@ def run_doctor(path: str, *, as_json: bool) -> None:
 
 
 def print_diagnoses(diagnoses: Diagnoses, console: Console | None = None) -> None:
-    """The worst first, one paragraph each."""
+    """Print the worst first, one paragraph each."""
     console = console or Console(highlight=False)
 
     def line(text: str, style: str = "") -> None:

@@ -35,6 +35,7 @@ def report_runs(paths: Sequence[str], output: str, baseline: str | None = None) 
                 f"no run found in {path}; give a run directory, or a folder that holds some."
             )
         comparisons |= _comparisons_of(runs)
+        # A run that is below several of the given paths is shown once.
         for run in sorted(runs, key=lambda run: _place(run, comparisons)):
             found.setdefault(run.resolve(), ReportedRun(_method_of(run, comparisons), run))
     if not found:

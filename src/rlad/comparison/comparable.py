@@ -68,6 +68,7 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[MissingRun]]:
     """
     groups = []
     doubles = []
+    # A table for equal shared settings; in it a method for equal names and equal own settings.
     for comparable in _parted(runs, shared_settings):
         methods = []
         for namesakes in _parted(comparable, lambda run: run.method):

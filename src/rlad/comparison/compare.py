@@ -180,6 +180,7 @@ def _tune(
         scores = {rate: _validation(grid[method, rate]) for rate in sorted(tuning.learning_rates)}
         found = {rate: score for rate, score in scores.items() if score is not None}
         if found:
+            # Of equally good rates the smallest.
             rates[method] = max(found, key=lambda rate: (found[rate], -rate))
         shown = ", ".join(
             f"{rate:g}: {'failed' if score is None else f'{score:.1%}'}"
@@ -215,6 +216,7 @@ def _train(planned: Sequence[PlannedRun], jobs: int, progress: Progress) -> list
                 while waiting and len(running) < jobs:
                     run = waiting.pop(0)
                     running.append((run, _start(run, jobs)))
+                # Note those that have ended, whatever with; the others are not concerned.
                 for run, process in [pair for pair in running if pair[1].poll() is not None]:
                     running.remove((run, process))
                     num_done += 1
@@ -259,6 +261,7 @@ def _start(run: PlannedRun, jobs: int) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-m", "rlad", "train", str(config)]
     if run.directory.exists():
         command.append("--resume")
+    # Runs side by side share the cores.
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} if jobs > 1 else {}
     with log:
         return subprocess.Popen(

@@ -17,38 +17,24 @@ MOST_METHODS = 3
 
 @dataclass(frozen=True, slots=True)
 class Fate:
-    """What an update can do with a token: its letter in `samples.jsonl`, its CSS class and name,
-    and what it means."""
+    """A fate of a token in an update: its letter in `samples.jsonl`, its name and its meaning."""
 
     letter: str
-    css: str
     name: str
     meaning: str
 
+    @property
+    def css(self) -> str:
+        """Its CSS class."""
+        return self.name.partition(" ")[0]
+
 
 FATES = (
-    Fate(
-        "+",
-        "reinforced",
-        "reinforced",
-        "better than its group, and the teacher does not object: made more likely",
-    ),
-    Fate(
-        "h",
-        "held",
-        "held back",
-        "better than its group, but the teacher finds it unlikely: no gradient",
-    ),
-    Fate(
-        "-",
-        "punished",
-        "punished",
-        "worse than its group, and the teacher does not defend it: made less likely",
-    ),
-    Fate(
-        "p", "protected", "protected", "worse than its group, but the teacher likes it: no gradient"
-    ),
-    Fate(".", "untouched", "untouched", "no advantage, or no finite score"),
+    Fate("+", "reinforced", "better than its group, no objection of the teacher: more likely now"),
+    Fate("h", "held back", "better than its group, but unlikely by the teacher: no gradient"),
+    Fate("-", "punished", "worse than its group, no defence by the teacher: less likely now"),
+    Fate("p", "protected", "worse than its group, but the teacher likes it: no gradient"),
+    Fate(".", "untouched", "no advantage, or no finite score"),
 )
 _BY_LETTER = {fate.letter: fate for fate in FATES}
 
@@ -113,8 +99,7 @@ class MappedCompletion:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """What happened to the tokens of a third of the run: shares by name of the fate, and of the
-    clamped ones."""
+    """The tokens of a third of the run: shares by name of the fate, and of the clamped ones."""
 
     name: str
     first_step: int
@@ -155,6 +140,7 @@ def _map_of(method: str, run: Run) -> ImitationMap | None:
     for each in _recorded(run):
         letters[each.phase].update(each.imitation.fates, c=each.num_clamped)
         steps[each.phase].append(each.step)
+        # Of better and worse completions the one with the largest share of gated tokens.
         place = (each.phase, each.advantage > 0)
         if each.advantage and (place not in best or each.gated_share > best[place].gated_share):
             best[place] = each

@@ -107,6 +107,7 @@ def figures_of(group: Group, chosen: str | None = None) -> list[MethodFigures]:
     """Compute the figures of each method; all but the baseline with its difference to it, p-values
     corrected for their number."""
     baseline = baseline_of(group, chosen)
+    # p-values can be corrected only once all are known.
     figures = [_figures(method) for method in group.methods]
     compared = [
         f if f.method is baseline else replace(f, to_baseline=_compare(f.method, baseline))

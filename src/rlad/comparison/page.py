@@ -40,16 +40,8 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """A table."""
-
-    kind: ClassVar = "table"
-    table: tables.Table
-
-
-@dataclass(frozen=True, slots=True)
 class Plots:
-    """Plots beside one another; Markdown says in words what can be read from them."""
+    """The plots of a place; Markdown says in words what can be read from them."""
 
     kind: ClassVar = "plots"
     plots: Sequence[Plot]
@@ -63,7 +55,7 @@ class Completions:
     completions: Sequence[MappedCompletion]
 
 
-Block = Heading | Text | Rows | Plots | Completions
+Block = Heading | Text | tables.Table | Plots | Completions
 
 
 def make_page(
@@ -87,7 +79,7 @@ def make_page(
     for text in words.not_comparable(groups):
         page.append(Text(text, "warning", lead="Not one comparison."))
     if missing:
-        page += [Heading("What is missing"), Rows(tables.missing_table(missing))]
+        page += [Heading("What is missing"), tables.missing_table(missing)]
     for section in sections:
         page += section
     page += [Heading("How to read it"), *map(Text, notes), Text(words.HOW_TO_READ)]
@@ -106,9 +98,9 @@ def _section(name: str, group: Group, chosen: str | None, *, is_tuned: bool) -> 
     yield Text(words.what_is_shared(group))
     for text in words.warnings(figures, baseline, chosen):
         yield Text(text, "warning", lead="Warning.")
-    yield Rows(tables.results_table(figures, baseline.name))
+    yield tables.results_table(figures, baseline.name)
     yield Plots(plots["results"])
-    yield Rows(tables.breakdown_table(figures))
+    yield tables.breakdown_table(figures)
     yield Text(words.splits(group, is_tuned=is_tuned), "fine")
 
     yield Heading("Learning curves", level=3)
@@ -120,16 +112,16 @@ def _section(name: str, group: Group, chosen: str | None, *, is_tuned: bool) -> 
         yield Heading("Imitation map: what TRRD did with each token", level=3)
         yield Text(words.HOW_TO_READ_MAP)
     for found in maps:
-        yield Rows(tables.phases_table(found))
+        yield tables.phases_table(found)
         yield Completions(found.completions)
 
     yield Heading("Cost", level=3)
     yield Plots(plots["cost"])
-    yield Rows(tables.cost_table(figures))
+    yield tables.cost_table(figures)
     for text in words.cost_notes(figures):
         yield Text(text, "fine")
     yield Heading("Methods", level=3)
-    yield Rows(tables.methods_table(figures))
+    yield tables.methods_table(figures)
 
 
 def render_html(page: Sequence[Block]) -> str:
@@ -141,6 +133,7 @@ def render_html(page: Sequence[Block]) -> str:
         Markup(environment.loader.get_source(environment, name)[0])
         for name in ("style.css", "sort.js")
     )
+    # The policy allows this one script, by its checksum.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template("report.html.j2").render(
         page=page, fates=FATES, style=style, script=script, script_digest=digest

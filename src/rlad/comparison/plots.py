@@ -77,6 +77,7 @@ def _draw_results(figures: Sequence[MethodFigures]) -> Plot:
         axes.errorbar(
             after.mean, y, xerr=[[after.mean - after.low], [after.high - after.mean]], **look
         )
+        # Each seed as a ring below the bar.
         seeds = [
             np.mean([r.num_correct / r.num_samples for r in run.after]) for run in f.method.runs
         ]
@@ -101,12 +102,7 @@ _TRAINED_TOKENS = (
 CURVES: Sequence[tuple[str, str, Series, str]] = (
     ("Reward", "mean reward of the rollouts", lambda run: run.by_step("reward/mean"), ""),
     ("Validation pass@1", "pass@1 on the validation split", lambda run: run.validation, ""),
-    (
-        "Completion length",
-        "mean tokens of the rollouts",
-        lambda run: run.completion_lengths,
-        "",
-    ),
+    ("Completion length", "mean tokens of the rollouts", lambda run: run.completion_lengths, ""),
     (
         "Entropy",
         "nats, at the trained tokens",
@@ -128,6 +124,7 @@ def _draw_curve(
     absent = []
     for i, f in enumerate(figures):
         values = [series(run) for run in f.method.runs]
+        # Seeds that stopped early must not bend the mean, so only steps that all have count.
         steps = sorted(set.intersection(*map(set, values)))
         if not steps:
             absent.append(f.name)

@@ -197,6 +197,7 @@ def _first_and_last(
         raise UserError(
             f"the {split} problems in {EVAL} are not the same before and after training."
         )
+    # Counts that do not fit together would make shares beyond 0 and 1.
     for result in (*before, *after):
         name = f"{split} problem {result.index} in {EVAL}"
         _require_sound(result, name, config.evaluation.num_test_samples)

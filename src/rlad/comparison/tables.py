@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from rlad.comparison.comparable import method_settings
 from rlad.comparison.imitation_map import FATES, ImitationMap
@@ -25,8 +26,10 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """`columns` and, for each, what it means; `rows` of as many cells, the first naming the row."""
+    """A table of `columns`, each with its meaning, and `rows` of as many cells, the first naming
+    the row."""
 
+    kind: ClassVar = "table"
     caption: str
     columns: Sequence[str]
     meanings: Sequence[str]

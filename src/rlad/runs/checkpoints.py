@@ -31,16 +31,6 @@ def find_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def write_checkpoint(target: Path, write: Callable[[Path], None], **about: Any) -> None:
-    """Let `write` fill a new folder, and add a manifest of its files that also says `about`."""
-
-    def write_all(folder: Path) -> None:
-        write(folder)
-        write_manifest(folder, **about)
-
-    write_folder(target, write_all)
-
-
 def write_folder(target: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a folder aside, flush all of it to the disk, then rename it to `target`.
 
@@ -53,6 +43,7 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
         write(aside)
         for written in (*aside.rglob("*"), aside):
             flush(written)
+        # The new name counts only once the list of names around it is on the disk too.
         os.replace(aside, target)
         flush(target.parent)
     except BaseException:

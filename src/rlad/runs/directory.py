@@ -34,7 +34,8 @@ from rlad.runs.checkpoints import (
     find_checkpoints,
     flush,
     set_aside,
-    write_checkpoint,
+    write_folder,
+    write_manifest,
 )
 
 CONFIG = "config.toml"
@@ -84,13 +85,11 @@ class RunDirectory:
                 "--overwrite to delete it and start again, or run_dir=... for another place."
             )
         # A run that was killed while it made its directory may have left the first of its files.
-        left = (
-            [p.name for p in self.path.iterdir() if not p.name.startswith(".")]
-            if self.path.is_dir()
-            else []
-        )
-        is_free = not self.path.exists() or (self.path.is_dir() and left in ([], [ENVIRONMENT]))
-        if not (is_free or self.exists()):
+        is_free = not self.path.exists()
+        if self.path.is_dir():
+            left = {p.name for p in self.path.iterdir() if not p.name.startswith(".")}
+            is_free = left <= {ENVIRONMENT} or self.exists()
+        if not is_free:
             raise UserError(
                 f"{self.path} exists and is not a run directory; choose another run_dir."
             )
@@ -98,9 +97,8 @@ class RunDirectory:
     def clear(self) -> None:
         """Delete everything in the directory but its lock; what makes it a run goes last."""
         with self._writing():
-            for path in sorted(
-                self.path.iterdir(), key=lambda path: (path.name in (CONFIG, ENVIRONMENT), path)
-            ):
+            paths = self.path.iterdir()
+            for path in sorted(paths, key=lambda path: path.name in (CONFIG, ENVIRONMENT)):
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
                 elif path.name != LOCK:
@@ -113,6 +111,7 @@ class RunDirectory:
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
             file = (self.path / LOCK).open("w")
+        # The lock ends with the process, however that ends, as the file is closed then.
         with file:
             try:
                 with self._one_at_a_time():
@@ -201,6 +200,7 @@ class RunDirectory:
         """Cut off the rows of later steps, and a half-written last line: a run resumed at `step`
         writes them again."""
         for name in ROWS:
+            # Rows are in the order of their steps, so all that is cut is the end of the file.
             kept = takewhile(lambda found: found[1]["step"] <= step, self._lines_with_rows(name))
             end = sum(len(line) for line, _ in kept)
             if (self.path / name).is_file():
@@ -271,12 +271,17 @@ class RunDirectory:
     ) -> None:
         """Let `write` fill a new checkpoint, which is complete or absent; the rows before it reach
         the disk before it does."""
+
+        def write_all(folder: Path) -> None:
+            write(folder)
+            write_manifest(folder, step=step, run=run_digest)
+
         with self._writing():
+            # A checkpoint of a step must not survive a crash that its rows do not survive.
             for name in ROWS:
                 if (self.path / name).is_file():
                     flush(self.path / name)
-            target = self.checkpoint(step, with_rollouts=with_rollouts)
-            write_checkpoint(target, write, step=step, run=run_digest)
+            write_folder(self.checkpoint(step, with_rollouts=with_rollouts), write_all)
 
     def set_aside_after(self, checkpoint: Path) -> None:
         """Rename the checkpoints that are newer than this one, all of them damaged, to

@@ -34,7 +34,7 @@ FEW_VALIDATIONS = 3
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """Something that was found. error: figures or files are wrong; warning: training does not do
+    """A thing that was found. error: figures or files are wrong; warning: training does not do
     what it should; note: worth knowing."""
 
     level: Literal["error", "warning", "note"]
@@ -47,7 +47,7 @@ class Diagnosis:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What a run directory holds."""
+    """The content of a run directory, as all looks see it."""
 
     run: RunDirectory
     config: RunConfig
@@ -106,6 +106,7 @@ def diagnose(path: Path, *, free_bytes: int | None = None) -> Diagnoses:
             f"there is no run in {path}; give the directory of a run, which holds config.toml and "
             "run.json."
         )
+    # Damaged rows are reported; the looks use the others.
     history = read_history(run)
     samples, damaged_samples = sort_rows(read_rows(run, SAMPLES, Row))
     evidence = Evidence(
@@ -134,6 +135,7 @@ def _steps(evidence: Evidence) -> Iterator[Diagnosis]:
         f"put back a copy of {METRICS}, or start the run again with --overwrite; figures and time "
         "limits count its rows"
     )
+    # (first missing step, how many are missing) of each gap.
     gaps = [
         (low + 1, high - low - 1) for low, high in pairwise(sorted({0, *numbers})) if high - low > 1
     ]
@@ -142,6 +144,7 @@ def _steps(evidence: Evidence) -> Iterator[Diagnosis]:
         num_missing = sum(length for _, length in gaps)
         which = f"{num_missing} steps, the first is {first}" if num_missing > 1 else f"step {first}"
         yield Diagnosis("error", "steps_missing", f"{METRICS} lacks {which}: {repair}.", first)
+    # One row a step, and one a step and split of evaluations.
     keys = {
         METRICS: [(step, "") for step in numbers],
         SAMPLES: [(step, "") for step in evidence.sampled_steps],
@@ -179,6 +182,7 @@ def _checkpoints(evidence: Evidence) -> Iterator[Diagnosis]:
 def _versions(evidence: Evidence) -> Iterator[Diagnosis]:
     try:
         described = json.loads((evidence.run.path / ENVIRONMENT).read_text(encoding="utf-8"))
+        # The run as it began, and each time that it was resumed.
         sessions = [described, *described.get("resumed", [])]
         changes = [
             (after.get("step", 0), _changes(before, after)) for before, after in pairwise(sessions)

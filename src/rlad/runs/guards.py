@@ -290,6 +290,7 @@ class Watch:
         row = numbers_of(row)
         is_skipped = bool(row.get("optimization/skipped/count"))
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if is_skipped else 0
+        # A step that has not recorded a metric is no step of its window.
         for metric, values in self._values.items():
             if (value := value_of(metric, row)) is not None:
                 values.append(value)

@@ -10,7 +10,7 @@ from rlad.runs.statistics import Estimate, bootstrap, pass_at_k
 
 @dataclass(frozen=True, slots=True)
 class ProblemResult:
-    """How the samples of one held-out problem were judged."""
+    """The verdicts on the samples of one held-out problem."""
 
     index: int
     key: str
@@ -26,20 +26,20 @@ class ProblemResult:
 
 
 def pass_at_1(results: Sequence[ProblemResult]) -> Estimate:
-    """pass@1 (= mean@k): the share of correct samples, averaged over problems."""
+    """Estimate pass@1 (= mean@k), the share of correct samples, averaged over problems."""
     return bootstrap([r.num_correct / r.num_samples for r in results], [r.key for r in results])
 
 
 def ks_up_to(num_samples: int) -> list[int]:
-    """The k of pass@k that are reported: 1, 2, 4, ... and the number of samples itself."""
+    """List the k of pass@k that are reported: 1, 2, 4, ... and the number of samples itself."""
     return sorted(
         {num_samples, *(2**i for i in range(num_samples.bit_length()) if 2**i <= num_samples)}
     )
 
 
 def summarise(results: Sequence[ProblemResult]) -> dict[str, Any]:
-    """mean@k, pass@k for k = 1, 2, 4, ... up to the number of samples, and pass@1 by difficulty;
-    each with its interval.
+    """Estimate mean@k, pass@k for k = 1, 2, 4, ... up to the number of samples, and pass@1 by
+    difficulty; each with its interval.
 
     A completion that could not be judged counts as not correct.
     """

@@ -47,7 +47,7 @@ class EvaluationRow(Row):
 
 
 class Imitation(BaseModel):
-    """What an update did with each token of a completion; see `rlad.engines.imitation`."""
+    """The fates of a completion's tokens in an update; see `rlad.engines.imitation`."""
 
     fates: Annotated[str, Field(pattern=r"^[+h\-p.]*$")]
     advantages: list[FiniteFloat]
@@ -65,6 +65,7 @@ class SampledRollout(BaseModel):
     @model_validator(mode="after")
     def _fits_together(self) -> "SampledRollout":
         if self.imitation is not None:
+            # Whatever was recorded has one entry for each token.
             columns = [value for _, value in self.imitation if value is not None]
             if {len(column) for column in columns} != {len(self.tokens or ())}:
                 raise ValueError("the imitation has not one entry for each token")
@@ -105,7 +106,7 @@ def read_rows(run: RunDirectory, name: str, kind: type[AnyRow]) -> Iterator[AnyR
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What a run's files say about its steps and evaluations."""
+    """The steps and evaluations of a run."""
 
     steps: Sequence[Mapping[str, float]]
     evaluations: Sequence[EvaluationRow]

@@ -17,6 +17,9 @@ NUM_PERMUTATIONS = 9_999
 LEVEL = 0.95
 
 Floats = NDArray[np.float64]
+Table = Sequence[Sequence[float]]
+Limits = tuple[float, float]
+NO_LIMITS: Limits = (-math.inf, math.inf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +62,7 @@ def bootstrap(values: Sequence[float], keys: Sequence[str], *, seed: int = 0) ->
 
 
 def mean_over_seeds(
-    values: Sequence[Sequence[float]],
-    keys: Sequence[str],
-    *,
-    limits: tuple[float, float] = (-math.inf, math.inf),
-    seed: int = 0,
+    values: Table, keys: Sequence[str], *, limits: Limits = NO_LIMITS, seed: int = 0
 ) -> Estimate:
     """Estimate the mean of `values[seed][problem]` with an interval (95 %) over seeds and problems;
     over problems alone for one seed.
@@ -84,29 +83,30 @@ def compare(
     other: Mapping[int, Sequence[float]],
     keys: Sequence[str],
     *,
-    limits: tuple[float, float] = (-math.inf, math.inf),
+    limits: Limits = NO_LIMITS,
     seed: int = 0,
 ) -> Comparison:
     """Compare two methods, each seed -> values of the same problems in the same order.
 
     Over the seeds that both have; only where they share none over all of each, unpaired.
     """
+    # The seeds that both have, or else all of each.
     shared = sorted(set(method) & set(other))
     of_method, of_other = ([runs[s] for s in shared or sorted(runs)] for runs in (method, other))
-    difference = paired_difference(
-        of_method, of_other, keys, is_paired_by_seed=bool(shared), limits=limits, seed=seed
-    )
+    a = _table(of_method, keys)
+    b = _table(of_other, keys)
+    difference = _interval(a, b, keys, is_paired=bool(shared), limits=limits, seed=seed)
     p_value = permutation_p_value(of_method, of_other, keys, seed=seed)
     return Comparison(difference, p_value, min(len(of_method), len(of_other)), bool(shared))
 
 
 def paired_difference(
-    method: Sequence[Sequence[float]],
-    other: Sequence[Sequence[float]],
+    method: Table,
+    other: Table,
     keys: Sequence[str],
     *,
     is_paired_by_seed: bool = True,
-    limits: tuple[float, float] = (-math.inf, math.inf),
+    limits: Limits = NO_LIMITS,
     seed: int = 0,
 ) -> Estimate:
     """Estimate the mean of method - other with its interval (95 %) over seeds and problems, as in
@@ -123,11 +123,7 @@ def paired_difference(
 
 
 def permutation_p_value(
-    method: Sequence[Sequence[float]],
-    other: Sequence[Sequence[float]],
-    keys: Sequence[str],
-    *,
-    seed: int = 0,
+    method: Table, other: Table, keys: Sequence[str], *, seed: int = 0
 ) -> float:
     """Compute the two-sided p-value of the paired permutation test: on each key, the two methods
     change places or do not.
@@ -170,7 +166,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def _table(values: Sequence[Sequence[float]], keys: Sequence[str]) -> Floats:
+def _table(values: Table, keys: Sequence[str]) -> Floats:
     table = np.asarray(values, dtype=float)
     assert table.size and table.shape == (len(values), len(keys))
     return table
@@ -184,13 +180,7 @@ def _per_key(table: Floats, keys: Sequence[str]) -> tuple[Floats, Floats]:
 
 
 def _interval(
-    a: Floats,
-    b: Floats,
-    keys: Sequence[str],
-    *,
-    is_paired: bool,
-    limits: tuple[float, float],
-    seed: int,
+    a: Floats, b: Floats, keys: Sequence[str], *, is_paired: bool, limits: Limits, seed: int
 ) -> Estimate:
     """Estimate mean(a) - mean(b) with its interval; mean(a) when `b` has no rows."""
     rng = np.random.default_rng(seed)
@@ -199,6 +189,7 @@ def _interval(
     draws = rng.integers(len(sizes), size=(NUM_RESAMPLES, len(sizes)))
     weights = _seed_weights(len(a), rng)
     others = weights[:, : len(b)] if is_paired else _seed_weights(len(b), rng)
+    # Of each resample the sum over its seeds, then over its keys, by the number of its problems.
     resampled = np.concatenate([weights, others], axis=1) @ sums
     means = np.take_along_axis(resampled, draws, axis=1).sum(axis=1) / sizes[draws].sum(axis=1)
     low, high = np.quantile(means, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))

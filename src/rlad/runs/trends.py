@@ -82,7 +82,7 @@ DERIVED: dict[str, Callable[[Row], float | None]] = {
 
 def numbers_of(row: Mapping[str, Any]) -> Row:
     """Keep the numbers of a row of metrics.jsonl."""
-    numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
+    numbers = {key: float(value) for key, value in row.items() if isinstance(value, int | float)}
     return {key: value for key, value in numbers.items() if not math.isnan(value)}
 
 

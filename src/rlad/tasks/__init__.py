@@ -32,7 +32,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class TaskRow:
-    """What makes a task, and what it is; `rlad[extra]` installs what it needs."""
+    """A kind of task and what makes one; `rlad[extra]` installs what it needs."""
 
     constructor: Callable[..., Task]
     summary: str

@@ -61,10 +61,7 @@ def gsm8k(instructions: str = INSTRUCTIONS) -> Benchmark:
 
 def aime2025(instructions: str = INSTRUCTIONS) -> Benchmark:
     """Make the task of AIME 2025, I and II."""
-    files = {
-        "AIME I": "AIME2025/aime2025-I.jsonl",
-        "AIME II": "AIME2025/aime2025-II.jsonl",
-    }
+    files = {"AIME I": "AIME2025/aime2025-I.jsonl", "AIME II": "AIME2025/aime2025-II.jsonl"}
     return Benchmark("aime2025", files, instructions)
 
 

@@ -19,7 +19,7 @@ _MOST_SHOWN = 200
 
 
 class JsonlTask:
-    """Problems with a prompt and a reference answer, one a line, graded by a verifier (see
+    """The problems of a file, each with a prompt and a reference answer, graded by a verifier (see
     `rlad.tasks.verifiers`).
 
     A prompt is a string, or the messages of a conversation, `[{"role": "system", "content": ...},
@@ -81,6 +81,7 @@ class JsonlTask:
     def problem(self, split: Split, index: int, *, seed: int = 0) -> Problem:
         check_split(split)
         problems = self._problems[split]
+        # Every epoch has all problems once, in an order of its own.
         epoch, position = divmod(index, len(problems))
         return problems[_order(seed, split, epoch, len(problems))[position]]
 

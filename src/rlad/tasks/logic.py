@@ -44,7 +44,7 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """One claim (`is`) or two claims joined by a connective."""
+    """A claim (`is`) or two claims joined by a connective."""
 
     connective: Connective
     claims: tuple[Claim, ...]

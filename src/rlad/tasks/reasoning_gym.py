@@ -106,6 +106,7 @@ class ReasoningGym:
         check_split(split)
         rng = random.Random(f"{seed}/{split}/{index}")
         what = f"the reasoning-gym data set {self._dataset!r} with options {self._options}"
+        # Draw until the problem's own key falls into the split.
         num_failures = 0
         for _ in range(_MAX_TRIES):
             try:

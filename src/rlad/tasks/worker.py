@@ -29,7 +29,7 @@ class CallFailed(Exception):
 
 
 class Worker:
-    """One process that calls `function` again and again; it starts with the first call.
+    """A process that calls `function` again and again; it starts with the first call.
 
     `function`, `initializer` and all arguments must be picklable. `initializer(*initargs)` runs
     whenever the process starts: imports belong there, since `timeout_seconds` counts the call
@@ -128,6 +128,7 @@ def _begin(
     max_bytes: int,
     is_silent: bool,
 ) -> None:
+    # What it prints may be a model's text, which must not reach the terminal.
     if is_silent:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
