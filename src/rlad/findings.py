@@ -6,8 +6,7 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the comparison. An `error` makes training impossible, a `warning` makes it
-    doubtful."""
+    """One line of a check. An `error` makes training impossible, a `warning` makes it doubtful."""
 
     level: Literal["ok", "warning", "error"]
     subject: str

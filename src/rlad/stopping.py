@@ -8,10 +8,10 @@ from types import FrameType
 
 
 class StopRequested(BaseException):
-    """Raised at a safe point after a signal: no weight is half updated there.
+    """The end of a run at a safe point after a signal: no weight is half updated there.
 
     Like `KeyboardInterrupt` it is no `Exception`, so that no library takes it for a failure of its
-    own and goes on.
+    own and continues.
     """
 
     def __init__(self, signal_number: int):
@@ -20,7 +20,7 @@ class StopRequested(BaseException):
 
 
 class Stop:
-    """Remembers a signal until the run asks with `check`."""
+    """The signal that has come, until the run asks for it with `check`."""
 
     def __init__(self) -> None:
         self._signal: int | None = None
@@ -33,8 +33,8 @@ class Stop:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Inside the block a signal raises wherever it comes: for work that may be left half done,
-        such as loading models."""
+        """Let a signal raise wherever it comes inside the block: for work that may be left half
+        done, such as loading models."""
         self._is_at_once = True
         try:
             yield
@@ -57,10 +57,9 @@ class Stop:
                 signal.signal(each, handler)
 
         former = {
-            each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        }
-        former = {
-            each: handler for each, handler in former.items() if handler is not signal.SIG_IGN
+            each: handler
+            for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            if (handler := signal.getsignal(each)) is not signal.SIG_IGN
         }
         try:
             for each in former:

@@ -5,13 +5,6 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 def printable(text: str) -> str:
-    """`text` without what steers a terminal or hides: control characters, escapes, marks that turn
-    the reading direction.
-
-    Line breaks and tabs stay.
-    """
-    return (
-        text
-        if text.isprintable()
-        else "".join(c if c.isprintable() or c in "\n\t" else _REPLACEMENT for c in text)
-    )
+    """Replace what steers a terminal or hides: control characters, escapes, marks that turn the
+    reading direction. Line breaks and tabs stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else _REPLACEMENT for c in text)

@@ -68,7 +68,7 @@ def main() -> None:
     rlad check my_run.toml                  can this work? what will it do? (trains nothing)
     rlad train my_run.toml                  train your own student
     rlad train my_run.toml objective=grpo   the same with one setting changed
-    rlad compare                            which method works? several methods and seeds, one report
+    rlad compare                            which method works? several seeds, one report
     """
     # A loop of many small operations on few cores loses most of its time to threads that spin while
     # they wait.

@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from rlad.config.capabilities import require_engine
-from rlad.config.engine import EngineConfig
 from rlad.config.objective import ObjectiveConfig, TRRDConfig
 from rlad.config.task import TaskConfig, with_changes
 from rlad.config.teacher import TeacherConfig
@@ -179,6 +178,13 @@ class LoggingConfig(Section):
     """any of them; each needs the extra of its name, such as `rlad[tensorboard]`"""
     project: Annotated[str, Field(min_length=1)] = "rlad"
     """of trackio and wandb"""
+
+
+class EngineConfig(Section):
+    """What makes the optimiser steps."""
+
+    type: Literal["native", "trl"] = "native"
+    """our own loop for one device; `trl` is refused for now"""
 
 
 class RunConfig(Section):

@@ -1,5 +1,5 @@
-"""What verl's processes are told of the objective: the environment variable RLAD_OBJECTIVE, written
-by `rlad export verl`.
+"""The objective for verl's processes: the environment variable RLAD_OBJECTIVE, written by
+`rlad export verl`.
 
 verl's config of a distillation loss has no field for knobs of ours. Ray hands the variable to every
 worker of the run (`ray_kwargs.ray_init.runtime_env.env_vars`). Its value is the section
@@ -43,9 +43,8 @@ def objective_knobs_from_environment(name: str) -> dict[str, Any]:
     if text is None:
         raise UserError(
             f"the environment variable {VARIABLE} has not reached this process; start verl by the "
-            "command of `rlad export "
-            f"verl`, or add +ray_kwargs.ray_init.runtime_env.env_vars.{VARIABLE}='{example}' to "
-            "yours."
+            "command of `rlad export verl`, or add "
+            f"+ray_kwargs.ray_init.runtime_env.env_vars.{VARIABLE}='{example}' to yours."
         )
     try:
         section = json.loads(text)
@@ -57,8 +56,7 @@ def objective_knobs_from_environment(name: str) -> dict[str, Any]:
     if objective.type != name:
         raise UserError(
             f"{VARIABLE} describes objective {objective.type!r} but "
-            f"distillation.distillation_loss.loss_mode is {name!r}; "
-            "make them the same."
+            f"distillation.distillation_loss.loss_mode is {name!r}; make them the same."
         )
     require_engine("verl", objective)
     return objective.knobs_at(step=0)

@@ -46,8 +46,8 @@ def compute_score(
         if problem.answer != ground_truth:
             raise UserError(
                 f"{extra_info['split']} problem {extra_info['index']} of {data_source} has another "
-                "answer than in verl's data: "
-                "the task has changed since the export; run `rlad export verl` again."
+                "answer than in verl's data: the task has changed since the export; run "
+                "`rlad export verl` again."
             )
         judgement = task.judge(problem, solution_str)
     if judgement.verdict == Verdict.CANNOT_JUDGE:
