@@ -169,15 +169,13 @@ def _num_logits(
 
     Scoring holds a tile of logits, its float32 copy, and the log-probs or the gradient. Sampling
     holds the logits of the next token of all rows, and three times those of a chunk of rows. An
-    objective over the whole vocabulary holds about three times as many tiles: those of two models,
-    the terms of their divergence and its slopes.
+    objective over the whole vocabulary holds more tensors, of tiles that are as much smaller.
     """
     kind = device.partition(":")[0]
-    num_tiles = 9 if config.objective.needs_vocabulary else 3
     chunk = min(rows, tokens_per_chunk(kind, shape.vocab_size))
     sampled = shape.vocab_size * (rows + 3 * chunk)
     scored = [
-        num_tiles * prod(tile_shape(kind, num_tokens, model.vocab_size))
+        3 * prod(tile_shape(kind, num_tokens, model.vocab_size))
         for model, num_tokens in [(shape, tokens), *_scored_by(config, shape, all_tokens, device)]
     ]
     return max(sampled, *scored)

@@ -27,7 +27,10 @@ def token_divergence(
     """
     assert (len(student.hidden), len(student.weight)) == (len(teacher.hidden), len(teacher.weight))
     if tile is None:
-        tile = tile_shape(student.weight.device.type, len(student.hidden), len(student.weight))
+        device = student.weight.device.type
+        num_tokens, num_entries = tile_shape(device, len(student.hidden), len(student.weight))
+        # About nine tensors of the size of a tile exist at once; of log-probs alone it is three.
+        tile = (max(1, num_tokens // 3), num_entries)
     return _TokenDivergence.apply(*student, teacher, divergence, tile)
 
 
