@@ -7,10 +7,7 @@ from typing import Any
 
 import torch
 
-from rlad.objectives.advantages import group_advantages
-from rlad.objectives.aggregate import aggregate
-from rlad.objectives.grpo import grpo_loss
-from rlad.objectives.trrd import trrd_loss
+from rlad import aggregate, group_advantages, grpo_loss, trrd_loss
 
 # Two completions of one prompt, the first was judged correct. The second one is a token shorter:
 # its last entry is padding.
