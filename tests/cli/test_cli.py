@@ -297,8 +297,8 @@ def test_checkpoints_load_as_any_model_and_differ_from_the_start(world, run_dir)
 def test_files_of_a_run(run_dir):
     names = {path.name for path in run_dir.iterdir()}
     assert names == {
-        "config.toml", "run.json", "metrics.jsonl", "eval.jsonl", "samples.jsonl", "checkpoints", "curve.png", "README.md",
-        ".lock",
+        "config.toml", "run.json", "metrics.jsonl", "eval.jsonl", "samples.jsonl", "checkpoints",
+        "curve.png", "README.md", ".lock",
     }  # fmt: skip
     about = json.loads((run_dir / "run.json").read_text())
     assert about["versions"]["torch"] == torch.__version__ and about["seed"] == 0

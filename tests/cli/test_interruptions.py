@@ -188,8 +188,8 @@ def test_signals_write_a_checkpoint(world, tmp_path):
         assert process.returncode == code and "Traceback" not in stderr
         command = f"rlad train {tmp_path / 'run'} --resume"
         assert stderr.splitlines()[-1] == (
-            f"rlad: stopped by {signal.Signals(number).name}; a checkpoint is written, continue with: "
-            f"{command}"
+            f"rlad: stopped by {signal.Signals(number).name}; a checkpoint is written, "
+            f"continue with: {command}"
         )
         rows = list(RunDirectory(tmp_path / "run").read("metrics.jsonl"))
         assert RunDirectory(tmp_path / "run").checkpoints()[-1][0] == len(rows) > num_before

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rlad
+from rlad.config.capabilities import TITLES, require_engine
 from rlad.config.file import (
     changed_settings,
     dump_config,
@@ -17,8 +18,11 @@ from rlad.config.file import (
     parse_config,
     parse_overrides,
 )
+from rlad.config.objective import OBJECTIVE_CONFIGS
 from rlad.config.run import RunConfig
-from rlad.config.types import Annealed
+from rlad.config.teacher import single_teachers
+from rlad.config.types import Annealed, Mark
+from rlad.errors import UserError
 
 MODELS = {"student": {"model": "s"}, "teacher": {"model": "t"}}
 BASE: dict[str, Any] = MODELS | {"task": {"type": "knights_and_knaves"}}
@@ -337,3 +341,67 @@ def test_how_a_teacher_is_reached_is_no_part_of_the_run_but_what_it_is():
     assert changed(served.format(port=8001, model="m", retries=2)).digest == first
     assert changed(served.format(port=8000, model="n", retries=1)).digest != first
     assert changed("optimization.max_missing_teacher_share=0.5").digest == changed().digest
+
+
+# --- marks, children, engines ---------------------------------------------------------------------
+
+NESTED = {
+    "type": "several",
+    "teachers": {
+        "logic": {"type": "cached", "teacher": {"model": "t"}, "directory": "elsewhere"},
+        "a.b": {"type": "served", "urls": ["http://127.0.0.1:1/v1"], "model": "m"},
+    },
+}
+
+
+def test_children_are_the_sections_inside_at_any_depth():
+    teacher = parse_config(BASE | {"teacher": NESTED}).teacher
+    assert teacher is not None
+    assert list(teacher.children) == ["teachers.logic", "teachers.a.b"]
+    assert [type(each).__name__ for each in teacher.walk()] == [
+        "SeveralTeachersConfig",
+        "CachedTeacherConfig",
+        "LocalTeacherConfig",
+        "ServedTeacherConfig",
+    ]
+    named = [(name, one.type) for name, one in single_teachers(teacher)]
+    assert named == [("teacher logic", "local"), ("teacher a.b", "served")]
+    assert list(single_teachers(None)) == []
+
+
+def test_a_dump_without_marks_leaves_out_the_marked_settings_at_any_depth():
+    config = parse_config(BASE | {"teacher": NESTED})
+    assert config.dump() == config.model_dump(mode="json")
+    table = config.dump(without=(Mark.NO_NUMBER, Mark.ROUNDING))
+    assert not {"run_dir", "checkpoints", "logging"} & set(table)
+    assert table["teacher"]["teachers"]["logic"] == {
+        "type": "cached",
+        "teacher": {
+            "type": "local",
+            "model": "t",
+            "dtype": "float32",
+            "quantization": "none",
+            "random_weights": False,
+        },
+    }
+    assert table["teacher"]["teachers"]["a.b"] == {
+        "type": "served",
+        "model": "m",
+        "scoring": "auto",
+    }
+    assert "device" not in table["student"] and "dtype" in table["student"]
+
+
+def test_every_objective_runs_on_the_native_engine_and_says_where_else():
+    for section in OBJECTIVE_CONFIGS.values():
+        require_engine("native", section())
+        for engine in ("trl", "verl"):
+            if engine not in section.engines:
+                with pytest.raises(UserError, match=f"is not available on {TITLES[engine]}; use"):
+                    require_engine(engine, section())
+
+
+def test_a_run_on_trl_is_refused_in_one_sentence():
+    (found,) = mistakes("engine.type=trl")
+    assert found.startswith("engine.type = 'trl' is not available on TRL; set it to 'native'")
+    assert found.endswith("RLADTrainer in a script of your own (docs/trl.md).")

@@ -88,7 +88,10 @@ def test_the_data_are_the_problems_of_the_native_engine_in_its_order(tmp_path):
 def test_a_conversation_keeps_its_messages_and_the_templates_variables(tmp_path):
     pytest.importorskip("pyarrow", reason="verl reads Parquet files: pip install 'rlad[datasets]'")
     world = write_world(tmp_path)
-    chat = "{% for m in messages %}{{ m.content }} {% endfor %}{% if thinking is defined %}0 {% endif %}="
+    chat = (
+        "{% for m in messages %}{{ m.content }} {% endfor %}"
+        "{% if thinking is defined %}0 {% endif %}="
+    )
     write_tokenizer(world / "student", chat_template=chat)
     messages = [
         {"role": "user", "content": "1"},
@@ -166,11 +169,21 @@ def test_each_setting_reaches_its_place(changes, key, value):
 
 
 CARRIED_OVER = {
-    "seed", "run_dir", "student.model", "student.dtype", "student.gradient_checkpointing", "teacher.model", "teacher.dtype",
-    "optimization.steps_per_rollout_batch", "optimization.num_steps", "rollout.prompt_format", "rollout.max_prompt_tokens",
+    "seed",
+    "run_dir",
+    "student.model",
+    "student.dtype",
+    "student.gradient_checkpointing",
+    "teacher.model",
+    "teacher.dtype",
+    "optimization.steps_per_rollout_batch",
+    "optimization.num_steps",
+    "rollout.prompt_format",
+    "rollout.max_prompt_tokens",
     "rollout.system_prompt",
-    "evaluation.num_validation_problems", "evaluation.every_steps",
-}  # fmt: skip
+    "evaluation.num_validation_problems",
+    "evaluation.every_steps",
+}
 """Settings whose effect is not one number of an override: data, derived counts, formats."""
 EXPLAINED = (
     "device",

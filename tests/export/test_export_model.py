@@ -126,10 +126,9 @@ def test_the_checkpoint_that_is_asked_for(tmp_path):
 
 def test_bad_input(tmp_path):
     run = write_run(tmp_path)
-    sentence = rlad_fails("export", "model", tmp_path)
-    assert (
-        sentence
-        == f"rlad: there is no run in {tmp_path}; give the directory of a run, as `rlad train` names it at its end."
+    assert rlad_fails("export", "model", tmp_path) == (
+        f"rlad: there is no run in {tmp_path}; give the directory of a run, as `rlad train` names "
+        "it at its end."
     )
     assert "use best, last, or one of its steps: 1." in rlad_fails(
         "export", "model", run, "--checkpoint", "7"

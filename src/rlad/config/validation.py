@@ -40,7 +40,8 @@ def _sentences(section: type[Section], errors: Sequence[Any]) -> list[str]:
             sentences[where] += f", or {message.partition(': ')[2]}"
         else:
             sentences[where] = f"{where} {message}"
-    return [s.strip() if s.endswith("?") else f"{s.strip()}." for s in sentences.values()]
+    stripped = [sentence.strip() for sentence in sentences.values()]
+    return [each if each.endswith(("?", ".")) else f"{each}." for each in stripped]
 
 
 def _is_of_another_kind(error: Any) -> bool:
