@@ -174,12 +174,6 @@ class TOPDConfig(_Clipped):
 
 
 class SFTConfig(ObjectiveSection):
-    """SFT, supervised fine-tuning on what the teacher writes (sequence-level distillation, arXiv
-    1606.07947).
-
-    loss_t = -log πS of the teacher's token
-    """
-
     type: Literal["sft"] = "sft"
     rejection: bool = True
     """train on those of the teacher's completions alone that the verifier calls correct"""
@@ -195,11 +189,6 @@ class SFTConfig(ObjectiveSection):
 
 
 class GKDConfig(ObjectiveSection):
-    """GKD, generalised knowledge distillation on the student's own completions (arXiv 2306.13649).
-
-    loss_t = generalised JSD_beta( πT || πS ) over the vocabulary
-    """
-
     type: Literal["gkd"] = "gkd"
     beta: Share = 0.5
     """of the generalised Jensen-Shannon divergence: 0 is the forward KL, 1 the reverse KL"""
