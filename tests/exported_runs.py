@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlad.config.file import dump_config, parse_config
-from rlad.models.saving import save_model
+from rlad.models.loading import save_model
 from rlad.models.student import load_student
 from rlad.runs.directory import RunDirectory
 from tiny_models import random_tokens, tiny_model, tiny_tokenizer

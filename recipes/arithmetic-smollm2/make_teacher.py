@@ -20,8 +20,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 import rlad
 from rlad.config.run import RolloutConfig
-from rlad.models.loading import LanguageModel, load_language_model
-from rlad.models.saving import save_model
+from rlad.models.loading import LanguageModel, load_language_model, save_model
 from rlad.rollouts.prompts import prompt_token_ids
 from rlad.runs.checkpoints import write_folder
 from rlad.runs.directory import RunDirectory

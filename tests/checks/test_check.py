@@ -20,7 +20,6 @@ from rlad.checks.memory import (
     teacher_bytes,
 )
 from rlad.checks.trial import (
-    Decoding,
     StepTime,
     Trial,
     describe_trial,
@@ -286,7 +285,7 @@ def test_without_a_teacher_there_are_no_lines_about_one(world, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "objective", ["kdrl", "opd", "rlsd", "distilled_rl", "topd", "opd_then_grpo"]
+    "objective", ["kdrl", "opd", "rlsd", "distilled_rl", "topd", "opd_then_grpo", "sft", "gkd"]
 )
 def test_every_objective_can_be_tried(world, tmp_path, objective):
     report = checked(world, tmp_path / "run", objective={"type": objective})
@@ -321,12 +320,11 @@ def test_time_is_that_of_the_whole_batch(world, tmp_path, monkeypatch):
         run(self, timed)
 
     monkeypatch.setattr(NativeEngine, "run", by_hand)
-    decoding = Decoding(2.0, prompt_seconds=1.0, token_seconds=0.5)
-    monkeypatch.setattr(Decoding, "measure", lambda *_: decoding)
+    monkeypatch.setattr("rlad.checks.trial.decoding_seconds", lambda *_: [2.0, 1.0])
     trial = run_trial(parse_config(config))
     mean, most = trial.steps
     assert mean.completion_tokens == trial.mean_tokens and trial.num_truncated > 0
-    generation = 2 * (1 + 0.5 * (trial.mean_tokens - 1)) / 2
+    generation = (2.0 + 1.0 * (trial.mean_tokens - 1)) / 2
     assert mean.seconds == pytest.approx(
         {"update": 6.0 * 2, "teacher": 2.0 * 2, "generation": generation}
     )
@@ -598,17 +596,13 @@ def test_json_has_everything(world, tmp_path):
     assert step["total"] == pytest.approx(sum(step["seconds"].values()))
 
 
-def test_tokenizers_and_padding_are_told(world, tmp_path):
-    teacher = write_model(tmp_path / "teacher", seed=2, vocab_size=9)
-    report = checked(world, tmp_path / "run", teacher={"model": str(teacher)})
-    assert (
-        message(report, "special tokens")
-        == "a completion ends with '<eos>'; begin none, pad '<pad>'"
+def test_tokenizer_and_padding_of_the_student_are_told(tmp_path, world):
+    student = write_model(tmp_path / "student", seed=2, vocab_size=9)
+    report = checked(world, tmp_path / "run", student={"model": str(student)})
+    assert message(report, "special tokens") == (
+        "a completion ends with '<eos>'; begin none, pad '<pad>'"
     )
-    assert (
-        message(report, "vocabulary padding")
-        == "student 7 tokens in 7 rows, teacher 7 tokens in 9 rows"
-    )
+    assert message(report, "student").endswith(", 7 tokens in 9 rows")
 
 
 def test_a_terminal_of_100_columns(world, tmp_path, capsys):

@@ -179,10 +179,10 @@ def _check_models(config: RunConfig) -> list[Finding]:
     require_weights(settings.model)
     require_base_model(config)
     context = context_tokens(model_config)
+    vocabulary = f"{len(tokenizer)} tokens in {model_config.get_text_config().vocab_size} rows"
     findings = [
-        Finding("ok", "student", f"{settings.model} ({model_config.model_type})"),
+        Finding("ok", "student", f"{settings.model} ({model_config.model_type}), {vocabulary}"),
         _special_tokens(config, tokenizer, model_config),
-        _vocabulary_padding(config, tokenizer, model_config),
     ]
     if config.teacher is None or not config.needs_teacher:
         return [*findings, Finding("ok", "context", f"student {context or 'not stated'} tokens")]
@@ -203,20 +203,6 @@ def _special_tokens(config: RunConfig, tokenizer: Any, model_config: Any) -> Fin
     )
     message = f"a completion ends with {end}; begin {begin}, pad {pad}"
     return Finding("ok", "special tokens", message)
-
-
-def _vocabulary_padding(config: RunConfig, tokenizer: Any, model_config: Any) -> Finding:
-    """Sizes may differ: neither model is asked for tokens that the other lacks, but for those that
-    the student samples."""
-
-    def sizes(tokenizer: Any, model_config: Any) -> str:
-        return f"{len(tokenizer)} tokens in {model_config.get_text_config().vocab_size} rows"
-
-    message = f"student {sizes(tokenizer, model_config)}"
-    if isinstance(config.teacher, LocalTeacherConfig) and config.needs_teacher:
-        name = config.teacher.model
-        message += f", teacher {sizes(load_tokenizer(name), load_model_config(name))}"
-    return Finding("ok", "vocabulary padding", message)
 
 
 def _check_task(config: RunConfig) -> list[Finding]:

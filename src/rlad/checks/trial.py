@@ -35,8 +35,8 @@ GROUP_SIZE = 4
 MAX_TOKENS = 64
 # Below what rounding to bfloat16 moves log-probs by, two models cannot be told apart.
 SMALL_LOG_RATIO = 0.01
-# Tokens that each row is decoded for in order to time the run's own batch size.
-_NUM_TIMED_TOKENS = 9
+# Tokens after the first that each row is decoded for, to time the run's own batch size.
+_NUM_TIMED_TOKENS = 8
 # More than the longest window of a guard.
 _NUM_LIKE_THE_TRIAL = 20
 _GIB = 1024**3
@@ -115,7 +115,7 @@ def run_trial(config: RunConfig) -> Trial:
         engine = make_engine(small, load_student(small), task, before_work=lambda: None)
         with closing(engine):
             engine.run(after_step)
-            decoding = Decoding.measure(config, engine.student, task)
+            decoding = decoding_seconds(config, engine.student, task)
     # The first batch also loads kernels, so times are those of the last.
     batch = results[-per_batch:]
     rollouts = [
@@ -168,47 +168,33 @@ def without_cache(teacher: Any) -> Any:
             return teacher
 
 
-@dataclass(frozen=True, slots=True)
-class Decoding:
-    """How long the student takes to write the run's own number of rows at once."""
-
-    num_batches: float
-    """of such rows in a rollout batch"""
-    prompt_seconds: float
-    token_seconds: float
-
-    @classmethod
-    def measure(cls, config: RunConfig, student: LanguageModel, task: Task) -> "Decoding":
-        rollout = config.rollout
-        prompts_at_once = max(1, rollout.max_batch_rows // rollout.group_size)
-        num_prompts = min(rollout.prompts_per_batch, prompts_at_once)
-        most = min(_NUM_TIMED_TOKENS, rollout.max_completion_tokens)
-
-        def seconds(num_tokens: int) -> float:
-            short = rollout.model_copy(update={"max_completion_tokens": num_tokens})
-            started = time.monotonic()
-            graded_groups(
-                student,
-                task,
-                "train",
-                range(num_prompts),
-                rollout=short,
-                seed=stream_seed(config.seed, "trial"),
-                problem_seed=config.seed,
-            )
-            return time.monotonic() - started
-
-        one = seconds(1)
-        each = max(seconds(most) - one, 0.0) / (most - 1) if most > 1 else one
-        return cls(rollout.prompts_per_batch / num_prompts, one, each)
-
-    def seconds_for(self, num_tokens: float) -> float:
-        """Estimate the seconds of a rollout batch whose completions have so many tokens."""
-        return self.num_batches * (self.prompt_seconds + self.token_seconds * (num_tokens - 1))
+def decoding_seconds(config: RunConfig, student: LanguageModel, task: Task) -> list[float]:
+    """Measure how long the student takes to write a batch of the run's own number of rows: until
+    its first tokens, and for each further token."""
+    rollout = config.rollout
+    prompts_at_once = max(1, rollout.max_batch_rows // rollout.group_size)
+    num_prompts = min(rollout.prompts_per_batch, prompts_at_once)
+    seconds = []
+    for num_tokens in (1, 1 + _NUM_TIMED_TOKENS):
+        short = rollout.model_copy(update={"max_completion_tokens": num_tokens})
+        started = time.monotonic()
+        graded_groups(
+            student,
+            task,
+            "train",
+            range(num_prompts),
+            rollout=short,
+            seed=stream_seed(config.seed, "trial"),
+            problem_seed=config.seed,
+        )
+        seconds.append(time.monotonic() - started)
+    num_batches = rollout.prompts_per_batch / num_prompts
+    first, more = (num_batches * each for each in seconds)
+    return [first, max(more - first, 0.0) / _NUM_TIMED_TOKENS]
 
 
 def _step_times(
-    config: RunConfig, batch: Sequence[StepResult], decoding: Decoding
+    config: RunConfig, batch: Sequence[StepResult], decoding: Sequence[float]
 ) -> tuple[StepTime, ...]:
     """Scale the time of a batch's steps to the run's numbers of completions and tokens.
 
@@ -236,7 +222,8 @@ def _step_times(
         scale = num_completions / len(completions) * (prompt + length) / (prompt + mean)
         scaled = {part: scale * value for part, value in seconds.items()}
         if config.objective.written_by == "student":
-            scaled["generation"] = decoding.seconds_for(length) / loop.steps_per_rollout_batch
+            first, each = decoding
+            scaled["generation"] = (first + each * (length - 1)) / loop.steps_per_rollout_batch
         times.append(StepTime(length, scaled))
     return tuple(times)
 

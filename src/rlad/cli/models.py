@@ -9,9 +9,9 @@ from rich.text import Text
 
 from rlad.errors import UserError
 from rlad.models.fetch.hub import cached_folder, cached_models, fetch_model
-from rlad.models.fetch.wheel import installed_file, prepare_packaged
+from rlad.models.fetch.wheel import prepare_packaged
 from rlad.models.files import EMBEDDED, require_weights
-from rlad.models.packaged import PACKAGED, PackagedModel
+from rlad.models.packaged import PACKAGED
 from rlad.text import printable
 
 
@@ -89,7 +89,11 @@ def prepare(name: str, source: Path | None, console: Console | None = None) -> P
         folder = EMBEDDED[name]
     elif packaged is not None:
         if not packaged.is_ready:
-            say(_packaged_work(packaged, source))
+            if source is None:
+                size = f"{packaged.wheel_bytes / 1e6:.0f} MB"
+                say(f"fetching {packaged.requirement}, {size} ({packaged.summary})")
+            size = f"{packaged.folder_bytes / 1e6:.0f} MB"
+            say(f"converting it to float32, {size} in {packaged.folder.parent}")
         folder = prepare_packaged(packaged, source=source)
     elif Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
@@ -103,16 +107,6 @@ def prepare(name: str, source: Path | None, console: Console | None = None) -> P
         folder = cached_folder(name) or fetch_model(name, say)
     say(f"ready  {name}  {_num_bytes(folder) / 1e6:.0f} MB in {folder}")
     return folder
-
-
-def _packaged_work(model: PackagedModel, source: Path | None) -> str:
-    converting = (
-        f"converting it to float32, {model.folder_bytes / 1e6:.0f} MB in {model.folder.parent}"
-    )
-    if source is not None or installed_file(model) is not None:
-        return converting
-    size = f"{model.wheel_bytes / 1e6:.0f} MB"
-    return f"fetching {model.requirement}, {size} ({model.summary}), and {converting}"
 
 
 def _num_bytes(folder: Path) -> int:

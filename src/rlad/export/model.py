@@ -10,8 +10,7 @@ from safetensors import SafetensorError
 from rlad.config.file import load_config
 from rlad.errors import RunFailedError, UserError
 from rlad.models.adapters import merge_adapter
-from rlad.models.loading import LanguageModel
-from rlad.models.saving import save_model
+from rlad.models.loading import LanguageModel, save_model
 from rlad.models.student import load_student
 from rlad.runs.checkpoints import damage, write_folder
 from rlad.runs.directory import RunDirectory

