@@ -14,7 +14,7 @@ import pytest
 from pydantic import BaseModel
 
 from rlad.cli.main import main
-from rlad.config import comparison, engine, objective, run, task, teacher, template
+from rlad.config import comparison, objective, run, task, teacher, template
 from rlad.config.catalogue import CONFIGS, names
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +47,7 @@ def blocks(page: Path, *languages: str) -> list[str]:
 
 def setting_names() -> set[str]:
     """Return the names of all fields of all sections of runs and comparisons."""
-    modules = (comparison, engine, objective, run, task, teacher, template)
+    modules = (comparison, objective, run, task, teacher, template)
     sections = [
         member
         for module in modules
