@@ -185,7 +185,7 @@ def test_the_mean_of_micro_batch_means_would_be_noticed(aggregation: Any) -> Non
     ):
         part = [rows[i] for i in micro]
         scores = case.engine.scorer([prompts[i] for i in part], [completions[i] for i in part])
-        inputs = case.engine._loss_inputs(batch, part, scores)
+        inputs = batch.loss_inputs(part, scores)
         means.append(
             float(
                 aggregate(token_loss("opd", inputs)[0], inputs.trained, mode=aggregation).detach()

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from rlad.objectives.inputs import LossInputs
 from rlad.rollouts.types import Metrics, Rollout, RolloutGroup
+from rlad.scoring.scorer import CompletionScores
 from rlad.tasks import Verdict
 from rlad.teachers.base import TeacherRequest
 
@@ -73,6 +75,48 @@ class RolloutBatch:
             assert len(values) == len(self.completions[i]), "a score for each token, NaN for none"
             results[i] = values
         return results
+
+    def sequences(self, rows: Sequence[int]) -> tuple[list[Sequence[int]], list[Sequence[int]]]:
+        """Prompts and completions of some rollouts."""
+        return [self.prompts[i] for i in rows], [self.completions[i] for i in rows]
+
+    def counted_tokens(self, wanted: Sequence[int]) -> list[Tensor]:
+        """Of each counted rollout among `wanted` the tokens with finite scores, bool `[token]`.
+
+        Rows that were not scored, as they contribute nothing, count in full.
+        """
+        counted, result = self.counted.tolist(), []
+        for i in (i for i in wanted if counted[i]):
+            tokens = torch.ones(len(self.completions[i]), dtype=torch.bool)
+            for values in (self.teacher_logprobs, self.reference_logprobs, self.old_logprobs):
+                if values is not None and len(values[i]):
+                    tokens &= torch.isfinite(values[i])
+            result.append(tokens)
+        return result
+
+    def loss_inputs(self, part: Sequence[int], scores: CompletionScores) -> LossInputs:
+        """The tensors of the rollouts `part`, given the student's scores of them."""
+        student, rows = scores.logprobs, torch.tensor(part)
+
+        def chosen(values: list[Tensor] | None) -> Tensor | None:
+            return None if values is None else padded([values[i] for i in part], student)
+
+        old, token_advantages = chosen(self.old_logprobs), chosen(self.token_advantages)
+        if token_advantages is None:
+            advantages = self.advantages[rows].to(student)
+        else:
+            advantages = token_advantages
+        return LossInputs(
+            student_logprobs=student,
+            old_logprobs=student.detach() if old is None else old,
+            advantages=advantages,
+            mask=scores.mask,
+            teacher_logprobs=chosen(self.teacher_logprobs),
+            reference_logprobs=chosen(self.reference_logprobs),
+            divergence_to_teacher=scores.divergence,
+            is_correct=self.is_correct[rows].to(student.device),
+            group_is_solved=self.group_is_solved[rows].to(student.device),
+        )
 
     def teacher_requests(self) -> list[TeacherRequest]:
         """What a teacher is asked about the rollouts that train."""

@@ -1,5 +1,5 @@
-"""The loop for one device, top to bottom as the paper tells it: sample, reward, advantage, score,
-objective, step.
+"""The loop for one device, in the order of the paper: sample, reward, advantage, score, objective,
+step.
 
 Everything random comes from streams named by seed and step, and problems are addressed by index:
 the state of a run is its step, its weights, its optimiser and, between the mini-batches of one
@@ -20,36 +20,31 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import get_scheduler
 
 from rlad.config.run import RunConfig
-from rlad.config.types import at_step
 from rlad.engines.base import ResumePoint, StepResult, peak_memory
 from rlad.engines.imitation import ImitationMap
 from rlad.engines.metrics import TokenStats, rollout_metrics
 from rlad.engines.native.checkpoint import EngineState, batch_tensors, load_state, save_state
+from rlad.engines.native.gradient import LossGradient, trained_parameters
 from rlad.engines.native.overlap import AskedAhead
-from rlad.engines.rollout_batch import RolloutBatch, padded
+from rlad.engines.rollout_batch import RolloutBatch
 from rlad.engines.skipped_steps import (
     SKIPPED,
     SkippedBatch,
     drop_gradient,
     metrics_of_skipped,
-    require_sound_weights,
 )
 from rlad.errors import UserError
 from rlad.models.loading import LanguageModel, save_model
-from rlad.objectives import OBJECTIVES, taken_by, token_loss
+from rlad.objectives import OBJECTIVES, taken_by
 from rlad.objectives.advantages import group_advantages
-from rlad.objectives.aggregate import aggregate, denominator
-from rlad.objectives.inputs import LossInputs
 from rlad.rollouts.grading import graded_groups
 from rlad.rollouts.timer import Timer
 from rlad.rollouts.types import Metrics, RolloutGroup
-from rlad.scoring.distributions import Distributions
-from rlad.scoring.scorer import CompletionScores, Scorer
-from rlad.scoring.token_divergence import token_divergence
+from rlad.scoring.scorer import Scorer
 from rlad.seeds import stream_seed
 from rlad.tasks import Task, Verdict
 from rlad.teachers.adapter import AdapterScorer
-from rlad.teachers.asking import complete_logprobs, require_few_missing
+from rlad.teachers.asking import complete_logprobs
 from rlad.teachers.base import Teacher
 from rlad.teachers.local import LocalTeacher
 
@@ -80,9 +75,7 @@ class NativeEngine:
         self.before_work = before_work
         self.step = 0
         self.pending: RolloutBatch | None = None
-        self.parameters = [
-            parameter for parameter in student.model.parameters() if parameter.requires_grad
-        ]
+        self.parameters = trained_parameters(student)
         self.optimizer = torch.optim.AdamW(
             self.parameters,
             lr=loop.learning_rate,
@@ -99,17 +92,14 @@ class NativeEngine:
         scoring: dict[str, Any] = {
             "temperature": config.rollout.temperature,
             "tokens_per_batch": loop.tokens_per_batch,
+            "before_work": before_work,
         }
-        scoring["before_work"] = before_work
         self.scorer = Scorer(student, **scoring)
-        self.reference_scorer = None
-        if reference is not None:
-            shared = reference is student
-            self.reference_scorer = (
-                AdapterScorer(student, adapter=None, **scoring)
-                if shared
-                else Scorer(reference, **scoring)
-            )
+        self.reference_scorer: Scorer | None = None
+        if reference is student:
+            self.reference_scorer = AdapterScorer(student, adapter=None, **scoring)
+        elif reference is not None:
+            self.reference_scorer = Scorer(reference, **scoring)
         if config.objective.needs_vocabulary:
             self.local_teacher.require_comparable(self.scorer)
         if config.student.gradient_checkpointing:
@@ -146,8 +136,8 @@ class NativeEngine:
             )
 
     def run(self, after_step: Callable[[StepResult], bool]) -> None:
-        """Optimiser steps until `num_steps`, or until `after_step`, which is told of each, answers
-        False."""
+        """Make optimiser steps until `num_steps`, or until `after_step`, which gets each of them,
+        returns False."""
         for result in self.steps():
             if not after_step(result):
                 break
@@ -322,11 +312,7 @@ class NativeEngine:
             batch.trains = batch.counted & (batch.advantages != 0)
 
     def _scores(self, batch: RolloutBatch, scorer: Scorer) -> list[Tensor]:
-        rows = batch.training_rows
-        prompts, completions = batch.prompts, batch.completions
-        return batch.by_rollout(
-            scorer.score([prompts[i] for i in rows], [completions[i] for i in rows])
-        )
+        return batch.by_rollout(scorer.score(*batch.sequences(batch.training_rows)))
 
     def _ask_teacher(self, batch: RolloutBatch, ahead: AskedAhead | None = None) -> list[Tensor]:
         """The teacher's log-probs of the rollouts that train, for which it may have been asked
@@ -373,9 +359,7 @@ class NativeEngine:
         """
         size, stats = batch.group_size, TokenStats()
         wanted = [i for p in prompts for i in range(p * size, (p + 1) * size)]
-        needs_teacher = self.objective_at(batch.index).needs_vocabulary
-        with self.local_teacher.at_work() if needs_teacher else nullcontext():
-            loss = self.accumulate_gradient(batch, wanted, stats, imitation)
+        loss = self.accumulate_gradient(batch, wanted, stats, imitation)
         norm = float(
             torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optimization.max_grad_norm)
         )
@@ -408,123 +392,11 @@ class NativeEngine:
         The denominator is that of all of them, so neither micro-batches nor left-out rows change
         the result. The loss is NaN where the student's own log-probs are not finite.
         """
-        loop, objective = self.config.optimization, self.objective_at(batch.index)
-        knobs = taken_by(OBJECTIVES[objective.type].function, objective.knobs_at(self.step))
-        kl_coef = at_step(loop.kl_coef, self.step)
-        trains = set(batch.training_rows)
-        rows = [i for i in wanted if i in trains]
-        stats.scored_share = len(rows) / len(wanted)
-        whole = self._denominator(batch, wanted, stats)
-        # Checkpointing only works in training mode; `LanguageModel` has no dropout that this would
-        # switch on.
-        self.student.model.train(self.config.student.gradient_checkpointing)
-        for parameter in self.parameters:
-            # Zeros, not None: a step without gradient still moves by the optimiser's momentum.
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            else:
-                parameter.grad.zero_()
-        total = 0.0
-        prompts, completions = batch.prompts, batch.completions
-        for micro in self.scorer.batches(
-            [prompts[i] for i in rows], [completions[i] for i in rows]
-        ):
-            self.before_work()
-            part = [rows[i] for i in micro]
-            sequences = [prompts[i] for i in part], [completions[i] for i in part]
-            with self.scorer.gradient_in_place():
-                scores = self.scorer(*sequences, divergence=self._divergence(objective, *sequences))
-            if not torch.isfinite(scores.logprobs).all():
-                require_sound_weights(self.step + 1, self.parameters)
-                total = math.nan
-                break
-            inputs = self._loss_inputs(batch, part, scores)
-            if scores.divergence is not None:
-                self._count_missing(scores, stats)
-            losses, token_stats = token_loss(objective.type, inputs, knobs=knobs, kl_coef=kl_coef)
-            loss = aggregate(losses, inputs.trained, mode=loop.aggregation, denominator=whole)
-            loss.backward()
-            total += float(loss.detach())
-            sampled = [torch.tensor(batch.rollouts[i].completion.logprobs) for i in part]
-            if objective.written_by == "teacher":  # whose log-probs are not those of the old policy
-                sampled = [torch.full_like(values, torch.nan) for values in sampled]
-            stats.add(inputs, scores.entropy, padded(sampled, scores.logprobs), token_stats)
-            if imitation is not None:
-                imitation.add(part, inputs, token_stats)
-        self.student.model.eval()
-        return total
-
-    def _divergence(
-        self,
-        objective: Any,
-        prompts: Sequence[Sequence[int]],
-        completions: Sequence[Sequence[int]],
-    ) -> Callable[[Distributions], Tensor] | None:
-        """What compares the student's distributions of some completions with the teacher's, for an
-        objective that needs that."""
-        divergence = OBJECTIVES[objective.type].divergence
-        if divergence is None:
-            return None
-        measure = partial(divergence, **taken_by(divergence, objective.knobs_at(self.step)))
-        teacher = self.local_teacher.scorer.distributions(prompts, completions)
-        return lambda student: token_divergence(student, teacher, measure)
-
-    def _count_missing(self, scores: CompletionScores, stats: TokenStats) -> None:
-        """Count the tokens without a finite divergence. Raise `RunFailedError` where the teacher is
-        the reason for too many of them."""
-        assert scores.divergence is not None
-        num_missing = int((scores.mask & ~scores.divergence.isfinite()).sum())
-        stats.num_dropped += num_missing
-        require_few_missing(
-            num_missing,
-            int(scores.mask.sum()),
-            max_missing_share=self.config.optimization.max_missing_teacher_share,
-            step=self.step + 1,
-        )
-
-    def _loss_inputs(
-        self, batch: RolloutBatch, part: Sequence[int], scores: CompletionScores
-    ) -> LossInputs:
-        """The tensors of the rollouts `part`, given the student's scores of them."""
-        like, rows = scores.logprobs, torch.tensor(part)
-
-        def chosen(values: list[Tensor] | None) -> Tensor | None:
-            return None if values is None else padded([values[i] for i in part], like)
-
-        old, token_advantages = chosen(batch.old_logprobs), chosen(batch.token_advantages)
-        if token_advantages is None:
-            advantages = batch.advantages[rows].to(like)
-        else:
-            advantages = token_advantages
-        return LossInputs(
-            student_logprobs=like,
-            old_logprobs=like.detach() if old is None else old,
-            advantages=advantages,
-            mask=scores.mask,
-            teacher_logprobs=chosen(batch.teacher_logprobs),
-            reference_logprobs=chosen(batch.reference_logprobs),
-            divergence_to_teacher=scores.divergence,
-            is_correct=batch.is_correct[rows].to(like.device),
-            group_is_solved=batch.group_is_solved[rows].to(like.device),
-        )
-
-    def _denominator(self, batch: RolloutBatch, wanted: Sequence[int], stats: TokenStats) -> float:
-        """The denominator of the rollouts among `wanted` that count, without the tokens that lack a
-        finite score.
-
-        Rows that were not scored, as they contribute nothing, count in full.
-        """
-        counted = batch.counted.tolist()
-        kept = [torch.zeros(0, dtype=torch.bool)]
-        for i in (i for i in wanted if counted[i]):
-            tokens = torch.ones(len(batch.completions[i]), dtype=torch.bool)
-            for values in (batch.teacher_logprobs, batch.reference_logprobs, batch.old_logprobs):
-                if values is not None and len(values[i]):
-                    tokens &= torch.isfinite(values[i])
-            stats.num_dropped += int((~tokens).sum())
-            kept.append(tokens)
-        return denominator(
-            pad_sequence(kept, batch_first=True),
-            mode=self.config.optimization.aggregation,
-            max_completion_tokens=self.config.rollout.max_completion_tokens,
-        )
+        return LossGradient(
+            self.config,
+            self.objective_at(batch.index),
+            step=self.step,
+            scorer=self.scorer,
+            teacher=self.teacher,
+            before_work=self.before_work,
+        ).accumulate(batch, wanted, stats, imitation)

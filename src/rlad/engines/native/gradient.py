@@ -1,0 +1,164 @@
+"""The gradient of an objective over some rollouts, micro-batch by micro-batch."""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlad.config.run import RunConfig
+from rlad.config.types import at_step
+from rlad.engines.imitation import ImitationMap
+from rlad.engines.metrics import TokenStats
+from rlad.engines.rollout_batch import RolloutBatch, padded
+from rlad.engines.skipped_steps import require_sound_weights
+from rlad.models.loading import LanguageModel
+from rlad.objectives import OBJECTIVES, taken_by, token_loss
+from rlad.objectives.aggregate import aggregate, denominator
+from rlad.scoring.distributions import Distributions
+from rlad.scoring.scorer import CompletionScores, Scorer
+from rlad.scoring.token_divergence import token_divergence
+from rlad.teachers.asking import require_few_missing
+from rlad.teachers.base import Teacher
+from rlad.teachers.local import LocalTeacher
+
+Sequences = tuple[list[Sequence[int]], list[Sequence[int]]]
+"""prompts and completions"""
+
+
+def trained_parameters(student: LanguageModel) -> list[nn.Parameter]:
+    return [parameter for parameter in student.model.parameters() if parameter.requires_grad]
+
+
+class LossGradient:
+    """Sets a student's gradient to that of an objective's loss at one step."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        objective: Any,
+        *,
+        step: int,
+        scorer: Scorer,
+        teacher: Teacher | None,
+        before_work: Callable[[], None],
+    ):
+        """`scorer` is the student's; the teacher is asked here by an objective that compares whole
+        distributions."""
+        self.config, self.objective, self.step = config, objective, step
+        self.scorer, self.teacher, self.before_work = scorer, teacher, before_work
+        self.parameters = trained_parameters(scorer.language_model)
+        self.row, self.knobs = OBJECTIVES[objective.type], objective.knobs_at(step)
+
+    def accumulate(
+        self,
+        batch: RolloutBatch,
+        wanted: Sequence[int],
+        stats: TokenStats,
+        imitation: ImitationMap | None,
+    ) -> float:
+        """Add up the gradient over the rollouts `wanted`; returns the loss.
+
+        The denominator is that of all of them, so neither micro-batches nor left-out rows change
+        the result. The loss is NaN where the student's own log-probs are not finite.
+        """
+        trains = set(batch.training_rows)
+        rows = [i for i in wanted if i in trains]
+        stats.scored_share = len(rows) / len(wanted)
+        kept = batch.counted_tokens(wanted)
+        stats.num_dropped += sum(int((~tokens).sum()) for tokens in kept)
+        whole = denominator(
+            nn.utils.rnn.pad_sequence([torch.zeros(0, dtype=torch.bool), *kept], batch_first=True),
+            mode=self.config.optimization.aggregation,
+            max_completion_tokens=self.config.rollout.max_completion_tokens,
+        )
+        self._set_to_zero()
+        model = self.scorer.model
+        # Checkpointing only works in training mode; `LanguageModel` has no dropout that this would
+        # switch on.
+        model.train(self.config.student.gradient_checkpointing)
+        total = 0.0
+        with self._local_teacher.at_work() if self.row.divergence else nullcontext():
+            for micro in self.scorer.batches(*batch.sequences(rows)):
+                self.before_work()
+                part = [rows[i] for i in micro]
+                loss = self._add(batch, part, whole, stats, imitation)
+                total += math.nan if loss is None else loss
+                if loss is None:
+                    break
+        model.eval()
+        return total
+
+    def _set_to_zero(self) -> None:
+        """Zeros, not None: a step without gradient still moves by the optimiser's momentum."""
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            else:
+                parameter.grad.zero_()
+
+    def _add(
+        self,
+        batch: RolloutBatch,
+        part: list[int],
+        whole: float,
+        stats: TokenStats,
+        imitation: ImitationMap | None,
+    ) -> float | None:
+        """Add the gradient of one micro-batch, the rollouts `part`; returns its share of the loss,
+        or None where the student's log-probs are not finite."""
+        settings = self.config.optimization
+        sequences = batch.sequences(part)
+        with self.scorer.gradient_in_place():
+            scores = self.scorer(*sequences, divergence=self._divergence(sequences))
+        if not torch.isfinite(scores.logprobs).all():
+            require_sound_weights(self.step + 1, self.parameters)
+            return None
+        if scores.divergence is not None:
+            self._count_missing(scores, stats)
+        inputs = batch.loss_inputs(part, scores)
+        losses, token_stats = token_loss(
+            self.objective.type,
+            inputs,
+            knobs=taken_by(self.row.function, self.knobs),
+            kl_coef=at_step(settings.kl_coef, self.step),
+        )
+        loss = aggregate(losses, inputs.trained, mode=settings.aggregation, denominator=whole)
+        loss.backward()
+        sampled = [torch.tensor(batch.rollouts[i].completion.logprobs) for i in part]
+        if self.objective.written_by == "teacher":  # its log-probs are not the old policy's
+            sampled = [torch.full_like(values, torch.nan) for values in sampled]
+        stats.add(inputs, scores.entropy, padded(sampled, scores.logprobs), token_stats)
+        if imitation is not None:
+            imitation.add(part, inputs, token_stats)
+        return float(loss.detach())
+
+    @property
+    def _local_teacher(self) -> LocalTeacher:
+        assert isinstance(self.teacher, LocalTeacher), "a config with another one is refused"
+        return self.teacher
+
+    def _divergence(self, sequences: Sequences) -> Callable[[Distributions], Tensor] | None:
+        """What compares the student's distributions of some completions with the teacher's, for an
+        objective that needs that."""
+        if self.row.divergence is None:
+            return None
+        measure = partial(self.row.divergence, **taken_by(self.row.divergence, self.knobs))
+        teacher = self._local_teacher.scorer.distributions(*sequences)
+        return lambda student: token_divergence(student, teacher, measure)
+
+    def _count_missing(self, scores: CompletionScores, stats: TokenStats) -> None:
+        """Count the tokens without a finite divergence. Raise `RunFailedError` where the teacher is
+        the reason for too many of them."""
+        assert scores.divergence is not None
+        num_missing = int((scores.mask & ~scores.divergence.isfinite()).sum())
+        stats.num_dropped += num_missing
+        require_few_missing(
+            num_missing,
+            int(scores.mask.sum()),
+            max_missing_share=self.config.optimization.max_missing_teacher_share,
+            step=self.step + 1,
+        )
