@@ -14,6 +14,7 @@ import torch
 
 from rlad import load_config
 from rlad.config.comparison import load_comparison
+from rlad.errors import UserError
 from rlad.models.loading import LanguageModel, load_language_model
 from rlad.tasks import make_task
 from rlad.tasks.answers import last_number
@@ -29,8 +30,7 @@ def name_of(path: Path) -> str:
 
 
 def validate(path: Path) -> None:
-    """`ValueError` for a setting that does not exist or cannot be; of a comparison for the run that
-    it names, too."""
+    """Raise `UserError` for a setting that does not exist or cannot be."""
     if "methods" in tomllib.loads(path.read_text(encoding="utf-8")):
         load_comparison(str(path), [])
     else:
@@ -50,7 +50,7 @@ def test_a_misspelt_setting_in_a_recipe_is_found(path, tmp_path, monkeypatch):
     (tmp_path / "run.toml").write_text(
         "learning_rat = 1\n" + path.read_text(encoding="utf-8"), encoding="utf-8"
     )
-    with pytest.raises(ValueError, match="learning_rat"):
+    with pytest.raises(UserError, match="learning_rat"):
         validate(tmp_path / "run.toml")
 
 
