@@ -80,7 +80,8 @@ def cells(text: str) -> list[set[int]]:
 
 def test_figures_equal_an_independent_computation(runs, tmp_path):
     _, text, rows = report(runs, tmp_path)
-    results, detail = table(text, "Test pass@1"), table(text, "Test after training")
+    results = table(text, "Test pass@1")
+    detail = table(text, "Test after training")
     for method in ("grpo", "trrd"):
         counts = np.array([c for (m, _), c in CORRECT.items() if m == method]) / 4
         assert results[method]["seeds"] == "3" and results[method]["before"] == "25.0%"
@@ -251,7 +252,8 @@ def test_nothing_but_missing_runs(tmp_path):
 def test_what_is_missing_is_returned(runs, tmp_path):
     """Those that were known before, those that cannot be read, and doubles: as many as the report
     lists."""
-    given, gone = MissingRun("rlsd", 3, "killed by SIGKILL"), ReportedRun("opd", tmp_path / "gone")
+    given = MissingRun("rlsd", 3, "killed by SIGKILL")
+    gone = ReportedRun("opd", tmp_path / "gone")
     double = ReportedRun("trrd", write_run(tmp_path / "again", correct=[4] * 6, ood=[0, 0]))
     missing = write_report([*runs, gone, double], tmp_path / "out", missing=[given])
     assert [(m.method, m.seed) for m in missing] == [
@@ -484,10 +486,8 @@ def test_runs_without_optional_metrics_samples_and_tests(tmp_path):
 
 
 def test_a_curve_says_who_has_not_recorded_it(tmp_path):
-    a, b = (
-        write_run(tmp_path / "a", correct=[1, 2]),
-        write_run(tmp_path / "b", correct=[1, 2], objective="sft", metrics=()),
-    )
+    a = write_run(tmp_path / "a", correct=[1, 2])
+    b = write_run(tmp_path / "b", correct=[1, 2], objective="sft", metrics=())
     page, _, _ = report([ReportedRun("trrd", a), ReportedRun("sft", b)], tmp_path / "out")
     assert "Reward by step. Not recorded by sft." in page
 

@@ -198,9 +198,11 @@ def test_a_skipped_step_moves_nothing_but_the_schedule(what):
     }
     skips, leaves_out = (make_case("opd", dtype=torch.float32, **run).engine for _ in range(2))
     for step in range(4):
-        batch, same = skips.make_rollout_batch(step), leaves_out.make_rollout_batch(step)
+        batch = skips.make_rollout_batch(step)
+        same = leaves_out.make_rollout_batch(step)
         if step == 2:
-            before, metrics = weights(skips), overflow(skips, batch, what)
+            before = weights(skips)
+            metrics = overflow(skips, batch, what)
             assert metrics["optimization/skipped/count"] == 1
             assert ("optimization/loss" in metrics) == (what == "gradient")
             assert all(map(math.isfinite, metrics.values()))
@@ -221,7 +223,8 @@ def overflow(engine: NativeEngine, batch: RolloutBatch, what: str) -> dict[str, 
     """An update whose loss, whose gradient alone, or whose student's log-probs are not finite."""
     if what == "student":
         head: Any = engine.student.model.get_output_embeddings()
-        before, head.weight.data = head.weight.data, torch.full_like(head.weight, 1e38)
+        before = head.weight.data
+        head.weight.data = torch.full_like(head.weight, 1e38)
         metrics = engine.update(batch, range(4))
         head.weight.data = before
         return metrics
@@ -300,7 +303,8 @@ def test_several_in_a_row_stop_the_run_which_then_goes_on(world, tmp_path, poiso
     wanted = run_config(world, tmp_path / "patient" / "run", **OPD)
     wanted["optimization"]["max_skipped_steps"] = 9
     rlad.train(wanted)
-    found, expected = remains(run.path), remains(tmp_path / "patient" / "run")
+    found = remains(run.path)
+    expected = remains(tmp_path / "patient" / "run")
     for name in (
         "metrics.jsonl",
         "samples.jsonl",
@@ -333,7 +337,8 @@ def test_a_run_stopped_behind_a_skipped_step_counts_on(world, tmp_path, poison):
 
 
 def test_a_reward_out_of_range_names_the_verifier():
-    exact, logic_rl = KnightsAndKnaves(), KnightsAndKnaves(reward="logic_rl")
+    exact = KnightsAndKnaves()
+    logic_rl = KnightsAndKnaves(reward="logic_rl")
     for task, good, bad in (
         (exact, 1.0, 1.001),
         (exact, 0.0, -0.001),

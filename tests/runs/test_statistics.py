@@ -73,7 +73,8 @@ def test_variants_of_one_problem_are_not_independent():
 
 
 def test_the_interval_is_the_same_in_every_process_and_holds_the_mean():
-    values, keys = [0.0, 1.0, 0.5, 0.25], list("abcd")
+    values = [0.0, 1.0, 0.5, 0.25]
+    keys = list("abcd")
     assert bootstrap(values, keys) == bootstrap(values, keys)
     for values in ([1 / 3] * 7, [0.1] * 3, [1.0], [0.0, 0.0]):
         estimate = bootstrap(values, [str(i) for i in range(len(values))])
@@ -89,7 +90,8 @@ def test_an_estimate_reads_as_per_cent():
 
 
 def test_with_one_seed_the_interval_is_over_problems_alone():
-    values, keys = [0.0, 1.0, 0.5, 0.25, 1.0], list("aabcd")
+    values = [0.0, 1.0, 0.5, 0.25, 1.0]
+    keys = list("aabcd")
     assert mean_over_seeds([values], keys) == bootstrap(values, keys)
 
 
@@ -127,7 +129,8 @@ def test_intervals_over_seeds_and_problems_hold_the_truth_and_are_not_too_wide(
     once with the seeds' widening: where there is nothing else, with 3 seeds of sd 0, that is sqrt(1
     + 1.5 + 1) = 1.9 times; less where the seeds differ as such.
     """
-    rng, keys = np.random.default_rng(2), [str(i) for i in range(200)]
+    rng = np.random.default_rng(2)
+    keys = [str(i) for i in range(200)]
     pairs = [crossed(rng, num_seeds, sd) for _ in range(200)]
     means = [mean_over_seeds(first, keys, seed=i) for i, (first, _) in enumerate(pairs)]
     differences = [
@@ -143,7 +146,8 @@ def test_intervals_over_seeds_and_problems_hold_the_truth_and_are_not_too_wide(
 def test_seeds_that_do_not_differ_widen_the_interval_little(num_seeds, widest):
     """sd 0: against one seed the noise of single samples falls with the number of seeds and is
     counted about three times."""
-    rng, keys = np.random.default_rng(5), [str(i) for i in range(200)]
+    rng = np.random.default_rng(5)
+    keys = [str(i) for i in range(200)]
     widths: list[float] = []
     for number in (num_seeds, 1):
         pairs = [crossed(rng, number, 0.0) for _ in range(50)]
@@ -153,7 +157,8 @@ def test_seeds_that_do_not_differ_widen_the_interval_little(num_seeds, widest):
 
 
 def test_pairing_takes_what_problems_and_seeds_share_out_of_the_difference():
-    rng, keys = np.random.default_rng(3), [str(i) for i in range(100)]
+    rng = np.random.default_rng(3)
+    keys = [str(i) for i in range(100)]
     first = rng.random((3, 100)) + rng.normal(0, 0.3, (3, 1))
     paired = paired_difference(first + 0.1, first, keys)
     assert (paired.mean, paired.low, paired.high) == pytest.approx((0.1, 0.1, 0.1))
@@ -190,7 +195,8 @@ def exact_p(differences: list[float]) -> float:
 @pytest.mark.parametrize("seed", range(5))
 def test_permutation_test_equals_enumeration(seed):
     """Two seeds, 8 problems of 6 keys."""
-    rng, keys = np.random.default_rng(seed), list("aabbcdef")
+    rng = np.random.default_rng(seed)
+    keys = list("aabbcdef")
     a, b = rng.integers(0, 5, (2, 2, 8)) / 4
     difference = a.mean(axis=0) - b.mean(axis=0)
     by_key = [float(difference[[k == key for k in keys]].sum()) for key in "abcdef"]
@@ -205,7 +211,8 @@ def test_permutation_test_by_hand():
 
 
 def test_p_values_of_equal_methods_are_spread_evenly():
-    rng, keys = np.random.default_rng(4), [str(i) for i in range(40)]
+    rng = np.random.default_rng(4)
+    keys = [str(i) for i in range(40)]
     p_values = [
         permutation_p_value(rng.random((1, 40)), rng.random((1, 40)), keys, seed=i)
         for i in range(100)

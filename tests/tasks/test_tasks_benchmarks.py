@@ -54,7 +54,8 @@ def test_every_gsm8k_answer_is_correct_and_another_number_is_wrong():
 @installed
 def test_gsm8k_items_are_what_was_published():
     with closing(make_task("gsm8k")) as task:
-        first, last = task.problem("test", 0), task.problem("test", 1318)
+        first = task.problem("test", 0)
+        last = task.problem("test", 1318)
     assert first.answer == "18" and first.prompt.startswith(
         "Janet\u2019s ducks lay 16 eggs per day."
     )
@@ -91,10 +92,8 @@ def test_aime_answers_are_whole_numbers_below_1000():
 @pytest.mark.benchmarks
 @installed
 def test_training_and_validating_on_them_is_refused(tmp_path):
-    world, sentence = (
-        write_world(tmp_path),
-        "the task 'gsm8k' is a published test set and has no train problems; train and",
-    )
+    world = write_world(tmp_path)
+    sentence = "the task 'gsm8k' is a published test set and has no train problems; train and"
     config = run_config(world, tmp_path / "run") | {"task": {"type": "gsm8k"}}
     toml = write_config(tmp_path / "run.toml", config)
     assert sentence in rlad_fails("train", toml) and not (tmp_path / "run").exists()

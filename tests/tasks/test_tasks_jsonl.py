@@ -88,10 +88,8 @@ def test_a_question_is_the_same_under_any_system_message_and_as_plain_text(write
 
 def test_held_out_files_are_used_as_they_are(write):
     train = write(questions(50), "train.jsonl")
-    validation, test = (
-        write(questions(5, 100), "validation.jsonl"),
-        write(questions(7, 200), "test.jsonl"),
-    )
+    validation = write(questions(5, 100), "validation.jsonl")
+    test = write(questions(7, 200), "test.jsonl")
     task = JsonlTask(train, validation, test)
     assert [task.num_problems(split) for split in SPLITS] == [50, 5, 7]
     # Without a test file the test split is the share of the training file.

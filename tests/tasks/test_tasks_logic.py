@@ -221,7 +221,8 @@ def test_no_structure_is_in_two_splits():
 
 
 def test_a_problem_is_a_function_of_its_arguments():
-    first, second = KnightsAndKnaves([3, 5]), KnightsAndKnaves([3, 5])
+    first = KnightsAndKnaves([3, 5])
+    second = KnightsAndKnaves([3, 5])
     forward = [first.problem("test", index, seed=4) for index in range(10)]
     backward = [second.problem("test", index, seed=4) for index in reversed(range(10))]
     assert forward == backward[::-1]
@@ -251,7 +252,8 @@ PUZZLE = Problem(
     key="",
     metadata={"names": ["Ada", "Ben"], "world": [True, False], "num_people": 2},
 )
-CORRECT, WRONG = Verdict.CORRECT, Verdict.WRONG
+CORRECT = Verdict.CORRECT
+WRONG = Verdict.WRONG
 
 
 @pytest.mark.parametrize(
@@ -280,7 +282,8 @@ def test_exact_judgement(completion, verdict):
     assert (judgement.verdict, judgement.reward) == (verdict, float(verdict == CORRECT))
 
 
-RIGHT, OTHER = "Ada is a knight, Ben is a knave", "Ada is a knave, Ben is a knight"
+RIGHT = "Ada is a knight, Ben is a knave"
+OTHER = "Ada is a knave, Ben is a knight"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,9 @@ from rlad.tasks.reasoning_gym import ReasoningGym, arithmetic, countdown
 pytest.importorskip("reasoning_gym", reason="needs the optional package reasoning-gym")
 pytestmark = pytest.mark.reasoning_gym
 
-CORRECT, WRONG, CANNOT_JUDGE = Verdict.CORRECT, Verdict.WRONG, Verdict.CANNOT_JUDGE
+CORRECT = Verdict.CORRECT
+WRONG = Verdict.WRONG
+CANNOT_JUDGE = Verdict.CANNOT_JUDGE
 
 
 @pytest.fixture

@@ -54,7 +54,8 @@ def test_problems_are_those_of_each_task_in_turn(several):
     for split in SPLITS:
         for index in (17, 0, 1, 2, 3, 17, 100):  # in any order, and again
             problem = together.problem(split, index, seed=5)
-            name, own = list(tasks)[index % 3], alone[index % 3].problem(split, index // 3, seed=5)
+            name = list(tasks)[index % 3]
+            own = alone[index % 3].problem(split, index // 3, seed=5)
             assert problem.task == name
             assert problem.difficulty == (f"logic, {own.difficulty}" if name == "logic" else name)
             for field in ("prompt", "answer", "key", "metadata"):

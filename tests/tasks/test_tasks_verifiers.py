@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from rlad.tasks.base import Verdict
 from rlad.tasks.verifiers import exact, import_function, make_verifier, number
 
-CORRECT, WRONG, CANNOT_JUDGE = Verdict.CORRECT, Verdict.WRONG, Verdict.CANNOT_JUDGE
+CORRECT = Verdict.CORRECT
+WRONG = Verdict.WRONG
+CANNOT_JUDGE = Verdict.CANNOT_JUDGE
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from rlad.tasks.base import Judgement
 from rlad.tasks.jsonl import JsonlTask
 from tiny_runs import WORDS, run_config, write_model
 
-LIMIT, NUM_SAMPLES = 3, 60
+LIMIT = 3
+NUM_SAMPLES = 60
 
 
 @pytest.fixture(scope="module")

@@ -84,7 +84,7 @@ class Run:
     @cached_property
     def seconds(self) -> dict[str, float]:
         """Seconds of training by part; evaluation and loading are not in it."""
-        spent = dict.fromkeys(PARTS, 0.0)
+        spent: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         for part, seconds in self.history.seconds().items():
             spent[part if part in PARTS else "rest"] += seconds
         return spent

@@ -52,10 +52,10 @@ def results_table(figures: Sequence[MethodFigures], baseline: str) -> Table:
         ("sd over seeds", "standard deviation of pass@1, in points", lambda f: _points(f.sd)),
         ("gain", "after minus before, in points", lambda f: _difference(f.gain)),
     ]
-    compared = [f for f in figures if f.to_baseline]
+    compared = [(f, f.to_baseline) for f in figures if f.to_baseline]
     if compared:
         # Where all are compared over all of their seeds, the column of seeds says so.
-        says_seeds = any(f.to_baseline.num_seeds < len(f.method.runs) for f in compared)
+        says_seeds = any(found.num_seeds < len(f.method.runs) for f, found in compared)
         name = f"minus {baseline}"
         meaning = f"pass@1 minus that of {baseline}, in points, on the same problems and seeds"
         columns += [

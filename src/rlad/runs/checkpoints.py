@@ -36,6 +36,9 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
 
     Whatever fails or interrupts it, `target` is complete or absent.
     """
+    # A rename is atomic, but after a power cut a renamed folder may hold files without content. So
+    # every file and every list of names reaches the disk before the rename. The name begins with a
+    # dot: whatever looks for `step-*` does not see the folder while it is written.
     aside = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -67,6 +70,7 @@ def damage(checkpoint: Path) -> str | None:
     """Say in a few words what is wrong with a checkpoint; None when every file is as it was
     written. Reads all of it."""
     try:
+        # Lazily: the first damaged file decides, and the files are large.
         files = dict(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"])
         found = (
             (name, _damage_of_file(checkpoint / name, checkpoint, **noted))
@@ -82,6 +86,7 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def _damage_of_file(path: Path, checkpoint: Path, *, size: int, sha256: str) -> str | None:
+    # A manifest from elsewhere must not make us read files outside; the cheap checks come first.
     if not path.resolve().is_relative_to(checkpoint.resolve()):
         return "is outside of it"
     if not path.is_file():

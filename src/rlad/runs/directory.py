@@ -96,6 +96,7 @@ class RunDirectory:
 
     def clear(self) -> None:
         """Delete everything in the directory but its lock; what makes it a run goes last."""
+        # Killed on the way, what is left must still count as a run, which --overwrite may clear.
         with self._writing():
             paths = self.path.iterdir()
             for path in sorted(paths, key=lambda path: path.name in (CONFIG, ENVIRONMENT)):
@@ -108,6 +109,9 @@ class RunDirectory:
     def locked(self) -> Iterator[None]:
         """Make the directory, and keep other processes from training here meanwhile; `UserError`
         when one does."""
+        # Two locks: that of the file is held as long as the run trains; that of the directory only
+        # while somebody tries the first. Otherwise `is_locked` of another process could hold the
+        # file's lock for a moment, and a run that begins just then would be refused.
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
             file = (self.path / LOCK).open("w")
@@ -307,6 +311,7 @@ class RunDirectory:
         of_step: dict[int, Path] = {}
         for step, path in self.checkpoints():
             of_step.setdefault(step, path)
+        # The best are chosen among validated steps alone: the others say nothing of their quality.
         scores = self._validations()
         validated = [path for step, path in of_step.items() if step in scores]
         by_validation = [path for _, path in self.checkpoints_by_validation() if path in validated]

@@ -64,6 +64,8 @@ def _needs_reward(config: RunConfig) -> bool:
     return config.objective.uses_reward
 
 
+# Read a row as: name, metric, how its values become one figure, which side of which limit is
+# wrong; then what that means, what to do, and in which runs it applies.
 GUARDS: tuple[Guard, ...] = (
     Guard(
         "skipped_steps",
@@ -287,6 +289,7 @@ class Watch:
 
     def see(self, row: Mapping[str, Any]) -> list[GuardWarning]:
         """Return the warnings after this step: each guard speaks once."""
+        # NaN is "not recorded" from here on; it would poison medians and compare as false.
         row = numbers_of(row)
         is_skipped = bool(row.get("optimization/skipped/count"))
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if is_skipped else 0
@@ -296,6 +299,7 @@ class Watch:
                 values.append(value)
         found = []
         for guard in self.guards:
+            # Silent where this step has no new value: an old figure must not speak at a later step.
             if guard.name in self._said or value_of(guard.metric, row) is None:
                 continue
             if (figure := guard.speaks(self._values[guard.metric])) is not None:

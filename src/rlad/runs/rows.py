@@ -24,6 +24,7 @@ class Row(BaseModel):
 class StepRow(Row):
     """A row of metrics.jsonl. A figure may be infinite, such as the largest ratio."""
 
+    # Metrics have no fields of their own: which ones a row has depends on the method.
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, float]
 
@@ -96,6 +97,7 @@ def read_rows(run: RunDirectory, name: str, kind: type[AnyRow]) -> Iterator[AnyR
         if not isinstance(row, dict):
             yield Damage(f"row {number} of {name} is no JSON object")
             continue
+        # pydantic names the field and what is wrong with it; the first mistake of a row is enough.
         try:
             yield kind.model_validate(row)
         except ValidationError as error:
@@ -120,6 +122,7 @@ class History:
 
     def seconds(self) -> dict[str, float]:
         """Add up the seconds of training by part; evaluation and loading are not in it."""
+        # `time/PART/seconds`, whatever parts an engine has recorded.
         spent: dict[str, float] = {}
         for row in self.steps:
             for key, value in row.items():

@@ -134,6 +134,9 @@ def permutation_p_value(
     on any key the results could as well be the other method's. Whether other seeds of the same
     methods would differ too is what the interval of `paired_difference` is about.
     """
+    # One pair of sums for each key: variants of one problem change places together, so that they
+    # do not count as independent evidence. Where the methods are equal up to rounding, rounding
+    # alone would decide, so nothing is tested.
     means = [_table(values, keys).mean(axis=0) for values in (method, other)]
     a, b = _per_key(np.stack(means), keys)[0]
     if np.allclose(a, b, rtol=0, atol=1e-12):
@@ -159,6 +162,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
     Scand. J. Stat. 6, 65-70).
     """
     corrected = [0.0] * len(p_values)
+    # From the smallest p-value up: the k-th is multiplied by the number of those not smaller, and
+    # the running maximum keeps a larger p-value from ending below a smaller one.
     largest = 0.0
     for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
@@ -175,8 +180,8 @@ def _table(values: Table, keys: Sequence[str]) -> Floats:
 def _per_key(table: Floats, keys: Sequence[str]) -> tuple[Floats, Floats]:
     """Add up the values `[seed, key]` over the problems of each key, and count these `[key]`."""
     _, cluster = np.unique(keys, return_inverse=True)
-    sums = np.stack([np.bincount(cluster, weights=row) for row in table])
-    return sums, np.bincount(cluster).astype(np.float64)
+    sums = [np.bincount(cluster, weights=row) for row in table]
+    return np.array(sums, dtype=np.float64), np.bincount(cluster).astype(np.float64)
 
 
 def _interval(
@@ -184,7 +189,10 @@ def _interval(
 ) -> Estimate:
     """Estimate mean(a) - mean(b) with its interval; mean(a) when `b` has no rows."""
     rng = np.random.default_rng(seed)
-    # Seeds are resampled by weights `[resample, seed]`, keys by drawing `[resample, key]`.
+    # A resample draws seeds and keys. Seeds enter as weights `[resample, seed]` and keys as indices
+    # `[resample, key]`, so that all resamples together are one matrix product and one lookup. The
+    # other method is stacked below with its sign turned: the sum over rows is then the difference,
+    # both methods on the same draw of keys and, if paired, of seeds.
     sums, sizes = _per_key(np.concatenate([a, -b]), keys)
     draws = rng.integers(len(sizes), size=(NUM_RESAMPLES, len(sizes)))
     weights = _seed_weights(len(a), rng)
@@ -205,6 +213,7 @@ def _seed_weights(num_seeds: int, rng: np.random.Generator) -> Floats:
     for few seeds."""
     if num_seeds == 1:
         return np.ones((NUM_RESAMPLES, 1))
+    # Resampled shares vary around 1/n less than fresh seeds would: stretch them around it.
     even = 1 / num_seeds
     counts = rng.multinomial(num_seeds, np.full(num_seeds, even), size=NUM_RESAMPLES)
     widening = math.sqrt(num_seeds / (num_seeds - 1))

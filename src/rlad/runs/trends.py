@@ -45,6 +45,7 @@ def jump(window: int, before: int) -> Figure:
     """Divide the median of the last `window` values by that of the `before` values before them."""
 
     def of(values: Sequence[float]) -> float | None:
+        # A median of 0 before (a metric that was absent in effect) has no multiple.
         former = values[-window - before : -window]
         if len(former) < before or not (usual := median(former)):
             return None
@@ -64,6 +65,7 @@ def _dropped_share(row: Row) -> float | None:
     return dropped / (dropped + trained)
 
 
+# The two gates are separate: in a mean, one that closes fully would hide after one that is idle.
 def _gated_share(row: Row) -> float | None:
     keys = ("objective/gated_positive/frac", "objective/gated_negative/frac")
     return max((row[key] for key in keys if key in row), default=None)

@@ -107,7 +107,8 @@ class Worker:
         return self._pool
 
     def _stop(self) -> None:
-        pool, self._pool = self._pool, None
+        pool = self._pool
+        self._pool = None
         if pool is not None:
             pool.stop()
             with contextlib.suppress(RuntimeError):
