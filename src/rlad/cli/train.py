@@ -54,7 +54,8 @@ def print_summary(console: Console, result: TrainResult) -> None:
 
 
 def _next_commands(result: TrainResult) -> list[tuple[str, str]]:
-    run, config = shlex.quote(str(result.run_dir)), load_config(result.run_dir)
+    run = shlex.quote(str(result.run_dir))
+    config = load_config(result.run_dir)
     commands = [
         (
             f"rlad evaluate {run} --num-samples 8",
@@ -83,7 +84,8 @@ def _next_commands(result: TrainResult) -> list[tuple[str, str]]:
 
 def _print_example(console: Console, run: RunDirectory) -> None:
     tests = [row["results"] for row in run.read(EVAL) if row["split"] == "test"]
-    before, after = tests[0], tests[-1]
+    before = tests[0]
+    after = tests[-1]
     solved = [
         (b, a)
         for b, a in zip(before, after, strict=True)

@@ -102,9 +102,7 @@ _OF_A_RUN = (
 )
 
 
-def require_engine(
-    engine: EngineName, objective: ObjectiveSection, run: "RunConfig | None" = None
-) -> None:
+def require_engine(engine: EngineName, objective: Any, run: "RunConfig | None" = None) -> None:
     """`UserError` with one sentence when an engine cannot train this objective, or this run."""
     title = TITLES[engine]
     if engine not in objective.engines:

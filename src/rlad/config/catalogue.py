@@ -74,6 +74,7 @@ def _documentation(what: str, name: str) -> str:
     """What the objective's file begins with; the docstring of every other config."""
     if name in PRESETS:
         return f"{PRESETS[name][0]}\n\nStands for these settings:"
+    # The file is read, not imported, since importing it would import torch.
     file = OBJECTIVES / f"{name}.py"
     if what == "objectives" and file.is_file():
         return ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
@@ -83,6 +84,7 @@ def _documentation(what: str, name: str) -> str:
 def _settings(config: type[Section]) -> str:
     """The section as a config has it, with every default, what else is allowed, and what it
     means."""
+    # One line for each setting as it would be written, then its meaning, in two columns.
     rows = []
     for name, field in sorted(config.model_fields.items(), key=lambda item: item[0] != "type"):
         if _inner_sections(field):

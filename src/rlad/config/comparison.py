@@ -43,7 +43,7 @@ class CompareConfig(Section):
     """each method is trained once with each"""
     jobs: Count = 1
     """runs side by side, each with its share of the cores"""
-    shared: dict[str, Any] = {}
+    shared: dict[str, Any] = Field(default_factory=dict)
     """settings of all runs that differ from those of `run`"""
     methods: dict[str, dict[str, Any]] = Field(min_length=1)
     """name -> its settings; a name that is an objective or a preset needs none"""
@@ -88,6 +88,8 @@ def load_comparison(
     config = validated(CompareConfig, parse_overrides(read_toml(path), overrides or []))
     folders: dict[str, str] = {}
     for name in config.methods:
+        # Names that differ only in characters that no folder may have would overwrite each other's
+        # runs.
         folder = folder_name(name)
         if folder in folders or not folder.strip("."):
             raise UserError(
@@ -119,6 +121,7 @@ def method_config(comparison: CompareConfig, folder: Path, method: str, *, seed:
         # The base run's own settings of its objective are those of the method of that name.
         is_of_base = objective.get("type") == method
         changes = {"objective": objective if is_of_base else {"type": method}} | changes
+    # A later layer wins: the base run, what all share, a preset, the method, the seed.
     table = expand_preset(changes, merged(base, comparison.shared)) | {"seed": seed}
     try:
         config = parse_config(table)
@@ -138,6 +141,8 @@ def _shared_settings(changes: dict[str, Any]) -> list[str]:
         if not isinstance(value, dict):
             found.append(section)
             continue
+        # Of [optimization] a method may choose how it learns, not how long; other sections belong
+        # to all.
         shared = _SHARED_OPTIMIZATION if section == "optimization" else value
         found += [f"{section}.{key}" for key in value if key in shared]
     return found
@@ -152,6 +157,8 @@ def _require_fair_limit(config: RunConfig) -> None:
             f"objective {config.objective.type!r} uses no teacher, so max_teacher_tokens would not "
             "end it; leave the method out, or compare under the same num_steps or max_seconds."
         )
+    # A schedule planned for 1,000 steps and ended at 600 seconds is another schedule for each
+    # method.
     limits = [
         name for name in ("max_seconds", "max_teacher_tokens") if getattr(loop, name) is not None
     ]

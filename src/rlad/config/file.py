@@ -44,6 +44,8 @@ def parse_overrides(table: dict[str, Any], overrides: Sequence[str]) -> dict[str
 
     A preset among them changes what the table says; the other overrides change the preset.
     """
+    # Three passes, since a preset is a whole objective with settings elsewhere: the choice of the
+    # objective, then what it brings along, then what the user changes of that.
     keys = [override.partition("=")[0].strip() for override in overrides]
     is_choice = [key in ("objective", "objective.type") for key in keys]
     for override, is_first in zip(overrides, is_choice, strict=True):
@@ -77,6 +79,7 @@ def dump_config(config: RunConfig) -> str:
 def changed_settings(config: RunConfig) -> dict[str, Any]:
     """Dotted keys and values of what differs from the defaults, and the types of tasks and
     objective."""
+    # Types are always shown: without them the other settings of a section cannot be read.
     changed = flat(config.model_dump(mode="json", exclude_defaults=True))
     settings = flat(_type_first(config.model_dump(mode="json", exclude_none=True)))
 
@@ -138,11 +141,14 @@ def _apply(table: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except (tomllib.TOMLDecodeError, RecursionError):
         value = text  # a bare word is a string
+    # The path leads into the tables, which are made where they are missing.
     *sections, key = path.split(".")
     for section in sections:
         table = table.setdefault(section, {})
         if not isinstance(table, dict):
             raise UserError(f"override {override!r}: {section} is a single value, not a section.")
+    # `teacher=ema` selects a type. Settings of another type would be unknown keys of the new one,
+    # so the section begins anew, unless it is of that type already.
     present = table.get(key)
     names_a_type = isinstance(present, dict) or (
         not sections and key in ("objective", "task", "teacher")

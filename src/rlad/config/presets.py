@@ -51,7 +51,8 @@ def expand_preset(table: dict[str, Any], base: dict[str, Any] | None = None) -> 
     So what stands beside the name of a preset is stronger than the preset, and the preset than the
     config it is laid upon.
     """
-    base, objective = base or {}, table.get("objective")
+    base = base or {}
+    objective = table.get("objective")
     name = objective.get("type") if isinstance(objective, dict) else None
     if not (isinstance(objective, dict) and isinstance(name, str) and name in PRESETS):
         return merged(base, table)

@@ -38,6 +38,7 @@ def export_verl(config: RunConfig, folder: Path, cluster: Cluster) -> Path:
     require_exportable(config, cluster)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already and not empty; choose another --output.")
+    # Everything that can fail comes before the first file, so that no half folder is left.
     tokenizer = load_tokenizer(config.student.model)
     template = None
     if is_plain(tokenizer, config.rollout.prompt_format):
@@ -138,6 +139,8 @@ def _absolute(task: Any) -> Any:
 def _plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """verl knows chat prompts alone: a template that writes the prompt as it is, after the
     tokenizer's first token."""
+    # Some tokenizers begin every text with a token of their own, which verl's templates must write
+    # out.
     bare = tokenizer("1", add_special_tokens=False)["input_ids"]
     full = tokenizer("1", add_special_tokens=True)["input_ids"]
     begins = len(full) > len(bare) and full[0] == tokenizer.bos_token_id
@@ -149,10 +152,13 @@ def _num_prompt_tokens(
     tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], config: RunConfig, template: str | None
 ) -> int:
     """Tokens of a prompt. `UserError` when verl would give the student other tokens than rlad."""
-    messages, variables = row["prompt"], config.rollout.chat_template_kwargs
+    messages = row["prompt"]
+    variables = config.rollout.chat_template_kwargs
     ours = prompt_token_ids(
         tokenizer, tuple((m["role"], m["content"]) for m in messages), config.rollout
     )
+    # verl writes the template's text and then encodes it, which need not give the template's own
+    # tokens.
     text = tokenizer.apply_chat_template(
         messages, chat_template=template, tokenize=False, add_generation_prompt=True, **variables
     )

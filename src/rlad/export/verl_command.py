@@ -116,6 +116,7 @@ def _student(config: RunConfig, chat_template: str | None) -> dict[str, Any]:
         f"{_ROLLOUT}.dtype": config.student.dtype,
     }
     if config.student.dtype == "float32":
+        # verl computes in bfloat16 by itself, also where the weights are float32.
         for part in ("actor", "ref"):
             for kind in ("param", "reduce", "buffer"):
                 keys[f"+actor_rollout_ref.{part}.fsdp_config.mixed_precision.{kind}_dtype"] = "fp32"
@@ -125,7 +126,8 @@ def _student(config: RunConfig, chat_template: str | None) -> dict[str, Any]:
 
 
 def _rollouts(config: RunConfig) -> dict[str, Any]:
-    rollout, evaluation = config.rollout, config.evaluation
+    rollout = config.rollout
+    evaluation = config.evaluation
     return {
         f"{_ROLLOUT}.name": "vllm",
         f"{_ROLLOUT}.n": rollout.group_size,
@@ -141,11 +143,13 @@ def _rollouts(config: RunConfig) -> dict[str, Any]:
 
 
 def _optimisation(config: RunConfig, prompt_tokens: int) -> dict[str, Any]:
-    rollout, loop = config.rollout, config.optimization
+    rollout = config.rollout
+    loop = config.optimization
     keys: dict[str, Any] = {
         f"{_ACTOR}.ppo_mini_batch_size": rollout.prompts_per_batch // loop.steps_per_rollout_batch,
         f"{_ACTOR}.ppo_epochs": 1,
         f"{_ACTOR}.use_dynamic_bsz": True,
+        # The longest text must fit into a micro-batch, whatever the limit of tokens is.
         f"{_ACTOR}.ppo_max_token_len_per_gpu": max(
             loop.tokens_per_batch, prompt_tokens + rollout.max_completion_tokens
         ),
@@ -190,6 +194,7 @@ def _objective(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
         "distillation.n_gpus_per_node": cluster.teacher_gpus_per_node,
         "distillation.nnodes": cluster.teacher_nodes,
         "distillation.distillation_loss.loss_mode": objective.type,
+        # Our token losses hold reward and clipping already; verl adds nothing to them.
         "distillation.distillation_loss.use_task_rewards": False,
         "distillation.distillation_loss.use_policy_gradient": False,
         "distillation.distillation_loss.loss_max_clamp": None,

@@ -29,6 +29,7 @@ UVICORN_SETTINGS: dict[str, Any] = {
     "ws": "none",
     "access_log": False,
     "log_level": "error",
+    # Bounds of what clients may hold: connections, idle seconds, bytes of a header.
     "limit_concurrency": 256,
     "timeout_keep_alive": 60,
     "timeout_graceful_shutdown": 5,
@@ -70,6 +71,7 @@ class TeacherServer:
         self.api_key = api_key
         self.waiting: asyncio.Queue[Job] = asyncio.Queue()
         self.is_closing = False
+        # Answers repeat the same tokens, and decoding them one by one is slow.
         self.text_of = lru_cache(200_000)(self._text_of)
         self.scorer_at = lru_cache(8)(self._make_scorer)
         self.scorer_at(1.0)  # looks at the model's output layer now, not in the first request
@@ -119,6 +121,8 @@ class TeacherServer:
     async def work(self) -> None:
         """Compute what waits, all of it together, for as long as the server runs."""
         while True:
+            # All requests that came in during the last computation form one batch: on a busy server
+            # batches grow by themselves, on an idle one nobody waits.
             jobs = [await self.waiting.get()]
             while not self.waiting.empty():
                 jobs.append(self.waiting.get_nowait())
@@ -128,6 +132,8 @@ class TeacherServer:
                 jobs.remove(job)
             answers: Sequence[dict[str, Any] | Exception]
             try:
+                # A thread computes, so that the event loop can take requests and health checks
+                # meanwhile.
                 answers = await asyncio.to_thread(self.compute, [job.asked for job in jobs])
             except Exception as error:  # of these requests alone; the server continues
                 answers = [_as_answer(error)] * len(jobs)
@@ -138,6 +144,8 @@ class TeacherServer:
         """Write and score what is asked; plain scores of one temperature share forward passes."""
         texts = [self._written(asked) for asked in requests]
         scores: dict[int, list[dict[int, float]]] = {}
+        # Scores without alternatives need no logits over the vocabulary in memory, so many texts of
+        # one temperature share a forward pass; the others are computed one by one.
         plain = defaultdict[float, list[int]](list)
         for i, asked in enumerate(requests):
             if asked.num_likeliest:
@@ -177,6 +185,7 @@ class TeacherServer:
         """Score one text, with the likeliest tokens; logits exist for some positions at a time."""
         scores: list[dict[int, float]] = [{}]
         for logits in self.scorer_at(asked.score_temperature).logits_in_chunks(tokens):
+            # Each chunk predicts the tokens that follow those scored already.
             logprobs = logits.log_softmax(dim=-1)
             top = logprobs.topk(asked.num_likeliest, dim=1)
             given = tokens[len(scores) : len(scores) + len(logits)]
@@ -204,6 +213,7 @@ class TeacherServer:
 
     def _require_key(self, request: Request) -> None:
         given = request.headers.get("authorization", "").encode("latin-1")
+        # The comparison takes the same time for every key, so a guess learns nothing from it.
         wanted = f"Bearer {self.api_key}".encode()
         if self.api_key is not None and not hmac.compare_digest(given, wanted):
             raise HTTPException(
@@ -231,6 +241,7 @@ class TeacherServer:
 
 def _require_short_body(request: Request) -> None:
     """HTTP 413 for a request that is too large, or does not say its size."""
+    # The size is looked at before the body is read into memory.
     size = request.headers.get("content-length")
     if size is None or int(size) > MAX_REQUEST_BYTES:
         most = MAX_REQUEST_BYTES // 2**20

@@ -103,6 +103,7 @@ class CacheStore:
         self._write(lambda: self._make_room(0))
 
     def _read(self, key: bytes) -> bytes | None:
+        # The checksum covers the key too, so that a value under the wrong key is not whole.
         row = self._db.execute(
             "SELECT value, checksum FROM entries WHERE key = ?", (key,)
         ).fetchone()
@@ -116,6 +117,7 @@ class CacheStore:
     def _make_room(self, num_bytes: int) -> bool:
         """Delete the entries used least recently until so much more fits; False when it never
         can."""
+        # A few at a time, as only the file itself shows how much a deletion has freed.
         while self._db.execute(_NUM_BYTES).fetchone()[0] + num_bytes > self._max_bytes:
             if not self._db.execute(_DELETE_OLDEST, {"pinned": _PINNED}).rowcount:
                 return False
@@ -123,9 +125,12 @@ class CacheStore:
 
     def _write(self, work: Callable[[], object]) -> None:
         """Do all of the work or nothing of it. After a failure nothing more is written."""
+        # A disk that is full or locked would cost another wait at every batch.
         if self._has_failed:
             return
         try:
+            # The lock is taken at once: one taken at the first write could fail in the middle,
+            # after a read.
             self._db.execute("BEGIN IMMEDIATE")
             work()
             self._db.execute("COMMIT")

@@ -32,6 +32,7 @@ from rlad.teachers.cache_store import CacheStore
 _FORMAT = "rlad log-probs 3"
 _GIB = 1024**3
 
+# A cache is keyed by the student's tokens, so it fits only teachers that see nothing else.
 _NOT_CACHEABLE = {
     "ema": "the student's moving average gives another answer after each step; leave the cache out",
     "privileged": "a privileged teacher's answer depends on more than the student's tokens; put "
@@ -146,6 +147,7 @@ class CachedTeacher(TeacherWrapper):
             self._confirm(held)
         if self._witness:
             entries = {
+                # Little-endian float32, whatever machine reads it.
                 self._entry_key(tokens): logprobs.numpy().astype("<f4").tobytes()
                 for tokens, logprobs in self._whole.items()
             }
@@ -160,6 +162,8 @@ class CachedTeacher(TeacherWrapper):
         (answer,) = self.teacher.logprobs([TeacherRequest(prompt, completion)])
         if not _is_whole(answer, (prompt, completion)):
             return
+        # Servers round differently from one batch to the next, so equal teachers are only nearly
+        # equal.
         difference = float((answer - torch.tensor(stored)).abs().mean())
         if difference > self._tolerance:
             raise UserError(
@@ -196,6 +200,7 @@ def check_teacher(settings: CachedTeacherConfig, setting: Setting) -> list[Findi
 
 def _check_directory(directory: Path) -> Finding:
     path = directory.absolute()
+    # The folder may not exist yet: then its nearest parent must allow it to be made.
     existing = next(one for one in (path, *path.parents) if one.exists())
     if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
         state = "can be written" if existing == path else "will be made"

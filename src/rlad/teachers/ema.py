@@ -33,6 +33,8 @@ class EMATeacher(ScoringTeacher):
         """`scoring` is what a `Scorer` takes beside the model."""
         self.update_rate = update_rate
         self._pairs: Mapping[str, tuple[Tensor, Tensor]] = {}
+        # With rate 1 the average is the student itself: its own weights score, and nothing is
+        # stored.
         if update_rate < 1:
             student, self._pairs = _copy(student)
         identity = f"the moving average of {name} (update rate {update_rate!r})"
@@ -52,6 +54,8 @@ class EMATeacher(ScoringTeacher):
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Raises `UserError` unless all averaged weights are there: the student's present ones are
         not the average."""
+        # A checkpoint of another model or adapter would fit in part; then the teacher would be a
+        # mixture.
         shapes = {name: mine.shape for name, (mine, _) in self._pairs.items()}
         if {name: tensor.shape for name, tensor in state.items()} != shapes:
             raise UserError(f"it does not hold the {len(shapes)} weights of {self.identity}.")
@@ -69,6 +73,7 @@ def _copy(student: LanguageModel) -> tuple[LanguageModel, Mapping[str, tuple[Ten
     model = copy.deepcopy(
         student.model, {id(w): w for w in student.model.parameters() if not w.requires_grad}
     )
+    # A name whose weight is tied to another is listed once, so each weight moves once a step.
     copies = dict(model.named_parameters())
     pairs = {name: (copies[name].requires_grad_(False), weight) for name, weight in trained.items()}
     return replace(student, model=model.eval()), pairs

@@ -91,7 +91,8 @@ class LocalTeacher(ScoringTeacher):
 
     def require_comparable(self, student: Scorer) -> None:
         """Raise `UserError` unless the whole distributions of both models can be compared."""
-        ours, theirs = student.head, self.scorer.head
+        ours = student.head
+        theirs = self.scorer.head
         if ours is None or theirs is None:
             problem = "the logits of one of them are no linear function of its hidden states"
         elif ours.linear.out_features != theirs.linear.out_features:

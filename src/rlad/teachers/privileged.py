@@ -56,6 +56,7 @@ class PrivilegedTeacher(TeacherWrapper):
         empty where they do not. `ends` maps the student's end tokens to the teacher's.
         """
         super().__init__(teacher)
+        # The identity names all that makes the prompts, as other prompts make another teacher.
         self.identity = f"{teacher.identity}, privileged by {template!r}"
         if form:
             self.identity += f" in the form {form}"
@@ -86,6 +87,8 @@ class PrivilegedTeacher(TeacherWrapper):
         if prompt is None and self._has_own_form and request.problem is not None:
             prompt = request.problem.asked
 
+        # Only the prompt is replaced; the completion's ids stay, so its log-probs are of the same
+        # tokens.
         ids = request.prompt if prompt is None else self._encode(prompt)
         completion = request.completion
         if completion and completion[-1] in self._ends:
@@ -94,6 +97,7 @@ class PrivilegedTeacher(TeacherWrapper):
 
         fits = self.context is None or len(ids) + len(completion) <= self.context
         self._num_asked += 1
+        # A teacher that rarely sees the answer is hardly a better teacher: the share is a metric.
         self._num_shown += is_privileged and fits
         return replace(request, prompt=ids, completion=completion) if fits else None
 
@@ -128,6 +132,8 @@ def privileged_prompt(
 ) -> Prompt | None:
     """The teacher's prompt, in a conversation its last message; None where something that the
     template names is missing or empty."""
+    # An empty answer in the template would mislead the teacher, so it is shown all names or
+    # nothing.
     values = shown_values(problem, peer_solution) if problem else {}
     if problem is None or not all(values.get(name) for name in template_names(template)):
         return None
@@ -155,6 +161,8 @@ def encoder(settings: PrivilegedTeacherConfig, setting: Setting) -> Callable[[Pr
         )
 
     def encode(prompt: Prompt) -> list[int]:
+        # The text of the teacher's template in the student's tokens, which are what the teacher can
+        # score.
         messages = chat_messages(prompt, rollout.system_prompt)
         text = chat_text(theirs, messages, rollout.chat_template_kwargs, whose="teacher")
         return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -284,10 +292,13 @@ def _check_length(
 
 def make_teacher(settings: PrivilegedTeacherConfig, setting: Setting) -> PrivilegedTeacher:
     assert setting.student is not None
+    # Only what differs from the defaults, so that a new setting does not change old identities.
     form = settings.model_dump(include=set(_FORM), exclude_defaults=True)
     ends = {}
     if settings.end_token is not None:
         own_end = token_id(setting.student_tokenizer, settings.end_token, "teacher.end_token")
+        # A student may end its answer by several tokens; a teacher of another template has one for
+        # all.
         ends = dict.fromkeys(setting.student.eos_token_ids, own_end)
     return PrivilegedTeacher(
         build_teacher(settings.teacher, setting),

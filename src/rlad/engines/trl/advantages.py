@@ -16,7 +16,8 @@ from rlad.objectives.advantages import group_advantages
 def logged_rewards(logs: dict[str, Any]) -> Iterator[Mapping[str, list[float]]]:
     """The rewards that are logged within, by reward function, in full: the log itself keeps one
     generation batch at most."""
-    kept, logged = logs["rewards"], defaultdict(list)
+    kept = logs["rewards"]
+    logged = defaultdict(list)
     logs["rewards"] = logged
     try:
         yield logged
@@ -40,6 +41,7 @@ def advantages_from(
     `names` and `weights` are those of the reward functions, some of which may share a name; a
     reward that is NaN is none.
     """
+    # Reward functions of one name write into one log, one after the other: each takes its own rows.
     values = {name: iter(rewards) for name, rewards in logged.items()}
     each = torch.tensor(
         [list(islice(values[name], num_rows)) for name in names], dtype=torch.float64

@@ -99,6 +99,7 @@ class RLADConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        # TRL turns both on, which is made for a GPU.
         on_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None and on_cpu:
             self.bf16 = False
@@ -112,6 +113,7 @@ class RLADConfig(GRPOConfig):
 
     @property
     def objective_config(self) -> Any:
+        assert isinstance(self.objective, dict)
         return parse_objective(self.objective)
 
     @property

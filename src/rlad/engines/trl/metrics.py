@@ -22,7 +22,8 @@ class WindowStats:
     of micro-batches."""
 
     def __init__(self, accelerator: Accelerator):
-        self.accelerator, self.tokens = accelerator, TokenStats()
+        self.accelerator = accelerator
+        self.tokens = TokenStats()
         self.num_rows = self.num_scored = 0
         self.knows_sampler = False
 
@@ -50,7 +51,8 @@ class WindowStats:
         }
         own = {f"own {name}": value for name, value in stats.items()}
         columns = self._of_all_processes(given | own)
-        mask, has_a_say = columns["mask"].bool(), columns["trained"].bool()
+        mask = columns["mask"].bool()
+        has_a_say = columns["trained"].bool()
         everything = LossInputs(
             student_logprobs=columns["old"],
             old_logprobs=columns["old"],
@@ -66,6 +68,8 @@ class WindowStats:
     def _of_all_processes(self, columns: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same tensors with the rows of every process, in one exchange."""
         shape = columns["mask"].shape
+        # Processes have completions of different lengths, so each is padded to the longest one
+        # first.
         packed = torch.stack(
             [values.detach().expand(shape).float() for values in columns.values()], dim=-1
         )

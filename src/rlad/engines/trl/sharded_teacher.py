@@ -20,6 +20,8 @@ from rlad.teachers.local import ScoringTeacher
 def split_over_processes(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     """Move the weights to the mesh's devices, a share on each; layers are gathered one by one, and
     let go at once."""
+    # A block of the model is the unit that is gathered: the classes that transformers says must not
+    # be split. The rest (embeddings, head) goes with the model itself.
     blocks = [
         module
         for module in model.modules()
@@ -44,6 +46,7 @@ class ShardedScorer(Scorer):
     def _token_scores(
         self, ids: Tensor, predicts: Tensor, targets: Tensor, *_: Any
     ) -> tuple[Tensor, Tensor]:
+        # The fused head takes labels at the positions that predict, and skips all others (-100).
         labels = torch.full_like(ids, -100).masked_scatter(predicts, targets)
         with self.language_model.autocast():
             output = self.model(input_ids=ids, shift_labels=labels, fused_lm_head=True)
@@ -52,6 +55,9 @@ class ShardedScorer(Scorer):
 
     @torch.no_grad()
     def score(self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]) -> list[Tensor]:
+        # Every forward pass gathers weights from all processes, so all must make equally many. A
+        # process with less to score makes empty passes at the end, or the others would wait for
+        # ever.
         own = len(self.batches(prompts, completions))
         most = torch.tensor(own, device=self.model.device)
         dist.all_reduce(most, dist.ReduceOp.MAX, self.group)

@@ -151,6 +151,8 @@ def ask_teacher(
     for (i, request), values in zip(requests.items(), scores, strict=True):
         result[i, : len(request.completion)] = values
     result = result.to(asked.device)
+    # The share is of all processes together: each one alone could raise while the others wait for
+    # it.
     counts = accelerator.gather(torch.stack([(asked & ~result.isfinite()).sum(), asked.sum()]))
     assert isinstance(counts, Tensor)
     missing, total = counts.view(-1, 2).sum(dim=0).tolist()
@@ -173,6 +175,7 @@ class BaseModelTeacher(ScoringTeacher):
         super().__init__(identity, Scorer(language_model, **scoring))
 
     def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
+        # Dropout must be off while the base model scores, and the student as before after it.
         was_training = self._student.training
         self._student.eval()
         try:

@@ -36,6 +36,7 @@ class RLADTrainer(GRPOTrainer):
     args: RLADConfig
     model: Any
     num_generations: int
+    num_generations_eval: int
     max_completion_length: int
 
     def __init__(
@@ -60,6 +61,7 @@ class RLADTrainer(GRPOTrainer):
                 f"objective {args.objective_config.type!r} needs a teacher; pass teacher=..., or "
                 "use 'grpo'."
             )
+        # With an adapter the reference is the base model, which is in memory already.
         is_whole = isinstance(model, PreTrainedModel) and settings.get("peft_config") is None
         if args.beta and is_whole and not model.config.name_or_path:
             raise UserError(
@@ -102,10 +104,14 @@ class RLADTrainer(GRPOTrainer):
         `counted` are the tokens that the denominator counts: all of the mask for which every score
         is finite.
         """
+        # TRL keeps the rewards in its log alone, which is cut to the size of one batch.
         with logged_rewards(self._logs) as rewards:
             batch = super()._generate_and_score_completions(inputs)
         if self.args.advantages == "rlad":
             self._replace_advantages(batch, rewards)
+        # A token counts if all that the loss needs is finite for it. A completion that contributes
+        # nothing whatever the teacher says is not asked about: its tokens count, with no log-prob
+        # of the teacher.
         counted = _mask(batch)
         if self.teacher is not None:
             asked = counted & ~self._is_idle(batch)[:, None]
@@ -161,6 +167,8 @@ class RLADTrainer(GRPOTrainer):
         training = self.mode == "train"
         size = len(batch["advantages"])
         first = size * self.accelerator.process_index
+        # A group's rollouts may lie on several processes, so all advantages are made on each, and
+        # each takes its own part.
         advantages, judged = advantages_from(
             rewards,
             self.reward_func_names,
@@ -171,6 +179,8 @@ class RLADTrainer(GRPOTrainer):
         )
         batch["advantages"] = advantages[first : first + size].to(batch["advantages"])
         if self.args.objective_config.uses_reward:
+            # TRL multiplies the tool mask into the completion mask everywhere, so it is the place
+            # to leave out completions that were not judged.
             mask = batch.get("tool_mask", batch["completion_mask"])
             batch["tool_mask"] = mask * judged[first : first + size, None].to(mask)
 
@@ -196,6 +206,7 @@ class RLADTrainer(GRPOTrainer):
         weights = inputs.get("importance_sampling_ratio")
         batch = LossInputs(
             student_logprobs=logprobs,
+            # TRL leaves the old log-probs out where they are the student's of this very pass.
             old_logprobs=logprobs.detach() if old is None else old,
             advantages=inputs["advantages"].to(logprobs),
             mask=_mask(inputs),
@@ -233,6 +244,7 @@ class RLADTrainer(GRPOTrainer):
         sampled = inputs.get("sampling_per_token_logps")
         trained = batch.trained & ~self._is_idle(inputs)[:, None]
         window.add(batch, trained, inputs["counted"], entropy, sampled, stats)
+        # One entry for each optimiser step: micro-batches are added up until the last one.
         if self.mode == "eval" or self.accelerator.sync_gradients:
             for key, value in window.summary().items():
                 self._metrics[self.mode][key].append(value)

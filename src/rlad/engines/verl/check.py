@@ -12,7 +12,8 @@ from itertools import takewhile
 from rlad.engines.verl.objective import NAMES
 from rlad.findings import Finding
 
-OLDEST, BELOW = "0.9.1", "0.10"
+OLDEST = "0.9.1"
+BELOW = "0.10"
 _TIMEOUT_SECONDS = 600
 _SCRIPT = """
 import importlib, json
@@ -66,6 +67,7 @@ def _problem_of_a_fresh_process() -> str | None:
     found = json.loads(done.stdout.strip().splitlines()[-1])
     if found["error"]:
         return f"rlad's plug-in does not load ({found['error']}); verl would continue without it."
+    # A name may be registered by us, by another package, or not at all.
     modules = {name: found["seen"].get(name) for name in NAMES}
     foreign = {name: one for name, one in modules.items() if one != "rlad.engines.verl.plugin"}
     taken = [f"{name} (of {module})" for name, module in foreign.items() if module]

@@ -48,6 +48,7 @@ def rlad_loss(
 
 def _translate(config: Any, model_output: Any, data: Any) -> LossInputs:
     """Collect what the objective reads, with rollout weights where verl has computed some."""
+    # verl computes without padding; our losses take a rectangle [batch, token].
     student = no_padding_2_padding(model_output["log_probs"], data)
     student = student.to(float32_or_wider(student.dtype))
     teacher = no_padding_2_padding(data["teacher_logprobs"], data).squeeze(-1)
@@ -104,6 +105,7 @@ def _require_meaning(config: Any, settings: Any, data: Any) -> None:
 def _metrics(stats: dict[str, Tensor], mask: Tensor, data: Any) -> dict[str, Any]:
     """Return this micro-batch's part of the means over the response tokens of the global
     mini-batch: verl adds micro-batches up and takes the mean over data-parallel ranks."""
+    # The number of tokens is of all ranks together, so each rank divides by its equal share.
     denominator = float(data["batch_num_tokens"]) / data["dp_size"]
     totals = {
         name: values.detach()[mask].sum(dtype=torch.float32) for name, values in stats.items()

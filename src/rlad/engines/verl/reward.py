@@ -43,6 +43,8 @@ def compute_score(
         problem = task.problem(
             extra_info["split"], int(extra_info["index"]), seed=int(extra_info["seed"])
         )
+        # A task whose problems are generated, or a file that was edited, could silently judge by
+        # other answers.
         if problem.answer != ground_truth:
             raise UserError(
                 f"{extra_info['split']} problem {extra_info['index']} of {data_source} has another "

@@ -93,6 +93,7 @@ class CompletionsClient:
 
     def _retrying(self, num_retries: int, given_up: threading.Event) -> tenacity.Retrying:
         """Retry with pauses that double and are spread randomly."""
+        # The random part keeps requests that failed together from coming back together.
         pause = self.settings.retry_pause_seconds
         return tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(ServerUnavailableError),
@@ -107,6 +108,9 @@ class CompletionsClient:
     def _ask_replicas(self, body: dict[str, Any], max_bytes: int) -> dict[str, Any]:
         """Ask one replica after the other, each time beginning with the next one; those that failed
         lately come last."""
+        # Requests are spread over the replicas: each one begins with the next. A replica that
+        # failed lately is asked only when the others fail too, so that one that is down costs no
+        # waiting.
         urls = self.settings.urls
         now = time.monotonic()
         turn = next(self._turns) % len(urls)
@@ -125,6 +129,7 @@ class CompletionsClient:
 
     def _note(self, url: str, error: ServerUnavailableError | None) -> None:
         """Let a replica that failed rest, and log when it stops answering and when it is back."""
+        # Several threads share the replicas; only the first one to see a change logs it.
         with self._lock:
             had_failed = self.rests_until.pop(url, None) is not None
             if error is not None:
@@ -135,6 +140,8 @@ class CompletionsClient:
             _log.warning("the teacher's server at %s answers again", url)
 
     def _ask(self, address: str, body: dict[str, Any] | None, max_bytes: int) -> dict[str, Any]:
+        # The timeout of the HTTP client is for each piece of an answer. A server that sends a byte
+        # now and then, or an endless answer, is ended by the deadline and the limit here.
         deadline = time.monotonic() + self.settings.timeout_seconds
         content = bytearray()
         try:
@@ -150,6 +157,8 @@ class CompletionsClient:
         except httpx2.RequestError as error:
             reason = printable(str(error)) or type(error).__name__
             raise ServerUnavailableError(f"{address}: {reason}") from None
+        # What comes is one of three: an answer; a fault that may pass, which is tried again; a
+        # refusal, which no waiting changes and which ends the run with advice.
         status = response.status_code
         answer = _json_object(content)
         if status == 200 and answer is not None:
@@ -180,6 +189,7 @@ class CompletionsClient:
             error = error.get("message") or error.get("detail")
         text = str(error or "no reason given")
         if self.key is not None:
+            # The message goes into logs and error texts, which people share.
             text = text.replace(self.key.get_secret_value(), "***")
         text = " ".join(printable(text).split())
         return text[:200].rstrip(".")

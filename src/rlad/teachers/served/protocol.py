@@ -31,6 +31,8 @@ def _finite_logprob(value: Any) -> float:
 Logprob = Annotated[float, BeforeValidator(_finite_logprob)]
 
 
+# What of an answer is read. Servers add fields of their own, which pydantic leaves out here; a
+# wrong type makes the whole answer unusable, and its tokens NaN.
 class _Entry(BaseModel):
     logprob: Logprob = math.nan
     decoded_token: str | None = None
@@ -89,6 +91,7 @@ def scoring_request(
         body["temper_prompt_logprobs"] = True
     if scoring == "prompt_logprobs":
         return body | {"max_tokens": 1, "prompt_logprobs": num_likeliest}
+    # The older way: the server repeats the prompt as if it had written it, with log-probs.
     body |= {"max_tokens": 0, "echo": True, "logprobs": max(num_likeliest, 1)}
     return body | {"return_tokens_as_token_ids": True} if as_ids else body
 
@@ -139,6 +142,7 @@ def _read_echo(lists: _Logprobs, tokens: Sequence[int], scores: TokenScores) -> 
         return
     for i in range(1, len(tokens)):
         name = lists.tokens[i]
+        # Numbers about other tokens than ours are worse than none.
         if name.startswith("token_id:") and name != f"token_id:{tokens[i]}":
             continue
         scores.logprobs[i] = lists.token_logprobs[i]

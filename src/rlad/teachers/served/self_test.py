@@ -92,12 +92,15 @@ class SelfTest:
     def ask_for_model(self) -> list[Finding]:
         """Every replica can be reached and offers the model."""
         cards = [self._card(url) for url in self.settings.urls]
+        # vLLM names the weights as root where they are served under another name: both identify the
+        # teacher.
         root = str(cards[0].get("root") or self.identity)[:200]
         if root != self.identity:
             self.identity += f" ({root})"
         stated = [card.get("max_model_len") for card in cards]
         self.context = min((size for size in stated if isinstance(size, int)), default=None)
         if self.context is not None:
+            # The probe must leave room for what the server is to write after it.
             self.text = self.text[: self.context - NUM_WRITTEN - 1]
         message = f"{self.identity} at {', '.join(self.settings.urls)}"
         return [Finding("ok", "server", message)]
@@ -111,6 +114,7 @@ class SelfTest:
         """In one of the ways to ask, scores of text that the server wrote are those of writing."""
         wanted = self.settings.scoring
         reasons: list[str] = []
+        # Servers differ in how they score given tokens: the first way that proves right is taken.
         for scoring in get_args(Scoring) if wanted == "auto" else (wanted,):
             self.scoring = scoring
             try:
@@ -123,6 +127,8 @@ class SelfTest:
 
     def compare_strings(self) -> list[Finding]:
         """Tokens all over the vocabulary are the same strings for the server."""
+        # A teacher of another tokenizer gives plausible numbers for other words, which no loss
+        # would show.
         tokens = spread_ids(self.tokenizer, min(NUM_STRINGS, (self.context or NUM_STRINGS + 2) - 2))
         # Nothing is said of a text's first token.
         strings = self._scores([tokens[-1], *tokens], as_ids=False).strings[1:]
@@ -166,7 +172,10 @@ class SelfTest:
             raise SelfTestFailed(
                 f"the server gives no log-probs at temperature {wanted:g} ({error}); {advice}"
             ) from None
+        # Log-probs at temperature T are logits / T less a constant, which differences at one
+        # position do not contain: a difference at T is the one at 1 divided by T.
         pairs = list(_differences(plain, tempered))
+        # Without any difference that could be divided the temperature is NaN, which fails below.
         product = sum(d1 * dt for d1, dt in pairs)
         found = sum(d1 * d1 for d1, _ in pairs) / product if product > 0 else math.nan
         if not abs(found - wanted) <= TEMPERATURE_PRECISION * abs(1 - wanted):
@@ -202,6 +211,7 @@ class SelfTest:
             return []
         load_model_config(name)
         require_weights(name)
+        # Without the student this is a check before the run, which loads no weights.
         if self.setting.student is None:
             message = f"{name} is compared when the models are loaded"
             return [Finding("ok", "local model", message)]
@@ -266,6 +276,9 @@ class SelfTest:
         """Let the server continue the probe from several places, and score what it wrote."""
         writing: list[float] = []
         scoring: list[float] = []
+        # Log-probs of tokens that the server has just written are known from writing them. If
+        # scoring the same tokens gives other numbers, its scores are shifted, or those of another
+        # text, model or temperature.
         for cut in range(1, NUM_CUTS + 1):
             prompt = self.text[: max(2, len(self.text) * cut // NUM_CUTS)]
             body = generation_request(self.settings.model, prompt, NUM_WRITTEN)
@@ -309,6 +322,7 @@ def _differences(plain: TokenScores, tempered: TokenScores) -> Iterator[tuple[fl
     """Of the likeliest token and each other at a position: the differences of their log-probs,
     plain and tempered."""
     for ours, theirs in zip(plain.likeliest, tempered.likeliest, strict=True):
+        # Both answers must name a token for it to be compared; the likeliest one comes last.
         both = sorted((ours[key], theirs[key]) for key in ours.keys() & theirs.keys())
         both = [pair for pair in both if not any(map(math.isnan, pair))]
         for one, tempered_one in both[:-1]:

@@ -90,6 +90,7 @@ class ServedTeacher(Teacher):
     def _wait_for(self, answer: AsyncResult) -> Tensor:
         """Wait for an answer; meanwhile the run may be stopped."""
         while True:
+            # This raises when the user has asked the run to stop.
             self._setting.before_work()
             try:
                 return answer.get(timeout=SECONDS_BETWEEN_LOOKS)
@@ -122,6 +123,8 @@ class ServedTeacher(Teacher):
         A server writes at least one token for each text that it scores, and refuses texts that
         leave no room for it.
         """
+        # The first id that the server cannot know ends what it can score: all later tokens depend
+        # on it.
         known = list(takewhile(lambda token: token < self._vocabulary, request.completion))
         if self._context_tokens is None:
             return known
@@ -139,6 +142,8 @@ def make_teacher(settings: ServedTeacherConfig, setting: Setting) -> ServedTeach
     client = CompletionsClient(settings)
     test = SelfTest(client, settings, setting)
     try:
+        # The check ran the whole self-test; what the run relies on is asked again, as the server
+        # may have been restarted with another model since.
         test.ask_for_model()
         test.find_scoring()
     except SelfTestFailed as error:
