@@ -41,10 +41,11 @@ def opened(address: str) -> Iterator[Any]:
 
 
 def asked_for(browser: Any) -> list[str]:
-    """The addresses that a page has asked for."""
+    """The addresses that a page has asked for; `data:` is a picture within the page itself."""
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     return [
         event["params"]["request"]["url"]
         for event in events
         if event["method"] == "Network.requestWillBeSent"
+        and not event["params"]["request"]["url"].startswith("data:")
     ]

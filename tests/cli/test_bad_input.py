@@ -181,7 +181,7 @@ def bad(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "the prompt of test problem 0 has 402 tokens, but at most 252 are allowed",
         ),
         ("task.verifier", "exat", "Did you mean 'exact'?"),
-        ("task.verifier", "run_verifiers:nothing", "has no function 'nothing'"),
+        ("task.verifier", "run_verifiers:nothing", "has no attribute 'nothing'"),
         ("rollout.prompt_format", "chat", "has no chat template; use 'plain' or 'auto'"),
         ("rollout.max_completion_tokens", "300", "at most 0 are allowed (context of 256 minus"),
         ("student.device", "tpu9", "device 'tpu9' cannot be used on this machine"),

@@ -20,7 +20,7 @@ from rlad.cli.compare import _print as print_of_compare
 from rlad.cli.evaluate import Evaluation, print_summary
 from rlad.cli.main import main
 from rlad.cli.sample import print_preview
-from rlad.comparison.escaping import markdown
+from rlad.comparison.page import markdown
 from rlad.config.template import template_parts
 from rlad.runs.directory import RunDirectory
 from rlad.runs.results import ProblemResult

@@ -167,22 +167,21 @@ GOOD = '{"prompt": "p", "answer": "a"}'
         (['{"prompt": "p", "answer": null}'], "line 1: the field 'answer' is null; give a string"),
         (
             ['{"prompt": [], "answer": 1}'],
-            "line 1: the field 'prompt' holds no message; write at least the user's",
+            "line 1: the field 'prompt' has messages of nobody; put the system's, if there is one",
         ),
         (
             [
                 '{"prompt": [{"role": "user", "content": "q"}, '
                 '{"role": "assistant", "content": "a"}], "answer": 1}'
             ],
-            "line 1: the field 'prompt' ends with a message of the assistant, but it is the model "
-            "that answers: end it with",
+            "line 1: the field 'prompt' has messages of user, assistant; put .* the user's last",
         ),
         (
             [
                 '{"prompt": [{"role": "user", "content": "q"}, '
                 '{"role": "system", "content": "s"}], "answer": 1}'
             ],
-            "line 1: the field 'prompt' has a system message that is not its first; put it there",
+            "line 1: the field 'prompt' has messages of user, system; put the system's, .* first",
         ),
         (
             ['{"prompt": [{"role": "tool", "content": "q"}], "answer": 1}'],

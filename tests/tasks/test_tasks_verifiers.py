@@ -183,18 +183,18 @@ def test_user_functions_see_the_end_of_long_completions(user_verifier):
     [
         (
             "user_verifiers:nothing_here",
-            "the module 'user_verifiers' has no function 'nothing_here'; write it as",
+            r"cannot be used \(AttributeError: .* no attribute 'nothing_here'\); write it as",
         ),
-        ("user_verifiers:not_a_function", "has no function 'not_a_function'"),
-        ("user_verifiers:", "has no function ''"),
+        ("user_verifiers:not_a_function", "TypeError: .* is not a callable object"),
+        ("user_verifiers:", "has no attribute ''"),
         (
             "no_such_module:grade",
-            r"cannot import the module 'no_such_module' \(ModuleNotFoundError.*PYTHONPATH",
+            r"cannot be used \(ModuleNotFoundError: .*'no_such_module'.*PYTHONPATH",
         ),
-        (":grade", "cannot import the module ''"),
+        (":grade", "ValueError: Empty module name"),
         (
             "user_verifiers:one_argument",
-            r"must be callable as function\(completion, answer\): too many positional",
+            r"too many positional arguments\); .* a function\(completion, answer\)",
         ),
         (
             "exakt",

@@ -29,7 +29,7 @@ from rlad.models.student import require_base_model
 from rlad.rollouts.prompts import longest_prompt
 from rlad.runs.directory import RunDirectory
 from rlad.tasks import Problem, make_task
-from rlad.tasks.probe import require_working_verifier
+from rlad.tasks.several import require_working_verifier
 from rlad.teachers import check_teacher
 from rlad.teachers.base import Setting
 

@@ -96,6 +96,7 @@ def _method(runs: Sequence[Run], own_keys: set[str]) -> tuple[Method, list[Missi
     settings = method_settings(runs[0])
     own = [f"{key.rpartition('.')[2]} = {_shown(settings.get(key))}" for key in sorted(own_keys)]
     name = runs[0].method + (f" ({', '.join(own)})" if own else "")
+    # Two runs of one seed are no independent evidence, so only the first counts.
     by_seed: dict[int, Run] = {}
     doubles = []
     for run in runs:
@@ -112,10 +113,12 @@ def _method(runs: Sequence[Run], own_keys: set[str]) -> tuple[Method, list[Missi
 def shared_settings(run: Run) -> Settings:
     """Flatten the settings that are equal for all runs of a table, with a fingerprint of the
     held-out problems."""
+    # Of the optimiser only the budget is shared: learning rate and the like belong to the method.
     table = run.config.dump(without=_NO_RESULT)
     for section in ("seed", "objective", "teacher"):
         del table[section]
     table["optimization"] = {key: table["optimization"][key] for key in _BUDGET}
+    # Settings may agree while the problems do not, when another version of a task generates them.
     problems = [
         (r.index, r.key, r.difficulty, r.prompt, r.num_samples)
         for results in (run.after, run.ood_after)
@@ -129,6 +132,7 @@ def method_settings(run: Run) -> Settings:
     """Flatten the settings that make the method: objective, teacher where it needs one, and
     optimiser."""
     config = run.config
+    # A teacher that the objective never asks is no part of the method, whatever the config names.
     sections = ["objective", "optimization"] + ["teacher"] * config.needs_teacher
     table = config.dump(without=(*_NO_RESULT, Mark.LENGTH, Mark.BUDGET))
     settings = flat({section: table[section] for section in sections})

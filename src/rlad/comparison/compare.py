@@ -97,6 +97,7 @@ def compare(
     methods = list(comparison.methods)
     rates, notes, missing = _tune(comparison, folder, progress)
     planned = final_runs(comparison, folder, rates)
+    # A method whose search failed has no learning rate, and so no runs.
     if comparison.tuning is not None:
         planned = [run for run in planned if run.method in rates]
     missing += _train(planned, comparison.jobs, progress)
@@ -208,6 +209,9 @@ def _train(planned: Sequence[PlannedRun], jobs: int, progress: Progress) -> list
     failed: list[MissingRun] = []
     num_done = len(planned) - len(waiting)
     progress(f"{num_done} of {len(planned)} runs are done already" if num_done else "", planned)
+    # A signal only sets a flag, which is looked at once a round. However the loop is left, by a
+    # signal or an error, the runs still in progress are told to write their checkpoints and are
+    # awaited, so that no process trains on unattended.
     stop = Stop()
     with stop.on_signals():
         try:
@@ -237,6 +241,7 @@ def _end(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
     """Let the runs write their checkpoints; a second Ctrl-C ends them at once."""
     for process in processes:
         process.terminate()
+    # All were told before the first is awaited: they write at the same time.
     try:
         for process in processes:
             process.wait()
@@ -258,6 +263,8 @@ def _start(run: PlannedRun, jobs: int) -> "subprocess.Popen[bytes]":
             f"{run.path.parent} cannot be written ({error.strerror}); free some space or fix its "
             "permissions, or give the comparison another directory."
         ) from None
+    # In a session of its own: the terminal would send Ctrl-C to each run too, and the second signal
+    # that a run gets ends it without a checkpoint.
     command = [sys.executable, "-m", "rlad", "train", str(config)]
     if run.directory.exists():
         command.append("--resume")
@@ -276,6 +283,7 @@ def _start(run: PlannedRun, jobs: int) -> "subprocess.Popen[bytes]":
 
 def _why_it_failed(run: PlannedRun, code: int) -> str:
     """Find the sentence that a run ended with."""
+    # `rlad: ...` if it said so itself, else its last line, which ends a traceback.
     lines = run.log.read_text(encoding="utf-8", errors="replace").splitlines()
     said = [line for line in lines if line.strip()] or ["no output"]
     sentences = [line.removeprefix("rlad: ") for line in said if line.startswith("rlad: ")]

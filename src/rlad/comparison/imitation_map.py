@@ -85,6 +85,7 @@ class MappedCompletion:
         """The tokens that are shown, the first `MOST_TOKENS`."""
         tokens = []
         for i, text in enumerate(self.texts[:MOST_TOKENS]):
+            # The note appears when the token is pointed at: its fate and the numbers behind it.
             fate = _BY_LETTER[self.imitation.fates[i]]
             is_clamped = self.imitation.clamped is not None and self.imitation.clamped[i] == "c"
             ratios = self.imitation.log_ratio_to_teacher
@@ -156,6 +157,7 @@ def _recorded(run: Run) -> Iterator[MappedCompletion]:
     for row in read_rows(RunDirectory(run.path), SAMPLES, SampleRow):
         if not isinstance(row, SampleRow):
             continue
+        # Thirds of the steps; a row beyond the last step, after a crash, belongs to the last third.
         third = (row.step - 1) * len(PHASES) // max(run.num_steps, 1)
         phase = PHASES[min(third, len(PHASES) - 1)]
         for rollout in row.rollouts:
@@ -166,6 +168,7 @@ def _recorded(run: Run) -> Iterator[MappedCompletion]:
 
 
 def _phase(name: str, steps: Sequence[int], letters: Counter[str]) -> Phase:
+    # Every token has one fate; "c" is counted beside them, as a clamped token has a fate too.
     total = sum(letters[fate.letter] for fate in FATES)
     shares = {fate.name: letters[fate.letter] / total for fate in FATES}
     return Phase(name, min(steps), max(steps), total, shares, letters["c"] / total)

@@ -113,6 +113,7 @@ def figures_of(group: Group, chosen: str | None = None) -> list[MethodFigures]:
         f if f.method is baseline else replace(f, to_baseline=_compare(f.method, baseline))
         for f in figures
     ]
+    # Corrected in the order of the methods, the baseline left out.
     corrected = iter(holm([f.to_baseline.p_value for f in compared if f.to_baseline]))
     return [replace(f, corrected_p=next(corrected)) if f.to_baseline else f for f in compared]
 

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,12 +12,20 @@ from markupsafe import Markup
 
 from rlad.comparison import tables, words
 from rlad.comparison.comparable import Group
-from rlad.comparison.escaping import markdown
 from rlad.comparison.imitation_map import FATES, MappedCompletion, imitation_maps
 from rlad.comparison.methods import baseline_of, figures_of
 from rlad.comparison.plots import Plot, draw_plots
 from rlad.comparison.runs import MissingRun
 from rlad.text import printable
+
+_FORMATS = re.compile(r"([\\`*|~]|(?<!\w)_|_(?!\w)|^[#>]|^[+-](?!\d))")
+"""characters that format; an underscore inside a word does not"""
+_ADDRESSES = re.compile(r"(?i)(:(?=//)|www(?=\.)|@(?=[^\s@]{0,255}\.\w))")
+"""what GitHub makes a link of without being asked, up to where it must be broken: https://, www.
+and mail addresses"""
+_BREAK = "<!-- -->"
+"""shows nothing; unlike a backslash it also parts the text for those that look for addresses after
+the parser"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +80,7 @@ def make_page(
         list(_section(name, group, baseline, is_tuned=bool(notes)))
         for name, group in zip(names, groups, strict=True)
     ]
+    # The headlines of all tables first: whoever reads no further knows the result.
     page: list[Block] = [Heading(title, level=1)]
     page += [section.pop(0) for section in sections]
     if not groups:
@@ -156,3 +166,13 @@ def _environment(*, autoescape: bool) -> Environment:
     )
     environment.filters["markdown"] = markdown
     return environment
+
+
+def markdown(text: str) -> str:
+    """Escape a text so that it means nothing but itself in Markdown, on one line: no formatting,
+    HTML, links or table fields."""
+    # In this order: backslashes first, as what is added afterwards must not be escaped again.
+    line = _FORMATS.sub(r"\\\1", " ".join(printable(text).split()))
+    line = re.sub(r"\](?=[(:\[])", r"]\\", line)
+    line = re.sub(r"<(?! )", "&lt;", line.replace("&", "&amp;"))
+    return _ADDRESSES.sub(rf"\1{_BREAK}", line)

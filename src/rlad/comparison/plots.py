@@ -42,6 +42,7 @@ class Plot:
 
 def draw_plots(figures: Sequence[MethodFigures]) -> dict[str, list[Plot]]:
     """Draw the plots of a table, by the part of the report that shows them."""
+    # Text stays text, so that it can be searched, and the same runs give the same bytes.
     settings = {"svg.fonttype": "none", "svg.hashsalt": "rlad", "font.size": 9.5}
     with matplotlib.style.context([*STYLE, settings]):
         curves = [_draw_curve(figures, *row) for row in CURVES]
@@ -59,6 +60,7 @@ def draw_plots(figures: Sequence[MethodFigures]) -> dict[str, list[Plot]]:
 def _draw_legend(figures: Sequence[MethodFigures]) -> Plot:
     """Draw the key to colours, lines and markers of all plots of a table."""
     names = [_short(f.name) for f in figures]
+    # As many columns as fit beside one another, judged by the longest name.
     columns = max(1, min(4, len(names), 110 // (max(map(len, names)) + 10)))
     figure = Figure(figsize=(8.5, 0.3 * -(-len(names) // columns) + 0.1))
     handles = [Line2D([], [], **_look(i)) for i in range(len(names))]

@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from pydantic_core import to_jsonable_python
 
 from rlad.config.file import changed_settings, load_config
 from rlad.config.run import RunConfig
@@ -13,7 +15,6 @@ from rlad.errors import UserError
 from rlad.runs.directory import EVAL, METRICS, RunDirectory
 from rlad.runs.results import ProblemResult, summarise
 from rlad.runs.rows import History, read_history
-from rlad.runs.statistics import Estimate
 
 PARTS = ("generation", "teacher", "update", "rest")
 """of the time that training takes; rest: rewards, reference, log-probs of the old policy"""
@@ -104,6 +105,7 @@ class Run:
             return math.nan
         rollout = self.config.rollout
         num_steps = self.config.optimization.steps_per_rollout_batch
+        # A rollout batch serves several steps, so a row counts its share of the rollouts.
         per_step = rollout.prompts_per_batch // num_steps * rollout.group_size
         return sum(lengths.values()) * per_step
 
@@ -169,6 +171,7 @@ def read_run(reported: ReportedRun) -> Run | MissingRun:
 
 
 def _check_steps(history: History, config: RunConfig) -> None:
+    # Figures by step and totals rest on one row a step: a copy or a gap would bend them silently.
     for number, row in enumerate(history.steps, start=1):
         if row["step"] != number:
             raise UserError(
@@ -198,29 +201,21 @@ def _first_and_last(
             f"the {split} problems in {EVAL} are not the same before and after training."
         )
     # Counts that do not fit together would make shares beyond 0 and 1.
-    for result in (*before, *after):
-        name = f"{split} problem {result.index} in {EVAL}"
-        _require_sound(result, name, config.evaluation.num_test_samples)
+    num_samples = config.evaluation.num_test_samples
+    for r in (*before, *after):
+        counts = (r.num_correct, r.num_cannot_judge, r.num_truncated)
+        is_possible = min(counts) >= 0 and max(counts) <= r.num_samples == num_samples
+        if not is_possible or not 0 <= r.mean_completion_tokens < _LARGEST:
+            raise UserError(
+                f"{split} problem {r.index} in {EVAL} has counts that {num_samples} samples cannot "
+                "have."
+            )
     return before, after
-
-
-def _require_sound(result: ProblemResult, name: str, num_samples: int) -> None:
-    if result.num_samples != num_samples:
-        raise UserError(f"{name} has {result.num_samples} samples instead of {num_samples}.")
-    counts = (result.num_correct, result.num_cannot_judge, result.num_truncated)
-    tokens = result.mean_completion_tokens
-    if min(counts) < 0 or max(counts) > num_samples or not 0 <= tokens < _LARGEST:
-        raise UserError(f"{name} has counts that {num_samples} samples cannot have.")
 
 
 def _summary(results: Results) -> dict[str, Any] | None:
     """Summarise a test, with intervals over problems and the number of correct samples of each."""
     if not results:
         return None
-    return _plain(summarise(results)) | {"num_correct": [r.num_correct for r in results]}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return asdict(value) if isinstance(value, Estimate) else value
+    figures = to_jsonable_python(summarise(results))
+    return figures | {"num_correct": [r.num_correct for r in results]}

@@ -49,7 +49,11 @@ def results_table(figures: Sequence[MethodFigures], baseline: str) -> Table:
         ("seeds", "number of trained runs", lambda f: _number(len(f.method.runs))),
         ("before", "pass@1 of the untrained student", lambda f: _share(f.before.mean)),
         ("after", "pass@1 after the last step", lambda f: _estimate(f.after)),
-        ("sd over seeds", "standard deviation of pass@1, in points", lambda f: _points(f.sd)),
+        (
+            "sd over seeds",
+            "standard deviation of pass@1, in points",
+            lambda f: _number(100 * f.sd, ".1f"),
+        ),
         ("gain", "after minus before, in points", lambda f: _difference(f.gain)),
     ]
     compared = [(f, f.to_baseline) for f in figures if f.to_baseline]
@@ -81,7 +85,7 @@ def breakdown_table(figures: Sequence[MethodFigures]) -> Table:
         meaning = "pass@1 on problems unlike those of the training"
         columns.append(("out of distribution", meaning, lambda f: _estimate(f.ood)))
     columns += [
-        ("tokens", "mean completion length", lambda f: _number(f.completion_tokens, 1)),
+        ("tokens", "mean completion length", lambda f: _number(f.completion_tokens, ",.1f")),
         ("truncated", "share that reached the token limit", lambda f: _share(f.truncated_share)),
     ]
     return _table("Test after training, in detail", figures, columns)
@@ -92,7 +96,7 @@ def cost_table(figures: Sequence[MethodFigures]) -> Table:
     columns: list[Column] = [
         ("steps", "optimiser steps of a run", lambda f: _number(f.cost.num_steps)),
         ("seconds", "training time of a run", lambda f: _number(f.cost.total_seconds)),
-        ("s / step", "the same by step", lambda f: _number(f.cost.seconds_per_step, 2)),
+        ("s / step", "the same by step", lambda f: _number(f.cost.seconds_per_step, ",.2f")),
     ]
     for part in PARTS:
         meaning = "share of the training time"
@@ -112,19 +116,19 @@ def methods_table(figures: Sequence[MethodFigures]) -> Table:
     """Show what tells the methods apart: objective, teacher, and settings that are not the
     default."""
     columns: list[Column] = [
-        ("objective", "`rlad list objectives NAME` explains it", _objective),
-        ("learning rate", "of AdamW", _learning_rate),
+        (
+            "objective",
+            "`rlad list objectives NAME` explains it",
+            lambda f: Cell(f.method.config.objective.type),
+        ),
+        (
+            "learning rate",
+            "of AdamW",
+            lambda f: _number(f.method.config.optimization.learning_rate, "g"),
+        ),
         ("other settings that are not the default", "", _other_settings),
     ]
     return _table("What tells the methods apart", figures, columns)
-
-
-def _objective(figures: MethodFigures) -> Cell:
-    return Cell(figures.method.config.objective.type)
-
-
-def _learning_rate(figures: MethodFigures) -> Cell:
-    return _number(figures.method.config.optimization.learning_rate, None)
 
 
 def _other_settings(figures: MethodFigures) -> Cell:
@@ -173,18 +177,12 @@ def _table(caption: str, figures: Sequence[MethodFigures], columns: Sequence[Col
     return Table(caption, ("method", *names), ("", *meanings), rows)
 
 
-def _number(value: float, digits: int | None = 0) -> Cell:
-    if math.isnan(value):
-        return Cell(UNKNOWN)
-    return Cell(f"{value:g}" if digits is None else f"{value:,.{digits}f}", order=value)
+def _number(value: float, form: str = ",.0f") -> Cell:
+    return Cell(UNKNOWN) if math.isnan(value) else Cell(f"{value:{form}}", order=value)
 
 
 def _share(value: float) -> Cell:
-    return Cell(UNKNOWN) if math.isnan(value) else Cell(f"{value:.1%}", order=value)
-
-
-def _points(value: float) -> Cell:
-    return Cell(UNKNOWN) if math.isnan(value) else Cell(f"{100 * value:.1f}", order=value)
+    return _number(value, ".1%")
 
 
 def _estimate(estimate: Estimate | None) -> Cell:
@@ -194,22 +192,19 @@ def _estimate(estimate: Estimate | None) -> Cell:
     return Cell(f"{estimate.mean:.1%}", interval, estimate.mean)
 
 
-def _difference(estimate: Estimate) -> Cell:
+def _difference(estimate: Estimate, suffix: str = "") -> Cell:
     interval = f"[{signed(estimate.low)}, {signed(estimate.high)}]"
-    return Cell(signed(estimate.mean), interval, estimate.mean)
+    return Cell(signed(estimate.mean), f"{interval}{suffix}", estimate.mean)
 
 
 def _to_baseline(figures: MethodFigures, *, says_seeds: bool) -> Cell:
     compared = figures.to_baseline
     if compared is None:
         return Cell("baseline", order=0.0)
-    cell = _difference(compared.difference)
-    if not says_seeds:
-        return cell
-    seeds = (
-        f"{compared.num_seeds} shared seed(s)" if compared.is_paired_by_seed else "no shared seeds"
-    )
-    return Cell(cell.text, f"{cell.small} {seeds}", cell.order)
+    seeds = " no shared seeds"
+    if compared.is_paired_by_seed:
+        seeds = f" {compared.num_seeds} shared seed(s)"
+    return _difference(compared.difference, suffix=seeds if says_seeds else "")
 
 
 def _p(p: float) -> Cell:

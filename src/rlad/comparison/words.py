@@ -61,6 +61,7 @@ def _verdicts(compared: Sequence[MethodFigures], baseline: str) -> str:
     for f in compared:
         assert f.to_baseline is not None
         interval = f.to_baseline.difference
+        # Ahead only when both agree: the runs differ by the test, and seeds would by the interval.
         if f.corrected_p < _LEVEL and interval.low > 0:
             kinds["ahead of it"].append(f.name)
         elif f.corrected_p < _LEVEL and interval.high < 0:

@@ -46,10 +46,6 @@ class Guard:
         return figure if is_beyond else None
 
 
-def _computes_float32(config: RunConfig) -> bool:
-    return config.student.dtype == "float32"
-
-
 def _gates_by_teacher(config: RunConfig) -> bool:
     # A moving average of the student begins as the student itself: then no gates are what is to be
     # expected.
@@ -58,10 +54,6 @@ def _gates_by_teacher(config: RunConfig) -> bool:
         and config.teacher is not None
         and config.teacher.type != "ema"
     )
-
-
-def _needs_reward(config: RunConfig) -> bool:
-    return config.objective.uses_reward
 
 
 # Read a row as: name, metric, how its values become one figure, which side of which limit is
@@ -88,7 +80,7 @@ GUARDS: tuple[Guard, ...] = (
         "more than rounding to float32 can",
         "look for what they compute differently: temperature, prompt template, precision, a model "
         "with dropout",
-        _computes_float32,
+        lambda config: config.student.dtype == "float32",
     ),
     Guard(
         "sampler_mismatch_bfloat16",
@@ -100,7 +92,7 @@ GUARDS: tuple[Guard, ...] = (
         "more than rounding to bfloat16 usually does",
         "look for what they compute differently: temperature, prompt template, a model with "
         "dropout; or set student.dtype = float32",
-        lambda config: not _computes_float32(config),
+        lambda config: config.student.dtype != "float32",
     ),
     Guard(
         "teacher_coverage",
@@ -205,7 +197,7 @@ GUARDS: tuple[Guard, ...] = (
         "in nearly all groups every rollout has the same reward, so nothing is learned from them",
         "take easier problems if reward/mean is near 0 and harder ones if it is near 1, or raise "
         "rollout.group_size",
-        _needs_reward,
+        lambda config: config.objective.uses_reward,
     ),
     Guard(
         "cannot_judge",

@@ -40,6 +40,7 @@ def marked_answer(completion: str) -> str | None:
 
     "" for a tag that is not closed: the completion may have been cut off within its answer.
     """
+    # The last one counts: earlier ones are part of the reasoning, or quote the instructions.
     text = completion[-MAX_COMPLETION_CHARACTERS:]
     _, tag, tail = text.rpartition("<answer>")
     if tag:
@@ -79,6 +80,7 @@ def boxed_answer(completion: str) -> str | None:
     _, box, tail = completion[-MAX_COMPLETION_CHARACTERS:].rpartition(r"\boxed{")
     if not box:
         return None
+    # Braces nest, \boxed{\frac{1}{2}}, so the end is where as many are closed as opened.
     depth = 1
     for end, character in enumerate(tail):
         depth += (character == "{") - (character == "}")
@@ -114,6 +116,7 @@ def last_number(text: str) -> Fraction | None:
     last = _last_match(_NUMBER, text[-MAX_COMPLETION_CHARACTERS:].translate(_OTHER_MINUS_SIGNS))
     if last is None or len(last[0]) > _MAX_NUMBER_CHARACTERS:
         return None
+    # Fractions, not floats: .1 + .2 must be .3.
     numerator, _, denominator = last[0].replace(",", "").partition("/")
     try:
         return Fraction(numerator.strip()) / Fraction(denominator.strip() or 1)
@@ -144,6 +147,7 @@ def evaluate_arithmetic(expression: str) -> tuple[Fraction, list[int]] | None:
                 return _OPERATORS[type(op)](value(left), value(right))
         raise SyntaxError("not arithmetic")
 
+    # Long and deeply nested texts can exhaust the parser's memory or stack.
     numbers: list[int] = []
     if len(expression) > _MAX_EXPRESSION_CHARACTERS:
         return None

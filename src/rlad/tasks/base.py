@@ -133,6 +133,7 @@ def require_reward_in_range(task: Task, judgement: Judgement, problem: str) -> N
 
 def split_of(key: str) -> Split:
     """Choose the split of a problem by its key alone (10 % validation, 10 % test, 80 % train)."""
+    # A hash, not a draw: adding problems moves no other problem into another split.
     bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % _NUM_BUCKETS
     if bucket < _VALIDATION_BELOW:
         return "validation"

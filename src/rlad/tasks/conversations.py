@@ -17,14 +17,12 @@ def conversation(value: list[Any], where: str) -> Conversation:
         _message(message, f"{where}, message {number},")
         for number, message in enumerate(value, start=1)
     )
-    if not messages:
-        raise UserError(f"{where} holds no message; write at least the user's.")
-    if any(role == "system" for role, _ in messages[1:]):
-        raise UserError(f"{where} has a system message that is not its first; put it there.")
-    if messages[-1][0] != "user":
+    roles = [role for role, _ in messages]
+    if roles[-1:] != ["user"] or "system" in roles[1:]:
         raise UserError(
-            f"{where} ends with a message of the {messages[-1][0]}, but it is the model that "
-            "answers: end it with the user's, and give the reference answer in a field of its own."
+            f"{where} has messages of {', '.join(roles) or 'nobody'}; put the system's, if there "
+            "is one, first and the user's last, as it is the model that answers (the reference "
+            "answer has a field of its own)."
         )
     return messages
 

@@ -177,6 +177,7 @@ def _problem(row: Any, where: str, prompt_field: str, answer_field: str) -> Prob
         messages = ()
         prompt = question = _text(row, prompt_field, where, "prompt_field")
     answer = _text(row, answer_field, where, "answer_field")
+    # A privileged teacher may show the other fields to itself, so those that are plain text stay.
     metadata = {
         name: value
         for name, value in row.items()

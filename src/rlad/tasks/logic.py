@@ -87,6 +87,7 @@ def random_puzzle(num_people: int, rng: random.Random) -> Puzzle:
         first, second = rng.sample(range(num_people), 2)
         return Statement(connective, (claim(first), claim(second)))
 
+    # Rejection: every puzzle with one solution stays as likely as any other.
     while True:
         puzzle = tuple(statement(speaker) for speaker in range(num_people))
         if len(solutions(puzzle)) == 1:
@@ -105,6 +106,10 @@ def structure_key(puzzle: Puzzle) -> str:
     def digest(text: str) -> str:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    # In each round a person's colour takes in what they say (claims by the colours of the people in
+    # them) and what is said of them. After as many rounds as there are people, no further
+    # round tells more of them apart. Sorting makes both independent of the order of people; only in
+    # "if A then B" the places of the claims count.
     colours = ["?"] * len(puzzle)
     for _ in range(len(puzzle) + 1):
         heard: list[list[str]] = [[] for _ in puzzle]
@@ -214,6 +219,7 @@ class KnightsAndKnaves:
         check_split(split)
         rng = random.Random(f"{seed}/{split}/{index}")
         size = self._sizes[index % len(self._sizes)]
+        # The structure decides the split, so a draw that falls into another split is thrown away.
         while True:  # ends: every size has structures in every split
             puzzle = random_puzzle(size, rng)
             key = structure_key(puzzle)
@@ -253,6 +259,7 @@ def logic_rl_reward(completion: str, wanted: dict[str, bool]) -> float:
     The format is right with each of `<think>`, `</think>`, `<answer>` and `</answer>` once and in
     this order. As in Logic-RL's code, the answer is not read when the format is wrong.
     """
+    # What is wanted is one thought, then one answer; a second answer could be a guess.
     positions = [completion.find(tag) for tag in _TAGS]
     if any(completion.count(tag) != 1 for tag in _TAGS) or positions != sorted(positions):
         return -1.0 - 2.0

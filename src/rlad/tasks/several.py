@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from rlad.errors import UserError
-from rlad.tasks.base import Judgement, Problem, Split, Task, reward_range
+from rlad.tasks.base import Judgement, Problem, Split, Task, Verdict, reward_range
 
 
 class SeveralTasks:
@@ -21,6 +21,7 @@ class SeveralTasks:
         from rlad.tasks import make_task  # whose table holds this class
 
         self.tasks: dict[str, Task] = {}
+        # When one cannot be made, the worker processes of those before it must end.
         with ExitStack() as made:
             for name, options in tasks.items():
                 try:
@@ -54,3 +55,23 @@ class SeveralTasks:
 
     def close(self) -> None:
         self._held.close()
+
+
+NUM_PROBED_ANSWERS = 5
+
+
+def require_working_verifier(task: Task) -> None:
+    """Raise `UserError` when the verifier cannot judge even the reference answers of the first
+    problems; of several tasks, when one's cannot."""
+    if isinstance(task, SeveralTasks):
+        for one in task.tasks.values():
+            require_working_verifier(one)
+        return
+    problems = [task.problem("train", i) for i in range(NUM_PROBED_ANSWERS)]
+    judgements = [task.judge(problem, problem.answer) for problem in problems]
+    if all(judgement.verdict == Verdict.CANNOT_JUDGE for judgement in judgements):
+        raise UserError(
+            f"the verifier of task {task.name!r} cannot judge the reference answers of the first "
+            f"{len(problems)} training problems ({judgements[0].reason}); fix the verifier or the "
+            "answers."
+        )

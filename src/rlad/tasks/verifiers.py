@@ -104,6 +104,7 @@ def number(completion: str, answer: str) -> Judgement:
         return cannot_judge(f"the reference answer {answer[:80]!r} has no number")
     if "<answer>" not in completion and boxed_answer(completion) == "":
         return judged(False)
+    # "Answer: as computed above" points to a number before it.
     final = final_answer(completion)
     found = last_number(final)
     return judged((last_number(completion) if final and found is None else found) == wanted)
@@ -137,6 +138,8 @@ def _parse_math(text: str) -> list[Any]:
 def _math(completion: str, answer: str) -> Judgement:
     from math_verify import verify
 
+    # A box counts before other marks, as models of mathematics put their answer there; but not
+    # where the prompt has asked for tags and there are some.
     wanted = _parse_math(answer)
     if not wanted:
         return cannot_judge(f"math-verify cannot read the reference answer {answer[:80]!r}")
@@ -146,32 +149,23 @@ def _math(completion: str, answer: str) -> Judgement:
 
 
 def import_function(path: str) -> Callable[..., Any]:
-    """Import the function that `package.module:function` names; `UserError` that says which part
-    is wrong."""
-    module_name, _, attribute = path.partition(":")
-    wanted = "write it as 'package.module:function', with the folder of the package on PYTHONPATH."
+    """Import the function that `package.module:function` names; `UserError` when there is none that
+    takes a completion and an answer."""
+    module, _, name = path.partition(":")
     try:
-        module = importlib.import_module(module_name)
+        function = getattr(importlib.import_module(module), name)
+        inspect.signature(function).bind("completion", "answer")
     except Exception as error:  # of any kind: the module is the user's
         raise UserError(
-            f"verifier {path!r}: cannot import the module {module_name!r} ({type(error).__name__}: "
-            f"{error}); {wanted}"
-        ) from error
-    function: Any = getattr(module, attribute, None)
-    if not callable(function):
-        raise UserError(
-            f"verifier {path!r}: the module {module_name!r} has no function {attribute!r}; {wanted}"
-        )
-    try:
-        inspect.signature(function).bind("", "")
-    except TypeError as error:
-        raise UserError(
-            f"verifier {path!r} must be callable as function(completion, answer): {error}."
+            f"verifier {path!r} cannot be used ({type(error).__name__}: {error}); write it as "
+            "'package.module:function', a function(completion, answer), with the folder of the "
+            "package on PYTHONPATH."
         ) from error
     return function
 
 
 def _call_user(path: str, completion: str, answer: str) -> Judgement:
+    # Where a verifier returns something else, we do not guess what it meant.
     result: Any = import_function(path)(completion, answer)
     match result.item() if hasattr(result, "item") else result:  # scalars of numpy and torch
         case Verdict.CANNOT_JUDGE:

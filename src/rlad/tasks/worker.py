@@ -75,6 +75,8 @@ class Worker:
     def _call(self, args: tuple[Any, ...]) -> tuple[bool, Any]:
         from pebble import ProcessExpired
 
+        # pebble counts the limit from when the call has begun, and ends the process after it. Our
+        # own longer wait is for a process that hangs before that, in its imports.
         limit = self._timeout_seconds
         try:
             pool = self._pool or self._start()
@@ -144,6 +146,9 @@ def _begin(
 def _limit_memory(num_bytes: int) -> None:
     """Allow so much more private memory than is held now. Address space that is only reserved, as
     CUDA does, does not count."""
+    # RLIMIT_DATA bounds private writable memory, which VmData reports: what imports have taken is
+    # added to the limit, and a call that asks for more gets a MemoryError instead of the machine's
+    # out-of-memory killer choosing the training process.
     status = Path("/proc/self/status")
     if not status.is_file():
         return

@@ -32,7 +32,7 @@ from rlad.runs.directory import (
 from rlad.runs.statistics import Estimate
 from rlad.stopping import Stop, StopRequested
 from rlad.tasks import Task, make_task
-from rlad.tasks.probe import require_working_verifier
+from rlad.tasks.several import require_working_verifier
 from rlad.training.budget import Budget
 from rlad.training.console import shown
 from rlad.training.environment import describe_environment, note_resumption
