@@ -68,18 +68,21 @@ def choose_engine(options: ServeOptions) -> str:
     engine = options.engine
     if engine == "auto":
         engine = "vllm" if has_vllm else "rlad"
+    problem = ""
     if engine == "vllm" and not has_vllm:
-        raise UserError(
+        problem = (
             "vllm is not installed in this environment; install it with rlad into one of its own, "
             "or take --engine rlad."
         )
-    if engine == "vllm" and options.device != "auto":
-        raise UserError("vLLM has no --device; leave it out, or take --engine rlad.")
-    if engine == "rlad" and not all(map(importlib.util.find_spec, ("fastapi", "uvicorn"))):
-        raise UserError(
+    elif engine == "vllm" and options.device != "auto":
+        problem = "vLLM has no --device; leave it out, or take --engine rlad."
+    elif engine == "rlad" and not all(map(importlib.util.find_spec, ("fastapi", "uvicorn"))):
+        problem = (
             "rlad's own teacher server needs fastapi and uvicorn; install them with `pip install "
             "'rlad[serve]'`, or install vllm beside rlad."
         )
+    if problem:
+        raise UserError(problem)
     return engine
 
 
@@ -136,6 +139,7 @@ def run_own_server(options: ServeOptions, key: str | None, listening: socket.soc
     )
     section = teacher_section(options, listening.getsockname()[1])
 
+    # An app is started before uvicorn listens, so that it is ready is said by uvicorn's own method.
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
@@ -168,9 +172,12 @@ def start_vllm(options: ServeOptions, port: int, key: str | None) -> NoReturn:
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += [str(part) for flag in flags.items() for part in flag]
     command.append("--disable-uvicorn-access-log")
+    # The key goes by the environment, as every user of a machine can read command lines.
     environment = os.environ | {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     if key is not None:
         environment["VLLM_API_KEY"] = key
+    # A server on the CPU is for trying things out: it starts sooner without compilation, and needs
+    # little memory for its cache.
     if pick_device("auto").type == "cpu":
         command.append("--enforce-eager")
         environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")

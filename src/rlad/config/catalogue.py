@@ -43,21 +43,17 @@ CONFIGS: dict[str, dict[str, type[Section]]] = {
 
 def names(what: str) -> dict[str, str]:
     """Each name with one line about it."""
-    return {
-        name: _one_line(_documentation(what, name).partition("\n\n")[0]) for name in _names(what)
-    }
-
-
-def _names(what: str) -> list[str]:
-    return [*CONFIGS[what], *(PRESETS if what == "objectives" else ())]
+    known = [*CONFIGS[what], *(PRESETS if what == "objectives" else ())]
+    return {name: _one_line(_documentation(what, name).partition("\n\n")[0]) for name in known}
 
 
 def describe(what: str, name: str) -> str:
     """Documentation and settings of one entry. `UserError` with the nearest name when there is
     none."""
-    if name not in _names(what):
-        near = difflib.get_close_matches(name, _names(what), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(_names(what))}."
+    known = names(what)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}."
         raise UserError(f"{name!r} is none of the {what}: {hint}")
     if name in PRESETS:
         return f"{_documentation(what, name)}\n\n{tomli_w.dumps(PRESETS[name][1]).strip()}"
@@ -65,8 +61,12 @@ def describe(what: str, name: str) -> str:
     config = CONFIGS[what][name]
     parts = [_documentation(what, name), f"[{section}]\n{_settings(config)}"]
     for key, field in config.model_fields.items():
+        # A setting may hold a section of its own, or several by name.
         if inner := _inner_sections(field):
-            parts.append(_describe_inner(f"{section}.{key}", field, inner, what))
+            by_name = ".NAME" if get_origin(field.annotation) is dict else ""
+            header = f"[{section}.{key}{by_name}]  # {_one_line(field.description or '')}"
+            body = f"type = ...  # one of those that `rlad list {what}` names, with its settings"
+            parts.append(f"{header}\n{_settings(inner[0]) if len(inner) == 1 else body}")
     return "\n\n".join(parts)
 
 
@@ -112,15 +112,6 @@ def _value_of(field: FieldInfo) -> str:
 def _inner_sections(field: FieldInfo) -> list[type[Section]]:
     """What a setting may hold that is a section itself, or several by name."""
     return [section for section in sections_in(field.annotation) if section is not Annealed]
-
-
-def _describe_inner(key: str, field: FieldInfo, kinds: list[type[Section]], what: str) -> str:
-    """A section within a section: its settings, or where those of its types are shown."""
-    name = ".NAME" if get_origin(field.annotation) is dict else ""
-    header = f"[{key}{name}]  # {_one_line(field.description or '')}"
-    if len(kinds) == 1:
-        return f"{header}\n{_settings(kinds[0])}"
-    return f"{header}\ntype = ...  # one of those that `rlad list {what}` names, with its settings"
 
 
 def _allowed(field: FieldInfo) -> list[str]:

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,26 +55,26 @@ class CompareConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "CompareConfig":
+        if problem := next(self._problems(), None):
+            raise UserError(problem)
+        return self
+
+    def _problems(self) -> Iterator[str]:
         values: dict[str, list[Any]] = {"seeds": list(self.seeds)}
         if self.tuning:
             values["tuning.seeds"] = list(self.tuning.seeds)
             values["tuning.learning_rates"] = list(self.tuning.learning_rates)
         for name, each in values.items():
             if len(set(each)) < len(each):
-                raise UserError(
-                    f"{name} = {each} holds a value twice; each run needs one of its own"
-                )
+                yield f"{name} = {each} holds a value twice; each run needs one of its own"
         if "seed" in self.shared or "run_dir" in self.shared:
-            raise UserError(
+            yield (
                 "[shared] sets seed or run_dir, which belong to single runs; use seeds and "
                 "directory"
             )
         if self.baseline is not None and self.baseline not in self.methods:
-            raise UserError(
-                f"baseline = {self.baseline!r} is none of the methods; there are "
-                f"{', '.join(self.methods)}"
-            )
-        return self
+            there_are = ", ".join(self.methods)
+            yield f"baseline = {self.baseline!r} is none of the methods; there are {there_are}"
 
 
 def load_comparison(

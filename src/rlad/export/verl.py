@@ -23,7 +23,7 @@ from rlad.export.verl_command import (
 )
 from rlad.models.loading import load_tokenizer
 from rlad.rollouts.prompts import chat_messages, is_plain, prompt_token_ids
-from rlad.tasks import Problem, Split, Task, make_task
+from rlad.tasks import Split, Task, make_task
 
 COMMAND = "run.sh"
 _IS_BARE = re.compile(r"[A-Za-z_/][\w./:-]*")  # what Hydra reads as text without quotes,
@@ -46,8 +46,8 @@ def export_verl(config: RunConfig, folder: Path, cluster: Cluster) -> Path:
     num_train = num_rollout_batches(config) * config.rollout.prompts_per_batch
     num_validation = config.evaluation.num_validation_problems
     with closing(make_task(**config.task.model_dump())) as task:
-        train = _rows(config, task, "train", num_train, config.seed)
-        validation = _rows(config, task, "validation", num_validation, 0)
+        train = _rows(config, task, "train", num_train)
+        validation = _rows(config, task, "validation", num_validation)
     rows = train + validation
     longest = max(_num_prompt_tokens(tokenizer, row, config, template) for row in rows)
     limit = config.rollout.max_prompt_tokens
@@ -73,28 +73,26 @@ def export_verl(config: RunConfig, folder: Path, cluster: Cluster) -> Path:
 # --- data -----------------------------------------------------------------------------------------
 
 
-def _rows(
-    config: RunConfig, task: Task, split: Split, number: int, seed: int
-) -> list[dict[str, Any]]:
+def _rows(config: RunConfig, task: Task, split: Split, number: int) -> list[dict[str, Any]]:
     """Problems in verl's form, in the order in which the native engine takes them."""
-    number = number if split == "train" else min(number, task.num_problems(split) or number)
-    system = config.rollout.system_prompt
-    return [
-        _row(task.problem(split, i, seed=seed), task.name, system, split, i, seed)
-        for i in range(number)
-    ]
-
-
-def _row(
-    problem: Problem, task: str, system: str | None, split: Split, index: int, seed: int
-) -> dict[str, Any]:
-    return {
-        "data_source": problem.task or task,
-        "prompt": chat_messages(problem.asked, system),
-        "ability": problem.difficulty,
-        "reward_model": {"style": "rule", "ground_truth": problem.answer},
-        "extra_info": {"split": split, "index": index, "seed": seed},
-    }
+    seed = 0
+    if split == "train":
+        seed = config.seed
+    else:
+        number = min(number, task.num_problems(split) or number)
+    rows = []
+    for index in range(number):
+        problem = task.problem(split, index, seed=seed)
+        row = {
+            "data_source": problem.task or task.name,
+            "prompt": chat_messages(problem.asked, config.rollout.system_prompt),
+            "ability": problem.difficulty,
+            "reward_model": {"style": "rule", "ground_truth": problem.answer},
+            # By these the reward function finds the problem again.
+            "extra_info": {"split": split, "index": index, "seed": seed},
+        }
+        rows.append(row)
+    return rows
 
 
 def _table(rows: list[dict[str, Any]]) -> bytes:
@@ -115,22 +113,19 @@ def _with_absolute_files(config: RunConfig) -> RunConfig:
     """verl's workers run in folders of their own: files that the task names must be found from
     anywhere."""
     task = config.task
-    tasks = getattr(task, "tasks", None)
-    changed = {k: _absolute(t) for k, t in tasks.items()} if tasks else None
-    new = task.model_copy(update={"tasks": changed}) if changed else _absolute(task)
-    return config.model_copy(update={"task": new})
+    if tasks := getattr(task, "tasks", None):
+        changed = {"tasks": {name: _absolute(one) for name, one in tasks.items()}}
+        return config.model_copy(update={"task": task.model_copy(update=changed)})
+    return config.model_copy(update={"task": _absolute(task)})
 
 
 def _absolute(task: Any) -> Any:
     if not isinstance(task, JsonlConfig):
         return task
+    # A name that is no file here is one of the Hugging Face Hub.
     paths = {name: getattr(task, name) for name in ("path", "validation_path", "test_path")}
-    found = {
-        name: str(Path(path).resolve())
-        for name, path in paths.items()
-        if path and Path(path).exists()
-    }
-    return task.model_copy(update=found)
+    files = {k: Path(path) for k, path in paths.items() if path and Path(path).exists()}
+    return task.model_copy(update={name: str(file.resolve()) for name, file in files.items()})
 
 
 # --- prompts --------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """`RLADConfig`: TRL's `GRPOConfig` with an objective of ours in place of some of its settings."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
@@ -109,7 +110,9 @@ class RLADConfig(GRPOConfig):
         objective = {"type": self.objective} if isinstance(self.objective, str) else self.objective
         # A plain dictionary: trackers and checkpoints write the arguments as JSON.
         self.objective = parse_objective(objective).model_dump()
-        self._refuse_what_has_no_meaning()
+        require_engine("trl", self.objective_config)
+        if problem := next(self._problems(), None):
+            raise UserError(problem)
 
     @property
     def objective_config(self) -> Any:
@@ -120,32 +123,28 @@ class RLADConfig(GRPOConfig):
     def aggregation(self) -> Aggregation:
         return AGGREGATION[self.loss_type]
 
-    def _refuse_what_has_no_meaning(self) -> None:
-        """Raise `UserError` for an objective that TRL's batches cannot feed, and for settings of
-        the loss that ours replaces."""
-        objective = self.objective_config
-        require_engine("trl", objective)
+    def _problems(self) -> Iterator[str]:
+        """What has no meaning with our loss or our advantages: one sentence each."""
+        name_of_objective = self.objective_config.type
         if self.advantages not in get_args(Advantages):
-            raise UserError(
-                f"advantages is {self.advantages!r}; use "
-                f"{' or '.join(map(repr, get_args(Advantages)))}."
-            )
+            allowed = " or ".join(map(repr, get_args(Advantages)))
+            yield f"advantages is {self.advantages!r}; use {allowed}."
         for name, (value, instead) in _NOT_OURS.items():
             if self.advantages == "rlad" and getattr(self, name) == value:
-                raise UserError(
+                yield (
                     f"{name} = {value!r} does not fit advantages = 'rlad', which {instead}, or "
                     "advantages = 'trl'."
                 )
         if self.loss_type not in AGGREGATION:
-            raise UserError(
+            yield (
                 f"loss_type = {self.loss_type!r} gives the ratio another meaning than objective "
-                f"{objective.type!r}; use one of "
-                f"{', '.join(AGGREGATION)}, of which only the normalisation is taken."
+                f"{name_of_objective!r}; use one of {', '.join(AGGREGATION)}, of which only the "
+                "normalisation is taken."
             )
         for name, (neutral, instead) in REPLACED.items():
             if (value := getattr(self, name)) != neutral:
-                raise UserError(
+                yield (
                     f"{name} = {value!r} belongs to TRL's own loss, which objective "
-                    f"{objective.type!r} takes the place of; it "
-                    f"must stay {neutral!r}: {instead}."
+                    f"{name_of_objective!r} takes the place of; it must stay {neutral!r}: "
+                    f"{instead}."
                 )

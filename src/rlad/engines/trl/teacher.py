@@ -2,7 +2,7 @@
 process.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,23 +42,18 @@ def as_teacher(
 
     Raises `UserError` when it cannot score this tokenizer's tokens, or moves with the student.
     """
+    if problem := next(_problems(teacher, args, accelerator, student), None):
+        raise UserError(problem)
     scoring: dict[str, Any] = {
         "temperature": args.temperature,
         "tokens_per_batch": args.teacher_tokens_per_batch,
     }
-    device = torch.device("cpu") if args.teacher_is_sharded else accelerator.device
     if isinstance(teacher, Teacher):
-        _require_own_placement(teacher, args)
         return teacher
-    if is_peft_model(student) and teacher is student.get_base_model():
-        _require_shareable(args, accelerator)
+    if _is_base_model(teacher, student):
         return BaseModelTeacher(student, tokenizer, **scoring)
-    if teacher is student:
-        raise UserError(
-            "teacher is the student itself, which moves with every step; pass its name for a "
-            "frozen copy, or peft_config to "
-            "train an adapter on it."
-        )
+    # A model that will be split is put together on the CPU: it need not fit on one device.
+    device = torch.device("cpu") if args.teacher_is_sharded else accelerator.device
     if isinstance(teacher, str):
         loaded = load_language_model(teacher, dtype=args.teacher_dtype, device=str(device))
         for finding in compare_tokenizers(tokenizer, loaded.tokenizer):
@@ -66,49 +61,57 @@ def as_teacher(
                 raise UserError(
                     f"teacher {teacher!r} cannot score the student's tokens: {finding.message}"
                 )
-    elif isinstance(teacher, PreTrainedModel):
-        placed: Any = teacher.eval()
-        loaded = LanguageModel(
-            str(teacher.config.name_or_path), placed.to(device), tokenizer, (), 0, teacher.dtype
-        )
     else:
-        raise UserError(
+        name = str(teacher.config.name_or_path)
+        loaded = LanguageModel(name, teacher.eval().to(device), tokenizer, (), 0, teacher.dtype)
+    if args.teacher_is_sharded:
+        return ShardedTeacher(loaded, device_type=accelerator.device.type, **scoring)
+    return LocalTeacher(loaded, **scoring)
+
+
+def _is_base_model(teacher: Any, student: Any) -> bool:
+    return bool(is_peft_model(student)) and teacher is student.get_base_model()
+
+
+def _problems(
+    teacher: Any, args: RLADConfig, accelerator: Accelerator, student: Any
+) -> Iterator[str]:
+    """Why this cannot be the teacher, or not there where the arguments put it."""
+    if isinstance(teacher, Teacher):
+        if teacher.state():
+            yield (
+                f"teacher {teacher.identity!r} moves with the student, which the native engine "
+                "alone offers."
+            )
+        if args.teacher_is_sharded and not isinstance(teacher, ShardedTeacher):
+            yield (
+                "teacher_is_sharded is for a teacher given as a model or its name; "
+                f"{teacher.identity!r} says itself where it is."
+            )
+    elif _is_base_model(teacher, student):
+        splitting = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        what = "teacher_is_sharded" if args.teacher_is_sharded else ""
+        if accelerator.distributed_type in splitting:
+            what = what or accelerator.distributed_type.value
+        if what:
+            yield (
+                f"teacher is the student's base model, whose weights {what} would split under it; "
+                "pass its name, which loads a copy."
+            )
+    elif teacher is student:
+        yield (
+            "teacher is the student itself, which moves with every step; pass its name for a "
+            "frozen copy, or peft_config to train an adapter on it."
+        )
+    elif not isinstance(teacher, str | PreTrainedModel):
+        yield (
             f"teacher is a {type(teacher).__name__}; pass a model's name, a transformers model or "
             "a Teacher."
         )
-    if not args.teacher_is_sharded:
-        return LocalTeacher(loaded, **scoring)
-    if accelerator.num_processes == 1:
-        raise UserError(
+    elif args.teacher_is_sharded and accelerator.num_processes == 1:
+        yield (
             "teacher_is_sharded splits the teacher over processes, and this is one alone; leave it "
             "out."
-        )
-    return ShardedTeacher(loaded, device_type=accelerator.device.type, **scoring)
-
-
-def _require_own_placement(teacher: Teacher, args: RLADConfig) -> None:
-    if teacher.state():
-        raise UserError(
-            f"teacher {teacher.identity!r} moves with the student, which the native engine alone "
-            "offers."
-        )
-    if args.teacher_is_sharded and not isinstance(teacher, ShardedTeacher):
-        raise UserError(
-            "teacher_is_sharded is for a teacher given as a model or its name; "
-            f"{teacher.identity!r} says itself where it is."
-        )
-
-
-def _require_shareable(args: RLADConfig, accelerator: Accelerator) -> None:
-    splits = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    if splits or args.teacher_is_sharded:
-        what = (
-            "teacher_is_sharded" if args.teacher_is_sharded else accelerator.distributed_type.value
-        )
-        raise UserError(
-            f"teacher is the student's base model, whose weights {what} would split under it; pass "
-            "its name, which loads "
-            "a copy."
         )
 
 
