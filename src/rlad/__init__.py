@@ -11,23 +11,26 @@ __version__ = "0.1.0"
 for _name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
+# A public name is written twice: for type checkers here, and in `_HOME` for everyone else.
 if TYPE_CHECKING:
-    from rlad.config.file import load_config
-    from rlad.config.run import RunConfig
-    from rlad.objectives import OBJECTIVES
-    from rlad.objectives.advantages import group_advantages
-    from rlad.objectives.aggregate import aggregate
-    from rlad.objectives.distilled_rl import distilled_rl_loss
-    from rlad.objectives.gkd import gkd_loss
-    from rlad.objectives.grpo import grpo_loss
-    from rlad.objectives.inputs import LossInputs
-    from rlad.objectives.kdrl import kdrl_loss
-    from rlad.objectives.opd import opd_loss
-    from rlad.objectives.rlsd import rlsd_loss
-    from rlad.objectives.sft import sft_loss
-    from rlad.objectives.topd import topd_advantages, topd_loss
-    from rlad.objectives.trrd import trrd_loss
-    from rlad.training.run import TrainResult, train
+    from rlad.config.file import load_config as load_config
+    from rlad.config.run import RunConfig as RunConfig
+    from rlad.objectives import OBJECTIVES as OBJECTIVES
+    from rlad.objectives.advantages import group_advantages as group_advantages
+    from rlad.objectives.aggregate import aggregate as aggregate
+    from rlad.objectives.distilled_rl import distilled_rl_loss as distilled_rl_loss
+    from rlad.objectives.gkd import gkd_loss as gkd_loss
+    from rlad.objectives.grpo import grpo_loss as grpo_loss
+    from rlad.objectives.inputs import LossInputs as LossInputs
+    from rlad.objectives.kdrl import kdrl_loss as kdrl_loss
+    from rlad.objectives.opd import opd_loss as opd_loss
+    from rlad.objectives.rlsd import rlsd_loss as rlsd_loss
+    from rlad.objectives.sft import sft_loss as sft_loss
+    from rlad.objectives.topd import topd_advantages as topd_advantages
+    from rlad.objectives.topd import topd_loss as topd_loss
+    from rlad.objectives.trrd import trrd_loss as trrd_loss
+    from rlad.training.run import TrainResult as TrainResult
+    from rlad.training.run import train as train
 
 _HOME = {
     "OBJECTIVES": "rlad.objectives",
@@ -49,31 +52,11 @@ _HOME = {
     "train": "rlad.training.run",
     "trrd_loss": "rlad.objectives.trrd",
 }
-__all__ = [
-    "OBJECTIVES",
-    "LossInputs",
-    "RunConfig",
-    "TrainResult",
-    "__version__",
-    "aggregate",
-    "distilled_rl_loss",
-    "gkd_loss",
-    "group_advantages",
-    "grpo_loss",
-    "kdrl_loss",
-    "load_config",
-    "opd_loss",
-    "rlsd_loss",
-    "sft_loss",
-    "topd_advantages",
-    "topd_loss",
-    "train",
-    "trrd_loss",
-]
+__all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
-    """Public names are imported when first used."""
+    """Import a public name when it is first used."""
     if name not in _HOME:
         raise AttributeError(f"module 'rlad' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)
