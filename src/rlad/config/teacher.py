@@ -3,7 +3,7 @@ teachers of their own."""
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
@@ -16,6 +16,8 @@ from rlad.errors import UserError
 class LocalTeacherConfig(Section):
     """A transformers model in this process, frozen."""
 
+    # Whose longest sequence bounds the teacher's; each kind that scores by itself says it.
+    context_of: ClassVar[Literal["model", "student", "server"]] = "model"
     type: Literal["local"] = "local"
     model: str
     """Hugging Face name, folder, or `embedded/teacher`"""
@@ -60,6 +62,7 @@ class AdapterTeacherConfig(Section):
     """The student's base model with another LoRA adapter, or with none: one set of weights in
     memory for both."""
 
+    context_of: ClassVar[Literal["model", "student", "server"]] = "student"
     type: Literal["adapter"]
     adapter: str = "none"
     """folder of a PEFT adapter of the student's base model; `none` is the base model itself"""
@@ -109,6 +112,7 @@ class ServedTeacherConfig(Section):
     """A model behind an OpenAI-compatible `/v1/completions` that scores given token ids: vLLM,
     `rlad serve-teacher`."""
 
+    context_of: ClassVar[Literal["model", "student", "server"]] = "server"
     type: Literal["served"]
     urls: Annotated[tuple[ServerURL, ...], Field(min_length=1), Mark.NO_NUMBER]
     """such as `http://127.0.0.1:8000/v1`; several are replicas of one model: they share the work
@@ -252,6 +256,7 @@ class CachedTeacherConfig(Section):
 class EMATeacherConfig(Section):
     """The student's own exponential moving average: a teacher for self-distillation."""
 
+    context_of: ClassVar[Literal["model", "student", "server"]] = "student"
     type: Literal["ema"]
     update_rate: Share = 0.05
     """after each step: teacher += update_rate * (student - teacher); 0 is the initial student, 1

@@ -79,11 +79,12 @@ def make_verifier(
         worker = Worker(_call_user, **limits, initializer=import_function, initargs=(name,))
         return Verifier(lambda completion, answer: worker.call(name, completion, answer), worker)
     else:
-        near = difflib.get_close_matches(name, [*_IN_PROCESS, "math"], n=1)
+        names = [*_IN_PROCESS, "math"]
+        near = difflib.get_close_matches(name, names, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise UserError(
-            f"unknown verifier {name!r}; use 'exact', 'number', 'math' or a function of your own "
-            f"as 'package.module:function'.{hint}"
+            f"unknown verifier {name!r}; use {', '.join(map(repr, names))} or a function of your "
+            f"own as 'package.module:function'.{hint}"
         )
     return Verifier(worker.call, worker)
 

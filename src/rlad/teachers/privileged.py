@@ -193,10 +193,13 @@ def teacher_context(settings: Any, setting: Setting) -> int | None:
     """Tokens of the shortest context of the teachers in a section; None where none is stated."""
     contexts = []
     for _, one in single_teachers(settings):
-        if isinstance(one, LocalTeacherConfig):
-            contexts.append(context_tokens(load_model_config(one.model)))
-        elif not isinstance(one, ServedTeacherConfig):  # whose server says so itself
-            contexts.append(setting.student_context)
+        match one.context_of:
+            case "model":
+                contexts.append(context_tokens(load_model_config(one.model)))
+            case "student":
+                contexts.append(setting.student_context)
+            case "server":  # which says itself what does not fit
+                pass
     return min((tokens for tokens in contexts if tokens is not None), default=None)
 
 
