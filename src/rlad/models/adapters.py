@@ -111,7 +111,7 @@ def only_adapter(model: PreTrainedModel, name: str | None) -> Iterator[None]:
 def save_adapter(model: PreTrainedModel, folder: Path, name: str = STUDENT) -> None:
     """Write the adapter alone, as PEFT writes and reads it."""
     weights = {_PREFIX + key: tensor.cpu() for key, tensor in _weights(model, name).items()}
-    config = model.peft_config[name]  # type: ignore[attr-defined]
+    config: Any = model.peft_config[name]  # type: ignore[attr-defined]
     if isinstance(config.target_modules, set):
         config.target_modules = sorted(config.target_modules)  # the same order each time
     config.save_pretrained(str(folder))

@@ -59,7 +59,7 @@ def adapter_base(folder: str) -> str:
 
     Raises `UserError` when it names none, or another adapter.
     """
-    base = read_adapter_config(folder).get("base_model_name_or_path")
+    base = read_adapter_config(folder).get("base_model_name_or_path") or ""
     problem = ""
     if not base:
         problem = (

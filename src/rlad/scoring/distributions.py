@@ -66,7 +66,9 @@ class OutputGradient:
         self.weight = of.weight_grad
         if wants_weight and self.weight is None:
             self.weight = torch.zeros_like(of.weight, dtype=dtype)
-        self.bias = torch.zeros_like(of.bias, dtype=dtype) if wants_bias else None
+        self.bias = None
+        if wants_bias and of.bias is not None:
+            self.bias = torch.zeros_like(of.bias, dtype=dtype)
 
     def add(self, rows: slice, entries: slice, grad: Tensor) -> None:
         """Add the part of a tile, given the gradient of its hidden @ weight.T + bias."""
