@@ -51,11 +51,10 @@ PROMPTS, RESPONSES = (3, 1, 2, 5, 2, 4), (4, 7, 1, 5, 3, 6)
 WIDTH = max(RESPONSES)
 NUM_ROWS = len(RESPONSES)
 SECTIONS: dict[str, list[dict[str, Any]]] = {
+    **{name: [{}] for name in NAMES},
     "trrd": [{}, {"teacher_log_ratio_clip": "off"}, {"alpha": 0.2, "dual_clip": 1.5}],
     "kdrl": [{"kd_coef": 0.1}, {"kd_coef": 0.1, "kd_estimator": "k3"}],
     "rlsd": [{"teacher_weight": 0.5}],
-    "distilled_rl": [{}],
-    "opd": [{}],
 }
 CASES = [(name, section) for name, sections in SECTIONS.items() for section in sections]
 LENGTHS = torch.tensor(RESPONSES)

@@ -15,7 +15,6 @@ from rlad.config.file import load_config, parse_config
 from rlad.config.run import LoraConfig, RunConfig
 from rlad.engines.verl import check as verl_check
 from rlad.engines.verl.objective import (
-    NAMES,
     VARIABLE,
     objective_json,
     objective_knobs_from_environment,
@@ -445,7 +444,3 @@ def test_other_versions_of_verl_are_refused(monkeypatch, found, sentence):
         if sentence is None
         else problem is not None and problem.startswith(sentence)
     )
-
-
-def test_the_objectives_that_verl_learns():
-    assert set(NAMES) == {"trrd", "kdrl", "rlsd", "distilled_rl", "opd"}

@@ -5,7 +5,7 @@ import inspect
 import re
 import shlex
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ from pydantic import BaseModel
 from rlad.cli.main import main
 from rlad.config import comparison, objective, run, task, teacher, template
 from rlad.config.catalogue import CONFIGS, names
+from rlad.config.objective import OBJECTIVE_CONFIGS
+from rlad.engines.verl.objective import NAMES
+from rlad.objectives import OBJECTIVES
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -27,6 +30,7 @@ PAGES = sorted(
 )
 FOLDERS = ("src", "docs", "tests", "benchmarks", "recipes", "examples", ".ci")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+WITH_TRL = [name for name, one in OBJECTIVE_CONFIGS.items() if "trl" in one.engines]
 FREE_NAMES = {"logic", "sums", "gsm8k", "aime2025", "methods", "enable_thinking"}
 """Keys of tables that a user names."""
 
@@ -161,6 +165,36 @@ def test_a_page_lists_each_kind(what: str) -> None:
         if line.startswith("| ")
     )
     assert [name for name in CONFIGS[what] if f"`{name}`" not in table] == []
+
+
+@pytest.mark.parametrize("what", CONFIGS)
+def test_the_reference_shows_each_section(what: str) -> None:
+    page = (ROOT / "docs" / "reference" / "settings.md").read_text()
+    assert [
+        one for one in CONFIGS[what].values() if not re.search(rf"\b{one.__name__}\b", page)
+    ] == []
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_reference_shows_each_function(name: str) -> None:
+    _, _, section = (
+        (ROOT / "docs" / "reference" / "objectives.md").read_text().partition(f"\n## `{name}`\n")
+    )
+    assert re.search(rf"members: \[.*\b{name}_loss\]", section.partition("\n## ")[0])
+
+
+@pytest.mark.parametrize(
+    ("page", "line", "able"),
+    [
+        ("trl.md", r"\| `objective` \|.*", WITH_TRL),
+        ("verl.md", r"gives verl the objectives .*", NAMES),
+    ],
+)
+def test_the_page_of_an_engine_names_its_objectives(
+    page: str, line: str, able: Collection[str]
+) -> None:
+    found = re.search(line, (ROOT / "docs" / page).read_text())
+    assert found and set(able) <= set(re.findall(r"`(\w+)`", found[0]))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -103,14 +103,13 @@ def test_tensors_of_the_table_are_those_of_the_function(name):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_objective_has_a_file_a_test_and_a_section(name):
+def test_every_objective_has_a_file_and_a_public_function(name):
     row = OBJECTIVES[name]
     assert (
         row.function.__module__ == f"rlad.objectives.{name}"
         and row.function.__name__ == f"{name}_loss"
     )
     assert getattr(rlad, f"{name}_loss") is row.function
-    assert f"{name}_loss" in (ROOT / "tests/objectives/test_objectives.py").read_text()
 
 
 @pytest.mark.parametrize("name", CONFIGS["objectives"])

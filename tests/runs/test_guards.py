@@ -30,11 +30,13 @@ from tiny_runs import remains, run_config
 
 ROOT = Path(__file__).parents[2]
 START = {
-    "student/entropy/mean": 0.4,
-    "rollout/completion_tokens/mean": 50.0,
-    "optimization/gradient_norm": 0.2,
+    "entropy_collapse": 0.4,
+    "entropy_explosion": 0.4,
+    "length_collapse": 50.0,
+    "length_explosion": 50.0,
+    "gradient_spikes": 0.2,
 }
-"""of a healthy run, where a guard compares with the start or with the steps before"""
+"""The metric in a healthy run, of the guards that compare with the start or the steps before."""
 GATED = "the larger of objective/gated_positive/frac and objective/gated_negative/frac"
 NUM_ROWS = 30
 
@@ -64,7 +66,7 @@ def columns(metric: str, value: float) -> dict[str, float]:
 
 def rows_of(guard: Guard, figure: float) -> list[dict[str, float]]:
     """Steps of a run whose last ones have this figure, the others a healthy one."""
-    usual = START.get(guard.metric)
+    usual = START.get(guard.name)
     if usual is None:
         return [{"step": step} | columns(guard.metric, figure) for step in range(1, NUM_ROWS + 1)]
     late = [usual] * 25 + [usual * figure] * 5
@@ -105,7 +107,7 @@ def test_one_odd_step_says_nothing(guard):
     something else."""
     is_immediate = guard.figure.says == "each step"
     odd = 1e3 if guard.side == "above" else 0.0
-    healthy = START.get(guard.metric, guard.limit)
+    healthy = START.get(guard.name, guard.limit)
     for at in (0, 12, NUM_ROWS - 1):
         rows = [
             {"step": i + 1} | columns(guard.metric, odd if i == at else healthy)
