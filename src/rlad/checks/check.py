@@ -114,7 +114,9 @@ def _errors(findings: list[Finding]) -> list[Finding]:
 
 def describe_plan(config: RunConfig) -> list[str]:
     """Say what a step computes, one line each."""
-    rollout, loop, objective = config.rollout, config.optimization, config.objective
+    rollout = config.rollout
+    loop = config.optimization
+    objective = config.objective
     num_rollouts = rollout.prompts_per_batch * rollout.group_size
     plan = [
         f"{loop.num_steps} optimiser steps, {loop.steps_per_rollout_batch} on each batch of "

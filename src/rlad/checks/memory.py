@@ -71,7 +71,9 @@ def estimate_memory(
     one layer's, plus the layer inputs. The sampler's cache: keys and values of whole sequences,
     with the room that it keeps for more tokens (`rlad.rollouts.growing_cache`).
     """
-    rollout, loop, student = config.rollout, config.optimization, config.student
+    rollout = config.rollout
+    loop = config.optimization
+    student = config.student
     device = device or str(pick_device(student.device))
     teacher = config.teacher if config.needs_teacher else None
     shape = load_model_config(student.model).get_text_config()

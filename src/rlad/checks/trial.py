@@ -204,7 +204,8 @@ def _step_times(
     completions = [rollout.completion for group in groups for rollout in group.rollouts]
     prompt = sum(len(group.prompt_token_ids) for group in groups) / len(groups)
     mean = sum(len(completion.token_ids) for completion in completions) / len(completions)
-    loop, rollout = config.optimization, config.rollout
+    loop = config.optimization
+    rollout = config.rollout
     num_completions = rollout.prompts_per_batch * rollout.group_size / loop.steps_per_rollout_batch
 
     seconds: dict[str, float] = {}

@@ -28,8 +28,10 @@ def generalised_jsd(
     The ends are those of TRL: the limit of JSD_beta itself is 0 there. An entry of probability 0
     has the log-prob -inf, and adds 0 where the formula says 0 * log 0.
     """
-    student, teacher = student_logprobs, teacher_logprobs
-    student_probs, teacher_probs = student.exp(), teacher.exp()
+    student = student_logprobs
+    teacher = teacher_logprobs
+    student_probs = student.exp()
+    teacher_probs = teacher.exp()
     if beta == 0:
         return _times(teacher_probs, teacher - student), -teacher_probs
     if beta == 1:

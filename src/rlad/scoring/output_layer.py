@@ -10,7 +10,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from rlad.scoring.distributions import Distributions
 
 # As configs call it: Cohere, Falcon H1; Granite; Gemma, RecurrentGemma.
-_MULTIPLIERS, _DIVISORS = ("logit_scale", "lm_head_multiplier"), ("logits_scaling",)
+_MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
+_DIVISORS = ("logits_scaling",)
 _CAPS = ("final_logit_softcapping", "logits_soft_cap")
 
 
@@ -27,7 +28,8 @@ class OutputLayer:
         self, hidden: Tensor, *, temperature: float = 1.0, weight_grad: Tensor | None = None
     ) -> Distributions:
         """Make the distributions of hidden states `[N, hidden_size]`."""
-        weight, bias = self.linear.weight, self.linear.bias
+        weight = self.linear.weight
+        bias = self.linear.bias
         return Distributions(
             hidden, weight, bias, self.scale, self.soft_cap, temperature, weight_grad
         )

@@ -49,9 +49,12 @@ class Scorer:
     ):
         """`before_work` is called before every micro-batch that `score` computes; it may raise to
         stop there."""
-        self.before_work, self._adds_in_place = before_work, False
-        self.language_model, self.model = language_model, language_model.model
-        self.temperature, self.tokens_per_batch = temperature, tokens_per_batch
+        self.before_work = before_work
+        self._adds_in_place = False
+        self.language_model = language_model
+        self.model = language_model.model
+        self.temperature = temperature
+        self.tokens_per_batch = tokens_per_batch
         self.head = output_layer(language_model.model)
 
     def batches(
@@ -107,7 +110,8 @@ class Scorer:
             )
         device = self.model.device
         rows = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
-        width, longest = max(map(len, rows)), max(map(len, completions))
+        width = max(map(len, rows))
+        longest = max(map(len, completions))
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
         starts = torch.tensor([len(p) for p in prompts], device=device)[:, None]
         lengths = torch.tensor([len(c) for c in completions], device=device)[:, None]

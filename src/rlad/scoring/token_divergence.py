@@ -55,7 +55,10 @@ class _TokenDivergence(torch.autograd.Function):
                 total[rows] += terms.sum(dim=-1)
                 slope_sum[rows] += slopes.sum(dim=-1)
         ctx.save_for_backward(*given[:3], slope_sum, *logsumexps)
-        ctx.readout, ctx.teacher, ctx.divergence, ctx.tile = given[3:], teacher, divergence, tile
+        ctx.readout = given[3:]
+        ctx.teacher = teacher
+        ctx.divergence = divergence
+        ctx.tile = tile
         return total
 
     @staticmethod

@@ -68,7 +68,8 @@ class _TokenLogprobs(torch.autograd.Function):
                 surprises = torch.stack(entropies) - shares.clamp(min=torch.finfo(dtype).min)
                 entropy[rows] = (shares.exp() * surprises).sum(dim=0)
         ctx.save_for_backward(*given[:3], token_ids, logsumexp)
-        ctx.readout, ctx.tile = given[3:], tile
+        ctx.readout = given[3:]
+        ctx.tile = tile
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
