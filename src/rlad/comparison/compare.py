@@ -136,14 +136,16 @@ def tuning_runs(
 ) -> dict[tuple[str, float], list[PlannedRun]]:
     """Plan the runs that choose the learning rates: (method, learning rate) -> one for each tuning
     seed."""
-    tuning = comparison.tuning
-    root = Path(comparison.directory) / "tuning"
     grid: dict[tuple[str, float], list[PlannedRun]] = {}
+    tuning = comparison.tuning
+    if tuning is None:
+        return grid
+    root = Path(comparison.directory) / "tuning"
     # The test split is not looked at: one problem is the least that a run tests itself on.
     blind = {"num_test_problems": 1, "num_test_samples": 1, "ood_task": {}}
-    for rate in tuning.learning_rates if tuning else ():
+    for rate in tuning.learning_rates:
         for method in comparison.methods:
-            for seed in tuning.seeds if tuning else ():
+            for seed in tuning.seeds:
                 config = method_config(comparison, folder, method, seed=seed)
                 evaluation = config.evaluation.model_copy(update=blind)
                 config = config.model_copy(update={"evaluation": evaluation})

@@ -127,6 +127,10 @@ def _figures(method: Method) -> MethodFigures:
     runs = method.runs
     first = runs[0]
     num_samples = first.after[0].num_samples
+
+    def of_difficulty(name: str) -> Estimate:
+        return _estimate(runs, lambda run: [r for r in run.after if r.difficulty == name])
+
     difficulties = sorted({r.difficulty for r in first.after} - {""})
     after = [_pass(run.after, 1) for run in runs]
     return MethodFigures(
@@ -138,16 +142,12 @@ def _figures(method: Method) -> MethodFigures:
             after, [_pass(run.before, 1) for run in runs], _keys(first.after), limits=(-1, 1)
         ),
         pass_at_k={k: _estimate(runs, lambda run: run.after, k) for k in ks_up_to(num_samples)},
-        by_difficulty={name: _estimate(runs, _of_difficulty(name)) for name in difficulties},
+        by_difficulty={name: of_difficulty(name) for name in difficulties},
         ood=_estimate(runs, lambda run: run.ood_after) if first.ood_after else None,
         completion_tokens=fmean(r.mean_completion_tokens for run in runs for r in run.after),
         truncated_share=fmean(r.num_truncated / r.num_samples for run in runs for r in run.after),
         cost=_cost(runs),
     )
-
-
-def _of_difficulty(name: str) -> Pick:
-    return lambda run: [result for result in run.after if result.difficulty == name]
 
 
 def _estimate(runs: Sequence[Run], pick: Pick, k: int = 1) -> Estimate:

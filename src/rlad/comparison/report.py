@@ -26,17 +26,12 @@ def write_report(
     baseline: str | None = None,
 ) -> Sequence[MissingRun]:
     """Write `report.html`, `report.md` and `results.jsonl` (a row for each run) into the folder
-    `output`.
+    `output`; returns the runs that the report lists as missing.
 
-    Methods are in the order in which they first appear in `runs`; runs that cannot be compared are
-    in separate tables. A run that is unfinished or unreadable is listed with the reason, as are
-    those of `missing`; the report shows these alone when no run can be read. `notes` say how a
-    search on the validation split chose the learning rates, where there was one. The methods are
-    compared with the one named `baseline`; without it with `grpo`, else with the first without a
-    teacher, else with the first. Earlier reports in the folder are replaced.
-
-    Returns what the report lists as missing. Raises `UserError` when no run is of the method
-    `baseline`, or when the folder cannot be written.
+    Runs that cannot be compared are in separate tables. A run that is unfinished or unreadable is
+    listed with the reason, as are those of `missing`. `notes` say how a search on the validation
+    split chose the learning rates. `UserError` when no run is of the method `baseline` (see
+    `baseline_of`), or when the folder cannot be written.
     """
     read = [read_run(run) for run in runs]
     groups, doubles = group_runs([run for run in read if isinstance(run, Run)])

@@ -296,8 +296,11 @@ class Watch:
                 continue
             if (figure := guard.speaks(self._values[guard.metric])) is not None:
                 self._said.add(guard.name)
+                measured = (
+                    f"{guard.metric}, {guard.figure.says}: {figure:.3g}, limit {guard.limit:g}"
+                )
+                message = f"{guard.meaning} ({measured}); {guard.advice}."
                 step = int(row["step"])
-                message = sentence(guard, figure)
                 found.append(GuardWarning(step, guard.name, figure, guard.limit, message))
         return found
 
@@ -305,9 +308,3 @@ class Watch:
         """Say whether a guard's figure is beyond its limit at the last step that was seen."""
         guard = next(each for each in self.guards if each.name == name)
         return guard.speaks(self._values[guard.metric]) is not None
-
-
-def sentence(guard: Guard, figure: float) -> str:
-    """Write the warning: what it means, the figure and its limit, what to do."""
-    measured = f"{guard.metric}, {guard.figure.says}: {figure:.3g}, limit {guard.limit:g}"
-    return f"{guard.meaning} ({measured}); {guard.advice}."

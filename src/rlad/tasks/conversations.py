@@ -28,6 +28,7 @@ def conversation(value: list[Any], where: str) -> Conversation:
 
 
 def _message(message: Any, where: str) -> tuple[str, str]:
+    # Roles and contents that no chat template can show are refused here, where the line is known.
     match message:
         case {"role": "system" | "user" | "assistant" as role, "content": str(content)} if (
             content.strip()

@@ -157,9 +157,11 @@ class ReasoningGym:
         if self._dataset == "knights_knaves":
             # Its scorer takes "**Zoey" for another name than "Zoey".
             answer = answer.translate(_MARKDOWN)
-        is_evaluated = self._dataset in _EVALUATED and answer != entry["answer"]
-        if is_evaluated and not _is_harmless(answer, self._dataset):
-            return 0.0
+        if self._dataset in _EVALUATED and answer != entry["answer"]:
+            # Evaluated, an answer must be able to build a literal or a formula and nothing else.
+            has_harmless_names = all(len(n) == 1 or n in _FUNCTIONS for n in _NAME.findall(answer))
+            if not has_harmless_names or not _EVALUATED[self._dataset].fullmatch(answer):
+                return 0.0
         return self._worker.call(answer, entry)
 
     def close(self) -> None:
@@ -202,13 +204,13 @@ def _check(dataset: str, options: dict[str, Any]) -> None:
         names = ", ".join(sorted(known))
         hint = f"did you mean {near[0]!r}?" if near else f"the names are: {names}."
         raise UserError(f"reasoning-gym has no data set {dataset!r}; {hint}")
-    allowed = sorted(set(known[dataset][1].__dataclass_fields__) - {"seed", "size"})
-    for option in options:
-        if option not in allowed:
-            raise UserError(
-                f"the reasoning-gym data set {dataset!r} has no option {option!r}; use "
-                f"{', '.join(allowed)}."
-            )
+    # Seed and size are ours: a problem is a data set of its own.
+    allowed = set(known[dataset][1].__dataclass_fields__) - {"seed", "size"}
+    if unknown := sorted(options.keys() - allowed):
+        raise UserError(
+            f"the reasoning-gym data set {dataset!r} has no option {unknown[0]!r}; use "
+            f"{', '.join(sorted(allowed))}."
+        )
     if dataset in _NEEDS_HASH_SEED and os.environ.get("PYTHONHASHSEED", "random") in ("", "random"):
         raise UserError(
             f"the problems of the reasoning-gym data set {dataset!r} change with Python's hash "
@@ -220,12 +222,6 @@ def _create(dataset: str, seed: int, options: dict[str, Any]) -> Any:
     import reasoning_gym
 
     return reasoning_gym.create_dataset(dataset, seed=seed, size=1, **options)
-
-
-def _is_harmless(answer: str, dataset: str) -> bool:
-    """Say whether evaluating the answer can only build a literal or a formula."""
-    has_harmless_names = all(len(n) == 1 or n in _FUNCTIONS for n in _NAME.findall(answer))
-    return bool(_EVALUATED[dataset].fullmatch(answer)) and has_harmless_names
 
 
 def _score_arithmetic(answer: str, metadata: dict[str, Any]) -> float:
