@@ -40,6 +40,7 @@ def report_runs(paths: Sequence[str], output: str, baseline: str | None = None) 
             found.setdefault(run.resolve(), ReportedRun(_method_of(run, comparisons), run))
     if not found:
         raise UserError("no run was given; give run directories, or folders that hold some.")
+    # A comparison's baseline may be none of the runs that were given here.
     names = {run.method for run in found.values()}
     baselines = [c.baseline for c in comparisons.values() if c.baseline in names]
     write_report(
@@ -57,6 +58,7 @@ def _runs_in(path: Path) -> Iterator[Path]:
     are left out."""
     for folder, subfolders, _ in os.walk(path):
         subfolders.sort()
+        # Runs that chose a learning rate would be counted as further seeds of their method.
         if "tuning" in subfolders and "runs" in subfolders:
             subfolders.remove("tuning")
         if RunDirectory(Path(folder)).exists():

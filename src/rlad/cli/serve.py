@@ -113,6 +113,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def teacher_section(options: ServeOptions, port: int) -> str:
     """Write what the config of a run needs to be taught by this server."""
+    # 0.0.0.0 means all addresses of this machine: others reach it by its name.
     host = socket.gethostname() if options.host in ("0.0.0.0", "::") else options.host
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     return (

@@ -153,19 +153,22 @@ def _require_fair_limit(config: RunConfig) -> None:
     """`UserError` when a limit of seconds or teacher tokens means nothing to a method, or ends a
     schedule before its end."""
     loop = config.optimization
-    if loop.max_teacher_tokens is not None and not config.needs_teacher:
-        raise UserError(
-            f"objective {config.objective.type!r} uses no teacher, so max_teacher_tokens would not "
-            "end it; leave the method out, or compare under the same num_steps or max_seconds."
-        )
+    problem = ""
     # A schedule planned for 1,000 steps and ended at 600 seconds is another schedule for each
     # method.
     limits = [
         name for name in ("max_seconds", "max_teacher_tokens") if getattr(loop, name) is not None
     ]
-    if limits and config.schedule_depends_on_num_steps:
+    if loop.max_teacher_tokens is not None and not config.needs_teacher:
+        problem = (
+            f"objective {config.objective.type!r} uses no teacher, so max_teacher_tokens would not "
+            "end it; leave the method out, or compare under the same num_steps or max_seconds."
+        )
+    elif limits and config.schedule_depends_on_num_steps:
         planned = "its schedule" if loop.schedule != "constant" else "its objective"
-        raise UserError(
+        problem = (
             f"{planned} is planned over num_steps, which {limits[0]} may end early; give the "
             "comparison num_steps alone, or this method a constant schedule and another objective."
         )
+    if problem:
+        raise UserError(problem)

@@ -39,18 +39,21 @@ class LocalTeacherConfig(Section):
 
     @model_validator(mode="after")
     def _can_be_quantized(self) -> "LocalTeacherConfig":
+        problem = ""
         if self.quantization != "none" and self.random_weights:
-            raise UserError("random_weights are not quantised; set quantization = 'none'")
-        if self.quantization == "int4" and self.dtype != "bfloat16":
-            raise UserError(
+            problem = "random_weights are not quantised; set quantization = 'none'"
+        elif self.quantization == "int4" and self.dtype != "bfloat16":
+            problem = (
                 f"quantization = 'int4' computes in bfloat16, but dtype is {self.dtype!r}; set "
                 "dtype = 'bfloat16'"
             )
-        if self.quantization == "int4" and self.keep == "cpu":
-            raise UserError(
+        elif self.quantization == "int4" and self.keep == "cpu":
+            problem = (
                 "quantization = 'int4' packs weights for the GPU, where they stay; set keep = "
                 "'gpu', or take int8"
             )
+        if problem:
+            raise UserError(problem)
         return self
 
     @property

@@ -33,22 +33,23 @@ def export_model(
     `RunFailedError` when the folder cannot be written.
     """
     run = RunDirectory(Path(run_dir))
+    folder = output or run.path.resolve().with_name(f"{run.path.resolve().name}-model")
+    problem = ""
     if not run.exists():
-        raise UserError(
+        problem = (
             f"there is no run in {run_dir}; give the directory of a run, as `rlad train` names it "
             "at its end."
         )
-    folder = output or run.path.resolve().with_name(f"{run.path.resolve().name}-model")
-    if file_format == "gguf":
-        raise UserError(
+    elif file_format == "gguf":
+        problem = (
             "GGUF is written by llama.cpp, whose converter is a script and no package; export with "
             "--format hf, and in a clone of llama.cpp run: python convert_hf_to_gguf.py "
             f"{folder} --outfile {folder}.gguf"
         )
-    if folder.exists() or folder.is_symlink() or not folder.parent.is_dir():
-        raise UserError(
-            f"--output {folder} exists already or has no parent folder; give a new folder."
-        )
+    elif folder.exists() or folder.is_symlink() or not folder.parent.is_dir():
+        problem = f"--output {folder} exists already or has no parent folder; give a new folder."
+    if problem:
+        raise UserError(problem)
     student = _merged_student(run, _chosen(run, checkpoint), getattr(torch, dtype))
     try:
         write_folder(folder, lambda aside: save_model(student, aside))
@@ -85,9 +86,12 @@ def _merged_student(run: RunDirectory, checkpoint: Path, dtype: torch.dtype) -> 
     on_the_cpu = config.student.model_copy(update={"device": "cpu"})
     student = load_student(config.model_copy(update={"student": on_the_cpu}), checkpoint)
     model: Any = student.model.float()
+    # The adapter is added in float32, and the sum is rounded once.
     merge_adapter(model)
     model.to(dtype)
     if model.generation_config is not None:
+        # Other tools end an answer by these settings; without them they would write on after rlad's
+        # end.
         ids = student.eos_token_ids
         model.generation_config.eos_token_id = ids[0] if len(ids) == 1 else list(ids)
         model.generation_config.pad_token_id = student.pad_token_id

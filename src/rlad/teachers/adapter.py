@@ -77,6 +77,7 @@ def check_teacher(settings: AdapterTeacherConfig, setting: Setting) -> list[Find
                 f"{folder!r} is no folder of an adapter; give one with adapter_config.json, as "
                 "PEFT writes it."
             )
+        # Shapes are compared from files alone, before any weights are loaded.
         require_shareable(folder, load_model_config(base))
         findings = [_compare_base(folder, base)]
     except UserError as error:

@@ -32,6 +32,7 @@ def compare_contexts(
 ) -> Finding:
     """Whether the longest sequence that this run can make fits into the teacher's context (None:
     not stated)."""
+    # A sequence is never longer than the student's context, nor than prompt and completion may be.
     allowed = student_tokens
     if rollout.max_prompt_tokens is not None:
         most = rollout.max_prompt_tokens + rollout.max_completion_tokens
@@ -54,6 +55,7 @@ def compare_contexts(
 def _vocabulary(student: Tokenizer, teacher: Tokenizer) -> Finding:
     ours = student.get_vocab()
     theirs = {i: token for token, i in teacher.get_vocab().items()}
+    # Only the student's ids are compared: those are what the teacher is asked about.
     differing = sorted((i, token) for token, i in ours.items() if theirs.get(i) != token)
     if not differing:
         message = f"all {len(ours)} tokens of the student are the teacher's (it has {len(theirs)})"

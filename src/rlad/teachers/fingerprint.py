@@ -34,6 +34,8 @@ def weights_fingerprint(language_model: LanguageModel, *, without: Collection[st
             )
     # Sorted, so that the order in which a model was put together makes no difference.
     for name, tensor in sorted(model.state_dict().items()):
+        # The student's adapter is in the same model, moves with every step, and is not the
+        # teacher's.
         if any(f".{adapter}." in name for adapter in without):
             continue
         for part, plain in _plain_tensors(name, tensor):

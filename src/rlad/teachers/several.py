@@ -109,6 +109,8 @@ class TeacherMixture(SeveralTeachers):
         spans: list[tuple[float, float]] = []
 
         def wait() -> Tensor:
+            # All members were asked before the first is waited for, so servers work at the same
+            # time.
             values = torch.stack([answer.result() for answer in answers])
             spans[:] = [span for answer in answers for span in answer.spans]
             return torch.logsumexp(values + log_weights, dim=0)

@@ -102,8 +102,7 @@ class SelfTest:
         if self.context is not None:
             # The probe must leave room for what the server is to write after it.
             self.text = self.text[: self.context - NUM_WRITTEN - 1]
-        message = f"{self.identity} at {', '.join(self.settings.urls)}"
-        return [Finding("ok", "server", message)]
+        return [Finding("ok", "server", f"{self.identity} at {', '.join(self.settings.urls)}")]
 
     def compare_context(self) -> list[Finding]:
         """The longest prompt with its completion fits."""
@@ -157,8 +156,7 @@ class SelfTest:
         """
         wanted = self.setting.temperature
         if wanted == 1:
-            message = "1: the server's log-probs are those of sampling"
-            return [Finding("ok", "temperature", message)]
+            return [Finding("ok", "temperature", "1: the server's log-probs are those of sampling")]
         advice = (
             "set rollout.temperature = 1, or serve the model with `rlad serve-teacher`, which "
             f"scores at {wanted:g}."
@@ -213,8 +211,7 @@ class SelfTest:
         require_weights(name)
         # Without the student this is a check before the run, which loads no weights.
         if self.setting.student is None:
-            message = f"{name} is compared when the models are loaded"
-            return [Finding("ok", "local model", message)]
+            return [Finding("ok", "local model", f"{name} is compared when the models are loaded")]
         scorer = Scorer(
             load_language_model(name, device="cpu"),
             temperature=self.setting.temperature,
