@@ -85,6 +85,8 @@ def check_run(
 
     for subject, check in _CHECKS.items():
         findings += attempt(subject, lambda check=check: check(config)) or []
+    # Each stage needs what the ones before found: prompts need a tokenizer and a task, memory the
+    # longest prompt, and a trial room for the models.
     memory = None
     if not _errors(findings) and (
         num_tokens := attempt("prompts", lambda: _longest_prompt(config))
@@ -218,6 +220,7 @@ def _check_held_out(config: RunConfig) -> list[Finding]:
     problems see to that themselves."""
     loop = config.optimization
     num_batches = -(-loop.num_steps // loop.steps_per_rollout_batch)
+    # Only what this run will see: it may end before its training set does.
     num_train = num_batches * config.rollout.prompts_per_batch
     with ExitStack() as tasks:
         task = tasks.enter_context(closing(make_task(**config.task.model_dump())))

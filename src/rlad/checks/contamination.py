@@ -55,6 +55,7 @@ def words(text: str) -> list[str]:
 
 def find_contamination(train: Iterable[Problem], held_out: Iterable[Problem]) -> Contamination:
     """Find the held-out problems that are among the training problems. Equal ones count once."""
+    # Which runs of words are in many problems, so that they say nothing of one of them.
     trained = {problem.key: problem for problem in train}
     texts = {problem.key: _words_of(problem) for problem in held_out}
     in_held_out = Counter(run for text in texts.values() for run in set(_runs(text, FEWEST_WORDS)))
@@ -65,10 +66,10 @@ def find_contamination(train: Iterable[Problem], held_out: Iterable[Problem]) ->
         for run in set(_runs(text, FEWEST_WORDS))
         if run in in_held_out
     )
-    # What is in many problems says nothing of one of them.
     instructions = _frequent(in_held_out)
     often_trained = _frequent(in_trained)
     phrases = instructions | often_trained
+    # Held-out problems cut at the instructions, and at the phrases too.
     whole = {key: list(_parts(text, instructions)) for key, text in texts.items()}
     distinct = (
         {key: list(_parts(text, phrases)) for key, text in texts.items()}
@@ -83,6 +84,7 @@ def find_contamination(train: Iterable[Problem], held_out: Iterable[Problem]) ->
         for run in _longest_runs(part)
     }
     shared = _shared(wanted, map(_words_of, trained.values()))
+    # A problem is found by its key or by the runs that decide it.
     decisive = {key: _decisive(distinct[key], whole[key], shared) for key in texts}
     same = texts.keys() & trained.keys()
     found = same | {key for key, runs in decisive.items() if runs}
@@ -121,9 +123,11 @@ def _decisive(distinct: Parts, whole: Parts, shared: set[str]) -> list[str]:
     `distinct` are its parts between instructions and phrases, `whole` those between instructions
     alone.
     """
+    # One run that is no phrase is enough.
     runs = [run for part in distinct for run in _longest_runs(part) if run in shared]
     if runs:
         return runs
+    # Else nearly all of it must be there: the positions of words that some shared run covers.
     inside = [
         {
             start + i

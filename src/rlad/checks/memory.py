@@ -173,6 +173,7 @@ def _num_logits(
     holds the logits of the next token of all rows, and three times those of a chunk of rows. An
     objective over the whole vocabulary holds more tensors, of tiles that are as much smaller.
     """
+    # The largest of what sampling and each scoring model hold: they take turns.
     kind = device.partition(":")[0]
     chunk = min(rows, tokens_per_chunk(kind, shape.vocab_size))
     sampled = shape.vocab_size * (rows + 3 * chunk)

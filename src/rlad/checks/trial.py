@@ -111,6 +111,7 @@ def run_trial(config: RunConfig) -> Trial:
         results.append(result)
         return len(results) < 2 * per_batch
 
+    # The run's own engine, student, teacher and prompts; only sizes and verdicts differ.
     with closing(AlternatingVerdicts(make_task(**config.task.model_dump()))) as task:
         engine = make_engine(small, load_student(small), task, before_work=lambda: None)
         with closing(engine):
@@ -174,6 +175,8 @@ def decoding_seconds(config: RunConfig, student: LanguageModel, task: Task) -> l
     rollout = config.rollout
     prompts_at_once = max(1, rollout.max_batch_rows // rollout.group_size)
     num_prompts = min(rollout.prompts_per_batch, prompts_at_once)
+    # Decoding is timed twice: with one token, which pays for the prompt, and with some more, whose
+    # difference is the price of each further token.
     seconds = []
     for num_tokens in (1, 1 + _NUM_TIMED_TOKENS):
         short = rollout.model_copy(update={"max_completion_tokens": num_tokens})
@@ -208,6 +211,7 @@ def _step_times(
     rollout = config.rollout
     num_completions = rollout.prompts_per_batch * rollout.group_size / loop.steps_per_rollout_batch
 
+    # What each part of the trial's steps took.
     seconds: dict[str, float] = {}
     for result in batch:
         for key, value in result.metrics.items():
@@ -215,6 +219,7 @@ def _step_times(
                 part = key.split("/")[1]
                 seconds[part] = seconds.get(part, 0.0) + value
 
+    # Where completions were cut, nobody knows their length: the longest allowed is the other end.
     lengths = [mean]
     if any(completion.is_truncated for completion in completions):
         lengths.append(float(rollout.max_completion_tokens))

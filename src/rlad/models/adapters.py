@@ -73,6 +73,7 @@ def load_adapter(model: PreTrainedModel, folder: str, name: str = STUDENT) -> No
     """
     import peft
 
+    # PEFT's own loading passes over tensors that are missing; here all are compared, then copied.
     saved = _read_weights(folder)
     config: Any = peft.PeftConfig.from_pretrained(folder)
     config.inference_mode = False
@@ -124,6 +125,7 @@ def merge_adapter(model: PreTrainedModel) -> None:
 
     Tied embeddings of which one alone has an adapter are untied: merged, they are two.
     """
+    # Tied embeddings share one matrix: the output layer gets its own before anything is added.
     layers = _layers(model)
     embeddings: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     if getattr(model.config.get_text_config(), "tie_word_embeddings", False) and any(
@@ -133,6 +135,7 @@ def merge_adapter(model: PreTrainedModel) -> None:
         output.weight = torch.nn.Parameter(output.weight.detach().clone())
         model.config.tie_word_embeddings = False
         model.config.get_text_config().tie_word_embeddings = False
+    # Each layer is replaced by the plain one under it, with B A added.
     for name, layer in layers.items():
         layer.merge(safe_merge=True)
         model.set_submodule(name, layer.get_base_layer())
@@ -181,6 +184,7 @@ def require_loadable(folder: str, base_config: PretrainedConfig) -> None:
     require_peft(f"adapter {folder!r}")
     import peft
 
+    # Names and shapes show on the meta device, where a model has no weights.
     saved = _read_weights(folder)
     settings = read_adapter_config(folder)
     with torch.device("meta"):

@@ -164,6 +164,7 @@ def end_token_ids(
     declared = getattr(generation, "eos_token_id", None)
     if declared is None:
         declared = getattr(config.get_text_config(), "eos_token_id", None)
+    # One number or a list, and then the tokenizer's own.
     ids = [declared] if isinstance(declared, int) else list(declared or [])
     if isinstance(tokenizer.eos_token_id, int):
         ids.append(tokenizer.eos_token_id)
@@ -212,6 +213,7 @@ def load_language_model(
     `end_tokens` end a completion besides those that the model declares, and are saved with it.
     Raises `UserError` when the model cannot be loaded.
     """
+    # Mistakes in names and settings show before gigabytes are read.
     tokenizer = load_tokenizer(name)
     where = pick_device(device)
     compute_dtype = getattr(torch, dtype)
@@ -220,6 +222,7 @@ def load_language_model(
         weights_dtype = torch.float32 if weights_are_trained else compute_dtype
         model = _load_weights(name, weights_dtype, quantization, where)
     else:
+        # A control: the same architecture with weights that know nothing.
         with torch.random.fork_rng():
             torch.manual_seed(random_weights_seed)
             model = AutoModelForCausalLM.from_config(load_model_config(name), dtype=compute_dtype)
@@ -234,6 +237,7 @@ def load_language_model(
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
     remove_dropout(model)
+    # End tokens of the run are written with the model, so that others stop at them too.
     eos = end_token_ids(model.config, model.generation_config, tokenizer, end_tokens)
     if end_tokens and model.generation_config is not None:
         model.generation_config.eos_token_id = list(eos)
@@ -272,6 +276,7 @@ def _load_weights(name: str, dtype: torch.dtype, quantization: Any, device: torc
             f"no causal language model can be loaded from {name!r} ({_first_line(error)}); give a "
             "Hugging Face name, or a folder with config.json and model.safetensors."
         ) from None
+    # transformers draws missing tensors at random and only warns.
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise UserError(

@@ -33,6 +33,7 @@ def quantized_bytes(name: str, quantization: str, width: int) -> int:
     total = width * sum(parameter.numel() for parameter in model.parameters())
     for layer in model.modules():
         if isinstance(layer, torch.nn.Linear) and layer is not model.get_output_embeddings():
+            # Taken out as they were, added again packed, with scales and zero points.
             total -= width * layer.weight.numel()
             if quantization == "int8":
                 total += layer.weight.numel() + 5 * layer.out_features

@@ -43,20 +43,20 @@ class LossInputs:
         if self.mask.dtype != torch.bool or self.mask.dim() != 2:
             raise ValueError(
                 f"mask is {self.mask.dtype} of shape {tuple(shape)}; a bool tensor [batch, token] "
-                "is needed: "
-                "write `mask.bool()`."
+                "is needed: write `mask.bool()`."
             )
+        of_rows = {
+            "advantages": (shape, shape[:1]),
+            "is_correct": (shape[:1],),
+            "group_is_solved": (shape[:1],),
+        }
         for field in fields(self):
             value = getattr(self, field.name)
             if value is None or field.name == "mask":
                 continue
-            allowed = {
-                "advantages": (shape, shape[:1]),
-                "is_correct": (shape[:1],),
-                "group_is_solved": (shape[:1],),
-            }
-            if value.shape not in allowed.get(field.name, (shape,)):
-                need = " or ".join(str(tuple(good)) for good in allowed.get(field.name, (shape,)))
+            allowed = of_rows.get(field.name, (shape,))
+            if value.shape not in allowed:
+                need = " or ".join(str(tuple(good)) for good in allowed)
                 raise ValueError(
                     f"{field.name} has shape {tuple(value.shape)}; with a mask {tuple(shape)} it "
                     f"must be {need}."

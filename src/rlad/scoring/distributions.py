@@ -31,6 +31,8 @@ class Distributions(NamedTuple):
     @torch.no_grad()
     def logits(self, rows: slice = slice(None), entries: slice = slice(None)) -> Tensor:
         """Compute a tile of the logits, `[token, entry]`, float32 (float64 for float64 inputs)."""
+        # The product in the model's own type, all that follows in float32, in place: a tile is the
+        # largest tensor that there is.
         hidden = self.hidden[rows]
         bias = None if self.bias is None else self.bias[entries].to(hidden.dtype)
         logits = torch.nn.functional.linear(hidden, self.weight[entries].to(hidden.dtype), bias)
@@ -63,6 +65,7 @@ class OutputGradient:
         wants_hidden, wants_weight, wants_bias = wanted
         self.of = of
         self.hidden = torch.zeros_like(of.hidden, dtype=dtype) if wants_hidden else None
+        # Adding to the sum that the caller keeps saves a matrix of the size of the weight.
         self.weight = of.weight_grad
         if wants_weight and self.weight is None:
             self.weight = torch.zeros_like(of.weight, dtype=dtype)
@@ -95,7 +98,7 @@ class OutputGradient:
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right, in the type of `total`."""
-    if total.dtype == left.dtype:
+    if total.dtype == left.dtype:  # without the product in memory
         total.addmm_(left, right)
     else:
         total += left @ right

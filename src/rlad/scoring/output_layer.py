@@ -47,6 +47,8 @@ def output_layer(model: PreTrainedModel) -> OutputLayer | None:
     head = model.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear):
         return None
+    # A model may do anything between hidden states and logits, so what its config states is only
+    # believed where it gives the model's own logits.
     ids = torch.arange(4, device=model.device)[None]
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     logits = model(input_ids=ids, use_cache=False).logits
@@ -61,6 +63,7 @@ def output_layer(model: PreTrainedModel) -> OutputLayer | None:
             ours, logits.to(ours.dtype), rtol=8 * torch.finfo(logits.dtype).eps, atol=0
         ):
             return layer
+    # A plain layer must give them bit for bit.
     return OutputLayer(head) if torch.equal(head(hidden), logits) else None
 
 

@@ -109,6 +109,8 @@ class Scorer:
                 "give every prompt some text."
             )
         device = self.model.device
+        # Padded on the right with any token: a causal model does not see it from the left, and
+        # nothing is read there.
         rows = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
         width = max(map(len, rows))
         longest = max(map(len, completions))
@@ -169,6 +171,8 @@ class Scorer:
         be there before (zeros for a start) and stay until the backward pass. Autograd is given
         nothing of the output layer's: hooks, as of DDP, miss it.
         """
+        # The embeddings' gradient is sparse in here: autograd adds its rows to the dense sum. The
+        # output layer's is added tile by tile (`OutputGradient`).
         embeddings: Any = self.model.get_input_embeddings()
         matrices = (
             [embeddings.weight]
@@ -226,6 +230,7 @@ class Scorer:
             scores = self(
                 [prompts[i] for i in rows], [completions[i] for i in rows], with_entropy=False
             )
+            # Batches are sorted by length; each result goes back to its own place.
             for i, values, mask in zip(rows, scores.logprobs.cpu(), scores.mask.cpu(), strict=True):
                 results[i] = values[mask]
         return results
@@ -234,6 +239,7 @@ class Scorer:
 def batches_by_length(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
     """Sort indices by length, longest first, and cut them into batches with rows x longest <=
     tokens_per_batch (at least 1 row)."""
+    # The first index of a batch is its longest, so that one decides the padded width.
     batches: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens_per_batch:

@@ -25,6 +25,8 @@ def tile_shape(device_type: str, num_tokens: int, vocabulary: int) -> tuple[int,
     Near a square, which reads hidden states and weights least often; all tokens, or all of the
     vocabulary, where there are few.
     """
+    # Of all tiles of this size a square one has the shortest edges, and the edges are what is read:
+    # rows of hidden states and rows of weights.
     logits = LOGITS_PER_TILE.get(device_type, LOGITS_PER_TILE["cuda"])
     entries = min(vocabulary, max(isqrt(logits), logits // max(num_tokens, 1)))
     return max(1, min(num_tokens, logits // entries)), entries

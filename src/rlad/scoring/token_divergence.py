@@ -45,9 +45,11 @@ class _TokenDivergence(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *given, teacher, divergence, tile = arguments
         student = Distributions(*given)
+        # First pass: the log-sum-exps, without which no part of the vocabulary has log-probs.
         logsumexps = [_logsumexp(each, tile) for each in (student, teacher)]
         total = torch.zeros_like(logsumexps[0])
         slope_sum = torch.zeros_like(logsumexps[0])
+        # Second pass: each part's terms, and their slopes in the student's log-probs.
         for rows, parts in student.tiles(tile):
             for entries in parts:
                 logprobs = _logprobs((student, teacher), logsumexps, rows, entries)
@@ -73,9 +75,11 @@ class _TokenDivergence(torch.autograd.Function):
             for entries in parts:
                 logprobs = _logprobs((student, ctx.teacher), logsumexps, rows, entries)
                 _, slopes = ctx.divergence(*logprobs)
+                # Moving one logit moves all log-probs of the token: hence the sum of the slopes.
                 grad = (slopes - logprobs[0].exp() * slope_sum[rows, None]).mul_(upstream)
                 # A token that the loss leaves out has no gradient, be its divergence infinite.
                 grad.masked_fill_(upstream == 0, 0)
+                # A cap saw the logits, which are the log-probs and the log-sum-exp again.
                 slope = student.slope_of_cap(logprobs[0] + student_logsumexp[rows, None])
                 gradient.add(rows, entries, grad if slope is None else grad.mul_(slope))
         return (*gradient.for_autograd(), *(None,) * 7)

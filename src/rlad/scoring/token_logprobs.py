@@ -50,6 +50,8 @@ class _TokenLogprobs(torch.autograd.Function):
             hidden.new_full((len(hidden),), torch.nan, dtype=dtype) for _ in range(3)
         )
         for rows, parts in distributions.tiles(tile):
+            # From each part of the vocabulary: the logit of the wanted token, if it is there, and
+            # what the log-sum-exp and the entropy over all parts are made of.
             of_tiles: list[Tensor] = []
             entropies: list[Tensor] = []
             for entries in parts:
@@ -60,11 +62,13 @@ class _TokenLogprobs(torch.autograd.Function):
                 of_tiles.append(logits.logsumexp(dim=-1))
                 if with_entropy:
                     entropies.append(_entropy(logits, of_tiles[-1]))
+            # The parts together: each has the probability exp(share).
             stacked = torch.stack(of_tiles)
             logsumexp[rows] = stacked.logsumexp(dim=0)
             logprobs[rows] -= logsumexp[rows]
             if with_entropy:
                 shares = stacked - logsumexp[rows]
+                # A part of probability 0 has the share -inf; clamped, it adds 0 and not NaN.
                 surprises = torch.stack(entropies) - shares.clamp(min=torch.finfo(dtype).min)
                 entropy[rows] = (shares.exp() * surprises).sum(dim=0)
         ctx.save_for_backward(*given[:3], token_ids, logsumexp)
@@ -80,9 +84,11 @@ class _TokenLogprobs(torch.autograd.Function):
         distributions = Distributions(*given, *ctx.readout)
         gradient = OutputGradient(distributions, ctx.needs_input_grad[:3])
         for rows, parts in distributions.tiles(ctx.tile):
+            # Scale and temperature are constant factors of the chain, so each token has them once.
             upstream = grads[0][rows, None] * (distributions.scale / distributions.temperature)
             for entries in parts:
                 logits = distributions.logits(rows, entries)
+                # Read off the logits before they are overwritten.
                 slope = distributions.slope_of_cap(logits)
                 is_here, places = _places(token_ids[rows], entries)
                 # (onehot - softmax) * upstream, in the place of the logits
