@@ -157,11 +157,9 @@ class ReasoningGym:
         if self._dataset == "knights_knaves":
             # Its scorer takes "**Zoey" for another name than "Zoey".
             answer = answer.translate(_MARKDOWN)
-        if self._dataset in _EVALUATED and answer != entry["answer"]:
-            # Evaluated, an answer must be able to build a literal or a formula and nothing else.
-            has_harmless_names = all(len(n) == 1 or n in _FUNCTIONS for n in _NAME.findall(answer))
-            if not has_harmless_names or not _EVALUATED[self._dataset].fullmatch(answer):
-                return 0.0
+        is_evaluated = self._dataset in _EVALUATED and answer != entry["answer"]
+        if is_evaluated and not _is_harmless(answer, self._dataset):
+            return 0.0
         return self._worker.call(answer, entry)
 
     def close(self) -> None:
@@ -222,6 +220,12 @@ def _create(dataset: str, seed: int, options: dict[str, Any]) -> Any:
     import reasoning_gym
 
     return reasoning_gym.create_dataset(dataset, seed=seed, size=1, **options)
+
+
+def _is_harmless(answer: str, dataset: str) -> bool:
+    """Say whether evaluating the answer can only build a literal or a formula."""
+    has_harmless_names = all(len(n) == 1 or n in _FUNCTIONS for n in _NAME.findall(answer))
+    return bool(_EVALUATED[dataset].fullmatch(answer)) and has_harmless_names
 
 
 def _score_arithmetic(answer: str, metadata: dict[str, Any]) -> float:
