@@ -228,15 +228,16 @@ class TeacherServer:
             raise HTTPException(
                 404, f"model {asked.model!r} is not served here; {self.served_name!r} is."
             )
+        problem = ""
         if (largest := max(asked.prompt)) >= vocabulary:
-            raise UserError(
-                f"token id {largest} is out of the model's vocabulary of {vocabulary} tokens."
-            )
-        if length + asked.num_new_tokens > self.max_context_tokens:
-            raise UserError(
+            problem = f"token id {largest} is out of the model's vocabulary of {vocabulary} tokens."
+        elif length + asked.num_new_tokens > self.max_context_tokens:
+            problem = (
                 f"a prompt of {length} tokens and max_tokens {asked.num_new_tokens} are more than "
                 f"the context of {self.max_context_tokens} tokens."
             )
+        if problem:
+            raise UserError(problem)
 
 
 def _require_short_body(request: Request) -> None:

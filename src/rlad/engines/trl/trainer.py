@@ -66,20 +66,21 @@ class RLADTrainer(GRPOTrainer):
         if args.beta and is_whole and not model.config.name_or_path:
             raise UserError(
                 f"beta = {args.beta} needs the initial student as the reference, which TRL loads "
-                "from where the student came "
-                "from, and this one was made in memory; save it and pass the folder, or set beta = "
-                "0."
+                "from where the student came from, and this one was made in memory; save it and "
+                "pass the folder, or set beta = 0."
             )
         super().__init__(model=model, args=args, **settings)
+        # TRL itself finds these two out while it is made.
+        problem = ""
         if self._is_vlm:
-            raise UserError(
-                "RLADTrainer trains on text alone; pass a tokenizer as processing_class."
-            )
-        if self.aux_loss_enabled:
-            raise UserError(
+            problem = "RLADTrainer trains on text alone; pass a tokenizer as processing_class."
+        elif self.aux_loss_enabled:
+            problem = (
                 "RLADTrainer has no place for a router's auxiliary loss; set router_aux_loss_coef "
                 "= 0."
             )
+        if problem:
+            raise UserError(problem)
         self.teacher = None
         if needs_teacher:
             self.teacher = as_teacher(
