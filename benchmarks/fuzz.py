@@ -37,7 +37,8 @@ def fuzz(name: str, num_inputs: int, first_seed: int) -> tuple[int, float, float
     could make it."""
     from hostile_targets import TARGETS
 
-    target, counts = TARGETS[name], {"inputs": 0, "slowest": 0.0}
+    target = TARGETS[name]
+    counts = {"inputs": 0, "slowest": 0.0}
 
     def check(example: Any) -> None:
         counts["inputs"] += 1
@@ -57,7 +58,8 @@ def fuzz(name: str, num_inputs: int, first_seed: int) -> tuple[int, float, float
         print_blob=False,
         suppress_health_check=list(HealthCheck),
     )
-    started, finding = time.perf_counter(), ""
+    started = time.perf_counter()
+    finding = ""
     try:
         seed(first_seed)(profile(given(target.inputs)(check)))()
     except Exception:
@@ -140,7 +142,9 @@ def main() -> int:
         "| target | by | inputs | findings | seconds | slowest input |\n| --- | --- | --- | --- | "
         "--- | --- |"
     )
-    totals, findings, started = 0, [], time.perf_counter()
+    totals = 0
+    findings = []
+    started = time.perf_counter()
     for name in chosen:
         results = [
             (

@@ -62,7 +62,8 @@ SHAPES = {
     "Qwen3-8B": Shape(4096, 12_288, 36, 32, 8, tied=False),
 }
 SMOKE = Shape(32, 64, 2, 2, 1, head_dim=16, vocabulary=200)
-STUDENTS, TEACHER = ("Qwen3-0.6B", "Qwen3-1.7B"), "Qwen3-8B"
+STUDENTS = ("Qwen3-0.6B", "Qwen3-1.7B")
+TEACHER = "Qwen3-8B"
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +243,8 @@ def main() -> None:
             "gpu.py needs a CUDA GPU and torch built for it; --smoke runs its code with tiny "
             "shapes on the CPU."
         )
-    started, device = time.perf_counter(), torch.device("cpu" if options.smoke else "cuda")
+    started = time.perf_counter()
+    device = torch.device("cpu" if options.smoke else "cuda")
     shapes = dict.fromkeys(SHAPES, SMOKE) if options.smoke else SHAPES
     case = Case(
         200,
@@ -264,19 +266,15 @@ def main() -> None:
     )
     print("| work | tokens/s | s | floor s | s / floor | share of matrix peak |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    teacher, results = (
-        build(shapes[TEACHER], device, torch.bfloat16),
-        {"chip": [name, flops, bandwidth], "rows": {}},
-    )
+    teacher = build(shapes[TEACHER], device, torch.bfloat16)
+    results = {"chip": [name, flops, bandwidth], "rows": {}}
     for student in STUDENTS:
         if time.perf_counter() - started > options.max_seconds:
             print(f"{student} left out: {options.max_seconds:.0f} s are over")
             continue
         for what, (work, took) in measure(student, shapes, case, teacher, options).items():
-            floor, share = (
-                max(work.flops / flops, work.num_bytes / bandwidth),
-                work.flops / took / flops,
-            )
+            floor = max(work.flops / flops, work.num_bytes / bandwidth)
+            share = work.flops / took / flops
             results["rows"][f"{student}: {what}"] = {
                 "seconds": took,
                 "floor": floor,

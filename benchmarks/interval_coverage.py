@@ -10,14 +10,17 @@ import numpy as np
 
 from rlad.runs.statistics import paired_difference
 
-NUM_PROBLEMS, NUM_SIMULATIONS = 400, 500
+NUM_PROBLEMS = 400
+NUM_SIMULATIONS = 500
 DEVIATIONS = (0.0, 0.02, 0.05, 0.1, 0.2)
 TRUTH = 0.05
 
 
 def coverage(num_seeds: int, deviation: float) -> float:
     """Share of the simulated comparisons whose interval holds the true difference."""
-    rng, keys, num_held = np.random.default_rng(0), [str(i) for i in range(NUM_PROBLEMS)], 0
+    rng = np.random.default_rng(0)
+    keys = [str(i) for i in range(NUM_PROBLEMS)]
+    num_held = 0
     for i in range(NUM_SIMULATIONS):
         problems = 0.2 + 0.6 * rng.random(NUM_PROBLEMS)
         shifts = (TRUTH / 2, -TRUTH / 2)

@@ -41,7 +41,8 @@ def batch_of(engine: NativeEngine, case: Case, tokens: int) -> RolloutBatch:
     groups = []
     completions = [[*row[: tokens - 1], EOS] for row in scripted_completions(case, 0)]
     for i in range(case.num_prompts):
-        prompt, size = prompt_text(case, i), case.group_size
+        prompt = prompt_text(case, i)
+        size = case.group_size
         rollouts = [
             Rollout(Completion(tuple(row), (0.0,) * tokens, False), "", "correct", 1.0)
             for row in completions[i * size : (i + 1) * size]
@@ -72,7 +73,7 @@ def measure_here(case: Case, without: str) -> dict[str, int]:
     assert isinstance(engine.teacher, LocalTeacher)
     prompts = range(case.num_prompts)
     found = {
-        "weights": 4 * _num_bytes(engine.student.model) + _num_bytes(engine.teacher._scorer.model)
+        "weights": 4 * _num_bytes(engine.student.model) + _num_bytes(engine.teacher.scorer.model)
     }
     for tokens in (SMALL, case.max_tokens):
         batch = batch_of(engine, case, tokens)

@@ -94,7 +94,8 @@ def served_teacher(case: Case, folder: Path) -> Iterator[Any]:
 
 def measure(case: Case, teacher: Any, num_rounds: int) -> dict[str, list[Row]]:
     """The seconds of each way, round by round, without the warm-up."""
-    engine, script = make_engine(case, num_steps=num_rounds + 1), Script(case)
+    engine = make_engine(case, num_steps=num_rounds + 1)
+    script = Script(case)
     engine.teacher = teacher
     script.replay_in_our_sampler()
     rounds: dict[str, list[Row]] = {way: [] for way in WAYS}
@@ -112,7 +113,8 @@ def measure(case: Case, teacher: Any, num_rounds: int) -> dict[str, list[Row]]:
 
 
 def one_batch(engine: NativeEngine, number: int) -> tuple[Row, Any]:
-    started, used = time.perf_counter(), time.process_time()
+    started = time.perf_counter()
+    used = time.process_time()
     batch = engine.make_rollout_batch(number)
     row = {"total": time.perf_counter() - started, "processor": time.process_time() - used}
     waited, hidden = (

@@ -91,7 +91,8 @@ def against_tiny_loop(alpha: float, family: str, dtype: torch.dtype) -> Iterator
             dtype=dtype,
             task=WordTask(is_judged_in_full=True),
         )
-        batch, wanted = case.engine.make_rollout_batch(index), rollouts_of(case)
+        batch = case.engine.make_rollout_batch(index)
+        wanted = rollouts_of(case)
         yield difference(
             by_engine(case, batch, wanted), by_tiny_loop(case, batch, wanted, alpha=alpha)
         )

@@ -108,7 +108,8 @@ def by_verl(family: str, dtype: torch.dtype, batches: Sequence[int]) -> list[Res
 def for_verl(batch: RolloutBatch, student: Tensor) -> dict[str, Any]:
     """See `Batch` of `tests/verl_batches.py`."""
     lengths = [len(completion) for completion in batch.completions]
-    old, nothing = student.detach(), torch.zeros_like(student)
+    old = student.detach()
+    nothing = torch.zeros_like(student)
     assert batch.teacher_logprobs is not None
     # Completions of advantage 0 have no score; what stands in its place has no influence.
     teacher = [

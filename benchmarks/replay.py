@@ -29,9 +29,12 @@ from rlad.rollouts import sampling
 from rlad.tasks import Problem, Split
 from rlad.tasks.base import Judgement, judged
 
-PAD, EOS, FIRST_WORD = 0, 1, 2
+PAD = 0
+EOS = 1
+FIRST_WORD = 2
 CERTAIN = 1e9
-MEDIAN_SHARE, SIGMA = 0.25, 0.8
+MEDIAN_SHARE = 0.25
+SIGMA = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +187,8 @@ class Script:
         for row, completion in enumerate(self.completions):
             self.tokens[row, : len(completion)] = torch.tensor(completion)
         self.lengths = torch.tensor([len(completion) for completion in self.completions])
-        self.rows, self.position = torch.arange(self.case.num_rows), 0
+        self.rows = torch.arange(self.case.num_rows)
+        self.position = 0
 
     def replay_in_our_sampler(self) -> None:
         """From now on rlad's sampler samples the script. All rows must be decoded at once."""

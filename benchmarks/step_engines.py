@@ -38,18 +38,22 @@ class Turns:
     the processor."""
 
     def __init__(self, connection: Connection, num_steps: int):
-        self.connection, self.num_steps, self.step = connection, num_steps, 0
+        self.connection = connection
+        self.num_steps = num_steps
+        self.step = 0
 
     def begin(self) -> int:
         """The number of the step to make; its time runs from here."""
         self.connection.send("ready")
         self.connection.recv()
         self.step += 1
-        self.started, self.used = time.perf_counter(), time.process_time()
+        self.started = time.perf_counter()
+        self.used = time.process_time()
         return self.step - 1
 
     def end(self, seconds: Seconds) -> None:
-        total, processor = time.perf_counter() - self.started, time.process_time() - self.used
+        total = time.perf_counter() - self.started
+        processor = time.process_time() - self.used
         seconds = {**dict.fromkeys(PARTS, 0.0), **seconds, "rest": total - sum(seconds.values())}
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         self.connection.send(
@@ -71,7 +75,8 @@ def work(engine: str, case: Case, num_steps: int, connection: Connection) -> Non
 def _rlad(objective: str, without: str = "") -> Callable[[Case, Turns], None]:
     def run(case: Case, turns: Turns) -> None:
         engine = make_engine(case, objective, num_steps=turns.num_steps, without=without)
-        script, steps = Script(case), engine.steps()
+        script = Script(case)
+        steps = engine.steps()
         script.replay_in_our_sampler()
         for number in range(turns.num_steps):
             script.start(number)
@@ -122,7 +127,8 @@ def _score_everything(engine: NativeEngine) -> None:
         choose_what_trains(batch)
         batch.trains = batch.counted
 
-    choose_what_trains, engine.choose_what_trains = engine.choose_what_trains, count_all
+    choose_what_trains = engine.choose_what_trains
+    engine.choose_what_trains = count_all
 
 
 def _keep_finished_rows(engine: NativeEngine) -> None:
@@ -157,7 +163,7 @@ def _take_rows_as_they_come(engine: NativeEngine) -> None:
 
 def _take_all_logits(engine: NativeEngine) -> None:
     assert isinstance(engine.teacher, LocalTeacher)
-    engine.scorer.head = engine.teacher._scorer.head = None
+    engine.scorer.head = engine.teacher.scorer.head = None
 
 
 MEASURES: dict[str, Callable[[NativeEngine], None]] = {
@@ -196,7 +202,8 @@ class Clock:
     def split(self) -> Seconds:
         """The update is what happens outside of `_prepare_inputs`, but for the teacher's forward
         pass."""
-        seconds, self.seconds = self.seconds, {}
+        seconds = self.seconds
+        self.seconds = {}
         return seconds
 
 
@@ -232,10 +239,8 @@ def _trl_distillation(case: Case, turns: Turns) -> None:
     from trl.trainer.distillation_trainer import DistillationTrainer
 
     def build(folder: str, **common: Any) -> Any:
-        student, teacher = (
-            language_model(case, seed=0),
-            language_model(case, seed=1, is_teacher=True),
-        )
+        student = language_model(case, seed=0)
+        teacher = language_model(case, seed=1, is_teacher=True)
         return DistillationTrainer(
             student.model,
             teacher.model,
@@ -286,7 +291,8 @@ def _serve(case: Case, turns: Turns, build: Callable[..., Any], *, teacher: str 
             save_strategy="no",
             disable_tqdm=True,
         )
-        script, clock = Script(case), Clock()
+        script = Script(case)
+        clock = Clock()
         script.replay_in_generate(trainer.model)
         sampled: list[list[list[int]]] = []
         generate = trainer._generate_single_turn

@@ -161,7 +161,8 @@ def own_server(arguments: argparse.Namespace) -> Iterator[Section | None]:
         "0",
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    url, seen = None, ""
+    url = None
+    seen = ""
     assert process.stdout is not None
     for line in process.stdout:
         seen += line
@@ -279,7 +280,8 @@ def compare(arguments: argparse.Namespace, served: Section | None) -> None:
         mean, most, missing = errors(row, reference)
         trained = final_pass_at_1(arguments, name, teacher) if arguments.train else None
         after = "" if trained is None else f"{trained:.1%}"
-        speed, memory = row["tokens_per_second"], row["memory_bytes"] / MIB
+        speed = row["tokens_per_second"]
+        memory = row["memory_bytes"] / MIB
         print(
             f"| {name} | {mean:.1e} | {most:.1e} | {missing} | {speed:.0f} | {memory:.0f} | "
             f"{after} |",

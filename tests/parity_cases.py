@@ -141,7 +141,8 @@ def make_case(
     config = RunConfig.model_validate(said)
     # Ends are frequent, so lengths differ.
     language_model = tiny_language_model(family, dtype=dtype, eos_token_ids=tuple(range(1, 10)))
-    teacher, initial = nearby(language_model, seed=1), nearby(language_model, seed=2)
+    teacher = nearby(language_model, seed=1)
+    initial = nearby(language_model, seed=2)
     temperature = config.rollout.temperature
     engine = engine_type(
         config,
@@ -230,14 +231,16 @@ def by_reference(
     teacher_temperature: float = 0,
     objective: str | None = None,
 ) -> tuple[float, Gradients]:
-    """Every judged rollout (of an objective without reward: every one; of `sft` with rejection: every
-    correct one) takes part, also of advantage 0.
+    """Every judged rollout (of an objective without reward: every one; of `sft` with rejection:
+    every correct one) takes part, also of advantage 0.
 
     It reads from the batch what the student sampled and how it was judged, and no more. `dropped`
     tokens have no teacher value. `teacher_temperature` replaces that of the rollouts for the
     teacher alone, which is a mistake. `objective` is the run's unless said.
     """
-    said, step, student = case.said, case.engine.step, case.engine.student
+    said = case.said
+    step = case.engine.step
+    student = case.engine.student
     name = objective or said["objective"]["type"]
     aggregation = said["optimization"].get("aggregation", "sequence_mean")
     kl_coef = reference.annealed(said["optimization"].get("kl_coef", 0.0), step)
@@ -285,10 +288,8 @@ def expected_knobs(case: Case, name: str) -> dict[str, Any]:
 
 def expected_advantages(case: Case, batch: RolloutBatch) -> Floats:
     """By rollout, from rewards and verdicts."""
-    size, scale = (
-        case.said["rollout"]["group_size"],
-        case.said["optimization"].get("advantage_scale", "std"),
-    )
+    size = case.said["rollout"]["group_size"]
+    scale = case.said["optimization"].get("advantage_scale", "std")
     rewards = [
         None if rollout.verdict == "cannot_judge" else rollout.reward for rollout in batch.rollouts
     ]
@@ -304,7 +305,8 @@ def _row(
     case: Case, batch: RolloutBatch, i: int, dropped: Positions, teacher_temperature: float
 ) -> Row:
     temperature = case.said["rollout"].get("temperature", 1.0)
-    prompt, completion = list(batch.prompts[i]), list(batch.completions[i])
+    prompt = list(batch.prompts[i])
+    completion = list(batch.completions[i])
     kept = [position for position in range(len(completion)) if (i, position) not in dropped]
 
     def floats(model: LanguageModel, temperature: float) -> Floats:
@@ -325,7 +327,8 @@ def _token_losses(
     case: Case, batch: RolloutBatch, rows: dict[int, Row], name: str, knobs: dict[str, Any]
 ) -> dict[int, list[Tensor]]:
     """Of every row the losses of its tokens, without the KL leash."""
-    advantages, results = expected_advantages(case, batch), {}
+    advantages = expected_advantages(case, batch)
+    results = {}
     clip = {key: knobs[key] for key in _CLIP if key in knobs}
     for i, row in rows.items():
         tokens = list(zip(row.student, row.old, row.teacher, strict=True))
@@ -370,10 +373,12 @@ def _advantages_of_tokens(
     case: Case, rows: dict[int, Row], i: int, name: str, knobs: dict[str, Any], advantage: float
 ) -> Floats:
     """What stands in GRPO's loss for the advantage of each token of a row."""
-    row, size = rows[i], case.said["rollout"]["group_size"]
+    row = rows[i]
+    size = case.said["rollout"]["group_size"]
     if name == "topd":
         group = [j for j in range(i - i % size, i - i % size + size) if j in rows]
-        old, teacher = [rows[j].old for j in group], [rows[j].teacher for j in group]
+        old = [rows[j].old for j in group]
+        teacher = [rows[j].teacher for j in group]
         return reference.topd_advantages(old, teacher, alpha=knobs["alpha"])[group.index(i)]
     weights = [1.0] * len(row.old)
     if name == "rlsd":
@@ -427,12 +432,12 @@ def by_tiny_loop(
 ) -> tuple[float, Gradients]:
     """Left-padded prompts, right-padded completions, its own advantages, full logits; it knows TRRD
     and the sequence mean."""
-    loop, student = tiny_loop(), case.engine.student
-    prompts, completions = (
-        [batch.prompts[i] for i in wanted],
-        [batch.completions[i] for i in wanted],
-    )
-    left, right = max(map(len, prompts)), max(map(len, completions))
+    loop = tiny_loop()
+    student = case.engine.student
+    prompts = [batch.prompts[i] for i in wanted]
+    completions = [batch.completions[i] for i in wanted]
+    left = max(map(len, prompts))
+    right = max(map(len, completions))
     ids = torch.tensor(
         [
             [0] * (left - len(p)) + [*p, *c] + [0] * (right - len(c))
@@ -462,7 +467,8 @@ def difference(
 ) -> tuple[float, float]:
     """Of the loss |a - b|: its terms are of order 1 and may cancel; of the gradient as one long
     vector |a - b| / |b|."""
-    (loss, gradients), (expected_loss, expected) = ours, theirs
+    (loss, gradients) = ours
+    (expected_loss, expected) = theirs
     assert gradients.keys() == expected.keys()
     a, b = (
         torch.cat([g[name].flatten().double() for name in expected]) for g in (gradients, expected)

@@ -1,7 +1,9 @@
 """Batches of token log-probs as verl hands them to a loss, and through its own loss. Also a
 program, for verl's environment:
 
-PYTHON tests/verl_batches.py FILE OBJECTIVE     # FILE holds a list of batches, and then what verl made of each
+PYTHON tests/verl_batches.py FILE OBJECTIVE
+
+FILE holds a list of batches, and then what verl made of each.
 """
 
 import json

@@ -61,7 +61,8 @@ def main() -> None:
 
 
 def arguments(config: RunConfig, output: str) -> RLADConfig:
-    rollout, optimization = config.rollout, config.optimization
+    rollout = config.rollout
+    optimization = config.optimization
     completions = rollout.prompts_per_batch * rollout.group_size  # of one step, on all GPUs
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     loss_types = {aggregation: name for name, aggregation in reversed(AGGREGATION.items())}

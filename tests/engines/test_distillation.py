@@ -45,14 +45,16 @@ def agree(ours: tuple[float, Any], theirs: tuple[float, Any]) -> bool:
 def test_engine_equals_the_slow_reference(
     objective: str, knobs: dict[str, Any], aggregation: str, kl_coef: float
 ) -> None:
-    """In micro-batches, at a temperature of its own, from float64 logits of the whole vocabulary."""
+    """In micro-batches, at a temperature of its own, from float64 logits of all tokens."""
     case = make_case(
         objective,
         knobs=knobs,
         rollout={"temperature": 0.7},
         optimization={"aggregation": aggregation, "kl_coef": kl_coef},
     )
-    batch, wanted, stats = case.engine.make_rollout_batch(0), rollouts_of(case), TokenStats()
+    batch = case.engine.make_rollout_batch(0)
+    wanted = rollouts_of(case)
+    stats = TokenStats()
     assert len(case.engine.scorer.batches(batch.prompts, batch.completions)) > 2
     ours = by_engine(case, batch, wanted, stats)
     assert agree(ours, by_reference(case, batch, wanted)) and ours[0] > 0.01

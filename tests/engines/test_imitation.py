@@ -95,7 +95,8 @@ def test_advantages_per_token() -> None:
 @pytest.mark.parametrize("tokens_per_batch", [1, 10_000])
 def test_the_fates_of_a_step_are_its_gated_shares(tokens_per_batch: int) -> None:
     case = make_case("trrd", optimization={"tokens_per_batch": tokens_per_batch})
-    batch, stats = case.engine.make_rollout_batch(0), TokenStats()
+    batch = case.engine.make_rollout_batch(0)
+    stats = TokenStats()
     group = next(
         g
         for g in range(4)
@@ -120,7 +121,8 @@ def test_the_fates_of_a_step_are_its_gated_shares(tokens_per_batch: int) -> None
     )
     assert clamped.count("c") / len(clamped) == pytest.approx(summary["objective/clamped/frac"])
     for i in trained:
-        record, advantage = imitation[i], float(batch.advantages[4 * group + i])
+        record = imitation[i]
+        advantage = float(batch.advantages[4 * group + i])
         assert len(record["fates"]) == len(batch.completions[4 * group + i])
         assert record["advantages"] == [pytest.approx(advantage, abs=5e-4)] * len(record["fates"])
         assert set(record["fates"]) <= set("+h" if advantage > 0 else "-p")

@@ -26,7 +26,9 @@ from running_servers import server_thread, wait_for
 from tiny_runs import run_config
 
 SHORT = {"tolerance": 1e-3, "retry_pause_seconds": 0.005, "num_retries": 0, "timeout_seconds": 20.0}
-NUM_GROUPS, GROUP_SIZE, MAX_TOKENS = 6, 4, 24
+NUM_GROUPS = 6
+GROUP_SIZE = 4
+MAX_TOKENS = 24
 Before = Callable[[], None]
 
 
@@ -166,7 +168,9 @@ def test_groups_are_scored_while_others_are_written(world, server, monkeypatch):
     is answered."""
     with engine_at(world, served(server.url), max_batch_rows=GROUP_SIZE) as engine:
         answered_at_token: list[int] = []
-        num_before, num_asked, submit = len(server.requests), 0, AskedAhead.submit
+        num_before = len(server.requests)
+        num_asked = 0
+        submit = AskedAhead.submit
 
         def count_asked(self: AskedAhead, number: int, requests: Any) -> None:
             nonlocal num_asked
@@ -205,7 +209,8 @@ def test_seconds_are_told_apart(world, server):
         world, teacher, before_work=lambda: time.sleep(0.02), max_batch_rows=GROUP_SIZE
     ) as engine:
         engine.make_rollout_batch(0)
-        server.lasting_fault, server.slow_seconds = "slow", 0.3
+        server.lasting_fault = "slow"
+        server.slow_seconds = 0.3
         started = time.monotonic()
         seconds = engine.make_rollout_batch(0).seconds
         total = time.monotonic() - started
@@ -264,7 +269,8 @@ class Stopped(Exception):
 @pytest.mark.parametrize("when", ["while the student writes", "while it waits"])
 def test_stopping_does_not_wait_for_the_teacher(world, server, when, fault, monkeypatch):
     """What stops the run is what is raised, whatever has become of the requests."""
-    is_written, num_asked = False, 0
+    is_written = False
+    num_asked = 0
 
     def stop() -> None:
         if num_asked and (is_written or when == "while the student writes"):
@@ -276,7 +282,8 @@ def test_stopping_does_not_wait_for_the_teacher(world, server, when, fault, monk
         world, served(server.url, **patient), before_work=stop, max_batch_rows=GROUP_SIZE
     ) as engine:
         num_before = num_threads_here()
-        submit, with_advantages = AskedAhead.submit, engine.with_advantages
+        submit = AskedAhead.submit
+        with_advantages = engine.with_advantages
 
         def count_asked(self: AskedAhead, number: int, requests: Any) -> None:
             nonlocal num_asked
@@ -290,7 +297,8 @@ def test_stopping_does_not_wait_for_the_teacher(world, server, when, fault, monk
 
         monkeypatch.setattr(AskedAhead, "submit", count_asked)
         engine.with_advantages = notice_the_end
-        server.lasting_fault, server.slow_seconds = ("" if fault == "dead" else fault), 3.0
+        server.lasting_fault = "" if fault == "dead" else fault
+        server.slow_seconds = 3.0
         if fault == "dead":
             server.kill()
         started = time.monotonic()

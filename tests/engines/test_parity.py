@@ -56,7 +56,8 @@ def test_the_batch_of_these_tests_is_a_telling_one() -> None:
     """Unequal lengths, a group without variance, rollouts without a verdict; tokens gated on both
     sides, clamped, and not."""
     case = make_case()
-    batch, stats = case.engine.make_rollout_batch(0), TokenStats()
+    batch = case.engine.make_rollout_batch(0)
+    stats = TokenStats()
     by_engine(case, batch, rollouts_of(case), stats)
     summary = stats.summary()
     assert len({len(completion) for completion in batch.completions}) > 5
@@ -101,7 +102,8 @@ def test_engine_equals_the_slow_reference(objective: str, aggregation: str, kl_c
 )
 def test_the_knobs_of_the_config_reach_the_formula(knobs: dict[str, Any], objective: str) -> None:
     case = make_case(objective, knobs=knobs)
-    batch, wanted = case.engine.make_rollout_batch(0), rollouts_of(case)
+    batch = case.engine.make_rollout_batch(0)
+    wanted = rollouts_of(case)
     case.engine.step = 2
     assert agree(by_engine(case, batch, wanted), by_reference(case, batch, wanted))
     default = make_case(objective)
@@ -115,7 +117,8 @@ def test_the_knobs_of_the_config_reach_the_formula(knobs: dict[str, Any], object
 @pytest.mark.parametrize("objective", ["trrd", "rlsd", "distilled_rl"])
 def test_advantages_that_are_not_divided_by_the_standard_deviation(objective: str) -> None:
     case = make_case(objective, optimization={"advantage_scale": "none"})
-    batch, wanted = case.engine.make_rollout_batch(0), rollouts_of(case)
+    batch = case.engine.make_rollout_batch(0)
+    wanted = rollouts_of(case)
     assert agree(by_engine(case, batch, wanted), by_reference(case, batch, wanted))
     assert float(batch.advantages.abs().max()) < 1
 
@@ -131,14 +134,16 @@ def test_engine_equals_the_tiny_loop(
     case = make_case(
         knobs={"alpha": alpha}, family=family, dtype=dtype, task=WordTask(is_judged_in_full=True)
     )
-    batch, wanted = case.engine.make_rollout_batch(0), rollouts_of(case)
+    batch = case.engine.make_rollout_batch(0)
+    wanted = rollouts_of(case)
     assert agree(
         by_engine(case, batch, wanted), by_tiny_loop(case, batch, wanted, alpha=alpha), bound
     )
 
 
 def test_alpha_one_is_the_grpo_run() -> None:
-    trrd, grpo = make_case("trrd", knobs={"alpha": 1.0}), make_case("grpo")
+    trrd = make_case("trrd", knobs={"alpha": 1.0})
+    grpo = make_case("grpo")
     results = [
         by_engine(case, case.engine.make_rollout_batch(0), rollouts_of(case))
         for case in (trrd, grpo)
@@ -149,7 +154,8 @@ def test_alpha_one_is_the_grpo_run() -> None:
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_float32_stays_close_to_the_float64_reference(objective: str) -> None:
     case = make_case(objective, family="llama", dtype=torch.float32)
-    batch, wanted = case.engine.make_rollout_batch(0), rollouts_of(case)
+    batch = case.engine.make_rollout_batch(0)
+    wanted = rollouts_of(case)
     assert agree(by_engine(case, batch, wanted), by_reference(case, batch, wanted), FLOAT32)
 
 
@@ -175,9 +181,11 @@ def test_micro_batches_do_not_matter(objective: str, aggregation: str) -> None:
 def test_the_mean_of_micro_batch_means_would_be_noticed(aggregation: Any) -> None:
     """With unequal lengths the mistake moves the loss by far more than the bound of these tests."""
     case = make_case("opd", optimization={"aggregation": aggregation})
-    batch, wanted = case.engine.make_rollout_batch(0), rollouts_of(case)
+    batch = case.engine.make_rollout_batch(0)
+    wanted = rollouts_of(case)
     right, _ = by_engine(case, batch, wanted)
-    prompts, completions = batch.prompts, batch.completions
+    prompts = batch.prompts
+    completions = batch.completions
     rows = batch.training_rows
     means = []
     for micro in case.engine.scorer.batches(
@@ -198,12 +206,14 @@ def test_the_mean_of_micro_batch_means_would_be_noticed(aggregation: Any) -> Non
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("objective", ["trrd", "grpo", "rlsd", "distilled_rl"])
 def test_rollouts_of_advantage_zero_are_left_out_exactly(objective: str, aggregation: str) -> None:
-    results, scored = [], []
+    results = []
+    scored = []
     for engine_type in (NativeEngine, WithoutLeavingOut):
         case = make_case(
             objective, optimization={"aggregation": aggregation}, engine_type=engine_type
         )
-        batch, stats = case.engine.make_rollout_batch(0), TokenStats()
+        batch = case.engine.make_rollout_batch(0)
+        stats = TokenStats()
         results.append(by_engine(case, batch, rollouts_of(case), stats))
         scored.append(stats.scored_share)
     assert agree(*results)
@@ -222,7 +232,8 @@ def test_gradient_checkpointing_does_not_matter(objective: str) -> None:
 
 def test_a_gradient_does_not_remember_the_one_before() -> None:
     case = make_case()
-    batch, wanted = case.engine.make_rollout_batch(0), rollouts_of(case)
+    batch = case.engine.make_rollout_batch(0)
+    wanted = rollouts_of(case)
     first = by_engine(case, batch, wanted)
     assert agree(by_engine(case, batch, wanted), first)
 
@@ -233,7 +244,8 @@ def test_a_gradient_does_not_remember_the_one_before() -> None:
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_one_temperature_for_student_old_policy_teacher_and_reference(objective: str) -> None:
     case = make_case(objective, rollout={"temperature": 0.7}, optimization={"kl_coef": 0.3})
-    batch, wanted = case.engine.make_rollout_batch(0), rollouts_of(case)
+    batch = case.engine.make_rollout_batch(0)
+    wanted = rollouts_of(case)
     ours = by_engine(case, batch, wanted)
     assert agree(ours, by_reference(case, batch, wanted))
     if objective != "grpo":
@@ -248,7 +260,9 @@ def test_a_missing_teacher_value_drops_its_token_and_nothing_else(
     case = make_case(
         objective, optimization={"aggregation": aggregation, "max_missing_teacher_share": 0.9}
     )
-    batch, wanted, stats = case.engine.make_rollout_batch(0), rollouts_of(case), TokenStats()
+    batch = case.engine.make_rollout_batch(0)
+    wanted = rollouts_of(case)
+    stats = TokenStats()
     assert batch.teacher_logprobs is not None
     whole = by_engine(case, batch, wanted)
     scored = [i for i, values in enumerate(batch.teacher_logprobs) if len(values)]
@@ -258,7 +272,8 @@ def test_a_missing_teacher_value_drops_its_token_and_nothing_else(
     dropped |= {(scored[1], t) for t in range(len(batch.completions[scored[1]]))}
 
     class Spotty(SynchronousTeacher):
-        identity, teacher = "spotty", case.engine.teacher
+        identity = "spotty"
+        teacher = case.engine.teacher
 
         def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
             assert self.teacher is not None
@@ -282,7 +297,9 @@ class Forgetful(SynchronousTeacher):
     identity = "forgetful"
 
     def __init__(self, missing: int, bad_calls: int):
-        self.missing, self.bad_calls, self.asked = missing, bad_calls, []
+        self.missing = missing
+        self.bad_calls = bad_calls
+        self.asked = []
 
     def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
         self.asked.append(len(requests))
@@ -317,7 +334,8 @@ def test_a_second_answer_fills_up_the_first() -> None:
     class Halves(SynchronousTeacher):
         """First it knows the even tokens alone, then the odd ones."""
 
-        identity, calls = "halves", 0
+        identity = "halves"
+        calls = 0
 
         def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
             answers = [
@@ -382,7 +400,8 @@ def weights(case: Case) -> Tensor:
 def test_a_step_is_adamw_on_the_clipped_gradient() -> None:
     optimization = {"weight_decay": 0.1, "max_grad_norm": 0.01, "learning_rate": 0.01}
     case = make_case(optimization=optimization)
-    batch, wanted = case.engine.make_rollout_batch(0), rollouts_of(case)
+    batch = case.engine.make_rollout_batch(0)
+    wanted = rollouts_of(case)
     _, gradients = by_reference(case, batch, wanted)
     before = {name: p.detach().clone() for name, p in case.engine.student.model.named_parameters()}
     norm = math.sqrt(sum(float(g.square().sum()) for g in gradients.values()))
@@ -524,7 +543,8 @@ def test_scores_belong_to_their_rollouts() -> None:
 
 def test_the_teacher_is_asked_only_for_what_trains() -> None:
     class Counting(SynchronousTeacher):
-        identity, num_asked = "counting", 0
+        identity = "counting"
+        num_asked = 0
 
         def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
             self.num_asked += len(requests)
@@ -543,7 +563,8 @@ def test_the_teacher_is_asked_only_for_what_trains() -> None:
         if counting.num_asked:
             assert batch.teacher_logprobs is not None
             assert batch.counts == {"teacher/tokens/count": sum(map(len, batch.teacher_logprobs))}
-    num_judged, num_unequal = len(judged(batch)), int((batch.advantages != 0).sum())
+    num_judged = len(judged(batch))
+    num_unequal = int((batch.advantages != 0).sum())
     assert 0 < num_unequal < num_judged < 16
     assert (
         asked["trrd", False] == asked["rlsd", False] == asked["distilled_rl", False] == num_unequal
@@ -563,9 +584,11 @@ def test_opd_then_grpo_is_opd_then_grpo_with_the_optimiser_carried_over() -> Non
     them."""
     both = make_case("opd_then_grpo", knobs={"opd_share": 0.4}, optimization=SCHEDULE)
     opd = make_case("opd", optimization=SCHEDULE)
-    ours, theirs = both.engine.steps(), opd.engine.steps()
+    ours = both.engine.steps()
+    theirs = opd.engine.steps()
     for _ in range(4):
-        one, other = next(ours), next(theirs)
+        one = next(ours)
+        other = next(theirs)
         assert one.metrics["optimization/loss"] == other.metrics["optimization/loss"] != 0
         assert one.imitation == other.imitation
         assert [group.to_json() for group in one.groups] == [
@@ -578,12 +601,15 @@ def test_opd_then_grpo_is_opd_then_grpo_with_the_optimiser_carried_over() -> Non
     grpo.engine.student.model.load_state_dict(both.engine.student.model.state_dict())
     grpo.engine.optimizer.load_state_dict(copy.deepcopy(both.engine.optimizer.state_dict()))
     grpo.engine.scheduler.load_state_dict(both.engine.scheduler.state_dict())
-    grpo.engine.step, both.engine.teacher, alone = 4, None, grpo.engine.steps()
+    grpo.engine.step = 4
+    both.engine.teacher = None
+    alone = grpo.engine.steps()
     moments = [state["exp_avg"].clone() for state in grpo.engine.optimizer.state.values()]
     assert sum(float(moment.norm()) for moment in moments) > 0
     trained = 0.0
     for _ in range(2):
-        one, other = next(ours), next(alone)
+        one = next(ours)
+        other = next(alone)
         assert one.metrics["optimization/loss"] == other.metrics["optimization/loss"]
         assert (
             one.metrics["objective/trained_tokens/count"]
@@ -604,7 +630,8 @@ def test_each_phase_of_opd_then_grpo_equals_the_slow_reference(index: int, objec
         "opd_then_grpo", knobs={"clip_low": 0.0, "clip_high": 0.0}, optimization=SCHEDULE
     )
     case.engine.step = 2 * index
-    batch, wanted = case.engine.make_rollout_batch(index), rollouts_of(case)
+    batch = case.engine.make_rollout_batch(index)
+    wanted = rollouts_of(case)
     assert agree(
         by_engine(case, batch, wanted), by_reference(case, batch, wanted, objective=objective)
     )

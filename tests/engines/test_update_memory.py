@@ -65,7 +65,8 @@ def test_the_gradient_is_that_of_all_logits_by_autograd(
     """Over several micro-batches and tiles, and once more on top of what is in `.grad`."""
     monkeypatch.setitem(LOGITS_PER_TILE, "cpu", 2**10)
     ours, plain = (engine_of(tied=tied, dtype=torch.float64) for _ in range(2))
-    plain.scorer.head, plain.scorer.gradient_in_place = None, nullcontext
+    plain.scorer.head = None
+    plain.scorer.gradient_in_place = nullcontext
     batch = ours.make_rollout_batch(0)
     assert len(ours.scorer.batches(batch.prompts, batch.completions)) > 2
     for engine in (ours, ours, plain):

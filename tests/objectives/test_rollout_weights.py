@@ -101,6 +101,7 @@ def test_refusals():
         inputs_of("trrd", rollout_weights=torch.ones(4, 1))
     with pytest.raises(
         ValueError,
-        match="rollout_weights carries a gradient; only student_logprobs and divergence_to_teacher may",
+        match="rollout_weights carries a gradient; only student_logprobs and "
+        "divergence_to_teacher may",
     ):
         inputs_of("trrd", rollout_weights=torch.ones(4, 5, requires_grad=True))

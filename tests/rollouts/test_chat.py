@@ -213,10 +213,8 @@ def levels(config: dict[str, Any]) -> dict[str, str]:
 
 def test_a_base_student_of_a_chat_teacher(world, tmp_path):
     """What differs is a warning until one of the two remedies is taken."""
-    base, form = (
-        str(world / "base"),
-        {"chat_template": "teacher", "end_token": "<|im_end|>", "template": "{prompt}"},
-    )
+    base = str(world / "base")
+    form = {"chat_template": "teacher", "end_token": "<|im_end|>", "template": "{prompt}"}
     config = run_config(world, tmp_path, student={"model": base})
     differs = {subject for subject, level in levels(config).items() if level == "warning"}
     assert differs == {"end token", "chat template"}
@@ -271,7 +269,8 @@ def asked_of_teacher(
     return values
 
 
-HEAD, TAIL = "<|im_start|> user 1 + 1 = <|im_end|>", "<|im_start|> assistant"
+HEAD = "<|im_start|> user 1 + 1 = <|im_end|>"
+TAIL = "<|im_start|> assistant"
 
 
 @pytest.mark.parametrize(
@@ -315,11 +314,15 @@ def test_the_teacher_scores_the_same_tokens_behind_its_own_prompt(
 
 
 def test_in_a_conversation_the_template_is_the_last_message(world, tmp_path):
-    problem, completion = Problem("shown", "0", "k", messages=CONVERSATION), [4, 3]
+    problem = Problem("shown", "0", "k", messages=CONVERSATION)
+    completion = [4, 3]
     found = asked_of_teacher(
         world, tmp_path, "student", problem, completion, template="{answer} {prompt}"
     )
-    turns = "<|im_start|> system 0 <|im_end|> <|im_start|> user 1 + 1 = <|im_end|> <|im_start|> assistant 2 <|im_end|>"
+    turns = (
+        "<|im_start|> system 0 <|im_end|> <|im_start|> user 1 + 1 = <|im_end|> "
+        "<|im_start|> assistant 2 <|im_end|>"
+    )
     prompt = f"{turns} <|im_start|> user 0 2 + 1 = <|im_end|> {TAIL}"
     torch.testing.assert_close(
         found,
@@ -332,7 +335,8 @@ def test_in_a_conversation_the_template_is_the_last_message(world, tmp_path):
 def test_the_teachers_own_end_is_scored_in_the_place_of_the_students(world, tmp_path):
     """`<eos>` (1) of the student is `<|im_end|>` of the teacher, at the end alone; a completion
     that was cut off has none."""
-    end, teacher = CHAT_WORDS.index("<|im_end|>"), load_language_model(str(world / "teacher"))
+    end = CHAT_WORDS.index("<|im_end|>")
+    teacher = load_language_model(str(world / "teacher"))
     for completion, scored in (
         ([3, 1, 4, 1], [3, 1, 4, end]),
         ([3, 4], [3, 4]),
@@ -425,7 +429,10 @@ TURN = "<|im_start|>user\nWhat is 2 + 3?<|im_end|>\n<|im_start|>assistant\n"
 @smollm2
 def test_smollm2_is_given_its_own_chat_format():
     """Written by hand; the template adds its own system message where there is none."""
-    default = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+    default = (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, "
+        "trained by Hugging Face<|im_end|>\n"
+    )
     assert given(SMOLLM2, "What is 2 + 3?") == default + TURN
     system = given(SMOLLM2, "What is 2 + 3?", system_prompt="Answer in one word.")
     assert system == "<|im_start|>system\nAnswer in one word.<|im_end|>\n" + TURN

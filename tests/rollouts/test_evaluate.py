@@ -83,7 +83,8 @@ def evaluated(world: Path, model: Path, **settings: Any) -> list[ProblemResult]:
 
 
 def test_every_model_gets_the_same_prompts_and_an_equal_one_the_same_completions(world, tmp_path):
-    student, teacher = evaluated(world, world / "student"), evaluated(world, world / "teacher")
+    student = evaluated(world, world / "student")
+    teacher = evaluated(world, world / "teacher")
     assert [(r.index, r.key, r.prompt) for r in student] == [
         (r.index, r.key, r.prompt) for r in teacher
     ]
@@ -104,7 +105,8 @@ def test_temperature_0_gives_every_sample_the_same_completion(world):
 
 def test_evaluate_command(world, tmp_path):
     """Of a model, with JSON and a file of results that agree."""
-    config, output = run_config(world, tmp_path / "run"), tmp_path / "results.jsonl"
+    config = run_config(world, tmp_path / "run")
+    output = tmp_path / "results.jsonl"
     settings = [f"task.{key}={value}" for key, value in config["task"].items() if key != "type"]
     command = [
         "evaluate",
@@ -119,10 +121,8 @@ def test_evaluate_command(world, tmp_path):
     ]
     done = CliRunner().invoke(main, [*command, *settings, "rollout.max_completion_tokens=4"])
     assert done.exit_code == 0, done.output
-    summary, rows = (
-        json.loads(done.stdout),
-        [json.loads(line) for line in output.read_text().splitlines()],
-    )
+    summary = json.loads(done.stdout)
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert (summary["model"], summary["task"], summary["split"]) == (
         str(world / "student"),
         "jsonl",

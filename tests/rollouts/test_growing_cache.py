@@ -14,7 +14,8 @@ def states(rows: int, tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def test_holds_what_a_dynamic_layer_holds_whatever_is_added_or_dropped():
-    ours, theirs = GrowingLayer(), DynamicLayer()
+    ours = GrowingLayer()
+    theirs = DynamicLayer()
     kept = torch.tensor([3, 0, 3])
     for layer in (ours, theirs):
         layer.update(*states(4, 7, seed=0))

@@ -70,7 +70,8 @@ def test_tokens_follow_the_softmax(temperature: float) -> None:
         logits.expand(num_draws, 12), torch.rand(num_draws, generator=generator), temperature
     )
     probs = (logits.double() / temperature).softmax(dim=-1)
-    expected, counts = probs * num_draws, torch.bincount(tokens, minlength=12).double()
+    expected = probs * num_draws
+    counts = torch.bincount(tokens, minlength=12).double()
     assert float(((counts - expected).square() / expected).sum()) < 31.3
     assert torch.allclose(logprobs.double(), probs.log()[tokens], atol=1e-6)
 
@@ -89,7 +90,8 @@ def test_a_logprob_is_finite_whatever_underflows_and_nan_stays() -> None:
 
 def test_rows_are_picked_alike_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
-    logits, uniforms = torch.randn(50, 40, generator=generator), torch.rand(50, generator=generator)
+    logits = torch.randn(50, 40, generator=generator)
+    uniforms = torch.rand(50, generator=generator)
     whole = pick_tokens(logits, uniforms, 0.7)
     monkeypatch.setitem(LOGITS_PER_CHUNK, "cpu", 16 * 40)
     with LargestTensor() as largest:
@@ -173,10 +175,8 @@ def test_padding_stays_out_of_a_recurrent_state() -> None:
         "lru_width": 32,
         "attention_window_size": 8,
     }
-    model, prompts = (
-        tiny_language_model("recurrent_gemma", **settings),
-        random_tokens(7, 3, 12, seed=1),
-    )
+    model = tiny_language_model("recurrent_gemma", **settings)
+    prompts = random_tokens(7, 3, 12, seed=1)
     completions = list(chain(*completions_of(model, prompts)))
     repeated = [prompt for prompt in prompts for _ in range(3)]
     scores = Scorer(model, temperature=1.0, tokens_per_batch=60).score(
@@ -345,7 +345,8 @@ def test_each_group_is_handed_on_once_and_whole(family: str, max_batch_rows: int
 
 
 def test_a_group_is_handed_on_when_its_last_completion_ends() -> None:
-    num_steps, steps_at = 0, {}
+    num_steps = 0
+    steps_at = {}
 
     def count() -> None:
         nonlocal num_steps

@@ -92,7 +92,8 @@ def test_interrupted_again_and_again(world, tmp_path, uninterrupted, stop_at):
     """Each session is a little longer than a rollout batch and its first update."""
     config = run_config(world, tmp_path / "run", **SECTIONS)
     stop_at(30)
-    num_sessions, is_finished = 0, False
+    num_sessions = 0
+    is_finished = False
     while not is_finished:
         try:
             rlad.train(config, resume=num_sessions > 0)
@@ -213,7 +214,8 @@ def die_at_change(config: dict[str, Any], at: int) -> int:
 
 def test_killed_at_any_change_of_the_run_directory(world, tmp_path, uninterrupted, monkeypatch):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    code, at = 137, 1
+    code = 137
+    at = 1
     while code == 137:
         run_dir = tmp_path / str(at) / "run"
         config = run_config(world, run_dir, **SECTIONS)
@@ -317,7 +319,8 @@ def dies_in(config: dict[str, Any], method: str, *, at: int) -> bool:
     process = os.fork()
     if process:
         return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 137
-    num_calls, original = 0, getattr(NativeEngine, method)
+    num_calls = 0
+    original = getattr(NativeEngine, method)
 
     def dying(*args: Any, **kwargs: Any) -> Any:
         nonlocal num_calls
@@ -395,7 +398,8 @@ def test_more_steps_with_a_constant_schedule_equal_a_longer_run(world, tmp_path)
     short["optimization"]["num_steps"] = 8
     rlad.train(short, resume=True)
     rlad.train(long)
-    found, wanted = remains(tmp_path / "short" / "run"), remains(tmp_path / "long" / "run")
+    found = remains(tmp_path / "short" / "run")
+    wanted = remains(tmp_path / "long" / "run")
     for name in (
         "metrics.jsonl",
         "samples.jsonl",

@@ -164,7 +164,8 @@ def scan(file: Path) -> list[Any]:
         if (left := 32768 - at % 32768) < 7:
             at += left
             continue
-        length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+        length = int.from_bytes(content[at + 4 : at + 6], "little")
+        kind = content[at + 6]
         pieces += content[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # whole, or the last of several pieces

@@ -129,7 +129,8 @@ def test_a_higher_limit_goes_on_to_the_same_end(world, tmp_path, whole):
     rlad.train(config)
     del config["optimization"]["max_teacher_tokens"]
     rlad.train(config, resume=True)
-    found, wanted = remains(tmp_path / "run"), remains(whole)
+    found = remains(tmp_path / "run")
+    wanted = remains(whole)
     for name in (
         "metrics.jsonl",
         "samples.jsonl",
@@ -295,13 +296,12 @@ def weights_of_teacher(world: Path, **settings: Any) -> dict[str, torch.Tensor]:
 
 def test_random_weights_are_those_of_the_seed_and_not_the_model_s(world):
     teacher = {"random_weights": True}
-    pretrained, random = weights_of_teacher(world), weights_of_teacher(world, teacher=teacher)
+    pretrained = weights_of_teacher(world)
+    random = weights_of_teacher(world, teacher=teacher)
     torch.manual_seed(99)
     state = torch.random.get_rng_state()
-    again, other = (
-        weights_of_teacher(world, teacher=teacher),
-        weights_of_teacher(world, teacher=teacher, seed=1),
-    )
+    again = weights_of_teacher(world, teacher=teacher)
+    other = weights_of_teacher(world, teacher=teacher, seed=1)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert {k: v.shape for k, v in random.items()} == {k: v.shape for k, v in pretrained.items()}
     assert all(torch.equal(random[name], again[name]) for name in random)

@@ -57,7 +57,8 @@ class TokenStats:
                 "objective/ratio/max": float(column["ratio"].max()),
             }
         if "gated_positive" in column:
-            positive, negative = column["advantages"] > 0, column["advantages"] < 0
+            positive = column["advantages"] > 0
+            negative = column["advantages"] < 0
             metrics["objective/gated_positive/frac"] = _mean(column["gated_positive"][positive])
             metrics["objective/gated_negative/frac"] = _mean(column["gated_negative"][negative])
         if "clamped" in column:

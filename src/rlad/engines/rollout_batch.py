@@ -85,7 +85,8 @@ class RolloutBatch:
 
         Rows that were not scored, as they contribute nothing, count in full.
         """
-        counted, result = self.counted.tolist(), []
+        counted = self.counted.tolist()
+        result = []
         for i in (i for i in wanted if counted[i]):
             tokens = torch.ones(len(self.completions[i]), dtype=torch.bool)
             for values in (self.teacher_logprobs, self.reference_logprobs, self.old_logprobs):
@@ -96,12 +97,14 @@ class RolloutBatch:
 
     def loss_inputs(self, part: Sequence[int], scores: CompletionScores) -> LossInputs:
         """The tensors of the rollouts `part`, given the student's scores of them."""
-        student, rows = scores.logprobs, torch.tensor(part)
+        student = scores.logprobs
+        rows = torch.tensor(part)
 
         def chosen(values: list[Tensor] | None) -> Tensor | None:
             return None if values is None else padded([values[i] for i in part], student)
 
-        old, token_advantages = chosen(self.old_logprobs), chosen(self.token_advantages)
+        old = chosen(self.old_logprobs)
+        token_advantages = chosen(self.token_advantages)
         if token_advantages is None:
             advantages = self.advantages[rows].to(student)
         else:

@@ -42,7 +42,8 @@ def evaluate(
 
 
 def _result(group: RolloutGroup) -> ProblemResult:
-    problem, rollouts = group.problem, group.rollouts
+    problem = group.problem
+    rollouts = group.rollouts
     verdicts = [rollout.verdict for rollout in rollouts]
     num_tokens = sum(len(rollout.completion.token_ids) for rollout in rollouts)
     return ProblemResult(

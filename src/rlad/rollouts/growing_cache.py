@@ -52,8 +52,10 @@ class GrowingLayer(DynamicLayer):
         """Copy what is held, or some rows of it, to buffers with room for `num_tokens` and some
         more."""
         assert self.keys is not None and self.values is not None
-        held, length = (self.keys, self.values), self.keys.shape[-2]
-        num_rows, size = len(self.keys) if rows is None else len(rows), room_for(num_tokens)
+        held = (self.keys, self.values)
+        length = self.keys.shape[-2]
+        num_rows = len(self.keys) if rows is None else len(rows)
+        size = room_for(num_tokens)
         self.buffers = [
             states.new_empty(num_rows, states.shape[1], size, states.shape[-1]) for states in held
         ]

@@ -140,7 +140,9 @@ def longest_prompt(
 
     Raises `UserError` when one leaves no room for its completion.
     """
-    loop, rollout, evaluation = config.optimization, config.rollout, config.evaluation
+    loop = config.optimization
+    rollout = config.rollout
+    evaluation = config.evaluation
     num_batches = -(-loop.num_steps // loop.steps_per_rollout_batch)
     wanted: list[tuple[str, Task, Split, int]] = [
         ("train", task, "train", num_batches * rollout.prompts_per_batch),

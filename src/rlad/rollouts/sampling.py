@@ -131,7 +131,9 @@ class _Groups:
         group_size: int,
         after_group: Callable[[int, list[Completion]], None],
     ):
-        self._model, self._size, self._after_group = language_model, group_size, after_group
+        self._model = language_model
+        self._size = group_size
+        self._after_group = after_group
         self._ended: list[dict[int, Completion]] = [{} for _ in range(num_groups)]
 
     @property
@@ -199,7 +201,8 @@ def _decode(
     Each prompt is prefilled once; row `i` continues prompt `owners[i]`. Finished rows leave the
     batch.
     """
-    model, eos = language_model.model, torch.tensor(language_model.eos_token_ids, device=ids.device)
+    model = language_model.model
+    eos = torch.tensor(language_model.eos_token_ids, device=ids.device)
     num_rows, max_tokens = uniforms.shape
     tokens_out = torch.full((num_rows, max_tokens), language_model.pad_token_id, device=ids.device)
     logprobs_out = torch.zeros(num_rows, max_tokens, device=ids.device)
@@ -210,7 +213,8 @@ def _decode(
         input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0)
     ).logits
     cache.batch_select_indices(owners)
-    logits, mask = logits[owners, -1], mask[owners]
+    logits = logits[owners, -1]
+    mask = mask[owners]
     # Which output row each row of the batch belongs to, and whether it is still to be continued.
     rows = torch.arange(num_rows, device=ids.device)
     alive = torch.ones(num_rows, dtype=torch.bool, device=ids.device)
@@ -234,8 +238,10 @@ def _decode(
         if num_alive <= (1 - _COMPACT_SHARE) * len(rows):
             kept = alive.nonzero().squeeze(1)
             cache.batch_select_indices(kept)
-            rows, tokens = rows[kept], tokens[kept]
-            mask, alive = mask[kept], alive[kept]
+            rows = rows[kept]
+            tokens = tokens[kept]
+            mask = mask[kept]
+            alive = alive[kept]
         before_token()
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         positions = mask.sum(dim=1, keepdim=True) - 1
@@ -249,7 +255,9 @@ class _PickTokens(LogitsProcessor):
     be."""
 
     def __init__(self, uniforms: Tensor, temperature: float, before_token: Callable[[], None]):
-        self.uniforms, self.temperature, self.before_token = uniforms, temperature, before_token
+        self.uniforms = uniforms
+        self.temperature = temperature
+        self.before_token = before_token
         self.logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

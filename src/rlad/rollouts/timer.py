@@ -14,7 +14,8 @@ class Timer:
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
         key = f"time/{part}/seconds"
-        started, counted = time.monotonic(), sum(self.seconds.values())
+        started = time.monotonic()
+        counted = sum(self.seconds.values())
         yield
         inner = sum(self.seconds.values()) - counted
         own = time.monotonic() - started - inner

@@ -46,7 +46,9 @@ class Recorder:
         reporters: Sequence[Reporter],
         tokenizer: PreTrainedTokenizerBase,
     ):
-        self.config, self.run, self.reporters = config, run, reporters
+        self.config = config
+        self.run = run
+        self.reporters = reporters
         self._decode = tokenizer.decode
         self._guards = Watch(config)
         self._saved_at = math.inf
@@ -103,7 +105,8 @@ class Recorder:
             self.run.delete(old.with_suffix(".safetensors").name)
 
     def _require_few_skipped(self, step: int) -> None:
-        most, number = self.config.optimization.max_skipped_steps, self._guards.skipped_in_a_row
+        most = self.config.optimization.max_skipped_steps
+        number = self._guards.skipped_in_a_row
         if number >= most:
             raise RunFailedError(
                 f"step {step}: loss or gradient was not finite in {number} steps in a row, which "
@@ -144,7 +147,8 @@ class Recorder:
 
     def save(self, engine: Engine) -> None:
         """Write a checkpoint of the present state, unless there is one."""
-        step, digest = engine.step, self.config.digest
+        step = engine.step
+        digest = self.config.digest
         with_rollouts = engine.resume_point == "rollouts"
         path = self.run.checkpoint(step, with_rollouts=with_rollouts)
         if not path.is_dir():

@@ -92,7 +92,8 @@ def train(
 
 
 def _train(config: RunConfig, *, resume: bool, overwrite: bool, reporter: Reporter) -> TrainResult:
-    run, stop = RunDirectory(config.directory), Stop()
+    run = RunDirectory(config.directory)
+    stop = Stop()
     stored = _stored_config(run, config) if resume else None
     if stored is None:
         run.require_free(overwrite=overwrite)
@@ -152,7 +153,10 @@ class Training:
         stop: Stop,
         checkpoint: Path | None,
     ):
-        self.config, self.task, self.ood_task, self.stop = config, task, ood_task, stop
+        self.config = config
+        self.task = task
+        self.ood_task = ood_task
+        self.stop = stop
         self.budget = Budget(config.optimization)
         require_working_verifier(task)
         with _resuming(checkpoint):
@@ -188,7 +192,8 @@ class Training:
 
     def _train(self, recorder: Recorder) -> None:
         """Validate, step, record, save: to the last step, or until the budget is used up."""
-        every, num_steps = self.config.evaluation.every_steps, self.config.optimization.num_steps
+        every = self.config.evaluation.every_steps
+        num_steps = self.config.optimization.num_steps
 
         def validate_if_due() -> None:
             step = self.engine.step

@@ -153,7 +153,9 @@ class Trackers(Reporter):
     """
 
     def __init__(self, config: RunConfig, run: RunDirectory, *, resumed_at: int | None):
-        self.config, self.run, self.resumed_at = config, run, resumed_at
+        self.config = config
+        self.run = run
+        self.resumed_at = resumed_at
         self.trackers: dict[str, Tracker] = {}
         self.seen = {(row["split"], row["step"]) for row in run.read(EVAL)}
         """the evaluations that were recorded, and sent, before an interruption"""

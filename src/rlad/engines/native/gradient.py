@@ -48,10 +48,15 @@ class LossGradient:
     ):
         """`scorer` is the student's; the teacher is asked here by an objective that compares whole
         distributions."""
-        self.config, self.objective, self.step = config, objective, step
-        self.scorer, self.teacher, self.before_work = scorer, teacher, before_work
+        self.config = config
+        self.objective = objective
+        self.step = step
+        self.scorer = scorer
+        self.teacher = teacher
+        self.before_work = before_work
         self.parameters = trained_parameters(scorer.language_model)
-        self.row, self.knobs = OBJECTIVES[objective.type], objective.knobs_at(step)
+        self.row = OBJECTIVES[objective.type]
+        self.knobs = objective.knobs_at(step)
 
     def accumulate(
         self,

@@ -71,7 +71,10 @@ class NativeEngine:
         may be its own: its base weights are the initial student.
         """
         loop = config.optimization
-        self.config, self.student, self.task, self.teacher = config, student, task, teacher
+        self.config = config
+        self.student = student
+        self.task = task
+        self.teacher = teacher
         self.before_work = before_work
         self.step = 0
         self.pending: RolloutBatch | None = None
@@ -113,7 +116,8 @@ class NativeEngine:
             if self.pending is None:
                 self.pending = self.make_rollout_batch(self.step // per_batch)
                 self.before_work()
-            batch, part = self.pending, self.step % per_batch
+            batch = self.pending
+            part = self.step % per_batch
             started = time.monotonic()
             prompts = self.minibatch(batch.index, part)
             imitation = ImitationMap(prompts[0] * batch.group_size, batch.group_size)
@@ -201,7 +205,8 @@ class NativeEngine:
     def objective_at(self, batch_index: int) -> Any:
         """The config of the objective that a rollout batch is for: of the run's, the one whose turn
         it is."""
-        objective, loop = self.config.objective, self.config.optimization
+        objective = self.config.objective
+        loop = self.config.optimization
         return objective.at_step(batch_index * loop.steps_per_rollout_batch, loop.num_steps)
 
     # --- rollouts ---------------------------------------------------------------------------------
@@ -357,7 +362,8 @@ class NativeEngine:
         When loss or gradient is not finite the step is skipped: weights, moments and teacher stay
         as they are, and the learning rate moves on, which is a function of the step's number.
         """
-        size, stats = batch.group_size, TokenStats()
+        size = batch.group_size
+        stats = TokenStats()
         wanted = [i for p in prompts for i in range(p * size, (p + 1) * size)]
         loss = self.accumulate_gradient(batch, wanted, stats, imitation)
         norm = float(
