@@ -167,7 +167,7 @@ def test_check_finds_gsm8k_among_the_training_problems(tmp_path):
         if f.subject == "held-out problems"
     ]
     assert finding.level == "warning" and finding.message.startswith(
-        "1 of 1359 stand among the 51 training problems (0 as"
+        "1 of 1359 are among the 51 training problems (0 as"
     )
 
 
