@@ -95,6 +95,7 @@ def evaluate_run_or_model(
 def _config_and_model(run_or_model: str, overrides: Sequence[str]) -> tuple[RunConfig, str]:
     """Return the config and the model: of a run its best checkpoint, of a checkpoint its run's
     config, of an embedded model that of the example."""
+    # Four things may be meant: a run, one of its checkpoints, an embedded model, any other model.
     path = Path(run_or_model)
     if RunDirectory(path).exists():
         return load_config(path, overrides), str(RunDirectory(path).best_checkpoint()[1])

@@ -85,6 +85,7 @@ def prepare(name: str, source: Path | None, console: Console | None = None) -> P
             f"--source is for models of a Python package ({', '.join(PACKAGED)}); leave it out for "
             f"{name!r}."
         )
+    # From what costs nothing to what must be fetched.
     if name in EMBEDDED:
         folder = EMBEDDED[name]
     elif packaged is not None:

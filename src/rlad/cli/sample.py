@@ -44,6 +44,7 @@ def preview(config: RunConfig, *, num_prompts: int) -> list[Row]:
     The student is the last checkpoint in the config's run directory when that holds this very run,
     else the initial student.
     """
+    # A run directory of the same settings holds a student that is further on.
     run = RunDirectory(config.directory)
     is_this_run = run.exists() and load_config(run.path).digest == config.digest
     has_checkpoint = is_this_run and run.checkpoints()

@@ -131,19 +131,18 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     load_model_config(name)
     where = name if has_tokenizer(name) else files_of(name)
+    tokenizer: Any = None
+    problem = "it is empty"
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
     except _UNUSABLE_FILES as error:
         _refuse_code(name, error)
+        problem = _first_line(error)
+    if not tokenizer:  # none, or one of no tokens
         raise UserError(
-            f"no tokenizer can be loaded from {name!r} ({_first_line(error)}); a model folder "
-            "needs tokenizer.json or the tokenizer files of its family: save the tokenizer beside "
-            "the model with `tokenizer.save_pretrained(folder)`."
-        ) from None
-    if not len(tokenizer):
-        raise UserError(
-            f"the tokenizer of {name!r} is empty; save the right one beside the model with "
-            "`tokenizer.save_pretrained(folder)`."
+            f"no tokenizer can be loaded from {name!r} ({problem}); a model folder needs "
+            "tokenizer.json or the tokenizer files of its family: save the tokenizer beside the "
+            "model with `tokenizer.save_pretrained(folder)`."
         )
     return tokenizer
 

@@ -36,7 +36,8 @@ def generalised_jsd(
         return _times(teacher_probs, teacher - student), -teacher_probs
     if beta == 1:
         terms = _times(student_probs, student - teacher)
-        return terms, terms + student_probs
+        return terms, terms + student_probs  # d(p log p/q) / d log p
+    # log m, computed from the logarithms: no probability is too small for it.
     mixture = torch.logaddexp(teacher + math.log(beta), student + math.log(1 - beta))
     of_teacher = beta * _times(teacher_probs, teacher - mixture)
     of_student = (1 - beta) * _times(student_probs, student - mixture)

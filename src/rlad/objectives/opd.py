@@ -23,6 +23,7 @@ def opd_loss(
     student, old, teacher = (
         clean(x, kept) for x in (student_logprobs, old_logprobs, teacher_logprobs)
     )
+    # With a constant advantage, the gradient is that of a policy gradient on A_t.
     ratio = (student - old.detach()).exp()
     return -clean(ratio * (teacher - old).detach(), kept), {
         "ratio": ratio.detach(),

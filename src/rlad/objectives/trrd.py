@@ -46,6 +46,7 @@ def trrd_loss(
         clean(x, kept) for x in (student_logprobs, old_logprobs, teacher_logprobs)
     )
 
+    # The clamp bounds what one token's teacher can do to the ratio; c = inf is no clamp.
     log_ratio_to_teacher = student - teacher
     c = float("inf") if teacher_log_ratio_clip is None else teacher_log_ratio_clip
     log_ratio = alpha * (student - old) + (1 - alpha) * log_ratio_to_teacher.clamp(-c, c)
