@@ -18,7 +18,7 @@ from rlad.config.teacher import (
     single_teachers,
 )
 from rlad.engines.base import StepResult
-from rlad.engines.make import make_engine
+from rlad.engines.native import make_engine
 from rlad.findings import Finding
 from rlad.models.loading import LanguageModel
 from rlad.models.student import load_student

@@ -9,10 +9,20 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+from torch import Tensor
 
-from rlad.engines.skipped_steps import SkippedBatch
 from rlad.models.loading import LanguageModel
 from rlad.rollouts.types import Metrics, RolloutGroup
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedBatch:
+    """What a skipped step was made on, for whoever looks for the reason."""
+
+    groups: Sequence[RolloutGroup]
+    """of the whole rollout batch"""
+    tensors: Mapping[str, Tensor]
+    """scores of its rollouts by name, one after the other; empty where the engine keeps none"""
 
 
 @dataclass(frozen=True, slots=True)

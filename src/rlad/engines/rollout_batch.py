@@ -103,6 +103,7 @@ class RolloutBatch:
         def chosen(values: list[Tensor] | None) -> Tensor | None:
             return None if values is None else padded([values[i] for i in part], student)
 
+        # Where the student has not moved since it sampled, it is the old policy.
         old = chosen(self.old_logprobs)
         token_advantages = chosen(self.token_advantages)
         if token_advantages is None:
@@ -127,6 +128,7 @@ class RolloutBatch:
 
     def _teacher_request(self, group_number: int, place: int) -> TeacherRequest:
         group = self.groups[group_number]
+        # A privileged teacher may be shown the correct answer of another rollout, never this one's.
         correct_others = (
             rollout.text
             for i, rollout in enumerate(group.rollouts)

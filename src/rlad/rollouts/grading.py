@@ -3,16 +3,35 @@
 Training, evaluation, `rlad sample` and `rlad check` all come through here.
 """
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from rlad.config.run import RolloutConfig
 from rlad.models.loading import LanguageModel
 from rlad.rollouts.prompts import check_prompt_length, prompt_token_ids
 from rlad.rollouts.sampling import sample
-from rlad.rollouts.timer import Timer
 from rlad.rollouts.types import Completion, Rollout, RolloutGroup
 from rlad.tasks import Split, Task
 from rlad.tasks.base import judge_completion, require_reward_in_range
+
+
+class Timer:
+    """Seconds by part. Time of a part within another one counts for the inner one alone."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        key = f"time/{part}/seconds"
+        started = time.monotonic()
+        counted = sum(self.seconds.values())
+        yield
+        # What inner parts have counted meanwhile is theirs.
+        inner = sum(self.seconds.values()) - counted
+        own = time.monotonic() - started - inner
+        self.seconds[key] = self.seconds.get(key, 0.0) + own
 
 
 def graded_groups(

@@ -38,10 +38,13 @@ class GrowingLayer(DynamicLayer):
         end = start + key_states.shape[-2]
         if not self.buffers:
             self.keys, self.values = (states[:, :, :0] for states in (key_states, value_states))
+        # Buffers that are full are replaced by larger ones, a quarter at a time, so a token's share
+        # of all copying is small however long the completion is.
         if not self.buffers or end > self.buffers[0].shape[-2]:
             self._move(rows=None, num_tokens=end)
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[:, :, start:end] = states
+        # transformers reads the front of the buffers: views, nothing is copied.
         self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
         return self.keys, self.values
 

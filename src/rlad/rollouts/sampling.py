@@ -51,6 +51,7 @@ def pick_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[T
 
 
 def _pick(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    # The token whose slice of the cumulative distribution holds the uniform number.
     probs = torch.softmax(logits.float() / (temperature or 1.0), dim=-1)
     if temperature == 0:
         tokens = logits.argmax(dim=-1)
@@ -96,6 +97,8 @@ def sample(
             "a prompt has no tokens, so there is nothing to predict the first token from; give "
             "every prompt some text."
         )
+    # All uniform numbers are drawn before anything is decoded, so a row's do not depend on the
+    # batch that it is decoded in.
     device = language_model.model.device
     prompt_of_row = [p for p in range(len(prompts)) for _ in range(group_size)]
     generator = torch.Generator().manual_seed(seed)
@@ -208,6 +211,8 @@ def _decode(
     logprobs_out = torch.zeros(num_rows, max_tokens, device=ids.device)
     cache = growing_cache(model.config)
     forward = partial(model, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    # Each prompt goes through the model once. Then its keys and values are copied for all rows of
+    # its group, and each row continues by itself.
     before_token()
     logits = forward(
         input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -221,6 +226,7 @@ def _decode(
     num_alive = num_rows
     for step in range(max_tokens):
         tokens, logprobs = pick_tokens(logits, uniforms[rows, step], temperature)
+        # A row that has ended is decoded until it is dropped; what it writes then is not read.
         tokens_out[rows, step] = tokens
         logprobs_out[rows, step] = logprobs
         ends = alive & torch.isin(tokens, eos) if step < max_tokens - 1 else alive
@@ -234,7 +240,8 @@ def _decode(
             )
         if num_alive == 0:
             break
-        # Where many rows have finished, the decode the others without them.
+        # Once many rows have finished, drop them from the batch. A row keeps its uniform numbers,
+        # so the others' tokens do not change.
         if num_alive <= (1 - _COMPACT_SHARE) * len(rows):
             kept = alive.nonzero().squeeze(1)
             cache.batch_select_indices(kept)
@@ -297,6 +304,7 @@ def _generate(
     # penalty: the log-probs would no longer be those of the model.
     own = model.generation_config
     model.generation_config = GenerationConfig()
+    # One call for each length of prompt; its rows need no padding then.
     lengths = mask.sum(dim=1)[owners]
     try:
         for length in lengths.unique().tolist():

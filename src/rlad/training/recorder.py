@@ -11,8 +11,7 @@ from safetensors.torch import save
 from transformers import PreTrainedTokenizerBase
 
 from rlad.config.run import RunConfig
-from rlad.engines.base import Engine, StepResult
-from rlad.engines.skipped_steps import SkippedBatch
+from rlad.engines.base import Engine, SkippedBatch, StepResult
 from rlad.errors import RunFailedError
 from rlad.runs.curve import CURVE, draw_curve
 from rlad.runs.directory import (
@@ -33,10 +32,34 @@ from rlad.training.reporter import Reporter
 
 
 class Recorder:
+    """What is called while a run trains; by itself it does nothing.
+
+    Nothing but a recorder writes, so a process that is to write nothing (another rank of a run) is
+    given this one.
+    """
+
+    def phase(self, name: str) -> None: ...
+    def step(self, result: StepResult, *, may_stop: bool) -> None: ...
+
+    def estimate(self, name: EvaluationSet, step: int) -> Estimate | None:
+        return None
+
+    def evaluated(
+        self, name: EvaluationSet, step: int, results: Sequence[ProblemResult]
+    ) -> Estimate:
+        return pass_at_1(results)
+
+    def report_evaluation(self, name: EvaluationSet, step: int, estimate: Estimate) -> None: ...
+    def finish(self, before: Estimate, after: Estimate) -> None: ...
+    def save(self, engine: Engine) -> None: ...
+    def save_if_due(self, engine: Engine) -> None: ...
+    def prune(self) -> None: ...
+
+
+class RunRecorder(Recorder):
     """Writes what happens in a run into its directory, then calls the reporters.
 
-    A new recorder continues after the steps that the directory holds. Nothing but a recorder writes
-    while a run trains, so that another process of the same run may do without one.
+    A new recorder continues after the steps that the directory holds.
     """
 
     def __init__(
@@ -52,6 +75,7 @@ class Recorder:
         self._decode = tokenizer.decode
         self._guards = Watch(config)
         self._saved_at = math.inf
+        # The guards look back over many steps: a resumed run's see those before it again.
         for row in run.read(METRICS):
             self._guards.see(row)
 

@@ -13,7 +13,7 @@ from typing import Any
 from rlad.config.file import dump_config, load_config, parse_config
 from rlad.config.run import RunConfig
 from rlad.engines.base import StepResult
-from rlad.engines.make import make_engine
+from rlad.engines.native import make_engine
 from rlad.errors import RladError, UserError
 from rlad.models.student import load_student
 from rlad.rollouts.evaluation import evaluate
@@ -36,7 +36,7 @@ from rlad.tasks.several import require_working_verifier
 from rlad.training.budget import Budget
 from rlad.training.console import shown
 from rlad.training.environment import describe_environment, note_resumption
-from rlad.training.recorder import Recorder, recorded_estimate
+from rlad.training.recorder import Recorder, RunRecorder, recorded_estimate
 from rlad.training.reporter import Reporter
 from rlad.training.trackers import Trackers, require_trackers
 
@@ -135,15 +135,14 @@ def _train(config: RunConfig, *, resume: bool, overwrite: bool, reporter: Report
 
         resumed_at = training.engine.step if checkpoint else None
         trackers = held.enter_context(Trackers(config, run, resumed_at=resumed_at))
-        recorder = Recorder(config, run, (trackers, reporter), training.student.tokenizer)
+        for row in run.read(METRICS):
+            training.budget.use(row)
+        recorder = RunRecorder(config, run, (trackers, reporter), training.student.tokenizer)
         return training.finish(recorder)
 
 
 class Training:
     """One run: its models, tasks and engine."""
-
-    recorder: Recorder | None = None
-    """from when training begins"""
 
     def __init__(
         self,
@@ -158,6 +157,7 @@ class Training:
         self.ood_task = ood_task
         self.stop = stop
         self.budget = Budget(config.optimization)
+        self.recorder = Recorder()
         require_working_verifier(task)
         with _resuming(checkpoint):
             self.student = load_student(config, checkpoint)
@@ -171,8 +171,6 @@ class Training:
         """Run to the end, or to a checkpoint and `StopRequested`."""
         self.recorder = recorder
         started = time.monotonic()
-        for row in recorder.run.read(METRICS):
-            self.budget.use(row)
         try:
             recorder.save(self.engine)  # before the first row, so that no row lacks a checkpoint
             is_new = self.engine.step == 0
@@ -188,7 +186,7 @@ class Training:
             raise
         assert before is not None, "a run without it is not resumed"
         recorder.finish(before, after)
-        return TrainResult(recorder.run.path, before, after, time.monotonic() - started)
+        return TrainResult(self.config.directory, before, after, time.monotonic() - started)
 
     def _train(self, recorder: Recorder) -> None:
         """Validate, step, record, save: to the last step, or until the budget is used up."""
@@ -251,8 +249,7 @@ class Training:
     def _before_work(self) -> None:
         """Is called before every piece of work, between which nothing is half done."""
         self.stop.check()
-        if self.recorder is not None:
-            self.recorder.save_if_due(self.engine)
+        self.recorder.save_if_due(self.engine)
 
 
 def how_to_resume(config: RunConfig) -> str:

@@ -47,6 +47,8 @@ class EngineState:
 
 def save_state(state: EngineState, folder: Path, *, run_digest: str) -> None:
     """Write a state into a model's folder; `run_digest` names the run it belongs to."""
+    # safetensors holds one flat table of tensors: a moment's key is the number of its parameter
+    # and its name in the optimiser, such as "3.exp_avg".
     (folder / "trainer").mkdir()
     moments = {
         f"{index}.{name}": value.contiguous()
@@ -64,6 +66,8 @@ def save_state(state: EngineState, folder: Path, *, run_digest: str) -> None:
         "teacher_moves": bool(state.teacher),
         "pending": None,
     }
+    # Steps that are still to be made on a rollout batch use its completions and scores as they
+    # were sampled: the student has moved since, and would write others.
     if state.pending is not None:
         saved["pending"] = {
             "index": state.pending.index,
@@ -125,6 +129,7 @@ def _readable() -> Iterator[None]:
 def batch_tensors(batch: RolloutBatch) -> dict[str, Tensor]:
     """Advantages and scores by name: rollouts one after the other, and the lengths of their
     rows."""
+    # Rows differ in length, so they are one long row and the lengths to cut it by.
     tensors = {"advantages": batch.advantages}
     for name in _SCORES:
         rows = getattr(batch, name)

@@ -14,7 +14,7 @@ from rlad.config.types import at_step
 from rlad.engines.imitation import ImitationMap
 from rlad.engines.metrics import TokenStats
 from rlad.engines.rollout_batch import RolloutBatch, padded
-from rlad.engines.skipped_steps import require_sound_weights
+from rlad.errors import RunFailedError
 from rlad.models.loading import LanguageModel
 from rlad.objectives import OBJECTIVES, taken_by, token_loss
 from rlad.objectives.aggregate import aggregate, denominator
@@ -70,6 +70,8 @@ class LossGradient:
         The denominator is that of all of them, so neither micro-batches nor left-out rows change
         the result. The loss is NaN where the student's own log-probs are not finite.
         """
+        # The denominator counts every token that could train, also of rollouts that contribute
+        # nothing and are left out below: leaving them out only saves time.
         trains = set(batch.training_rows)
         rows = [i for i in wanted if i in trains]
         stats.scored_share = len(rows) / len(wanted)
@@ -91,6 +93,7 @@ class LossGradient:
                 self.before_work()
                 part = [rows[i] for i in micro]
                 loss = self._add(batch, part, whole, stats, imitation)
+                # Without a finite loss the step is skipped, and the others are not made.
                 total += math.nan if loss is None else loss
                 if loss is None:
                     break
@@ -117,10 +120,13 @@ class LossGradient:
         or None where the student's log-probs are not finite."""
         settings = self.config.optimization
         sequences = batch.sequences(part)
+        # The output layer and the embeddings are the largest matrices by far. Their gradients are
+        # added to `.grad` as they come, so that no second matrix of that size exists.
         with self.scorer.gradient_in_place():
             scores = self.scorer(*sequences, divergence=self._divergence(sequences))
         if not torch.isfinite(scores.logprobs).all():
-            require_sound_weights(self.step + 1, self.parameters)
+            # With sound weights the batch has overflowed, and the step is skipped.
+            self._require_sound_weights()
             return None
         if scores.divergence is not None:
             self._count_missing(scores, stats)
@@ -140,6 +146,14 @@ class LossGradient:
         if imitation is not None:
             imitation.add(part, inputs, token_stats)
         return float(loss.detach())
+
+    def _require_sound_weights(self) -> None:
+        if not all(bool(parameter.isfinite().all()) for parameter in self.parameters):
+            raise RunFailedError(
+                f"step {self.step + 1}: the student's own log-probs are not finite; its weights "
+                "are broken: start a new run with a lower optimization.learning_rate, from an "
+                "earlier checkpoint as student.model."
+            )
 
     @property
     def _local_teacher(self) -> LocalTeacher:

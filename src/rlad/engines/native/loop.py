@@ -20,25 +20,18 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import get_scheduler
 
 from rlad.config.run import RunConfig
-from rlad.engines.base import ResumePoint, StepResult, peak_memory
+from rlad.engines.base import ResumePoint, SkippedBatch, StepResult, peak_memory
 from rlad.engines.imitation import ImitationMap
 from rlad.engines.metrics import TokenStats, rollout_metrics
 from rlad.engines.native.checkpoint import EngineState, batch_tensors, load_state, save_state
 from rlad.engines.native.gradient import LossGradient, trained_parameters
 from rlad.engines.native.overlap import AskedAhead
 from rlad.engines.rollout_batch import RolloutBatch
-from rlad.engines.skipped_steps import (
-    SKIPPED,
-    SkippedBatch,
-    drop_gradient,
-    metrics_of_skipped,
-)
 from rlad.errors import UserError
 from rlad.models.loading import LanguageModel, save_model
 from rlad.objectives import OBJECTIVES, taken_by
 from rlad.objectives.advantages import group_advantages
-from rlad.rollouts.grading import graded_groups
-from rlad.rollouts.timer import Timer
+from rlad.rollouts.grading import Timer, graded_groups
 from rlad.rollouts.types import Metrics, RolloutGroup
 from rlad.scoring.scorer import Scorer
 from rlad.seeds import stream_seed
@@ -48,6 +41,7 @@ from rlad.teachers.asking import complete_logprobs
 from rlad.teachers.base import Teacher
 from rlad.teachers.local import LocalTeacher
 
+SKIPPED = "optimization/skipped/count"
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
 
@@ -116,6 +110,8 @@ class NativeEngine:
             if self.pending is None:
                 self.pending = self.make_rollout_batch(self.step // per_batch)
                 self.before_work()
+            # A rollout batch serves `per_batch` steps, each on other prompts. What is measured
+            # of the batch as a whole is reported with the first of them.
             batch = self.pending
             part = self.step % per_batch
             started = time.monotonic()
@@ -176,6 +172,7 @@ class NativeEngine:
             )
         if self.teacher is not None:
             self.teacher.load_state(state.teacher)
+        # Nothing random is restored: seeds and problems follow from the step's number.
         self.step = state.step
         self.scheduler.load_state_dict(state.scheduler)
         # The optimiser of a new engine is at the first learning rate of the schedule.
@@ -183,6 +180,7 @@ class NativeEngine:
         for group, learning_rate in zip(groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = learning_rate
         self.optimizer.load_state_dict({"state": state.moments, "param_groups": groups})
+        # What trains of a batch follows from its verdicts and advantages; it is not stored.
         self.pending = state.pending
         if self.pending is not None:
             self.choose_what_trains(self.pending)
@@ -214,9 +212,9 @@ class NativeEngine:
     def make_rollout_batch(self, index: int) -> RolloutBatch:
         """Everything that the steps on one batch of prompts need, in the order of the paper."""
         objective = self.objective_at(index)
-        row = OBJECTIVES[objective.type]
+        needs_logprobs = "teacher_logprobs" in OBJECTIVES[objective.type].needs
         timer = Timer()
-        teacher = self.teacher if "teacher_logprobs" in row.needs else None
+        teacher = self.teacher if needs_logprobs else None
         ahead = AskedAhead(teacher) if teacher and teacher.works_elsewhere else None
 
         # A teacher that works elsewhere begins with a group while others are still written.
@@ -236,8 +234,7 @@ class NativeEngine:
             # 2. Advantages, and with them which completions can contribute to the gradient at all.
             batch = self.with_advantages(index, groups)
 
-            # 3. What teacher, reference and old policy say of those completions, as far as the
-            # objective needs it.
+            # 3. What the teacher says of those completions; then reference and old policy.
             if teacher is not None:
                 with timer("teacher"):
                     batch.teacher_logprobs = batch.by_rollout(self._ask_teacher(batch, ahead))
@@ -246,19 +243,27 @@ class NativeEngine:
             elif objective.needs_teacher:
                 # It has written the completions, or compares their tokens within the update.
                 batch.counts = {"teacher/tokens/count": sum(map(len, batch.completions))}
-        if self.reference_scorer is not None:
-            with timer("reference"):
-                batch.reference_logprobs = self._scores(batch, self.reference_scorer)
-        student_moves = self.config.optimization.steps_per_rollout_batch > 1
-        if objective.written_by == "student" and (student_moves or row.token_advantages):
-            with timer("old_logprobs"):
-                batch.old_logprobs = self._scores(batch, self.scorer)
-        if row.token_advantages:
-            batch.token_advantages = self._token_advantages(batch, row.token_advantages)
+        self.add_local_scores(batch, timer=timer)
         batch.seconds = timer.seconds
         if ahead is not None:
             batch.seconds["teacher/overlap/seconds"] = ahead.overlap_seconds
         return batch
+
+    def add_local_scores(self, batch: RolloutBatch, *, timer: Timer) -> None:
+        """Score a batch by the reference and the old policy, as far as its objective needs it."""
+        objective = self.objective_at(batch.index)
+        make_token_advantages = OBJECTIVES[objective.type].token_advantages
+        if self.reference_scorer is not None:
+            with timer("reference"):
+                batch.reference_logprobs = self._scores(batch, self.reference_scorer)
+        # With one step for each rollout batch the student is the old policy while it is updated,
+        # and its own log-probs, detached, save this pass.
+        student_moves = self.config.optimization.steps_per_rollout_batch > 1
+        if objective.written_by == "student" and (student_moves or make_token_advantages):
+            with timer("old_logprobs"):
+                batch.old_logprobs = self._scores(batch, self.scorer)
+        if make_token_advantages:
+            batch.token_advantages = self._token_advantages(batch, make_token_advantages)
 
     def sample_groups(
         self,
@@ -378,8 +383,12 @@ class NativeEngine:
         }
         is_skipped = not (math.isfinite(loss) and math.isfinite(norm))
         if is_skipped:
-            drop_gradient(self.parameters)
-            metrics = metrics_of_skipped(metrics)
+            # Without gradients the optimiser leaves weights and moments as they are; zeros would
+            # move them by the momentum.
+            for parameter in self.parameters:
+                parameter.grad = None
+            finite = {key: value for key, value in metrics.items() if math.isfinite(value)}
+            metrics = finite | {SKIPPED: 1.0}
         self.optimizer.step()
         self.scheduler.step()
         if self.teacher is not None and not is_skipped:

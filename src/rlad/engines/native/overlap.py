@@ -38,6 +38,8 @@ class AskedAhead:
 
 def covered_seconds(spans: Iterable[tuple[float, float]], *, until: float) -> float:
     """For how long before `until` at least one of the spans was open."""
+    # Requests overlap, so their spans are walked by start: each adds what lies past the latest end
+    # so far.
     total = 0.0
     covered_to = float("-inf")
     for start, end in sorted((start, min(end, until)) for start, end in spans):
