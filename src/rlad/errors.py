@@ -8,6 +8,13 @@ EXIT_USER_MISTAKE = 2
 EXIT_SIGNAL = 128
 
 
+BUG_REPORT = (
+    "This is a bug in rlad, or in a library; please report it with the text above to the project's "
+    "issue tracker."
+)
+"""the line after the traceback of everything that is not an error of rlad"""
+
+
 class RladError(Exception):
     """The base of the errors whose text is a sentence for the user: what came, what is allowed,
     what to do."""
@@ -25,3 +32,15 @@ class UserError(RladError, ValueError):
 class RunFailedError(RladError):
     """A run cannot continue, through no mistake in what the user wrote: a full disk, numbers that
     are not finite."""
+
+
+def out_of_memory(error: Exception) -> RunFailedError | None:
+    """Return the sentence for a want of memory, on a GPU or in main memory; None for all else."""
+    reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+    # By name, as this module does without torch; on the CPU it is a plain RuntimeError.
+    if type(error).__name__ != "OutOfMemoryError" and "allocate memory" not in reason:
+        return None
+    return RunFailedError(
+        f"the models need more memory than there is ({reason}); lower rollout.max_batch_rows or "
+        "optimization.tokens_per_batch, or take smaller models."
+    )

@@ -54,7 +54,7 @@ def test_a_bug_keeps_its_traceback(toml, monkeypatch, place, name, bug):
     assert f"in {bug.__name__}" in result.stderr
     *_, error, last = result.stderr.splitlines()
     assert error.startswith(("ValueError: ", "IndexError: "))
-    assert last.startswith("rlad: this is a bug") and "issue tracker" in last
+    assert last.startswith("This is a bug in rlad") and "issue tracker" in last
     assert result.stderr.count("rlad: ") == 1
 
 

@@ -403,5 +403,5 @@ def test_every_objective_runs_on_the_native_engine_and_says_where_else():
 
 def test_a_run_on_trl_is_refused_in_one_sentence():
     (found,) = mistakes("engine.type=trl")
-    assert found.startswith("engine.type = 'trl' is not available on TRL; set it to 'native'")
+    assert found.startswith("engine.type = 'trl' is not available; set it to 'native'")
     assert found.endswith("RLADTrainer in a script of your own (docs/trl.md).")

@@ -76,11 +76,13 @@ def rows_of(guard: Guard, figure: float) -> list[dict[str, float]]:
 
 
 def concerned(guard: Guard) -> RunConfig:
-    return (
-        config()
-        if guard.concerns(config())
-        else config(student={"model": "tiny", "dtype": "bfloat16"})
+    """A run in which the guard's figure means something."""
+    runs = (
+        config(),
+        config(student={"model": "tiny", "dtype": "bfloat16"}),
+        config(objective={"type": "sft"}),
     )
+    return next(run for run in runs if guard.concerns(run))
 
 
 def said(rows: list[dict[str, float]], run: RunConfig | None = None) -> list[GuardWarning]:

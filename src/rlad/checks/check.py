@@ -6,15 +6,13 @@ from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-import torch
-
 from rlad.checks.contamination import MOST_PROBLEMS, RUN_WORDS, find_contamination, finite_problems
 from rlad.checks.memory import MemoryEstimate, compare_memory, estimate_memory, memory_of
 from rlad.checks.trial import Trial, describe_trial, run_trial
 from rlad.config.catalogue import describe
 from rlad.config.run import RunConfig
 from rlad.config.teacher import LocalTeacherConfig, single_teachers
-from rlad.errors import RladError, UserError
+from rlad.errors import RladError, UserError, out_of_memory
 from rlad.findings import Finding
 from rlad.models.files import require_weights
 from rlad.models.loading import (
@@ -287,14 +285,10 @@ def _context(config: RunConfig) -> int | None:
 
 
 def _try_out(config: RunConfig) -> Trial:
-    """Run the trial. Raises `UserError` for a want of memory too."""
+    """Run the trial. Raises `RunFailedError` for a want of memory too."""
     try:
         return run_trial(config)
     except RuntimeError as error:
-        reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in reason:
+        if (failure := out_of_memory(error)) is None:
             raise
-        raise UserError(
-            f"the models need more memory than there is ({reason}); lower rollout.max_batch_rows "
-            "or optimization.tokens_per_batch, or take smaller models."
-        ) from None
+        raise failure from None

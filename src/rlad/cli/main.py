@@ -8,12 +8,19 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from rlad import __version__
-from rlad.errors import EXIT_FAILURE, EXIT_SIGNAL, RladError, UserError
+from rlad.errors import (
+    BUG_REPORT,
+    EXIT_FAILURE,
+    EXIT_SIGNAL,
+    RladError,
+    UserError,
+    out_of_memory,
+)
 from rlad.text import printable
 
 if TYPE_CHECKING:
@@ -32,22 +39,23 @@ class _Verbs(click.Group):
         try:
             return super().invoke(context)
         except RladError as error:
-            for line in printable(str(error)).splitlines():
-                click.echo(f"rlad: {line}", err=True)
-            sys.exit(error.exit_code)
+            _end(error)
         except KeyboardInterrupt:
             click.echo("rlad: interrupted", err=True)
             sys.exit(EXIT_SIGNAL + 2)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise  # click itself knows what to do with these
-        except Exception:
-            click.echo(traceback.format_exc(), err=True, nl=False)
-            click.echo(
-                "rlad: this is a bug in rlad, or in a library; please report it with this text to "
-                "the project's issue tracker.",
-                err=True,
-            )
+        except Exception as error:
+            if (failure := out_of_memory(error)) is not None:
+                _end(failure)
+            click.echo(traceback.format_exc() + BUG_REPORT, err=True)
             sys.exit(EXIT_FAILURE)
+
+
+def _end(error: RladError) -> NoReturn:
+    for line in printable(str(error)).splitlines():
+        click.echo(f"rlad: {line}", err=True)
+    sys.exit(error.exit_code)
 
 
 @click.group(

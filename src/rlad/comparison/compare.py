@@ -25,7 +25,7 @@ from rlad.comparison.runs import MissingRun, ReportedRun
 from rlad.config.comparison import CompareConfig, folder_name, method_config
 from rlad.config.file import differing_settings, dump_config, load_config
 from rlad.config.run import RunConfig
-from rlad.errors import UserError
+from rlad.errors import BUG_REPORT, UserError
 from rlad.runs.directory import METRICS, RunDirectory
 from rlad.runs.rows import read_history
 from rlad.stopping import Stop
@@ -287,7 +287,7 @@ def _why_it_failed(run: PlannedRun, code: int) -> str:
     """Find the sentence that a run ended with."""
     # `rlad: ...` if it said so itself, else its last line, which ends a traceback.
     lines = run.log.read_text(encoding="utf-8", errors="replace").splitlines()
-    said = [line for line in lines if line.strip()] or ["no output"]
+    said = [line for line in lines if line.strip() and line != BUG_REPORT] or ["no output"]
     sentences = [line.removeprefix("rlad: ") for line in said if line.startswith("rlad: ")]
     how = f"exit code {code}: {said[-1]}"
     if code < 0:

@@ -116,4 +116,5 @@ def require_engine(engine: EngineName, objective: Any, run: "RunConfig | None" =
         asked += [(row, row.asked(run)) for row in _OF_A_RUN]
     for row, what in asked:
         if what and engine not in row.engines:
-            raise UserError(f"{what} is not available on {title}; {row.instead}.")
+            where = "" if what.startswith("engine.type") else f" on {title}"
+            raise UserError(f"{what} is not available{where}; {row.instead}.")

@@ -210,6 +210,17 @@ GUARDS: tuple[Guard, ...] = (
         "the reference answers",
     ),
     Guard(
+        "nothing_accepted",
+        "objective/scored_completions/frac",
+        recent(3),
+        "below",
+        0.01,
+        "the verifier calls next to none of the teacher's completions correct, so there is nothing "
+        "to train on",
+        "use a better teacher or easier problems, or set objective.rejection = false",
+        lambda config: config.objective.counted_rollouts == "correct",
+    ),
+    Guard(
         "identical_completions",
         "rollout/repeated/frac",
         recent(5),

@@ -52,14 +52,20 @@ def ask_twice(
 
 
 def require_few_missing(
-    num_missing: int, num_tokens: int, *, max_missing_share: float, step: int
+    num_missing: int,
+    num_tokens: int,
+    *,
+    max_missing_share: float,
+    step: int,
+    asked_again: bool = True,
 ) -> None:
     """Raise `RunFailedError` when more than that share of the tokens has no finite log-prob."""
     if num_missing <= max_missing_share * num_tokens:
         return
+    again = ", also when asked again" if asked_again else ""
     raise RunFailedError(
         f"step {step}: the teacher gave no finite log-prob for {num_missing / num_tokens:.1%} of "
-        f"the tokens, also when asked again; max_missing_teacher_share allows "
+        f"the tokens{again}; max_missing_teacher_share allows "
         f"{max_missing_share:.1%}. Check that it is the right model, answers in full, and does not "
         "overflow (dtype = bfloat16 instead of float16), then resume the run."
     )

@@ -9,7 +9,7 @@ are functions of the step, so they need no storage.
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,17 +98,24 @@ def load_state(
         for key, tensor in load_file(folder / OPTIMIZER).items():
             index, _, name = key.partition(".")
             moments.setdefault(int(index), {})[name] = tensor
-        pending = None
-        if saved["pending"]:
-            pending = _batch_from(saved["pending"], load_file(folder / PENDING), problem_of)
-        return EngineState(
+        pending = saved["pending"]
+        tensors = load_file(folder / PENDING) if pending else {}
+        indices = {row["problem_index"] for row in pending["groups"]} if pending else set()
+        state = EngineState(
             step=saved["step"],
             scheduler=saved["scheduler"],
             moments=moments,
             teacher_identity=saved["teacher"],
             teacher=load_file(folder / TEACHER) if saved["teacher_moves"] else {},
-            pending=pending,
+            pending=None,
         )
+    # The task's own code runs here: what it raises is not damage of the checkpoint.
+    problems = {index: problem_of(index) for index in indices}
+    if pending:
+        with _readable():
+            batch = _batch_from(pending, tensors, problems.__getitem__)
+        state = replace(state, pending=batch)
+    return state
 
 
 @contextmanager

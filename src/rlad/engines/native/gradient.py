@@ -88,6 +88,8 @@ class LossGradient:
         # switch on.
         model.train(self.config.student.gradient_checkpointing)
         total = 0.0
+        self.num_missing = 0
+        self.num_compared = 0
         with self._local_teacher.at_work() if self.row.divergence else nullcontext():
             for micro in self.scorer.batches(*batch.sequences(rows)):
                 self.before_work()
@@ -98,6 +100,14 @@ class LossGradient:
                 if loss is None:
                     break
         model.eval()
+        # Over the whole step, so that the size of micro-batches decides nothing.
+        require_few_missing(
+            self.num_missing,
+            self.num_compared,
+            max_missing_share=self.config.optimization.max_missing_teacher_share,
+            step=self.step + 1,
+            asked_again=False,
+        )
         return total
 
     def _set_to_zero(self) -> None:
@@ -170,14 +180,9 @@ class LossGradient:
         return lambda student: token_divergence(student, teacher, measure)
 
     def _count_missing(self, scores: CompletionScores, stats: TokenStats) -> None:
-        """Count the tokens without a finite divergence. Raise `RunFailedError` where the teacher is
-        the reason for too many of them."""
+        """Count the tokens without a finite divergence, for which the teacher is the reason."""
         assert scores.divergence is not None
         num_missing = int((scores.mask & ~scores.divergence.isfinite()).sum())
         stats.num_dropped += num_missing
-        require_few_missing(
-            num_missing,
-            int(scores.mask.sum()),
-            max_missing_share=self.config.optimization.max_missing_teacher_share,
-            step=self.step + 1,
-        )
+        self.num_missing += num_missing
+        self.num_compared += int(scores.mask.sum())
