@@ -36,7 +36,9 @@ def padded(rows: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor
     ]
     mask = torch.tensor([first + second for first, second in both])
     ids = torch.full(mask.shape, PAD)
-    return ids.masked_scatter(mask.bool(), torch.tensor(sum(rows, []))), mask
+    return ids.masked_scatter(
+        mask.bool(), torch.tensor([token for row in rows for token in row])
+    ), mask
 
 
 def by_trl(
