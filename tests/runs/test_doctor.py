@@ -153,10 +153,10 @@ def test_it_changes_nothing(healthy):
 @pytest.mark.parametrize("guard", GUARDS, ids=lambda guard: guard.name)
 def test_every_guard_is_a_diagnosis(healthy, guard):
     config = load_config(healthy)
-    student = config.student.model_copy(update={"dtype": concerned(guard).student.dtype})
-    (healthy / "config.toml").write_text(
-        dump_config(config.model_copy(update={"student": student}))
-    )
+    run = concerned(guard)
+    student = config.student.model_copy(update={"dtype": run.student.dtype})
+    changed = config.model_copy(update={"student": student, "objective": run.objective})
+    (healthy / "config.toml").write_text(dump_config(changed))
     figure = (guard.limit or 1e-9) * (1.01 if guard.side == "above" else 0.99)
     sick = [HEALTHY | row for row in rows_of(guard, figure)]
     write_rows(healthy, "metrics.jsonl", sick)
