@@ -189,7 +189,7 @@ countdown = _made_easy(
 
 def _check(dataset: str, options: dict[str, Any]) -> None:
     try:
-        import reasoning_gym.factory
+        import reasoning_gym.factory  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError(
             f"this task needs the package reasoning-gym ({error}): pip install "
@@ -217,7 +217,7 @@ def _check(dataset: str, options: dict[str, Any]) -> None:
 
 
 def _create(dataset: str, seed: int, options: dict[str, Any]) -> Any:
-    import reasoning_gym
+    import reasoning_gym  # pyright: ignore[reportMissingImports]
 
     return reasoning_gym.create_dataset(dataset, seed=seed, size=1, **options)
 
