@@ -22,7 +22,6 @@ import hydra
 import numpy as np
 import ray
 from omegaconf import DictConfig, OmegaConf
-from test_export import SMALL, export, overrides_of
 from verl import DataProto
 from verl.experimental.reward_loop.reward_loop import migrate_legacy_reward_impl
 from verl.trainer.distillation.losses import DISTILLATION_LOSS_REGISTRY, distillation_ppo_loss
@@ -46,6 +45,7 @@ from rlad.objectives.aggregate import Aggregation, aggregate
 from rlad.objectives.inputs import LossInputs
 from rlad.rollouts.prompts import prompt_token_ids
 from verl_batches import Batch, actor, distillation, micro_batch, sequences, through_verl
+from verl_exports import SMALL, export, overrides_of
 
 PROMPTS, RESPONSES = (3, 1, 2, 5, 2, 4), (4, 7, 1, 5, 3, 6)
 WIDTH = max(RESPONSES)

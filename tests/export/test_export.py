@@ -2,15 +2,12 @@
 verl."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
-from rlad.cli.main import main
 from rlad.config.file import load_config, parse_config
 from rlad.config.run import LoraConfig, RunConfig
 from rlad.engines.verl import check as verl_check
@@ -24,47 +21,16 @@ from rlad.export.verl import export_verl
 from rlad.export.verl_command import Cluster, overrides, require_exportable, without_equivalent
 from rlad.tasks import make_task
 from tiny_runs import rlad_fails, run_config, write_config, write_tokenizer, write_world
+from verl_exports import SMALL, export, overrides_of
 
 NEEDS_PARQUET = pytest.mark.datasets
 ONE_GPU = Cluster(gpus_per_node=1, teacher_gpus_per_node=1)
-SMALL = (
-    "optimization.num_steps=3",
-    "rollout.prompts_per_batch=4",
-    "evaluation.num_validation_problems=3",
-)
-
-
-def export(folder: Path, *arguments: str) -> Path:
-    """The command of an exported run."""
-    pytest.importorskip("pyarrow", reason="verl reads Parquet files: pip install 'rlad[datasets]'")
-    gpus = ("--gpus-per-node", "1", "--teacher-gpus-per-node", "1")
-    result = CliRunner().invoke(
-        main, ["export", "verl", *arguments, *gpus, "--output", str(folder)]
-    )
-    assert result.exit_code == 0, result.output
-    return folder / "run.sh"
 
 
 def rows_of(command: Path, split: str) -> list[dict[str, Any]]:
     import pyarrow.parquet as pq
 
     return pq.read_table(command.with_name(f"{split}.parquet")).to_pylist()
-
-
-def overrides_of(command: Path, *more: str) -> list[str]:
-    """The overrides with which the script calls verl, as Bash hands them on."""
-    stub = command.with_name("stub")
-    stub.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
-    stub.chmod(0o755)
-    done = subprocess.run(
-        ["bash", command, *more],
-        env={"PYTHON": str(stub), "PATH": "/bin:/usr/bin"},
-        capture_output=True,
-    )
-    stub.unlink()
-    arguments = json.loads(done.stdout)
-    assert arguments[:2] == ["-m", "verl.trainer.main_ppo"]
-    return arguments[2:]
 
 
 @NEEDS_PARQUET
