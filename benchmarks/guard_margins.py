@@ -11,8 +11,7 @@ from pathlib import Path
 
 from rlad.config.file import load_config
 from rlad.runs.directory import CONFIG, METRICS, RunDirectory
-from rlad.runs.guards import GUARDS, Guard
-from rlad.runs.trends import numbers_of, value_of
+from rlad.runs.guards import GUARDS, Guard, numbers_of, value_of
 
 Place = tuple[float, str]
 
@@ -22,9 +21,9 @@ def worst_of(guard: Guard, run: RunDirectory) -> Place | None:
     values: list[float] = []
     places: list[Place] = []
     for row in map(numbers_of, run.read(METRICS)):
-        if (value := value_of(guard.metric, row)) is not None:
+        if (value := value_of(guard.condition.metric, row)) is not None:
             values.append(value)
-            figure = guard.figure.of(values)
+            figure = guard.condition.figure(values)
             places += (
                 []
                 if figure is None
@@ -34,7 +33,7 @@ def worst_of(guard: Guard, run: RunDirectory) -> Place | None:
 
 
 def pick(guard: Guard, places: list[Place]) -> Place | None:
-    return (max if guard.side == "above" else min)(places, default=None)
+    return (max if guard.condition.side == "above" else min)(places, default=None)
 
 
 def main() -> None:
@@ -53,22 +52,20 @@ def main() -> None:
         f"|\n|{' --- |' * 5}"
     )
     for guard in GUARDS:
+        condition = guard.condition
         found = [
             worst
             for run in runs
             if guard.concerns(load_config(run.path)) and (worst := worst_of(guard, run))
         ]
+        result = "not recorded | | |"
         if nearest := pick(guard, found):
             spoke = sum(
-                figure > guard.limit if guard.side == "above" else figure < guard.limit
+                figure > condition.limit if condition.side == "above" else figure < condition.limit
                 for figure, _ in found
             )
-            print(
-                f"| {guard.name} | {guard.side} {guard.limit:g} | {nearest[0]:.3g} | {nearest[1]} "
-                f"| {spoke} of {len(found)} |"
-            )
-        else:
-            print(f"| {guard.name} | {guard.side} {guard.limit:g} | not recorded | | |")
+            result = f"{nearest[0]:.3g} | {nearest[1]} | {spoke} of {len(found)} |"
+        print(f"| {guard.name} | {condition.side} {condition.limit:g} | {result}")
 
 
 if __name__ == "__main__":

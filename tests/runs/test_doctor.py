@@ -157,7 +157,7 @@ def test_every_guard_is_a_diagnosis(healthy, guard):
     student = config.student.model_copy(update={"dtype": run.student.dtype})
     changed = config.model_copy(update={"student": student, "objective": run.objective})
     (healthy / "config.toml").write_text(dump_config(changed))
-    figure = (guard.limit or 1e-9) * (1.01 if guard.side == "above" else 0.99)
+    figure = (guard.condition.limit or 1e-9) * (1.01 if guard.condition.side == "above" else 0.99)
     sick = [HEALTHY | row for row in rows_of(guard, figure)]
     write_rows(healthy, "metrics.jsonl", sick)
     (diagnosis,) = diagnose(healthy).found

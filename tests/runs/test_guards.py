@@ -68,10 +68,14 @@ def rows_of(guard: Guard, figure: float) -> list[dict[str, float]]:
     """Steps of a run whose last ones have this figure, the others a healthy one."""
     usual = START.get(guard.name)
     if usual is None:
-        return [{"step": step} | columns(guard.metric, figure) for step in range(1, NUM_ROWS + 1)]
+        return [
+            {"step": step} | columns(guard.condition.metric, figure)
+            for step in range(1, NUM_ROWS + 1)
+        ]
     late = [usual] * 25 + [usual * figure] * 5
     return [
-        {"step": step} | columns(guard.metric, value) for step, value in enumerate(late, start=1)
+        {"step": step} | columns(guard.condition.metric, value)
+        for step, value in enumerate(late, start=1)
     ]
 
 
@@ -92,27 +96,27 @@ def said(rows: list[dict[str, float]], run: RunConfig | None = None) -> list[Gua
 
 @pytest.mark.parametrize("guard", GUARDS, ids=lambda guard: guard.name)
 def test_a_guard_speaks_just_beyond_its_limit_once_and_alone(guard):
-    away = 1e-6 if guard.side == "above" else -1e-6
-    limit = guard.limit or 1e-9
+    away = 1e-6 if guard.condition.side == "above" else -1e-6
+    limit = guard.condition.limit or 1e-9
     beyond = said(rows_of(guard, limit * (1 + away)), concerned(guard))
     assert [warning.name for warning in beyond] == [guard.name]
     assert (
         beyond[0].value == pytest.approx(limit * (1 + away), rel=1e-7)
-        and beyond[0].limit == guard.limit
+        and beyond[0].limit == guard.condition.limit
     )
-    assert said(rows_of(guard, guard.limit * (1 - away)), concerned(guard)) == []
+    assert said(rows_of(guard, guard.condition.limit * (1 - away)), concerned(guard)) == []
 
 
 @pytest.mark.parametrize("guard", GUARDS, ids=lambda guard: guard.name)
 def test_one_odd_step_says_nothing(guard):
     """But for those of which one step is wrong already: a skipped step, a sampler that computes
     something else."""
-    is_immediate = guard.figure.says == "each step"
-    odd = 1e3 if guard.side == "above" else 0.0
-    healthy = START.get(guard.name, guard.limit)
+    is_immediate = guard.condition.says == "each step"
+    odd = 1e3 if guard.condition.side == "above" else 0.0
+    healthy = START.get(guard.name, guard.condition.limit)
     for at in (0, 12, NUM_ROWS - 1):
         rows = [
-            {"step": i + 1} | columns(guard.metric, odd if i == at else healthy)
+            {"step": i + 1} | columns(guard.condition.metric, odd if i == at else healthy)
             for i in range(NUM_ROWS)
         ]
         assert [warning.step for warning in said(rows, concerned(guard))] == (
@@ -165,8 +169,8 @@ def test_the_docs_hold_the_table():
     page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
     for guard in GUARDS:
         row = (
-            f"| `{guard.name}` | {as_code(guard.metric)} | {guard.figure.says} "
-            f"| {guard.side} {guard.limit:g} |"
+            f"| `{guard.name}` | {as_code(guard.condition.metric)} | {guard.condition.says} "
+            f"| {guard.condition.side} {guard.condition.limit:g} |"
         )
         assert row in page
 

@@ -295,7 +295,7 @@ def _guards(metrics: Metrics, config: RunConfig) -> list[Finding]:
         said += watch.see({**metrics, "step": step})
     # Rewards are alternated and completions cut by the trial itself.
     by_the_trial = ("reward/", "rollout/")
-    metric_of = {guard.name: guard.metric for guard in watch.guards}
+    metric_of = {name: guard.condition.metric for name, guard in watch.guards.items()}
     return [
         Finding("warning", warning.name.replace("_", " "), warning.message)
         for warning in said

@@ -8,19 +8,116 @@ that one odd step says nothing.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from statistics import median
 from typing import Any, Literal
 
 from rlad.config.run import RunConfig
-from rlad.runs.trends import Figure, change, jump, numbers_of, recent, value_of
 
-# Of half the tokens, so that the few on which a good teacher disagrees strongly do not count.
-# Student and teacher of one family differ by some hundredths or tenths of a nat there; unrelated
-# vocabularies or prompt formats give several nats.
-LARGE_LOG_RATIO = 1.0
-# Gates are meant for the tokens on which teacher and reward disagree, the minority for a teacher
-# that knows the task.
-LARGE_GATED_SHARE = 0.5
+Row = Mapping[str, float]
+"""the numbers of a row of metrics.jsonl"""
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """A figure made of a metric's values so far, and the limit beyond which it is wrong."""
+
+    metric: str
+    says: str
+    """how the values become the figure"""
+    figure: Callable[[Sequence[float]], float | None]
+    """None while there are too few values"""
+    side: Literal["above", "below"] = "above"
+    limit: float = math.inf
+
+    def above(self, limit: float) -> "Condition":
+        return replace(self, side="above", limit=limit)
+
+    def below(self, limit: float) -> "Condition":
+        return replace(self, side="below", limit=limit)
+
+    def beyond(self, values: Sequence[float]) -> float | None:
+        """Return the figure if it is beyond the limit."""
+        figure = self.figure(values)
+        if figure is None or figure == self.limit:
+            return None
+        return figure if (figure > self.limit) == (self.side == "above") else None
+
+
+def recent(metric: str, window: int) -> Condition:
+    """Take the median of the last `window` values."""
+    return Condition(
+        metric,
+        "each step" if window == 1 else f"median of {window} steps",
+        lambda values: median(values[-window:]) if len(values) >= window else None,
+    )
+
+
+def change(metric: str, window: int, floor: float) -> Condition:
+    """Divide the median of the last `window` values by that of the first `window`, which counts as
+    at least `floor`."""
+
+    def figure(values: Sequence[float]) -> float | None:
+        if len(values) < 2 * window:
+            return None
+        return median(values[-window:]) / max(median(values[:window]), floor)
+
+    says = f"median of {window} steps over that of the first {window} (at least {floor:g})"
+    return Condition(metric, says, figure)
+
+
+def jump(metric: str, window: int, before: int) -> Condition:
+    """Divide the median of the last `window` values by that of the `before` values before them."""
+
+    def figure(values: Sequence[float]) -> float | None:
+        # A median of 0 before (a metric that was absent in effect) has no multiple.
+        former = values[-window - before : -window]
+        if len(former) < before or not (usual := median(former)):
+            return None
+        return median(values[-window:]) / usual
+
+    return Condition(metric, f"median of {window} steps over that of the {before} before", figure)
+
+
+# --- metrics that are made of others --------------------------------------------------------------
+
+
+def _dropped_share(row: Row) -> float | None:
+    dropped = row.get("objective/dropped_tokens/count")
+    trained = row.get("objective/trained_tokens/count")
+    if dropped is None or trained is None or not dropped + trained:
+        return None
+    return dropped / (dropped + trained)
+
+
+def _gated_share(row: Row) -> float | None:
+    # The two gates are separate: a mean would hide one that closes fully behind one that is idle.
+    keys = ("objective/gated_positive/frac", "objective/gated_negative/frac")
+    return max((row[key] for key in keys if key in row), default=None)
+
+
+def _distance_to_teacher(row: Row) -> float | None:
+    return abs(row["teacher/log_ratio/q50"]) if "teacher/log_ratio/q50" in row else None
+
+
+DROPPED = "dropped / (dropped + trained tokens)"
+GATED = "the larger of objective/gated_positive/frac and objective/gated_negative/frac"
+DISTANCE = "size of teacher/log_ratio/q50"
+_DERIVED = {DROPPED: _dropped_share, GATED: _gated_share, DISTANCE: _distance_to_teacher}
+
+
+def numbers_of(row: Mapping[str, Any]) -> Row:
+    """Keep the numbers of a row of metrics.jsonl."""
+    numbers = {key: float(value) for key, value in row.items() if isinstance(value, int | float)}
+    return {key: value for key, value in numbers.items() if not math.isnan(value)}
+
+
+def value_of(metric: str, row: Row) -> float | None:
+    """Compute the metric of a step; None where it was not recorded."""
+    return _DERIVED[metric](row) if metric in _DERIVED else row.get(metric)
+
+
+# --- the table ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,43 +125,19 @@ class Guard:
     """A row of the table. `meaning` and `advice` are parts of the warning's sentence."""
 
     name: str
-    metric: str
-    figure: Figure
-    side: Literal["above", "below"]
-    limit: float
+    condition: Condition
     meaning: str
     advice: str
     concerns: Callable[[RunConfig], bool] = lambda config: True
     """whether the figure means something in such a run"""
 
-    def speaks(self, values: Sequence[float]) -> float | None:
-        """Return the figure if it is beyond the limit."""
-        figure = self.figure.of(values)
-        if figure is None:
-            return None
-        is_beyond = figure > self.limit if self.side == "above" else figure < self.limit
-        return figure if is_beyond else None
 
-
-def _gates_by_teacher(config: RunConfig) -> bool:
-    # A moving average of the student begins as the student itself: then no gates are what is to be
-    # expected.
-    return (
-        config.objective.gates_by_teacher
-        and config.teacher is not None
-        and config.teacher.type != "ema"
-    )
-
-
-# Read a row as: name, metric, how its values become one figure, which side of which limit is
-# wrong; then what that means, what to do, and in which runs it applies.
+# Read a row as: name, which figure of which metric is wrong on which side of which limit; then what
+# that means, what to do, and in which runs it applies.
 GUARDS: tuple[Guard, ...] = (
     Guard(
         "skipped_steps",
-        "optimization/skipped/count",
-        recent(1),
-        "above",
-        0.0,
+        recent("optimization/skipped/count", 1).above(0.0),
         "loss or gradient was not finite, so the step was skipped and the weights stayed as they "
         "were",
         "look at its rollouts and scores in skipped-step-*; if it happens again, lower "
@@ -72,10 +145,7 @@ GUARDS: tuple[Guard, ...] = (
     ),
     Guard(
         "sampler_mismatch",
-        "sampler/mismatch/mean",
-        recent(1),
-        "above",
-        1e-3,
+        recent("sampler/mismatch/mean", 1).above(1e-3),
         "sampler and trainer give different log-probs to the same tokens of the same weights, by "
         "more than rounding to float32 can",
         "look for what they compute differently: temperature, prompt template, precision, a model "
@@ -84,10 +154,7 @@ GUARDS: tuple[Guard, ...] = (
     ),
     Guard(
         "sampler_mismatch_bfloat16",
-        "sampler/mismatch/mean",
-        recent(1),
-        "above",
-        0.05,
+        recent("sampler/mismatch/mean", 1).above(0.05),
         "sampler and trainer give different log-probs to the same tokens of the same weights, by "
         "more than rounding to bfloat16 usually does",
         "look for what they compute differently: temperature, prompt template, a model with "
@@ -96,10 +163,7 @@ GUARDS: tuple[Guard, ...] = (
     ),
     Guard(
         "teacher_coverage",
-        "dropped / (dropped + trained tokens)",
-        recent(3),
-        "above",
-        0.01,
+        recent(DROPPED, 3).above(0.01),
         "the teacher (or the reference) leaves tokens without a finite log-prob, and they train "
         "nothing",
         "check that it answers in full and does not overflow (bfloat16 instead of float16); "
@@ -107,20 +171,19 @@ GUARDS: tuple[Guard, ...] = (
     ),
     Guard(
         "teacher_far_away",
-        "size of teacher/log_ratio/q50",
-        recent(5),
-        "above",
-        LARGE_LOG_RATIO,
+        # Of half the tokens: the few on which a good teacher disagrees strongly do not count.
+        # Models of one family differ by some hundredths or tenths of a nat there; unrelated
+        # vocabularies or prompt formats give several nats.
+        recent(DISTANCE, 5).above(1.0),
         "the teacher finds half of the student's own tokens very unlikely",
         "compare vocabulary, prompt format and temperature of the two; `rlad check` shows samples' "
         "figures",
     ),
     Guard(
         "nearly_all_gated",
-        "the larger of objective/gated_positive/frac and objective/gated_negative/frac",
-        recent(5),
-        "above",
-        LARGE_GATED_SHARE,
+        # Gates are meant for the tokens on which teacher and reward disagree, the minority for a
+        # teacher that knows the task.
+        recent(GATED, 5).above(0.5),
         "most tokens of one sign of advantage get no gradient",
         "raise objective.alpha or the clips or take another teacher; without a teacher in the "
         "ratio, take fewer "
@@ -128,41 +191,34 @@ GUARDS: tuple[Guard, ...] = (
     ),
     Guard(
         "nearly_none_gated",
-        "the larger of objective/gated_positive/frac and objective/gated_negative/frac",
-        recent(20),
-        "below",
-        1e-4,
+        recent(GATED, 20).below(1e-4),
         "the teacher holds back and protects next to no token, so TRRD acts like GRPO",
         "lower objective.alpha, raise objective.teacher_log_ratio_clip, or take a teacher that "
         "differs from the student",
-        _gates_by_teacher,
+        # An `ema` teacher begins as the student itself: no gates are what is to be expected.
+        lambda config: (
+            config.objective.gates_by_teacher
+            and config.teacher is not None
+            and config.teacher.type != "ema"
+        ),
     ),
     Guard(
         "entropy_collapse",
-        "student/entropy/mean",
-        change(5, 0.01),
-        "below",
-        0.2,
+        change("student/entropy/mean", 5, 0.01).below(0.2),
         "the student has become nearly certain of every token: its rollouts of a prompt will be "
         "alike and teach nothing",
         "lower optimization.learning_rate, raise objective.clip_high, or set optimization.kl_coef",
     ),
     Guard(
         "entropy_explosion",
-        "student/entropy/mean",
-        change(5, 0.1),
-        "above",
-        4.0,
+        change("student/entropy/mean", 5, 0.1).above(4.0),
         "the student's tokens become random",
         "lower optimization.learning_rate or set optimization.kl_coef; an earlier checkpoint is "
         "the better student",
     ),
     Guard(
         "length_collapse",
-        "rollout/completion_tokens/mean",
-        change(5, 1.0),
-        "below",
-        0.2,
+        change("rollout/completion_tokens/mean", 5, 1.0).below(0.2),
         "completions have become much shorter than at the start: the student may answer without "
         "reasoning",
         "read samples.jsonl; if so, look for a reward without reasoning in the verifier, or set "
@@ -170,30 +226,21 @@ GUARDS: tuple[Guard, ...] = (
     ),
     Guard(
         "length_explosion",
-        "rollout/completion_tokens/mean",
-        change(5, 1.0),
-        "above",
-        10.0,
+        change("rollout/completion_tokens/mean", 5, 1.0).above(10.0),
         "completions have become much longer than at the start: the student may repeat itself",
         "read samples.jsonl; if so, lower optimization.learning_rate or "
         "rollout.max_completion_tokens",
     ),
     Guard(
         "truncated",
-        "rollout/truncated/frac",
-        recent(5),
-        "above",
-        0.5,
+        recent("rollout/truncated/frac", 5).above(0.5),
         "most completions are cut off before their end, and what is cut off is mostly graded wrong",
         "raise rollout.max_completion_tokens, or look in samples.jsonl for completions that never "
         "end",
     ),
     Guard(
         "zero_variance",
-        "reward/zero_variance/frac",
-        recent(10),
-        "above",
-        0.9,
+        recent("reward/zero_variance/frac", 10).above(0.9),
         "in nearly all groups every rollout has the same reward, so nothing is learned from them",
         "take easier problems if reward/mean is near 0 and harder ones if it is near 1, or raise "
         "rollout.group_size",
@@ -201,20 +248,14 @@ GUARDS: tuple[Guard, ...] = (
     ),
     Guard(
         "cannot_judge",
-        "reward/cannot_judge/frac",
-        recent(5),
-        "above",
-        0.2,
+        recent("reward/cannot_judge/frac", 5).above(0.2),
         "the verifier cannot judge many completions, and they train nothing",
         "read samples.jsonl for what it is given; raise its time limit, or fix the verifier or "
         "the reference answers",
     ),
     Guard(
         "nothing_accepted",
-        "objective/scored_completions/frac",
-        recent(3),
-        "below",
-        0.01,
+        recent("objective/scored_completions/frac", 3).below(0.01),
         "the verifier calls next to none of the teacher's completions correct, so there is nothing "
         "to train on",
         "use a better teacher or easier problems, or set objective.rejection = false",
@@ -222,19 +263,13 @@ GUARDS: tuple[Guard, ...] = (
     ),
     Guard(
         "identical_completions",
-        "rollout/repeated/frac",
-        recent(5),
-        "above",
-        0.8,
+        recent("rollout/repeated/frac", 5).above(0.8),
         "most rollouts of a group are the same text, so there is nothing to compare",
         "raise rollout.temperature, or take problems whose answers need more than a few tokens",
     ),
     Guard(
         "ratio_explosion",
-        "objective/ratio/max",
-        recent(5),
-        "above",
-        100.0,
+        recent("objective/ratio/max", 5).above(100.0),
         "some tokens weigh a hundred times what they should, where the clip does not hold "
         "(negative advantages)",
         "set objective.teacher_log_ratio_clip = 1.0 or objective.dual_clip, or take fewer "
@@ -242,19 +277,13 @@ GUARDS: tuple[Guard, ...] = (
     ),
     Guard(
         "kl_explosion",
-        "reference/kl/mean",
-        recent(5),
-        "above",
-        1.0,
+        recent("reference/kl/mean", 5).above(1.0),
         "the student is a nat per token away from where it began, in spite of the KL leash",
         "raise optimization.kl_coef or lower optimization.learning_rate",
     ),
     Guard(
         "gradient_spikes",
-        "optimization/gradient_norm",
-        jump(3, 20),
-        "above",
-        10.0,
+        jump("optimization/gradient_norm", 3, 20).above(10.0),
         "the gradient is many times as long as it was for twenty steps",
         "lower optimization.learning_rate or optimization.max_grad_norm; read samples.jsonl of "
         "these steps",
@@ -276,8 +305,12 @@ class GuardWarning:
     message: str
 
     def to_json(self) -> dict[str, Any]:
-        value = self.value if math.isfinite(self.value) else str(self.value)
-        return asdict(self) | {"value": value}
+        return asdict(self) | {"value": json_number(self.value)}
+
+
+def json_number(value: float | None) -> float | str | None:
+    """Write what JSON has no number for (infinity) as a word."""
+    return value if value is None or math.isfinite(value) else str(value)
 
 
 class Watch:
@@ -285,8 +318,10 @@ class Watch:
     of them alone, so that it works the same in a resumed run."""
 
     def __init__(self, config: RunConfig):
-        self.guards = [guard for guard in GUARDS if guard.concerns(config)]
-        self._values: dict[str, list[float]] = {guard.metric: [] for guard in self.guards}
+        self.guards = {guard.name: guard for guard in GUARDS if guard.concerns(config)}
+        self._values: dict[str, list[float]] = {
+            guard.condition.metric: [] for guard in self.guards.values()
+        }
         self._said: set[str] = set()
         self.skipped_in_a_row = 0
 
@@ -296,26 +331,28 @@ class Watch:
         row = numbers_of(row)
         is_skipped = bool(row.get("optimization/skipped/count"))
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if is_skipped else 0
-        # A step that has not recorded a metric is no step of its window.
-        for metric, values in self._values.items():
-            if (value := value_of(metric, row)) is not None:
-                values.append(value)
+        # A step that has not recorded a metric is no step of its window, and its guards are silent:
+        # an old figure must not speak at a later step.
+        now = {metric: value_of(metric, row) for metric in self._values}
+        recorded = {metric: value for metric, value in now.items() if value is not None}
+        for metric, value in recorded.items():
+            self._values[metric].append(value)
         found = []
-        for guard in self.guards:
-            # Silent where this step has no new value: an old figure must not speak at a later step.
-            if guard.name in self._said or value_of(guard.metric, row) is None:
+        for name, guard in self.guards.items():
+            condition = guard.condition
+            if name in self._said or condition.metric not in recorded:
                 continue
-            if (figure := guard.speaks(self._values[guard.metric])) is not None:
-                self._said.add(guard.name)
-                measured = (
-                    f"{guard.metric}, {guard.figure.says}: {figure:.3g}, limit {guard.limit:g}"
+            figure = condition.beyond(self._values[condition.metric])
+            if figure is not None:
+                self._said.add(name)
+                measured = f"{condition.metric}, {condition.says}: {figure:.3g}"
+                message = (
+                    f"{guard.meaning} ({measured}, limit {condition.limit:g}); {guard.advice}."
                 )
-                message = f"{guard.meaning} ({measured}); {guard.advice}."
-                step = int(row["step"])
-                found.append(GuardWarning(step, guard.name, figure, guard.limit, message))
+                found.append(GuardWarning(int(row["step"]), name, figure, condition.limit, message))
         return found
 
     def still_speaks(self, name: str) -> bool:
         """Say whether a guard's figure is beyond its limit at the last step that was seen."""
-        guard = next(each for each in self.guards if each.name == name)
-        return guard.speaks(self._values[guard.metric]) is not None
+        condition = self.guards[name].condition
+        return condition.beyond(self._values[condition.metric]) is not None
