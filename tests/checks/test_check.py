@@ -12,21 +12,8 @@ from click.testing import CliRunner, Result
 from transformers import AutoModelForCausalLM
 
 from rlad.checks.check import CheckReport, check_run
-from rlad.checks.memory import (
-    Memory,
-    MemoryEstimate,
-    compare_memory,
-    estimate_memory,
-    teacher_bytes,
-)
-from rlad.checks.trial import (
-    StepTime,
-    Trial,
-    describe_trial,
-    run_trial,
-    shrunken,
-    without_cache,
-)
+from rlad.checks.memory import MemoryEstimate, compare_memory, estimate_memory, teacher_bytes
+from rlad.checks.trial import Trial, describe_trial, run_trial, shrunken, without_cache
 from rlad.cli.check import print_report
 from rlad.cli.main import main
 from rlad.config.file import parse_config
@@ -244,16 +231,18 @@ def test_a_teacher_without_answers_cannot_work(world, tmp_path):
     assert "✗ trial" in result.stdout and "this cannot work" in result.stdout
 
 
-def trial_with(metrics: dict[str, float], steps: tuple[StepTime, ...] | None = None) -> Trial:
+def trial_with(metrics: dict[str, float], seconds: dict[str, float] | None = None) -> Trial:
     usual = {f"teacher/log_ratio/{name}": 0.1 for name in ("mean", "q05", "q50", "q95")}
     usual |= {
         "objective/gated_positive/frac": 0.1,
         "objective/gated_negative/frac": 0.05,
         "objective/dropped_tokens/count": 0,
         "objective/trained_tokens/count": 100,
+        "rollout/completion_tokens/mean": 2.0,
+        "rollout/truncated/frac": 0.2,
         "memory/peak/bytes": 2.0**30,
     }
-    return Trial(16, 64, 3, 40.0, usual | metrics, steps or (StepTime(40.0, {"update": 1.0}),))
+    return Trial(12, 4, usual | metrics, seconds or {"update": 1.0})
 
 
 @pytest.mark.parametrize(
@@ -279,7 +268,7 @@ def test_the_runs_guards_speak_of_the_trial(world, tmp_path, metrics, warned):
 
 def test_without_a_teacher_there_are_no_lines_about_one(world, tmp_path):
     report = checked(world, tmp_path / "run", objective={"type": "grpo"})
-    assert report.trial is not None and "teacher" not in report.trial.steps[0].seconds
+    assert report.trial is not None and "teacher" not in report.trial.seconds
     assert not {"vocabulary", "gated", "log πS - log πT"} & set(levels(report))
     assert "time" in levels(report)
 
@@ -290,20 +279,16 @@ def test_without_a_teacher_there_are_no_lines_about_one(world, tmp_path):
 def test_every_objective_can_be_tried(world, tmp_path, objective):
     report = checked(world, tmp_path / "run", objective={"type": objective})
     assert not report.errors and report.trial is not None and "gated" not in levels(report)
-    assert report.trial.steps[0].seconds["update"] > 0
+    assert report.trial.seconds["update"] > 0
     assert "GiB were held" in message(report, "trial")
 
 
 # --- time -----------------------------------------------------------------------------------------
 
 
-def test_time_is_that_of_the_whole_batch(world, tmp_path, monkeypatch):
-    """16 prompts x 3 in steps of half a batch: the trial's 12 completions in two steps stand for 24
-    in one."""
-    monkeypatch.setattr("rlad.checks.trial.MAX_TOKENS", 4)
-    config = run_config(
-        world, tmp_path / "run", rollout={"prompts_per_batch": 16, "max_completion_tokens": 8}
-    )
+def test_time_is_that_of_a_step_of_the_second_batch(world, tmp_path, monkeypatch):
+    """In steps of half a batch: what is done once for both counts half."""
+    config = run_config(world, tmp_path / "run")
     config["optimization"] |= {"steps_per_rollout_batch": 2}
     run = NativeEngine.run
 
@@ -312,7 +297,7 @@ def test_time_is_that_of_the_whole_batch(world, tmp_path, monkeypatch):
             for key in list(result.metrics):
                 if key.startswith("time/"):
                     del result.metrics[key]
-            result.metrics["time/update/seconds"] = 3.0
+            result.metrics["time/update/seconds"] = 9.0 if result.step <= 2 else 3.0
             if result.step % 2:
                 result.metrics["time/teacher/seconds"] = 2.0
             return after_step(result)
@@ -320,29 +305,17 @@ def test_time_is_that_of_the_whole_batch(world, tmp_path, monkeypatch):
         run(self, timed)
 
     monkeypatch.setattr(NativeEngine, "run", by_hand)
-    monkeypatch.setattr("rlad.checks.trial.decoding_seconds", lambda *_: [2.0, 1.0])
-    trial = run_trial(parse_config(config))
-    mean, most = trial.steps
-    assert mean.completion_tokens == trial.mean_tokens and trial.num_truncated > 0
-    generation = (2.0 + 1.0 * (trial.mean_tokens - 1)) / 2
-    assert mean.seconds == pytest.approx(
-        {"update": 6.0 * 2, "teacher": 2.0 * 2, "generation": generation}
-    )
-    prompt = 4  # tokens of each prompt: "a + b ="
-    assert most.completion_tokens == 8
-    assert most.seconds["teacher"] == pytest.approx(4 * (prompt + 8) / (prompt + trial.mean_tokens))
+    assert run_trial(parse_config(config)).seconds == {"update": 3.0, "teacher": 1.0}
 
 
-def test_times_are_shown_in_units_that_can_be_read(world, tmp_path):
-    steps = (
-        StepTime(40.0, {"generation": 30.0, "teacher": 10.0, "update": 60.0}),
-        StepTime(2048.0, {"generation": 3600.0, "teacher": 1800.0, "update": 5400.0}),
-    )
-    config = parse_config(run_config(world, tmp_path / "run"))
-    (time,) = [f for f in describe_trial(trial_with({}, steps), config) if f.subject == "time"]
-    assert time.message == (
-        "about 1.7 min a step with completions of 40 tokens (generation 30.0 s, teacher 10.0 s, "
-        "update 1.0 min); 3.0 h if all had 2048"
+def test_time_names_its_parts_and_how_much_larger_the_run_is(world, tmp_path):
+    """12 completions of 2 tokens each, and in the run 4 x 3 of at most 10."""
+    rollout = {"prompts_per_batch": 4, "max_completion_tokens": 10}
+    config = parse_config(run_config(world, tmp_path / "run", rollout=rollout))
+    trial = trial_with({}, {"generation": 30.0, "old_policy": 1.0, "update": 9.0, "rewards": 0.01})
+    assert config.rollout.group_size == 3 and describe_trial(trial, config)[-1].message == (
+        "a step of the trial took 40.0 s (generation 30.0, old policy 1.0, update 9.0); one of the "
+        "run has up to 5 times as many tokens"
     )
 
 
@@ -354,15 +327,15 @@ def memory(total: int, *, models: int = 0) -> MemoryEstimate:
 
 
 def test_memory_is_compared_with_what_is_free():
-    assert compare_memory(memory(8), Memory(free=8, total=16)).level == "ok"
-    too_much = compare_memory(memory(9), Memory(free=8, total=16))
+    assert compare_memory(memory(8), free=8, total=16).level == "ok"
+    too_much = compare_memory(memory(9), free=8, total=16)
     assert too_much.level == "warning" and "lower optimization.tokens_per_batch" in too_much.message
-    never = compare_memory(memory(20, models=17), Memory(free=8, total=16))
+    never = compare_memory(memory(20, models=17), free=8, total=16)
     assert never.level == "error" and "take a smaller model, [student.lora]" in never.message
 
 
 def test_models_that_may_not_fit_are_not_loaded(world, tmp_path, monkeypatch):
-    monkeypatch.setattr("rlad.checks.check.memory_of", lambda device: Memory(free=1, total=10**12))
+    monkeypatch.setattr("rlad.checks.check.free_and_total_memory", lambda device: (1, 10**12))
     report = checked(world, tmp_path / "run")
     assert levels(report)["memory"] == levels(report)["trial"] == "warning" and report.trial is None
     assert not report.errors
@@ -410,22 +383,12 @@ def test_only_devices_that_compute(device):
 
 
 def test_the_logits_of_a_tile_are_counted(world, tmp_path, monkeypatch):
-    """Three times 4 of 40 tokens x 4 of 7 entries, float32, whoever scores; also where logits are
-    scaled.
-
-    Picking the next token of a single row takes 7 logits and three times as much.
-    """
+    """Three times a tile of 16, float32. Picking the next token of a single row takes 7 logits and
+    three times as much."""
     monkeypatch.setitem(LOGITS_PER_TILE, "cpu", 16)
-    scaled = str(write_model(tmp_path / "scaled", seed=1, family="cohere", logit_scale=0.1))
-    sections: dict[str, Any] = {
-        "optimization": {"tokens_per_batch": 40},
-        "student": {"device": "cpu"},
-    }
-    for who, own in (("student", {}), ("teacher", {"tokens_per_batch": 40})):
-        config = run_config(world, tmp_path / "run", **sections)
-        config[who] |= {"model": scaled, **own}
-        config["rollout"] |= {"max_batch_rows": 1}
-        assert estimate_memory(parse_config(config), 4).logits == 3 * 4 * 4 * 4
+    config = run_config(world, tmp_path / "run", student={"device": "cpu"})
+    config["rollout"] |= {"max_batch_rows": 1}
+    assert estimate_memory(parse_config(config), 4).logits == 4 * 3 * 16
 
 
 def test_the_logits_of_the_rows_that_are_decoded_are_counted(world, tmp_path, monkeypatch):
@@ -591,16 +554,14 @@ def test_json_has_everything(world, tmp_path):
     result = check_command(toml, "--json")
     trial = json.loads(result.stdout)["trial"]
     assert trial["num_completions"] == 12 and "objective/clamped/frac" in trial["metrics"]
-    (step, *_) = trial["steps"]
-    assert set(step["seconds"]) >= {"generation", "teacher", "update"}
-    assert step["total"] == pytest.approx(sum(step["seconds"].values()))
+    assert set(trial["seconds"]) >= {"generation", "teacher", "update"}
 
 
 def test_tokenizer_and_padding_of_the_student_are_told(tmp_path, world):
     student = write_model(tmp_path / "student", seed=2, vocab_size=9)
     report = checked(world, tmp_path / "run", student={"model": str(student)})
     assert message(report, "special tokens") == (
-        "a completion ends with '<eos>'; begin none, pad '<pad>'"
+        "a completion ends with '<eos>'; begin None, pad '<pad>'"
     )
     assert message(report, "student").endswith(", 7 tokens in 9 rows")
 

@@ -1,13 +1,18 @@
 """`rlad check`: what a config will do and whether it can, without training."""
 
 import os
-from collections.abc import Callable
-from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from rlad.checks.contamination import MOST_PROBLEMS, RUN_WORDS, find_contamination, finite_problems
-from rlad.checks.memory import MemoryEstimate, compare_memory, estimate_memory, memory_of
+from rlad.checks.memory import (
+    MemoryEstimate,
+    compare_memory,
+    estimate_memory,
+    free_and_total_memory,
+)
 from rlad.checks.trial import Trial, describe_trial, run_trial
 from rlad.config.catalogue import describe
 from rlad.config.run import RunConfig
@@ -26,7 +31,7 @@ from rlad.models.loading import (
 from rlad.models.student import require_base_model
 from rlad.rollouts.prompts import longest_prompt
 from rlad.runs.directory import RunDirectory
-from rlad.tasks import Problem, make_task
+from rlad.tasks import Task, make_task
 from rlad.tasks.several import require_working_verifier
 from rlad.teachers import check_teacher
 from rlad.teachers.base import Setting
@@ -34,18 +39,32 @@ from rlad.teachers.base import Setting
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class CheckReport:
+    """What a check has found of a run so far."""
+
     config: RunConfig
     plan: list[str]
-    findings: list[Finding]
-    memory: MemoryEstimate | None
-    trial: Trial | None
+    findings: list[Finding] = field(default_factory=list)
+    memory: MemoryEstimate | None = None
+    trial: Trial | None = None
     """None when something before it cannot work, or no models were to be loaded"""
 
     @property
     def errors(self) -> list[Finding]:
-        return _errors(self.findings)
+        return [finding for finding in self.findings if finding.level == "error"]
+
+    def attempt(self, subject: str, check: Callable[..., Result], *arguments: Any) -> Result | None:
+        """Return what a check returns; a sentence that it raises becomes an error among the
+        findings."""
+        try:
+            return check(*arguments)
+        except (RladError, RuntimeError) as error:
+            failure = error if isinstance(error, RladError) else out_of_memory(error)
+            if failure is None:
+                raise
+            self.findings.append(Finding("error", subject, str(failure)))
+            return None
 
     def to_json(self) -> dict[str, Any]:
         memory = self.memory
@@ -55,7 +74,7 @@ class CheckReport:
             "plan": self.plan,
             "findings": [asdict(finding) for finding in self.findings],
             "memory_bytes": asdict(memory) | {"total": memory.total} if memory else None,
-            "trial": self.trial.to_json() if self.trial else None,
+            "trial": asdict(self.trial) if self.trial else None,
         }
 
 
@@ -68,48 +87,33 @@ def check_run(
     With `for_verl` also whether verl knows our objectives. What cannot work is an `error` among the
     findings.
     """
-    findings: list[Finding] = []
+    report = CheckReport(config, describe_plan(config))
     if for_verl:
         from rlad.engines.verl.check import check_verl
 
-        findings += check_verl()
-
-    def attempt(subject: str, check: Callable[[], Result]) -> Result | None:
-        try:
-            return check()
-        except RladError as error:
-            findings.append(Finding("error", subject, str(error)))
-            return None
-
+        report.findings += check_verl()
     for subject, check in _CHECKS.items():
-        findings += attempt(subject, lambda check=check: check(config)) or []
+        report.findings += report.attempt(subject, check, config) or []
     # Each stage needs what the ones before found: prompts need a tokenizer and a task, memory the
     # longest prompt, and a trial room for the models.
-    memory = None
-    if not _errors(findings) and (
-        num_tokens := attempt("prompts", lambda: _longest_prompt(config))
-    ):
-        findings.append(_prompts(config, num_tokens))
-        memory = attempt("memory", lambda: estimate_memory(config, num_tokens))
     fits = True
-    if memory is not None:
-        device = pick_device(config.student.device)
-        finding = compare_memory(memory, memory_of(str(device)))
+    if not report.errors and (prompts := report.attempt("prompts", _check_prompts, config)):
+        num_tokens, finding = prompts
+        report.findings.append(finding)
+        report.memory = report.attempt("memory", estimate_memory, config, num_tokens)
+    if report.memory is not None:
+        free, total = free_and_total_memory(str(pick_device(config.student.device)))
+        finding = compare_memory(report.memory, free=free, total=total)
         fits = finding.level == "ok"
-        findings.append(finding)
-    trial = None
+        report.findings.append(finding)
     if with_models and not fits:
         message = "left out, as the models may not fit into the memory that is free"
-        findings.append(Finding("warning", "trial", message))
-    elif with_models and not _errors(findings):
-        trial = attempt("trial", lambda: _try_out(config))
-    if trial is not None:
-        findings += describe_trial(trial, config)
-    return CheckReport(config, describe_plan(config), findings, memory, trial)
-
-
-def _errors(findings: list[Finding]) -> list[Finding]:
-    return [finding for finding in findings if finding.level == "error"]
+        report.findings.append(Finding("warning", "trial", message))
+    elif with_models and not report.errors:
+        report.trial = report.attempt("trial", run_trial, config)
+    if report.trial is not None:
+        report.findings += describe_trial(report.trial, config)
+    return report
 
 
 def describe_plan(config: RunConfig) -> list[str]:
@@ -200,11 +204,20 @@ def _special_tokens(config: RunConfig, tokenizer: Any, model_config: Any) -> Fin
     generation = load_generation_config(settings.model)
     ids = end_token_ids(model_config, generation, tokenizer, settings.end_tokens)
     end = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(list(ids))))
-    begin, pad = (
-        repr(token) if token else "none" for token in (tokenizer.bos_token, tokenizer.pad_token)
+    message = (
+        f"a completion ends with {end}; begin {tokenizer.bos_token!r}, pad {tokenizer.pad_token!r}"
     )
-    message = f"a completion ends with {end}; begin {begin}, pad {pad}"
     return Finding("ok", "special tokens", message)
+
+
+@contextmanager
+def _tasks(config: RunConfig) -> Iterator[list[Task]]:
+    """Open the task of a run, and after it the one out of its distribution if there is one."""
+    sections = [section for section in (config.task, config.ood_task) if section is not None]
+    with ExitStack() as held:
+        yield [
+            held.enter_context(closing(make_task(**section.model_dump()))) for section in sections
+        ]
 
 
 def _check_task(config: RunConfig) -> list[Finding]:
@@ -220,18 +233,13 @@ def _check_held_out(config: RunConfig) -> list[Finding]:
     num_batches = -(-loop.num_steps // loop.steps_per_rollout_batch)
     # Only what this run will see: it may end before its training set does.
     num_train = num_batches * config.rollout.prompts_per_batch
-    with ExitStack() as tasks:
-        task = tasks.enter_context(closing(make_task(**config.task.model_dump())))
-        train = list(finite_problems(task, "train", num_train, seed=config.seed))
+    with _tasks(config) as tasks:
+        train = list(finite_problems(tasks[0], "train", num_train, seed=config.seed))
         if not train:
             return []
-        held_out: list[Problem] = [
-            *finite_problems(task, "validation"),
-            *finite_problems(task, "test"),
-        ]
-        if config.ood_task is not None:
-            ood_task = tasks.enter_context(closing(make_task(**config.ood_task.model_dump())))
-            held_out += finite_problems(ood_task, "test")
+        held_out = list(finite_problems(tasks[0], "validation"))
+        for task in tasks:
+            held_out += finite_problems(task, "test")
     seen = find_contamination(train, held_out)
     subject = "held-out problems"
     if not seen.num_found:
@@ -260,35 +268,16 @@ _CHECKS: dict[str, Callable[[RunConfig], list[Finding]]] = {
 }
 
 
-def _longest_prompt(config: RunConfig) -> int:
-    with ExitStack() as tasks:
-        task, *others = [
-            tasks.enter_context(closing(make_task(**settings.model_dump())))
-            for settings in (config.task, config.ood_task)
-            if settings is not None
-        ]
+def _check_prompts(config: RunConfig) -> tuple[int, Finding]:
+    """Return the tokens of the longest prompt, and what to say of them."""
+    context = context_tokens(load_model_config(config.student.model))
+    with _tasks(config) as (task, *others):
         tokenizer = load_tokenizer(config.student.model)
-        return longest_prompt(
-            config, task, tokenizer, _context(config), others[0] if others else None
-        )
-
-
-def _prompts(config: RunConfig, num_tokens: int) -> Finding:
+        ood_task = others[0] if others else None
+        num_tokens = longest_prompt(config, task, tokenizer, context, ood_task)
     needed = num_tokens + config.rollout.max_completion_tokens
-    of = _context(config) or "unlimited"
-    message = f"the longest has {num_tokens} tokens, with its completion {needed} of {of}"
-    return Finding("ok", "prompts", message)
-
-
-def _context(config: RunConfig) -> int | None:
-    return context_tokens(load_model_config(config.student.model))
-
-
-def _try_out(config: RunConfig) -> Trial:
-    """Run the trial. Raises `RunFailedError` for a want of memory too."""
-    try:
-        return run_trial(config)
-    except RuntimeError as error:
-        if (failure := out_of_memory(error)) is None:
-            raise
-        raise failure from None
+    message = (
+        f"the longest has {num_tokens} tokens, with its completion {needed} of "
+        f"{context or 'unlimited'}"
+    )
+    return num_tokens, Finding("ok", "prompts", message)

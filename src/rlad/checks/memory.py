@@ -1,25 +1,18 @@
 """How much memory a run needs, from the models' configs alone, and how much is free."""
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from math import prod
 from typing import Any
 
 import psutil
 import torch
 
 from rlad.config.run import RunConfig
-from rlad.config.teacher import (
-    AdapterTeacherConfig,
-    EMATeacherConfig,
-    LocalTeacherConfig,
-    single_teachers,
-)
+from rlad.config.teacher import EMATeacherConfig, LocalTeacherConfig, single_teachers
 from rlad.findings import Finding
 from rlad.models.loading import load_model_config, pick_device
 from rlad.models.sizes import num_adapter_parameters, num_parameters, quantized_bytes
 from rlad.rollouts.growing_cache import room_for
-from rlad.scoring.tiles import tile_shape, tokens_per_chunk
+from rlad.scoring.tiles import LOGITS_PER_TILE, tokens_per_chunk
 
 _GIB = 1024**3
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -50,14 +43,6 @@ class MemoryEstimate:
         """What no setting of the loop makes smaller."""
         weights = self.student_weights + self.teacher_weights + self.reference_weights
         return weights + self.gradients_and_optimizer
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """Bytes of a device: what other programs leave now, and all of it."""
-
-    free: int
-    total: int
 
 
 def estimate_memory(
@@ -106,7 +91,7 @@ def estimate_memory(
         reference_weights=4 * num_weights if has_reference else 0,
         sampler_cache=rows * room_for(sequence) * 2 * layers * _key_size(shape) * width,
         activations=activations,
-        logits=4 * _num_logits(config, shape, rows, tokens, num_rollouts * sequence, device),
+        logits=4 * _num_logits(shape.vocab_size, rows, device),
         logprobs=4 * _NUM_LOGPROBS * num_rollouts * rollout.max_completion_tokens,
     )
 
@@ -129,15 +114,15 @@ def teacher_bytes(teacher: Any, num_trained: int, device: str) -> int:
     return num_bytes
 
 
-def memory_of(device: str) -> Memory:
-    """Measure how much memory a device has and how much of it is free."""
+def free_and_total_memory(device: str) -> tuple[int, int]:
+    """Measure the bytes of a device's memory: what other programs leave now, and all of it."""
     if device.startswith("cuda"):
-        return Memory(*torch.cuda.mem_get_info(device))
+        return torch.cuda.mem_get_info(device)
     memory = psutil.virtual_memory()
-    return Memory(memory.available, memory.total)
+    return memory.available, memory.total
 
 
-def compare_memory(needed: MemoryEstimate, memory: Memory) -> Finding:
+def compare_memory(needed: MemoryEstimate, *, free: int, total: int) -> Finding:
     """Compare an estimate with a device: more than is free is a warning; models that are larger
     than all of the memory are an error."""
     parts = ", ".join(
@@ -145,17 +130,14 @@ def compare_memory(needed: MemoryEstimate, memory: Memory) -> Finding:
         for name, size in asdict(needed).items()
         if size
     )
-    message = (
-        f"about {needed.total / _GIB:.2f} of {memory.free / _GIB:.1f} GiB that are free ({parts})"
-    )
-    if needed.models > memory.total:
+    message = f"about {needed.total / _GIB:.2f} of {free / _GIB:.1f} GiB that are free ({parts})"
+    if needed.models > total:
         what = (
-            f"weights and optimiser alone are more than the {memory.total / _GIB:.1f} GiB that "
-            "there are; take a smaller model, [student.lora], teacher.quantization, or a served "
-            "teacher."
+            f"weights and optimiser alone are more than the {total / _GIB:.1f} GiB that there are; "
+            "take a smaller model, [student.lora], teacher.quantization, or a served teacher."
         )
         return Finding("error", "memory", f"{message}; {what}")
-    if needed.total <= memory.free:
+    if needed.total <= free:
         return Finding("ok", "memory", message)
     what = (
         "lower optimization.tokens_per_batch or rollout.max_batch_rows, or set "
@@ -164,37 +146,18 @@ def compare_memory(needed: MemoryEstimate, memory: Memory) -> Finding:
     return Finding("warning", "memory", f"{message}; {what}")
 
 
-def _num_logits(
-    config: RunConfig, shape: Any, rows: int, tokens: int, all_tokens: int, device: str
-) -> int:
+def _num_logits(vocabulary: int, rows: int, device: str) -> int:
     """Count the most numbers of the size of logits that are held at once.
 
     Scoring holds a tile of logits, its float32 copy, and the log-probs or the gradient. Sampling
     holds the logits of the next token of all rows, and three times those of a chunk of rows. An
     objective over the whole vocabulary holds more tensors, of tiles that are as much smaller.
     """
-    # The largest of what sampling and each scoring model hold: they take turns.
+    # The larger of what sampling and scoring hold: they take turns.
     kind = device.partition(":")[0]
-    chunk = min(rows, tokens_per_chunk(kind, shape.vocab_size))
-    sampled = shape.vocab_size * (rows + 3 * chunk)
-    scored = [
-        3 * prod(tile_shape(kind, num_tokens, model.vocab_size))
-        for model, num_tokens in [(shape, tokens), *_scored_by(config, shape, all_tokens, device)]
-    ]
-    return max(sampled, *scored)
-
-
-def _scored_by(
-    config: RunConfig, student: Any, num_tokens: int, device: str
-) -> Iterator[tuple[Any, int]]:
-    """Yield the configs of the teachers on the student's device, each with the most tokens that it
-    scores at once."""
-    for _, one in single_teachers(config.teacher if config.needs_teacher else None):
-        if isinstance(one, AdapterTeacherConfig | EMATeacherConfig):
-            yield student, min(one.tokens_per_batch, num_tokens)
-        elif isinstance(one, LocalTeacherConfig) and _is_on(one, device):
-            model = load_model_config(one.model).get_text_config()
-            yield model, min(one.tokens_per_batch, num_tokens)
+    chunk = min(rows, tokens_per_chunk(kind, vocabulary))
+    scored = 3 * LOGITS_PER_TILE.get(kind, LOGITS_PER_TILE["cuda"])
+    return max(scored, vocabulary * (rows + 3 * chunk))
 
 
 def _is_on(teacher: LocalTeacherConfig, device: str) -> bool:
