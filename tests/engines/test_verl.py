@@ -8,6 +8,7 @@ tests/engines/test_verl.py`.
 import asyncio
 import json
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.verl
 import hydra
 import numpy as np
 import ray
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from verl import DataProto
 from verl.experimental.reward_loop.reward_loop import migrate_legacy_reward_impl
@@ -38,6 +40,7 @@ from rlad.config.run import RolloutConfig
 from rlad.engines.verl.check import check_verl
 from rlad.engines.verl.objective import NAMES, VARIABLE
 from rlad.engines.verl.plugin import rlad_loss
+from rlad.export.verl import _shell
 from rlad.export.verl_command import AGGREGATION
 from rlad.models.loading import load_tokenizer
 from rlad.objectives import token_loss
@@ -321,6 +324,15 @@ def test_verl_accepts_the_config(tmp_path, changes):
         assert list(settings.teacher_models) == ["default"]
     assert actor_settings.use_kl_loss == ("optimization.kl_coef" in given)
     assert actor_settings.optim.lr_scheduler_type == given.get("optimization.schedule", "constant")
+
+
+@pytest.mark.parametrize(
+    "text", ["q\"uo'te", "back\\slash", "end\\", 'both\\"', "two\nlines", "null"]
+)
+def test_texts_reach_verl_as_they_are(text):
+    word = subprocess.run(["bash", "-c", f"printf %s {_shell('+a', text)}"], capture_output=True)
+    override = OverridesParser.create().parse_override(word.stdout.decode())
+    assert override.value() == text
 
 
 def test_the_objective_reaches_a_real_ray_worker(tmp_path):

@@ -72,7 +72,7 @@ def test_a_conversation_keeps_its_messages_and_the_templates_variables(tmp_path)
         *messages,
     ]
     given = dict(argument.split("=", 1) for argument in overrides_of(command))
-    assert given["+data.apply_chat_template_kwargs.thinking"] == "False"
+    assert given["+data.apply_chat_template_kwargs.thinking"] == "false"
     assert given["data.max_prompt_length"] == "8", "2 2 1 2 0 = and the template's 0 ="
 
 
@@ -92,12 +92,12 @@ def test_the_command_says_what_the_config_says(tmp_path):
     assert given["trainer.total_training_steps"] == "2", "3 steps, 2 on each rollout batch"
     assert given["trainer.nnodes"] == "7", "what follows the script's name wins"
     assert (
-        json.loads(given[f"+ray_kwargs.ray_init.runtime_env.env_vars.{VARIABLE}"].strip("'"))[
+        json.loads(json.loads(given[f"+ray_kwargs.ray_init.runtime_env.env_vars.{VARIABLE}"]))[
             "alpha"
         ]
         == 0.25
     )
-    assert given["distillation.distillation_loss.loss_mode"] == "trrd"
+    assert given["distillation.distillation_loss.loss_mode"] == '"trrd"'
     text = command.read_text()
     assert "optimization.num_steps = 3 is rounded up to whole rollout batches." in text
     assert all(
@@ -257,9 +257,12 @@ def is_refused(config: RunConfig) -> bool:
         ),
         (
             ["--gpus-per-node", "3"],
-            "the rollout batch holds 128 completions, which 3 GPUs cannot share equally",
+            "an optimiser step holds 128 completions, which 3 GPUs cannot share equally",
         ),
-        (["rollout.max_prompt_tokens=5"], "tokens, but rollout.max_prompt_tokens is 5; raise it."),
+        (
+            ["rollout.max_prompt_tokens=5"],
+            "but at most 5 are allowed (rollout.max_prompt_tokens); shorten the prompts or change",
+        ),
     ],
 )
 def test_what_verl_would_train_differently_is_refused(tmp_path, arguments, sentence):

@@ -229,10 +229,8 @@ def _check_task(config: RunConfig) -> list[Finding]:
 def _check_held_out(config: RunConfig) -> list[Finding]:
     """Whether problems that measure the student are among those that train it. Tasks that generate
     problems see to that themselves."""
-    loop = config.optimization
-    num_batches = -(-loop.num_steps // loop.steps_per_rollout_batch)
     # Only what this run will see: it may end before its training set does.
-    num_train = num_batches * config.rollout.prompts_per_batch
+    num_train = config.optimization.num_rollout_batches * config.rollout.prompts_per_batch
     with _tasks(config) as tasks:
         train = list(finite_problems(tasks[0], "train", num_train, seed=config.seed))
         if not train:

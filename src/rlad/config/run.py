@@ -133,6 +133,10 @@ class OptimizationConfig(Section):
     """most tokens (padding included) in one forward and backward pass; changes memory, not the
     result"""
 
+    @property
+    def num_rollout_batches(self) -> int:
+        return -(-self.num_steps // self.steps_per_rollout_batch)
+
 
 class EvaluationConfig(Section):
     """How the student is measured on held-out problems: validation during the run, test before and

@@ -2,13 +2,13 @@
 there. Imports no verl."""
 
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from rlad.config.capabilities import require_engine
 from rlad.config.file import changed_settings
 from rlad.config.run import RunConfig
-from rlad.config.teacher import LocalTeacherConfig
 from rlad.engines.verl.objective import VARIABLE, objective_json
 from rlad.errors import UserError
 from rlad.models.files import located
@@ -18,9 +18,64 @@ AGGREGATION = {
     "token_mean": "token-mean",
     "constant_length": "seq-mean-token-sum-norm",
 }
-_MODEL = "actor_rollout_ref.model"
+HERE = "${HERE}/"
+"""what Bash replaces by the exported folder, wherever that lies"""
 _ACTOR = "actor_rollout_ref.actor"
 _ROLLOUT = "actor_rollout_ref.rollout"
+_TEACHER = "distillation.teacher_models.teacher_model"
+_SAME = {
+    "data.train_batch_size": "rollout.prompts_per_batch",
+    "data.max_response_length": "rollout.max_completion_tokens",
+    "data.seed": "seed",
+    "actor_rollout_ref.model.enable_gradient_checkpointing": "student.gradient_checkpointing",
+    f"{_ROLLOUT}.dtype": "student.dtype",
+    f"{_ROLLOUT}.n": "rollout.group_size",
+    f"{_ROLLOUT}.temperature": "rollout.temperature",
+    f"{_ROLLOUT}.seed": "seed",
+    f"{_ROLLOUT}.val_kwargs.n": "evaluation.num_validation_samples",
+    f"{_ROLLOUT}.val_kwargs.temperature": "evaluation.temperature",
+    f"{_ACTOR}.loss_scale_factor": "rollout.max_completion_tokens",
+    f"{_ACTOR}.kl_loss_coef": "optimization.kl_coef",
+    f"{_ACTOR}.data_loader_seed": "seed",
+    f"{_ACTOR}.fsdp_config.seed": "seed",
+    f"{_ACTOR}.optim.lr": "optimization.learning_rate",
+    f"{_ACTOR}.optim.betas": "optimization.betas",
+    f"{_ACTOR}.optim.weight_decay": "optimization.weight_decay",
+    f"{_ACTOR}.optim.lr_scheduler_type": "optimization.schedule",
+    f"{_ACTOR}.optim.clip_grad": "optimization.max_grad_norm",
+    f"{_ACTOR}.grad_clip": "optimization.max_grad_norm",
+}
+"""verl's keys for settings that it has too"""
+_ALWAYS = {
+    "data.train_files": f"{HERE}train.parquet",
+    "data.val_files": f"{HERE}validation.parquet",
+    "data.shuffle": False,
+    "data.truncation": "error",
+    "reward.custom_reward_function.path": "pkg://rlad.engines.verl.reward",
+    "reward.custom_reward_function.name": "compute_score",
+    "+reward.custom_reward_function.reward_kwargs.config": f"{HERE}config.toml",
+    "actor_rollout_ref.ref.strategy": "fsdp2",
+    f"{_ACTOR}.strategy": "fsdp2",
+    f"{_ACTOR}.ppo_epochs": 1,
+    f"{_ACTOR}.use_dynamic_bsz": True,
+    f"{_ACTOR}.entropy_coeff": 0,
+    f"{_ACTOR}.kl_loss_type": "low_var_kl",
+    f"{_ROLLOUT}.name": "vllm",
+    f"{_ROLLOUT}.top_p": 1.0,
+    f"{_ROLLOUT}.top_k": -1,
+    f"{_ROLLOUT}.tensor_model_parallel_size": 1,
+    "algorithm.adv_estimator": "grpo",
+    "algorithm.use_kl_in_reward": False,
+    # Our token losses hold reward and clipping already; verl adds nothing to them.
+    "distillation.distillation_loss.use_task_rewards": False,
+    "distillation.distillation_loss.use_policy_gradient": False,
+    "distillation.distillation_loss.loss_max_clamp": None,
+    "trainer.total_epochs": 1,
+    "trainer.val_before_train": True,
+    "trainer.logger": ["console"],
+    "trainer.project_name": "rlad",
+    "trainer.default_local_dir": f"{HERE}checkpoints",
+}
 _NOT_CARRIED_OVER = {
     "optimization.max_seconds": "verl has no such limit",
     "optimization.max_teacher_tokens": "verl has no such limit",
@@ -45,31 +100,17 @@ class Cluster:
     teacher_nodes: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class InFolder:
-    """A file in the exported folder, wherever that lies."""
-
-    name: str
-
-
 def require_exportable(config: RunConfig, cluster: Cluster) -> None:
     """`UserError` with one sentence for what verl would train differently, or not at all."""
     require_engine("verl", config.objective, config)
     gpus = cluster.gpus_per_node * cluster.nodes
     whole = config.rollout.prompts_per_batch * config.rollout.group_size
     step = whole // config.optimization.steps_per_rollout_batch
-    for what, number in (("the rollout batch", whole), ("an optimiser step", step)):
-        if number % gpus:
-            raise UserError(
-                f"{what} holds {number} completions, which {gpus} GPUs cannot share equally; "
-                "change rollout.prompts_per_batch, rollout.group_size or --gpus-per-node and "
-                "--nodes."
-            )
-
-
-def num_rollout_batches(config: RunConfig) -> int:
-    """Rollout batches of the whole run."""
-    return -(-config.optimization.num_steps // config.optimization.steps_per_rollout_batch)
+    if step % gpus:
+        raise UserError(
+            f"an optimiser step holds {step} completions, which {gpus} GPUs cannot share equally; "
+            "change rollout.prompts_per_batch, rollout.group_size or --gpus-per-node and --nodes."
+        )
 
 
 def overrides(
@@ -77,108 +118,48 @@ def overrides(
 ) -> dict[str, Any]:
     """Hydra keys and values; `prompt_tokens` is the longest prompt's, `chat_template` one that
     replaces the student's."""
-    return {
-        **_data(config, prompt_tokens),
-        **_student(config, chat_template),
-        **_rollouts(config),
-        **_optimisation(config, prompt_tokens),
-        **_objective(config, cluster),
-        **_trainer(config, cluster),
-    }
-
-
-def _data(config: RunConfig, prompt_tokens: int) -> dict[str, Any]:
-    return {
-        "data.train_files": InFolder("train.parquet"),
-        "data.val_files": InFolder("validation.parquet"),
-        "data.train_batch_size": config.rollout.prompts_per_batch,
-        "data.max_prompt_length": prompt_tokens,
-        "data.max_response_length": config.rollout.max_completion_tokens,
-        "data.shuffle": False,
-        "data.seed": config.seed,
-        "data.truncation": "error",
-        **{
-            f"+data.apply_chat_template_kwargs.{name}": value
-            for name, value in config.rollout.chat_template_kwargs.items()
-        },
-        "reward.custom_reward_function.path": "pkg://rlad.engines.verl.reward",
-        "reward.custom_reward_function.name": "compute_score",
-        "+reward.custom_reward_function.reward_kwargs.config": InFolder("config.toml"),
-    }
-
-
-def _student(config: RunConfig, chat_template: str | None) -> dict[str, Any]:
-    keys: dict[str, Any] = {
-        f"{_MODEL}.path": model_path(config.student.model),
-        f"{_MODEL}.enable_gradient_checkpointing": config.student.gradient_checkpointing,
-        f"{_ACTOR}.strategy": "fsdp2",
-        "actor_rollout_ref.ref.strategy": "fsdp2",
-        f"{_ROLLOUT}.dtype": config.student.dtype,
-    }
-    if config.student.dtype == "float32":
-        # verl computes in bfloat16 by itself, also where the weights are float32.
-        for part in ("actor", "ref"):
-            for kind in ("param", "reduce", "buffer"):
-                keys[f"+actor_rollout_ref.{part}.fsdp_config.mixed_precision.{kind}_dtype"] = "fp32"
-    if chat_template is not None:
-        keys[f"{_MODEL}.custom_chat_template"] = chat_template
-    return keys
-
-
-def _rollouts(config: RunConfig) -> dict[str, Any]:
-    rollout = config.rollout
-    evaluation = config.evaluation
-    return {
-        f"{_ROLLOUT}.name": "vllm",
-        f"{_ROLLOUT}.n": rollout.group_size,
-        f"{_ROLLOUT}.temperature": rollout.temperature,
-        f"{_ROLLOUT}.top_p": 1.0,
-        f"{_ROLLOUT}.top_k": -1,
-        f"{_ROLLOUT}.seed": config.seed,
-        f"{_ROLLOUT}.tensor_model_parallel_size": 1,
-        f"{_ROLLOUT}.val_kwargs.n": evaluation.num_validation_samples,
-        f"{_ROLLOUT}.val_kwargs.temperature": evaluation.temperature,
-        f"{_ROLLOUT}.val_kwargs.do_sample": evaluation.temperature > 0,
-    }
-
-
-def _optimisation(config: RunConfig, prompt_tokens: int) -> dict[str, Any]:
     rollout = config.rollout
     loop = config.optimization
+    per_batch = loop.steps_per_rollout_batch
+    every = -(-config.evaluation.every_steps // per_batch)
     keys: dict[str, Any] = {
-        f"{_ACTOR}.ppo_mini_batch_size": rollout.prompts_per_batch // loop.steps_per_rollout_batch,
-        f"{_ACTOR}.ppo_epochs": 1,
-        f"{_ACTOR}.use_dynamic_bsz": True,
+        **_ALWAYS,
+        **{key: attrgetter(setting)(config) for key, setting in _SAME.items()},
+        "data.max_prompt_length": prompt_tokens,
+        "actor_rollout_ref.model.path": model_path(config.student.model),
+        f"{_ROLLOUT}.val_kwargs.do_sample": config.evaluation.temperature > 0,
+        f"{_ACTOR}.ppo_mini_batch_size": rollout.prompts_per_batch // per_batch,
         # The longest text must fit into a micro-batch, whatever the limit of tokens is.
         f"{_ACTOR}.ppo_max_token_len_per_gpu": max(
             loop.tokens_per_batch, prompt_tokens + rollout.max_completion_tokens
         ),
         f"{_ACTOR}.loss_agg_mode": AGGREGATION[loop.aggregation],
-        f"{_ACTOR}.entropy_coeff": 0,
-        f"{_ACTOR}.data_loader_seed": config.seed,
-        f"{_ACTOR}.fsdp_config.seed": config.seed,
-        f"{_ACTOR}.optim.lr": loop.learning_rate,
-        f"{_ACTOR}.optim.betas": list(loop.betas),
-        f"{_ACTOR}.optim.weight_decay": loop.weight_decay,
-        f"{_ACTOR}.optim.lr_scheduler_type": loop.schedule,
-        f"{_ACTOR}.optim.lr_warmup_steps": loop.warmup_steps // loop.steps_per_rollout_batch,
-        f"{_ACTOR}.optim.clip_grad": loop.max_grad_norm,
-        f"{_ACTOR}.grad_clip": loop.max_grad_norm,
-        "algorithm.adv_estimator": "grpo",
-        "algorithm.norm_adv_by_std_in_grpo": loop.advantage_scale == "std",
-        "algorithm.use_kl_in_reward": False,
+        f"{_ACTOR}.optim.lr_warmup_steps": loop.warmup_steps // per_batch,
         f"{_ACTOR}.use_kl_loss": bool(loop.kl_coef),
+        "algorithm.norm_adv_by_std_in_grpo": loop.advantage_scale == "std",
+        "trainer.n_gpus_per_node": cluster.gpus_per_node,
+        "trainer.nnodes": cluster.nodes,
+        "trainer.total_training_steps": loop.num_rollout_batches,
+        "trainer.test_freq": every,
+        "trainer.save_freq": every,
+        "trainer.experiment_name": config.directory.name,
+        **_objective(config, cluster),
     }
-    if loop.aggregation == "constant_length":
-        keys[f"{_ACTOR}.loss_scale_factor"] = rollout.max_completion_tokens
-    if loop.kl_coef:
-        keys[f"{_ACTOR}.kl_loss_coef"] = loop.kl_coef
-        keys[f"{_ACTOR}.kl_loss_type"] = "low_var_kl"
+    for name, value in rollout.chat_template_kwargs.items():
+        keys[f"+data.apply_chat_template_kwargs.{name}"] = value
+    if chat_template is not None:
+        keys["actor_rollout_ref.model.custom_chat_template"] = chat_template
+    if config.student.dtype == "float32":
+        # verl computes in bfloat16 by itself, also where the weights are float32.
+        for part in ("actor", "ref"):
+            for kind in ("param", "reduce", "buffer"):
+                keys[f"+actor_rollout_ref.{part}.fsdp_config.mixed_precision.{kind}_dtype"] = "fp32"
     return keys
 
 
 def _objective(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
     objective: Any = config.objective
+    teacher: Any = config.teacher
     if not objective.needs_teacher:
         return {
             "distillation.enabled": False,
@@ -187,38 +168,15 @@ def _objective(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
             f"{_ACTOR}.clip_ratio_high": objective.clip_high,
             f"{_ACTOR}.clip_ratio_c": objective.dual_clip or _NO_DUAL_CLIP,
         }
-    assert isinstance(config.teacher, LocalTeacherConfig)
-    teacher = "distillation.teacher_models.teacher_model"
     return {
         "distillation.enabled": True,
         "distillation.n_gpus_per_node": cluster.teacher_gpus_per_node,
         "distillation.nnodes": cluster.teacher_nodes,
         "distillation.distillation_loss.loss_mode": objective.type,
-        # Our token losses hold reward and clipping already; verl adds nothing to them.
-        "distillation.distillation_loss.use_task_rewards": False,
-        "distillation.distillation_loss.use_policy_gradient": False,
-        "distillation.distillation_loss.loss_max_clamp": None,
-        f"{teacher}.model_path": model_path(config.teacher.model),
-        f"{teacher}.inference.dtype": config.teacher.dtype,
-        f"{teacher}.inference.tensor_model_parallel_size": 1,
+        f"{_TEACHER}.model_path": model_path(teacher.model),
+        f"{_TEACHER}.inference.dtype": teacher.dtype,
+        f"{_TEACHER}.inference.tensor_model_parallel_size": 1,
         f"+ray_kwargs.ray_init.runtime_env.env_vars.{VARIABLE}": objective_json(objective),
-    }
-
-
-def _trainer(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
-    every = -(-config.evaluation.every_steps // config.optimization.steps_per_rollout_batch)
-    return {
-        "trainer.n_gpus_per_node": cluster.gpus_per_node,
-        "trainer.nnodes": cluster.nodes,
-        "trainer.total_epochs": 1,
-        "trainer.total_training_steps": num_rollout_batches(config),
-        "trainer.test_freq": every,
-        "trainer.save_freq": every,
-        "trainer.val_before_train": True,
-        "trainer.logger": ["console"],
-        "trainer.project_name": "rlad",
-        "trainer.experiment_name": config.directory.name,
-        "trainer.default_local_dir": InFolder("checkpoints"),
     }
 
 

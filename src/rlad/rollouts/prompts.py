@@ -140,12 +140,11 @@ def longest_prompt(
 
     Raises `UserError` when one leaves no room for its completion.
     """
-    loop = config.optimization
     rollout = config.rollout
     evaluation = config.evaluation
-    num_batches = -(-loop.num_steps // loop.steps_per_rollout_batch)
+    num_train = config.optimization.num_rollout_batches * rollout.prompts_per_batch
     wanted: list[tuple[str, Task, Split, int]] = [
-        ("train", task, "train", num_batches * rollout.prompts_per_batch),
+        ("train", task, "train", num_train),
         ("validation", task, "validation", evaluation.num_validation_problems),
         ("test", task, "test", evaluation.num_test_problems),
     ]
