@@ -1,5 +1,8 @@
 """Text that nobody has checked (a model's, a server's, a file's), made harmless for a terminal, a
-log or a page."""
+log or a page, and the word that a user may have meant."""
+
+import difflib
+from collections.abc import Iterable
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -8,3 +11,9 @@ def printable(text: str) -> str:
     """Replace what steers a terminal or hides: control characters, escapes, marks that turn the
     reading direction. Line breaks and tabs stay."""
     return "".join(c if c.isprintable() or c in "\n\t" else _REPLACEMENT for c in text)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Ask whether the nearest of the known words was meant; empty where none is near."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else ""

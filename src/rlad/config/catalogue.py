@@ -2,7 +2,6 @@
 no torch."""
 
 import ast
-import difflib
 import inspect
 import json
 from pathlib import Path
@@ -12,12 +11,13 @@ import tomli_w
 from pydantic.fields import FieldInfo
 
 from rlad.config.objective import OBJECTIVE_CONFIGS
-from rlad.config.presets import PRESETS
+from rlad.config.presets import ABOUT, PRESETS
 from rlad.config.run import RunConfig
 from rlad.config.task import TaskConfig
 from rlad.config.teacher import TeacherConfig
 from rlad.config.types import Annealed, Section, sections_in
 from rlad.errors import UserError
+from rlad.text import nearest
 
 OBJECTIVES = Path(__file__).parents[1] / "objectives"
 
@@ -43,20 +43,21 @@ CONFIGS: dict[str, dict[str, type[Section]]] = {
 
 def names(what: str) -> dict[str, str]:
     """Each name with one line about it."""
-    known = [*CONFIGS[what], *(PRESETS if what == "objectives" else ())]
-    return {name: _one_line(_documentation(what, name).partition("\n\n")[0]) for name in known}
+    about = {name: _documentation(what, name).partition("\n\n")[0] for name in CONFIGS[what]}
+    return {name: _one_line(text) for name, text in (about | _presets(what)).items()}
 
 
 def describe(what: str, name: str) -> str:
     """Documentation and settings of one entry. `UserError` with the nearest name when there is
     none."""
-    known = names(what)
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}."
+    presets = _presets(what)
+    if name in presets:
+        settings = tomli_w.dumps(PRESETS[name]).strip()
+        return f"{presets[name]}\n\nStands for these settings:\n\n{settings}"
+    if name not in CONFIGS[what]:
+        known = [*CONFIGS[what], *presets]
+        hint = nearest(name, known) or f"there are {', '.join(known)}."
         raise UserError(f"{name!r} is none of the {what}: {hint}")
-    if name in PRESETS:
-        return f"{_documentation(what, name)}\n\n{tomli_w.dumps(PRESETS[name][1]).strip()}"
     section = name if what == "settings" else what.removesuffix("s")
     config = CONFIGS[what][name]
     parts = [_documentation(what, name), f"[{section}]\n{_settings(config)}"]
@@ -70,10 +71,12 @@ def describe(what: str, name: str) -> str:
     return "\n\n".join(parts)
 
 
+def _presets(what: str) -> dict[str, str]:
+    return ABOUT if what == "objectives" else {}
+
+
 def _documentation(what: str, name: str) -> str:
     """What the objective's file begins with; the docstring of every other config."""
-    if name in PRESETS:
-        return f"{PRESETS[name][0]}\n\nStands for these settings:"
     # The file is read, not imported, since importing it would import torch.
     file = OBJECTIVES / f"{name}.py"
     if what == "objectives" and file.is_file():
@@ -82,18 +85,15 @@ def _documentation(what: str, name: str) -> str:
 
 
 def _settings(config: type[Section]) -> str:
-    """The section as a config has it, with every default, what else is allowed, and what it
-    means."""
-    # One line for each setting as it would be written, then its meaning, in two columns.
+    """The section as a config has it, with every default, what else is allowed, and what it means,
+    in two columns."""
     rows = []
-    for name, field in sorted(config.model_fields.items(), key=lambda item: item[0] != "type"):
+    for name, field in config.model_fields.items():
         if _inner_sections(field):
             continue
-        value = _value_of(field)
-        about = [_one_line(field.description or ""), *_allowed(field)]
-        if field.is_required():
-            about.append("required")
-        rows.append((f"{name} = {value}" if value else f"# {name}", "; ".join(filter(None, about))))
+        has_value = field.is_required() or field.default is not None
+        setting = f"{name} = {_value_of(field)}" if has_value else f"# {name}"
+        rows.append((setting, "; ".join(_about(field))))
     width = max(len(setting) for setting, _ in rows)
     return "\n".join(
         f"{setting:<{width}}  # {about}" if about else setting for setting, about in rows
@@ -101,25 +101,27 @@ def _settings(config: type[Section]) -> str:
 
 
 def _value_of(field: FieldInfo) -> str:
-    """The default as TOML, empty for none; of a required setting the only possible value, or
-    dots."""
+    """The default as TOML; of a required setting the only possible value, or dots."""
     if not field.is_required():
-        return "" if field.default is None else _toml(field.default)
-    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+        return _toml(field.default)
+    choices = _choices(field.annotation)
     return _toml(choices[0]) if len(choices) == 1 else "..."
+
+
+def _about(field: FieldInfo) -> list[str]:
+    """What a setting means, and what is allowed."""
+    about = [_one_line(field.description)] if field.description else []
+    choices = _choices(field.annotation)
+    if len(choices) > 1:
+        about.append(f"one of {', '.join(map(_toml, choices))}")
+    if any(issubclass(section, Annealed) for section in sections_in(field.annotation)):
+        about.append("or { start, end, change_per_step }")
+    return [*about, "required"] if field.is_required() else about
 
 
 def _inner_sections(field: FieldInfo) -> list[type[Section]]:
     """What a setting may hold that is a section itself, or several by name."""
-    return [section for section in sections_in(field.annotation) if section is not Annealed]
-
-
-def _allowed(field: FieldInfo) -> list[str]:
-    choices = _choices(field.annotation)
-    allowed = [f"one of {', '.join(map(_toml, choices))}"] if len(choices) > 1 else []
-    if Annealed in sections_in(field.annotation):
-        allowed.append("or { start, end, change_per_step }")
-    return allowed
+    return [one for one in sections_in(field.annotation) if not issubclass(one, Annealed)]
 
 
 def _choices(annotation: Any) -> list[Any]:
@@ -135,6 +137,6 @@ def _one_line(text: str) -> str:
 
 def _toml(value: Any) -> str:
     if isinstance(value, Annealed):
-        numbers = [f"{name} = {number}" for name, number in value.model_dump().items()]
+        numbers = [f"{name} = {number}" for name, number in value]
         return f"{{ {', '.join(numbers)} }}"
     return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)

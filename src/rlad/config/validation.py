@@ -1,8 +1,7 @@
 """Validated sections of a config, and one sentence for each mistake in them."""
 
-import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import ValidationError
@@ -10,6 +9,7 @@ from pydantic import ValidationError
 from rlad.config.presets import PRESETS
 from rlad.config.types import Section, sections_in
 from rlad.errors import UserError
+from rlad.text import nearest
 
 SomeSection = TypeVar("SomeSection", bound=Section)
 _MOST_SHOWN = 200
@@ -57,7 +57,7 @@ def _explain(section: type[Section], error: Any) -> tuple[str, str]:
     where, keys = _resolve(section, error["loc"][:-1] if is_unknown else error["loc"])
     if is_unknown:
         key = str(error["loc"][-1])
-        hint = _nearest(key, keys) or f"valid keys there are {', '.join(sorted(keys))}"
+        hint = nearest(key, keys) or f"valid keys there are {', '.join(sorted(keys))}"
         return f"{where}.{key}".lstrip("."), f"is an unknown key: {hint}"
     if kind == "missing":
         return where, "is missing: add it to the config"
@@ -67,18 +67,13 @@ def _explain(section: type[Section], error: Any) -> tuple[str, str]:
         tag = str(error["ctx"]["tag"])
         tags = [each.strip(" '") for each in error["ctx"]["expected_tags"].split(",")]
         tags += PRESETS if where == "objective" else ()
-        hint = _nearest(tag, tags)
+        hint = nearest(tag, tags)
         allowed = f"it must be one of {', '.join(tags)}{', ' * bool(hint)}{hint}"
         return f"{where}.type", f"is {tag!r}: {allowed}"
     if kind == "value_error":
         sentence = str(error["ctx"]["error"])
         return where, f"is wrong: {sentence}" if where else sentence
     return where, f"is {_shown(error['input'])}: {_requirement(error)}"
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else ""
 
 
 def _requirement(error: Any) -> str:
