@@ -168,13 +168,13 @@ def test_tuning_runs_are_the_same_search_for_all_and_do_not_look_at_the_test_spl
 
 SAME_FOLDER = {"a b": {"objective": {"type": "grpo"}}, "a_b": {"objective": {"type": "grpo"}}}
 MISTAKES: dict[str, dict[str, Any]] = {
-    "method 'trrd' sets rollout.group_size": {"methods": {"trrd": {"rollout": {"group_size": 2}}}},
-    "method 'trrd' sets optimization.num_steps": {
+    "method 'trrd': sets rollout.group_size": {"methods": {"trrd": {"rollout": {"group_size": 2}}}},
+    "method 'trrd': sets optimization.num_steps": {
         "methods": {"trrd": {"optimization": {"num_steps": 2}}}
     },
     "metods is an unknown key: did you mean 'methods'?": {"metods": {}},
     "method 'gropo': objective.type is 'gropo'": {"methods": {"gropo": {}}},
-    "method 'trrd' sets student": {"methods": {"trrd": {"student": {"model": "x"}}}},
+    "method 'trrd': sets student": {"methods": {"trrd": {"student": {"model": "x"}}}},
     "seeds = [1, 1] holds a value twice": {"seeds": [1, 1]},
     "tuning.learning_rates = [0.001, 0.001] holds a value twice": {
         "tuning": {"learning_rates": [1e-3, 0.001]}
@@ -184,7 +184,7 @@ MISTAKES: dict[str, dict[str, Any]] = {
     "uses no teacher, so max_teacher_tokens would not end it": {
         "shared": {"optimization": {"max_teacher_tokens": 9}}
     },
-    "its objective is planned over num_steps, which max_seconds may end early": {
+    "its objective is planned over num_steps, which max_seconds or max_teacher_tokens may end": {
         "methods": {"opd_then_grpo": {}},
         "shared": {"optimization": {"max_seconds": 9.0}},
     },

@@ -21,7 +21,7 @@ from rlad.cli.evaluate import Evaluation, print_summary
 from rlad.cli.main import main
 from rlad.cli.sample import print_preview
 from rlad.comparison.page import markdown
-from rlad.config.template import template_parts
+from rlad.config.template import template_names
 from rlad.runs.directory import RunDirectory
 from rlad.runs.results import ProblemResult
 from rlad.runs.statistics import Estimate
@@ -82,7 +82,7 @@ READERS: dict[str, Callable[[str], object]] = {
     "text_key": text_key,
     "markdown": markdown,
     "printable": printable,
-    "template": lambda text: _refused(template_parts, text),
+    "template": lambda text: _refused(template_names, text),
 }
 LENGTH = 10_000
 

@@ -169,7 +169,7 @@ def test_every_mistake_gets_its_own_sentence():
         ),
         (
             ["optimization.kl_coef={start=0.1,end=-1,change_per_step=-1}"],
-            "its end is -1.0; it must lie in [0, inf].",
+            "optimization.kl_coef.end is -1: it must be greater than or equal to 0.",
         ),
         (["optimization.betas=[0.9]"], "optimization.betas[1] is missing: add it to the config."),
         (

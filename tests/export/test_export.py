@@ -249,7 +249,7 @@ def is_refused(config: RunConfig) -> bool:
         ),
         (
             ["teacher.quantization=int8"],
-            "a [teacher] with quantization is not available on verl; name a model of type 'local'",
+            "this [teacher] is not available on verl; name a model of type 'local'",
         ),
         (
             ["objective=grpo", "objective.ratio_level=sequence"],

@@ -160,20 +160,20 @@ def test_the_config_reads_back_and_takes_overrides(tmp_path):
         (["task={type='several'}"], "task.tasks is missing: add it to the config."),
         (
             ["evaluation.ood_task={num_people=[4]}"],
-            "{ tasks = { NAME = { ... } } }, with names among logic, sums.",
+            "ood_task.num_people is an unknown key: valid keys there are tasks, type.",
         ),
         (
             ["evaluation.ood_task={tasks={logik={}}}"],
-            "{ tasks = { NAME = { ... } } }, with names among logic, sums.",
+            "evaluation.ood_task.tasks.logik.type is missing: every such section names its type.",
         ),
         (
             ["evaluation.ood_task={tasks={logic=4}}"],
-            "{ tasks = { NAME = { ... } } }, with names among logic, sums.",
+            "evaluation.ood_task.tasks.logic is 4: it must be a section, with keys of its own.",
         ),
         (
             ["evaluation.ood_task={tasks={logic={num_people=[9]}}}"],
-            "evaluation.ood_task.tasks.logic.num_people.0 does not fit a task of type "
-            "'knights_and_knaves': Input should be less than or equal to 8.",
+            "evaluation.ood_task.tasks.logic.num_people[0] is 9: it must be less than or equal to "
+            "8.",
         ),
     ],
 )

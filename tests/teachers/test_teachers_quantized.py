@@ -200,12 +200,12 @@ def test_identity_reaches_the_checkpoint(world, tmp_path):
     [
         (
             {"quantization": "int4"},
-            "computes in bfloat16, but dtype is 'float32'; set dtype = 'bfloat16'",
+            "computes in bfloat16, and packs weights for the GPU, .*; set dtype = 'bfloat16'",
         ),
         ({"quantization": "int8", "random_weights": True}, "random_weights are not quantised"),
         (
             {"quantization": "int4", "dtype": "bfloat16", "keep": "cpu"},
-            "set keep = 'gpu', or take int8",
+            "and keep = 'gpu', or take int8",
         ),
         ({"quantization": "int2"}, "Input should be 'none', 'int8' or 'int4'"),
     ],

@@ -21,7 +21,7 @@ import rlad
 from rlad.config.catalogue import CONFIGS, describe
 from rlad.config.file import parse_config
 from rlad.config.run import RolloutConfig, RunConfig
-from rlad.config.template import fill_template, template_names, template_parts
+from rlad.config.template import fill_template, template_names
 from rlad.errors import UserError
 from rlad.findings import Finding
 from rlad.models.loading import LanguageModel, load_language_model, load_tokenizer
@@ -315,13 +315,6 @@ def test_runs_with_several_teachers(world, tmp_path):
 
 def test_a_template_by_hand():
     template = "{{{prompt}}} is {answer}."
-    assert template_parts(template) == [
-        ("{", None),
-        ("", "prompt"),
-        ("}", None),
-        (" is ", "answer"),
-        (".", None),
-    ]
     assert template_names(template) == {"prompt", "answer"}
     values = {"prompt": "{answer} {0.__class__} }{", "answer": "{prompt}"}
     assert fill_template(template, values) == "{{answer} {0.__class__} }{} is {prompt}."
@@ -330,13 +323,13 @@ def test_a_template_by_hand():
 @pytest.mark.parametrize(
     ("template", "sentence"),
     [
-        ("{prompt", "its braces do not match"),
-        ("{prompt} }", "its braces do not match"),
-        ("{prompt!r}", "{prompt} has a format behind its name; write {prompt} alone."),
-        ("{prompt:>9}", "{prompt} has a format behind its name; write {prompt} alone."),
+        ("{prompt", "the braces of its template do not match"),
+        ("{prompt} }", "the braces of its template do not match"),
+        ("{prompt!r}", "or have more than a name between them; write {prompt} for a name"),
+        ("{prompt:>9}", "or have more than a name between them; write {prompt} for a name"),
         (
             "The answer is {answer}.",
-            "it has no {prompt}, so the teacher would not see the question; add it.",
+            "its template has no {prompt}, so the teacher would not see the question; add it.",
         ),
     ],
 )
@@ -344,9 +337,7 @@ def test_templates_that_cannot_be(world, tmp_path, template, sentence):
     teacher = {"type": "privileged", "template": template, "teacher": {"model": "t"}}
     with pytest.raises(UserError) as error:
         parse_config(run_config(world, tmp_path) | {"teacher": teacher})
-    assert str(error.value).startswith("teacher.template is wrong: ") and sentence in str(
-        error.value
-    )
+    assert str(error.value).startswith("teacher is wrong: ") and sentence in str(error.value)
 
 
 def test_what_a_template_may_name():

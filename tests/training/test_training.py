@@ -235,17 +235,17 @@ def test_the_out_of_distribution_test_is_before_and_after_training(world, tmp_pa
     [
         (
             {"num_poeple": [4]},
-            "evaluation.ood_task.num_poeple does not fit a task of type 'knights_and_knaves': ",
+            "evaluation.ood_task.num_poeple is an unknown key: did you mean 'num_people'?",
         ),
         (
             {"num_people": [1]},
-            "evaluation.ood_task.num_people.0 does not fit a task of type 'knights_and_knaves': ",
+            "evaluation.ood_task.num_people[0] is 1: it must be greater than or equal to 2.",
         ),
         (
             {"type": "arithmetic", "x": [4]},
-            "evaluation.ood_task.x does not fit a task of type 'arithmetic': ",
+            "evaluation.ood_task.x is an unknown key: valid keys there are options, type",
         ),
-        ({"type": "arithmetik"}, "evaluation.ood_task does not fit a task of type 'arithmetik': "),
+        ({"type": "arithmetik"}, "evaluation.ood_task.type is 'arithmetik': it must be one of "),
     ],
 )
 def test_settings_that_the_task_does_not_have_are_refused_in_one_sentence(

@@ -1,25 +1,23 @@
 """What `rlad compare` is to do: its TOML file. Imports no torch."""
 
-import os
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from rlad.config.file import DEFAULT_RUN, parse_config, parse_overrides, read_toml
 from rlad.config.presets import expand_preset, merged
 from rlad.config.run import OptimizationConfig, RunConfig
-from rlad.config.types import Count, Mark, NonNegativeInt, Section
+from rlad.config.types import Count, LearningRate, Mark, NonNegativeInt, Section
 from rlad.config.validation import validated
 from rlad.errors import UserError
 
 DEFAULT_COMPARISON = Path(__file__).parents[1] / "embedded" / "compare.toml"
 
 _SHARED_OPTIMIZATION = OptimizationConfig.keys_with(Mark.LENGTH, Mark.BUDGET, Mark.NO_NUMBER)
-
-LearningRate = Annotated[float, Field(strict=True, gt=0, le=1)]
 
 
 class TuningConfig(Section):
@@ -46,35 +44,30 @@ class CompareConfig(Section):
     """runs side by side, each with its share of the cores"""
     shared: dict[str, Any] = Field(default_factory=dict)
     """settings of all runs that differ from those of `run`"""
-    methods: dict[str, dict[str, Any]] = Field(min_length=1)
+    methods: dict[Annotated[str, Field(min_length=1)], dict[str, Any]] = Field(min_length=1)
     """name -> its settings; a name that is an objective or a preset needs none"""
     baseline: str | None = None
     """the method that the others are compared with; by default `grpo`, or else the first"""
     tuning: TuningConfig | None = None
     """choose each method's learning rate first, on the validation split"""
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> "CompareConfig":
-        if problem := next(self._problems(), None):
-            raise UserError(problem)
-        return self
-
-    def _problems(self) -> Iterator[str]:
-        values: dict[str, list[Any]] = {"seeds": list(self.seeds)}
+    def problems(self) -> Iterator[str]:
+        lists: dict[str, Any] = {"seeds": self.seeds}
         if self.tuning:
-            values["tuning.seeds"] = list(self.tuning.seeds)
-            values["tuning.learning_rates"] = list(self.tuning.learning_rates)
-        for name, each in values.items():
-            if len(set(each)) < len(each):
-                yield f"{name} = {each} holds a value twice; each run needs one of its own"
+            lists |= {f"tuning.{key}": values for key, values in self.tuning}
+        for key, values in lists.items():
+            if len(set(values)) < len(values):
+                yield f"{key} = {list(values)} holds a value twice; each run needs one of its own"
         if "seed" in self.shared or "run_dir" in self.shared:
-            yield (
-                "[shared] sets seed or run_dir, which belong to single runs; use seeds and "
-                "directory"
-            )
+            yield "[shared] sets seed or run_dir, which are of single runs; use seeds and directory"
         if self.baseline is not None and self.baseline not in self.methods:
             there_are = ", ".join(self.methods)
             yield f"baseline = {self.baseline!r} is none of the methods; there are {there_are}"
+        # Names that differ only in characters that no folder may have would overwrite each other's
+        # runs.
+        for one, other in itertools.combinations(self.methods, 2):
+            if folder_name(one) == folder_name(other):
+                yield f"methods {one!r} and {other!r} would share one folder; rename one of them"
 
 
 def load_comparison(
@@ -87,46 +80,36 @@ def load_comparison(
     """
     path = DEFAULT_COMPARISON if path is None else Path(path)
     config = validated(CompareConfig, parse_overrides(read_toml(path), overrides or []))
-    folders: dict[str, str] = {}
     for name in config.methods:
-        # Names that differ only in characters that no folder may have would overwrite each other's
-        # runs.
-        folder = folder_name(name)
-        if folder in folders or not folder.strip("."):
-            raise UserError(
-                f"methods {name!r} and {folders.get(folder)!r} would share one folder; rename one "
-                "of them."
-            )
-        folders[folder] = name
         method_config(config, path.parent, name, seed=config.seeds[0])
     return config, path.parent
 
 
 def folder_name(method: str) -> str:
     """The method's name as a folder."""
-    return re.sub(r"[^\w.=+-]+", "_", method)
+    return re.sub(r"^\.+|[^\w.=+-]+", "_", method)
 
 
 def method_config(comparison: CompareConfig, folder: Path, method: str, *, seed: int) -> RunConfig:
     """The run of one method with one seed. `UserError` when it is no valid run, or changes the
     budget of all."""
     changes = comparison.methods[method]
-    if wrong := _shared_settings(changes):
-        raise UserError(
-            f"method {method!r} sets {', '.join(wrong)}, but all methods share one budget; a "
-            "method may set objective, teacher and how it optimises: put the rest into [shared]."
-        )
-    base = read_toml(Path(os.path.join(folder, comparison.run)) if comparison.run else DEFAULT_RUN)
+    base = read_toml(folder / comparison.run if comparison.run else DEFAULT_RUN)
     objective = base.pop("objective", {})
-    if "objective" not in changes:
-        # The base run's own settings of its objective are those of the method of that name.
-        is_of_base = objective.get("type") == method
-        changes = {"objective": objective if is_of_base else {"type": method}} | changes
+    # The base run's own settings of its objective are those of the method of that name.
+    is_of_base = objective.get("type") == method
+    own = {"objective": objective if is_of_base else {"type": method}} | changes
     # A later layer wins: the base run, what all share, a preset, the method, the seed.
-    table = expand_preset(changes, merged(base, comparison.shared)) | {"seed": seed}
+    table = expand_preset(own, merged(base, comparison.shared)) | {"seed": seed}
     try:
+        if wrong := _shared_settings(changes):
+            raise UserError(
+                f"sets {', '.join(wrong)}, but all methods share one budget; a method may set "
+                "objective, teacher and how it optimises: put the rest into [shared]."
+            )
         config = parse_config(table)
-        _require_fair_limit(config)
+        if problem := _unfair_limit(config):
+            raise UserError(problem)
     except UserError as error:
         lines = [f"method {method!r}: {line}" for line in str(error).splitlines()]
         raise UserError("\n".join(lines)) from None
@@ -149,26 +132,23 @@ def _shared_settings(changes: dict[str, Any]) -> list[str]:
     return found
 
 
-def _require_fair_limit(config: RunConfig) -> None:
-    """`UserError` when a limit of seconds or teacher tokens means nothing to a method, or ends a
-    schedule before its end."""
+def _unfair_limit(config: RunConfig) -> str:
+    """What is wrong where a limit of seconds or teacher tokens means nothing to a method, or ends a
+    schedule before its end; else empty."""
     loop = config.optimization
-    problem = ""
-    # A schedule planned for 1,000 steps and ended at 600 seconds is another schedule for each
-    # method.
-    limits = [
-        name for name in ("max_seconds", "max_teacher_tokens") if getattr(loop, name) is not None
-    ]
     if loop.max_teacher_tokens is not None and not config.needs_teacher:
-        problem = (
+        return (
             f"objective {config.objective.type!r} uses no teacher, so max_teacher_tokens would not "
             "end it; leave the method out, or compare under the same num_steps or max_seconds."
         )
-    elif limits and config.schedule_depends_on_num_steps:
+    # A schedule planned for 1,000 steps and ended at 600 seconds is another schedule for each
+    # method.
+    has_limit = loop.max_seconds is not None or loop.max_teacher_tokens is not None
+    if has_limit and config.schedule_depends_on_num_steps:
         planned = "its schedule" if loop.schedule != "constant" else "its objective"
-        problem = (
-            f"{planned} is planned over num_steps, which {limits[0]} may end early; give the "
-            "comparison num_steps alone, or this method a constant schedule and another objective."
+        return (
+            f"{planned} is planned over num_steps, which max_seconds or max_teacher_tokens may end "
+            "early; give the comparison num_steps alone, or this method a constant schedule and "
+            "another objective."
         )
-    if problem:
-        raise UserError(problem)
+    return ""

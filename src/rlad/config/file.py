@@ -1,5 +1,6 @@
 """A run's TOML file: read with dotted overrides, and written back."""
 
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,18 +45,17 @@ def parse_overrides(table: dict[str, Any], overrides: Sequence[str]) -> dict[str
 
     A preset among them changes what the table says; the other overrides change the preset.
     """
-    # Three passes, since a preset is a whole objective with settings elsewhere: the choice of the
-    # objective, then what it brings along, then what the user changes of that.
-    keys = [override.partition("=")[0].strip() for override in overrides]
-    is_choice = [key in ("objective", "objective.type") for key in keys]
-    for override, is_first in zip(overrides, is_choice, strict=True):
-        if is_first:
-            _apply(table, override)
-    if any(is_choice):
+    # A preset is a whole objective with settings elsewhere: first the choice of the objective, then
+    # what it brings along, then what the user changes of that.
+    is_choice = re.compile(r"objective(\.type)?=").match
+    choices = [override for override in overrides if is_choice(override)]
+    for override in choices:
+        _apply(table, override)
+    if choices:
         objective = table.pop("objective")
         table = expand_preset({"objective": objective}, table)
-    for override, is_first in zip(overrides, is_choice, strict=True):
-        if not is_first:
+    for override in overrides:
+        if override not in choices:
             _apply(table, override)
     return table
 
@@ -73,7 +73,7 @@ def parse_objective(section: dict[str, Any]) -> Any:
 
 def dump_config(config: RunConfig) -> str:
     """The complete resolved run as TOML; loading it gives the same run."""
-    return tomli_w.dumps(_type_first(config.model_dump(mode="json", exclude_none=True)))
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
 def changed_settings(config: RunConfig) -> dict[str, Any]:
@@ -81,12 +81,9 @@ def changed_settings(config: RunConfig) -> dict[str, Any]:
     objective."""
     # Types are always shown: without them the other settings of a section cannot be read.
     changed = flat(config.model_dump(mode="json", exclude_defaults=True))
-    settings = flat(_type_first(config.model_dump(mode="json", exclude_none=True)))
-
-    def names_a_type(key: str) -> bool:
-        return key == "objective.type" or (key.startswith("task.") and key.endswith(".type"))
-
-    return {key: value for key, value in settings.items() if key in changed or names_a_type(key)}
+    settings = flat(config.model_dump(mode="json", exclude_none=True))
+    is_type = re.compile(r"objective\.type|task\.(.*\.)?type").fullmatch
+    return {key: value for key, value in settings.items() if key in changed or is_type(key)}
 
 
 def differing_settings(found: RunConfig, wanted: RunConfig) -> list[str]:
@@ -102,21 +99,11 @@ def read_toml(path: Path) -> dict[str, Any]:
     """Read the tables of a TOML file; `UserError` with one sentence when it cannot be read."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(
-            f"config {path} cannot be read ({error.strerror}); give the path of a TOML file or of "
-            "a run directory, or none for the embedded example."
+            f"config {path} cannot be read ({error}); give a valid TOML file or a run directory, "
+            "or none for the embedded example."
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"config {path} is not valid TOML: {error}; fix that line.") from None
-
-
-def _type_first(table: dict[str, Any]) -> dict[str, Any]:
-    head = {"type": table["type"]} if "type" in table else {}
-    return head | {
-        key: _type_first(value) if isinstance(value, dict) else value
-        for key, value in table.items()
-    }
 
 
 def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -144,9 +131,9 @@ def _apply(table: dict[str, Any], override: str) -> None:
     # The path leads into the tables, which are made where they are missing.
     *sections, key = path.split(".")
     for section in sections:
-        table = table.setdefault(section, {})
-        if not isinstance(table, dict):
-            raise UserError(f"override {override!r}: {section} is a single value, not a section.")
+        if not isinstance(table.get(section), dict):
+            table[section] = {}
+        table = table[section]
     # `teacher=ema` selects a type. Settings of another type would be unknown keys of the new one,
     # so the section begins anew, unless it is of that type already.
     present = table.get(key)

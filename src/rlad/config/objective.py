@@ -6,7 +6,6 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from pydantic import Field
 
 from rlad.config.types import (
-    Annealed,
     AnnealedNonNegative,
     AnnealedShare,
     NonNegative,
@@ -17,12 +16,13 @@ from rlad.config.types import (
 )
 
 EngineName = Literal["native", "trl", "verl"]
-DualClip = Annotated[float, Field(strict=True, gt=1)] | None
 
 
 class ObjectiveSection(Section):
     """The base of all objectives. Its class variables are facts about an objective, which engines,
     checks, guards and reports read; nobody compares an objective's name."""
+
+    type: Any  # first, so that it comes first wherever settings are shown
 
     needs_teacher: ClassVar[bool] = True
     uses_reward: ClassVar[bool] = True
@@ -68,30 +68,31 @@ class _Clipped(ObjectiveSection):
     """see clip_low"""
 
 
-class TRRDConfig(_Clipped):
+class _GRPOLike(_Clipped):
+    """GRPO, and what is GRPO but for the denominator of the ratio."""
+
+    ratio_level: Literal["token", "sequence"] = "token"
+    """a ratio for each token, or one for the sequence (GSPO)"""
+    dual_clip: Annotated[float, Field(strict=True, gt=1)] | None = None
+    """bound of the loss of negative advantages, above 1; none by default"""
+
+    zero_advantage_is_zero_gradient: ClassVar[bool] = True
+
+
+class TRRDConfig(_GRPOLike):
     type: Literal["trrd"] = "trrd"
     alpha: Share | AnnealedShare = 0.5
     """1 is GRPO, 0 is anchored to the teacher alone"""
     teacher_log_ratio_clip: Positive | Literal["off"] = 1.0
     """c in clamp(log πS - log πT, -c, +c); `off` leaves the log-ratio unbounded"""
-    ratio_level: Literal["token", "sequence"] = "token"
-    """a ratio for each token, or one for the sequence (GSPO)"""
-    dual_clip: DualClip = None
-    """bound of the loss of negative advantages, above 1; none by default"""
 
-    zero_advantage_is_zero_gradient: ClassVar[bool] = True
     gates_by_teacher: ClassVar[bool] = True
 
 
-class GRPOConfig(_Clipped):
+class GRPOConfig(_GRPOLike):
     type: Literal["grpo"] = "grpo"
-    ratio_level: Literal["token", "sequence"] = "token"
-    """a ratio for each token, or one for the sequence (GSPO)"""
-    dual_clip: DualClip = None
-    """bound of the loss of negative advantages, above 1; none by default"""
 
     needs_teacher: ClassVar[bool] = False
-    zero_advantage_is_zero_gradient: ClassVar[bool] = True
     teacher_work: ClassVar[str] = "no teacher"
 
 
@@ -128,16 +129,6 @@ class OPDThenGRPOConfig(_Clipped):
         "the teacher scores each sampled token once in the steps with opd, later nothing"
     )
 
-    @property
-    def needs_verdicts(self) -> bool:
-        """Whether it must know which completions are correct."""
-        return False
-
-    def knobs_at(self, step: int) -> dict[str, Any]:
-        """The keyword arguments of the objective's function at a step; "off" is None."""
-        knobs = {key: at_step(value, step) for key, value in self if key != "type"}
-        return {key: None if value == "off" else value for key, value in knobs.items()}
-
     def at_step(self, step: int, num_steps: int) -> ObjectiveSection:
         # Rounded first: 0.07 * 100 is 7.000000000000001.
         num_opd_steps = math.ceil(round(self.opd_share * num_steps, 9))
@@ -148,7 +139,7 @@ class OPDThenGRPOConfig(_Clipped):
 
 class RLSDConfig(_Clipped):
     type: Literal["rlsd"] = "rlsd"
-    teacher_weight: Share | AnnealedShare = Annealed(start=0.5, end=0.0, change_per_step=-0.01)
+    teacher_weight: Share | AnnealedShare = AnnealedShare(start=0.5, end=0.0, change_per_step=-0.01)
     """λ: 0 is GRPO, 1 weighs every token by the teacher's evidence"""
     weight_clip: Share = 0.2
     """ε_w: the evidence weight is clipped to [1 - weight_clip, 1 + weight_clip]"""

@@ -8,18 +8,19 @@ papers where they state one, not those of the embedded tiny models, whose run is
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from rlad.config.capabilities import require_engine
 from rlad.config.objective import ObjectiveConfig, TRRDConfig
 from rlad.config.task import TaskConfig, with_changes
 from rlad.config.teacher import TeacherConfig
 from rlad.config.types import (
     AnnealedNonNegative,
     Count,
+    LearningRate,
     Mark,
     NonNegative,
     NonNegativeInt,
@@ -27,7 +28,6 @@ from rlad.config.types import (
     Section,
     ShareBelowOne,
 )
-from rlad.errors import UserError
 
 # --- models ---------------------------------------------------------------------------------------
 
@@ -104,7 +104,7 @@ class OptimizationConfig(Section):
     tokens"""
     steps_per_rollout_batch: Annotated[Count, Mark.BUDGET] = 1
     """optimiser steps (mini-batches) on each rollout batch"""
-    learning_rate: Annotated[float, Field(strict=True, gt=0, le=1)] = 1e-6
+    learning_rate: LearningRate = 1e-6
     """of AdamW"""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """of the learning rate after the warm-up, as in transformers: linear and cosine fall to 0
@@ -209,44 +209,42 @@ class RunConfig(Section):
     run_dir: Annotated[str | None, Mark.NO_NUMBER] = None
     """where the run is stored; by default `runs/<task>-<objective>-seed<seed>`"""
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> "RunConfig":
-        loop = self.optimization
-        rollout = self.rollout
-        if rollout.prompts_per_batch % loop.steps_per_rollout_batch:
-            raise UserError(
-                f"rollout.prompts_per_batch = {rollout.prompts_per_batch} is no multiple of "
-                f"optimization.steps_per_rollout_batch = {loop.steps_per_rollout_batch}, but every "
-                "optimiser step takes the same number of prompts; change one of them"
+    def problems(self) -> Iterator[str]:
+        num_prompts = self.rollout.prompts_per_batch
+        num_steps = self.optimization.steps_per_rollout_batch
+        objective = self.objective
+        if num_prompts % num_steps:
+            yield (
+                f"rollout.prompts_per_batch = {num_prompts} is no multiple of "
+                f"optimization.steps_per_rollout_batch = {num_steps}, but every optimiser step "
+                "takes the same number of prompts; change one of them"
             )
         if self.teacher is None and self.needs_teacher:
-            raise UserError(
-                f"objective {self.objective.type!r} needs a teacher; add a [teacher] section with "
-                "its model, or set objective=grpo"
+            yield (
+                f"objective {objective.type!r} needs a teacher; add a [teacher] section with its "
+                "model, or set objective=grpo"
             )
-        if (
-            self.teacher is not None
-            and self.teacher.type != "local"
-            and (self.objective.needs_vocabulary or self.objective.written_by == "teacher")
-        ):
-            raise UserError(
-                f"objective {self.objective.type!r} needs the teacher's model itself, and "
-                f"teacher.type is {self.teacher.type!r}; use teacher.type = 'local', or another "
-                "objective such as objective=opd"
+        needs_model = objective.needs_vocabulary or objective.written_by == "teacher"
+        if needs_model and self.teacher is not None and self.teacher.type != "local":
+            yield (
+                f"objective {objective.type!r} needs the teacher's model itself, and teacher.type "
+                f"is {self.teacher.type!r}; use teacher.type = 'local', or another objective such "
+                "as objective=opd"
             )
-        require_engine(self.engine.type, self.objective, self)
-        if self.evaluation.ood_task:
-            _ = self.ood_task
-        return self
+        if self.engine.type == "trl":
+            yield (
+                "engine.type = 'trl' is not available; set it to 'native'; on several GPUs use "
+                "rlad.engines.trl.trainer.RLADTrainer in a script of your own (docs/trl.md)."
+            )
+        _ = self.ood_task  # whose settings may be wrong
 
     @property
     def digest(self) -> str:
         """Equal for configs of the same run: it may be stored and reached elsewhere and, unless a
         schedule depends on it, be of another length."""
-        loop = self.optimization
         table = self.dump(without=(Mark.NO_NUMBER, Mark.LENGTH))
         if self.schedule_depends_on_num_steps:
-            table["optimization"]["num_steps"] = loop.num_steps
+            table["optimization"]["num_steps"] = self.optimization.num_steps
         return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -263,7 +261,7 @@ class RunConfig(Section):
     def ood_task(self) -> TaskConfig | None:
         """The task of the out-of-distribution test; None without one."""
         changed = self.evaluation.ood_task
-        return with_changes(self.task, changed, "evaluation.ood_task") if changed else None
+        return with_changes(self.task, changed) if changed else None
 
     @property
     def directory(self) -> Path:

@@ -2,10 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 
 from rlad.config.types import Positive, Section
-from rlad.errors import UserError
+from rlad.config.validation import validated
 
 
 class KnightsAndKnavesConfig(Section):
@@ -75,6 +75,7 @@ class JsonlConfig(Section):
 
 
 class _BenchmarkConfig(Section):
+    type: Any
     instructions: str = "Please reason step by step, and put your final answer within \\boxed{}."
     """after each question; may be empty"""
 
@@ -114,40 +115,31 @@ class SeveralTasksConfig(Section):
 
 
 TaskConfig = SingleTaskConfig | SeveralTasksConfig
-_ANY_TASK: TypeAdapter[TaskConfig] = TypeAdapter(Annotated[TaskConfig, Field(discriminator="type")])
 
 
-def with_changes(task: TaskConfig, changes: dict[str, Any], where: str) -> TaskConfig:
-    """A task with some settings changed; of several, those tasks alone that `changes` names. With
-    another `type` it is that task, and nothing of the first.
+class _Evaluation(Section):
+    ood_task: Annotated[TaskConfig, Field(discriminator="type")]
 
-    Raises `UserError` with one sentence about the key below `where` that does not fit.
+
+class _Run(Section):
+    evaluation: _Evaluation
+
+
+def with_changes(task: TaskConfig, changes: dict[str, Any]) -> TaskConfig:
+    """The task of the out-of-distribution test: with some settings changed; of several, those tasks
+    alone that `changes` names. With another `type` it is that task, and nothing of the first.
+
+    Raises `UserError` with one sentence for each mistake.
     """
-    is_another = changes.get("type", task.type) != task.type
-    if isinstance(task, SeveralTasksConfig) and not is_another:
-        named = changes.get("tasks") if set(changes) == {"tasks"} else None
-        are_settings = isinstance(named, dict) and all(
-            isinstance(changed, dict) for changed in named.values()
-        )
-        if not (named and are_settings and named.keys() <= task.tasks.keys()):
-            raise UserError(
-                f"{where} is {changes}: for a task of type 'several' it is "
-                f"{{ tasks = {{ NAME = {{ ... }} }} }}, with names "
-                f"among {', '.join(task.tasks)}"
-            )
-        tasks = {
-            name: with_changes(task.tasks[name], changed, f"{where}.tasks.{name}")
-            for name, changed in named.items()
-        }
-        return SeveralTasksConfig.model_validate({"tasks": tasks})
-    try:
-        if is_another:
-            return _ANY_TASK.validate_python(changes)
-        return type(task).model_validate(task.model_dump() | changes)
-    except ValidationError as error:
-        first = error.errors()[0]
-        named_type = changes.get("type", task.type)
-        key = ".".join(str(part) for part in (where, *first["loc"]) if part != named_type)
-        raise UserError(
-            f"{key} does not fit a task of type {named_type!r}: {first['msg']}"
-        ) from None
+    table = changes
+    if changes.get("type", task.type) == task.type:
+        table = task.model_dump() | changes
+        tasks = table.get("tasks")
+        if isinstance(task, SeveralTasksConfig) and isinstance(tasks, dict):
+            table["tasks"] = {
+                name: task.tasks[name].model_dump() | changed
+                if name in task.tasks and isinstance(changed, dict)
+                else changed
+                for name, changed in tasks.items()
+            }
+    return validated(_Run, {"evaluation": {"ood_task": table}}).evaluation.ood_task

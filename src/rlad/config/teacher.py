@@ -4,9 +4,8 @@ teachers of their own."""
 import re
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
-from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from rlad.config.template import template_names
 from rlad.config.types import Count, Mark, NonNegativeInt, Positive, Section, Share
@@ -37,24 +36,14 @@ class LocalTeacherConfig(Section):
     """a control: the model's architecture with random weights of the run's seed, a teacher that
     knows nothing"""
 
-    @model_validator(mode="after")
-    def _can_be_quantized(self) -> "LocalTeacherConfig":
-        problem = ""
+    def problems(self) -> Iterator[str]:
         if self.quantization != "none" and self.random_weights:
-            problem = "random_weights are not quantised; set quantization = 'none'"
-        elif self.quantization == "int4" and self.dtype != "bfloat16":
-            problem = (
-                f"quantization = 'int4' computes in bfloat16, but dtype is {self.dtype!r}; set "
-                "dtype = 'bfloat16'"
+            yield "random_weights are not quantised; set quantization = 'none'"
+        if self.quantization == "int4" and (self.dtype != "bfloat16" or self.keep == "cpu"):
+            yield (
+                "quantization = 'int4' computes in bfloat16, and packs weights for the GPU, where "
+                "they stay; set dtype = 'bfloat16' and keep = 'gpu', or take int8"
             )
-        elif self.quantization == "int4" and self.keep == "cpu":
-            problem = (
-                "quantization = 'int4' packs weights for the GPU, where they stay; set keep = "
-                "'gpu', or take int8"
-            )
-        if problem:
-            raise UserError(problem)
-        return self
 
     @property
     def title(self) -> str:
@@ -81,20 +70,16 @@ class AdapterTeacherConfig(Section):
         )
 
 
+_ADDRESS = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[\w.-]+)(:[1-9]\d*)?(/[\w./~:@%+=,-]*)?")
+
+
 def _server_url(url: str) -> str:
-    """The address without a slash at its end. `UserError` without scheme and host, or with a
-    password or query in it."""
-    try:
-        parts = urlsplit(url)
-        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number
-        is_address = False
-    if not is_address or not url.isprintable() or " " in url:
-        raise UserError("it must be an address such as http://127.0.0.1:8000/v1")
-    if "@" in parts.netloc or parts.query or parts.fragment:
+    """The address without a slash at its end."""
+    if not _ADDRESS.fullmatch(url):
         raise UserError(
-            "it may hold no user, password, query or fragment, as it is stored with the run; put a "
-            "key into the environment variable that api_key_variable names"
+            "it must be an address such as http://127.0.0.1:8000/v1, and may hold no user, "
+            "password, query or fragment, as it is stored with the run; put a key into the "
+            "environment variable that api_key_variable names"
         )
     return url.rstrip("/")
 
@@ -146,11 +131,9 @@ class ServedTeacherConfig(Section):
     """the same model as a folder or Hugging Face name: its log-probs are compared with the server's
     before training"""
 
-    @model_validator(mode="after")
-    def _urls_differ(self) -> "ServedTeacherConfig":
+    def problems(self) -> Iterator[str]:
         if len(set(self.urls)) < len(self.urls):
-            raise UserError("urls names a replica twice; name each once")
-        return self
+            yield "urls names a replica twice; name each once"
 
     @property
     def title(self) -> str:
@@ -170,16 +153,14 @@ class SeveralTeachersConfig(Section):
     weights: dict[str, Positive] = Field(default={})
     """of a mixture, by teacher; 1 for those not named"""
 
-    @model_validator(mode="after")
-    def _weights_name_teachers(self) -> "SeveralTeachersConfig":
-        if unknown := sorted(set(self.weights) - set(self.teachers)):
-            raise UserError(
+    def problems(self) -> Iterator[str]:
+        if unknown := sorted(self.weights.keys() - self.teachers):
+            yield (
                 f"weights names {unknown[0]!r}, which is none of its teachers "
                 f"{', '.join(self.teachers)}"
             )
         if self.weights and self.combine != "mixture":
-            raise UserError("weights belong to combine = 'mixture'; leave them out, or set it")
-        return self
+            yield "weights belong to combine = 'mixture'; leave them out, or set it"
 
     @property
     def title(self) -> str:
@@ -217,20 +198,11 @@ class PrivilegedTeacherConfig(Section):
             or self.chat_template_kwargs is not None
         )
 
-    @field_validator("template")
-    @classmethod
-    def _shows_the_prompt(cls, template: str) -> str:
-        if "prompt" not in template_names(template):
-            raise UserError("it has no {prompt}, so the teacher would not see the question; add it")
-        return template
-
-    @model_validator(mode="after")
-    def _is_told_once(self) -> "PrivilegedTeacherConfig":
+    def problems(self) -> Iterator[str]:
+        if "prompt" not in template_names(self.template):
+            yield "its template has no {prompt}, so the teacher would not see the question; add it"
         if any(isinstance(one, PrivilegedTeacherConfig) for one in self.teacher.walk()):
-            raise UserError(
-                "its teacher is privileged too, and would make its own prompt; write one template"
-            )
-        return self
+            yield "its teacher is privileged too, and would make its own prompt; write one template"
 
     @property
     def title(self) -> str:

@@ -1,11 +1,11 @@
 """What the sections of a config are made of: strict numbers, knobs that move with the step. Imports
 no torch."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from enum import Enum
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rlad.errors import UserError
 
@@ -15,6 +15,7 @@ Positive = Annotated[float, Field(strict=True, gt=0)]
 NonNegative = Annotated[float, Field(strict=True, ge=0)]
 Share = Annotated[float, Field(strict=True, ge=0, le=1)]
 ShareBelowOne = Annotated[float, Field(strict=True, ge=0, lt=1)]
+LearningRate = Annotated[float, Field(strict=True, gt=0, le=1)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 NonNegativeInt = Annotated[int, Field(strict=True, ge=0)]
 
@@ -36,19 +37,26 @@ class Section(BaseModel):
         extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
+    def problems(self) -> Iterator[str]:
+        """Yield a sentence for each thing in which valid settings do not fit together."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if problem := next(self.problems(), None):
+            raise UserError(problem)
+        return self
+
     @property
     def children(self) -> "dict[str, Section]":
         """The sections inside of it, by their dotted key."""
-        found = {}
-        for key in type(self).model_fields:
-            value = getattr(self, key)
-            named = (
-                {f"{key}.{name}": one for name, one in value.items()}
-                if isinstance(value, dict)
-                else {key: value}
-            )
-            found |= {key: one for key, one in named.items() if isinstance(one, Section)}
-        return found
+        found: dict[str, Any] = {}
+        for key, value in self:
+            if isinstance(value, dict):
+                found |= {f"{key}.{name}": one for name, one in value.items()}
+            else:
+                found[key] = value
+        return {key: one for key, one in found.items() if isinstance(one, Section)}
 
     def walk(self) -> "Iterator[Section]":
         """This section and all that are inside of it, at any depth."""
@@ -90,18 +98,12 @@ class Annealed(Section):
     end: Number
     change_per_step: Number
 
-    @model_validator(mode="after")
-    def _moves_towards_end(self) -> "Annealed":
-        if (
-            self.change_per_step == 0
-            or self.end == self.start
-            or (self.end > self.start) != (self.change_per_step > 0)
-        ):
-            raise UserError(
-                f"change_per_step {self.change_per_step} does not lead from start {self.start} to "
-                f"end {self.end}"
+    def problems(self) -> Iterator[str]:
+        change = self.change_per_step
+        if change == 0 or self.end == self.start or (self.end > self.start) != (change > 0):
+            yield (
+                f"change_per_step {change} does not lead from start {self.start} to end {self.end}"
             )
-        return self
 
     def at(self, step: int) -> float:
         value = self.start + self.change_per_step * step
@@ -113,15 +115,15 @@ def at_step(knob: Any, step: int) -> Any:
     return knob.at(step) if isinstance(knob, Annealed) else knob
 
 
-def _between(low: float, high: float) -> Callable[[Annealed], Annealed]:
-    def check(knob: Annealed) -> Annealed:
-        for name, value in (("start", knob.start), ("end", knob.end)):
-            if not low <= value <= high:
-                raise UserError(f"its {name} is {value}; it must lie in [{low:g}, {high:g}]")
-        return knob
+class AnnealedShare(Annealed):
+    """An annealed knob from 0 to 1."""
 
-    return check
+    start: Share
+    end: Share
 
 
-AnnealedShare = Annotated[Annealed, AfterValidator(_between(0, 1))]
-AnnealedNonNegative = Annotated[Annealed, AfterValidator(_between(0, float("inf")))]
+class AnnealedNonNegative(Annealed):
+    """An annealed knob that is never below 0."""
+
+    start: NonNegative
+    end: NonNegative
