@@ -44,7 +44,7 @@ def write_run(
     tests += [
         (0, "validation", [0, 1]),
         (2, "validation", [1, 1]),
-        (NUM_STEPS, "validation", [1, 2]),
+        (NUM_STEPS, "validation", [1, min(2, num_samples)]),
     ]
     wanted = [test for test in tests if finished or test[0] == 0]
     _write_rows(

@@ -20,10 +20,10 @@ from rlad.cli.compare import _print as print_of_compare
 from rlad.cli.evaluate import Evaluation, print_summary
 from rlad.cli.main import main
 from rlad.cli.sample import print_preview
-from rlad.comparison.page import markdown
+from rlad.comparison.report import markdown
 from rlad.config.template import template_names
 from rlad.runs.directory import RunDirectory
-from rlad.runs.results import ProblemResult
+from rlad.runs.rows import ProblemResult
 from rlad.runs.statistics import Estimate
 from rlad.tasks.answers import (
     boxed_answer,

@@ -17,10 +17,9 @@ from report_runs import sample_row, write_run
 from rlad.cli.report import report_runs
 from rlad.comparison.comparable import group_runs
 from rlad.comparison.comparison_file import read_comparison_file, write_comparison_file
+from rlad.comparison.figures import baseline_of, with_comparisons
 from rlad.comparison.imitation_map import FATES, MOST_TOKENS, imitation_maps
-from rlad.comparison.methods import baseline_of, figures_of
-from rlad.comparison.page import markdown
-from rlad.comparison.report import write_report
+from rlad.comparison.report import markdown, write_report
 from rlad.comparison.runs import MissingRun, ReportedRun, Run, read_run
 from rlad.engines.imitation import FATES as RECORDED_FATES
 from tiny_runs import run_config
@@ -294,7 +293,7 @@ AFTER = 3  # row of the test after training in eval.jsonl
             1,
             {"step": 3},
             False,
-            "row 2 of metrics.jsonl is of step 3; there must be one for each step",
+            "metrics.jsonl lacks step 2: put back a copy",
         ),
         (
             "metrics.jsonl",
@@ -316,7 +315,7 @@ AFTER = 3  # row of the test after training in eval.jsonl
             AFTER,
             {"step": 10**400},
             False,
-            "eval.jsonl has an evaluation of step 1000",
+            "row 4 of eval.jsonl, step: Input should be less than",
         ),
         ("eval.jsonl", 0, {"results": []}, False, "row 1 of eval.jsonl, results: List should have"),
         (
@@ -339,28 +338,28 @@ AFTER = 3  # row of the test after training in eval.jsonl
             AFTER,
             {"mean_completion_tokens": math.nan},
             True,
-            "has counts that 4 samples cannot have",
+            "results.0.mean_completion_tokens: Input should be",
         ),
         (
             "eval.jsonl",
             AFTER,
             {"num_samples": 0},
             True,
-            "test problem 0 in eval.jsonl has counts that 4 samples cannot have",
+            "results.0.num_samples: Input should be greater than or equal to 1",
         ),
         (
             "eval.jsonl",
             AFTER,
             {"num_correct": 99},
             True,
-            "test problem 0 in eval.jsonl has counts that 4 samples cannot",
+            "problem 0 has counts that 4 samples cannot have",
         ),
         (
             "eval.jsonl",
             AFTER,
             {"num_truncated": -1},
             True,
-            "test problem 0 in eval.jsonl has counts that 4 samples cannot",
+            "results.0.num_truncated: Input should be greater than or equal to 0",
         ),
         (
             "eval.jsonl",
@@ -574,9 +573,15 @@ def test_the_map_shows_the_completions_with_most_gated_tokens(tmp_path):
     run = write_run(tmp_path / "a", correct=[1, 2], samples=samples)
     other = write_run(tmp_path / "b", correct=[1, 2], objective="grpo", samples=samples)
     groups, _ = group_runs(loaded([ReportedRun("trrd", run), ReportedRun("grpo", other)]))
-    (found,) = imitation_maps(groups[0])
+    (found,) = imitation_maps(groups[0].methods)
     shown = [
-        (c.phase, c.step, c.verdict, [(f.letter, n) for f, n in c.counts], c.num_clamped)
+        (
+            c.phase,
+            c.row.step,
+            c.rollout.verdict,
+            [(f.letter, n) for f, n in c.counts],
+            c.num_clamped,
+        )
         for c in found.completions
     ]
     assert shown == [
@@ -620,28 +625,29 @@ def test_damaged_samples_are_passed_over(tmp_path):
         file.write(b'{"step": 1, "prom\n\xff\n[]\n' + json.dumps(good).encode() + b"\n")
     page, _, _ = report([ReportedRun("trrd", folder)], tmp_path / "out")
     groups, _ = group_runs(loaded([ReportedRun("trrd", folder)]))
-    (found,) = imitation_maps(groups[0])
+    (found,) = imitation_maps(groups[0].methods)
     assert found.phases[0].num_tokens == 4 and page.count('class="completion"') == 1
 
 
 # --- the baseline ---------------------------------------------------------------------------------
 
 
-def group_of(tmp_path: Path, **objectives: str | dict[str, Any]) -> Any:
+def methods_of(tmp_path: Path, **objectives: str | dict[str, Any]) -> Any:
     runs = [
         ReportedRun(m, write_run(tmp_path / m, correct=[1, 2], objective=o))
         for m, o in objectives.items()
     ]
-    return group_runs(loaded(runs))[0][0]
+    return group_runs(loaded(runs))[0][0].methods
 
 
 def test_the_baseline_is_the_one_given_else_grpo_by_name_else_by_objective_else_the_first(tmp_path):
     dapo = {"type": "grpo", "clip_low": 0.2, "clip_high": 0.28}
-    group = group_of(tmp_path / "a", trrd="trrd", dapo=dapo, grpo="grpo")
-    assert baseline_of(group).name == "grpo" and baseline_of(group, "trrd").name == "trrd"
-    assert [f.name for f in figures_of(group, "dapo") if f.to_baseline is None] == ["dapo"]
-    assert baseline_of(group_of(tmp_path / "b", trrd="trrd", dapo=dapo)).name == "dapo"
-    assert baseline_of(group_of(tmp_path / "c", trrd="trrd", kdrl="kdrl")).name == "trrd"
+    methods = methods_of(tmp_path / "a", trrd="trrd", dapo=dapo, grpo="grpo")
+    assert baseline_of(methods).name == "grpo" and baseline_of(methods, "trrd").name == "trrd"
+    compared = with_comparisons(methods, baseline_of(methods, "dapo"))
+    assert [m.name for m in compared if m.to_baseline is None] == ["dapo"]
+    assert baseline_of(methods_of(tmp_path / "b", trrd="trrd", dapo=dapo)).name == "dapo"
+    assert baseline_of(methods_of(tmp_path / "c", trrd="trrd", kdrl="kdrl")).name == "trrd"
 
 
 def test_a_baseline_that_is_no_method(runs, tmp_path):
@@ -801,7 +807,7 @@ def test_mistakes(tmp_path, paths, output, sentence):
 
 def test_methods_come_in_the_order_given_and_bars_hold_their_mean(runs):
     groups, doubles = group_runs(loaded([*runs[3:], *runs[:3]]))
-    figures = figures_of(groups[0])
+    figures = groups[0].methods
     assert [f.name for f in figures] == ["trrd", "grpo"] and doubles == []
     for f in figures:
         assert 0 <= f.after.low <= f.after.mean <= f.after.high <= 1 and not math.isnan(f.sd)

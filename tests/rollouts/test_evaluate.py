@@ -12,7 +12,7 @@ from rlad.cli.main import main
 from rlad.config.run import RolloutConfig
 from rlad.models.loading import load_language_model
 from rlad.rollouts.evaluation import evaluate
-from rlad.runs.results import ProblemResult, pass_at_1, summarise
+from rlad.runs.rows import ProblemResult, pass_at_1, summarise
 from rlad.tasks import make_task
 from tiny_runs import FILES, run_config, write_model
 
@@ -45,7 +45,7 @@ def test_summary_by_hand():
         result(1, key="a", difficulty="2 people", num_truncated=2, mean_completion_tokens=3.0),
         result(3, key="b", difficulty="3 people", num_cannot_judge=1, mean_completion_tokens=5.0),
     ]
-    summary = summarise(results)
+    summary = summarise([results])
     assert (summary["num_problems"], summary["num_samples"]) == (2, 4)
     assert summary["mean@4"].mean == 0.5
     assert {k: estimate.mean for k, estimate in summary["pass@k"].items()} == {
@@ -63,13 +63,13 @@ def test_summary_by_hand():
 
 
 def test_k_goes_up_to_the_number_of_samples():
-    assert list(summarise([result(1, num_samples=6)])["pass@k"]) == [1, 2, 4, 6]
-    assert list(summarise([result(1, num_samples=1)])["pass@k"]) == [1]
+    assert list(summarise([[result(1, num_samples=6)]])["pass@k"]) == [1, 2, 4, 6]
+    assert list(summarise([[result(1, num_samples=1)]])["pass@k"]) == [1]
 
 
 def test_no_results():
     with pytest.raises(ValueError, match="evaluate at least one problem"):
-        summarise([])
+        summarise([[]])
 
 
 # --- evaluating -----------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from rlad.models.loading import load_language_model
 from rlad.rollouts.evaluation import evaluate
 from rlad.runs.checkpoints import damage
 from rlad.runs.directory import CHECKPOINTS, RunDirectory
-from rlad.runs.results import ProblemResult, summarise
+from rlad.runs.rows import ProblemResult, summarise
 from rlad.runs.statistics import Estimate
 from rlad.tasks import Split, make_task
 from rlad.text import printable
@@ -38,7 +38,7 @@ class Evaluation:
     def summary_json(self) -> dict[str, Any]:
         """Return the summary with intervals as plain JSON."""
         return {"model": self.model, "task": self.task, "split": self.split} | _plain(
-            summarise(self.results)
+            summarise([self.results])
         )
 
 
@@ -126,7 +126,7 @@ def _plain(value: Any) -> Any:
 def print_summary(evaluation: Evaluation, console: Console | None = None) -> None:
     """Print a table of the summary."""
     console = console or Console(highlight=False)
-    summary = summarise(evaluation.results)
+    summary = summarise([evaluation.results])
     n = summary["num_samples"]
     table = Table(box=None, pad_edge=False)
     table.add_column("quantity")

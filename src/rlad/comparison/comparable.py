@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlad.comparison.figures import Method
 from rlad.comparison.runs import MissingRun, Run
 from rlad.config.file import flat
-from rlad.config.run import OptimizationConfig, RunConfig
+from rlad.config.run import OptimizationConfig
 from rlad.config.types import Mark
 
 Settings = dict[str, Any]
@@ -16,22 +17,6 @@ Settings = dict[str, Any]
 _BUDGET = OptimizationConfig.keys_with(Mark.LENGTH, Mark.BUDGET)
 _NO_RESULT = (Mark.NO_NUMBER, Mark.ROUNDING)
 _PROBLEMS = "test problems"
-
-
-@dataclass(frozen=True)
-class Method:
-    """The runs of one method, one for each seed, by seed."""
-
-    name: str
-    runs: Sequence[Run]
-
-    @property
-    def seeds(self) -> list[int]:
-        return [run.seed for run in self.runs]
-
-    @property
-    def config(self) -> RunConfig:
-        return self.runs[0].config
 
 
 @dataclass(frozen=True)

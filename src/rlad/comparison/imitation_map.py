@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from rlad.comparison.comparable import Group
+from rlad.comparison.figures import Method
 from rlad.comparison.runs import Run
 from rlad.runs.directory import SAMPLES, RunDirectory
-from rlad.runs.rows import Imitation, SampleRow, read_rows
+from rlad.runs.rows import Imitation, SampledRollout, SampleRow, read_rows
 
 PHASES = ("early", "middle", "late")
 MOST_TOKENS = 400
@@ -54,10 +54,8 @@ class MappedCompletion:
     """A completion with the fate of each token."""
 
     phase: str
-    step: int
-    prompt: str
-    verdict: str
-    texts: Sequence[str]
+    row: SampleRow
+    rollout: SampledRollout
     imitation: Imitation
 
     @property
@@ -84,7 +82,7 @@ class MappedCompletion:
     def tokens(self) -> list[Token]:
         """The tokens that are shown, the first `MOST_TOKENS`."""
         tokens = []
-        for i, text in enumerate(self.texts[:MOST_TOKENS]):
+        for i, text in enumerate((self.rollout.tokens or ())[:MOST_TOKENS]):
             # The note appears when the token is pointed at: its fate and the numbers behind it.
             fate = _BY_LETTER[self.imitation.fates[i]]
             is_clamped = self.imitation.clamped is not None and self.imitation.clamped[i] == "c"
@@ -121,15 +119,15 @@ class ImitationMap:
     completions: Sequence[MappedCompletion]
 
 
-def imitation_maps(group: Group) -> list[ImitationMap]:
+def imitation_maps(methods: Sequence[Method]) -> list[ImitationMap]:
     """Make a map of each method of a table whose teacher gates (the first few), of its first seed
     that has recorded one."""
     maps = []
-    for method in group.methods:
-        if method.runs[0].config.objective.gates_by_teacher:
+    for method in methods:
+        if method.config.objective.gates_by_teacher:
             found = (_map_of(method.name, run) for run in method.runs)
-            maps.append(next((each for each in found if each is not None), None))
-    return [each for each in maps if each is not None][:MOST_METHODS]
+            maps += [each for each in found if each is not None][:1]
+    return maps[:MOST_METHODS]
 
 
 def _map_of(method: str, run: Run) -> ImitationMap | None:
@@ -140,7 +138,7 @@ def _map_of(method: str, run: Run) -> ImitationMap | None:
     best: dict[tuple[str, bool], MappedCompletion] = {}
     for each in _recorded(run):
         letters[each.phase].update(each.imitation.fates, c=each.num_clamped)
-        steps[each.phase].append(each.step)
+        steps[each.phase].append(each.row.step)
         # Of better and worse completions the one with the largest share of gated tokens.
         place = (each.phase, each.advantage > 0)
         if each.advantage and (place not in best or each.gated_share > best[place].gated_share):
@@ -162,9 +160,7 @@ def _recorded(run: Run) -> Iterator[MappedCompletion]:
         phase = PHASES[min(third, len(PHASES) - 1)]
         for rollout in row.rollouts:
             if rollout.tokens and rollout.imitation:
-                yield MappedCompletion(
-                    phase, row.step, row.prompt, rollout.verdict, rollout.tokens, rollout.imitation
-                )
+                yield MappedCompletion(phase, row, rollout, rollout.imitation)
 
 
 def _phase(name: str, steps: Sequence[int], letters: Counter[str]) -> Phase:

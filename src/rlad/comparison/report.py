@@ -1,19 +1,42 @@
-"""The report of some runs: tables with intervals, plots, the imitation map. Reads run directories,
-trains nothing."""
+"""The report of some runs: its content once, as blocks, for `report.html` and `report.md`.
 
+Reads run directories, trains nothing.
+"""
+
+import base64
+import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
-from rlad.comparison.comparable import group_runs
-from rlad.comparison.methods import require_baseline
-from rlad.comparison.page import make_page, render_html, render_markdown
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from rlad.comparison import report_columns as tables
+from rlad.comparison import report_sentences as sentences
+from rlad.comparison.comparable import Group, group_runs
+from rlad.comparison.figures import baseline_of, require_baseline, with_comparisons
+from rlad.comparison.imitation_map import FATES, imitation_maps
+from rlad.comparison.report_plots import draw_plots
 from rlad.comparison.runs import MissingRun, ReportedRun, Run, read_run
 from rlad.errors import UserError
+from rlad.text import printable
 
 HTML = "report.html"
 MARKDOWN = "report.md"
 RESULTS = "results.jsonl"
+
+_FORMATS = re.compile(r"([\\`*|~]|(?<!\w)_|_(?!\w)|^[#>]|^[+-](?!\d))")
+"""characters that format; an underscore inside a word does not"""
+_ADDRESSES = re.compile(r"(?i)(:(?=//)|www(?=\.)|@(?=[^\s@]{0,255}\.\w))")
+"""what GitHub makes a link of without being asked, up to where it must be broken: https://, www.
+and mail addresses"""
+_BREAK = "<!-- -->"
+"""shows nothing; unlike a backslash it also parts the text for those that look for addresses after
+the parser"""
 
 
 def write_report(
@@ -37,7 +60,8 @@ def write_report(
     groups, doubles = group_runs([run for run in read if isinstance(run, Run)])
     missing = [*missing, *(run for run in read if isinstance(run, MissingRun)), *doubles]
     if baseline is not None:
-        require_baseline(baseline, groups, missing)
+        methods = [method for group in groups for method in group.methods]
+        require_baseline(baseline, methods, missing)
     page = make_page(title, notes, groups, missing, baseline)
     rows = [
         run.to_json() | {"method": method.name, "table": number}
@@ -47,15 +71,145 @@ def write_report(
     ]
     files = {
         HTML: render_html(page),
-        MARKDOWN: render_markdown(page),
+        MARKDOWN: _environment(autoescape=False).get_template("report.md.j2").render(page=page),
         RESULTS: "".join(json.dumps(row) + "\n" for row in rows),
     }
+    write_files(output, files)
+    return missing
+
+
+def write_files(folder: Path, files: Mapping[str, str]) -> None:
+    """Write texts into a folder, which is made where it is missing; `UserError` when it cannot."""
     try:
-        output.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
-            (output / name).write_text(text, encoding="utf-8")
+            (folder / name).write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(
-            f"the report cannot be written to {output} ({error.strerror}); choose another folder."
+            f"the report cannot be written to {folder} ({error.strerror}); choose another folder."
         ) from None
-    return missing
+
+
+# --- content --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A part of the page. Its content: of a heading or text a text, of the others a `Table`, the
+    `Plot`s of a place, or the `MappedCompletion`s of an imitation map.
+
+    `style` is the CSS class of a text (headline, warning or fine); `lead` stands out before it.
+    """
+
+    kind: Literal["h1", "h2", "h3", "text", "table", "plots", "completions"]
+    content: Any
+    style: str = ""
+    lead: str = ""
+
+
+def make_page(
+    title: str,
+    notes: Sequence[str],
+    groups: Sequence[Group],
+    missing: Sequence[MissingRun],
+    baseline: str | None,
+) -> list[Block]:
+    """Put the report together; its first block is the title."""
+    sections = []
+    for number, group in enumerate(groups, start=1):
+        name = f"Table {number}" if len(groups) > 1 else ""
+        sections.append(list(_section(name, group, baseline, is_tuned=bool(notes))))
+    # The headlines of all tables first: whoever reads no further knows the result.
+    page = [Block("h1", title), *(section.pop(0) for section in sections)]
+    if not groups:
+        text = "No run came to its end, so there is nothing to compare."
+        page.append(Block("text", text, "headline"))
+    for text in sentences.not_comparable(groups):
+        page.append(Block("text", text, "warning", lead="Not one comparison."))
+    if missing:
+        page += [Block("h2", "What is missing"), Block("table", tables.missing_table(missing))]
+    for section in sections:
+        page += section
+    page.append(Block("h2", "How to read it"))
+    return page + [Block("text", text) for text in (*notes, sentences.HOW_TO_READ)]
+
+
+def _section(name: str, group: Group, chosen: str | None, *, is_tuned: bool) -> Iterator[Block]:
+    """Show everything about one group of comparable runs; its headline comes first."""
+    baseline = baseline_of(group.methods, chosen)
+    methods = with_comparisons(group.methods, baseline)
+    plots = draw_plots(methods)
+    headline = sentences.headline(methods, baseline)
+    yield Block("text", headline, "headline", lead=f"{name}." if name else "")
+
+    yield Block("h2", name or "Results")
+    yield Block("text", sentences.what_is_shared(group))
+    for text in sentences.warnings(methods, baseline, chosen):
+        yield Block("text", text, "warning", lead="Warning.")
+    yield Block("table", tables.results_table(methods, baseline.name))
+    yield Block("plots", plots["results"])
+    yield Block("table", tables.breakdown_table(methods))
+    yield Block("text", sentences.splits(group, is_tuned=is_tuned), "fine")
+
+    yield Block("h3", "Learning curves")
+    yield Block("text", sentences.HOW_TO_READ_CURVES, "fine")
+    yield Block("plots", plots["curves"])
+
+    maps = imitation_maps(methods)
+    if maps:
+        yield Block("h3", "Imitation map: what TRRD did with each token")
+        yield Block("text", sentences.HOW_TO_READ_MAP)
+    for found in maps:
+        yield Block("table", tables.phases_table(found))
+        yield Block("completions", found.completions)
+
+    yield Block("h3", "Cost")
+    yield Block("plots", plots["cost"])
+    yield Block("table", tables.cost_table(methods))
+    for text in sentences.cost_notes(methods):
+        yield Block("text", text, "fine")
+    yield Block("h3", "Methods")
+    yield Block("table", tables.methods_table(methods))
+
+
+# --- forms ----------------------------------------------------------------------------------------
+
+
+def render_html(page: Sequence[Block]) -> str:
+    """Render one file without anything from outside; the policy in its head forbids the browser to
+    load any."""
+    environment = _environment(autoescape=True)
+    assert environment.loader is not None
+    style, script = (
+        Markup(environment.loader.get_source(environment, name)[0])
+        for name in ("style.css", "sort.js")
+    )
+    # The policy allows this one script, by its checksum.
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template("report.html.j2").render(
+        page=page, fates=FATES, style=style, script=script, script_digest=digest
+    )
+
+
+def _environment(*, autoescape: bool) -> Environment:
+    environment = Environment(
+        loader=PackageLoader("rlad.comparison"),
+        autoescape=autoescape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,
+    )
+    environment.filters["markdown"] = markdown
+    return environment
+
+
+def markdown(text: str) -> str:
+    """Escape a text so that it means nothing but itself in Markdown, on one line: no formatting,
+    HTML, links or table fields."""
+    # In this order: backslashes first, as what is added afterwards must not be escaped again.
+    line = _FORMATS.sub(r"\\\1", " ".join(printable(text).split()))
+    line = re.sub(r"\](?=[(:\[])", r"]\\", line)
+    line = re.sub(r"<(?! )", "&lt;", line.replace("&", "&amp;"))
+    return _ADDRESSES.sub(rf"\1{_BREAK}", line)

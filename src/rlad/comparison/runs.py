@@ -1,7 +1,7 @@
 """Finished runs, as a report reads them from their directories, and why one is missing."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,9 +12,9 @@ from pydantic_core import to_jsonable_python
 from rlad.config.file import changed_settings, load_config
 from rlad.config.run import RunConfig
 from rlad.errors import UserError
-from rlad.runs.directory import EVAL, METRICS, RunDirectory
-from rlad.runs.results import ProblemResult, summarise
-from rlad.runs.rows import History, read_history
+from rlad.runs.directory import EVAL, RunDirectory
+from rlad.runs.doctor import wrong_steps
+from rlad.runs.rows import History, ProblemResult, read_history, summarise
 
 PARTS = ("generation", "teacher", "update", "rest")
 """of the time that training takes; rest: rewards, reference, log-probs of the old policy"""
@@ -154,68 +154,40 @@ def read_run(reported: ReportedRun) -> Run | MissingRun:
         config = load_config(path)
         seed = config.seed
         history = read_history(directory)
-        if history.damage:
-            raise UserError(f"{history.damage[0].sentence}.")
-        if not directory.is_finished():
-            done = f"{len(history.steps)} of {config.optimization.num_steps} steps"
-            reason = f"the run is not finished: {done}, no test after training."
-            return MissingRun(method, seed, reason)
-        _check_steps(history, config)
-        tests = _first_and_last(history, "test", config)
-        if not tests:
-            raise UserError(f"{EVAL} lacks the test before or after training.")
-        ood = _first_and_last(history, "ood", config) or ((), ())
-        return Run(method, path, config, history, *tests, *ood)
     except (OSError, UserError) as error:  # files that others may have cut or edited
         return MissingRun(method, seed, f"{path} cannot be read: {error}")
+    if not directory.is_finished():
+        done = f"{len(history.steps)} of {config.optimization.num_steps} steps"
+        reason = f"the run is not finished: {done}, no test after training."
+        return MissingRun(method, seed, reason)
+    tests = {split: _first_and_last(history, split) for split in ("test", "ood")}
+    if problem := next(_problems(history, tests), None):
+        return MissingRun(method, seed, f"{path} cannot be read: {problem}")
+    return Run(method, path, config, history, *tests["test"], *tests["ood"])
 
 
-def _check_steps(history: History, config: RunConfig) -> None:
-    # Figures by step and totals rest on one row a step: a copy or a gap would bend them silently.
-    for number, row in enumerate(history.steps, start=1):
-        if row["step"] != number:
-            raise UserError(
-                f"row {number} of {METRICS} is of step {row['step']}; there must be one for each "
-                "step."
-            )
-    last = config.optimization.num_steps
-    late = [row.step for row in history.evaluations if row.step > last]
-    if late:
-        raise UserError(f"{EVAL} has an evaluation of step {late[0]}, but the run has {last}.")
+def _first_and_last(history: History, split: str) -> tuple[Results, Results]:
+    """Find the results before and after training; empty when there are not both."""
+    rows = [row for row in history.evaluations if row.split == split]
+    rows.sort(key=lambda row: row.step)
+    return (rows[0].results, rows[-1].results) if len(rows) > 1 else ((), ())
 
 
-def _first_and_last(
-    history: History, split: str, config: RunConfig
-) -> tuple[Results, Results] | None:
-    """Find the results before and after training; None when there are not both. `UserError` when
-    they do not fit together."""
-    rows = sorted(
-        (row for row in history.evaluations if row.split == split), key=lambda row: row.step
-    )
-    if len(rows) < 2:
-        return None
-    before = rows[0].results
-    after = rows[-1].results
-    if [(r.index, r.key) for r in before] != [(r.index, r.key) for r in after]:
-        raise UserError(
-            f"the {split} problems in {EVAL} are not the same before and after training."
-        )
-    # Counts that do not fit together would make shares beyond 0 and 1.
-    num_samples = config.evaluation.num_test_samples
-    for r in (*before, *after):
-        counts = (r.num_correct, r.num_cannot_judge, r.num_truncated)
-        is_possible = min(counts) >= 0 and max(counts) <= r.num_samples == num_samples
-        if not is_possible or not 0 <= r.mean_completion_tokens < _LARGEST:
-            raise UserError(
-                f"{split} problem {r.index} in {EVAL} has counts that {num_samples} samples cannot "
-                "have."
-            )
-    return before, after
+def _problems(history: History, tests: Mapping[str, tuple[Results, Results]]) -> Iterator[str]:
+    """Say what would bend the figures of a report silently."""
+    yield from (f"{each.sentence}." for each in history.damage)
+    # Figures by step and totals rest on one row a step.
+    yield from (each.message for each in wrong_steps(history))
+    if not tests["test"][0]:
+        yield f"{EVAL} lacks the test before or after training."
+    for split, (before, after) in tests.items():
+        if [(r.index, r.key) for r in before] != [(r.index, r.key) for r in after]:
+            yield f"the {split} problems in {EVAL} are not the same before and after training."
 
 
 def _summary(results: Results) -> dict[str, Any] | None:
     """Summarise a test, with intervals over problems and the number of correct samples of each."""
     if not results:
         return None
-    figures = to_jsonable_python(summarise(results))
+    figures = to_jsonable_python(summarise([results]))
     return figures | {"num_correct": [r.num_correct for r in results]}

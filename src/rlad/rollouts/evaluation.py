@@ -6,7 +6,7 @@ from rlad.config.run import RolloutConfig
 from rlad.models.loading import LanguageModel
 from rlad.rollouts.grading import graded_groups
 from rlad.rollouts.types import RolloutGroup
-from rlad.runs.results import ProblemResult
+from rlad.runs.rows import ProblemResult
 from rlad.seeds import stream_seed
 from rlad.tasks import Split, Task, Verdict
 

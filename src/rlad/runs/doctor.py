@@ -130,7 +130,12 @@ def diagnose(path: Path, *, free_bytes: int | None = None) -> Diagnoses:
 
 
 def _steps(evidence: Evidence) -> Iterator[Diagnosis]:
-    numbers = [int(row["step"]) for row in evidence.history.steps]
+    return wrong_steps(evidence.history, evidence.sampled_steps)
+
+
+def wrong_steps(history: History, sampled_steps: Sequence[int] = ()) -> Iterator[Diagnosis]:
+    """Find steps that are missing or more than once in a file."""
+    numbers = [int(row["step"]) for row in history.steps]
     repair = (
         f"put back a copy of {METRICS}, or start the run again with --overwrite; figures and time "
         "limits count its rows"
@@ -147,8 +152,8 @@ def _steps(evidence: Evidence) -> Iterator[Diagnosis]:
     # One row a step, and one a step and split of evaluations.
     keys = {
         METRICS: [(step, "") for step in numbers],
-        SAMPLES: [(step, "") for step in evidence.sampled_steps],
-        EVAL: [(row.step, row.split) for row in evidence.history.evaluations],
+        SAMPLES: [(step, "") for step in sampled_steps],
+        EVAL: [(row.step, row.split) for row in history.evaluations],
     }
     for name, values in keys.items():
         doubled = [step for (step, _), count in Counter(values).items() if count > 1]

@@ -1,16 +1,19 @@
-"""The rows of a run's files, as doctor, report and compare read them.
+"""The rows of a run's files, as doctor, report and compare read them, and what held-out results add
+up to.
 
 A row that is not as a run writes it becomes a `Damage`; who reads decides what that means.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
+from rlad.config.types import Count, NonNegativeInt
+from rlad.errors import UserError
 from rlad.runs.directory import EVAL, METRICS, RunDirectory
-from rlad.runs.results import ProblemResult
+from rlad.runs.statistics import Estimate, bootstrap, mean_over_seeds, pass_at_k
 
 
 class Row(BaseModel):
@@ -18,7 +21,7 @@ class Row(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    step: int = Field(ge=0)
+    step: int = Field(ge=0, lt=2**53)
 
 
 class StepRow(Row):
@@ -37,6 +40,23 @@ class Interval(BaseModel):
     high: FiniteFloat
 
 
+@dataclass(frozen=True, slots=True)
+class ProblemResult:
+    """The verdicts on the samples of one held-out problem."""
+
+    index: int
+    key: str
+    """problems with the same key are variants of one another"""
+    difficulty: str
+    num_samples: Count
+    num_correct: NonNegativeInt
+    num_cannot_judge: NonNegativeInt
+    num_truncated: NonNegativeInt
+    mean_completion_tokens: Annotated[float, Field(ge=0, lt=1e18)]
+    prompt: str
+    first_completion: str
+
+
 class EvaluationRow(Row):
     """A row of eval.jsonl."""
 
@@ -45,6 +65,18 @@ class EvaluationRow(Row):
     split: str
     pass_at_1: Interval = Field(alias="pass@1")
     results: list[ProblemResult] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _counts_are_possible(self) -> "EvaluationRow":
+        # Counts that do not fit together would make shares beyond 1.
+        num_samples = self.results[0].num_samples
+        for r in self.results:
+            most = max(r.num_correct, r.num_cannot_judge, r.num_truncated)
+            if not most <= r.num_samples == num_samples:
+                raise ValueError(
+                    f"problem {r.index} has counts that {num_samples} samples cannot have"
+                )
+        return self
 
 
 class Imitation(BaseModel):
@@ -150,3 +182,50 @@ def sort_rows(rows: Iterator[AnyRow | Damage]) -> tuple[list[AnyRow], list[Damag
         else:
             whole.append(row)
     return whole, damaged
+
+
+# --- held-out results -----------------------------------------------------------------------------
+
+
+def pass_at_1(results: Sequence[ProblemResult]) -> Estimate:
+    """Estimate pass@1 (= mean@k), the share of correct samples, averaged over problems."""
+    return bootstrap([r.num_correct / r.num_samples for r in results], [r.key for r in results])
+
+
+def ks_up_to(num_samples: int) -> list[int]:
+    """List the k of pass@k that are reported: 1, 2, 4, ... and the number of samples itself."""
+    return sorted(
+        {num_samples, *(2**i for i in range(num_samples.bit_length()) if 2**i <= num_samples)}
+    )
+
+
+def summarise(results_by_seed: Sequence[Sequence[ProblemResult]]) -> dict[str, Any]:
+    """Estimate mean@k, pass@k for k = 1, 2, 4, ... up to the number of samples, and pass@1 by
+    difficulty; each with its interval over the problems and, with several, the seeds.
+
+    All seeds have the same problems. A completion that could not be judged counts as not correct.
+    """
+    flat = [result for results in results_by_seed for result in results]
+    if not flat:
+        raise UserError("there are no results to summarise; evaluate at least one problem.")
+    n = flat[0].num_samples
+
+    def estimate(k: int, difficulty: str | None = None) -> Estimate:
+        chosen = [
+            [r for r in results if difficulty in (None, r.difficulty)]
+            for results in results_by_seed
+        ]
+        values = [[pass_at_k(n, r.num_correct, k) for r in results] for results in chosen]
+        return mean_over_seeds(values, [r.key for r in chosen[0]], limits=(0, 1))
+
+    difficulties = sorted({r.difficulty for r in flat} - {""})
+    return {
+        "num_problems": len(results_by_seed[0]),
+        "num_samples": n,
+        f"mean@{n}": estimate(1),
+        "pass@k": {k: estimate(k) for k in ks_up_to(n)},
+        "pass@1 by difficulty": {name: estimate(1, name) for name in difficulties},
+        "mean_completion_tokens": sum(r.mean_completion_tokens for r in flat) / len(flat),
+        "truncated_share": sum(r.num_truncated for r in flat) / (n * len(flat)),
+        "cannot_judge_share": sum(r.num_cannot_judge for r in flat) / (n * len(flat)),
+    }

@@ -26,7 +26,7 @@ from rlad.runs.directory import (
 )
 from rlad.runs.guards import Watch
 from rlad.runs.model_card import model_card
-from rlad.runs.results import ProblemResult, pass_at_1
+from rlad.runs.rows import ProblemResult, pass_at_1
 from rlad.runs.statistics import Estimate
 from rlad.training.reporter import Reporter
 

@@ -1,10 +1,10 @@
-"""What came out, in words: no more than the intervals and the corrected p-values say."""
+"""The sentences of a report: no more than the intervals and the corrected p-values say."""
 
 from collections.abc import Sequence
 
-from rlad.comparison.comparable import Group, Method
-from rlad.comparison.methods import MethodFigures
-from rlad.comparison.tables import p_text, signed
+from rlad.comparison.comparable import Group
+from rlad.comparison.figures import Method
+from rlad.comparison.report_columns import difference, estimate, p_text
 from rlad.runs.statistics import Estimate
 
 FEWEST_SEEDS = 3
@@ -32,71 +32,72 @@ HOW_TO_READ_MAP = (
 )
 
 
-def headline(figures: Sequence[MethodFigures], baseline: str) -> str:
+def headline(methods: Sequence[Method], baseline: Method) -> str:
     """Name the best method, and the methods that the data tell apart from the baseline."""
-    best = max(figures, key=lambda f: f.after.mean)
-    count = len(best.method.runs)
-    over = f"Over {count} seeds" if count > 1 else "With one seed"
-    text = f"{over}, {best.name} reaches {_figure(best)} pass@1 on the test split"
-    if len(figures) == 1:
-        return f"{text}; it starts at {best.before.mean:.1%}, so it gains {_difference(best.gain)}."
+    best = max(methods, key=lambda m: m.after.mean)
+    over = f"Over {len(best.runs)} seeds" if len(best.runs) > 1 else "With one seed"
+    text = f"{over}, {best.name} reaches {estimate(best.after)} pass@1 on the test split"
+    if len(methods) == 1:
+        return f"{text}; it starts at {best.before.mean:.1%}, so it gains {_points(best.gain)}."
     text += ", the highest mean"
-    compared = [f for f in figures if f.to_baseline]
+    compared = [m for m in methods if m.to_baseline]
     if best.to_baseline:
-        reference = next(f for f in figures if f.name == baseline)
         p = f"p = {p_text(best.corrected_p)}".replace("= <", "<")
         text += (
-            f"; {baseline} reaches {_figure(reference)}. The difference is "
-            f"{_difference(best.to_baseline.difference)}, {p}"
+            f"; {baseline.name} reaches {estimate(baseline.after)}. The difference is "
+            f"{_points(best.to_baseline.difference)}, {p}"
         )
         if len(compared) > 1:
             text += f" after correction for {len(compared)} comparisons"
-    return f"{text}. {_verdicts(compared, baseline)}"
+    return f"{text}. {_verdicts(compared, baseline.name)}"
 
 
-def _verdicts(compared: Sequence[MethodFigures], baseline: str) -> str:
+def _points(found: Estimate) -> str:
+    cell = difference(found)
+    return f"{cell.text} points {cell.small}"
+
+
+def _verdicts(compared: Sequence[Method], baseline: str) -> str:
     """Say who is ahead of the baseline, who behind, and who cannot be told from it."""
     kinds = {"ahead of it": [], "behind it": [], "not told apart from it by these data": []}
     few = []
-    for f in compared:
-        assert f.to_baseline is not None
-        interval = f.to_baseline.difference
+    for m in compared:
+        assert m.to_baseline is not None
+        interval = m.to_baseline.difference
         # Ahead only when both agree: the runs differ by the test, and seeds would by the interval.
-        if f.corrected_p < _LEVEL and interval.low > 0:
-            kinds["ahead of it"].append(f.name)
-        elif f.corrected_p < _LEVEL and interval.high < 0:
-            kinds["behind it"].append(f.name)
-        else:
-            kinds["not told apart from it by these data"].append(f.name)
-        if f.to_baseline.num_seeds < FEWEST_SEEDS:
-            few.append(f.name)
+        kind = "not told apart from it by these data"
+        if m.corrected_p < _LEVEL and interval.low > 0:
+            kind = "ahead of it"
+        elif m.corrected_p < _LEVEL and interval.high < 0:
+            kind = "behind it"
+        kinds[kind].append(m.name)
+        if m.to_baseline.num_seeds < FEWEST_SEEDS:
+            few.append(m.name)
     said = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
     text = f"Compared with {baseline}, {said}."
     if few:
-        text += (
-            f" With so few seeds, what is said of {', '.join(few)} is about the trained runs alone."
-        )
+        names = ", ".join(few)
+        text += f" With so few seeds, what is said of {names} is about the trained runs alone."
     return text
 
 
-def warnings(figures: Sequence[MethodFigures], baseline: Method, chosen: str | None) -> list[str]:
+def warnings(methods: Sequence[Method], baseline: Method, chosen: str | None) -> list[str]:
     """List what a reader must know before believing the table. `chosen`: the baseline that was
     asked for."""
     told = []
-    if chosen and chosen not in (baseline.name, baseline.runs[0].method) and len(figures) > 1:
+    if chosen and chosen not in (baseline.name, baseline.runs[0].method) and len(methods) > 1:
         told.append(
             f"No run of {chosen}, the chosen baseline, is in this table: its methods are compared "
             f"with {baseline.name}."
         )
-    few = [f for f in figures if len(f.method.runs) < FEWEST_SEEDS]
+    few = [f"{m.name} ({len(m.runs)})" for m in methods if len(m.runs) < FEWEST_SEEDS]
     if few:
-        names = ", ".join(f"{f.name} ({len(f.method.runs)})" for f in few)
         told.append(
-            f"Fewer than {FEWEST_SEEDS} seeds: {names}. The interval of a method with one seed is "
-            "over problems alone; with two it hardly knows how much seeds differ. Another seed may "
-            "well be outside."
+            f"Fewer than {FEWEST_SEEDS} seeds: {', '.join(few)}. The interval of a method with one "
+            "seed is over problems alone; with two it hardly knows how much seeds differ. Another "
+            "seed may well be outside."
         )
-    unlike = [f.name for f in figures if f.to_baseline and not f.to_baseline.is_paired_by_seed]
+    unlike = [m.name for m in methods if m.to_baseline and not m.to_baseline.is_paired_by_seed]
     if unlike:
         told.append(
             "No seed in common with the baseline, so the difference is not paired by seed: "
@@ -154,28 +155,14 @@ def not_comparable(groups: Sequence[Group]) -> list[str]:
     ]
 
 
-def cost_notes(figures: Sequence[MethodFigures]) -> list[str]:
+def cost_notes(methods: Sequence[Method]) -> list[str]:
     """Say what the shares of the cost table do not say of some methods."""
-    inside = [f.name for f in figures if f.method.config.objective.needs_vocabulary]
-    written = [f.name for f in figures if f.method.config.objective.written_by == "teacher"]
-    notes = []
-    if inside:
-        notes.append(
-            f"{', '.join(inside)}: the teacher works inside the update, so its time is part of the "
-            "update's."
-        )
-    if written:
-        notes.append(
-            f"{', '.join(written)}: the student samples nothing; the teacher writes the "
-            "completions."
-        )
-    return notes
-
-
-def _figure(figures: MethodFigures) -> str:
-    after = figures.after
-    return f"{after.mean:.1%} [{100 * after.low:.1f}, {100 * after.high:.1f}]"
-
-
-def _difference(estimate: Estimate) -> str:
-    return f"{signed(estimate.mean)} points [{signed(estimate.low)}, {signed(estimate.high)}]"
+    kinds = {
+        "the teacher works inside the update, so its time is part of the update's.": [
+            m.name for m in methods if m.config.objective.needs_vocabulary
+        ],
+        "the student samples nothing; the teacher writes the completions.": [
+            m.name for m in methods if m.config.objective.written_by == "teacher"
+        ],
+    }
+    return [f"{', '.join(names)}: {note}" for note, names in kinds.items() if names]

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from rlad.comparison.methods import MethodFigures
+from rlad.comparison.figures import Method
 from rlad.comparison.runs import PARTS, Run
 from rlad.runs.curve import STYLE, curve
 from rlad.text import printable
@@ -40,55 +40,53 @@ class Plot:
         return f"data:image/svg+xml;base64,{b64encode(self.svg).decode()}"
 
 
-def draw_plots(figures: Sequence[MethodFigures]) -> dict[str, list[Plot]]:
+def draw_plots(methods: Sequence[Method]) -> dict[str, list[Plot]]:
     """Draw the plots of a table, by the part of the report that shows them."""
     # Text stays text, so that it can be searched, and the same runs give the same bytes.
     settings = {"svg.fonttype": "none", "svg.hashsalt": "rlad", "font.size": 9.5}
     with matplotlib.style.context([*STYLE, settings]):
-        curves = [_draw_curve(figures, *row) for row in CURVES]
+        curves = [_draw_curve(methods, *row) for row in CURVES]
         return {
-            "results": [_draw_results(figures)],
+            "results": [_draw_results(methods)],
             "curves": [
-                _draw_legend(figures),
+                _draw_legend(methods),
                 *(plot for plot in curves if plot),
-                *([_draw_pass_at_k(figures)] if len(figures[0].pass_at_k) > 1 else []),
+                *([_draw_pass_at_k(methods)] if len(methods[0].pass_at_k) > 1 else []),
             ],
-            "cost": [_draw_cost(figures)],
+            "cost": [_draw_cost(methods)],
         }
 
 
-def _draw_legend(figures: Sequence[MethodFigures]) -> Plot:
+def _draw_legend(methods: Sequence[Method]) -> Plot:
     """Draw the key to colours, lines and markers of all plots of a table."""
-    names = [_short(f.name) for f in figures]
+    names = [_short(m.name) for m in methods]
     # As many columns as fit beside one another, judged by the longest name.
     columns = max(1, min(4, len(names), 110 // (max(map(len, names)) + 10)))
     figure = Figure(figsize=(8.5, 0.3 * -(-len(names) // columns) + 0.1))
     handles = [Line2D([], [], **_look(i)) for i in range(len(names))]
     figure.legend(handles, names, loc="center", ncols=columns, handlelength=4, fontsize=10)
-    return _plot(figure, "Key to the plots", "", ", ".join(f.name for f in figures))
+    return _plot(figure, "Key to the plots", "", ", ".join(m.name for m in methods))
 
 
-def _draw_results(figures: Sequence[MethodFigures]) -> Plot:
+def _draw_results(methods: Sequence[Method]) -> Plot:
     """Draw test pass@1 of each method with its interval, its seeds, and where it started."""
-    figure = Figure(figsize=(8.5, 0.42 * len(figures) + 0.9), layout="constrained")
+    figure = Figure(figsize=(8.5, 0.42 * len(methods) + 0.9), layout="constrained")
     axes = figure.subplots()
-    for i, f in enumerate(figures):
-        y = len(figures) - 1 - i
+    for i, m in enumerate(methods):
+        y = len(methods) - 1 - i
         look = _look(i) | {"linestyle": "none", "markersize": 9}
-        after = f.after
+        after = m.after
         axes.errorbar(
             after.mean, y, xerr=[[after.mean - after.low], [after.high - after.mean]], **look
         )
         # Each seed as a ring below the bar.
-        seeds = [
-            np.mean([r.num_correct / r.num_samples for r in run.after]) for run in f.method.runs
-        ]
+        seeds = [np.mean([r.num_correct / r.num_samples for r in run.after]) for run in m.runs]
         axes.scatter(seeds, [y - 0.24] * len(seeds), s=16, facecolor="none", edgecolor="black")
-        axes.plot(f.before.mean, y, marker="|", color="black", markersize=11)
-    _name_rows(axes, figures)
-    axes.set(xlabel="test pass@1", ylim=(-0.6, len(figures) - 0.5))
+        axes.plot(m.before.mean, y, marker="|", color="black", markersize=11)
+    _name_rows(axes, methods)
+    axes.set(xlabel="test pass@1", ylim=(-0.6, len(methods) - 0.5))
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
-    told = "; ".join(f"{f.name} {f.after}, before {f.before.mean:.1%}" for f in figures)
+    told = "; ".join(f"{m.name} {m.after}, before {m.before.mean:.1%}" for m in methods)
     caption = (
         "Test pass@1. Marker and bar: mean after training, 95 % interval; rings: each seed; "
         "stroke: before training."
@@ -116,7 +114,7 @@ CURVES: Sequence[tuple[str, str, Series, str]] = (
 
 
 def _draw_curve(
-    figures: Sequence[MethodFigures], title: str, label: str, series: Series, note: str
+    methods: Sequence[Method], title: str, label: str, series: Series, note: str
 ) -> Plot | None:
     """Draw the mean over seeds, with a band from the lowest to the highest seed; None when no run
     has recorded it."""
@@ -124,12 +122,12 @@ def _draw_curve(
     axes = figure.subplots()
     told = []
     absent = []
-    for i, f in enumerate(figures):
-        values = [series(run) for run in f.method.runs]
+    for i, m in enumerate(methods):
+        values = [series(run) for run in m.runs]
         # Seeds that stopped early must not bend the mean, so only steps that all have count.
         steps = sorted(set.intersection(*map(set, values)))
         if not steps:
-            absent.append(f.name)
+            absent.append(m.name)
             continue
         seeds = np.array([[run[step] for step in steps] for run in values])
         means = seeds.mean(axis=0)
@@ -138,7 +136,7 @@ def _draw_curve(
             axes, steps, means, seeds.min(axis=0), seeds.max(axis=0), **_look(i), markevery=spacing
         )
         told.append(
-            f"{f.name} from {means[0]:.3g} at step {steps[0]} to {means[-1]:.3g} at step "
+            f"{m.name} from {means[0]:.3g} at step {steps[0]} to {means[-1]:.3g} at step "
             f"{steps[-1]}"
         )
     if not told:
@@ -148,17 +146,17 @@ def _draw_curve(
     return _plot(figure, title, f"{title} by step.{missing}{note}", "; ".join(told))
 
 
-def _draw_pass_at_k(figures: Sequence[MethodFigures]) -> Plot:
-    ks = list(figures[0].pass_at_k)
+def _draw_pass_at_k(methods: Sequence[Method]) -> Plot:
+    ks = list(methods[0].pass_at_k)
     figure = Figure(figsize=_SMALL, layout="constrained")
     axes = figure.subplots()
     told = []
-    for i, f in enumerate(figures):
-        estimates = [f.pass_at_k[k] for k in ks]
+    for i, m in enumerate(methods):
+        estimates = [m.pass_at_k[k] for k in ks]
         means, lows, highs = zip(*((e.mean, e.low, e.high) for e in estimates), strict=True)
         curve(axes, ks, means, lows, highs, **_look(i))
         shares = ", ".join(f"pass@{k} {mean:.1%}" for k, mean in zip(ks, means, strict=True))
-        told.append(f"{f.name} {shares}")
+        told.append(f"{m.name} {shares}")
     axes.set_xscale("log", base=2)
     axes.set_xticks(ks, [str(k) for k in ks])
     axes.minorticks_off()
@@ -168,24 +166,24 @@ def _draw_pass_at_k(figures: Sequence[MethodFigures]) -> Plot:
     return _plot(figure, "pass@k", caption, "; ".join(told))
 
 
-def _draw_cost(figures: Sequence[MethodFigures]) -> Plot:
+def _draw_cost(methods: Sequence[Method]) -> Plot:
     """Draw where the training time of a run goes."""
-    figure = Figure(figsize=(8.5, 0.38 * len(figures) + 1.2), layout="constrained")
+    figure = Figure(figsize=(8.5, 0.38 * len(methods) + 1.2), layout="constrained")
     axes = figure.subplots()
-    rows = np.arange(len(figures))
-    left = np.zeros(len(figures))
+    rows = np.arange(len(methods))
+    left = np.zeros(len(methods))
     for part, hatch in zip(PARTS, _HATCHES, strict=True):
-        seconds = np.array([f.cost.seconds[part] for f in reversed(figures)])
+        seconds = np.array([m.seconds[part] for m in reversed(methods)])
         axes.barh(rows, seconds, left=left, label=part, hatch=hatch, edgecolor="black", height=0.62)
         left = left + seconds
-    _name_rows(axes, figures)
+    _name_rows(axes, methods)
     axes.set(xlabel="seconds of training, mean over seeds")
     axes.grid(visible=False, axis="y")
     figure.legend(loc="outside upper center", ncols=len(PARTS))
     told = "; ".join(
-        f"{f.name} {f.cost.total_seconds:.0f} s, "
-        f"{', '.join(f'{part} {f.cost.share(part):.0%}' for part in PARTS)}"
-        for f in figures
+        f"{m.name} {m.total_seconds:.0f} s, "
+        f"{', '.join(f'{part} {m.share_of_time(part):.0%}' for part in PARTS)}"
+        for m in methods
     )
     caption = (
         "Seconds of training by part; the rest is rewards, reference and log-probs of the old "
@@ -204,9 +202,9 @@ def _look(index: int) -> dict[str, Any]:
     }
 
 
-def _name_rows(axes: Axes, figures: Sequence[MethodFigures]) -> None:
-    names = [_short(f.name) for f in reversed(figures)]
-    axes.set_yticks(range(len(figures)), names)
+def _name_rows(axes: Axes, methods: Sequence[Method]) -> None:
+    names = [_short(m.name) for m in reversed(methods)]
+    axes.set_yticks(range(len(methods)), names)
 
 
 def _short(name: str, length: int = 42) -> str:
