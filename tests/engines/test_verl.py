@@ -217,7 +217,7 @@ def test_a_token_that_the_teacher_left_out_counts_and_has_no_loss(batch, monkeyp
             {"use_kl_loss": True, "kl_loss_type": "kl"},
             {},
             "",
-            "kl_loss_type is 'kl'; the KL leash is 'low_var_kl' (k3).",
+            "kl_loss_type is kl; with objective 'trrd', a complete loss of its own, it must be low",
         ),
         (
             {"entropy_coeff": 0.1},

@@ -27,9 +27,7 @@ groups at once."""
 
 
 def objective_json(objective: Any) -> str:
-    """The value of RLAD_OBJECTIVE for an objective's config. `UserError` for one that verl's
-    batches cannot feed."""
-    require_engine("verl", objective)
+    """The value of RLAD_OBJECTIVE for an objective's config."""
     return json.dumps(objective.model_dump(mode="json", exclude_none=True))
 
 

@@ -82,6 +82,7 @@ def _require_meaning(config: Any, settings: Any, data: Any) -> None:
         ("distillation.distillation_loss.use_policy_gradient", settings.use_policy_gradient, False),
         ("distillation.distillation_loss.loss_max_clamp", settings.loss_max_clamp, None),
         ("actor_rollout_ref.actor.entropy_coeff", config.entropy_coeff, 0),
+        ("actor_rollout_ref.actor.kl_loss_type", config.kl_loss_type, "low_var_kl"),
     )
     for key, value, wanted in must_be:
         if value != wanted:
@@ -89,11 +90,6 @@ def _require_meaning(config: Any, settings: Any, data: Any) -> None:
                 f"{key} is {value}; with objective {name!r}, a complete loss of its own, it must "
                 f"be {wanted}."
             )
-    if config.use_kl_loss and config.kl_loss_type != "low_var_kl":
-        raise UserError(
-            f"actor_rollout_ref.actor.kl_loss_type is {config.kl_loss_type!r}; the KL leash is "
-            "'low_var_kl' (k3)."
-        )
     temperature = tensordict_utils.get_non_tensor_data(data, "temperature", 1.0)
     if not torch.all(torch.as_tensor(temperature) == 1.0):
         raise UserError(
