@@ -81,24 +81,25 @@ def _stored(weight: Tensor, num_heads: int | None) -> Tensor:
 
 
 def packaged(gguf: Path) -> PackagedModel:
-    """As `PACKAGED` describes a model, of this file."""
+    """As `PACKAGED` describes a model: of this file, in a wheel beside it that pip can fetch."""
+    wheel = gguf.with_name("tiny_package_that_nobody_has-1.0-py3-none-any.whl")
+    info = "tiny_package_that_nobody_has-1.0.dist-info"
+    about = "Metadata-Version: 2.1\nName: tiny-package-that-nobody-has\nVersion: 1.0\n"
+    made = "Wheel-Version: 1.0\nGenerator: us\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(gguf, MEMBER)
+        for name, text in (("METADATA", about), ("WHEEL", made), ("RECORD", "")):
+            archive.writestr(f"{info}/{name}", text)
     return PackagedModel(
         name="tiny",
         summary="a tiny Llama",
-        package="tiny-package-that-nobody-has",
-        version="1.0",
+        requirement="tiny-package-that-nobody-has==1.0",
+        sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
         wheel_bytes=1,
         member=MEMBER,
-        member_bytes=gguf.stat().st_size,
-        sha256=hashlib.sha256(gguf.read_bytes()).hexdigest(),
+        folder_name="tiny-1",
         folder_bytes=100_000,
     )
-
-
-def write_wheel(gguf: Path, path: Path) -> Path:
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.write(gguf, MEMBER)
-    return path
 
 
 def logits(model: Any) -> Tensor:

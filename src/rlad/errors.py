@@ -3,6 +3,8 @@
 Everything else that is raised is a bug, and keeps its traceback.
 """
 
+import importlib.util
+
 EXIT_FAILURE = 1
 EXIT_USER_MISTAKE = 2
 EXIT_SIGNAL = 128
@@ -44,3 +46,12 @@ def out_of_memory(error: Exception) -> RunFailedError | None:
         f"the models need more memory than there is ({reason}); lower rollout.max_batch_rows or "
         "optimization.tokens_per_batch, or take smaller models."
     )
+
+
+def require_package(package: str, what: str, *, extra: str | None = None) -> None:
+    """Raise `UserError` unless an optional package, which `what` needs, is installed."""
+    if importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"{what} needs {package}, which is not installed; install it with: pip install "
+            f"'rlad[{extra or package}]'."
+        )

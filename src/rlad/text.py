@@ -17,3 +17,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """Ask whether the nearest of the known words was meant; empty where none is near."""
     near = difflib.get_close_matches(word, known, n=1)
     return f"did you mean {near[0]!r}?" if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text; its type's name where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

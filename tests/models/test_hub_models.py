@@ -76,10 +76,9 @@ def test_a_model_without_safetensors_is_not_ready_and_nothing_of_it_is_fetched(t
         done = run_models(cache, "prepare", "some/model", address=address)
     assert done.returncode == 2 and "ready" not in done.stdout and handed_out == []
     assert done.stderr == (
-        "rlad: model 'some/model' has no *.safetensors file on the Hugging Face hub, and no other "
-        "weights are read (a pickle "
-        "may run code); take another model, or convert it where you trust it with "
-        "`save_pretrained` and give that folder.\n"
+        "rlad: model 'some/model' of the Hugging Face hub has no config.json with *.safetensors "
+        "there, and no other weights are read (a pickle may run code); take another model, or "
+        "convert it where you trust it with `save_pretrained`.\n"
     )
 
 

