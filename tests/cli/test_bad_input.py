@@ -219,7 +219,7 @@ def test_incomplete_weights(world, toml, tmp_path):
     shutil.copytree(world / "student", tmp_path / "headless")
     model.save_pretrained(tmp_path / "headless", state_dict=state)
     sentence = rlad_fails("train", toml, f"student.model={tmp_path / 'headless'}")
-    assert "lack 1 tensors of a causal language model, the first is 'lm_head.weight'" in sentence
+    assert "it lacks 1 tensors, the first is 'lm_head.weight'" in sentence
 
 
 def test_student_with_nan_weights(world, toml, tmp_path):

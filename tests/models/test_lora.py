@@ -286,17 +286,17 @@ def edit_config(folder: Path, **changes: Any) -> None:
     [
         (
             spoil_base,
-            r"model 'no/such-model', the base model of adapter '.*adapter', cannot be found",
+            r"model 'no/such-model', of adapter '.*adapter', cannot be found",
         ),
         (spoil_weights, r"its adapter_model.safetensors cannot be read"),
         (drop_a_tensor, r"do not fit: 1 tensors differ, .* missing instead of \("),
         (
             lambda folder: edit_config(folder, base_model_name_or_path=None),
-            r"does not name its base model",
+            r"names '' as its base model; base_model_name_or_path in its",
         ),
         (
             lambda folder: edit_config(folder, base_model_name_or_path=str(folder)),
-            r"another adapter, as its base model; merge",
+            r"adapter' as its base model; .* must be a whole model",
         ),
         (
             lambda folder: (folder / "adapter_config.json").write_text("{"),

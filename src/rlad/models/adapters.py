@@ -21,8 +21,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from rlad.config.run import LoraConfig
-from rlad.errors import UserError
-from rlad.models.files import read_adapter_config, require_peft, resolvable, unreadable_adapter
+from rlad.errors import UserError, require_package
+from rlad.models.files import read_adapter_config, resolvable, unreadable_adapter
+from rlad.text import first_line
 
 STUDENT = "default"
 """the name under which a model holds its own adapter, as in PEFT"""
@@ -56,7 +57,7 @@ def add_lora(model: PreTrainedModel, settings: LoraConfig, *, base: str, seed: i
     except ValueError as error:
         raise UserError(
             f"student.lora.target_modules = {targets!r} does not fit model {base!r} "
-            f"({str(error).splitlines()[0]}); name linear layers of it such as "
+            f"({first_line(error)}); name linear layers of it such as "
             '["q_proj", "v_proj"], or take "all-linear".'
         ) from None
     # PEFT has drawn A in the dtype of the base model; draw it again in float32.
@@ -75,11 +76,30 @@ def load_adapter(model: PreTrainedModel, folder: str, name: str = STUDENT) -> No
 
     # PEFT's own loading passes over tensors that are missing; here all are compared, then copied.
     saved = _read_weights(folder)
-    config: Any = peft.PeftConfig.from_pretrained(folder)
-    config.inference_mode = False
-    _add(model, config, name)
+    kind = read_adapter_config(folder).get("peft_type")
+    try:
+        config: Any = peft.PeftConfig.from_pretrained(folder)
+        config.inference_mode = False
+        if kind == "LORA" and model.device.type == "meta":
+            config.init_lora_weights = True  # the other ways compute with weights, here absent
+        _add(model, config, name)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"adapter {folder!r} (peft_type = {kind!r}) cannot be added to its base model "
+            f"({first_line(error)}); give a LoRA adapter of that model, or merge it into its base "
+            "model first."
+        ) from None
     weights = _weights(model, name)
-    _require_fit(folder, saved, weights)
+    shapes = {key: tuple(tensor.shape) for key, tensor in weights.items()}
+    found = {key: tuple(tensor.shape) for key, tensor in saved.items()}
+    differing = sorted(dict(shapes.items() ^ found.items()))
+    if differing:
+        first = differing[0]
+        raise UserError(
+            f"the weights of adapter {folder!r} do not fit: {len(differing)} tensors differ, the "
+            f"first is {first!r} with shape {found.get(first, 'missing')} instead of "
+            f"{shapes.get(first, 'none')}; its base model is another one, or it is damaged."
+        )
     with torch.no_grad():
         for key, tensor in weights.items():
             tensor.copy_(saved[key])
@@ -162,11 +182,11 @@ def require_shareable(folder: str, base_config: PretrainedConfig) -> None:
     and fits this base model."""
     config = read_adapter_config(folder)
     init = str(config.get("init_lora_weights"))
-    bias = config.get("bias", "none") != "none"
+    replaces = [key for key in ("modules_to_save", "trainable_token_indices") if config.get(key)]
     problem = ""
     if config.get("peft_type") != "LORA":
         problem = f"it is a {config.get('peft_type')} adapter"
-    elif config.get("modules_to_save") or config.get("trainable_token_indices") or bias:
+    elif replaces or config.get("bias", "none") != "none":
         problem = "it replaces weights of the base model (modules_to_save, bias or tokens)"
     elif init.startswith(_CHANGE_THE_BASE):
         problem = f"its init_lora_weights = {init!r} changes the base weights"
@@ -181,41 +201,10 @@ def require_shareable(folder: str, base_config: PretrainedConfig) -> None:
 def require_loadable(folder: str, base_config: PretrainedConfig) -> None:
     """Raise `UserError` unless an adapter's folder is whole and fits its base model, of which no
     weights are loaded."""
-    require_peft(f"adapter {folder!r}")
-    import peft
-
+    require_package("peft", f"adapter {folder!r}")
     # Names and shapes show on the meta device, where a model has no weights.
-    saved = _read_weights(folder)
-    settings = read_adapter_config(folder)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(base_config)
-        try:
-            config: Any = peft.PeftConfig.from_pretrained(folder)
-            if settings.get("peft_type") == "LORA":
-                config.init_lora_weights = True  # no other that computes with absent weights
-            _add(model, config, STUDENT)
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(
-                f"adapter {folder!r} (peft_type = {settings.get('peft_type')!r}) cannot be added "
-                f"to its base model ({str(error).splitlines()[0]}); give a LoRA adapter of that "
-                "model, or merge it into its base model first."
-            ) from None
-    _require_fit(folder, saved, _weights(model, STUDENT))
-
-
-def _require_fit(folder: str, saved: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    """Raise `UserError` unless a folder's tensors have the names and shapes that its adapter has in
-    the base model."""
-    shapes = {key: tuple(tensor.shape) for key, tensor in wanted.items()}
-    found = {key: tuple(tensor.shape) for key, tensor in saved.items()}
-    differing = sorted(dict(shapes.items() ^ found.items()))
-    if differing:
-        first = differing[0]
-        raise UserError(
-            f"the weights of adapter {folder!r} do not fit: {len(differing)} tensors differ, the "
-            f"first is {first!r} with shape {found.get(first, 'missing')} instead of "
-            f"{shapes.get(first, 'none')}; its base model is another one, or it is damaged."
-        )
+        load_adapter(AutoModelForCausalLM.from_config(base_config), folder)
 
 
 def _read_weights(folder: str) -> dict[str, Tensor]:

@@ -1,7 +1,6 @@
 """From a model's name to its folder: embedded, prepared from a package, the user's own, or an
 adapter's. Imports no torch."""
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -50,25 +49,18 @@ def has_tokenizer(folder: str) -> bool:
 
 
 def base_model(name: str) -> str:
-    """Return the base model of an adapter's folder, and every other name as it is."""
-    return adapter_base(name) if is_adapter(name) else name
+    """Return the base model that an adapter's folder names, and every other name as it is.
 
-
-def adapter_base(folder: str) -> str:
-    """Return the base model that an adapter's folder names.
-
-    Raises `UserError` when it names none, or another adapter.
+    Raises `UserError` when an adapter names none, or another adapter.
     """
-    base = read_adapter_config(folder).get("base_model_name_or_path") or ""
-    problem = ""
-    if not base:
-        problem = (
-            f"does not name its base model; write base_model_name_or_path into {ADAPTER_CONFIG}"
+    if not is_adapter(name):
+        return name
+    base = read_adapter_config(name).get("base_model_name_or_path") or ""
+    if not base or is_adapter(base):
+        raise UserError(
+            f"adapter {name!r} names {base!r} as its base model; base_model_name_or_path in its "
+            f"{ADAPTER_CONFIG} must be a whole model (an adapter below it must be merged first)."
         )
-    elif is_adapter(base):
-        problem = f"has {base!r}, another adapter, as its base model; merge that one first"
-    if problem:
-        raise UserError(f"adapter {folder!r} {problem}.")
     return base
 
 
@@ -85,14 +77,6 @@ def unreadable_adapter(folder: str, file: str, error: object) -> UserError:
         f"adapter {folder!r}: its {file} cannot be read ({error}); give a folder that PEFT's "
         "`save_pretrained` wrote."
     )
-
-
-def require_peft(what: str) -> None:
-    """Raise `UserError` unless peft is installed; `what` needs it."""
-    if importlib.util.find_spec("peft") is None:
-        raise UserError(
-            f"{what} needs peft, which is not installed; install it with: pip install 'rlad[peft]'."
-        )
 
 
 # --- weights --------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from rlad.config.run import LoraConfig
-from rlad.errors import UserError
+from rlad.errors import UserError, require_package
 from rlad.models.adapters import add_lora, has_adapter, load_adapter, save_adapter
 from rlad.models.files import (
     EMBEDDED,
@@ -29,8 +29,8 @@ from rlad.models.files import (
     has_tokenizer,
     is_adapter,
     located,
-    require_peft,
 )
+from rlad.text import first_line
 
 # What transformers raises for files that are not what they should be.
 _UNUSABLE_FILES = (OSError, ValueError, TypeError, KeyError, AttributeError)
@@ -78,17 +78,14 @@ def pick_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        picked = torch.empty(0, device=device).device
-        reason = "models are computed on cpu, cuda, mps"
+        picked = torch.zeros(1, device=device)
+        picked.tolist()  # fails on "meta", where tensors have no values
     except (RuntimeError, AssertionError) as error:
-        picked = None
-        reason = _first_line(error)
-    if picked is None or picked.type not in ("cpu", "cuda", "mps"):
         raise UserError(
-            f"device {device!r} cannot be used on this machine ({reason}); use 'auto', 'cpu', or "
-            "for a GPU 'cuda' or 'cuda:0'."
-        )
-    return picked
+            f"device {device!r} cannot be used on this machine ({first_line(error)}); use 'auto', "
+            "'cpu', or for a GPU 'cuda' or 'cuda:0'."
+        ) from None
+    return picked.device
 
 
 def load_model_config(name: str) -> PretrainedConfig:
@@ -97,22 +94,15 @@ def load_model_config(name: str) -> PretrainedConfig:
     Raises `UserError` when `name` is no model.
     """
     base = base_model(name)
-    if base.startswith("embedded/") and base not in EMBEDDED:
-        raise UserError(
-            f"model {base!r} is unknown; the embedded models are {', '.join(EMBEDDED)}."
-        )
-    where = located(base)
+    what = f"model {base!r}" if base == name else f"model {base!r}, of adapter {name!r},"
     try:
-        return AutoConfig.from_pretrained(where, trust_remote_code=False)
+        return AutoConfig.from_pretrained(located(base), trust_remote_code=False)
     except _UNUSABLE_FILES as error:
-        _refuse_code(base, error)
-        what = f"model {base!r}"
-        if base != name:
-            what += f", the base model of adapter {name!r},"
-        raise UserError(
-            f"{what} cannot be found or read ({_first_line(error)}); give a folder that "
-            "`save_pretrained` wrote, or a Hugging Face name that is in the cache or can be "
-            "downloaded."
+        raise _unusable(
+            f"{what} cannot be found or read",
+            error,
+            "give a folder that `save_pretrained` wrote, or a Hugging Face name that is in the "
+            f"cache or can be downloaded; the embedded models are {', '.join(EMBEDDED)}",
         ) from None
 
 
@@ -131,20 +121,17 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     load_model_config(name)
     where = name if has_tokenizer(name) else files_of(name)
-    tokenizer: Any = None
-    problem = "it is empty"
+    failure: Exception = ValueError("it is empty")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+        if tokenizer := AutoTokenizer.from_pretrained(where, trust_remote_code=False):
+            return tokenizer
     except _UNUSABLE_FILES as error:
-        _refuse_code(name, error)
-        problem = _first_line(error)
-    if not tokenizer:  # none, or one of no tokens
-        raise UserError(
-            f"no tokenizer can be loaded from {name!r} ({problem}); a model folder needs "
-            "tokenizer.json or the tokenizer files of its family: save the tokenizer beside the "
-            "model with `tokenizer.save_pretrained(folder)`."
-        )
-    return tokenizer
+        failure = error
+    raise _unusable(
+        f"no tokenizer can be loaded from {name!r}",
+        failure,
+        "save the tokenizer beside the model with `tokenizer.save_pretrained(folder)`",
+    )
 
 
 def context_tokens(config: Any) -> int | None:
@@ -226,10 +213,8 @@ def load_language_model(
             torch.manual_seed(random_weights_seed)
             model = AutoModelForCausalLM.from_config(load_model_config(name), dtype=compute_dtype)
     if lora:
-        require_peft("[student.lora]")
+        require_package("peft", "[student.lora]")
         add_lora(model, lora, base=name, seed=seed)
-    if trainable:
-        _require_finite(name, model)
     if where.type == "cpu":
         # Each weight gets aligned memory of its own: the last bits of a product depend on where
         # in their file the weights were.
@@ -242,17 +227,22 @@ def load_language_model(
         model.generation_config.eos_token_id = list(eos)
     pad = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else eos[0]
     loaded = LanguageModel(name, model.to(where).eval(), tokenizer, eos, pad, compute_dtype)
+    problem = ""
     if len(tokenizer) > loaded.vocabulary:
-        raise UserError(
-            f"the tokenizer of {name!r} has {len(tokenizer)} tokens but the model only "
-            f"{loaded.vocabulary} embeddings; this tokenizer belongs to another model."
-        )
+        problem = f"has {len(tokenizer)} tokens but the model only {loaded.vocabulary} embeddings"
+        problem = f"its tokenizer {problem}, so it belongs to another model"
+    elif trainable:
+        weights = loaded.model.named_parameters()
+        wrong = next((key for key, weight in weights if not weight.isfinite().all()), None)
+        problem = f"its weight {wrong!r} holds NaN or infinite values" if wrong else ""
+    if problem:
+        raise UserError(f"{problem}; give another model than {name!r}.")
     return loaded
 
 
 def _load_weights(name: str, dtype: torch.dtype, quantization: Any, device: torch.device) -> Any:
     if is_adapter(name):
-        require_peft(f"adapter {name!r}")
+        require_package("peft", f"adapter {name!r}")
         model = _load_weights(base_model(name), dtype, quantization, device)
         load_adapter(model, name)
         return model
@@ -269,20 +259,19 @@ def _load_weights(name: str, dtype: torch.dtype, quantization: Any, device: torc
             trust_remote_code=False,
             **settings,
         )
+        model, info = loaded
+        # transformers draws missing tensors at random and only warns.
+        missing = sorted(info["missing_keys"])
+        if not missing:
+            return model
+        failure = ValueError(f"it lacks {len(missing)} tensors, the first is {missing[0]!r}")
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        _refuse_code(name, error)
-        raise UserError(
-            f"no causal language model can be loaded from {name!r} ({_first_line(error)}); give a "
-            "Hugging Face name, or a folder with config.json and model.safetensors."
-        ) from None
-    # transformers draws missing tensors at random and only warns.
-    model, info = loaded
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(
-            f"the weights of {name!r} lack {len(missing)} tensors of a causal language model, the "
-            f"first is {missing[0]!r}; give a complete model."
-        )
-    return model
+        failure = error
+    raise _unusable(
+        f"no causal language model can be loaded from {name!r}",
+        failure,
+        "give a Hugging Face name, or a folder with config.json and model.safetensors",
+    )
 
 
 def save_model(language_model: LanguageModel, folder: Path) -> None:
@@ -315,24 +304,11 @@ def remove_dropout(model: PreTrainedModel) -> None:
                 setattr(module, name, 0.0)
 
 
-def _require_finite(name: str, model: PreTrainedModel) -> None:
-    for weight, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise UserError(
-                f"weight {weight!r} of {name!r} holds NaN or infinite values; give a model that is "
-                "whole."
-            )
-
-
-def _refuse_code(name: str, error: Exception) -> None:
-    """Raise `UserError` for a model that wants to run Python code of its own, which rlad never
-    does."""
+def _unusable(problem: str, error: Exception, advice: str) -> UserError:
+    """Return the sentence for files that transformers does not take; it runs no code of theirs."""
     if "trust_remote_code" in str(error):
-        raise UserError(
-            f"model {name!r} comes with Python code of its own, which rlad does not run; take a "
-            "model whose architecture and tokenizer transformers has itself."
-        ) from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = "it comes with Python code of its own, which rlad does not run"
+        advice = "take a model whose architecture and tokenizer transformers has itself"
+    else:
+        reason = first_line(error)
+    return UserError(f"{problem} ({reason}); {advice}.")

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from rlad.config.run import RunConfig
-from rlad.errors import UserError
-from rlad.models.files import is_adapter, require_peft
+from rlad.errors import UserError, require_package
+from rlad.models.files import is_adapter
 from rlad.models.loading import LanguageModel, load_language_model
 from rlad.seeds import stream_seed
 
@@ -38,7 +38,7 @@ def require_base_model(config: RunConfig) -> None:
             "folder of the result."
         )
     if config.student.lora:
-        require_peft("[student.lora]")
+        require_package("peft", "[student.lora]")
 
 
 def load_reference(config: RunConfig, student: LanguageModel) -> LanguageModel:

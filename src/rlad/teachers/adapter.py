@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from rlad.config.teacher import AdapterTeacherConfig
-from rlad.errors import UserError
+from rlad.errors import UserError, require_package
 from rlad.findings import Finding
 from rlad.models.adapters import (
     adapter_names,
@@ -18,7 +18,7 @@ from rlad.models.adapters import (
     only_adapter,
     require_shareable,
 )
-from rlad.models.files import adapter_base, has_tokenizer, is_adapter, require_peft, resolvable
+from rlad.models.files import base_model, has_tokenizer, is_adapter, resolvable
 from rlad.models.loading import LanguageModel, load_model_config, load_tokenizer, remove_dropout
 from rlad.scoring.scorer import Scorer, TokenIds
 from rlad.teachers.base import Setting
@@ -63,7 +63,7 @@ def check_teacher(settings: AdapterTeacherConfig, setting: Setting) -> list[Find
     base = setting.config.student.model
     folder = settings.adapter
     try:
-        require_peft("teacher.type = 'adapter'")
+        require_package("peft", "teacher.type = 'adapter'")
         if setting.config.student.lora is None:
             raise UserError(
                 "it shares the student's base weights, which move unless the student is trained "
@@ -88,7 +88,7 @@ def check_teacher(settings: AdapterTeacherConfig, setting: Setting) -> list[Find
 
 
 def _compare_base(folder: str, base: str) -> Finding:
-    named = adapter_base(folder)
+    named = base_model(folder)
     if resolvable(named) == resolvable(base):
         return Finding("ok", "adapter", f"{folder} is for {base}")
     return Finding(
