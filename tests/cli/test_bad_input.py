@@ -227,7 +227,7 @@ def test_student_with_nan_weights(world, toml, tmp_path):
     torch.nn.init.constant_(model.lm_head.weight, torch.nan)
     shutil.copytree(world / "student", tmp_path / "nan")
     model.save_pretrained(tmp_path / "nan")
-    assert "weight 'lm_head.weight' of" in rlad_fails(
+    assert "weight 'lm_head.weight' holds NaN" in rlad_fails(
         "train", toml, f"student.model={tmp_path / 'nan'}"
     )
 
