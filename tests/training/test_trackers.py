@@ -208,7 +208,7 @@ def test_a_package_that_is_missing_is_one_sentence(world, tmp_path, monkeypatch)
         tmp_path / "run.toml", run_config(world, tmp_path / "run", logging={"trackers": ["wandb"]})
     )
     sentence = (
-        "logging.trackers names 'wandb', whose package is not installed; install it with: pip "
+        "logging.trackers = 'wandb' needs wandb, which is not installed; install it with: pip "
         "install 'rlad[wandb]'."
     )
     assert rlad_fails("train", config) == f"rlad: {sentence}"
@@ -238,12 +238,9 @@ class Breaks:
     def __init__(self, config: Any, run: Any, *, identity: str, resumed_at: int | None):
         self.steps: list[int] = []
 
-    def log(self, figures: Any, step: int) -> None:
+    def log(self, figures: Any, completions: Any, step: int) -> None:
         if step == 3:
             raise ConnectionError("no route\nto host")
-
-    def log_completions(self, rows: Any, step: int) -> None:
-        pass
 
     def close(self, *, failed: bool) -> None:
         assert failed
@@ -276,7 +273,7 @@ def test_a_tracker_that_fails_ends_the_run_with_a_checkpoint_and_it_goes_on_with
 class Unclosable(Breaks):
     """A tracker that cannot be closed."""
 
-    def log(self, figures: Any, step: int) -> None:
+    def log(self, figures: Any, completions: Any, step: int) -> None:
         pass
 
     def close(self, *, failed: bool) -> None:

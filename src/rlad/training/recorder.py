@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -32,32 +32,8 @@ from rlad.training.reporter import Reporter
 
 
 class Recorder:
-    """What is called while a run trains; by itself it does nothing.
-
-    Nothing but a recorder writes, so a process that is to write nothing (another rank of a run) is
-    given this one.
-    """
-
-    def phase(self, name: str) -> None: ...
-    def step(self, result: StepResult, *, may_stop: bool) -> None: ...
-
-    def estimate(self, name: EvaluationSet, step: int) -> Estimate | None:
-        return None
-
-    def evaluated(
-        self, name: EvaluationSet, step: int, results: Sequence[ProblemResult]
-    ) -> Estimate:
-        return pass_at_1(results)
-
-    def report_evaluation(self, name: EvaluationSet, step: int, estimate: Estimate) -> None: ...
-    def finish(self, before: Estimate, after: Estimate) -> None: ...
-    def save(self, engine: Engine) -> None: ...
-    def save_if_due(self, engine: Engine) -> None: ...
-    def prune(self) -> None: ...
-
-
-class RunRecorder(Recorder):
-    """Writes what happens in a run into its directory, then calls the reporters.
+    """Writes what happens in a run into its directory, then calls the reporters; counts what the
+    run uses up.
 
     A new recorder continues after the steps that the directory holds.
     """
@@ -75,9 +51,24 @@ class RunRecorder(Recorder):
         self._decode = tokenizer.decode
         self._guards = Watch(config)
         self._saved_at = math.inf
+        self._seconds = 0.0
+        self._teacher_tokens = 0.0
         # The guards look back over many steps: a resumed run's see those before it again.
         for row in run.read(METRICS):
             self._guards.see(row)
+            self._use(row)
+
+    @property
+    def has_used_up_its_budget(self) -> bool:
+        """Whether training has taken the seconds or the teacher's tokens that it may take."""
+        limits = self.config.optimization
+        return self._seconds >= (limits.max_seconds or math.inf) or self._teacher_tokens >= (
+            limits.max_teacher_tokens or math.inf
+        )
+
+    def _use(self, metrics: Mapping[str, float]) -> None:
+        self._seconds += sum(value for key, value in metrics.items() if key.startswith("time/"))
+        self._teacher_tokens += metrics.get("teacher/tokens/count", 0.0)
 
     def phase(self, name: str) -> None:
         for reporter in self.reporters:
@@ -91,6 +82,7 @@ class RunRecorder(Recorder):
         Raises `RunFailedError` when `max_skipped_steps` steps in a row, or more, were skipped and
         the run `may_stop` here.
         """
+        self._use(result.metrics)
         self.run.append(METRICS, {"step": result.step, **result.metrics})
         if result.groups:
             self.run.append(SAMPLES, {"step": result.step} | self._sample(result))
@@ -143,24 +135,23 @@ class RunRecorder(Recorder):
 
     # --- evaluations ------------------------------------------------------------------------------
 
-    def estimate(self, name: EvaluationSet, step: int) -> Estimate | None:
-        """The recorded pass@1 of an evaluation; None if there is none."""
-        return recorded_estimate(self.run, name, step)
-
-    def evaluated(
-        self, name: EvaluationSet, step: int, results: Sequence[ProblemResult]
+    def evaluation(
+        self, name: EvaluationSet, step: int, evaluate: Callable[[], Sequence[ProblemResult]]
     ) -> Estimate:
-        """Record an evaluation; returns its pass@1."""
-        estimate = pass_at_1(results)
-        rows = [asdict(result) for result in results]
-        self.run.append(
-            EVAL, {"step": step, "split": name, "pass@1": asdict(estimate), "results": rows}
-        )
-        return estimate
-
-    def report_evaluation(self, name: EvaluationSet, step: int, estimate: Estimate) -> None:
+        """Return pass@1 of an evaluation: what was recorded before an interruption, else what
+        `evaluate` finds, which is recorded."""
+        estimate = recorded_estimate(self.run, name, step)
+        if estimate is None:
+            self.phase(f"evaluating on {name} problems")
+            results = evaluate()
+            estimate = pass_at_1(results)
+            rows = [asdict(result) for result in results]
+            self.run.append(
+                EVAL, {"step": step, "split": name, "pass@1": asdict(estimate), "results": rows}
+            )
         for reporter in self.reporters:
             reporter.evaluated(name, step, estimate)
+        return estimate
 
     def finish(self, before: Estimate, after: Estimate) -> None:
         """Write the learning curve and the model card, the last thing that a run writes."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from threading import current_thread, main_thread
 from typing import Any
@@ -33,10 +34,9 @@ from rlad.runs.statistics import Estimate
 from rlad.stopping import Stop, StopRequested
 from rlad.tasks import Task, make_task
 from rlad.tasks.several import require_working_verifier
-from rlad.training.budget import Budget
 from rlad.training.console import shown
 from rlad.training.environment import describe_environment, note_resumption
-from rlad.training.recorder import Recorder, RunRecorder, recorded_estimate
+from rlad.training.recorder import Recorder, recorded_estimate
 from rlad.training.reporter import Reporter
 from rlad.training.trackers import Trackers, require_trackers
 
@@ -135,9 +135,7 @@ def _train(config: RunConfig, *, resume: bool, overwrite: bool, reporter: Report
 
         resumed_at = training.engine.step if checkpoint else None
         trackers = held.enter_context(Trackers(config, run, resumed_at=resumed_at))
-        for row in run.read(METRICS):
-            training.budget.use(row)
-        recorder = RunRecorder(config, run, (trackers, reporter), training.student.tokenizer)
+        recorder = Recorder(config, run, (trackers, reporter), training.student.tokenizer)
         return training.finish(recorder)
 
 
@@ -156,8 +154,7 @@ class Training:
         self.task = task
         self.ood_task = ood_task
         self.stop = stop
-        self.budget = Budget(config.optimization)
-        self.recorder = Recorder()
+        self.recorder: Recorder | None = None
         require_working_verifier(task)
         with _resuming(checkpoint):
             self.student = load_student(config, checkpoint)
@@ -170,17 +167,17 @@ class Training:
     def finish(self, recorder: Recorder) -> TrainResult:
         """Run to the end, or to a checkpoint and `StopRequested`."""
         self.recorder = recorder
+        run = RunDirectory(self.config.directory)
         started = time.monotonic()
         try:
             recorder.save(self.engine)  # before the first row, so that no row lacks a checkpoint
             is_new = self.engine.step == 0
-            before = self._test(recorder, 0) if is_new else recorder.estimate("test", 0)
+            before = self._test(recorder, 0) if is_new else recorded_estimate(run, "test", 0)
             self._train(recorder)
             after = self._test(recorder, self.engine.step)
-        except CannotWriteError:
-            raise
-        except (StopRequested, RladError):
-            if self.engine.resume_point is not None:
+        except (StopRequested, RladError) as error:
+            can_save = not isinstance(error, CannotWriteError)
+            if can_save and self.engine.resume_point is not None:
                 recorder.phase("writing a checkpoint")
                 recorder.save(self.engine)
             raise
@@ -195,7 +192,7 @@ class Training:
 
         def validate_if_due() -> None:
             step = self.engine.step
-            if step % every == 0 or step == num_steps or self.budget.is_used_up:
+            if step % every == 0 or step == num_steps or recorder.has_used_up_its_budget:
                 self._evaluate(recorder, "validation", step)
                 recorder.save(self.engine)
                 recorder.prune()
@@ -203,13 +200,12 @@ class Training:
 
         def after_step(result: StepResult) -> bool:
             recorder.step(result, may_stop=self.engine.resume_point is not None)
-            self.budget.use(result.metrics)
             validate_if_due()
             recorder.save_if_due(self.engine)
-            return not self.budget.is_used_up
+            return not recorder.has_used_up_its_budget
 
         validate_if_due()
-        if not self.budget.is_used_up:
+        if not recorder.has_used_up_its_budget:
             recorder.phase("training")
             self.engine.run(after_step)
 
@@ -223,33 +219,30 @@ class Training:
     def _evaluate(self, recorder: Recorder, name: EvaluationSet, step: int) -> Estimate:
         """pass@1 of the present student; a result that was recorded before an interruption is not
         computed again."""
-        estimate = recorder.estimate(name, step)
-        if estimate is None:
-            settings = self.config.evaluation
-            num_problems, num_samples = {
-                "validation": (settings.num_validation_problems, settings.num_validation_samples),
-                "test": (settings.num_test_problems, settings.num_test_samples),
-                "ood": (settings.num_ood_problems, settings.num_test_samples),
-            }[name]
-            recorder.phase(f"evaluating on {name} problems")
-            results = evaluate(
-                self.student,
-                self.ood_task if name == "ood" and self.ood_task else self.task,
-                "validation" if name == "validation" else "test",
-                rollout=self.config.rollout,
-                num_problems=num_problems,
-                num_samples=num_samples,
-                temperature=settings.temperature,
-                before_work=self.stop.check,
-            )
-            estimate = recorder.evaluated(name, step, results)
-        recorder.report_evaluation(name, step, estimate)
-        return estimate
+        settings = self.config.evaluation
+        num_problems, num_samples = {
+            "validation": (settings.num_validation_problems, settings.num_validation_samples),
+            "test": (settings.num_test_problems, settings.num_test_samples),
+            "ood": (settings.num_ood_problems, settings.num_test_samples),
+        }[name]
+        run_evaluation = partial(
+            evaluate,
+            self.student,
+            self.ood_task if name == "ood" and self.ood_task else self.task,
+            "validation" if name == "validation" else "test",
+            rollout=self.config.rollout,
+            num_problems=num_problems,
+            num_samples=num_samples,
+            temperature=settings.temperature,
+            before_work=self.stop.check,
+        )
+        return recorder.evaluation(name, step, run_evaluation)
 
     def _before_work(self) -> None:
         """Is called before every piece of work, between which nothing is half done."""
         self.stop.check()
-        self.recorder.save_if_due(self.engine)
+        if self.recorder is not None:
+            self.recorder.save_if_due(self.engine)
 
 
 def how_to_resume(config: RunConfig) -> str:
@@ -262,18 +255,19 @@ def how_to_resume(config: RunConfig) -> str:
 def _stored_config(run: RunDirectory, config: RunConfig) -> RunConfig:
     """The config of the run that is to be resumed. Raises `UserError` when there is none, or when
     it is another run."""
-    if not run.exists():
-        raise UserError(
+    stored = load_config(run.path) if run.exists() else None
+    if stored is not None and stored.digest == config.digest:
+        return stored
+    problem = (
+        f"{run.path} holds a run with another config; resume it by `rlad train {run.path} "
+        "--resume`, or choose another run_dir for this one."
+    )
+    if stored is None:
+        problem = (
             f"there is no run in {run.path} to resume; start it without --resume, or give its "
             "run_dir."
         )
-    stored = load_config(run.path)
-    if stored.digest != config.digest:
-        raise UserError(
-            f"{run.path} holds a run with another config; resume it by `rlad train {run.path} "
-            "--resume`, or choose another run_dir for this one."
-        )
-    return stored
+    raise UserError(problem)
 
 
 def _newest_checkpoint(run: RunDirectory) -> Path | None:
@@ -307,12 +301,13 @@ def _resuming(checkpoint: Path | None) -> Iterator[None]:
 
 def _require_continuable(run: RunDirectory, step: int, config: RunConfig) -> None:
     num_steps = config.optimization.num_steps
+    problem = ""
     if step > num_steps:
-        raise UserError(
-            f"{run.path} has made {step} steps, but optimization.num_steps is {num_steps}; give it "
-            f"at least {step}."
+        problem = (
+            f" has made {step} steps, but optimization.num_steps is {num_steps}; give it at least "
+            f"{step}"
         )
-    if step > 0 and recorded_estimate(run, "test", 0) is None:
-        raise UserError(
-            f"{run.path}/{EVAL} has lost the test before training; put it back, or use --overwrite."
-        )
+    elif step > 0 and recorded_estimate(run, "test", 0) is None:
+        problem = f"/{EVAL} has lost the test before training; put it back, or use --overwrite"
+    if problem:
+        raise UserError(f"{run.path}{problem}.")

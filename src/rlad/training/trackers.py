@@ -7,19 +7,19 @@ command line, code, console output or figures of the machine.
 """
 
 import hashlib
-import importlib.util
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, Self
 
 from rlad.config.file import dump_config
 from rlad.config.run import RunConfig
 from rlad.engines.base import StepResult
-from rlad.errors import RunFailedError, UserError
+from rlad.errors import RunFailedError, require_package
 from rlad.runs.directory import ENVIRONMENT, EVAL, EvaluationSet, RunDirectory
 from rlad.runs.statistics import Estimate
+from rlad.text import first_line
 from rlad.training.reporter import Reporter
 
 COLUMNS = ("prompt", "completion", "verdict", "reward")
@@ -29,8 +29,7 @@ Table = Sequence[tuple[str, str, str, float]]
 class Tracker(Protocol):
     """What every tracker is asked for; it may raise what it likes."""
 
-    def log(self, figures: Mapping[str, float], step: int) -> None: ...
-    def log_completions(self, rows: Table, step: int) -> None: ...
+    def log(self, figures: Mapping[str, float], completions: Table, step: int) -> None: ...
     def close(self, *, failed: bool) -> None: ...
 
 
@@ -48,17 +47,16 @@ class TensorBoard:
         if resumed_at is None:
             self.writer.add_text("config", _as_code(dump_config(config)))
 
-    def log(self, figures: Mapping[str, float], step: int) -> None:
+    def log(self, figures: Mapping[str, float], completions: Table, step: int) -> None:
         for name, value in figures.items():
             self.writer.add_scalar(name, value, step)
+        if completions:
+            texts = [
+                f"{verdict}, reward {reward}\n\n{_as_code(prompt + completion)}"
+                for prompt, completion, verdict, reward in completions
+            ]
+            self.writer.add_text("completions", "\n\n".join(texts), step)
         self.writer.flush()
-
-    def log_completions(self, rows: Table, step: int) -> None:
-        texts = [
-            f"{verdict}, reward {reward}\n\n{_as_code(prompt + completion)}"
-            for prompt, completion, verdict, reward in rows
-        ]
-        self.writer.add_text("completions", "\n\n".join(texts), step)
 
     def close(self, *, failed: bool) -> None:
         self.writer.close()
@@ -83,12 +81,12 @@ class Trackio:
             auto_log_gpu=False,
         )
 
-    def log(self, figures: Mapping[str, float], step: int) -> None:
-        self.run.log(dict(figures), step=step)
-
-    def log_completions(self, rows: Table, step: int) -> None:
-        table = self.library.Table(columns=list(COLUMNS), data=[list(row) for row in rows])
-        self.run.log({"completions": table}, step=step)
+    def log(self, figures: Mapping[str, float], completions: Table, step: int) -> None:
+        row: dict[str, Any] = dict(figures)
+        if completions:
+            data = [list(each) for each in completions]
+            row["completions"] = self.library.Table(columns=list(COLUMNS), data=data)
+        self.run.log(row, step=step)
 
     def close(self, *, failed: bool) -> None:
         self.run.finish()
@@ -139,11 +137,7 @@ TRACKERS: dict[str, Callable[..., Tracker]] = {
 def require_trackers(config: RunConfig) -> None:
     """Raise `UserError` when the package of a tracker is missing."""
     for name in config.logging.trackers:
-        if importlib.util.find_spec(name) is None:
-            raise UserError(
-                f"logging.trackers names {name!r}, whose package is not installed; install it "
-                f"with: pip install 'rlad[{name}]'."
-            )
+        require_package(name, f"logging.trackers = {name!r}")
 
 
 class Trackers(Reporter):
@@ -153,87 +147,61 @@ class Trackers(Reporter):
     """
 
     def __init__(self, config: RunConfig, run: RunDirectory, *, resumed_at: int | None):
-        self.config = config
-        self.run = run
-        self.resumed_at = resumed_at
         self.trackers: dict[str, Tracker] = {}
         self.seen = {(row["split"], row["step"]) for row in run.read(EVAL)}
         """the evaluations that were recorded, and sent, before an interruption"""
         self.completions: Table = []
+        environment = json.loads((run.path / ENVIRONMENT).read_text(encoding="utf-8"))
+        names = [environment.get("started"), run.path.resolve().name, config.digest]
+        identity = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
+        for name in config.logging.trackers:
+            with _asking(name, "cannot start"):
+                self.trackers[name] = TRACKERS[name](
+                    config, run, identity=identity, resumed_at=resumed_at
+                )
 
     def __enter__(self) -> Self:
-        if not self.config.logging.trackers:
-            return self
-        environment = json.loads((self.run.path / ENVIRONMENT).read_text(encoding="utf-8"))
-        names = [environment.get("started"), self.run.path.resolve().name, self.config.digest]
-        identity = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
-        for name in self.config.logging.trackers:
-            try:
-                self.trackers[name] = TRACKERS[name](
-                    self.config, self.run, identity=identity, resumed_at=self.resumed_at
-                )
-            except Exception as error:  # not logged in, no such project, a package that is broken
-                self._close(failed=True)
-                raise UserError(
-                    f"tracker {name!r} cannot start ({_first_line(error)}); fix that, or leave it "
-                    "out of logging.trackers."
-                ) from error
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        problems = self._close(failed=error is not None)
-        # Where the run itself has failed, its error is the one to raise.
-        if problems and error is None:
-            raise RunFailedError(
-                f"{'; '.join(problems)}; what the run itself has written is whole."
-            )
-
-    def _close(self, *, failed: bool) -> list[str]:
-        """Close all of them; returns what went wrong."""
-        problems = []
+    def __exit__(self, kind: object, *error: object) -> None:
         for name, tracker in self.trackers.items():
             try:
-                tracker.close(failed=failed)
-            except Exception as error:  # what a tracker raises is its own affair
-                problems.append(f"tracker {name!r} could not be closed ({_first_line(error)})")
-        return problems
+                with _asking(name, "could not be closed"):
+                    tracker.close(failed=kind is not None)
+            except RunFailedError:
+                # Where the run itself has failed, its error is the one to raise.
+                if kind is None:
+                    raise
 
     def step(self, result: StepResult, num_steps: int) -> None:
-        self._log(result.metrics, result.step)
+        self._log(result.metrics, [], result.step)
         for group in result.groups[:1]:
             self.completions = [(group.prompt, r.text, r.verdict, r.reward) for r in group.rollouts]
 
     def evaluated(self, name: EvaluationSet, step: int, estimate: Estimate) -> None:
-        if (name, step) in self.seen:
-            return
-        figures = {"mean": estimate.mean, "low": estimate.low, "high": estimate.high}
-        completions = self.completions if name == "validation" else []
-        named = {f"{name}/pass@1/{key}": value for key, value in figures.items()}
-        self._log(named, step, completions)
+        if (name, step) not in self.seen:
+            figures = {"mean": estimate.mean, "low": estimate.low, "high": estimate.high}
+            named = {f"{name}/pass@1/{key}": value for key, value in figures.items()}
+            self._log(named, self.completions if name == "validation" else [], step)
 
-    def _log(self, figures: Mapping[str, float], step: int, completions: Table = ()) -> None:
+    def _log(self, figures: Mapping[str, float], completions: Table, step: int) -> None:
         for name, tracker in self.trackers.items():
-            try:
-                tracker.log(figures, step)
-                if completions:
-                    tracker.log_completions(completions, step)
-            except Exception as error:  # what a tracker raises is its own affair
-                raise RunFailedError(
-                    f"tracker {name!r} failed at step {step} ({_first_line(error)}); what the run "
-                    "itself has written is whole: continue with --resume, without the tracker by "
-                    "logging.trackers=[]."
-                ) from error
+            with _asking(name, f"failed at step {step}"):
+                tracker.log(figures, completions, step)
+
+
+@contextmanager
+def _asking(name: str, problem: str) -> Iterator[None]:
+    """Let a tracker work; raises `RunFailedError` for whatever it raises."""
+    try:
+        yield
+    except Exception as error:  # not logged in, no connection, a package that is broken
+        raise RunFailedError(
+            f"tracker {name!r} {problem} ({first_line(error)}); what the run itself has written is "
+            "whole: continue with --resume, without the tracker by logging.trackers=[]."
+        ) from error
 
 
 def _as_code(text: str) -> str:
     """Markdown that shows a text as it is."""
     return "\n".join(f"    {line}" for line in text.splitlines())
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
