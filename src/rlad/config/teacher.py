@@ -218,7 +218,7 @@ class CachedTeacherConfig(Section):
     directory: Annotated[str, Mark.NO_NUMBER] = "teacher_cache"
     """shared by all runs that name it, also at the same time"""
     max_gib: Annotated[Positive, Mark.NO_NUMBER] = 10.0
-    """the entries used least recently are deleted beyond it"""
+    """beyond it nothing more is stored"""
     tolerance: Annotated[Positive, Mark.NO_NUMBER] = 0.1
     """nats a token, on average; one stored answer a run is asked for again, and one further off is
     another teacher's"""

@@ -11,7 +11,6 @@ mixed, not even those of a server that offers another model under the same name.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -31,17 +30,6 @@ from rlad.teachers.cache_store import CacheStore
 
 _FORMAT = "rlad log-probs 3"
 _GIB = 1024**3
-
-# A cache is keyed by the student's tokens, so it fits only teachers that see nothing else.
-_NOT_CACHEABLE = {
-    "ema": "the student's moving average gives another answer after each step; leave the cache out",
-    "privileged": "a privileged teacher's answer depends on more than the student's tokens; put "
-    "the cache inside it: type = 'privileged' in [teacher], type = 'cached' in [teacher.teacher]",
-    "several": "several teachers are cached one by one; put the cache inside: type = 'several' in "
-    "[teacher], type = 'cached' in each of its teachers",
-    "cached": "it is cached already; take one of the two away",
-}
-"""Of all others the answer depends on their weights and the tokens alone."""
 
 Tokens = tuple[tuple[int, ...], tuple[int, ...]]
 """A prompt and its completion."""
@@ -193,22 +181,16 @@ def _is_whole(logprobs: Tensor, tokens: Sequence[Sequence[int]]) -> bool:
 
 
 def check_teacher(settings: CachedTeacherConfig, setting: Setting) -> list[Finding]:
-    if reason := _NOT_CACHEABLE.get(settings.teacher.type):
-        return [Finding("error", "cache", f"{reason}.")]
-    return [*check_inner(settings.teacher, setting), _check_directory(Path(settings.directory))]
-
-
-def _check_directory(directory: Path) -> Finding:
-    path = directory.absolute()
-    # The folder may not exist yet: then its nearest parent must allow it to be made.
-    existing = next(one for one in (path, *path.parents) if one.exists())
-    if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
-        state = "can be written" if existing == path else "will be made"
-        return Finding("ok", "cache", f"{directory} {state}")
-    message = (
-        f"{directory} cannot be made or written in {existing}; name another teacher.directory."
-    )
-    return Finding("error", "cache", message)
+    # A cache is keyed by the student's tokens, so it fits only a teacher that sees nothing else and
+    # does not move.
+    inner = settings.teacher
+    if inner.type == "ema" or inner.children:
+        message = (
+            f"the answers of a teacher of type {inner.type!r} depend on more than its weights and "
+            "the student's tokens; put the cache inside it, or leave it out."
+        )
+        return [Finding("error", "cache", message)]
+    return check_inner(inner, setting)
 
 
 def make_teacher(settings: CachedTeacherConfig, setting: Setting) -> CachedTeacher:
