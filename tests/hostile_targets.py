@@ -399,7 +399,7 @@ def requests(draw: st.DrawFn) -> bytes:
         "prompt": draw(json_values | st.lists(st.integers(0, 99), max_size=5)),
     } | draw(
         st.dictionaries(
-            st.sampled_from(["max_tokens", "logprobs", "echo", "temperature", "seed"]),
+            st.sampled_from(["max_tokens", "logprobs", "prompt_logprobs", "temperature", "seed"]),
             json_values,
         )
     )
@@ -416,7 +416,7 @@ def check_request(body: bytes) -> None:
 
     asked = refused_or(lambda: parse_request(body))
     if asked is not None:
-        assert asked.num_new_tokens >= 0 and asked.num_likeliest <= 64
+        assert asked.num_new_tokens >= 0 and (asked.prompt_logprobs or 0) <= 64
 
 
 # --- what people see ------------------------------------------------------------------------------

@@ -43,10 +43,14 @@ class Job:
 
     asked: CompletionRequest
     client: Request
-    answer: "asyncio.Future[dict[str, Any] | Exception]"
+    answer: "asyncio.Future[dict[str, Any]]"
 
     def finish(self, answer: dict[str, Any] | Exception) -> None:
-        if not self.answer.done():  # the server is being stopped
+        if self.answer.done():  # the server is being stopped
+            return
+        if isinstance(answer, Exception):
+            self.answer.set_exception(answer)
+        else:
             self.answer.set_result(answer)
 
 
@@ -85,6 +89,7 @@ class TeacherServer:
             working.cancel()
 
         app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+        app.add_exception_handler(UserError, _bad_request)
         app.add_api_route("/health", self.health, methods=["GET"])
         app.add_api_route("/v1/models", self.models, methods=["GET"])
         app.add_api_route("/v1/completions", self.completions, methods=["POST"])
@@ -104,17 +109,16 @@ class TeacherServer:
 
     async def completions(self, request: Request) -> JSONResponse:
         self._require_key(request)
-        _require_short_body(request)
-        try:
-            asked = parse_request(await request.body())
-            self._require_possible(asked)
-        except UserError as error:
-            raise HTTPException(400, str(error)) from None
+        # The size is looked at before the body is read into memory.
+        size = request.headers.get("content-length")
+        is_short = size is not None and int(size) <= MAX_REQUEST_BYTES
+        most = MAX_REQUEST_BYTES // 2**20
+        _require(is_short, 413, f"a request must have a Content-Length of at most {most} MiB.")
+        asked = parse_request(await request.body())
+        self._require_possible(asked)
         job = Job(asked, request, asyncio.get_running_loop().create_future())
         self.waiting.put_nowait(job)
         choice = await job.answer
-        if isinstance(choice, Exception):
-            raise choice
         answer = {"object": "text_completion", "model": asked.model, "choices": [choice]}
         return JSONResponse(answer)
 
@@ -148,7 +152,7 @@ class TeacherServer:
         # one temperature share a forward pass; the others are computed one by one.
         plain = defaultdict[float, list[int]](list)
         for i, asked in enumerate(requests):
-            if asked.num_likeliest:
+            if asked.prompt_logprobs:
                 scores[i] = self._scores_with_likeliest(asked, texts[i])
             else:
                 plain[asked.score_temperature].append(i)
@@ -187,7 +191,7 @@ class TeacherServer:
         for logits in self.scorer_at(asked.score_temperature).logits_in_chunks(tokens):
             # Each chunk predicts the tokens that follow those scored already.
             logprobs = logits.log_softmax(dim=-1)
-            top = logprobs.topk(asked.num_likeliest, dim=1)
+            top = logprobs.topk(asked.prompt_logprobs or 0, dim=1)
             given = tokens[len(scores) : len(scores) + len(logits)]
             values = logprobs[range(len(given)), given].tolist()
             likeliest = zip(top.indices.tolist(), top.values.tolist(), strict=True)
@@ -215,38 +219,35 @@ class TeacherServer:
         given = request.headers.get("authorization", "").encode("latin-1")
         # The comparison takes the same time for every key, so a guess learns nothing from it.
         wanted = f"Bearer {self.api_key}".encode()
-        if self.api_key is not None and not hmac.compare_digest(given, wanted):
-            raise HTTPException(
-                401, "the API key is missing or wrong; send it as `Authorization: Bearer KEY`."
-            )
+        is_right = self.api_key is None or hmac.compare_digest(given, wanted)
+        message = "the API key is missing or wrong; send it as `Authorization: Bearer KEY`."
+        _require(is_right, 401, message)
 
     def _require_possible(self, asked: CompletionRequest) -> None:
-        """HTTP 404 for another model; `UserError` for a text that the model cannot take."""
         vocabulary = self.language_model.vocabulary
+        largest = max(asked.prompt)
         length = len(asked.prompt)
-        if asked.model != self.served_name:
-            raise HTTPException(
-                404, f"model {asked.model!r} is not served here; {self.served_name!r} is."
-            )
-        problem = ""
-        if (largest := max(asked.prompt)) >= vocabulary:
-            problem = f"token id {largest} is out of the model's vocabulary of {vocabulary} tokens."
-        elif length + asked.num_new_tokens > self.max_context_tokens:
-            problem = (
-                f"a prompt of {length} tokens and max_tokens {asked.num_new_tokens} are more than "
-                f"the context of {self.max_context_tokens} tokens."
-            )
-        if problem:
-            raise UserError(problem)
+        is_here = asked.model == self.served_name
+        _require(
+            is_here, 404, f"model {asked.model!r} is not served here; {self.served_name!r} is."
+        )
+        message = f"token id {largest} is out of the model's vocabulary of {vocabulary} tokens."
+        _require(largest < vocabulary, 400, message)
+        message = (
+            f"a prompt of {length} tokens and max_tokens {asked.num_new_tokens} are more than the "
+            f"context of {self.max_context_tokens} tokens."
+        )
+        _require(length + asked.num_new_tokens <= self.max_context_tokens, 400, message)
 
 
-def _require_short_body(request: Request) -> None:
-    """HTTP 413 for a request that is too large, or does not say its size."""
-    # The size is looked at before the body is read into memory.
-    size = request.headers.get("content-length")
-    if size is None or int(size) > MAX_REQUEST_BYTES:
-        most = MAX_REQUEST_BYTES // 2**20
-        raise HTTPException(413, f"a request must have a Content-Length of at most {most} MiB.")
+def _require(condition: bool, status: int, message: str) -> None:
+    """Refuse a request with one sentence unless the condition holds."""
+    if not condition:
+        raise HTTPException(status, message)
+
+
+async def _bad_request(_: Request, error: Exception) -> JSONResponse:
+    return JSONResponse({"detail": str(error)}, 400)
 
 
 def _as_answer(error: Exception) -> Exception:

@@ -1,14 +1,12 @@
-"""The form of a completion request and of its answer: OpenAI's, with vLLM's `prompt_logprobs`."""
+"""The form of a completion request and of its answer: of vLLM's what distillation needs."""
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rlad.errors import UserError
-
-NumLikeliest = Annotated[int, Field(ge=0, le=64)]
 
 
 class CompletionRequest(BaseModel):
@@ -21,17 +19,13 @@ class CompletionRequest(BaseModel):
     """token ids; of fewer than two no log-prob exists"""
     max_tokens: int = Field(16, ge=0)
     temperature: float = Field(1.0, ge=0, le=100, allow_inf_nan=False)
-    prompt_logprobs: NumLikeliest | None = None
-    logprobs: NumLikeliest | None = None
-    echo: bool = False
-    return_tokens_as_token_ids: bool = False
+    prompt_logprobs: Annotated[int, Field(ge=0, le=64)] | None = None
+    """how many of the likeliest tokens to report at each given one, beside that one"""
+    logprobs: Annotated[int, Field(ge=0, le=1)] | None = None
+    """of the tokens that are written, each by its id"""
+    return_tokens_as_token_ids: Literal[True] = True
     temper_prompt_logprobs: bool = False
     """report log-probs at `temperature`, in place of the model's own, which are vLLM's"""
-
-    @property
-    def num_likeliest(self) -> int:
-        """How many of the likeliest tokens to report at each position."""
-        return max(self.prompt_logprobs or 0, self.logprobs or 0)
 
     @property
     def num_new_tokens(self) -> int:
@@ -71,8 +65,8 @@ def completion_choice(
     asked for; nothing for the first token. `text_of` shows a token.
     """
     num_prompt = len(asked.prompt)
-    start = 0 if asked.echo else num_prompt
-    choice: dict[str, Any] = {"index": 0, "text": "".join(map(text_of, tokens[start:]))}
+    written = tokens[num_prompt:]
+    choice: dict[str, Any] = {"index": 0, "text": "".join(map(text_of, written))}
     if asked.prompt_logprobs is not None:
         choice["prompt_logprobs"] = [None] + [
             {
@@ -82,22 +76,14 @@ def completion_choice(
             for found in scores[1:num_prompt]
         ]
     if asked.logprobs is not None:
-
-        def name(token: int) -> str:
-            return f"token_id:{token}" if asked.return_tokens_as_token_ids else text_of(token)
-
-        rows = list(zip(tokens, scores, strict=True))[start:]
+        values = zip(written, scores[num_prompt:], strict=True)
         choice["logprobs"] = {
-            "tokens": [name(token) for token, _ in rows],
-            "token_logprobs": [_number(found.get(token)) for token, found in rows],
-            "top_logprobs": [
-                {name(other): _number(value) for other, value in found.items()} or None
-                for _, found in rows
-            ],
+            "tokens": [f"token_id:{token}" for token in written],
+            "token_logprobs": [_number(found[token]) for token, found in values],
         }
     return choice
 
 
-def _number(value: float | None) -> float | None:
+def _number(value: float) -> float | None:
     """Return null for NaN and infinity, which JSON does not have."""
-    return None if value is None or not math.isfinite(value) else value
+    return value if math.isfinite(value) else None
