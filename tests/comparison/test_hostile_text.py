@@ -191,7 +191,7 @@ def test_what_only_looks_like_a_knight_is_no_knave(word):
 
 def test_an_endless_token_id_is_no_token():
     choice = {"logprobs": {"tokens": ["token_id:" + "9" * 5000], "token_logprobs": [-1.0]}}
-    assert read_generation({"choices": [choice]}, {}) == ([], [])
+    assert read_generation({"choices": [choice]}) == []
 
 
 @pytest.mark.parametrize(

@@ -33,13 +33,9 @@ from rlad.teachers import check_teacher, make_teacher
 from rlad.teachers.base import Setting, TeacherRequest
 from rlad.teachers.served.client import CompletionsClient
 from rlad.teachers.served.protocol import Scoring, read_generation, read_scores, scoring_request
+from rlad.teachers.served.self_test import SelfTest
 from rlad.teachers.served.teacher import ServedTeacher
-from rlad.teachers.served.token_strings import (
-    differing_tokens,
-    ids_of_strings,
-    probe_ids,
-    spread_ids,
-)
+from rlad.teachers.served.token_strings import differing_tokens, probe_ids, spread_ids
 from tiny_models import VOCABULARY, random_tokens, tiny_language_model
 from tiny_runs import remains, rlad_fails, run_config, write_config
 
@@ -232,19 +228,19 @@ def test_only_a_finite_logprob_is_a_value(value, read):
     both: list[tuple[Scoring, Any]] = [("prompt_logprobs", answer), ("echo", echo)]
     for scoring, this in both:
         scores = read_scores(scoring, this, [5, 7])
-        assert math.isnan(scores.logprobs[0]) and str(scores.logprobs[1]) == str(read)
+        assert math.isnan(scores[0].logprob) and str(scores[1].logprob) == str(read)
 
 
 def test_the_value_of_the_given_token_is_taken_and_no_other():
     answer = {"choices": [{"prompt_logprobs": [None, entry(-2.0), entry(-3.0), None]}]}
     scores = read_scores("prompt_logprobs", answer, [5, 7, 8, 7])
-    assert [str(v) for v in scores.logprobs] == ["nan", "-2.0", "nan", "nan"]
-    assert scores.likeliest[1] == {"9": -0.1, "7": -2.0} and scores.strings[1] == " seven"
+    assert [str(score.logprob) for score in scores] == ["nan", "-2.0", "nan", "nan"]
+    assert scores[1].likeliest == {"9": -0.1, "7": -2.0} and scores[1].string == " seven"
     names = ["token_id:5", "token_id:7", "token_id:9", "x"]
     echo = {
         "choices": [{"logprobs": {"tokens": names, "token_logprobs": [None, -1.0, -2.0, -3.0]}}]
     }
-    assert [str(v) for v in read_scores("echo", echo, [5, 7, 8, 3]).logprobs] == [
+    assert [str(score.logprob) for score in read_scores("echo", echo, [5, 7, 8, 3])] == [
         "nan",
         "-1.0",
         "nan",
@@ -281,9 +277,9 @@ def test_the_value_of_the_given_token_is_taken_and_no_other():
 )
 def test_an_answer_of_another_length_is_missing_never_shifted(answer):
     for scoring in ("prompt_logprobs", "echo"):
-        assert [
-            math.isnan(value) for value in read_scores(scoring, answer, [5, 7, 7]).logprobs
-        ] == [True] * 3
+        assert [math.isnan(score.logprob) for score in read_scores(scoring, answer, [5, 7, 7])] == [
+            True
+        ] * 3
 
 
 def test_what_is_sent():
@@ -306,18 +302,11 @@ def test_what_is_sent():
     }
 
 
-def test_written_tokens_are_read_as_ids_or_by_their_text(model):
-    answer = {
-        "choices": [
-            {
-                "logprobs": {
-                    "tokens": ["token_id:4", "w5", "?", "w6"],
-                    "token_logprobs": [-1.0, -2, -3, -4],
-                }
-            }
-        ]
-    }
-    assert read_generation(answer, ids_of_strings(model.tokenizer)) == ([4, 5], [-1.0, -2.0])
+def test_written_tokens_are_read_by_their_ids():
+    names = ["token_id:4", "token_id:5", "?", "token_id:6"]
+    logprobs = {"tokens": names, "token_logprobs": [-1.0, -2, -3, -4]}
+    answer = {"choices": [{"logprobs": logprobs}]}
+    assert read_generation(answer) == [(4, -1.0), (5, -2.0)]
 
 
 # --- the self-test --------------------------------------------------------------------------------
@@ -413,17 +402,16 @@ def test_the_local_model_is_compared(world):
     with ConformanceServer(teacher, tempers=True) as server:
         finding = found(
             student, server, is_loaded=True, local_model=str(world / "teacher"), temperature=0.7
-        )["local model"]
-        assert finding.level == "ok" and "the server agrees with" in finding.message
+        )["agreement"]
+        name = str(world / "teacher")
+        assert finding.level == "ok" and f"{server.url} agrees with {name}" in finding.message
         finding = error_of(student, server, is_loaded=True, local_model=str(world / "student"))
-        assert (
-            finding.subject == "local model"
-            and "the server's log-probs are not those of" in finding.message
-        )
+        assert finding.subject == "agreement"
+        assert f"{server.url} gives other log-probs than" in finding.message
 
 
 def test_the_local_model_is_loaded_once_on_the_cpu_and_freed(world, monkeypatch):
-    """And not before the run's own models are: a name that is no model is found without weights."""
+    """And not before the run's own models are."""
     loaded: list[tuple[weakref.ref[Any], dict[str, Any]]] = []
 
     def listening(name: str, **settings: Any) -> LanguageModel:
@@ -434,10 +422,12 @@ def test_the_local_model_is_loaded_once_on_the_cpu_and_freed(world, monkeypatch)
     monkeypatch.setattr("rlad.teachers.served.self_test.load_language_model", listening)
     teacher = load_language_model(str(world / "teacher"))
     with ConformanceServer(teacher) as server:
-        finding = found(teacher, server, local_model=str(world / "teacher"))["local model"]
-        assert loaded == [] and finding.message.endswith("is compared when the models are loaded")
-        with pytest.raises(ValueError, match="cannot be found or read"):
-            found(teacher, server, local_model=str(world / "nothing"))
+        found(teacher, server, local_model=str(world / "teacher"))
+        assert loaded == []
+        nothing = str(world / "nothing")
+        message = error_of(teacher, server, local_model=nothing, is_loaded=True).message
+        assert "cannot be found or read" in message
+        loaded.clear()
         config = config_of(server, local_model=str(world / "teacher"))
         make_teacher(config.teacher, setting_of(config, teacher, is_loaded=True)).close()
     ((model, settings),) = loaded
@@ -450,11 +440,11 @@ def test_replicas_are_compared(model):
         ConformanceServer(model) as same,
         ConformanceServer(tiny_language_model(seed=4)) as other,
     ):
-        assert found(model, one, same)["replicas"].message.startswith(
-            f"{same.url} agrees with {one.url} (mean "
+        assert found(model, one, same)["agreement"].message.startswith(
+            f"{one.url} agrees with {same.url} (mean "
         )
         assert (
-            f"{other.url} gives other log-probs than {one.url}"
+            f"{one.url} gives other log-probs than {other.url}"
             in error_of(model, one, other).message
         )
         same.name = "renamed"
@@ -467,7 +457,11 @@ def test_replicas_of_different_contexts_are_compared_up_to_the_shorter(model, co
     log-prob."""
     one, other = (ConformanceServer(model, context=context) for context in contexts)
     with one, other:
-        finding = found(model, one, other)["replicas"]
+        config = config_of(one, other)
+        client = CompletionsClient(config.teacher)  # pyright: ignore[reportArgumentType]
+        test = SelfTest(client, setting_of(config, model))
+        test.ask_for_model()
+        (finding,) = test.compare_with_others()
         assert finding.level == "ok" and finding.message.endswith("over 8 tokens)")
 
 
@@ -643,17 +637,19 @@ def test_a_key_that_no_header_can_hold_is_refused_unseen(model, monkeypatch, key
     assert key not in str(error.value)
 
 
-def test_the_key_over_plain_http_to_another_machine_is_a_warning(monkeypatch):
+def test_the_key_over_plain_http_to_another_machine_is_a_warning(model, monkeypatch):
     monkeypatch.setenv("RLAD_TEACHER_API_KEY", "k")
-    from rlad.teachers.served.self_test import key_findings
-
     for url, num in (
         ("http://127.0.0.1:1/v1", 0),
         ("http://localhost:1/v1", 0),
         ("https://h/v1", 0),
         ("http://h/v1", 1),
     ):
-        assert len(key_findings(CompletionsClient(config_of(url).teacher))) == num  # pyright: ignore[reportArgumentType]
+        config = config_of(url)
+        client = CompletionsClient(config.teacher)  # pyright: ignore[reportArgumentType]
+        monkeypatch.setattr(client, "ask", lambda *_: {"data": [{"id": "tiny"}]})
+        findings = SelfTest(client, setting_of(config, model)).findings("server")
+        assert [finding.level for finding in findings].count("warning") == num
 
 
 # --- faults ---------------------------------------------------------------------------------------

@@ -20,6 +20,8 @@ LONGEST_PAUSE_SECONDS = 60.0
 REST_SECONDS = 30.0
 """for which a replica that failed is asked only after the others"""
 CONNECT_SECONDS = 10.0
+MAX_ANSWER_BYTES = 32 * 1024**2
+"""far more than an answer about the longest text needs"""
 PASSING_STATUSES = {408, 425, 429}
 """of 400 to 499: those that waiting can fix"""
 
@@ -46,7 +48,6 @@ class CompletionsClient:
         """URL of a replica that failed -> `time.monotonic()`"""
         self._turns = itertools.count()
         self._last_answer = 0.0
-        self._lock = threading.Lock()
         headers = {"Accept-Encoding": "identity"}  # so that bytes counted are bytes held
         if self.key is not None:
             headers["Authorization"] = f"Bearer {self.key.get_secret_value()}"
@@ -59,9 +60,7 @@ class CompletionsClient:
             trust_env=not all(map(is_this_machine, settings.urls)),
         )
 
-    def complete(
-        self, body: dict[str, Any], *, max_bytes: int, given_up: threading.Event
-    ) -> dict[str, Any]:
+    def complete(self, body: dict[str, Any], *, given_up: threading.Event) -> dict[str, Any]:
         """Return any replica's answer to a completion request.
 
         All replicas are tried in turn, then all again after a pause, `num_retries` times or until
@@ -69,10 +68,9 @@ class CompletionsClient:
         was in vain, `ServerRefusedError` when one refuses for good.
         """
         started = time.monotonic()
+        retrying = self._retrying(self.settings.num_retries, given_up)
         try:
-            answer = self._retrying(self.settings.num_retries, given_up)(
-                self._ask_replicas, body, max_bytes
-            )
+            answer = retrying(self._ask_replicas, body)
         except ServerUnavailableError:
             # Where another request was answered meanwhile, the fault is this request's own.
             if self._last_answer < started:
@@ -81,12 +79,10 @@ class CompletionsClient:
         self._last_answer = time.monotonic()
         return answer
 
-    def ask(
-        self, url: str, path: str, body: dict[str, Any] | None = None, *, max_bytes: int
-    ) -> dict[str, Any]:
+    def ask(self, url: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return one replica's answer to a POST, or to a GET without a body."""
         retrying = self._retrying(min(self.settings.num_retries, 2), threading.Event())
-        return retrying(self._ask, url + path, body, max_bytes)
+        return retrying(self._ask, url + path, body)
 
     def close(self) -> None:
         self._http.close()
@@ -105,9 +101,7 @@ class CompletionsClient:
             reraise=True,
         )
 
-    def _ask_replicas(self, body: dict[str, Any], max_bytes: int) -> dict[str, Any]:
-        """Ask one replica after the other, each time beginning with the next one; those that failed
-        lately come last."""
+    def _ask_replicas(self, body: dict[str, Any]) -> dict[str, Any]:
         # Requests are spread over the replicas: each one begins with the next. A replica that
         # failed lately is asked only when the others fail too, so that one that is down costs no
         # waiting.
@@ -115,45 +109,35 @@ class CompletionsClient:
         now = time.monotonic()
         turn = next(self._turns) % len(urls)
         in_turn = [*urls[turn:], *urls[:turn]]
-        reasons: list[ServerUnavailableError] = []
+        reasons: list[str] = []
         for url in sorted(in_turn, key=lambda url: self.rests_until.get(url, 0) > now):
             try:
-                answer = self._ask(url + "/completions", body, max_bytes)
+                answer = self._ask(url + "/completions", body)
             except ServerUnavailableError as error:
-                reasons.append(error)
-                self._note(url, error)
+                reasons.append(str(error))
+                rests_until = time.monotonic() + REST_SECONDS
+                # Several threads share the replicas; only the first one to see a change logs it.
+                if self.rests_until.setdefault(url, rests_until) == rests_until:
+                    _log.warning("the teacher's server does not answer, waiting for it: %s", error)
+                self.rests_until[url] = rests_until
             else:
-                self._note(url, None)
+                if self.rests_until.pop(url, None) is not None:
+                    _log.warning("the teacher's server at %s answers again", url)
                 return answer
-        raise ServerUnavailableError("; ".join(map(str, reasons)))
+        raise ServerUnavailableError("; ".join(reasons))
 
-    def _note(self, url: str, error: ServerUnavailableError | None) -> None:
-        """Let a replica that failed rest, and log when it stops answering and when it is back."""
-        # Several threads share the replicas; only the first one to see a change logs it.
-        with self._lock:
-            had_failed = self.rests_until.pop(url, None) is not None
-            if error is not None:
-                self.rests_until[url] = time.monotonic() + REST_SECONDS
-        if error is not None and not had_failed:
-            _log.warning("the teacher's server does not answer, waiting for it: %s", error)
-        if error is None and had_failed:
-            _log.warning("the teacher's server at %s answers again", url)
-
-    def _ask(self, address: str, body: dict[str, Any] | None, max_bytes: int) -> dict[str, Any]:
+    def _ask(self, address: str, body: dict[str, Any] | None) -> dict[str, Any]:
         # The timeout of the HTTP client is for each piece of an answer. A server that sends a byte
         # now and then, or an endless answer, is ended by the deadline and the limit here.
         deadline = time.monotonic() + self.settings.timeout_seconds
+        method = "GET" if body is None else "POST"
         content = bytearray()
         try:
-            with self._http.stream(
-                "GET" if body is None else "POST", address, json=body
-            ) as response:
+            with self._http.stream(method, address, json=body) as response:
                 for piece in response.iter_bytes():
                     content += piece
-                    if len(content) > max_bytes:
-                        raise httpx2.ReadError(f"the answer is larger than {max_bytes} bytes")
-                    if time.monotonic() > deadline:
-                        raise httpx2.ReadTimeout("the answer takes too long")
+                    if len(content) > MAX_ANSWER_BYTES or time.monotonic() > deadline:
+                        raise httpx2.ReadError("the answer is too large or takes too long")
         except httpx2.RequestError as error:
             reason = printable(str(error)) or type(error).__name__
             raise ServerUnavailableError(f"{address}: {reason}") from None
@@ -188,11 +172,10 @@ class CompletionsClient:
         if isinstance(error, dict):
             error = error.get("message") or error.get("detail")
         text = str(error or "no reason given")
+        # The message goes into logs and error texts, which people share.
         if self.key is not None:
-            # The message goes into logs and error texts, which people share.
             text = text.replace(self.key.get_secret_value(), "***")
-        text = " ".join(printable(text).split())
-        return text[:200].rstrip(".")
+        return " ".join(printable(text).split())[:200].rstrip(".")
 
 
 def is_this_machine(url: str) -> bool:

@@ -5,8 +5,9 @@ A `seed` is never sent: several seeded requests at once end the engine of vLLM o
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
@@ -17,8 +18,7 @@ LARGEST_LOGPROB = 1e-2
 """a little above 0, for rounding"""
 STAND_IN_FOR_MINUS_INFINITY = -9999.0
 """of vLLM, as JSON knows no infinity"""
-BYTES_PER_TOKEN = 1024
-BYTES_PER_ANSWER = 65_536
+ID_PREFIX = "token_id:"
 
 
 def _finite_logprob(value: Any) -> float:
@@ -54,20 +54,14 @@ class _Completion(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class TokenScores:
-    """What a server says of each token of a text, by position: NaN, nothing and "" where it says
-    nothing that can be used."""
+class TokenScore:
+    """What a server says of one token of a text; as it is here where it says nothing usable."""
 
-    logprobs: list[float]
-    likeliest: list[dict[str, float]]
-    """token, as the server writes it -> log-prob; may hold the given token too"""
-    strings: list[str]
-    """the given tokens as the server writes them"""
-
-
-def max_answer_bytes(num_tokens: int, num_likeliest: int = 1) -> int:
-    """Return far more bytes than an answer about so many tokens needs."""
-    return BYTES_PER_ANSWER + BYTES_PER_TOKEN * num_tokens * (1 + num_likeliest)
+    logprob: float = math.nan
+    string: str = ""
+    """the token as the server writes it"""
+    likeliest: Mapping[str, float] = field(default_factory=dict)
+    """token id -> log-prob, of the likeliest tokens at its place; may hold the token itself too"""
 
 
 def scoring_request(
@@ -108,69 +102,58 @@ def generation_request(model: str, prompt: Sequence[int], num_tokens: int) -> di
     }
 
 
-def read_scores(scoring: Scoring, answer: dict[str, Any], tokens: Sequence[int]) -> TokenScores:
-    """Read the scores of `tokens`. In an answer about another number of tokens all are missing."""
+def read_scores(
+    scoring: Scoring, answer: dict[str, Any], tokens: Sequence[int]
+) -> list[TokenScore]:
+    """Read what is said of each of `tokens`, of which the first one has no log-prob."""
     choice = _first_choice(answer)
-    num_tokens = len(tokens)
-    scores = TokenScores([math.nan] * num_tokens, [{}] * num_tokens, [""] * num_tokens)
     if scoring == "prompt_logprobs":
-        _read_prompt_logprobs(choice.prompt_logprobs or [], tokens, scores)
-    elif choice.logprobs is not None:
-        _read_echo(choice.logprobs, tokens, scores)
+        entries = choice.prompt_logprobs or []
+    else:
+        entries = _entries_of_echo(choice.logprobs, tokens) if choice.logprobs else []
+    # In an answer about another number of tokens nobody knows which value is whose.
+    if len(entries) != len(tokens):
+        return [TokenScore()] * len(tokens)
+    scores = [TokenScore()]
+    for token, entry in zip(tokens[1:], entries[1:], strict=True):
+        entry = entry or {}
+        given = entry.get(str(token), _Entry())
+        likeliest = {other: found.logprob for other, found in entry.items()}
+        scores.append(TokenScore(given.logprob, given.decoded_token or "", likeliest))
     return scores
 
 
-def _read_prompt_logprobs(
-    entries: Sequence[dict[str, _Entry] | None], tokens: Sequence[int], scores: TokenScores
-) -> None:
-    """Read one entry per token, None for the first: token id -> log-prob and text."""
-    if len(entries) != len(tokens):
-        return
-    for i in range(1, len(tokens)):
-        entry = entries[i] or {}
-        given = entry.get(str(tokens[i]), _Entry())
-        scores.logprobs[i] = given.logprob
-        scores.strings[i] = given.decoded_token or ""
-        scores.likeliest[i] = {token: other.logprob for token, other in entry.items()}
-
-
-def _read_echo(lists: _Logprobs, tokens: Sequence[int], scores: TokenScores) -> None:
-    """Read lists over tokens. A token that is written as another id than the given one has no
-    value; one that is written as text is taken on trust."""
+def _entries_of_echo(lists: _Logprobs, tokens: Sequence[int]) -> list[dict[str, _Entry] | None]:
+    """Return an echo's lists in the form of `prompt_logprobs`: for each token, id -> entry."""
     likeliest = lists.top_logprobs or [None] * len(tokens)
     if any(len(row) != len(tokens) for row in (lists.tokens, lists.token_logprobs, likeliest)):
-        return
-    for i in range(1, len(tokens)):
-        name = lists.tokens[i]
-        # Numbers about other tokens than ours are worse than none.
-        if name.startswith("token_id:") and name != f"token_id:{tokens[i]}":
-            continue
-        scores.logprobs[i] = lists.token_logprobs[i]
-        scores.strings[i] = name
-        scores.likeliest[i] = likeliest[i] or {}
+        return []
+    entries: list[dict[str, _Entry] | None] = []
+    rows = zip(tokens, lists.tokens, lists.token_logprobs, likeliest, strict=True)
+    for token, name, logprob, others in rows:
+        entry = {
+            other.removeprefix(ID_PREFIX): _Entry(logprob=value)
+            for other, value in (others or {}).items()
+        }
+        entry[str(token)] = _Entry(logprob=logprob, decoded_token=name)
+        # A token that is written as text is taken for the given one on trust; an id is not, as
+        # numbers about other tokens than ours are worse than none.
+        is_another = name.startswith(ID_PREFIX) and name != f"{ID_PREFIX}{token}"
+        entries.append(None if is_another else entry)
+    return entries
 
 
-def read_generation(
-    answer: dict[str, Any], ids_of_strings: Mapping[str, int]
-) -> tuple[list[int], list[float]]:
-    """Read ids and log-probs of what a server wrote, up to the first token that cannot be read.
-
-    `ids_of_strings` is for servers that write tokens as text.
-    """
-    logprobs = _first_choice(answer).logprobs
-    ids: list[int] = []
-    values: list[float] = []
-    if logprobs is None:
-        return ids, values
-    for name, value in zip(logprobs.tokens, logprobs.token_logprobs, strict=False):
-        number = name.removeprefix("token_id:")
-        is_id = number != name and number.isascii() and number.isdecimal() and len(number) < 19
-        token = int(number) if is_id else ids_of_strings.get(name)
-        if token is None or math.isnan(value):
+def read_generation(answer: dict[str, Any]) -> list[tuple[int, float]]:
+    """Read id and log-prob of each token that a server wrote, up to the first without."""
+    lists = _first_choice(answer).logprobs
+    written: list[tuple[int, float]] = []
+    for name, value in zip(lists.tokens, lists.token_logprobs, strict=False) if lists else []:
+        # No vocabulary needs more digits.
+        found = re.fullmatch(ID_PREFIX + "([0-9]{1,18})", name)
+        if found is None or math.isnan(value):
             break
-        ids.append(token)
-        values.append(value)
-    return ids, values
+        written.append((int(found[1]), value))
+    return written
 
 
 def _first_choice(answer: dict[str, Any]) -> _Choice:

@@ -18,8 +18,8 @@ from rlad.errors import UserError
 from rlad.findings import Finding
 from rlad.teachers.base import Answer, Setting, Teacher, TeacherRequest
 from rlad.teachers.served.client import CompletionsClient, ServerUnavailableError
-from rlad.teachers.served.protocol import Scoring, max_answer_bytes, read_scores, scoring_request
-from rlad.teachers.served.self_test import SelfTest, SelfTestFailed
+from rlad.teachers.served.protocol import Scoring, read_scores, scoring_request
+from rlad.teachers.served.self_test import SelfTest
 
 SECONDS_BETWEEN_LOOKS = 0.2
 
@@ -62,7 +62,7 @@ class ServedTeacher(Teacher):
         answers = []
         for request in requests:
             spans: list[tuple[float, float]] = []
-            result = self._pool.apply_async(self._timed_score, (request, self._given_up, spans))
+            result = self._pool.apply_async(self._score, (request, self._given_up, spans))
             self._submitted.append(result)
             answers.append(Answer(partial(self._wait_for, result), spans))
         return answers
@@ -78,15 +78,6 @@ class ServedTeacher(Teacher):
         self.cancel()
         self._client.close()
 
-    def _timed_score(
-        self, request: TeacherRequest, given_up: threading.Event, spans: list[tuple[float, float]]
-    ) -> Tensor:
-        started = time.monotonic()
-        try:
-            return self._score(request, given_up)
-        finally:
-            spans.append((started, time.monotonic()))
-
     def _wait_for(self, answer: AsyncResult) -> Tensor:
         """Wait for an answer; meanwhile the run may be stopped."""
         while True:
@@ -97,58 +88,51 @@ class ServedTeacher(Teacher):
             except TimeoutError:
                 continue
 
-    def _score(self, request: TeacherRequest, given_up: threading.Event) -> Tensor:
+    def _score(
+        self, request: TeacherRequest, given_up: threading.Event, spans: list[tuple[float, float]]
+    ) -> Tensor:
         """Ask for the log-probs of one completion. They are NaN from the first token on that the
         server cannot know, and all where it gives no usable answer."""
         values = torch.full((len(request.completion),), torch.nan)
-        known = self._known(request)
+        # The first id out of vocabulary ends what can be scored: later tokens depend on it.
+        known = list(takewhile(lambda token: token < self._vocabulary, request.completion))
+        # A server writes at least one token for each text that it scores, and refuses texts that
+        # leave no room for it in its context.
+        if self._context_tokens is not None:
+            known = known[: max(self._context_tokens - 1 - len(request.prompt), 0)]
         if not known:
             return values
         tokens = [*request.prompt, *known]
         model = self._client.settings.model
         body = scoring_request(self._scoring, model, tokens, temperature=self._setting.temperature)
-        max_bytes = max_answer_bytes(len(tokens))
+        started = time.monotonic()
         try:
-            answer = self._client.complete(body, max_bytes=max_bytes, given_up=given_up)
+            answer = self._client.complete(body, given_up=given_up)
         except ServerUnavailableError:
             return values
-        scores = read_scores(self._scoring, answer, tokens)
-        values[: len(known)] = torch.tensor(scores.logprobs[len(request.prompt) :])
+        finally:
+            spans.append((started, time.monotonic()))
+        scores = read_scores(self._scoring, answer, tokens)[len(request.prompt) :]
+        values[: len(known)] = torch.tensor([score.logprob for score in scores])
         return values
-
-    def _known(self, request: TeacherRequest) -> list[int]:
-        """Cut the completion before its first token out of vocabulary, and one token short of the
-        server's context.
-
-        A server writes at least one token for each text that it scores, and refuses texts that
-        leave no room for it.
-        """
-        # The first id that the server cannot know ends what it can score: all later tokens depend
-        # on it.
-        known = list(takewhile(lambda token: token < self._vocabulary, request.completion))
-        if self._context_tokens is None:
-            return known
-        return known[: max(self._context_tokens - 1 - len(request.prompt), 0)]
 
 
 def check_teacher(settings: ServedTeacherConfig, setting: Setting) -> list[Finding]:
     """Test the server before training."""
     with closing(CompletionsClient(settings)) as client:
-        return SelfTest(client, settings, setting).findings()
+        return SelfTest(client, setting).findings()
 
 
 def make_teacher(settings: ServedTeacherConfig, setting: Setting) -> ServedTeacher:
     """Raise `UserError` when the server has changed since it was checked."""
     client = CompletionsClient(settings)
-    test = SelfTest(client, settings, setting)
-    try:
-        # The check ran the whole self-test; what the run relies on is asked again, as the server
-        # may have been restarted with another model since.
-        test.ask_for_model()
-        test.find_scoring()
-    except SelfTestFailed as error:
+    test = SelfTest(client, setting)
+    # The check ran the whole self-test; what the run relies on is asked again, as the server may
+    # have been restarted with another model since.
+    last = test.findings("server", "scoring")[-1]
+    if last.level == "error":
         client.close()
-        raise UserError(f"teacher {settings.title!r} failed its self-test: {error}") from None
+        raise UserError(f"teacher {settings.title!r} failed its self-test: {last.message}")
     return ServedTeacher(
         client,
         setting,

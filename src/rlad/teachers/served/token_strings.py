@@ -33,17 +33,6 @@ def spread_ids(tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> list[int]
     return [ids[(i + 1) * len(ids) // num_tokens - 1] for i in range(num_tokens)]
 
 
-def ids_of_strings(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Map the text of a token to its id, for texts that belong to one token alone."""
-    found: dict[str, int] = {}
-    shared: set[str] = set()
-    for token in tokenizer.get_vocab().values():
-        text = _text(tokenizer, token)
-        shared |= {text} & found.keys()
-        found[text] = token
-    return {text: token for text, token in found.items() if text not in shared}
-
-
 def differing_tokens(
     tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], strings: Sequence[str]
 ) -> tuple[int, list[tuple[int, str, str]]]:
