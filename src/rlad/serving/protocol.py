@@ -17,8 +17,8 @@ class CompletionRequest(BaseModel):
     model: str
     prompt: list[Annotated[int, Field(ge=0)]] = Field(min_length=2)
     """token ids; of fewer than two no log-prob exists"""
-    max_tokens: int = Field(16, ge=0)
-    temperature: float = Field(1.0, ge=0, le=100, allow_inf_nan=False)
+    max_tokens: int = Field(default=16, ge=0)
+    temperature: float = Field(default=1.0, ge=0, le=100, allow_inf_nan=False)
     prompt_logprobs: Annotated[int, Field(ge=0, le=64)] | None = None
     """how many of the likeliest tokens to report at each given one, beside that one"""
     logprobs: Annotated[int, Field(ge=0, le=1)] | None = None

@@ -196,10 +196,13 @@ class SelfTest:
     def compare_with_others(self) -> list[Finding]:
         """Every other replica, and `local_model` in this process, give the probe the same log-probs
         at the sampling temperature."""
-        others = {url: partial(self._probe_logprobs, url) for url in self.settings.urls[1:]}
+        others: dict[str, Callable[[], list[float]]] = {
+            url: partial(self._probe_logprobs, url) for url in self.settings.urls[1:]
+        }
         # Weights are loaded only where those of the run are, too.
-        if self.settings.local_model is not None and self.setting.student is not None:
-            others[self.settings.local_model] = self._local_logprobs
+        name = self.settings.local_model
+        if name is not None and self.setting.student is not None:
+            others[name] = partial(self._local_logprobs, name)
         findings = []
         for name, logprobs in others.items():
             finding = self._compare(
@@ -214,10 +217,10 @@ class SelfTest:
                 break
         return findings
 
-    def _local_logprobs(self) -> list[float]:
+    def _local_logprobs(self, name: str) -> list[float]:
         # On the CPU, as the GPU is the run's.
         scorer = Scorer(
-            load_language_model(self.settings.local_model, device="cpu"),
+            load_language_model(name, device="cpu"),
             temperature=self.setting.temperature,
             tokens_per_batch=len(self.text),
         )
