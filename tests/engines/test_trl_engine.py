@@ -62,6 +62,7 @@ def test_this_is_the_trl_that_the_adapter_was_written_for():
     assert trl.__version__.startswith("1.16.")
     parameters = {
         "_generate_and_score_completions": ["self", "inputs"],
+        "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
         "_compute_loss": ["self", "model", "inputs"],
         "_get_per_token_logps_and_entropies": [
             "self",
@@ -83,7 +84,7 @@ def test_this_is_the_trl_that_the_adapter_was_written_for():
     assert GRPOTrainer.loss_is_scaled_for_ga is True
 
 
-def test_two_methods_are_overridden_and_the_telemetry():
+def test_three_methods_are_overridden_and_the_telemetry():
     own = {
         name
         for name, value in vars(RLADTrainer).items()
@@ -92,6 +93,7 @@ def test_two_methods_are_overridden_and_the_telemetry():
     assert own == {
         "__init__",
         "_generate_and_score_completions",
+        "_calculate_rewards",
         "_compute_loss",
         "_send_telemetry",
     }
@@ -435,8 +437,8 @@ def test_evaluation_leaves_the_metrics_of_training_alone(tmp_path):
         ),
         (
             {"loss_type": "cispo"},
-            "loss_type = 'cispo' gives the ratio another meaning than objective 'trrd'; use one of "
-            "grpo",
+            "loss_type = 'cispo' has no meaning with objective 'trrd' and advantages = 'trl'; use "
+            "'grpo' or 'dapo'",
         ),
         (
             {"use_bias_correction_kl": True},
@@ -461,7 +463,11 @@ def test_evaluation_leaves_the_metrics_of_training_alone(tmp_path):
         ),
         ({"top_entropy_quantile": 0.2}, "top_entropy_quantile = 0.2 belongs"),
         ({"entropy_coef": 0.01}, "entropy_coef = 0.01 belongs"),
-        ({"advantages": "mine"}, "advantages is 'mine'; use 'trl' or 'rlad'"),
+        ({"advantages": "mine"}, "advantages = 'mine' has no meaning .*; use 'trl' or 'rlad'"),
+        (
+            {"advantages": "rlad", "scale_rewards": "batch"},
+            "scale_rewards = 'batch' has no meaning .*; use 'group' or 'none'",
+        ),
     ],
 )
 def test_settings_without_a_meaning_are_one_sentence(tmp_path, arguments, sentence):

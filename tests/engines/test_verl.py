@@ -210,34 +210,34 @@ def test_a_token_that_the_teacher_left_out_counts_and_has_no_loss(batch, monkeyp
             {},
             {},
             "teacher_logprobs",
-            "objective 'trrd' needs teacher_logprobs, which verl's batch does not hold",
+            "verl's batch has teacher_logprobs: False; for objective 'trrd' of rlad",
         ),
-        ({"use_kl_loss": True}, {}, "ref_log_prob", "objective 'trrd' needs ref_log_prob"),
+        ({"use_kl_loss": True}, {}, "ref_log_prob", "verl's batch has ref_log_prob: False"),
         (
             {"use_kl_loss": True, "kl_loss_type": "kl"},
             {},
             "",
-            "kl_loss_type is kl; with objective 'trrd', a complete loss of its own, it must be low",
+            "kl_loss_type: kl; for objective 'trrd' of rlad it must be low_var_kl.",
         ),
         (
             {"entropy_coeff": 0.1},
             {},
             "",
-            "actor_rollout_ref.actor.entropy_coeff is 0.1; with objective 'trrd'",
+            "actor_rollout_ref.actor.entropy_coeff: 0.1; for objective 'trrd'",
         ),
         (
             {},
             {"use_task_rewards": True},
             "",
-            "distillation.distillation_loss.use_task_rewards is True",
+            "distillation.distillation_loss.use_task_rewards: True",
         ),
         (
             {},
             {"use_policy_gradient": True},
             "",
-            "distillation.distillation_loss.use_policy_gradient is True",
+            "distillation.distillation_loss.use_policy_gradient: True",
         ),
-        ({}, {"loss_max_clamp": 10.0}, "", "distillation.distillation_loss.loss_max_clamp is 10.0"),
+        ({}, {"loss_max_clamp": 10.0}, "", "distillation.distillation_loss.loss_max_clamp: 10.0"),
     ],
 )
 def test_settings_without_meaning_are_refused(batch, monkeypatch, settings, own, drop, sentence):
@@ -256,10 +256,10 @@ def test_settings_without_meaning_are_refused(batch, monkeypatch, settings, own,
 def test_a_temperature_at_which_the_teacher_did_not_score_is_refused(batch, monkeypatch):
     monkeypatch.setenv(VARIABLE, '{"type": "trrd"}')
     data = micro_batch(batch, [0, 1], dp_size=1)
-    tensordict_utils.assign_non_tensor(data, temperature=0.7)
+    tensordict_utils.assign_non_tensor(data, temperature=0.5)
     with pytest.raises(
         ValueError,
-        match=r"rollout.temperature is 0.7, but verl's teacher always scores at 1; set it to 1",
+        match=r"rollout.temperature: \{0.5\}; for objective 'trrd' of rlad it must be \{1.0\}",
     ):
         rlad_loss(
             actor("token-mean"),

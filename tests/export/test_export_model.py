@@ -138,15 +138,10 @@ def test_bad_input(tmp_path):
     assert "no parent folder" in rlad_fails(
         "export", "model", run, "--output", tmp_path / "no" / "place"
     )
-    command = (
-        f"python convert_hf_to_gguf.py {tmp_path}/run-model --outfile {tmp_path}/run-model.gguf"
-    )
-    with pytest.raises(ValueError, match="whose converter is a script") as refused:
-        export_model(str(run), file_format="gguf")
-    assert str(refused.value).endswith(command)
     with (checkpoint(run) / "model.safetensors").open("ab") as file:
         file.write(b"x")
-    assert "damaged" in rlad_fails("export", "model", run, "--checkpoint", "1")
+    refused = rlad_fails("export", "model", run, "--checkpoint", "1")
+    assert "--checkpoint 1" in refused and "model.safetensors" in refused
     shutil.rmtree(run / "checkpoints")
     assert "holds no checkpoint" in rlad_fails("export", "model", run)
     assert not (tmp_path / "run-model").exists()

@@ -314,12 +314,10 @@ def export() -> None:
 )
 @click.option("--output", type=click.Path(path_type=Path), help="New folder; default: RUN-model.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
-@click.option("--format", "file_format", type=click.Choice(["hf", "gguf"]), default="hf")
 def export_model(run: str, **how: Any) -> None:
     """Write the model of run directory RUN as a plain Hugging Face folder.
 
-    Its LoRA adapter, if it has one, is merged into its base model. For GGUF it says how llama.cpp
-    converts that folder.
+    Its LoRA adapter, if it has one, is merged into its base model.
     """
     from rlad.export.model import export_model as write
 

@@ -22,7 +22,6 @@ def export_model(
     *,
     checkpoint: str = "best",
     dtype: Literal["float32", "bfloat16"] = "float32",
-    file_format: Literal["hf", "gguf"] = "hf",
 ) -> Path:
     """Write the student of a checkpoint for any tool that loads transformers' models; returns the
     folder.
@@ -40,12 +39,6 @@ def export_model(
             f"there is no run in {run_dir}; give the directory of a run, as `rlad train` names it "
             "at its end."
         )
-    elif file_format == "gguf":
-        problem = (
-            "GGUF is written by llama.cpp, whose converter is a script and no package; export with "
-            "--format hf, and in a clone of llama.cpp run: python convert_hf_to_gguf.py "
-            f"{folder} --outfile {folder}.gguf"
-        )
     elif folder.exists() or folder.is_symlink() or not folder.parent.is_dir():
         problem = f"--output {folder} exists already or has no parent folder; give a new folder."
     if problem:
@@ -62,26 +55,23 @@ def export_model(
 
 
 def _chosen(run: RunDirectory, which: str) -> Path:
-    """The folder of a checkpoint that is whole."""
+    """Return the folder of a checkpoint that is whole."""
     if which in ("best", "last"):
         return (run.best_checkpoint() if which == "best" else run.newest_checkpoint())[1]
     # Of two at one step, the one that holds the student alone.
-    found = dict(reversed(run.checkpoints()))
-    if not which.isdecimal() or int(which) not in found:
-        steps = ", ".join(map(str, sorted(found))) or "none"
+    found = {str(step): path for step, path in reversed(run.checkpoints())}
+    reason = damage(found[which]) if which in found else "there is none"
+    if reason:
         raise UserError(
-            f"--checkpoint {which} is no checkpoint of {run.path}; use best, last, or one of its "
-            f"steps: {steps}."
+            f"--checkpoint {which} of {run.path} cannot be exported ({reason}); use best, last, or "
+            f"one of its steps: {', '.join(reversed(found)) or 'none'}."
         )
-    path = found[int(which)]
-    if reason := damage(path):
-        raise UserError(f"checkpoint {path} is damaged ({reason}); choose another one.")
-    return path
+    return found[which]
 
 
 def _merged_student(run: RunDirectory, checkpoint: Path, dtype: torch.dtype) -> LanguageModel:
-    """A checkpoint as training holds it, then as one model that ends its answers where rlad ends
-    them."""
+    """Load a checkpoint as training holds it, then make it one model that ends its answers where
+    rlad ends them."""
     config = load_config(run.path)
     on_the_cpu = config.student.model_copy(update={"device": "cpu"})
     student = load_student(config.model_copy(update={"student": on_the_cpu}), checkpoint)

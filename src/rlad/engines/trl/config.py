@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from trl.trainer.grpo_config import GRPOConfig
@@ -35,17 +35,6 @@ REPLACED: dict[str, tuple[Any, str]] = {
 """Settings of TRL's own loss that ours has no place for: the neutral value, and what to do
 instead."""
 
-Advantages = Literal["trl", "rlad"]
-_NOT_OURS = {
-    "scale_rewards": ("batch", "divide by a deviation within the group; use 'group' or 'none'"),
-    "multi_objective_aggregation": (
-        "normalize_then_sum",
-        "compare weighted sums of rewards; use 'sum_then_normalize'",
-    ),
-    "num_generations_eval": (1, "compare completions of one prompt; use at least 2"),
-}
-"""Values that advantages="rlad" has no place for: what those advantages do, and what to use."""
-
 
 @dataclass
 class RLADConfig(GRPOConfig):
@@ -61,7 +50,7 @@ class RLADConfig(GRPOConfig):
             "'alpha': 0.5}."
         },
     )
-    advantages: Advantages = field(
+    advantages: Literal["trl", "rlad"] = field(
         default="trl",
         metadata={
             "help": "'trl': group advantages as TRL makes them (sample standard deviation), 'rlad' "
@@ -125,26 +114,21 @@ class RLADConfig(GRPOConfig):
 
     def _problems(self) -> Iterator[str]:
         """What has no meaning with our loss or our advantages: one sentence each."""
-        name_of_objective = self.objective_config.type
-        if self.advantages not in get_args(Advantages):
-            allowed = " or ".join(map(repr, get_args(Advantages)))
-            yield f"advantages is {self.advantages!r}; use {allowed}."
-        for name, (value, instead) in _NOT_OURS.items():
-            if self.advantages == "rlad" and getattr(self, name) == value:
+        objective = self.objective_config.type
+        allowed = {"advantages": ("trl", "rlad"), "loss_type": tuple(AGGREGATION)}
+        if self.advantages == "rlad":
+            # Ours compare weighted sums of rewards within the completions of one prompt.
+            allowed["multi_objective_aggregation"] = ("sum_then_normalize",)
+            allowed["scale_rewards"] = ("group", "none")
+        for name, values in allowed.items():
+            if (value := getattr(self, name)) not in values:
                 yield (
-                    f"{name} = {value!r} does not fit advantages = 'rlad', which {instead}, or "
-                    "advantages = 'trl'."
+                    f"{name} = {value!r} has no meaning with objective {objective!r} and "
+                    f"advantages = {self.advantages!r}; use {' or '.join(map(repr, values))}."
                 )
-        if self.loss_type not in AGGREGATION:
-            yield (
-                f"loss_type = {self.loss_type!r} gives the ratio another meaning than objective "
-                f"{name_of_objective!r}; use one of {', '.join(AGGREGATION)}, of which only the "
-                "normalisation is taken."
-            )
         for name, (neutral, instead) in REPLACED.items():
             if (value := getattr(self, name)) != neutral:
                 yield (
-                    f"{name} = {value!r} belongs to TRL's own loss, which objective "
-                    f"{name_of_objective!r} takes the place of; it must stay {neutral!r}: "
-                    f"{instead}."
+                    f"{name} = {value!r} belongs to TRL's own loss, which objective {objective!r} "
+                    f"takes the place of; it must stay {neutral!r}: {instead}."
                 )

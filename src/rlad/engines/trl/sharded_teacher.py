@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
 from rlad.models.loading import LanguageModel
-from rlad.scoring.scorer import CompletionScores, Scorer, TokenIds
+from rlad.scoring.scorer import Scorer, TokenIds
 from rlad.teachers.local import ScoringTeacher
 
 
@@ -35,11 +35,13 @@ class ShardedScorer(Scorer):
     """`score` is a collective call: all processes make it at the same times, with as many
     completions as each has."""
 
-    def __init__(self, language_model: LanguageModel, *, mesh: DeviceMesh, **scoring: Any):
+    def __init__(self, language_model: LanguageModel, *, device_type: str, **scoring: Any):
+        """Split a model whose weights should still be on the CPU."""
         super().__init__(language_model, **scoring)
         # Weights are whole only within the model's own forward pass, so the log-probs are made
         # there.
         add_fused_lm_head(self.model, temperature=self.temperature)
+        mesh = init_device_mesh(device_type, (dist.get_world_size(),))
         split_over_processes(self.model, mesh)
         self.group = mesh.get_group()
 
@@ -63,29 +65,14 @@ class ShardedScorer(Scorer):
         dist.all_reduce(most, dist.ReduceOp.MAX, self.group)
         results = super().score(prompts, completions)
         for _ in range(int(most) - own):
-            self._help_the_others()
+            self([[0]], [[0]], with_entropy=False)
         return results
-
-    def _help_the_others(self) -> CompletionScores:
-        """A forward pass whose result nobody reads: without this process the others cannot gather
-        their weights."""
-        return self([[0]], [[0]], with_entropy=False)
 
 
 class ShardedTeacher(ScoringTeacher):
     """A frozen local model over all processes. `logprobs` is a collective call."""
 
-    def __init__(
-        self,
-        language_model: LanguageModel,
-        *,
-        device_type: str,
-        identity: str | None = None,
-        **scoring: Any,
-    ):
-        """`scoring` is what a `Scorer` takes beside the model, whose weights should still be on the
-        CPU."""
+    def __init__(self, language_model: LanguageModel, **scoring: Any):
+        """`scoring` is what a `ShardedScorer` takes beside the model."""
         language_model.model.requires_grad_(False)
-        mesh = init_device_mesh(device_type, (dist.get_world_size(),))
-        scorer = ShardedScorer(language_model, mesh=mesh, **scoring)
-        super().__init__(identity or language_model.name, scorer)
+        super().__init__(language_model.name, ShardedScorer(language_model, **scoring))

@@ -1,8 +1,6 @@
-"""The teacher of `RLADTrainer`: made of what the user passes, asked about the rollouts of a
-process.
-"""
+"""The teacher of `RLADTrainer`, made of what the user passes."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,13 +15,9 @@ from rlad.engines.trl.sharded_teacher import ShardedTeacher
 from rlad.errors import UserError
 from rlad.models.loading import LanguageModel, load_language_model
 from rlad.scoring.scorer import Scorer
-from rlad.tasks import Problem
-from rlad.teachers.asking import ask_twice, require_few_missing
 from rlad.teachers.base import Teacher, TeacherRequest
 from rlad.teachers.compatibility import compare_tokenizers
 from rlad.teachers.local import LocalTeacher, ScoringTeacher
-
-ProblemOf = Callable[[dict[str, Any]], Problem | None]
 
 
 def as_teacher(
@@ -113,54 +107,6 @@ def _problems(
             "teacher_is_sharded splits the teacher over processes, and this is one alone; leave it "
             "out."
         )
-
-
-def requests_for(
-    batch: dict[str, Tensor], asked: Tensor, rows: Sequence[dict[str, Any]], problem_of: ProblemOf
-) -> dict[int, TeacherRequest]:
-    """By row, for the completions with a token in `asked` [batch, token]: the tokens as the student
-    has them, unpadded."""
-    prompts, completions = (
-        [
-            ids[mask.bool()].tolist()
-            for ids, mask in zip(batch[f"{part}_ids"], batch[f"{part}_mask"], strict=True)
-        ]
-        for part in ("prompt", "completion")
-    )
-    wanted = asked.any(dim=1).nonzero().flatten().tolist()
-    return {i: TeacherRequest(prompts[i], completions[i], problem_of(rows[i])) for i in wanted}
-
-
-def ask_teacher(
-    teacher: Teacher,
-    requests: dict[int, TeacherRequest],
-    asked: Tensor,
-    accelerator: Accelerator,
-    *,
-    max_missing_share: float,
-    step: int,
-) -> Tensor:
-    """Log-probs `[batch, token]`, NaN where there are none.
-
-    Raises `RunFailedError`, on every process, when more than `max_missing_share` of the tokens in
-    `asked` have none, also when asked for once more.
-    """
-    if isinstance(teacher, ShardedTeacher):
-        # All processes ask it at the same time, and asking again would change nothing.
-        scores = teacher.logprobs(list(requests.values()))
-    else:
-        scores = ask_twice(teacher, list(requests.values()), max_missing_share=max_missing_share)
-    result = torch.full(asked.shape, torch.nan, dtype=scores[0].dtype if scores else torch.float32)
-    for (i, request), values in zip(requests.items(), scores, strict=True):
-        result[i, : len(request.completion)] = values
-    result = result.to(asked.device)
-    # The share is of all processes together: each one alone could raise while the others wait for
-    # it.
-    counts = accelerator.gather(torch.stack([(asked & ~result.isfinite()).sum(), asked.sum()]))
-    assert isinstance(counts, Tensor)
-    missing, total = counts.view(-1, 2).sum(dim=0).tolist()
-    require_few_missing(missing, total, max_missing_share=max_missing_share, step=step)
-    return result
 
 
 class BaseModelTeacher(ScoringTeacher):

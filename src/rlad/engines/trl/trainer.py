@@ -2,12 +2,14 @@
 
 The teacher's log-probs join the rollouts, and our objective is the loss.
 
-Two of TRL's methods are overridden, `_generate_and_score_completions` and `_compute_loss`.
-Sampling, rewards, optimiser, several devices, vLLM, checkpoints and trackers are TRL's.
+Three of TRL's methods are overridden, `_generate_and_score_completions`, `_calculate_rewards` and
+`_compute_loss`. Sampling, rewards, optimiser, several devices, vLLM, checkpoints and trackers are
+TRL's.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,16 +17,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from rlad.engines.trl.advantages import advantages_from, logged_rewards
 from rlad.engines.trl.config import RLADConfig
-from rlad.engines.trl.metrics import WindowStats, over_processes
-from rlad.engines.trl.teacher import ProblemOf, as_teacher, ask_teacher, requests_for
+from rlad.engines.trl.metrics import StepStats, over_processes
+from rlad.engines.trl.sharded_teacher import ShardedTeacher
+from rlad.engines.trl.teacher import as_teacher
 from rlad.errors import RunFailedError, UserError
 from rlad.objectives import token_loss
+from rlad.objectives.advantages import group_advantages
 from rlad.objectives.aggregate import aggregate
 from rlad.objectives.inputs import LossInputs
 from rlad.objectives.masks import keep_finite
-from rlad.teachers.base import Teacher
+from rlad.tasks import Problem
+from rlad.teachers.asking import ask_twice, require_few_missing
+from rlad.teachers.base import Teacher, TeacherRequest
 
 SCORED = ("teacher_logprobs", "ref_per_token_logps", "old_per_token_logps")
 
@@ -45,7 +50,7 @@ class RLADTrainer(GRPOTrainer):
         *,
         teacher: Teacher | PreTrainedModel | str | None = None,
         args: RLADConfig,
-        problem_of: ProblemOf = lambda row: None,
+        problem_of: Callable[[dict[str, Any]], Problem | None] = lambda row: None,
         **settings: Any,
     ):
         """`teacher` may be a model's name or folder, a transformers model, or a `Teacher` that
@@ -55,39 +60,36 @@ class RLADTrainer(GRPOTrainer):
         shown; `settings` are those of `GRPOTrainer`. Raises `UserError` for what cannot be trained
         so.
         """
-        needs_teacher = args.objective_config.needs_teacher
-        if needs_teacher and teacher is None:
-            raise UserError(
-                f"objective {args.objective_config.type!r} needs a teacher; pass teacher=..., or "
-                "use 'grpo'."
-            )
+        objective = args.objective_config
         # With an adapter the reference is the base model, which is in memory already.
         is_whole = isinstance(model, PreTrainedModel) and settings.get("peft_config") is None
-        if args.beta and is_whole and not model.config.name_or_path:
-            raise UserError(
+        problem = ""
+        if objective.needs_teacher and teacher is None:
+            problem = (
+                f"objective {objective.type!r} needs a teacher; pass teacher=..., or use 'grpo'."
+            )
+        elif args.beta and is_whole and not model.config.name_or_path:
+            problem = (
                 f"beta = {args.beta} needs the initial student as the reference, which TRL loads "
                 "from where the student came from, and this one was made in memory; save it and "
                 "pass the folder, or set beta = 0."
             )
-        super().__init__(model=model, args=args, **settings)
-        # TRL itself finds these two out while it is made.
-        problem = ""
-        if self._is_vlm:
-            problem = "RLADTrainer trains on text alone; pass a tokenizer as processing_class."
-        elif self.aux_loss_enabled:
-            problem = (
-                "RLADTrainer has no place for a router's auxiliary loss; set router_aux_loss_coef "
-                "= 0."
-            )
         if problem:
             raise UserError(problem)
+        super().__init__(model=model, args=args, **settings)
+        # TRL itself finds these two out while it is made.
+        if self._is_vlm or self.aux_loss_enabled:
+            raise UserError(
+                "RLADTrainer trains on text alone, and has no place for a router's auxiliary loss; "
+                "pass a tokenizer as processing_class, and set router_aux_loss_coef = 0."
+            )
         self.teacher = None
-        if needs_teacher:
+        if objective.needs_teacher:
             self.teacher = as_teacher(
                 teacher, args, self._tokenizer, self.accelerator, student=self.model
             )
         self.problem_of = problem_of
-        self.windows = {mode: WindowStats(self.accelerator) for mode in ("train", "eval")}
+        self.windows = {"train": StepStats(), "eval": StepStats()}
 
     def _send_telemetry(self) -> None:
         """Send nothing."""
@@ -105,11 +107,9 @@ class RLADTrainer(GRPOTrainer):
         `counted` are the tokens that the denominator counts: all of the mask for which every score
         is finite.
         """
-        # TRL keeps the rewards in its log alone, which is cut to the size of one batch.
-        with logged_rewards(self._logs) as rewards:
-            batch = super()._generate_and_score_completions(inputs)
+        batch = super()._generate_and_score_completions(inputs)
         if self.args.advantages == "rlad":
-            self._replace_advantages(batch, rewards)
+            self._replace_advantages(batch)
         # A token counts if all that the loss needs is finite for it. A completion that contributes
         # nothing whatever the teacher says is not asked about: its tokens count, with no log-prob
         # of the teacher.
@@ -138,52 +138,78 @@ class RLADTrainer(GRPOTrainer):
         skippable = objective.zero_advantage_is_zero_gradient and not self.beta
         return (batch["advantages"] == 0) & skippable
 
-    def _ask_teacher(
-        self, batch: dict[str, Any], asked: Tensor, rows: Sequence[dict[str, Any]]
+    def _calculate_rewards(
+        self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
     ) -> Tensor:
-        assert self.teacher is not None
-        started = time.monotonic()
-        result = ask_teacher(
-            self.teacher,
-            requests_for(batch, asked, rows, self.problem_of),
-            asked,
-            self.accelerator,
-            max_missing_share=self.args.max_missing_teacher_share,
-            step=self.state.global_step + 1,
+        """Keep the rewards `[completion, function]` of all processes, of which TRL returns none."""
+        self._rewards = super()._calculate_rewards(
+            inputs, prompts, completions, completion_ids_list
         )
-        num_tokens = float(over_processes(self.accelerator, asked.sum()))
-        own = {
-            "time/teacher/seconds": time.monotonic() - started,
-            "teacher/tokens/count": num_tokens,
-        }
-        for key, value in (own | self.teacher.pop_metrics()).items():
-            self._metrics[self.mode][key].append(value)
-        return result
+        return self._rewards
 
-    def _replace_advantages(
-        self, batch: dict[str, Any], rewards: Mapping[str, Sequence[float]]
-    ) -> None:
+    def _replace_advantages(self, batch: dict[str, Any]) -> None:
         """Make the advantages as the native engine does; a completion that no reward function
         judged leaves the mask."""
+        each = self._rewards.cpu().double()
+        judged = each.isfinite().any(dim=1)
         training = self.mode == "train"
-        size = len(batch["advantages"])
-        first = size * self.accelerator.process_index
         # A group's rollouts may lie on several processes, so all advantages are made on each, and
         # each takes its own part.
-        advantages, judged = advantages_from(
-            rewards,
-            self.reward_func_names,
-            self.reward_weights,
-            num_rows=size * self.accelerator.num_processes,
-            group_size=self.num_generations if training else self.num_generations_eval,
-            scale=self.scale_rewards,
+        advantages = group_advantages(
+            (each * self.reward_weights.to(each)).nansum(dim=1),
+            self.num_generations if training else self.num_generations_eval,
+            scale="none" if self.scale_rewards == "none" else "std",
+            judged=judged,
         )
+        size = len(batch["advantages"])
+        first = size * self.accelerator.process_index
         batch["advantages"] = advantages[first : first + size].to(batch["advantages"])
         if self.args.objective_config.uses_reward:
             # TRL multiplies the tool mask into the completion mask everywhere, so it is the place
             # to leave out completions that were not judged.
             mask = batch.get("tool_mask", batch["completion_mask"])
             batch["tool_mask"] = mask * judged[first : first + size, None].to(mask)
+
+    def _ask_teacher(
+        self, batch: dict[str, Any], asked: Tensor, rows: Sequence[dict[str, Any]]
+    ) -> Tensor:
+        """Return the teacher's log-probs `[batch, token]`, NaN where there are none.
+
+        Raises `RunFailedError`, on every process, when too many of the tokens in `asked` have none,
+        also when asked for once more.
+        """
+        assert self.teacher is not None
+        started = time.monotonic()
+        most = self.args.max_missing_teacher_share
+        wanted = asked.any(dim=1).nonzero().flatten().tolist()
+        prompts, completions = (
+            [batch[f"{part}_ids"][i][batch[f"{part}_mask"][i].bool()].tolist() for i in wanted]
+            for part in ("prompt", "completion")
+        )
+        problems = [self.problem_of(rows[i]) for i in wanted]
+        requests = list(map(TeacherRequest, prompts, completions, problems))
+        if isinstance(self.teacher, ShardedTeacher):
+            # All processes ask it at the same time, and asking again would change nothing.
+            scores = self.teacher.logprobs(requests)
+        else:
+            scores = ask_twice(self.teacher, requests, max_missing_share=most)
+        dtype = scores[0].dtype if scores else torch.float32
+        result = torch.full(asked.shape, torch.nan, dtype=dtype)
+        for i, values in zip(wanted, scores, strict=True):
+            result[i, : len(values)] = values
+        result = result.to(asked.device)
+        # The share is of all processes together: each one alone could raise while the others wait
+        # for it.
+        missing, total = (
+            int(over_processes(self.accelerator, tokens.sum()))
+            for tokens in (asked & ~result.isfinite(), asked)
+        )
+        step = self.state.global_step + 1
+        require_few_missing(missing, total, max_missing_share=most, step=step)
+        own = {"time/teacher/seconds": time.monotonic() - started, "teacher/tokens/count": total}
+        for key, value in (own | self.teacher.pop_metrics()).items():
+            self._metrics[self.mode][key].append(float(value))
+        return result
 
     # --- loss -------------------------------------------------------------------------------------
 
@@ -242,14 +268,16 @@ class RLADTrainer(GRPOTrainer):
     ) -> None:
         """Add our metrics of each optimiser step to TRL's."""
         window = self.windows[self.mode]
-        sampled = inputs.get("sampling_per_token_logps")
         trained = batch.trained & ~self._is_idle(inputs)[:, None]
-        window.add(batch, trained, inputs["counted"], entropy, sampled, stats)
+        unknown = torch.full_like(batch.old_logprobs, torch.nan)
+        sampled = inputs.get("sampling_per_token_logps", unknown)
+        window.add(replace(batch, mask=trained), entropy, sampled, stats)
+        window.num_dropped += int((batch.mask & ~inputs["counted"]).sum())
         # One entry for each optimiser step: micro-batches are added up until the last one.
         if self.mode == "eval" or self.accelerator.sync_gradients:
-            for key, value in window.summary().items():
+            for key, value in window.over_processes().items():
                 self._metrics[self.mode][key].append(value)
-            self.windows[self.mode] = WindowStats(self.accelerator)
+            self.windows[self.mode] = StepStats()
 
 
 def _mask(batch: dict[str, Any]) -> Tensor:

@@ -70,32 +70,25 @@ def _translate(config: Any, model_output: Any, data: Any) -> LossInputs:
 
 
 def _require_meaning(config: Any, settings: Any, data: Any) -> None:
-    name = settings.loss_mode
+    """Raise `UserError` for the first thing that the objective needs otherwise."""
     needed = (*NEEDED, "ref_log_prob") if config.use_kl_loss else NEEDED
-    if missing := [field for field in needed if field not in data]:
-        raise UserError(
-            f"objective {name!r} needs {', '.join(missing)}, which verl's batch does not hold; "
-            "enable distillation."
-        )
+    temperature = torch.as_tensor(tensordict_utils.get_non_tensor_data(data, "temperature", 1.0))
+    # verl's teacher always scores at temperature 1; the objective is a complete loss of its own.
     must_be = (
+        *((f"verl's batch has {name}", name in data, True) for name in needed),
         ("distillation.distillation_loss.use_task_rewards", settings.use_task_rewards, False),
         ("distillation.distillation_loss.use_policy_gradient", settings.use_policy_gradient, False),
         ("distillation.distillation_loss.loss_max_clamp", settings.loss_max_clamp, None),
         ("actor_rollout_ref.actor.entropy_coeff", config.entropy_coeff, 0),
         ("actor_rollout_ref.actor.kl_loss_type", config.kl_loss_type, "low_var_kl"),
+        ("actor_rollout_ref.rollout.temperature", set(temperature.flatten().tolist()), {1.0}),
     )
-    for key, value, wanted in must_be:
+    for what, value, wanted in must_be:
         if value != wanted:
             raise UserError(
-                f"{key} is {value}; with objective {name!r}, a complete loss of its own, it must "
-                f"be {wanted}."
+                f"{what}: {value}; for objective {settings.loss_mode!r} of rlad it must be "
+                f"{wanted}."
             )
-    temperature = tensordict_utils.get_non_tensor_data(data, "temperature", 1.0)
-    if not torch.all(torch.as_tensor(temperature) == 1.0):
-        raise UserError(
-            f"actor_rollout_ref.rollout.temperature is {temperature}, but verl's teacher always "
-            "scores at 1; set it to 1."
-        )
 
 
 def _metrics(stats: dict[str, Tensor], mask: Tensor, data: Any) -> dict[str, Any]:
