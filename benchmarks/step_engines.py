@@ -25,7 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 from rlad.config.run import RunConfig
 from rlad.engines.native.loop import NativeEngine
 from rlad.engines.rollout_batch import RolloutBatch
-from rlad.rollouts import grading, sampling
+from rlad.rollouts import sampling
 from rlad.scoring.scorer import Scorer
 from rlad.teachers.local import LocalTeacher
 
@@ -136,17 +136,19 @@ def _keep_finished_rows(engine: NativeEngine) -> None:
 
 
 def _prefill_each_row(engine: NativeEngine) -> None:
+    sample = sampling.sample
+
     def one_by_one(
         model: Any, prompts: Any, *, group_size: int, after_group: Any, **options: Any
     ) -> None:
-        groups = sampling.sample(
+        groups = sample(
             model, [p for p in prompts for _ in range(group_size)], group_size=1, **options
         )
         rows = list(chain(*groups))
         for number in range(len(prompts)):
             after_group(number, rows[number * group_size : (number + 1) * group_size])
 
-    grading.sample = one_by_one
+    sampling.sample = one_by_one
 
 
 def _take_rows_as_they_come(engine: NativeEngine) -> None:

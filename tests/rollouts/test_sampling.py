@@ -4,7 +4,6 @@ against the distribution."""
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -20,7 +19,6 @@ from rlad.scoring.scorer import Scorer
 from rlad.scoring.tiles import LOGITS_PER_CHUNK
 from tiny_models import (
     EOS,
-    PAD,
     SECOND_EOS,
     VOCABULARY,
     LargestTensor,
@@ -228,26 +226,14 @@ def test_tokens_do_not_depend_on_dropping_finished_rows(
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("family", WITH_PLAIN_CACHE)
-def test_both_decoders_give_the_same_tokens(family: str, temperature: float) -> None:
+def test_both_decoders_give_the_same_tokens(
+    family: str, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_language_model(family, **WITH_PLAIN_CACHE[family], eos_token_ids=(EOS, SECOND_EOS))
-    ids, mask = sampling._left_padded(PROMPTS, PAD, torch.device("cpu"))
-    owners = torch.arange(len(PROMPTS)).repeat_interleave(3)
-    uniforms = torch.rand(len(owners), 16, generator=torch.Generator().manual_seed(3))
     results = []
-    for decode in (sampling._decode, sampling._generate):
-        groups = sampling._Groups(model, len(PROMPTS), 3, lambda number, completions: None)
-        with torch.inference_mode():
-            decode(
-                model,
-                ids,
-                mask,
-                owners,
-                uniforms,
-                temperature,
-                lambda: None,
-                partial(groups.add, 0),
-            )
-        results.append(chain(*groups.completions))
+    for is_plain in (True, False):
+        monkeypatch.setattr(sampling, "_cache_rows_can_be_dropped", lambda model, it=is_plain: it)
+        results.append(chain(*completions_of(model, group_size=3, temperature=temperature)))
     for ours, theirs in zip(*results, strict=True):
         assert (ours.token_ids, ours.is_truncated) == (theirs.token_ids, theirs.is_truncated)
         assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)

@@ -1,7 +1,8 @@
 """What the native engine knows of one batch of prompts between sampling and the last step on it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,6 +63,40 @@ class RolloutBatch:
         self.group_is_solved = solved.repeat_interleave(self.group_size)
         self.counted = self.judged
         self.trains = self.judged
+
+    def choose_what_trains(self, objective: Any, *, has_leash: bool, vocabulary: int) -> None:
+        """Leave out the rollouts of which the objective's loss knows nothing, and those of
+        advantage 0 that contribute exactly nothing to the gradient.
+
+        With a leash to the reference every token contributes. `vocabulary` is the student's size.
+        """
+        self.counted = {
+            "judged": self.judged,
+            "correct": self.is_correct,
+            "all": torch.ones_like(self.judged),
+        }[objective.counted_rollouts]
+        if objective.written_by == "teacher":
+            # A teacher whose vocabulary is padded further may write what the student cannot read.
+            known = [max(ids) < vocabulary for ids in self.completions]
+            self.counted = self.counted & torch.tensor(known)
+        self.trains = self.counted
+        if objective.zero_advantage_is_zero_gradient and not has_leash:
+            self.trains = self.counted & (self.advantages != 0)
+
+    def make_token_advantages(self, make: Callable[..., Tensor]) -> None:
+        """Fill `token_advantages` from the log-probs of old policy and teacher, by a function such
+        as `rlad.objectives.topd.topd_advantages`."""
+        assert self.old_logprobs and self.teacher_logprobs
+        tokens = [torch.ones(len(ids), dtype=torch.bool) for ids in self.completions]
+        advantages = make(
+            old_logprobs=pad_sequence(self.old_logprobs, batch_first=True),
+            teacher_logprobs=pad_sequence(self.teacher_logprobs, batch_first=True),
+            mask=pad_sequence(tokens, batch_first=True),
+            group_size=self.group_size,
+        )
+        self.token_advantages = [
+            row[: len(ids)] for row, ids in zip(advantages, self.completions, strict=True)
+        ]
 
     @property
     def training_rows(self) -> list[int]:

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from rlad.config.run import RolloutConfig
 from rlad.models.loading import LanguageModel
 from rlad.rollouts.prompts import check_prompt_length, prompt_token_ids
-from rlad.rollouts.sampling import sample
-from rlad.rollouts.types import Completion, Rollout, RolloutGroup
-from rlad.tasks import Split, Task
+from rlad.rollouts.sampling import own_sampler
+from rlad.rollouts.types import Completion, Rollout, RolloutGroup, Sampler
+from rlad.tasks import Problem, Split, Task
 from rlad.tasks.base import judge_completion, require_reward_in_range
 
 
@@ -43,59 +43,68 @@ def graded_groups(
     rollout: RolloutConfig,
     seed: int,
     problem_seed: int = 0,
-    writer: LanguageModel | None = None,
+    sampler: Sampler | None = None,
     before_work: Callable[[], None] = lambda: None,
     after_group: Callable[[int, RolloutGroup], None] = lambda number, group: None,
     timer: Timer | None = None,
 ) -> list[RolloutGroup]:
     """Sample `rollout.group_size` completions of each problem of a split, and grade them.
 
-    The student writes, or `writer`, which is prompted as the student is. `seed` is that of the
-    sampler, `problem_seed` that of the task. A group is graded when its last completion has ended,
-    and then given to `after_group` with its place in `indices`, while others are still written.
+    `sampler` writes, by default our own with the student. `seed` is that of the sampler,
+    `problem_seed` that of the task. A group is graded when its last completion has ended, and then
+    given to `after_group` with its place in `indices`, while others are still written.
     `before_work` is called before every token and before every completion is judged; it may raise.
     Raises `UserError` for a prompt that leaves no room for its completion.
     """
     timer = timer or Timer()
+    sampler = sampler or own_sampler(student, rollout)
     problems = [task.problem(split, i, seed=problem_seed) for i in indices]
     names = [f"{'training' if split == 'train' else split} problem {i}" for i in indices]
     groups: dict[int, RolloutGroup] = {}
 
-    def grade(number: int, completions: list[Completion]) -> None:
+    def grade_group(number: int, completions: list[Completion]) -> None:
+        problem = problems[number]
         with timer("rewards"):
-            texts = student.tokenizer.batch_decode(
-                [list(c.token_ids) for c in completions], skip_special_tokens=True
-            )
-            rollouts = []
-            for completion, text in zip(completions, texts, strict=True):
-                before_work()
-                judgement = judge_completion(
-                    task, problems[number], text, is_truncated=completion.is_truncated
-                )
-                require_reward_in_range(task, judgement, names[number])
-                grades = (str(judgement.verdict), judgement.reward, judgement.reason)
-                rollouts.append(Rollout(completion, text, *grades))
-            groups[number] = RolloutGroup(
-                indices[number], problems[number], tuple(prompts[number]), tuple(rollouts)
-            )
+            rollouts = _grade(task, problem, names[number], completions, student, before_work)
+            prompt = tuple(prompts[number])
+            groups[number] = RolloutGroup(indices[number], problem, prompt, rollouts)
         after_group(number, groups[number])
 
     with timer("generation"):
         prompts = [prompt_token_ids(student.tokenizer, p.asked, rollout) for p in problems]
         for name, prompt in zip(names, prompts, strict=True):
             check_prompt_length(len(prompt), name, rollout, student.context_tokens)
-        sample(
-            writer or student,
+        sampler(
             prompts,
             group_size=rollout.group_size,
             max_completion_tokens=rollout.max_completion_tokens,
             temperature=rollout.temperature,
             seed=seed,
-            max_batch_rows=rollout.max_batch_rows,
             before_token=before_work,
-            after_group=grade,
+            after_group=grade_group,
         )
     # A signal to all processes may have ended the verifier's own before a completion was judged:
     # then the run stops here, and what could not be judged is not recorded.
     before_work()
     return [groups[number] for number in range(len(groups))]
+
+
+def _grade(
+    task: Task,
+    problem: Problem,
+    name: str,
+    completions: Sequence[Completion],
+    student: LanguageModel,
+    before_work: Callable[[], None],
+) -> tuple[Rollout, ...]:
+    """Judge the completions of a problem, which messages call `name`."""
+    tokens = [list(completion.token_ids) for completion in completions]
+    texts = student.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    rollouts = []
+    for completion, text in zip(completions, texts, strict=True):
+        before_work()
+        judgement = judge_completion(task, problem, text, is_truncated=completion.is_truncated)
+        require_reward_in_range(task, judgement, name)
+        grade = (str(judgement.verdict), judgement.reward, judgement.reason)
+        rollouts.append(Rollout(completion, text, *grade))
+    return tuple(rollouts)

@@ -8,6 +8,7 @@ resumes exactly by giving the same seed.
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,10 +23,11 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from rlad.config.run import RolloutConfig
 from rlad.errors import UserError
 from rlad.models.loading import LanguageModel
 from rlad.rollouts.growing_cache import growing_cache
-from rlad.rollouts.types import Completion
+from rlad.rollouts.types import Completion, Sampler
 from rlad.scoring.tiles import tokens_per_chunk
 
 # Rows are compacted once this share of the batch has finished: copying the cache costs about one
@@ -71,6 +73,11 @@ def _pick(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor,
     ).log()
 
 
+def own_sampler(language_model: LanguageModel, rollout: RolloutConfig) -> Sampler:
+    """Return the sampler of this module with a model and the limits of a run."""
+    return partial(sample, language_model, max_batch_rows=rollout.max_batch_rows)
+
+
 def sample(
     language_model: LanguageModel,
     prompts: Sequence[Sequence[int]],
@@ -113,13 +120,15 @@ def sample(
             )
             decode(
                 language_model,
-                ids,
-                mask,
-                torch.tensor(owners, device=device) - owners[0],
-                uniforms[start : start + max_batch_rows],
-                temperature,
-                before_token,
-                partial(groups.add, start),
+                _Batch(
+                    ids,
+                    mask,
+                    torch.tensor(owners, device=device) - owners[0],
+                    uniforms[start : start + max_batch_rows],
+                    temperature,
+                    before_token,
+                    partial(groups.add, start),
+                ),
             )
     return groups.completions
 
@@ -180,6 +189,25 @@ def _cache_rows_can_be_dropped(model: PreTrainedModel) -> bool:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Rows that are decoded together. Row `i` continues prompt `owners[i]` with the random numbers
+    `uniforms[i]`."""
+
+    ids: Tensor
+    """of the prompts, padded on the left, `[prompt, token]`"""
+    mask: Tensor
+    owners: Tensor
+    uniforms: Tensor
+    temperature: float
+    before_token: Callable[[], None]
+    after_rows: Callable[[list[int], Tensor, Tensor], None]
+    """gets rows that have ended, and their tokens and log-probs `[row, token]`"""
+
+    def pick(self, rows: Tensor, step: int, logits: Tensor) -> tuple[Tensor, Tensor]:
+        return pick_tokens(logits, self.uniforms[rows, step], self.temperature)
+
+
 def _left_padded(
     prompts: Sequence[Sequence[int]], pad: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -189,43 +217,31 @@ def _left_padded(
     return ids, mask
 
 
-def _decode(
-    language_model: LanguageModel,
-    ids: Tensor,
-    mask: Tensor,
-    owners: Tensor,
-    uniforms: Tensor,
-    temperature: float,
-    before_token: Callable[[], None],
-    after_rows: Callable[[list[int], Tensor, Tensor], None],
-) -> None:
-    """Give `after_rows` the rows that end with a step, and their tokens and log-probs [row, token].
-
-    Each prompt is prefilled once; row `i` continues prompt `owners[i]`. Finished rows leave the
-    batch.
-    """
+def _decode(language_model: LanguageModel, batch: _Batch) -> None:
+    """Prefill each prompt once, then decode all rows together. Finished rows leave the batch."""
     model = language_model.model
-    eos = torch.tensor(language_model.eos_token_ids, device=ids.device)
-    num_rows, max_tokens = uniforms.shape
-    tokens_out = torch.full((num_rows, max_tokens), language_model.pad_token_id, device=ids.device)
-    logprobs_out = torch.zeros(num_rows, max_tokens, device=ids.device)
+    device = batch.ids.device
+    eos = torch.tensor(language_model.eos_token_ids, device=device)
+    num_rows, max_tokens = batch.uniforms.shape
+    tokens_out = torch.full((num_rows, max_tokens), language_model.pad_token_id, device=device)
+    logprobs_out = torch.zeros(num_rows, max_tokens, device=device)
     cache = growing_cache(model.config)
     forward = partial(model, past_key_values=cache, use_cache=True, logits_to_keep=1)
     # Each prompt goes through the model once. Then its keys and values are copied for all rows of
     # its group, and each row continues by itself.
-    before_token()
-    logits = forward(
-        input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0)
-    ).logits
-    cache.batch_select_indices(owners)
-    logits = logits[owners, -1]
-    mask = mask[owners]
+    batch.before_token()
+    positions = (batch.mask.cumsum(dim=1) - 1).clamp(min=0)
+    logits = forward(input_ids=batch.ids, attention_mask=batch.mask, position_ids=positions).logits[
+        batch.owners, -1
+    ]
+    cache.batch_select_indices(batch.owners)
+    mask = batch.mask[batch.owners]
     # Which output row each row of the batch belongs to, and whether it is still to be continued.
-    rows = torch.arange(num_rows, device=ids.device)
-    alive = torch.ones(num_rows, dtype=torch.bool, device=ids.device)
+    rows = torch.arange(num_rows, device=device)
+    alive = torch.ones(num_rows, dtype=torch.bool, device=device)
     num_alive = num_rows
     for step in range(max_tokens):
-        tokens, logprobs = pick_tokens(logits, uniforms[rows, step], temperature)
+        tokens, logprobs = batch.pick(rows, step, logits)
         # A row that has ended is decoded until it is dropped; what it writes then is not read.
         tokens_out[rows, step] = tokens
         logprobs_out[rows, step] = logprobs
@@ -235,7 +251,7 @@ def _decode(
         num_alive = int(alive.sum())
         if num_alive < num_before:
             ended = rows[ends]
-            after_rows(
+            batch.after_rows(
                 ended.tolist(), tokens_out[ended, : step + 1], logprobs_out[ended, : step + 1]
             )
         if num_alive == 0:
@@ -249,7 +265,7 @@ def _decode(
             tokens = tokens[kept]
             mask = mask[kept]
             alive = alive[kept]
-        before_token()
+        batch.before_token()
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         positions = mask.sum(dim=1, keepdim=True) - 1
         logits = forward(
@@ -261,31 +277,19 @@ class _PickTokens(LogitsProcessor):
     """Makes `generate` take exactly the token of `pick_tokens`, whatever its own choice would
     be."""
 
-    def __init__(self, uniforms: Tensor, temperature: float, before_token: Callable[[], None]):
-        self.uniforms = uniforms
-        self.temperature = temperature
-        self.before_token = before_token
+    def __init__(self, batch: _Batch, rows: Tensor):
+        self.batch = batch
+        self.rows = rows
         self.logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.before_token()
-        tokens, logprobs = pick_tokens(
-            scores, self.uniforms[:, len(self.logprobs)], self.temperature
-        )
+        self.batch.before_token()
+        tokens, logprobs = self.batch.pick(self.rows, len(self.logprobs), scores)
         self.logprobs.append(logprobs)
         return torch.full_like(scores, float("-inf")).scatter_(1, tokens[:, None], 0.0)
 
 
-def _generate(
-    language_model: LanguageModel,
-    ids: Tensor,
-    mask: Tensor,
-    owners: Tensor,
-    uniforms: Tensor,
-    temperature: float,
-    before_token: Callable[[], None],
-    after_rows: Callable[[list[int], Tensor, Tensor], None],
-) -> None:
+def _generate(language_model: LanguageModel, batch: _Batch) -> None:
     """The same through transformers' `generate`, for models whose cache is not plain keys and
     values.
 
@@ -294,7 +298,7 @@ def _generate(
     """
     model: Any = language_model.model
     settings = GenerationConfig(
-        max_new_tokens=uniforms.shape[1],
+        max_new_tokens=batch.uniforms.shape[1],
         do_sample=False,
         eos_token_id=list(language_model.eos_token_ids),
         pad_token_id=language_model.pad_token_id,
@@ -305,12 +309,12 @@ def _generate(
     own = model.generation_config
     model.generation_config = GenerationConfig()
     # One call for each length of prompt; its rows need no padding then.
-    lengths = mask.sum(dim=1)[owners]
+    lengths = batch.mask.sum(dim=1)[batch.owners]
     try:
         for length in lengths.unique().tolist():
             rows = (lengths == length).nonzero().squeeze(1)
-            prompts = ids[owners[rows], -length:]
-            picker = _PickTokens(uniforms[rows], temperature, before_token)
+            prompts = batch.ids[batch.owners[rows], -length:]
+            picker = _PickTokens(batch, rows)
             tokens = model.generate(
                 input_ids=prompts,
                 attention_mask=torch.ones_like(prompts),
@@ -318,7 +322,7 @@ def _generate(
                 logits_processor=LogitsProcessorList([picker]),
             )
             logprobs = torch.stack(picker.logprobs, dim=1)
-            after_rows(rows.tolist(), tokens[:, length:], logprobs)
+            batch.after_rows(rows.tolist(), tokens[:, length:], logprobs)
     finally:
         model.generation_config = own
 

@@ -2,8 +2,9 @@
 directory stores."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from rlad.tasks import Problem
 
@@ -19,6 +20,27 @@ class Completion:
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     is_truncated: bool
+
+
+class Sampler(Protocol):
+    """Writes completions of prompts under one model: our own decoder (`rlad.rollouts.sampling`)."""
+
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        group_size: int,
+        max_completion_tokens: int,
+        temperature: float,
+        seed: int,
+        before_token: Callable[[], None],
+        after_group: Callable[[int, list[Completion]], None],
+    ) -> list[list[Completion]]:
+        """Sample `group_size` completions of each prompt (token ids).
+
+        `rlad.rollouts.sampling.sample` documents the arguments.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)

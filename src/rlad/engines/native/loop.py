@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import get_scheduler
 
 from rlad.config.run import RunConfig
@@ -32,6 +31,7 @@ from rlad.models.loading import LanguageModel, save_model
 from rlad.objectives import OBJECTIVES, taken_by
 from rlad.objectives.advantages import group_advantages
 from rlad.rollouts.grading import Timer, graded_groups
+from rlad.rollouts.sampling import own_sampler
 from rlad.rollouts.types import Metrics, RolloutGroup
 from rlad.scoring.scorer import Scorer
 from rlad.seeds import stream_seed
@@ -263,7 +263,8 @@ class NativeEngine:
             with timer("old_logprobs"):
                 batch.old_logprobs = self._scores(batch, self.scorer)
         if make_token_advantages:
-            batch.token_advantages = self._token_advantages(batch, make_token_advantages)
+            knobs = taken_by(make_token_advantages, objective.knobs_at(self.step))
+            batch.make_token_advantages(partial(make_token_advantages, **knobs))
 
     def sample_groups(
         self,
@@ -276,6 +277,7 @@ class NativeEngine:
         size = self.config.rollout.prompts_per_batch
         by_teacher = self.objective_at(index).written_by == "teacher"
         stream = "teacher rollouts" if by_teacher else "rollouts"
+        writer = self.local_teacher.language_model if by_teacher else self.student
         with self.local_teacher.at_work() if by_teacher else nullcontext():
             return graded_groups(
                 self.student,
@@ -285,7 +287,7 @@ class NativeEngine:
                 rollout=self.config.rollout,
                 seed=stream_seed(self.config.seed, stream, index),
                 problem_seed=self.config.seed,
-                writer=self.local_teacher.language_model if by_teacher else self.student,
+                sampler=own_sampler(writer, self.config.rollout),
                 before_work=self.before_work,
                 after_group=after_group,
                 timer=timer,
@@ -305,21 +307,12 @@ class NativeEngine:
         return batch
 
     def choose_what_trains(self, batch: RolloutBatch) -> None:
-        """Leave out rollouts of which the objective's loss knows nothing, and those of advantage 0
-        that contribute exactly nothing to the gradient."""
-        objective = self.objective_at(batch.index)
-        batch.counted = {
-            "judged": batch.judged,
-            "correct": batch.is_correct,
-            "all": torch.ones_like(batch.judged),
-        }[objective.counted_rollouts]
-        if objective.written_by == "teacher":
-            # A teacher whose vocabulary is padded further may write what the student cannot read.
-            known = [max(ids) < self.student.vocabulary for ids in batch.completions]
-            batch.counted = batch.counted & torch.tensor(known)
-        batch.trains = batch.counted
-        if objective.zero_advantage_is_zero_gradient and not self.config.optimization.kl_coef:
-            batch.trains = batch.counted & (batch.advantages != 0)
+        """Leave out the rollouts that cannot contribute to the gradient of their objective."""
+        batch.choose_what_trains(
+            self.objective_at(batch.index),
+            has_leash=bool(self.config.optimization.kl_coef),
+            vocabulary=self.student.vocabulary,
+        )
 
     def _scores(self, batch: RolloutBatch, scorer: Scorer) -> list[Tensor]:
         return batch.by_rollout(scorer.score(*batch.sequences(batch.training_rows)))
@@ -335,19 +328,6 @@ class NativeEngine:
             step=self.step + 1,
             answers=None if ahead is None else ahead.wait(),
         )
-
-    def _token_advantages(self, batch: RolloutBatch, make: Callable[..., Tensor]) -> list[Tensor]:
-        assert batch.old_logprobs and batch.teacher_logprobs
-        knobs = self.objective_at(batch.index).knobs_at(self.step)
-        tokens = [torch.ones(len(ids), dtype=torch.bool) for ids in batch.completions]
-        advantages = make(
-            old_logprobs=pad_sequence(batch.old_logprobs, batch_first=True),
-            teacher_logprobs=pad_sequence(batch.teacher_logprobs, batch_first=True),
-            mask=pad_sequence(tokens, batch_first=True),
-            group_size=batch.group_size,
-            **taken_by(make, knobs),
-        )
-        return [row[: len(ids)] for row, ids in zip(advantages, batch.completions, strict=True)]
 
     # --- update -----------------------------------------------------------------------------------
 
