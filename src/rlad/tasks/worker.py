@@ -10,7 +10,6 @@ import os
 import resource
 import threading
 from collections.abc import Callable
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,20 +58,17 @@ class Worker:
         """Call `function(*args)` in the process; `CallFailed` when it raises, dies, takes too long
         or too much memory."""
         with self._lock:
-            try:
-                is_value, result = self._call(args)
-            except BrokenProcessPool:
-                # A process that died between two calls breaks the pool, which shows only now: once
-                # more, with a new pool.
-                try:
-                    is_value, result = self._call(args)
-                except BrokenProcessPool as error:
-                    raise CallFailed("the process of the verifier does not start") from error
+            # A process that died between two calls breaks the pool, which shows only now: once
+            # more, with a new pool.
+            result = self._call(args) or self._call(args)
+        is_value, value = result or (False, "the process of the verifier does not start")
         if not is_value:
-            raise CallFailed(result)
-        return result
+            raise CallFailed(value)
+        return value
 
-    def _call(self, args: tuple[Any, ...]) -> tuple[bool, Any]:
+    def _call(self, args: tuple[Any, ...]) -> tuple[bool, Any] | None:
+        """Return (True, the value), or (False, why there is none); None where the pool is
+        broken."""
         from pebble import ProcessExpired
 
         # pebble counts the limit from when the call has begun, and ends the process after it. Our
@@ -82,18 +78,17 @@ class Worker:
             pool = self._pool or self._start()
             future = pool.schedule(_call_guarded, (self._function, args), timeout=limit)
             return future.result(timeout=limit + _STARTUP_SECONDS)
-        except TimeoutError as error:
+        except TimeoutError:
             if not future.done():  # hung before the call began, where pebble does not count
                 self._stop()
-            raise CallFailed(f"no result within {limit:g} seconds") from error
+            return False, f"no result within {limit:g} seconds"
         except ProcessExpired as error:
-            reason = f"the process died with exit code {error.exitcode}"
             if error.exitcode == _OUT_OF_MEMORY:
-                reason = f"it needs more than {self._max_memory_gib:g} GiB of memory"
-            raise CallFailed(reason) from error
-        except RuntimeError as error:  # of a broken pool, which is one too
+                return False, f"it needs more than {self._max_memory_gib:g} GiB of memory"
+            return False, f"the process died with exit code {error.exitcode}"
+        except RuntimeError:  # of a broken pool
             self._stop()
-            raise BrokenProcessPool from error
+            return None
 
     def _start(self) -> "ProcessPool":
         from pebble import ProcessPool
