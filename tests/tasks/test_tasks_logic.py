@@ -375,17 +375,13 @@ def test_megabytes_take_less_than_a_second(unit):
     assert time.process_time() - started < 1
 
 
-def test_an_unknown_split_is_refused():
-    with pytest.raises(ValueError, match="use one of train, validation, test"):
-        KnightsAndKnaves([2]).problem("dev", 0)  # pyright: ignore[reportArgumentType]
-
-
 def test_prompt_says_the_rules_only_when_asked():
     puzzle = HAND_WORKED[0][0]
-    bare = prompt_text(puzzle, ["Ada", "Ben"], instructions=False)
-    assert bare == (
+    assert prompt_text(puzzle, ["Ada", "Ben"]) == (
         "You meet Ada and Ben. Ada says that Ben is a knave. Ben says that Ada is a knight and Ben "
         "is a knight. Who is a knight and who is a knave?\n"
     )
-    assert prompt_text(puzzle, ["Ada", "Ben"], instructions=True).endswith(bare)
+    asked = KnightsAndKnaves([2]).problem("train", 0).prompt
+    bare = KnightsAndKnaves([2], instructions=False).problem("train", 0).prompt
+    assert asked.startswith("On an island every person is") and asked.endswith(bare)
     assert KnightsAndKnaves([2]).num_problems("train") is None

@@ -12,14 +12,15 @@ dependency and splits by *structure* (`structure_key`).
 
 import hashlib
 import itertools
+import operator
 import random
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from rlad.tasks.answers import marked_answer
-from rlad.tasks.base import UNIT_RANGE, Judgement, Problem, Split, check_split, judged, split_of
+from rlad.tasks.base import SPLITS, UNIT_RANGE, Judgement, Problem, Split, judged, split_of
 
 NAMES = (
     "Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hana", "Ivy", "Jack", "Kim", "Leo",
@@ -42,6 +43,15 @@ class Claim:
         return world[self.person] == self.is_knight
 
 
+JOINED: dict[Connective, tuple[str, Callable[[bool, bool], bool]]] = {
+    "and": ("{} and {}", operator.and_),
+    "or": ("{} or {}", operator.or_),
+    "if": ("if {} then {}", operator.le),
+    "iff": ("{} if and only if {}", operator.eq),
+}
+"""What each connective of two claims is in English, and when it holds."""
+
+
 @dataclass(frozen=True, slots=True)
 class Statement:
     """A claim (`is`) or two claims joined by a connective."""
@@ -50,18 +60,8 @@ class Statement:
     claims: tuple[Claim, ...]
 
     def holds(self, world: World) -> bool:
-        first, *rest = (claim.holds(world) for claim in self.claims)
-        match self.connective:
-            case "is":
-                return first
-            case "and":
-                return first and rest[0]
-            case "or":
-                return first or rest[0]
-            case "if":
-                return not first or rest[0]
-            case "iff":
-                return first == rest[0]
+        truths = [claim.holds(world) for claim in self.claims]
+        return truths[0] if self.connective == "is" else JOINED[self.connective][1](*truths)
 
 
 Puzzle = tuple[Statement, ...]  # statement i is made by person i
@@ -80,7 +80,7 @@ def random_puzzle(num_people: int, rng: random.Random) -> Puzzle:
         return Claim(person, rng.random() < 0.5)
 
     def statement(speaker: int) -> Statement:
-        connective = rng.choice(("is", "and", "or", "if", "iff"))
+        connective: Connective = rng.choice(("is", *JOINED))
         if connective == "is":
             others = [p for p in range(num_people) if p != speaker]
             return Statement("is", (claim(rng.choice(others)),))
@@ -132,15 +132,9 @@ def structure_key(puzzle: Puzzle) -> str:
 def statement_text(statement: Statement, names: Sequence[str]) -> str:
     """Write the statement in English, for example `if Ada is a knave then Ben is a knight`."""
     parts = [f"{names[c.person]} is a {ROLES[c.is_knight]}" for c in statement.claims]
-    match statement.connective:
-        case "is":
-            return parts[0]
-        case "if":
-            return f"if {parts[0]} then {parts[1]}"
-        case "iff":
-            return f"{parts[0]} if and only if {parts[1]}"
-        case _:
-            return f"{parts[0]} {statement.connective} {parts[1]}"
+    return (
+        parts[0] if statement.connective == "is" else JOINED[statement.connective][0].format(*parts)
+    )
 
 
 def answer_text(world: World, names: Sequence[str]) -> str:
@@ -148,31 +142,32 @@ def answer_text(world: World, names: Sequence[str]) -> str:
     return ", ".join(f"{name} is a {ROLES[role]}" for name, role in zip(names, world, strict=True))
 
 
-def prompt_text(puzzle: Puzzle, names: Sequence[str], *, instructions: bool) -> str:
-    """Write the puzzle in English, after the rules and the wanted answer format with
-    `instructions`."""
+def prompt_text(puzzle: Puzzle, names: Sequence[str]) -> str:
+    """Write the puzzle in English."""
     people = ", ".join(names[:-1]) + f" and {names[-1]}"
     said = " ".join(
         f"{n} says that {statement_text(s, names)}." for n, s in zip(names, puzzle, strict=True)
     )
-    question = f"You meet {people}. {said} Who is a knight and who is a knave?\n"
-    return _INSTRUCTIONS + question if instructions else question
+    return f"You meet {people}. {said} Who is a knight and who is a knave?\n"
 
 
 _RULES = (
     "On an island every person is either a knight, who only says true things, or a knave, who only "
     "says false things. "
 )
-_INSTRUCTIONS = (
-    f"{_RULES}Reason step by step, then write a last line that begins with 'Answer:' and names the "
-    "role of every person, for example 'Answer: Ada is a knight, Ben is a knave.'\n"
-)
+_INSTRUCTIONS = {
+    "exact": (
+        f"{_RULES}Reason step by step, then write a last line that begins with 'Answer:' and names "
+        "the role of every person, for example 'Answer: Ada is a knight, Ben is a knave.'\n"
+    ),
+    "logic_rl": (
+        f"{_RULES}First think about the puzzle between <think> and </think>, then name the role of "
+        "every person between <answer> and </answer>, for example '<think> your reasoning "
+        "</think><answer> Ada is a knight, Ben is a knave </answer>'.\n"
+    ),
+}
+"""before a puzzle, by reward"""
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-_TAGGED_INSTRUCTIONS = (
-    f"{_RULES}First think about the puzzle between <think> and </think>, then name the role of "
-    "every person between <answer> and </answer>, for example '<think> your reasoning "
-    "</think><answer> Ada is a knight, Ben is a knave </answer>'.\n"
-)
 _ROLE_OF = re.compile(r"\b(\w+) is an? (knight|knave)\b")
 _MARKDOWN = str.maketrans("", "", "*_`#")
 
@@ -195,9 +190,8 @@ class KnightsAndKnaves:
     """The puzzles of `num_people` people (2 to 8; several sizes take turns), split by structure.
 
     A completion is correct when its answer gives every person of the puzzle the right role and
-    names nobody else. With `instructions` the prompt begins with the rules and the wanted format;
-    without `vary_names` the people are always called Ada, Ben, Cleo and so on. `reward="exact"` is
-    1 or 0; `reward="logic_rl"` is the rule of Logic-RL (arXiv 2502.14768), see `logic_rl_reward`.
+    names nobody else. `reward="logic_rl"` is the rule of Logic-RL (arXiv 2502.14768), see
+    `logic_rl_reward`. Its settings are those of `KnightsAndKnavesConfig`.
     """
 
     name = "knights_and_knaves"
@@ -210,13 +204,13 @@ class KnightsAndKnaves:
         reward: Literal["exact", "logic_rl"] = "exact",
     ) -> None:
         self._sizes = tuple(num_people)
-        self._instructions = instructions
+        self._instructions = _INSTRUCTIONS[reward] if instructions else ""
         self._vary_names = vary_names
         self._reward = reward
         self.reward_range = UNIT_RANGE if reward == "exact" else (-3.0, 3.0)
 
     def problem(self, split: Split, index: int, *, seed: int = 0) -> Problem:
-        check_split(split)
+        assert split in SPLITS, "draws would never end"
         rng = random.Random(f"{seed}/{split}/{index}")
         size = self._sizes[index % len(self._sizes)]
         # The structure decides the split, so a draw that falls into another split is thrown away.
@@ -227,10 +221,8 @@ class KnightsAndKnaves:
                 break
         names = rng.sample(NAMES, size) if self._vary_names else list(NAMES[:size])
         (world,) = solutions(puzzle)
-        is_tagged = self._instructions and self._reward == "logic_rl"
-        prompt = prompt_text(puzzle, names, instructions=self._instructions and not is_tagged)
         return Problem(
-            prompt=_TAGGED_INSTRUCTIONS + prompt if is_tagged else prompt,
+            prompt=self._instructions + prompt_text(puzzle, names),
             answer=answer_text(world, names),
             key=key,
             difficulty=f"{size} people",
@@ -243,10 +235,10 @@ class KnightsAndKnaves:
     def judge(self, problem: Problem, completion: str) -> Judgement:
         people = zip(problem.metadata["names"], problem.metadata["world"], strict=True)
         wanted = {name.lower(): is_knight for name, is_knight in people}
-        judgement = judged(parse_answer(completion) == wanted)
+        is_correct = parse_answer(completion) == wanted
         if self._reward == "logic_rl":
-            return Judgement(judgement.verdict, logic_rl_reward(completion, wanted))
-        return judgement
+            return replace(judged(is_correct), reward=logic_rl_reward(completion, wanted))
+        return judged(is_correct)
 
     def close(self) -> None:
         pass
