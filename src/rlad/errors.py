@@ -9,7 +9,6 @@ EXIT_FAILURE = 1
 EXIT_USER_MISTAKE = 2
 EXIT_SIGNAL = 128
 
-
 BUG_REPORT = (
     "This is a bug in rlad, or in a library; please report it with the text above to the project's "
     "issue tracker."
@@ -34,6 +33,16 @@ class UserError(RladError, ValueError):
 class RunFailedError(RladError):
     """A run cannot continue, through no mistake in what the user wrote: a full disk, numbers that
     are not finite."""
+
+
+def require_package(module: str, extra: str, what: str) -> None:
+    """Raise `UserError` unless `module` is installed, which `rlad[extra]` installs; `what` needs
+    it."""
+    if importlib.util.find_spec(module) is None:
+        raise UserError(
+            f"{what} needs the package {module}, which is not installed: pip install "
+            f'"rlad[{extra}]".'
+        )
 
 
 def out_of_memory(error: Exception) -> RunFailedError | None:

@@ -1,9 +1,7 @@
 import math
 from collections import Counter
 
-import pytest
-
-from rlad.tasks.base import SPLITS, Verdict, cannot_judge, check_split, judged, split_of, text_key
+from rlad.tasks.base import Verdict, cannot_judge, judged, split_of, text_key
 
 
 def test_splits_are_80_10_10():
@@ -36,10 +34,3 @@ def test_verdicts_and_their_rewards():
         and math.isnan(unknown.reward)
         and unknown.reason == "timed out"
     )
-
-
-def test_check_split():
-    for split in SPLITS:
-        check_split(split)
-    with pytest.raises(ValueError, match="no split 'valid'; use one of train, validation, test"):
-        check_split("valid")

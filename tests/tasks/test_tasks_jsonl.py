@@ -143,7 +143,7 @@ GOOD = '{"prompt": "p", "answer": "a"}'
     [
         (
             [GOOD, "{prompt: 1}"],
-            r"data.jsonl, line 2: not JSON \(Expecting property name.*\); write one JSON object",
+            r"data.jsonl, line 2 cannot be read \(Expecting property name.*\); give the path",
         ),
         (
             [GOOD, "", '["p", "a"]'],
@@ -167,38 +167,38 @@ GOOD = '{"prompt": "p", "answer": "a"}'
         (['{"prompt": "p", "answer": null}'], "line 1: the field 'answer' is null; give a string"),
         (
             ['{"prompt": [], "answer": 1}'],
-            "line 1: the field 'prompt' has messages of nobody; put the system's, if there is one",
+            "line 1: the field 'prompt': it has messages of nobody; put the system's, if there",
         ),
         (
             [
                 '{"prompt": [{"role": "user", "content": "q"}, '
                 '{"role": "assistant", "content": "a"}], "answer": 1}'
             ],
-            "line 1: the field 'prompt' has messages of user, assistant; put .* the user's last",
+            "line 1: the field 'prompt': it has messages of user, assistant; put .* user's last",
         ),
         (
             [
                 '{"prompt": [{"role": "user", "content": "q"}, '
                 '{"role": "system", "content": "s"}], "answer": 1}'
             ],
-            "line 1: the field 'prompt' has messages of user, system; put the system's, .* first",
+            "line 1: the field 'prompt': it has messages of user, system; put .* first and",
         ),
         (
             ['{"prompt": [{"role": "tool", "content": "q"}], "answer": 1}'],
-            r'the field \'prompt\', message 1, is {"role": "tool", "content": "q"}; write {"role"',
+            r'the field \'prompt\': message 1 is {"role": "tool", "content": "q"}; write {"role"',
         ),
         (
             ['{"prompt": [{"role": "user", "content": " "}], "answer": 1}'],
-            "message 1, is .* and a text that is not empty",
+            "message 1 is .* and a text that is not empty",
         ),
         (
             ['{"prompt": [{"role": "user", "content": ["q"]}], "answer": 1}'],
-            "message 1, is .* and a text that is not empty",
+            "message 1 is .* and a text that is not empty",
         ),
-        (['{"prompt": ["q"], "answer": 1}'], 'message 1, is "q"; write'),
+        (['{"prompt": ["q"], "answer": 1}'], 'message 1 is "q"; write'),
         (
             ['{"prompt": [{"role": "user", "content": "\\ud800"}], "answer": 1}'],
-            "message 1, has half of a surrogate pair",
+            "line 1: has half of a surrogate pair",
         ),
         (
             ['{"prompt": "p", "answer": ["a"]}'],
@@ -206,15 +206,14 @@ GOOD = '{"prompt": "p", "answer": "a"}'
         ),
         (
             ['{"prompt": "\\ud800", "answer": "a"}'],
-            "line 1: the field 'prompt' has half of a surrogate pair",
+            "line 1: has half of a surrogate pair",
         ),
-        (["[" * 100_000], "line 1: not JSON"),
-        ([], "data.jsonl: there is no problem in it; write at least one"),
-        ([" ", ""], "data.jsonl: there is no problem in it"),
+        (["[" * 100_000], "line 1 cannot be read"),
+        ([], "data.jsonl: none of its problems is for the split train; give more problems"),
+        ([" ", ""], "data.jsonl: none of its problems is for the split train"),
         (
             [GOOD],
-            "data.jsonl: none of its 1 problems falls into the split validation; give more "
-            "problems",
+            "data.jsonl: none of its problems is for the split validation; give more problems",
         ),
     ],
 )
@@ -224,22 +223,22 @@ def test_bad_lines_are_named(write, lines, message):
 
 
 def test_other_bad_input_is_refused(write, tmp_path):
-    with pytest.raises(ValueError, match=r"gone.jsonl: there is no such file; give the path"):
+    with pytest.raises(
+        ValueError, match=r"gone.jsonl cannot be read \(.*No such file.*\); give the path"
+    ):
         JsonlTask(str(tmp_path / "gone.jsonl"))
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "né", "answer": "a"}'.encode("latin-1"))
-    with pytest.raises(ValueError, match=r"latin.jsonl, line 1: not JSON \('utf-8' codec"):
+    with pytest.raises(ValueError, match=r"latin.jsonl, line 1 cannot be read \('utf-8' codec"):
         JsonlTask(str(tmp_path / "latin.jsonl"))
     with pytest.raises(ValueError, match="unknown verifier 'exakt'"):
         JsonlTask(write(questions(50)), verifier="exakt")
-    with pytest.raises(ValueError, match="use one of train, validation, test"):
-        JsonlTask(write(questions(50))).problem("dev", 0)
 
 
 def test_other_paths_need_the_package_datasets(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(
         ValueError,
-        match=r'data.json: a path that does not end in .jsonl .* pip install "rlad\[datasets\]"',
+        match=r'data.json: a path that does not end in .jsonl .*: pip install "rlad\[datasets\]"',
     ):
         JsonlTask("data.json")
 
@@ -256,9 +255,9 @@ def test_hugging_face_folders(tmp_path):
     task = JsonlTask(folder, test_path=folder)
     assert task.num_problems("test") == 7
     assert sum(task.num_problems(split) for split in SPLITS) == 57
-    with pytest.raises(ValueError, match="it has no split 'validation', only train, test"):
+    with pytest.raises(ValueError, match="datasets cannot load its split validation"):
         JsonlTask(folder, validation_path=folder)
-    with pytest.raises(ValueError, match="datasets cannot load it"):
+    with pytest.raises(ValueError, match="datasets cannot load its split train"):
         JsonlTask(str(tmp_path))
     with pytest.raises(ValueError, match=r"plain, row 1: has no field 'question'"):
         JsonlTask(str(tmp_path / "plain"), prompt_field="question")

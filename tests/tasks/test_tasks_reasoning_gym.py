@@ -206,11 +206,15 @@ def test_keys_are_the_normalised_question_and_instructions_can_be_left_out():
         (
             "chain_sum",
             {"min_terms": 9, "max_terms": 3},
-            "gives no problems .AssertionError: max_terms must be >= min_terms.; choose other "
+            "gives no train problem .AssertionError: max_terms must be >= min_terms.; choose other "
             "options",
         ),
-        ("chain_sum", {"min_terms": "x"}, "gives no problems .TypeError"),
-        ("knights_knaves", {"n_people": 2, "depth_constraint": 1}, "gives no problems .IndexError"),
+        ("chain_sum", {"min_terms": "x"}, "gives no train problem .TypeError"),
+        (
+            "knights_knaves",
+            {"n_people": 2, "depth_constraint": 1},
+            "gives no train problem .IndexError",
+        ),
     ],
 )
 def test_wrong_names_and_options_are_refused(dataset, options, message):
@@ -228,7 +232,7 @@ def test_data_sets_with_too_few_problems_are_refused():
     (missing,) = set(SPLITS) - empty
     with pytest.raises(
         ValueError,
-        match=f"gave no {missing} problem in 1000 draws: it has too few different ones; choose",
+        match=f"gives no {missing} problem .it has too few different ones.; choose",
     ):
         task.problem(missing, 0)
 
@@ -243,5 +247,5 @@ def test_data_sets_that_depend_on_the_hash_seed_need_a_fixed_one(monkeypatch):
 
 def test_missing_package_is_said_at_once(monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(ValueError, match=r'pip install "rlad\[reasoning-gym\]" .*C compiler'):
+    with pytest.raises(ValueError, match=r'pip install "rlad\[reasoning-gym\]"'):
         arithmetic()

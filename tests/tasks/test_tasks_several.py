@@ -102,7 +102,7 @@ def test_one_task_whose_verifier_cannot_judge_is_found_among_others(several):
 
 
 def test_mistakes_of_one_task_name_it():
-    with pytest.raises(ValueError, match=r"^task 'sums': no\.jsonl: there is no such file"):
+    with pytest.raises(ValueError, match=r"^task 'sums': no\.jsonl cannot be read"):
         make_task("several", tasks={"logic": LOGIC, "sums": {"type": "jsonl", "path": "no.jsonl"}})
 
 

@@ -4,17 +4,12 @@ import subprocess
 import sys
 from typing import Any
 
-import pytest
-
 from rlad.tasks import SPLITS, TASKS, make_task
 
 
 def test_the_table_names_every_task():
     names = "knights_and_knaves arithmetic countdown reasoning_gym jsonl gsm8k aime2025 several"
     assert list(TASKS) == names.split()
-    for row in TASKS.values():
-        assert callable(row.constructor)
-        assert row.summary.endswith(".") and row.extra in ("", "reasoning-gym", "benchmarks")
 
 
 def test_importing_tasks_imports_nothing_heavy():
@@ -47,6 +42,7 @@ def test_make_task_passes_the_options_on():
 def test_every_task_keeps_the_contract(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": f"{i}?", "answer": i}) for i in range(60)))
+    names = TASKS.keys() - {"gsm8k", "aime2025"}  # which have no training problems
     options: dict[str, Any] = {"jsonl": {"path": str(path)}, "reasoning_gym": {"dataset": "gcd"}}
     options["several"] = {
         "tasks": {
@@ -54,11 +50,9 @@ def test_every_task_keeps_the_contract(tmp_path):
             "file": {"type": "jsonl", **options["jsonl"]},
         }
     }
-    for name, row in TASKS.items():
-        if row.extra == "benchmarks":  # has no training problems
-            continue
-        if row.extra and importlib.util.find_spec(row.extra.replace("-", "_")) is None:
-            continue
+    if importlib.util.find_spec("reasoning_gym") is None:
+        names -= {"arithmetic", "countdown", "reasoning_gym"}
+    for name in names:
         task = make_task(name, **options.get(name, {}))
         for split in SPLITS:
             problem = task.problem(split, 3, seed=1)
@@ -70,22 +64,3 @@ def test_every_task_keeps_the_contract(tmp_path):
             num = task.num_problems(split)
             assert num is None or num > 0
         task.close()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            {"type": "knights_and_knives"},
-            "there is no task 'knights_and_knives'; did you mean 'knights_and_knaves'?",
-        ),
-        (
-            {"type": "."},
-            "there is no task '.'; use one of knights_and_knaves, arithmetic, countdown, "
-            "reasoning_gym, jsonl",
-        ),
-    ],
-)
-def test_mistakes_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        make_task(**arguments)

@@ -198,7 +198,7 @@ def test_user_functions_see_the_end_of_long_completions(user_verifier):
         ),
         (
             "exakt",
-            "unknown verifier 'exakt'; use 'exact', 'number', 'math' or .* Did you mean 'exact'?",
+            "unknown verifier 'exakt'; use 'exact', 'number', 'math' or .*; did you mean 'exact'?",
         ),
         ("", "unknown verifier ''; use"),
     ],

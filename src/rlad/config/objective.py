@@ -22,7 +22,7 @@ class ObjectiveSection(Section):
     """The base of all objectives. Its class variables are facts about an objective, which engines,
     checks, guards and reports read; nobody compares an objective's name."""
 
-    type: Any  # first, so that it comes first wherever settings are shown
+    type: Any = None  # first, so that it comes first wherever settings are shown
 
     needs_teacher: ClassVar[bool] = True
     uses_reward: ClassVar[bool] = True

@@ -18,7 +18,8 @@ def expand_preset(table: dict[str, Any], base: dict[str, Any] | None = None) -> 
     config it is laid upon.
     """
     base = base or {}
-    match table.get("objective"):
+    objective: Any = table.get("objective")
+    match objective:
         case {"type": str(name), **settings} if name in PRESETS:
             return merged(merged(base, PRESETS[name]), {**table, "objective": settings})
     return merged(base, table)

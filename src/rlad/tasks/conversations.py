@@ -1,51 +1,34 @@
-"""Prompts that are conversations: how they are read from a file, shown and compared."""
+"""Prompts that are conversations: how they are shown and compared, and which can be answered."""
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
-from rlad.errors import UserError
 from rlad.tasks.base import Conversation
 
 
-def conversation(value: list[Any], where: str) -> Conversation:
-    """Read the messages of a prompt.
-
-    Raises `UserError` that begins with `where` unless they are a conversation that a model can
-    answer: texts, a system message at most as the first, the user's as the last.
-    """
-    messages = tuple(
-        _message(message, f"{where}, message {number},")
-        for number, message in enumerate(value, start=1)
-    )
-    roles = [role for role, _ in messages]
+def conversation_mistakes(messages: list[Any]) -> Iterator[str]:
+    """Yield what is wrong with a prompt's messages: a model can answer texts, a system message at
+    most as the first, the user's as the last."""
+    roles = []
+    for number, message in enumerate(messages, start=1):
+        match message:
+            case {"role": "system" | "user" | "assistant" as role, "content": str(content)} if (
+                content.strip()
+            ):
+                roles.append(role)
+            case _:
+                came = json.dumps(message, default=str)[:80]
+                yield (
+                    f'message {number} is {came}; write {{"role": ..., "content": ...}} with a '
+                    "role among system, user, assistant and a text that is not empty."
+                )
     if roles[-1:] != ["user"] or "system" in roles[1:]:
-        raise UserError(
-            f"{where} has messages of {', '.join(roles) or 'nobody'}; put the system's, if there "
-            "is one, first and the user's last, as it is the model that answers (the reference "
-            "answer has a field of its own)."
+        yield (
+            f"it has messages of {', '.join(roles) or 'nobody'}; put the system's, if there is "
+            "one, first and the user's last, as it is the model that answers (the reference answer "
+            "has a field of its own)."
         )
-    return messages
-
-
-def _message(message: Any, where: str) -> tuple[str, str]:
-    # Roles and contents that no chat template can show are refused here, where the line is known.
-    match message:
-        case {"role": "system" | "user" | "assistant" as role, "content": str(content)} if (
-            content.strip()
-        ):
-            require_text(content, where)
-            return role, content
-    came = json.dumps(message, default=str)[:80]
-    raise UserError(
-        f'{where} is {came}; write {{"role": ..., "content": ...}} with a role among system, user, '
-        "assistant and a text that is not empty."
-    )
-
-
-def require_text(value: str, where: str) -> None:
-    """Raise `UserError` that begins with `where` for half of a surrogate pair."""
-    if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
-        raise UserError(f"{where} has half of a surrogate pair, which is no text; remove it.")
 
 
 def shown(messages: Conversation) -> str:

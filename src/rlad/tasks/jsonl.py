@@ -1,5 +1,6 @@
 """Problems from a file of your own: JSON Lines, or a data set of the package `datasets`."""
 
+import itertools
 import json
 import random
 from collections.abc import Iterator
@@ -7,13 +8,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from rlad.errors import UserError
-from rlad.tasks.base import Judgement, Problem, Split, check_split, split_of, text_key
-from rlad.tasks.conversations import asked_text, conversation, require_text, shown
+from rlad.errors import UserError, require_package
+from rlad.tasks.base import SPLITS, Judgement, Problem, Split, split_of, text_key
+from rlad.tasks.conversations import asked_text, conversation_mistakes, shown
 from rlad.tasks.verifiers import make_verifier
 from rlad.tasks.worker import MAX_MEMORY_GIB
 
-Row = tuple[str, Any]  # its place, and what it is
 _MOST_SHOWN = 200
 """characters of what a file holds in an error message"""
 
@@ -49,37 +49,35 @@ class JsonlTask:
             verifier, timeout_seconds=timeout_seconds, max_memory_gib=max_memory_gib
         )
 
-        def load(source: str, split: Split) -> list[Problem]:
-            return [
-                _problem(row, where, prompt_field, answer_field)
-                for where, row in _rows(source, split)
-            ]
-
-        problems = load(path, "train")
-        held_out: dict[Split, str | None] = {"validation": validation_path, "test": test_path}
-        self._problems: dict[Split, list[Problem]] = {"train": [], "validation": [], "test": []}
-        for split, source in held_out.items():
-            if source is not None:
-                self._problems[split] = load(source, split)
-                _refuse_overlap(path, problems, source, self._problems[split])
-        if validation_path is not None and test_path is not None:
-            _refuse_overlap(
-                validation_path, self._problems["validation"], test_path, self._problems["test"]
-            )
+        sources = {"train": path, "validation": validation_path, "test": test_path}
+        loaded: dict[str, list[Problem]] = {
+            split: _load(source, split, prompt_field, answer_field)
+            for split, source in sources.items()
+            if source is not None
+        }
+        for one, other in itertools.combinations(loaded, 2):
+            keys = {problem.key for problem in loaded[other]}
+            shared = [problem.prompt for problem in loaded[one] if problem.key in keys]
+            if shared:
+                raise UserError(
+                    f"{sources[one]}: {len(shared)} of its {len(loaded[one])} prompts are also in "
+                    f"{sources[other]}, for example {shared[0][:80]!r}; remove them from one of "
+                    "the two files."
+                )
         # What falls into a split that has a file of its own is trained on.
-        for problem in problems:
+        self._problems = {split: loaded.get(split, []) for split in SPLITS} | {"train": []}
+        for problem in loaded["train"]:
             split = split_of(problem.key)
-            self._problems["train" if held_out.get(split) else split].append(problem)
+            self._problems["train" if split in loaded else split].append(problem)
         for split, found in self._problems.items():
             if not found:
                 raise UserError(
-                    f"{path}: none of its {len(problems)} problems falls into the split {split}; "
+                    f"{sources[split] or path}: none of its problems is for the split {split}; "
                     "give more problems, or files of their own for validation (validation_path) "
                     "and test (test_path)."
                 )
 
     def problem(self, split: Split, index: int, *, seed: int = 0) -> Problem:
-        check_split(split)
         problems = self._problems[split]
         # Every epoch has all problems once, in an order of its own.
         epoch, position = divmod(index, len(problems))
@@ -102,113 +100,91 @@ def _order(seed: int, split: Split, epoch: int, num_problems: int) -> list[int]:
     return order
 
 
-def _rows(source: str, split: Split) -> list[Row]:
+def _load(source: str, split: str, prompt_field: str, answer_field: str) -> list[Problem]:
     rows = _jsonl_rows(source) if source.endswith(".jsonl") else _saved_rows(source, split)
-    found = list(rows)
-    if not found:
-        raise UserError(
-            f"{source}: there is no problem in it; write at least one, with a prompt and an answer."
-        )
-    return found
+    problems = []
+    for where, row in rows.items():
+        mistakes = _mistakes(row, {"prompt_field": prompt_field, "answer_field": answer_field})
+        if mistake := next(mistakes, ""):
+            raise UserError(f"{where}: {mistake}")
+        problems.append(_problem(row, prompt_field, answer_field))
+    return problems
 
 
-def _jsonl_rows(source: str) -> Iterator[Row]:
-    path = Path(source)
-    if not path.is_file():
-        raise UserError(
-            f"{source}: there is no such file; give the path of a .jsonl file, one JSON object a "
-            "line."
-        )
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{source}, line {number}"
-        try:
-            yield where, json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise UserError(
-                f"{where}: not JSON ({error}); write one JSON object in UTF-8 a line."
-            ) from error
-
-
-def _saved_rows(source: str, split: Split) -> Iterator[Row]:
-    """Read a folder or a name on the hub with the package `datasets`."""
+def _jsonl_rows(source: str) -> dict[str, Any]:
+    """Read the rows of a file, each by its place."""
+    where = source
+    rows = {}
     try:
-        import datasets
-    except ImportError as error:
+        for number, line in enumerate(Path(source).read_bytes().split(b"\n"), start=1):
+            where = f"{source}, line {number}"
+            if line.strip():
+                rows[where] = json.loads(line)
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(
-            f"{source}: a path that does not end in .jsonl is read with the package datasets, "
-            f"which is not installed ({error}); give a .jsonl file, or pip install "
-            '"rlad[datasets]".'
+            f"{where} cannot be read ({error}); give the path of a .jsonl file with one JSON "
+            "object in UTF-8 a line."
         ) from error
+    return rows
+
+
+def _saved_rows(source: str, split: str) -> dict[str, Any]:
+    """Read a folder or a name on the hub with the package `datasets`."""
+    require_package("datasets", "datasets", f"{source}: a path that does not end in .jsonl")
+    import datasets
+
     try:
         if Path(source).is_dir():
             data: Any = datasets.load_from_disk(source)
+            data = data[split] if isinstance(data, dict) else data
         else:
             name, _, subset = source.partition(":")
-            data = datasets.load_dataset(name, subset or None)
+            data = datasets.load_dataset(name, subset or None, split=split)
     except Exception as error:  # the package raises all kinds on a wrong name or without a network
         raise UserError(
-            f"{source}: datasets cannot load it ({type(error).__name__}: {error}); give a .jsonl "
-            "file, a folder made by save_to_disk, or a name on the Hugging Face hub."
+            f"{source}: datasets cannot load its split {split} ({type(error).__name__}: {error}); "
+            "give a .jsonl file, a folder made by save_to_disk, or a name on the Hugging Face hub, "
+            "with that split."
         ) from error
-    if isinstance(data, dict):
-        if split not in data:
-            raise UserError(
-                f"{source}: it has no split {split!r}, only {', '.join(data)}; give one that has "
-                "it."
-            )
-        data = data[split]
-    return ((f"{source}, row {number}", row) for number, row in enumerate(data, start=1))
+    return {f"{source}, row {number}": row for number, row in enumerate(data, start=1)}
 
 
-def _problem(row: Any, where: str, prompt_field: str, answer_field: str) -> Problem:
+def _mistakes(row: Any, fields: dict[str, str]) -> Iterator[str]:
+    """Yield what is wrong with a row; `fields` are the names of prompt and answer, by setting."""
     if not isinstance(row, dict):
-        wanted = f"{prompt_field!r} and {answer_field!r}"
-        raise UserError(
-            f"{where}: holds a {type(row).__name__}; write a JSON object with the fields {wanted}."
-        )
-    value = row.get(prompt_field)
-    if isinstance(value, list):
-        messages = conversation(value, f"{where}: the field {prompt_field!r}")
+        wanted = " and ".join(map(repr, fields.values()))
+        yield f"holds a {type(row).__name__}; write a JSON object with the fields {wanted}."
+    for setting, field in fields.items():
+        if field not in row:
+            there = ", ".join(map(repr, row))[:_MOST_SHOWN] or "none at all"
+            yield f"has no field {field!r}, only {there}; name it with {setting}."
+        value = row[field]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if setting == "prompt_field" and isinstance(value, list):
+            for mistake in conversation_mistakes(value):
+                yield f"the field {field!r}: {mistake}"
+        elif not (isinstance(value, str) and value.strip()) and not (
+            is_number and setting == "answer_field"
+        ):
+            came = json.dumps(value, default=str)[:60]
+            yield f"the field {field!r} is {came}; give a string that is not empty."
+    text = json.dumps(row, ensure_ascii=False, default=str)
+    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+        yield "has half of a surrogate pair, which is no text; remove it."
+
+
+def _problem(row: dict[str, Any], prompt_field: str, answer_field: str) -> Problem:
+    prompt = question = row[prompt_field]
+    messages = ()
+    if isinstance(prompt, list):
+        messages = tuple((message["role"], message["content"]) for message in prompt)
         prompt = shown(messages)
         question = asked_text(messages)
-    else:
-        messages = ()
-        prompt = question = _text(row, prompt_field, where, "prompt_field")
-    answer = _text(row, answer_field, where, "answer_field")
     # A privileged teacher may show the other fields to itself, so those that are plain text stay.
     metadata = {
         name: value
         for name, value in row.items()
         if name not in (prompt_field, answer_field) and isinstance(value, str | int | float)
     }
-    for name, value in metadata.items():
-        require_text(f"{name}{value}", f"{where}: the field {name!r}")
+    answer = str(row[answer_field])
     return Problem(prompt, answer, text_key(question), metadata=metadata, messages=messages)
-
-
-def _text(row: dict[str, Any], field: str, where: str, setting: str) -> str:
-    if field not in row:
-        there = ", ".join(map(repr, row))[:_MOST_SHOWN] or "none at all"
-        raise UserError(f"{where}: has no field {field!r}, only {there}; name it with {setting}.")
-    value = row[field]
-    if isinstance(value, int | float) and not isinstance(value, bool) and setting == "answer_field":
-        return str(value)
-    if not isinstance(value, str) or not value.strip():
-        came = f"is {json.dumps(value, default=str)[:60]}"
-        raise UserError(f"{where}: the field {field!r} {came}; give a string that is not empty.")
-    require_text(value, f"{where}: the field {field!r}")
-    return value
-
-
-def _refuse_overlap(
-    path: str, problems: list[Problem], held_out_path: str, held_out: list[Problem]
-) -> None:
-    keys = {problem.key for problem in held_out}
-    shared = [problem for problem in problems if problem.key in keys]
-    if shared:
-        raise UserError(
-            f"{path}: {len(shared)} of its {len(problems)} prompts are also in {held_out_path}, "
-            f"for example {shared[0].prompt[:80]!r}; remove them from one of the two files."
-        )

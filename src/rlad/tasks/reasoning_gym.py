@@ -8,14 +8,13 @@ harm never reach those that evaluate. And partial credit is no success: only a s
 correct.
 """
 
-import difflib
 import os
 import random
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rlad.errors import UserError
+from rlad.errors import UserError, require_package
 from rlad.tasks.answers import evaluate_arithmetic, final_answer
 from rlad.tasks.base import (
     Judgement,
@@ -23,11 +22,11 @@ from rlad.tasks.base import (
     Split,
     Verdict,
     cannot_judge,
-    check_split,
     split_of,
     text_key,
 )
 from rlad.tasks.worker import CallFailed, Worker
+from rlad.text import nearest
 
 _MAX_TRIES = 1_000
 _MAX_FAILURES_IN_A_ROW = 30
@@ -103,22 +102,19 @@ class ReasoningGym:
 
     def problem(self, split: Split, index: int, *, seed: int = 0) -> Problem:
         """Draw problems until one falls into the split; `UserError` when none does."""
-        check_split(split)
         rng = random.Random(f"{seed}/{split}/{index}")
-        what = f"the reasoning-gym data set {self._dataset!r} with options {self._options}"
         # Draw until the problem's own key falls into the split.
+        reason = "it has too few different ones"
         num_failures = 0
         for _ in range(_MAX_TRIES):
             try:
                 # Seeds fit in 32 bits because some generators pass them on to numpy.
                 entry = _create(self._dataset, rng.randrange(2**32 - 1), self._options)[0]
             except Exception as error:  # of any kind, on wrong options or on an unlucky seed
+                reason = f"{type(error).__name__}: {error}"
                 num_failures += 1
                 if num_failures == _MAX_FAILURES_IN_A_ROW:
-                    reason = f"{type(error).__name__}: {error}"
-                    raise UserError(
-                        f"{what} gives no problems ({reason}); choose other options."
-                    ) from error
+                    break
                 continue
             num_failures = 0
             key = self._key(entry)
@@ -127,8 +123,8 @@ class ReasoningGym:
                 prompt = question + _INSTRUCTIONS if self._instructions else question
                 return Problem(prompt, str(entry["answer"] or ""), key, metadata={"entry": entry})
         raise UserError(
-            f"{what} gave no {split} problem in {_MAX_TRIES} draws: it has too few different ones; "
-            "choose options that allow more, or another data set."
+            f"the reasoning-gym data set {self._dataset!r} with options {self._options} gives no "
+            f"{split} problem ({reason}); choose other options, or another data set."
         )
 
     def _key(self, entry: dict[str, Any]) -> str:
@@ -166,41 +162,27 @@ class ReasoningGym:
         self._worker.close()
 
 
-def _made_easy(dataset: str, **easy: int) -> Callable[..., ReasoningGym]:
-    def make(
-        options: Mapping[str, Any] | None = None,
-        instructions: bool = True,
-        partial_credit: bool = False,
-        timeout_seconds: float = 5.0,
-    ) -> ReasoningGym:
-        return ReasoningGym(
-            dataset, {**easy, **(options or {})}, instructions, partial_credit, timeout_seconds
-        )
-
-    return make
+def arithmetic(options: Mapping[str, Any] | None = None, **settings: Any) -> ReasoningGym:
+    """Make `chain_sum` with easy options, which `options` override."""
+    easy = {"min_terms": 2, "max_terms": 4, "min_digits": 1, "max_digits": 2}
+    return ReasoningGym("chain_sum", easy | dict(options or {}), **settings)
 
 
-# The arguments of ReasoningGym without `dataset`; `options` override these easy ones.
-arithmetic = _made_easy("chain_sum", min_terms=2, max_terms=4, min_digits=1, max_digits=2)
-countdown = _made_easy(
-    "countdown", min_numbers=3, max_numbers=4, max_value=50, min_target=10, max_target=100
-)
+def countdown(options: Mapping[str, Any] | None = None, **settings: Any) -> ReasoningGym:
+    """Make `countdown` with easy options, which `options` override."""
+    easy = {"min_numbers": 3, "max_numbers": 4, "max_value": 50}
+    easy |= {"min_target": 10, "max_target": 100}
+    return ReasoningGym("countdown", easy | dict(options or {}), **settings)
 
 
 def _check(dataset: str, options: dict[str, Any]) -> None:
-    try:
-        import reasoning_gym.factory  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise UserError(
-            f"this task needs the package reasoning-gym ({error}): pip install "
-            '"rlad[reasoning-gym]" (some packages that it uses are compiled, so a C compiler must '
-            "be there)."
-        ) from error
+    # Some of the packages that it uses are compiled, so a C compiler must be there.
+    require_package("reasoning_gym", "reasoning-gym", "this task")
+    import reasoning_gym.factory  # pyright: ignore[reportMissingImports]
+
     known = reasoning_gym.factory.DATASETS
     if dataset not in known:
-        near = difflib.get_close_matches(dataset, known, n=1)
-        names = ", ".join(sorted(known))
-        hint = f"did you mean {near[0]!r}?" if near else f"the names are: {names}."
+        hint = nearest(dataset, known) or f"the names are: {', '.join(sorted(known))}."
         raise UserError(f"reasoning-gym has no data set {dataset!r}; {hint}")
     # Seed and size are ours: a problem is a data set of its own.
     allowed = set(known[dataset][1].__dataclass_fields__) - {"seed", "size"}

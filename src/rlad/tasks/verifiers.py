@@ -13,16 +13,14 @@ last line. `math` and functions of your own run in a process of their own: one t
 dies, eats memory or returns anything else costs one completion (cannot judge), never the run.
 """
 
-import difflib
 import importlib
-import importlib.util
 import inspect
 import logging
 import re
 from collections.abc import Callable
 from typing import Any
 
-from rlad.errors import UserError
+from rlad.errors import UserError, require_package
 from rlad.tasks.answers import (
     MAX_COMPLETION_CHARACTERS,
     boxed_answer,
@@ -32,6 +30,7 @@ from rlad.tasks.answers import (
 )
 from rlad.tasks.base import Judgement, Verdict, cannot_judge, judged
 from rlad.tasks.worker import MAX_MEMORY_GIB, CallFailed, Worker
+from rlad.text import nearest
 
 _MAX_MATH_CHARACTERS = 2_000
 _PROSE = re.compile(r"(?<!\\)\b[A-Za-z]{2,} [A-Za-z]{2,}")
@@ -69,10 +68,7 @@ def make_verifier(
     if name in _IN_PROCESS:
         return Verifier(_IN_PROCESS[name])
     if name == "math":
-        if importlib.util.find_spec("math_verify") is None:
-            raise UserError(
-                "the verifier 'math' needs the package math-verify: pip install \"rlad[math]\"."
-            )
+        require_package("math_verify", "math", "the verifier 'math'")
         worker = Worker(_math, **limits, initializer=_warm_up_math, is_silent=True)
     elif ":" in name:
         import_function(name)
@@ -80,11 +76,9 @@ def make_verifier(
         return Verifier(lambda completion, answer: worker.call(name, completion, answer), worker)
     else:
         names = [*_IN_PROCESS, "math"]
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
         raise UserError(
             f"unknown verifier {name!r}; use {', '.join(map(repr, names))} or a function of your "
-            f"own as 'package.module:function'.{hint}"
+            f"own as 'package.module:function'; {nearest(name, names)}".removesuffix("; ")
         )
     return Verifier(worker.call, worker)
 
