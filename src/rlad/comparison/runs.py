@@ -85,9 +85,13 @@ class Run:
     @cached_property
     def seconds(self) -> dict[str, float]:
         """Seconds of training by part; evaluation and loading are not in it."""
+        # A step records `time/PART/seconds`, whatever parts its engine has.
         spent: dict[str, float] = dict.fromkeys(PARTS, 0.0)
-        for part, seconds in self.history.seconds().items():
-            spent[part if part in PARTS else "rest"] += seconds
+        for row in self.history.steps:
+            for key, value in row.items():
+                if key.startswith("time/"):
+                    part = key.split("/")[1]
+                    spent[part if part in PARTS else "rest"] += value
         return spent
 
     @property

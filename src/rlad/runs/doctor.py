@@ -4,32 +4,24 @@ only hindsight sees.
 Reads and never writes; loads no model.
 """
 
-import json
-import math
-import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import BaseModel, ValidationError
 
 from rlad.config.file import load_config
 from rlad.config.run import RunConfig
 from rlad.errors import UserError
 from rlad.runs.checkpoints import damage
 from rlad.runs.directory import CHECKPOINTS, ENVIRONMENT, EVAL, METRICS, SAMPLES, RunDirectory
-from rlad.runs.guards import Watch
+from rlad.runs.guards import Watch, json_number
 from rlad.runs.rows import History, Row, read_history, read_rows, sort_rows
 
 LEVELS = ("error", "warning", "note")
-
-# Half of the time is generation in a usual run, so a part has to take much more to be the one thing
-# worth speeding up.
-LARGE_TIME_SHARE = 0.8
-FEW_STEPS_FOR_TIME = 10
-# One validation beyond the first tells noise from learning no better than a coin does.
-FEW_VALIDATIONS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +46,6 @@ class Evidence:
     history: History
     sampled_steps: Sequence[int]
     is_training: bool
-    free_bytes: int
 
     @property
     def last_step(self) -> int:
@@ -85,21 +76,16 @@ class Diagnoses:
         return all(each.level == "note" for each in self.found)
 
     def to_json(self) -> dict[str, Any]:
-        def plain(value: Any) -> Any:
-            return str(value) if value in (math.inf, -math.inf) else value
-
-        found = [{key: plain(value) for key, value in asdict(each).items()} for each in self.found]
         return {
             "run": str(self.run),
             "state": self.state,
             "healthy": self.is_healthy,
-            "found": found,
+            "found": [asdict(each) | {"value": json_number(each.value)} for each in self.found],
         }
 
 
-def diagnose(path: Path, *, free_bytes: int | None = None) -> Diagnoses:
-    """Look at the run in `path`. `UserError` when there is none. `free_bytes` takes the place of
-    what its disk has."""
+def diagnose(path: Path) -> Diagnoses:
+    """Look at the run in `path`. `UserError` when there is none."""
     run = RunDirectory(path)
     if not run.exists():
         raise UserError(
@@ -109,14 +95,8 @@ def diagnose(path: Path, *, free_bytes: int | None = None) -> Diagnoses:
     # Damaged rows are reported; the looks use the others.
     history = read_history(run)
     samples, damaged_samples = sort_rows(read_rows(run, SAMPLES, Row))
-    evidence = Evidence(
-        run,
-        load_config(path),
-        history,
-        [row.step for row in samples],
-        run.is_locked(),
-        shutil.disk_usage(path).free if free_bytes is None else free_bytes,
-    )
+    sampled_steps = [row.step for row in samples]
+    evidence = Evidence(run, load_config(path), history, sampled_steps, run.is_locked())
     found = [
         Diagnosis("error", "unreadable_file", f"{each.sentence}; put back a copy of that file.")
         for each in (*history.damage, *damaged_samples[:1])
@@ -184,33 +164,35 @@ def _checkpoints(evidence: Evidence) -> Iterator[Diagnosis]:
         yield Diagnosis("note", "set_aside_checkpoint", message)
 
 
+class _Session(BaseModel):
+    """What `run.json` says of the run as it began, and of each time that it was resumed."""
+
+    step: int = 0
+    versions: dict[str, str]
+    commit: str | None = None
+    resumed: list["_Session"] = []
+
+
 def _versions(evidence: Evidence) -> Iterator[Diagnosis]:
     try:
-        described = json.loads((evidence.run.path / ENVIRONMENT).read_text(encoding="utf-8"))
-        # The run as it began, and each time that it was resumed.
-        sessions = [described, *described.get("resumed", [])]
-        changes = [
-            (after.get("step", 0), _changes(before, after)) for before, after in pairwise(sessions)
-        ]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # the file is of any kind
+        first = _Session.model_validate_json((evidence.run.path / ENVIRONMENT).read_bytes())
+    except (OSError, ValidationError):
         message = f"{ENVIRONMENT} is not what a run has written; put back a copy of it."
         yield Diagnosis("error", "unreadable_file", message)
         return
-    for step, changed in changes:
+    for before, after in pairwise([first, *first.resumed]):
+        old = before.versions | {"commit": before.commit}
+        new = after.versions | {"commit": after.commit}
+        changes = [
+            f"{name} {new[name]} instead of {old.get(name)}"
+            for name in new
+            if new[name] != old.get(name)
+        ]
         message = (
-            f"resumed after step {step} with {changed}: it is not bit for bit the run that it "
-            "would have been."
+            f"resumed after step {after.step} with {', '.join(changes)}: it is not bit for bit the "
+            "run that it would have been."
         )
-        yield Diagnosis("note", "resumed_with_other_versions", message, step)
-
-
-def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    old, new = ({**each["versions"], "commit": each.get("commit")} for each in (before, after))
-    return ", ".join(
-        f"{name} {new[name]} instead of {old.get(name)}"
-        for name in new
-        if new[name] != old.get(name)
-    )
+        yield Diagnosis("note", "resumed_with_other_versions", message, after.step)
 
 
 def _progress(evidence: Evidence) -> Iterator[Diagnosis]:
@@ -230,22 +212,6 @@ def _progress(evidence: Evidence) -> Iterator[Diagnosis]:
     yield Diagnosis("warning", "unfinished", message, evidence.last_step)
 
 
-def _disk(evidence: Evidence) -> Iterator[Diagnosis]:
-    checkpoints = evidence.run.checkpoints()
-    if not checkpoints or evidence.run.is_finished():
-        return
-    size = sum(path.stat().st_size for path in checkpoints[-1][1].rglob("*") if path.is_file())
-    if evidence.free_bytes < 2 * size:
-        message = (
-            f"the disk has {evidence.free_bytes / 2**20:.0f} MiB left and a checkpoint takes "
-            f"{size / 2**20:.0f}, of which the next is written before an old one is deleted: free "
-            "some space."
-        )
-        yield Diagnosis(
-            "warning", "disk_nearly_full", message, value=evidence.free_bytes, limit=2 * size
-        )
-
-
 # --- training -------------------------------------------------------------------------------------
 
 
@@ -261,8 +227,9 @@ def _guards(evidence: Evidence) -> Iterator[Diagnosis]:
 def _learning(evidence: Evidence) -> Iterator[Diagnosis]:
     """Hold the run's validations against their intervals: it learned nothing, fell back, or got
     worse."""
+    # One validation beyond the first tells noise from learning no better than a coin does.
     rows = evidence.history.validations
-    if len(rows) < FEW_VALIDATIONS:
+    if len(rows) < 3:
         return
     first = rows[0].pass_at_1
     now = rows[-1].pass_at_1
@@ -294,26 +261,4 @@ def _learning(evidence: Evidence) -> Iterator[Diagnosis]:
         yield Diagnosis("warning", "no_learning", message, last_step)
 
 
-def _time(evidence: Evidence) -> Iterator[Diagnosis]:
-    spent = evidence.history.seconds()
-    total = sum(spent.values())
-    if len(evidence.history.steps) < FEW_STEPS_FOR_TIME or not total > 0:
-        return
-    part = max(spent, key=spent.__getitem__)
-    share = spent[part] / total
-    if share > LARGE_TIME_SHARE:
-        advice = _FASTER.get(part, "look there first to make it faster")
-        message = f"{share:.0%} of the training time is {part}: {advice}."
-        yield Diagnosis("note", "time_in_one_part", message, value=share, limit=LARGE_TIME_SHARE)
-
-
-_FASTER = {
-    "generation": "a GPU, a larger rollout.max_batch_rows or a smaller "
-    "rollout.max_completion_tokens makes it faster",
-    "teacher": "a teacher of type 'served' on a GPU, a smaller or a quantised one makes it faster",
-    "update": "a GPU, student.dtype = bfloat16, or no student.gradient_checkpointing makes it "
-    "faster",
-    "rewards": "the verifier is slow; look at what it does with long completions",
-}
-
-LOOKS = (_steps, _checkpoints, _versions, _progress, _disk, _guards, _learning, _time)
+LOOKS = (_steps, _checkpoints, _versions, _progress, _guards, _learning)

@@ -152,17 +152,6 @@ class History:
         rows = [row for row in self.evaluations if row.split == "validation"]
         return sorted(rows, key=lambda row: row.step)
 
-    def seconds(self) -> dict[str, float]:
-        """Add up the seconds of training by part; evaluation and loading are not in it."""
-        # `time/PART/seconds`, whatever parts an engine has recorded.
-        spent: dict[str, float] = {}
-        for row in self.steps:
-            for key, value in row.items():
-                if key.startswith("time/"):
-                    part = key.split("/")[1]
-                    spent[part] = spent.get(part, 0.0) + value
-        return spent
-
 
 def read_history(run: RunDirectory) -> History:
     """Read metrics.jsonl and eval.jsonl."""
