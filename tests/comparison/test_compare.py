@@ -222,18 +222,15 @@ def test_a_failing_method_does_not_take_the_others_down_and_what_is_done_is_not_
     }
     comparison, folder = load(tmp_path, world, methods=methods, seeds=[0], jobs=2)
     result = compare(comparison, folder)
-    assert [(missing.method, missing.seed) for missing in result.missing] == [("broken", 0)]
-    assert (
-        "cannot be found or read" in result.missing[0].reason
-        and "seed-0.log" in result.missing[0].reason
-    )
-    page = result.report.read_text()
+    assert [(missing.method, missing.seed) for missing in result] == [("broken", 0)]
+    assert "cannot be found or read" in result[0].reason and "seed-0.log" in result[0].reason
+    page = (tmp_path / "out" / "report.html").read_text()
     assert "broken" in page and "cannot be found or read" in page
     run = tmp_path / "out" / "runs" / "grpo" / "seed-0"
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     lines: list[str] = []
     again = compare(comparison, folder, progress=lambda line, runs: lines.append(line))
-    assert [missing.method for missing in again.missing] == ["broken"]
+    assert [missing.method for missing in again] == ["broken"]
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     assert "1 of 2 runs are done already" in lines
     planned = rlad_output("compare", folder / "compare.toml", "--dry-run")
@@ -269,10 +266,10 @@ def test_a_run_that_is_killed_is_named_with_the_reason_of_this_time(
                 os.kill(child, signal.SIGKILL)
 
     result = compare(comparison, folder, progress=kill_the_child)
-    assert [missing.method for missing in result.missing] == ["trrd"] and result.report.is_file()
-    assert (
-        "killed by SIGKILL" in result.missing[0].reason and "older" not in result.missing[0].reason
-    )
+    assert [missing.method for missing in result] == ["trrd"] and (
+        tmp_path / "out" / "report.html"
+    ).is_file()
+    assert "killed by SIGKILL" in result[0].reason and "older" not in result[0].reason
 
 
 def test_a_place_that_cannot_be_written_ends_in_one_sentence(tmp_path: Path, world: Path) -> None:
@@ -293,10 +290,9 @@ def test_the_learning_rate_with_the_best_validation_is_taken(tmp_path: Path, wor
         tmp_path, world, seeds=[0], methods=methods, tuning=tuning, shared=shared, jobs=2
     )
     result = compare(comparison, folder)
-    assert [missing.method for missing in result.missing] == ["broken", "broken"]
+    assert [missing.method for missing in result] == ["broken", "broken"]
     assert all(
-        missing.reason.startswith("while its learning rate was tuned: ")
-        for missing in result.missing
+        missing.reason.startswith("while its learning rate was tuned: ") for missing in result
     )
     scores = {}
     for rate in (1e-7, 1e-2):
@@ -312,7 +308,7 @@ def test_the_learning_rate_with_the_best_validation_is_taken(tmp_path: Path, wor
     assert scores[1e-7] != scores[1e-2]
     chosen = final_runs(comparison, folder, {})[0].path / "config.toml"
     assert f"learning_rate = {max(scores, key=scores.__getitem__)}" in chosen.read_text()
-    text = result.report.with_suffix(".md").read_text()
+    text = (tmp_path / "out" / "report.md").read_text()
     assert (
         "Learning rate of each method" in text and "validation 1e-07: failed, 0.01: failed" in text
     )

@@ -3,7 +3,6 @@ comparable, hostile text."""
 
 import json
 import math
-import os
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -16,10 +15,15 @@ import rlad
 from report_runs import sample_row, write_run
 from rlad.cli.report import report_runs
 from rlad.comparison.comparable import group_runs
-from rlad.comparison.comparison_file import read_comparison_file, write_comparison_file
 from rlad.comparison.figures import baseline_of, with_comparisons
 from rlad.comparison.imitation_map import FATES, MOST_TOKENS, imitation_maps
-from rlad.comparison.report import markdown, write_report
+from rlad.comparison.report import (
+    ComparisonFile,
+    markdown,
+    read_comparison_file,
+    write_files,
+    write_report,
+)
 from rlad.comparison.runs import MissingRun, ReportedRun, Run, read_run
 from rlad.engines.imitation import FATES as RECORDED_FATES
 from tiny_runs import run_config
@@ -724,7 +728,9 @@ def write_comparison(root: Path) -> None:
             root / "runs" / "base" / f"seed-{seed}", correct=[1, 2], seed=seed, objective="kdrl"
         )
     methods = {"TRRD_.5": "TRRD, α = .5", "gone": "gone", "base": "a baseline"}
-    write_comparison_file(root, methods, ["α = .5: 1e-05 of two"], "a baseline")
+    notes = ["α = .5: 1e-05 of two"]
+    described = ComparisonFile(methods=methods, notes=notes, baseline="a baseline")
+    write_files(root, {"comparison.json": described.model_dump_json()})
 
 
 @pytest.mark.parametrize("given", ["", "runs", "runs/TRRD_.5"])
@@ -763,28 +769,15 @@ def test_runs_that_a_comparison_does_not_know_keep_their_folders_name(tmp_path):
     assert list(results) == ["TRRD, α = .5", "a baseline", "Another"]
 
 
-def test_the_comparison_file(tmp_path):
-    root = tmp_path / "new" / "cmp"
-    assert read_comparison_file(root) is None
-    write_comparison_file(root, {"b": "B <x>", "a": "A"}, ["one", "two"], None)
-    read = read_comparison_file(root)
-    assert read and (list(read.methods.items()), list(read.notes), read.baseline) == (
-        [("b", "B <x>"), ("a", "A")],
-        ["one", "two"],
-        None,
-    )
-    assert os.listdir(root) == ["comparison.json"]
+def test_a_comparison_file_that_cannot_be_read(tmp_path):
+    assert read_comparison_file(tmp_path) is None
     for damaged in ("{", "[]", '{"methods": {"a": 1}}'):
-        (root / "comparison.json").write_text(damaged)
+        (tmp_path / "comparison.json").write_text(damaged)
         with pytest.raises(
             ValueError,
             match=r"comparison\.json cannot be read as what a comparison writes; let `rlad comp",
         ):
-            read_comparison_file(root)
-    with pytest.raises(
-        ValueError, match=r"comparison\.json cannot be written .*; choose another folder"
-    ):
-        write_comparison_file(root / "comparison.json", {}, [], None)
+            read_comparison_file(tmp_path)
 
 
 @pytest.mark.parametrize(

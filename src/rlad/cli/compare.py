@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rlad.comparison.compare import PlannedRun, compare, final_runs, tuning_runs
+from rlad.comparison.report import HTML
 from rlad.comparison.runs import MissingRun
 from rlad.config.comparison import CompareConfig
 from rlad.errors import EXIT_FAILURE, EXIT_SIGNAL
@@ -76,11 +77,11 @@ def run_comparison(
             total = sum(run.config.optimization.num_steps for run in runs)
             bar.update(task, total=total, completed=sum(run.steps_done() for run in runs))
 
-        result = compare(comparison, folder, progress=progress)
-    for run in result.missing:
+        missing = compare(comparison, folder, progress=progress)
+    for run in missing:
         _print(console, f"missing: {run.method} seed {run.seed}: {run.reason}")
-    _print(console, f"report  {result.report}")
-    return result.missing
+    _print(console, f"report  {Path(comparison.directory) / HTML}")
+    return missing
 
 
 def _print(console: Console, line: str) -> None:

@@ -4,8 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rlad.comparison.comparison_file import ComparisonFile, read_comparison_file
-from rlad.comparison.report import HTML, write_report
+from rlad.comparison.report import HTML, ComparisonFile, read_comparison_file, write_report
 from rlad.comparison.runs import ReportedRun
 from rlad.config.file import load_config
 from rlad.errors import UserError

@@ -19,8 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-from rlad.comparison.comparison_file import write_comparison_file
-from rlad.comparison.report import HTML, write_report
+from rlad.comparison.report import COMPARISON, ComparisonFile, write_files, write_report
 from rlad.comparison.runs import MissingRun, ReportedRun
 from rlad.config.comparison import CompareConfig, folder_name, method_config
 from rlad.config.file import differing_settings, dump_config, load_config
@@ -71,30 +70,21 @@ class PlannedRun:
         return self.directory.is_finished()
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """The result of a comparison: where the report is, and what is missing from it."""
-
-    report: Path
-    missing: Sequence[MissingRun]
-
-
 Progress = Callable[[str, Sequence[PlannedRun]], None]
 """Is called now and then with a line to print (or ""), and the runs of the present stage."""
 
 
 def compare(
     comparison: CompareConfig, folder: Path, *, progress: Progress = lambda line, runs: None
-) -> Comparison:
-    """Do what is missing of a comparison and write its report. `folder` is where the paths of its
-    config start from.
+) -> Sequence[MissingRun]:
+    """Do what is missing of a comparison and write its report; returns the runs that are missing
+    from it. `folder` is where the paths of its config start from.
 
     Raises `UserError` when a run directory of it holds another run or cannot be written, and
     `StopRequested` after Ctrl-C or SIGTERM, when the runs in progress have written their
     checkpoints.
     """
     root = Path(comparison.directory)
-    methods = list(comparison.methods)
     rates, notes, missing = _tune(comparison, folder, progress)
     planned = final_runs(comparison, folder, rates)
     # A method whose search failed has no learning rate, and so no runs.
@@ -102,10 +92,12 @@ def compare(
         planned = [run for run in planned if run.method in rates]
     missing += _train(planned, comparison.jobs, progress)
     finished = [ReportedRun(run.method, run.path) for run in planned if run.directory.is_finished()]
-    finished.sort(key=lambda run: methods.index(run.method))
-    names = {folder_name(method): method for method in methods}
-    write_comparison_file(root, names, notes, comparison.baseline)
-    missing = write_report(
+    methods = {method: folder_name(method) for method in comparison.methods}
+    finished.sort(key=lambda run: list(methods).index(run.method))
+    names = {name: method for method, name in methods.items()}
+    described = ComparisonFile(methods=names, notes=notes, baseline=comparison.baseline)
+    write_files(root, {COMPARISON: described.model_dump_json(indent=2)})
+    return write_report(
         finished,
         root,
         missing=missing,
@@ -113,7 +105,6 @@ def compare(
         notes=notes,
         baseline=comparison.baseline,
     )
-    return Comparison(root / HTML, missing)
 
 
 def final_runs(
@@ -121,14 +112,11 @@ def final_runs(
 ) -> list[PlannedRun]:
     """Plan the runs that are reported, seed by seed, with the learning rates that were chosen for
     some methods."""
-    root = Path(comparison.directory) / "runs"
-    runs = []
-    for seed in comparison.seeds:
-        for method in comparison.methods:
-            config = method_config(comparison, folder, method, seed=seed)
-            path = root / folder_name(method) / f"seed-{seed}"
-            runs.append(_planned(method, config, path, rates.get(method)))
-    return runs
+    return [
+        _planned(comparison, folder, method, seed, rates.get(method))
+        for seed in comparison.seeds
+        for method in comparison.methods
+    ]
 
 
 def tuning_runs(
@@ -140,26 +128,36 @@ def tuning_runs(
     tuning = comparison.tuning
     if tuning is None:
         return grid
-    root = Path(comparison.directory) / "tuning"
-    # The test split is not looked at: one problem is the least that a run tests itself on.
-    blind = {"num_test_problems": 1, "num_test_samples": 1, "ood_task": {}}
     for rate in tuning.learning_rates:
         for method in comparison.methods:
-            for seed in tuning.seeds:
-                config = method_config(comparison, folder, method, seed=seed)
-                evaluation = config.evaluation.model_copy(update=blind)
-                config = config.model_copy(update={"evaluation": evaluation})
-                path = root / folder_name(method) / f"lr-{rate:g}" / f"seed-{seed}"
-                run = _planned(method, config, path, rate)
-                grid.setdefault((method, rate), []).append(run)
+            grid[method, rate] = [
+                _planned(comparison, folder, method, seed, rate, is_tuning=True)
+                for seed in tuning.seeds
+            ]
     return grid
 
 
-def _planned(method: str, config: RunConfig, path: Path, rate: float | None) -> PlannedRun:
-    changes: dict[str, object] = {"run_dir": str(path)}
+def _planned(
+    comparison: CompareConfig,
+    folder: Path,
+    method: str,
+    seed: int,
+    rate: float | None,
+    *,
+    is_tuning: bool = False,
+) -> PlannedRun:
+    config = method_config(comparison, folder, method, seed=seed)
+    place = Path("runs", folder_name(method))
+    changes: dict[str, object] = {}
     if rate is not None:
         changes["optimization"] = config.optimization.model_copy(update={"learning_rate": rate})
-    return PlannedRun(method, config.model_copy(update=changes), path)
+    if is_tuning:
+        place = Path("tuning", folder_name(method), f"lr-{rate:g}")
+        # The test split is not looked at: one problem is the least that a run tests itself on.
+        blind = {"num_test_problems": 1, "num_test_samples": 1, "ood_task": {}}
+        changes["evaluation"] = config.evaluation.model_copy(update=blind)
+    path = Path(comparison.directory, place, f"seed-{seed}")
+    return PlannedRun(method, config.model_copy(update=changes | {"run_dir": str(path)}), path)
 
 
 def _tune(

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rlad.comparison import report_columns as tables
 from rlad.comparison import report_sentences as sentences
@@ -28,6 +29,7 @@ from rlad.text import printable
 HTML = "report.html"
 MARKDOWN = "report.md"
 RESULTS = "results.jsonl"
+COMPARISON = "comparison.json"
 
 _FORMATS = re.compile(r"([\\`*|~]|(?<!\w)_|_(?!\w)|^[#>]|^[+-](?!\d))")
 """characters that format; an underscore inside a word does not"""
@@ -87,6 +89,32 @@ def write_files(folder: Path, files: Mapping[str, str]) -> None:
     except OSError as error:
         raise UserError(
             f"the report cannot be written to {folder} ({error.strerror}); choose another folder."
+        ) from None
+
+
+class ComparisonFile(BaseModel):
+    """`comparison.json`: how `rlad compare` names the runs below it, how they were tuned, and what
+    they are compared with."""
+
+    model_config = ConfigDict(strict=True, frozen=True, use_attribute_docstrings=True)
+
+    methods: dict[str, str]
+    """folder below `runs` -> name of the method, in the order of the report"""
+    notes: Sequence[str] = ()
+    """how a search on the validation split chose the learning rates; empty when there was none"""
+    baseline: str | None = None
+
+
+def read_comparison_file(root: Path) -> ComparisonFile | None:
+    """Read `root/comparison.json`; None when there is no such file. `UserError` when it cannot be
+    read."""
+    path = root / COMPARISON
+    try:
+        return ComparisonFile.model_validate_json(path.read_bytes()) if path.is_file() else None
+    except (OSError, ValidationError):
+        raise UserError(
+            f"{path} cannot be read as what a comparison writes; let `rlad compare` write it "
+            "again, or delete it, and methods get the names of their folders."
         ) from None
 
 
