@@ -35,16 +35,6 @@ class RunFailedError(RladError):
     are not finite."""
 
 
-def require_package(module: str, extra: str, what: str) -> None:
-    """Raise `UserError` unless `module` is installed, which `rlad[extra]` installs; `what` needs
-    it."""
-    if importlib.util.find_spec(module) is None:
-        raise UserError(
-            f"{what} needs the package {module}, which is not installed: pip install "
-            f'"rlad[{extra}]".'
-        )
-
-
 def out_of_memory(error: Exception) -> RunFailedError | None:
     """Return the sentence for a want of memory, on a GPU or in main memory; None for all else."""
     reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")

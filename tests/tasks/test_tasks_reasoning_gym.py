@@ -247,5 +247,5 @@ def test_data_sets_that_depend_on_the_hash_seed_need_a_fixed_one(monkeypatch):
 
 def test_missing_package_is_said_at_once(monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(ValueError, match=r'pip install "rlad\[reasoning-gym\]"'):
+    with pytest.raises(ValueError, match=r"pip install 'rlad\[reasoning-gym\]'"):
         arithmetic()

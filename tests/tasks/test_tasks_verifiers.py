@@ -118,7 +118,7 @@ def test_math_that_hangs_costs_one_completion(math_verifier):
 
 def test_missing_math_verify_is_said_at_once(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
-    with pytest.raises(ValueError, match=r'pip install "rlad\[math\]"'):
+    with pytest.raises(ValueError, match=r"pip install 'rlad\[math\]'"):
         make_verifier("math")
 
 

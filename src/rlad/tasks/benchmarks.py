@@ -24,7 +24,7 @@ class Benchmark:
     """A test set in its own order, whatever the seed; the verifier is `math`."""
 
     def __init__(self, name: str, instructions: str = BOXED_INSTRUCTIONS) -> None:
-        require_package(_PACKAGE, "benchmarks", f"the task {name!r}")
+        require_package(_PACKAGE, f"the task {name!r}", extra="benchmarks")
         self.name = name
         self._verifier = make_verifier("math")
         folder = resources.files(_PACKAGE) / "data"

@@ -130,7 +130,7 @@ def _jsonl_rows(source: str) -> dict[str, Any]:
 
 def _saved_rows(source: str, split: str) -> dict[str, Any]:
     """Read a folder or a name on the hub with the package `datasets`."""
-    require_package("datasets", "datasets", f"{source}: a path that does not end in .jsonl")
+    require_package("datasets", f"{source}: a path that does not end in .jsonl")
     import datasets
 
     try:

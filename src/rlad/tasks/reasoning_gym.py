@@ -177,7 +177,7 @@ def countdown(options: Mapping[str, Any] | None = None, **settings: Any) -> Reas
 
 def _check(dataset: str, options: dict[str, Any]) -> None:
     # Some of the packages that it uses are compiled, so a C compiler must be there.
-    require_package("reasoning_gym", "reasoning-gym", "this task")
+    require_package("reasoning_gym", "this task", extra="reasoning-gym")
     import reasoning_gym.factory  # pyright: ignore[reportMissingImports]
 
     known = reasoning_gym.factory.DATASETS

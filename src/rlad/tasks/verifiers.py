@@ -68,7 +68,7 @@ def make_verifier(
     if name in _IN_PROCESS:
         return Verifier(_IN_PROCESS[name])
     if name == "math":
-        require_package("math_verify", "math", "the verifier 'math'")
+        require_package("math_verify", "the verifier 'math'", extra="math")
         worker = Worker(_math, **limits, initializer=_warm_up_math, is_silent=True)
     elif ":" in name:
         import_function(name)
