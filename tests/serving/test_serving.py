@@ -169,7 +169,7 @@ def test_requests_that_wait_are_scored_together(model):
             first = pool.submit(prompt_logprobs, server, prompts[0])
             held.started.wait(timeout=60)
             others = [pool.submit(prompt_logprobs, server, prompt) for prompt in prompts[1:]]
-            wait_for(lambda: server.server.waiting.qsize() == len(others), seconds=30)
+            wait_for(lambda: len(server.server.waiting) == len(others), seconds=30)
             held.go.set()
             together = [first.result(), *(other.result() for other in others)]
     # 15 texts of 4 to 18 tokens, 165 in all, cut by padded size into two passes.
@@ -188,7 +188,7 @@ def test_work_of_a_client_that_has_gone_is_given_up(model):
         held.started.wait(timeout=60)
         with socket.create_connection(("127.0.0.1", server.port)) as gone:
             gone.sendall(head + body)
-            wait_for(lambda: server.server.waiting.qsize() == 1, seconds=30)
+            wait_for(lambda: len(server.server.waiting) == 1, seconds=30)
         time.sleep(0.2)
         held.go.set()
         first.result()

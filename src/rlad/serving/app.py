@@ -9,7 +9,7 @@ import random
 from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -37,21 +37,15 @@ UVICORN_SETTINGS: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Job:
-    """A request that waits for its answer, which may be an error."""
+    """A request that waits for its answer."""
 
     asked: CompletionRequest
     client: Request
-    answer: "asyncio.Future[dict[str, Any]]"
-
-    def finish(self, answer: dict[str, Any] | Exception) -> None:
-        if self.answer.done():  # the server is being stopped
-            return
-        if isinstance(answer, Exception):
-            self.answer.set_exception(answer)
-        else:
-            self.answer.set_result(answer)
+    answer: dict[str, Any] | Exception = field(
+        default_factory=lambda: HTTPException(503, "the request was given up.")
+    )
 
 
 class TeacherServer:
@@ -73,7 +67,8 @@ class TeacherServer:
         self.max_context_tokens = max_context_tokens
         self.tokens_per_batch = tokens_per_batch
         self.api_key = api_key
-        self.waiting: asyncio.Queue[Job] = asyncio.Queue()
+        self.waiting: list[Job] = []
+        self.computing = asyncio.Lock()
         self.is_closing = False
         # Answers repeat the same tokens, and decoding them one by one is slow.
         self.text_of = lru_cache(200_000)(self._text_of)
@@ -83,10 +78,8 @@ class TeacherServer:
     def app(self) -> FastAPI:
         @asynccontextmanager
         async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-            working = asyncio.create_task(self.work())
             yield
             self.is_closing = True
-            working.cancel()
 
         app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
         app.add_exception_handler(UserError, _bad_request)
@@ -116,33 +109,34 @@ class TeacherServer:
         _require(is_short, 413, f"a request must have a Content-Length of at most {most} MiB.")
         asked = parse_request(await request.body())
         self._require_possible(asked)
-        job = Job(asked, request, asyncio.get_running_loop().create_future())
-        self.waiting.put_nowait(job)
-        choice = await job.answer
-        answer = {"object": "text_completion", "model": asked.model, "choices": [choice]}
+        job = Job(asked, request)
+        self.waiting.append(job)
+        # All requests that came in during the last computation form one batch, which the first of
+        # them computes: on a busy server batches grow by themselves, on an idle one nobody waits.
+        async with self.computing:
+            if job in self.waiting:
+                await self._compute_waiting()
+        if isinstance(job.answer, Exception):
+            raise job.answer
+        answer = {"object": "text_completion", "model": asked.model, "choices": [job.answer]}
         return JSONResponse(answer)
 
-    async def work(self) -> None:
-        """Compute what waits, all of it together, for as long as the server runs."""
-        while True:
-            # All requests that came in during the last computation form one batch: on a busy server
-            # batches grow by themselves, on an idle one nobody waits.
-            jobs = [await self.waiting.get()]
-            while not self.waiting.empty():
-                jobs.append(self.waiting.get_nowait())
-            # A client that has gone may have sent its request again: nobody needs this answer.
-            for job in [job for job in jobs if await job.client.is_disconnected()]:
-                job.finish(HTTPException(499, "the client has gone."))
-                jobs.remove(job)
-            answers: Sequence[dict[str, Any] | Exception]
-            try:
-                # A thread computes, so that the event loop can take requests and health checks
-                # meanwhile.
-                answers = await asyncio.to_thread(self.compute, [job.asked for job in jobs])
-            except Exception as error:  # of these requests alone; the server continues
-                answers = [_as_answer(error)] * len(jobs)
-            for job, answer in zip(jobs, answers, strict=True):
-                job.finish(answer)
+    async def _compute_waiting(self) -> None:
+        jobs = self.waiting
+        self.waiting = []
+        # A client that has gone may have sent its request again: nobody needs this answer.
+        jobs = [job for job in jobs if not await job.client.is_disconnected()]
+        answers: Sequence[dict[str, Any] | Exception]
+        try:
+            # A thread computes, so that the event loop can take requests and health checks
+            # meanwhile.
+            answers = await asyncio.to_thread(self.compute, [job.asked for job in jobs])
+        except (RuntimeError, RladError) as error:  # of PyTorch, or of the sampler
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            failure = HTTPException(500, f"the model could not compute this: {reason}")
+            answers = [failure] * len(jobs)
+        for job, answer in zip(jobs, answers, strict=True):
+            job.answer = answer
 
     def compute(self, requests: Sequence[CompletionRequest]) -> list[dict[str, Any]]:
         """Write and score what is asked; plain scores of one temperature share forward passes."""
@@ -248,11 +242,3 @@ def _require(condition: bool, status: int, message: str) -> None:
 
 async def _bad_request(_: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": str(error)}, 400)
-
-
-def _as_answer(error: Exception) -> Exception:
-    """Make a sentence of what PyTorch or the sampler says; a bug keeps its traceback."""
-    if not isinstance(error, RuntimeError | RladError):
-        return error
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return HTTPException(500, f"the model could not compute this: {reason}")

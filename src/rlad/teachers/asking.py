@@ -24,8 +24,7 @@ def complete_logprobs(
     are missing after asking again too.
     """
     logprobs = ask_twice(teacher, requests, max_missing_share=max_missing_share, answers=answers)
-    num_missing, num_tokens = count_missing(logprobs)
-    require_few_missing(num_missing, num_tokens, max_missing_share=max_missing_share, step=step)
+    require_few_missing(*count_missing(logprobs), max_missing_share=max_missing_share, step=step)
     return logprobs
 
 

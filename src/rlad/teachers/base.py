@@ -124,10 +124,15 @@ class SynchronousTeacher(Teacher):
 class TeacherWrapper(Teacher):
     """A teacher that asks another one: all that a subclass does not change is that one's."""
 
+    share_metric: str
+    """the metric of `num_counted` among the `num_asked` completions"""
+
     def __init__(self, teacher: Teacher):
         self.teacher = teacher
         self.inner = (teacher,)
         self.identity = teacher.identity
+        self.num_asked = 0
+        self.num_counted = 0
 
     @property
     def fingerprint(self) -> str:
@@ -140,7 +145,12 @@ class TeacherWrapper(Teacher):
         self.teacher.load_state(state)
 
     def pop_metrics(self) -> dict[str, float]:
-        return self.teacher.pop_metrics()
+        metrics = self.teacher.pop_metrics()
+        if self.num_asked:
+            metrics[self.share_metric] = self.num_counted / self.num_asked
+        self.num_asked = 0
+        self.num_counted = 0
+        return metrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +173,5 @@ class Setting:
 
     def scoring(self, tokens_per_batch: int) -> dict[str, Any]:
         """What a `Scorer` takes beside the model."""
-        return {
-            "temperature": self.temperature,
-            "tokens_per_batch": tokens_per_batch,
-            "before_work": self.before_work,
-        }
+        work = {"tokens_per_batch": tokens_per_batch, "before_work": self.before_work}
+        return {"temperature": self.temperature, **work}

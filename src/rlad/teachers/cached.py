@@ -11,7 +11,7 @@ mixed, not even those of a server that offers another model under the same name.
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ from rlad.teachers.base import Answer, Setting, Teacher, TeacherRequest, Teacher
 from rlad.teachers.cache_store import CacheStore
 
 _FORMAT = "rlad log-probs 3"
-_GIB = 1024**3
 
 Tokens = tuple[tuple[int, ...], tuple[int, ...]]
 """A prompt and its completion."""
@@ -42,6 +41,8 @@ class CachedTeacher(TeacherWrapper):
     nats a token from the stored one. While the witness is not answered whole, nothing is used or
     stored.
     """
+
+    share_metric = "teacher/cache_hits/frac"
 
     def __init__(
         self, teacher: Teacher, store: CacheStore, *, temperature: float, tolerance: float
@@ -57,21 +58,22 @@ class CachedTeacher(TeacherWrapper):
         """What the present batch still waits for."""
         self._whole: dict[Tokens, Tensor] = {}
         """What was answered whole in the present batch; it is stored when all has been answered."""
-        self._num_asked = 0
-        self._num_hits = 0
 
     def submit(self, requests: Sequence[TeacherRequest]) -> list[Answer]:
         # A batch begins. A stored witness that this session has not confirmed is asked for again
         # first: nothing stored is used before it is known to be this teacher's.
         if not self._open and not self._witness:
-            stored = self._store.get([self._witness_key])
-            for witness in stored.values():
+            for witness in self._store.get([self._witness_key]).values():
                 self._confirm(witness)
-        rows = [_tokens(request) for request in requests]
+        rows = [(tuple(one.prompt), tuple(one.completion)) for one in requests]
         asked = dict(zip(rows, requests, strict=True))
-        answers = self._stored_answers(asked)
-        self._num_asked += len(rows)
-        self._num_hits += sum(tokens in answers for tokens in rows)
+        keys = {self._entry_key(tokens): tokens for tokens in asked} if self._witness else {}
+        answers = {}
+        for key, value in self._store.get(list(keys)).items():
+            logprobs = np.frombuffer(value, dtype="<f4").astype(np.float32)
+            answers[keys[key]] = Answer.finished(torch.from_numpy(logprobs))
+        self.num_asked += len(rows)
+        self.num_counted += sum(tokens in answers for tokens in rows)
 
         # What is not stored is asked for, each completion once.
         unknown = [tokens for tokens in asked if tokens not in answers]
@@ -86,28 +88,9 @@ class CachedTeacher(TeacherWrapper):
         self._whole.clear()
         super().cancel()
 
-    def pop_metrics(self) -> dict[str, float]:
-        """The inner teacher's, and the share of the completions asked for that were stored."""
-        metrics = super().pop_metrics()
-        if self._num_asked:
-            metrics["teacher/cache_hits/frac"] = self._num_hits / self._num_asked
-        self._num_asked = 0
-        self._num_hits = 0
-        return metrics
-
     def close(self) -> None:
         self._store.close()
         super().close()
-
-    def _stored_answers(self, asked: Iterable[Tokens]) -> dict[Tokens, Answer]:
-        if not self._witness:
-            return {}
-        keys = {self._entry_key(tokens): tokens for tokens in asked}
-        answers = {}
-        for key, value in self._store.get(list(keys)).items():
-            logprobs = np.frombuffer(value, dtype="<f4").astype(np.float32)
-            answers[keys[key]] = Answer.finished(torch.from_numpy(logprobs))
-        return answers
 
     def _wait_for(self, tokens: Tokens, answer: Answer) -> Tensor:
         """The inner teacher's answer. With the last one of a batch, the batch is stored."""
@@ -172,10 +155,6 @@ def _key(*parts: Any) -> bytes:
     return hashlib.sha256(json.dumps(parts).encode()).digest()
 
 
-def _tokens(request: TeacherRequest) -> Tokens:
-    return tuple(map(int, request.prompt)), tuple(map(int, request.completion))
-
-
 def _is_whole(logprobs: Tensor, tokens: Sequence[Sequence[int]]) -> bool:
     return len(logprobs) == len(tokens[1]) and bool(logprobs.isfinite().all())
 
@@ -196,7 +175,7 @@ def check_teacher(settings: CachedTeacherConfig, setting: Setting) -> list[Findi
 def make_teacher(settings: CachedTeacherConfig, setting: Setting) -> CachedTeacher:
     return CachedTeacher(
         build_teacher(settings.teacher, setting),
-        CacheStore(Path(settings.directory), max_bytes=int(settings.max_gib * _GIB)),
+        CacheStore(Path(settings.directory), max_bytes=int(settings.max_gib * 2**30)),
         temperature=setting.temperature,
         tolerance=settings.tolerance,
     )

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from rlad.config.run import RolloutConfig
 from rlad.findings import Finding
 
-THINKING_MARKERS = ("<think>", "</think>")
+THINKING_MARKERS = ("</think>", "<think>")
 
 
 def compare_tokenizers(
@@ -72,45 +72,50 @@ def _vocabulary(student: Tokenizer, teacher: Tokenizer) -> Finding:
 def _end_token(student: Tokenizer, teacher: Tokenizer, end_tokens: Sequence[str]) -> Finding:
     ours = student.eos_token
     theirs = teacher.eos_token
+    level = "ok"
+    message = f"{theirs!r} for both"
     if theirs in end_tokens:
-        message = f"{theirs!r} for both, and {ours!r} for the student"
-        return Finding("ok", "end token", message)
-    if ours == theirs:
-        return Finding("ok", "end token", f"{ours!r} for both")
-    message = (
-        f"the student ends with {ours!r}, the teacher with {theirs!r}: the teacher will find the "
-        f"student's end token unlikely and completions grow longer; name {theirs!r} in "
-        "student.end_tokens, or let a teacher of type 'privileged' score it instead (end_token)."
-    )
-    return Finding("warning", "end token", message)
+        message += f", and {ours!r} for the student"
+    elif ours != theirs:
+        level = "warning"
+        message = (
+            f"the student ends with {ours!r}, the teacher with {theirs!r}: the teacher will find "
+            "the student's end token unlikely and completions grow longer; name "
+            f"{theirs!r} in student.end_tokens, or let a teacher of type 'privileged' score it "
+            "instead (end_token)."
+        )
+    return Finding(level, "end token", message)
 
 
 def _chat_template(student: Tokenizer, teacher: Tokenizer) -> Finding:
     ours = student.chat_template
     theirs = teacher.chat_template
-    if ours == theirs:
-        message = "the same for both" if ours else "none for both: plain prompts"
-        return Finding("ok", "chat template", message)
-    what = "differ" if ours and theirs else f"only the {'student' if ours else 'teacher'} has one"
-    message = (
-        f"{what}; the teacher is given the student's prompt, which is not what it was trained on: "
-        "a teacher of type 'privileged' with chat_template = 'teacher' is given its own."
-    )
-    return Finding("warning", "chat template", message)
+    level = "ok"
+    message = "the same for both" if ours else "none for both: plain prompts"
+    if ours != theirs:
+        level = "warning"
+        only = "student" if ours else "teacher"
+        what = "differ" if ours and theirs else f"only the {only} has one"
+        message = (
+            f"{what}; the teacher is given the student's prompt, which is not what it was trained "
+            "on: a teacher of type 'privileged' with chat_template = 'teacher' is given its own."
+        )
+    return Finding(level, "chat template", message)
 
 
 def _thinking_markers(student: Tokenizer, teacher: Tokenizer) -> Finding:
     def known(tokenizer: Tokenizer) -> list[str]:
-        template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
-        vocabulary = tokenizer.get_vocab()
-        return sorted(m for m in THINKING_MARKERS if m in vocabulary or m in template)
+        places = (tokenizer.get_vocab(), str(tokenizer.chat_template))
+        return [m for m in THINKING_MARKERS if any(m in place for place in places)]
 
     ours = known(student)
     theirs = known(teacher)
-    if ours == theirs:
-        return Finding("ok", "thinking markers", f"{', '.join(ours) or 'none'} for both")
-    message = (
-        f"student {ours or 'none'}, teacher {theirs or 'none'}: one of them reasons inside markers "
-        "that the other does not know."
-    )
-    return Finding("warning", "thinking markers", message)
+    level = "ok"
+    message = f"{', '.join(ours) or 'none'} for both"
+    if ours != theirs:
+        level = "warning"
+        message = (
+            f"student {ours or 'none'}, teacher {theirs or 'none'}: one of them reasons inside "
+            "markers that the other does not know."
+        )
+    return Finding(level, "thinking markers", message)

@@ -18,20 +18,16 @@ def weights_fingerprint(language_model: LanguageModel, *, without: Collection[st
     half a second for each GiB. The adapters named in `without` are no part of it.
     """
     model = language_model.model
-    says_nothing = ("_name_or_path", "transformers_version")
-    config = {
-        key: value for key, value in model.config.to_dict().items() if key not in says_nothing
+    config = model.config.to_dict()
+    for says_nothing in ("_name_or_path", "transformers_version"):
+        config.pop(says_nothing, None)
+    adapters = {
+        name: settings.to_dict()
+        for name, settings in getattr(model, "peft_config", {}).items()
+        if name not in without
     }
-    digest = hashlib.sha256(
-        json.dumps(
-            [config, str(language_model.compute_dtype)], sort_keys=True, default=str
-        ).encode()
-    )
-    for adapter, settings in sorted(getattr(model, "peft_config", {}).items()):
-        if adapter not in without:
-            digest.update(
-                json.dumps([adapter, settings.to_dict()], sort_keys=True, default=sorted).encode()
-            )
+    settings = [config, str(language_model.compute_dtype), adapters]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=_shown).encode())
     # Sorted, so that the order in which a model was put together makes no difference.
     for name, tensor in sorted(model.state_dict().items()):
         # The student's adapter is in the same model, moves with every step, and is not the
@@ -40,10 +36,13 @@ def weights_fingerprint(language_model: LanguageModel, *, without: Collection[st
             continue
         for part, plain in _plain_tensors(name, tensor):
             digest.update(f"{part} {plain.dtype} {tuple(plain.shape)}".encode())
-            digest.update(
-                plain.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-            )
+            values = plain.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(values.numpy().data)
     return digest.hexdigest()
+
+
+def _shown(value: object) -> object:
+    return sorted(value) if isinstance(value, set) else str(value)
 
 
 def _plain_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -33,13 +33,15 @@ from rlad.teachers import check_teacher as check_inner
 from rlad.teachers.base import Answer, Setting, Teacher, TeacherRequest, TeacherWrapper
 
 NUM_PROBED_PROBLEMS = 20
-_FORM = ("chat_template", "system_prompt", "chat_template_kwargs", "end_token")
+_FORM = {"chat_template", "system_prompt", "chat_template_kwargs", "end_token"}
 """The settings besides the template that make other prompts, or another end."""
 
 
 class PrivilegedTeacher(TeacherWrapper):
     """Asks another teacher about the same completions after another prompt; NaN where both do not
     fit into `context`."""
+
+    share_metric = "teacher/privileged/frac"
 
     def __init__(
         self,
@@ -65,8 +67,6 @@ class PrivilegedTeacher(TeacherWrapper):
         self._encode = lru_cache(maxsize=1024)(encode)
         self._has_own_form = bool(form)
         self._ends = ends or {}
-        self._num_asked = 0
-        self._num_shown = 0
 
     def submit(self, requests: Sequence[TeacherRequest]) -> list[Answer]:
         # The inner teacher is asked only about what fits into its context; its answers go back into
@@ -96,20 +96,10 @@ class PrivilegedTeacher(TeacherWrapper):
             completion = [*completion[:-1], self._ends[completion[-1]]]
 
         fits = self.context is None or len(ids) + len(completion) <= self.context
-        self._num_asked += 1
         # A teacher that rarely sees the answer is hardly a better teacher: the share is a metric.
-        self._num_shown += is_privileged and fits
+        self.num_asked += 1
+        self.num_counted += is_privileged and fits
         return replace(request, prompt=ids, completion=completion) if fits else None
-
-    def pop_metrics(self) -> dict[str, float]:
-        """The inner teacher's, and the share of the completions for which it saw what the template
-        names."""
-        metrics = super().pop_metrics()
-        if self._num_asked:
-            metrics["teacher/privileged/frac"] = self._num_shown / self._num_asked
-        self._num_asked = 0
-        self._num_shown = 0
-        return metrics
 
 
 # --- what it is shown -----------------------------------------------------------------------------
@@ -118,13 +108,9 @@ class PrivilegedTeacher(TeacherWrapper):
 def shown_values(problem: Problem, peer_solution: str | None) -> dict[str, str]:
     """What a template may name: texts and numbers of the problem's metadata, its prompt and answer,
     a peer's solution."""
-    values = {
-        name: str(value)
-        for name, value in problem.metadata.items()
-        if isinstance(value, str | int | float)
-    }
-    values |= {"prompt": problem.question, "answer": problem.answer}
-    return values | {"peer_solution": peer_solution or ""}
+    shown = {k: str(v) for k, v in problem.metadata.items() if isinstance(v, str | int | float)}
+    shown |= {"prompt": problem.question, "answer": problem.answer}
+    return shown | {"peer_solution": peer_solution or ""}
 
 
 def privileged_prompt(
@@ -147,17 +133,17 @@ def encoder(settings: PrivilegedTeacherConfig, setting: Setting) -> Callable[[Pr
     `UserError` when the teacher's own template is wanted and there is none.
     """
     tokenizer = setting.student_tokenizer
-    own = {name: getattr(settings, name) for name in ("system_prompt", "chat_template_kwargs")}
-    rollout = setting.config.rollout.model_copy(
-        update={name: value for name, value in own.items() if value is not None}
-    )
+    own = settings.model_dump(include={"system_prompt", "chat_template_kwargs"}, exclude_none=True)
+    rollout = setting.config.rollout.model_copy(update=own)
     if settings.chat_template == "student":
         return partial(prompt_token_ids, tokenizer, rollout=rollout)
-    theirs = load_tokenizer(_model_with_template(settings.teacher))
-    if not theirs.chat_template:
+    name = _tokenizer_name(settings.teacher)
+    theirs = load_tokenizer(name) if name is not None else None
+    if theirs is None or not theirs.chat_template:
         raise UserError(
-            f"teacher.chat_template is 'teacher', but the tokenizer of {settings.teacher.title!r} "
-            "has no chat template; use 'student'."
+            f"teacher.chat_template is 'teacher', but {settings.teacher.title!r} has no tokenizer "
+            "with a chat template in reach (of a served teacher it is local_model's); use "
+            "'student', or another teacher."
         )
 
     def encode(prompt: Prompt) -> list[int]:
@@ -170,36 +156,29 @@ def encoder(settings: PrivilegedTeacherConfig, setting: Setting) -> Callable[[Pr
     return encode
 
 
-def _model_with_template(settings: Any) -> str:
-    """The model whose tokenizer has the teacher's chat template. `UserError` where none is in
-    reach."""
+def _tokenizer_name(settings: Any) -> str | None:
+    """The model or folder of the teacher's own tokenizer; None where none is in reach."""
     match settings:
         case CachedTeacherConfig():
-            return _model_with_template(settings.teacher)
+            return _tokenizer_name(settings.teacher)
         case LocalTeacherConfig():
             return settings.model
-        case ServedTeacherConfig() if settings.local_model is not None:
+        case ServedTeacherConfig():
             return settings.local_model
         case AdapterTeacherConfig() if has_tokenizer(settings.adapter):
             return settings.adapter
-    raise UserError(
-        f"teacher.chat_template is 'teacher', but a teacher of type {settings.type!r} has no "
-        "tokenizer of its own in reach (of a served one it is local_model's); use 'student', or "
-        "another type."
-    )
+    return None
 
 
 def teacher_context(settings: Any, setting: Setting) -> int | None:
     """Tokens of the shortest context of the teachers in a section; None where none is stated."""
     contexts = []
     for _, one in single_teachers(settings):
-        match one.context_of:
-            case "model":
-                contexts.append(context_tokens(load_model_config(one.model)))
-            case "student":
-                contexts.append(setting.student_context)
-            case "server":  # which says itself what does not fit
-                pass
+        # A server says itself what does not fit.
+        if one.context_of == "model":
+            contexts.append(context_tokens(load_model_config(one.model)))
+        elif one.context_of == "student":
+            contexts.append(setting.student_context)
     return min((tokens for tokens in contexts if tokens is not None), default=None)
 
 
@@ -210,7 +189,12 @@ def check_teacher(settings: PrivilegedTeacherConfig, setting: Setting) -> list[F
     run = setting.config
     with closing(make_task(**run.task.model_dump())) as task:
         problems = [task.problem("train", i, seed=run.seed) for i in range(NUM_PROBED_PROBLEMS)]
-    findings = [one for one in check_inner(settings.teacher, setting) if not _fixes(settings, one)]
+    # The section itself settles what differs in template and end token.
+    settled = {"chat template"} if settings.chat_template == "teacher" else set()
+    if settings.end_token is not None:
+        settled.add("end token")
+    inner = check_inner(settings.teacher, setting)
+    findings = [finding for finding in inner if finding.subject not in settled]
     findings.append(_check_names(settings, problems))
     if settings.end_token is not None:
         token_id(setting.student_tokenizer, settings.end_token, "teacher.end_token")
@@ -221,21 +205,15 @@ def check_teacher(settings: PrivilegedTeacherConfig, setting: Setting) -> list[F
     return findings
 
 
-def _fixes(settings: PrivilegedTeacherConfig, finding: Finding) -> bool:
-    """Whether the section itself settles what a finding about the inner teacher says."""
-    if finding.subject == "chat template":
-        return settings.chat_template == "teacher"
-    return finding.subject == "end token" and settings.end_token is not None
-
-
 def _check_names(settings: PrivilegedTeacherConfig, problems: Sequence[Problem]) -> Finding:
     """Whether problems have what the template names, which is more than the student sees."""
     wanted = sorted(template_names(settings.template))
-    values = [shown_values(problem, "a solution") for problem in problems]
-    allowed = sorted({name for one in values for name in one})
-    unknown = [name for name in wanted if name not in allowed]
+    shown = [shown_values(problem, "a solution") for problem in problems]
+    allowed = sorted({name for one in shown for name in one})
+    num_empty = {name: sum(not one.get(name) for one in shown) for name in wanted}
+    lacking = [name for name in wanted if num_empty[name]]
     level = "warning"
-    if unknown:
+    if unknown := [name for name in wanted if name not in allowed]:
         level = "error"
         message = (
             f"its template names {{{unknown[0]}}}, which the task's problems do not have; use "
@@ -246,11 +224,10 @@ def _check_names(settings: PrivilegedTeacherConfig, problems: Sequence[Problem])
             "its template shows nothing but the prompt, which the student sees too; add {answer} "
             "or {peer_solution}."
         )
-    elif missing := [name for name in wanted if not all(one.get(name) for one in values)]:
-        num_empty = sum(not one.get(missing[0]) for one in values)
+    elif lacking:
         message = (
-            f"{num_empty} of {len(values)} problems have no {{{missing[0]}}}: the teacher is given "
-            "the student's prompt there"
+            f"{num_empty[lacking[0]]} of {len(shown)} problems have no {{{lacking[0]}}}: the "
+            "teacher is given the student's prompt there"
         )
     else:
         level = "ok"
@@ -271,37 +248,32 @@ def _check_length(
     encode = encoder(settings, setting)
     prompts = [privileged_prompt(settings.template, problem, "?") for problem in problems]
     # A peer's solution is at most as long as a completion may be.
-    most_tokens = setting.config.rollout.max_completion_tokens
-    longest = max((len(encode(one)) for one in prompts if one is not None), default=0) + most_tokens
-    shows_peer = "peer_solution" in template_names(settings.template)
-    with_peer = longest + most_tokens if shows_peer else longest
+    most = setting.config.rollout.max_completion_tokens
+    needed = most + max((len(encode(one)) for one in prompts if one is not None), default=0)
+    with_peer = needed + most * ("peer_solution" in template_names(settings.template))
     level = "ok"
     message = f"up to {with_peer} of {context or 'unlimited'} tokens"
-    if context is not None and longest > context:
+    if context is not None and needed > context:
         level = "error"
         message = (
-            f"the longest of {len(problems)} privileged prompts with its completion needs "
-            f"{longest} tokens, but the teacher's context has {context}; shorten the template, or "
-            "lower rollout.max_completion_tokens."
+            f"the longest of {len(problems)} privileged prompts with its completion needs {needed} "
+            f"tokens, but the teacher's context has {context}; shorten the template, or lower "
+            "rollout.max_completion_tokens."
         )
     elif context is not None and with_peer > context:
         level = "warning"
-        message = (
-            f"with a long peer solution up to {with_peer} tokens of {context}: what does not fit "
-            "is not scored"
-        )
+        message += ": what does not fit is not scored"
     return Finding(level, "privileged context", message)
 
 
 def make_teacher(settings: PrivilegedTeacherConfig, setting: Setting) -> PrivilegedTeacher:
     assert setting.student is not None
     # Only what differs from the defaults, so that a new setting does not change old identities.
-    form = settings.model_dump(include=set(_FORM), exclude_defaults=True)
+    form = settings.model_dump(include=_FORM, exclude_defaults=True)
     ends = {}
     if settings.end_token is not None:
         own_end = token_id(setting.student_tokenizer, settings.end_token, "teacher.end_token")
-        # A student may end its answer by several tokens; a teacher of another template has one for
-        # all.
+        # A student may end its answer by several tokens; the teacher has one for all.
         ends = dict.fromkeys(setting.student.eos_token_ids, own_end)
     return PrivilegedTeacher(
         build_teacher(settings.teacher, setting),

@@ -11,7 +11,6 @@ distributions over whole completions.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 from urllib.parse import quote
 
 import torch
@@ -34,18 +33,19 @@ class SeveralTeachers(Teacher):
         self.teachers = dict(teachers)
         self.inner = tuple(teachers.values())
 
-    # A member's tensors have its name before theirs, so that those of two averages stay apart.
+    # A member's tensors have its name before theirs, so that those of two averages stay apart. As
+    # no quoted name has a slash, no member's prefix begins with another's.
 
     def state(self) -> dict[str, Tensor]:
         return {
-            _prefix(name) + key: tensor
+            f"{quote(name, safe='')}/{key}": tensor
             for name, teacher in self.teachers.items()
             for key, tensor in teacher.state().items()
         }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         for name, teacher in self.teachers.items():
-            prefix = _prefix(name)
+            prefix = f"{quote(name, safe='')}/"
             own = [key for key in state if key.startswith(prefix)]
             teacher.load_state({key.removeprefix(prefix): state[key] for key in own})
 
@@ -56,11 +56,6 @@ class SeveralTeachers(Teacher):
             for name, teacher in self.teachers.items()
             for key, value in teacher.pop_metrics().items()
         }
-
-
-def _prefix(name: str) -> str:
-    """Of a teacher's tensors in the common state; no name's prefix begins with another's."""
-    return quote(name, safe="") + "/"
 
 
 class TeacherByTask(SeveralTeachers):
@@ -126,33 +121,29 @@ def task_names(config: RunConfig) -> list[str]:
 
 def check_teacher(settings: SeveralTeachersConfig, setting: Setting) -> list[Finding]:
     members = settings.teachers
-    findings = [one for name in members for one in _check_member(name, members[name], setting)]
+    findings = []
+    for name, member in members.items():
+        try:
+            own = check_one(member, setting)
+        except UserError as error:
+            own = [Finding("error", "teacher", str(error))]
+        findings += [replace(one, subject=f"{name}: {one.subject}") for one in own]
     if settings.combine == "mixture":
         return findings
     tasks = task_names(setting.config)
-    for name in tasks:
-        if name not in members:
-            message = (
-                f"task {name!r} has no teacher of that name; add [teacher.teachers.{name}], or "
-                f"rename one of {', '.join(members)}."
-            )
-            findings.append(Finding("error", "teachers", message))
-    for name in members:
-        if name not in tasks:
-            message = (
-                f"teacher {name!r} is never asked: the run's tasks are {', '.join(tasks)}; remove "
-                "or rename it."
-            )
-            findings.append(Finding("warning", "teachers", message))
+    for name in [name for name in tasks if name not in members]:
+        message = (
+            f"task {name!r} has no teacher of that name; add [teacher.teachers.{name}], or rename "
+            f"one of {', '.join(members)}."
+        )
+        findings.append(Finding("error", "teachers", message))
+    for name in [name for name in members if name not in tasks]:
+        message = (
+            f"teacher {name!r} is never asked: the run's tasks are {', '.join(tasks)}; remove or "
+            "rename it."
+        )
+        findings.append(Finding("warning", "teachers", message))
     return findings
-
-
-def _check_member(name: str, settings: Any, setting: Setting) -> list[Finding]:
-    try:
-        findings = check_one(settings, setting)
-    except UserError as error:
-        findings = [Finding("error", "teacher", str(error))]
-    return [replace(one, subject=f"{name}: {one.subject}") for one in findings]
 
 
 def make_teacher(settings: SeveralTeachersConfig, setting: Setting) -> SeveralTeachers:
