@@ -369,10 +369,9 @@ def test_the_knobs_travel_as_json(monkeypatch):
     [
         (
             None,
-            "the environment variable RLAD_OBJECTIVE has not reached this process; start verl by "
-            "the command of `rlad",
+            "start verl by the command of `rlad export verl`, or add +ray_kwargs.ray_init.runtime",
         ),
-        ("{", "the environment variable RLAD_OBJECTIVE is no JSON"),
+        ("{", "the environment variable RLAD_OBJECTIVE of this process holds no JSON"),
         (
             '{"type": "opd"}',
             "RLAD_OBJECTIVE describes objective 'opd' but distillation.distillation_loss.loss_mode "

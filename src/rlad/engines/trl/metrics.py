@@ -5,7 +5,6 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from rlad.engines.metrics import TokenStats
-from rlad.objectives.inputs import LossInputs
 from rlad.rollouts.types import Metrics
 
 
@@ -21,18 +20,6 @@ class StepStats(TokenStats):
 
     num_rows = 0
     num_scored = 0
-
-    def add(
-        self,
-        inputs: LossInputs,
-        entropy: Tensor,
-        sampler_logprobs: Tensor,
-        stats: dict[str, Tensor],
-    ) -> None:
-        """Add a micro-batch, whose mask holds the tokens with a say in the gradient."""
-        super().add(inputs, entropy, sampler_logprobs, stats)
-        self.num_rows += len(inputs.mask)
-        self.num_scored += int(inputs.mask.any(dim=1).sum())
 
     def over_processes(self) -> Metrics:
         """Return the metrics of all processes' tokens. All of them must ask at the same time."""

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import is_peft_model
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import use_adapter
 
 from rlad.engines.trl.config import RLADConfig
@@ -38,14 +38,14 @@ def as_teacher(
     """
     if problem := next(_problems(teacher, args, accelerator, student), None):
         raise UserError(problem)
+    if isinstance(teacher, Teacher):
+        return teacher
     scoring: dict[str, Any] = {
         "temperature": args.temperature,
         "tokens_per_batch": args.teacher_tokens_per_batch,
     }
-    if isinstance(teacher, Teacher):
-        return teacher
     if _is_base_model(teacher, student):
-        return BaseModelTeacher(student, tokenizer, **scoring)
+        return BaseModelTeacher(student, _with_tokenizer(teacher, tokenizer), **scoring)
     # A model that will be split is put together on the CPU: it need not fit on one device.
     device = torch.device("cpu") if args.teacher_is_sharded else accelerator.device
     if isinstance(teacher, str):
@@ -56,11 +56,14 @@ def as_teacher(
                     f"teacher {teacher!r} cannot score the student's tokens: {finding.message}"
                 )
     else:
-        name = str(teacher.config.name_or_path)
-        loaded = LanguageModel(name, teacher.eval().to(device), tokenizer, (), 0, teacher.dtype)
+        loaded = _with_tokenizer(teacher.eval().to(device), tokenizer)
     if args.teacher_is_sharded:
         return ShardedTeacher(loaded, device_type=accelerator.device.type, **scoring)
     return LocalTeacher(loaded, **scoring)
+
+
+def _with_tokenizer(model: Any, tokenizer: PreTrainedTokenizerBase) -> LanguageModel:
+    return LanguageModel(str(model.config.name_or_path), model, tokenizer, (), 0, model.dtype)
 
 
 def _is_base_model(teacher: Any, student: Any) -> bool:
@@ -97,11 +100,6 @@ def _problems(
             "teacher is the student itself, which moves with every step; pass its name for a "
             "frozen copy, or peft_config to train an adapter on it."
         )
-    elif not isinstance(teacher, str | PreTrainedModel):
-        yield (
-            f"teacher is a {type(teacher).__name__}; pass a model's name, a transformers model or "
-            "a Teacher."
-        )
     elif args.teacher_is_sharded and accelerator.num_processes == 1:
         yield (
             "teacher_is_sharded splits the teacher over processes, and this is one alone; leave it "
@@ -113,15 +111,10 @@ class BaseModelTeacher(ScoringTeacher):
     """Scores with the student's adapters switched off; nothing of the student is frozen or moved by
     it."""
 
-    def __init__(self, student: Any, tokenizer: PreTrainedTokenizerBase, **scoring: Any):
+    def __init__(self, student: Any, base: LanguageModel, **scoring: Any):
         """`student` is a `PeftModel`; `scoring` is what a `Scorer` takes beside the model."""
-        base = student.get_base_model()
-        language_model = LanguageModel(
-            str(base.config.name_or_path), base, tokenizer, (), 0, base.dtype
-        )
+        super().__init__(f"{base.name} without adapter", Scorer(base, **scoring))
         self._student = student
-        identity = f"{language_model.name} without adapter"
-        super().__init__(identity, Scorer(language_model, **scoring))
 
     def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
         # Dropout must be off while the base model scores, and the student as before after it.

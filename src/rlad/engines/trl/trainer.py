@@ -273,6 +273,8 @@ class RLADTrainer(GRPOTrainer):
         sampled = inputs.get("sampling_per_token_logps", unknown)
         window.add(replace(batch, mask=trained), entropy, sampled, stats)
         window.num_dropped += int((batch.mask & ~inputs["counted"]).sum())
+        window.num_rows += len(trained)
+        window.num_scored += int(trained.any(dim=1).sum())
         # One entry for each optimiser step: micro-batches are added up until the last one.
         if self.mode == "eval" or self.accelerator.sync_gradients:
             for key, value in window.over_processes().items():

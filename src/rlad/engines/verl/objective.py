@@ -36,19 +36,14 @@ def objective_knobs_from_environment(name: str) -> dict[str, Any]:
 
     Raises `UserError` when the variable is missing, cannot be read, or is of another objective.
     """
-    text = os.environ.get(VARIABLE)
-    example = f'{{"type": "{name}"}}'
-    if text is None:
-        raise UserError(
-            f"the environment variable {VARIABLE} has not reached this process; start verl by the "
-            "command of `rlad export verl`, or add "
-            f"+ray_kwargs.ray_init.runtime_env.env_vars.{VARIABLE}='{example}' to yours."
-        )
     try:
-        section = json.loads(text)
+        section = json.loads(os.environ.get(VARIABLE, ""))
     except json.JSONDecodeError as error:
         raise UserError(
-            f"the environment variable {VARIABLE} is no JSON ({error}); write it like {example}."
+            f"the environment variable {VARIABLE} of this process holds no JSON ({error}); start "
+            "verl by the command of `rlad export verl`, or add "
+            f'+ray_kwargs.ray_init.runtime_env.env_vars.{VARIABLE}=\'{{"type": "{name}"}}\' to '
+            "yours."
         ) from None
     objective = parse_objective(section)
     if objective.type != name:
