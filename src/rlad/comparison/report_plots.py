@@ -14,7 +14,6 @@ import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from rlad.comparison.figures import Method
 from rlad.comparison.runs import PARTS, Run
@@ -22,12 +21,11 @@ from rlad.runs.curve import STYLE, curve
 from rlad.text import printable
 
 _HATCHES = ("", "///", "\\\\\\", "xx")
-_SMALL = (5.2, 3.1)
 
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """An SVG image, its caption, and in words what can be read from it."""
+    """An SVG image, its caption, and in words what can be read from it and is in no table."""
 
     title: str
     caption: str
@@ -45,54 +43,60 @@ def draw_plots(methods: Sequence[Method]) -> dict[str, list[Plot]]:
     # Text stays text, so that it can be searched, and the same runs give the same bytes.
     settings = {"svg.fonttype": "none", "svg.hashsalt": "rlad", "font.size": 9.5}
     with matplotlib.style.context([*STYLE, settings]):
-        curves = [_draw_curve(methods, *row) for row in CURVES]
+        curves = [_draw_series(methods, *row) for row in CURVES]
+        curves.append(_draw_pass_at_k(methods))
         return {
             "results": [_draw_results(methods)],
-            "curves": [
-                _draw_legend(methods),
-                *(plot for plot in curves if plot),
-                *([_draw_pass_at_k(methods)] if len(methods[0].pass_at_k) > 1 else []),
-            ],
+            "curves": [plot for plot in curves if plot],
             "cost": [_draw_cost(methods)],
         }
 
 
-def _draw_legend(methods: Sequence[Method]) -> Plot:
-    """Draw the key to colours, lines and markers of all plots of a table."""
-    names = [_short(m.name) for m in methods]
-    # As many columns as fit beside one another, judged by the longest name.
-    columns = max(1, min(4, len(names), 110 // (max(map(len, names)) + 10)))
-    figure = Figure(figsize=(8.5, 0.3 * -(-len(names) // columns) + 0.1))
-    handles = [Line2D([], [], **_look(i)) for i in range(len(names))]
-    figure.legend(handles, names, loc="center", ncols=columns, handlelength=4, fontsize=10)
-    return _plot(figure, "Key to the plots", "", ", ".join(m.name for m in methods))
-
-
 def _draw_results(methods: Sequence[Method]) -> Plot:
-    """Draw test pass@1 of each method with its interval, its seeds, and where it started."""
+    """Draw test pass@1 of each method with its interval, its seeds, and where it started; the key
+    to lines and markers of all plots."""
     figure = Figure(figsize=(8.5, 0.42 * len(methods) + 0.9), layout="constrained")
     axes = figure.subplots()
     for i, m in enumerate(methods):
         y = len(methods) - 1 - i
-        look = _look(i) | {"linestyle": "none", "markersize": 9}
-        after = m.after
-        axes.errorbar(
-            after.mean, y, xerr=[[after.mean - after.low], [after.high - after.mean]], **look
-        )
+        bounds = [m.after.low, m.after.mean, m.after.high]
+        axes.plot(bounds, [y] * 3, markevery=[1], **_look(i) | {"markersize": 9})
         # Each seed as a ring below the bar.
-        seeds = [np.mean([r.num_correct / r.num_samples for r in run.after]) for run in m.runs]
+        seeds = [np.mean(values) for values in m.pass_by_seed.values()]
         axes.scatter(seeds, [y - 0.24] * len(seeds), s=16, facecolor="none", edgecolor="black")
         axes.plot(m.before.mean, y, marker="|", color="black", markersize=11)
     _name_rows(axes, methods)
     axes.set(xlabel="test pass@1", ylim=(-0.6, len(methods) - 0.5))
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
-    told = "; ".join(f"{m.name} {m.after}, before {m.before.mean:.1%}" for m in methods)
     caption = (
         "Test pass@1. Marker and bar: mean after training, 95 % interval; rings: each seed; "
-        "stroke: before training."
+        "stroke: before training. Lines and markers are those of all plots."
     )
-    return _plot(figure, "Test pass@1", caption, told)
+    return _plot(figure, "Test pass@1", caption)
 
+
+def _draw_cost(methods: Sequence[Method]) -> Plot:
+    """Draw where the training time of a run goes."""
+    figure = Figure(figsize=(8.5, 0.38 * len(methods) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    rows = np.arange(len(methods))
+    left = np.zeros(len(methods))
+    for part, hatch in zip(PARTS, _HATCHES, strict=True):
+        seconds = np.array([m.seconds[part] for m in reversed(methods)])
+        axes.barh(rows, seconds, left=left, label=part, hatch=hatch, edgecolor="black", height=0.62)
+        left = left + seconds
+    _name_rows(axes, methods)
+    axes.set(xlabel="seconds of training, mean over seeds")
+    axes.grid(visible=False, axis="y")
+    figure.legend(loc="outside upper center", ncols=len(PARTS))
+    caption = (
+        "Seconds of training by part; the rest is rewards, reference and log-probs of the old "
+        "policy."
+    )
+    return _plot(figure, "Cost", caption)
+
+
+# --- curves ---------------------------------------------------------------------------------------
 
 Series = Callable[[Run], dict[int, float]]
 _TRAINED_TOKENS = (
@@ -113,12 +117,12 @@ CURVES: Sequence[tuple[str, str, Series, str]] = (
 """title, label, values of a run by step, note"""
 
 
-def _draw_curve(
+def _draw_series(
     methods: Sequence[Method], title: str, label: str, series: Series, note: str
 ) -> Plot | None:
     """Draw the mean over seeds, with a band from the lowest to the highest seed; None when no run
     has recorded it."""
-    figure = Figure(figsize=_SMALL, layout="constrained")
+    figure = Figure(figsize=(5.2, 3.1), layout="constrained")
     axes = figure.subplots()
     told = []
     absent = []
@@ -146,9 +150,12 @@ def _draw_curve(
     return _plot(figure, title, f"{title} by step.{missing}{note}", "; ".join(told))
 
 
-def _draw_pass_at_k(methods: Sequence[Method]) -> Plot:
+def _draw_pass_at_k(methods: Sequence[Method]) -> Plot | None:
+    """Draw pass@k by k; None when the test took one sample of each problem."""
     ks = list(methods[0].pass_at_k)
-    figure = Figure(figsize=_SMALL, layout="constrained")
+    if len(ks) == 1:
+        return None
+    figure = Figure(figsize=(5.2, 3.1), layout="constrained")
     axes = figure.subplots()
     told = []
     for i, m in enumerate(methods):
@@ -164,32 +171,6 @@ def _draw_pass_at_k(methods: Sequence[Method]) -> Plot:
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
     caption = "Test pass@k after training; band: 95 % interval."
     return _plot(figure, "pass@k", caption, "; ".join(told))
-
-
-def _draw_cost(methods: Sequence[Method]) -> Plot:
-    """Draw where the training time of a run goes."""
-    figure = Figure(figsize=(8.5, 0.38 * len(methods) + 1.2), layout="constrained")
-    axes = figure.subplots()
-    rows = np.arange(len(methods))
-    left = np.zeros(len(methods))
-    for part, hatch in zip(PARTS, _HATCHES, strict=True):
-        seconds = np.array([m.seconds[part] for m in reversed(methods)])
-        axes.barh(rows, seconds, left=left, label=part, hatch=hatch, edgecolor="black", height=0.62)
-        left = left + seconds
-    _name_rows(axes, methods)
-    axes.set(xlabel="seconds of training, mean over seeds")
-    axes.grid(visible=False, axis="y")
-    figure.legend(loc="outside upper center", ncols=len(PARTS))
-    told = "; ".join(
-        f"{m.name} {m.total_seconds:.0f} s, "
-        f"{', '.join(f'{part} {m.share_of_time(part):.0%}' for part in PARTS)}"
-        for m in methods
-    )
-    caption = (
-        "Seconds of training by part; the rest is rewards, reference and log-probs of the old "
-        "policy."
-    )
-    return _plot(figure, "Cost", caption, told)
 
 
 def _look(index: int) -> dict[str, Any]:
@@ -215,7 +196,7 @@ def _short(name: str, length: int = 42) -> str:
     return label.replace("$", r"\$")
 
 
-def _plot(figure: Figure, title: str, caption: str, told: str) -> Plot:
+def _plot(figure: Figure, title: str, caption: str, told: str = "") -> Plot:
     picture = BytesIO()
     figure.savefig(picture, format="svg", transparent=True, metadata={"Date": None})
-    return Plot(title, caption, f"{told}.", picture.getvalue(), figure.get_figwidth() > 6)
+    return Plot(title, caption, told, picture.getvalue(), figure.get_figwidth() > 6)
