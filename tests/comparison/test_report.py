@@ -594,8 +594,8 @@ def test_the_map_shows_the_completions_with_most_gated_tokens(tmp_path):
         ("late", 4, "correct", [("+", 17), ("h", 3)], 0),
     ]
     early, late = found.phases
-    assert (early.num_tokens, early.shares["held back"], early.clamped) == (60, 7 / 60, 3 / 60)
-    assert (late.num_tokens, late.shares["held back"]) == (22, 4 / 22)
+    assert (early.num_tokens, early.share("h"), early.share("c")) == (60, 7 / 60, 3 / 60)
+    assert (late.num_tokens, late.share("h")) == (22, 4 / 22)
     assert (
         found.completions[0].tokens[0].note
         == "held back; log student - log teacher +0.50, clamped; advantage +1.00"

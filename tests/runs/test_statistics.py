@@ -162,7 +162,8 @@ def test_pairing_takes_what_problems_and_seeds_share_out_of_the_difference():
     first = rng.random((3, 100)) + rng.normal(0, 0.3, (3, 1))
     paired = paired_difference(first + 0.1, first, keys)
     assert (paired.mean, paired.low, paired.high) == pytest.approx((0.1, 0.1, 0.1))
-    unpaired = paired_difference(first + 0.1, first, keys, is_paired_by_seed=False)
+    others = compare(dict(enumerate(first + 0.1)), dict(enumerate(first, start=9)), keys)
+    unpaired = others.difference
     assert unpaired.mean == pytest.approx(0.1) and unpaired.low < 0 < 0.2 < unpaired.high
 
 

@@ -59,23 +59,14 @@ def find_contamination(train: Iterable[Problem], held_out: Iterable[Problem]) ->
     trained = {problem.key: problem for problem in train}
     texts = {problem.key: _words_of(problem) for problem in held_out}
     in_held_out = Counter(run for text in texts.values() for run in set(_runs(text, FEWEST_WORDS)))
-    trained_texts = map(_words_of, trained.values())
-    in_trained = Counter(
-        run
-        for text in trained_texts
-        for run in set(_runs(text, FEWEST_WORDS))
-        if run in in_held_out
-    )
+    in_trained: Counter[str] = Counter()
+    for problem in trained.values():
+        in_trained.update(in_held_out.keys() & set(_runs(_words_of(problem), FEWEST_WORDS)))
     instructions = _frequent(in_held_out)
-    often_trained = _frequent(in_trained)
-    phrases = instructions | often_trained
+    phrases = instructions | _frequent(in_trained)
     # Held-out problems cut at the instructions, and at the phrases too.
     whole = {key: list(_parts(text, instructions)) for key, text in texts.items()}
-    distinct = (
-        {key: list(_parts(text, phrases)) for key, text in texts.items()}
-        if often_trained
-        else whole
-    )
+    distinct = {key: list(_parts(text, phrases)) for key, text in texts.items()}
     # Only runs that some held-out problem has are looked for in the training problems.
     wanted = {
         run

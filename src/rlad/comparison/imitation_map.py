@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rlad.comparison.figures import Method
 from rlad.comparison.runs import Run
@@ -98,14 +98,21 @@ class MappedCompletion:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """The tokens of a third of the run: shares by name of the fate, and of the clamped ones."""
+    """The tokens of a third of the run, counted by the letters of their fates.
+
+    "c" is counted beside them, as a clamped token has a fate too.
+    """
 
     name: str
-    first_step: int
-    last_step: int
-    num_tokens: int
-    shares: dict[str, float]
-    clamped: float
+    steps: list[int] = field(default_factory=list)
+    letters: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.letters[fate.letter] for fate in FATES)
+
+    def share(self, letter: str) -> float:
+        return self.letters[letter] / self.num_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,27 +140,27 @@ def imitation_maps(methods: Sequence[Method]) -> list[ImitationMap]:
 def _map_of(method: str, run: Run) -> ImitationMap | None:
     """Choose of each third of the run, and of either sign of the advantage, the completion with
     most gated tokens."""
-    letters: dict[str, Counter[str]] = {name: Counter() for name in PHASES}
-    steps: dict[str, list[int]] = {name: [] for name in PHASES}
+    phases = {name: Phase(name) for name in PHASES}
     best: dict[tuple[str, bool], MappedCompletion] = {}
     for each in _recorded(run):
-        letters[each.phase].update(each.imitation.fates, c=each.num_clamped)
-        steps[each.phase].append(each.row.step)
+        phase = phases[each.phase]
+        phase.letters.update(each.imitation.fates, c=each.num_clamped)
+        phase.steps.append(each.row.step)
         # Of better and worse completions the one with the largest share of gated tokens.
         place = (each.phase, each.advantage > 0)
         if each.advantage and (place not in best or each.gated_share > best[place].gated_share):
             best[place] = each
     if not best:
         return None
-    phases = [_phase(name, steps[name], letters[name]) for name in PHASES if steps[name]]
     order = [(name, sign) for name in PHASES for sign in (True, False)]
-    return ImitationMap(method, run.seed, phases, [best[place] for place in order if place in best])
+    shown = [best[place] for place in order if place in best]
+    return ImitationMap(method, run.seed, [p for p in phases.values() if p.steps], shown)
 
 
 def _recorded(run: Run) -> Iterator[MappedCompletion]:
     """Read all recorded completions; a row that is damaged is left out."""
     for row in read_rows(RunDirectory(run.path), SAMPLES, SampleRow):
-        if not isinstance(row, SampleRow):
+        if isinstance(row, str):
             continue
         # Thirds of the steps; a row beyond the last step, after a crash, belongs to the last third.
         third = (row.step - 1) * len(PHASES) // max(run.num_steps, 1)
@@ -161,10 +168,3 @@ def _recorded(run: Run) -> Iterator[MappedCompletion]:
         for rollout in row.rollouts:
             if rollout.tokens and rollout.imitation:
                 yield MappedCompletion(phase, row, rollout, rollout.imitation)
-
-
-def _phase(name: str, steps: Sequence[int], letters: Counter[str]) -> Phase:
-    # Every token has one fate; "c" is counted beside them, as a clamped token has a fate too.
-    total = sum(letters[fate.letter] for fate in FATES)
-    shares = {fate.name: letters[fate.letter] / total for fate in FATES}
-    return Phase(name, min(steps), max(steps), total, shares, letters["c"] / total)

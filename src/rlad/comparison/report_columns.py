@@ -137,10 +137,10 @@ def phases_table(found: ImitationMap) -> Table:
     ]
     rows = [
         [
-            Cell(phase.name, f"steps {phase.first_step}–{phase.last_step}"),
+            Cell(phase.name, f"steps {min(phase.steps)}–{max(phase.steps)}"),
             number(phase.num_tokens),
-            *(share(phase.shares[fate.name]) for fate in FATES),
-            share(phase.clamped),
+            *(share(phase.share(fate.letter)) for fate in FATES),
+            share(phase.share("c")),
         ]
         for phase in found.phases
     ]

@@ -179,7 +179,7 @@ def _first_and_last(history: History, split: str) -> tuple[Results, Results]:
 
 def _problems(history: History, tests: Mapping[str, tuple[Results, Results]]) -> Iterator[str]:
     """Say what would bend the figures of a report silently."""
-    yield from (f"{each.sentence}." for each in history.damage)
+    yield from (f"{sentence}." for sentence in history.damage)
     # Figures by step and totals rest on one row a step.
     yield from (each.message for each in wrong_steps(history))
     if not tests["test"][0]:

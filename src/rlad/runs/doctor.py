@@ -19,7 +19,7 @@ from rlad.errors import UserError
 from rlad.runs.checkpoints import damage
 from rlad.runs.directory import CHECKPOINTS, ENVIRONMENT, EVAL, METRICS, SAMPLES, RunDirectory
 from rlad.runs.guards import Watch, json_number
-from rlad.runs.rows import History, Row, read_history, read_rows, sort_rows
+from rlad.runs.rows import History, Row, first_damage, read_history, read_rows
 
 LEVELS = ("error", "warning", "note")
 
@@ -44,7 +44,6 @@ class Evidence:
     run: RunDirectory
     config: RunConfig
     history: History
-    sampled_steps: Sequence[int]
     is_training: bool
 
     @property
@@ -94,12 +93,11 @@ def diagnose(path: Path) -> Diagnoses:
         )
     # Damaged rows are reported; the looks use the others.
     history = read_history(run)
-    samples, damaged_samples = sort_rows(read_rows(run, SAMPLES, Row))
-    sampled_steps = [row.step for row in samples]
-    evidence = Evidence(run, load_config(path), history, sampled_steps, run.is_locked())
+    damaged = [*history.damage, *first_damage(read_rows(run, SAMPLES, Row))]
+    evidence = Evidence(run, load_config(path), history, run.is_locked())
     found = [
-        Diagnosis("error", "unreadable_file", f"{each.sentence}; put back a copy of that file.")
-        for each in (*history.damage, *damaged_samples[:1])
+        Diagnosis("error", "unreadable_file", f"{sentence}; put back a copy of that file.")
+        for sentence in damaged
     ]
     for look in LOOKS:
         found += look(evidence)
@@ -110,39 +108,34 @@ def diagnose(path: Path) -> Diagnoses:
 
 
 def _steps(evidence: Evidence) -> Iterator[Diagnosis]:
-    return wrong_steps(evidence.history, evidence.sampled_steps)
+    return wrong_steps(evidence.history)
 
 
-def wrong_steps(history: History, sampled_steps: Sequence[int] = ()) -> Iterator[Diagnosis]:
+def wrong_steps(history: History) -> Iterator[Diagnosis]:
     """Find steps that are missing or more than once in a file."""
     numbers = [int(row["step"]) for row in history.steps]
     repair = (
         f"put back a copy of {METRICS}, or start the run again with --overwrite; figures and time "
         "limits count its rows"
     )
-    # (first missing step, how many are missing) of each gap.
-    gaps = [
-        (low + 1, high - low - 1) for low, high in pairwise(sorted({0, *numbers})) if high - low > 1
-    ]
-    if gaps:
-        first = gaps[0][0]
-        num_missing = sum(length for _, length in gaps)
+    # By the gaps between neighbours: a damaged number may be as large as any.
+    gaps = [(low + 1, high - low - 1) for low, high in pairwise(sorted({0, *numbers}))]
+    num_missing = sum(length for _, length in gaps)
+    if num_missing:
+        first = next(start for start, length in gaps if length)
         which = f"{num_missing} steps, the first is {first}" if num_missing > 1 else f"step {first}"
         yield Diagnosis("error", "steps_missing", f"{METRICS} lacks {which}: {repair}.", first)
     # One row a step, and one a step and split of evaluations.
-    keys = {
-        METRICS: [(step, "") for step in numbers],
-        SAMPLES: [(step, "") for step in sampled_steps],
-        EVAL: [(row.step, row.split) for row in history.evaluations],
-    }
-    for name, values in keys.items():
-        doubled = [step for (step, _), count in Counter(values).items() if count > 1]
-        if doubled:
-            message = (
-                f"{name} has more than one row of step {doubled[0]}: two processes may have "
-                f"written it; {repair}."
-            )
-            yield Diagnosis("error", "steps_doubled", message, doubled[0])
+    evaluations = Counter((row.step, row.split) for row in history.evaluations)
+    counts = [(METRICS, step, count) for step, count in Counter(numbers).items()]
+    counts += [(EVAL, step, count) for (step, _), count in evaluations.items()]
+    doubled = next(((name, step) for name, step, count in counts if count > 1), None)
+    if doubled:
+        message = (
+            f"{doubled[0]} has more than one row of step {doubled[1]}: two processes may have "
+            f"written it; {repair}."
+        )
+        yield Diagnosis("error", "steps_doubled", message, doubled[1])
 
 
 def _checkpoints(evidence: Evidence) -> Iterator[Diagnosis]:

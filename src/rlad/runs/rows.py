@@ -1,10 +1,10 @@
 """The rows of a run's files, as doctor, report and compare read them, and what held-out results add
 up to.
 
-A row that is not as a run writes it becomes a `Damage`; who reads decides what that means.
+A row that is not as a run writes it becomes a sentence; who reads decides what that means.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
@@ -32,14 +32,6 @@ class StepRow(Row):
     __pydantic_extra__: dict[str, float]
 
 
-class Interval(BaseModel):
-    """A mean with its interval."""
-
-    mean: FiniteFloat
-    low: FiniteFloat
-    high: FiniteFloat
-
-
 @dataclass(frozen=True, slots=True)
 class ProblemResult:
     """The verdicts on the samples of one held-out problem."""
@@ -63,7 +55,7 @@ class EvaluationRow(Row):
     model_config = ConfigDict(strict=False)
 
     split: str
-    pass_at_1: Interval = Field(alias="pass@1")
+    pass_at_1: Estimate = Field(alias="pass@1")
     results: list[ProblemResult] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -113,21 +105,15 @@ class SampleRow(Row):
     rollouts: list[SampledRollout]
 
 
-@dataclass(frozen=True, slots=True)
-class Damage:
-    """A row that is not as a run writes it, in a sentence without its full stop."""
-
-    sentence: str
-
-
 AnyRow = TypeVar("AnyRow", bound=Row)
 
 
-def read_rows(run: RunDirectory, name: str, kind: type[AnyRow]) -> Iterator[AnyRow | Damage]:
-    """Read a file row by row; nothing when it does not exist."""
+def read_rows(run: RunDirectory, name: str, kind: type[AnyRow]) -> Iterator[AnyRow | str]:
+    """Read a file row by row, of a damaged row a sentence without its full stop; nothing when there
+    is no such file."""
     for number, (_, row) in enumerate(run.lines(name), start=1):
         if not isinstance(row, dict):
-            yield Damage(f"row {number} of {name} is no JSON object")
+            yield f"row {number} of {name} is no JSON object"
             continue
         # pydantic names the field and what is wrong with it; the first mistake of a row is enough.
         try:
@@ -135,7 +121,7 @@ def read_rows(run: RunDirectory, name: str, kind: type[AnyRow]) -> Iterator[AnyR
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = f", {'.'.join(map(str, first['loc']))}" if first["loc"] else ""
-            yield Damage(f"row {number} of {name}{where}: {first['msg']}")
+            yield f"row {number} of {name}{where}: {first['msg']}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +130,7 @@ class History:
 
     steps: Sequence[Mapping[str, float]]
     evaluations: Sequence[EvaluationRow]
-    damage: Sequence[Damage]
+    damage: Sequence[str]
     """the first of each file; rows that are not damaged are read all the same"""
 
     @property
@@ -155,22 +141,17 @@ class History:
 
 def read_history(run: RunDirectory) -> History:
     """Read metrics.jsonl and eval.jsonl."""
-    steps, damaged_steps = sort_rows(read_rows(run, METRICS, StepRow))
-    evaluations, damaged_evaluations = sort_rows(read_rows(run, EVAL, EvaluationRow))
-    damage = [*damaged_steps[:1], *damaged_evaluations[:1]]
-    return History([row.model_dump() for row in steps], evaluations, damage)
+    steps = list(read_rows(run, METRICS, StepRow))
+    evaluations = list(read_rows(run, EVAL, EvaluationRow))
+    return History(
+        [row.model_dump() for row in steps if not isinstance(row, str)],
+        [row for row in evaluations if not isinstance(row, str)],
+        first_damage(steps) + first_damage(evaluations),
+    )
 
 
-def sort_rows(rows: Iterator[AnyRow | Damage]) -> tuple[list[AnyRow], list[Damage]]:
-    """Part the rows that are as a run writes them from the damaged ones."""
-    whole: list[AnyRow] = []
-    damaged: list[Damage] = []
-    for row in rows:
-        if isinstance(row, Damage):
-            damaged.append(row)
-        else:
-            whole.append(row)
-    return whole, damaged
+def first_damage(rows: Iterable[Row | str]) -> list[str]:
+    return [row for row in rows if isinstance(row, str)][:1]
 
 
 # --- held-out results -----------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import FiniteFloat
 
 NUM_RESAMPLES = 2_000
 NUM_PERMUTATIONS = 9_999
@@ -26,9 +27,9 @@ NO_LIMITS: Limits = (-math.inf, math.inf)
 class Estimate:
     """A mean with its 95 % interval."""
 
-    mean: float
-    low: float
-    high: float
+    mean: FiniteFloat
+    low: FiniteFloat
+    high: FiniteFloat
 
     def __str__(self) -> str:
         return f"{self.mean:.1%} [{self.low:.1%}, {self.high:.1%}]"
@@ -101,25 +102,18 @@ def compare(
 
 
 def paired_difference(
-    method: Table,
-    other: Table,
-    keys: Sequence[str],
-    *,
-    is_paired_by_seed: bool = True,
-    limits: Limits = NO_LIMITS,
-    seed: int = 0,
+    method: Table, other: Table, keys: Sequence[str], *, limits: Limits = NO_LIMITS, seed: int = 0
 ) -> Estimate:
     """Estimate the mean of method - other with its interval (95 %) over seeds and problems, as in
     `mean_over_seeds`.
 
-    Every resample takes the same problems for both methods, and, paired by seed, the same seeds:
-    row i of both tables is then of one seed. Otherwise the seeds of the two are resampled
-    independently.
+    Every resample takes the same problems and the same seeds for both methods: row i of both tables
+    is of one seed.
     """
     a = _table(method, keys)
     b = _table(other, keys)
-    assert len(a) == len(b) or not is_paired_by_seed
-    return _interval(a, b, keys, is_paired=is_paired_by_seed, limits=limits, seed=seed)
+    assert len(a) == len(b)
+    return _interval(a, b, keys, is_paired=True, limits=limits, seed=seed)
 
 
 def permutation_p_value(
