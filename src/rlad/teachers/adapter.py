@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from rlad.config.teacher import AdapterTeacherConfig
-from rlad.errors import UserError, require_package
+from rlad.errors import UserError
 from rlad.findings import Finding
 from rlad.models.adapters import (
     adapter_names,
@@ -62,41 +62,38 @@ class AdapterTeacher(ScoringTeacher):
 def check_teacher(settings: AdapterTeacherConfig, setting: Setting) -> list[Finding]:
     base = setting.config.student.model
     folder = settings.adapter
+    problem = ""
+    if setting.config.student.lora is None:
+        problem = (
+            "it shares the student's base weights, which move unless the student is trained with "
+            f"[student.lora]; add that section, or take type = 'local' with model = {base!r}."
+        )
+    elif folder != "none" and not is_adapter(folder):
+        problem = (
+            f"{folder!r} is no folder of an adapter; give one with adapter_config.json, as PEFT "
+            "writes it."
+        )
+    if problem:
+        return [Finding("error", "adapter", problem)]
+    if folder == "none":
+        return [Finding("ok", "adapter", f"none: the base model {base} itself")]
     try:
-        require_package("peft", "teacher.type = 'adapter'")
-        if setting.config.student.lora is None:
-            raise UserError(
-                "it shares the student's base weights, which move unless the student is trained "
-                "with [student.lora]; add that section, or take type = 'local' with model = "
-                f"{base!r}."
-            )
-        if folder == "none":
-            return [Finding("ok", "adapter", f"none: the base model {base} itself")]
-        if not is_adapter(folder):
-            raise UserError(
-                f"{folder!r} is no folder of an adapter; give one with adapter_config.json, as "
-                "PEFT writes it."
-            )
         # Shapes are compared from files alone, before any weights are loaded.
         require_shareable(folder, load_model_config(base))
-        findings = [_compare_base(folder, base)]
     except UserError as error:
         return [Finding("error", "adapter", str(error))]
-    if has_tokenizer(folder):
-        findings += compare_tokenizers(setting.student_tokenizer, load_tokenizer(folder))
-    return findings
-
-
-def _compare_base(folder: str, base: str) -> Finding:
     named = base_model(folder)
-    if resolvable(named) == resolvable(base):
-        return Finding("ok", "adapter", f"{folder} is for {base}")
-    return Finding(
-        "warning",
-        "adapter",
-        f"{folder} names {named!r} as its base model, the student's is {base!r}: its shapes fit, "
-        "but on other weights it is another teacher; continue only if the two are the same model.",
-    )
+    finding = Finding("ok", "adapter", f"{folder} is for {base}")
+    if resolvable(named) != resolvable(base):
+        message = (
+            f"{folder} names {named!r} as its base model, the student's is {base!r}: its shapes "
+            "fit, but on other weights it is another teacher; continue only if the two are the "
+            "same model."
+        )
+        finding = Finding("warning", "adapter", message)
+    if not has_tokenizer(folder):
+        return [finding]
+    return [finding, *compare_tokenizers(setting.student_tokenizer, load_tokenizer(folder))]
 
 
 def make_teacher(settings: AdapterTeacherConfig, setting: Setting) -> AdapterTeacher:

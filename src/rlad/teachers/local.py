@@ -62,8 +62,8 @@ class LocalTeacher(ScoringTeacher):
         keep: Literal["gpu", "cpu"] = "gpu",
         **scoring: Any,
     ):
-        """With `keep` = "cpu" the weights are on the model's present device only while it scores,
-        and otherwise on the CPU. `scoring` is what a `Scorer` takes beside the model."""
+        """With `keep` = "cpu" the weights are on the model's present device only while it scores.
+        `scoring` is what a `Scorer` takes beside the model."""
         language_model.model.requires_grad_(False)
         self.language_model = language_model
         super().__init__(identity or language_model.name, Scorer(language_model, **scoring))
@@ -116,8 +116,7 @@ class LocalTeacher(ScoringTeacher):
 
 
 def quantization_config(quantization: str) -> Any:
-    """What transformers quantises the weights of a model's linear layers by as it loads them; None
-    for "none".
+    """What transformers quantises a model's linear layers by as it loads them; None for "none".
 
     int8: symmetric, a scale for each output channel. int4: asymmetric, a scale and a zero point for
     each 64 inputs (tinygemm). transformers leaves the output layer as it is, so log-probs are
@@ -151,41 +150,36 @@ def check_teacher(settings: LocalTeacherConfig, setting: Setting) -> list[Findin
 def _check_quantization(settings: LocalTeacherConfig, setting: Setting) -> list[Finding]:
     if settings.quantization == "none":
         return []
-    what = f"teacher.quantization = {settings.quantization!r}"
     is_auto = settings.device == "auto"
     device = pick_device(setting.config.student.device if is_auto else settings.device)
-    level = "error"
+    problem = ""
     if any(importlib.util.find_spec(package) is None for package in ("torchao", "accelerate")):
-        message = (
-            f"{what} needs torchao and accelerate; install them with: pip install "
-            "'rlad[quantization]'."
+        problem = (
+            "needs torchao and accelerate; install them with: pip install 'rlad[quantization]'"
         )
     elif is_adapter(settings.model):
-        message = (
-            f"{settings.model!r} is an adapter, and {what} is for whole models; merge it into its "
-            "base model first."
-        )
+        problem = "is for whole models; merge the adapter into its base model first"
     elif settings.quantization == "int4" and device.type != "cuda":
-        message = (
-            f"{what} has no kernel on the device '{device}'; set it to 'int8', or teacher.device "
-            "to a GPU."
+        problem = (
+            f"has no kernel on the device '{device}'; set it to 'int8', or teacher.device to a GPU"
         )
-    else:
-        level = "ok"
-        message = f"linear layers {settings.quantization}, the output layer {settings.dtype}"
-    return [Finding(level, "quantization", message)]
+    if problem:
+        message = f"teacher.quantization = {settings.quantization!r} {problem}."
+        return [Finding("error", "quantization", message)]
+    message = f"linear layers {settings.quantization}, the output layer {settings.dtype}"
+    return [Finding("ok", "quantization", message)]
 
 
 def make_teacher(settings: LocalTeacherConfig, setting: Setting) -> LocalTeacher:
     assert setting.student is not None
     seed = setting.config.seed
-    random_seed = stream_seed(seed, "random teacher", 0)
     is_auto = settings.device == "auto"
+    is_random = settings.random_weights
     language_model = load_language_model(
         settings.model,
         dtype=settings.dtype,
         device=str(setting.student.model.device) if is_auto else settings.device,
-        random_weights_seed=random_seed if settings.random_weights else None,
+        random_weights_seed=stream_seed(seed, "random teacher", 0) if is_random else None,
         quantization=quantization_config(settings.quantization),
     )
     return LocalTeacher(
@@ -198,9 +192,7 @@ def make_teacher(settings: LocalTeacherConfig, setting: Setting) -> LocalTeacher
 
 def identity_of(settings: LocalTeacherConfig, seed: int) -> str:
     """The model's name, and all that makes other numbers of it than its float32 weights give."""
-    differs = [
-        *([settings.dtype] if settings.dtype != "float32" else []),
-        *([settings.quantization] if settings.quantization != "none" else []),
-        *([f"random weights of seed {seed}"] if settings.random_weights else []),
-    ]
+    random_weights = f"random weights of seed {seed}" if settings.random_weights else "none"
+    said = [settings.dtype, settings.quantization, random_weights]
+    differs = [one for one in said if one not in ("float32", "none")]
     return f"{settings.model} ({', '.join(differs)})" if differs else settings.model
