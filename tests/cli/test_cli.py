@@ -135,7 +135,7 @@ def test_check_is_one_screen_and_trains_nothing(toml, tmp_path):
         OBJECTIVES["trrd"].formula.splitlines()[0],
         "✓ vocabulary: all 7 tokens of the student are the teacher's",
         "✓ end token: '<eos>' for both",
-        "✓ chat template: none for both: plain prompts",
+        "✓ chat template: none for both",
         "✓ thinking markers: none for both",
         "✓ prompts: the longest has 4 tokens, with its completion 8 of 256",
         "✓ memory: about 0.00 of",

@@ -41,7 +41,7 @@ def test_the_same_tokenizer(tokenizer):
         findings["vocabulary"].message == "all 7 tokens of the student are the teacher's (it has 7)"
     )
     assert findings["end token"].message == "'<eos>' for both"
-    assert findings["chat template"].message == "none for both: plain prompts"
+    assert findings["chat template"].message == "none for both"
     assert findings["thinking markers"].message == "none for both"
 
 

@@ -314,13 +314,13 @@ def test_written_tokens_are_read_by_their_ids():
 SAID = {
     "row ahead": "as when scores are shifted by one token",
     "list shifted": "as when scores are shifted by one token",
-    "nan": "no finite log-prob for 7 of 7 given tokens",
-    "missing tokens": "no finite log-prob for 3 of 7 given tokens",
-    "one short": "no finite log-prob for 7 of 7 given tokens",
-    "wrong ids": "no finite log-prob for 7 of 7 given tokens",
+    "nan": "no finite log-prob for 20 of 20 given tokens",
+    "missing tokens": "no finite log-prob for 8 of 20 given tokens",
+    "one short": "no finite log-prob for 20 of 20 given tokens",
+    "wrong ids": "no finite log-prob for 20 of 20 given tokens",
     "other strings": "63 of 63 token ids compared differ, the first is id 0, '<pad>' for the",
     "not repeatable": "what the server wrote has other log-probs when it scores it",
-    "nothing": "no finite log-prob for 7 of 7 given tokens",
+    "nothing": "no finite log-prob for 20 of 20 given tokens",
     "zeros": "or are of another text or model",
     "no generation log-probs": "it does not say which tokens it writes",
 }

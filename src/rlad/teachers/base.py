@@ -32,16 +32,12 @@ class TeacherRequest:
 class Answer:
     """The log-probs of one completion, which may still be under way."""
 
-    wait: Callable[[], Tensor]
-    """returns the log-probs when they are there; may be called again"""
+    result: Callable[[], Tensor]
+    """waits for the log-probs, float32 `[length of the completion]` on the CPU, NaN where a token
+    has none; may be called again"""
     spans: list[tuple[float, float]] = field(default_factory=list)
     """from when to when it was under way, in `time.monotonic()`: filled by the time that `result`
     returns, where that is measured"""
-
-    def result(self) -> Tensor:
-        """Wait for the log-probs: float32 `[length of the completion]` on the CPU, NaN where a
-        token has none."""
-        return self.wait()
 
     @classmethod
     def finished(cls, logprobs: Tensor) -> Answer:

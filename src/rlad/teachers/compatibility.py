@@ -19,12 +19,51 @@ def compare_tokenizers(
     for the teacher. Sizes do not matter, so vocabularies padded to different sizes are accepted and
     different ones of equal size are not. `end_tokens` end the student's completions too.
     """
+    ours = student.eos_token
+    theirs = teacher.eos_token
+    only = "student" if student.chat_template else "teacher"
+    both_have = student.chat_template and teacher.chat_template
+    marks = _thinking_markers(student)
+    their_marks = _thinking_markers(teacher)
     return [
         _vocabulary(student, teacher),
-        _end_token(student, teacher, end_tokens),
-        _chat_template(student, teacher),
-        _thinking_markers(student, teacher),
+        _compared(
+            "end token",
+            ours == theirs or theirs in end_tokens,
+            common=repr(theirs),
+            otherwise=f"the student ends with {ours!r}, the teacher with {theirs!r}: the teacher "
+            "will find the student's end token unlikely and completions grow longer; name "
+            f"{theirs!r} in student.end_tokens, or let a teacher of type 'privileged' score it "
+            "instead (end_token).",
+        ),
+        _compared(
+            "chat template",
+            student.chat_template == teacher.chat_template,
+            common="the same" if both_have else "none",
+            otherwise=f"{'differ' if both_have else f'only the {only} has one'}; the teacher is "
+            "given the student's prompt, which is not what it was trained on: a teacher of type "
+            "'privileged' with chat_template = 'teacher' is given its own.",
+        ),
+        _compared(
+            "thinking markers",
+            marks == their_marks,
+            common=", ".join(marks) or "none",
+            otherwise=f"student {marks or 'none'}, teacher {their_marks or 'none'}: one of them "
+            "reasons inside markers that the other does not know.",
+        ),
     ]
+
+
+def _compared(subject: str, is_same: bool, *, common: str, otherwise: str) -> Finding:
+    """What both have in common, or a warning."""
+    if is_same:
+        return Finding("ok", subject, f"{common} for both")
+    return Finding("warning", subject, otherwise)
+
+
+def _thinking_markers(tokenizer: Tokenizer) -> list[str]:
+    places = (tokenizer.get_vocab(), str(tokenizer.chat_template))
+    return [marker for marker in THINKING_MARKERS if any(marker in place for place in places)]
 
 
 def compare_contexts(
@@ -67,55 +106,3 @@ def _vocabulary(student: Tokenizer, teacher: Tokenizer) -> Finding:
         f"student and {meaning}; take a teacher of the student's tokenizer family."
     )
     return Finding("error", "vocabulary", message)
-
-
-def _end_token(student: Tokenizer, teacher: Tokenizer, end_tokens: Sequence[str]) -> Finding:
-    ours = student.eos_token
-    theirs = teacher.eos_token
-    level = "ok"
-    message = f"{theirs!r} for both"
-    if theirs in end_tokens:
-        message += f", and {ours!r} for the student"
-    elif ours != theirs:
-        level = "warning"
-        message = (
-            f"the student ends with {ours!r}, the teacher with {theirs!r}: the teacher will find "
-            "the student's end token unlikely and completions grow longer; name "
-            f"{theirs!r} in student.end_tokens, or let a teacher of type 'privileged' score it "
-            "instead (end_token)."
-        )
-    return Finding(level, "end token", message)
-
-
-def _chat_template(student: Tokenizer, teacher: Tokenizer) -> Finding:
-    ours = student.chat_template
-    theirs = teacher.chat_template
-    level = "ok"
-    message = "the same for both" if ours else "none for both: plain prompts"
-    if ours != theirs:
-        level = "warning"
-        only = "student" if ours else "teacher"
-        what = "differ" if ours and theirs else f"only the {only} has one"
-        message = (
-            f"{what}; the teacher is given the student's prompt, which is not what it was trained "
-            "on: a teacher of type 'privileged' with chat_template = 'teacher' is given its own."
-        )
-    return Finding(level, "chat template", message)
-
-
-def _thinking_markers(student: Tokenizer, teacher: Tokenizer) -> Finding:
-    def known(tokenizer: Tokenizer) -> list[str]:
-        places = (tokenizer.get_vocab(), str(tokenizer.chat_template))
-        return [m for m in THINKING_MARKERS if any(m in place for place in places)]
-
-    ours = known(student)
-    theirs = known(teacher)
-    level = "ok"
-    message = f"{', '.join(ours) or 'none'} for both"
-    if ours != theirs:
-        level = "warning"
-        message = (
-            f"student {ours or 'none'}, teacher {theirs or 'none'}: one of them reasons inside "
-            "markers that the other does not know."
-        )
-    return Finding(level, "thinking markers", message)

@@ -22,11 +22,9 @@ from rlad.teachers.local import ScoringTeacher
 
 
 class EMATeacher(ScoringTeacher):
-    """A copy of the student's trained weights, float32 as they are, that follows them; with
-    update_rate = 1 no copy.
+    """A float32 copy of the student's trained weights that follows them; with update_rate = 1 none.
 
-    Weights that are not trained, as those below a LoRA adapter, are shared with the student; so are
-    tied weights among themselves. Buffers are constants of the model.
+    Weights that are not trained, as those below a LoRA adapter, are shared with the student.
     """
 
     def __init__(self, student: LanguageModel, *, name: str, update_rate: float, **scoring: Any):
@@ -46,14 +44,12 @@ class EMATeacher(ScoringTeacher):
             mine.lerp_(students, self.update_rate)
 
     def state(self) -> dict[str, Tensor]:
-        """The averaged weights themselves, not a copy of them; empty where the student's own are
-        used."""
+        """The averaged weights themselves, no copies; empty where the student's own are used."""
         return {name: mine.detach() for name, (mine, _) in self._pairs.items()}
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Raises `UserError` unless all averaged weights are there: the student's present ones are
-        not the average."""
+        """Raises `UserError` unless all averaged weights are there."""
         # A checkpoint of another model or adapter would fit in part; then the teacher would be a
         # mixture.
         shapes = {name: mine.shape for name, (mine, _) in self._pairs.items()}
@@ -64,8 +60,8 @@ class EMATeacher(ScoringTeacher):
 
 
 def _copy(student: LanguageModel) -> tuple[LanguageModel, Mapping[str, tuple[Tensor, Tensor]]]:
-    """A student of the same weights that shares those that are not trained, and by name each copied
-    weight with its source."""
+    """A student that shares the weights that are not trained, and by name each copy with its
+    source."""
     trained = {
         name: weight for name, weight in student.model.named_parameters() if weight.requires_grad
     }

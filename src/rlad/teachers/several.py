@@ -27,7 +27,7 @@ from rlad.teachers.base import Answer, Setting, Teacher, TeacherRequest
 
 
 class SeveralTeachers(Teacher):
-    """What the two ways to combine have in common: the state and the metrics of all members."""
+    """The state and the metrics of all members."""
 
     def __init__(self, teachers: Mapping[str, Teacher]):
         self.teachers = dict(teachers)

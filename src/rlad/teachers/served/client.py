@@ -63,9 +63,9 @@ class CompletionsClient:
     def complete(self, body: dict[str, Any], *, given_up: threading.Event) -> dict[str, Any]:
         """Return any replica's answer to a completion request.
 
-        All replicas are tried in turn, then all again after a pause, `num_retries` times or until
-        the requests that belong together are given up. Raises `ServerUnavailableError` when that
-        was in vain, `ServerRefusedError` when one refuses for good.
+        All are tried in turn, then all again after a pause, `num_retries` times or until they are
+        given up. Raises `ServerUnavailableError` when that was in vain, `ServerRefusedError` when
+        one refuses for good.
         """
         started = time.monotonic()
         retrying = self._retrying(self.settings.num_retries, given_up)
@@ -102,9 +102,8 @@ class CompletionsClient:
         )
 
     def _ask_replicas(self, body: dict[str, Any]) -> dict[str, Any]:
-        # Requests are spread over the replicas: each one begins with the next. A replica that
-        # failed lately is asked only when the others fail too, so that one that is down costs no
-        # waiting.
+        # Each request begins with the next replica. One that failed lately is asked only when the
+        # others fail too, so that one that is down costs no waiting.
         urls = self.settings.urls
         now = time.monotonic()
         turn = next(self._turns) % len(urls)
@@ -155,11 +154,10 @@ class CompletionsClient:
         )
 
     def _advice(self, response: httpx2.Response) -> str:
-        variable = self.settings.api_key_variable
-        if response.status_code in (401, 403) and self.key is None:
-            return f"the environment variable {variable} is not set: set it to the server's key"
         if response.status_code in (401, 403):
-            return f"the environment variable {variable} holds a key that it does not take"
+            holds = "holds a key that it does not take" if self.key else "is not set"
+            variable = self.settings.api_key_variable
+            return f"the environment variable {variable} {holds}: set it to the server's key"
         if response.is_redirect:
             return "it redirects, which is not followed: give the new address in teacher.urls"
         return "check teacher.urls, which mostly end in /v1, teacher.model and the server's log"
@@ -170,8 +168,8 @@ class CompletionsClient:
             return "the answer is no JSON object"
         error = answer.get("error", answer)
         if isinstance(error, dict):
-            error = error.get("message") or error.get("detail")
-        text = str(error or "no reason given")
+            error = error.get("message") or error.get("detail") or "no reason given"
+        text = str(error)
         # The message goes into logs and error texts, which people share.
         if self.key is not None:
             text = text.replace(self.key.get_secret_value(), "***")

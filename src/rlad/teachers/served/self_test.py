@@ -4,7 +4,6 @@ and whether its scores can be trusted. Each answer becomes a `Finding`."""
 import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any, get_args
 from urllib.parse import urlsplit
 
@@ -69,10 +68,8 @@ class SelfTest:
             try:
                 found += questions[subject]()
             except ServerUnavailableError as error:
-                message = (
-                    f"no answer that can be used: {error}; start the server, or correct "
-                    "teacher.urls."
-                )
+                advice = "start the server, or correct teacher.urls."
+                message = f"no answer that can be used: {error}; {advice}"
                 found.append(Finding("error", subject, message))
             except (ServerRefusedError, UserError) as error:
                 found.append(Finding("error", subject, str(error)))
@@ -81,8 +78,7 @@ class SelfTest:
         return found
 
     def ask_for_model(self) -> list[Finding]:
-        """Every replica can be reached, offers the model, and holds the longest prompt with its
-        completion."""
+        """Every replica offers the model, and holds the longest prompt with its completion."""
         findings = []
         elsewhere = [url for url in self.settings.urls if not is_this_machine(url)]
         bare = [parts.netloc for parts in map(urlsplit, elsewhere) if parts.scheme == "http"]
@@ -97,10 +93,9 @@ class SelfTest:
             by_name = {str(card.get("id")): card for card in cards if isinstance(card, dict)}
             if model not in by_name:
                 offered = ", ".join(repr(name[:100]) for name in [*by_name][:10]) or "no model"
-                message = (
-                    f"{url} offers {offered}, not {model!r}; set teacher.model to what it offers."
-                )
-                return [*findings, Finding("error", "server", message)]
+                message = f"{url} offers {offered}, not {model!r}"
+                advice = "set teacher.model to what it offers."
+                return [*findings, Finding("error", "server", f"{message}; {advice}")]
             # vLLM names the weights as root where they are served under another name: both identify
             # the teacher.
             root = str(by_name[model].get("root") or model)[:200]
@@ -196,26 +191,22 @@ class SelfTest:
     def compare_with_others(self) -> list[Finding]:
         """Every other replica, and `local_model` in this process, give the probe the same log-probs
         at the sampling temperature."""
-        others: dict[str, Callable[[], list[float]]] = {
-            url: partial(self._probe_logprobs, url) for url in self.settings.urls[1:]
-        }
+        others = {url: self._probe_logprobs(url) for url in self.settings.urls[1:]}
         # Weights are loaded only where those of the run are, too.
         name = self.settings.local_model
         if name is not None and self.setting.student is not None:
-            others[name] = partial(self._local_logprobs, name)
-        findings = []
-        for name, logprobs in others.items():
-            finding = self._compare(
+            others[name] = self._local_logprobs(name)
+        ours = self._probe_logprobs(self.url) if others else []
+        return [
+            self._compare(
                 "agreement",
-                self._probe_logprobs(self.url),
-                logprobs(),
+                ours,
+                theirs,
                 equal=f"{self.url} agrees with {name}",
                 otherwise=f"{self.url} gives other log-probs than {name}",
             )
-            findings.append(finding)
-            if finding.level == "error":
-                break
-        return findings
+            for name, theirs in others.items()
+        ]
 
     def _local_logprobs(self, name: str) -> list[float]:
         # On the CPU, as the GPU is the run's.
@@ -251,22 +242,15 @@ class SelfTest:
             prompt = self.text[: max(2, len(self.text) * cut // NUM_CUTS)]
             body = generation_request(self.settings.model, prompt, NUM_WRITTEN)
             written = read_generation(self.client.ask(self.url, "/completions", body))
-            scores = self._scores([*prompt, *(token for token, _ in written)])[1:]
-            num_missing = sum(math.isnan(score.logprob) for score in scores)
-            problem = ""
             if not written:
                 problem = (
                     "it does not say which tokens it writes with which log-probs (`logprobs`, "
-                    "`return_tokens_as_token_ids`), so that its scores cannot be checked"
+                    "`return_tokens_as_token_ids`)"
                 )
-            elif num_missing:
-                problem = (
-                    f"it gives no finite log-prob for {num_missing} of {len(scores)} given tokens"
-                )
-            if problem:
                 return Finding("error", "scoring", problem)
+            scores = self._scores([*prompt, *(token for token, _ in written)])
             writing += [value for _, value in written]
-            scoring += [score.logprob for score in scores[-len(written) :]]
+            scoring += [score.logprob for score in scores[len(prompt) :]]
         return self._compare(
             "scoring",
             scoring,
@@ -278,21 +262,17 @@ class SelfTest:
         )
 
     def _compare(
-        self,
-        subject: str,
-        found: Sequence[float],
-        wanted: Sequence[float],
-        *,
-        equal: str,
-        otherwise: str,
+        self, subject: str, ours: list[float], theirs: list[float], *, equal: str, otherwise: str
     ) -> Finding:
         """Whether the log-probs differ by at most the tolerance, and by how much."""
-        sizes = [abs(a - b) for a, b in zip(found, wanted, strict=True)]
+        if missing := sum(map(math.isnan, [*ours, *theirs])):
+            message = f"it gives no finite log-prob for {missing} of {len(ours)} given tokens"
+            return Finding("error", subject, message)
+        sizes = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
         tolerance = self.settings.tolerance
         mean = sum(sizes) / len(sizes)
         difference = f"mean {mean:.2g}, max {max(sizes):.2g} nats over {len(sizes)} tokens"
-        # A missing log-prob is NaN, which no comparison is true of.
-        if all(size <= tolerance for size in sizes):
+        if max(sizes) <= tolerance:
             return Finding("ok", subject, f"{equal} ({difference})")
         message = f"{otherwise} ({difference}; teacher.tolerance is {tolerance:g})."
         return Finding("error", subject, message)
