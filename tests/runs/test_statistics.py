@@ -9,7 +9,6 @@ import pytest
 
 from rlad.runs.statistics import (
     Estimate,
-    bootstrap,
     compare,
     holm,
     mean_over_seeds,
@@ -48,7 +47,9 @@ def test_pass_at_k_of_many_samples_does_not_overflow():
 def test_the_interval_holds_the_truth_in_about_95_of_100_cases():
     rng = np.random.default_rng(0)
     keys = [str(i) for i in range(100)]
-    intervals = [bootstrap((rng.random(100) < 0.3).astype(float), keys, seed=i) for i in range(300)]
+    intervals = [
+        mean_over_seeds([(rng.random(100) < 0.3).astype(float)], keys, seed=i) for i in range(300)
+    ]
     covered = sum(interval.low <= 0.3 <= interval.high for interval in intervals)
     # Standard deviation of 300 draws with probability .95: 3.8; the percentile interval is slightly
     # too short.
@@ -60,9 +61,9 @@ def test_variants_of_one_problem_are_not_independent():
     not of 100."""
     rng = np.random.default_rng(1)
     passed = (rng.random(20) < 0.5).astype(float)
-    clustered = bootstrap(np.repeat(passed, 5), [str(i // 5) for i in range(100)])
-    alone = bootstrap(passed, [str(i) for i in range(20)])
-    naive = bootstrap(np.repeat(passed, 5), [str(i) for i in range(100)])
+    clustered = mean_over_seeds([np.repeat(passed, 5)], [str(i // 5) for i in range(100)])
+    alone = mean_over_seeds([passed], [str(i) for i in range(20)])
+    naive = mean_over_seeds([np.repeat(passed, 5)], [str(i) for i in range(100)])
     assert clustered.mean == pytest.approx(alone.mean) and (
         clustered.low,
         clustered.high,
@@ -75,9 +76,9 @@ def test_variants_of_one_problem_are_not_independent():
 def test_the_interval_is_the_same_in_every_process_and_holds_the_mean():
     values = [0.0, 1.0, 0.5, 0.25]
     keys = list("abcd")
-    assert bootstrap(values, keys) == bootstrap(values, keys)
+    assert mean_over_seeds([values], keys) == mean_over_seeds([values], keys)
     for values in ([1 / 3] * 7, [0.1] * 3, [1.0], [0.0, 0.0]):
-        estimate = bootstrap(values, [str(i) for i in range(len(values))])
+        estimate = mean_over_seeds([values], [str(i) for i in range(len(values))])
         assert estimate.low <= estimate.mean <= estimate.high
         assert estimate.high - estimate.low < 1e-12
 
@@ -87,12 +88,6 @@ def test_an_estimate_reads_as_per_cent():
 
 
 # --- over seeds -----------------------------------------------------------------------------------
-
-
-def test_with_one_seed_the_interval_is_over_problems_alone():
-    values = [0.0, 1.0, 0.5, 0.25, 1.0]
-    keys = list("aabcd")
-    assert mean_over_seeds([values], keys) == bootstrap(values, keys)
 
 
 def test_two_seeds_by_hand():

@@ -74,7 +74,12 @@ def find_contamination(train: Iterable[Problem], held_out: Iterable[Problem]) ->
         for part in parts
         for run in _longest_runs(part)
     }
-    shared = _shared(wanted, map(_words_of, trained.values()))
+    sizes = {run.count(" ") + 1 for run in wanted}
+    shared: set[str] = set()
+    for problem in trained.values():
+        text = _words_of(problem)
+        for size in sizes:
+            shared |= wanted.intersection(_runs(text, size))
     # A problem is found by its key or by the runs that decide it.
     decisive = {key: _decisive(distinct[key], whole[key], shared) for key in texts}
     same = texts.keys() & trained.keys()
@@ -83,11 +88,6 @@ def find_contamination(train: Iterable[Problem], held_out: Iterable[Problem]) ->
     example = example or next((" ".join(texts[key]) for key in sorted(same)), "")
     has_phrases = not phrases.isdisjoint(in_trained)
     return Contamination(len(texts), len(found), len(trained), len(same), example, has_phrases)
-
-
-def _shared(wanted: set[str], texts: Iterable[list[str]]) -> set[str]:
-    sizes = {run.count(" ") + 1 for run in wanted}
-    return {run for text in texts for size in sizes for run in _runs(text, size) if run in wanted}
 
 
 def _words_of(problem: Problem) -> list[str]:

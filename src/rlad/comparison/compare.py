@@ -179,12 +179,12 @@ def _tune(
     rates: dict[str, float] = {}
     for method in comparison.methods:
         scores = {rate: _validation(grid[method, rate]) for rate in sorted(tuning.learning_rates)}
-        found = {rate: score for rate, score in scores.items() if score is not None}
-        if found:
-            # Of equally good rates the smallest.
-            rates[method] = max(found, key=lambda rate: (found[rate], -rate))
+        # Of equally good rates the smallest; a rate of which a run failed is never taken.
+        best = max(scores, key=lambda rate: scores[rate])
+        if scores[best] >= 0:
+            rates[method] = best
         shown = ", ".join(
-            f"{rate:g}: {'failed' if score is None else f'{score:.1%}'}"
+            f"{rate:g}: {f'{score:.1%}' if score >= 0 else 'failed'}"
             for rate, score in scores.items()
         )
         lines.append(f"{method}: {rates.get(method, math.nan):g} (validation {shown})")
@@ -195,10 +195,10 @@ def _tune(
     return rates, lines, missing
 
 
-def _validation(runs: Sequence[PlannedRun]) -> float | None:
-    """Average validation pass@1 after the last step over seeds; None when a run is missing."""
+def _validation(runs: Sequence[PlannedRun]) -> float:
+    """Average validation pass@1 after the last step over seeds; -1 when a run is missing."""
     if not all(run.directory.is_finished() for run in runs):
-        return None
+        return -1.0
     return mean(read_history(run.directory).validations[-1].pass_at_1.mean for run in runs)
 
 

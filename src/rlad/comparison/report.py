@@ -166,7 +166,7 @@ def _section(name: str, group: Group, chosen: str | None, *, is_tuned: bool) -> 
     """Show everything about one group of comparable runs; its headline comes first."""
     baseline = baseline_of(group.methods, chosen)
     methods = with_comparisons(group.methods, baseline)
-    plots = draw_plots(methods)
+    results, curves = draw_plots(methods)
     headline = sentences.headline(methods, baseline)
     yield Block("text", headline, "headline", lead=f"{name}." if name else "")
 
@@ -175,13 +175,13 @@ def _section(name: str, group: Group, chosen: str | None, *, is_tuned: bool) -> 
     for text in sentences.warnings(methods, baseline, chosen):
         yield Block("text", text, "warning", lead="Warning.")
     yield Block("table", tables.results_table(methods, baseline.name))
-    yield Block("plots", plots["results"])
+    yield Block("plots", [results])
     yield Block("table", tables.breakdown_table(methods))
     yield Block("text", sentences.splits(group, is_tuned=is_tuned), "fine")
 
     yield Block("h3", "Learning curves")
     yield Block("text", sentences.HOW_TO_READ_CURVES, "fine")
-    yield Block("plots", plots["curves"])
+    yield Block("plots", curves)
 
     maps = imitation_maps(methods)
     if maps:
@@ -192,7 +192,6 @@ def _section(name: str, group: Group, chosen: str | None, *, is_tuned: bool) -> 
         yield Block("completions", found.completions)
 
     yield Block("h3", "Cost")
-    yield Block("plots", plots["cost"])
     yield Block("table", tables.cost_table(methods))
     for text in sentences.cost_notes(methods):
         yield Block("text", text, "fine")

@@ -1,6 +1,6 @@
 """The plots of a report: SVG images in matplotlib's own style.
 
-Methods are told apart by colour, line and marker; parts of the time by colour and hatching.
+Methods are told apart by colour, line and marker.
 """
 
 from base64 import b64encode
@@ -12,15 +12,12 @@ from typing import Any
 import matplotlib
 import matplotlib.style
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rlad.comparison.figures import Method
-from rlad.comparison.runs import PARTS, Run
+from rlad.comparison.runs import Run
 from rlad.runs.curve import STYLE, curve
 from rlad.text import printable
-
-_HATCHES = ("", "///", "\\\\\\", "xx")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,18 +35,14 @@ class Plot:
         return f"data:image/svg+xml;base64,{b64encode(self.svg).decode()}"
 
 
-def draw_plots(methods: Sequence[Method]) -> dict[str, list[Plot]]:
-    """Draw the plots of a table, by the part of the report that shows them."""
+def draw_plots(methods: Sequence[Method]) -> tuple[Plot, list[Plot]]:
+    """Draw the results of a table, and the curves of its methods."""
     # Text stays text, so that it can be searched, and the same runs give the same bytes.
     settings = {"svg.fonttype": "none", "svg.hashsalt": "rlad", "font.size": 9.5}
     with matplotlib.style.context([*STYLE, settings]):
         curves = [_draw_series(methods, *row) for row in CURVES]
         curves.append(_draw_pass_at_k(methods))
-        return {
-            "results": [_draw_results(methods)],
-            "curves": [plot for plot in curves if plot],
-            "cost": [_draw_cost(methods)],
-        }
+        return _draw_results(methods), [plot for plot in curves if plot]
 
 
 def _draw_results(methods: Sequence[Method]) -> Plot:
@@ -65,7 +58,7 @@ def _draw_results(methods: Sequence[Method]) -> Plot:
         seeds = [np.mean(values) for values in m.pass_by_seed.values()]
         axes.scatter(seeds, [y - 0.24] * len(seeds), s=16, facecolor="none", edgecolor="black")
         axes.plot(m.before.mean, y, marker="|", color="black", markersize=11)
-    _name_rows(axes, methods)
+    axes.set_yticks(range(len(methods)), [_short(m.name) for m in reversed(methods)])
     axes.set(xlabel="test pass@1", ylim=(-0.6, len(methods) - 0.5))
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
     caption = (
@@ -73,27 +66,6 @@ def _draw_results(methods: Sequence[Method]) -> Plot:
         "stroke: before training. Lines and markers are those of all plots."
     )
     return _plot(figure, "Test pass@1", caption)
-
-
-def _draw_cost(methods: Sequence[Method]) -> Plot:
-    """Draw where the training time of a run goes."""
-    figure = Figure(figsize=(8.5, 0.38 * len(methods) + 1.2), layout="constrained")
-    axes = figure.subplots()
-    rows = np.arange(len(methods))
-    left = np.zeros(len(methods))
-    for part, hatch in zip(PARTS, _HATCHES, strict=True):
-        seconds = np.array([m.seconds[part] for m in reversed(methods)])
-        axes.barh(rows, seconds, left=left, label=part, hatch=hatch, edgecolor="black", height=0.62)
-        left = left + seconds
-    _name_rows(axes, methods)
-    axes.set(xlabel="seconds of training, mean over seeds")
-    axes.grid(visible=False, axis="y")
-    figure.legend(loc="outside upper center", ncols=len(PARTS))
-    caption = (
-        "Seconds of training by part; the rest is rewards, reference and log-probs of the old "
-        "policy."
-    )
-    return _plot(figure, "Cost", caption)
 
 
 # --- curves ---------------------------------------------------------------------------------------
@@ -181,11 +153,6 @@ def _look(index: int) -> dict[str, Any]:
         "marker": "osD^vPX*"[index % 8],
         "linewidth": 2,
     }
-
-
-def _name_rows(axes: Axes, methods: Sequence[Method]) -> None:
-    names = [_short(m.name) for m in reversed(methods)]
-    axes.set_yticks(range(len(methods)), names)
 
 
 def _short(name: str, length: int = 42) -> str:

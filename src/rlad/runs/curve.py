@@ -18,11 +18,6 @@ STYLE = ("seaborn-v0_8-whitegrid", "tableau-colorblind10")
 """matplotlib's own style sheets for all plots"""
 CURVE = "curve.png"
 """its file in the run directory"""
-_SHARES = {
-    "objective/gated_positive/frac": "gated, of tokens with advantage > 0",
-    "objective/gated_negative/frac": "gated, of tokens with advantage < 0",
-    "objective/clamped/frac": "clamped, of all tokens",
-}
 Values = Sequence[float]
 
 
@@ -49,15 +44,14 @@ def draw_curve(run: RunDirectory) -> bytes:
         figure = Figure(figsize=(11, 3.6), layout="constrained")
         passed, shares, length = figure.subplots(1, 3)
         _draw_passed(passed, history)
-        for key, label in _SHARES.items():
-            _draw_metric(shares, history, key, label=label)
-        shares.set(title="gated and clamped shares", xlabel="step")
-        shares.set_ylim(bottom=0)
+        _draw_metric(shares, history, "objective/gated_positive/frac", label="gated, advantage > 0")
+        _draw_metric(shares, history, "objective/gated_negative/frac", label="gated, advantage < 0")
+        _draw_metric(shares, history, "objective/clamped/frac", label="clamped, of all tokens")
+        shares.set(title="gated and clamped shares of tokens", xlabel="step", ylim=(0, None))
         if shares.lines:
             shares.legend()
         _draw_metric(length, history, "rollout/completion_tokens/mean")
-        length.set(title="mean completion length (tokens)", xlabel="step")
-        length.set_ylim(bottom=0)
+        length.set(title="mean completion length (tokens)", xlabel="step", ylim=(0, None))
         picture = BytesIO()
         figure.savefig(picture, dpi=120, format="png")
     return picture.getvalue()
@@ -82,12 +76,11 @@ def _draw_passed(axes: Axes, history: History) -> None:
     _draw_metric(axes, history, key, label="training, sampled", color="grey", linewidth=0.8)
     for split, look in (("validation", "o-"), ("test", "D")):
         rows = [row for row in history.evaluations if row.split == split]
-        means = [row.pass_at_1.mean for row in rows]
-        below = [row.pass_at_1.mean - row.pass_at_1.low for row in rows]
-        above = [row.pass_at_1.high - row.pass_at_1.mean for row in rows]
+        found = [row.pass_at_1 for row in rows]
+        errors = [[e.mean - e.low for e in found], [e.high - e.mean for e in found]]
         steps = [row.step for row in rows]
-        label = f"{split} (95 %)"
-        axes.errorbar(steps, means, yerr=[below, above], fmt=look, capsize=3, label=label)
+        means = [e.mean for e in found]
+        axes.errorbar(steps, means, yerr=errors, fmt=look, capsize=3, label=f"{split} (95 %)")
     axes.set(title="pass@1", xlabel="step", ylim=(0, 1))
     axes.legend()
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 from rlad.config.types import Count, NonNegativeInt
 from rlad.errors import UserError
 from rlad.runs.directory import EVAL, METRICS, RunDirectory
-from rlad.runs.statistics import Estimate, bootstrap, mean_over_seeds, pass_at_k
+from rlad.runs.statistics import Estimate, mean_over_seeds, pass_at_k
 
 
 class Row(BaseModel):
@@ -159,7 +159,8 @@ def first_damage(rows: Iterable[Row | str]) -> list[str]:
 
 def pass_at_1(results: Sequence[ProblemResult]) -> Estimate:
     """Estimate pass@1 (= mean@k), the share of correct samples, averaged over problems."""
-    return bootstrap([r.num_correct / r.num_samples for r in results], [r.key for r in results])
+    values = [r.num_correct / r.num_samples for r in results]
+    return mean_over_seeds([values], [r.key for r in results])
 
 
 def ks_up_to(num_samples: int) -> list[int]:

@@ -53,27 +53,19 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
-def bootstrap(values: Sequence[float], keys: Sequence[str], *, seed: int = 0) -> Estimate:
-    """Estimate the mean of per-problem values with the percentile bootstrap interval (95 %).
-
-    Problems of the same key are variants of one another, so keys are resampled with replacement,
-    each with all its problems: two puzzles of one structure are not two independent observations.
-    """
-    return mean_over_seeds([values], keys, seed=seed)
-
-
 def mean_over_seeds(
     values: Table, keys: Sequence[str], *, limits: Limits = NO_LIMITS, seed: int = 0
 ) -> Estimate:
     """Estimate the mean of `values[seed][problem]` with an interval (95 %) over seeds and problems;
     over problems alone for one seed.
 
-    Seeds and keys are resampled with replacement, independently of each other: the pigeonhole
-    bootstrap for crossed effects (Owen 2007, Ann. Appl. Stat. 1(2), 386-411), which errs on the
-    wide side for what is peculiar to one seed on one problem. n resampled seeds vary by (n - 1) / n
-    less than n new ones, so the seeds' part is widened by sqrt(n / (n - 1)). With 2 or 3 seeds that
-    differ far more than problems do, the interval is still too short. The ends are cut to `limits`,
-    the range that a value can have.
+    Problems of the same key are variants of one another, so keys are resampled, each with all its
+    problems: two puzzles of one structure are not two independent observations. Seeds and keys are
+    resampled independently of each other: the pigeonhole bootstrap for crossed effects (Owen 2007,
+    Ann. Appl. Stat. 1(2), 386-411), which errs on the wide side for what is peculiar to one seed on
+    one problem. n resampled seeds vary by (n - 1) / n less than n new ones, so the seeds' part is
+    widened by sqrt(n / (n - 1)). With 2 or 3 seeds that differ far more than problems do, the
+    interval is still too short. The ends are cut to `limits`, the range that a value can have.
     """
     table = _table(values, keys)
     return _interval(table, table[:0], keys, is_paired=True, limits=limits, seed=seed)
