@@ -295,7 +295,11 @@ def check_jsonl(text: str) -> None:
     path = scratch() / "problems.jsonl"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     task = refused_or(
-        lambda: JsonlTask(str(path), str(path)) if "validation" in text else JsonlTask(str(path))
+        lambda: (
+            JsonlTask(str(path), validation_path=str(path))
+            if "validation" in text
+            else JsonlTask(str(path))
+        )
     )
     if task is not None:
         problem = task.problem("train", 0)

@@ -90,10 +90,10 @@ def test_held_out_files_are_used_as_they_are(write):
     train = write(questions(50), "train.jsonl")
     validation = write(questions(5, 100), "validation.jsonl")
     test = write(questions(7, 200), "test.jsonl")
-    task = JsonlTask(train, validation, test)
+    task = JsonlTask(train, validation_path=validation, test_path=test)
     assert [task.num_problems(split) for split in SPLITS] == [50, 5, 7]
     # Without a test file the test split is the share of the training file.
-    task = JsonlTask(train, validation)
+    task = JsonlTask(train, validation_path=validation)
     share = sum(split_of(text_key(row["prompt"])) == "test" for row in questions(50))
     assert share > 0
     assert [task.num_problems(split) for split in SPLITS] == [50 - share, 5, share]

@@ -96,7 +96,7 @@ def true_in_english(text: str, roles: dict[str, str]) -> bool:
 
 @pytest.mark.parametrize("num_people", [2, 3, 4, 5])
 def test_the_prompt_has_exactly_the_solution_that_the_answer_says(num_people):
-    task = KnightsAndKnaves([num_people], instructions=False)
+    task = KnightsAndKnaves(num_people=[num_people], instructions=False)
     for index in range(30):
         problem = task.problem("train", index)
         said = dict(re.findall(r"(\w+) says that (.*?)\.(?= |$)", problem.prompt))
@@ -211,7 +211,7 @@ def test_different_structures_have_different_keys():
 
 
 def test_no_structure_is_in_two_splits():
-    task = KnightsAndKnaves([2, 3, 4])
+    task = KnightsAndKnaves(num_people=[2, 3, 4])
     keys = {split: {task.problem(split, index).key for index in range(1200)} for split in SPLITS}
     assert not keys["train"] & keys["validation"] and not keys["train"] & keys["test"]
     assert not keys["validation"] & keys["test"]
@@ -221,8 +221,8 @@ def test_no_structure_is_in_two_splits():
 
 
 def test_a_problem_is_a_function_of_its_arguments():
-    first = KnightsAndKnaves([3, 5])
-    second = KnightsAndKnaves([3, 5])
+    first = KnightsAndKnaves(num_people=[3, 5])
+    second = KnightsAndKnaves(num_people=[3, 5])
     forward = [first.problem("test", index, seed=4) for index in range(10)]
     backward = [second.problem("test", index, seed=4) for index in reversed(range(10))]
     assert forward == backward[::-1]
@@ -232,7 +232,7 @@ def test_a_problem_is_a_function_of_its_arguments():
 
 
 def test_the_first_problem_stays_what_it_is():
-    problem = KnightsAndKnaves([3], instructions=False).problem("test", 0)
+    problem = KnightsAndKnaves(num_people=[3], instructions=False).problem("test", 0)
     assert problem == Problem(
         prompt=(
             "You meet Gus, Finn and Dan. Gus says that Finn is a knave. Finn says that Dan is a "
@@ -278,7 +278,7 @@ WRONG = Verdict.WRONG
     ],
 )
 def test_exact_judgement(completion, verdict):
-    judgement = KnightsAndKnaves([2]).judge(PUZZLE, completion)
+    judgement = KnightsAndKnaves(num_people=[2]).judge(PUZZLE, completion)
     assert (judgement.verdict, judgement.reward) == (verdict, float(verdict == CORRECT))
 
 
@@ -301,7 +301,7 @@ OTHER = "Ada is a knave, Ben is a knight"
     ],
 )
 def test_logic_rl_reward(completion, verdict, reward):
-    judgement = KnightsAndKnaves([2], reward="logic_rl").judge(PUZZLE, completion)
+    judgement = KnightsAndKnaves(num_people=[2], reward="logic_rl").judge(PUZZLE, completion)
     assert (judgement.verdict, judgement.reward) == (verdict, reward)
 
 
@@ -310,7 +310,7 @@ def test_every_answer_is_judged_correct_in_the_format_that_the_prompt_asks_for()
         ("exact", "Answer: {}"),
         ("logic_rl", "<think> x </think><answer> {} </answer>"),
     ):
-        task = KnightsAndKnaves([2, 3, 8], reward=reward)
+        task = KnightsAndKnaves(num_people=[2, 3, 8], reward=reward)
         for index in range(6):
             problem = task.problem("validation", index)
             assert form.format("Ada is a knight, Ben is a knave")[:8] in problem.prompt
@@ -330,7 +330,7 @@ def test_answers_of_random_puzzles_parse_back():
 
 def test_roles_are_balanced():
     # A student that always answers the same must not win: knights are about half of all people.
-    task = KnightsAndKnaves([3])
+    task = KnightsAndKnaves(num_people=[3])
     roles = Counter(
         role for index in range(500) for role in task.problem("train", index).metadata["world"]
     )
@@ -359,7 +359,7 @@ def test_roles_are_balanced():
 )
 def test_any_completion_is_judged(completion):
     roles = parse_answer(completion)
-    exact = KnightsAndKnaves([2]).judge(PUZZLE, completion)
+    exact = KnightsAndKnaves(num_people=[2]).judge(PUZZLE, completion)
     assert (exact.verdict == CORRECT) == (roles == {"ada": True, "ben": False})
     assert logic_rl_reward(completion, {"ada": True, "ben": False}) in (-3.0, -1.0, -0.5, 3.0)
 
@@ -369,7 +369,7 @@ def test_any_completion_is_judged(completion):
 )
 def test_megabytes_take_less_than_a_second(unit):
     started = time.process_time()
-    KnightsAndKnaves([2], reward="logic_rl").judge(
+    KnightsAndKnaves(num_people=[2], reward="logic_rl").judge(
         PUZZLE, "Answer: " + unit * (2_000_000 // len(unit))
     )
     assert time.process_time() - started < 1
@@ -381,7 +381,7 @@ def test_prompt_says_the_rules_only_when_asked():
         "You meet Ada and Ben. Ada says that Ben is a knave. Ben says that Ada is a knight and Ben "
         "is a knight. Who is a knight and who is a knave?\n"
     )
-    asked = KnightsAndKnaves([2]).problem("train", 0).prompt
-    bare = KnightsAndKnaves([2], instructions=False).problem("train", 0).prompt
+    asked = KnightsAndKnaves(num_people=[2]).problem("train", 0).prompt
+    bare = KnightsAndKnaves(num_people=[2], instructions=False).problem("train", 0).prompt
     assert asked.startswith("On an island every person is") and asked.endswith(bare)
-    assert KnightsAndKnaves([2]).num_problems("train") is None
+    assert KnightsAndKnaves(num_people=[2]).num_problems("train") is None

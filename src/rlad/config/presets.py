@@ -17,12 +17,11 @@ def expand_preset(table: dict[str, Any], base: dict[str, Any] | None = None) -> 
     So what stands beside the name of a preset is stronger than the preset, and the preset than the
     config it is laid upon.
     """
-    base = base or {}
-    objective: Any = table.get("objective")
-    match objective:
+    below: dict[str, Any] = base or {}
+    match table.get("objective"):
         case {"type": str(name), **settings} if name in PRESETS:
-            return merged(merged(base, PRESETS[name]), {**table, "objective": settings})
-    return merged(base, table)
+            return merged(merged(below, PRESETS[name]), {**table, "objective": settings})
+    return merged(below, table)
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -24,30 +24,30 @@ class KnightsAndKnavesConfig(Section):
     """1 for a fully right answer, or Logic-RL's format and answer reward"""
 
 
-class ArithmeticConfig(Section):
+class _GeneratedConfig(Section):
+    type: Any = None
+    options: dict[str, Any] = Field(default={})
+    """passed to reasoning-gym"""
+
+
+class ArithmeticConfig(_GeneratedConfig):
     """Sums and differences (reasoning-gym's `chain_sum`)."""
 
     type: Literal["arithmetic"] = "arithmetic"
-    options: dict[str, Any] = Field(default={})
-    """passed to reasoning-gym"""
 
 
-class CountdownConfig(Section):
+class CountdownConfig(_GeneratedConfig):
     """Reach a target number with given numbers (reasoning-gym's `countdown`)."""
 
     type: Literal["countdown"] = "countdown"
-    options: dict[str, Any] = Field(default={})
-    """passed to reasoning-gym"""
 
 
-class ReasoningGymConfig(Section):
+class ReasoningGymConfig(_GeneratedConfig):
     """Any data set of reasoning-gym by name."""
 
     type: Literal["reasoning_gym"] = "reasoning_gym"
     dataset: str
     """name of the reasoning-gym data set"""
-    options: dict[str, Any] = Field(default={})
-    """passed to reasoning-gym"""
     partial_credit: bool = False
     """reward = reasoning-gym's score instead of 1 for right and 0 for wrong"""
 

@@ -12,10 +12,24 @@ from rlad.config.types import Count, Mark, NonNegativeInt, Positive, Section, Sh
 from rlad.errors import UserError
 
 
-class LocalTeacherConfig(Section):
+class _SingleTeacher(Section):
+    """A teacher that scores by itself."""
+
+    type: Any
+    context_of: ClassVar[Literal["model", "student", "server"]] = "student"
+    """Whose longest sequence bounds the teacher's."""
+
+
+class _TeacherHere(_SingleTeacher):
+    """A teacher in this process."""
+
+    tokens_per_batch: Annotated[Count, Mark.ROUNDING] = 16_384
+    """most tokens (padding included) in one forward pass"""
+
+
+class LocalTeacherConfig(_TeacherHere):
     """A transformers model in this process, frozen."""
 
-    # Whose longest sequence bounds the teacher's; each kind that scores by itself says it.
     context_of: ClassVar[Literal["model", "student", "server"]] = "model"
     type: Literal["local"] = "local"
     model: str
@@ -30,8 +44,6 @@ class LocalTeacherConfig(Section):
     keep: Annotated[Literal["gpu", "cpu"], Mark.NO_NUMBER] = "gpu"
     """where its weights are between uses; `cpu` leaves the GPU's memory to the student and costs
     two copies a rollout batch"""
-    tokens_per_batch: Annotated[Count, Mark.ROUNDING] = 16_384
-    """most tokens (padding included) in one forward pass"""
     random_weights: bool = False
     """a control: the model's architecture with random weights of the run's seed, a teacher that
     knows nothing"""
@@ -50,24 +62,18 @@ class LocalTeacherConfig(Section):
         return self.model
 
 
-class AdapterTeacherConfig(Section):
+class AdapterTeacherConfig(_TeacherHere):
     """The student's base model with another LoRA adapter, or with none: one set of weights in
     memory for both."""
 
-    context_of: ClassVar[Literal["model", "student", "server"]] = "student"
     type: Literal["adapter"]
     adapter: str = "none"
     """folder of a PEFT adapter of the student's base model; `none` is the base model itself"""
-    tokens_per_batch: Annotated[Count, Mark.ROUNDING] = 16_384
-    """most tokens (padding included) in one forward pass"""
 
     @property
     def title(self) -> str:
-        return (
-            "the student's base model"
-            if self.adapter == "none"
-            else f"the student's base model with {self.adapter}"
-        )
+        base = "the student's base model"
+        return base if self.adapter == "none" else f"{base} with {self.adapter}"
 
 
 _ADDRESS = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[\w.-]+)(:[1-9]\d*)?(/[\w./~:@%+=,-]*)?")
@@ -96,7 +102,7 @@ def _variable_name(name: str) -> str:
 ServerURL = Annotated[str, AfterValidator(_server_url)]
 
 
-class ServedTeacherConfig(Section):
+class ServedTeacherConfig(_SingleTeacher):
     """A model behind an OpenAI-compatible `/v1/completions` that scores given token ids: vLLM,
     `rlad serve-teacher`."""
 
@@ -167,15 +173,25 @@ class SeveralTeachersConfig(Section):
         return " and ".join(f"{name}: {teacher.title}" for name, teacher in self.teachers.items())
 
 
-class PrivilegedTeacherConfig(Section):
+class _TeacherOfTeacher(Section):
+    """A teacher that asks another one."""
+
+    type: Any
+    teacher: "TeacherConfig"
+    """the teacher that is asked"""
+
+    @property
+    def title(self) -> str:
+        return f"{self.teacher.title}, {self.type}"
+
+
+class PrivilegedTeacherConfig(_TeacherOfTeacher):
     """A teacher with a prompt of its own: it sees more than the student (the reference answer, a
     hint, a correct solution of the same group), or the same in another form (its own chat template,
     thinking on).
     """
 
     type: Literal["privileged"]
-    teacher: "TeacherConfig"
-    """the teacher that is shown it; with `ema` a student teaches itself"""
     template: str = "The correct answer to the following is: {answer}\n\n{prompt}"
     """its prompt; {prompt}, {answer}, {peer_solution}, and {name} for each entry of the problem's
     metadata"""
@@ -188,33 +204,17 @@ class PrivilegedTeacherConfig(Section):
     end_token: str | None = None
     """the teacher's own, such as "<|im_end|>": scored where the student ended with its own"""
 
-    @property
-    def has_own_form(self) -> bool:
-        """Whether its prompts differ from the student's though the template may show nothing
-        more."""
-        return (
-            self.chat_template == "teacher"
-            or self.system_prompt is not None
-            or self.chat_template_kwargs is not None
-        )
-
     def problems(self) -> Iterator[str]:
         if "prompt" not in template_names(self.template):
             yield "its template has no {prompt}, so the teacher would not see the question; add it"
         if any(isinstance(one, PrivilegedTeacherConfig) for one in self.teacher.walk()):
             yield "its teacher is privileged too, and would make its own prompt; write one template"
 
-    @property
-    def title(self) -> str:
-        return f"{self.teacher.title}, privileged"
 
-
-class CachedTeacherConfig(Section):
+class CachedTeacherConfig(_TeacherOfTeacher):
     """A teacher whose log-probs are kept on disk and asked for once."""
 
     type: Literal["cached"]
-    teacher: "TeacherConfig"
-    """the teacher that is asked once"""
     directory: Annotated[str, Mark.NO_NUMBER] = "teacher_cache"
     """shared by all runs that name it, also at the same time"""
     max_gib: Annotated[Positive, Mark.NO_NUMBER] = 10.0
@@ -223,21 +223,14 @@ class CachedTeacherConfig(Section):
     """nats a token, on average; one stored answer a run is asked for again, and one further off is
     another teacher's"""
 
-    @property
-    def title(self) -> str:
-        return f"{self.teacher.title}, cached"
 
-
-class EMATeacherConfig(Section):
+class EMATeacherConfig(_TeacherHere):
     """The student's own exponential moving average: a teacher for self-distillation."""
 
-    context_of: ClassVar[Literal["model", "student", "server"]] = "student"
     type: Literal["ema"]
     update_rate: Share = 0.05
     """after each step: teacher += update_rate * (student - teacher); 0 is the initial student, 1
     the student itself"""
-    tokens_per_batch: Annotated[Count, Mark.ROUNDING] = 16_384
-    """most tokens (padding included) in one forward pass"""
 
     @property
     def title(self) -> str:

@@ -3,7 +3,7 @@ no torch."""
 
 from collections.abc import Collection, Iterator
 from enum import Enum
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -86,8 +86,6 @@ def sections_in(annotation: Any) -> list[type[Section]]:
     """The sections that a setting of this type may hold, itself or by name."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
-    if get_origin(annotation) is Literal:
-        return []
     return [section for part in get_args(annotation) for section in sections_in(part)]
 
 

@@ -8,11 +8,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from rlad.config.task import JsonlConfig
 from rlad.errors import UserError, require_package
 from rlad.tasks.base import SPLITS, Judgement, Problem, Split, split_of, text_key
 from rlad.tasks.conversations import asked_text, conversation_mistakes, shown
 from rlad.tasks.verifiers import make_verifier
-from rlad.tasks.worker import MAX_MEMORY_GIB
 
 _MOST_SHOWN = 200
 """characters of what a file holds in an error message"""
@@ -34,24 +34,16 @@ class JsonlTask:
 
     name = "jsonl"
 
-    def __init__(
-        self,
-        path: str,
-        validation_path: str | None = None,
-        test_path: str | None = None,
-        prompt_field: str = "prompt",
-        answer_field: str = "answer",
-        verifier: str = "exact",
-        timeout_seconds: float = 5.0,
-        max_memory_gib: float = MAX_MEMORY_GIB,
-    ) -> None:
+    def __init__(self, path: str, **settings: Any) -> None:
+        config = JsonlConfig(path=path, **settings)
         self._verifier = make_verifier(
-            verifier, timeout_seconds=timeout_seconds, max_memory_gib=max_memory_gib
+            config.verifier,
+            timeout_seconds=config.timeout_seconds,
+            max_memory_gib=config.max_memory_gib,
         )
-
-        sources = {"train": path, "validation": validation_path, "test": test_path}
+        sources = {"train": path, "validation": config.validation_path, "test": config.test_path}
         loaded: dict[str, list[Problem]] = {
-            split: _load(source, split, prompt_field, answer_field)
+            split: _load(source, split, config.prompt_field, config.answer_field)
             for split, source in sources.items()
             if source is not None
         }

@@ -17,8 +17,9 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
+from rlad.config.task import KnightsAndKnavesConfig
 from rlad.tasks.answers import marked_answer
 from rlad.tasks.base import SPLITS, UNIT_RANGE, Judgement, Problem, Split, judged, split_of
 
@@ -196,33 +197,26 @@ class KnightsAndKnaves:
 
     name = "knights_and_knaves"
 
-    def __init__(
-        self,
-        num_people: Sequence[int] = (3,),
-        instructions: bool = True,
-        vary_names: bool = True,
-        reward: Literal["exact", "logic_rl"] = "exact",
-    ) -> None:
-        self._sizes = tuple(num_people)
-        self._instructions = _INSTRUCTIONS[reward] if instructions else ""
-        self._vary_names = vary_names
-        self._reward = reward
-        self.reward_range = UNIT_RANGE if reward == "exact" else (-3.0, 3.0)
+    def __init__(self, **settings: Any) -> None:
+        self._settings = KnightsAndKnavesConfig(**settings)
+        self.reward_range = UNIT_RANGE if self._settings.reward == "exact" else (-3.0, 3.0)
 
     def problem(self, split: Split, index: int, *, seed: int = 0) -> Problem:
         assert split in SPLITS, "draws would never end"
         rng = random.Random(f"{seed}/{split}/{index}")
-        size = self._sizes[index % len(self._sizes)]
+        settings = self._settings
+        size = settings.num_people[index % len(settings.num_people)]
         # The structure decides the split, so a draw that falls into another split is thrown away.
         while True:  # ends: every size has structures in every split
             puzzle = random_puzzle(size, rng)
             key = structure_key(puzzle)
             if split_of(key) == split:
                 break
-        names = rng.sample(NAMES, size) if self._vary_names else list(NAMES[:size])
+        names = rng.sample(NAMES, size) if settings.vary_names else list(NAMES[:size])
         (world,) = solutions(puzzle)
+        instructions = _INSTRUCTIONS[settings.reward] if settings.instructions else ""
         return Problem(
-            prompt=self._instructions + prompt_text(puzzle, names),
+            prompt=instructions + prompt_text(puzzle, names),
             answer=answer_text(world, names),
             key=key,
             difficulty=f"{size} people",
@@ -236,7 +230,7 @@ class KnightsAndKnaves:
         people = zip(problem.metadata["names"], problem.metadata["world"], strict=True)
         wanted = {name.lower(): is_knight for name, is_knight in people}
         is_correct = parse_answer(completion) == wanted
-        if self._reward == "logic_rl":
+        if self._settings.reward == "logic_rl":
             return replace(judged(is_correct), reward=logic_rl_reward(completion, wanted))
         return judged(is_correct)
 

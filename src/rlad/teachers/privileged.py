@@ -219,7 +219,9 @@ def _check_names(settings: PrivilegedTeacherConfig, problems: Sequence[Problem])
             f"its template names {{{unknown[0]}}}, which the task's problems do not have; use "
             f"{_in_braces(allowed)}."
         )
-    elif wanted == ["prompt"] and not settings.has_own_form:
+    elif wanted == ["prompt"] and not settings.model_dump(
+        include={*_FORM} - {"end_token"}, exclude_defaults=True
+    ):
         message = (
             "its template shows nothing but the prompt, which the student sees too; add {answer} "
             "or {peer_solution}."
