@@ -527,9 +527,9 @@ def test_text_of_models_and_people_stays_text(tmp_path):
     )
     assert "&lt;script&gt;" in page and "<script" not in text
     assert "[x](http" not in text and len(table(text, "Runs that are not in the tables")) == 1
-    # Missing; results; detail (pass@4, two difficulties, tokens, truncated); fates of tokens; cost;
+    # Missing; results; detail (two pass@k, two difficulties, tokens, truncated); fates; cost;
     # methods: each with the row's name.
-    assert cells(text) == [{3}, {6}, {6}, {8}, {11}, {4}]
+    assert cells(text) == [{3}, {6}, {7}, {8}, {11}, {4}]
 
 
 def test_markdown_by_hand():

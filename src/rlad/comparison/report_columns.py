@@ -66,11 +66,10 @@ def results_table(methods: Sequence[Method], baseline: str) -> Table:
 
 def breakdown_table(methods: Sequence[Method]) -> Table:
     """Show pass@k, pass@1 by difficulty and out of distribution, length and truncation."""
-    k = max(methods[0].pass_at_k)
     columns: list[Column] = []
-    if k > 1:
+    for k in list(methods[0].pass_at_k)[1:]:
         meaning = f"at least one of {k} completions is correct"
-        columns.append((f"pass@{k}", meaning, lambda m: estimate(m.pass_at_k[k])))
+        columns.append((f"pass@{k}", meaning, lambda m, k=k: estimate(m.pass_at_k[k])))
     for name in methods[0].by_difficulty:
         meaning = "pass@1 on the test problems of this difficulty"
         columns.append((name, meaning, lambda m, name=name: estimate(m.by_difficulty[name])))

@@ -41,7 +41,6 @@ def draw_plots(methods: Sequence[Method]) -> tuple[Plot, list[Plot]]:
     settings = {"svg.fonttype": "none", "svg.hashsalt": "rlad", "font.size": 9.5}
     with matplotlib.style.context([*STYLE, settings]):
         curves = [_draw_series(methods, *row) for row in CURVES]
-        curves.append(_draw_pass_at_k(methods))
         return _draw_results(methods), [plot for plot in curves if plot]
 
 
@@ -120,29 +119,6 @@ def _draw_series(
     axes.set(xlabel="step", ylabel=label)
     missing = f" Not recorded by {', '.join(absent)}." if absent else ""
     return _plot(figure, title, f"{title} by step.{missing}{note}", "; ".join(told))
-
-
-def _draw_pass_at_k(methods: Sequence[Method]) -> Plot | None:
-    """Draw pass@k by k; None when the test took one sample of each problem."""
-    ks = list(methods[0].pass_at_k)
-    if len(ks) == 1:
-        return None
-    figure = Figure(figsize=(5.2, 3.1), layout="constrained")
-    axes = figure.subplots()
-    told = []
-    for i, m in enumerate(methods):
-        estimates = [m.pass_at_k[k] for k in ks]
-        means, lows, highs = zip(*((e.mean, e.low, e.high) for e in estimates), strict=True)
-        curve(axes, ks, means, lows, highs, **_look(i))
-        shares = ", ".join(f"pass@{k} {mean:.1%}" for k, mean in zip(ks, means, strict=True))
-        told.append(f"{m.name} {shares}")
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ks, [str(k) for k in ks])
-    axes.minorticks_off()
-    axes.set(xlabel="k", ylabel="test pass@k")
-    axes.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
-    caption = "Test pass@k after training; band: 95 % interval."
-    return _plot(figure, "pass@k", caption, "; ".join(told))
 
 
 def _look(index: int) -> dict[str, Any]:

@@ -20,10 +20,7 @@ HOW_TO_READ = (
     "width, such as [0.0, 0.0], says that all resamples gave the same, not that the figure is "
     "certain. A learning curve is drawn at the steps that all seeds of its method have."
 )
-HOW_TO_READ_CURVES = (
-    "Lines: mean over seeds. Bands: from the lowest to the highest seed; of pass@k the 95 % "
-    "interval."
-)
+HOW_TO_READ_CURVES = "Lines: mean over seeds. Bands: from the lowest to the highest seed."
 HOW_TO_READ_MAP = (
     "The reward decides the direction, the teacher whether a token follows it. Shown are, early, "
     "in the middle and late in the run, the better and the worse completion with the largest share "

@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -167,8 +167,8 @@ class RunDirectory:
         with self._writing(), (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
-    def lines(self, name: str) -> Iterator[tuple[bytes, Any]]:
-        """Read the lines of a JSONL file, each with its JSON, or None for a line that is none.
+    def lines(self, name: str) -> Iterator[Any]:
+        """Read the JSON of each line of a JSONL file, or None for a line that is none.
 
         Nothing when the file does not exist; a half-written last line is left out.
         """
@@ -180,36 +180,32 @@ class RunDirectory:
                 if not line.endswith(b"\n"):
                     return
                 try:
-                    yield line, json.loads(line)
+                    yield json.loads(line)
                 except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
-                    yield line, None
+                    yield None
 
     def read(self, name: str) -> Iterator[dict[str, Any]]:
         """Read the rows of a JSONL file, whole lines alone.
 
         `UserError` for one that is no row: it was not cut, something else has written there.
         """
-        return (row for _, row in self._lines_with_rows(name))
-
-    def _lines_with_rows(self, name: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
-        for number, (line, row) in enumerate(self.lines(name), start=1):
+        for number, row in enumerate(self.lines(name), start=1):
             if not isinstance(row, dict) or type(row.get("step")) is not int:
                 raise UserError(
                     f"line {number} of {self.path / name} is no row that a run has written; put "
                     "back a copy of that file, or start the run again with --overwrite."
                 )
-            yield line, row
+            yield row
 
     def forget_after(self, step: int) -> None:
         """Cut off the rows of later steps, and a half-written last line: a run resumed at `step`
         writes them again."""
         for name in ROWS:
             # Rows are in the order of their steps, so all that is cut is the end of the file.
-            kept = takewhile(lambda found: found[1]["step"] <= step, self._lines_with_rows(name))
-            end = sum(len(line) for line, _ in kept)
+            num_kept = sum(1 for _ in takewhile(lambda row: row["step"] <= step, self.read(name)))
             if (self.path / name).is_file():
-                with self._writing():
-                    os.truncate(self.path / name, end)
+                with self._writing(), (self.path / name).open("rb+") as file:
+                    file.truncate(sum(len(line) for line in islice(file, num_kept)))
 
     # --- checkpoints ------------------------------------------------------------------------------
 
@@ -230,18 +226,12 @@ class RunDirectory:
 
     def newest_checkpoint(self) -> tuple[int, Path]:
         """Find (step, folder) of the newest one that is whole; a damaged one is named in a warning
-        and skipped.
-
-        `UserError` when there is none, or none that is whole.
-        """
+        and skipped. `UserError` when there is none that is whole."""
         return self._first_whole(self.checkpoints()[::-1])
 
     def best_checkpoint(self) -> tuple[int, Path]:
-        """Find (step, folder) of the one with the highest validation pass@1 that is whole; the
-        newest if none has one.
-
-        Warns and raises as `newest_checkpoint` does.
-        """
+        """Find the one with the highest validation pass@1 in the same way; the newest if none has
+        been validated."""
         return self._first_whole(self.checkpoints_by_validation())
 
     def _first_whole(self, candidates: Sequence[tuple[int, Path]]) -> tuple[int, Path]:

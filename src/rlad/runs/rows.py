@@ -111,7 +111,7 @@ AnyRow = TypeVar("AnyRow", bound=Row)
 def read_rows(run: RunDirectory, name: str, kind: type[AnyRow]) -> Iterator[AnyRow | str]:
     """Read a file row by row, of a damaged row a sentence without its full stop; nothing when there
     is no such file."""
-    for number, (_, row) in enumerate(run.lines(name), start=1):
+    for number, row in enumerate(run.lines(name), start=1):
         if not isinstance(row, dict):
             yield f"row {number} of {name} is no JSON object"
             continue
