@@ -2,6 +2,7 @@ import os
 import signal
 import threading
 import time
+from functools import partial
 
 import pytest
 
@@ -63,7 +64,7 @@ def test_a_timeout_costs_one_call(make_worker):
 
 
 def test_the_time_to_start_does_not_count(make_worker):
-    worker = make_worker(square, timeout_seconds=0.2, initializer=slow_start, initargs=(0.8,))
+    worker = make_worker(square, timeout_seconds=0.2, initializer=partial(slow_start, 0.8))
     assert worker.call(7) == 49
 
 

@@ -17,11 +17,11 @@ def expand_preset(table: dict[str, Any], base: dict[str, Any] | None = None) -> 
     So what stands beside the name of a preset is stronger than the preset, and the preset than the
     config it is laid upon.
     """
-    below: dict[str, Any] = base or {}
+    base = base or {}
     match table.get("objective"):
         case {"type": str(name), **settings} if name in PRESETS:
-            return merged(merged(below, PRESETS[name]), {**table, "objective": settings})
-    return merged(below, table)
+            return merged(merged(base, PRESETS[name]), {**table, "objective": settings})
+    return merged(base, table)
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -29,6 +29,7 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     both = {**base}
     for key, value in changes.items():
         old = both.get(key)
-        are_sections = isinstance(old, dict) and isinstance(value, dict)
-        both[key] = merged(old, value) if are_sections else value
+        if isinstance(old, dict) and isinstance(value, dict):
+            value = merged(old, value)
+        both[key] = value
     return both

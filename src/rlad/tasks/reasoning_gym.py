@@ -12,6 +12,7 @@ import os
 import random
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from rlad.errors import UserError, require_package
@@ -73,7 +74,7 @@ class ReasoningGym:
 
     A completion is correct when the scorer of the data set gives its final answer 1. The reward is
     then 1, and 0 otherwise; with `partial_credit` it is the score. A scorer that raises, or takes
-    longer than `timeout_seconds`, cannot judge; nor can a data set without reference answers. With
+    longer than 5 seconds, cannot judge; nor can a data set without reference answers. With
     `instructions` the prompt asks for `<answer>` tags.
     """
 
@@ -83,19 +84,17 @@ class ReasoningGym:
         options: Mapping[str, Any] | None = None,
         instructions: bool = True,
         partial_credit: bool = False,
-        timeout_seconds: float = 5.0,
     ) -> None:
         self.name = f"reasoning_gym/{dataset}"
         self._dataset = dataset
         self._options = dict(options or {})
         self._instructions = instructions
         self._partial_credit = partial_credit
-        _check(dataset, self._options)
+        _check(dataset)
         self._worker = Worker(
             _score,
-            timeout_seconds=timeout_seconds,
-            initializer=_start_scoring,
-            initargs=(dataset, self._options),
+            timeout_seconds=5.0,
+            initializer=partial(_start_scoring, dataset, self._options),
             is_silent=True,
         )
         self.problem("train", 0)  # options that the data set refuses must fail now, not in the run
@@ -117,7 +116,8 @@ class ReasoningGym:
                     break
                 continue
             num_failures = 0
-            key = self._key(entry)
+            same = _KEYS.get(self._dataset)
+            key = text_key(same(entry["metadata"]) if same else entry["question"])
             if split_of(key) == split:
                 question = entry["question"]
                 prompt = question + _INSTRUCTIONS if self._instructions else question
@@ -126,10 +126,6 @@ class ReasoningGym:
             f"the reasoning-gym data set {self._dataset!r} with options {self._options} gives no "
             f"{split} problem ({reason}); choose other options, or another data set."
         )
-
-    def _key(self, entry: dict[str, Any]) -> str:
-        key = _KEYS.get(self._dataset)
-        return text_key(key(entry["metadata"]) if key else entry["question"])
 
     def num_problems(self, split: Split) -> int | None:
         return None
@@ -175,7 +171,7 @@ def countdown(options: Mapping[str, Any] | None = None, **settings: Any) -> Reas
     return ReasoningGym("countdown", easy | dict(options or {}), **settings)
 
 
-def _check(dataset: str, options: dict[str, Any]) -> None:
+def _check(dataset: str) -> None:
     # Some of the packages that it uses are compiled, so a C compiler must be there.
     require_package("reasoning_gym", "this task", extra="reasoning-gym")
     import reasoning_gym.factory  # pyright: ignore[reportMissingImports]
@@ -184,13 +180,6 @@ def _check(dataset: str, options: dict[str, Any]) -> None:
     if dataset not in known:
         hint = nearest(dataset, known) or f"the names are: {', '.join(sorted(known))}."
         raise UserError(f"reasoning-gym has no data set {dataset!r}; {hint}")
-    # Seed and size are ours: a problem is a data set of its own.
-    allowed = set(known[dataset][1].__dataclass_fields__) - {"seed", "size"}
-    if unknown := sorted(options.keys() - allowed):
-        raise UserError(
-            f"the reasoning-gym data set {dataset!r} has no option {unknown[0]!r}; use "
-            f"{', '.join(sorted(allowed))}."
-        )
     if dataset in _NEEDS_HASH_SEED and os.environ.get("PYTHONHASHSEED", "random") in ("", "random"):
         raise UserError(
             f"the problems of the reasoning-gym data set {dataset!r} change with Python's hash "

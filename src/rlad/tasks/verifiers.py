@@ -18,6 +18,7 @@ import inspect
 import logging
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from rlad.errors import UserError, require_package
@@ -72,8 +73,8 @@ def make_verifier(
         worker = Worker(_math, **limits, initializer=_warm_up_math, is_silent=True)
     elif ":" in name:
         import_function(name)
-        worker = Worker(_call_user, **limits, initializer=import_function, initargs=(name,))
-        return Verifier(lambda completion, answer: worker.call(name, completion, answer), worker)
+        initializer = partial(import_function, name)
+        worker = Worker(partial(_call_user, name), **limits, initializer=initializer)
     else:
         names = [*_IN_PROCESS, "math"]
         raise UserError(

@@ -30,11 +30,11 @@ class CallFailed(Exception):
 class Worker:
     """A process that calls `function` again and again; it starts with the first call.
 
-    `function`, `initializer` and all arguments must be picklable. `initializer(*initargs)` runs
-    whenever the process starts: imports belong there, since `timeout_seconds` counts the call
-    alone, and `max_memory_gib` what calls hold beyond it (Linux; other systems count no such
-    thing). What a silent one prints is thrown away: it may hold a model's text. Calls from several
-    threads take turns.
+    `function`, `initializer` and all arguments must be picklable. `initializer()` runs whenever the
+    process starts: imports belong there, since `timeout_seconds` counts the call alone, and
+    `max_memory_gib` what calls hold beyond it (Linux; other systems count no such thing). What a
+    silent one prints is thrown away: it may hold a model's text. Calls from several threads take
+    turns.
     """
 
     def __init__(
@@ -43,14 +43,13 @@ class Worker:
         *,
         timeout_seconds: float,
         max_memory_gib: float = MAX_MEMORY_GIB,
-        initializer: Callable[..., Any] | None = None,
-        initargs: tuple[Any, ...] = (),
+        initializer: Callable[[], object] | None = None,
         is_silent: bool = False,
     ) -> None:
         self._function = function
         self._timeout_seconds = timeout_seconds
         self._max_memory_gib = max_memory_gib
-        self._initargs = (initializer, initargs, int(max_memory_gib * 2**30), is_silent)
+        self._initargs = (initializer, int(max_memory_gib * 2**30), is_silent)
         self._lock = threading.Lock()
         self._pool: ProcessPool | None = None
 
@@ -69,14 +68,21 @@ class Worker:
     def _call(self, args: tuple[Any, ...]) -> tuple[bool, Any] | None:
         """Return (True, the value), or (False, why there is none); None where the pool is
         broken."""
-        from pebble import ProcessExpired
+        from pebble import ProcessExpired, ProcessPool
 
+        # spawn: a fork would copy the threads' locks and the accelerator state of the training
+        # process.
+        self._pool = self._pool or ProcessPool(
+            max_workers=1,
+            initializer=_begin,
+            initargs=self._initargs,
+            context=multiprocessing.get_context("spawn"),  # pyright: ignore[reportArgumentType]
+        )
         # pebble counts the limit from when the call has begun, and ends the process after it. Our
         # own longer wait is for a process that hangs before that, in its imports.
         limit = self._timeout_seconds
         try:
-            pool = self._pool or self._start()
-            future = pool.schedule(_call_guarded, (self._function, args), timeout=limit)
+            future = self._pool.schedule(_call_guarded, (self._function, args), timeout=limit)
             return future.result(timeout=limit + _STARTUP_SECONDS)
         except TimeoutError:
             if not future.done():  # hung before the call began, where pebble does not count
@@ -89,19 +95,6 @@ class Worker:
         except RuntimeError:  # of a broken pool
             self._stop()
             return None
-
-    def _start(self) -> "ProcessPool":
-        from pebble import ProcessPool
-
-        # spawn: a fork would copy the threads' locks and the accelerator state of the training
-        # process.
-        self._pool = ProcessPool(
-            max_workers=1,
-            initializer=_begin,
-            initargs=self._initargs,
-            context=multiprocessing.get_context("spawn"),  # pyright: ignore[reportArgumentType]
-        )
-        return self._pool
 
     def _stop(self) -> None:
         pool = self._pool
@@ -120,12 +113,7 @@ class Worker:
 # --- in the process -------------------------------------------------------------------------------
 
 
-def _begin(
-    initializer: Callable[..., Any] | None,
-    initargs: tuple[Any, ...],
-    max_bytes: int,
-    is_silent: bool,
-) -> None:
+def _begin(initializer: Callable[[], object] | None, max_bytes: int, is_silent: bool) -> None:
     # What it prints may be a model's text, which must not reach the terminal.
     if is_silent:
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -134,7 +122,7 @@ def _begin(
     # A process that crashes must not leave its memory on the disk.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if initializer is not None:
-        initializer(*initargs)
+        initializer()
     _limit_memory(max_bytes)
 
 
