@@ -323,7 +323,7 @@ def test_time_names_its_parts_and_how_much_larger_the_run_is(world, tmp_path):
 
 
 def memory(total: int, *, models: int = 0) -> MemoryEstimate:
-    return MemoryEstimate(models, 0, 0, 0, 0, total - models, 0, 0)
+    return MemoryEstimate(models, 0, 0, 0, 0, total - models, 0)
 
 
 def test_memory_is_compared_with_what_is_free():

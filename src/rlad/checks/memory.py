@@ -16,8 +16,6 @@ from rlad.scoring.tiles import LOGITS_PER_TILE, tokens_per_chunk
 
 _GIB = 1024**3
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Student, old policy, sampler, teacher, reference: one float32 number a token each.
-_NUM_LOGPROBS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +30,6 @@ class MemoryEstimate:
     sampler_cache: int
     activations: int
     logits: int
-    logprobs: int
 
     @property
     def total(self) -> int:
@@ -92,7 +89,6 @@ def estimate_memory(
         sampler_cache=rows * room_for(sequence) * 2 * layers * _key_size(shape) * width,
         activations=activations,
         logits=4 * _num_logits(shape.vocab_size, rows, device),
-        logprobs=4 * _NUM_LOGPROBS * num_rollouts * rollout.max_completion_tokens,
     )
 
 
