@@ -88,7 +88,7 @@ def estimate_memory(
         reference_weights=4 * num_weights if has_reference else 0,
         sampler_cache=rows * room_for(sequence) * 2 * layers * _key_size(shape) * width,
         activations=activations,
-        logits=4 * _num_logits(shape.vocab_size, rows, device),
+        logits=4 * _num_logits(shape.vocab_size, rows, tokens, device),
     )
 
 
@@ -142,7 +142,7 @@ def compare_memory(needed: MemoryEstimate, *, free: int, total: int) -> Finding:
     return Finding("warning", "memory", f"{message}; {what}")
 
 
-def _num_logits(vocabulary: int, rows: int, device: str) -> int:
+def _num_logits(vocabulary: int, rows: int, tokens: int, device: str) -> int:
     """Count the most numbers of the size of logits that are held at once.
 
     Scoring holds a tile of logits, its float32 copy, and the log-probs or the gradient. Sampling
@@ -152,8 +152,8 @@ def _num_logits(vocabulary: int, rows: int, device: str) -> int:
     # The larger of what sampling and scoring hold: they take turns.
     kind = device.partition(":")[0]
     chunk = min(rows, tokens_per_chunk(kind, vocabulary))
-    scored = 3 * LOGITS_PER_TILE.get(kind, LOGITS_PER_TILE["cuda"])
-    return max(scored, vocabulary * (rows + 3 * chunk))
+    tile = min(vocabulary * tokens, LOGITS_PER_TILE.get(kind, LOGITS_PER_TILE["cuda"]))
+    return max(3 * tile, vocabulary * (rows + 3 * chunk))
 
 
 def _is_on(teacher: LocalTeacherConfig, device: str) -> bool:
