@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from rlad.config.file import DEFAULT_RUN, parse_config, parse_overrides, read_toml
+from rlad.config.file import DEFAULT_RUN, flat, parse_config, parse_overrides, read_toml
 from rlad.config.presets import expand_preset, merged
 from rlad.config.run import OptimizationConfig, RunConfig
 from rlad.config.types import Count, LearningRate, Mark, NonNegativeInt, Section
@@ -118,18 +118,15 @@ def method_config(comparison: CompareConfig, folder: Path, method: str, *, seed:
 
 def _shared_settings(changes: dict[str, Any]) -> list[str]:
     """Those settings of a method that all methods must share."""
-    found = []
-    for section, value in changes.items():
-        if section in ("objective", "teacher"):
-            continue
-        if not isinstance(value, dict):
-            found.append(section)
-            continue
-        # Of [optimization] a method may choose how it learns, not how long; other sections belong
-        # to all.
-        shared = _SHARED_OPTIMIZATION if section == "optimization" else value
-        found += [f"{section}.{key}" for key in value if key in shared]
-    return found
+    # Of [optimization] a method may choose how it learns, not how long; other sections belong to
+    # all.
+    keys = [key.partition(".") for key in flat(changes)]
+    return [
+        section + dot + key
+        for section, dot, key in keys
+        if section not in ("objective", "teacher", "optimization")
+        or (section == "optimization" and key in _SHARED_OPTIMIZATION)
+    ]
 
 
 def _unfair_limit(config: RunConfig) -> str:

@@ -12,8 +12,6 @@ from rlad.errors import UserError
 from rlad.text import nearest
 
 SomeSection = TypeVar("SomeSection", bound=Section)
-_MOST_SHOWN = 200
-"""characters of a wrong value in an error message"""
 
 
 def validated(section: type[SomeSection], table: dict[str, Any]) -> SomeSection:
@@ -90,7 +88,7 @@ def _requirement(error: Any) -> str:
 def _shown(value: Any) -> str:
     """A wrong value in an error message: its beginning, and no password of an address in it."""
     shown = re.sub(r"//[^/@\s]{1,200}@", "//***@", repr(value))
-    return shown if len(shown) <= _MOST_SHOWN else f"{shown[:_MOST_SHOWN]}..."
+    return shown if len(shown) <= 200 else f"{shown[:200]}..."
 
 
 def _resolve(section: type[Section], location: Sequence[str | int]) -> tuple[str, list[str]]:
@@ -101,7 +99,9 @@ def _resolve(section: type[Section], location: Sequence[str | int]) -> tuple[str
     names_an_entry = False
     for part in location:
         fields = {name: field for each in sections for name, field in each.model_fields.items()}
-        tagged = [each for each in sections if part in _types(each)]
+        # A section of a union comes after the value of `type` that stands for it.
+        types = [each for each in sections if "type" in each.model_fields]
+        tagged = [one for one in types if part in get_args(one.model_fields["type"].annotation)]
         if isinstance(part, int):
             shown += f"[{part}]"
         elif names_an_entry:
@@ -114,9 +114,3 @@ def _resolve(section: type[Section], location: Sequence[str | int]) -> tuple[str
         elif tagged:
             sections = tagged
     return shown.lstrip("."), [name for each in sections for name in each.model_fields]
-
-
-def _types(section: type[Section]) -> tuple[Any, ...]:
-    """The values of `type` that stand for a section."""
-    field = section.model_fields.get("type")
-    return get_args(field.annotation) if field else ()

@@ -40,9 +40,6 @@ class Claim:
     person: int
     is_knight: bool
 
-    def holds(self, world: World) -> bool:
-        return world[self.person] == self.is_knight
-
 
 JOINED: dict[Connective, tuple[str, Callable[[bool, bool], bool]]] = {
     "and": ("{} and {}", operator.and_),
@@ -61,7 +58,7 @@ class Statement:
     claims: tuple[Claim, ...]
 
     def holds(self, world: World) -> bool:
-        truths = [claim.holds(world) for claim in self.claims]
+        truths = [world[claim.person] == claim.is_knight for claim in self.claims]
         return truths[0] if self.connective == "is" else JOINED[self.connective][1](*truths)
 
 

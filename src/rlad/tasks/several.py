@@ -57,9 +57,6 @@ class SeveralTasks:
         self._held.close()
 
 
-NUM_PROBED_ANSWERS = 5
-
-
 def require_working_verifier(task: Task) -> None:
     """Raise `UserError` when the verifier cannot judge even the reference answers of the first
     problems; of several tasks, when one's cannot."""
@@ -67,11 +64,10 @@ def require_working_verifier(task: Task) -> None:
         for one in task.tasks.values():
             require_working_verifier(one)
         return
-    problems = [task.problem("train", i) for i in range(NUM_PROBED_ANSWERS)]
+    problems = [task.problem("train", i) for i in range(5)]
     judgements = [task.judge(problem, problem.answer) for problem in problems]
     if all(judgement.verdict == Verdict.CANNOT_JUDGE for judgement in judgements):
         raise UserError(
             f"the verifier of task {task.name!r} cannot judge the reference answers of the first "
-            f"{len(problems)} training problems ({judgements[0].reason}); fix the verifier or the "
-            "answers."
+            f"training problems ({judgements[0].reason}); fix the verifier or the answers."
         )

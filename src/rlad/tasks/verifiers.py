@@ -18,6 +18,7 @@ import inspect
 import logging
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -37,27 +38,25 @@ _MAX_MATH_CHARACTERS = 2_000
 _PROSE = re.compile(r"(?<!\\)\b[A-Za-z]{2,} [A-Za-z]{2,}")
 
 
+@dataclass(frozen=True, slots=True)
 class Verifier:
     """A grader of completions. `judge` never raises and never hangs on any text; `close` releases
     the worker process."""
 
-    def __init__(
-        self, grade: Callable[[str, str], Judgement], worker: Worker | None = None
-    ) -> None:
-        self._grade = grade
-        self._worker = worker
+    grade: Callable[[str, str], Judgement]
+    worker: Worker | None = None
 
     def judge(self, completion: str, answer: str) -> Judgement:
         """Compare the last `MAX_COMPLETION_CHARACTERS` of a completion with the reference
         answer."""
         try:
-            return self._grade(completion[-MAX_COMPLETION_CHARACTERS:], answer)
+            return self.grade(completion[-MAX_COMPLETION_CHARACTERS:], answer)
         except CallFailed as failure:
             return cannot_judge(str(failure))
 
     def close(self) -> None:
-        if self._worker is not None:
-            self._worker.close()
+        if self.worker is not None:
+            self.worker.close()
 
 
 def make_verifier(
