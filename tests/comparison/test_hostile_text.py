@@ -16,9 +16,9 @@ import hostile_targets
 import rlad
 from hostile_targets import NEEDS, TARGETS
 from hostile_texts import UNITS
-from rlad.cli.compare import _print as print_of_compare
-from rlad.cli.evaluate import Evaluation, print_summary
+from rlad.cli.evaluate import print_summary
 from rlad.cli.main import main
+from rlad.cli.printing import print_line
 from rlad.cli.sample import print_preview
 from rlad.comparison.report import markdown
 from rlad.config.template import template_names
@@ -239,16 +239,17 @@ def test_terminals_get_text_alone():
         **{"verdict": "wrong", "reward": 0.0, "is_truncated": False, "tokens": [EVIL]},
         **{"student_logprobs": [-1.0], "teacher_logprobs": [-2.0]},
     }
-    evaluation = Evaluation(EVIL, "jsonl", "test", [problem_result(EVIL), problem_result("[/x]")])
+    about = {"model": EVIL, "task": "jsonl", "split": "test"}
+    results = [problem_result(EVIL), problem_result("[/x]")]
     for show in (
         lambda console: print_preview([row], console),
-        lambda console: print_summary(evaluation, console),
-        lambda console: print_of_compare(console, EVIL),
+        lambda console: print_summary(about, results, console),
+        lambda console: print_line(console, EVIL),
         lambda console: ConsoleReporter(console).evaluated("test", 1, Estimate(0.5, 0.4, 0.6)),
         lambda console: ConsoleReporter(console)._print(EVIL),
     ):
         assert is_plain(shown_by(show))
-    assert "[/x]" in shown_by(lambda console: print_summary(evaluation, console))
+    assert "[/x]" in shown_by(lambda console: print_summary(about, results, console))
 
 
 def test_an_error_of_the_command_line_is_text_alone(tmp_path):

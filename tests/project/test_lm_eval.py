@@ -44,9 +44,9 @@ def test_its_figure_is_that_of_rlad_evaluate(tmp_path):
         run_config(world, tmp_path / "run", evaluation=evaluation, optimization=loop, **sections)
     ).run_dir
     _, checkpoint = RunDirectory(run_dir).newest_checkpoint()
-    ours = evaluate_run_or_model(
+    _, ours = evaluate_run_or_model(
         str(checkpoint), ["evaluation.temperature=0.0"], None, "test", 6, 1, None
-    ).results
+    )
     folder = export_model(str(run_dir), checkpoint="last")
     command = [
         sys.executable,

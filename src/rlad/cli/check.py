@@ -2,19 +2,15 @@
 
 import json
 import sys
-import textwrap
 
 import click
 from rich.console import Console
-from rich.text import Text
 
 from rlad.checks.check import CheckReport, check_run
+from rlad.cli.printing import print_finding, print_item, print_line
 from rlad.config.file import changed_settings
 from rlad.config.run import RunConfig
 from rlad.errors import EXIT_USER_MISTAKE
-from rlad.text import printable
-
-_MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "error": ("✗", "red")}
 
 
 def run_check(
@@ -26,40 +22,24 @@ def run_check(
     if as_json:
         click.echo(json.dumps(report.to_json()))
     else:
-        print_report(report)
+        print_report(report, Console(highlight=False))
     if report.errors:
         sys.exit(EXIT_USER_MISTAKE)
 
 
-def print_report(report: CheckReport, console: Console | None = None) -> None:
-    """Print one screen: what differs from the defaults, what will be computed, findings. In a pipe
-    each is one line."""
-    console = console or Console(highlight=False)
-
-    def line(text: str, style: str = "") -> None:
-        width = console.width if console.is_terminal else len(text) + 1
-        parts = textwrap.wrap(text, width, subsequent_indent=" " * 6, replace_whitespace=False)
-        for part in parts or [""]:
-            console.print(Text(printable(part), style=style), soft_wrap=True)
-
-    def heading(text: str) -> None:
-        line(text, style="bold")
-
-    heading("settings (all others have their defaults; --json prints them all)")
+def print_report(report: CheckReport, console: Console) -> None:
+    """Print one screen: what differs from the defaults, what will be computed, findings."""
+    title = "settings (all others have their defaults; --json prints them all)"
+    print_line(console, title, "bold")
     for key, value in changed_settings(report.config).items():
-        line(f"  {key} = {json.dumps(value, ensure_ascii=False)}")
-    heading("\nwhat will be computed")
+        print_item(console, f"  {key} = {json.dumps(value, ensure_ascii=False)}")
+    print_line(console, "\nwhat will be computed", "bold")
     for text in report.plan:
-        line(f"  {text}")
-    heading("\nchecks")
+        print_item(console, f"  {text}")
+    print_line(console, "\nchecks", "bold")
     for finding in report.findings:
-        mark, colour = _MARKS[finding.level]
-        line(
-            f"  {mark} {finding.subject}: {finding.message}",
-            style="" if finding.level == "ok" else colour,
-        )
-    line("")
+        print_finding(console, finding.level, finding.subject, finding.message)
     if report.errors:
-        line("this cannot work: fix what is marked with ✗", style="bold red")
+        print_line(console, "\nthis cannot work: fix what is marked with ✗", "bold red")
     else:
-        line("this can be trained", style="bold green")
+        print_line(console, "\nthis can be trained", "bold green")

@@ -8,13 +8,13 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from rlad.cli.printing import print_line
 from rlad.comparison.compare import PlannedRun, compare, final_runs, tuning_runs
 from rlad.comparison.report import HTML
 from rlad.comparison.runs import MissingRun
 from rlad.config.comparison import CompareConfig
 from rlad.errors import EXIT_FAILURE, EXIT_SIGNAL
 from rlad.stopping import StopRequested
-from rlad.text import printable
 
 
 def run_compare(comparison: CompareConfig, folder: Path, *, dry_run: bool, command: str) -> None:
@@ -43,10 +43,10 @@ def print_plan(console: Console, comparison: CompareConfig, folder: Path) -> Non
         # Before the tuning the learning rates are unknown, so settings cannot be compared.
         is_final = comparison.tuning is not None and run not in tuning
         is_done = run.directory.is_finished() if is_final else run.is_done()
-        _print(console, f"{'done ' if is_done else 'to do'}  {run.path}")
+        print_line(console, f"{'done ' if is_done else 'to do'}  {run.path}")
     config = runs[-1].config
     rollout = config.rollout
-    _print(
+    print_line(
         console,
         f"{len(runs)} runs, {len(tuning)} of them to choose learning rates, {comparison.jobs} side "
         f"by side; each of {config.optimization.num_steps} steps with {rollout.prompts_per_batch} "
@@ -73,16 +73,12 @@ def run_comparison(
 
         def progress(line: str, runs: Sequence[PlannedRun]) -> None:
             if line:
-                _print(console, line)
+                print_line(console, line)
             total = sum(run.config.optimization.num_steps for run in runs)
             bar.update(task, total=total, completed=sum(run.steps_done() for run in runs))
 
         missing = compare(comparison, folder, progress=progress)
     for run in missing:
-        _print(console, f"missing: {run.method} seed {run.seed}: {run.reason}")
-    _print(console, f"report  {Path(comparison.directory) / HTML}")
+        print_line(console, f"missing: {run.method} seed {run.seed}: {run.reason}")
+    print_line(console, f"report  {Path(comparison.directory) / HTML}")
     return missing
-
-
-def _print(console: Console, line: str) -> None:
-    console.print(printable(line), highlight=False, markup=False, soft_wrap=True)

@@ -1,17 +1,16 @@
 """`rlad evaluate`: held-out figures of a run's best checkpoint or of any model."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from rlad.cli.printing import print_line, print_table
 from rlad.config.file import load_config, parse_config, parse_overrides
 from rlad.config.run import RunConfig
 from rlad.errors import UserError
@@ -21,36 +20,18 @@ from rlad.rollouts.evaluation import evaluate
 from rlad.runs.checkpoints import damage
 from rlad.runs.directory import CHECKPOINTS, RunDirectory
 from rlad.runs.rows import ProblemResult, summarise
-from rlad.runs.statistics import Estimate
 from rlad.tasks import Split, make_task
-from rlad.text import printable
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """Which model was evaluated on what, and the result of each problem."""
-
-    model: str
-    task: str
-    split: Split
-    results: list[ProblemResult]
-
-    def summary_json(self) -> dict[str, Any]:
-        """Return the summary with intervals as plain JSON."""
-        return {"model": self.model, "task": self.task, "split": self.split} | _plain(
-            summarise([self.results])
-        )
 
 
 def run_evaluation(
     run_or_model: str, overrides: Sequence[str], *, as_json: bool, **how: Any
 ) -> None:
     """Evaluate and print the summary, for a reader or as JSON."""
-    evaluation = evaluate_run_or_model(run_or_model, overrides, **how)
+    about, results = evaluate_run_or_model(run_or_model, overrides, **how)
     if as_json:
-        click.echo(json.dumps(evaluation.summary_json()))
+        click.echo(json.dumps(about | summarise([results]), default=asdict))
     else:
-        print_summary(evaluation)
+        print_summary(about, results, Console(highlight=False))
 
 
 def evaluate_run_or_model(
@@ -61,8 +42,11 @@ def evaluate_run_or_model(
     num_problems: int | None,
     num_samples: int,
     output: Path | None,
-) -> Evaluation:
-    """Evaluate each held-out problem; the results are also written to `output` as JSONL."""
+) -> tuple[dict[str, str], list[ProblemResult]]:
+    """Evaluate each held-out problem; the results are also written to `output` as JSONL.
+
+    Returns which model, task and split they are of, and the results.
+    """
     if output is not None and (output.exists() or not output.parent.is_dir()):
         raise UserError(
             f"--output {output} exists already or its folder does not exist; give a new file."
@@ -83,13 +67,11 @@ def evaluate_run_or_model(
             num_samples=num_samples,
             temperature=config.evaluation.temperature,
         )
+    about = {"model": model, "task": config.task.type, "split": split}
     if output is not None:
-        lines = [
-            json.dumps({"model": model, "task": config.task.type, "split": split} | asdict(r))
-            for r in results
-        ]
-        output.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return Evaluation(model, config.task.type, split, results)
+        lines = [json.dumps(about | asdict(result)) + "\n" for result in results]
+        output.write_text("".join(lines), encoding="utf-8")
+    return about, results
 
 
 def _config_and_model(run_or_model: str, overrides: Sequence[str]) -> tuple[RunConfig, str]:
@@ -117,30 +99,20 @@ def _config_and_model(run_or_model: str, overrides: Sequence[str]) -> tuple[RunC
     return parse_config(parse_overrides(table, overrides)), run_or_model
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return asdict(value) if isinstance(value, Estimate) else value
-
-
-def print_summary(evaluation: Evaluation, console: Console | None = None) -> None:
+def print_summary(
+    about: Mapping[str, str], results: Sequence[ProblemResult], console: Console
+) -> None:
     """Print a table of the summary."""
-    console = console or Console(highlight=False)
-    summary = summarise([evaluation.results])
+    summary = summarise([results])
     n = summary["num_samples"]
-    table = Table(box=None, pad_edge=False)
-    table.add_column("quantity")
-    table.add_column("value (95 % interval over problems)")
-    table.add_row(f"mean@{n}", str(summary[f"mean@{n}"]))
-    for k, estimate in summary["pass@k"].items():
-        table.add_row(f"pass@{k}", str(estimate))
+    rows = [("quantity", "value (95 % interval over problems)")]
+    rows.append((f"mean@{n}", str(summary[f"mean@{n}"])))
+    rows += [(f"pass@{k}", str(estimate)) for k, estimate in summary["pass@k"].items()]
     for difficulty, estimate in summary["pass@1 by difficulty"].items():
-        table.add_row(Text(f"pass@1, {printable(difficulty)}"), str(estimate))
-    table.add_row("mean completion length", f"{summary['mean_completion_tokens']:.1f} tokens")
-    table.add_row("truncated", f"{summary['truncated_share']:.1%}")
-    table.add_row("could not be judged", f"{summary['cannot_judge_share']:.1%}")
-    what = (
-        f"{summary['num_problems']} {evaluation.split} problems of {evaluation.task} x {n} samples"
-    )
-    console.print(f"{printable(evaluation.model)}\n{what}\n", markup=False, soft_wrap=True)
-    console.print(table)
+        rows.append((f"pass@1, {difficulty}", str(estimate)))
+    rows.append(("mean completion length", f"{summary['mean_completion_tokens']:.1f} tokens"))
+    rows.append(("truncated", f"{summary['truncated_share']:.1%}"))
+    rows.append(("could not be judged", f"{summary['cannot_judge_share']:.1%}"))
+    what = f"{summary['num_problems']} {about['split']} problems of {about['task']} x {n} samples"
+    print_line(console, f"{about['model']}\n{what}\n")
+    print_table(console, rows)

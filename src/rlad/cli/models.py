@@ -4,15 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from rlad.cli.printing import print_line, print_table
 from rlad.errors import UserError
 from rlad.models.fetch.hub import cached_folder, cached_models, fetch_model
 from rlad.models.fetch.wheel import prepare_packaged
 from rlad.models.files import EMBEDDED, require_weights
+from rlad.models.loading import load_model_config
 from rlad.models.packaged import PACKAGED
-from rlad.text import printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,66 +41,57 @@ def model_rows() -> list[ModelRow]:
 
 def run_models(action: str, name: str | None) -> None:
     """Do what `rlad models` is asked for. Raises `UserError` when the arguments do not fit."""
+    console = Console(highlight=False)
     if action == "list" and name is None:
-        print_models()
+        print_models(console)
     elif action == "prepare" and name is not None:
-        prepare(name)
+        prepare(name, console)
     else:
         raise UserError(
             "give `rlad models` alone, or `rlad models prepare NAME` with the name of a model."
         )
 
 
-def print_models(console: Console | None = None) -> None:
+def print_models(console: Console) -> None:
     """Print a table of `model_rows`."""
-    console = console or Console(highlight=False)
-    table = Table(box=None, pad_edge=False)
-    for title, justify in (("model", "left"), ("MB", "right"), ("state", "left"), ("", "left")):
-        table.add_column(title, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    rows = [("model", "      MB", "state", "")]
     for row in model_rows():
         state = "ready" if row.is_ready else "not prepared"
-        table.add_row(Text(printable(row.name)), f"{row.num_bytes / 1e6:.0f}", state, row.about)
-    console.print(table)
-    console.print(
+        rows.append((row.name, f"{row.num_bytes / 1e6:8.0f}", state, row.about))
+    print_table(console, rows)
+    print_line(
+        console,
         "\nA folder or any other Hugging Face name is a model too; `rlad models prepare NAME` "
-        "fetches it before a run."
+        "fetches it before a run.",
     )
 
 
-def prepare(name: str, console: Console | None = None) -> Path:
+def prepare(name: str, console: Console) -> Path:
     """Make a model ready for use without a connection; returns its folder.
 
     Raises `UserError` for what is no model, `RunFailedError` when it cannot be fetched, converted
     or stored.
     """
-    console = console or Console(highlight=False)
-
-    def say(text: str) -> None:
-        console.print(printable(text), markup=False, soft_wrap=True)
-
     packaged = PACKAGED.get(name)
     # From what costs nothing to what must be fetched.
     if name in EMBEDDED:
         folder = EMBEDDED[name]
     elif packaged is not None:
         if not packaged.is_ready:
-            say(
+            print_line(
+                console,
                 f"fetching {packaged.requirement}, {packaged.wheel_bytes / 1e6:.0f} MB "
                 f"({packaged.summary}), and converting it to float32, "
-                f"{packaged.folder_bytes / 1e6:.0f} MB in {packaged.folder.parent}"
+                f"{packaged.folder_bytes / 1e6:.0f} MB in {packaged.folder.parent}",
             )
         folder = prepare_packaged(packaged)
     elif Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
-            raise UserError(
-                f"folder {name!r} holds no model: it has no config.json; give what "
-                "`save_pretrained` wrote."
-            )
+        load_model_config(name)
         require_weights(name)
         folder = Path(name)
     else:
         folder = cached_folder(name) or fetch_model(name)
-    say(f"ready  {name}  {_num_bytes(folder) / 1e6:.0f} MB in {folder}")
+    print_line(console, f"ready  {name}  {_num_bytes(folder) / 1e6:.0f} MB in {folder}")
     return folder
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.text import Text
 from torch import Tensor
 
+from rlad.cli.printing import print_line
 from rlad.config.file import load_config
 from rlad.config.run import RunConfig
 from rlad.models.loading import LanguageModel
@@ -22,7 +22,6 @@ from rlad.seeds import stream_seed
 from rlad.tasks import make_task
 from rlad.teachers import prepare_teacher
 from rlad.teachers.base import TeacherRequest
-from rlad.text import printable
 
 _COLOURS = {"correct": "green", "wrong": "red", "cannot_judge": "yellow"}
 Row = dict[str, Any]
@@ -32,7 +31,7 @@ def show_samples(config: RunConfig, *, num_prompts: int, as_json: bool) -> None:
     """Print graded completions, for a reader or as JSON lines."""
     rows = preview(config, num_prompts=num_prompts)
     if not as_json:
-        print_preview(rows)
+        print_preview(rows, Console(highlight=False))
         return
     for row in rows:
         click.echo(json.dumps(row))
@@ -100,31 +99,23 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def print_preview(rows: Iterable[Row], console: Console | None = None) -> None:
+def print_preview(rows: Iterable[Row], console: Console) -> None:
     """Print each prompt once, then its completions with verdict, reward and log-ratio to the
     teacher."""
-    console = console or Console(highlight=False)
     prompt = None
     for row in rows:
         if prompt is None:
-            console.print(Text(f"student: {printable(row['student'])}"), soft_wrap=True)
+            print_line(console, f"student: {row['student']}")
         if row["prompt"] != prompt:
             prompt = row["prompt"]
             console.rule(style="dim")
-            console.print(Text(printable(prompt).strip(), style="bold"), soft_wrap=True)
-        console.print(
-            Text(f"\n{row['verdict']}", style=_COLOURS[row["verdict"]]).append(
-                _details(row), style="default"
-            )
-        )
-        console.print(Text(printable(row["completion"])), soft_wrap=True)
-
-
-def _details(row: Row) -> str:
-    reward = "" if row["reward"] is None else f"  reward {row['reward']:g}"
-    reason = f"  ({printable(row['reason'])})" if row["reason"] else ""
-    truncated = ", truncated" if row["is_truncated"] else ""
-    return f"{reward}{reason}  {len(row['tokens'])} tokens{truncated}{_opinion(row)}"
+            print_line(console, prompt.strip(), "bold")
+        reward = "" if row["reward"] is None else f"  reward {row['reward']:g}"
+        reason = f"  ({row['reason']})" if row["reason"] else ""
+        truncated = ", truncated" if row["is_truncated"] else ""
+        details = f"{reward}{reason}  {len(row['tokens'])} tokens{truncated}{_opinion(row)}"
+        print_line(console, f"\n{row['verdict']}{details}", _COLOURS[row["verdict"]])
+        print_line(console, row["completion"])
 
 
 def _opinion(row: Row) -> str:

@@ -6,13 +6,12 @@ import sys
 
 import click
 from rich.console import Console
-from rich.text import Text
 
+from rlad.cli.printing import print_line
 from rlad.config.file import load_config
 from rlad.config.run import RunConfig
 from rlad.errors import EXIT_SIGNAL
 from rlad.runs.directory import EVAL, WARNINGS, RunDirectory
-from rlad.text import printable
 from rlad.training.run import TrainResult
 
 
@@ -38,19 +37,19 @@ def print_summary(console: Console, result: TrainResult) -> None:
     """Figures, a problem that was solved only after training, where everything is, and what to type
     next."""
     _heading(console, "result")
-    _line(console, f"test pass@1 before  {result.before}")
-    _line(
+    print_line(console, f"test pass@1 before  {result.before}")
+    print_line(
         console,
         f"test pass@1 after   {result.after}   (95 % intervals over problems)",
         style="bold",
     )
     _print_example(console, RunDirectory(result.run_dir))
     _heading(console, "where it is, and what next")
-    _line(console, f"run directory   {result.run_dir}  ({result.seconds:.0f} s)")
-    _line(console, f"learning curve  {result.run_dir / 'curve.png'}")
-    _line(console, "")
+    print_line(console, f"run directory   {result.run_dir}  ({result.seconds:.0f} s)")
+    print_line(console, f"learning curve  {result.run_dir / 'curve.png'}")
+    print_line(console, "")
     for command, meaning in _next_commands(result):
-        _line(console, f"{command}\n    {meaning}")
+        print_line(console, f"{command}\n    {meaning}")
 
 
 def _next_commands(result: TrainResult) -> list[tuple[str, str]]:
@@ -95,16 +94,12 @@ def _print_example(console: Console, run: RunDirectory) -> None:
         return
     then, now = min(solved, key=lambda pair: len(pair[1]["first_completion"]))
     _heading(console, "a test problem that it solves now")
-    _line(console, then["prompt"].strip(), style="bold")
+    print_line(console, then["prompt"].strip(), style="bold")
     for when, result, colour in (("before", then, "red"), ("after", now, "green")):
-        _line(console, f"\n{when} training:", style=colour)
-        _line(console, result["first_completion"].strip())
+        print_line(console, f"\n{when} training:", style=colour)
+        print_line(console, result["first_completion"].strip())
 
 
 def _heading(console: Console, text: str) -> None:
     console.print()
     console.rule(text, style="dim", align="left")
-
-
-def _line(console: Console, text: str, style: str = "") -> None:
-    console.print(Text(printable(text), style=style), soft_wrap=True)
