@@ -783,11 +783,11 @@ def test_a_comparison_file_that_cannot_be_read(tmp_path):
 @pytest.mark.parametrize(
     ("paths", "output", "sentence"),
     [
-        (["nowhere"], "out", "no run found in .*nowhere; give a run directory"),
+        (["nowhere"], "out", "no run found in .*nowhere; give run directories"),
         (["empty"], "out", "no run found in .*empty; give"),
         (["run"], "file", "--output .*file is a file; give a folder"),
         (["run"], "file/below", "the report cannot be written to .*; choose another folder"),
-        ([], "out", "no run was given"),
+        ([], "out", "no run found in"),
     ],
 )
 def test_mistakes(tmp_path, paths, output, sentence):

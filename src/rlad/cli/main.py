@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _CONFIG_ARGUMENTS = click.argument("arguments", nargs=-1, metavar="[RUN] [KEY=VALUE]...")
 _AT_LEAST_1 = click.IntRange(min=1)
+_NEW_FOLDER = click.Path(file_okay=False, path_type=Path)
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 
 
 class _Verbs(click.Group):
@@ -87,7 +89,6 @@ def main() -> None:
 
 
 def _load(arguments: Sequence[str]) -> "RunConfig":
-    """Load the run that `[RUN] [KEY=VALUE]...` describes."""
     from rlad.config.file import load_config
 
     return load_config(*_path_and_overrides(arguments))
@@ -110,7 +111,7 @@ def _path_and_overrides(arguments: Sequence[str]) -> tuple[str | None, list[str]
 @click.option(
     "--overwrite", is_flag=True, help="Delete the run that is in the run directory first."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+@_JSON
 def train(arguments: tuple[str, ...], **how: bool) -> None:
     """Train a student.
 
@@ -133,7 +134,7 @@ def train(arguments: tuple[str, ...], **how: bool) -> None:
     type=click.Choice(["verl"]),
     help="Also ask this engine, installed beside rlad, for our objectives.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print all findings and settings as JSON.")
+@_JSON
 def check(arguments: tuple[str, ...], **how: Any) -> None:
     """Say what a config will do and whether it can.
 
@@ -151,7 +152,7 @@ def check(arguments: tuple[str, ...], **how: Any) -> None:
 @main.command()
 @_CONFIG_ARGUMENTS
 @click.option("--num-prompts", default=2, type=_AT_LEAST_1, help="Validation prompts.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per completion.")
+@_JSON
 def sample(arguments: tuple[str, ...], **how: Any) -> None:
     """Show graded completions of the student.
 
@@ -184,7 +185,7 @@ def sample(arguments: tuple[str, ...], **how: Any) -> None:
     type=click.Path(dir_okay=False, path_type=Path),
     help="New JSONL file for the result of each problem.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
+@_JSON
 def evaluate(run_or_model: str, overrides: tuple[str, ...], **how: Any) -> None:
     """Measure a run or a model on held-out problems.
 
@@ -249,7 +250,7 @@ def report(runs: tuple[str, ...], output: str, baseline: str | None) -> None:
 
 @main.command()
 @click.argument("run")
-@click.option("--json", "as_json", is_flag=True, help="Print what was found as one JSON object.")
+@_JSON
 def doctor(run: str, as_json: bool) -> None:
     """Say what is wrong with a run.
 
@@ -312,7 +313,7 @@ def export() -> None:
     metavar="best|last|STEP",
     help="best: on validation problems.",
 )
-@click.option("--output", type=click.Path(path_type=Path), help="New folder; default: RUN-model.")
+@click.option("--output", type=_NEW_FOLDER, help="New folder; default: RUN-model.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
 def export_model(run: str, **how: Any) -> None:
     """Write the model of run directory RUN as a plain Hugging Face folder.
@@ -326,11 +327,7 @@ def export_model(run: str, **how: Any) -> None:
 
 @export.command(name="verl")
 @_CONFIG_ARGUMENTS
-@click.option(
-    "--output",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="New folder; default: RUN_DIR-verl.",
-)
+@click.option("--output", type=_NEW_FOLDER, help="New folder; default: RUN_DIR-verl.")
 @click.option("--gpus-per-node", default=8, type=_AT_LEAST_1, help="For the student.")
 @click.option("--nodes", default=1, type=_AT_LEAST_1, help="For the student.")
 @click.option("--teacher-gpus-per-node", default=8, type=_AT_LEAST_1)
@@ -352,7 +349,7 @@ def export_verl(arguments: tuple[str, ...], output: Path | None, **cluster: int)
 @main.command(name="list")
 @click.argument("what", type=click.Choice(["objectives", "tasks", "teachers", "settings"]))
 @click.argument("name", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@_JSON
 def list_(what: str, name: str | None, as_json: bool) -> None:
     """List objectives, tasks, teachers and settings.
 
@@ -362,11 +359,8 @@ def list_(what: str, name: str | None, as_json: bool) -> None:
 
     if name is None:
         rows = names(what)
-        click.echo(
-            json.dumps(rows)
-            if as_json
-            else "\n".join(f"{key:<20} {text}" for key, text in rows.items())
-        )
+        plain = "\n".join(f"{key:<20} {text}" for key, text in rows.items())
+        click.echo(json.dumps(rows) if as_json else plain)
     else:
         text = describe(what, name)
         click.echo(json.dumps({"name": name, "text": text}) if as_json else text)

@@ -1,5 +1,6 @@
 """`rlad report`: a report from run directories, or from folders that hold some."""
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,9 +11,6 @@ from rlad.config.file import load_config
 from rlad.errors import UserError
 from rlad.runs.directory import CONFIG, RunDirectory
 
-Comparisons = dict[Path, ComparisonFile]
-"""ROOT/runs -> the comparison of the runs at ROOT/runs/METHOD/seed-N"""
-
 
 def report_runs(paths: Sequence[str], output: str, baseline: str | None = None) -> Path:
     """Write the report of all runs in and below `paths`; returns the HTML file.
@@ -21,32 +19,39 @@ def report_runs(paths: Sequence[str], output: str, baseline: str | None = None) 
     given, its baseline.
     """
     folder = Path(output)
+    runs_of = {path: list(_runs_in(Path(path))) for path in paths}
+    empty = [path for path, runs in runs_of.items() if not runs]
+    problem = ""
     if folder.exists() and not folder.is_dir():
-        raise UserError(
-            f"--output {folder} is a file; give a folder for {HTML} and what belongs to it."
+        problem = f"--output {folder} is a file; give a folder for {HTML} and what belongs to it."
+    elif empty or not paths:
+        problem = (
+            f"no run found in {', '.join(empty)}; give run directories, or folders that hold some."
         )
+    if problem:
+        raise UserError(problem)
     found: dict[Path, ReportedRun] = {}
-    comparisons: Comparisons = {}
-    for path in map(Path, paths):
-        runs = list(_runs_in(path))
-        if not runs:
-            raise UserError(
-                f"no run found in {path}; give a run directory, or a folder that holds some."
-            )
-        comparisons |= _comparisons_of(runs)
+    comparisons: dict[Path, ComparisonFile | None] = {}
+    for runs in runs_of.values():
+        reported = []
+        for run in runs:
+            # The runs of a comparison lie at ROOT/runs/METHOD/seed-N.
+            place = run.resolve().parent.parent
+            if place.name == "runs" and place not in comparisons:
+                comparisons[place] = read_comparison_file(place.parent)
+            reported.append((*_place_and_method(run, comparisons.get(place)), run))
         # A run that is below several of the given paths is shown once.
-        for run in sorted(runs, key=lambda run: _place(run, comparisons)):
-            found.setdefault(run.resolve(), ReportedRun(_method_of(run, comparisons), run))
-    if not found:
-        raise UserError("no run was given; give run directories, or folders that hold some.")
+        for _, method, run in sorted(reported, key=lambda row: row[0]):
+            found.setdefault(run.resolve(), ReportedRun(method, run))
+    named = [comparison for comparison in comparisons.values() if comparison]
     # A comparison's baseline may be none of the runs that were given here.
-    names = {run.method for run in found.values()}
-    baselines = [c.baseline for c in comparisons.values() if c.baseline in names]
+    methods = {run.method for run in found.values()}
+    baselines = [each.baseline for each in named if each.baseline in methods]
     write_report(
         list(found.values()),
         folder,
         title=f"Report on {', '.join(Path(path).resolve().name for path in paths)}",
-        notes=[note for comparison in comparisons.values() for note in comparison.notes],
+        notes=[note for comparison in named for note in comparison.notes],
         baseline=baseline or next(iter(baselines), None),
     )
     return folder / HTML
@@ -65,34 +70,16 @@ def _runs_in(path: Path) -> Iterator[Path]:
             yield Path(folder)
 
 
-def _comparisons_of(runs: Sequence[Path]) -> Comparisons:
-    folders = dict.fromkeys(run.resolve().parent.parent for run in runs)
-    read = {
-        folder: read_comparison_file(folder.parent) for folder in folders if folder.name == "runs"
-    }
-    return {folder: comparison for folder, comparison in read.items() if comparison}
-
-
-def _place(run: Path, comparisons: Comparisons) -> int:
-    """Find the place of a run's method in its comparison; other runs keep their order after
-    those."""
-    method = run.resolve().parent
-    comparison = comparisons.get(method.parent)
-    names = list(comparison.methods) if comparison else []
-    if method.name in names:
-        return names.index(method.name)
-    return sum(len(each.methods) for each in comparisons.values())
-
-
-def _method_of(run: Path, comparisons: Comparisons) -> str:
-    """Name the method of a run as its comparison does; else, where runs lie as METHOD/seed-N, by
-    that folder; else by the type of the objective."""
+def _place_and_method(run: Path, comparison: ComparisonFile | None) -> tuple[float, str]:
+    """Return the place of a run's method in its comparison (others come after those), and its name
+    there; else, where runs lie as METHOD/seed-N, that folder's; else the type of the objective."""
     resolved = run.resolve()
-    folder = resolved.parent
-    comparison = comparisons.get(folder.parent)
+    folder = resolved.parent.name
+    methods = comparison.methods if comparison else {}
+    place = list(methods).index(folder) if folder in methods else math.inf
     if resolved.name.startswith("seed-"):
-        return comparison.methods.get(folder.name, folder.name) if comparison else folder.name
+        return place, methods.get(folder, folder)
     try:
-        return load_config(run).objective.type
+        return place, load_config(run).objective.type
     except UserError:
-        return f"{resolved.name} ({CONFIG} cannot be read)"
+        return place, f"{resolved.name} ({CONFIG} cannot be read)"

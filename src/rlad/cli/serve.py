@@ -1,7 +1,6 @@
 """`rlad serve-teacher`: vLLM where it is installed, else our own small server."""
 
 import importlib.util
-import ipaddress
 import json
 import os
 import socket
@@ -11,13 +10,12 @@ from typing import NoReturn
 
 import click
 
-from rlad.errors import UserError
+from rlad.errors import UserError, require_package
 from rlad.models.files import located, require_weights
 from rlad.models.loading import load_language_model, load_model_config, pick_device
 from rlad.teachers.served.client import read_key
 
 KEY_VARIABLE = "RLAD_TEACHER_API_KEY"
-DEFAULT_TOKENS_PER_BATCH = 16_384
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,62 +40,50 @@ class ServeOptions:
 
 def serve_teacher(options: ServeOptions) -> None:
     """Serve until interrupted. `UserError` with one sentence when the server cannot start."""
-    engine = choose_engine(options)
-    load_model_config(options.model)
-    require_weights(options.model)
-    secret = read_key(KEY_VARIABLE)
-    key = secret.get_secret_value() if secret else None
-    require_key_beyond_this_machine(options, key)
-    listening = listen(options.host, options.port)
-    port = listening.getsockname()[1]
-    if engine == "rlad":
-        run_own_server(options, key, listening)
-        return
-    listening.close()
-    click.echo(
-        "vLLM is starting; it is ready when GET /health is answered. In your config:\n"
-        + teacher_section(options, port)
-    )
-    sys.stdout.flush()
-    start_vllm(options, port, key)
-
-
-def choose_engine(options: ServeOptions) -> str:
-    """Return `vllm` or `rlad`. `UserError` when it is not installed."""
-    has_vllm = importlib.util.find_spec("vllm") is not None
     engine = options.engine
     if engine == "auto":
-        engine = "vllm" if has_vllm else "rlad"
+        engine = "rlad" if importlib.util.find_spec("vllm") is None else "vllm"
+    secret = read_key(KEY_VARIABLE)
+    key = secret.get_secret_value() if secret else None
+    require_servable(options, engine, key)
+    load_model_config(options.model)
+    require_weights(options.model)
+    listening = listen(options.host, options.port)
+    port = listening.getsockname()[1]
+    section = teacher_section(options, port)
+    if engine == "rlad":
+        run_own_server(options, key, listening, section)
+    else:
+        listening.close()
+        click.echo(
+            "vLLM is starting; it is ready when GET /health is answered. In your config:\n"
+            + section
+        )
+        start_vllm(options, port, key)
+
+
+def require_servable(options: ServeOptions, engine: str, key: str | None) -> None:
+    """Raise `UserError` when the engine is not installed, or other machines could reach a server
+    without a key."""
+    is_local = options.host in ("127.0.0.1", "::1", "localhost")
     problem = ""
-    if engine == "vllm" and not has_vllm:
+    if engine == "rlad":
+        require_package("fastapi", "rlad's own teacher server", extra="serve")
+    elif importlib.util.find_spec("vllm") is None:
         problem = (
             "vllm is not installed in this environment; install it with rlad into one of its own, "
             "or take --engine rlad."
         )
-    elif engine == "vllm" and options.device != "auto":
+    elif options.device != "auto":
         problem = "vLLM has no --device; leave it out, or take --engine rlad."
-    elif engine == "rlad" and not all(map(importlib.util.find_spec, ("fastapi", "uvicorn"))):
+    if not (problem or key or options.without_key or is_local):
         problem = (
-            "rlad's own teacher server needs fastapi and uvicorn; install them with `pip install "
-            "'rlad[serve]'`, or install vllm beside rlad."
-        )
-    if problem:
-        raise UserError(problem)
-    return engine
-
-
-def require_key_beyond_this_machine(options: ServeOptions, key: str | None) -> None:
-    """`UserError` for a server without a key that other machines could reach."""
-    try:
-        is_local = ipaddress.ip_address(options.host).is_loopback
-    except ValueError:  # a name
-        is_local = options.host == "localhost"
-    if key is None and not options.without_key and not is_local:
-        raise UserError(
             f"host {options.host!r} can be reached from other machines: set the environment "
             f"variable {KEY_VARIABLE} to a key that clients must send, or let anyone in with "
             "--without-key."
         )
+    if problem:
+        raise UserError(problem)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -122,32 +108,29 @@ def teacher_section(options: ServeOptions, port: int) -> str:
     )
 
 
-def run_own_server(options: ServeOptions, key: str | None, listening: socket.socket) -> None:
+def run_own_server(
+    options: ServeOptions, key: str | None, listening: socket.socket, section: str
+) -> None:
     """Load the model and serve it; say when requests are answered."""
     import uvicorn
 
     from rlad.serving.app import UVICORN_SETTINGS, TeacherServer
 
     language_model = load_language_model(options.model, dtype=options.dtype, device=options.device)
-    tokens_per_batch = options.tokens_per_batch or DEFAULT_TOKENS_PER_BATCH
-    context = options.max_context_tokens or language_model.context_tokens
+    tokens_per_batch = options.tokens_per_batch or 16_384
     teacher = TeacherServer(
         language_model,
         served_name=options.name,
-        max_context_tokens=context or tokens_per_batch,
+        max_context_tokens=options.max_context_tokens
+        or language_model.context_tokens
+        or tokens_per_batch,
         tokens_per_batch=tokens_per_batch,
         api_key=key,
     )
-    section = teacher_section(options, listening.getsockname()[1])
-
-    # An app is started before uvicorn listens, so that it is ready is said by uvicorn's own method.
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            click.echo(f"ready. In your config:\n{section}")
-            sys.stdout.flush()
-
-    Server(uvicorn.Config(teacher.app(), **UVICORN_SETTINGS)).run(sockets=[listening])
+    server = uvicorn.Server(uvicorn.Config(teacher.app(), **UVICORN_SETTINGS))
+    # The socket listens already: what comes before the server takes it waits a moment.
+    click.echo(f"ready. In your config:\n{section}")
+    server.run(sockets=[listening])
 
 
 def start_vllm(options: ServeOptions, port: int, key: str | None) -> NoReturn:
@@ -165,13 +148,11 @@ def start_vllm(options: ServeOptions, port: int, key: str | None) -> NoReturn:
         "--max-logprobs": 64,
         "--logprobs-mode": "raw_logprobs",
         "--generation-config": "vllm",
+        "--max-num-batched-tokens": options.tokens_per_batch,
+        "--max-model-len": options.max_context_tokens,
     }
-    if options.tokens_per_batch is not None:
-        flags["--max-num-batched-tokens"] = options.tokens_per_batch
-    if options.max_context_tokens is not None:
-        flags["--max-model-len"] = options.max_context_tokens
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += [str(part) for flag in flags.items() for part in flag]
+    command += [str(part) for flag in flags.items() if flag[1] is not None for part in flag]
     command.append("--disable-uvicorn-access-log")
     # The key goes by the environment, as every user of a machine can read command lines.
     environment = os.environ | {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}

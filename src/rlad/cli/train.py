@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+from pathlib import Path
 
 import click
 from rich.console import Console
@@ -46,49 +47,36 @@ def print_summary(console: Console, result: TrainResult) -> None:
     _print_example(console, RunDirectory(result.run_dir))
     _heading(console, "where it is, and what next")
     print_line(console, f"run directory   {result.run_dir}  ({result.seconds:.0f} s)")
-    print_line(console, f"learning curve  {result.run_dir / 'curve.png'}")
-    print_line(console, "")
-    for command, meaning in _next_commands(result):
+    print_line(console, f"learning curve  {result.run_dir / 'curve.png'}\n")
+    for command, meaning in _next_commands(result.run_dir).items():
         print_line(console, f"{command}\n    {meaning}")
 
 
-def _next_commands(result: TrainResult) -> list[tuple[str, str]]:
-    run = shlex.quote(str(result.run_dir))
-    config = load_config(result.run_dir)
-    commands = [
-        (
-            f"rlad evaluate {run} --num-samples 8",
-            "mean@8 and pass@k of its best checkpoint, by difficulty",
-        ),
-        (
-            f"rlad sample {run}",
-            "graded completions"
-            + (" with the teacher's opinion of each" if config.teacher else ""),
-        ),
-        (f"rlad list objectives {config.objective.type}", "the formula and its settings"),
-    ]
+def _next_commands(run_dir: Path) -> dict[str, str]:
+    """Return what to type next, and what each command shows."""
+    run = shlex.quote(str(run_dir))
+    config = load_config(run_dir)
+    warned = [row["name"].replace("_", " ") for row in RunDirectory(run_dir).read(WARNINGS)]
+    opinion = " with the teacher's opinion of each" if config.teacher else ""
+    commands = {f"rlad doctor {run}": f"it was warned of: {', '.join(warned)}"} if warned else {}
+    commands |= {
+        f"rlad evaluate {run} --num-samples 8": "mean@8 and pass@k of its best checkpoint, by "
+        "difficulty",
+        f"rlad sample {run}": f"graded completions{opinion}",
+        f"rlad list objectives {config.objective.type}": "the formula and its settings",
+    }
     if config.needs_teacher:
-        commands.append(
-            (
-                f"rlad train {run} objective=grpo run_dir={run}-grpo",
-                "the same run without the teacher",
-            )
-        )
-    if warned := [
-        row["name"].replace("_", " ") for row in RunDirectory(result.run_dir).read(WARNINGS)
-    ]:
-        commands.insert(0, (f"rlad doctor {run}", f"it was warned of: {', '.join(warned)}"))
+        alone = f"rlad train {run} objective=grpo run_dir={run}-grpo"
+        commands[alone] = "the same run without the teacher"
     return commands
 
 
 def _print_example(console: Console, run: RunDirectory) -> None:
     tests = [row["results"] for row in run.read(EVAL) if row["split"] == "test"]
-    before = tests[0]
-    after = tests[-1]
     solved = [
-        (b, a)
-        for b, a in zip(before, after, strict=True)
-        if not b["num_correct"] and a["num_correct"] == a["num_samples"]
+        (then, now)
+        for then, now in zip(tests[0], tests[-1], strict=True)
+        if not then["num_correct"] and now["num_correct"] == now["num_samples"]
     ]
     if not solved:
         return
