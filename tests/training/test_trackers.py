@@ -235,7 +235,7 @@ def test_a_check_says_that_the_packages_are_there(world, tmp_path):
 class Breaks:
     """A tracker that fails at one step."""
 
-    def __init__(self, config: Any, run: Any, *, identity: str, resumed_at: int | None):
+    def __init__(self, config: Any, run: Any, identity: str, resumed_at: int | None):
         self.steps: list[int] = []
 
     def log(self, figures: Any, completions: Any, step: int) -> None:

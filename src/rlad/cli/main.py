@@ -366,11 +366,24 @@ def list_(what: str, name: str | None, as_json: bool) -> None:
         click.echo(json.dumps({"name": name, "text": text}) if as_json else text)
 
 
-@main.command()
-@click.argument("action", type=click.Choice(["list", "prepare"]), default="list")
-@click.argument("name", required=False)
-def models(**what: Any) -> None:
+@main.group(invoke_without_command=True)
+@click.pass_context
+def models(context: click.Context) -> None:
     """List models, or fetch and convert one."""
-    from rlad.cli.models import run_models
+    if context.invoked_subcommand is None:
+        from rich.console import Console
 
-    run_models(**what)
+        from rlad.cli.models import print_models
+
+        print_models(Console(highlight=False))
+
+
+@models.command()
+@click.argument("name")
+def prepare(name: str) -> None:
+    """Fetch and convert model NAME, so that a run needs no connection."""
+    from rich.console import Console
+
+    from rlad.cli.models import prepare as prepare_model
+
+    prepare_model(name, Console(highlight=False))

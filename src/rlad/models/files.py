@@ -13,7 +13,6 @@ EMBEDDED = {
     for name in ("embedded/student", "embedded/teacher")
 }
 ADAPTER_CONFIG = "adapter_config.json"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def located(name: str) -> Path | str:
@@ -97,13 +96,8 @@ def has_weights(folder: Path) -> bool:
 def require_weights(name: str) -> None:
     """Raise `UserError` for a model folder without weights. A Hugging Face name passes."""
     folder = Path(files_of(name))
-    if not folder.is_dir() or any(folder.glob("*.safetensors")):
-        return
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
-    problem = "has no *.safetensors file; save its weights there"
-    if pickles:
-        problem = (
-            f"has its weights in {pickles[0]}, a pickle, which may run code when it is read; "
-            "convert it to safetensors, where you trust it,"
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"model folder {name!r} has no *.safetensors file, and no other weights are read (a "
+            "pickle may run code); convert them, where you trust them, with `save_pretrained`."
         )
-    raise UserError(f"model folder {name!r} {problem} with `save_pretrained`.")

@@ -2,8 +2,7 @@
 pipe."""
 
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Self
 
@@ -114,15 +113,3 @@ class ConsoleReporter(Reporter):
 
     def _print(self, line: str) -> None:
         self._console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
-
-
-@contextmanager
-def shown(reporter: Reporter | None) -> Iterator[Reporter]:
-    """The reporter that was given. Where none was: the console's in a notebook, else a silent
-    one."""
-    console = Console()
-    if reporter is not None or not console.is_jupyter:
-        yield reporter or Reporter()
-        return
-    with ConsoleReporter(console) as own:
-        yield own

@@ -11,6 +11,8 @@ from pathlib import Path
 from threading import current_thread, main_thread
 from typing import Any
 
+from rich.console import Console
+
 from rlad.config.file import dump_config, load_config, parse_config
 from rlad.config.run import RunConfig
 from rlad.engines.base import StepResult
@@ -34,7 +36,7 @@ from rlad.runs.statistics import Estimate
 from rlad.stopping import Stop, StopRequested
 from rlad.tasks import Task, make_task
 from rlad.tasks.several import require_working_verifier
-from rlad.training.console import shown
+from rlad.training.console import ConsoleReporter
 from rlad.training.environment import describe_environment, note_resumption
 from rlad.training.recorder import Recorder, recorded_estimate
 from rlad.training.reporter import Reporter
@@ -87,8 +89,12 @@ def train(
     require_trackers(config)
     if resume and overwrite:
         raise UserError("--resume continues a run and --overwrite deletes it; give one of the two.")
-    with shown(reporter) as shown_reporter:
-        return _train(config, resume=resume, overwrite=overwrite, reporter=shown_reporter)
+    with ExitStack() as held:
+        if reporter is None:
+            console = Console()
+            has_bar = console.is_jupyter
+            reporter = held.enter_context(ConsoleReporter(console)) if has_bar else Reporter()
+        return _train(config, resume=resume, overwrite=overwrite, reporter=reporter)
 
 
 def _train(config: RunConfig, *, resume: bool, overwrite: bool, reporter: Reporter) -> TrainResult:
@@ -167,12 +173,11 @@ class Training:
     def finish(self, recorder: Recorder) -> TrainResult:
         """Run to the end, or to a checkpoint and `StopRequested`."""
         self.recorder = recorder
-        run = RunDirectory(self.config.directory)
         started = time.monotonic()
         try:
             recorder.save(self.engine)  # before the first row, so that no row lacks a checkpoint
-            is_new = self.engine.step == 0
-            before = self._test(recorder, 0) if is_new else recorded_estimate(run, "test", 0)
+            if self.engine.step == 0:
+                self._test(recorder, 0)
             self._train(recorder)
             after = self._test(recorder, self.engine.step)
         except (StopRequested, RladError) as error:
@@ -181,6 +186,7 @@ class Training:
                 recorder.phase("writing a checkpoint")
                 recorder.save(self.engine)
             raise
+        before = recorded_estimate(recorder.run, "test", 0)
         assert before is not None, "a run without it is not resumed"
         recorder.finish(before, after)
         return TrainResult(self.config.directory, before, after, time.monotonic() - started)

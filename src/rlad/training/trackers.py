@@ -37,9 +37,7 @@ class TensorBoard:
     """Event files in `tensorboard/` of the run directory; a resumed run purges the later steps of
     its event files."""
 
-    def __init__(
-        self, config: RunConfig, run: RunDirectory, *, identity: str, resumed_at: int | None
-    ):
+    def __init__(self, config: RunConfig, run: RunDirectory, identity: str, resumed_at: int | None):
         from torch.utils.tensorboard import SummaryWriter
 
         purge = None if resumed_at is None else resumed_at + 1
@@ -65,9 +63,7 @@ class TensorBoard:
 class Trackio:
     """A run of a trackio project, on this machine unless trackio's own settings say otherwise."""
 
-    def __init__(
-        self, config: RunConfig, run: RunDirectory, *, identity: str, resumed_at: int | None
-    ):
+    def __init__(self, config: RunConfig, run: RunDirectory, identity: str, resumed_at: int | None):
         import trackio  # pyright: ignore[reportMissingImports]
 
         self.library: Any = trackio
@@ -96,9 +92,7 @@ class WeightsAndBiases(Trackio):
     """A run of a W&B project, its local files in `wandb/` of the run directory; WANDB_MODE=offline
     sends nothing. It is used as trackio's are."""
 
-    def __init__(
-        self, config: RunConfig, run: RunDirectory, *, identity: str, resumed_at: int | None
-    ):
+    def __init__(self, config: RunConfig, run: RunDirectory, identity: str, resumed_at: int | None):
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
@@ -156,9 +150,7 @@ class Trackers(Reporter):
         identity = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
         for name in config.logging.trackers:
             with _asking(name, "cannot start"):
-                self.trackers[name] = TRACKERS[name](
-                    config, run, identity=identity, resumed_at=resumed_at
-                )
+                self.trackers[name] = TRACKERS[name](config, run, identity, resumed_at)
 
     def __enter__(self) -> Self:
         return self

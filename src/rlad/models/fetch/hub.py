@@ -1,4 +1,4 @@
-"""Models on the Hugging Face hub: which of them are in its cache, and fetching one."""
+"""Models on the Hugging Face hub: where one is in its cache, and fetching it."""
 
 import os
 from pathlib import Path
@@ -16,23 +16,6 @@ _FILES: dict[str, Any] = {
     ],
     "ignore_patterns": ["*/*"],
 }  # fmt: skip
-
-
-def cached_models() -> dict[str, int]:
-    """Return the language models in Hugging Face's cache: name and size in bytes."""
-    from huggingface_hub import scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
-
-    try:
-        repos = scan_cache_dir().repos
-    except CacheNotFound:
-        return {}
-    return {
-        repo.repo_id: repo.size_on_disk
-        for repo in sorted(repos, key=lambda repo: repo.repo_id)
-        if repo.repo_type == "model"
-        and any(file.file_name == "config.json" for r in repo.revisions for file in r.files)
-    }
 
 
 def cached_folder(name: str) -> Path | None:
