@@ -11,7 +11,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rlad.cli.printing import print_line
 from rlad.comparison.compare import PlannedRun, compare, final_runs, tuning_runs
 from rlad.comparison.report import HTML
-from rlad.comparison.runs import MissingRun
 from rlad.config.comparison import CompareConfig
 from rlad.errors import EXIT_FAILURE, EXIT_SIGNAL
 from rlad.stopping import StopRequested
@@ -23,14 +22,35 @@ def run_compare(comparison: CompareConfig, folder: Path, *, dry_run: bool, comma
     if dry_run:
         print_plan(console, comparison, folder)
         return
+    bar = Progress(
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("steps, left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        speed_estimate_period=3600,
+    )
+    task = bar.add_task("")
+
+    def progress(line: str, runs: Sequence[PlannedRun]) -> None:
+        if line:
+            print_line(console, line)
+        total = sum(run.config.optimization.num_steps for run in runs)
+        bar.update(task, total=total, completed=sum(run.steps_done() for run in runs))
+
     try:
-        missing = run_comparison(console, comparison, folder)
+        with bar:
+            missing = compare(comparison, folder, progress=progress)
     except StopRequested as stopped:
         click.echo(
             f"rlad: stopped by {stopped}; what was trained is kept, continue with: {command}",
             err=True,
         )
         sys.exit(EXIT_SIGNAL + stopped.signal_number)
+    for run in missing:
+        print_line(console, f"missing: {run.method} seed {run.seed}: {run.reason}")
+    print_line(console, f"report  {Path(comparison.directory) / HTML}")
     if missing:
         sys.exit(EXIT_FAILURE)
 
@@ -52,33 +72,3 @@ def print_plan(console: Console, comparison: CompareConfig, folder: Path) -> Non
         f"by side; each of {config.optimization.num_steps} steps with {rollout.prompts_per_batch} "
         f"prompts x {rollout.group_size} rollouts per batch\nreport in {comparison.directory}",
     )
-
-
-def run_comparison(
-    console: Console, comparison: CompareConfig, folder: Path
-) -> Sequence[MissingRun]:
-    """Do the comparison with a bar over the steps of all runs; returns what is missing from its
-    report."""
-    bar = Progress(
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TextColumn("steps, left"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        speed_estimate_period=3600,
-    )
-    with bar:
-        task = bar.add_task("")
-
-        def progress(line: str, runs: Sequence[PlannedRun]) -> None:
-            if line:
-                print_line(console, line)
-            total = sum(run.config.optimization.num_steps for run in runs)
-            bar.update(task, total=total, completed=sum(run.steps_done() for run in runs))
-
-        missing = compare(comparison, folder, progress=progress)
-    for run in missing:
-        print_line(console, f"missing: {run.method} seed {run.seed}: {run.reason}")
-    print_line(console, f"report  {Path(comparison.directory) / HTML}")
-    return missing

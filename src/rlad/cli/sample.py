@@ -77,7 +77,7 @@ def _row(
 ) -> Row:
     """Describe one completion; None, as JSON has no NaN, for no reward or a token without score."""
     token_ids = list(rollout.completion.token_ids)
-    scores = None if teacher_logprobs is None else teacher_logprobs.tolist()
+    scores = [] if teacher_logprobs is None else teacher_logprobs.tolist()
     return {
         "student": student.name,
         "prompt": prompt,
@@ -88,7 +88,7 @@ def _row(
         "is_truncated": rollout.completion.is_truncated,
         "tokens": student.tokenizer.convert_ids_to_tokens(token_ids),
         "student_logprobs": list(rollout.completion.logprobs),
-        "teacher_logprobs": scores and [x if math.isfinite(x) else None for x in scores],
+        "teacher_logprobs": [x if math.isfinite(x) else None for x in scores] or None,
     }
 
 

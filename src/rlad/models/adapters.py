@@ -29,8 +29,6 @@ STUDENT = "default"
 """the name under which a model holds its own adapter, as in PEFT"""
 _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-# These set the base weights to something else before A and B are added.
-_CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
 def add_lora(model: PreTrainedModel, settings: LoraConfig, *, base: str, seed: int) -> None:
@@ -181,19 +179,20 @@ def require_shareable(folder: str, base_config: PretrainedConfig) -> None:
     """Raise `UserError` unless the folder holds a LoRA adapter that leaves base weights as they are
     and fits this base model."""
     config = read_adapter_config(folder)
+    # Some ways to begin set the base weights to something else before A and B are added.
     init = str(config.get("init_lora_weights"))
-    replaces = [key for key in ("modules_to_save", "trainable_token_indices") if config.get(key)]
-    problem = ""
-    if config.get("peft_type") != "LORA":
-        problem = f"it is a {config.get('peft_type')} adapter"
-    elif replaces or config.get("bias", "none") != "none":
-        problem = "it replaces weights of the base model (modules_to_save, bias or tokens)"
-    elif init.startswith(_CHANGE_THE_BASE):
-        problem = f"its init_lora_weights = {init!r} changes the base weights"
-    if problem:
+    replaces = {
+        "modules_to_save": config.get("modules_to_save"),
+        "trainable_token_indices": config.get("trainable_token_indices"),
+        "bias": config.get("bias", "none") != "none",
+        "init_lora_weights": init.startswith(("pissa", "corda", "olora", "loftq", "lora_ga")),
+    }
+    changes = [setting for setting, is_set in replaces.items() if is_set]
+    if config.get("peft_type") != "LORA" or changes:
         raise UserError(
-            f"{problem}; only plain LoRA can share the student's weights: take type = 'local' "
-            f"with model = {folder!r}."
+            f"adapter {folder!r} (peft_type = {config.get('peft_type')!r}) changes weights of the "
+            f"base model by {', '.join(changes) or 'its type'}; only plain LoRA can share the "
+            "student's weights: take type = 'local' with this folder as its model."
         )
     require_loadable(folder, base_config)
 

@@ -61,10 +61,9 @@ class Recorder:
     @property
     def has_used_up_its_budget(self) -> bool:
         """Whether training has taken the seconds or the teacher's tokens that it may take."""
-        limits = self.config.optimization
-        return self._seconds >= (limits.max_seconds or math.inf) or self._teacher_tokens >= (
-            limits.max_teacher_tokens or math.inf
-        )
+        seconds = self.config.optimization.max_seconds or math.inf
+        teacher_tokens = self.config.optimization.max_teacher_tokens or math.inf
+        return self._seconds >= seconds or self._teacher_tokens >= teacher_tokens
 
     def _use(self, metrics: Mapping[str, float]) -> None:
         self._seconds += sum(value for key, value in metrics.items() if key.startswith("time/"))
@@ -92,8 +91,17 @@ class Recorder:
                 reporter.warned(warning)
         if result.skipped is not None:
             self._keep_skipped(result.step, result.skipped)
-            if may_stop:
-                self._require_few_skipped(result.step)
+            most = self.config.optimization.max_skipped_steps
+            number = self._guards.skipped_in_a_row
+            if may_stop and number >= most:
+                raise RunFailedError(
+                    f"step {result.step}: loss or gradient was not finite in {number} steps in a "
+                    "row, which were skipped, and optimization.max_skipped_steps allows "
+                    f"{most}. The weights are as they were before; their batches are in "
+                    f"{self.run.path}/{SKIPPED_BATCHES}-*. Start a new run with a lower "
+                    "optimization.learning_rate or with objective.teacher_log_ratio_clip = 1.0, or "
+                    "continue with the next batch by --resume."
+                )
         for reporter in self.reporters:
             reporter.step(result, self.config.optimization.num_steps)
 
@@ -119,19 +127,6 @@ class Recorder:
         for old in sorted(self.run.path.glob(f"{SKIPPED_BATCHES}-*.jsonl"))[:-kept]:
             self.run.delete(old.name)
             self.run.delete(old.with_suffix(".safetensors").name)
-
-    def _require_few_skipped(self, step: int) -> None:
-        most = self.config.optimization.max_skipped_steps
-        number = self._guards.skipped_in_a_row
-        if number >= most:
-            raise RunFailedError(
-                f"step {step}: loss or gradient was not finite in {number} steps in a row, which "
-                f"were skipped, and optimization.max_skipped_steps allows {most}. The weights are "
-                f"as they were before; their batches are in {self.run.path}/{SKIPPED_BATCHES}-*. "
-                "Start a new run with a lower optimization.learning_rate or with "
-                "objective.teacher_log_ratio_clip = 1.0, or continue with the next batch by "
-                "--resume."
-            )
 
     # --- evaluations ------------------------------------------------------------------------------
 
