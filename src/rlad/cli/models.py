@@ -12,9 +12,10 @@ from rlad.models.loading import load_model_config
 from rlad.models.packaged import PACKAGED
 
 
-def print_models(console: Console) -> None:
+def print_models() -> None:
     """Print the embedded and the packaged models with their sizes on the disk; of one that is not
     prepared, what it will take there."""
+    console = Console(highlight=False)
     rows = [("model", "      MB", "state", "")]
     for name, folder in EMBEDDED.items():
         rows.append((name, f"{_megabytes(folder):8.0f}", "ready", "comes with rlad"))
@@ -30,13 +31,12 @@ def print_models(console: Console) -> None:
     )
 
 
-def prepare(name: str, console: Console) -> Path:
+def prepare(name: str) -> Path:
     """Make a model ready for use without a connection; returns its folder.
 
     Raises `UserError` for what is no model, `RunFailedError` when it cannot be fetched, converted
     or stored.
     """
-    # From what costs nothing to what must be fetched.
     if name in EMBEDDED:
         folder = EMBEDDED[name]
     elif name in PACKAGED:
@@ -47,7 +47,7 @@ def prepare(name: str, console: Console) -> Path:
         folder = Path(name)
     else:
         folder = cached_folder(name) or fetch_model(name)
-    print_line(console, f"ready  {name}  {_megabytes(folder):.0f} MB in {folder}")
+    print_line(Console(highlight=False), f"ready  {name}  {_megabytes(folder):.0f} MB in {folder}")
     return folder
 
 

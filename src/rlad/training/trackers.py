@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, Protocol, Self
 
 from rlad.config.file import dump_config
@@ -157,13 +157,10 @@ class Trackers(Reporter):
 
     def __exit__(self, kind: object, *error: object) -> None:
         for name, tracker in self.trackers.items():
-            try:
-                with _asking(name, "could not be closed"):
-                    tracker.close(failed=kind is not None)
-            except RunFailedError:
-                # Where the run itself has failed, its error is the one to raise.
-                if kind is None:
-                    raise
+            # Where the run itself has failed, its error is the one to raise.
+            silent = suppress(RunFailedError) if kind else nullcontext()
+            with silent, _asking(name, "could not be closed"):
+                tracker.close(failed=kind is not None)
 
     def step(self, result: StepResult, num_steps: int) -> None:
         self._log(result.metrics, [], result.step)
