@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from torch import Tensor
@@ -55,8 +56,9 @@ class Teacher(ABC):
 
     identity: str
     """Names the teacher, though not each bit of its weights; a resumed run must find the same."""
-    inner: Sequence[Teacher] = ()
-    """The teachers that it asks itself; they move, give up and are closed with it."""
+    inner: Mapping[str, Teacher] = {}
+    """The teachers that it asks itself, by name ("" is a wrapper's only one): they move, give up
+    and are closed with it; their state and metrics are its own."""
 
     @property
     def fingerprint(self) -> str:
@@ -67,7 +69,7 @@ class Teacher(ABC):
     def works_elsewhere(self) -> bool:
         """Whether it scores without the student's device, so that it may be asked while the student
         writes."""
-        return bool(self.inner) and all(teacher.works_elsewhere for teacher in self.inner)
+        return bool(self.inner) and all(one.works_elsewhere for one in self.inner.values())
 
     @abstractmethod
     def submit(self, requests: Sequence[TeacherRequest]) -> list[Answer]:
@@ -82,29 +84,47 @@ class Teacher(ABC):
 
     def cancel(self) -> None:
         """Give up all answers that are still under way; never waits for them."""
-        for teacher in self.inner:
+        for teacher in self.inner.values():
             teacher.cancel()
 
     def after_step(self) -> None:
         """The student made an optimiser step; a teacher that follows it moves."""
-        for teacher in self.inner:
+        for teacher in self.inner.values():
             teacher.after_step()
 
     def close(self) -> None:
         """Release connections and files."""
-        for teacher in self.inner:
+        for teacher in self.inner.values():
             teacher.close()
 
     def state(self) -> Mapping[str, Tensor]:
-        """What a checkpoint must hold of a teacher that moves; empty for all others."""
-        return {}
+        """What a checkpoint must hold of teachers that move; empty for all others."""
+        # A teacher's tensors have its name before theirs, so that two averages stay apart.
+        return {
+            _prefix(name) + key: tensor
+            for name, teacher in self.inner.items()
+            for key, tensor in teacher.state().items()
+        }
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
         """The reverse of `state`."""
+        for name, teacher in self.inner.items():
+            own = [key for key in state if key.startswith(_prefix(name))]
+            teacher.load_state({key.removeprefix(_prefix(name)): state[key] for key in own})
 
     def pop_metrics(self) -> dict[str, float]:
-        """What it counted since the last call, for the metrics of a step."""
-        return {}
+        """What it counted since the last call, for the metrics of a step: `teacher/...`, of a
+        teacher with a name `teacher/NAME/...`."""
+        return {
+            key.replace("teacher/", f"teacher/{name}/" if name else "teacher/", 1): value
+            for name, teacher in self.inner.items()
+            for key, value in teacher.pop_metrics().items()
+        }
+
+
+def _prefix(name: str) -> str:
+    # As no quoted name has a slash, no teacher's prefix begins with another's.
+    return f"{quote(name, safe='')}/" if name else ""
 
 
 class SynchronousTeacher(Teacher):
@@ -125,7 +145,7 @@ class TeacherWrapper(Teacher):
 
     def __init__(self, teacher: Teacher):
         self.teacher = teacher
-        self.inner = (teacher,)
+        self.inner = {"": teacher}
         self.identity = teacher.identity
         self.num_asked = 0
         self.num_counted = 0
@@ -134,14 +154,8 @@ class TeacherWrapper(Teacher):
     def fingerprint(self) -> str:
         return self.teacher.fingerprint
 
-    def state(self) -> Mapping[str, Tensor]:
-        return self.teacher.state()
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        self.teacher.load_state(state)
-
     def pop_metrics(self) -> dict[str, float]:
-        metrics = self.teacher.pop_metrics()
+        metrics = super().pop_metrics()
         if self.num_asked:
             metrics[self.share_metric] = self.num_counted / self.num_asked
         self.num_asked = 0

@@ -11,7 +11,6 @@ distributions over whole completions.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from urllib.parse import quote
 
 import torch
 from torch import Tensor
@@ -26,46 +25,14 @@ from rlad.teachers import check_teacher as check_one
 from rlad.teachers.base import Answer, Setting, Teacher, TeacherRequest
 
 
-class SeveralTeachers(Teacher):
-    """The state and the metrics of all members."""
-
-    def __init__(self, teachers: Mapping[str, Teacher]):
-        self.teachers = dict(teachers)
-        self.inner = tuple(teachers.values())
-
-    # A member's tensors have its name before theirs, so that those of two averages stay apart. As
-    # no quoted name has a slash, no member's prefix begins with another's.
-
-    def state(self) -> dict[str, Tensor]:
-        return {
-            f"{quote(name, safe='')}/{key}": tensor
-            for name, teacher in self.teachers.items()
-            for key, tensor in teacher.state().items()
-        }
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        for name, teacher in self.teachers.items():
-            prefix = f"{quote(name, safe='')}/"
-            own = [key for key in state if key.startswith(prefix)]
-            teacher.load_state({key.removeprefix(prefix): state[key] for key in own})
-
-    def pop_metrics(self) -> dict[str, float]:
-        """`teacher/...` of the teacher `NAME` is `teacher/NAME/...`."""
-        return {
-            key.replace("teacher/", f"teacher/{name}/", 1): value
-            for name, teacher in self.teachers.items()
-            for key, value in teacher.pop_metrics().items()
-        }
-
-
-class TeacherByTask(SeveralTeachers):
+class TeacherByTask(Teacher):
     """Each request goes to the teacher that is named like its problem's task; `only_task` is that
     of a run with one."""
 
     def __init__(self, teachers: Mapping[str, Teacher], *, only_task: str = ""):
-        super().__init__(teachers)
+        self.inner = teachers
         self.only_task = only_task
-        members = [f"{name} = {one.identity}" for name, one in sorted(self.teachers.items())]
+        members = [f"{name} = {one.identity}" for name, one in sorted(self.inner.items())]
         self.identity = f"by task: {', '.join(members)}"
 
     def submit(self, requests: Sequence[TeacherRequest]) -> list[Answer]:
@@ -76,26 +43,26 @@ class TeacherByTask(SeveralTeachers):
             rows.setdefault(task or self.only_task, []).append(i)
         answers: dict[int, Answer] = {}
         for name, wanted in rows.items():
-            submitted = self.teachers[name].submit([requests[i] for i in wanted])
+            submitted = self.inner[name].submit([requests[i] for i in wanted])
             answers |= zip(wanted, submitted, strict=True)
         return [answers[i] for i in range(len(requests))]
 
 
-class TeacherMixture(SeveralTeachers):
+class TeacherMixture(Teacher):
     """log sum_i w_i πT_i of each token; NaN where a member gives none."""
 
     def __init__(self, teachers: Mapping[str, Teacher], weights: Mapping[str, float]):
-        super().__init__(teachers)
-        total = math.fsum(weights[name] for name in self.teachers)
-        self.weights = {name: weights[name] / total for name in self.teachers}
+        self.inner = teachers
+        total = math.fsum(weights[name] for name in self.inner)
+        self.weights = {name: weights[name] / total for name in self.inner}
         members = [
             f"{self.weights[name]!r} x {name} = {one.identity}"
-            for name, one in sorted(self.teachers.items())
+            for name, one in sorted(self.inner.items())
         ]
         self.identity = f"mixture: {', '.join(members)}"
 
     def submit(self, requests: Sequence[TeacherRequest]) -> list[Answer]:
-        by_teacher = [teacher.submit(requests) for teacher in self.teachers.values()]
+        by_teacher = [teacher.submit(requests) for teacher in self.inner.values()]
         return [self._mixed(answers) for answers in zip(*by_teacher, strict=True)]
 
     def _mixed(self, answers: Sequence[Answer]) -> Answer:
@@ -146,7 +113,7 @@ def check_teacher(settings: SeveralTeachersConfig, setting: Setting) -> list[Fin
     return findings
 
 
-def make_teacher(settings: SeveralTeachersConfig, setting: Setting) -> SeveralTeachers:
+def make_teacher(settings: SeveralTeachersConfig, setting: Setting) -> Teacher:
     teachers = {name: build_teacher(one, setting) for name, one in settings.teachers.items()}
     if settings.combine == "mixture":
         weights = {name: settings.weights.get(name, 1.0) for name in teachers}
