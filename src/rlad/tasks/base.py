@@ -95,7 +95,7 @@ class Task(Protocol):
 
     def num_problems(self, split: Split) -> int | None:
         """Count the different problems of the split; None when they are generated without end."""
-        ...
+        return None
 
     def judge(self, problem: Problem, completion: str) -> Judgement:
         """Grade one completion. Never raises and never hangs on any text."""
@@ -103,7 +103,6 @@ class Task(Protocol):
 
     def close(self) -> None:
         """Release what the verifier holds (worker processes)."""
-        ...
 
 
 def judge_completion(task: Task, problem: Problem, text: str, *, is_truncated: bool) -> Judgement:

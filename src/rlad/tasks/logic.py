@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from rlad.config.task import KnightsAndKnavesConfig
 from rlad.tasks.answers import marked_answer
-from rlad.tasks.base import SPLITS, UNIT_RANGE, Judgement, Problem, Split, judged, split_of
+from rlad.tasks.base import SPLITS, UNIT_RANGE, Judgement, Problem, Split, Task, judged, split_of
 
 NAMES = (
     "Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hana", "Ivy", "Jack", "Kim", "Leo",
@@ -184,7 +184,7 @@ def parse_answer(completion: str) -> dict[str, bool] | None:
     return roles or None
 
 
-class KnightsAndKnaves:
+class KnightsAndKnaves(Task):
     """The puzzles of `num_people` people (2 to 8; several sizes take turns), split by structure.
 
     A completion is correct when its answer gives every person of the puzzle the right role and
@@ -220,9 +220,6 @@ class KnightsAndKnaves:
             metadata={"names": names, "world": list(world), "num_people": size},
         )
 
-    def num_problems(self, split: Split) -> int | None:
-        return None
-
     def judge(self, problem: Problem, completion: str) -> Judgement:
         people = zip(problem.metadata["names"], problem.metadata["world"], strict=True)
         wanted = {name.lower(): is_knight for name, is_knight in people}
@@ -230,9 +227,6 @@ class KnightsAndKnaves:
         if self._settings.reward == "logic_rl":
             return replace(judged(is_correct), reward=logic_rl_reward(completion, wanted))
         return judged(is_correct)
-
-    def close(self) -> None:
-        pass
 
 
 def logic_rl_reward(completion: str, wanted: dict[str, bool]) -> float:

@@ -21,6 +21,7 @@ from rlad.tasks.base import (
     Judgement,
     Problem,
     Split,
+    Task,
     Verdict,
     cannot_judge,
     split_of,
@@ -69,7 +70,7 @@ _NEEDS_HASH_SEED = frozenset(
 )
 
 
-class ReasoningGym:
+class ReasoningGym(Task):
     """The problems of the reasoning-gym data set `dataset`, generated with its own `options`.
 
     A completion is correct when the scorer of the data set gives its final answer 1. The reward is
@@ -126,9 +127,6 @@ class ReasoningGym:
             f"the reasoning-gym data set {self._dataset!r} with options {self._options} gives no "
             f"{split} problem ({reason}); choose other options, or another data set."
         )
-
-    def num_problems(self, split: Split) -> int | None:
-        return None
 
     def judge(self, problem: Problem, completion: str) -> Judgement:
         entry = problem.metadata["entry"]
