@@ -52,7 +52,7 @@ def _draw_results(methods: Sequence[Method]) -> Plot:
     for i, m in enumerate(methods):
         y = len(methods) - 1 - i
         bounds = [m.after.low, m.after.mean, m.after.high]
-        axes.plot(bounds, [y] * 3, markevery=[1], **_look(i) | {"markersize": 9})
+        axes.plot(bounds, [y] * 3, markevery=[1], markersize=9, **_look(i))
         # Each seed as a ring below the bar.
         seeds = [np.mean(values) for values in m.pass_by_seed.values()]
         axes.scatter(seeds, [y - 0.24] * len(seeds), s=16, facecolor="none", edgecolor="black")

@@ -140,8 +140,7 @@ class RunDirectory:
 
     @contextmanager
     def _one_at_a_time(self) -> Iterator[None]:
-        """Let one process at a time try the lock, which is over at once: a run that begins must not
-        find it held by one that only asks."""
+        """Hold the lock of the directory."""
         directory = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.flock(directory, fcntl.LOCK_EX)

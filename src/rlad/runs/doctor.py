@@ -99,16 +99,13 @@ def diagnose(path: Path) -> Diagnoses:
         Diagnosis("error", "unreadable_file", f"{sentence}; put back a copy of that file.")
         for sentence in damaged
     ]
+    found += wrong_steps(history)
     for look in LOOKS:
         found += look(evidence)
     return Diagnoses(path, evidence.state, sorted(found, key=lambda each: LEVELS.index(each.level)))
 
 
 # --- files ----------------------------------------------------------------------------------------
-
-
-def _steps(evidence: Evidence) -> Iterator[Diagnosis]:
-    return wrong_steps(evidence.history)
 
 
 def wrong_steps(history: History) -> Iterator[Diagnosis]:
@@ -254,4 +251,4 @@ def _learning(evidence: Evidence) -> Iterator[Diagnosis]:
         yield Diagnosis("warning", "no_learning", message, last_step)
 
 
-LOOKS = (_steps, _checkpoints, _versions, _progress, _guards, _learning)
+LOOKS = (_checkpoints, _versions, _progress, _guards, _learning)
