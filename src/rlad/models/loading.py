@@ -222,8 +222,10 @@ def load_language_model(
     loaded = LanguageModel(name, model.to(where).eval(), tokenizer, eos, pad, compute_dtype)
     problem = ""
     if len(tokenizer) > loaded.vocabulary:
-        problem = f"has {len(tokenizer)} tokens but the model only {loaded.vocabulary} embeddings"
-        problem = f"its tokenizer {problem}, so it belongs to another model"
+        problem = (
+            f"its tokenizer has {len(tokenizer)} tokens but the model only {loaded.vocabulary} "
+            "embeddings, so it belongs to another model"
+        )
     elif trainable:
         weights = loaded.model.named_parameters()
         wrong = next((key for key, weight in weights if not weight.isfinite().all()), None)
