@@ -16,7 +16,7 @@ from rlad.config.file import (
     parse_overrides,
 )
 from rlad.config.run import RunConfig
-from rlad.config.task import KnightsAndKnavesConfig
+from rlad.config.task import CountdownConfig, KnightsAndKnavesConfig
 from rlad.runs.directory import RunDirectory
 from rlad.tasks import SPLITS, Verdict, make_task
 from rlad.tasks.several import require_working_verifier
@@ -164,7 +164,7 @@ def test_the_config_reads_back_and_takes_overrides(tmp_path):
         ),
         (
             ["evaluation.ood_task={tasks={logik={}}}"],
-            "evaluation.ood_task.tasks.logik.type is missing: every such section names its type.",
+            "tasks names 'logik', which is no task of the run; use names among logic, sums.",
         ),
         (
             ["evaluation.ood_task={tasks={logic=4}}"],
@@ -188,6 +188,11 @@ def test_the_out_of_distribution_test_holds_the_named_tasks_alone():
     ood: Any = changed("evaluation.ood_task={tasks={logic={num_people=[4]}}}").ood_task
     assert ood.tasks == {"logic": KnightsAndKnavesConfig(num_people=(4,))}
     assert make_task(**ood.model_dump()).problem("test", 3).difficulty == "logic, 4 people"
+
+
+def test_a_task_of_another_type_keeps_no_setting_of_the_first():
+    ood: Any = changed("evaluation.ood_task={tasks={logic={type='countdown'}}}").ood_task
+    assert ood.tasks == {"logic": CountdownConfig()}
 
 
 # --- a run ----------------------------------------------------------------------------------------

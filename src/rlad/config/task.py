@@ -6,6 +6,7 @@ from pydantic import Field
 
 from rlad.config.types import Positive, Section
 from rlad.config.validation import validated
+from rlad.errors import UserError
 
 
 class KnightsAndKnavesConfig(Section):
@@ -134,15 +135,19 @@ def with_changes(task: TaskConfig, changes: dict[str, Any]) -> TaskConfig:
 
     Raises `UserError` with one sentence for each mistake.
     """
-    table = changes
-    if changes.get("type", task.type) == task.type:
-        table = task.model_dump() | changes
-        tasks = table.get("tasks")
-        if isinstance(task, SeveralTasksConfig) and isinstance(tasks, dict):
-            table["tasks"] = {
-                name: task.tasks[name].model_dump() | changed
-                if name in task.tasks and isinstance(changed, dict)
-                else changed
-                for name, changed in tasks.items()
-            }
+    table = _merged(task, changes)
+    tasks = table.get("tasks")
+    if isinstance(task, SeveralTasksConfig) and table is not changes and isinstance(tasks, dict):
+        if unknown := sorted(tasks.keys() - task.tasks):
+            raise UserError(
+                f"evaluation.ood_task.tasks names {unknown[0]!r}, which is no task of the run; "
+                f"use names among {', '.join(task.tasks)}."
+            )
+        table["tasks"] = {name: _merged(task.tasks[name], one) for name, one in tasks.items()}
     return validated(_Run, {"evaluation": {"ood_task": table}}).evaluation.ood_task
+
+
+def _merged(task: TaskConfig, changes: Any) -> Any:
+    """The settings of a task with some changed; of another `type`, or no table, `changes` alone."""
+    is_same = isinstance(changes, dict) and changes.get("type", task.type) == task.type
+    return task.model_dump() | changes if is_same else changes
