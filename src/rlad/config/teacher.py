@@ -76,12 +76,20 @@ class AdapterTeacherConfig(_TeacherHere):
         return base if self.adapter == "none" else f"{base} with {self.adapter}"
 
 
-_ADDRESS = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[\w.-]+)(:[1-9]\d*)?(/[\w./~:@%+=,-]*)?")
+_ADDRESS = re.compile(
+    r"https?://(\[[0-9a-fA-F:.]+\]|[\w.-]+)(:[1-9][0-9]{0,4})?(/[\w./~:@%+=,-]*)?"
+)
 
 
 def _server_url(url: str) -> str:
     """The address without a slash at its end."""
-    if not _ADDRESS.fullmatch(url):
+    import httpx2  # which takes long, and a served teacher alone needs it
+
+    try:
+        is_address = _ADDRESS.fullmatch(url) and (httpx2.URL(url).port or 1) <= 65_535
+    except httpx2.InvalidURL:  # a host that only looks like an IP address
+        is_address = False
+    if not is_address:
         raise UserError(
             "it must be an address such as http://127.0.0.1:8000/v1, and may hold no user, "
             "password, query or fragment, as it is stored with the run; put a key into the "
