@@ -468,6 +468,10 @@ def test_evaluation_leaves_the_metrics_of_training_alone(tmp_path):
             {"advantages": "rlad", "scale_rewards": "batch"},
             "scale_rewards = 'batch' has no meaning .*; use 'group' or 'none'",
         ),
+        (
+            {"advantages": "rlad", "num_generations_eval": 1},
+            "num_generations_eval = 1 leaves each completion alone, .* set it to at least 2",
+        ),
     ],
 )
 def test_settings_without_a_meaning_are_one_sentence(tmp_path, arguments, sentence):
@@ -485,7 +489,8 @@ def test_trainers_that_cannot_work_are_one_sentence(tmp_path):
         ValueError, match=r"beta = 0.1 needs the initial student .* made in memory; save it"
     ):
         make_trainer(tmp_path, "trrd", beta=0.1)
-
+    with pytest.raises(ValueError, match="teacher is a PosixPath; pass a model's name, a trans"):
+        make_trainer(tmp_path, "trrd", trainer={"teacher": tmp_path})
     with pytest.raises(
         ValueError,
         match="teacher_is_sharded splits the teacher over processes, and this is one alone",

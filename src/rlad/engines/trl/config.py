@@ -126,6 +126,11 @@ class RLADConfig(GRPOConfig):
                     f"{name} = {value!r} has no meaning with objective {objective!r} and "
                     f"advantages = {self.advantages!r}; use {' or '.join(map(repr, values))}."
                 )
+        if self.advantages == "rlad" and self.num_generations_eval == 1:
+            yield (
+                "num_generations_eval = 1 leaves each completion alone, and advantages = 'rlad' "
+                "compare those of one prompt; set it to at least 2, or advantages = 'trl'."
+            )
         for name, (neutral, instead) in REPLACED.items():
             if (value := getattr(self, name)) != neutral:
                 yield (

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import is_peft_model
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import use_adapter
 
 from rlad.engines.trl.config import RLADConfig
@@ -99,6 +99,11 @@ def _problems(
         yield (
             "teacher is the student itself, which moves with every step; pass its name for a "
             "frozen copy, or peft_config to train an adapter on it."
+        )
+    elif not isinstance(teacher, str | PreTrainedModel):
+        yield (
+            f"teacher is a {type(teacher).__name__}; pass a model's name, a transformers model or "
+            "a Teacher."
         )
     elif args.teacher_is_sharded and accelerator.num_processes == 1:
         yield (
