@@ -74,14 +74,14 @@ def toml(world: Path, tmp_path: Path) -> Path:
         ("objective.alpha=-0.1", "objective.alpha is -0.1: it must be greater than or equal to 0."),
         (
             "objective.alpha={start=1.2,end=0.5,change_per_step=-0.1}",
-            "its start is 1.2; it must lie in [0, 1].",
+            "objective.alpha.start is 1.2: it must be less than or equal to 1.",
         ),
         (
             "optimization.steps_per_rollout_batch=3",
             "is no multiple of optimization.steps_per_rollout_batch = 3",
         ),
         ("=3", "override '=3' is not of the form key.path=value"),
-        ("seed.x=3", "override 'seed.x=3': seed is a single value, not a section."),
+        ("seed.x=3", "seed is {'x': 3}: it must be a valid integer."),
     ],
 )
 def test_config(toml, tmp_path, override, sentence):

@@ -10,11 +10,13 @@ import torch
 
 import rlad
 from rlad.config.run import RunConfig
+from rlad.engines.base import StepResult
 from rlad.models.loading import load_language_model
 from rlad.runs.directory import EVAL, METRICS, SAMPLES, RunDirectory
 from rlad.stopping import StopRequested
 from rlad.teachers import prepare_teacher
 from rlad.teachers.local import LocalTeacher
+from rlad.training.recorder import Recorder
 from rlad.training.reporter import Reporter
 from tiny_runs import remains, run_config
 
@@ -155,17 +157,19 @@ def test_the_run_ends_with_the_step_that_reaches_the_seconds(world, tmp_path):
     assert [row["step"] for row in rows(tmp_path / "run", METRICS)] == [1, 2, 3, 4]
 
 
-def test_only_training_counts_towards_the_seconds(world, tmp_path):
+def test_only_training_counts_towards_the_seconds(world, tmp_path, monkeypatch):
     """What counts is the times of the steps' rows: steps of 50 seconds reach 100 with the second,
     evaluation or not."""
 
-    class Clocked(Reporter):
-        def step(self, result: Any, num_steps: int) -> None:
+    class Clocked(Recorder):
+        def step(self, result: StepResult, *, may_stop: bool) -> None:
             result.metrics.update({key: 0.0 for key in result.metrics if key.startswith("time/")})
             result.metrics["time/update/seconds"] = 50.0
+            super().step(result, may_stop=may_stop)
 
+    monkeypatch.setattr("rlad.training.run.Recorder", Clocked)
     config = run_config(world, tmp_path / "run", optimization={"max_seconds": 100.0})
-    rlad.train(config, reporter=Clocked())
+    rlad.train(config)
     assert [row["step"] for row in rows(tmp_path / "run", METRICS)] == [1, 2]
 
 

@@ -100,8 +100,9 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"it is not valid TOML: {error}"
         raise UserError(
-            f"config {path} cannot be read ({error}); give a valid TOML file or a run directory, "
+            f"config {path} cannot be read ({reason}); give a valid TOML file or a run directory, "
             "or none for the embedded example."
         ) from None
 

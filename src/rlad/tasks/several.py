@@ -69,5 +69,5 @@ def require_working_verifier(task: Task) -> None:
     if all(judgement.verdict == Verdict.CANNOT_JUDGE for judgement in judgements):
         raise UserError(
             f"the verifier of task {task.name!r} cannot judge the reference answers of the first "
-            f"training problems ({judgements[0].reason}); fix the verifier or the answers."
+            f"5 training problems ({judgements[0].reason}); fix the verifier or the answers."
         )
