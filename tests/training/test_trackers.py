@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from click.testing import CliRunner
@@ -17,7 +17,7 @@ from rlad.checks.check import check_run
 from rlad.cli.main import main
 from rlad.config.file import parse_config
 from rlad.engines.base import StepResult
-from rlad.errors import RunFailedError
+from rlad.errors import RunFailedError, UserError
 from rlad.runs.directory import RunDirectory
 from rlad.stopping import StopRequested
 from rlad.training.trackers import TRACKERS
@@ -295,7 +295,43 @@ def test_a_tracker_that_cannot_be_closed_does_not_hide_how_the_run_ended(
     with pytest.raises(StopRequested if is_stopped else RunFailedError) as raised:
         rlad.train(config, reporter=Stops())
     if not is_stopped:
-        assert (
-            "tracker 'tensorboard' could not be closed (no route); what the run itself has written "
-            "is whole" in str(raised.value)
-        )
+        assert str(raised.value).startswith("the run is finished and ")
+        assert "tracker 'tensorboard' could not be closed (no route)" in str(raised.value)
+        assert "--resume" not in str(raised.value)
+
+
+class Closes(Breaks):
+    """A tracker that counts how often it was closed."""
+
+    closed: ClassVar[list[bool]] = []
+
+    def log(self, figures: Any, completions: Any, step: int) -> None:
+        pass
+
+    def close(self, *, failed: bool) -> None:
+        self.closed.append(failed)
+
+
+class CannotStart(Breaks):
+    def __init__(self, *arguments: Any):
+        raise ConnectionError("not logged in")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "error", "sentence", "closed"),
+    [
+        (Unclosable, Closes, RunFailedError, "could not be closed", [False]),
+        (Closes, CannotStart, UserError, r"'wandb' cannot start \(not logged in\)", [True]),
+    ],
+)
+def test_trackers_that_have_started_are_closed_whatever_another_does(
+    world, tmp_path, monkeypatch, first, second, error, sentence, closed
+):
+    monkeypatch.setattr(Closes, "closed", [])
+    monkeypatch.setitem(TRACKERS, "tensorboard", first)
+    monkeypatch.setitem(TRACKERS, "wandb", second)
+    monkeypatch.setattr("rlad.training.run.require_trackers", lambda config: None)
+    trackers = {"trackers": ["tensorboard", "wandb"]}
+    with pytest.raises(error, match=sentence):
+        rlad.train(run_config(world, tmp_path / "run", logging=trackers))
+    assert Closes.closed == closed

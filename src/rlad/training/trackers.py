@@ -9,14 +9,13 @@ command line, code, console output or figures of the machine.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, Self
 
 from rlad.config.file import dump_config
 from rlad.config.run import RunConfig
 from rlad.engines.base import StepResult
-from rlad.errors import RunFailedError, require_package
+from rlad.errors import RunFailedError, UserError, require_package
 from rlad.runs.directory import ENVIRONMENT, EVAL, EvaluationSet, RunDirectory
 from rlad.runs.statistics import Estimate
 from rlad.text import first_line
@@ -24,6 +23,11 @@ from rlad.training.reporter import Reporter
 
 COLUMNS = ("prompt", "completion", "verdict", "reward")
 Table = Sequence[tuple[str, str, str, float]]
+
+_CONTINUE = (
+    "what the run itself has written is whole: continue with --resume, without the tracker by "
+    "logging.trackers=[]."
+)
 
 
 class Tracker(Protocol):
@@ -141,26 +145,45 @@ class Trackers(Reporter):
     """
 
     def __init__(self, config: RunConfig, run: RunDirectory, *, resumed_at: int | None):
+        self.config = config
+        self.run = run
+        self.resumed_at = resumed_at
         self.trackers: dict[str, Tracker] = {}
         self.seen = {(row["split"], row["step"]) for row in run.read(EVAL)}
         """the evaluations that were recorded, and sent, before an interruption"""
         self.completions: Table = []
-        environment = json.loads((run.path / ENVIRONMENT).read_text(encoding="utf-8"))
-        names = [environment.get("started"), run.path.resolve().name, config.digest]
-        identity = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
-        for name in config.logging.trackers:
-            with _asking(name, "cannot start"):
-                self.trackers[name] = TRACKERS[name](config, run, identity, resumed_at)
 
     def __enter__(self) -> Self:
+        for name in self.config.logging.trackers:
+            identity = _identity(self.config, self.run)
+            try:
+                tracker = TRACKERS[name](self.config, self.run, identity, self.resumed_at)
+            except Exception as error:  # not logged in, no connection, a package that is broken
+                self._close(failed=True)
+                raise UserError(
+                    f"tracker {name!r} cannot start ({first_line(error)}); {_CONTINUE}"
+                ) from error
+            self.trackers[name] = tracker
         return self
 
     def __exit__(self, kind: object, *error: object) -> None:
+        problems = self._close(failed=kind is not None)
+        # Where the run itself has failed, its error is the one to raise.
+        if problems and kind is None:
+            raise RunFailedError(
+                f"the run is finished and {self.run.path} is whole, but {'; '.join(problems)}: "
+                "look there for what the tracker lacks."
+            )
+
+    def _close(self, *, failed: bool) -> list[str]:
+        """Close all trackers; what kept one from it does not keep the others."""
+        problems: list[str] = []
         for name, tracker in self.trackers.items():
-            # Where the run itself has failed, its error is the one to raise.
-            silent = suppress(RunFailedError) if kind else nullcontext()
-            with silent, _asking(name, "could not be closed"):
-                tracker.close(failed=kind is not None)
+            try:
+                tracker.close(failed=failed)
+            except Exception as error:
+                problems.append(f"tracker {name!r} could not be closed ({first_line(error)})")
+        return problems
 
     def step(self, result: StepResult, num_steps: int) -> None:
         self._log(result.metrics, [], result.step)
@@ -175,20 +198,19 @@ class Trackers(Reporter):
 
     def _log(self, figures: Mapping[str, float], completions: Table, step: int) -> None:
         for name, tracker in self.trackers.items():
-            with _asking(name, f"failed at step {step}"):
+            try:
                 tracker.log(figures, completions, step)
+            except Exception as error:  # no connection, a full disk
+                raise RunFailedError(
+                    f"tracker {name!r} failed at step {step} ({first_line(error)}); {_CONTINUE}"
+                ) from error
 
 
-@contextmanager
-def _asking(name: str, problem: str) -> Iterator[None]:
-    """Let a tracker work; raises `RunFailedError` for whatever it raises."""
-    try:
-        yield
-    except Exception as error:  # not logged in, no connection, a package that is broken
-        raise RunFailedError(
-            f"tracker {name!r} {problem} ({first_line(error)}); what the run itself has written is "
-            "whole: continue with --resume, without the tracker by logging.trackers=[]."
-        ) from error
+def _identity(config: RunConfig, run: RunDirectory) -> str:
+    """The name of the run that every tracker continues when it is resumed."""
+    environment = json.loads((run.path / ENVIRONMENT).read_text(encoding="utf-8"))
+    names = [environment.get("started"), run.path.resolve().name, config.digest]
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
 
 
 def _as_code(text: str) -> str:
