@@ -372,6 +372,7 @@ AFTER = 3  # row of the test after training in eval.jsonl
             True,
             "the test problems in eval.jsonl are not the same before and after",
         ),
+        ("eval.jsonl", AFTER, {"step": 5}, False, "has an evaluation of step 5, but the run has 4"),
     ],
 )
 def test_a_damaged_run_is_missing(runs, tmp_path, name, row, change, of_result, why):
@@ -380,6 +381,14 @@ def test_a_damaged_run_is_missing(runs, tmp_path, name, row, change, of_result, 
     missing = read_run(ReportedRun("trrd", folder))
     assert isinstance(missing, MissingRun) and missing.seed == 5 and why in missing.reason, missing
     assert missing.reason.startswith(f"{folder} cannot be read: ") and missing.reason.endswith(".")
+
+
+def test_a_test_of_another_number_of_samples_makes_a_run_missing(tmp_path):
+    folder = write_run(tmp_path / "run", correct=[1, 2], num_samples=8)
+    config = (folder / "config.toml").read_text()
+    (folder / "config.toml").write_text(config.replace("samples = 8", "samples = 4"))
+    missing = read_run(ReportedRun("trrd", folder))
+    assert isinstance(missing, MissingRun) and "have not 4 samples each" in missing.reason
 
 
 def test_unequal_numbers_of_problems_and_broken_lines_make_a_run_missing(runs, tmp_path):

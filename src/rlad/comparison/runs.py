@@ -165,7 +165,7 @@ def read_run(reported: ReportedRun) -> Run | MissingRun:
         reason = f"the run is not finished: {done}, no test after training."
         return MissingRun(method, seed, reason)
     tests = {split: _first_and_last(history, split) for split in ("test", "ood")}
-    if problem := next(_problems(history, tests), None):
+    if problem := next(_problems(history, tests, config), None):
         return MissingRun(method, seed, f"{path} cannot be read: {problem}")
     return Run(method, path, config, history, *tests["test"], *tests["ood"])
 
@@ -177,16 +177,28 @@ def _first_and_last(history: History, split: str) -> tuple[Results, Results]:
     return (rows[0].results, rows[-1].results) if len(rows) > 1 else ((), ())
 
 
-def _problems(history: History, tests: Mapping[str, tuple[Results, Results]]) -> Iterator[str]:
+def _problems(
+    history: History, tests: Mapping[str, tuple[Results, Results]], config: RunConfig
+) -> Iterator[str]:
     """Say what would bend the figures of a report silently."""
     yield from (f"{sentence}." for sentence in history.damage)
     # Figures by step and totals rest on one row a step.
     yield from (each.message for each in wrong_steps(history))
     if not tests["test"][0]:
         yield f"{EVAL} lacks the test before or after training."
+    last_step = config.optimization.num_steps
+    latest = max((row.step for row in history.evaluations), default=0)
+    if latest > last_step:
+        yield f"{EVAL} has an evaluation of step {latest}, but the run has {last_step}."
     for split, (before, after) in tests.items():
         if [(r.index, r.key) for r in before] != [(r.index, r.key) for r in after]:
             yield f"the {split} problems in {EVAL} are not the same before and after training."
+        num_samples = config.evaluation.num_test_samples
+        if any(r.num_samples != num_samples for r in (*before, *after)):
+            yield (
+                f"the {split} problems in {EVAL} have not {num_samples} samples each, which "
+                "evaluation.num_test_samples asks for."
+            )
 
 
 def _summary(results: Results) -> dict[str, Any] | None:
