@@ -143,7 +143,8 @@ def test_value_and_gradient_are_those_of_the_objective(
 
 def test_padded_batches_give_the_same(batch, monkeypatch):
     monkeypatch.setenv(VARIABLE, '{"type": "trrd"}')
-    config = actor("seq-mean-token-mean")
+    # Without a KL leash its kind does not matter.
+    config = actor("seq-mean-token-mean", use_kl_loss=False, kl_loss_type="kl")
     jagged, gradient, _ = through_verl(batch, "trrd", config, UNEQUAL)
     padded, padded_gradient, _ = through_verl(batch, "trrd", config, UNEQUAL, padded=True)
     assert padded == pytest.approx(jagged, rel=1e-12)
@@ -210,9 +211,10 @@ def test_a_token_that_the_teacher_left_out_counts_and_has_no_loss(batch, monkeyp
             {},
             {},
             "teacher_logprobs",
-            "verl's batch has teacher_logprobs: False; for objective 'trrd' of rlad",
+            "objective 'trrd' of rlad needs teacher_logprobs, which verl's batch does not hold; "
+            "enable distillation.",
         ),
-        ({"use_kl_loss": True}, {}, "ref_log_prob", "verl's batch has ref_log_prob: False"),
+        ({"use_kl_loss": True}, {}, "ref_log_prob", "needs ref_log_prob, which verl's batch"),
         (
             {"use_kl_loss": True, "kl_loss_type": "kl"},
             {},
@@ -282,6 +284,12 @@ def test_the_check_sees_a_plugin_that_verl_did_not_load(monkeypatch):
     monkeypatch.setenv("VERL_USE_EXTERNAL_PLUGINS", "none")
     [finding] = check_verl()
     assert finding.level == "error" and finding.message.startswith("verl does not know trrd, kdrl")
+
+
+def test_a_verl_that_hangs_is_one_sentence(monkeypatch):
+    monkeypatch.setattr("rlad.engines.verl.check._TIMEOUT_SECONDS", 0.01)
+    [finding] = check_verl()
+    assert finding.level == "error" and finding.message.startswith("importing verl took over 0.01")
 
 
 # --- the exported command -------------------------------------------------------------------------

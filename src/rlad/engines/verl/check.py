@@ -14,6 +14,7 @@ from rlad.engines.verl.objective import NAMES
 from rlad.findings import Finding
 
 VERSIONS = ">=0.9.1,<0.10"
+_TIMEOUT_SECONDS = 600
 _PLUGIN = "rlad.engines.verl.plugin"
 # What verl knows by itself is read before the plug-in is imported, which shows why it did not load.
 _SCRIPT = f"""
@@ -52,7 +53,11 @@ def check_verl() -> list[Finding]:
 
 
 def _problem_of_a_fresh_process() -> str | None:
-    done = subprocess.run([sys.executable, "-c", _SCRIPT], capture_output=True, text=True)
+    command = [sys.executable, "-c", _SCRIPT]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"importing verl took over {_TIMEOUT_SECONDS} s; try `python -c 'import verl'`."
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         return f"verl with rlad's plug-in cannot be imported ({last}); fix its installation."

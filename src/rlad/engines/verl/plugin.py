@@ -72,17 +72,22 @@ def _translate(config: Any, model_output: Any, data: Any) -> LossInputs:
 def _require_meaning(config: Any, settings: Any, data: Any) -> None:
     """Raise `UserError` for the first thing that the objective needs otherwise."""
     needed = (*NEEDED, "ref_log_prob") if config.use_kl_loss else NEEDED
+    if missing := [name for name in needed if name not in data]:
+        raise UserError(
+            f"objective {settings.loss_mode!r} of rlad needs {', '.join(missing)}, which verl's "
+            "batch does not hold; enable distillation."
+        )
     temperature = torch.as_tensor(tensordict_utils.get_non_tensor_data(data, "temperature", 1.0))
     # verl's teacher always scores at temperature 1; the objective is a complete loss of its own.
-    must_be = (
-        *((f"verl's batch has {name}", name in data, True) for name in needed),
+    must_be = [
         ("distillation.distillation_loss.use_task_rewards", settings.use_task_rewards, False),
         ("distillation.distillation_loss.use_policy_gradient", settings.use_policy_gradient, False),
         ("distillation.distillation_loss.loss_max_clamp", settings.loss_max_clamp, None),
         ("actor_rollout_ref.actor.entropy_coeff", config.entropy_coeff, 0),
-        ("actor_rollout_ref.actor.kl_loss_type", config.kl_loss_type, "low_var_kl"),
         ("actor_rollout_ref.rollout.temperature", set(temperature.flatten().tolist()), {1.0}),
-    )
+    ]
+    if config.use_kl_loss:
+        must_be += [("actor_rollout_ref.actor.kl_loss_type", config.kl_loss_type, "low_var_kl")]
     for what, value, wanted in must_be:
         if value != wanted:
             raise UserError(
