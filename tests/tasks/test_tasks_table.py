@@ -4,6 +4,9 @@ import subprocess
 import sys
 from typing import Any
 
+import pytest
+
+from rlad.errors import UserError
 from rlad.tasks import SPLITS, TASKS, make_task
 
 
@@ -37,6 +40,19 @@ def test_make_task_passes_the_options_on():
         "4 people",
     ]
     task.close()
+
+
+@pytest.mark.parametrize(
+    ("type", "options", "sentence"),
+    [
+        ("jsnl", {"path": "p"}, "task.type is 'jsnl': .*, did you mean 'jsonl'?"),
+        ("jsonl", {"path": "p", "verifer": "math"}, "unknown key: did you mean 'verifier'?"),
+        ("jsonl", {}, "task.path is missing: add it to the config."),
+    ],
+)
+def test_names_and_options_that_there_are_not_are_one_sentence(type, options, sentence):
+    with pytest.raises(UserError, match=sentence):
+        make_task(type, **options)
 
 
 def test_every_task_keeps_the_contract(tmp_path):

@@ -3,8 +3,13 @@ they are. Nothing heavy is imported until a task is made."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
+
+from rlad.config.task import TaskConfig
+from rlad.config.types import Section
+from rlad.config.validation import validated
 from rlad.tasks.base import SPLITS, Judgement, Problem, Split, Task, Verdict, split_of
 from rlad.tasks.benchmarks import Benchmark
 from rlad.tasks.jsonl import JsonlTask
@@ -36,7 +41,12 @@ TASKS: dict[str, Callable[..., Task]] = {
 }
 
 
+class _Table(Section):
+    task: Annotated[TaskConfig, Field(discriminator="type")]
+
+
 def make_task(type: str, **options: Any) -> Task:
-    """Build the task `type` (a name in `TASKS`) with its options. `UserError` for whatever the task
-    itself refuses."""
-    return TASKS[type](**options)
+    """Build the task `type` (a name in `TASKS`) with its options. `UserError` for a name or an
+    option that there is not, and for whatever the task itself refuses."""
+    section = validated(_Table, {"task": {"type": type} | options}).task
+    return TASKS[type](**section.model_dump(exclude={"type"}))
