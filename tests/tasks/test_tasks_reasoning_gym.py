@@ -203,13 +203,13 @@ def test_keys_are_the_normalised_question_and_instructions_can_be_left_out():
         (".", {}, "reasoning-gym has no data set '.'; the names are: ab, acre, "),
         (
             "chain_sum",
-            {"terms": 3},
-            "gives no train problem .TypeError: .* unexpected keyword argument 'terms'",
+            {"min_term": 3},
+            "data set 'chain_sum' has no option 'min_term'; did you mean 'min_terms'?",
         ),
         (
             "chain_sum",
             {"seed": 3},
-            "gives no train problem .TypeError: .* multiple values for keyword argument 'seed'",
+            "data set 'chain_sum' has no option 'seed'; use allow_negation, max_digits, max_terms",
         ),
         (
             "chain_sum",

@@ -91,7 +91,7 @@ class ReasoningGym(Task):
         self._options = dict(options or {})
         self._instructions = instructions
         self._partial_credit = partial_credit
-        _check(dataset)
+        _check(dataset, self._options)
         self._worker = Worker(
             _score,
             timeout_seconds=5.0,
@@ -169,7 +169,7 @@ def countdown(options: Mapping[str, Any] | None = None, **settings: Any) -> Reas
     return ReasoningGym("countdown", easy | dict(options or {}), **settings)
 
 
-def _check(dataset: str) -> None:
+def _check(dataset: str, options: dict[str, Any]) -> None:
     # Some of the packages that it uses are compiled, so a C compiler must be there.
     require_package("reasoning_gym", "this task", extra="reasoning-gym")
     import reasoning_gym.factory  # pyright: ignore[reportMissingImports]
@@ -178,6 +178,13 @@ def _check(dataset: str) -> None:
     if dataset not in known:
         hint = nearest(dataset, known) or f"the names are: {', '.join(sorted(known))}."
         raise UserError(f"reasoning-gym has no data set {dataset!r}; {hint}")
+    # Seed and size are ours: a problem is a data set of its own.
+    allowed = sorted(known[dataset][1].__dataclass_fields__.keys() - {"seed", "size"})
+    if unknown := sorted(options.keys() - set(allowed)):
+        hint = nearest(unknown[0], allowed) or f"use {', '.join(allowed)}."
+        raise UserError(
+            f"the reasoning-gym data set {dataset!r} has no option {unknown[0]!r}; {hint}"
+        )
     if dataset in _NEEDS_HASH_SEED and os.environ.get("PYTHONHASHSEED", "random") in ("", "random"):
         raise UserError(
             f"the problems of the reasoning-gym data set {dataset!r} change with Python's hash "
