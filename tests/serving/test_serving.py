@@ -375,6 +375,8 @@ def test_mistakes_end_in_one_sentence(world, monkeypatch):
     monkeypatch.setenv("RLAD_TEACHER_API_KEY", "two words")
     assert "RLAD_TEACHER_API_KEY holds spaces" in rlad_fails("serve-teacher", teacher, *own)
     monkeypatch.delenv("RLAD_TEACHER_API_KEY")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name != "uvicorn" or None)
+    assert "server needs uvicorn, which is not" in rlad_fails("serve-teacher", teacher, *own)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install 'rlad[serve]'" in rlad_fails("serve-teacher", teacher)
     assert "vllm is not installed" in rlad_fails("serve-teacher", teacher, "--engine", "vllm")

@@ -68,7 +68,8 @@ def require_servable(options: ServeOptions, engine: str, key: str | None) -> Non
     is_local = options.host in ("127.0.0.1", "::1", "localhost")
     problem = ""
     if engine == "rlad":
-        require_package("fastapi", "rlad's own teacher server", extra="serve")
+        for package in ("fastapi", "uvicorn"):
+            require_package(package, "rlad's own teacher server", extra="serve")
     elif importlib.util.find_spec("vllm") is None:
         problem = (
             "vllm is not installed in this environment; install it with rlad into one of its own, "
