@@ -265,10 +265,10 @@ class SelfTest:
         self, subject: str, ours: list[float], theirs: list[float], *, equal: str, otherwise: str
     ) -> Finding:
         """Whether the log-probs differ by at most the tolerance, and by how much."""
-        if missing := sum(map(math.isnan, [*ours, *theirs])):
-            message = f"it gives no finite log-prob for {missing} of {len(ours)} given tokens"
-            return Finding("error", subject, message)
         sizes = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
+        if missing := sum(map(math.isnan, sizes)):
+            message = f"it gives no finite log-prob for {missing} of {len(sizes)} given tokens"
+            return Finding("error", subject, message)
         tolerance = self.settings.tolerance
         mean = sum(sizes) / len(sizes)
         difference = f"mean {mean:.2g}, max {max(sizes):.2g} nats over {len(sizes)} tokens"
