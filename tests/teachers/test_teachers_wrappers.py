@@ -75,6 +75,11 @@ def errors(findings: Sequence[Finding], level: str = "error") -> list[tuple[str,
     return [(finding.subject, finding.message) for finding in findings if finding.level == level]
 
 
+def test_teachers_share_no_table_that_one_could_fill():
+    with pytest.raises(TypeError):
+        Teacher.inner[""] = local(tiny_language_model())  # pyright: ignore[reportIndexIssue]
+
+
 # --- a teacher for each task ----------------------------------------------------------------------
 
 

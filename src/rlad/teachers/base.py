@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote
 
@@ -56,7 +57,7 @@ class Teacher(ABC):
 
     identity: str
     """Names the teacher, though not each bit of its weights; a resumed run must find the same."""
-    inner: Mapping[str, Teacher] = {}
+    inner: Mapping[str, Teacher] = MappingProxyType({})
     """The teachers that it asks itself, by name ("" is a wrapper's only one): they move, give up
     and are closed with it; their state and metrics are its own."""
 
