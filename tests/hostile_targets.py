@@ -23,8 +23,8 @@ from hostile_texts import (
     written_numbers,
 )
 from report_runs import write_run
+from rlad.comparison.finished_runs import MissingRun, ReportedRun, read_run
 from rlad.comparison.report import markdown
-from rlad.comparison.runs import MissingRun, ReportedRun, read_run
 from rlad.config.file import DEFAULT_RUN, dump_config, load_config, parse_config, parse_overrides
 from rlad.config.template import fill_template, template_names
 from rlad.errors import UserError

@@ -16,6 +16,7 @@ from report_runs import sample_row, write_run
 from rlad.cli.report import report_runs
 from rlad.comparison.comparable import group_runs
 from rlad.comparison.figures import baseline_of, with_comparisons
+from rlad.comparison.finished_runs import MissingRun, ReportedRun, Run, read_run
 from rlad.comparison.imitation_map import FATES, MOST_TOKENS, imitation_maps
 from rlad.comparison.report import (
     ComparisonFile,
@@ -24,7 +25,6 @@ from rlad.comparison.report import (
     write_files,
     write_report,
 )
-from rlad.comparison.runs import MissingRun, ReportedRun, Run, read_run
 from rlad.engines.imitation import FATES as RECORDED_FATES
 from tiny_runs import run_config
 

@@ -10,8 +10,8 @@ import pytest
 
 from browsers import asked_for, opened
 from report_runs import sample_row, write_run
+from rlad.comparison.finished_runs import MissingRun, ReportedRun
 from rlad.comparison.report import write_report
-from rlad.comparison.runs import MissingRun, ReportedRun
 
 pytestmark = pytest.mark.browser
 EVIL = "<script>document.title = 'taken'</script>"

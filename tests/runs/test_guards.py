@@ -29,6 +29,7 @@ from rlad.tasks.logic import KnightsAndKnaves
 from tiny_runs import remains, run_config
 
 ROOT = Path(__file__).parents[2]
+# Where a guard of a `change` or a `jump` starts from.
 START = {
     "entropy_collapse": 0.4,
     "entropy_explosion": 0.4,

@@ -8,12 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from rlad.config.run import RunConfig
-from rlad.config.teacher import (
-    CachedTeacherConfig,
-    PrivilegedTeacherConfig,
-    SeveralTeachersConfig,
-    single_teachers,
-)
+from rlad.config.teacher import CachedTeacherConfig, single_teachers
+from rlad.config.types import Section
 from rlad.engines.base import StepResult
 from rlad.engines.native import make_engine
 from rlad.findings import Finding
@@ -115,18 +111,15 @@ def shrunken(config: RunConfig) -> RunConfig:
     return config.model_copy(update=small)
 
 
-def without_cache(teacher: Any) -> Any:
-    """Return a `[teacher]` section with no cache in it."""
-    match teacher:
-        case CachedTeacherConfig():
-            return without_cache(teacher.teacher)
-        case PrivilegedTeacherConfig():
-            return teacher.model_copy(update={"teacher": without_cache(teacher.teacher)})
-        case SeveralTeachersConfig():
-            teachers = {name: without_cache(one) for name, one in teacher.teachers.items()}
-            return teacher.model_copy(update={"teachers": teachers})
-        case _:
-            return teacher
+def without_cache(section: Any) -> Any:
+    """Return a `[teacher]` section with no cache in it, at any depth."""
+    if isinstance(section, CachedTeacherConfig):
+        return without_cache(section.teacher)
+    if isinstance(section, dict):
+        return {key: without_cache(value) for key, value in section.items()}
+    if isinstance(section, Section):
+        return section.model_copy(update={key: without_cache(value) for key, value in section})
+    return section
 
 
 # --- what it says of the run ----------------------------------------------------------------------

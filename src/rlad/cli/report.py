@@ -5,8 +5,8 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from rlad.comparison.finished_runs import ReportedRun
 from rlad.comparison.report import HTML, ComparisonFile, read_comparison_file, write_report
-from rlad.comparison.runs import ReportedRun
 from rlad.config.file import load_config
 from rlad.errors import UserError
 from rlad.runs.directory import CONFIG, RunDirectory

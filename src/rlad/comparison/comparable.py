@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlad.comparison.figures import Method
-from rlad.comparison.runs import MissingRun, Run
+from rlad.comparison.finished_runs import MissingRun, Run
 from rlad.config.file import flat
 from rlad.config.run import OptimizationConfig
 from rlad.config.types import Mark

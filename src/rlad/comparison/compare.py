@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
+from rlad.comparison.finished_runs import MissingRun, ReportedRun
 from rlad.comparison.report import COMPARISON, ComparisonFile, write_files, write_report
-from rlad.comparison.runs import MissingRun, ReportedRun
 from rlad.config.comparison import CompareConfig, folder_name, method_config
 from rlad.config.file import differing_settings, dump_config, load_config
 from rlad.config.run import RunConfig

@@ -8,7 +8,7 @@ from functools import cached_property
 from statistics import fmean, stdev
 from typing import Any
 
-from rlad.comparison.runs import PARTS, MissingRun, Results, Run
+from rlad.comparison.finished_runs import PARTS, MissingRun, Results, Run
 from rlad.config.run import RunConfig
 from rlad.errors import UserError
 from rlad.runs.rows import summarise

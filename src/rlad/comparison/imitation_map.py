@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from rlad.comparison.figures import Method
-from rlad.comparison.runs import Run
+from rlad.comparison.finished_runs import Run
 from rlad.runs.directory import SAMPLES, RunDirectory
 from rlad.runs.rows import Imitation, SampledRollout, SampleRow, read_rows
 

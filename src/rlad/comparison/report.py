@@ -20,9 +20,9 @@ from rlad.comparison import report_columns as tables
 from rlad.comparison import report_sentences as sentences
 from rlad.comparison.comparable import Group, group_runs
 from rlad.comparison.figures import baseline_of, require_baseline, with_comparisons
+from rlad.comparison.finished_runs import MissingRun, ReportedRun, Run, read_run
 from rlad.comparison.imitation_map import FATES, imitation_maps
 from rlad.comparison.report_plots import draw_plots
-from rlad.comparison.runs import MissingRun, ReportedRun, Run, read_run
 from rlad.errors import UserError
 from rlad.text import printable
 

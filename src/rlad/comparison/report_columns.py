@@ -7,8 +7,8 @@ from statistics import fmean
 
 from rlad.comparison.comparable import method_settings
 from rlad.comparison.figures import Method
+from rlad.comparison.finished_runs import PARTS, MissingRun
 from rlad.comparison.imitation_map import FATES, ImitationMap
-from rlad.comparison.runs import PARTS, MissingRun
 from rlad.config.file import changed_settings
 from rlad.runs.statistics import Estimate
 

@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from rlad.comparison.figures import Method
-from rlad.comparison.runs import Run
+from rlad.comparison.finished_runs import Run
 from rlad.runs.curve import STYLE, curve
 from rlad.text import printable
 

@@ -1,5 +1,5 @@
-"""The guards against wrong numbers: one table of limits, read by a run while it trains and by
-`rlad doctor` later.
+"""The guards against wrong numbers: one table of limits, read by a run while it trains, by `rlad
+doctor` later and by the trial of `rlad check` before.
 
 A guard looks at one metric of the steps so far, as rows of metrics.jsonl, and speaks once: at the
 first step at which its figure is beyond its limit. Most figures are medians of several steps, so
@@ -37,7 +37,7 @@ class Condition:
         return replace(self, side="below", limit=limit)
 
     def beyond(self, values: Sequence[float]) -> float | None:
-        """Return the figure if it is beyond the limit."""
+        """Return the figure if it is beyond the limit; one that equals it is not."""
         figure = self.figure(values)
         if figure is None or figure == self.limit:
             return None
