@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from rlad.config.file import load_config, parse_config
+from rlad.config.rollout import CorrectionConfig, VLLMConfig
 from rlad.config.run import LoraConfig, RunConfig
 from rlad.engines.verl import check as verl_check
 from rlad.engines.verl.objective import (
@@ -206,6 +207,9 @@ def other(value: Any, name: str) -> Any:
         "lora": LoraConfig(),
         "chat_template_kwargs": {"enable_thinking": False},
         "end_tokens": ("<eos>",),
+        "engine": "auto",
+        "vllm": VLLMConfig(max_num_seqs=7),
+        "correction": CorrectionConfig(clip_max=7.0),
     }
     if name in special:
         return special[name]

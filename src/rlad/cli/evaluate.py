@@ -17,6 +17,7 @@ from rlad.errors import UserError
 from rlad.models.files import EMBEDDED
 from rlad.models.loading import load_language_model
 from rlad.rollouts.evaluation import evaluate
+from rlad.rollouts.samplers import make_sampler
 from rlad.runs.checkpoints import damage
 from rlad.runs.directory import CHECKPOINTS, RunDirectory
 from rlad.runs.rows import ProblemResult, summarise
@@ -58,15 +59,17 @@ def evaluate_run_or_model(
         student = load_language_model(
             model, dtype=settings.dtype, device=settings.device, end_tokens=settings.end_tokens
         )
-        results = evaluate(
-            student,
-            task,
-            split,
-            rollout=config.rollout,
-            num_problems=num_problems or config.evaluation.num_test_problems,
-            num_samples=num_samples,
-            temperature=config.evaluation.temperature,
-        )
+        with closing(make_sampler(student, config.rollout)) as sampler:
+            results = evaluate(
+                student,
+                task,
+                split,
+                rollout=config.rollout,
+                num_problems=num_problems or config.evaluation.num_test_problems,
+                num_samples=num_samples,
+                temperature=config.evaluation.temperature,
+                sampler=sampler,
+            )
     about = {"model": model, "task": config.task.type, "split": split}
     if output is not None:
         lines = [json.dumps(about | asdict(result)) + "\n" for result in results]

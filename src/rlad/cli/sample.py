@@ -16,6 +16,7 @@ from rlad.config.run import RunConfig
 from rlad.models.loading import LanguageModel
 from rlad.models.student import load_student
 from rlad.rollouts.grading import graded_groups
+from rlad.rollouts.samplers import make_sampler
 from rlad.rollouts.types import Rollout
 from rlad.runs.directory import RunDirectory
 from rlad.seeds import stream_seed
@@ -52,6 +53,7 @@ def preview(config: RunConfig, *, num_prompts: int) -> list[Row]:
         if teacher is not None:
             stack.enter_context(closing(teacher))
         task = stack.enter_context(closing(make_task(**config.task.model_dump())))
+        sampler = stack.enter_context(closing(make_sampler(student, config.rollout)))
         groups = graded_groups(
             student,
             task,
@@ -59,6 +61,7 @@ def preview(config: RunConfig, *, num_prompts: int) -> list[Row]:
             range(num_prompts),
             rollout=config.rollout,
             seed=stream_seed(config.seed, "preview"),
+            sampler=sampler,
         )
         rows = []
         for group in groups:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from rlad.config.objective import ObjectiveConfig, TRRDConfig
+from rlad.config.rollout import CorrectionConfig, VLLMConfig
 from rlad.config.task import TaskConfig, with_changes
 from rlad.config.teacher import TeacherConfig
 from rlad.config.types import (
@@ -89,6 +90,11 @@ class RolloutConfig(Section):
     """variables of the chat template, such as { enable_thinking = false }"""
     max_batch_rows: Annotated[Count, Mark.ROUNDING] = 256
     """most completions that are decoded at once"""
+    engine: Literal["native", "vllm", "auto"] = "native"
+    """what writes the completions: our own decoder, or vLLM in the same process; `auto` takes vLLM
+    where it is installed and fits device and model"""
+    vllm: VLLMConfig = VLLMConfig()
+    correction: CorrectionConfig = CorrectionConfig()
 
 
 class OptimizationConfig(Section):

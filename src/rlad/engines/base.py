@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlad.models.loading import LanguageModel
-from rlad.rollouts.types import Metrics, RolloutGroup
+from rlad.rollouts.types import Metrics, RolloutGroup, Sampler
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,9 @@ class Engine(Protocol):
     """optimiser steps made so far"""
 
     student: LanguageModel
+
+    sampler: Sampler
+    """what writes the student's completions"""
 
     @property
     def resume_point(self) -> ResumePoint | None:

@@ -35,7 +35,7 @@ class TokenStats:
         columns = stats | {
             "entropy": entropy,
             "advantages": per_token(inputs.advantages, inputs.mask),
-            "mismatch": (sampler_logprobs - inputs.old_logprobs).abs(),
+            "mismatch": sampler_logprobs - inputs.old_logprobs,
         }
         for name, values in columns.items():
             self._columns.setdefault(name, []).append(values.detach()[trained].float().cpu())
@@ -80,14 +80,24 @@ class TokenStats:
         ):
             if name in column:
                 metrics[key] = _mean(column[name])
-        mismatch = column["mismatch"]
-        mismatch = mismatch[~mismatch.isnan()]  # a sampler may leave tokens without a log-prob
-        if not len(mismatch):
-            return metrics
-        return metrics | {
-            "sampler/mismatch/mean": _mean(mismatch),
-            "sampler/mismatch/max": float(mismatch.max()),
-        }
+        return metrics | _sampler_metrics(column)
+
+
+def _sampler_metrics(column: dict[str, Tensor]) -> Metrics:
+    """Compare the sampler's log-probs with those of the old policy."""
+    mismatch = column["mismatch"]
+    mismatch = mismatch[~mismatch.isnan()]  # a sampler may leave tokens without a log-prob
+    if not len(mismatch):
+        return {}
+    metrics = {
+        "sampler/mismatch/mean": _mean(mismatch.abs()),
+        "sampler/mismatch/max": float(mismatch.abs().max()),
+    }
+    if "rollout_weight_bounded" in column:
+        # k3 estimate: the tokens are the sampler's, and log(πold / πrollout) is -mismatch.
+        metrics["sampler/kl/mean"] = _mean(torch.expm1(-mismatch) + mismatch)
+        metrics["sampler/bounded_weights/frac"] = _mean(column["rollout_weight_bounded"])
+    return metrics
 
 
 def rollout_metrics(groups: Sequence[RolloutGroup]) -> Metrics:

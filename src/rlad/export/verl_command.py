@@ -81,6 +81,9 @@ _NOT_CARRIED_OVER = {
     "optimization.max_teacher_tokens": "verl has no such limit",
     "optimization.max_skipped_steps": "verl has no such limit",
     "rollout.max_batch_rows": "vLLM schedules by itself",
+    "rollout.engine": "verl samples with vLLM",
+    "rollout.vllm": "verl starts vLLM itself",
+    "rollout.correction": "verl adds no importance weights on this route",
     "student.device": "verl places models itself",
     "teacher.device": "verl places models itself",
     "teacher.keep": "verl places models itself",
@@ -221,6 +224,7 @@ def without_equivalent(config: RunConfig) -> list[str]:
             f"optimization.num_steps = {loop.num_steps} is rounded up to whole rollout batches."
         )
     for key, value in changed_settings(config).items():
-        if key in _NOT_CARRIED_OVER:
-            notes.append(f"{key} = {value!r} is not carried over: {_NOT_CARRIED_OVER[key]}.")
+        for setting, reason in _NOT_CARRIED_OVER.items():
+            if key == setting or key.startswith(f"{setting}."):
+                notes.append(f"{key} = {value!r} is not carried over: {reason}.")
     return notes

@@ -146,9 +146,7 @@ def merge_adapter(model: PreTrainedModel) -> None:
     # Tied embeddings share one matrix: the output layer gets its own before anything is added.
     layers = _layers(model)
     embeddings: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
-    if getattr(model.config.get_text_config(), "tie_word_embeddings", False) and any(
-        layer in embeddings for layer in layers.values()
-    ):
+    if adapts_tied_embeddings(model):
         output = getattr(embeddings[1], "base_layer", embeddings[1])
         output.weight = torch.nn.Parameter(output.weight.detach().clone())
         model.config.tie_word_embeddings = False
@@ -160,6 +158,31 @@ def merge_adapter(model: PreTrainedModel) -> None:
     if layers:
         del model.peft_config  # type: ignore[attr-defined]
         model._hf_peft_config_loaded = False
+
+
+def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield each weight that a model computes with, by its name in the model's own files; tied ones
+    once.
+
+    That of a layer with an adapter is W + alpha / rank * B A, a new tensor; W stays as it is.
+    """
+    layers = _layers(model)
+    for name, parameter in model.named_parameters():
+        layer, _, last = name.rpartition(".base_layer.")
+        if layer and last == "weight" and layer in layers:
+            delta = layers[layer].get_delta_weight(STUDENT)
+            yield f"{layer}.weight", (parameter.detach() + delta).to(parameter.dtype)
+        elif layer:
+            yield f"{layer}.{last}", parameter.detach()
+        elif not any(name.startswith(f"{one}.") for one in layers):
+            yield name, parameter.detach()
+
+
+def adapts_tied_embeddings(model: PreTrainedModel) -> bool:
+    """Whether an adapter changes one of two embeddings that share a matrix."""
+    embeddings: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    is_tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    return is_tied and any(layer in embeddings for layer in _layers(model).values())
 
 
 def adapter_names(model: PreTrainedModel) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from rlad.config.run import RolloutConfig
 from rlad.models.loading import LanguageModel
 from rlad.rollouts.grading import graded_groups
-from rlad.rollouts.types import RolloutGroup
+from rlad.rollouts.types import RolloutGroup, Sampler
 from rlad.runs.rows import ProblemResult
 from rlad.seeds import stream_seed
 from rlad.tasks import Split, Task, Verdict
@@ -20,13 +20,14 @@ def evaluate(
     num_problems: int,
     num_samples: int,
     temperature: float,
+    sampler: Sampler | None = None,
     before_work: Callable[[], None] = lambda: None,
 ) -> list[ProblemResult]:
     """Sample and grade the first `num_problems` problems of a split, with the prompt format and the
     limits of `rollout`.
 
     Prompts and sampling seeds are the same for every run and model, so two results can be compared
-    prompt by prompt. `before_work` and what is raised are those of `graded_groups`.
+    prompt by prompt. `sampler`, `before_work` and what is raised are those of `graded_groups`.
     """
     available = task.num_problems(split)
     groups = graded_groups(
@@ -36,6 +37,7 @@ def evaluate(
         range(num_problems if available is None else min(num_problems, available)),
         rollout=rollout.model_copy(update={"group_size": num_samples, "temperature": temperature}),
         seed=stream_seed(0, "evaluation", split),
+        sampler=sampler,
         before_work=before_work,
     )
     return [_result(group) for group in groups]

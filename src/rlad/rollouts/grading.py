@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from rlad.config.run import RolloutConfig
 from rlad.models.loading import LanguageModel
 from rlad.rollouts.prompts import check_prompt_length, prompt_token_ids
-from rlad.rollouts.sampling import own_sampler
+from rlad.rollouts.sampling import OwnSampler
 from rlad.rollouts.types import Completion, Rollout, RolloutGroup, Sampler
 from rlad.tasks import Problem, Split, Task
 from rlad.tasks.base import judge_completion, require_reward_in_range
@@ -57,7 +57,7 @@ def graded_groups(
     Raises `UserError` for a prompt that leaves no room for its completion.
     """
     timer = timer or Timer()
-    sampler = sampler or own_sampler(student, rollout)
+    sampler = sampler or OwnSampler(student, rollout)
     problems = [task.problem(split, i, seed=problem_seed) for i in indices]
     names = [f"{'training' if split == 'train' else split} problem {i}" for i in indices]
     groups: dict[int, RolloutGroup] = {}
@@ -74,7 +74,7 @@ def graded_groups(
         prompts = [prompt_token_ids(student.tokenizer, p.asked, rollout) for p in problems]
         for name, prompt in zip(names, prompts, strict=True):
             check_prompt_length(len(prompt), name, rollout, student.context_tokens)
-        sampler(
+        sampler.sample(
             prompts,
             group_size=rollout.group_size,
             max_completion_tokens=rollout.max_completion_tokens,

@@ -73,9 +73,21 @@ def _pick(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor,
     ).log()
 
 
-def own_sampler(language_model: LanguageModel, rollout: RolloutConfig) -> Sampler:
-    """Return the sampler of this module with a model and the limits of a run."""
-    return partial(sample, language_model, max_batch_rows=rollout.max_batch_rows)
+class OwnSampler(Sampler):
+    """Samples from a model itself."""
+
+    name = "native"
+    is_trainers_own = True
+
+    def __init__(
+        self, language_model: LanguageModel, rollout: RolloutConfig, *, because: str | None = None
+    ):
+        self._model = language_model
+        self._max_batch_rows = rollout.max_batch_rows
+        self.because = because
+
+    def sample(self, prompts: Sequence[Sequence[int]], **settings: Any) -> list[list[Completion]]:
+        return sample(self._model, prompts, max_batch_rows=self._max_batch_rows, **settings)
 
 
 def sample(

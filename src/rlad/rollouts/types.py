@@ -2,9 +2,10 @@
 directory stores."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Self
 
 from rlad.tasks import Problem
 
@@ -22,10 +23,20 @@ class Completion:
     is_truncated: bool
 
 
-class Sampler(Protocol):
-    """Writes completions of prompts under one model: our own decoder (`rlad.rollouts.sampling`)."""
+class Sampler(ABC):
+    """Writes completions of prompts under one model, whose weights may move.
 
-    def __call__(
+    Our own decoder is `rlad.rollouts.sampling`, vLLM `rlad.rollouts.vllm_sampler`.
+    """
+
+    name: ClassVar[str]
+    is_trainers_own: ClassVar[bool]
+    """whether it computes with the trainer's own model, so that its policy is the old policy"""
+    because: str | None = None
+    """why `auto` has taken this one"""
+
+    @abstractmethod
+    def sample(
         self,
         prompts: Sequence[Sequence[int]],
         *,
@@ -33,14 +44,26 @@ class Sampler(Protocol):
         max_completion_tokens: int,
         temperature: float,
         seed: int,
-        before_token: Callable[[], None],
-        after_group: Callable[[int, list[Completion]], None],
+        before_token: Callable[[], None] = lambda: None,
+        after_group: Callable[[int, list[Completion]], None] = lambda number, completions: None,
     ) -> list[list[Completion]]:
         """Sample `group_size` completions of each prompt (token ids).
 
         `rlad.rollouts.sampling.sample` documents the arguments.
         """
         ...
+
+    def weights_changed(self) -> None:
+        """Remember that the model has moved: what is sampled next needs its new weights."""
+        return
+
+    def update_weights(self) -> None:
+        """Take over the weights of the model, if they have changed."""
+        return
+
+    def close(self) -> None:
+        """Release what it holds."""
+        return
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,9 @@ def describe_environment(seed: int) -> dict[str, Any]:
     versions = {"python": platform.python_version()} | {
         name: metadata.version(name) for name in PACKAGES
     }
+    # Only a run that samples with it has imported it.
+    if "vllm" in sys.modules:
+        versions["vllm"] = sys.modules["vllm"].__version__
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "command": sys.argv,

@@ -122,7 +122,9 @@ def _train(config: RunConfig, *, resume: bool, overwrite: bool, reporter: Report
                 # By now another process may have made a run there.
                 run.require_free(overwrite=overwrite)
             run.clear()
-            run.write(ENVIRONMENT, json.dumps(describe_environment(config.seed), indent=2))
+            described = describe_environment(config.seed)
+            described["sampler"] = training.engine.sampler.name
+            run.write(ENVIRONMENT, json.dumps(described, indent=2))
             run.write(CONFIG, dump_config(config))
         else:
             run.delete(MODEL_CARD)  # a run without it is not finished
@@ -234,6 +236,7 @@ class Training:
             num_problems=num_problems,
             num_samples=num_samples,
             temperature=settings.temperature,
+            sampler=self.engine.sampler,
             before_work=self.stop.check,
         )
         return recorder.evaluation(name, step, run_evaluation)

@@ -3,12 +3,14 @@
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rlad.config.rollout import CorrectionConfig
 from rlad.config.run import RunConfig
 from rlad.config.types import at_step
 from rlad.engines.imitation import ImitationMap
@@ -18,6 +20,7 @@ from rlad.errors import RunFailedError
 from rlad.models.loading import LanguageModel
 from rlad.objectives import OBJECTIVES, taken_by, token_loss
 from rlad.objectives.aggregate import aggregate, denominator
+from rlad.objectives.rollout_weights import rollout_weights
 from rlad.scoring.distributions import Distributions
 from rlad.scoring.scorer import CompletionScores, Scorer
 from rlad.scoring.token_divergence import token_divergence
@@ -44,15 +47,17 @@ class LossGradient:
         step: int,
         scorer: Scorer,
         teacher: Teacher | None,
+        correction: CorrectionConfig | None,
         before_work: Callable[[], None],
     ):
         """`scorer` is the student's; the teacher is asked here by an objective that compares whole
-        distributions."""
+        distributions. `correction` is that of another sampler than the trainer's model."""
         self.config = config
         self.objective = objective
         self.step = step
         self.scorer = scorer
         self.teacher = teacher
+        self.correction = correction
         self.before_work = before_work
         self.parameters = trained_parameters(scorer.language_model)
         self.row = OBJECTIVES[objective.type]
@@ -140,7 +145,20 @@ class LossGradient:
             return None
         if scores.divergence is not None:
             self._count_missing(scores, stats)
+        sampled = [torch.tensor(batch.rollouts[i].completion.logprobs) for i in part]
+        if self.objective.written_by == "teacher":  # its log-probs are not the old policy's
+            sampled = [torch.full_like(values, torch.nan) for values in sampled]
+        rollout_logprobs = padded(sampled, scores.logprobs)
         inputs = batch.loss_inputs(part, scores)
+        corrected: dict[str, Tensor] = {}
+        if self.correction:
+            weights, corrected["rollout_weight_bounded"] = rollout_weights(
+                old_logprobs=inputs.old_logprobs,
+                rollout_logprobs=rollout_logprobs,
+                mask=inputs.mask,
+                **dict(self.correction),
+            )
+            inputs = replace(inputs, rollout_weights=weights)
         losses, token_stats = token_loss(
             self.objective.type,
             inputs,
@@ -149,10 +167,7 @@ class LossGradient:
         )
         loss = aggregate(losses, inputs.trained, mode=settings.aggregation, denominator=whole)
         loss.backward()
-        sampled = [torch.tensor(batch.rollouts[i].completion.logprobs) for i in part]
-        if self.objective.written_by == "teacher":  # its log-probs are not the old policy's
-            sampled = [torch.full_like(values, torch.nan) for values in sampled]
-        stats.add(inputs, scores.entropy, padded(sampled, scores.logprobs), token_stats)
+        stats.add(inputs, scores.entropy, rollout_logprobs, token_stats | corrected)
         if imitation is not None:
             imitation.add(part, inputs, token_stats)
         return float(loss.detach())

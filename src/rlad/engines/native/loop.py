@@ -31,7 +31,7 @@ from rlad.models.loading import LanguageModel, save_model
 from rlad.objectives import OBJECTIVES, taken_by
 from rlad.objectives.advantages import group_advantages
 from rlad.rollouts.grading import Timer, graded_groups
-from rlad.rollouts.sampling import own_sampler
+from rlad.rollouts.samplers import make_sampler
 from rlad.rollouts.types import Metrics, RolloutGroup
 from rlad.scoring.scorer import Scorer
 from rlad.seeds import stream_seed
@@ -99,6 +99,10 @@ class NativeEngine:
             self.reference_scorer = Scorer(reference, **scoring)
         if config.objective.needs_vocabulary:
             self.local_teacher.require_comparable(self.scorer)
+        self.sampler = make_sampler(student, config.rollout)
+        self.teacher_sampler = self.sampler
+        if config.objective.written_by == "teacher":
+            self.teacher_sampler = make_sampler(self.local_teacher.language_model, config.rollout)
         if config.student.gradient_checkpointing:
             student.model.gradient_checkpointing_enable()
 
@@ -197,6 +201,8 @@ class NativeEngine:
         return self.teacher
 
     def close(self) -> None:
+        for sampler in {self.sampler, self.teacher_sampler}:
+            sampler.close()
         if self.teacher is not None:
             self.teacher.close()
 
@@ -277,7 +283,10 @@ class NativeEngine:
         size = self.config.rollout.prompts_per_batch
         by_teacher = self.objective_at(index).written_by == "teacher"
         stream = "teacher rollouts" if by_teacher else "rollouts"
-        writer = self.local_teacher.language_model if by_teacher else self.student
+        sampler = self.teacher_sampler if by_teacher else self.sampler
+        if not sampler.is_trainers_own:
+            with timer("hand_over"):
+                sampler.update_weights()
         with self.local_teacher.at_work() if by_teacher else nullcontext():
             return graded_groups(
                 self.student,
@@ -287,7 +296,7 @@ class NativeEngine:
                 rollout=self.config.rollout,
                 seed=stream_seed(self.config.seed, stream, index),
                 problem_seed=self.config.seed,
-                sampler=own_sampler(writer, self.config.rollout),
+                sampler=sampler,
                 before_work=self.before_work,
                 after_group=after_group,
                 timer=timer,
@@ -371,6 +380,7 @@ class NativeEngine:
             metrics = finite | {SKIPPED: 1.0}
         self.optimizer.step()
         self.scheduler.step()
+        self.sampler.weights_changed()
         if self.teacher is not None and not is_skipped:
             self.teacher.after_step()
         return metrics
@@ -393,5 +403,6 @@ class NativeEngine:
             step=self.step,
             scorer=self.scorer,
             teacher=self.teacher,
+            correction=None if self.sampler.is_trainers_own else self.config.rollout.correction,
             before_work=self.before_work,
         ).accumulate(batch, wanted, stats, imitation)

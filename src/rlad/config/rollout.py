@@ -1,0 +1,45 @@
+"""The settings of vLLM as sampler, and of the correction for what it samples otherwise. Imports no
+torch."""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from rlad.config.types import Count, Mark, NonNegative, Positive, Section, Share
+
+
+class VLLMConfig(Section):
+    """vLLM in the process of the run, on the student's device."""
+
+    gpu_memory_utilization: Annotated[Share, Mark.ROUNDING] = 0.3
+    """share of the GPU's memory for vLLM: its weights and its cache; the trainer has the rest"""
+    max_num_seqs: Annotated[Count | None, Mark.ROUNDING] = None
+    """most completions that are written at once; by default rollout.max_batch_rows"""
+    max_model_len: Annotated[Count | None, Mark.ROUNDING] = None
+    """longest prompt with its completion; by default what the limits of [rollout] and the model
+    allow"""
+    sleep: Annotated[Literal["auto", "always", "never"], Mark.ROUNDING] = "auto"
+    """give the memory back while the student is updated; `auto` does so on a GPU"""
+    tolerance: Annotated[Positive | None, Mark.NO_NUMBER] = None
+    """mean difference in nats between the log-probs of sampler and trainer at which a hand-over of
+    weights has failed; by default 0.001 in float32 and 0.1 in bfloat16"""
+
+
+class CorrectionConfig(Section):
+    """Importance weights where another sampler wrote than the trainer's model: they multiply each
+    token's loss (`rlad.objectives.rollout_weights`)."""
+
+    mode: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = (
+        "token_truncate"
+    )
+    """of tokens or of sequences; a weight outside of the bounds becomes the bound, or 0"""
+    clip_min: NonNegative | None = None
+    """smallest weight; by default there is no bound"""
+    clip_max: Positive | None = 2.0
+    """greatest weight"""
+
+    def problems(self) -> Iterator[str]:
+        if self.clip_max is not None and (self.clip_min or 0.0) >= self.clip_max:
+            yield (
+                f"rollout.correction.clip_min = {self.clip_min} is not below clip_max = "
+                f"{self.clip_max}; give a smaller one, or leave it out"
+            )

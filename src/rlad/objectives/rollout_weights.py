@@ -1,0 +1,53 @@
+"""Importance weights of tokens that another sampler wrote than the old policy.
+
+w_t = exp( log πold(y_t) - log πrollout(y_t) ), of a token or of the whole sequence, bounded
+
+A fast sampler computes the same model in other kernels and precision, so it samples from a policy a
+little off the trainer's. The weights of "token_truncate" are those of truncated importance sampling
+(Yao et al. 2025, *Your efficient RL framework secretly brings you off-policy RL training*); a band
+of "token_mask" is IcePop's (Ling team 2025). The names are those of TRL's
+`vllm_importance_sampling_mode`.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rlad.objectives.masks import clean, keep_finite
+
+RolloutCorrection = Literal[
+    "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
+]
+# Beyond e^80 float32 has no number.
+_LARGEST_LOG_RATIO = 80.0
+
+
+def rollout_weights(
+    *,
+    old_logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    mask: Tensor,
+    mode: RolloutCorrection,
+    clip_min: float | None = None,
+    clip_max: float | None = 2.0,
+) -> tuple[Tensor, Tensor]:
+    """Compute the weights of a batch, and which of them the bounds have changed.
+
+    All tensors `[batch, token]`, without gradient; the weights are 1 where masked. "sequence_..."
+    takes the product over a sequence for each of its tokens. "..._truncate" sets weights outside of
+    [clip_min, clip_max] to the nearer bound, "..._mask" to 0; None is no bound. A token without a
+    finite log-prob of the sampler counts as one on which both agree.
+    """
+    kept = keep_finite(mask, old_logprobs, rollout_logprobs)
+    log_ratio = clean(old_logprobs - rollout_logprobs, kept)
+    if mode == "none":
+        log_ratio = torch.zeros_like(log_ratio)
+    elif mode.startswith("sequence"):
+        log_ratio = log_ratio.sum(dim=1, keepdim=True).expand_as(log_ratio)
+    ratio = log_ratio.clamp(max=_LARGEST_LOG_RATIO).exp()
+    bounded = ratio.clamp(clip_min or 0.0, clip_max)
+    changed = mask & (bounded != ratio)
+    if mode.endswith("mask"):
+        bounded = torch.where(bounded != ratio, torch.zeros_like(ratio), ratio)
+    return torch.where(mask, bounded, torch.ones_like(bounded)), changed

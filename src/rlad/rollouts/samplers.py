@@ -1,0 +1,66 @@
+"""Which sampler writes the completions of a run: `rollout.engine`."""
+
+import importlib.util
+import os
+from importlib import import_module
+from typing import Any
+
+from rlad.config.run import RolloutConfig
+from rlad.errors import UserError
+from rlad.models.adapters import adapts_tied_embeddings
+from rlad.models.loading import LanguageModel
+from rlad.rollouts.sampling import OwnSampler
+from rlad.rollouts.types import Sampler
+from rlad.rollouts.vllm_sampler import ENVIRONMENT, VLLMSampler
+
+TESTED_VLLM = "0.32"
+
+
+def make_sampler(student: LanguageModel, rollout: RolloutConfig) -> Sampler:
+    """Start the sampler that a run asks for; `auto` takes vLLM where nothing speaks against it.
+
+    Raises `UserError` for vLLM where something does.
+    """
+    if rollout.engine == "native":
+        return OwnSampler(student, rollout)
+    obstacle = obstacle_to_vllm(student)
+    if obstacle is None:
+        return VLLMSampler(student, rollout)
+    if rollout.engine == "auto":
+        return OwnSampler(student, rollout, because=obstacle)
+    raise UserError(
+        f"rollout.engine = 'vllm', but {obstacle}; set it to 'native', or to 'auto', which takes "
+        "vLLM where it can."
+    )
+
+
+def obstacle_to_vllm(student: LanguageModel) -> str | None:
+    """Return what keeps vLLM from sampling for a student in this process; None if nothing does."""
+    if importlib.util.find_spec("vllm") is None:
+        return "vLLM is not installed"
+    os.environ.update(ENVIRONMENT)
+    vllm: Any = import_module("vllm")
+    device_type = import_module("vllm.platforms").current_platform.device_type
+    model = student.model
+    architecture = type(model).__name__
+    if not vllm.__version__.startswith(f"{TESTED_VLLM}."):
+        return f"vLLM {vllm.__version__} is installed, and {TESTED_VLLM} is the tested version"
+    if device_type != model.device.type:
+        return f"this vLLM is for {device_type}, the student on {model.device}"
+    if model.device.index:
+        return f"vLLM would take the first GPU, and the student is on {model.device}"
+    if architecture not in vllm.ModelRegistry.get_supported_archs():
+        return f"vLLM does not know {architecture}"
+    if adapts_tied_embeddings(model):
+        return "its adapter changes one of two tied embeddings, which vLLM keeps as one"
+    return _obstacle_on_cpu(model) if model.device.type == "cpu" else None
+
+
+def _obstacle_on_cpu(model: Any) -> str | None:
+    attention: Any = import_module("vllm.v1.attention.backends.cpu_attn")
+    config = model.config.get_text_config()
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    sizes = attention.CPUAttentionBackend.get_supported_head_sizes()
+    if size in sizes:
+        return None
+    return f"vLLM's attention on the CPU takes heads of {sizes}, and the student's have {size}"

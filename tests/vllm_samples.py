@@ -1,0 +1,246 @@
+"""What the real vLLM samples for tiny students, on the CPU, in this process. A program for vLLM's
+environment, which prints what it found as JSON:
+
+PYTHON tests/vllm_samples.py CASE [FOLDER]
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlad.config.run import LoraConfig, RolloutConfig
+from rlad.errors import RladError
+from rlad.models.adapters import add_lora
+from rlad.models.loading import LanguageModel
+from rlad.rollouts import vllm_sampler
+from rlad.rollouts.samplers import make_sampler, obstacle_to_vllm
+from rlad.scoring.scorer import Scorer
+from rlad.training.run import train
+from tiny_models import EOS, SECOND_EOS, tiny_language_model
+
+PROMPTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
+TEMPERATURE = 0.7
+NUM_UPDATES = 20
+
+
+def student(dtype: torch.dtype = torch.float32, **settings: Any) -> LanguageModel:
+    """Its heads have 32 numbers, which vLLM's attention on the CPU can do."""
+    shape = {"hidden_size": 128, "head_dim": 32, **settings}
+    return tiny_language_model(dtype=dtype, eos_token_ids=(EOS, SECOND_EOS), **shape)
+
+
+def sampler_of(model: LanguageModel, **settings: Any) -> Any:
+    limits = {"max_prompt_tokens": 16, "max_completion_tokens": 24, "max_batch_rows": 64}
+    rollout = {"engine": "vllm", "temperature": TEMPERATURE, **limits, **settings}
+    return make_sampler(model, RolloutConfig.model_validate(rollout))
+
+
+def move(model: LanguageModel, scale: float = 0.05) -> None:
+    """An update of the trainable weights."""
+    with torch.no_grad():
+        for parameter in model.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=scale)
+
+
+def written(sampler: Any, *, seed: int = 1, group_size: int = 8, num_tokens: int = 24) -> list[Any]:
+    return sampler.sample(
+        PROMPTS,
+        group_size=group_size,
+        max_completion_tokens=num_tokens,
+        temperature=TEMPERATURE,
+        seed=seed,
+    )
+
+
+def distances(model: LanguageModel, groups: list[Any]) -> list[float]:
+    """|log-prob of vLLM - log-prob of the trainer| of each token."""
+    pairs = [(prompt, one) for prompt, group in zip(PROMPTS, groups, strict=True) for one in group]
+    scorer = Scorer(model, temperature=TEMPERATURE, tokens_per_batch=4096)
+    scores = scorer.score([prompt for prompt, _ in pairs], [one.token_ids for _, one in pairs])
+    return [
+        abs(ours - theirs)
+        for row, (_, one) in zip(scores, pairs, strict=True)
+        for ours, theirs in zip(row.tolist(), one.logprobs, strict=True)
+    ]
+
+
+def after_updates(model: LanguageModel) -> dict[str, Any]:
+    """Log-probs after each of many updates; then what the seed decides."""
+    sampler = sampler_of(model)
+    found: list[float] = []
+    for _ in range(NUM_UPDATES):
+        move(model)
+        sampler.weights_changed()
+        found += distances(model, written(sampler))
+    same = written(sampler) == written(sampler)
+    other = written(sampler) != written(sampler, seed=2)
+    order: list[int] = []
+    groups = sampler.sample(
+        PROMPTS,
+        group_size=3,
+        max_completion_tokens=6,
+        temperature=1.0,
+        seed=0,
+        after_group=lambda number, group: order.append(number),
+    )
+    sampler.close()
+    return {
+        "num_tokens": len(found),
+        "mean": sum(found) / len(found),
+        "max": max(found),
+        "same_seed_same_tokens": same,
+        "other_seed_other_tokens": other,
+        "handed_on": sorted(order),
+        "groups": [[asdict(one) for one in group] for group in groups],
+    }
+
+
+def tied() -> dict[str, Any]:
+    return after_updates(student(tie_word_embeddings=True))
+
+
+def untied() -> dict[str, Any]:
+    return after_updates(student())
+
+
+def bfloat16() -> dict[str, Any]:
+    return after_updates(student(torch.bfloat16))
+
+
+def lora() -> dict[str, Any]:
+    model = student()
+    add_lora(model.model, LoraConfig(rank=4), base="tiny", seed=0)
+    return after_updates(model)
+
+
+def without_remedy() -> dict[str, Any]:
+    """The packed output layer stays as it was."""
+    vllm_sampler._repack_tied_output_layer = lambda worker: None
+    model = student(tie_word_embeddings=True)
+    sampler = sampler_of(model)
+    error = ""
+    try:
+        for _ in range(3):
+            move(model)
+            sampler.weights_changed()
+            written(sampler)
+    except RladError as failure:
+        error = f"{type(failure).__name__}: {failure}"
+    return {"error": error}
+
+
+def frequencies() -> dict[str, Any]:
+    """How often each first token is sampled, and its probability under the trainer."""
+    model = student()
+    sampler = sampler_of(model)
+    groups = written(sampler, group_size=4000, num_tokens=1)
+    counts = torch.zeros(len(PROMPTS), 64)
+    for row, group in enumerate(groups):
+        for one in group:
+            counts[row, one.token_ids[0]] += 1
+    with torch.no_grad():
+        logits = [model.model(torch.tensor([prompt])).logits[0, -1] for prompt in PROMPTS]
+    probabilities = (torch.stack(logits) / TEMPERATURE).softmax(dim=-1)
+    return {"counts": counts.tolist(), "probabilities": probabilities.tolist()}
+
+
+def long_prompts() -> dict[str, Any]:
+    """More tokens of prompts than vLLM takes at once."""
+    model = student()
+    sampler = sampler_of(model, max_prompt_tokens=200)
+    prompts = [[3 + (i * j) % 60 for j in range(150)] for i in range(1, 9)]
+    settings: dict[str, Any] = {"max_completion_tokens": 8, "temperature": 1.0, "seed": 0}
+    groups = sampler.sample(prompts, group_size=8, **settings)
+    return {"sizes": [len(group) for group in groups]}
+
+
+def obstacles() -> dict[str, Any]:
+    """Of students that vLLM cannot sample for, and what each setting makes of that."""
+    small_heads = tiny_language_model()
+    try:
+        sampler_of(small_heads)
+        refused = ""
+    except RladError as error:
+        refused = str(error)
+    auto = sampler_of(small_heads, engine="auto")
+    try:
+        sampler_of(student(), vllm={"max_model_len": 100_000})
+        too_long = ""
+    except RladError as error:
+        too_long = str(error)
+    return {
+        "heads": obstacle_to_vllm(small_heads),
+        "fits": obstacle_to_vllm(student()),
+        "refused": refused,
+        "auto": [auto.name, auto.because],
+        "too_long": too_long,
+    }
+
+
+def run(folder: str) -> dict[str, Any]:
+    """A whole run, and one that ends between two steps on a rollout batch and is resumed."""
+    model = student()
+    model.model.save_pretrained(f"{folder}/student")
+    model.tokenizer.save_pretrained(f"{folder}/student")
+    teacher = student(seed=1)
+    teacher.model.save_pretrained(f"{folder}/teacher")
+    teacher.tokenizer.save_pretrained(f"{folder}/teacher")
+    config: dict[str, Any] = {
+        "student": {"model": f"{folder}/student"},
+        "teacher": {"model": f"{folder}/teacher"},
+        "task": {"type": "jsonl", "path": f"{folder}/problems.jsonl", "verifier": "exact"},
+        "rollout": {
+            "engine": "vllm",
+            "prompts_per_batch": 4,
+            "group_size": 4,
+            "max_prompt_tokens": 16,
+            "max_completion_tokens": 12,
+            "max_batch_rows": 16,
+        },
+        "optimization": {
+            "num_steps": 4,
+            "steps_per_rollout_batch": 2,
+            "learning_rate": 1e-3,
+        },
+        "objective": {"type": "opd"},
+        "evaluation": {"every_steps": 4, "num_validation_problems": 4, "num_test_problems": 4},
+    }
+    rows = [{"prompt": f"w{i} w{i + 1} w{i + 2}", "answer": "w3"} for i in range(3, 40)]
+    Path(folder, "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    samplers: list[str] = []
+    metrics: list[list[dict[str, Any]]] = []
+    for name, parts in (("whole", (4,)), ("resumed", (3, 4))):
+        config["run_dir"] = f"{folder}/{name}"
+        for num_steps in parts:
+            config["optimization"]["num_steps"] = num_steps
+            train(config, resume=num_steps != parts[0])
+        rows_of = Path(folder, name, "metrics.jsonl").read_text().splitlines()
+        metrics.append([json.loads(line) for line in rows_of])
+        samplers.append(json.loads(Path(folder, name, "run.json").read_text())["sampler"])
+    return {"metrics": metrics, "sampler": samplers}
+
+
+CASES: dict[str, Callable[..., dict[str, Any]]] = {
+    case.__name__: case
+    for case in (
+        tied,
+        untied,
+        bfloat16,
+        lora,
+        without_remedy,
+        frequencies,
+        long_prompts,
+        obstacles,
+        run,
+    )
+}
+
+if __name__ == "__main__":
+    name, *arguments = sys.argv[1:]
+    print(json.dumps(CASES[name](*arguments)))
