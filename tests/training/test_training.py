@@ -1,6 +1,7 @@
 """Runs that end early, the out-of-distribution test, the control teacher, and what is told of each
 token."""
 
+import multiprocessing
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import rlad
 from rlad.config.run import RunConfig
 from rlad.engines.base import StepResult
+from rlad.errors import UserError
 from rlad.models.loading import load_language_model
 from rlad.runs.directory import EVAL, METRICS, SAMPLES, RunDirectory
 from rlad.stopping import StopRequested
@@ -36,6 +38,13 @@ def untimed(run_dir: Path) -> list[dict[str, Any]]:
         {k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))}
         for row in rows(run_dir, METRICS)
     ]
+
+
+def test_training_in_the_import_of_a_worker_process_is_refused(world, tmp_path, monkeypatch):
+    """A worker imports a script without `if __name__ == "__main__":`, which trains once more."""
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(UserError, match="put it under `if __name__ == '__main__':`"):
+        rlad.train(run_config(world, tmp_path / "run"))
 
 
 # --- one process at a time ------------------------------------------------------------------------

@@ -60,7 +60,11 @@ class Worker:
             # A process that died between two calls breaks the pool, which shows only now: once
             # more, with a new pool.
             result = self._call(args) or self._call(args)
-        is_value, value = result or (False, "the process of the verifier does not start")
+        is_value, value = result or (
+            False,
+            "the process of the verifier does not start: a script must call rlad under `if "
+            "__name__ == '__main__':`",
+        )
         if not is_value:
             raise CallFailed(value)
         return value

@@ -1,6 +1,7 @@
 """From a config to a finished run directory."""
 
 import json
+import multiprocessing
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
@@ -79,6 +80,11 @@ def train(
     prompts have been found good. In a notebook, without a `reporter`, it shows its progress as
     `rlad train` does.
     """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise UserError(
+            "rlad.train is called where a worker process imports your script; put it under `if "
+            "__name__ == '__main__':`."
+        )
     config = config if isinstance(config, RunConfig) else parse_config(config)
     require_trackers(config)
     if resume and overwrite:
