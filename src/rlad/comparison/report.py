@@ -6,6 +6,7 @@ Reads run directories, trains nothing.
 import base64
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -85,7 +86,10 @@ def write_files(folder: Path, files: Mapping[str, str]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
-            (folder / name).write_text(text, encoding="utf-8")
+            # Aside first: a file that a kill cut off could not be read.
+            aside = folder / f".{name}.tmp"
+            aside.write_text(text, encoding="utf-8")
+            os.replace(aside, folder / name)
     except OSError as error:
         raise UserError(
             f"the report cannot be written to {folder} ({error.strerror}); choose another folder."
