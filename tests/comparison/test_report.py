@@ -778,6 +778,20 @@ def test_runs_that_a_comparison_does_not_know_keep_their_folders_name(tmp_path):
     assert list(results) == ["TRRD, α = .5", "a baseline", "Another"]
 
 
+def test_a_write_that_breaks_off_leaves_the_old_file(tmp_path, monkeypatch):
+    write_files(tmp_path, {"comparison.json": ComparisonFile(methods={}).model_dump_json()})
+    write_text = Path.write_text
+
+    def break_off(path: Path, text: str, **options: Any) -> None:
+        write_text(path, text[:5], **options)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", break_off)
+    with pytest.raises(ValueError, match="No space left on device"):
+        write_files(tmp_path, {"comparison.json": "{} and more"})
+    assert read_comparison_file(tmp_path) is not None
+
+
 def test_a_comparison_file_that_cannot_be_read(tmp_path):
     assert read_comparison_file(tmp_path) is None
     for damaged in ("{", "[]", '{"methods": {"a": 1}}'):

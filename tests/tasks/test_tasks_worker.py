@@ -78,7 +78,9 @@ def test_a_process_that_is_killed_between_calls_is_replaced(make_worker):
 
 def test_a_process_that_cannot_start_fails_the_call(make_worker):
     worker = make_worker(square, timeout_seconds=5, initializer=failing_start)
-    with pytest.raises(CallFailed, match="does not start: a script must call rlad under `if __name__"):
+    with pytest.raises(
+        CallFailed, match="does not start: a script must call rlad under `if __name__"
+    ):
         worker.call(1)
 
 
