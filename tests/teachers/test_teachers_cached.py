@@ -15,9 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor
 
 import rlad
+from rlad.cli.main import main
 from rlad.errors import UserError
 from rlad.runs.directory import METRICS, RunDirectory
 from rlad.teachers.base import Teacher, TeacherRequest
@@ -544,10 +546,19 @@ def test_new_weights_in_the_same_folder_are_another_teacher(world, tmp_path):
 @pytest.mark.parametrize(
     ("inner", "sentence"),
     [
-        ({"type": "ema"}, "put the cache inside it, or leave it out"),
-        ({"type": "privileged", "teacher": {"model": "m"}}, "a teacher of type 'privileged'"),
-        ({"type": "several", "teachers": {"a": {"model": "m"}}}, "a teacher of type 'several'"),
-        ({"type": "cached", "teacher": {"model": "m"}}, "a teacher of type 'cached'"),
+        ({"type": "ema"}, "of type 'ema' cannot be cached; leave the cache out."),
+        (
+            {"type": "privileged", "teacher": {"model": "m"}},
+            "of type 'privileged' cannot be cached; put the cache inside it.",
+        ),
+        (
+            {"type": "several", "teachers": {"a": {"model": "m"}}},
+            "of type 'several' cannot be cached; put the cache inside it.",
+        ),
+        (
+            {"type": "cached", "teacher": {"model": "m"}},
+            "of type 'cached' cannot be cached; take one of the two away.",
+        ),
         ({"model": "{world}/nothing"}, "cannot be found or read"),
     ],
 )
@@ -569,5 +580,9 @@ def test_a_directory_that_cannot_be_made_is_found_before_training(world, tmp_pat
     config = run_config(world, tmp_path / "run") | {
         "teacher": cached_section(world, tmp_path / "file" / "cache")
     }
-    assert "cannot be opened" in rlad_fails("train", write_config(tmp_path / "run.toml", config))
+    toml = write_config(tmp_path / "run.toml", config)
+    sentence = f"{tmp_path}/file/cache cannot be written in {tmp_path}/file; name another teacher."
+    assert sentence in rlad_fails("train", toml)
+    checked = CliRunner().invoke(main, ["check", str(toml)])
+    assert checked.exit_code == 2 and sentence in checked.stdout
     assert not (tmp_path / "run").exists()

@@ -11,6 +11,7 @@ mixed, not even those of a server that offers another model under the same name.
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -163,13 +164,21 @@ def check_teacher(settings: CachedTeacherConfig, setting: Setting) -> list[Findi
     # A cache is keyed by the student's tokens, so it fits only a teacher that sees nothing else and
     # does not move.
     inner = settings.teacher
-    if inner.type == "ema" or inner.children:
+    advice = {"ema": "leave the cache out", "cached": "take one of the two away"}
+    if inner.type in advice or inner.children:
         message = (
-            f"the answers of a teacher of type {inner.type!r} depend on more than its weights and "
-            "the student's tokens; put the cache inside it, or leave it out."
+            f"the answers of a teacher of type {inner.type!r} cannot be cached; "
+            f"{advice.get(inner.type, 'put the cache inside it')}."
         )
         return [Finding("error", "cache", message)]
-    return check_inner(inner, setting)
+    # Where the folder does not exist yet, its nearest parent must allow it to be made.
+    folder = Path(settings.directory)
+    parent = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    findings = check_inner(inner, setting)
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        message = f"{folder} cannot be written in {parent}; name another teacher.directory."
+        findings.append(Finding("error", "cache", message))
+    return findings
 
 
 def make_teacher(settings: CachedTeacherConfig, setting: Setting) -> CachedTeacher:
