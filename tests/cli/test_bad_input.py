@@ -49,7 +49,7 @@ def toml(world: Path, tmp_path: Path) -> Path:
         ),
         (
             "rollout.foo=3",
-            "rollout.foo is an unknown key: valid keys there are chat_template_kwargs, group_size,",
+            "rollout.foo is an unknown key: valid keys there are chat_template_kwargs, ",
         ),
         (
             "optimization.num_steps=many",
