@@ -178,7 +178,7 @@ def obstacles() -> dict[str, Any]:
         "heads": obstacle_to_vllm(small_heads),
         "fits": obstacle_to_vllm(student()),
         "refused": refused,
-        "auto": [auto.name, auto.because],
+        "auto": [auto.name, auto.description],
         "too_long": too_long,
     }
 

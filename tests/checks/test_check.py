@@ -242,7 +242,7 @@ def trial_with(metrics: dict[str, float], seconds: dict[str, float] | None = Non
         "rollout/truncated/frac": 0.2,
         "memory/peak/bytes": 2.0**30,
     }
-    return Trial(12, 4, usual | metrics, seconds or {"update": 1.0})
+    return Trial(12, 4, usual | metrics, "our own decoder", seconds or {"update": 1.0})
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_what_vllm_cannot_do_is_said_before_the_run_starts() -> None:
     assert found["fits"] is None
     assert "heads" in found["heads"] and found["heads"] in found["refused"]
     assert "set it to 'native'" in found["refused"]
-    assert found["auto"] == ["native", found["heads"]]
+    assert found["auto"] == ["native", f"our own decoder: {found['heads']}"]
     assert "max_model_len = 100000" in found["too_long"] and "256" in found["too_long"]
 
 

@@ -38,6 +38,8 @@ class Trial:
     max_tokens: int
     metrics: Metrics
     """of the first step, as metrics.jsonl has them"""
+    sampler: str
+    """what wrote the completions, and where `auto` chose, why"""
     seconds: dict[str, float]
     """of a step on the second rollout batch, by part: generation, teacher, update and the like"""
 
@@ -74,6 +76,7 @@ def run_trial(config: RunConfig) -> Trial:
         num_completions=small.rollout.prompts_per_batch * small.rollout.group_size,
         max_tokens=small.rollout.max_completion_tokens,
         metrics=results[0].metrics,
+        sampler=engine.sampler.description,
         seconds=seconds,
     )
 
@@ -136,6 +139,7 @@ def describe_trial(trial: Trial, config: RunConfig) -> list[Finding]:
     )
     return [
         Finding("ok", "trial", message),
+        Finding("ok", "sampler", trial.sampler),
         *_log_ratio(metrics, config),
         *_gates(metrics, config),
         *_guards(metrics, config),

@@ -84,7 +84,7 @@ class OwnSampler(Sampler):
     ):
         self._model = language_model
         self._max_batch_rows = rollout.max_batch_rows
-        self.because = because
+        self.description = "our own decoder" + (f": {because}" if because else "")
 
     def sample(self, prompts: Sequence[Sequence[int]], **settings: Any) -> list[list[Completion]]:
         return sample(self._model, prompts, max_batch_rows=self._max_batch_rows, **settings)

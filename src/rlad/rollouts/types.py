@@ -32,8 +32,8 @@ class Sampler(ABC):
     name: ClassVar[str]
     is_trainers_own: ClassVar[bool]
     """whether it computes with the trainer's own model, so that its policy is the old policy"""
-    because: str | None = None
-    """why `auto` has taken this one"""
+    description: str
+    """what it is and, where `auto` has chosen it, why"""
 
     @abstractmethod
     def sample(

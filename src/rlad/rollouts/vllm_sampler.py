@@ -194,6 +194,7 @@ class VLLMSampler(Sampler):
     def _start(self) -> Any:
         os.environ.update(ENVIRONMENT)
         vllm: Any = import_module("vllm")
+        self.description = f"vLLM {vllm.__version__}, in this process"
         rollout = self._rollout
         settings = rollout.vllm
         model = self._student.model
