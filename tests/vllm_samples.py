@@ -6,7 +6,9 @@ PYTHON tests/vllm_samples.py CASE [FOLDER]
 
 import json
 import sys
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 
 from rlad.config.run import LoraConfig, RolloutConfig
 from rlad.errors import RladError
-from rlad.models.adapters import add_lora
+from rlad.models.adapters import add_frozen_adapter, add_lora, save_adapter
 from rlad.models.loading import LanguageModel
 from rlad.rollouts import vllm_sampler
 from rlad.rollouts.samplers import make_sampler, obstacle_to_vllm
@@ -160,6 +162,47 @@ def long_prompts() -> dict[str, Any]:
     return {"sizes": [len(group) for group in groups]}
 
 
+def limits() -> dict[str, Any]:
+    """What a call may ask for, and that a failed one leaves nothing behind."""
+    sampler = sampler_of(student())
+    ask: dict[str, Any] = {"max_completion_tokens": 4, "seed": 0, "group_size": 3}
+    likeliest = sampler.sample(PROMPTS, temperature=0.0, **ask)
+    try:
+        sampler.sample([*PROMPTS, [5] * 60], temperature=1.0, **ask)
+        too_long = ""
+    except RladError as error:
+        too_long = str(error)
+
+    def stop(number: int, group: list[Any]) -> None:
+        raise KeyboardInterrupt
+
+    with suppress(KeyboardInterrupt):
+        sampler.sample(PROMPTS, temperature=1.0, after_group=stop, **ask)
+    left = sampler._llm.llm_engine.get_num_unfinished_requests()
+    again = sampler.sample(PROMPTS, temperature=1.0, **ask)
+    sampler.close()
+    sampler.close()
+    return {
+        "different": [len({one.token_ids for one in group}) for group in likeliest],
+        "too_long": too_long,
+        "left": left,
+        "sizes": [len(group) for group in again],
+    }
+
+
+def frozen_adapter() -> dict[str, Any]:
+    """A student with an adapter of its own, and a teacher's on other layers."""
+    model = student()
+    own = LoraConfig(rank=4, target_modules=("q_proj",))
+    add_lora(model.model, own, base="tiny", seed=0)
+    with tempfile.TemporaryDirectory() as folder:
+        other = student()
+        add_lora(other.model, LoraConfig(rank=4), base="tiny", seed=1)
+        save_adapter(other.model, Path(folder))
+        add_frozen_adapter(model.model, folder)
+    return after_updates(model)
+
+
 def obstacles() -> dict[str, Any]:
     """Of students that vLLM cannot sample for, and what each setting makes of that."""
     small_heads = tiny_language_model()
@@ -174,7 +217,11 @@ def obstacles() -> dict[str, Any]:
         too_long = ""
     except RladError as error:
         too_long = str(error)
+    adapted = student(torch.bfloat16)
+    add_lora(adapted.model, LoraConfig(rank=4), base="tiny", seed=0)
     return {
+        "bfloat16_lora": obstacle_to_vllm(adapted),
+        "experts": obstacle_to_vllm(tiny_language_model("mixtral", num_local_experts=2)),
         "heads": obstacle_to_vllm(small_heads),
         "fits": obstacle_to_vllm(student()),
         "refused": refused,
@@ -233,9 +280,11 @@ CASES: dict[str, Callable[..., dict[str, Any]]] = {
         untied,
         bfloat16,
         lora,
+        frozen_adapter,
         without_remedy,
         frequencies,
         long_prompts,
+        limits,
         obstacles,
         run,
     )

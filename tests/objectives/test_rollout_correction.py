@@ -24,6 +24,7 @@ def weights(mode: str, rollout: Tensor = ROLLOUT, **bounds: float | None) -> tup
     ("mode", "bounds", "wanted", "num_bounded"),
     [
         ("none", {}, [[1, 1, 1], [1, 1, 1]], 0),
+        ("none", {"clip_max": 0.5}, [[1, 1, 1], [1, 1, 1]], 0),
         ("token_truncate", {"clip_max": 3.0}, [[2, 0.5, 3], [1, 3, 1]], 2),
         ("token_truncate", {"clip_min": 0.6, "clip_max": None}, [[2, 0.6, 8], [1, 4, 1]], 1),
         # IcePop: a band, and nothing outside of it trains.

@@ -68,6 +68,18 @@ def test_its_logprobs_are_those_of_the_trainer_after_every_update(
             assert one["is_truncated"] == (last not in (1, 2))
 
 
+def test_a_teachers_adapter_in_the_student_is_not_handed_over() -> None:
+    found = found_in("frozen_adapter")
+    assert found["mean"] < 1e-4
+
+
+def test_a_call_that_fails_leaves_nothing_behind() -> None:
+    found = found_in("limits")
+    assert found["different"] == [1, 1, 1]  # the likeliest tokens
+    assert "60" not in found["too_long"] and "64 tokens" in found["too_long"]
+    assert found["left"] == 0 and found["sizes"] == [3, 3, 3]
+
+
 def test_stale_weights_stop_the_run() -> None:
     """vLLM 0.32 keeps an old output layer of tied embeddings on the CPU, unless it is packed
     again."""
@@ -96,6 +108,8 @@ def test_more_prompts_than_it_takes_at_once_are_all_continued() -> None:
 def test_what_vllm_cannot_do_is_said_before_the_run_starts() -> None:
     found = found_in("obstacles")
     assert found["fits"] is None
+    assert "rounded away" in found["bfloat16_lora"]
+    assert "other names" in found["experts"]
     assert "heads" in found["heads"] and found["heads"] in found["refused"]
     assert "set it to 'native'" in found["refused"]
     assert found["auto"] == ["native", f"our own decoder: {found['heads']}"]

@@ -38,8 +38,9 @@ class CorrectionConfig(Section):
     """greatest weight"""
 
     def problems(self) -> Iterator[str]:
-        if self.clip_max is not None and (self.clip_min or 0.0) >= self.clip_max:
+        if (self.clip_min or 0.0) > 1 or (self.clip_max is not None and self.clip_max < 1):
             yield (
-                f"rollout.correction.clip_min = {self.clip_min} is not below clip_max = "
-                f"{self.clip_max}; give a smaller one, or leave it out"
+                f"the bounds from {self.clip_min} to {self.clip_max} leave out the weight 1, on "
+                "which sampler and trainer agree; give a clip_min of at most 1 and a clip_max of "
+                "at least 1"
             )

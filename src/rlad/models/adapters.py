@@ -161,15 +161,14 @@ def merge_adapter(model: PreTrainedModel) -> None:
 
 
 def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Yield each weight that a model computes with, by its name in the model's own files; tied ones
-    once.
+    """Yield each weight that a model computes with, by its own name; tied ones once.
 
     That of a layer with an adapter is W + alpha / rank * B A, a new tensor; W stays as it is.
     """
     layers = _layers(model)
     for name, parameter in model.named_parameters():
         layer, _, last = name.rpartition(".base_layer.")
-        if layer and last == "weight" and layer in layers:
+        if layer and last == "weight" and STUDENT in layers[layer].lora_A:
             delta = layers[layer].get_delta_weight(STUDENT)
             yield f"{layer}.weight", (parameter.detach() + delta).to(parameter.dtype)
         elif layer:
@@ -182,7 +181,9 @@ def adapts_tied_embeddings(model: PreTrainedModel) -> bool:
     """Whether an adapter changes one of two embeddings that share a matrix."""
     embeddings: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     is_tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
-    return is_tied and any(layer in embeddings for layer in _layers(model).values())
+    return is_tied and any(
+        layer in embeddings and STUDENT in layer.lora_A for layer in _layers(model).values()
+    )
 
 
 def adapter_names(model: PreTrainedModel) -> list[str]:

@@ -42,12 +42,14 @@ def rollout_weights(
     kept = keep_finite(mask, old_logprobs, rollout_logprobs)
     log_ratio = clean(old_logprobs - rollout_logprobs, kept)
     if mode == "none":
-        log_ratio = torch.zeros_like(log_ratio)
-    elif mode.startswith("sequence"):
+        return torch.ones_like(log_ratio), torch.zeros_like(kept)
+    weighed = kept
+    if mode.startswith("sequence"):
         log_ratio = log_ratio.sum(dim=1, keepdim=True).expand_as(log_ratio)
+        weighed = mask
     ratio = log_ratio.clamp(max=_LARGEST_LOG_RATIO).exp()
     bounded = ratio.clamp(clip_min or 0.0, clip_max)
-    changed = mask & (bounded != ratio)
+    changed = weighed & (bounded != ratio)
     if mode.endswith("mask"):
-        bounded = torch.where(bounded != ratio, torch.zeros_like(ratio), ratio)
-    return torch.where(mask, bounded, torch.ones_like(bounded)), changed
+        bounded = torch.where(changed, torch.zeros_like(ratio), ratio)
+    return torch.where(weighed, bounded, torch.ones_like(bounded)), changed

@@ -1,19 +1,23 @@
 """Which sampler writes the completions of a run: `rollout.engine`."""
 
 import importlib.util
-import os
 from importlib import import_module
 from typing import Any
 
+import torch
+from transformers import PreTrainedModel
+
 from rlad.config.run import RolloutConfig
 from rlad.errors import UserError
-from rlad.models.adapters import adapts_tied_embeddings
+from rlad.models.adapters import adapts_tied_embeddings, has_adapter
 from rlad.models.loading import LanguageModel
 from rlad.rollouts.sampling import OwnSampler
 from rlad.rollouts.types import Sampler
-from rlad.rollouts.vllm_sampler import ENVIRONMENT, VLLMSampler
+from rlad.rollouts.vllm_sampler import VLLMSampler, prepare_environment
+from rlad.text import first_line
 
 TESTED_VLLM = "0.32"
+LOWEST_TEMPERATURE = 0.01
 
 
 def make_sampler(student: LanguageModel, rollout: RolloutConfig) -> Sampler:
@@ -24,6 +28,8 @@ def make_sampler(student: LanguageModel, rollout: RolloutConfig) -> Sampler:
     if rollout.engine == "native":
         return OwnSampler(student, rollout)
     obstacle = obstacle_to_vllm(student)
+    if rollout.temperature < LOWEST_TEMPERATURE:
+        obstacle = f"vLLM samples at no temperature below {LOWEST_TEMPERATURE}"
     if obstacle is None:
         return VLLMSampler(student, rollout)
     if rollout.engine == "auto":
@@ -38,8 +44,11 @@ def obstacle_to_vllm(student: LanguageModel) -> str | None:
     """Return what keeps vLLM from sampling for a student in this process; None if nothing does."""
     if importlib.util.find_spec("vllm") is None:
         return "vLLM is not installed"
-    os.environ.update(ENVIRONMENT)
-    vllm: Any = import_module("vllm")
+    prepare_environment()
+    try:
+        vllm: Any = import_module("vllm")
+    except (ImportError, OSError) as error:
+        return f"vLLM cannot be imported ({first_line(error)})"
     device_type = import_module("vllm.platforms").current_platform.device_type
     model = student.model
     architecture = type(model).__name__
@@ -53,7 +62,20 @@ def obstacle_to_vllm(student: LanguageModel) -> str | None:
         return f"vLLM does not know {architecture}"
     if adapts_tied_embeddings(model):
         return "its adapter changes one of two tied embeddings, which vLLM keeps as one"
+    if has_adapter(model) and student.compute_dtype != torch.float32:
+        return "B A of its adapter would be rounded away when it is added to weights in bfloat16"
+    if _has_other_names(model):
+        return "its experts, convolutions or buffers have other names in vLLM"
     return _obstacle_on_cpu(model) if model.device.type == "cpu" else None
+
+
+def _has_other_names(model: PreTrainedModel) -> bool:
+    """Whether a model holds more than matrices and vectors, which alone are handed over by the
+    names of its files."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return any(one.dim() > 2 for one in parameters.values()) or bool(
+        model.state_dict().keys() - parameters.keys()
+    )
 
 
 def _obstacle_on_cpu(model: Any) -> str | None:

@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from rlad.config.run import RolloutConfig
 from rlad.errors import RunFailedError, UserError
@@ -22,19 +23,21 @@ from rlad.rollouts.types import Completion, Sampler
 from rlad.scoring.scorer import Scorer
 from rlad.text import first_line
 
-# Before vLLM is imported: its engine in this process, where the weights are; no usage statistics;
-# threads that the trainer may use too.
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_LOGGING_LEVEL": "CRITICAL",
-}
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 # The check of a hand-over: so many prompts, one completion of so many tokens each.
 _NUM_CHECKED_PROMPTS = 4
 _NUM_CHECKED_TOKENS = 16
 _MOST_CPU_CACHE_BYTES = 4 * 2**30
+_CPU_BLOCK_TOKENS = 128
+
+
+def prepare_environment() -> None:
+    """Set what vLLM reads when it is imported: its engine in this process, where the weights are,
+    and no usage statistics; and unless set, threads that the trainer may use too, and silence."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")
 
 
 class VLLMSampler(Sampler):
@@ -55,7 +58,13 @@ class VLLMSampler(Sampler):
         self._is_checked = False
         self._is_asleep = False
         self._num_requests = 0
-        self._llm = self._start()
+        self._length = _longest(rollout, student.context_tokens)
+        if rollout.vllm.sleep == "always" and not self._on_gpu:
+            raise UserError(
+                "rollout.vllm.sleep = 'always', but vLLM sleeps on a GPU alone; set it to 'auto'."
+            )
+        with torch.random.fork_rng():  # which vLLM seeds
+            self._llm: Any = self._start()
 
     def weights_changed(self) -> None:
         self._is_stale = True
@@ -80,23 +89,41 @@ class VLLMSampler(Sampler):
 
         Each completion has a seed of its own, so it does not depend on the others but for rounding.
         """
+        longest = max(map(len, prompts)) + max_completion_tokens
+        if longest > self._length:
+            raise UserError(
+                f"a prompt and its completion may have {longest} tokens, and vLLM was started for "
+                f"{self._length}; lower rollout.max_completion_tokens, or raise "
+                "rollout.max_prompt_tokens or rollout.vllm.max_model_len."
+            )
         self.update_weights()
         self._wake_up("kv_cache")
         if not self._is_checked:
             self._check(prompts[:_NUM_CHECKED_PROMPTS], before_token)
             self._is_checked = True
-        limits = {"n": group_size, "max_tokens": max_completion_tokens, "temperature": temperature}
-        completions = self._complete(prompts, limits, seed, before_token, after_group)
+        # The likeliest tokens are the same each time, and vLLM writes them once.
+        num_written = group_size if temperature else 1
+
+        def after_request(number: int, written: list[Completion]) -> None:
+            groups[number] = written * (group_size // num_written)
+            after_group(number, groups[number])
+
+        groups: dict[int, list[Completion]] = {}
+        limits = {"n": num_written, "max_tokens": max_completion_tokens, "temperature": temperature}
+        self._complete(prompts, limits, seed, before_token, after_request)
         if self._sleeps:
             # What is asleep on this level has lost its weights; they are handed over again.
             self._llm.sleep(level=2)
             self._is_asleep = True
             self._is_stale = True
-        return completions
+        return [groups[number] for number in range(len(prompts))]
 
     def close(self) -> None:
-        self._llm.llm_engine.engine_core.shutdown()
-        del self._llm
+        if self._llm is not None:
+            if self._is_asleep:
+                self._llm.wake_up()
+            self._llm.llm_engine.engine_core.shutdown()
+            self._llm = None
 
     # --- completions ------------------------------------------------------------------------------
 
@@ -106,41 +133,38 @@ class VLLMSampler(Sampler):
         limits: dict[str, Any],
         seed: int,
         before_token: Callable[[], None],
-        after_group: Callable[[int, list[Completion]], None] = lambda number, completions: None,
-    ) -> list[list[Completion]]:
+        after_request: Callable[[int, list[Completion]], None],
+    ) -> None:
+        """Have all prompts completed; `after_request` gets each number and its completions."""
         vllm: Any = import_module("vllm")
         whole_groups = import_module("vllm.sampling_params").RequestOutputKind.FINAL_ONLY
         engine = self._llm.llm_engine
         eos = list(self._student.eos_token_ids)
-        numbers: dict[str, int] = {}
-        for number, prompt in enumerate(prompts):
-            settings = vllm.SamplingParams(
-                **limits,
-                # vLLM adds the place in the group.
-                seed=(seed + number * limits["n"]) % 2**63,
-                stop_token_ids=eos,
-                ignore_eos=True,
-                logprobs=0,
-                detokenize=False,
-                output_kind=whole_groups,
-            )
-            name = str(self._num_requests)
-            self._num_requests += 1
-            numbers[name] = number
-            engine.add_request(name, {"prompt_token_ids": list(prompt)}, settings)
-        groups: dict[int, list[Completion]] = {}
+        waiting: dict[str, int] = {}
         try:
+            for number, prompt in enumerate(prompts):
+                settings = vllm.SamplingParams(
+                    **limits,
+                    # vLLM adds the place in the group.
+                    seed=(seed + number * limits["n"]) % 2**63,
+                    stop_token_ids=eos,
+                    ignore_eos=True,
+                    logprobs=0,
+                    detokenize=False,
+                    output_kind=whole_groups,
+                )
+                name = str(self._num_requests)
+                self._num_requests += 1
+                waiting[name] = number
+                engine.add_request(name, {"prompt_token_ids": list(prompt)}, settings)
             while engine.has_unfinished_requests():
                 before_token()
                 # A request comes back when the last completion of its group has ended.
                 for output in engine.step():
-                    number = numbers[output.request_id]
                     ordered = sorted(output.outputs, key=lambda one: one.index)
-                    groups[number] = [_completion(one) for one in ordered]
-                    after_group(number, groups[number])
+                    after_request(waiting.pop(output.request_id), list(map(_completion, ordered)))
         finally:
-            engine.abort_request([name for name, number in numbers.items() if number not in groups])
-        return [groups[number] for number in range(len(prompts))]
+            engine.abort_request(list(waiting))
 
     # --- weights ----------------------------------------------------------------------------------
 
@@ -169,8 +193,9 @@ class VLLMSampler(Sampler):
             raise RunFailedError(
                 f"vLLM does not sample from the student's weights: after two hand-overs its "
                 f"log-probs differ from the trainer's by {difference:.2g} nats on average, and "
-                f"rollout.vllm.tolerance is {self._tolerance:g}; resume the run with "
-                "rollout.engine = 'native', and report the model and the version of vLLM."
+                f"rollout.vllm.tolerance is {self._tolerance:g}; start a new run with "
+                "rollout.engine = 'native' and the last checkpoint as student.model, and report "
+                "the model and the version of vLLM."
             )
 
     def _difference(
@@ -183,8 +208,15 @@ class VLLMSampler(Sampler):
             "max_tokens": min(_NUM_CHECKED_TOKENS, self._rollout.max_completion_tokens),
             "temperature": self._rollout.temperature,
         }
-        groups = self._complete(prompts, limits, self._num_requests, before_token)
-        written = [group[0] for group in groups]
+        completed: dict[int, Completion] = {}
+        self._complete(
+            prompts,
+            limits,
+            self._num_requests,
+            before_token,
+            lambda number, group: completed.update({number: group[0]}),
+        )
+        written = [completed[number] for number in range(len(prompts))]
         scores = self._scorer.score(prompts, [one.token_ids for one in written])
         theirs = torch.tensor([value for one in written for value in one.logprobs])
         return float((torch.cat(scores) - theirs).abs().mean())
@@ -192,19 +224,21 @@ class VLLMSampler(Sampler):
     # --- start, memory ----------------------------------------------------------------------------
 
     def _start(self) -> Any:
-        os.environ.update(ENVIRONMENT)
+        prepare_environment()
         vllm: Any = import_module("vllm")
         self.description = f"vLLM {vllm.__version__}, in this process"
         rollout = self._rollout
         settings = rollout.vllm
         model = self._student.model
         num_rows = settings.max_num_seqs or rollout.max_batch_rows
-        length = _longest(rollout, self._student.context_tokens)
+        length = self._length
         memory: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_utilization}
         if not self._on_gpu:
-            wanted = min(num_rows * length * _cache_bytes_per_token(model), _MOST_CPU_CACHE_BYTES)
+            block = _CPU_BLOCK_TOKENS * _cache_bytes_per_token(model)
+            blocks_per_row = -(-length // _CPU_BLOCK_TOKENS)
+            most = max(_MOST_CPU_CACHE_BYTES // block, blocks_per_row + 1)
             memory = {
-                "kv_cache_memory_bytes": wanted,
+                "kv_cache_memory_bytes": min(num_rows * blocks_per_row + 1, most) * block,
                 "enforce_eager": True,
                 # A part of a prompt would set back the random numbers of its completion, which
                 # those of the CPU cannot do.
@@ -229,11 +263,12 @@ class VLLMSampler(Sampler):
                     **memory,
                 )
             except (ValueError, RuntimeError) as error:
+                reasons = error.errors() if isinstance(error, ValidationError) else []
+                reason = reasons[0]["msg"] if reasons else first_line(error)
                 raise UserError(
-                    f"vLLM does not start with student {self._student.name!r} "
-                    f"({first_line(error)}); lower rollout.vllm.max_num_seqs or max_model_len, "
-                    "give it more memory by rollout.vllm.gpu_memory_utilization, or set "
-                    "rollout.engine = 'native'."
+                    f"vLLM does not start with student {self._student.name!r} ({reason}); "
+                    "lower rollout.vllm.max_num_seqs or max_model_len, give it more memory by "
+                    "rollout.vllm.gpu_memory_utilization, or set rollout.engine = 'native'."
                 ) from error
 
     def _wake_up(self, part: str) -> None:
@@ -268,13 +303,15 @@ def _longest(rollout: RolloutConfig, context: int | None) -> int:
     """Return the most tokens of a prompt with its completion. Raises `UserError` where the model
     takes fewer."""
     wanted = rollout.vllm.max_model_len
-    if wanted is not None and context is not None and wanted > context:
+    needed = (rollout.max_prompt_tokens or 1) + rollout.max_completion_tokens
+    if wanted is not None and not needed <= wanted <= (context or wanted):
         raise UserError(
-            f"rollout.vllm.max_model_len = {wanted}, but the student's context has {context} "
-            "tokens; give at most that, or leave it out."
+            f"rollout.vllm.max_model_len = {wanted}, but the limits of [rollout] need {needed} "
+            f"tokens, and the student's context has {context}; give a number between, or leave it "
+            "out."
         )
     if wanted is None and rollout.max_prompt_tokens is not None:
-        wanted = rollout.max_prompt_tokens + rollout.max_completion_tokens
+        wanted = needed
     limits = [limit for limit in (wanted, context) if limit is not None]
     return min(limits, default=4 * rollout.max_completion_tokens)
 

@@ -37,19 +37,25 @@ def describe_environment(seed: int) -> dict[str, Any]:
     }
 
 
-def note_resumption(run: RunDirectory, step: int) -> None:
+def note_resumption(run: RunDirectory, step: int, *, sampler: str) -> None:
     """Add the present versions to the `run.json` of a run that continues after `step`, if they are
-    others than before."""
+    others than before. Raises `UserError` when it was sampled by another sampler."""
     try:
         described = json.loads((run.path / ENVIRONMENT).read_text(encoding="utf-8"))
         now = describe_environment(described["seed"])
         sessions = [described, *described.get("resumed", [])]
+        sampled_by = described.get("sampler", sampler)
         is_same = all(now[name] == sessions[-1][name] for name in ("versions", "commit"))
     except (UnicodeDecodeError, json.JSONDecodeError, TypeError, KeyError, AttributeError):
         raise UserError(
             f"{run.path / ENVIRONMENT} is not what a run has written; put back a copy of it, or "
             "start the run again with --overwrite."
         ) from None
+    if sampled_by != sampler:
+        raise UserError(
+            f"{run.path} was sampled by {sampled_by}, and rollout.engine = 'auto' takes {sampler} "
+            "here; resume it where vLLM is as it was, or start it again with --overwrite."
+        )
     if not is_same:
         session = {"step": step} | {
             name: now[name] for name in ("command", "versions", "commit", "machine", "started")

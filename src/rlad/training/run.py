@@ -137,7 +137,7 @@ def _train(config: RunConfig, *, resume: bool, overwrite: bool, reporter: Report
             if checkpoint is not None:
                 run.set_aside_after(checkpoint)
             run.forget_after(training.engine.step if checkpoint else -1)
-            note_resumption(run, training.engine.step)
+            note_resumption(run, training.engine.step, sampler=training.engine.sampler.name)
             if stored != config:  # more steps, or a teacher that is reached in another way
                 run.write(CONFIG, dump_config(config))
 

@@ -32,6 +32,7 @@ from rlad.objectives import OBJECTIVES, taken_by
 from rlad.objectives.advantages import group_advantages
 from rlad.rollouts.grading import Timer, graded_groups
 from rlad.rollouts.samplers import make_sampler
+from rlad.rollouts.sampling import OwnSampler
 from rlad.rollouts.types import Metrics, RolloutGroup
 from rlad.scoring.scorer import Scorer
 from rlad.seeds import stream_seed
@@ -100,9 +101,6 @@ class NativeEngine:
         if config.objective.needs_vocabulary:
             self.local_teacher.require_comparable(self.scorer)
         self.sampler = make_sampler(student, config.rollout)
-        self.teacher_sampler = self.sampler
-        if config.objective.written_by == "teacher":
-            self.teacher_sampler = make_sampler(self.local_teacher.language_model, config.rollout)
         if config.student.gradient_checkpointing:
             student.model.gradient_checkpointing_enable()
 
@@ -201,8 +199,7 @@ class NativeEngine:
         return self.teacher
 
     def close(self) -> None:
-        for sampler in {self.sampler, self.teacher_sampler}:
-            sampler.close()
+        self.sampler.close()
         if self.teacher is not None:
             self.teacher.close()
 
@@ -283,8 +280,10 @@ class NativeEngine:
         size = self.config.rollout.prompts_per_batch
         by_teacher = self.objective_at(index).written_by == "teacher"
         stream = "teacher rollouts" if by_teacher else "rollouts"
-        sampler = self.teacher_sampler if by_teacher else self.sampler
-        if not sampler.is_trainers_own:
+        sampler = self.sampler
+        if by_teacher:
+            sampler = OwnSampler(self.local_teacher.language_model, self.config.rollout)
+        elif not sampler.is_trainers_own:
             with timer("hand_over"):
                 sampler.update_weights()
         with self.local_teacher.at_work() if by_teacher else nullcontext():
