@@ -1,8 +1,11 @@
-"""A `/v1/completions` server over a tiny model that scores as it should, or misbehaves on purpose.
+"""A server over a tiny model, with vLLM's `/v1/completions` and `/inference/v1/generate`, that
+scores as it should, or misbehaves on purpose.
 
 Scores are computed with the plain logits of the model, by none of rlad's own functions.
 """
 
+import base64
+import io
 import json
 import socket
 import threading
@@ -12,6 +15,7 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -60,6 +64,7 @@ class ConformanceServer:
         self.root: str | None = None
         self.key: str | None = None
         self.understands: tuple[str, ...] = ("prompt_logprobs", "echo")
+        """and `prompt_logprob_token_ids`, for the other route"""
         self.tempers = False
         self.prefix = "/v1"
         self.faults: deque[str] = deque()
@@ -126,6 +131,9 @@ class ConformanceServer:
     def completion(self, body: dict[str, Any]) -> dict[str, Any]:
         prompt: list[int] = body["prompt"]
         with self._lock, torch.no_grad():
+            if "prompt_logprob_token_ids" in body:
+                table = None if self.flaw == "nothing" else self._table(prompt, body)
+                return {"choices": [{"token_ids": [2]}], "prompt_token_id_logprobs": table}
             written, values = self._write(prompt, body) if body["max_tokens"] else ([], [])
             choice: dict[str, Any] = {
                 "index": 0,
@@ -165,7 +173,8 @@ class ConformanceServer:
         self, tokens: list[int], body: dict[str, Any]
     ) -> list[tuple[Any, dict[int, float]]]:
         """Of each token but the first: its log-prob, and the likeliest tokens."""
-        is_tempered = self.tempers and body.get("temper_prompt_logprobs")
+        asked = body.get("prompt_logprob_token_ids")
+        is_tempered = self.tempers and (asked or body.get("temper_prompt_logprobs"))
         rows = self._rows(tokens, body["temperature"] if is_tempered else 1.0)
         rows = rows[1:] if self.flaw == "row ahead" else rows[:-1]
         if self.flaw == "not repeatable":
@@ -175,6 +184,8 @@ class ConformanceServer:
         num_top = body.get("prompt_logprobs") or body.get("logprobs") or 0
         scores: list[tuple[Any, dict[int, float]]] = []
         for i, (row, token) in enumerate(zip(rows, tokens[1:], strict=True)):
+            if asked and self.flaw == "wrong ids":
+                token = (token + 1) % len(row)
             value: Any = float(row[token])
             value = (
                 float("nan")
@@ -183,10 +194,10 @@ class ConformanceServer:
                 if self.flaw == "missing tokens" and i % 3 == 0
                 else value
             )
-            top = row.topk(num_top)
-            scores.append(
-                (value, dict(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
-            )
+            top = row.topk(num_top).indices.tolist()
+            if asked:
+                top = asked[max(i - body["prompt_logprob_start"], 0)]
+            scores.append((value, {other: float(row[other]) for other in top}))
         if self.flaw == "list shifted":
             scores = [scores[-1], *scores[:-1]]
         return scores[:-1] if self.flaw == "one short" else scores
@@ -207,6 +218,16 @@ class ConformanceServer:
                 }
             )
         return entries
+
+    def _table(self, tokens: list[int], body: dict[str, Any]) -> str:
+        """A row for each row of ids in the request, as a file of numpy's."""
+        scores = self._scores(tokens, body)[body["prompt_logprob_start"] :]
+        rows = []
+        for ids, (value, others) in zip(body["prompt_logprob_token_ids"], scores, strict=False):
+            rows.append([value, *(others.get(other) for other in ids[1:])])
+        content = io.BytesIO()
+        numpy.save(content, numpy.array(rows, dtype="float32"))  # None becomes NaN
+        return base64.b64encode(content.getvalue()).decode()
 
     def _echo(self, tokens: list[int], body: dict[str, Any]) -> dict[str, Any]:
         scores = self._scores(tokens, body)
@@ -278,7 +299,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         owner, body = self.owner, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.path != f"{owner.prefix}/completions":
+        if "prompt_logprob_token_ids" in owner.understands and self.path == (
+            owner.prefix.removesuffix("/v1") + "/inference/v1/generate"
+        ):
+            body = body["sampling_params"] | {"model": body["model"], "prompt": body["token_ids"]}
+        elif self.path != f"{owner.prefix}/completions":
             self.answer(404, {"detail": "Not Found"})
             return
         if not self.is_allowed():

@@ -1,6 +1,8 @@
 """A served teacher against a server that is right and one that misbehaves: numbers, self-test,
 faults, whole runs."""
 
+import base64
+import io
 import logging
 import math
 import pickle
@@ -11,8 +13,9 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -136,7 +139,7 @@ def assert_right(values: list[Tensor], model: LanguageModel, temperature: float 
 # --- numbers --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("understood", ["prompt_logprobs", "echo"])
+@pytest.mark.parametrize("understood", get_args(Scoring))
 def test_scores_are_those_of_a_local_pass(model, understood):
     """`auto` finds the one way that the server understands."""
     with (
@@ -150,9 +153,53 @@ def test_scores_are_those_of_a_local_pass(model, understood):
         assert not any("seed" in body for body in server.requests)
 
 
-@pytest.mark.parametrize("scoring", ["prompt_logprobs", "echo"])
+def test_a_table_is_asked_for_first_and_has_nothing_of_the_prompt(model):
+    with ConformanceServer(model, understands=get_args(Scoring)) as server:
+        findings = found(model, server)
+        assert {finding.level for finding in findings.values()} == {"ok"}
+        assert findings["scoring"].message.startswith("by prompt_logprob_token_ids; scores of text")
+        assert "not by" not in findings["scoring"].message
+        with teacher_at(model, server) as teacher:
+            assert_right(teacher.logprobs(REQUESTS), model)
+        last = server.requests[-len(REQUESTS) :]
+        asked = [(body["prompt"], body["prompt_logprob_token_ids"]) for body in last]
+        assert sorted(asked) == sorted(
+            ([*r.prompt, *r.completion], [[t] for t in r.completion]) for r in REQUESTS
+        )
+
+
+class WithWrongTables(ConformanceServer):
+    def _table(self, tokens: list[int], body: dict[str, Any]) -> str:
+        self.flaw = "row ahead"
+        table = super()._table(tokens, body)
+        self.flaw = ""
+        return table
+
+
+@pytest.mark.parametrize("prefix", ["/v1", "/teachers/v1", "/teachers"])
+def test_the_route_of_tables_is_beside_v1(model, prefix):
+    only = {"understands": ("prompt_logprob_token_ids",), "prefix": prefix}
+    with ConformanceServer(model, **only) as server, teacher_at(model, server) as teacher:
+        assert_right(teacher.logprobs(REQUESTS), model)
+
+
+def test_why_a_better_way_is_not_taken_is_said(model):
+    with ConformanceServer(model) as server:
+        message = found(model, server)["scoring"].message
+        assert message.startswith("by prompt_logprobs; scores of text")
+        assert message.endswith(
+            f"; not by prompt_logprob_token_ids: http://127.0.0.1:{server.port}/inference/v1/generate"
+            " refuses the teacher's requests (HTTP 404: Not Found)"
+        )
+    with WithWrongTables(model, understands=get_args(Scoring)) as server:
+        message = found(model, server)["scoring"].message
+        assert message.startswith("by prompt_logprobs; scores of text")
+        assert "; not by prompt_logprob_token_ids: what the server wrote has other" in message
+
+
+@pytest.mark.parametrize("scoring", get_args(Scoring))
 def test_a_server_that_tempers_is_used_at_a_temperature(model, scoring):
-    with ConformanceServer(model, tempers=True) as server:
+    with ConformanceServer(model, tempers=True, understands=get_args(Scoring)) as server:
         findings = found(model, server, temperature=0.6, scoring=scoring)
         assert findings["temperature"].message == "0.6: the server applies it (found 0.6000)"
         with teacher_at(model, server, temperature=0.6, scoring=scoring) as teacher:
@@ -282,7 +329,53 @@ def test_an_answer_of_another_length_is_missing_never_shifted(answer):
         ] * 3
 
 
+def table(*rows: list[float], dtype: Any = "<f4", end: bytes = b"") -> dict[str, Any]:
+    content = io.BytesIO()
+    numpy.save(content, numpy.array(rows, dtype=dtype))
+    return {"prompt_token_id_logprobs": base64.b64encode(content.getvalue() + end).decode()}
+
+
+def test_a_table_is_read_by_rows():
+    answer = table([-1, -2, -3], [-4, -math.inf, 0])
+    _, _, first, second = read_scores("prompt_logprob_token_ids", answer, [5, 6, 7, 8], start=2)
+    assert (first.logprob, first.likeliest) == (-1, {"7": -1, "5": -2, "6": -3})
+    assert second.logprob == -4 and math.isnan(second.likeliest["5"])
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {},
+        {"prompt_token_id_logprobs": None},
+        {"prompt_token_id_logprobs": [-1.0, -1.0]},
+        {"prompt_token_id_logprobs": ""},
+        {"prompt_token_id_logprobs": "never base64"},
+        {"prompt_token_id_logprobs": base64.b64encode(b"\x93NUMPY\x01\x00v\x00").decode()},
+        table([-1.0]),
+        table([-1.0], [-1.0], [-1.0]),
+        table([-1.0], [-1.0], dtype="<f8"),
+        table([-1.0], [-1.0], dtype=">f4"),
+        table([-1.0], [-1.0], dtype=object),
+        {"prompt_token_id_logprobs": table([-1.0], [-1.0])["prompt_token_id_logprobs"][:-4]},
+        table([-1.0], [-1.0], end=b"\0\0\0\0"),
+    ],
+)
+def test_another_table_than_the_one_asked_for_is_missing(answer):
+    scores = read_scores("prompt_logprob_token_ids", answer, [5, 7, 7])
+    assert [str(score.logprob) for score in scores] == ["nan"] * 3
+
+
 def test_what_is_sent():
+    assert scoring_request("prompt_logprob_token_ids", "m", (3, 4, 5, 6), start=2) == {
+        "model": "m",
+        "token_ids": [3, 4, 5, 6],
+        "sampling_params": {
+            "temperature": 1.0,
+            "max_tokens": 1,
+            "prompt_logprob_token_ids": [[5], [6]],
+            "prompt_logprob_start": 1,
+        },
+    }
     assert scoring_request("prompt_logprobs", "m", (3, 4)) == {
         "model": "m",
         "prompt": [3, 4],
@@ -326,11 +419,14 @@ SAID = {
 }
 
 
-@pytest.mark.parametrize("scoring", ["prompt_logprobs", "echo"])
+@pytest.mark.parametrize("scoring", get_args(Scoring))
 @pytest.mark.parametrize("flaw", [flaw for flaw in FLAWS if flaw != "no strings"])
 def test_a_server_that_is_wrong_is_caught(model, flaw, scoring):
-    with ConformanceServer(model, flaw=flaw) as server:
-        assert SAID[flaw] in error_of(model, server, scoring=scoring).message
+    said = SAID[flaw]
+    if (flaw, scoring) == ("wrong ids", "prompt_logprob_token_ids"):
+        said = SAID["zeros"]  # a table does not name the ids that it scores
+    with ConformanceServer(model, flaw=flaw, understands=get_args(Scoring)) as server:
+        assert said in error_of(model, server, scoring=scoring).message
         with (
             pytest.raises(ValueError, match="cannot score the student's tokens: "),
             teacher_at(model, server, scoring=scoring),

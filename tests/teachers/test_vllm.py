@@ -32,6 +32,7 @@ from rlad.teachers.base import TeacherRequest
 from running_servers import free_port, server_process, wait_for
 from tiny_models import tiny_model
 from tiny_runs import FILES, PROBLEMS, run_config, write_config, write_model
+from triton_on_cpu import environment_with_triton
 
 VLLM_PYTHON, SMOLLM2 = os.environ.get("RLAD_VLLM_PYTHON"), PACKAGED["smollm2-135m"]
 pytestmark = [
@@ -56,7 +57,7 @@ class World:
     port: int
 
     @contextmanager
-    def vllm(self) -> Iterator[subprocess.Popen[bytes]]:
+    def vllm(self, environment: dict[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
         """The server that `rlad serve-teacher` starts, ready. Killed with `os.killpg` it leaves
         nothing behind."""
         assert VLLM_PYTHON is not None
@@ -72,8 +73,9 @@ class World:
             str(self.port),
         ]
         command += ["--served-name", "it", "--max-context-tokens", "256"]
+        log = self.folder / "vllm.log"
         with server_process(
-            command, self.port, self.folder / "vllm.log", seconds=START_SECONDS
+            command, self.port, log, seconds=START_SECONDS, environment=environment
         ) as process:
             yield process
 
@@ -131,9 +133,15 @@ def smollm2(tmp_path: Path) -> World:
     return World(write_problems(tmp_path), SMOLLM2.folder, student, free_port())
 
 
-@pytest.mark.parametrize("which", ["world", "smollm2"])
-def test_scores_of_vllm_are_those_of_transformers(which, request, tmp_path):
+NEEDS_RUNNER = "prompt_logprob_token_ids requires the V2 model runner"
+
+
+# The larger model takes too long in Triton's interpreter.
+@pytest.mark.parametrize(("which", "runner"), [("world", "v1"), ("smollm2", "v1"), ("world", "v2")])
+def test_scores_of_vllm_are_those_of_transformers(which, runner, request, tmp_path):
+    """vLLM's newer model runner scores tables of token ids, too; the older one says why not."""
     world: World = request.getfixturevalue(which)
+    environment = environment_with_triton(tmp_path / "triton") if runner == "v2" else None
     student = load_language_model(str(world.student))
     prompts = [student.tokenizer(problem["prompt"])["input_ids"] for problem in PROBLEMS]
     generator = torch.Generator().manual_seed(0)
@@ -145,10 +153,14 @@ def test_scores_of_vllm_are_those_of_transformers(which, request, tmp_path):
         for i, (p, w) in enumerate(zip(prompts, words, strict=True))
     ]
 
+    found: dict[str, str] = {}
+
     def scores(config: dict[str, Any]) -> torch.Tensor:
         run = parse_config(config)
         setting = setting_of(run, student)
-        assert [f for f in check_teacher(run.teacher, setting) if f.level == "error"] == []
+        findings = check_teacher(run.teacher, setting)
+        assert [finding for finding in findings if finding.level == "error"] == []
+        found.update({finding.subject: finding.message for finding in findings})
         teacher = make_teacher(run.teacher, setting)
         values = teacher.logprobs(requests)
         teacher.close()
@@ -156,8 +168,8 @@ def test_scores_of_vllm_are_those_of_transformers(which, request, tmp_path):
         return torch.cat(values)
 
     local = scores(world.local_config(tmp_path / "run"))
-    with world.vllm():
-        for scoring in ("prompt_logprobs", "echo"):
+    with world.vllm(environment):
+        for scoring in ("prompt_logprobs", "echo", "auto"):
             served = scores(
                 world.served_config(
                     tmp_path / "run", scoring=scoring, local_model=str(world.teacher)
@@ -169,6 +181,10 @@ def test_scores_of_vllm_are_those_of_transformers(which, request, tmp_path):
                 "tokens"
             )
             assert error.max() < 1e-3  # false for NaN
+    # The last one asked was `auto`.
+    taken = "prompt_logprobs" if runner == "v1" else "prompt_logprob_token_ids"
+    assert found["scoring"].startswith(f"by {taken}; ")
+    assert (NEEDS_RUNNER in found["scoring"]) == (runner == "v1")
 
 
 def test_training_survives_the_death_of_the_server(world, tmp_path):

@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 import click
@@ -155,6 +156,10 @@ def start_vllm(options: ServeOptions, port: int, key: str | None) -> NoReturn:
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += [str(part) for flag in flags.items() if flag[1] is not None for part in flag]
     command.append("--disable-uvicorn-access-log")
+    # The route that scores a completion without its prompt, of newer versions only.
+    vllm = importlib.util.find_spec("vllm")
+    if vllm and vllm.origin and (Path(vllm.origin).parent / "entrypoints/scale_out").is_dir():
+        command.append("--enable-scale-out")
     # The key goes by the environment, as every user of a machine can read command lines.
     environment = os.environ | {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     if key is not None:

@@ -121,8 +121,8 @@ class ServedTeacherConfig(_SingleTeacher):
     and stand in for each other"""
     model: str
     """the name under which the server offers it"""
-    scoring: Literal["auto", "prompt_logprobs", "echo"] = "auto"
-    """how the server is asked for log-probs of a given text; `auto` takes what passes the
+    scoring: Literal["auto", "prompt_logprob_token_ids", "prompt_logprobs", "echo"] = "auto"
+    """how the server is asked for log-probs of a given text; `auto` takes the first that passes the
     self-test"""
     api_key_variable: Annotated[str, AfterValidator(_variable_name), Mark.NO_NUMBER] = (
         "RLAD_TEACHER_API_KEY"

@@ -35,6 +35,10 @@ class ServerUnavailableError(Exception):
 class ServerRefusedError(RunFailedError):
     """The server refuses such a request, now and later."""
 
+    def __init__(self, said: str, advice: str):
+        super().__init__(f"{said}; {advice}.")
+        self.said = said
+
 
 class CompletionsClient:
     """Sends requests to whichever replica answers. The key is a bearer token that is shown nowhere;
@@ -60,8 +64,10 @@ class CompletionsClient:
             trust_env=not all(map(is_this_machine, settings.urls)),
         )
 
-    def complete(self, body: dict[str, Any], *, given_up: threading.Event) -> dict[str, Any]:
-        """Return any replica's answer to a completion request.
+    def complete(
+        self, path: str, body: dict[str, Any], *, given_up: threading.Event
+    ) -> dict[str, Any]:
+        """Return any replica's answer to a POST.
 
         All are tried in turn, then all again after a pause, `num_retries` times or until they are
         given up. Raises `ServerUnavailableError` when that was in vain, `ServerRefusedError` when
@@ -70,7 +76,7 @@ class CompletionsClient:
         started = time.monotonic()
         retrying = self._retrying(self.settings.num_retries, given_up)
         try:
-            answer = retrying(self._ask_replicas, body)
+            answer = retrying(self._ask_replicas, path, body)
         except ServerUnavailableError:
             # Where another request was answered meanwhile, the fault is this request's own.
             if self._last_answer < started:
@@ -82,7 +88,7 @@ class CompletionsClient:
     def ask(self, url: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return one replica's answer to a POST, or to a GET without a body."""
         retrying = self._retrying(min(self.settings.num_retries, 2), threading.Event())
-        return retrying(self._ask, url + path, body)
+        return retrying(self._ask, _address(url, path), body)
 
     def close(self) -> None:
         self._http.close()
@@ -101,7 +107,7 @@ class CompletionsClient:
             reraise=True,
         )
 
-    def _ask_replicas(self, body: dict[str, Any]) -> dict[str, Any]:
+    def _ask_replicas(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         # Each request begins with the next replica. One that failed lately is asked only when the
         # others fail too, so that one that is down costs no waiting.
         urls = self.settings.urls
@@ -111,7 +117,7 @@ class CompletionsClient:
         reasons: list[str] = []
         for url in sorted(in_turn, key=lambda url: self.rests_until.get(url, 0) > now):
             try:
-                answer = self._ask(url + "/completions", body)
+                answer = self._ask(_address(url, path), body)
             except ServerUnavailableError as error:
                 reasons.append(str(error))
                 rests_until = time.monotonic() + REST_SECONDS
@@ -150,7 +156,7 @@ class CompletionsClient:
         if status in {200, *PASSING_STATUSES} or status >= 500:
             raise ServerUnavailableError(f"{address}: {said}")
         raise ServerRefusedError(
-            f"{address} refuses the teacher's requests ({said}); {self._advice(response)}."
+            f"{address} refuses the teacher's requests ({said})", self._advice(response)
         )
 
     def _advice(self, response: httpx2.Response) -> str:
@@ -174,6 +180,11 @@ class CompletionsClient:
         if self.key is not None:
             text = text.replace(self.key.get_secret_value(), "***")
         return " ".join(printable(text).split())[:200].rstrip(".")
+
+
+def _address(url: str, path: str) -> str:
+    # vLLM's routes of token ids are beside its OpenAI-compatible ones, not below them.
+    return (url.removesuffix("/v1") if path.startswith("/inference/") else url) + path
 
 
 def is_this_machine(url: str) -> bool:

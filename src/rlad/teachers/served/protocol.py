@@ -1,24 +1,31 @@
-"""What a `/v1/completions` server is asked to score or write given token ids, and how its answers
-are read.
+"""What a server is asked to score or write given token ids, and how its answers are read.
 
 A `seed` is never sent: several seeded requests at once end the engine of vLLM on the CPU.
 """
 
 import math
 import re
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import Base64Bytes, BaseModel, BeforeValidator, Field, ValidationError
 
-Scoring = Literal["prompt_logprobs", "echo"]
+Scoring = Literal["prompt_logprob_token_ids", "prompt_logprobs", "echo"]
+"""in the order in which `auto` tries them"""
 
 LARGEST_LOGPROB = 1e-2
 """a little above 0, for rounding"""
 STAND_IN_FOR_MINUS_INFINITY = -9999.0
 """of vLLM, as JSON knows no infinity"""
 ID_PREFIX = "token_id:"
+FLOAT32_TABLE = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '<f4', 'fortran_order': False, "
+    rb"'shape': \(([1-9]\d{0,8}), ([1-9]\d{0,8})\), \} *\n",
+    re.DOTALL,
+)
+"""the header of a `.npy` file with rows and columns of little-endian float32"""
 
 
 def _finite_logprob(value: Any) -> float:
@@ -53,6 +60,10 @@ class _Completion(BaseModel):
     choices: list[_Choice] = Field(min_length=1)
 
 
+class _Generated(BaseModel):
+    prompt_token_id_logprobs: Base64Bytes
+
+
 @dataclass(frozen=True, slots=True)
 class TokenScore:
     """What a server says of one token of a text; as it is here where it says nothing usable."""
@@ -61,7 +72,12 @@ class TokenScore:
     string: str = ""
     """the token as the server writes it"""
     likeliest: Mapping[str, float] = field(default_factory=dict)
-    """token id -> log-prob, of the likeliest tokens at its place; may hold the token itself too"""
+    """token id -> log-prob, of the likeliest tokens at its place, or those that were asked for; may
+    hold the token itself too"""
+
+
+def scoring_path(scoring: Scoring) -> str:
+    return "/inference/v1/generate" if scoring == "prompt_logprob_token_ids" else "/completions"
 
 
 def scoring_request(
@@ -69,17 +85,28 @@ def scoring_request(
     model: str,
     tokens: Sequence[int],
     *,
+    start: int = 1,
     temperature: float = 1.0,
     num_likeliest: int = 0,
     as_ids: bool = True,
 ) -> dict[str, Any]:
-    """Ask for the log-prob of each given token but the first, and for the likeliest tokens at each
-    position.
+    """Ask for the log-prob of each given token from index `start` on, 1 or more, and for the
+    likeliest tokens at each position. Servers that cannot leave out earlier tokens score them too.
 
     `temper_prompt_logprobs` is our own word for log-probs at the request's temperature; `rlad
     serve-teacher` knows it, other servers ignore it. With `as_ids` a server that answers with the
     text of tokens is asked for their ids instead.
     """
+    if scoring == "prompt_logprob_token_ids":
+        # A table with a row for each token. Only ids that are known can be asked for: the first
+        # ones of the text take the place of the likeliest.
+        wanted = {
+            "temperature": temperature,
+            "max_tokens": 1,
+            "prompt_logprob_token_ids": [[t, *tokens[:num_likeliest]] for t in tokens[start:]],
+            "prompt_logprob_start": start - 1,  # the place that foretells the first of them
+        }
+        return {"model": model, "token_ids": list(tokens), "sampling_params": wanted}
     body: dict[str, Any] = {"model": model, "prompt": list(tokens), "temperature": temperature}
     if temperature != 1:
         body["temper_prompt_logprobs"] = True
@@ -103,11 +130,14 @@ def generation_request(model: str, prompt: Sequence[int], num_tokens: int) -> di
 
 
 def read_scores(
-    scoring: Scoring, answer: dict[str, Any], tokens: Sequence[int]
+    scoring: Scoring, answer: dict[str, Any], tokens: Sequence[int], *, start: int = 1
 ) -> list[TokenScore]:
-    """Read what is said of each of `tokens`, of which the first one has no log-prob."""
+    """Read what is said of each of `tokens`, of which the first one has no log-prob. `start` is
+    that of the request."""
     choice = _first_choice(answer)
-    if scoring == "prompt_logprobs":
+    if scoring == "prompt_logprob_token_ids":
+        entries = _entries_of_table(answer, tokens, start)
+    elif scoring == "prompt_logprobs":
         entries = choice.prompt_logprobs or []
     else:
         entries = _entries_of_echo(choice.logprobs, tokens) if choice.logprobs else []
@@ -121,6 +151,30 @@ def read_scores(
         likeliest = {other: found.logprob for other, found in entry.items()}
         scores.append(TokenScore(given.logprob, given.decoded_token or "", likeliest))
     return scores
+
+
+def _entries_of_table(
+    answer: dict[str, Any], tokens: Sequence[int], start: int
+) -> list[dict[str, _Entry] | None]:
+    """Return a table of scores in the form of `prompt_logprobs`: for each token, id -> entry."""
+    try:
+        content = _Generated.model_validate(answer).prompt_token_id_logprobs
+    except ValidationError:
+        return []
+    # A row is for the token at its place on trust, as the table names no ids; the self-test has
+    # shown that it is right. A table of another size is none.
+    header = FLOAT32_TABLE.match(content)
+    num_rows, width = map(int, header.groups()) if header else (0, 0)
+    numbers = content[header.end() :] if header else b""
+    if num_rows != len(tokens) - start or len(numbers) != 4 * num_rows * width:
+        return []
+    entries: list[dict[str, _Entry] | None] = [None] * start
+    rows = struct.iter_unpack(f"<{width}f", numbers)
+    for token, row in zip(tokens[start:], rows, strict=True):
+        ids = [token, *tokens[: width - 1]]
+        scores = zip(ids, row, strict=False)
+        entries.append({str(scored): _Entry(logprob=value) for scored, value in scores})
+    return entries
 
 
 def _entries_of_echo(lists: _Logprobs, tokens: Sequence[int]) -> list[dict[str, _Entry] | None]:

@@ -25,6 +25,7 @@ from rlad.teachers.served.protocol import (
     generation_request,
     read_generation,
     read_scores,
+    scoring_path,
     scoring_request,
 )
 from rlad.teachers.served.token_strings import differing_tokens, probe_ids, spread_ids
@@ -124,10 +125,13 @@ class SelfTest:
             self.scoring = scoring
             try:
                 finding = self._compare_with_writing()
-            except (ServerUnavailableError, ServerRefusedError) as error:
+            except ServerUnavailableError as error:
                 finding = Finding("error", "scoring", str(error))
+            except ServerRefusedError as error:
+                finding = Finding("error", "scoring", error.said)
             if finding.level == "ok":
-                return [finding]
+                message = "; not by ".join([finding.message, *reasons])
+                return [Finding("ok", "scoring", message)]
             reasons.append(f"{scoring}: {finding.message.rstrip('.')}")
         message = f"{'; '.join(reasons)}; serve the model with vLLM or `rlad serve-teacher`."
         return [Finding("error", "scoring", message)]
@@ -138,8 +142,10 @@ class SelfTest:
         # would show.
         tokenizer = self.setting.student_tokenizer
         tokens = spread_ids(tokenizer, min(NUM_STRINGS, (self.context or NUM_STRINGS + 2) - 2))
-        # Nothing is said of a text's first token.
-        scores = self._scores([tokens[-1], *tokens], as_ids=False)[1:]
+        # Nothing is said of a text's first token. A table of scores holds no strings.
+        has_strings = self.scoring != "prompt_logprob_token_ids"
+        scoring = self.scoring if has_strings else "prompt_logprobs"
+        scores = self._scores([tokens[-1], *tokens], scoring=scoring, as_ids=False)[1:]
         strings = [score.string for score in scores]
         compared, differing = differing_tokens(tokenizer, tokens, strings)
         level = "ok"
@@ -221,11 +227,18 @@ class SelfTest:
         return logprobs
 
     def _scores(
-        self, tokens: Sequence[int], url: str | None = None, **wanted: Any
+        self,
+        tokens: Sequence[int],
+        url: str | None = None,
+        *,
+        scoring: Scoring | None = None,
+        start: int = 1,
+        **wanted: Any,
     ) -> list[TokenScore]:
-        body = scoring_request(self.scoring, self.settings.model, tokens, **wanted)
-        answer = self.client.ask(url or self.url, "/completions", body)
-        return read_scores(self.scoring, answer, tokens)
+        scoring = scoring or self.scoring
+        body = scoring_request(scoring, self.settings.model, tokens, start=start, **wanted)
+        answer = self.client.ask(url or self.url, scoring_path(scoring), body)
+        return read_scores(scoring, answer, tokens, start=start)
 
     def _probe_logprobs(self, url: str) -> list[float]:
         scores = self._scores(self.text, url, temperature=self.setting.temperature)
@@ -248,7 +261,8 @@ class SelfTest:
                     "`return_tokens_as_token_ids`)"
                 )
                 return Finding("error", "scoring", problem)
-            scores = self._scores([*prompt, *(token for token, _ in written)])
+            tokens = [*prompt, *(token for token, _ in written)]
+            scores = self._scores(tokens, start=len(prompt))
             writing += [value for _, value in written]
             scoring += [score.logprob for score in scores[len(prompt) :]]
         return self._compare(

@@ -1,5 +1,5 @@
-"""A teacher behind an OpenAI-compatible `/v1/completions`: vLLM, `rlad serve-teacher`, or another
-that scores given tokens."""
+"""A teacher behind an OpenAI-compatible server: vLLM, `rlad serve-teacher`, or another that scores
+given tokens."""
 
 import threading
 import time
@@ -18,7 +18,7 @@ from rlad.errors import UserError
 from rlad.findings import Finding
 from rlad.teachers.base import Answer, Setting, Teacher, TeacherRequest
 from rlad.teachers.served.client import CompletionsClient, ServerUnavailableError
-from rlad.teachers.served.protocol import Scoring, read_scores, scoring_request
+from rlad.teachers.served.protocol import Scoring, read_scores, scoring_path, scoring_request
 from rlad.teachers.served.self_test import SelfTest
 
 SECONDS_BETWEEN_LOOKS = 0.2
@@ -104,15 +104,17 @@ class ServedTeacher(Teacher):
             return values
         tokens = [*request.prompt, *known]
         model = self._client.settings.model
-        body = scoring_request(self._scoring, model, tokens, temperature=self._setting.temperature)
+        temperature = self._setting.temperature
+        start = max(len(request.prompt), 1)
+        body = scoring_request(self._scoring, model, tokens, start=start, temperature=temperature)
         started = time.monotonic()
         try:
-            answer = self._client.complete(body, given_up=given_up)
+            answer = self._client.complete(scoring_path(self._scoring), body, given_up=given_up)
         except ServerUnavailableError:
             return values
         finally:
             spans.append((started, time.monotonic()))
-        scores = read_scores(self._scoring, answer, tokens)[len(request.prompt) :]
+        scores = read_scores(self._scoring, answer, tokens, start=start)[len(request.prompt) :]
         values[: len(known)] = torch.tensor([score.logprob for score in scores])
         return values
 
