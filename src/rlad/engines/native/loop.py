@@ -193,8 +193,7 @@ class NativeEngine:
 
     @property
     def local_teacher(self) -> LocalTeacher:
-        """The teacher of an objective that needs its model itself; a config with another one is
-        refused."""
+        """The teacher of an objective that needs its model; a config with another is refused."""
         assert isinstance(self.teacher, LocalTeacher)
         return self.teacher
 
@@ -391,11 +390,7 @@ class NativeEngine:
         stats: TokenStats,
         imitation: ImitationMap | None = None,
     ) -> float:
-        """Set the gradient to that of the loss over the rollouts `wanted`, and return the loss.
-
-        The denominator is that of all of them, so neither micro-batches nor left-out rows change
-        the result. The loss is NaN where the student's own log-probs are not finite.
-        """
+        """Set the gradient to that of the loss over the rollouts `wanted`; returns the loss."""
         return LossGradient(
             self.config,
             self.objective_at(batch.index),
