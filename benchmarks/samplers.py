@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
+from rlad.checks.trial import with_alternating_verdicts
 from rlad.config.run import RunConfig
 from rlad.engines.base import StepResult
 from rlad.engines.native import make_engine
@@ -107,7 +108,8 @@ def main() -> None:
     engines: dict[str, Any] = {}
     for name in rows:
         config = config_of(name, options)
-        task = make_task(**config.task.model_dump())
+        # Every second completion counts as correct, so that all are scored and trained on.
+        task = with_alternating_verdicts(make_task(**config.task.model_dump()))
         engines[name] = make_engine(config, load_student(config), task, before_work=lambda: None)
     with closing(engines["native"]), closing(engines["vllm"]):
         steps = {name: engine.steps() for name, engine in engines.items()}
