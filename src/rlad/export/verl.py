@@ -54,15 +54,8 @@ def export_verl(config: RunConfig, folder: Path, cluster: Cluster) -> Path:
     """
     # Everything that can fail comes before the first file, so that no half folder is left.
     require_exportable(config, cluster)
-    problem = ""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        problem = f"{folder} is there already and not empty; choose another --output."
-    elif importlib.util.find_spec("pyarrow") is None:
-        problem = (
-            "verl reads Parquet files, for which pyarrow is needed: pip install 'rlad[datasets]'."
-        )
-    if problem:
-        raise UserError(problem)
+        raise UserError(f"{folder} is there already and not empty; choose another --output.")
     tokenizer = load_tokenizer(config.student.model)
     template = None
     if is_plain(tokenizer, config.rollout.prompt_format):
@@ -75,6 +68,10 @@ def export_verl(config: RunConfig, folder: Path, cluster: Cluster) -> Path:
     rows = train + validation
     longest = max(_num_prompt_tokens(tokenizer, row, config, template) for row in rows)
     keys = overrides(config, cluster, prompt_tokens=longest, chat_template=template)
+    if importlib.util.find_spec("pyarrow") is None:
+        raise UserError(
+            "verl reads Parquet files, for which pyarrow is needed: pip install 'rlad[datasets]'."
+        )
 
     folder.mkdir(parents=True, exist_ok=True)
     _write_table(train, folder / "train.parquet")
