@@ -16,7 +16,14 @@ import rlad.training.run
 from rlad.config.file import parse_config
 from rlad.config.run import LoraConfig, RunConfig
 from rlad.engines.native.loop import NativeEngine
-from rlad.models.adapters import add_lora, load_adapter, only_adapter, save_adapter
+from rlad.models.adapters import (
+    add_frozen_adapter,
+    add_lora,
+    load_adapter,
+    merged_weights,
+    only_adapter,
+    save_adapter,
+)
 from rlad.models.loading import LanguageModel, load_language_model
 from rlad.models.student import load_reference, load_student
 from rlad.rollouts.sampling import sample
@@ -469,3 +476,27 @@ def test_two_adapters_do_not_touch_each_other(adapter):
     )
     with only_adapter(student.model, "default"):
         assert torch.equal(short(student), wanted)
+
+
+@pytest.mark.parametrize("targets", [("q_proj",), ("embed_tokens", "down_proj")])
+def test_the_weights_for_another_sampler_are_those_of_the_student(tmp_path, targets) -> None:
+    """Loaded into a plain model they give its logits, also with a teacher's adapter beside."""
+    student = tiny_language_model()
+    add_lora(student.model, LoraConfig(rank=4, target_modules=targets), base="tiny", seed=0)
+    teacher = tiny_language_model()
+    add_lora(teacher.model, LoraConfig(rank=4), base="tiny", seed=1)
+    for model in (student.model, teacher.model):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    save_adapter(teacher.model, tmp_path)
+    add_frozen_adapter(student.model, str(tmp_path))
+    plain = tiny_language_model(seed=1).model
+    loaded = plain.load_state_dict(dict(merged_weights(student.model)), strict=True)
+    assert not loaded.missing_keys and not loaded.unexpected_keys
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            plain(ids).logits, student.model(ids).logits, atol=1e-4, rtol=1e-4
+        )

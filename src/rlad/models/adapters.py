@@ -168,7 +168,7 @@ def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     layers = _layers(model)
     for name, parameter in model.named_parameters():
         layer, _, last = name.rpartition(".base_layer.")
-        if layer and last == "weight" and STUDENT in layers[layer].lora_A:
+        if layer and last == "weight" and _holds_own_adapter(layers[layer]):
             delta = layers[layer].get_delta_weight(STUDENT)
             yield f"{layer}.weight", (parameter.detach() + delta).to(parameter.dtype)
         elif layer:
@@ -182,8 +182,13 @@ def adapts_tied_embeddings(model: PreTrainedModel) -> bool:
     embeddings: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     is_tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     return is_tied and any(
-        layer in embeddings and STUDENT in layer.lora_A for layer in _layers(model).values()
+        layer in embeddings and _holds_own_adapter(layer) for layer in _layers(model).values()
     )
+
+
+def _holds_own_adapter(layer: Any) -> bool:
+    """Whether a layer has a part of the model's own adapter, and not of a teacher's alone."""
+    return STUDENT in layer.lora_A or STUDENT in layer.lora_embedding_A
 
 
 def adapter_names(model: PreTrainedModel) -> list[str]:
