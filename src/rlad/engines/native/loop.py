@@ -105,8 +105,7 @@ class NativeEngine:
             student.model.gradient_checkpointing_enable()
 
     def steps(self) -> Iterator[StepResult]:
-        """Optimiser steps until `num_steps`; between two of them the engine's state may be
-        saved."""
+        """Optimiser steps until `num_steps`; between two of them the state may be saved."""
         per_batch = self.config.optimization.steps_per_rollout_batch
         while self.step < self.config.optimization.num_steps:
             if self.pending is None:
@@ -138,8 +137,7 @@ class NativeEngine:
             )
 
     def run(self, after_step: Callable[[StepResult], bool]) -> None:
-        """Make optimiser steps until `num_steps`, or until `after_step`, which gets each of them,
-        returns False."""
+        """Make optimiser steps until `num_steps`, or until `after_step` returns False."""
         for result in self.steps():
             if not after_step(result):
                 break
@@ -203,8 +201,7 @@ class NativeEngine:
             self.teacher.close()
 
     def objective_at(self, batch_index: int) -> Any:
-        """The config of the objective that a rollout batch is for: of the run's, the one whose turn
-        it is."""
+        """The config of the objective whose turn it is at a rollout batch."""
         objective = self.config.objective
         loop = self.config.optimization
         return objective.at_step(batch_index * loop.steps_per_rollout_batch, loop.num_steps)
