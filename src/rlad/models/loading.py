@@ -220,19 +220,25 @@ def load_language_model(
         model.generation_config.eos_token_id = list(eos)
     pad = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else eos[0]
     loaded = LanguageModel(name, model.to(where).eval(), tokenizer, eos, pad, compute_dtype)
+    _require_sound(loaded, look_at_weights=trainable)
+    return loaded
+
+
+def _require_sound(loaded: LanguageModel, *, look_at_weights: bool) -> None:
+    """Raise `UserError` for a tokenizer of another model, and for weights that are not finite."""
+    num_tokens = len(loaded.tokenizer)
     problem = ""
-    if len(tokenizer) > loaded.vocabulary:
+    if num_tokens > loaded.vocabulary:
         problem = (
-            f"its tokenizer has {len(tokenizer)} tokens but the model only {loaded.vocabulary} "
+            f"its tokenizer has {num_tokens} tokens but the model only {loaded.vocabulary} "
             "embeddings, so it belongs to another model"
         )
-    elif trainable:
+    elif look_at_weights:
         weights = loaded.model.named_parameters()
         wrong = next((key for key, weight in weights if not weight.isfinite().all()), None)
         problem = f"its weight {wrong!r} holds NaN or infinite values" if wrong else ""
     if problem:
-        raise UserError(f"{problem}; give another model than {name!r}.")
-    return loaded
+        raise UserError(f"{problem}; give another model than {loaded.name!r}.")
 
 
 def _load_weights(name: str, dtype: torch.dtype, quantization: Any, device: torch.device) -> Any:

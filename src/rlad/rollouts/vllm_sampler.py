@@ -172,8 +172,14 @@ class VLLMSampler(Sampler):
         """Give vLLM the student's weights."""
         self._wake_up("weights")
         arguments = {"weights_iterator": merged_weights(self._student.model)}
-        with torch.no_grad():
-            self._llm.collective_rpc("reload_weights", kwargs=arguments)
+        try:
+            with torch.no_grad():
+                self._llm.collective_rpc("reload_weights", kwargs=arguments)
+        except ValueError as error:  # a name that its model does not have
+            raise RunFailedError(
+                f"vLLM does not take the weights of {self._student.name!r} ({first_line(error)}); "
+                "use rollout.engine = 'native' for this model."
+            ) from error
         if not self._on_gpu:
             self._llm.collective_rpc(_repack_tied_output_layer)
         self._llm.reset_prefix_cache()

@@ -133,11 +133,12 @@ def _train(config: RunConfig, *, resume: bool, overwrite: bool, reporter: Report
             run.write(ENVIRONMENT, json.dumps(described, indent=2))
             run.write(CONFIG, dump_config(config))
         else:
+            # First, as it may refuse.
+            note_resumption(run, training.engine.step, sampler=training.engine.sampler.name)
             run.delete(MODEL_CARD)  # a run without it is not finished
             if checkpoint is not None:
                 run.set_aside_after(checkpoint)
             run.forget_after(training.engine.step if checkpoint else -1)
-            note_resumption(run, training.engine.step, sampler=training.engine.sampler.name)
             if stored != config:  # more steps, or a teacher that is reached in another way
                 run.write(CONFIG, dump_config(config))
 
