@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from reference import generalised_jsd as slow_jsd
-from rlad.objectives.divergences import generalised_jsd
+from rlad.objectives.divergences import (
+    divergence_of,
+    generalised_jsd,
+    num_clipped,
+    sampled_divergence,
+    with_tail,
+)
 from rlad.objectives.gkd import gkd_loss
 from rlad.objectives.sft import sft_loss
 
@@ -78,9 +84,7 @@ def test_swapping_the_models_swaps_beta() -> None:
 def test_a_teacher_that_agrees_gives_nothing(beta: float, dtype: torch.dtype) -> None:
     logprobs = logits(0).to(dtype).log_softmax(-1)
     terms, slopes = generalised_jsd(logprobs, logprobs, beta=beta)
-    rounding = 4 * torch.finfo(dtype).eps
-    gradient = slopes - logprobs.exp() * slopes.sum(-1, keepdim=True)
-    assert float(terms.abs().max()) <= rounding and float(gradient.abs().max()) <= rounding
+    assert bool((terms == 0).all()) and bool((slopes == 0).all())
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -123,6 +127,102 @@ def test_a_model_without_numbers_does_not_pass_for_agreement(beta: float) -> Non
     nothing = torch.full((1, 9), NAN, dtype=torch.float64)
     assert bool(divergence(logits(0, tokens=1), nothing, beta).isnan().all())
     assert bool(divergence(nothing, logits(0, tokens=1), beta).isnan().all())
+
+
+# --- the sampled token, the tail, the bound of each term ------------------------------------------
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_the_sampled_token_gives_value_and_gradient_in_expectation(beta: float) -> None:
+    """The sum over all tokens y of πS(y) times the estimate at y, against the whole vocabulary."""
+    student, teacher = logits(0).requires_grad_(), logits(1)
+    expected = divergence(student, teacher, beta)
+    (wanted,) = torch.autograd.grad(expected.sum(), student)
+    logprobs = student.log_softmax(-1)
+    measure = divergence_of("jsd", beta=beta) if 0 < beta < 1 else None
+    measure = measure or divergence_of({0.0: "forward_kl", 1.0: "reverse_kl"}[beta])
+    estimates = sampled_divergence(logprobs, teacher.log_softmax(-1), measure)
+    value = (logprobs.detach().exp() * estimates).sum(-1)
+    (gradient,) = torch.autograd.grad(value.sum(), student)
+    assert torch.allclose(value, expected, rtol=0, atol=1e-14)
+    assert torch.allclose(gradient, wanted, rtol=0, atol=1e-14)
+
+
+def test_the_sampled_token_by_hand() -> None:
+    """πS(y) = 1/2, πT(y) = 1/4: values log 2, -log(2)/2, (log(4/3) + log(2/3)/2)/2."""
+    for name, value, slope in (
+        ("reverse_kl", math.log(2), math.log(2)),
+        ("forward_kl", -math.log(2) / 2, 1 - 1 / 2),
+        ("jsd", (math.log(4 / 3) + math.log(2 / 3) / 2) / 2, math.log(4 / 3) / 2),
+    ):
+        student = torch.tensor([0.5], dtype=torch.float64).log().requires_grad_()
+        teacher = torch.tensor([0.25], dtype=torch.float64).log()
+        estimate = sampled_divergence(student, teacher, divergence_of(name))
+        estimate.sum().backward()
+        assert student.grad is not None
+        assert (estimate.item(), student.grad.item()) == pytest.approx((value, slope), abs=1e-15)
+
+
+@pytest.mark.parametrize("name", ["jsd", "reverse_kl", "forward_kl"])
+def test_a_sampled_token_on_which_both_agree_gives_exactly_nothing(name) -> None:
+    student = torch.tensor([-0.1, -3.0, -700.0], requires_grad=True)
+    estimate = sampled_divergence(student, student.detach(), divergence_of(name))
+    (gradient,) = torch.autograd.grad(estimate.sum(), student)
+    assert bool((estimate == 0).all()) and bool((gradient == 0).all())
+
+
+def test_a_divergence_of_several_tokens_as_advantage_has_no_expected_gradient() -> None:
+    """Why it is refused: E_y[D ∇log πS(y)] = D E_y[∇log πS(y)] = 0, since D does not depend on the
+    sampled y. The log-ratio of the sampled token does, and gives the gradient of the reverse KL."""
+    student, teacher = logits(0).requires_grad_(), logits(1)
+    logprobs, theirs = student.log_softmax(-1), teacher.log_softmax(-1)
+    probs = logprobs.detach().exp()
+    top = logprobs.detach().topk(3).indices
+    outcomes = [with_tail(each.gather(-1, top)) for each in (logprobs.detach(), theirs)]
+    of_top_k = generalised_jsd(*outcomes, beta=1.0)[0].sum(-1, keepdim=True)
+    for advantage, is_nothing in ((-of_top_k, True), (theirs - logprobs.detach(), False)):
+        surrogate = -(probs * advantage * logprobs).sum()
+        (gradient,) = torch.autograd.grad(surrogate, student, retain_graph=True)
+        assert (float(gradient.abs().max()) < 1e-15) is is_nothing
+    (exact,) = torch.autograd.grad(divergence(student, teacher, 1.0).sum(), student)
+    assert torch.allclose(gradient, exact, rtol=0, atol=1e-14)
+
+
+def test_the_tail_is_the_rest_and_never_nothing() -> None:
+    probs = torch.tensor([[0.5, 0.25], [0.75, 0.25], [0.75, 0.2500001]])
+    tail = with_tail(probs.log()).exp()[:, -1]
+    assert tail.tolist() == pytest.approx([0.25, 1e-7, 1e-7], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["jsd", "reverse_kl", "forward_kl"])
+def test_bounded_terms(name) -> None:
+    """The gradient is that of sum_v min(term_v, bound) by autograd; straight-through it is that of
+    the terms without bound."""
+    student, teacher, bound = logits(0).requires_grad_(), logits(1), 0.05
+    terms = divergence_of(name)(student.log_softmax(-1), teacher.log_softmax(-1))[0]
+    (wanted,) = torch.autograd.grad(terms.clamp(max=bound).sum(), student, retain_graph=True)
+    (unbounded,) = torch.autograd.grad(terms.sum(), student)
+    arguments = student.detach().log_softmax(-1), teacher.log_softmax(-1)
+    for how, right in (("zero", wanted), ("straight_through", unbounded)):
+        measure = divergence_of(name, pointwise_clip=bound, clip_gradient=how)
+        values, slopes = measure(*arguments)
+        assert torch.equal(values, terms.detach().clamp(max=bound))
+        gradient = slopes - arguments[0].exp() * slopes.sum(-1, keepdim=True)
+        assert torch.allclose(gradient, right, rtol=0, atol=1e-14)
+    counts, _ = num_clipped(*arguments, divergence=divergence_of(name), bound=bound)
+    assert torch.equal(counts.sum(-1), (terms > bound).sum(-1).double())
+    assert 0 < int(counts.sum()) < counts.numel() and not torch.allclose(wanted, unbounded)
+
+
+def test_a_bounded_entry_is_pushed_down_although_the_teacher_wants_it_up() -> None:
+    """The fault of OPSD's clip, measured: forward KL, πT = (.9, .1), πS = (.1, .9)."""
+    student, teacher = (
+        torch.tensor(p, dtype=torch.float64).log() for p in ([0.1, 0.9], [0.9, 0.1])
+    )
+    for bound, is_pushed_up in ((None, True), (0.05, False)):
+        _, slopes = divergence_of("forward_kl", pointwise_clip=bound)(student, teacher)
+        gradient = slopes - student.exp() * slopes.sum()
+        assert (float(gradient[0]) < 0) is is_pushed_up
 
 
 # --- the losses -----------------------------------------------------------------------------------

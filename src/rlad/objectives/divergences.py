@@ -1,19 +1,28 @@
-"""Divergences between the distributions of teacher and student over the vocabulary.
+"""Divergences between the distributions of student and teacher over the vocabulary or parts of it.
 
-A divergence is a function of the log-probs of both, `[..., entry]`, for all entries of the
-vocabulary or some of them. It returns the terms whose sum over the vocabulary is the divergence,
-and their slopes d (sum of terms) / d log πS. Both can be summed part by part, so that the whole
-vocabulary need not exist at once: the gradient to a student's logit is slope - πS * sum of slopes.
+A divergence is a function of the log-probs of both, `[..., outcome]`. It returns the terms whose
+sum over all outcomes is the divergence, and their slopes d (sum of terms) / d log πS. Both can be
+summed part by part, so that the whole vocabulary need not exist at once: the gradient to a
+student's logit is slope - πS * sum of slopes.
+
+A support says which outcomes are told apart:
+
+    full            each entry of the vocabulary
+    student_top_k   the K entries likeliest under the student, and all others as one (the tail)
+    teacher_top_k   the K entries likeliest under the teacher, and the tail
+    sampled         the sampled token alone: an estimate, right in expectation over such tokens
 """
 
-import math
 from collections.abc import Callable
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(student's log-probs, teacher's log-probs) -> (terms, slopes), all of one shape"""
+DivergenceName = Literal["jsd", "reverse_kl", "forward_kl"]
 
 
 def generalised_jsd(
@@ -27,21 +36,108 @@ def generalised_jsd(
 
     The ends are those of TRL: the limit of JSD_beta itself is 0 there. An entry of probability 0
     has the log-prob -inf, and adds 0 where the formula says 0 * log 0.
+
+    A multiple of πS added to all slopes changes no gradient; it is chosen such that they are 0, and
+    the gradient exactly 0, where both models agree.
     """
     student = student_logprobs
     teacher = teacher_logprobs
     student_probs = student.exp()
     teacher_probs = teacher.exp()
     if beta == 0:
-        return _times(teacher_probs, teacher - student), -teacher_probs
+        return _times(teacher_probs, teacher - student), student_probs - teacher_probs
     if beta == 1:
         terms = _times(student_probs, student - teacher)
-        return terms, terms + student_probs  # d(p log p/q) / d log p
-    # log m, computed from the logarithms: no probability is too small for it.
-    mixture = torch.logaddexp(teacher + math.log(beta), student + math.log(1 - beta))
+        return terms, terms
+    # log m from the larger of the two and the distance of the other: no probability is too small
+    # for it, and it is log πS itself where both agree.
+    teacher_is_larger = teacher > student
+    less = torch.expm1(-(teacher - student).abs())
+    of_smaller = torch.where(teacher_is_larger, (1 - beta) * less, beta * less)
+    mixture = torch.where(teacher_is_larger, teacher, student) + torch.log1p(of_smaller)
     of_teacher = beta * _times(teacher_probs, teacher - mixture)
     of_student = (1 - beta) * _times(student_probs, student - mixture)
     return of_teacher + of_student, of_student
+
+
+def divergence_of(
+    name: DivergenceName,
+    *,
+    beta: float = 0.5,
+    pointwise_clip: float | None = None,
+    clip_gradient: Literal["zero", "straight_through"] = "zero",
+) -> Divergence:
+    """Return the divergence of a name; `beta` is the teacher's share in the mixture of `jsd`, and
+    `pointwise_clip` bounds each of its terms (see `clipped`)."""
+    beta = {"jsd": beta, "reverse_kl": 1.0, "forward_kl": 0.0}[name]
+    divergence = partial(generalised_jsd, beta=beta)
+    if pointwise_clip is None:
+        return divergence
+    # What was taken from the slopes, in multiples of πS: see `generalised_jsd`.
+    taken = {0.0: -1.0, 1.0: 1.0}.get(beta, 0.0)
+    return partial(
+        clipped,
+        divergence=divergence,
+        bound=pointwise_clip,
+        taken=None if clip_gradient == "straight_through" else taken,
+    )
+
+
+def clipped(
+    student_logprobs: Tensor,
+    teacher_logprobs: Tensor,
+    *,
+    divergence: Divergence,
+    bound: float,
+    taken: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Bound each term: the sum over v of min(term_v, bound).
+
+    A bounded term has no slope of its own. So its entry is pushed *down* by the others' softmax,
+    although the teacher wants it up. With `taken` = None (straight-through) the slopes stay those
+    of the terms without bound; else `taken` πS is what the slopes have been lowered by.
+    """
+    terms, slopes = divergence(student_logprobs, teacher_logprobs)
+    if taken is not None:
+        slopes = torch.where(terms > bound, -taken * student_logprobs.exp(), slopes)
+    return terms.clamp(max=bound), slopes
+
+
+def num_clipped(
+    student_logprobs: Tensor, teacher_logprobs: Tensor, *, divergence: Divergence, bound: float
+) -> tuple[Tensor, Tensor]:
+    """Count the terms above a bound: the "terms" are 1 there, else 0. No slopes."""
+    terms, _ = divergence(student_logprobs, teacher_logprobs)
+    return (terms > bound).to(terms), torch.zeros_like(terms)
+
+
+def sampled_divergence(
+    student_logprobs: Tensor, teacher_logprobs: Tensor, divergence: Divergence
+) -> Tensor:
+    """Estimate a divergence at each token from the token that the student sampled there.
+
+    Value term / πS and gradient (slope / πS) ∇log πS, at the sampled token: their expectations over
+    tokens of the student are the divergence and its gradient. The reverse KL gives
+    (log πS - log πT) ∇log πS. Log-probs of any one shape; the gradient goes to the student alone.
+    """
+    # Terms and slopes are of degree 1 in (πS, πT), so dividing by πS is setting πS to 1.
+    student = student_logprobs.detach()
+    ratio = teacher_logprobs.detach() - student
+    value, slope = divergence(torch.zeros_like(ratio), ratio)
+    return value + slope * (student_logprobs - student)
+
+
+def with_tail(logprobs: Tensor) -> Tensor:
+    """Append the log-prob of all outcomes that are not among `logprobs` [..., K], as one.
+
+    The rest of a sum near 1 is known only to the rounding of the sum, and never taken for 0: an
+    infinite divergence would follow.
+    """
+    rest = 1 - logprobs.double().exp().sum(dim=-1, keepdim=True)
+    return torch.cat([logprobs, rest.clamp(min=SMALLEST_TAIL).log().to(logprobs)], dim=-1)
+
+
+SMALLEST_TAIL = 1e-7
 
 
 def _times(probs: Tensor, log_ratio: Tensor) -> Tensor:

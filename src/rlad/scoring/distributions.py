@@ -1,10 +1,35 @@
 """Next-token distributions as hidden states and an output layer, whose logits exist in tiles."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+
+class TokenDistributions(Protocol):
+    """The next-token distributions softmax(logits) of N tokens over a vocabulary; NaN where there
+    is none."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def vocabulary(self) -> int: ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the logits: float32, or float64."""
+        ...
+
+    def logits(self, rows: slice = ..., entries: slice = ...) -> Tensor:
+        """Compute a tile of the logits, `[token, entry]`, without gradient, for the caller to
+        change."""
+        ...
+
+    def placed(self, places: Tensor, num_tokens: int) -> "TokenDistributions":
+        """Move token i to `places[i]` of `num_tokens`; the others have no distribution."""
+        ...
 
 
 class Distributions(NamedTuple):
@@ -28,6 +53,18 @@ class Distributions(NamedTuple):
     weight_grad: Tensor | None = None
     """where given, the gradient of `weight` is added to it in place, and autograd is given none"""
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self.hidden)
+
+    @property
+    def vocabulary(self) -> int:
+        return len(self.weight)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return float32_or_wider(self.hidden.dtype)
+
     @torch.no_grad()
     def logits(self, rows: slice = slice(None), entries: slice = slice(None)) -> Tensor:
         """Compute a tile of the logits, `[token, entry]`, float32 (float64 for float64 inputs)."""
@@ -43,6 +80,13 @@ class Distributions(NamedTuple):
             logits.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
         return logits.div_(self.temperature)
 
+    @torch.no_grad()
+    def placed(self, places: Tensor, num_tokens: int) -> "Distributions":
+        """See `TokenDistributions`."""
+        hidden = self.hidden.new_full((num_tokens, self.hidden.shape[1]), torch.nan)
+        hidden[places] = self.hidden
+        return self._replace(hidden=hidden)
+
     def slope_of_cap(self, logits: Tensor) -> Tensor | None:
         """Return the derivative of `capped` where it gave these logits; None without a cap."""
         if self.soft_cap is None:
@@ -50,10 +94,8 @@ class Distributions(NamedTuple):
         return (logits * (self.temperature / self.soft_cap)).square_().neg_().add_(1)
 
     def tiles(self, tile: tuple[int, int]) -> Iterator[tuple[slice, list[slice]]]:
-        """Yield parts of the tokens, each with the parts of the vocabulary; at most of the size
-        `tile`."""
-        entries = list(_parts(len(self.weight), tile[1]))
-        return ((rows, entries) for rows in _parts(len(self.hidden), tile[0]))
+        """See `tiles_of`."""
+        return tiles_of(self, tile)
 
 
 class OutputGradient:
@@ -94,6 +136,25 @@ class OutputGradient:
             None if weight is None else weight.to(of.weight.dtype),
             None if self.bias is None or of.bias is None else self.bias.to(of.bias.dtype),
         )
+
+
+def tiles_of(
+    distributions: TokenDistributions, tile: tuple[int, int]
+) -> Iterator[tuple[slice, list[slice]]]:
+    """Yield parts of the tokens, each with the parts of the vocabulary; at most of the size
+    `tile`."""
+    entries = list(_parts(distributions.vocabulary, tile[1]))
+    return ((rows, entries) for rows in _parts(distributions.num_tokens, tile[0]))
+
+
+@torch.no_grad()
+def logsumexp_of(distributions: TokenDistributions, tile: tuple[int, int]) -> Tensor:
+    """Return the log-sum-exp of each token's logits, `[N]`."""
+    of_rows = []
+    for rows, parts in tiles_of(distributions, tile):
+        of_tiles = [distributions.logits(rows, entries).logsumexp(dim=-1) for entries in parts]
+        of_rows.append(torch.stack(of_tiles).logsumexp(dim=0))
+    return torch.cat(of_rows) if of_rows else torch.empty(0, dtype=distributions.dtype)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

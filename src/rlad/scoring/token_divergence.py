@@ -8,13 +8,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rlad.objectives.divergences import Divergence
-from rlad.scoring.distributions import Distributions, OutputGradient, float32_or_wider
+from rlad.scoring.distributions import (
+    Distributions,
+    OutputGradient,
+    TokenDistributions,
+    logsumexp_of,
+)
 from rlad.scoring.tiles import tile_shape
 
 
 def token_divergence(
     student: Distributions,
-    teacher: Distributions,
+    teacher: TokenDistributions,
     divergence: Divergence,
     *,
     tile: tuple[int, int] | None = None,
@@ -25,13 +30,17 @@ def token_divergence(
     Both are over the same vocabulary; the hidden sizes may differ. The gradient goes to the student
     alone. Logits exist for one tile of each at a time, as in `token_logprobs`.
     """
-    assert (len(student.hidden), len(student.weight)) == (len(teacher.hidden), len(teacher.weight))
-    if tile is None:
-        device = student.weight.device.type
-        num_tokens, num_entries = tile_shape(device, len(student.hidden), len(student.weight))
-        # About nine tensors of the size of a tile exist at once; of log-probs alone it is three.
-        tile = (max(1, num_tokens // 3), num_entries)
+    assert (student.num_tokens, student.vocabulary) == (teacher.num_tokens, teacher.vocabulary)
+    # About nine tensors of the size of a tile exist at once; of log-probs alone it is three.
+    tile = tile or smaller_tile(student)
     return _TokenDivergence.apply(*student, teacher, divergence, tile)
+
+
+def smaller_tile(of: Distributions) -> tuple[int, int]:
+    """Return a tile for computations that hold three times as many tensors of its size as
+    log-probs do."""
+    num_tokens, num_entries = tile_shape(of.weight.device.type, of.num_tokens, of.vocabulary)
+    return max(1, num_tokens // 3), num_entries
 
 
 class _TokenDivergence(torch.autograd.Function):
@@ -46,7 +55,7 @@ class _TokenDivergence(torch.autograd.Function):
         *given, teacher, divergence, tile = arguments
         student = Distributions(*given)
         # First pass: the log-sum-exps, without which no part of the vocabulary has log-probs.
-        logsumexps = [_logsumexp(each, tile) for each in (student, teacher)]
+        logsumexps = [logsumexp_of(each, tile) for each in (student, teacher)]
         total = torch.zeros_like(logsumexps[0])
         slope_sum = torch.zeros_like(logsumexps[0])
         # Second pass: each part's terms, and their slopes in the student's log-probs.
@@ -85,18 +94,8 @@ class _TokenDivergence(torch.autograd.Function):
         return (*gradient.for_autograd(), *(None,) * 7)
 
 
-def _logsumexp(distributions: Distributions, tile: tuple[int, int]) -> Tensor:
-    """Return the log-sum-exp of each token's logits, `[N]`."""
-    hidden = distributions.hidden
-    result = hidden.new_empty(len(hidden), dtype=float32_or_wider(hidden.dtype))
-    for rows, parts in distributions.tiles(tile):
-        of_tiles = [distributions.logits(rows, entries).logsumexp(dim=-1) for entries in parts]
-        result[rows] = torch.stack(of_tiles).logsumexp(dim=0)
-    return result
-
-
 def _logprobs(
-    both: tuple[Distributions, Distributions],
+    both: tuple[Distributions, TokenDistributions],
     logsumexps: tuple[Tensor, Tensor] | list[Tensor],
     rows: slice,
     entries: slice,

@@ -1,0 +1,105 @@
+"""Distributions made of others: mixtures of several models, and one of them for each token."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from rlad.scoring.distributions import TokenDistributions, logsumexp_of
+
+
+class _Combined:
+    """Distributions of the same tokens over the same vocabulary, as one."""
+
+    parts: Sequence[TokenDistributions]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.parts[0].num_tokens
+
+    @property
+    def vocabulary(self) -> int:
+        return self.parts[0].vocabulary
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parts[0].dtype
+
+
+@dataclass(frozen=True)
+class GeometricMixture(_Combined):
+    """π proportional to the product of π_i^w_i: the weighted sum of the logits is its logits."""
+
+    parts: Sequence[TokenDistributions]
+    weights: Sequence[float]
+
+    @torch.no_grad()
+    def logits(self, rows: slice = slice(None), entries: slice = slice(None)) -> Tensor:
+        total = self.parts[0].logits(rows, entries).mul_(self.weights[0])
+        for part, weight in zip(self.parts[1:], self.weights[1:], strict=True):
+            total.add_(part.logits(rows, entries), alpha=weight)
+        return total
+
+    def placed(self, places: Tensor, num_tokens: int) -> "GeometricMixture":
+        return replace(self, parts=[part.placed(places, num_tokens) for part in self.parts])
+
+
+@dataclass(frozen=True)
+class ArithmeticMixture(_Combined):
+    """π = sum_i w_i π_i, the weights of sum 1."""
+
+    parts: Sequence[TokenDistributions]
+    log_weights: Sequence[float]
+    tile: tuple[int, int]
+    """within which the log-sum-exps of the parts are computed, once"""
+    _shifts: list[Tensor] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # log w_i - the log-sum-exp of part i: what its logits need to be log w_i π_i.
+        shifts = [
+            log_weight - logsumexp_of(part, self.tile)
+            for part, log_weight in zip(self.parts, self.log_weights, strict=True)
+        ]
+        object.__setattr__(self, "_shifts", shifts)
+
+    @torch.no_grad()
+    def logits(self, rows: slice = slice(None), entries: slice = slice(None)) -> Tensor:
+        total: Tensor | None = None
+        for part, shift in zip(self.parts, self._shifts, strict=True):
+            logprobs = part.logits(rows, entries).add_(shift[rows, None])
+            total = logprobs if total is None else torch.logaddexp(total, logprobs)
+        assert total is not None
+        return total
+
+    def placed(self, places: Tensor, num_tokens: int) -> "ArithmeticMixture":
+        return replace(self, parts=[part.placed(places, num_tokens) for part in self.parts])
+
+
+@dataclass(frozen=True)
+class OneForEachToken(_Combined):
+    """Each token has the distribution of one part; the others have none there."""
+
+    parts: Sequence[TokenDistributions]
+    owners: Tensor
+    """[N], the number of each token's part"""
+
+    @torch.no_grad()
+    def logits(self, rows: slice = slice(None), entries: slice = slice(None)) -> Tensor:
+        owners = self.owners[rows]
+        total: Tensor | None = None
+        # A tile is mostly of one task's tokens, and then of one part alone.
+        for number in owners.unique().tolist():
+            logits = self.parts[number].logits(rows, entries)
+            if total is None:
+                total = logits
+            else:
+                total = torch.where((owners == number)[:, None], logits, total)
+        assert total is not None
+        return total
+
+    def placed(self, places: Tensor, num_tokens: int) -> "OneForEachToken":
+        owners = self.owners.new_zeros(num_tokens)
+        owners[places] = self.owners
+        parts = [part.placed(places, num_tokens) for part in self.parts]
+        return OneForEachToken(parts, owners)
