@@ -8,20 +8,23 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rlad.config.run import LoraConfig, RolloutConfig
+from rlad.config.run import LoraConfig, RolloutConfig, RunConfig
+from rlad.engines.native import make_engine
 from rlad.errors import RladError
 from rlad.models.adapters import add_frozen_adapter, add_lora, save_adapter
 from rlad.models.loading import LanguageModel
+from rlad.models.student import load_student
 from rlad.rollouts import vllm_sampler
 from rlad.rollouts.samplers import make_sampler, obstacle_to_vllm
 from rlad.scoring.scorer import Scorer
+from rlad.tasks import make_task
 from rlad.training.run import train
 from tiny_models import EOS, SECOND_EOS, tiny_language_model
 
@@ -63,11 +66,18 @@ def written(sampler: Any, *, seed: int = 1, group_size: int = 8, num_tokens: int
 def distances(model: LanguageModel, groups: list[Any]) -> list[float]:
     """|log-prob of vLLM - log-prob of the trainer| of each token."""
     pairs = [(prompt, one) for prompt, group in zip(PROMPTS, groups, strict=True) for one in group]
-    scorer = Scorer(model, temperature=TEMPERATURE, tokens_per_batch=4096)
-    scores = scorer.score([prompt for prompt, _ in pairs], [one.token_ids for _, one in pairs])
+    prompts, completions = zip(*pairs, strict=True)
+    return distances_of(model, prompts, completions, TEMPERATURE)
+
+
+def distances_of(
+    model: LanguageModel, prompts: Any, completions: Any, temperature: float
+) -> list[float]:
+    scorer = Scorer(model, temperature=temperature, tokens_per_batch=4096)
+    scores = scorer.score(prompts, [one.token_ids for one in completions])
     return [
         abs(ours - theirs)
-        for row, (_, one) in zip(scores, pairs, strict=True)
+        for row, one in zip(scores, completions, strict=True)
         for ours, theirs in zip(row.tolist(), one.logprobs, strict=True)
     ]
 
@@ -232,13 +242,50 @@ def obstacles() -> dict[str, Any]:
 
 def run(folder: str) -> dict[str, Any]:
     """A whole run, and one that ends between two steps on a rollout batch and is resumed."""
-    model = student()
-    model.model.save_pretrained(f"{folder}/student")
-    model.tokenizer.save_pretrained(f"{folder}/student")
-    teacher = student(seed=1)
-    teacher.model.save_pretrained(f"{folder}/teacher")
-    teacher.tokenizer.save_pretrained(f"{folder}/teacher")
-    config: dict[str, Any] = {
+    config = config_in(folder)
+    samplers: list[str] = []
+    metrics: list[list[dict[str, Any]]] = []
+    for name, parts in (("whole", (4,)), ("resumed", (3, 4))):
+        config["run_dir"] = f"{folder}/{name}"
+        for num_steps in parts:
+            config["optimization"]["num_steps"] = num_steps
+            train(config, resume=num_steps != parts[0])
+        rows_of = Path(folder, name, "metrics.jsonl").read_text().splitlines()
+        metrics.append([json.loads(line) for line in rows_of])
+        samplers.append(json.loads(Path(folder, name, "run.json").read_text())["sampler"])
+    return {"metrics": metrics, "sampler": samplers}
+
+
+def teacher_written(folder: str) -> dict[str, Any]:
+    """The teacher writes what is trained on, the student what is evaluated."""
+    table = config_in(folder) | {"objective": {"type": "sft", "rejection": False}}
+    config = RunConfig.model_validate(table)
+    task = make_task(**config.task.model_dump())
+    engine = make_engine(config, load_student(config), task, before_work=lambda: None)
+    with closing(engine):
+        results = list(engine.steps())
+        groups = [group for result in results for group in result.groups]
+        prompts = [group.prompt_token_ids for group in groups for _ in group.rollouts]
+        completions = [one.completion for group in groups for one in group.rollouts]
+        own = engine.sampler.sample(
+            PROMPTS, group_size=8, max_completion_tokens=12, temperature=1.0, seed=0
+        )
+        return {
+            "writer": distances_of(engine.local_teacher.language_model, prompts, completions, 1.0),
+            "student": distances_of(engine.student, PROMPTS, [group[0] for group in own], 1.0),
+            "losses": [result.metrics["optimization/loss"] for result in results],
+        }
+
+
+def config_in(folder: str) -> dict[str, Any]:
+    """A run with a student, a teacher and problems that are written into a folder."""
+    for name, seed in (("student", 0), ("teacher", 1)):
+        model = student(seed=seed)
+        model.model.save_pretrained(f"{folder}/{name}")
+        model.tokenizer.save_pretrained(f"{folder}/{name}")
+    rows = [{"prompt": f"w{i} w{i + 1} w{i + 2}", "answer": "w3"} for i in range(3, 40)]
+    Path(folder, "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
         "student": {"model": f"{folder}/student"},
         "teacher": {"model": f"{folder}/teacher"},
         "task": {"type": "jsonl", "path": f"{folder}/problems.jsonl", "verifier": "exact"},
@@ -258,19 +305,6 @@ def run(folder: str) -> dict[str, Any]:
         "objective": {"type": "opd"},
         "evaluation": {"every_steps": 4, "num_validation_problems": 4, "num_test_problems": 4},
     }
-    rows = [{"prompt": f"w{i} w{i + 1} w{i + 2}", "answer": "w3"} for i in range(3, 40)]
-    Path(folder, "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    samplers: list[str] = []
-    metrics: list[list[dict[str, Any]]] = []
-    for name, parts in (("whole", (4,)), ("resumed", (3, 4))):
-        config["run_dir"] = f"{folder}/{name}"
-        for num_steps in parts:
-            config["optimization"]["num_steps"] = num_steps
-            train(config, resume=num_steps != parts[0])
-        rows_of = Path(folder, name, "metrics.jsonl").read_text().splitlines()
-        metrics.append([json.loads(line) for line in rows_of])
-        samplers.append(json.loads(Path(folder, name, "run.json").read_text())["sampler"])
-    return {"metrics": metrics, "sampler": samplers}
 
 
 CASES: dict[str, Callable[..., dict[str, Any]]] = {
@@ -287,6 +321,7 @@ CASES: dict[str, Callable[..., dict[str, Any]]] = {
         limits,
         obstacles,
         run,
+        teacher_written,
     )
 }
 

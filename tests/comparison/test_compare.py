@@ -145,6 +145,17 @@ def test_shared_settings_reach_every_run_and_nothing_else_differs(
     assert all(each == same[0] for each in same)
 
 
+def test_methods_may_differ_in_the_sampler(tmp_path: Path, world: Path) -> None:
+    own = {"objective": {"type": "trrd"}}
+    correction = {"mode": "token_mask", "clip_min": 0.5}
+    methods = {"own": own, "other": own | {"rollout": {"engine": "auto", "correction": correction}}}
+    comparison, folder = load(tmp_path, world, methods=methods)
+    rollouts = [run.config.rollout for run in final_runs(comparison, folder, {})]
+    assert [one.engine for one in rollouts] == ["native", "auto", "native", "auto"]
+    assert rollouts[1].correction.clip_min == 0.5
+    assert {one.group_size for one in rollouts} == {rollouts[0].group_size}
+
+
 def test_tuning_runs_are_the_same_search_for_all_and_do_not_look_at_the_test_split(
     tmp_path: Path, world: Path
 ) -> None:

@@ -448,12 +448,14 @@ def test_other_tasks_and_budgets_get_a_table_of_their_own(runs, tmp_path, sectio
 
 
 def test_settings_of_methods_and_machines_are_compared(tmp_path):
-    """Same name, another alpha or learning rate: methods of their own; another device: the same."""
+    """Same name, another alpha, learning rate or sampler: methods of their own; another device: the
+    same."""
     given: list[dict[str, Any]] = [
         {"objective": {"type": "trrd", "alpha": 0.5}},
         {"objective": {"type": "trrd", "alpha": 0.5}, "seed": 1, "student": {"device": "cpu"}},
         {"objective": {"type": "trrd", "alpha": 0.9}},
         {"objective": {"type": "trrd", "alpha": 0.5}, "optimization": {"learning_rate": 1e-3}},
+        {"objective": {"type": "trrd", "alpha": 0.5}, "rollout": {"engine": "vllm"}},
     ]
     paths = [
         write_run(tmp_path / str(i), correct=[1, 2], **settings) for i, settings in enumerate(given)
@@ -461,9 +463,10 @@ def test_settings_of_methods_and_machines_are_compared(tmp_path):
     groups, _ = group_runs(loaded([ReportedRun("trrd", path) for path in paths]))
     names = [(m.name, m.seeds) for m in groups[0].methods]
     assert len(groups) == 1 and names == [
-        ("trrd (alpha = 0.5, learning_rate = 1e-06)", [0, 1]),
-        ("trrd (alpha = 0.9, learning_rate = 1e-06)", [0]),
-        ("trrd (alpha = 0.5, learning_rate = 0.001)", [0]),
+        ("trrd (alpha = 0.5, learning_rate = 1e-06, engine = native)", [0, 1]),
+        ("trrd (alpha = 0.9, learning_rate = 1e-06, engine = native)", [0]),
+        ("trrd (alpha = 0.5, learning_rate = 0.001, engine = native)", [0]),
+        ("trrd (alpha = 0.5, learning_rate = 1e-06, engine = vllm)", [0]),
     ]
 
 

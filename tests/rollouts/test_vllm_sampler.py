@@ -128,3 +128,10 @@ def test_a_run_samples_and_evaluates_by_vllm_and_resumes_with_its_rollouts(tmp_p
         assert one["sampler/mismatch/max"] < 1e-3
         assert one["sampler/bounded_weights/frac"] == 0
     assert "time/hand_over/seconds" in whole[2]
+
+
+def test_a_teacher_that_writes_has_a_vllm_of_its_own(tmp_path: Path) -> None:
+    found = found_in("teacher_written", str(tmp_path))
+    assert len(found["writer"]) > 100 and max(found["writer"]) < 1e-3
+    assert len(found["student"]) > 10 and max(found["student"]) < 1e-3
+    assert len(found["losses"]) == 4 and all(map(math.isfinite, found["losses"]))

@@ -9,7 +9,7 @@ from typing import Any
 from rlad.comparison.figures import Method
 from rlad.comparison.finished_runs import MissingRun, Run
 from rlad.config.file import flat
-from rlad.config.run import OptimizationConfig
+from rlad.config.run import OptimizationConfig, RolloutConfig
 from rlad.config.types import Mark
 
 Settings = dict[str, Any]
@@ -47,9 +47,9 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[MissingRun]]:
     """Group comparable runs in the order of the runs; returned too are those that are left out as
     doubles.
 
-    Methods may differ in objective, teacher and in how the optimiser works; all else must be equal,
-    the test problems included. Runs of one name that differ in those are methods of their own, with
-    what differs in the name. A second run of a method with the same seed is left out.
+    Methods may differ in objective, teacher, sampler and in how the optimiser works; all else must
+    be equal, the test problems included. Runs of one name that differ in those are methods of their
+    own, with what differs in the name. A second run of a method with the same seed is left out.
     """
     groups = []
     doubles = []
@@ -98,10 +98,13 @@ def _method(runs: Sequence[Run], own_keys: set[str]) -> tuple[Method, list[Missi
 def shared_settings(run: Run) -> Settings:
     """Flatten the settings that are equal for all runs of a table, with a fingerprint of the
     held-out problems."""
-    # Of the optimiser only the budget is shared: learning rate and the like belong to the method.
+    # Of the optimiser only the budget is shared: learning rate and the like belong to the method,
+    # as does the sampler.
     table = run.config.dump(without=_NO_RESULT)
     for section in ("seed", "objective", "teacher"):
         del table[section]
+    for key in RolloutConfig.of_method:
+        del table["rollout"][key]
     table["optimization"] = {key: table["optimization"][key] for key in _BUDGET}
     # Settings may agree while the problems do not, when another version of a task generates them.
     problems = [
@@ -114,13 +117,14 @@ def shared_settings(run: Run) -> Settings:
 
 
 def method_settings(run: Run) -> Settings:
-    """Flatten the settings that make the method: objective, teacher where it needs one, and
-    optimiser."""
+    """Flatten the settings that make the method: objective, teacher where it needs one, sampler
+    and optimiser."""
     config = run.config
     # A teacher that the objective never asks is no part of the method, whatever the config names.
     sections = ["objective", "optimization"] + ["teacher"] * config.needs_teacher
     table = config.dump(without=(*_NO_RESULT, Mark.LENGTH, Mark.BUDGET))
-    settings = flat({section: table[section] for section in sections})
+    table["rollout"] = {key: table["rollout"][key] for key in RolloutConfig.of_method}
+    settings = flat({section: table[section] for section in [*sections, "rollout"]})
     return {key: value for key, value in settings.items() if value is not None}
 
 

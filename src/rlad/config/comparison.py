@@ -10,7 +10,7 @@ from pydantic import Field
 
 from rlad.config.file import DEFAULT_RUN, flat, parse_config, parse_overrides, read_toml
 from rlad.config.presets import expand_preset, merged
-from rlad.config.run import OptimizationConfig, RunConfig
+from rlad.config.run import OptimizationConfig, RolloutConfig, RunConfig
 from rlad.config.types import Count, LearningRate, Mark, NonNegativeInt, Section
 from rlad.config.validation import validated
 from rlad.errors import UserError
@@ -105,7 +105,8 @@ def method_config(comparison: CompareConfig, folder: Path, method: str, *, seed:
         if wrong := _shared_settings(changes):
             raise UserError(
                 f"sets {', '.join(wrong)}, but all methods share one budget; a method may set "
-                "objective, teacher and how it optimises: put the rest into [shared]."
+                "objective, teacher, how it optimises and which sampler writes: put the rest into "
+                "[shared]."
             )
         config = parse_config(table)
         if problem := _unfair_limit(config):
@@ -118,15 +119,17 @@ def method_config(comparison: CompareConfig, folder: Path, method: str, *, seed:
 
 def _shared_settings(changes: dict[str, Any]) -> list[str]:
     """Those settings of a method that all methods must share."""
-    # Of [optimization] a method may choose how it learns, not how long; other sections belong to
-    # all.
-    keys = [key.partition(".") for key in flat(changes)]
-    return [
-        section + dot + key
-        for section, dot, key in keys
-        if section not in ("objective", "teacher", "optimization")
-        or (section == "optimization" and key in _SHARED_OPTIMIZATION)
-    ]
+    # Of [optimization] a method may choose how it learns, not how long; of [rollout] the sampler.
+    # Other sections belong to all.
+    return [key for key in flat(changes) if not _is_of_method(*key.split(".")[:2])]
+
+
+def _is_of_method(section: str, key: str = "") -> bool:
+    if section == "rollout":
+        return key in RolloutConfig.of_method
+    if section == "optimization":
+        return key not in _SHARED_OPTIMIZATION
+    return section in ("objective", "teacher")
 
 
 def _unfair_limit(config: RunConfig) -> str:

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -95,6 +95,10 @@ class RolloutConfig(Section):
     where it is installed and fits device and model"""
     vllm: VLLMConfig = VLLMConfig()
     correction: CorrectionConfig = CorrectionConfig()
+
+    of_method: ClassVar[frozenset[str]] = frozenset({"engine", "vllm", "correction"})
+    """The settings in which methods of one comparison may differ: who writes, and what corrects
+    it. All others belong to the comparison."""
 
 
 class OptimizationConfig(Section):

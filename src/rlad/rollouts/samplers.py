@@ -23,7 +23,8 @@ LOWEST_TEMPERATURE = 0.01
 def make_sampler(student: LanguageModel, rollout: RolloutConfig) -> Sampler:
     """Start the sampler that a run asks for; `auto` takes vLLM where nothing speaks against it.
 
-    Raises `UserError` for vLLM where something does.
+    The model may be a teacher's, which writes the completions of `sft`. Raises `UserError` for vLLM
+    where something does.
     """
     if rollout.engine == "native":
         return OwnSampler(student, rollout)
@@ -60,6 +61,13 @@ def obstacle_to_vllm(student: LanguageModel) -> str | None:
         return f"vLLM would take the first GPU, and the student is on {model.device}"
     if architecture not in vllm.ModelRegistry.get_supported_archs():
         return f"vLLM does not know {architecture}"
+    return _obstacle_in_weights(student)
+
+
+def _obstacle_in_weights(student: LanguageModel) -> str | None:
+    model = student.model
+    if getattr(model.config, "quantization_config", None) is not None:
+        return "its weights are quantised"
     if adapts_tied_embeddings(model):
         return "its adapter changes one of two tied embeddings, which vLLM keeps as one"
     if has_adapter(model) and student.compute_dtype != torch.float32:

@@ -32,7 +32,6 @@ from rlad.objectives import OBJECTIVES, taken_by
 from rlad.objectives.advantages import group_advantages
 from rlad.rollouts.grading import Timer, graded_groups
 from rlad.rollouts.samplers import make_sampler
-from rlad.rollouts.sampling import OwnSampler
 from rlad.rollouts.types import Metrics, RolloutGroup
 from rlad.scoring.scorer import Scorer
 from rlad.seeds import stream_seed
@@ -101,6 +100,11 @@ class NativeEngine:
         if config.objective.needs_vocabulary:
             self.local_teacher.require_comparable(self.scorer)
         self.sampler = make_sampler(student, config.rollout)
+        # What writes the completions that are trained on.
+        self.writer = self.sampler
+        if config.objective.written_by == "teacher":
+            with self.local_teacher.at_work():
+                self.writer = make_sampler(self.local_teacher.language_model, config.rollout)
         if config.student.gradient_checkpointing:
             student.model.gradient_checkpointing_enable()
 
@@ -197,6 +201,7 @@ class NativeEngine:
 
     def close(self) -> None:
         self.sampler.close()
+        self.writer.close()
         if self.teacher is not None:
             self.teacher.close()
 
@@ -276,13 +281,10 @@ class NativeEngine:
         size = self.config.rollout.prompts_per_batch
         by_teacher = self.objective_at(index).written_by == "teacher"
         stream = "teacher rollouts" if by_teacher else "rollouts"
-        sampler = self.sampler
-        if by_teacher:
-            sampler = OwnSampler(self.local_teacher.language_model, self.config.rollout)
-        elif not sampler.is_trainers_own:
-            with timer("hand_over"):
-                sampler.update_weights()
         with self.local_teacher.at_work() if by_teacher else nullcontext():
+            if not self.writer.is_trainers_own:
+                with timer("hand_over"):
+                    self.writer.update_weights()
             return graded_groups(
                 self.student,
                 self.task,
@@ -291,7 +293,7 @@ class NativeEngine:
                 rollout=self.config.rollout,
                 seed=stream_seed(self.config.seed, stream, index),
                 problem_seed=self.config.seed,
-                sampler=sampler,
+                sampler=self.writer,
                 before_work=self.before_work,
                 after_group=after_group,
                 timer=timer,
