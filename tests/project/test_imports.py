@@ -23,7 +23,14 @@ from rlad.teachers import teacher_modules
 from tiny_runs import run_config, write_unreachable_answers
 
 ROOT = Path(__file__).parents[2]
-BY_TEACHERS = {"teacher/cache_hits/frac", "teacher/privileged/frac", "teacher/overlap/seconds"}
+BY_TEACHERS = {
+    "teacher/cache_hits/frac",
+    "teacher/privileged/frac",
+    "teacher/shown_successes/mean",
+    "teacher/shortened/frac",
+    "teacher/dropped_blocks/frac",
+    "teacher/overlap/seconds",
+}
 """Of the types `cached` and `privileged`, and of those that work elsewhere; their own tests hold
 them to these names."""
 BY_VLLM = {"sampler/kl/mean", "sampler/bounded_weights/frac", "time/hand_over/seconds"}

@@ -26,13 +26,14 @@ from rlad.errors import UserError
 from rlad.findings import Finding
 from rlad.models.loading import LanguageModel, load_language_model, load_tokenizer
 from rlad.rollouts.prompts import prompt_token_ids
+from rlad.rollouts.types import Completion, Rollout
 from rlad.runs.directory import RunDirectory
 from rlad.tasks import Problem
 from rlad.teachers import check_teacher, make_teacher
 from rlad.teachers.base import Setting, SynchronousTeacher, Teacher, TeacherRequest
 from rlad.teachers.ema import EMATeacher
 from rlad.teachers.local import LocalTeacher
-from rlad.teachers.privileged import PrivilegedTeacher, privileged_prompt
+from rlad.teachers.privileged import PrivilegedTeacher, peer_solution, privileged_prompt
 from rlad.teachers.several import TeacherByTask, TeacherMixture
 from tiny_models import VOCABULARY, random_tokens, tiny_language_model, tiny_tokenizer
 from tiny_runs import FILES, run_config, write_model
@@ -391,12 +392,17 @@ def asked(tokenizer: Any) -> list[TeacherRequest]:
     prompts = [
         prompt_token_ids(tokenizer, problem.prompt, RolloutConfig()) for problem in problems()
     ]
+    peers = [(), (peer("w7"),), (peer("w1", "wrong"),), (peer("w8 w8"), peer("w3")), (peer("w9"),)]
     return [
-        TeacherRequest(*row)
-        for row in zip(
-            prompts, completions, problems(), [None, "w7", None, "w8 w8", "w9"], strict=True
+        TeacherRequest(prompt, completion, problem, None, others)
+        for prompt, completion, problem, others in zip(
+            prompts, completions, problems(), peers, strict=True
         )
     ]
+
+
+def peer(text: str, verdict: str = "correct") -> Rollout:
+    return Rollout(Completion((), (), False), text, verdict, float(verdict == "correct"))
 
 
 def privileged(
@@ -461,14 +467,14 @@ def test_without_a_peer_solution_the_teacher_has_the_students_prompt():
     )
     found, plain = teacher.logprobs(requests), local(model).logprobs(requests)
     for request, values, own in zip(requests, found, plain, strict=True):
-        peer = [int(word[1:]) for word in (request.peer_solution or "").split()]
+        shown = [int(word[1:]) for word in (peer_solution(request) or "").split()]
         torch.testing.assert_close(
             values.double(),
-            reference(model, [*peer, *request.prompt], request.completion),
+            reference(model, [*shown, *request.prompt], request.completion),
             atol=1e-4,
             rtol=0,
         )
-        assert (values - own).abs().max() < 1e-4 or request.peer_solution
+        assert (values - own).abs().max() < 1e-4 or shown
     assert teacher.pop_metrics() == {"teacher/privileged/frac": 0.6} and teacher.pop_metrics() == {}
 
 

@@ -4,6 +4,7 @@ no torch."""
 import ast
 import inspect
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -61,14 +62,23 @@ def describe(what: str, name: str) -> str:
     section = name if what == "settings" else what.removesuffix("s")
     config = CONFIGS[what][name]
     parts = [_documentation(what, name), f"[{section}]\n{_settings(config)}"]
+    return "\n\n".join([*parts, *_tables_inside(config, section, what)])
+
+
+def _tables_inside(config: type[Section], section: str, what: str) -> Iterator[str]:
+    """The sections that a section's settings hold, and those inside of them."""
     for key, field in config.model_fields.items():
         # A setting may hold a section of its own, or several by name.
         if inner := _inner_sections(field):
             by_name = ".NAME" if get_origin(field.annotation) is dict else ""
-            header = f"[{section}.{key}{by_name}]  # {_one_line(field.description or '')}"
-            body = f"type = ...  # one of those that `rlad list {what}` names, with its settings"
-            parts.append(f"{header}\n{_settings(inner[0]) if len(inner) == 1 else body}")
-    return "\n\n".join(parts)
+            path = f"{section}.{key}{by_name}"
+            header = f"[{path}]  # {_one_line(field.description or '')}".rstrip("# ")
+            if len(inner) > 1:
+                kinds = f"one of those that `rlad list {what}` names, with its settings"
+                yield f"{header}\ntype = ...  # {kinds}"
+            else:
+                yield f"{header}\n{_settings(inner[0])}"
+                yield from _tables_inside(inner[0], path, what)
 
 
 def _presets(what: str) -> dict[str, str]:

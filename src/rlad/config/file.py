@@ -138,10 +138,11 @@ def _apply(table: dict[str, Any], override: str) -> None:
     # `teacher=ema` selects a type. Settings of another type would be unknown keys of the new one,
     # so the section begins anew, unless it is of that type already.
     present = table.get(key)
+    default = "local" if path == "teacher" else value
     names_a_type = isinstance(present, dict) or (
         not sections and key in ("objective", "task", "teacher")
     )
     if not (names_a_type and isinstance(value, str)):
         table[key] = value
-    elif not isinstance(present, dict) or present.setdefault("type", value) != value:
+    elif not isinstance(present, dict) or present.setdefault("type", default) != value:
         table[key] = {"type": value}

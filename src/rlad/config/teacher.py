@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from rlad.config.context import ContextConfig
 from rlad.config.template import template_names
 from rlad.config.types import Count, Mark, NonNegativeInt, Positive, Section, Share
 from rlad.errors import UserError
@@ -203,6 +204,9 @@ class PrivilegedTeacherConfig(_TeacherOfTeacher):
     template: str = "The correct answer to the following is: {answer}\n\n{prompt}"
     """its prompt; {prompt}, {answer}, {peer_solution}, and {name} for each entry of the problem's
     metadata"""
+    context: ContextConfig | None = None
+    """in place of the template: what it is shown after the question, such as other completions of
+    the group"""
     chat_template: Literal["student", "teacher"] = "student"
     """whose chat template makes the conversation a text; the tokens are the student's"""
     system_prompt: Annotated[str, Field(min_length=1)] | None = None
@@ -215,6 +219,9 @@ class PrivilegedTeacherConfig(_TeacherOfTeacher):
     def problems(self) -> Iterator[str]:
         if "prompt" not in template_names(self.template):
             yield "its template has no {prompt}, so the teacher would not see the question; add it"
+        default = type(self).model_fields["template"].default
+        if self.context is not None and self.template != default:
+            yield "it has a template and a context, but only one makes the prompt; leave one out"
         if any(isinstance(one, PrivilegedTeacherConfig) for one in self.teacher.walk()):
             yield "its teacher is privileged too, and would make its own prompt; write one template"
 

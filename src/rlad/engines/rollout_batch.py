@@ -163,17 +163,14 @@ class RolloutBatch:
 
     def _teacher_request(self, group_number: int, place: int) -> TeacherRequest:
         group = self.groups[group_number]
-        # A privileged teacher may be shown the correct answer of another rollout, never this one's.
-        correct_others = (
-            rollout.text
-            for i, rollout in enumerate(group.rollouts)
-            if i != place and rollout.verdict == Verdict.CORRECT
-        )
+        rollout = group.rollouts[place]
+        # A privileged teacher may be shown other rollouts, never the one that it scores.
         return TeacherRequest(
             group.prompt_token_ids,
-            group.rollouts[place].completion.token_ids,
+            rollout.completion.token_ids,
             group.problem,
-            next(correct_others, None),
+            rollout,
+            peers=(*group.rollouts[:place], *group.rollouts[place + 1 :]),
         )
 
 

@@ -105,6 +105,14 @@ def _grade(
         before_work()
         judgement = judge_completion(task, problem, text, is_truncated=completion.is_truncated)
         require_reward_in_range(task, judgement, name)
-        grade = (str(judgement.verdict), judgement.reward, judgement.reason)
-        rollouts.append(Rollout(completion, text, *grade))
+        rollouts.append(
+            Rollout(
+                completion,
+                text,
+                str(judgement.verdict),
+                judgement.reward,
+                judgement.reason,
+                judgement.feedback,
+            )
+        )
     return tuple(rollouts)

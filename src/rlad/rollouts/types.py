@@ -71,8 +71,8 @@ class Rollout:
     """A completion with its text and its grade. `verdict` is `correct`, `wrong` or `cannot_judge`.
 
     `reward` is NaN when the verifier could not judge; such a rollout is left out of the group and
-    trains nothing. `reason` is what the verifier says of its verdict, if anything; it is not
-    stored.
+    trains nothing. `reason` is why it could not; it is not stored. `feedback` is what the verifier
+    says of a wrong completion, if anything.
     """
 
     completion: Completion
@@ -80,6 +80,7 @@ class Rollout:
     verdict: str
     reward: float
     reason: str = field(default="", compare=False)
+    feedback: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,7 @@ class RolloutGroup:
                 "verdict": rollout.verdict,
                 # JSON has no NaN.
                 "reward": None if math.isnan(rollout.reward) else rollout.reward,
+                **({"feedback": rollout.feedback} if rollout.feedback else {}),
             }
             for rollout in self.rollouts
         ]
@@ -126,6 +128,7 @@ class RolloutGroup:
                 text=r["text"],
                 verdict=r["verdict"],
                 reward=math.nan if r["reward"] is None else r["reward"],
+                feedback=r.get("feedback", ""),
             )
             for r in row["rollouts"]
         )

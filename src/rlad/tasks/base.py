@@ -16,6 +16,7 @@ Conversation: TypeAlias = tuple[tuple[str, str], ...]
 """(role, content) of each message, the user's last"""
 
 UNIT_RANGE = (0.0, 1.0)
+MAX_FEEDBACK_CHARACTERS = 2_000
 
 
 class Verdict(StrEnum):
@@ -57,17 +58,23 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """A verdict and the reward that goes with it. `reward` is NaN when the verifier cannot
-    judge."""
+    """A verdict and the reward that goes with it. `reward` is NaN when the verifier cannot judge.
+
+    `feedback` may say of a wrong completion what is wrong with it, never what would be right: a
+    privileged teacher can be shown it.
+    """
 
     verdict: Verdict
     reward: float
     reason: str = ""
+    feedback: str = ""
 
 
-def judged(is_correct: bool) -> Judgement:
-    """Judge as correct with reward 1, or as wrong with reward 0."""
-    return Judgement(Verdict.CORRECT, 1.0) if is_correct else Judgement(Verdict.WRONG, 0.0)
+def judged(is_correct: bool, feedback: str = "") -> Judgement:
+    """Judge as correct with reward 1, or as wrong with reward 0 and this feedback."""
+    if is_correct:
+        return Judgement(Verdict.CORRECT, 1.0)
+    return Judgement(Verdict.WRONG, 0.0, feedback=feedback[:MAX_FEEDBACK_CHARACTERS])
 
 
 def cannot_judge(reason: str) -> Judgement:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlad.config.run import RunConfig
 from rlad.models.loading import LanguageModel
+from rlad.rollouts.types import Rollout
 from rlad.tasks import Problem
 
 
@@ -26,8 +27,10 @@ class TeacherRequest:
     prompt: Sequence[int]
     completion: Sequence[int]
     problem: Problem | None = None
-    peer_solution: str | None = None
-    """a correct completion of the same group, not this one"""
+    rollout: Rollout | None = None
+    """the completion with its grade"""
+    peers: Sequence[Rollout] = ()
+    """the other rollouts of its group, in the group's order"""
 
 
 @dataclass(slots=True)
@@ -71,6 +74,18 @@ class Teacher(ABC):
         """Whether it scores without the student's device, so that it may be asked while the student
         writes."""
         return bool(self.inner) and all(one.works_elsewhere for one in self.inner.values())
+
+    @property
+    def shows_peers(self) -> bool:
+        """Whether it is shown other rollouts of the group."""
+        return any(one.shows_peers for one in self.inner.values())
+
+    def speaks(self, request: TeacherRequest) -> bool:
+        """Whether it says anything about a completion; where not, it must not be asked.
+
+        A function of the request alone, so that a resumed run finds the same.
+        """
+        return all(one.speaks(request) for one in self.inner.values())
 
     @abstractmethod
     def submit(self, requests: Sequence[TeacherRequest]) -> list[Answer]:

@@ -2,8 +2,10 @@
 
     log πT(y_t | template(prompt, answer, peer solution, ...), y_<t)
 
-Where something that the template names is missing or empty for a completion (no other rollout of
-its group was correct), the teacher is given what the student sees, in the teacher's form.
+The prompt is a template that is filled, or the question and blocks after it (`contexts.py`). Where
+something that the template names is missing or empty for a completion (no other rollout of its
+group was correct), the teacher is given what the student sees, in the teacher's form; of a context
+its settings say what happens then.
 """
 
 import json
@@ -13,6 +15,7 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
+from rlad.config.context import ContextConfig
 from rlad.config.teacher import (
     AdapterTeacherConfig,
     CachedTeacherConfig,
@@ -27,10 +30,17 @@ from rlad.findings import Finding
 from rlad.models.files import has_tokenizer
 from rlad.models.loading import context_tokens, load_model_config, load_tokenizer, token_id
 from rlad.rollouts.prompts import Prompt, chat_messages, chat_text, prompt_token_ids
-from rlad.tasks import Problem, make_task
+from rlad.tasks import Problem, Verdict, make_task
 from rlad.teachers import build_teacher
 from rlad.teachers import check_teacher as check_inner
 from rlad.teachers.base import Answer, Setting, Teacher, TeacherRequest, TeacherWrapper
+from rlad.teachers.contexts import (
+    BlockContext,
+    Fitted,
+    check_context,
+    in_place_of_question,
+    metadata_texts,
+)
 
 NUM_PROBED_PROBLEMS = 20
 _FORM = {"chat_template", "system_prompt", "chat_template_kwargs", "end_token"}
@@ -52,14 +62,19 @@ class PrivilegedTeacher(TeacherWrapper):
         context: int | None,
         form: str = "",
         ends: Mapping[int, int] | None = None,
+        blocks: BlockContext | None = None,
     ):
         """`encode` gives a prompt's token ids; `context` is the teacher's, in tokens, None where it
         is not stated. `form` names how its prompts differ from the student's besides the template;
-        empty where they do not. `ends` maps the student's end tokens to the teacher's.
+        empty where they do not. `ends` maps the student's end tokens to the teacher's. `blocks`
+        makes the prompts in place of the template.
         """
         super().__init__(teacher)
         # The identity names all that makes the prompts, as other prompts make another teacher.
         self.identity = f"{teacher.identity}, privileged by {template!r}"
+        if blocks is not None:
+            settings = blocks.settings.model_dump(mode="json", exclude_defaults=True)
+            self.identity = f"{teacher.identity}, privileged by {json.dumps(settings)}"
         if form:
             self.identity += f" in the form {form}"
         self.template = template
@@ -67,6 +82,24 @@ class PrivilegedTeacher(TeacherWrapper):
         self._encode = lru_cache(maxsize=1024)(encode)
         self._has_own_form = bool(form)
         self._ends = ends or {}
+        self._blocks = blocks
+        self._fitted: list[Fitted] = []
+        """what was shown since the metrics were last taken"""
+
+    @property
+    def shows_peers(self) -> bool:
+        if self._blocks is not None:
+            return self._blocks.settings.num_peers > 0
+        return "peer_solution" in template_names(self.template)
+
+    def speaks(self, request: TeacherRequest) -> bool:
+        blocks = self._blocks
+        is_silent = (
+            blocks is not None
+            and blocks.settings.without_success != "plain"
+            and blocks.fitted(request, self._room(request)) is None
+        )
+        return not is_silent and super().speaks(request)
 
     def submit(self, requests: Sequence[TeacherRequest]) -> list[Answer]:
         # The inner teacher is asked only about what fits into its context; its answers go back into
@@ -82,14 +115,15 @@ class PrivilegedTeacher(TeacherWrapper):
         """The request as the teacher sees it; None where that does not fit into its context."""
         # Without what the template names: the student's prompt, in the teacher's own form if it has
         # one.
-        prompt = privileged_prompt(self.template, request.problem, request.peer_solution)
-        is_privileged = prompt is not None
-        if prompt is None and self._has_own_form and request.problem is not None:
-            prompt = request.problem.asked
+        ids = self._privileged_ids(request)
+        is_privileged = ids is not None
+        if ids is None and self._has_own_form and request.problem is not None:
+            ids = self._encode(request.problem.asked)
+        if ids is None:
+            ids = request.prompt
 
         # Only the prompt is replaced; the completion's ids stay, so its log-probs are of the same
         # tokens.
-        ids = request.prompt if prompt is None else self._encode(prompt)
         completion = request.completion
         if completion and completion[-1] in self._ends:
             # The same length and the same event: the teacher's own end token.
@@ -101,15 +135,48 @@ class PrivilegedTeacher(TeacherWrapper):
         self.num_counted += is_privileged and fits
         return replace(request, prompt=ids, completion=completion) if fits else None
 
+    def _privileged_ids(self, request: TeacherRequest) -> Sequence[int] | None:
+        """The prompt that shows more than the student sees; None where there is nothing to
+        show."""
+        if self._blocks is not None:
+            fitted = self._blocks.fitted(request, self._room(request))
+            if fitted is None:
+                return None
+            self._fitted.append(fitted)
+            return fitted.token_ids
+        prompt = privileged_prompt(self.template, request.problem, peer_solution(request))
+        return None if prompt is None else self._encode(prompt)
+
+    def _room(self, request: TeacherRequest) -> int | None:
+        return None if self.context is None else self.context - len(request.completion)
+
+    def pop_metrics(self) -> dict[str, float]:
+        metrics = super().pop_metrics()
+        if number := len(self._fitted):
+            metrics["teacher/shown_successes/mean"] = (
+                sum(one.num_successes for one in self._fitted) / number
+            )
+            for name, count in (
+                ("shortened", sum(one.num_shortened > 0 for one in self._fitted)),
+                ("dropped_blocks", sum(one.num_dropped > 0 for one in self._fitted)),
+            ):
+                metrics[f"teacher/{name}/frac"] = count / number
+        self._fitted.clear()
+        return metrics
+
 
 # --- what it is shown -----------------------------------------------------------------------------
+
+
+def peer_solution(request: TeacherRequest) -> str | None:
+    """The first correct completion of another rollout of the group."""
+    return next((one.text for one in request.peers if one.verdict == Verdict.CORRECT), None)
 
 
 def shown_values(problem: Problem, peer_solution: str | None) -> dict[str, str]:
     """What a template may name: texts and numbers of the problem's metadata, its prompt and answer,
     a peer's solution."""
-    shown = {k: str(v) for k, v in problem.metadata.items() if isinstance(v, str | int | float)}
-    shown |= {"prompt": problem.question, "answer": problem.answer}
+    shown = metadata_texts(problem) | {"prompt": problem.question, "answer": problem.answer}
     return shown | {"peer_solution": peer_solution or ""}
 
 
@@ -123,8 +190,7 @@ def privileged_prompt(
     values = shown_values(problem, peer_solution) if problem else {}
     if problem is None or not all(values.get(name) for name in template_names(template)):
         return None
-    text = fill_template(template, values)
-    return (*problem.messages[:-1], (problem.messages[-1][0], text)) if problem.messages else text
+    return in_place_of_question(problem, fill_template(template, values))
 
 
 def encoder(settings: PrivilegedTeacherConfig, setting: Setting) -> Callable[[Prompt], list[int]]:
@@ -195,13 +261,17 @@ def check_teacher(settings: PrivilegedTeacherConfig, setting: Setting) -> list[F
         settled.add("end token")
     inner = check_inner(settings.teacher, setting)
     findings = [finding for finding in inner if finding.subject not in settled]
-    findings.append(_check_names(settings, problems))
+    if settings.context is None:
+        findings.append(_check_names(settings, problems))
+    else:
+        findings += check_context(settings.context, problems, run.rollout.group_size)
     if settings.end_token is not None:
         token_id(setting.student_tokenizer, settings.end_token, "teacher.end_token")
         message = f"the student's is scored as the teacher's {settings.end_token!r}"
         findings.append(Finding("ok", "end token", message))
     if not any(finding.level == "error" for finding in findings):
-        findings.append(_check_length(settings, setting, problems))
+        check_length = _check_length if settings.context is None else _check_blocks_length
+        findings.append(check_length(settings, setting, problems))
     return findings
 
 
@@ -268,6 +338,47 @@ def _check_length(
     return Finding(level, "privileged context", message)
 
 
+def _check_blocks_length(
+    settings: PrivilegedTeacherConfig, setting: Setting, problems: Sequence[Problem]
+) -> Finding:
+    """Whether the longest question fits with its completion, and what is shown with it."""
+    assert settings.context is not None
+    blocks = make_blocks(settings.context, settings, setting)
+    most = setting.config.rollout.max_completion_tokens
+    contexts = [teacher_context(settings.teacher, setting)]
+    if settings.context.max_prompt_tokens is not None:
+        contexts.append(settings.context.max_prompt_tokens + most)
+    room = min((tokens for tokens in contexts if tokens is not None), default=None)
+    bare = most + max(len(blocks.token_ids(problem, [])) for problem in problems)
+    # Another completion is at most as long as a completion may be.
+    whole = most + max(blocks.num_tokens(problem, most) for problem in problems)
+    level = "ok"
+    message = f"up to {whole} of {room or 'unlimited'} tokens"
+    if room is not None and bare > room:
+        level = "error"
+        message = (
+            f"the longest of {len(problems)} questions with its completion alone needs {bare} "
+            f"tokens, but the teacher has {room} for both; lower rollout.max_completion_tokens, or "
+            "raise teacher.context.max_prompt_tokens if that is set."
+        )
+    elif room is not None and whole > room:
+        level = "warning"
+        message += ": completions that are shown will be shortened in the middle, or left out"
+    return Finding(level, "privileged context", message)
+
+
+def make_blocks(
+    context: ContextConfig, settings: PrivilegedTeacherConfig, setting: Setting
+) -> BlockContext:
+    """What makes the prompts of a context, in the form that the teacher's section gives them."""
+    return BlockContext(
+        context,
+        seed=setting.config.seed,
+        tokenizer=setting.student_tokenizer,
+        encode=encoder(settings, setting),
+    )
+
+
 def make_teacher(settings: PrivilegedTeacherConfig, setting: Setting) -> PrivilegedTeacher:
     assert setting.student is not None
     # Only what differs from the defaults, so that a new setting does not change old identities.
@@ -284,4 +395,5 @@ def make_teacher(settings: PrivilegedTeacherConfig, setting: Setting) -> Privile
         context=teacher_context(settings.teacher, setting),
         form=json.dumps(form, sort_keys=True) if form else "",
         ends=ends,
+        blocks=settings.context and make_blocks(settings.context, settings, setting),
     )

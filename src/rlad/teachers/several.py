@@ -35,12 +35,18 @@ class TeacherByTask(Teacher):
         members = [f"{name} = {one.identity}" for name, one in sorted(self.inner.items())]
         self.identity = f"by task: {', '.join(members)}"
 
+    def _name_of(self, request: TeacherRequest) -> str:
+        task = request.problem.task if request.problem else ""
+        return task or self.only_task
+
+    def speaks(self, request: TeacherRequest) -> bool:
+        return self.inner[self._name_of(request)].speaks(request)
+
     def submit(self, requests: Sequence[TeacherRequest]) -> list[Answer]:
         # Which requests are whose; then each teacher is asked once, about all of its own.
         rows: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
-            task = request.problem.task if request.problem else ""
-            rows.setdefault(task or self.only_task, []).append(i)
+            rows.setdefault(self._name_of(request), []).append(i)
         answers: dict[int, Answer] = {}
         for name, wanted in rows.items():
             submitted = self.inner[name].submit([requests[i] for i in wanted])

@@ -1,0 +1,331 @@
+"""What a privileged teacher is shown after the question, in blocks, made to fit its context.
+
+    question | answer | metadata | correct solutions | wrong attempts | feedback | request
+
+A prompt that is too long loses the middle of its longest solutions, then whole blocks from the
+last; never the question, the request, or what the chat template adds.
+"""
+
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from transformers import PreTrainedTokenizerBase
+
+from rlad.config.context import ContextConfig
+from rlad.findings import Finding
+from rlad.rollouts.prompts import Prompt
+from rlad.rollouts.types import Rollout
+from rlad.seeds import stream_seed
+from rlad.tasks import Problem
+from rlad.teachers.base import TeacherRequest
+
+Encode = Callable[[Prompt], Sequence[int]]
+"""gives a prompt's token ids"""
+MIN_PEER_TOKENS = 32
+"""a completion is not shortened further; then a whole block is dropped"""
+_CUT = "\n[...]\n"
+_END_OF_THOUGHTS = "</think>"
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A heading and a text. `is_peer`: another completion, which may be shortened."""
+
+    heading: str
+    text: str
+    is_peer: bool = False
+    is_success: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.heading}\n{self.text}" if self.heading else self.text
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """The blocks that fit, and the ids of the prompt with them."""
+
+    blocks: tuple[Block, ...]
+    token_ids: Sequence[int]
+    num_shortened: int = 0
+    num_dropped: int = 0
+
+    @property
+    def num_successes(self) -> int:
+        return sum(block.is_success for block in self.blocks)
+
+
+class BlockContext:
+    """Makes a teacher's prompts as a `[teacher.context]` section says."""
+
+    def __init__(
+        self,
+        settings: ContextConfig,
+        *,
+        seed: int,
+        tokenizer: PreTrainedTokenizerBase,
+        encode: Encode,
+    ):
+        self.settings = settings
+        self._seed = seed
+        self._tokenizer = tokenizer
+        self._encode = encode
+        self._special_tokens = _pattern_of_special_tokens(tokenizer)
+
+    def fitted(self, request: TeacherRequest, room: int | None) -> Fitted | None:
+        """The prompt about a completion, of at most `room` tokens; None where nothing can be
+        shown."""
+        problem = request.problem
+        if problem is None:
+            return None
+        limits = [each for each in (room, self.settings.max_prompt_tokens) if each is not None]
+        return fit(
+            [
+                replace(block, text=self._plain(block.text))
+                for block in blocks_of(self.settings, request, seed=self._seed)
+            ],
+            encode=partial(self.token_ids, problem),
+            room=min(limits, default=None),
+            tokenizer=self._tokenizer,
+        )
+
+    def num_tokens(self, problem: Problem, tokens_per_peer: int) -> int:
+        """The tokens of a prompt with all that it may show but feedback, of which each completion
+        has so many."""
+        settings = self.settings
+        blocks = [
+            *_about_the_problem(settings, problem),
+            *_success_blocks(settings, [""] * settings.num_successes),
+            *_failure_blocks(settings, [""] * settings.num_failures),
+        ]
+        return len(self.token_ids(problem, blocks)) + tokens_per_peer * settings.num_peers
+
+    def token_ids(self, problem: Problem, blocks: Sequence[Block]) -> Sequence[int]:
+        """The prompt that shows these blocks."""
+        parts = [problem.question.strip(), *map(str, blocks), self.settings.texts.request]
+        return self._encode(in_place_of_question(problem, "\n\n".join(filter(None, parts))))
+
+    def _plain(self, text: str) -> str:
+        """A text without what the tokenizer would take for the end of a message."""
+        # Removing one may put another together.
+        while (plain := self._special_tokens.sub("", text)) != text:
+            text = plain
+        return text
+
+
+def _pattern_of_special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    added = tokenizer.added_tokens_decoder.values()
+    names = {*map(str, tokenizer.all_special_tokens), *(str(one) for one in added if one.special)}
+    return re.compile("|".join(map(re.escape, sorted(names))))
+
+
+def in_place_of_question(problem: Problem, text: str) -> Prompt:
+    """The prompt of a problem with another text for the user's last message."""
+    return (*problem.messages[:-1], (problem.messages[-1][0], text)) if problem.messages else text
+
+
+def metadata_texts(problem: Problem) -> dict[str, str]:
+    """The entries of a problem's metadata that can be shown: texts and numbers."""
+    return {k: str(v) for k, v in problem.metadata.items() if isinstance(v, str | int | float)}
+
+
+# --- which blocks ---------------------------------------------------------------------------------
+
+
+def blocks_of(settings: ContextConfig, request: TeacherRequest, *, seed: int) -> list[Block]:
+    """What there is to show about a completion; empty where there is nothing that may be shown.
+
+    The completion itself is never among it, nor another one of the same text.
+    """
+    problem = request.problem
+    assert problem is not None, "a context is about a problem"
+    own = request.rollout
+    candidates = [peer for peer in request.peers if own is None or peer.text != own.text]
+    if settings.choice == "random":
+        stream = stream_seed(seed, "peers", *request.prompt, "/", *request.completion)
+        random.Random(stream).shuffle(candidates)
+    successes = list(_different_texts(candidates, settings, is_success=True))
+    failures = list(_different_texts(candidates, settings, is_success=False))
+
+    blocks = list(_about_the_problem(settings, problem))
+    blocks += _success_blocks(settings, successes[: settings.num_successes])
+    # Wrong attempts alone teach worst of all, so they come with something that is right, unless the
+    # settings ask for them.
+    if blocks or not settings.num_successes or settings.without_success == "failures":
+        blocks += _failure_blocks(settings, failures[: settings.num_failures])
+    # What was wrong with the completion, but not its text: a teacher that is shown it would repeat
+    # it.
+    has_success = any(block.is_success for block in blocks)
+    if settings.feedback and not has_success and own is not None and is_failure(own, settings):
+        blocks.append(Block(settings.texts.feedback, own.feedback))
+    return [block for block in blocks if block.text]
+
+
+def _about_the_problem(settings: ContextConfig, problem: Problem) -> Iterator[Block]:
+    if settings.answer and problem.answer:
+        yield Block(settings.texts.answer, problem.answer)
+    for name in settings.fields:
+        if text := metadata_texts(problem).get(name):
+            yield Block(f"{name.replace('_', ' ').capitalize()}:", text)
+
+
+def _success_blocks(settings: ContextConfig, texts: Sequence[str]) -> Iterator[Block]:
+    for number, text in enumerate(texts):
+        heading = settings.texts.next_success if number else settings.texts.first_success
+        yield Block(heading, text, is_peer=True, is_success=True)
+
+
+def _failure_blocks(settings: ContextConfig, texts: Sequence[str]) -> Iterator[Block]:
+    for text in texts:
+        yield Block(settings.texts.failure, text, is_peer=True)
+
+
+def _different_texts(
+    peers: Sequence[Rollout], settings: ContextConfig, *, is_success: bool
+) -> Iterator[str]:
+    """The texts of successes or failures as they are shown, each once."""
+    belongs = is_successful if is_success else is_failure
+    seen = {""}
+    for peer in peers:
+        text = peer.text
+        if not settings.show_thoughts:
+            text = text.rpartition(_END_OF_THOUGHTS)[2]
+        text = text.strip()
+        if text not in seen and belongs(peer, settings):
+            seen.add(text)
+            yield text
+
+
+def is_successful(rollout: Rollout, settings: ContextConfig) -> bool:
+    return rollout.reward >= settings.success_reward
+
+
+def is_failure(rollout: Rollout, settings: ContextConfig) -> bool:
+    """Whether a completion is wrong; one that could not be judged (NaN) is neither."""
+    if settings.failure_reward is not None:
+        return rollout.reward <= settings.failure_reward
+    return rollout.reward < settings.success_reward
+
+
+# --- making them fit ------------------------------------------------------------------------------
+
+
+def fit(
+    blocks: Sequence[Block],
+    *,
+    encode: Callable[[Sequence[Block]], Sequence[int]],
+    room: int | None,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Fitted | None:
+    """As much of `blocks` as leaves the prompt within `room` tokens; None where that is none."""
+    for num_kept in range(len(blocks), 0, -1):
+        fitted = _shorten(blocks[:num_kept], encode=encode, room=room, tokenizer=tokenizer)
+        if fitted is not None:
+            return replace(fitted, num_dropped=len(blocks) - num_kept)
+    return None
+
+
+def _shorten(
+    blocks: Sequence[Block],
+    *,
+    encode: Callable[[Sequence[Block]], Sequence[int]],
+    room: int | None,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Fitted | None:
+    """All of the blocks, their longest completions cut in the middle if need be; None where that is
+    not enough."""
+    ids = encode(blocks)
+    if room is None or len(ids) <= room:
+        return Fitted(tuple(blocks), ids)
+    lengths = [_num_tokens(block.text, tokenizer) for block in blocks if block.is_peer]
+    # A cut text is tokenized anew and may have more tokens than were kept of it; then it is cut
+    # further.
+    left = sum(lengths)
+    cut = list(blocks)
+    while len(ids) > room:
+        left -= len(ids) - room
+        cap = even_cap(lengths, left)
+        if cap is None or cap < MIN_PEER_TOKENS:
+            return None
+        cut = [
+            replace(block, text=cut_middle(block.text, cap, tokenizer)) if block.is_peer else block
+            for block in blocks
+        ]
+        ids = encode(cut)
+    changed = sum(one != other for one, other in zip(blocks, cut, strict=True))
+    return Fitted(tuple(cut), ids, num_shortened=changed)
+
+
+def even_cap(lengths: Sequence[int], total: int) -> int | None:
+    """The largest cap with sum_i min(length_i, cap) <= total < sum_i length_i; None for lengths
+    that sum to at most `total` already, or a total that allows none.
+
+    By hand: lengths 10, 50, 90 and total 100 give 45, as 10 + 45 + 45 = 100.
+    """
+    left = total
+    # From the shortest: what it does not use of its even share is for the others.
+    for i, length in enumerate(sorted(lengths)):
+        share = left // (len(lengths) - i)
+        if length > share:
+            return max(share, 0) or None
+        left -= length
+    return None
+
+
+def cut_middle(text: str, num_tokens: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A text of at most about `num_tokens` tokens: its beginning and its end."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(ids) <= num_tokens:
+        return text
+    kept = num_tokens - _num_tokens(_CUT, tokenizer)
+    head = kept // 2
+    begin = tokenizer.decode(ids[:head])
+    end = tokenizer.decode(ids[len(ids) - (kept - head) :])
+    return f"{begin.strip()}{_CUT}{end.strip()}"
+
+
+def _num_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+# --- check ----------------------------------------------------------------------------------------
+
+
+def check_context(
+    settings: ContextConfig, problems: Sequence[Problem], group_size: int
+) -> Iterator[Finding]:
+    """Say whether what it shall show is there."""
+    shown = [name for name in ("answer", "feedback") if getattr(settings, name)]
+    for name in settings.fields:
+        num_empty = sum(not metadata_texts(problem).get(name) for problem in problems)
+        if num_empty == len(problems):
+            known = sorted({key for problem in problems for key in metadata_texts(problem)})
+            yield Finding(
+                "error",
+                "context",
+                f"it shows the field {name!r}, which the task's problems do not have; use "
+                f"{', '.join(known) or 'num_successes or answer, as they have none'}.",
+            )
+        elif num_empty:
+            message = f"{num_empty} of {len(problems)} problems have no {name!r}"
+            yield Finding("warning", "context", message)
+        shown.append(name)
+    if num_unanswered := settings.answer * sum(not problem.answer for problem in problems):
+        message = f"{num_unanswered} of {len(problems)} problems have no reference answer"
+        yield Finding("warning", "context", message)
+    for number, what in (
+        (settings.num_successes, "correct"),
+        (settings.num_failures, "wrong"),
+    ):
+        if number:
+            shown.append(f"up to {number} {what} of the other {group_size - 1} completions")
+    if settings.num_peers >= group_size:
+        yield Finding(
+            "warning",
+            "context",
+            f"it wants {settings.num_peers} other completions, and a group has only "
+            f"{group_size - 1} others (rollout.group_size)",
+        )
+    yield Finding("ok", "context", f"shows the question with {', '.join(shown)}")
