@@ -1,5 +1,5 @@
-"""Teacher scoring, update and decoding on one GPU, beside the floor that the chip sets; random
-weights of real shapes.
+"""Teacher scoring, update and decoding (also by CUDA graphs, and by vLLM where it is installed) on
+one GPU, beside the floor that the chip sets; random weights of real shapes.
 
     python benchmarks/gpu.py --json gpu.json      a few minutes on a GPU with 80 GB or more
     python benchmarks/gpu.py --smoke              the same code with tiny shapes on the CPU
@@ -19,7 +19,9 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,7 +34,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from rlad.config.run import RunConfig
 from rlad.engines.native.loop import NativeEngine
 from rlad.models.loading import LanguageModel
+from rlad.rollouts.decoding_steps import GraphSteps
+from rlad.rollouts.samplers import make_sampler, obstacle_to_vllm
 from rlad.rollouts.sampling import sample
+from rlad.rollouts.types import Completion
 from rlad.teachers.local import LocalTeacher
 
 CHIPS = {
@@ -61,7 +66,7 @@ SHAPES = {
     "Qwen3-1.7B": Shape(2048, 6144, 28, 16, 8),
     "Qwen3-8B": Shape(4096, 12_288, 36, 32, 8, tied=False),
 }
-SMOKE = Shape(32, 64, 2, 2, 1, head_dim=16, vocabulary=200)
+SMOKE = Shape(32, 64, 2, 2, 1, head_dim=32, vocabulary=200)
 STUDENTS = ("Qwen3-0.6B", "Qwen3-1.7B")
 TEACHER = "Qwen3-8B"
 
@@ -196,15 +201,16 @@ def measure(
     def score() -> None:
         batch.teacher_logprobs = batch.by_rollout(engine._ask_teacher(batch))
 
-    def decode() -> None:
-        sample(
-            student,
-            [group.prompt_token_ids for group in batch.groups],
-            group_size=case.group_size,
-            max_completion_tokens=options.decoded,
-            temperature=1.0,
-            seed=0,
-        )
+    prompts = [group.prompt_token_ids for group in batch.groups]
+    limits: dict[str, Any] = {
+        "group_size": case.group_size,
+        "max_completion_tokens": options.decoded,
+        "temperature": 1.0,
+        "seed": 0,
+    }
+    decode = partial(sample, student, prompts, **limits)
+    decode_by_graphs = partial(decode, make_steps=GraphSteps)
+    agreement(decode(), decode_by_graphs())
 
     def update() -> None:
         engine.update(batch, range(case.num_prompts))
@@ -213,11 +219,57 @@ def measure(
         f"{TEACHER} scores": (score, scoring(shapes[TEACHER], case, case.max_tokens)),
         f"{name} update": (update, updating(shapes[name], case, case.max_tokens)),
         f"{name} decodes": (decode, decoding(shapes[name], case, options.decoded)),
+        f"{name} decodes, CUDA graphs": (
+            decode_by_graphs,
+            decoding(shapes[name], case, options.decoded),
+        ),
     }
-    return {
+    measured = {
         what: (piece, seconds(do, device, options.repetitions))
         for what, (do, piece) in pieces.items()
     }
+    if obstacle := obstacle_to_vllm(student):
+        print(f"no vLLM: {obstacle}", file=sys.stderr)
+        return measured
+    rollout = engine.config.rollout.model_copy(
+        update={
+            "engine": "vllm",
+            "max_prompt_tokens": case.prompt_tokens,
+            "max_completion_tokens": options.decoded,
+            "max_batch_rows": case.num_rows,
+        }
+    )
+    with closing(make_sampler(student, rollout)) as vllm:
+        write = partial(vllm.sample, prompts, **limits)
+        took = seconds(write, device, options.repetitions)
+        measured[f"{name} decodes, vLLM"] = (decoding(shapes[name], case, options.decoded), took)
+
+        def hand_over() -> None:
+            vllm.weights_changed()
+            vllm.update_weights()
+
+        # Float32 is read, bfloat16 written.
+        weights = block_weights(shapes[name]) + shapes[name].hidden * shapes[name].vocabulary
+        work = Work(case.num_rows * options.decoded, 0.0, 6 * weights)
+        measured[f"{name} weights to vLLM"] = (work, seconds(hand_over, device, 1))
+    return measured
+
+
+def agreement(plain: list[list[Completion]], graphs: list[list[Completion]]) -> None:
+    """Print how alike the completions of plain decoding and of CUDA graphs are: by rounding a row
+    may take another token, after which it is another completion."""
+    pairs = [
+        (one, other)
+        for group, others in zip(plain, graphs, strict=True)
+        for one, other in zip(group, others, strict=True)
+    ]
+    num_equal = sum(one.token_ids == other.token_ids for one, other in pairs)
+    firsts = [abs(one.logprobs[0] - other.logprobs[0]) for one, other in pairs]
+    print(
+        f"CUDA graphs: {num_equal} of {len(pairs)} completions equal those of plain decoding, "
+        f"first log-probs differ by at most {max(firsts):.1e}",
+        file=sys.stderr,
+    )
 
 
 def main() -> None:

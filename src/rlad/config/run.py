@@ -90,6 +90,9 @@ class RolloutConfig(Section):
     """variables of the chat template, such as { enable_thinking = false }"""
     max_batch_rows: Annotated[Count, Mark.ROUNDING] = 256
     """most completions that are decoded at once"""
+    cuda_graphs: Annotated[bool, Mark.ROUNDING] = False
+    """decode by CUDA graphs: a step of our own decoder without the cost of launching its kernels;
+    not run on a GPU so far"""
     engine: Literal["native", "vllm", "auto"] = "native"
     """what writes the completions: our own decoder, or vLLM in the same process; `auto` takes vLLM
     where it is installed and fits device and model"""

@@ -28,10 +28,15 @@ class GrowingLayer(DynamicLayer):
     def __init__(self) -> None:
         super().__init__()
         self.buffers: list[Tensor] = []
+        self._index: Tensor | None = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        if self._index is not None:
+            for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+                buffer.index_copy_(2, self._index, states)
+            return self.buffers[0], self.buffers[1]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start = self.get_seq_length()
@@ -41,7 +46,7 @@ class GrowingLayer(DynamicLayer):
         # Buffers that are full are replaced by larger ones, a quarter at a time, so a token's share
         # of all copying is small however long the completion is.
         if not self.buffers or end > self.buffers[0].shape[-2]:
-            self._move(rows=None, num_tokens=end)
+            self._move(rows=None, size=room_for(end))
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[:, :, start:end] = states
         # transformers reads the front of the buffers: views, nothing is copied.
@@ -49,16 +54,29 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._move(rows=indices, num_tokens=self.get_seq_length())
+        self._move(rows=indices, size=room_for(self.get_seq_length()))
 
-    def _move(self, *, rows: Tensor | None, num_tokens: int) -> None:
-        """Copy what is held, or some rows of it, to buffers with room for `num_tokens` and some
-        more."""
+    def fix(self, room: int, index: Tensor) -> None:
+        """Keep buffers of `room` tokens at their addresses from now on: the next token is written
+        at `index` [1], and the whole buffers are read."""
+        length = self.get_seq_length()
+        self._move(rows=None, size=room)
+        for buffer in self.buffers:
+            # Attention multiplies what its mask hides by 0, so it must be finite.
+            buffer[:, :, length:] = 0
+        self._index = index
+
+    def release(self, length: int) -> None:
+        """Grow again; the first `length` tokens are held."""
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
+        self._index = None
+
+    def _move(self, *, rows: Tensor | None, size: int) -> None:
+        """Copy what is held, or some rows of it, to buffers with room for `size` tokens."""
         assert self.keys is not None and self.values is not None
         held = (self.keys, self.values)
         length = self.keys.shape[-2]
         num_rows = len(self.keys) if rows is None else len(rows)
-        size = room_for(num_tokens)
         self.buffers = [
             states.new_empty(num_rows, states.shape[1], size, states.shape[-1]) for states in held
         ]

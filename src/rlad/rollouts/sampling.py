@@ -26,7 +26,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from rlad.config.run import RolloutConfig
 from rlad.errors import UserError
 from rlad.models.loading import LanguageModel
-from rlad.rollouts.growing_cache import growing_cache
+from rlad.rollouts.decoding_steps import GraphSteps, PlainSteps, obstacle_to_graphs
 from rlad.rollouts.types import Completion, Sampler
 from rlad.scoring.tiles import tokens_per_chunk
 
@@ -82,12 +82,28 @@ class OwnSampler(Sampler):
     def __init__(
         self, language_model: LanguageModel, rollout: RolloutConfig, *, because: str | None = None
     ):
+        """Raises `UserError` where CUDA graphs are asked for and not possible."""
         self._model = language_model
         self._max_batch_rows = rollout.max_batch_rows
         self.description = "our own decoder" + (f": {because}" if because else "")
+        self._make_steps = PlainSteps
+        if rollout.cuda_graphs:
+            if obstacle := obstacle_to_graphs(language_model.model):
+                raise UserError(
+                    f"rollout.cuda_graphs = true, but {obstacle}; set it to false, which decodes "
+                    "without."
+                )
+            self.description += ", CUDA graphs"
+            self._make_steps = GraphSteps
 
     def sample(self, prompts: Sequence[Sequence[int]], **settings: Any) -> list[list[Completion]]:
-        return sample(self._model, prompts, max_batch_rows=self._max_batch_rows, **settings)
+        return sample(
+            self._model,
+            prompts,
+            max_batch_rows=self._max_batch_rows,
+            make_steps=self._make_steps,
+            **settings,
+        )
 
 
 def sample(
@@ -101,6 +117,7 @@ def sample(
     max_batch_rows: int = 256,
     before_token: Callable[[], None] = lambda: None,
     after_group: Callable[[int, list[Completion]], None] = lambda number, completions: None,
+    make_steps: Callable[..., PlainSteps] = PlainSteps,
 ) -> list[list[Completion]]:
     """`group_size` completions of each prompt (token ids), in the order of the prompts.
 
@@ -140,6 +157,7 @@ def sample(
                     temperature,
                     before_token,
                     partial(groups.add, start),
+                    make_steps,
                 ),
             )
     return groups.completions
@@ -215,6 +233,7 @@ class _Batch:
     before_token: Callable[[], None]
     after_rows: Callable[[list[int], Tensor, Tensor], None]
     """gets rows that have ended, and their tokens and log-probs `[row, token]`"""
+    make_steps: Callable[..., PlainSteps]
 
     def pick(self, rows: Tensor, step: int, logits: Tensor) -> tuple[Tensor, Tensor]:
         return pick_tokens(logits, self.uniforms[rows, step], self.temperature)
@@ -237,23 +256,14 @@ def _decode(language_model: LanguageModel, batch: _Batch) -> None:
     num_rows, max_tokens = batch.uniforms.shape
     tokens_out = torch.full((num_rows, max_tokens), language_model.pad_token_id, device=device)
     logprobs_out = torch.zeros(num_rows, max_tokens, device=device)
-    cache = growing_cache(model.config)
-    forward = partial(model, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    # Each prompt goes through the model once. Then its keys and values are copied for all rows of
-    # its group, and each row continues by itself.
     batch.before_token()
-    positions = (batch.mask.cumsum(dim=1) - 1).clamp(min=0)
-    logits = forward(input_ids=batch.ids, attention_mask=batch.mask, position_ids=positions).logits[
-        batch.owners, -1
-    ]
-    cache.batch_select_indices(batch.owners)
-    mask = batch.mask[batch.owners]
+    steps = batch.make_steps(model, batch.ids, batch.mask, batch.owners)
     # Which output row each row of the batch belongs to, and whether it is still to be continued.
     rows = torch.arange(num_rows, device=device)
     alive = torch.ones(num_rows, dtype=torch.bool, device=device)
     num_alive = num_rows
     for step in range(max_tokens):
-        tokens, logprobs = batch.pick(rows, step, logits)
+        tokens, logprobs = batch.pick(rows, step, steps.logits)
         # A row that has ended is decoded until it is dropped; what it writes then is not read.
         tokens_out[rows, step] = tokens
         logprobs_out[rows, step] = logprobs
@@ -272,17 +282,12 @@ def _decode(language_model: LanguageModel, batch: _Batch) -> None:
         # so the others' tokens do not change.
         if num_alive <= (1 - _COMPACT_SHARE) * len(rows):
             kept = alive.nonzero().squeeze(1)
-            cache.batch_select_indices(kept)
+            steps.keep(kept)
             rows = rows[kept]
             tokens = tokens[kept]
-            mask = mask[kept]
             alive = alive[kept]
         batch.before_token()
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        positions = mask.sum(dim=1, keepdim=True) - 1
-        logits = forward(
-            input_ids=tokens[:, None], attention_mask=mask, position_ids=positions
-        ).logits[:, -1]
+        steps.advance(tokens)
 
 
 class _PickTokens(LogitsProcessor):
