@@ -199,7 +199,7 @@ def measure(
     batch = batch_of(engine, case, case.max_tokens)
 
     def score() -> None:
-        batch.teacher_logprobs = batch.by_rollout(engine._ask_teacher(batch))
+        batch.teacher_logprobs = batch.by_rollout(engine._ask_teacher(batch), batch.teacher_rows)
 
     prompts = [group.prompt_token_ids for group in batch.groups]
     limits: dict[str, Any] = {

@@ -78,7 +78,7 @@ def measure_here(case: Case, without: str) -> dict[str, int]:
     for tokens in (SMALL, case.max_tokens):
         batch = batch_of(engine, case, tokens)
         before = resident()
-        batch.teacher_logprobs = batch.by_rollout(engine._ask_teacher(batch))
+        batch.teacher_logprobs = batch.by_rollout(engine._ask_teacher(batch), batch.teacher_rows)
         found["teacher"] = _status("VmHWM") - before
         before = resident()
         engine.update(batch, prompts)

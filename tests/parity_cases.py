@@ -42,7 +42,7 @@ _CLIP = {"clip_low": 0.2, "clip_high": 0.28}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "trrd": {"alpha": 0.5, "teacher_log_ratio_clip": 1.0, **_CLIP},
     "grpo": _CLIP,
-    "kdrl": {"kd_coef": 2e-3, "kd_estimator": "k2", "masking": "none", **_CLIP},
+    "kdrl": {"kd_coef": 2e-3, "kd_estimator": "k2", **_CLIP},
     "opd": {},
     "rlsd": {
         "teacher_weight": {"start": 0.5, "end": 0.0, "change_per_step": -0.01},
@@ -250,6 +250,8 @@ def by_reference(
     elif name in (*USE_NO_REWARD, "sft"):
         allowed |= {"cannot_judge"}
     takes_part = [i for i in wanted if batch.rollouts[i].verdict in allowed]
+    if name in USE_NO_REWARD:  # without the teacher there is nothing to train on
+        takes_part = [i for i in takes_part if teacher_speaks(case, batch, i)]
     rows = {i: _row(case, batch, i, dropped, teacher_temperature) for i in takes_part}
     losses = []
     for i, token_losses in _token_losses(
@@ -332,7 +334,9 @@ def _token_losses(
     clip = {key: knobs[key] for key in _CLIP if key in knobs}
     for i, row in rows.items():
         tokens = list(zip(row.student, row.old, row.teacher, strict=True))
-        if name == "sft":
+        if not teacher_speaks(case, batch, i):
+            results[i] = [reference.grpo_token(s, o, advantages[i], **clip) for s, o, _ in tokens]
+        elif name == "sft":
             results[i] = [-s for s in row.student]
         elif name == "gkd":
             results[i] = _divergences(case, batch, i, knobs["beta"])
@@ -349,7 +353,7 @@ def _token_losses(
                 reference.grpo_token(s, o, a, **clip)
                 for (s, o, _), a in zip(tokens, per_token, strict=True)
             ]
-        if name == "kdrl" and not _is_mastered(case, batch, i, knobs["masking"]):
+        if name == "kdrl" and teacher_speaks(case, batch, i):
             kl = [reference.kl_token(s, t, knobs["kd_estimator"]) for s, _, t in tokens]
             results[i] = [
                 loss + knobs["kd_coef"] * value for loss, value in zip(results[i], kl, strict=True)
@@ -395,14 +399,17 @@ def _advantages_of_tokens(
     return [advantage * weight for weight in weights]
 
 
-def _is_mastered(case: Case, batch: RolloutBatch, i: int, masking: str) -> bool:
-    """Whether KDRL leaves the distillation of a rollout out."""
+def teacher_speaks(case: Case, batch: RolloutBatch, i: int) -> bool:
+    """Whether the teacher has a say on a rollout."""
     size = case.said["rollout"]["group_size"]
     verdicts = [rollout.verdict for rollout in batch.rollouts]
     of_group = verdicts[i - i % size : i - i % size + size]
-    return {"none": False, "response": verdicts[i] == "correct", "group": "correct" in of_group}[
-        masking
-    ]
+    return {
+        "all": True,
+        "positive": expected_advantages(case, batch)[i] > 0,
+        "wrong": verdicts[i] != "correct",
+        "failed_groups": "correct" not in of_group,
+    }[case.said["objective"].get("teacher_on", "all")]
 
 
 def gradients_of(language_model: LanguageModel, loss: Tensor) -> Gradients:

@@ -43,6 +43,7 @@ def test_defaults_of_the_papers():
     config = changed()
     assert config.objective.model_dump() == {
         "type": "trrd",
+        "teacher_on": "all",
         "alpha": 0.5,
         "clip_low": 0.2,
         "clip_high": 0.28,

@@ -432,8 +432,8 @@ def test_evaluation_leaves_the_metrics_of_training_alone(tmp_path):
         ),
         ({"objective": "opd_then_grpo"}, "objective 'opd_then_grpo' is not available on TRL"),
         (
-            {"objective": {"type": "kdrl", "masking": "group"}},
-            r"objective.masking = 'group' \(it needs verdicts\) is not available on TRL",
+            {"objective": {"type": "kdrl", "teacher_on": "wrong"}},
+            "objective.teacher_on = 'wrong' is not available on TRL; set it to 'all'",
         ),
         (
             {"loss_type": "cispo"},

@@ -236,8 +236,8 @@ def is_refused(config: RunConfig) -> bool:
             "an annealed objective.teacher_weight is not available on verl; give one number.",
         ),
         (
-            ["objective=kdrl", "objective.masking=group"],
-            "objective.masking = 'group' (it needs verdicts) is not available on verl",
+            ["objective=kdrl", "objective.teacher_on=wrong"],
+            "objective.teacher_on = 'wrong' is not available on verl; set it to 'all'",
         ),
         (
             ["rollout.temperature=0.7"],

@@ -741,84 +741,98 @@ def test_only_the_student_receives_a_gradient(name: str) -> None:
         LossInputs(**inputs)
 
 
-# --- masking of KDRL ------------------------------------------------------------------------------
+# --- where the teacher is silent ------------------------------------------------------------------
+
+SILENT = (1, 3, 4)
+SPOKEN = (0, 2, 5)
+SPEAKS = torch.tensor([i not in SILENT for i in range(6)])
+CAN_BE_SILENT = [name for name in WITH_TEACHER if "teacher_speaks" in OBJECTIVES[name].takes_too]
 
 
-def mastered(*flags: bool) -> Tensor:
-    return torch.tensor(flags)
+def test_these_are_grpo_without_a_teacher() -> None:
+    """The others have nothing to train on where the teacher is silent."""
+    assert CAN_BE_SILENT == ["distilled_rl", "kdrl", "rlsd", "trrd"]
+    assert all(
+        OBJECTIVE_CONFIGS[name]().trains_without_teacher is (name in CAN_BE_SILENT)
+        for name in WITH_TEACHER
+    )
 
 
+@pytest.mark.parametrize("filler", [0.0, math.nan, math.inf, -math.inf, -80.0])
 @pytest.mark.parametrize(
-    ("masking", "without"),
-    [("none", []), ("response", [1, 3]), ("group", [0, 1, 2])],
+    ("name", "knobs"),
+    [
+        ("trrd", {}),
+        ("trrd", {"alpha": 0.0}),
+        ("trrd", {"teacher_log_ratio_clip": None, "dual_clip": 2.0}),
+        ("trrd", {"ratio_level": "sequence", "clip_low": 3e-2, "clip_high": 4e-2}),
+        ("kdrl", {"kd_coef": 0.5}),
+        ("kdrl", {"kd_coef": 0.5, "kd_estimator": "k3"}),
+        ("rlsd", {"teacher_weight": 1.0, "weight_clip": 0.9}),
+        ("distilled_rl", {"weight_bound": 9.0}),
+    ],
 )
-@pytest.mark.parametrize("estimator", ["k2", "k3"])
-def test_kdrl_masking_leaves_the_distillation_out_of_what_is_mastered(
-    masking: str, without: list[int], estimator: str
+def test_where_the_teacher_is_silent_it_is_grpo(
+    name: str, knobs: dict[str, Any], filler: float
 ) -> None:
-    """Where it is left out, value and gradient are GRPO's exactly; elsewhere they are those without
-    masking."""
+    """Value and gradient exactly, whatever the teacher's tensor holds there; elsewhere they are
+    those of a teacher that speaks everywhere."""
     inputs = random_inputs(spread=2.0)
-    flags = {
-        "is_correct": mastered(False, True, False, True, False, False),
-        "group_is_solved": mastered(True, True, True, False, False, False),
-    }
-    knobs = {"kd_coef": 0.5, "kd_estimator": estimator}
-
-    def of(name: str, **more: Any) -> tuple[Tensor, Tensor]:
-        student = inputs["student_logprobs"].detach().requires_grad_()
-        loss, _ = token_loss(
-            name, LossInputs(**(inputs | {"student_logprobs": student}), **flags), knobs=more
-        )
-        return loss.detach(), torch.autograd.grad(loss.sum(), student)[0]
-
-    ours, plain, grpo = of("kdrl", **knobs, masking=masking), of("kdrl", **knobs), of("grpo")
-    rest = [i for i in range(6) if i not in without]
-    for part in (0, 1):
-        assert torch.equal(ours[part][without], grpo[part][without])
-        assert torch.equal(ours[part][rest], plain[part][rest])
-        assert (
-            not torch.allclose(plain[part][without], grpo[part][without], atol=1e-2) or not without
-        )
-    stats = kdrl_loss(**inputs, **knobs, masking=masking, **flags)[1]
-    assert (stats["kl_to_teacher"][without] == 0).all()
-    kl = [
-        [kl_token(s, t, estimator) for s, t in zip(*pair, strict=True)]
-        for pair in _trained(inputs, rest)
-    ]
-    assert [stats["kl_to_teacher"][i][inputs["mask"][i]].tolist() for i in rest] == [
-        pytest.approx(row) for row in kl
-    ]
+    teacher = torch.where(SPEAKS[:, None], inputs["teacher_logprobs"], filler)
+    of_grpo = {key: value for key, value in knobs.items() if key in (*CLIP, "ratio_level")}
+    of_grpo |= {"dual_clip": knobs["dual_clip"]} if "dual_clip" in knobs else {}
+    some = value_and_gradient(
+        name, inputs | {"teacher_logprobs": teacher}, **knobs, teacher_speaks=SPEAKS
+    )
+    everywhere = value_and_gradient(name, inputs, **knobs)
+    grpo = value_and_gradient("grpo", inputs, **of_grpo)
+    for ours, whole, wanted in zip(some, everywhere, grpo, strict=True):
+        assert torch.equal(ours[[*SILENT]], wanted[[*SILENT]])
+        assert torch.equal(ours[[*SPOKEN]], whole[[*SPOKEN]])
+        assert not torch.allclose(whole[[*SILENT]], wanted[[*SILENT]], atol=1e-2)
 
 
-def _trained(inputs: dict[str, Tensor], chosen: list[int]) -> list[tuple[list[float], list[float]]]:
-    """Student's and teacher's log-probs of the trained tokens of these rows."""
-    return [
-        (
-            inputs["student_logprobs"][i][inputs["mask"][i]].tolist(),
-            inputs["teacher_logprobs"][i][inputs["mask"][i]].tolist(),
-        )
-        for i in chosen
-    ]
+@pytest.mark.parametrize("name", CAN_BE_SILENT)
+def test_a_teacher_that_speaks_on_every_row_is_one_that_speaks(name: str) -> None:
+    inputs = random_inputs()
+    speaks = torch.ones(6, dtype=torch.bool)
+    for ours, wanted in zip(
+        value_and_gradient(name, inputs, teacher_speaks=speaks),
+        value_and_gradient(name, inputs),
+        strict=True,
+    ):
+        assert torch.equal(ours, wanted)
 
 
-def test_kdrl_masking_by_hand() -> None:
-    """d = .5 for both tokens; the second response is correct: .1 * .125 is added to the first
+@pytest.mark.parametrize("name", CAN_BE_SILENT)
+def test_a_silent_row_drops_no_token_and_a_spoken_one_does(name: str) -> None:
+    inputs = random_inputs()
+    inputs["teacher_logprobs"][0, 0] = math.nan  # spoken
+    inputs["teacher_logprobs"][1, 0] = math.nan  # silent
+    dropped = call(name, inputs, teacher_speaks=SPEAKS)[1]["dropped"]
+    assert dropped.nonzero().tolist() == [[0, 0]]
+    of_inputs = LossInputs(**inputs, teacher_speaks=SPEAKS)
+    assert torch.equal(of_inputs.trained, inputs["mask"] & ~dropped)
+    assert torch.equal(of_inputs.heard, inputs["mask"] & SPEAKS[:, None])
+
+
+def test_a_silent_teacher_by_hand() -> None:
+    """Two equal tokens, πS .2 nats above πold, πT .4 nats below πS, Â = 1, alpha .5, no clip: with
+    the teacher log r = .1 + .2, without it .2. For KDRL d = -.4: .1 * .08 is added to the first
     alone."""
     inputs = {
         "student_logprobs": rows([-1.0], [-1.0]).requires_grad_(),
-        "old_logprobs": rows([-1.0], [-1.0]),
-        "teacher_logprobs": rows([-0.5], [-0.5]),
-        "advantages": torch.tensor([-1.0, 1.0], dtype=torch.float64),
+        "old_logprobs": rows([-1.2], [-1.2]),
+        "teacher_logprobs": rows([-1.4], [-1.4]),
+        "advantages": torch.tensor([1.0, 1.0], dtype=torch.float64),
         "mask": torch.ones(2, 1, dtype=torch.bool),
     }
-    correct = mastered(False, True)
-    loss = kdrl_loss(**inputs, kd_coef=0.1, masking="response", is_correct=correct)[0]
-    assert loss[:, 0].tolist() == pytest.approx([1.0125, -1.0], abs=1e-14)
-    loss = kdrl_loss(**inputs, kd_coef=0.1, masking="group", group_is_solved=mastered(True, True))[
-        0
-    ]
-    assert loss[:, 0].tolist() == [1.0, -1.0]
+    speaks = torch.tensor([True, False])
+    wide = {"clip_high": 1.0, "teacher_speaks": speaks}
+    loss = trrd_loss(**inputs, **wide)[0]
+    assert loss[:, 0].tolist() == pytest.approx([-math.exp(0.3), -math.exp(0.2)], abs=1e-14)
+    loss = kdrl_loss(**inputs, kd_coef=0.1, **wide)[0]
+    assert loss[:, 0].tolist() == pytest.approx([0.008 - math.exp(0.2), -math.exp(0.2)], abs=1e-14)
 
 
 def test_what_kdrl_leaves_out_cannot_spoil_the_gradient() -> None:
@@ -832,24 +846,20 @@ def test_what_kdrl_leaves_out_cannot_spoil_the_gradient() -> None:
     loss = kdrl_loss(
         **(inputs | {"student_logprobs": student}),
         kd_estimator="k3",
-        masking="response",
-        is_correct=mastered(True),
+        teacher_speaks=torch.tensor([False]),
     )[0]
     (gradient,) = torch.autograd.grad(loss.sum(), student)
     assert (loss.item(), gradient.item()) == (-1.0, -1.0)
 
 
-def test_kdrl_masking_needs_to_know_what_is_correct() -> None:
-    inputs = one_token(-1.0, -1.0, -1.0, 1.0)
-    for masking, missing in (("response", "is_correct"), ("group", "group_is_solved")):
-        with pytest.raises(
-            ValueError, match=rf"KDRL with masking '{masking}' needs {missing} \[batch\]\."
-        ):
-            token_loss("kdrl", LossInputs(**inputs), knobs={"masking": masking})
+def test_where_it_speaks_is_a_flag_for_each_row() -> None:
     with pytest.raises(
-        ValueError, match=r"is_correct has shape \(1, 1\); with a mask \(1, 1\) it must be \(1,\)\."
+        ValueError,
+        match=r"teacher_speaks has shape \(1, 1\); with a mask \(1, 1\) it must be \(1,\)",
     ):
-        LossInputs(**inputs, is_correct=torch.ones(1, 1, dtype=torch.bool))
+        LossInputs(
+            **one_token(-1.0, -1.0, -1.0, 1.0), teacher_speaks=torch.ones(1, 1, dtype=torch.bool)
+        )
 
 
 # --- sequence level, dual clip, leash, refusals ---------------------------------------------------

@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 BY_TEACHERS = {
     "teacher/cache_hits/frac",
     "teacher/privileged/frac",
+    "teacher/speaks/frac",
     "teacher/shown_successes/mean",
     "teacher/shortened/frac",
     "teacher/dropped_blocks/frac",

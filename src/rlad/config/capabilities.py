@@ -20,9 +20,9 @@ def _asked_by_objective(objective: Any, engine: EngineName) -> Iterator[Row]:
     for key, value in objective:
         if isinstance(value, Annealed):
             yield f"an annealed objective.{key}", ("native", "trl"), "give one number"
-    if objective.needs_verdicts:
-        what = f"objective.masking = {objective.masking!r} (it needs verdicts)"
-        yield what, ("native",), "set it to 'none', or use the native engine"
+    if objective.asks_teacher_on != "all":
+        what = f"objective.teacher_on = {objective.asks_teacher_on!r}"
+        yield what, ("native",), "set it to 'all', or use the native engine"
     if not objective.needs_teacher and objective.ratio_level != "token":
         what = f"objective.ratio_level = {objective.ratio_level!r} of {objective.type}"
         yield what, ("native", "trl"), "use 'token'"

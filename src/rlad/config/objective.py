@@ -16,6 +16,11 @@ from rlad.config.types import (
 )
 
 EngineName = Literal["native", "trl", "verl"]
+TeacherOn = Literal["all", "positive", "wrong", "failed_groups"]
+
+
+_NO_KNOBS = ("type", "teacher_on")
+"""settings that are no arguments of an objective's function"""
 
 
 class ObjectiveSection(Section):
@@ -47,18 +52,33 @@ class ObjectiveSection(Section):
         return "judged" if self.uses_reward else "all"
 
     @property
-    def needs_verdicts(self) -> bool:
-        """Whether it must know which completions are correct."""
-        return False
+    def asks_teacher_on(self) -> TeacherOn:
+        """Which completions the teacher is asked about."""
+        return "all"
+
+    @property
+    def trains_without_teacher(self) -> bool:
+        """Whether a completion on which the teacher is silent still trains: by its reward."""
+        return self.uses_reward
 
     def knobs_at(self, step: int) -> dict[str, Any]:
         """The keyword arguments of the objective's function at a step; "off" is None."""
-        knobs = {key: at_step(value, step) for key, value in self if key != "type"}
+        knobs = {key: at_step(value, step) for key, value in self if key not in _NO_KNOBS}
         return {key: None if value == "off" else value for key, value in knobs.items()}
 
     def at_step(self, step: int, num_steps: int) -> "ObjectiveSection":
         """The objective of one optimiser step (from 0) of a run of `num_steps`."""
         return self
+
+
+class _SometimesTaught(ObjectiveSection):
+    teacher_on: TeacherOn = "all"
+    """completions on which the teacher has a say: all, those of positive advantage, those that are
+    not correct, or those of groups without a correct one"""
+
+    @property
+    def asks_teacher_on(self) -> TeacherOn:
+        return self.teacher_on
 
 
 class _Clipped(ObjectiveSection):
@@ -79,7 +99,7 @@ class _GRPOLike(_Clipped):
     zero_advantage_is_zero_gradient: ClassVar[bool] = True
 
 
-class TRRDConfig(_GRPOLike):
+class TRRDConfig(_SometimesTaught, _GRPOLike):
     type: Literal["trrd"] = "trrd"
     alpha: Share | AnnealedShare = 0.5
     """1 is GRPO, 0 is anchored to the teacher alone"""
@@ -96,22 +116,16 @@ class GRPOConfig(_GRPOLike):
     teacher_work: ClassVar[str] = "no teacher"
 
 
-class KDRLConfig(_Clipped):
+class KDRLConfig(_SometimesTaught, _Clipped):
     type: Literal["kdrl"] = "kdrl"
     kd_coef: NonNegative | AnnealedNonNegative = 2e-3
     """weight of the distillation term; KDRL's annealing is start 5e-3, end 1e-3, change_per_step
     -5e-5"""
     kd_estimator: Literal["k2", "k3"] = "k2"
     """of KL(πS || πT)"""
-    masking: Literal["none", "response", "group"] = "none"
-    """leave out the distillation of correct responses, or of groups with a correct response"""
-
-    @property
-    def needs_verdicts(self) -> bool:
-        return self.masking != "none"
 
 
-class OPDConfig(ObjectiveSection):
+class OPDConfig(_SometimesTaught):
     type: Literal["opd"] = "opd"
 
     uses_reward: ClassVar[bool] = False
@@ -137,7 +151,7 @@ class OPDThenGRPOConfig(_Clipped):
         return GRPOConfig(clip_low=self.clip_low, clip_high=self.clip_high)
 
 
-class RLSDConfig(_Clipped):
+class RLSDConfig(_SometimesTaught, _Clipped):
     type: Literal["rlsd"] = "rlsd"
     teacher_weight: Share | AnnealedShare = AnnealedShare(start=0.5, end=0.0, change_per_step=-0.01)
     """λ: 0 is GRPO, 1 weighs every token by the teacher's evidence"""
@@ -147,7 +161,7 @@ class RLSDConfig(_Clipped):
     zero_advantage_is_zero_gradient: ClassVar[bool] = True
 
 
-class DistilledRLConfig(_Clipped):
+class DistilledRLConfig(_SometimesTaught, _Clipped):
     type: Literal["distilled_rl"] = "distilled_rl"
     weight_bound: Annotated[float, Field(strict=True, ge=1)] = 3.0
     """πT / πold is clipped to [1 / weight_bound, weight_bound]"""
@@ -155,7 +169,7 @@ class DistilledRLConfig(_Clipped):
     zero_advantage_is_zero_gradient: ClassVar[bool] = True
 
 
-class TOPDConfig(_Clipped):
+class TOPDConfig(_SometimesTaught, _Clipped):
     type: Literal["topd"] = "topd"
     alpha: Annotated[float, Field(strict=True, gt=0, lt=1)] = 0.1
     """share of the teacher in the mixture; no token reward is below log(1 - alpha)"""

@@ -10,6 +10,9 @@ from rlad.objectives.inputs import LossInputs
 from rlad.objectives.masks import per_token
 from rlad.rollouts.types import Metrics, RolloutGroup
 
+_OF_THE_TEACHER = ("clamped", "log_ratio_to_teacher", "kl_to_teacher", "divergence_to_teacher")
+"""stats that mean nothing where the teacher is silent"""
+
 
 class TokenStats:
     """Collects the trained tokens of a step's micro-batches, so that no average of averages is
@@ -32,13 +35,15 @@ class TokenStats:
         `sampler_logprobs` are compared with those of the old policy, which is the one that sampled.
         """
         trained = inputs.trained
+        heard = trained & inputs.heard
         columns = stats | {
             "entropy": entropy,
             "advantages": per_token(inputs.advantages, inputs.mask),
             "mismatch": sampler_logprobs - inputs.old_logprobs,
         }
         for name, values in columns.items():
-            self._columns.setdefault(name, []).append(values.detach()[trained].float().cpu())
+            chosen = heard if name in _OF_THE_TEACHER else trained
+            self._columns.setdefault(name, []).append(values.detach()[chosen].float().cpu())
 
     def summary(self) -> Metrics:
         """The step's metrics of the objective, the teacher and the student."""
@@ -63,7 +68,7 @@ class TokenStats:
             metrics["objective/gated_negative/frac"] = _mean(column["gated_negative"][negative])
         if "clamped" in column:
             metrics["objective/clamped/frac"] = _mean(column["clamped"])
-        if "log_ratio_to_teacher" in column:
+        if len(column.get("log_ratio_to_teacher", ())):
             values = column["log_ratio_to_teacher"]
             metrics["teacher/log_ratio/mean"] = _mean(values)
             for name, share in (("q05", 0.05), ("q50", 0.5), ("q95", 0.95)):

@@ -12,7 +12,7 @@ from rlad.objectives.inputs import LossInputs
 from rlad.rollouts.types import Metrics, Rollout, RolloutGroup
 from rlad.scoring.scorer import CompletionScores
 from rlad.tasks import Verdict
-from rlad.teachers.base import TeacherRequest
+from rlad.teachers.base import Teacher, TeacherRequest
 
 TokenIds = tuple[int, ...]
 
@@ -34,6 +34,8 @@ class RolloutBatch:
     """None: the student has not moved since it sampled, so they are its own log-probs"""
     token_advantages: list[Tensor] | None = None
     """of an objective that makes them from the teacher; they take the place of `advantages`"""
+    spoken_share: float = 1.0
+    """of the rollouts that would train if the teacher spoke on all, those on which it does"""
     seconds: Metrics = field(default_factory=dict)
     counts: Metrics = field(default_factory=dict)
 
@@ -45,12 +47,12 @@ class RolloutBatch:
     """bool"""
     is_correct: Tensor = field(init=False)
     """bool"""
-    group_is_solved: Tensor = field(init=False)
-    """bool: whether some rollout of its group is correct"""
     counted: Tensor = field(init=False)
     """bool: the rollouts that the denominator of the loss counts"""
     trains: Tensor = field(init=False)
     """bool: those of them that can contribute to the gradient; no other one is scored"""
+    teacher_speaks: Tensor = field(init=False)
+    """bool: those on which the teacher has a say"""
 
     def __post_init__(self) -> None:
         self.group_size = len(self.groups[0].rollouts)
@@ -59,16 +61,18 @@ class RolloutBatch:
         self.completions = [rollout.completion.token_ids for rollout in self.rollouts]
         self.judged = torch.tensor([r.verdict != Verdict.CANNOT_JUDGE for r in self.rollouts])
         self.is_correct = torch.tensor([r.verdict == Verdict.CORRECT for r in self.rollouts])
-        solved = self.is_correct.view(-1, self.group_size).any(dim=1)
-        self.group_is_solved = solved.repeat_interleave(self.group_size)
         self.counted = self.judged
         self.trains = self.judged
+        self.teacher_speaks = torch.ones_like(self.judged)
 
-    def choose_what_trains(self, objective: Any, *, has_leash: bool, vocabulary: int) -> None:
+    def choose_what_trains(
+        self, objective: Any, *, has_leash: bool, vocabulary: int, teacher: Teacher | None = None
+    ) -> None:
         """Leave out the rollouts of which the objective's loss knows nothing, and those of
         advantage 0 that contribute exactly nothing to the gradient.
 
-        With a leash to the reference every token contributes. `vocabulary` is the student's size.
+        With a leash to the reference every token contributes. `vocabulary` is the student's size,
+        `teacher` the one that is asked about these rollouts.
         """
         self.counted = {
             "judged": self.judged,
@@ -82,30 +86,57 @@ class RolloutBatch:
         self.trains = self.counted
         if objective.zero_advantage_is_zero_gradient and not has_leash:
             self.trains = self.counted & (self.advantages != 0)
+        if teacher is not None:
+            self._choose_where_it_speaks(teacher, objective)
+
+    def _choose_where_it_speaks(self, teacher: Teacher, objective: Any) -> None:
+        """Find out on which rollouts the teacher has a say: where the objective wants it, and where
+        it has something to say."""
+        solved = self.is_correct.view(-1, self.group_size).any(dim=1)
+        wanted = {
+            "all": torch.ones_like(self.judged),
+            "positive": self.advantages > 0,
+            "wrong": ~self.is_correct,
+            "failed_groups": ~solved.repeat_interleave(self.group_size),
+        }[objective.asks_teacher_on]
+        self.teacher_speaks = wanted
+        for i in (self.trains & wanted).nonzero().flatten().tolist():
+            self.teacher_speaks[i] = teacher.speaks(self._teacher_request(i))
+        trained = self.teacher_speaks[self.trains]
+        self.spoken_share = float(trained.double().mean()) if len(trained) else 1.0
+        if not objective.trains_without_teacher:
+            self.counted = self.counted & self.teacher_speaks
+            self.trains = self.trains & self.teacher_speaks
 
     def make_token_advantages(self, make: Callable[..., Tensor]) -> None:
         """Fill `token_advantages` from the log-probs of old policy and teacher, by a function such
         as `rlad.objectives.topd.topd_advantages`."""
         assert self.old_logprobs and self.teacher_logprobs
-        tokens = [torch.ones(len(ids), dtype=torch.bool) for ids in self.completions]
+        lengths = torch.tensor([len(values) for values in self.old_logprobs])
+        mask = torch.arange(max(map(len, self.completions))) < lengths[:, None]
+        like = self.old_logprobs[0].new_empty(mask.shape)
         advantages = make(
-            old_logprobs=pad_sequence(self.old_logprobs, batch_first=True),
-            teacher_logprobs=pad_sequence(self.teacher_logprobs, batch_first=True),
-            mask=pad_sequence(tokens, batch_first=True),
+            old_logprobs=padded(self.old_logprobs, like),
+            teacher_logprobs=padded(self.teacher_logprobs, like),
+            mask=mask,
             group_size=self.group_size,
         )
-        self.token_advantages = [
-            row[: len(ids)] for row, ids in zip(advantages, self.completions, strict=True)
-        ]
+        self.token_advantages = [row[:n] for row, n in zip(advantages, lengths, strict=True)]
 
     @property
     def training_rows(self) -> list[int]:
         return self.trains.nonzero().flatten().tolist()
 
-    def by_rollout(self, scores: Sequence[Tensor]) -> list[Tensor]:
-        """Scores of the rollouts that train, in a list over all rollouts."""
-        results = [torch.empty(0)] * len(self.rollouts)
-        for i, values in zip(self.training_rows, scores, strict=True):
+    @property
+    def teacher_rows(self) -> list[int]:
+        """Of the rollouts that train those on which the teacher has a say."""
+        return (self.trains & self.teacher_speaks).nonzero().flatten().tolist()
+
+    def by_rollout(self, scores: Sequence[Tensor], rows: Sequence[int]) -> list[Tensor]:
+        """Scores of the rollouts `rows`, in a list over all rollouts."""
+        empty = scores[0][:0] if scores else torch.empty(0)
+        results = [empty] * len(self.rollouts)
+        for i, values in zip(rows, scores, strict=True):
             # Filled up with zeros, missing values would say that a teacher is certain of a token.
             assert len(values) == len(self.completions[i]), "a score for each token, NaN for none"
             results[i] = values
@@ -118,7 +149,8 @@ class RolloutBatch:
     def counted_tokens(self, wanted: Sequence[int]) -> list[Tensor]:
         """Of each counted rollout among `wanted` the tokens with finite scores, bool `[token]`.
 
-        Rows that were not scored, as they contribute nothing, count in full.
+        Rows that were not scored, as they contribute nothing or the teacher is silent on them,
+        count in full.
         """
         counted = self.counted.tolist()
         result = []
@@ -145,6 +177,7 @@ class RolloutBatch:
             advantages = self.advantages[rows].to(student)
         else:
             advantages = token_advantages
+        speaks = self.teacher_speaks[rows]
         return LossInputs(
             student_logprobs=student,
             old_logprobs=student.detach() if old is None else old,
@@ -153,15 +186,15 @@ class RolloutBatch:
             teacher_logprobs=chosen(self.teacher_logprobs),
             reference_logprobs=chosen(self.reference_logprobs),
             divergence_to_teacher=scores.divergence,
-            is_correct=self.is_correct[rows].to(student.device),
-            group_is_solved=self.group_is_solved[rows].to(student.device),
+            teacher_speaks=None if speaks.all() else speaks.to(student.device),
         )
 
     def teacher_requests(self) -> list[TeacherRequest]:
-        """What a teacher is asked about the rollouts that train."""
-        return [self._teacher_request(*divmod(i, self.group_size)) for i in self.training_rows]
+        """What a teacher is asked, about each of `teacher_rows`."""
+        return [self._teacher_request(i) for i in self.teacher_rows]
 
-    def _teacher_request(self, group_number: int, place: int) -> TeacherRequest:
+    def _teacher_request(self, row: int) -> TeacherRequest:
+        group_number, place = divmod(row, self.group_size)
         group = self.groups[group_number]
         rollout = group.rollouts[place]
         # A privileged teacher may be shown other rollouts, never the one that it scores.
@@ -175,6 +208,7 @@ class RolloutBatch:
 
 
 def padded(rows: Sequence[Tensor], like: Tensor) -> Tensor:
-    """Rows `[length]` as one tensor `[row, longest length]` of the dtype and device of `like`, 0
-    where they end."""
-    return pad_sequence(list(rows), batch_first=True).to(like)
+    """Rows `[length]` as one tensor of shape, dtype and device of `like`, 0 where they end."""
+    values = pad_sequence(list(rows), batch_first=True).to(like)
+    # Rows on which the teacher is silent are empty, and may be those of the longest completions.
+    return torch.nn.functional.pad(values, (0, like.shape[1] - values.shape[1]))

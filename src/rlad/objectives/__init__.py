@@ -53,22 +53,26 @@ class Objective:
 
 
 _RATIO = ("student_logprobs", "old_logprobs", "advantages", "mask")
+_SILENCE = ("teacher_speaks",)
 OBJECTIVES: dict[str, Objective] = {
-    "trrd": Objective(trrd_loss, (*_RATIO, "teacher_logprobs"), "arXiv 2602.22495"),
+    "trrd": Objective(
+        trrd_loss, (*_RATIO, "teacher_logprobs"), "arXiv 2602.22495", takes_too=_SILENCE
+    ),
     "grpo": Objective(grpo_loss, _RATIO, "arXiv 2402.03300"),
     "kdrl": Objective(
-        kdrl_loss,
-        (*_RATIO, "teacher_logprobs"),
-        "arXiv 2506.02208",
-        takes_too=("is_correct", "group_is_solved"),
+        kdrl_loss, (*_RATIO, "teacher_logprobs"), "arXiv 2506.02208", takes_too=_SILENCE
     ),
     "opd": Objective(
         opd_loss,
         ("student_logprobs", "old_logprobs", "teacher_logprobs", "mask"),
         "arXiv 2505.09388",
     ),
-    "rlsd": Objective(rlsd_loss, (*_RATIO, "teacher_logprobs"), "arXiv 2604.03128"),
-    "distilled_rl": Objective(distilled_rl_loss, (*_RATIO, "teacher_logprobs"), "arXiv 2607.17247"),
+    "rlsd": Objective(
+        rlsd_loss, (*_RATIO, "teacher_logprobs"), "arXiv 2604.03128", takes_too=_SILENCE
+    ),
+    "distilled_rl": Objective(
+        distilled_rl_loss, (*_RATIO, "teacher_logprobs"), "arXiv 2607.17247", takes_too=_SILENCE
+    ),
     "topd": Objective(
         topd_loss,
         (*_RATIO, "teacher_logprobs"),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlad.objectives.grpo import grpo_loss
-from rlad.objectives.masks import clean, keep_finite, masked_mean_of_rows, per_token
+from rlad.objectives.masks import clean, keep_heard, masked_mean_of_rows, per_token
 
 
 def distilled_rl_loss(
@@ -24,11 +24,15 @@ def distilled_rl_loss(
     weight_bound: float = 3.0,
     clip_low: float = 0.2,
     clip_high: float = 0.28,
+    teacher_speaks: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute the token loss of Distilled RL; see the formula above, with b = `weight_bound`.
 
     The logarithms of a completion's weights sum to 0: the teacher shares its advantage out among
     its tokens. Negative advantages are untouched, and b = 1 is GRPO.
+
+    `teacher_speaks` [batch] bool (None: everywhere) says on which completions the teacher has a
+    say; on the others the weight is 1, which is GRPO.
 
     Log-probs [batch, token] (only the student carries a gradient), `advantages` [batch] or [batch,
     token], `mask` [batch, token] bool. Returns the token loss [batch, token], 0 where masked, and
@@ -37,9 +41,15 @@ def distilled_rl_loss(
     """
     if weight_bound < 1:
         raise ValueError(f"weight_bound is {weight_bound}; it must be at least 1 (1 = GRPO).")
-    kept = keep_finite(mask, student_logprobs, old_logprobs, teacher_logprobs)
-    old = clean(old_logprobs, kept).detach()
-    teacher = clean(teacher_logprobs, kept).detach()
+    kept, heard = keep_heard(
+        mask,
+        student_logprobs,
+        old_logprobs,
+        teacher_logprobs=teacher_logprobs,
+        teacher_speaks=teacher_speaks,
+    )
+    old = clean(old_logprobs, heard).detach()
+    teacher = clean(teacher_logprobs, heard).detach()
     per_token_advantages = per_token(advantages, kept)
 
     # Clipped and divided as logarithms, so that nothing overflows.
@@ -57,7 +67,7 @@ def distilled_rl_loss(
         clip_high=clip_high,
     )
     return token_loss, stats | {
-        "log_ratio_to_teacher": clean(student_logprobs, kept).detach() - teacher,
+        "log_ratio_to_teacher": clean(student_logprobs, heard).detach() - teacher,
         "advantage_weight": weight,
         "dropped": mask & ~kept,
     }

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from rlad.objectives.masks import keep_finite
+from rlad.objectives.masks import heard_tokens, keep_finite
 
 _WITH_GRADIENT = ("student_logprobs", "divergence_to_teacher")
 
@@ -28,10 +28,9 @@ class LossInputs:
     teacher_logprobs: Tensor | None = None
     reference_logprobs: Tensor | None = None
     """of the initial student; only for the KL leash"""
-    is_correct: Tensor | None = None
-    """bool `[batch]`: the verifier called the completion correct"""
-    group_is_solved: Tensor | None = None
-    """bool `[batch]`: it called some completion of the same prompt correct"""
+    teacher_speaks: Tensor | None = None
+    """bool `[batch]`: the completions on which the teacher has a say; None: all. What its tensors
+    hold of the others means nothing"""
     divergence_to_teacher: Tensor | None = None
     """of the whole distributions of student and teacher at each token"""
     rollout_weights: Tensor | None = None
@@ -47,8 +46,7 @@ class LossInputs:
             )
         of_rows = {
             "advantages": (shape, shape[:1]),
-            "is_correct": (shape[:1],),
-            "group_is_solved": (shape[:1],),
+            "teacher_speaks": (shape[:1],),
         }
         for field in fields(self):
             value = getattr(self, field.name)
@@ -69,11 +67,17 @@ class LossInputs:
 
     @property
     def trained(self) -> Tensor:
-        """The tokens of the mask at which all that is compared with the student is finite."""
-        given = (
-            self.old_logprobs,
-            self.teacher_logprobs,
-            self.reference_logprobs,
-            self.divergence_to_teacher,
-        )
-        return keep_finite(self.mask, *(value for value in given if value is not None))
+        """The tokens of the mask at which all that is compared with the student is finite; of the
+        teacher's where it speaks."""
+        given = (self.old_logprobs, self.reference_logprobs)
+        kept = keep_finite(self.mask, *(value for value in given if value is not None))
+        heard = self.heard
+        for value in (self.teacher_logprobs, self.divergence_to_teacher):
+            if value is not None:
+                kept = kept & (torch.isfinite(value.detach()) | ~heard)
+        return kept
+
+    @property
+    def heard(self) -> Tensor:
+        """The tokens of the mask on which the teacher has a say."""
+        return heard_tokens(self.mask, self.teacher_speaks)

@@ -18,6 +18,22 @@ def clean(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, torch.zeros_like(values))
 
 
+def heard_tokens(mask: Tensor, teacher_speaks: Tensor | None) -> Tensor:
+    """Return the tokens of `mask` in the completions about which the teacher speaks, `[batch]`; all
+    for None."""
+    return mask if teacher_speaks is None else mask & teacher_speaks[:, None]
+
+
+def keep_heard(
+    mask: Tensor, *values: Tensor, teacher_logprobs: Tensor, teacher_speaks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the tokens of `mask` at which all `values` are finite, and the teacher's where it
+    speaks; and those of them at which it does."""
+    heard = heard_tokens(mask, teacher_speaks)
+    kept = keep_finite(mask, *values) & (torch.isfinite(teacher_logprobs.detach()) | ~heard)
+    return kept, kept & heard
+
+
 def per_token(advantages: Tensor, mask: Tensor) -> Tensor:
     """Return advantages `[batch]` or `[batch, token]` as `[batch, token]`, 0 outside the mask."""
     wide = advantages[:, None].expand(mask.shape) if advantages.dim() == 1 else advantages

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlad.objectives.grpo import grpo_loss
-from rlad.objectives.masks import clean, keep_finite, per_token
+from rlad.objectives.masks import clean, keep_heard, per_token
 
 
 def rlsd_loss(
@@ -23,12 +23,16 @@ def rlsd_loss(
     weight_clip: float = 0.2,
     clip_low: float = 0.2,
     clip_high: float = 0.28,
+    teacher_speaks: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute the token loss of RLSD; see the formula above, with λ = `teacher_weight` and ε_w =
     `weight_clip`.
 
     The weight is positive: the teacher changes how much a token counts, never the sign of its
     advantage. λ = 0 is GRPO.
+
+    `teacher_speaks` [batch] bool (None: everywhere) says on which completions the teacher has a
+    say; on the others the weight is 1, which is GRPO.
 
     Log-probs [batch, token] (only the student carries a gradient), `advantages` [batch] or [batch,
     token], `mask` [batch, token] bool. Returns the token loss [batch, token], 0 where masked, and
@@ -40,9 +44,15 @@ def rlsd_loss(
             f"teacher_weight is {teacher_weight} and weight_clip {weight_clip}; both must be in "
             "[0, 1]."
         )
-    kept = keep_finite(mask, student_logprobs, old_logprobs, teacher_logprobs)
-    old = clean(old_logprobs, kept).detach()
-    teacher = clean(teacher_logprobs, kept).detach()
+    kept, heard = keep_heard(
+        mask,
+        student_logprobs,
+        old_logprobs,
+        teacher_logprobs=teacher_logprobs,
+        teacher_speaks=teacher_speaks,
+    )
+    old = clean(old_logprobs, heard).detach()
+    teacher = clean(teacher_logprobs, heard).detach()
     per_token_advantages = per_token(advantages, kept)
 
     # Bounded once before exp: the same numbers, since 1 + weight_clip < e, and no overflow.
@@ -59,7 +69,7 @@ def rlsd_loss(
         clip_high=clip_high,
     )
     return token_loss, stats | {
-        "log_ratio_to_teacher": clean(student_logprobs, kept).detach() - teacher,
+        "log_ratio_to_teacher": clean(student_logprobs, heard).detach() - teacher,
         "advantage_weight": weight,
         "dropped": mask & ~kept,
     }

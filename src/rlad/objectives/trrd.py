@@ -4,9 +4,10 @@ log r_t = alpha * (log πS - log πold) + (1 - alpha) * clamp(log πS - log πT,
 loss_t  = -min( r_t Â, clip(r_t, 1 - clip_low, 1 + clip_high) Â )
 """
 
+import torch
 from torch import Tensor
 
-from rlad.objectives.masks import clean, keep_finite, per_token
+from rlad.objectives.masks import clean, keep_heard, per_token
 from rlad.objectives.ratio import RatioLevel, clipped_surrogate
 
 
@@ -23,6 +24,7 @@ def trrd_loss(
     teacher_log_ratio_clip: float | None = 1.0,
     ratio_level: RatioLevel = "token",
     dual_clip: float | None = None,
+    teacher_speaks: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute the token loss of TRRD; see the formula above, with c = `teacher_log_ratio_clip`
     (None: no clamp).
@@ -30,6 +32,9 @@ def trrd_loss(
     The ratio's denominator is the anchor πold^alpha πT^(1-alpha): `alpha` 1 is GRPO, 0 is anchored
     to the teacher alone. Where the clamp is active the gradient of log r_t is alpha times that of
     log πS, elsewhere 1 times.
+
+    `teacher_speaks` [batch] bool (None: everywhere) says on which completions the teacher has a
+    say; on the others the loss is that of GRPO.
 
     Log-probs [batch, token] (only the student carries a gradient), `advantages` [batch] or [batch,
     token], `mask` [batch, token] bool. Returns the token loss [batch, token], 0 where masked, and
@@ -41,15 +46,24 @@ def trrd_loss(
         raise ValueError(
             f"alpha is {alpha}; it must be in [0, 1] (1 = GRPO, 0 = anchored to the teacher alone)."
         )
-    kept = keep_finite(mask, student_logprobs, old_logprobs, teacher_logprobs)
-    student, old, teacher = (
-        clean(x, kept) for x in (student_logprobs, old_logprobs, teacher_logprobs)
+    kept, heard = keep_heard(
+        mask,
+        student_logprobs,
+        old_logprobs,
+        teacher_logprobs=teacher_logprobs,
+        teacher_speaks=teacher_speaks,
     )
+    student = clean(student_logprobs, kept)
+    old = clean(old_logprobs, kept)
 
     # The clamp bounds what one token's teacher can do to the ratio; c = inf is no clamp.
-    log_ratio_to_teacher = student - teacher
+    log_ratio_to_teacher = clean(student, heard) - clean(teacher_logprobs, heard)
     c = float("inf") if teacher_log_ratio_clip is None else teacher_log_ratio_clip
-    log_ratio = alpha * (student - old) + (1 - alpha) * log_ratio_to_teacher.clamp(-c, c)
+    own_share: float | Tensor = alpha
+    if teacher_speaks is not None:
+        # A silent teacher leaves the ratio to the old policy.
+        own_share = torch.where(heard, torch.full_like(old, alpha), torch.ones_like(old))
+    log_ratio = own_share * (student - old) + (1 - alpha) * log_ratio_to_teacher.clamp(-c, c)
 
     token_loss, stats = clipped_surrogate(
         log_ratio,

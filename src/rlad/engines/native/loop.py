@@ -241,9 +241,13 @@ class NativeEngine:
             # 3. What the teacher says of those completions; then reference and old policy.
             if teacher is not None:
                 with timer("teacher"):
-                    batch.teacher_logprobs = batch.by_rollout(self._ask_teacher(batch, ahead))
+                    batch.teacher_logprobs = batch.by_rollout(
+                        self._ask_teacher(batch, ahead), batch.teacher_rows
+                    )
                 num_tokens = sum(map(len, batch.teacher_logprobs))
                 batch.counts = {"teacher/tokens/count": num_tokens} | teacher.pop_metrics()
+                if batch.spoken_share < 1:
+                    batch.counts["teacher/speaks/frac"] = batch.spoken_share
             elif objective.needs_teacher:
                 # It has written the completions, or compares their tokens within the update.
                 batch.counts = {"teacher/tokens/count": sum(map(len, batch.completions))}
@@ -314,14 +318,17 @@ class NativeEngine:
 
     def choose_what_trains(self, batch: RolloutBatch) -> None:
         """Leave out the rollouts that cannot contribute to the gradient of their objective."""
+        objective = self.objective_at(batch.index)
         batch.choose_what_trains(
-            self.objective_at(batch.index),
+            objective,
             has_leash=bool(self.config.optimization.kl_coef),
             vocabulary=self.student.vocabulary,
+            teacher=self.teacher if objective.needs_teacher else None,
         )
 
     def _scores(self, batch: RolloutBatch, scorer: Scorer) -> list[Tensor]:
-        return batch.by_rollout(scorer.score(*batch.sequences(batch.training_rows)))
+        rows = batch.training_rows
+        return batch.by_rollout(scorer.score(*batch.sequences(rows)), rows)
 
     def _ask_teacher(self, batch: RolloutBatch, ahead: AskedAhead | None = None) -> list[Tensor]:
         """The teacher's log-probs of the rollouts that train, for which it may have been asked
