@@ -3,7 +3,7 @@
 import hashlib
 import math
 import unicodedata
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Literal, Protocol, TypeAlias, get_args
 
@@ -70,11 +70,16 @@ class Judgement:
     feedback: str = ""
 
 
-def judged(is_correct: bool, feedback: str = "") -> Judgement:
-    """Judge as correct with reward 1, or as wrong with reward 0 and this feedback."""
-    if is_correct:
-        return Judgement(Verdict.CORRECT, 1.0)
-    return Judgement(Verdict.WRONG, 0.0, feedback=feedback[:MAX_FEEDBACK_CHARACTERS])
+def judged(is_correct: bool) -> Judgement:
+    """Judge as correct with reward 1, or as wrong with reward 0."""
+    return Judgement(Verdict.CORRECT, 1.0) if is_correct else Judgement(Verdict.WRONG, 0.0)
+
+
+def with_feedback(judgement: Judgement, feedback: str) -> Judgement:
+    """Add to the judgement of a wrong completion what is wrong with it."""
+    if judgement.verdict is not Verdict.WRONG:
+        return judgement
+    return replace(judgement, feedback=feedback[:MAX_FEEDBACK_CHARACTERS])
 
 
 def cannot_judge(reason: str) -> Judgement:

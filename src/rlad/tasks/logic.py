@@ -21,7 +21,17 @@ from typing import Any, Literal
 
 from rlad.config.task import KnightsAndKnavesConfig
 from rlad.tasks.answers import marked_answer
-from rlad.tasks.base import SPLITS, UNIT_RANGE, Judgement, Problem, Split, Task, judged, split_of
+from rlad.tasks.base import (
+    SPLITS,
+    UNIT_RANGE,
+    Judgement,
+    Problem,
+    Split,
+    Task,
+    judged,
+    split_of,
+    with_feedback,
+)
 
 NAMES = (
     "Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hana", "Ivy", "Jack", "Kim", "Leo",
@@ -217,16 +227,47 @@ class KnightsAndKnaves(Task):
             answer=answer_text(world, names),
             key=key,
             difficulty=f"{size} people",
-            metadata={"names": names, "world": list(world), "num_people": size},
+            metadata={
+                "names": names,
+                "world": list(world),
+                "num_people": size,
+                "puzzle": puzzle,
+            },
         )
 
     def judge(self, problem: Problem, completion: str) -> Judgement:
         people = zip(problem.metadata["names"], problem.metadata["world"], strict=True)
         wanted = {name.lower(): is_knight for name, is_knight in people}
-        is_correct = parse_answer(completion) == wanted
+        roles = parse_answer(completion)
+        judgement = judged(roles == wanted)
         if self._settings.reward == "logic_rl":
-            return replace(judged(is_correct), reward=logic_rl_reward(completion, wanted))
-        return judged(is_correct)
+            judgement = replace(judgement, reward=logic_rl_reward(completion, wanted))
+        if "puzzle" not in problem.metadata:  # a problem that was made elsewhere
+            return judgement
+        names = problem.metadata["names"]
+        return with_feedback(judgement, what_is_wrong(problem.metadata["puzzle"], names, roles))
+
+
+def what_is_wrong(puzzle: Puzzle, names: Sequence[str], roles: dict[str, bool] | None) -> str:
+    """Say of a wrong answer (roles by lower-case name) what is wrong with it, without the right
+    one; empty for the right answer."""
+    if roles is None:
+        return "No answer could be read: each person needs one role, after 'Answer:'."
+    missing = [name for name in names if name.lower() not in roles]
+    if missing:
+        return f"The answer gives {missing[0]} no role."
+    if len(roles) > len(names):
+        return "The answer names somebody who is not in the puzzle."
+    # The puzzle has one solution, so in any other world somebody's role and statement disagree.
+    world = tuple(roles[name.lower()] for name in names)
+    for name, role, statement in zip(names, world, puzzle, strict=True):
+        if statement.holds(world) != role:
+            truth = "true" if statement.holds(world) else "false"
+            return (
+                f"By this answer {name} is a {ROLES[role]}, but what {name} says would then be "
+                f"{truth}."
+            )
+    return ""
 
 
 def logic_rl_reward(completion: str, wanted: dict[str, bool]) -> float:

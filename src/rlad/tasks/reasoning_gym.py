@@ -26,6 +26,7 @@ from rlad.tasks.base import (
     cannot_judge,
     split_of,
     text_key,
+    with_feedback,
 )
 from rlad.tasks.worker import CallFailed, Worker
 from rlad.text import nearest
@@ -132,14 +133,18 @@ class ReasoningGym(Task):
         entry = problem.metadata["entry"]
         if entry["answer"] is None:
             return cannot_judge(f"the data set {self._dataset!r} has no reference answers")
+        answer = final_answer(completion)[:_MAX_ANSWER_CHARACTERS]
         try:
-            score = self._score(final_answer(completion)[:_MAX_ANSWER_CHARACTERS], entry)
+            score = self._score(answer, entry)
         except CallFailed as failure:
             return cannot_judge(f"scorer of {self._dataset!r}: {failure}")
         if not 0 <= score <= 1:
             return cannot_judge(f"scorer of {self._dataset!r} gave {score}")
         verdict = Verdict.CORRECT if score == 1 else Verdict.WRONG
-        return Judgement(verdict, score if self._partial_credit else float(score == 1))
+        judgement = Judgement(verdict, score if self._partial_credit else float(score == 1))
+        if self._dataset in _ARITHMETIC:
+            return with_feedback(judgement, _what_is_wrong(answer, entry["metadata"]))
+        return judgement
 
     def _score(self, answer: str, entry: dict[str, Any]) -> float:
         if self._dataset in _ARITHMETIC:
@@ -202,6 +207,18 @@ def _is_harmless(answer: str, dataset: str) -> bool:
     """Say whether evaluating the answer can only build a literal or a formula."""
     has_harmless_names = all(len(n) == 1 or n in _FUNCTIONS for n in _NAME.findall(answer))
     return bool(_EVALUATED[dataset].fullmatch(answer)) and has_harmless_names
+
+
+def _what_is_wrong(answer: str, metadata: dict[str, Any]) -> str:
+    """Say of a wrong expression what is wrong with it."""
+    result = evaluate_arithmetic(answer)
+    if result is None:
+        return "No expression of whole numbers, + - * / and parentheses could be read."
+    value, numbers = result
+    if sorted(numbers) != sorted(metadata["numbers"]):
+        used, given = (", ".join(map(str, sorted(ns))) for ns in (numbers, metadata["numbers"]))
+        return f"It uses the numbers {used}, not each of {given} once."
+    return f"It comes to {value}, not to {metadata.get('target', 24)}."
 
 
 def _score_arithmetic(answer: str, metadata: dict[str, Any]) -> float:

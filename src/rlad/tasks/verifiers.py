@@ -6,7 +6,8 @@
 - `math`: the text in the last `\\boxed{...}`, else the final answer, is mathematically equal (LaTeX
   too), judged by the optional package math-verify.
 - `package.module:function`: a function of your own, `function(completion: str, answer: str)`, that
-  returns a bool, a reward from 0 to 1 (only 1 counts as correct) or a `Verdict`.
+  returns a bool, a reward from 0 to 1 (only 1 counts as correct) or a `Verdict`; or a pair of
+  that and a text, what is wrong with the completion.
 
 The final answer is the text in the last `<answer>` tag, else after the last `Answer:`, else the
 last line. `math` and functions of your own run in a process of their own: one that hangs, raises,
@@ -30,7 +31,7 @@ from rlad.tasks.answers import (
     last_number,
     normalised,
 )
-from rlad.tasks.base import Judgement, Verdict, cannot_judge, judged
+from rlad.tasks.base import Judgement, Verdict, cannot_judge, judged, with_feedback
 from rlad.tasks.worker import MAX_MEMORY_GIB, CallFailed, Worker
 from rlad.text import nearest
 
@@ -45,18 +46,30 @@ class Verifier:
 
     grade: Callable[[str, str], Judgement]
     worker: Worker | None = None
+    reads_final_answer: bool = True
 
     def judge(self, completion: str, answer: str) -> Judgement:
         """Compare the last `MAX_COMPLETION_CHARACTERS` of a completion with the reference
         answer."""
+        text = completion[-MAX_COMPLETION_CHARACTERS:]
         try:
-            return self.grade(completion[-MAX_COMPLETION_CHARACTERS:], answer)
+            judgement = self.grade(text, answer)
         except CallFailed as failure:
             return cannot_judge(str(failure))
+        return (
+            with_feedback(judgement, _what_was_read(text)) if self.reads_final_answer else judgement
+        )
 
     def close(self) -> None:
         if self.worker is not None:
             self.worker.close()
+
+
+def _what_was_read(completion: str) -> str:
+    read = boxed_answer(completion) or final_answer(completion).strip()
+    if not read:
+        return "No final answer could be read."
+    return f"The final answer was read as {read[:200]!r}, which is wrong."
 
 
 def make_verifier(
@@ -80,7 +93,7 @@ def make_verifier(
             f"unknown verifier {name!r}; use {', '.join(map(repr, names))} or a function of your "
             f"own as 'package.module:function'; {nearest(name, names)}".removesuffix("; ")
         )
-    return Verifier(worker.call, worker)
+    return Verifier(worker.call, worker, reads_final_answer=":" not in name)
 
 
 def exact(completion: str, answer: str) -> Judgement:
@@ -160,8 +173,15 @@ def import_function(path: str) -> Callable[..., Any]:
 
 
 def _call_user(path: str, completion: str, answer: str) -> Judgement:
-    # Where a verifier returns something else, we do not guess what it meant.
     result: Any = import_function(path)(completion, answer)
+    match result:
+        case (result, str(feedback)):
+            return with_feedback(_judgement_of(result), feedback)
+    return _judgement_of(result)
+
+
+def _judgement_of(result: Any) -> Judgement:
+    # Where a verifier returns something else, we do not guess what it meant.
     match result.item() if hasattr(result, "item") else result:  # scalars of numpy and torch
         case Verdict.CANNOT_JUDGE:
             return cannot_judge("the verifier says so")
