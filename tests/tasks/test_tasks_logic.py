@@ -242,7 +242,16 @@ def test_the_first_problem_stays_what_it_is():
         answer="Gus is a knight, Finn is a knave, Dan is a knave",
         key="acbcedcfd5e66695",
         difficulty="3 people",
-        metadata={"names": ["Gus", "Finn", "Dan"], "world": [True, False, False], "num_people": 3},
+        metadata={
+            "names": ["Gus", "Finn", "Dan"],
+            "world": [True, False, False],
+            "num_people": 3,
+            "puzzle": (
+                Statement("is", (Claim(1, False),)),
+                Statement("is", (Claim(2, True),)),
+                Statement("iff", (Claim(2, False), Claim(0, False))),
+            ),
+        },
     )
 
 
