@@ -759,6 +759,16 @@ def test_the_key_over_plain_http_to_another_machine_is_a_warning(model, monkeypa
         assert [finding.level for finding in findings].count("warning") == num
 
 
+def test_no_proxy_sees_what_stays_on_this_machine(model, monkeypatch):
+    for name in ("HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with ConformanceServer(model) as server:
+        config = config_of(server, "http://elsewhere.invalid/v1")
+        client = CompletionsClient(config.teacher)  # pyright: ignore[reportArgumentType]
+        assert client.ask(server.url, "/models")["data"]
+
+
 # --- faults ---------------------------------------------------------------------------------------
 
 PASSING = ["500", "429", "truncated", "closed", "not JSON", "list", "deep", "huge"]

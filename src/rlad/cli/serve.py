@@ -14,7 +14,7 @@ import click
 from rlad.errors import UserError, require_package
 from rlad.models.files import located, require_weights
 from rlad.models.loading import load_language_model, load_model_config, pick_device
-from rlad.teachers.served.client import read_key
+from rlad.replicas import read_key
 
 KEY_VARIABLE = "RLAD_TEACHER_API_KEY"
 

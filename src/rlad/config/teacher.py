@@ -1,16 +1,15 @@
 """The `[teacher]` section: one class for each `type`. `cached`, `privileged` and `several` hold
 teachers of their own."""
 
-import re
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import BeforeValidator, Field
 
+from rlad.config.addresses import ServerURL, VariableName
 from rlad.config.context import ContextConfig
 from rlad.config.template import template_names
 from rlad.config.types import Count, Mark, NonNegativeInt, Positive, Section, Share
-from rlad.errors import UserError
 
 
 class _SingleTeacher(Section):
@@ -77,40 +76,6 @@ class AdapterTeacherConfig(_TeacherHere):
         return base if self.adapter == "none" else f"{base} with {self.adapter}"
 
 
-_ADDRESS = re.compile(
-    r"https?://(\[[0-9a-fA-F:.]+\]|[\w.-]+)(:[1-9][0-9]{0,4})?(/[\w./~:@%+=,-]*)?"
-)
-
-
-def _server_url(url: str) -> str:
-    """The address without a slash at its end."""
-    import httpx2  # which takes long, and a served teacher alone needs it
-
-    try:
-        is_address = _ADDRESS.fullmatch(url) and (httpx2.URL(url).port or 1) <= 65_535
-    except httpx2.InvalidURL:  # a host that only looks like an IP address
-        is_address = False
-    if not is_address:
-        raise UserError(
-            "it must be an address such as http://127.0.0.1:8000/v1, and may hold no user, "
-            "password, query or fragment, as it is stored with the run; put a key into the "
-            "environment variable that api_key_variable names"
-        )
-    return url.rstrip("/")
-
-
-def _variable_name(name: str) -> str:
-    if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
-        raise UserError(
-            "it must be the name of an environment variable, in capitals, not the key itself; "
-            "correct it"
-        )
-    return name
-
-
-ServerURL = Annotated[str, AfterValidator(_server_url)]
-
-
 class ServedTeacherConfig(_SingleTeacher):
     """A model behind an OpenAI-compatible `/v1/completions` that scores given token ids: vLLM,
     `rlad serve-teacher`."""
@@ -125,9 +90,7 @@ class ServedTeacherConfig(_SingleTeacher):
     scoring: Literal["auto", "prompt_logprob_token_ids", "prompt_logprobs", "echo"] = "auto"
     """how the server is asked for log-probs of a given text; `auto` takes the first that passes the
     self-test"""
-    api_key_variable: Annotated[str, AfterValidator(_variable_name), Mark.NO_NUMBER] = (
-        "RLAD_TEACHER_API_KEY"
-    )
+    api_key_variable: Annotated[VariableName, Mark.NO_NUMBER] = "RLAD_TEACHER_API_KEY"
     """environment variable with the server's key, if it asks for one; the key itself is neither
     logged nor stored"""
     max_concurrent_requests: Annotated[Count, Mark.NO_NUMBER] = 16

@@ -7,18 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, get_args
 from urllib.parse import urlsplit
 
+from rlad.config.addresses import is_this_machine
 from rlad.errors import UserError
 from rlad.findings import Finding
 from rlad.models.loading import load_language_model
+from rlad.replicas import ServerRefusedError, ServerUnavailableError
 from rlad.scoring.scorer import Scorer
 from rlad.teachers.base import Setting
 from rlad.teachers.compatibility import compare_contexts
-from rlad.teachers.served.client import (
-    CompletionsClient,
-    ServerRefusedError,
-    ServerUnavailableError,
-    is_this_machine,
-)
+from rlad.teachers.served.client import CompletionsClient
 from rlad.teachers.served.protocol import (
     Scoring,
     TokenScore,

@@ -16,8 +16,9 @@ from torch import Tensor
 from rlad.config.teacher import ServedTeacherConfig
 from rlad.errors import UserError
 from rlad.findings import Finding
+from rlad.replicas import ServerUnavailableError
 from rlad.teachers.base import Answer, Setting, Teacher, TeacherRequest
-from rlad.teachers.served.client import CompletionsClient, ServerUnavailableError
+from rlad.teachers.served.client import CompletionsClient
 from rlad.teachers.served.protocol import Scoring, read_scores, scoring_path, scoring_request
 from rlad.teachers.served.self_test import SelfTest
 
@@ -109,7 +110,12 @@ class ServedTeacher(Teacher):
         body = scoring_request(self._scoring, model, tokens, start=start, temperature=temperature)
         started = time.monotonic()
         try:
-            answer = self._client.complete(scoring_path(self._scoring), body, given_up=given_up)
+            answer = self._client.complete(
+                scoring_path(self._scoring),
+                body,
+                given_up=given_up,
+                read=lambda url, answer: answer,
+            )
         except ServerUnavailableError:
             return values
         finally:
