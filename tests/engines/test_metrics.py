@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from parity_cases import OBJECTIVES, make_case
-from rlad.engines.metrics import TokenStats, rollout_metrics
+from rlad.engines.metrics import TokenStats, ranking_metrics, rollout_metrics
 from rlad.objectives.inputs import LossInputs
 from rlad.rollouts.types import Completion, Rollout, RolloutGroup
 from rlad.tasks import Problem
@@ -150,3 +150,26 @@ def test_every_metric_of_a_step_is_finite_and_defined_in_the_docs(objective: str
             assert math.isfinite(value), key
             assert f"`{key}`" in defined, key
         assert result.metrics["sampler/mismatch/max"] < 1e-6
+
+
+def test_a_teacher_ranks_completions() -> None:
+    """Means -1, -2 of the first group (correct, wrong), -3, -1.5 of the second; the third could not
+    be judged in part, and one completion has a missing token, one was not scored: 1 of 2 pairs
+    within a group, and -1 beats both wrong ones, -3 none: 2 of 4."""
+    nan = math.nan
+    verdicts = [("correct", "wrong"), ("correct", "wrong"), ("cannot_judge", "correct"), ("wrong",)]
+    logprobs = [[-1.0], [-1.0, -3.0], [-3.0], [-1.5], [9.0], [-1.0, nan], []]
+    groups = [
+        RolloutGroup(
+            i,
+            Problem("", "", str(i)),
+            (),
+            tuple(Rollout(Completion((), (), False), "", v, float(v == "correct")) for v in row),
+        )
+        for i, row in enumerate(verdicts)
+    ]
+    assert ranking_metrics(groups, [torch.tensor(row) for row in logprobs]) == {
+        "teacher/ranking/pairwise": 0.5,
+        "teacher/ranking/auc": 0.5,
+    }
+    assert ranking_metrics(groups[3:], [torch.tensor([-1.0])]) == {}

@@ -6,15 +6,18 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from rlad.runs.statistics import (
     Estimate,
+    Ranking,
     compare,
     holm,
     mean_over_seeds,
     paired_difference,
     pass_at_k,
     permutation_p_value,
+    ranking,
 )
 
 # --- pass@k ---------------------------------------------------------------------------------------
@@ -222,3 +225,87 @@ def test_holm_by_hand():
     assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
     assert holm([0.6, 0.7]) == [1.0, 1.0]
     assert holm([]) == []
+
+
+# --- ranking --------------------------------------------------------------------------------------
+
+SCORES = [[-1.0, -2.0, -3.0], [-0.5, -0.5], [-4.0, -5.0]]
+IS_CORRECT = [[True, False, True], [True, False], [False, False]]
+
+
+def test_a_ranking_by_hand():
+    """Within the first problem -1 beats -2 and -3 does not; in the second the two are equal; the
+    third has no correct one: 1.5 of 3. Over all, the correct ones -1, -3, -.5 against -2, -.5, -4,
+    -5: 3 + 2 + 3.5 of 12."""
+    found = ranking(SCORES, IS_CORRECT)
+    assert found.pairwise is not None and found.pairwise.mean == 0.5
+    assert found.auc is not None and found.auc.mean == pytest.approx(8.5 / 12, abs=1e-15)
+    assert (found.num_problems, found.num_pairs) == (2, 3)
+
+
+def test_a_ranking_without_pairs():
+    found = ranking([[-1.0], [-2.0]], [[True], [True]])
+    assert found == Ranking(None, None, 0, 0)
+    across = ranking([[-1.0], [-2.0]], [[True], [False]])
+    assert across.pairwise is None and across.auc is not None and across.auc.mean == 1
+
+
+def random_ranking(seed, num_problems=12):
+    """Some problems have correct completions alone, or wrong ones; scores are rounded, so that
+    some tie."""
+    rng = np.random.default_rng(seed)
+    is_correct = [list(rng.random(rng.integers(1, 7)) < rng.random()) for _ in range(num_problems)]
+    scores = [[round(c + rng.normal(), 1) for c in row] for row in is_correct]
+    return scores, is_correct
+
+
+def joined(rows):
+    return list(itertools.chain.from_iterable(rows))
+
+
+def auc_of(scores, is_correct):
+    """The area under the ROC curve by the Mann-Whitney U statistic."""
+    is_correct = np.array(is_correct, dtype=bool)
+    right, wrong = np.array(scores)[is_correct], np.array(scores)[~is_correct]
+    return stats.mannwhitneyu(right, wrong).statistic / (len(right) * len(wrong))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_ranking_against_scipy(seed):
+    scores, is_correct = random_ranking(seed)
+    found = ranking(scores, is_correct)
+    whole = auc_of(joined(scores), joined(is_correct))
+    mixed = [i for i, row in enumerate(is_correct) if 0 < sum(row) < len(row)]
+    pairs = [sum(is_correct[i]) * (len(is_correct[i]) - sum(is_correct[i])) for i in mixed]
+    within = np.average([auc_of(scores[i], is_correct[i]) for i in mixed], weights=pairs)
+    assert found.auc.mean == pytest.approx(whole, abs=1e-12)
+    assert found.pairwise.mean == pytest.approx(within, abs=1e-12)
+    assert (found.num_problems, found.num_pairs) == (len(mixed), sum(pairs))
+
+
+def test_the_interval_of_a_ranking_is_that_of_drawing_problems():
+    """Against a bootstrap that puts the drawn problems together and computes anew."""
+    scores, is_correct = random_ranking(3, num_problems=20)
+    found = ranking(scores, is_correct)
+    rng = np.random.default_rng(1)
+    drawn = []
+    for _ in range(1500):
+        chosen = rng.integers(20, size=20)
+        drawn.append(
+            auc_of(joined(scores[i] for i in chosen), joined(is_correct[i] for i in chosen))
+        )
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    assert found.auc.low == pytest.approx(low, abs=0.02)
+    assert found.auc.high == pytest.approx(high, abs=0.02)
+
+
+def test_a_ranking_does_not_depend_on_order_or_scale():
+    scores, is_correct = random_ranking(4)
+    found = ranking(scores, is_correct)
+    scaled = ranking([[3 * s - 7 for s in row] for row in scores], is_correct)
+    turned = ranking([[-s for s in row] for row in scores], is_correct)
+    assert scaled == found
+    assert turned.auc.mean == pytest.approx(1 - found.auc.mean, abs=1e-12)
+    assert turned.pairwise.mean == pytest.approx(1 - found.pairwise.mean, abs=1e-12)
+    other = ranking([row[::-1] for row in scores], [row[::-1] for row in is_correct])
+    assert other == found

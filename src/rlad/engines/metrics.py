@@ -1,6 +1,7 @@
 """From per-token stats and rollouts to the numbers of one step; every key is defined in
 docs/metrics.md."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from rlad.objectives.inputs import LossInputs
 from rlad.objectives.masks import per_token
 from rlad.rollouts.types import Metrics, RolloutGroup
+from rlad.runs.statistics import ranked_pairs
 
 _OF_THE_TEACHER = ("clamped", "log_ratio_to_teacher", "kl_to_teacher", "divergence_to_teacher")
 """stats that mean nothing where the teacher is silent"""
@@ -122,6 +124,31 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> Metrics:
         "rollout/truncated/frac": sum(r.completion.is_truncated for r in rollouts) / len(rollouts),
         "rollout/repeated/frac": sum(map(_repeated_share, groups)) / len(groups),
     }
+
+
+def ranking_metrics(groups: Sequence[RolloutGroup], teacher_logprobs: Sequence[Tensor]) -> Metrics:
+    """Measure whether the teacher's mean log-prob of a completion ranks correct ones above wrong
+    ones; `teacher_logprobs` are by rollout, empty where it was not asked."""
+    values = iter(teacher_logprobs)
+    scores: list[list[float]] = []
+    is_correct: list[list[bool]] = []
+    for group in groups:
+        judged = [
+            (float(logprobs.mean()), rollout.verdict == "correct")
+            for rollout, logprobs in zip(group.rollouts, values, strict=False)
+            if rollout.verdict != "cannot_judge"
+        ]
+        # Neither an empty mean nor a missing token is a score.
+        judged = [(score, correct) for score, correct in judged if math.isfinite(score)]
+        scores.append([score for score, _ in judged])
+        is_correct.append([correct for _, correct in judged])
+    wins, pairs = ranked_pairs(scores, is_correct)
+    metrics = {}
+    if pairs.trace():
+        metrics["teacher/ranking/pairwise"] = float(wins.trace() / pairs.trace())
+    if pairs.sum():
+        metrics["teacher/ranking/auc"] = float(wins.sum() / pairs.sum())
+    return metrics
 
 
 def _repeated_share(group: RolloutGroup) -> float:

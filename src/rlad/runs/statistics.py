@@ -6,7 +6,7 @@ cluster: problems of one key are variants of one another, and no two independent
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -204,3 +204,79 @@ def _seed_weights(num_seeds: int, rng: np.random.Generator) -> Floats:
     counts = rng.multinomial(num_seeds, np.full(num_seeds, even), size=NUM_RESAMPLES)
     widening = math.sqrt(num_seeds / (num_seeds - 1))
     return even + widening * (counts / num_seeds - even)
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """How well scores tell correct completions from wrong ones: of pairs of one of each, the share
+    in which the correct one has the higher score; ties count half."""
+
+    pairwise: Estimate | None
+    """over the pairs within one problem"""
+    auc: Estimate | None
+    """over all pairs, also of different problems: the area under the ROC curve"""
+    num_problems: int
+    """with a correct and a wrong completion"""
+    num_pairs: int
+    """within one problem"""
+
+
+def ranking(
+    scores: Sequence[Sequence[float]], is_correct: Sequence[Sequence[bool]], *, seed: int = 0
+) -> Ranking:
+    """Estimate how `scores[problem][completion]` rank completions, with 95 % bootstrap intervals
+    over problems.
+
+    Each pair counts once, so a problem with more pairs counts for more. None where there is no
+    pair.
+    """
+    wins, pairs = ranked_pairs(scores, is_correct)
+    # How often each problem is drawn, `[resample, problem]`.
+    rng = np.random.default_rng(seed)
+    size = len(scores)
+    drawn = rng.multinomial(size, np.full(size, 1 / size), size=NUM_RESAMPLES).astype(float)
+
+    def within(table: Floats, times: Floats) -> Floats:
+        return times @ np.diag(table)
+
+    # Of two problems drawn k and l times each pair occurs k * l times.
+    def everywhere(table: Floats, times: Floats) -> Floats:
+        return np.einsum("...i,ij,...j->...", times, table, times, optimize=True)
+
+    return Ranking(
+        pairwise=_ratio(wins, pairs, within, drawn),
+        auc=_ratio(wins, pairs, everywhere, drawn),
+        num_problems=int((np.diag(pairs) > 0).sum()),
+        num_pairs=int(np.diag(pairs).sum()),
+    )
+
+
+def ranked_pairs(
+    scores: Sequence[Sequence[float]], is_correct: Sequence[Sequence[bool]]
+) -> tuple[Floats, Floats]:
+    """Count `[problem of the correct one, problem of the wrong one]` the pairs that are ranked
+    right, ties half, and all pairs."""
+    num_problems = len(scores)
+    problem = np.repeat(np.arange(num_problems), [len(row) for row in scores])
+    score = np.array([value for row in scores for value in row], dtype=np.float64)
+    correct = np.array([value for row in is_correct for value in row], dtype=bool)
+    # +1, 0 and -1 become 1, one half and 0; then the pairs of two problems are added up.
+    share = (np.sign(score[correct][:, None] - score[~correct][None]) + 1) / 2
+    of_problem = np.eye(num_problems)
+    left, right = of_problem[problem[correct]], of_problem[problem[~correct]]
+    return left.T @ share @ right, np.outer(left.sum(axis=0), right.sum(axis=0))
+
+
+def _ratio(
+    wins: Floats, pairs: Floats, total: Callable[[Floats, Floats], Floats], drawn: Floats
+) -> Estimate | None:
+    """Estimate total(wins) / total(pairs) with its interval; None without a pair."""
+    once = np.ones(len(pairs))
+    if not total(pairs, once):
+        return None
+    won, all_pairs = total(wins, drawn), total(pairs, drawn)
+    # A resample without any pair says nothing.
+    ratios = won[all_pairs > 0] / all_pairs[all_pairs > 0]
+    low, high = np.quantile(ratios, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+    mean = float(total(wins, once) / total(pairs, once))
+    return Estimate(mean, min(float(low), mean), max(float(high), mean))

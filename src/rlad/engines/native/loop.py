@@ -21,7 +21,7 @@ from transformers import get_scheduler
 from rlad.config.run import RunConfig
 from rlad.engines.base import ResumePoint, SkippedBatch, StepResult, peak_memory
 from rlad.engines.imitation import ImitationMap
-from rlad.engines.metrics import TokenStats, rollout_metrics
+from rlad.engines.metrics import TokenStats, ranking_metrics, rollout_metrics
 from rlad.engines.native.checkpoint import EngineState, batch_tensors, load_state, save_state
 from rlad.engines.native.gradient import LossGradient, trained_parameters
 from rlad.engines.native.overlap import AskedAhead
@@ -246,6 +246,7 @@ class NativeEngine:
                     )
                 num_tokens = sum(map(len, batch.teacher_logprobs))
                 batch.counts = {"teacher/tokens/count": num_tokens} | teacher.pop_metrics()
+                batch.counts |= ranking_metrics(groups, batch.teacher_logprobs)
                 if batch.spoken_share < 1:
                     batch.counts["teacher/speaks/frac"] = batch.spoken_share
             elif objective.needs_teacher:
