@@ -246,6 +246,33 @@ def test_phases_of_opd_then_grpo(num_steps: int, opd_share: float, num_opd: int)
 
 
 @pytest.mark.parametrize(
+    ("values", "flat"),
+    [
+        # .2 and .3 are gains; .31 is not more than .01 above .3, nor are .305 and .25.
+        ([0.2, 0.3, 0.31, 0.305, 0.25], 40),
+        ([0.2, 0.3, 0.31, 0.305], None),
+        # Small gains add up: .316 is more than .01 above .3, the last gain, and counts from there.
+        ([0.3, 0.308, 0.309, 0.316, 0.3, 0.32, 0.326], 60),
+        ([0.3, 0.308, 0.309, 0.316, 0.3, 0.32, 0.327], None),
+        # What comes after the decision changes nothing.
+        ([0.5, 0.4, 0.3, 0.2, 0.9, 1.0], 30),
+        ([0.0, 0.0, 0.0, 0.0], 30),
+        ([0.5], None),
+        ([], None),
+    ],
+)
+def test_where_validation_is_flat(values: list[float], flat: int | None) -> None:
+    auto = OPDThenGRPOConfig(opd_share="auto", auto_patience=3, auto_min_gain=0.01)
+    validations = [(10 * i, value) for i, value in enumerate(values)]
+    assert auto.flat_step(validations) == flat
+    phases = [auto.at_step(step, 100, flat_step=flat).type for step in range(100)]
+    assert phases.count("opd") == (100 if flat is None else flat) and phases == sorted(phases)[::-1]
+    assert OPDThenGRPOConfig().flat_step(validations) is None
+    assert not auto.schedule_depends_on_num_steps
+    assert OPDThenGRPOConfig().schedule_depends_on_num_steps
+
+
+@pytest.mark.parametrize(
     ("alpha", "upper", "lower"),
     [
         (0.1, 0.274, -0.248),

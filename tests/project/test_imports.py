@@ -31,9 +31,10 @@ BY_TEACHERS = {
     "teacher/shortened/frac",
     "teacher/dropped_blocks/frac",
     "teacher/overlap/seconds",
+    "objective/teacher_phase/frac",
 }
-"""Of the types `cached` and `privileged`, and of those that work elsewhere; their own tests hold
-them to these names."""
+"""Of `cached` and `privileged` teachers, those that work elsewhere, and `opd_then_grpo`; their own
+tests hold them to these names."""
 BY_VLLM = {"sampler/kl/mean", "sampler/bounded_weights/frac", "time/hand_over/seconds"}
 """with `rollout.engine = "vllm"`; `tests/rollouts/test_vllm_sampler.py` looks for them"""
 BATCH = {field.name for field in dataclasses.fields(LossInputs)}

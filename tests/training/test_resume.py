@@ -181,6 +181,67 @@ def test_the_length_of_opd_then_grpo_is_part_of_what_it_is(world, tmp_path):
         rlad.train(config, resume=True)
 
 
+AUTO: dict[str, Any] = {
+    "objective": {"type": "opd_then_grpo", "opd_share": "auto", "auto_patience": 2}
+    | {"auto_min_gain": 1.0},
+    "evaluation": SECTIONS["evaluation"] | {"every_steps": 1},
+}
+"""No validation after the first can be a gain, so opd ends after step 2."""
+
+
+def without_phases(config: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = RunDirectory(rlad.train(config).run_dir).read("metrics.jsonl")
+    return [
+        {key: value for key, value in row.items() if not key.startswith(("time/", "memory/"))}
+        for row in rows
+    ]
+
+
+def test_a_switch_by_validation_is_that_of_a_share(world, tmp_path):
+    """After step 2 of 4, and in batches of three steps after the third."""
+    for steps_per_batch, share in ((1, 0.5), (3, 0.5)):
+        loop = {"num_steps": 4 if steps_per_batch == 1 else 6, "learning_rate": 3e-3}
+        sections = AUTO | {
+            "rollout": {"prompts_per_batch": 3},
+            "optimization": loop | {"steps_per_rollout_batch": steps_per_batch},
+        }
+        folder = tmp_path / str(steps_per_batch)
+        auto = without_phases(run_config(world, folder / "auto", **sections))
+        sections["objective"] = {"type": "opd_then_grpo", "opd_share": share}
+        fixed = without_phases(run_config(world, folder / "fixed", **sections))
+        assert auto == fixed
+        phases = [row["objective/teacher_phase/frac"] for row in auto]
+        half = loop["num_steps"] // 2
+        assert phases == [1.0] * half + [0.0] * half
+
+
+@pytest.mark.parametrize("stops", [(1,), (2,), (3,), (1, 2, 3, 4)])
+def test_a_switch_by_validation_resumes_exactly(world, tmp_path, stops):
+    """Before, at and after the switch; and a longer run is the same up to where it was ended."""
+    whole = run_config(world, tmp_path / "whole" / "run", **AUTO)
+    whole["optimization"]["num_steps"] = 6
+    rlad.train(whole)
+    config = run_config(world, tmp_path / "stopped" / "run", **AUTO)
+    config["optimization"]["num_steps"] = 6
+    for resumed, step in enumerate(stops):
+        with pytest.raises(StopRequested):
+            rlad.train(config, resume=resumed > 0, reporter=StopBehind(step))
+    rlad.train(config, resume=True)
+    assert_same(remains(tmp_path / "stopped" / "run"), remains(tmp_path / "whole" / "run"), stops)
+
+
+def test_the_validation_at_the_end_of_a_run_decides_nothing_unless_it_is_due(world, tmp_path):
+    """Validations after 0, 2 and 4 steps; that after 3, where the run ended first, does not
+    count."""
+    sections = AUTO | {"evaluation": SECTIONS["evaluation"] | {"every_steps": 2}}
+    config = run_config(world, tmp_path / "run", **sections)
+    for num_steps in (3, 6):
+        config["optimization"]["num_steps"] = num_steps
+        rlad.train(config, resume=num_steps > 3)
+    rows = RunDirectory(tmp_path / "run").read("metrics.jsonl")
+    assert [row["objective/teacher_phase/frac"] for row in rows] == [1, 1, 1, 1, 0, 0]
+
+
 # --- killed ---------------------------------------------------------------------------------------
 
 

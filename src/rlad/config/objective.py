@@ -1,6 +1,7 @@
 """The knobs of each objective, and what else is known of it. Imports no torch."""
 
 import math
+from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field
@@ -8,6 +9,7 @@ from pydantic import Field
 from rlad.config.types import (
     AnnealedNonNegative,
     AnnealedShare,
+    Count,
     NonNegative,
     Positive,
     Section,
@@ -41,7 +43,6 @@ class ObjectiveSection(Section):
     process."""
     gates_by_teacher: ClassVar[bool] = False
     """Whether the teacher decides for single tokens that they get no gradient."""
-    schedule_depends_on_num_steps: ClassVar[bool] = False
     engines: ClassVar[tuple[EngineName, ...]] = ("native", "trl", "verl")
     """On which it runs; `trl` is `RLADTrainer`."""
     teacher_work: ClassVar[str] = "the teacher scores each sampled token once"
@@ -50,6 +51,11 @@ class ObjectiveSection(Section):
     def counted_rollouts(self) -> Literal["judged", "correct", "all"]:
         """Which rollouts the denominator of the loss counts; no other one trains."""
         return "judged" if self.uses_reward else "all"
+
+    @property
+    def schedule_depends_on_num_steps(self) -> bool:
+        """Whether its first steps would be others in a run of another length."""
+        return False
 
     @property
     def asks_teacher_on(self) -> TeacherOn:
@@ -66,8 +72,16 @@ class ObjectiveSection(Section):
         knobs = {key: at_step(value, step) for key, value in self if key not in _NO_KNOBS}
         return {key: None if value == "off" else value for key, value in knobs.items()}
 
-    def at_step(self, step: int, num_steps: int) -> "ObjectiveSection":
-        """The objective of one optimiser step (from 0) of a run of `num_steps`."""
+    def flat_step(self, validations: Iterable[tuple[int, float]]) -> int | None:
+        """The step after which the objective changes, as the validations (step, pass@1) so far have
+        it; None where they do not, or do not decide."""
+        return None
+
+    def at_step(
+        self, step: int, num_steps: int, *, flat_step: int | None = None
+    ) -> "ObjectiveSection":
+        """The objective of one optimiser step (from 0) of a run of `num_steps`, of which the
+        validations have decided `flat_step`."""
         return self
 
 
@@ -133,19 +147,46 @@ class OPDConfig(_SometimesTaught):
 
 class OPDThenGRPOConfig(_Clipped):
     type: Literal["opd_then_grpo"] = "opd_then_grpo"
-    opd_share: Share = 0.4
+    opd_share: Share | Literal["auto"] = 0.4
     """share of the run's steps with `opd`, rounded up to whole rollout batches; the rest is
-    `grpo`"""
+    `grpo`. `auto`: until pass@1 of the validations is flat"""
+    auto_patience: Count = 3
+    """`auto`: so many validations in a row without a gain end `opd`"""
+    auto_min_gain: Share = 0.01
+    """`auto`: a gain exceeds the last gain's pass@1 by more than this"""
 
-    schedule_depends_on_num_steps: ClassVar[bool] = True
     engines: ClassVar[tuple[EngineName, ...]] = ("native",)
     teacher_work: ClassVar[str] = (
         "the teacher scores each sampled token once in the steps with opd, later nothing"
     )
 
-    def at_step(self, step: int, num_steps: int) -> ObjectiveSection:
-        # Rounded first: 0.07 * 100 is 7.000000000000001.
-        num_opd_steps = math.ceil(round(self.opd_share * num_steps, 9))
+    @property
+    def schedule_depends_on_num_steps(self) -> bool:
+        return self.opd_share != "auto"
+
+    def flat_step(self, validations: Iterable[tuple[int, float]]) -> int | None:
+        if self.opd_share != "auto":
+            return None
+        best = -math.inf
+        num_without_gain = 0
+        for step, value in validations:
+            if value > best + self.auto_min_gain:
+                best = value
+                num_without_gain = 0
+                continue
+            num_without_gain += 1
+            if num_without_gain == self.auto_patience:
+                return step
+        return None
+
+    def at_step(
+        self, step: int, num_steps: int, *, flat_step: int | None = None
+    ) -> ObjectiveSection:
+        if self.opd_share == "auto":
+            num_opd_steps = num_steps if flat_step is None else flat_step
+        else:
+            # Rounded first: 0.07 * 100 is 7.000000000000001.
+            num_opd_steps = math.ceil(round(self.opd_share * num_steps, 9))
         if step < num_opd_steps:
             return OPDConfig()
         return GRPOConfig(clip_low=self.clip_low, clip_high=self.clip_high)

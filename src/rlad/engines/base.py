@@ -49,6 +49,9 @@ class Engine(Protocol):
     step: int
     """optimiser steps made so far"""
 
+    flat_step: int | None
+    """the step after which the objective changes, decided by the validations; set by the run"""
+
     student: LanguageModel
 
     sampler: Sampler

@@ -171,6 +171,7 @@ class Training:
         self.engine = make_engine(config, self.student, task, before_work=self._before_work)
         if checkpoint is not None:
             with _resuming(checkpoint):
+                self.engine.flat_step = flat_step(RunDirectory(config.directory), config)
                 self.engine.restore(checkpoint, run_digest=config.digest)
 
     def finish(self, recorder: Recorder) -> TrainResult:
@@ -203,6 +204,7 @@ class Training:
             step = self.engine.step
             if step % every == 0 or step == num_steps or recorder.has_used_up_its_budget:
                 self._evaluate(recorder, "validation", step)
+                self.engine.flat_step = flat_step(recorder.run, self.config)
                 recorder.save(self.engine)
                 recorder.prune()
                 recorder.phase("training")
@@ -253,6 +255,18 @@ class Training:
         self.stop.check()
         if self.recorder is not None:
             self.recorder.save_if_due(self.engine)
+
+
+def flat_step(run: RunDirectory, config: RunConfig) -> int | None:
+    """The step after which the objective changes, by the validations that the run has recorded.
+
+    The one at the end of a run counts only if it is due there, so that a longer run decides alike.
+    """
+    return config.objective.flat_step(
+        (row["step"], row["pass@1"]["mean"])
+        for row in run.read(EVAL)
+        if row["split"] == "validation" and row["step"] % config.evaluation.every_steps == 0
+    )
 
 
 def how_to_resume(config: RunConfig) -> str:

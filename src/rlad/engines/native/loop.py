@@ -71,6 +71,7 @@ class NativeEngine:
         self.teacher = teacher
         self.before_work = before_work
         self.step = 0
+        self.flat_step: int | None = None
         self.pending: RolloutBatch | None = None
         self.parameters = trained_parameters(student)
         self.optimizer = torch.optim.AdamW(
@@ -128,6 +129,8 @@ class NativeEngine:
                 "memory/peak/bytes": peak_memory(self.student),
             }
             metrics |= batch.seconds | batch.counts if part == 0 else {}
+            if (objective := self.objective_at(batch.index)) is not self.config.objective:
+                metrics["objective/teacher_phase/frac"] = float(objective.needs_teacher)
             self.step += 1
             if part == per_batch - 1:
                 self.pending = None
@@ -209,7 +212,8 @@ class NativeEngine:
         """The config of the objective whose turn it is at a rollout batch."""
         objective = self.config.objective
         loop = self.config.optimization
-        return objective.at_step(batch_index * loop.steps_per_rollout_batch, loop.num_steps)
+        first_step = batch_index * loop.steps_per_rollout_batch
+        return objective.at_step(first_step, loop.num_steps, flat_step=self.flat_step)
 
     # --- rollouts ---------------------------------------------------------------------------------
 
