@@ -1,5 +1,5 @@
-"""Ctrl-C, SIGTERM and a closed terminal: once asks the run to stop at the next safe point, twice
-stops it at once."""
+"""Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal: once asks the run to stop at the next safe
+point, twice stops it at once."""
 
 import signal
 from collections.abc import Iterator
@@ -43,8 +43,8 @@ class Stop:
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
-        """Catch SIGINT, SIGTERM and SIGHUP inside the block (main thread only), where they are not
-        ignored."""
+        """Catch SIGINT, SIGTERM, SIGHUP and SIGUSR1 (Slurm's warning) inside the block (main thread
+        only), where they are not ignored."""
 
         def remember(number: int, frame: FrameType | None) -> None:
             self._signal = number
@@ -58,7 +58,7 @@ class Stop:
 
         former = {
             each: handler
-            for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
             if (handler := signal.getsignal(each)) is not signal.SIG_IGN
         }
         try:

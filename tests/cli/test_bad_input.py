@@ -80,6 +80,14 @@ def toml(world: Path, tmp_path: Path) -> Path:
             "optimization.steps_per_rollout_batch=3",
             "is no multiple of optimization.steps_per_rollout_batch = 3",
         ),
+        ("num_steps=3", "num_steps is an unknown key: did you mean 'optimization.num_steps'?"),
+        ("lr=1e-5", "lr is an unknown key: did you mean 'optimization.learning_rate'?"),
+        ("optimization.lr=1e-5", "did you mean 'learning_rate'?"),
+        ("teacher.adapter=x", "teacher.adapter is an unknown key: it belongs to teacher.type"),
+        ("student=x", "student is 'x': it must be a section, with keys of its own."),
+        ("run_dir=", "run_dir is '': it must have at least 1 character."),
+        (f"run_dir={'x' * 260}", "is longer than the 255 bytes that a file's name may have"),
+        ("optimization.warmup_steps=4", "leaves none of the 4 steps at the full learning rate"),
         ("=3", "override '=3' is not of the form key.path=value"),
         ("seed.x=3", "seed is {'x': 3}: it must be a valid integer."),
     ],
@@ -132,6 +140,21 @@ def bad(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("config.json", "generation_config.json"):
         table = json.loads((folder / "no_end" / name).read_text())
         (folder / "no_end" / name).write_text(json.dumps(table | {"eos_token_id": None}))
+    own = (folder / "no_end" / "generation_config.json").read_text()
+    whole = json.dumps(json.loads(own) | {"eos_token_id": [1, 2]})
+    for name, text in {
+        "end_beyond": whole.replace("[1, 2]", "[1, 99999]"),
+        "cut_generation_config": whole[:-20],
+    }.items():
+        shutil.copytree(world / "student", folder / name)
+        (folder / name / "generation_config.json").write_text(text)
+    for name, setting in {
+        "flash": {"_attn_implementation": "flash_attention_2"},
+        "gptq": {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}},
+    }.items():
+        shutil.copytree(world / "student", folder / name)
+        config = json.loads((folder / name / "config.json").read_text())
+        (folder / name / "config.json").write_text(json.dumps(config | setting))
     write_model(folder / "other_strings", seed=2, words=(*WORDS[:4], "9", *WORDS[5:]))
     write_model(folder / "short_context", seed=2, max_position_embeddings=16)
     write_model(folder / "small", seed=2, vocab_size=5)
@@ -159,8 +182,20 @@ def bad(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (
             "student.model",
             "{bad}/no_end",
-            "declares no end token; set `eos_token` in its tokenizer",
+            "declares no end token; correct eos_token_id in its generation_config.json",
         ),
+        (
+            "student.model",
+            "{bad}/end_beyond",
+            "declares end token 99999, above its",
+        ),
+        (
+            "student.model",
+            "{bad}/cut_generation_config",
+            "generation_config.json of '{bad}/cut_generation_config' cannot be read",
+        ),
+        ("student.model", "{bad}/flash", "asks for a package that is not installed"),
+        ("student.model", "{bad}/gptq", "asks for a package that is not installed"),
         ("teacher.model", "{bad}/no_tokenizer", "save the tokenizer beside the model"),
         (
             "teacher.model",
@@ -189,6 +224,7 @@ def bad(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_what_cannot_be_trained(toml, tmp_path, bad, key, value, sentence):
     override = f"{key}={value.format(bad=bad)}"
+    sentence = sentence.format(bad=bad)
     assert sentence in rlad_fails("train", toml, override)
     assert not (tmp_path / "run").exists(), "a mistake leaves no run directory behind"
     checked = CliRunner().invoke(main, ["check", str(toml), override])

@@ -377,3 +377,32 @@ def test_python_m_rlad():
         [sys.executable, "-m", "rlad", "--help"], capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("Usage: rlad [OPTIONS] COMMAND")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+@pytest.mark.parametrize("arguments", [["list", "tasks"], ["check", "--without-models"]])
+def test_a_full_disk_under_standard_output_is_a_sentence(arguments):
+    command = [sys.executable, "-m", "rlad", *arguments]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "standard output cannot be written (No space left on device)" in done.stderr
+
+
+def test_what_the_terminal_cannot_show_is_replaced():
+    command = [sys.executable, "-m", "rlad", "check", "--without-models"]
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(command, capture_output=True, env=environment)
+    assert done.returncode == 0 and b"can be trained" in done.stdout + done.stderr
+
+
+def test_a_deleted_folder_is_a_sentence(tmp_path):
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    done = subprocess.run(
+        ["sh", "-c", f'rmdir "{folder}"; exec "$@"', "sh", sys.executable, "-m", "rlad", "list"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "the current folder has been deleted" in done.stderr

@@ -165,7 +165,7 @@ def wait_until(process: subprocess.Popen[str], is_so: Any) -> None:
 
 
 def test_signals_write_a_checkpoint(world, tmp_path):
-    """Ctrl-C ends in 130, SIGTERM in 143; both go on with --resume."""
+    """Ctrl-C ends in 130, SIGTERM in 143, Slurm's warning in 138; each goes on with --resume."""
     config = run_config(
         world,
         tmp_path / "run",
@@ -176,6 +176,7 @@ def test_signals_write_a_checkpoint(world, tmp_path):
     for number, code, arguments in (
         (signal.SIGINT, 130, ["--json"]),
         (signal.SIGTERM, 143, ["--resume"]),
+        (signal.SIGUSR1, 138, ["--resume"]),
     ):
         num_before = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
         process = start(toml, *arguments)

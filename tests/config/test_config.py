@@ -18,7 +18,7 @@ from rlad.config.file import (
     parse_config,
     parse_overrides,
 )
-from rlad.config.objective import OBJECTIVE_CONFIGS
+from rlad.config.objective import OBJECTIVE_CONFIGS, TRRDConfig
 from rlad.config.run import RunConfig
 from rlad.config.teacher import single_teachers
 from rlad.config.types import Annealed, Mark
@@ -104,6 +104,35 @@ def test_a_named_type_replaces_its_section_unless_it_is_there_already():
         changed("task=jsonl", "task.path=p.jsonl", base=base).task.model_dump()["verifier"]
         == "exact"
     )
+
+
+@pytest.mark.parametrize("text", ["123456", "2024-05-01", "true", "[1]", '"quoted"'])
+def test_a_text_setting_stays_a_text(text):
+    assert load_config(None, [f"run_dir={text}"]).run_dir == text.strip('"')
+
+
+def test_a_knob_alone_is_one_of_the_default_objective(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(
+        '[student]\nmodel = "embedded/student"\n[teacher]\nmodel = "embedded/teacher"\n'
+        '[task]\ntype = "knights_and_knaves"\n'
+    )
+    assert load_config(path, ["objective.alpha=0.3"]).objective == TRRDConfig(alpha=0.3)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_type_begins_its_section_anew_wherever_it_comes(first):
+    overrides = ["task.type=jsonl", "task.path=p.jsonl"][:: 1 if first else -1]
+    task = load_config(None, overrides).task
+    assert (task.type, task.model_dump()["path"]) == ("jsonl", "p.jsonl")
+
+
+def test_the_home_folder_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    overrides = ["run_dir=~/run", "student.model=~/model", "task=jsonl", "task.path=~/p.jsonl"]
+    config = load_config(None, overrides)
+    found = (config.run_dir, config.student.model, config.task.model_dump()["path"])
+    assert found == tuple(f"/home/somebody/{name}" for name in ("run", "model", "p.jsonl"))
 
 
 @given(st.text(max_size=30))

@@ -38,6 +38,7 @@ THROUGH_GENERATE: dict[str, dict[str, Any]] = {
     "mamba": {},
     "lfm2": {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3},
     "bloom": {},
+    "openai-gpt": {},  # without a cache
 }
 FAMILIES = WITH_PLAIN_CACHE | THROUGH_GENERATE
 PROMPTS = random_tokens(7, 3, 1, 12, seed=1)

@@ -98,6 +98,16 @@ def test_logits_that_are_not_those_of_the_config_are_taken_whole() -> None:
         assert torch.allclose(values, direct(model, prompt, completion, 0.7)[0], rtol=0, atol=1e-5)
 
 
+def test_a_model_that_is_its_own_base_is_scored_from_its_logits() -> None:
+    model = tiny_language_model(
+        "llama4_text", num_local_experts=2, intermediate_size_mlp=64, num_experts_per_tok=1
+    )
+    assert model.model.base_model is model.model and output_layer(model.model) is None
+    scores = Scorer(model, temperature=0.7, tokens_per_batch=1000).score(PROMPTS, COMPLETIONS)
+    for values, prompt, completion in zip(scores, PROMPTS, COMPLETIONS, strict=True):
+        assert torch.allclose(values, direct(model, prompt, completion, 0.7)[0], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "hyperclovax"])
 @torch.no_grad()
 def test_logits_in_chunks_are_the_models_own(family: str) -> None:

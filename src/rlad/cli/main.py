@@ -1,19 +1,29 @@
 """The command line: the options and help of each verb. What a verb does is in the file of its name;
 heavy imports are inside of the functions."""
 
+import io
 import json
 import os
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from rlad import __version__
-from rlad.errors import BUG_REPORT, EXIT_FAILURE, EXIT_SIGNAL, RladError, UserError, out_of_memory
+from rlad.errors import (
+    BUG_REPORT,
+    EXIT_FAILURE,
+    EXIT_SIGNAL,
+    RladError,
+    RunFailedError,
+    UserError,
+    out_of_memory,
+)
 from rlad.text import printable
 
 if TYPE_CHECKING:
@@ -32,7 +42,9 @@ class _Verbs(click.Group):
         """Run a command: an error of rlad ends in its sentence and exit code, Ctrl-C in 130, a bug
         in its traceback and 1."""
         try:
-            return super().invoke(context)
+            result = super().invoke(context)
+            sys.stdout.flush()
+            return result
         except RladError as error:
             _end(error)
         except KeyboardInterrupt:
@@ -45,6 +57,39 @@ class _Verbs(click.Group):
                 _end(failure)
             click.echo(traceback.format_exc() + BUG_REPORT, err=True)
             sys.exit(EXIT_FAILURE)
+
+
+class _Output:
+    """Standard output or standard error, which may be a file on a full disk."""
+
+    def __init__(self, stream: io.TextIOWrapper):
+        # What the terminal's encoding cannot show is replaced.
+        stream.reconfigure(errors="replace")
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._explained():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with self._explained():
+            self._stream.flush()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:  # of `rlad ... | head`, which click knows
+            raise
+        except OSError as error:
+            # Nothing more can be said there, not even at the end of the process.
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            raise RunFailedError(
+                f"standard output cannot be written ({error.strerror}); make room for it."
+            ) from None
 
 
 def _end(error: RladError) -> NoReturn:
@@ -73,6 +118,14 @@ def main() -> None:
     rlad train my_run.toml objective=grpo   the same with one setting changed
     rlad compare                            which method works? several seeds, one report
     """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            setattr(sys, name, _Output(stream))
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the current folder has been deleted; change to another one.") from None
     # A loop of many small operations on few cores loses most of its time to threads that spin while
     # they wait.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

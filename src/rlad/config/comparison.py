@@ -11,7 +11,7 @@ from pydantic import Field
 from rlad.config.file import DEFAULT_RUN, flat, parse_config, parse_overrides, read_toml
 from rlad.config.presets import expand_preset, merged
 from rlad.config.run import OptimizationConfig, RolloutConfig, RunConfig
-from rlad.config.types import Count, LearningRate, Mark, NonNegativeInt, Section
+from rlad.config.types import Count, LearningRate, Location, Mark, NonNegativeInt, Section
 from rlad.config.validation import validated
 from rlad.errors import UserError
 
@@ -33,10 +33,10 @@ class TuningConfig(Section):
 class CompareConfig(Section):
     """Several methods and seeds under one budget."""
 
-    run: str | None = None
+    run: Location | None = None
     """TOML of the run that all methods share but for its objective, beside this file; absent: the
     embedded default"""
-    directory: str = "runs/comparison"
+    directory: Location = "runs/comparison"
     """where runs and report are stored"""
     seeds: tuple[NonNegativeInt, ...] = Field((0, 1, 2), min_length=1)
     """each method is trained once with each"""
@@ -79,7 +79,8 @@ def load_comparison(
     Raises `UserError` with one sentence for each mistake, those of its methods included.
     """
     path = DEFAULT_COMPARISON if path is None else Path(path)
-    config = validated(CompareConfig, parse_overrides(read_toml(path), overrides or []))
+    table = parse_overrides(read_toml(path), overrides or [], of=CompareConfig)
+    config = validated(CompareConfig, table)
     for name in config.methods:
         method_config(config, path.parent, name, seed=config.seeds[0])
     return config, path.parent

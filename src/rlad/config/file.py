@@ -13,11 +13,14 @@ from rlad.config.objective import ObjectiveConfig
 from rlad.config.presets import expand_preset
 from rlad.config.run import RunConfig
 from rlad.config.types import Mark, Section
-from rlad.config.validation import validated
+from rlad.config.validation import takes_text, validated
 from rlad.errors import UserError
 
 CONFIG = "config.toml"
 DEFAULT_RUN = Path(__file__).parents[1] / "embedded" / "run.toml"
+
+
+_CHOICE = re.compile(r"(objective|task|teacher)(\.type)?=")
 
 
 class _Objective(Section):
@@ -40,23 +43,25 @@ def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -
     return parse_config(parse_overrides(table, overrides))
 
 
-def parse_overrides(table: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Apply `key.path=value` overrides to `table`; `UserError` for one that is not of that form.
+def parse_overrides(
+    table: dict[str, Any], overrides: Sequence[str], *, of: type[Section] = RunConfig
+) -> dict[str, Any]:
+    """Apply `key.path=value` overrides to the `table` of a section; `UserError` for one that is not
+    of that form.
 
     A preset among them changes what the table says; the other overrides change the preset.
     """
-    # A preset is a whole objective with settings elsewhere: first the choice of the objective, then
-    # what it brings along, then what the user changes of that.
-    is_choice = re.compile(r"objective(\.type)?=").match
-    choices = [override for override in overrides if is_choice(override)]
+    # First the choices of a type, which begin a section anew. A preset is a whole objective with
+    # settings elsewhere: after its choice comes what it brings along, then what the user changes.
+    choices = [override for override in overrides if _CHOICE.match(override)]
     for override in choices:
-        _apply(table, override)
-    if choices:
+        _apply(table, _CHOICE.sub(r"\1=", override), of)
+    if any(override.startswith("objective") for override in choices):
         objective = table.pop("objective")
         table = expand_preset({"objective": objective}, table)
     for override in overrides:
         if override not in choices:
-            _apply(table, override)
+            _apply(table, override, of)
     return table
 
 
@@ -118,7 +123,7 @@ def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _apply(table: dict[str, Any], override: str) -> None:
+def _apply(table: dict[str, Any], override: str, of: type[Section]) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise UserError(
@@ -131,6 +136,11 @@ def _apply(table: dict[str, Any], override: str) -> None:
         value = text  # a bare word is a string
     # The path leads into the tables, which are made where they are missing.
     *sections, key = path.split(".")
+    if takes_text(of, [*sections, key]) and not isinstance(value, str):
+        value = text  # run_dir=2024-05-01 is no date
+    if sections == ["objective"]:
+        # A knob without an objective is one of the default objective.
+        table.setdefault("objective", {"type": RunConfig.model_fields["objective"].default.type})
     for section in sections:
         if not isinstance(table.get(section), dict):
             table[section] = {}
@@ -139,9 +149,8 @@ def _apply(table: dict[str, Any], override: str) -> None:
     # so the section begins anew, unless it is of that type already.
     present = table.get(key)
     default = "local" if path == "teacher" else value
-    names_a_type = isinstance(present, dict) or (
-        not sections and key in ("objective", "task", "teacher")
-    )
+    has_type = isinstance(present, dict) and "type" in present
+    names_a_type = has_type or key in ("objective", "task", "teacher")
     if not (names_a_type and isinstance(value, str)):
         table[key] = value
     elif not isinstance(present, dict) or present.setdefault("type", default) != value:

@@ -22,6 +22,7 @@ from rlad.config.types import (
     AnnealedNonNegative,
     Count,
     LearningRate,
+    Location,
     Mark,
     NonNegative,
     NonNegativeInt,
@@ -51,7 +52,7 @@ class LoraConfig(Section):
 class StudentConfig(Section):
     """The model that is trained."""
 
-    model: str
+    model: Location
     """Hugging Face name, folder, `embedded/student` or `smollm2-135m`"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """of the forward pass; the weights that are trained and all log-probs are float32"""
@@ -219,10 +220,17 @@ class RunConfig(Section):
     logging: Annotated[LoggingConfig, Mark.NO_NUMBER] = LoggingConfig()
     seed: NonNegativeInt = 0
     """of everything that is drawn at random"""
-    run_dir: Annotated[str | None, Mark.NO_NUMBER] = None
+    run_dir: Annotated[Location | None, Mark.NO_NUMBER] = None
     """where the run is stored; by default `runs/<task>-<objective>-seed<seed>`"""
 
     def problems(self) -> Iterator[str]:
+        loop = self.optimization
+        if 0 < loop.num_steps <= loop.warmup_steps:
+            yield (
+                f"optimization.warmup_steps = {loop.warmup_steps} leaves none of the "
+                f"{loop.num_steps} steps at the full learning rate; give fewer warm-up steps than "
+                "optimization.num_steps"
+            )
         num_prompts = self.rollout.prompts_per_batch
         num_steps = self.optimization.steps_per_rollout_batch
         objective = self.objective

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from rlad.config.types import Positive, Section
+from rlad.config.types import Location, Positive, Section
 from rlad.config.validation import validated
 from rlad.errors import UserError
 
@@ -57,11 +57,11 @@ class JsonlConfig(Section):
     """Your own problems: a `.jsonl` file or a Hugging Face data set."""
 
     type: Literal["jsonl"] = "jsonl"
-    path: str
+    path: Location
     """the training problems, and the held-out ones where no other file is given"""
-    validation_path: str | None = None
+    validation_path: Location | None = None
     """held-out problems in a file of their own"""
-    test_path: str | None = None
+    test_path: Location | None = None
     """the same"""
     prompt_field: str = "prompt"
     """the field with a problem's prompt"""

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field
 from rlad.config.addresses import ServerURL, VariableName
 from rlad.config.context import ContextConfig
 from rlad.config.template import template_names
-from rlad.config.types import Count, Mark, NonNegativeInt, Positive, Section, Share
+from rlad.config.types import Count, Location, Mark, NonNegativeInt, Positive, Section, Share
 
 
 class _SingleTeacher(Section):
@@ -32,7 +32,7 @@ class LocalTeacherConfig(_TeacherHere):
 
     context_of: ClassVar[Literal["model", "student", "server"]] = "model"
     type: Literal["local"] = "local"
-    model: str
+    model: Location
     """Hugging Face name, folder, or `embedded/teacher`"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """of its weights; bfloat16 halves the memory"""
@@ -67,7 +67,7 @@ class AdapterTeacherConfig(_TeacherHere):
     memory for both."""
 
     type: Literal["adapter"]
-    adapter: str = "none"
+    adapter: Location = "none"
     """folder of a PEFT adapter of the student's base model; `none` is the base model itself"""
 
     @property
@@ -105,7 +105,7 @@ class ServedTeacherConfig(_SingleTeacher):
     tolerance: Annotated[Positive, Mark.NO_NUMBER] = 0.5
     """nats; how far a log-prob may move between generating and scoring the same text (float32
     servers: 1e-3, bfloat16: 0.5)"""
-    local_model: Annotated[str | None, Mark.NO_NUMBER] = None
+    local_model: Annotated[Location | None, Mark.NO_NUMBER] = None
     """the same model as a folder or Hugging Face name: its log-probs are compared with the server's
     before training"""
 
@@ -193,7 +193,7 @@ class CachedTeacherConfig(_TeacherOfTeacher):
     """A teacher whose log-probs are kept on disk and asked for once."""
 
     type: Literal["cached"]
-    directory: Annotated[str, Mark.NO_NUMBER] = "teacher_cache"
+    directory: Annotated[Location, Mark.NO_NUMBER] = "teacher_cache"
     """shared by all runs that name it, also at the same time"""
     max_gib: Annotated[Positive, Mark.NO_NUMBER] = 10.0
     """beyond it nothing more is stored"""

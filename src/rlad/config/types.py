@@ -1,11 +1,12 @@
 """What the sections of a config are made of: strict numbers, knobs that move with the step. Imports
 no torch."""
 
+import os
 from collections.abc import Collection, Iterator
 from enum import Enum
 from typing import Annotated, Any, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from rlad.errors import UserError
 
@@ -18,6 +19,20 @@ ShareBelowOne = Annotated[float, Field(strict=True, ge=0, lt=1)]
 LearningRate = Annotated[float, Field(strict=True, gt=0, le=1)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 NonNegativeInt = Annotated[int, Field(strict=True, ge=0)]
+
+
+def _location(text: str) -> str:
+    longest = max(text.split("/"), key=len)
+    if len(longest.encode()) > 255 or "\0" in text:
+        raise UserError(
+            f"{longest[:40]!r}... is longer than the 255 bytes that a file's name may have, or "
+            "holds a NUL character; give another name"
+        )
+    return os.path.expanduser(text)
+
+
+Location = Annotated[str, Field(min_length=1), AfterValidator(_location)]
+"""A path, or the name of a model: `~` is the home folder, which the shell does not expand here."""
 
 
 class Mark(Enum):

@@ -1,8 +1,10 @@
 """Validated sections of a config, and one sentence for each mistake in them."""
 
+import difflib
 import re
 from collections.abc import Sequence
-from typing import Any, TypeVar, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
@@ -10,6 +12,19 @@ from rlad.config.presets import PRESETS
 from rlad.config.types import Section, sections_in
 from rlad.errors import UserError
 from rlad.text import nearest
+
+_NAMES_ELSEWHERE = {
+    "lr": "learning_rate",
+    "steps": "num_steps",
+    "max_steps": "num_steps",
+    "beta": "kl_coef",
+    "batch_size": "prompts_per_batch",
+    "num_generations": "group_size",
+    "max_new_tokens": "max_completion_tokens",
+    "max_tokens": "max_completion_tokens",
+    "output_dir": "run_dir",
+}
+"""Settings of TRL, transformers, verl and vLLM -> ours."""
 
 SomeSection = TypeVar("SomeSection", bound=Section)
 
@@ -21,6 +36,31 @@ def validated(section: type[SomeSection], table: dict[str, Any]) -> SomeSection:
     except ValidationError as error:
         sentences = _sentences(section, error.errors(include_url=False))
         raise UserError("\n".join(sentences)) from None
+
+
+def takes_text(section: type[Section], path: Sequence[str]) -> bool:
+    """Whether the setting at a dotted path is a text and nothing else."""
+    sections = [section]
+    annotations: list[Any] = []
+    names_an_entry = False
+    for part in path:
+        if names_an_entry:
+            names_an_entry = False
+            continue
+        annotations = [
+            one.model_fields[part].annotation for one in sections if part in one.model_fields
+        ]
+        sections = [inner for one in annotations for inner in sections_in(one)]
+        names_an_entry = any(get_origin(one) is dict for one in annotations)
+    return bool(annotations) and all(map(_is_text, annotations))
+
+
+def _is_text(annotation: Any) -> bool:
+    if get_origin(annotation) is Annotated:
+        return _is_text(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return all(part is NoneType or _is_text(part) for part in get_args(annotation))
+    return annotation is str
 
 
 def _sentences(section: type[Section], errors: Sequence[Any]) -> list[str]:
@@ -55,7 +95,7 @@ def _explain(section: type[Section], error: Any) -> tuple[str, str]:
     where, keys = _resolve(section, error["loc"][:-1] if is_unknown else error["loc"])
     if is_unknown:
         key = str(error["loc"][-1])
-        hint = nearest(key, keys) or f"valid keys there are {', '.join(sorted(keys))}"
+        hint = _hint(section, where, key, keys)
         return f"{where}.{key}".lstrip("."), f"is an unknown key: {hint}"
     if kind == "missing":
         return where, "is missing: add it to the config"
@@ -74,6 +114,33 @@ def _explain(section: type[Section], error: Any) -> tuple[str, str]:
     return where, f"is {_shown(error['input'])}: {_requirement(error)}"
 
 
+def _hint(section: type[Section], where: str, key: str, keys: Sequence[str]) -> str:
+    """What a user may have meant by an unknown key: one of the same section, one of another type of
+    that section, one of another section, or one that other tools call so."""
+    name = _NAMES_ELSEWHERE.get(key, key)
+    if near := nearest(name, keys):
+        return near
+    if where in section.model_fields:
+        of_types = [
+            get_args(one.model_fields["type"].annotation)[0]
+            for one in sections_in(section.model_fields[where].annotation)
+            if key in one.model_fields
+        ]
+        if of_types:
+            return f"it belongs to {where}.type = {of_types[0]!r}"
+    elsewhere = {
+        inner_key: f"{field_name}.{inner_key}"
+        for field_name, field in section.model_fields.items()
+        for inner in sections_in(field.annotation)
+        for inner_key in inner.model_fields
+        if field_name != where
+    }
+    close = difflib.get_close_matches(name, elsewhere, n=1)
+    if close and not where:
+        return f"did you mean {elsewhere[close[0]]!r}?"
+    return f"valid keys there are {', '.join(sorted(keys))}" if keys else "it has no settings"
+
+
 def _requirement(error: Any) -> str:
     """What a value must be instead."""
     if error["type"] in ("model_type", "model_attributes_type"):
@@ -82,7 +149,7 @@ def _requirement(error: Any) -> str:
         return "it must be a list"
     if error["type"] in ("too_short", "too_long"):
         return re.sub(r"^\w+ should", "it must", error["msg"].partition(" after")[0])
-    return error["msg"].replace("Input should be", "it must be")
+    return re.sub(r"^(Input|String) should", "it must", error["msg"])
 
 
 def _shown(value: Any) -> str:

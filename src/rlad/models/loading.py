@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from rlad.config.run import LoraConfig
 from rlad.errors import UserError, require_package
@@ -25,6 +26,11 @@ from rlad.models.adapters import add_lora, has_adapter, load_adapter, save_adapt
 from rlad.models.files import EMBEDDED, base_model, files_of, has_tokenizer, is_adapter, located
 from rlad.text import first_line
 
+_IF_THERE: dict[str, Any] = {
+    "_raise_exceptions_for_missing_entries": False,
+    "_raise_exceptions_for_connection_errors": False,
+    "_raise_exceptions_for_gated_repo": False,
+}
 # What transformers raises for files that are not what they should be.
 _UNUSABLE_FILES = (OSError, ValueError, TypeError, KeyError, AttributeError)
 
@@ -100,11 +106,21 @@ def load_model_config(name: str) -> PretrainedConfig:
 
 
 def load_generation_config(name: str) -> GenerationConfig | None:
-    """Load a model's `generation_config.json`, which may name end tokens; None without one."""
+    """Load a model's `generation_config.json`, which may name end tokens; None without one.
+
+    Raises `UserError` for one that is damaged: its end tokens would be lost without a word.
+    """
+    where = str(files_of(name))
     try:
-        return GenerationConfig.from_pretrained(str(files_of(name)))
-    except OSError:
-        return None
+        return GenerationConfig.from_pretrained(where)
+    except _UNUSABLE_FILES as error:
+        if cached_file(where, GENERATION_CONFIG_NAME, **_IF_THERE) is None:
+            return None
+        raise _unusable(
+            f"{GENERATION_CONFIG_NAME} of {name!r} cannot be read",
+            error,
+            "put a whole one there, or delete it where config.json names all end tokens",
+        ) from None
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -148,10 +164,13 @@ def end_token_ids(
     if isinstance(tokenizer.eos_token_id, int):
         ids.append(tokenizer.eos_token_id)
     ids += [token_id(tokenizer, token, "student.end_tokens") for token in more]
-    if not ids:
+    vocabulary = max(config.get_text_config().vocab_size, len(tokenizer))
+    unknown = [one for one in ids if not 0 <= one < vocabulary]
+    if unknown or not ids:
+        problem = f"end token {unknown[0]}, above its {vocabulary}" if unknown else "no end token"
         raise UserError(
-            f"model {tokenizer.name_or_path!r} declares no end token; set `eos_token` in its "
-            "tokenizer."
+            f"model {tokenizer.name_or_path!r} declares {problem}; correct eos_token_id in its "
+            "generation_config.json or config.json, or eos_token of its tokenizer."
         )
     return tuple(dict.fromkeys(ids))
 
@@ -196,6 +215,7 @@ def load_language_model(
     tokenizer = load_tokenizer(name)
     where = pick_device(device)
     compute_dtype = getattr(torch, dtype)
+    load_generation_config(name)  # a damaged one is left out by transformers without a word
     if random_weights_seed is None:
         weights_are_trained = trainable and not lora and not is_adapter(name)
         weights_dtype = torch.float32 if weights_are_trained else compute_dtype
@@ -266,12 +286,23 @@ def _load_weights(name: str, dtype: torch.dtype, quantization: Any, device: torc
         if not missing:
             return model
         failure = ValueError(f"it lacks {len(missing)} tensors, the first is {missing[0]!r}")
+    except ImportError as error:
+        raise missing_package(name, error) from None
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         failure = error
     raise _unusable(
         f"no causal language model can be loaded from {name!r}",
         failure,
         "give a Hugging Face name, or a folder with config.json and model.safetensors",
+    )
+
+
+def missing_package(name: str, error: ImportError) -> UserError:
+    """Return the sentence for a model whose config.json asks for flash attention, bitsandbytes or
+    the like."""
+    return UserError(
+        f"model {name!r} asks for a package that is not installed ({first_line(error)}); install "
+        "it, or take attn_implementation or quantization_config out of its config.json."
     )
 
 

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from rlad.config.run import LoraConfig
 from rlad.errors import UserError
 from rlad.models.adapters import add_lora
-from rlad.models.loading import load_model_config
+from rlad.models.loading import load_model_config, missing_package
 
 
 def num_parameters(name: str) -> int:
@@ -49,6 +49,8 @@ def weightless_model(name: str) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
+    except ImportError as error:
+        raise missing_package(name, error) from None
     except ValueError as error:  # an architecture for something else
         raise UserError(
             f"{name!r} is no causal language model ({str(error).splitlines()[0]}); give one."

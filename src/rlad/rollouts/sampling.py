@@ -211,7 +211,8 @@ def _cache_rows_can_be_dropped(model: PreTrainedModel) -> bool:
     The types are compared exactly: the layers of hybrid models derive from the plain ones but hold
     a recurrent state too.
     """
-    if model._is_stateful or "position_ids" not in inspect.signature(model.forward).parameters:
+    taken = inspect.signature(model.forward).parameters.keys()
+    if model._is_stateful or not {"position_ids", "past_key_values"} <= taken:
         return False
     return all(
         type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)

@@ -8,6 +8,7 @@ cluster: problems of one key are variants of one another, and no two independent
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
@@ -129,8 +130,9 @@ def permutation_p_value(
         return 1.0
     from scipy import stats  # takes most of a second
 
+    differences = _whole_numbers(a - b)
     test = stats.permutation_test(
-        (a, b),
+        (differences, np.zeros_like(differences)),
         lambda x, y, axis: (x - y).sum(axis=axis),
         permutation_type="samples",
         vectorized=True,
@@ -138,6 +140,16 @@ def permutation_p_value(
         rng=np.random.default_rng(seed),
     )
     return float(test.pvalue)
+
+
+def _whole_numbers(differences: Floats) -> Floats:
+    """Scale differences of shares to whole numbers, whose sums are exact: two permutations with
+    equal sums must be equal, not equal up to rounding. Others stay as they are."""
+    fractions = [Fraction(float(one)).limit_denominator(10_000) for one in differences]
+    scale = math.lcm(*(one.denominator for one in fractions))
+    scaled = np.array([float(one * scale) for one in fractions])
+    is_exact = scale < 2**40 and np.allclose(scaled / scale, differences, rtol=0, atol=1e-12)
+    return scaled if is_exact else differences
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -50,9 +50,11 @@ def output_layer(model: PreTrainedModel) -> OutputLayer | None:
     # A model may do anything between hidden states and logits, so what its config states is only
     # believed where it gives the model's own logits.
     ids = torch.arange(4, device=model.device)[None]
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    below = model.base_model(input_ids=ids, use_cache=False)
+    hidden = getattr(below, "last_hidden_state", None)
     logits = model(input_ids=ids, use_cache=False).logits
-    if hidden.shape[-1] != head.in_features:
+    # A few models, such as Llama 4's text part, have no model below their head.
+    if hidden is None or hidden.shape[-1] != head.in_features:
         return None
     scale, soft_cap = _stated(model.config.get_text_config())
     if (scale, soft_cap) != (1, None):
