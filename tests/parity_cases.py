@@ -8,7 +8,7 @@ knobs are its own too. Used by `test_parity.py` and by `benchmarks/parity.py`.
 
 import copy
 import importlib.util
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ _CLIP = {"clip_low": 0.2, "clip_high": 0.28}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "trrd": {"alpha": 0.5, "teacher_log_ratio_clip": 1.0, **_CLIP},
     "grpo": _CLIP,
-    "kdrl": {"kd_coef": 2e-3, "kd_estimator": "k2", **_CLIP},
+    "kdrl": {"kd_coef": 2e-3, "kd_estimator": "k2", "top_k": 100, **_CLIP},
     "opd": {},
     "rlsd": {
         "teacher_weight": {"start": 0.5, "end": 0.0, "change_per_step": -0.01},
@@ -52,7 +52,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "distilled_rl": {"weight_bound": 3.0, **_CLIP},
     "topd": {"alpha": 0.1, **_CLIP},
     "sft": {},
-    "gkd": {"beta": 0.5},
+    "gkd": {"beta": 0.5, "support": "full", "top_k": 100},
 }
 """What a config that says nothing means: the papers' numbers, written down once more."""
 USE_NO_REWARD = ("opd", "topd", "gkd")
@@ -113,6 +113,17 @@ class Case:
     teacher: LanguageModel
     reference: LanguageModel
     old: LanguageModel
+    teacher_rows: Callable[[RolloutBatch, int, float], list[Floats]] | None = None
+    """the log-probs of the vocabulary at each token of a rollout, at a temperature, where `teacher`
+    is not all that the engine's teacher is"""
+
+    def of_teacher(self, batch: RolloutBatch, i: int, temperature: float) -> list[Floats]:
+        if self.teacher_rows is not None:
+            return self.teacher_rows(batch, i, temperature)
+        sequence = list(batch.prompts[i]), list(batch.completions[i])
+        with torch.no_grad():
+            rows = distributions(self.teacher, *sequence, temperature)
+        return [row.tolist() for row in rows]
 
 
 def make_case(
@@ -220,6 +231,8 @@ class Row:
     old: Floats
     teacher: Floats
     reference: Floats
+    kept: list[int]
+    """their positions"""
 
 
 def by_reference(
@@ -322,6 +335,7 @@ def _row(
         floats(case.old, temperature),
         floats(case.teacher, teacher_temperature or temperature),
         floats(case.reference, temperature),
+        kept,
     )
 
 
@@ -339,7 +353,7 @@ def _token_losses(
         elif name == "sft":
             results[i] = [-s for s in row.student]
         elif name == "gkd":
-            results[i] = _divergences(case, batch, i, knobs["beta"])
+            results[i] = _divergences(case, batch, i, row, **knobs)
         elif name == "opd":
             results[i] = [reference.opd_token(*token) for token in tokens]
         elif name == "trrd":
@@ -354,22 +368,29 @@ def _token_losses(
                 for (s, o, _), a in zip(tokens, per_token, strict=True)
             ]
         if name == "kdrl" and teacher_speaks(case, batch, i):
-            kl = [reference.kl_token(s, t, knobs["kd_estimator"]) for s, _, t in tokens]
+            support = {"exact": "full", "top_k": "student_top_k"}.get(knobs["kd_estimator"])
+            if support:
+                kl = _divergences(case, batch, i, row, 1.0, support, knobs["top_k"])
+            else:
+                kl = [reference.kl_token(s, t, knobs["kd_estimator"]) for s, _, t in tokens]
             results[i] = [
                 loss + knobs["kd_coef"] * value for loss, value in zip(results[i], kl, strict=True)
             ]
     return results
 
 
-def _divergences(case: Case, batch: RolloutBatch, i: int, beta: float) -> list[Tensor]:
+def _divergences(
+    case: Case, batch: RolloutBatch, i: int, row: Row, beta: float, support: str, top_k: int
+) -> list[Tensor]:
     temperature = case.said["rollout"].get("temperature", 1.0)
-    sequence = list(batch.prompts[i]), list(batch.completions[i]), temperature
-    ours, theirs = (
-        distributions(model, *sequence) for model in (case.engine.student, case.teacher)
-    )
+    completion = list(batch.completions[i])
+    sequence = list(batch.prompts[i]), completion, temperature
+    ours = distributions(case.engine.student, *sequence)
+    theirs = case.of_teacher(batch, i, temperature)
     return [
-        reference.generalised_jsd(list(s), t.tolist(), beta=beta)
-        for s, t in zip(ours, theirs, strict=True)
+        reference.divergence(list(s), t, token, beta=beta, support=support, top_k=top_k)
+        for position, (s, t, token) in enumerate(zip(ours, theirs, completion, strict=True))
+        if position in row.kept
     ]
 
 

@@ -65,6 +65,51 @@ def generalised_jsd(student: Sequence[Any], teacher: Sequence[float], *, beta: f
     return beta * kl(teacher, mixture) + (1 - beta) * kl(student, mixture)
 
 
+def outcomes(student: Sequence[Any], teacher: Sequence[float], ids: Sequence[int]) -> Any:
+    """The log-probs of both of the entries `ids` and, as one, of all others."""
+    others = [v for v in range(len(teacher)) if v not in ids]
+    ours, theirs = [student[v] for v in ids], [teacher[v] for v in ids]
+    if others:
+        ours.append(sum(exp(student[v]) for v in others).log())
+        theirs.append(math.log(sum(math.exp(teacher[v]) for v in others)))
+    return ours, theirs
+
+
+def sampled_divergence(s: Any, t: float, *, beta: float) -> Any:
+    """JSD_beta estimated from one token: f(πT/πS), with d f(πT/πS) πS / d πS as its gradient."""
+    ratio = math.exp(t - float(s.detach()))
+    if beta == 1:
+        value, slope = -math.log(ratio), -math.log(ratio)
+    elif beta == 0:
+        value, slope = ratio * math.log(ratio), 1 - ratio
+    else:
+        m = beta * ratio + 1 - beta
+        slope = -(1 - beta) * math.log(m)
+        value = slope + beta * ratio * math.log(ratio / m)
+    return value + slope * (s - s.detach())
+
+
+def divergence(
+    student: Sequence[Any],
+    teacher: Sequence[float],
+    token: int,
+    *,
+    beta: float,
+    support: str,
+    top_k: int,
+) -> Any:
+    """Of one token, over a support."""
+    if support == "sampled":
+        return sampled_divergence(student[token], teacher[token], beta=beta)
+    if support != "full":
+        chooser = teacher
+        if support == "student_top_k":
+            chooser = [float(x.detach()) for x in student]
+        ids = sorted(range(len(chooser)), key=lambda v: -chooser[v])[:top_k]
+        student, teacher = outcomes(student, teacher, ids)
+    return generalised_jsd(student, teacher, beta=beta)
+
+
 def rlsd_weight(
     o: float, t: float, a: float, *, teacher_weight: float, weight_clip: float
 ) -> float:

@@ -62,7 +62,8 @@ def call(name: str, inputs: dict[str, Tensor], **knobs: Any) -> tuple[Tensor, di
         inputs = inputs | {
             "advantages": row.token_advantages(**scores, group_size=group_size_of(inputs), **made)
         }
-    return row.function(**{field: inputs[field] for field in row.needs}, **knobs)
+    fields = [*row.needs, *(field for field in row.takes_too if field in inputs)]
+    return row.function(**{field: inputs[field] for field in fields}, **knobs)
 
 
 def loss_of(name: str, inputs: dict[str, Tensor], **knobs: Any) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from test_token_divergence import distributions, trainable
 from torch import Tensor
 
-from reference import generalised_jsd as slow_jsd
+import reference
 from rlad.objectives.divergences import DivergenceName, divergence_of, with_tail
 from rlad.scoring.distributions import Distributions, TokenDistributions
 from rlad.scoring.mixtures import ArithmeticMixture, GeometricMixture, OneForEachToken
@@ -34,14 +34,9 @@ def logprobs_of(given: Distributions) -> Tensor:
 def slow(student: Tensor, teacher: Tensor, ids: Tensor, beta: float) -> Tensor:
     """From log-probs over the whole vocabulary, one token and one outcome after the other."""
     values = []
-    for ours, theirs, chosen in zip(student, teacher.tolist(), ids.tolist(), strict=True):
-        others = [v for v in range(len(theirs)) if v not in chosen]
-        outcomes = [ours[v] for v in chosen]
-        of_teacher = [theirs[v] for v in chosen]
-        if others:
-            outcomes.append(sum(ours[v].exp() for v in others).log())
-            of_teacher.append(math.log(sum(math.exp(theirs[v]) for v in others)))
-        values.append(slow_jsd(outcomes, of_teacher, beta=beta))
+    for row, theirs, chosen in zip(student, teacher.tolist(), ids.tolist(), strict=True):
+        outcomes = reference.outcomes(list(row), theirs, chosen)
+        values.append(reference.generalised_jsd(*outcomes, beta=beta))
     return torch.stack(values)
 
 
@@ -122,7 +117,7 @@ def test_a_teacher_that_is_the_student_gives_exactly_nothing(
     name: Any, who: str, dtype: torch.dtype
 ) -> None:
     given = distributions(0, temperature=0.7)
-    parts = [part.to(dtype) for part in given[:3] if part is not None]
+    parts: list[Any] = [part.to(dtype) for part in given[:3] if part is not None]
     teacher = Distributions(*parts, temperature=0.7)
     for k in (1, 5, 23, None):
         student, leaves = trainable(teacher)
@@ -224,7 +219,7 @@ def test_a_mixture_as_teacher(name: Any) -> None:
     assert torch.allclose(values, expected, rtol=0, atol=1e-13)
     whole = token_divergence(student, mixture, divergence_of(name), tile=(10, 7))
     rows = zip(logprobs_of(student), teacher.tolist(), strict=True)
-    slowly = torch.stack([slow_jsd(list(s), t, beta=NAMES[name]) for s, t in rows])
+    slowly = torch.stack([reference.generalised_jsd(list(s), t, beta=NAMES[name]) for s, t in rows])
     assert torch.allclose(whole, slowly, rtol=0, atol=1e-13)
 
 

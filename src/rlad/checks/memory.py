@@ -84,7 +84,9 @@ def estimate_memory(
     return MemoryEstimate(
         student_weights=4 * num_trained + frozen_bytes,
         gradients_and_optimizer=12 * num_trained,
-        teacher_weights=teacher_bytes(teacher, num_trained, device),
+        teacher_weights=teacher_bytes(
+            teacher, num_trained, device, num_initial=0 if student.lora else num_weights
+        ),
         reference_weights=4 * num_weights if has_reference else 0,
         sampler_cache=rows * room_for(sequence) * 2 * layers * _key_size(shape) * width,
         activations=activations,
@@ -92,15 +94,18 @@ def estimate_memory(
     )
 
 
-def teacher_bytes(teacher: Any, num_trained: int, device: str) -> int:
+def teacher_bytes(teacher: Any, num_trained: int, device: str, *, num_initial: int = 0) -> int:
     """Count the bytes of the weights that a teacher adds to the memory of the student's device.
 
     None are added by a served teacher, nor by an adapter, which uses the student's base model.
+    `num_initial` weights are loaded again where the initial student is needed beside the present
+    one.
     """
     num_bytes = 0
     for _, one in single_teachers(teacher):
-        if isinstance(one, EMATeacherConfig) and one.update_rate != 1:
-            num_bytes += 4 * num_trained
+        if isinstance(one, EMATeacherConfig):
+            num_bytes += 0 if one.is_student else 4 * num_trained
+            num_bytes += 0 if one.trust_region is None else 4 * num_initial
         elif isinstance(one, LocalTeacherConfig) and _is_on(one, device):
             width = _BYTES[one.dtype]
             if one.quantization == "none":

@@ -156,7 +156,7 @@ def cost_notes(methods: Sequence[Method]) -> list[str]:
     """Say what the shares of the cost table do not say of some methods."""
     kinds = {
         "the teacher works inside the update, so its time is part of the update's.": [
-            m.name for m in methods if m.config.objective.needs_vocabulary
+            m.name for m in methods if m.config.objective.asked_of_teacher != "sampled"
         ],
         "the student samples nothing; the teacher writes the completions.": [
             m.name for m in methods if m.config.objective.written_by == "teacher"

@@ -14,6 +14,7 @@ from rlad.config.types import (
     Positive,
     Section,
     Share,
+    Support,
     at_step,
 )
 
@@ -21,7 +22,7 @@ EngineName = Literal["native", "trl", "verl"]
 TeacherOn = Literal["all", "positive", "wrong", "failed_groups"]
 
 
-_NO_KNOBS = ("type", "teacher_on")
+_NO_KNOBS = ("type", "teacher_on", "support", "top_k")
 """settings that are no arguments of an objective's function"""
 
 
@@ -38,14 +39,16 @@ class ObjectiveSection(Section):
     and update."""
     written_by: ClassVar[Literal["student", "teacher"]] = "student"
     """Who writes the completions that are trained on."""
-    needs_vocabulary: ClassVar[bool] = False
-    """Whether it compares the probabilities of the whole vocabulary, with a teacher in this
-    process."""
     gates_by_teacher: ClassVar[bool] = False
     """Whether the teacher decides for single tokens that they get no gradient."""
     engines: ClassVar[tuple[EngineName, ...]] = ("native", "trl", "verl")
     """On which it runs; `trl` is `RLADTrainer`."""
     teacher_work: ClassVar[str] = "the teacher scores each sampled token once"
+
+    @property
+    def asked_of_teacher(self) -> Support:
+        """Of which tokens the teacher that scores is asked for probabilities."""
+        return "sampled"
 
     @property
     def counted_rollouts(self) -> Literal["judged", "correct", "all"]:
@@ -135,8 +138,16 @@ class KDRLConfig(_SometimesTaught, _Clipped):
     kd_coef: NonNegative | AnnealedNonNegative = 2e-3
     """weight of the distillation term; KDRL's annealing is start 5e-3, end 1e-3, change_per_step
     -5e-5"""
-    kd_estimator: Literal["k2", "k3"] = "k2"
-    """of KL(πS || πT)"""
+    kd_estimator: Literal["k2", "k3", "exact", "top_k"] = "k2"
+    """of KL(πS || πT): from the sampled token (k2, k3), over the whole vocabulary (exact), or over
+    the student's likeliest tokens (top_k)"""
+    top_k: Count = 100
+    """tokens that top_k tells apart; the others count as one"""
+
+    @property
+    def asked_of_teacher(self) -> Support:
+        supports: dict[str, Support] = {"exact": "full", "top_k": "student_top_k"}
+        return supports.get(self.kd_estimator, "sampled")
 
 
 class OPDConfig(_SometimesTaught):
@@ -234,17 +245,32 @@ class SFTConfig(ObjectiveSection):
         return "correct" if self.rejection else "all"
 
 
-class GKDConfig(ObjectiveSection):
+class _ComparesDistributions(ObjectiveSection):
+    """Compares the distributions of student and teacher at each token."""
+
+    support: Support = "full"
+    """which tokens of the vocabulary are told apart: the sampled one alone, the top_k likeliest of
+    student or teacher (the others count as one), or all"""
+    top_k: Count = 100
+    """K of student_top_k and teacher_top_k"""
+
+    teacher_work: ClassVar[str] = (
+        "the teacher computes the probabilities of the vocabulary at each sampled token "
+        "(objective.support)"
+    )
+
+    @property
+    def asked_of_teacher(self) -> Support:
+        return self.support
+
+
+class GKDConfig(_ComparesDistributions):
     type: Literal["gkd"] = "gkd"
     beta: Share = 0.5
     """of the generalised Jensen-Shannon divergence: 0 is the forward KL, 1 the reverse KL"""
 
     uses_reward: ClassVar[bool] = False
-    needs_vocabulary: ClassVar[bool] = True
     engines: ClassVar[tuple[EngineName, ...]] = ("native",)
-    teacher_work: ClassVar[str] = (
-        "the teacher computes the full vocabulary's probabilities at each sampled token"
-    )
 
 
 ObjectiveConfig = (

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field
 
@@ -29,6 +29,7 @@ from rlad.config.types import (
     Positive,
     Section,
     ShareBelowOne,
+    Support,
 )
 
 # --- models ---------------------------------------------------------------------------------------
@@ -245,13 +246,8 @@ class RunConfig(Section):
                 f"objective {objective.type!r} needs a teacher; add a [teacher] section with its "
                 "model, or set objective=grpo"
             )
-        needs_model = objective.needs_vocabulary or objective.written_by == "teacher"
-        if needs_model and self.teacher is not None and self.teacher.type != "local":
-            yield (
-                f"objective {objective.type!r} needs the teacher's model itself, and teacher.type "
-                f"is {self.teacher.type!r}; use teacher.type = 'local', or another objective such "
-                "as objective=opd"
-            )
+        if objective.needs_teacher and self.teacher is not None:
+            yield from _what_the_teacher_lacks(objective, self.teacher)
         if self.engine.type == "trl":
             yield (
                 "engine.type = 'trl' is not available; set it to 'native'; on several GPUs use "
@@ -287,3 +283,22 @@ class RunConfig(Section):
     @property
     def directory(self) -> Path:
         return Path(self.run_dir or f"runs/{self.task.type}-{self.objective.type}-seed{self.seed}")
+
+
+def _what_the_teacher_lacks(objective: Any, teacher: Any) -> Iterator[str]:
+    """What an objective needs of its teacher, where that cannot give it."""
+    if objective.written_by == "teacher" and not teacher.writes:
+        yield (
+            f"objective {objective.type!r} needs the teacher's model itself, and teacher.type is "
+            f"{teacher.type!r}; use teacher.type = 'local', or another objective such as "
+            "objective=opd"
+        )
+    wanted = objective.asked_of_teacher
+    if wanted not in teacher.gives:
+        given = [one for one in get_args(Support) if one in teacher.gives]
+        yield (
+            f"objective {objective.type!r} asks for the probabilities of the support {wanted!r}, "
+            f"and this teacher of type {teacher.type!r} gives {' and '.join(map(repr, given))} "
+            "alone; take a teacher in this process, such as teacher.type = 'local', or another "
+            "support"
+        )

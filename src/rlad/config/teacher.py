@@ -2,26 +2,44 @@
 teachers of their own."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BeforeValidator, Field
 
 from rlad.config.addresses import ServerURL, VariableName
 from rlad.config.context import ContextConfig
 from rlad.config.template import template_names
-from rlad.config.types import Count, Location, Mark, NonNegativeInt, Positive, Section, Share
+from rlad.config.types import (
+    Count,
+    Location,
+    Mark,
+    NonNegativeInt,
+    Positive,
+    Section,
+    Share,
+    Support,
+)
+
+_ALL = frozenset(get_args(Support))
 
 
 class _SingleTeacher(Section):
     """A teacher that scores by itself."""
 
     type: Any
+    gives: ClassVar[frozenset[Support]] = frozenset({"sampled"})
+    """Of which tokens it gives the probabilities; one that gives all has its model in this
+    process."""
+    writes: ClassVar[bool] = False
+    """Whether it can write completions."""
     context_of: ClassVar[Literal["model", "student", "server"]] = "student"
     """Whose longest sequence bounds the teacher's."""
 
 
 class _TeacherHere(_SingleTeacher):
     """A teacher in this process."""
+
+    gives: ClassVar[frozenset[Support]] = _ALL
 
     tokens_per_batch: Annotated[Count, Mark.ROUNDING] = 16_384
     """most tokens (padding included) in one forward pass"""
@@ -31,6 +49,7 @@ class LocalTeacherConfig(_TeacherHere):
     """A transformers model in this process, frozen."""
 
     context_of: ClassVar[Literal["model", "student", "server"]] = "model"
+    writes: ClassVar[bool] = True
     type: Literal["local"] = "local"
     model: Location
     """Hugging Face name, folder, or `embedded/teacher`"""
@@ -131,6 +150,14 @@ class SeveralTeachersConfig(Section):
     weights: dict[str, Positive] = Field(default={})
     """of a mixture, by teacher; 1 for those not named"""
 
+    writes: ClassVar[bool] = False
+
+    @property
+    def gives(self) -> frozenset[Support]:
+        """What all of them give; of distributions that are only here they can make another."""
+        common = _ALL.intersection(*(teacher.gives for teacher in self.teachers.values()))
+        return common if "full" in common else frozenset({"sampled"})
+
     def problems(self) -> Iterator[str]:
         if unknown := sorted(self.weights.keys() - self.teachers):
             yield (
@@ -151,6 +178,12 @@ class _TeacherOfTeacher(Section):
     type: Any
     teacher: "TeacherConfig"
     """the teacher that is asked"""
+
+    writes: ClassVar[bool] = False
+
+    @property
+    def gives(self) -> frozenset[Support]:
+        return self.teacher.gives
 
     @property
     def title(self) -> str:
@@ -201,6 +234,10 @@ class CachedTeacherConfig(_TeacherOfTeacher):
     """nats a token, on average; one stored answer a run is asked for again, and one further off is
     another teacher's"""
 
+    @property
+    def gives(self) -> frozenset[Support]:
+        return frozenset({"sampled"})
+
 
 class EMATeacherConfig(_TeacherHere):
     """The student's own exponential moving average: a teacher for self-distillation."""
@@ -209,12 +246,30 @@ class EMATeacherConfig(_TeacherHere):
     update_rate: Share = 0.05
     """after each step: teacher += update_rate * (student - teacher); 0 is the initial student, 1
     the student itself"""
+    every_batches: Count | None = None
+    """do that after every so many rollout batches instead; with update_rate = 1 the teacher is the
+    student as it was then"""
+    trust_region: Annotated[float, Field(strict=True, gt=0, lt=1)] | None = None
+    """a of log πT = (1 - a) log π0 + a log π, normalised over the vocabulary: π0 is the initial
+    student, π this average"""
+
+    @property
+    def is_student(self) -> bool:
+        """Whether the student's present weights are its own."""
+        return self.update_rate == 1 and self.every_batches is None
 
     @property
     def title(self) -> str:
-        return {0.0: "the initial student", 1.0: "the student itself"}.get(
-            self.update_rate, "the student's moving average"
-        )
+        title = "the student's moving average"
+        if self.update_rate == 0:
+            title = "the initial student"
+        elif self.is_student:
+            title = "the student itself"
+        elif self.update_rate == 1:
+            title = f"the student, synced every {self.every_batches} rollout batches"
+        if self.trust_region is None:
+            return title
+        return f"{title}, mixed with the initial student"
 
 
 def single_teachers(teacher: Section | None, name: str = "teacher") -> Iterator[tuple[str, Any]]:

@@ -4,7 +4,7 @@ no torch."""
 import os
 from collections.abc import Collection, Iterator
 from enum import Enum
-from typing import Annotated, Any, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -19,6 +19,10 @@ ShareBelowOne = Annotated[float, Field(strict=True, ge=0, lt=1)]
 LearningRate = Annotated[float, Field(strict=True, gt=0, le=1)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 NonNegativeInt = Annotated[int, Field(strict=True, ge=0)]
+
+Support = Literal["sampled", "student_top_k", "teacher_top_k", "full"]
+"""Of which tokens of the vocabulary a teacher gives the probabilities: of the sampled one, of the K
+likeliest under student or teacher, of all."""
 
 
 def _location(text: str) -> str:

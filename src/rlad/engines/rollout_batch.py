@@ -146,20 +146,20 @@ class RolloutBatch:
         """Prompts and completions of some rollouts."""
         return [self.prompts[i] for i in rows], [self.completions[i] for i in rows]
 
-    def counted_tokens(self, wanted: Sequence[int]) -> list[Tensor]:
+    def counted_tokens(self, wanted: Sequence[int]) -> dict[int, Tensor]:
         """Of each counted rollout among `wanted` the tokens with finite scores, bool `[token]`.
 
         Rows that were not scored, as they contribute nothing or the teacher is silent on them,
         count in full.
         """
         counted = self.counted.tolist()
-        result = []
+        result = {}
         for i in (i for i in wanted if counted[i]):
             tokens = torch.ones(len(self.completions[i]), dtype=torch.bool)
             for values in (self.teacher_logprobs, self.reference_logprobs, self.old_logprobs):
                 if values is not None and len(values[i]):
                     tokens &= torch.isfinite(values[i])
-            result.append(tokens)
+            result[i] = tokens
         return result
 
     def loss_inputs(self, part: Sequence[int], scores: CompletionScores) -> LossInputs:
@@ -189,9 +189,9 @@ class RolloutBatch:
             teacher_speaks=None if speaks.all() else speaks.to(student.device),
         )
 
-    def teacher_requests(self) -> list[TeacherRequest]:
-        """What a teacher is asked, about each of `teacher_rows`."""
-        return [self._teacher_request(i) for i in self.teacher_rows]
+    def teacher_requests(self, rows: Sequence[int] | None = None) -> list[TeacherRequest]:
+        """What a teacher is asked about some rollouts, by default `teacher_rows`."""
+        return [self._teacher_request(i) for i in (self.teacher_rows if rows is None else rows)]
 
     def _teacher_request(self, row: int) -> TeacherRequest:
         group_number, place = divmod(row, self.group_size)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from rlad.objectives.distilled_rl import distilled_rl_loss
-from rlad.objectives.divergences import generalised_jsd
+from rlad.objectives.divergences import Divergence, gkd_divergence, reverse_kl
 from rlad.objectives.gkd import gkd_loss
 from rlad.objectives.grpo import grpo_loss
 from rlad.objectives.inputs import LossInputs
@@ -41,9 +41,8 @@ class Objective:
     """fields of `LossInputs` that `function` takes where they are given"""
     token_advantages: Callable[..., Tensor] | None = None
     """makes the advantages [batch, token] of whole groups, in place of those of the rewards"""
-    divergence: Callable[..., tuple[Tensor, Tensor]] | None = None
-    """compares the distributions of student and teacher over the vocabulary; see
-    `rlad.objectives.divergences`"""
+    divergence: Callable[..., Divergence] | None = None
+    """makes of knobs what `divergence_to_teacher` measures; see `rlad.objectives.divergences`"""
 
     @property
     def formula(self) -> str:
@@ -60,7 +59,11 @@ OBJECTIVES: dict[str, Objective] = {
     ),
     "grpo": Objective(grpo_loss, _RATIO, "arXiv 2402.03300"),
     "kdrl": Objective(
-        kdrl_loss, (*_RATIO, "teacher_logprobs"), "arXiv 2506.02208", takes_too=_SILENCE
+        kdrl_loss,
+        _RATIO,
+        "arXiv 2506.02208",
+        takes_too=("teacher_logprobs", "divergence_to_teacher", *_SILENCE),
+        divergence=reverse_kl,
     ),
     "opd": Objective(
         opd_loss,
@@ -84,7 +87,7 @@ OBJECTIVES: dict[str, Objective] = {
         gkd_loss,
         ("divergence_to_teacher", "mask"),
         "arXiv 2306.13649",
-        divergence=generalised_jsd,
+        divergence=gkd_divergence,
     ),
 }
 

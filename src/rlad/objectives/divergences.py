@@ -60,8 +60,18 @@ def generalised_jsd(
     return of_teacher + of_student, of_student
 
 
+def gkd_divergence(*, beta: float = 0.5) -> Divergence:
+    """Return JSD_beta; see `generalised_jsd`."""
+    return partial(generalised_jsd, beta=beta)
+
+
+def reverse_kl() -> Divergence:
+    """Return KL(πS || πT)."""
+    return partial(generalised_jsd, beta=1.0)
+
+
 def divergence_of(
-    name: DivergenceName,
+    divergence: DivergenceName,
     *,
     beta: float = 0.5,
     pointwise_clip: float | None = None,
@@ -69,15 +79,15 @@ def divergence_of(
 ) -> Divergence:
     """Return the divergence of a name; `beta` is the teacher's share in the mixture of `jsd`, and
     `pointwise_clip` bounds each of its terms (see `clipped`)."""
-    beta = {"jsd": beta, "reverse_kl": 1.0, "forward_kl": 0.0}[name]
-    divergence = partial(generalised_jsd, beta=beta)
+    beta = {"jsd": beta, "reverse_kl": 1.0, "forward_kl": 0.0}[divergence]
+    plain = partial(generalised_jsd, beta=beta)
     if pointwise_clip is None:
-        return divergence
+        return plain
     # What was taken from the slopes, in multiples of πS: see `generalised_jsd`.
     taken = {0.0: -1.0, 1.0: 1.0}.get(beta, 0.0)
     return partial(
         clipped,
-        divergence=divergence,
+        divergence=plain,
         bound=pointwise_clip,
         taken=None if clip_gradient == "straight_through" else taken,
     )

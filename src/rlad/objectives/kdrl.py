@@ -2,12 +2,15 @@
 
 loss_t = GRPO loss_t + kd_coef * KL_t(πS || πT)
 KL_t   = d^2 / 2 (k2) or e^d - d - 1 (k3),  d = log πT - log πS
+KL_t   = sum_v πS(v) (log πS(v) - log πT(v)), over the vocabulary (exact) or K + 1 outcomes (top_k)
 """
+
+from typing import Literal
 
 from torch import Tensor
 
 from rlad.objectives.grpo import grpo_loss
-from rlad.objectives.kl import KLEstimator, kl_tokens
+from rlad.objectives.kl import kl_tokens
 from rlad.objectives.masks import clean, keep_heard
 
 
@@ -15,11 +18,12 @@ def kdrl_loss(
     *,
     student_logprobs: Tensor,
     old_logprobs: Tensor,
-    teacher_logprobs: Tensor,
     advantages: Tensor,
     mask: Tensor,
+    teacher_logprobs: Tensor | None = None,
+    divergence_to_teacher: Tensor | None = None,
     kd_coef: float = 2e-3,
-    kd_estimator: KLEstimator = "k2",
+    kd_estimator: Literal["k2", "k3", "exact", "top_k"] = "k2",
     clip_low: float = 0.2,
     clip_high: float = 0.28,
     teacher_speaks: Tensor | None = None,
@@ -27,19 +31,26 @@ def kdrl_loss(
     """Compute the token loss of KDRL; see the formula above. The teacher acts on every trained
     token, also where the advantage is 0.
 
-    `teacher_speaks` [batch] bool (None: everywhere) says on which completions the teacher has a
-    say; on the others the KL term is left out.
+    The estimators k2 and k3 need `teacher_logprobs`; exact and top_k need `divergence_to_teacher`,
+    the reverse KL, with gradient to the student. `teacher_speaks` [batch] bool (None: everywhere)
+    says on which completions the teacher has a say; on the others the KL term is left out.
 
     Log-probs [batch, token] (only the student carries a gradient), `advantages` [batch] or [batch,
     token], `mask` [batch, token] bool. Returns the token loss [batch, token], 0 where masked, and
-    the stats of GRPO with `log_ratio_to_teacher` and `kl_to_teacher` (0 where it is left out).
-    Raises `ValueError` for the estimator `k1` (see `kl_tokens`).
+    the stats of GRPO with `kl_to_teacher` (0 where it is left out) and, where there are
+    `teacher_logprobs`, `log_ratio_to_teacher`. Raises `ValueError` for the estimator `k1` (see
+    `kl_tokens`), and when what the estimator needs is missing.
     """
+    is_sampled = kd_estimator not in ("exact", "top_k")
+    of_teacher = teacher_logprobs if is_sampled else divergence_to_teacher
+    if of_teacher is None:
+        needed = "teacher_logprobs" if is_sampled else "divergence_to_teacher"
+        raise ValueError(f"KDRL with the estimator {kd_estimator!r} needs {needed} [batch, token].")
     kept, heard = keep_heard(
         mask,
         student_logprobs,
         old_logprobs,
-        teacher_logprobs=teacher_logprobs,
+        teacher_logprobs=of_teacher,
         teacher_speaks=teacher_speaks,
     )
     token_loss, stats = grpo_loss(
@@ -51,11 +62,12 @@ def kdrl_loss(
         clip_high=clip_high,
     )
     # Cleaned before the exponential of k3: an infinite value would leave NaN in the gradient.
-    student = clean(student_logprobs, heard)
-    teacher = clean(teacher_logprobs, heard)
-    kl = kl_tokens(student, teacher, estimator=kd_estimator)
+    kl = clean(of_teacher, heard)
+    if is_sampled:
+        student = clean(student_logprobs, heard)
+        stats = stats | {"log_ratio_to_teacher": (student - kl).detach()}
+        kl = kl_tokens(student, kl, estimator=kd_estimator)
     return token_loss + kd_coef * kl, stats | {
-        "log_ratio_to_teacher": (student - teacher).detach(),
         "kl_to_teacher": kl.detach(),
         "dropped": mask & ~kept,
     }

@@ -5,18 +5,12 @@ k2 = d^2 / 2       its gradient, on the student's own samples, is that of the re
 k3 = e^d - d - 1   low variance and never negative; its gradient is that of the forward KL
 """
 
-from typing import Literal
-
 from torch import Tensor
 
-KLEstimator = Literal["k2", "k3"]
 
-
-def kl_tokens(
-    student_logprobs: Tensor, other_logprobs: Tensor, *, estimator: KLEstimator
-) -> Tensor:
-    """Estimate the KL per token, with gradient to the student; both log-probs are finite and of one
-    shape.
+def kl_tokens(student_logprobs: Tensor, other_logprobs: Tensor, *, estimator: str) -> Tensor:
+    """Estimate the KL per token by `k2` or `k3`, with gradient to the student; both log-probs are
+    finite and of one shape.
 
     Raises `ValueError` for other estimators, `k1` among them: -d has the gradient of log πS, in
     which the other policy does not occur.

@@ -22,6 +22,9 @@ class TokenDistributions(Protocol):
         """Of the logits: float32, or float64."""
         ...
 
+    @property
+    def device(self) -> torch.device: ...
+
     def logits(self, rows: slice = ..., entries: slice = ...) -> Tensor:
         """Compute a tile of the logits, `[token, entry]`, without gradient, for the caller to
         change."""
@@ -64,6 +67,10 @@ class Distributions(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         return float32_or_wider(self.hidden.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
 
     @torch.no_grad()
     def logits(self, rows: slice = slice(None), entries: slice = slice(None)) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rlad.scoring.distributions import TokenDistributions, logsumexp_of
+from rlad.scoring.tiles import tile_shape
 
 
 class _Combined:
@@ -25,6 +26,10 @@ class _Combined:
     @property
     def dtype(self) -> torch.dtype:
         return self.parts[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts[0].device
 
 
 @dataclass(frozen=True)
@@ -51,14 +56,15 @@ class ArithmeticMixture(_Combined):
 
     parts: Sequence[TokenDistributions]
     log_weights: Sequence[float]
-    tile: tuple[int, int]
+    tile: tuple[int, int] | None = None
     """within which the log-sum-exps of the parts are computed, once"""
     _shifts: list[Tensor] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         # log w_i - the log-sum-exp of part i: what its logits need to be log w_i π_i.
+        tile = self.tile or tile_shape(self.device.type, self.num_tokens, self.vocabulary)
         shifts = [
-            log_weight - logsumexp_of(part, self.tile)
+            log_weight - logsumexp_of(part, tile)
             for part, log_weight in zip(self.parts, self.log_weights, strict=True)
         ]
         object.__setattr__(self, "_shifts", shifts)
@@ -86,7 +92,7 @@ class OneForEachToken(_Combined):
 
     @torch.no_grad()
     def logits(self, rows: slice = slice(None), entries: slice = slice(None)) -> Tensor:
-        owners = self.owners[rows]
+        owners = self.owners[rows].to(self.device)
         total: Tensor | None = None
         # A tile is mostly of one task's tokens, and then of one part alone.
         for number in owners.unique().tolist():

@@ -95,6 +95,10 @@ class Scorer:
     ) -> Distributions:
         """Return the distributions of all tokens, one completion after the other, without
         gradient."""
+        if not prompts:
+            assert self.head is not None
+            weight = self.head.linear.weight
+            return self.head.distributions(weight.new_empty(0, weight.shape[1]))
         ids, predicts, _ = self._padded(prompts, completions)
         return self._distributions(ids, predicts)
 

@@ -20,6 +20,7 @@ from rlad.models.adapters import (
 )
 from rlad.models.files import base_model, has_tokenizer, is_adapter, resolvable
 from rlad.models.loading import LanguageModel, load_model_config, load_tokenizer, remove_dropout
+from rlad.scoring.distributions import Distributions
 from rlad.scoring.scorer import Scorer, TokenIds
 from rlad.teachers.base import Setting
 from rlad.teachers.compatibility import compare_tokenizers
@@ -37,6 +38,13 @@ class AdapterScorer(Scorer):
     def score(self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]) -> list[Tensor]:
         with only_adapter(self.model, self.adapter):
             return super().score(prompts, completions)
+
+    def distributions(
+        self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]
+    ) -> Distributions:
+        # An adapter never reaches the output layer, so the hidden states are all that it changes.
+        with only_adapter(self.model, self.adapter):
+            return super().distributions(prompts, completions)
 
 
 class AdapterTeacher(ScoringTeacher):

@@ -1,9 +1,11 @@
-"""What a teacher is: it gives one log-prob for each sampled token."""
+"""What a teacher is: it gives the log-prob of each sampled token or, in this process, the whole
+distribution."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -16,6 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from rlad.config.run import RunConfig
 from rlad.models.loading import LanguageModel
 from rlad.rollouts.types import Rollout
+from rlad.scoring.distributions import TokenDistributions
+from rlad.scoring.scorer import Scorer
 from rlad.tasks import Problem
 
 
@@ -56,7 +60,8 @@ class Answer:
 
 
 class Teacher(ABC):
-    """Scores the student's completions. One number per token is all that it is ever asked for."""
+    """Scores the student's completions: one number per token or, where its model is in this
+    process, distributions."""
 
     identity: str
     """Names the teacher, though not each bit of its weights; a resumed run must find the same."""
@@ -98,6 +103,28 @@ class Teacher(ABC):
         """Score the completions and wait for the answers."""
         return [answer.result() for answer in self.submit(requests)]
 
+    def distributions(self, requests: Sequence[TeacherRequest]) -> TokenDistributions:
+        """Return the next-token distributions at the sampling temperature of all completions'
+        tokens, one completion after the other; a token that has none is NaN.
+
+        For teachers whose config gives the support "full". They hold as long as the weights stay,
+        within `at_work`.
+        """
+        raise NotImplementedError(f"{self.identity} gives no distributions")
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Keep the weights where they work, for several requests."""
+        with ExitStack() as held:
+            for teacher in self.inner.values():
+                held.enter_context(teacher.at_work())
+            yield
+
+    def require_comparable(self, student: Scorer) -> None:
+        """Raise `UserError` unless its distributions can be compared with the student's."""
+        for teacher in self.inner.values():
+            teacher.require_comparable(student)
+
     def cancel(self) -> None:
         """Give up all answers that are still under way; never waits for them."""
         for teacher in self.inner.values():
@@ -107,6 +134,11 @@ class Teacher(ABC):
         """The student made an optimiser step; a teacher that follows it moves."""
         for teacher in self.inner.values():
             teacher.after_step()
+
+    def after_batch(self, index: int) -> None:
+        """The last optimiser step on rollout batch `index` (from 0) was made."""
+        for teacher in self.inner.values():
+            teacher.after_batch(index)
 
     def close(self) -> None:
         """Release connections and files."""

@@ -1,11 +1,11 @@
 """The student's exponential moving average as its teacher: self-distillation.
 
 teacher_0 = the initial student
-teacher += update_rate * (student - teacher)    after each optimiser step
+teacher += update_rate * (student - teacher)    after each optimiser step, or each n rollout batches
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,30 +16,56 @@ from rlad.config.teacher import EMATeacherConfig
 from rlad.errors import UserError
 from rlad.findings import Finding
 from rlad.models.loading import LanguageModel
+from rlad.models.student import load_reference
+from rlad.scoring.distributions import TokenDistributions
+from rlad.scoring.mixtures import GeometricMixture
 from rlad.scoring.scorer import Scorer
-from rlad.teachers.base import Setting
+from rlad.scoring.tiles import tile_shape
+from rlad.scoring.top_k import column_logprobs
+from rlad.teachers.adapter import AdapterScorer
+from rlad.teachers.base import Setting, TeacherRequest
 from rlad.teachers.local import ScoringTeacher
 
 
 class EMATeacher(ScoringTeacher):
-    """A float32 copy of the student's trained weights that follows them; with update_rate = 1 none.
+    """A float32 copy of the student's trained weights that follows them; with update_rate = 1 after
+    each step none.
 
     Weights that are not trained, as those below a LoRA adapter, are shared with the student.
     """
 
-    def __init__(self, student: LanguageModel, *, name: str, update_rate: float, **scoring: Any):
+    def __init__(
+        self,
+        student: LanguageModel,
+        *,
+        name: str,
+        update_rate: float,
+        every_batches: int | None = None,
+        **scoring: Any,
+    ):
         """`scoring` is what a `Scorer` takes beside the model."""
         self.update_rate = update_rate
+        self.every_batches = every_batches
         self._pairs: Mapping[str, tuple[Tensor, Tensor]] = {}
         # With rate 1 the average is the student itself: its own weights score, and nothing is
         # stored.
-        if update_rate < 1:
+        if update_rate < 1 or every_batches is not None:
             student, self._pairs = _copy(student)
-        identity = f"the moving average of {name} (update rate {update_rate!r})"
+        every = f" every {every_batches} rollout batches" if every_batches else ""
+        identity = f"the moving average of {name} (update rate {update_rate!r}{every})"
         super().__init__(identity, Scorer(student, **scoring))
 
-    @torch.no_grad()
     def after_step(self) -> None:
+        if self.every_batches is None:
+            self._follow()
+
+    def after_batch(self, index: int) -> None:
+        # Which batches count follows from their numbers, so that a resumed run counts on.
+        if self.every_batches is not None and (index + 1) % self.every_batches == 0:
+            self._follow()
+
+    @torch.no_grad()
+    def _follow(self) -> None:
         for mine, students in self._pairs.values():
             mine.lerp_(students, self.update_rate)
 
@@ -59,6 +85,51 @@ class EMATeacher(ScoringTeacher):
             mine.copy_(state[name])
 
 
+class TrustRegionTeacher(ScoringTeacher):
+    """π0^(1 - a) π^a, normalised at each token: an average that stays near the initial student."""
+
+    def __init__(self, present: EMATeacher, initial: Scorer, *, share: float):
+        """`share` is a, the weight of the present average.
+
+        Raises `UserError` where the models' logits are not within reach.
+        """
+        if initial.head is None or present.scorer.head is None:
+            raise UserError(
+                f"teacher.trust_region needs a model whose logits are a linear function of its "
+                f"hidden states, and {present.identity} has others; leave it out."
+            )
+        super().__init__(
+            f"{present.identity}, {share!r} of it with the initial student", present.scorer
+        )
+        self.inner = {"": present}
+        self.initial = initial
+        self.share = share
+
+    def distributions(self, requests: Sequence[TeacherRequest]) -> TokenDistributions:
+        sequences = [one.prompt for one in requests], [one.completion for one in requests]
+        parts = [scorer.distributions(*sequences) for scorer in (self.initial, self.scorer)]
+        return GeometricMixture(parts, [1 - self.share, self.share])
+
+    def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
+        results = [torch.empty(0)] * len(requests)
+        sequences = [one.prompt for one in requests], [one.completion for one in requests]
+        for rows in self.scorer.batches(*sequences):
+            self.scorer.before_work()
+            wanted = [requests[i] for i in rows]
+            found = self.distributions(wanted)
+            ids = [token for one in wanted for token in one.completion]
+            # Normalised over the whole vocabulary, for the one number of each token.
+            columns, _ = column_logprobs(
+                found,
+                torch.tensor(ids, device=found.device)[:, None],
+                tile=tile_shape(found.device.type, found.num_tokens, found.vocabulary),
+            )
+            lengths = [len(one.completion) for one in wanted]
+            for i, values in zip(rows, columns[:, 0].cpu().split(lengths), strict=True):
+                results[i] = values
+        return results
+
+
 def _copy(student: LanguageModel) -> tuple[LanguageModel, Mapping[str, tuple[Tensor, Tensor]]]:
     """A student that shares the weights that are not trained, and by name each copy with its
     source."""
@@ -76,7 +147,8 @@ def _copy(student: LanguageModel) -> tuple[LanguageModel, Mapping[str, tuple[Ten
 
 
 def check_teacher(settings: EMATeacherConfig, setting: Setting) -> list[Finding]:
-    if settings.update_rate == 1 and setting.config.teacher == settings:
+    is_mixed = settings.trust_region is not None
+    if settings.is_student and not is_mixed and setting.config.teacher == settings:
         message = (
             "the student is its own teacher and sees the same prompt, so it learns nothing from "
             "it; wrap it in a teacher of type 'privileged', or lower update_rate."
@@ -85,11 +157,23 @@ def check_teacher(settings: EMATeacherConfig, setting: Setting) -> list[Finding]
     return [Finding("ok", "moving average", f"{settings.title} of the same tokenizer and context")]
 
 
-def make_teacher(settings: EMATeacherConfig, setting: Setting) -> EMATeacher:
-    assert setting.student is not None
-    return EMATeacher(
-        setting.student,
+def make_teacher(settings: EMATeacherConfig, setting: Setting) -> EMATeacher | TrustRegionTeacher:
+    student = setting.student
+    assert student is not None
+    scoring = setting.scoring(settings.tokens_per_batch)
+    average = EMATeacher(
+        student,
         name=setting.config.student.model,
         update_rate=settings.update_rate,
-        **setting.scoring(settings.tokens_per_batch),
+        every_batches=settings.every_batches,
+        **scoring,
     )
+    if settings.trust_region is None:
+        return average
+    reference = load_reference(setting.config, student)
+    initial = (
+        AdapterScorer(student, adapter=None, **scoring)
+        if reference is student
+        else Scorer(reference, **scoring)
+    )
+    return TrustRegionTeacher(average, initial, share=settings.trust_region)

@@ -22,6 +22,7 @@ from rlad.models.loading import (
     load_tokenizer,
     pick_device,
 )
+from rlad.scoring.distributions import TokenDistributions
 from rlad.scoring.scorer import Scorer
 from rlad.seeds import stream_seed
 from rlad.teachers.base import Setting, SynchronousTeacher, TeacherRequest
@@ -30,8 +31,8 @@ from rlad.teachers.fingerprint import weights_fingerprint
 
 
 class ScoringTeacher(SynchronousTeacher):
-    """A teacher whose model is in this process. It scores the sampled tokens only, in micro-batches
-    by token budget, and never holds `[batch, token, vocabulary]`."""
+    """A teacher whose model is in this process. It scores in micro-batches by token budget, and
+    never holds `[batch, token, vocabulary]`."""
 
     def __init__(self, identity: str, scorer: Scorer):
         self.identity = identity
@@ -49,6 +50,36 @@ class ScoringTeacher(SynchronousTeacher):
             # Joined, not written into: scores may be float64.
             results[i] = torch.cat([values, results[i][len(values) :].to(values)])
         return results
+
+    def distributions(self, requests: Sequence[TeacherRequest]) -> TokenDistributions:
+        return self.scorer.distributions(
+            [one.prompt for one in requests], [one.completion for one in requests]
+        )
+
+    def require_comparable(self, student: Scorer) -> None:
+        ours = student.head
+        theirs = self.scorer.head
+        device = self.works_on
+        if ours is None or theirs is None:
+            problem = "the logits of one of them are no linear function of its hidden states"
+        elif ours.linear.out_features != theirs.linear.out_features:
+            problem = (
+                f"the student has {ours.linear.out_features} token probabilities and the teacher "
+                f"{theirs.linear.out_features}"
+            )
+        elif device != student.model.device:
+            problem = f"the student is on {student.model.device} and the teacher {device}"
+        else:
+            return
+        raise UserError(
+            f"whole distributions of student and teacher cannot be compared, as {problem}; take "
+            "another teacher, or objective=opd, which compares the sampled tokens alone."
+        )
+
+    @property
+    def works_on(self) -> torch.device:
+        """The device on which it computes."""
+        return self.scorer.model.device
 
 
 class LocalTeacher(ScoringTeacher):
@@ -89,25 +120,9 @@ class LocalTeacher(ScoringTeacher):
         finally:
             self._move(self._rests_on)
 
-    def require_comparable(self, student: Scorer) -> None:
-        """Raise `UserError` unless the whole distributions of both models can be compared."""
-        ours = student.head
-        theirs = self.scorer.head
-        if ours is None or theirs is None:
-            problem = "the logits of one of them are no linear function of its hidden states"
-        elif ours.linear.out_features != theirs.linear.out_features:
-            problem = (
-                f"the student has {ours.linear.out_features} token probabilities and the teacher "
-                f"{theirs.linear.out_features}"
-            )
-        elif self._works_on != student.model.device:
-            problem = f"the student is on {student.model.device} and the teacher {self._works_on}"
-        else:
-            return
-        raise UserError(
-            f"whole distributions of student and teacher cannot be compared, as {problem}; take "
-            "another teacher, or objective=opd, which compares the sampled tokens alone."
-        )
+    @property
+    def works_on(self) -> torch.device:
+        return self._works_on
 
     def _move(self, device: torch.device) -> None:
         model: Any = self.language_model.model

@@ -15,6 +15,8 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
+import torch
+
 from rlad.config.context import ContextConfig
 from rlad.config.teacher import (
     AdapterTeacherConfig,
@@ -30,6 +32,7 @@ from rlad.findings import Finding
 from rlad.models.files import has_tokenizer
 from rlad.models.loading import context_tokens, load_model_config, load_tokenizer, token_id
 from rlad.rollouts.prompts import Prompt, chat_messages, chat_text, prompt_token_ids
+from rlad.scoring.distributions import TokenDistributions
 from rlad.tasks import Problem, Verdict, make_task
 from rlad.teachers import build_teacher
 from rlad.teachers import check_teacher as check_inner
@@ -110,6 +113,18 @@ class PrivilegedTeacher(TeacherWrapper):
             Answer.missing(request) if other is None else next(answers)
             for request, other in zip(requests, shown, strict=True)
         ]
+
+    def distributions(self, requests: Sequence[TeacherRequest]) -> TokenDistributions:
+        shown = [self._show(request) for request in requests]
+        asked = [request for request in shown if request is not None]
+        found = self.teacher.distributions(asked)
+        if len(asked) == len(requests):
+            return found
+        # The tokens of what does not fit have none.
+        lengths = torch.tensor([len(request.completion) for request in requests])
+        is_asked = torch.tensor([request is not None for request in shown])
+        places = is_asked.repeat_interleave(lengths).nonzero().flatten()
+        return found.placed(places, int(lengths.sum()))
 
     def _show(self, request: TeacherRequest) -> TeacherRequest | None:
         """The request as the teacher sees it; None where that does not fit into its context."""

@@ -20,6 +20,8 @@ from rlad.config.task import SeveralTasksConfig
 from rlad.config.teacher import SeveralTeachersConfig
 from rlad.errors import UserError
 from rlad.findings import Finding
+from rlad.scoring.distributions import TokenDistributions
+from rlad.scoring.mixtures import ArithmeticMixture, OneForEachToken
 from rlad.teachers import build_teacher
 from rlad.teachers import check_teacher as check_one
 from rlad.teachers.base import Answer, Setting, Teacher, TeacherRequest
@@ -43,15 +45,33 @@ class TeacherByTask(Teacher):
         return self.inner[self._name_of(request)].speaks(request)
 
     def submit(self, requests: Sequence[TeacherRequest]) -> list[Answer]:
-        # Which requests are whose; then each teacher is asked once, about all of its own.
-        rows: dict[str, list[int]] = {}
-        for i, request in enumerate(requests):
-            rows.setdefault(self._name_of(request), []).append(i)
         answers: dict[int, Answer] = {}
-        for name, wanted in rows.items():
+        for name, wanted in self._rows(requests).items():
             submitted = self.inner[name].submit([requests[i] for i in wanted])
             answers |= zip(wanted, submitted, strict=True)
         return [answers[i] for i in range(len(requests))]
+
+    def distributions(self, requests: Sequence[TeacherRequest]) -> TokenDistributions:
+        if not requests:
+            return next(iter(self.inner.values())).distributions(requests)
+        owners = torch.empty(sum(len(one.completion) for one in requests), dtype=torch.int64)
+        lengths = torch.tensor([len(one.completion) for one in requests])
+        parts = []
+        for number, (name, wanted) in enumerate(self._rows(requests).items()):
+            is_own = torch.zeros(len(requests), dtype=torch.bool)
+            is_own[wanted] = True
+            places = is_own.repeat_interleave(lengths).nonzero().flatten()
+            own = self.inner[name].distributions([requests[i] for i in wanted])
+            parts.append(own.placed(places, len(owners)))
+            owners[places] = number
+        return parts[0] if len(parts) == 1 else OneForEachToken(parts, owners)
+
+    def _rows(self, requests: Sequence[TeacherRequest]) -> dict[str, list[int]]:
+        """Which requests are whose, so that each teacher is asked once, about all of its own."""
+        rows: dict[str, list[int]] = {}
+        for i, request in enumerate(requests):
+            rows.setdefault(self._name_of(request), []).append(i)
+        return rows
 
 
 class TeacherMixture(Teacher):
@@ -71,9 +91,14 @@ class TeacherMixture(Teacher):
         by_teacher = [teacher.submit(requests) for teacher in self.inner.values()]
         return [self._mixed(answers) for answers in zip(*by_teacher, strict=True)]
 
+    def distributions(self, requests: Sequence[TeacherRequest]) -> TokenDistributions:
+        parts = [teacher.distributions(requests) for teacher in self.inner.values()]
+        log_weights = [math.log(weight) for weight in self.weights.values()]
+        return ArithmeticMixture(parts, log_weights)
+
     def _mixed(self, answers: Sequence[Answer]) -> Answer:
         # log sum_i w_i p_i = logsumexp_i(log w_i + log p_i), so no probability underflows.
-        log_weights = torch.tensor([math.log(weight) for weight in self.weights.values()])[:, None]
+        log_weights = [math.log(weight) for weight in self.weights.values()]
         spans: list[tuple[float, float]] = []
 
         def wait() -> Tensor:
@@ -81,7 +106,7 @@ class TeacherMixture(Teacher):
             # time.
             values = torch.stack([answer.result() for answer in answers])
             spans[:] = [span for answer in answers for span in answer.spans]
-            return torch.logsumexp(values + log_weights, dim=0)
+            return torch.logsumexp(values + values.new_tensor(log_weights)[:, None], dim=0)
 
         return Answer(wait, spans)
 

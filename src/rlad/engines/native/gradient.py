@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,16 +19,16 @@ from rlad.errors import RunFailedError
 from rlad.models.loading import LanguageModel
 from rlad.objectives import OBJECTIVES, taken_by, token_loss
 from rlad.objectives.aggregate import aggregate, denominator
+from rlad.objectives.divergences import Divergence, sampled_divergence
+from rlad.objectives.inputs import LossInputs
+from rlad.objectives.masks import clean, keep_finite
 from rlad.objectives.rollout_weights import rollout_weights
 from rlad.scoring.distributions import Distributions
-from rlad.scoring.scorer import CompletionScores, Scorer
+from rlad.scoring.scorer import Scorer
 from rlad.scoring.token_divergence import token_divergence
+from rlad.scoring.top_k import top_k_divergence
 from rlad.teachers.asking import require_few_missing
 from rlad.teachers.base import Teacher
-from rlad.teachers.local import LocalTeacher
-
-Sequences = tuple[list[Sequence[int]], list[Sequence[int]]]
-"""prompts and completions"""
 
 
 def trained_parameters(student: LanguageModel) -> list[nn.Parameter]:
@@ -80,13 +79,9 @@ class LossGradient:
         trains = set(batch.training_rows)
         rows = [i for i in wanted if i in trains]
         stats.scored_share = len(rows) / len(wanted)
-        kept = batch.counted_tokens(wanted)
-        stats.num_dropped += sum(int((~tokens).sum()) for tokens in kept)
-        whole = denominator(
-            nn.utils.rnn.pad_sequence([torch.zeros(0, dtype=torch.bool), *kept], batch_first=True),
-            mode=self.config.optimization.aggregation,
-            max_completion_tokens=self.config.rollout.max_completion_tokens,
-        )
+        self.kept = batch.counted_tokens(wanted)
+        stats.num_dropped += sum(int((~tokens).sum()) for tokens in self.kept.values())
+        whole = self._denominator()
         self._set_to_zero()
         model = self.scorer.model
         # Checkpointing only works in training mode; `LanguageModel` has no dropout that this would
@@ -95,7 +90,8 @@ class LossGradient:
         total = 0.0
         self.num_missing = 0
         self.num_compared = 0
-        with self._local_teacher.at_work() if self.row.divergence else nullcontext():
+        teacher = self.teacher if self._asks_teacher else None
+        with teacher.at_work() if teacher is not None else nullcontext():
             for micro in self.scorer.batches(*batch.sequences(rows)):
                 self.before_work()
                 part = [rows[i] for i in micro]
@@ -113,7 +109,24 @@ class LossGradient:
             step=self.step + 1,
             asked_again=False,
         )
+        if self.num_missing:
+            # What a teacher asked within the update has no answer for is known only now. It leaves
+            # the denominator too, by which all parts were divided alike.
+            factor = whole / self._denominator()
+            for parameter in self.parameters:
+                assert parameter.grad is not None
+                parameter.grad.mul_(factor)
+            total *= factor
         return total
+
+    def _denominator(self) -> float:
+        """That of the whole optimiser step, over the tokens known to train."""
+        tokens = [torch.zeros(0, dtype=torch.bool), *self.kept.values()]
+        return denominator(
+            nn.utils.rnn.pad_sequence(tokens, batch_first=True),
+            mode=self.config.optimization.aggregation,
+            max_completion_tokens=self.config.rollout.max_completion_tokens,
+        )
 
     def _set_to_zero(self) -> None:
         """Zeros, not None: a step without gradient still moves by the optimiser's momentum."""
@@ -138,18 +151,20 @@ class LossGradient:
         # The output layer and the embeddings are the largest matrices by far. Their gradients are
         # added to `.grad` as they come, so that no second matrix of that size exists.
         with self.scorer.gradient_in_place():
-            scores = self.scorer(*sequences, divergence=self._divergence(sequences))
+            scores = self.scorer(*sequences, divergence=self._divergence(batch, part))
         if not torch.isfinite(scores.logprobs).all():
             # With sound weights the batch has overflowed, and the step is skipped.
             self._require_sound_weights()
             return None
         if scores.divergence is not None:
-            self._count_missing(scores, stats)
+            self._count_missing(batch, part, scores.divergence, stats)
         sampled = [torch.tensor(batch.rollouts[i].completion.logprobs) for i in part]
         if self.objective.written_by == "teacher":  # its log-probs are not the old policy's
             sampled = [torch.full_like(values, torch.nan) for values in sampled]
         rollout_logprobs = padded(sampled, scores.logprobs)
         inputs = batch.loss_inputs(part, scores)
+        if self.measure is not None and scores.divergence is None:
+            inputs = self._with_sampled_divergence(inputs)
         corrected: dict[str, Tensor] = {}
         if self.correction:
             weights, corrected["rollout_weight_bounded"] = rollout_weights(
@@ -181,23 +196,75 @@ class LossGradient:
             )
 
     @property
-    def _local_teacher(self) -> LocalTeacher:
-        assert isinstance(self.teacher, LocalTeacher), "a config with another one is refused"
-        return self.teacher
+    def measure(self) -> Divergence | None:
+        """What `divergence_to_teacher` measures; None for an objective without it."""
+        if self.row.divergence is None or not (
+            self._asks_teacher or "divergence_to_teacher" in self.row.needs
+        ):
+            return None
+        return self.row.divergence(**taken_by(self.row.divergence, self.knobs))
 
-    def _divergence(self, sequences: Sequences) -> Callable[[Distributions], Tensor] | None:
+    @property
+    def _asks_teacher(self) -> bool:
+        """Whether the teacher is asked for its distributions, within the update."""
+        return self.objective.asked_of_teacher != "sampled"
+
+    def _divergence(
+        self, batch: RolloutBatch, part: list[int]
+    ) -> Callable[[Distributions], Tensor] | None:
         """What compares the student's distributions of some completions with the teacher's, for an
         objective that needs that."""
-        if self.row.divergence is None:
+        measure = self.measure
+        support = self.objective.asked_of_teacher
+        if measure is None or support == "sampled":
             return None
-        measure = partial(self.row.divergence, **taken_by(self.row.divergence, self.knobs))
-        teacher = self._local_teacher.scorer.distributions(*sequences)
-        return lambda student: token_divergence(student, teacher, measure)
+        assert self.teacher is not None
+        # It is asked about those on which it has a say; the others' tokens have no distribution.
+        speaks = batch.teacher_speaks[part]
+        asked = [i for i, is_asked in zip(part, speaks.tolist(), strict=True) if is_asked]
+        teacher = self.teacher.distributions(batch.teacher_requests(asked))
+        if len(asked) < len(part):
+            lengths = torch.tensor([len(batch.completions[i]) for i in part])
+            places = speaks.repeat_interleave(lengths).nonzero().flatten()
+            teacher = teacher.placed(places, int(lengths.sum()))
 
-    def _count_missing(self, scores: CompletionScores, stats: TokenStats) -> None:
-        """Count the tokens without a finite divergence, for which the teacher is the reason."""
-        assert scores.divergence is not None
-        num_missing = int((scores.mask & ~scores.divergence.isfinite()).sum())
-        stats.num_dropped += num_missing
-        self.num_missing += num_missing
-        self.num_compared += int(scores.mask.sum())
+        def compare(student: Distributions) -> Tensor:
+            if support == "full":
+                return token_divergence(student, teacher, measure)
+            return top_k_divergence(
+                student,
+                teacher,
+                measure,
+                top_k=self.objective.top_k,
+                chosen_by=student if support == "student_top_k" else teacher,
+            )
+
+        return compare
+
+    def _with_sampled_divergence(self, inputs: LossInputs) -> LossInputs:
+        """Estimate the divergence from the sampled tokens, of which the teacher gave log-probs."""
+        assert self.measure is not None
+        assert inputs.teacher_logprobs is not None
+        kept = keep_finite(inputs.mask, inputs.teacher_logprobs)
+        values = sampled_divergence(
+            clean(inputs.student_logprobs, kept), clean(inputs.teacher_logprobs, kept), self.measure
+        )
+        values = torch.where(kept, values, torch.nan)
+        return replace(inputs, divergence_to_teacher=values)
+
+    def _count_missing(
+        self, batch: RolloutBatch, part: list[int], divergence: Tensor, stats: TokenStats
+    ) -> None:
+        """Count the tokens without a finite divergence, for which the teacher is the reason; they
+        train nothing."""
+        is_finite = divergence.detach().isfinite().cpu()
+        speaks = batch.teacher_speaks.tolist()
+        for place, i in enumerate(part):
+            if not speaks[i]:
+                continue
+            tokens = is_finite[place, : len(self.kept[i])]
+            num_missing = int((~tokens).sum())
+            stats.num_dropped += num_missing
+            self.num_missing += num_missing
+            self.num_compared += len(tokens)
+            self.kept[i] = self.kept[i] & tokens

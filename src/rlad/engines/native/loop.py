@@ -98,8 +98,9 @@ class NativeEngine:
             self.reference_scorer = AdapterScorer(student, adapter=None, **scoring)
         elif reference is not None:
             self.reference_scorer = Scorer(reference, **scoring)
-        if config.objective.needs_vocabulary:
-            self.local_teacher.require_comparable(self.scorer)
+        if config.objective.asked_of_teacher != "sampled" and teacher is not None:
+            teacher.require_comparable(self.scorer)
+            self._require_top_k()
         self.sampler = make_sampler(student, config.rollout)
         # What writes the completions that are trained on.
         self.writer = self.sampler
@@ -108,6 +109,16 @@ class NativeEngine:
                 self.writer = make_sampler(self.local_teacher.language_model, config.rollout)
         if config.student.gradient_checkpointing:
             student.model.gradient_checkpointing_enable()
+
+    def _require_top_k(self) -> None:
+        """Raise `UserError` where more tokens are to be told apart than there are."""
+        objective: Any = self.config.objective
+        vocabulary = self.student.vocabulary
+        if "top_k" in objective.asked_of_teacher and objective.top_k > vocabulary:
+            raise UserError(
+                f"objective.top_k is {objective.top_k}, but the student's vocabulary has "
+                f"{vocabulary} tokens; lower it, or compare all of them."
+            )
 
     def steps(self) -> Iterator[StepResult]:
         """Optimiser steps until `num_steps`; between two of them the state may be saved."""
@@ -134,6 +145,8 @@ class NativeEngine:
             self.step += 1
             if part == per_batch - 1:
                 self.pending = None
+                if self.teacher is not None:
+                    self.teacher.after_batch(batch.index)
             is_skipped = bool(metrics[SKIPPED])
             yield StepResult(
                 self.step,
@@ -220,9 +233,13 @@ class NativeEngine:
     def make_rollout_batch(self, index: int) -> RolloutBatch:
         """Everything that the steps on one batch of prompts need, in the order of the paper."""
         objective = self.objective_at(index)
-        needs_logprobs = "teacher_logprobs" in OBJECTIVES[objective.type].needs
+        scores_tokens = (
+            objective.needs_teacher
+            and objective.written_by == "student"
+            and objective.asked_of_teacher == "sampled"
+        )
         timer = Timer()
-        teacher = self.teacher if needs_logprobs else None
+        teacher = self.teacher if scores_tokens else None
         ahead = AskedAhead(teacher) if teacher and teacher.works_elsewhere else None
 
         # A teacher that works elsewhere begins with a group while others are still written.
@@ -373,6 +390,8 @@ class NativeEngine:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optimization.max_grad_norm)
         )
         metrics = rollout_metrics([batch.groups[i] for i in prompts]) | stats.summary()
+        if self.teacher is not None:  # which may have been asked within the update
+            metrics |= self.teacher.pop_metrics()
         metrics |= {
             "optimization/loss": loss,
             "optimization/gradient_norm": norm,
