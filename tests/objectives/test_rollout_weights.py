@@ -23,7 +23,7 @@ def inputs_of(name: str, *, rollout_weights: Tensor | None = None, seed: int = 0
     return LossInputs(
         student_logprobs=logprobs().requires_grad_(),
         old_logprobs=logprobs(),
-        teacher_logprobs=logprobs() if "teacher_logprobs" in row.needs else None,
+        teacher_logprobs=logprobs() if "teacher_logprobs" in (*row.needs, *row.takes_too) else None,
         reference_logprobs=logprobs(),
         advantages=torch.randn(4, 5, generator=generator, dtype=torch.float64),
         mask=mask,
