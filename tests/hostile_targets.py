@@ -14,6 +14,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+import written_answers
+from answer_classes import CLASSES
 from hostile_texts import (
     any_text,
     completions,
@@ -74,11 +76,33 @@ def check_exact(example: tuple[str, str]) -> None:
 
 
 def check_number(example: tuple[str, tuple[str, Fraction], tuple[str, Fraction], str]) -> None:
-    """The last number of the final answer decides, whatever stands before it."""
+    """The number of the final answer decides, whatever stands before it; words after it may make
+    something else of it, but never another number."""
     before, (found, found_value), (wanted, wanted_value), after = example
     judgement = number(f"{before}\nAnswer: {found} {after}", wanted)
     require_sound(judgement)
-    assert (judgement.verdict == Verdict.CORRECT) == (found_value == wanted_value), judgement
+    is_equal = found_value == wanted_value
+    if judgement.verdict == Verdict.CORRECT or not after:
+        assert (judgement.verdict == Verdict.CORRECT) == is_equal, judgement
+
+
+def check_written_numbers(example: tuple[str, Fraction, str, Fraction]) -> None:
+    """In any form: correct exactly when the fractions are equal."""
+    found, found_value, wanted, wanted_value = example
+    for completion in (f"Answer: {found}", f"\\boxed{{{found}}}", f"so it is {found}"):
+        judgement = number(completion, wanted)
+        assert (judgement.verdict == Verdict.CORRECT) == (found_value == wanted_value), judgement
+
+
+@st.composite
+def two_numbers(draw: st.DrawFn) -> tuple[str, Fraction, str, Fraction]:
+    one = draw(written_answers.numbers)
+    other = one if draw(st.booleans()) else draw(written_answers.numbers)
+    forms = [
+        draw(st.sampled_from([f for f in written_answers.number_forms(v) if "overline" not in f]))
+        for v in (one, other)
+    ]
+    return forms[0], one, forms[1], other
 
 
 def check_number_in_any_text(example: tuple[str, tuple[str, Fraction]]) -> None:
@@ -86,7 +110,7 @@ def check_number_in_any_text(example: tuple[str, tuple[str, Fraction]]) -> None:
     judgement = number(completion, wanted)
     require_sound(judgement)
     if judgement.verdict == Verdict.CORRECT:
-        assert any(c.isascii() and c.isdigit() for c in completion), (
+        assert any(c.isnumeric() for c in completion), (
             "a completion without a digit is called correct"
         )
 
@@ -187,15 +211,30 @@ def as_latex(number: tuple[str, Fraction]) -> str:
 
 
 def check_math(example: tuple[tuple[str, Fraction], tuple[str, Fraction], bool, str]) -> None:
-    """Fractions against fractions; equal to some digits is what math-verify calls equal."""
+    """Fractions against fractions."""
     found, wanted, is_boxed, before = example
     text = f"\\boxed{{{as_latex(found)}}}" if is_boxed else f"Answer: ${as_latex(found)}$"
     judgement = math_verifier().judge(f"{before}\n{text}", as_latex(wanted))
     require_sound(judgement)
-    if judgement.verdict == Verdict.CORRECT:
-        assert math.isclose(found[1], wanted[1], rel_tol=1e-5, abs_tol=1e-5), (
-            "unequal numbers are called equal"
-        )
+    assert (judgement.verdict == Verdict.CORRECT) == (found[1] == wanted[1]), judgement
+
+
+def check_written_answers(example: tuple[str, str, bool | None]) -> None:
+    """Answers of all kinds in any form: never correct when they are not equal, never wrong when
+    they are."""
+    found, wanted, is_equal = example
+    judgement = math_verifier().judge(f"\\boxed{{{found}}}", wanted)
+    require_sound(judgement)
+    if is_equal is not None:
+        never = Verdict.WRONG if is_equal else Verdict.CORRECT
+        assert judgement.verdict != never, (found, wanted)
+
+
+def check_classes(example: tuple[tuple[int, str], tuple[int, str]]) -> None:
+    """Answers of the same class are correct for each other, others never are."""
+    (one, found), (other, wanted) = example
+    judgement = math_verifier().judge(f"\\boxed{{{found}}}", wanted)
+    assert (judgement.verdict == Verdict.CORRECT) == (one == other), (found, wanted, judgement)
 
 
 def check_math_of_any_text(example: tuple[str, tuple[str, Fraction]]) -> None:
@@ -445,6 +484,7 @@ overrides = st.tuples(
     st.lists(st.sampled_from(KEYS), min_size=1, max_size=3).map(".".join), hostile_text
 ).map("=".join)
 numbers = written_numbers()
+class_members = st.sampled_from([(i, text) for i, texts in enumerate(CLASSES) for text in texts])
 quiet_text = st.text(
     st.characters(categories=["L", "Z", "P"], exclude_characters="<>:/.,-+$%_"), max_size=30
 )
@@ -452,7 +492,9 @@ quiet_text = st.text(
 TARGETS = {
     "exact": Target(st.tuples(completions, hostile_text), check_exact),
     "number": Target(
-        st.tuples(completions.filter(lambda t: "<" not in t), numbers, numbers, quiet_text),
+        st.tuples(
+            completions.filter(lambda t: "<" not in t), numbers, numbers, st.just("") | quiet_text
+        ),
         check_number,
     ),
     "number, equal": Target(
@@ -468,6 +510,9 @@ TARGETS = {
     ),
     "logic": Target(logic_answers(), check_logic, 2),
     "logic_rl": Target(completions, check_logic_rl, 0.5),
+    "number, written": Target(two_numbers(), check_written_numbers),
+    "math, written": Target(written_answers.pairs(), check_written_answers, 0.5),
+    "math, classes": Target(st.tuples(class_members, class_members), check_classes, 0.5),
     "math": Target(st.tuples(numbers, numbers, st.booleans(), quiet_text), check_math, 0.25),
     "math, any text": Target(st.tuples(hostile_text, numbers), check_math_of_any_text, 0.25),
     "config file": Target(changed_tomls() | hostile_text, check_toml, 0.5),
@@ -486,7 +531,7 @@ TARGETS = {
     "text shown": Target(completions, check_shown),
     "template": Target(st.tuples(hostile_text, hostile_text), check_template),
 }
-NEEDS = {"math": "math_verify", "math, any text": "math_verify"}
+NEEDS = dict.fromkeys(("math", "math, written", "math, classes", "math, any text"), "math_verify")
 """packages that a target needs"""
 
 

@@ -11,6 +11,12 @@ CALLS = {
     "equal": lambda completion, answer: completion.strip() == answer,
     "half": lambda completion, answer: 0.5,
     "one": lambda completion, answer: 1,
+    "three parts": lambda completion, answer: 0.7 + 0.2 + 0.1,
+    "ten parts": lambda completion, answer: sum([0.1] * 10),
+    "a little more": lambda completion, answer: 0.2 + 0.4 + 0.3 + 0.1,
+    "a little less than nothing": lambda completion, answer: 0.3 - 0.2 - 0.1 - 1e-12,
+    "nearly": lambda completion, answer: 0.999999,
+    "too much": lambda completion, answer: 1.000001,
     "verdict": lambda completion, answer: Verdict.CORRECT,
     "no verdict": lambda completion, answer: Verdict.CANNOT_JUDGE,
     "hang": lambda completion, answer: time.sleep(600),
@@ -53,6 +59,10 @@ def trouble_with_words(completion: str, answer: str) -> object:
 
 def one_argument(completion: str) -> bool:
     return True
+
+
+def boxed_alone(completion: str, answer: str) -> bool:
+    return completion == f"\\boxed{{{answer}}}"
 
 
 def process_id(completion: str, answer: str) -> float:

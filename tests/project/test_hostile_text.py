@@ -29,14 +29,18 @@ from rlad.tasks.answers import (
     boxed_answer,
     evaluate_arithmetic,
     final_answer,
-    last_number,
+    first_line,
     marked_answer,
     normalised,
+    outside_thoughts,
+    without_wrapping,
 )
 from rlad.tasks.base import Verdict, text_key
 from rlad.tasks.logic import KnightsAndKnaves, logic_rl_reward, parse_answer
+from rlad.tasks.notation import plain_notation
+from rlad.tasks.numbers import read_number
 from rlad.tasks.reasoning_gym import _is_harmless
-from rlad.tasks.verifiers import _PROSE, exact, make_verifier, number
+from rlad.tasks.verifiers import exact, make_verifier, number
 from rlad.tasks.worker import Worker
 from rlad.teachers.served.protocol import read_generation
 from rlad.text import printable
@@ -74,9 +78,13 @@ READERS: dict[str, Callable[[str], object]] = {
     "boxed_answer": boxed_answer,
     "final_answer": final_answer,
     "normalised": normalised,
-    "last_number": last_number,
+    "read_number": read_number,
+    "read_number of prose": lambda text: read_number(text, is_marked=False),
+    "outside_thoughts": outside_thoughts,
+    "first_line": first_line,
+    "without_wrapping": without_wrapping,
+    "plain_notation": plain_notation,
     "evaluate_arithmetic": lambda text: evaluate_arithmetic(text[:500]),
-    "prose": lambda text: _PROSE.search(text),
     "list of reasoning-gym": lambda text: _is_harmless(text, "n_queens"),
     "formula of reasoning-gym": lambda text: _is_harmless(text, "simple_integration"),
     "text_key": text_key,
@@ -175,7 +183,8 @@ def test_a_silent_process_prints_nothing(capfd):
         worker = Worker(print, timeout_seconds=20, is_silent=is_silent)
         worker.call(EVIL)
         worker.close()
-        assert (EVIL.strip("\n") in capfd.readouterr().out) is not is_silent
+        printed = capfd.readouterr()
+        assert not printed.out and (EVIL.strip("\n") in printed.err) is not is_silent
 
 
 # --- what was found -------------------------------------------------------------------------------

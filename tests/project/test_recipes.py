@@ -5,6 +5,7 @@ import importlib.util
 import json
 import re
 import tomllib
+from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +18,7 @@ from rlad.config.comparison import load_comparison
 from rlad.errors import UserError
 from rlad.models.loading import LanguageModel, load_language_model
 from rlad.tasks import make_task
-from rlad.tasks.answers import last_number
+from rlad.tasks.numbers import Amount, read_number
 from tiny_models import EOS, tiny_model, tiny_tokenizer
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -135,7 +136,8 @@ def test_its_problems_are_all_there_once_and_right(make_teacher, tmp_path):
     problem = task.problem("test", 0)
     assert task.judge(problem, make_teacher.RIGHT_ANSWER.format(answer=problem.answer)).reward == 1
     wrong = make_teacher.RIGHT_ANSWER.format(answer=int(problem.answer) + 1)
-    assert task.judge(problem, wrong).reward == 0 and last_number(wrong) == int(problem.answer) + 1
+    assert task.judge(problem, wrong).reward == 0
+    assert read_number(wrong, is_marked=False) == Amount(Fraction(int(problem.answer) + 1))
 
 
 def write_tiny_world(folder: Path) -> None:

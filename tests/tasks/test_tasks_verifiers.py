@@ -25,6 +25,33 @@ CANNOT_JUDGE = Verdict.CANNOT_JUDGE
         ("<answer></answer>", "Paris", WRONG),
         ("", "Paris", WRONG),
         ("", " ", CANNOT_JUDGE),
+        # the marker in markdown, and inside another word
+        ("**Answer**: Oslo", "Oslo", CORRECT),
+        ("*Answer*: *Oslo*", "Oslo", CORRECT),
+        ("***Answer***: ***Oslo***", "Oslo", CORRECT),
+        ("__Answer:__ Oslo", "Oslo", CORRECT),
+        ("Answer : Oslo", "Oslo", CORRECT),
+        ("Answer\N{FULLWIDTH COLON} Oslo", "Oslo", CORRECT),
+        ("Answer: Rome? No.\n**Answer**: Oslo", "Oslo", CORRECT),
+        ("Answer: Rome? No.\n**Answer**: Oslo", "Rome", WRONG),
+        ("Answer: Rome? No.", "Rome", WRONG),
+        ("A counteranswer: Oslo", "Oslo", WRONG),
+        ("**Answer**: Oslo\n\nI hope that this helps.", "Oslo", CORRECT),
+        ("Answer: Oslo\nIt is the capital.", "Oslo", CORRECT),
+        ("Answer:\n1 2\n3 4", "1 2\n3 4", CORRECT),
+        ("Answer:\n1 2\n3 4", "1 2", CORRECT),
+        # boxes and what LaTeX needs to set a text
+        ("So \\boxed{Oslo}.", "Oslo", CORRECT),
+        ("So \\boxed{Oslo}.\nThat took 3 steps.", "Oslo", CORRECT),
+        (r"So \boxed{\text{Oslo}}.", "Oslo", CORRECT),
+        (r"So $\boxed{Rome}$, not Oslo", "Oslo", WRONG),
+        ("Oslo", r"\text{Oslo}", CORRECT),
+        # answers in thoughts
+        ("<think><answer>Paris</answer>?</think> I do not know.", "Paris", WRONG),
+        ("<think>Rome?</think> Paris", "Paris", CORRECT),
+        ("<think>Paris", "Paris", WRONG),
+        # composed and decomposed letters
+        ("cafe\N{COMBINING ACUTE ACCENT}", "caf\N{LATIN SMALL LETTER E WITH ACUTE}", CORRECT),
     ],
 )
 def test_exact(completion, answer, verdict):
@@ -38,7 +65,6 @@ def test_exact(completion, answer, verdict):
         ("so 0.75", "3/4", CORRECT),
         ("so 0.333333", "1/3", WRONG),  # compared exactly
         ("<answer>18</answer> and 19", "It is 9 * 2.\n#### 18", CORRECT),
-        ("It is 18.\nAnswer: what I said", "18", CORRECT),  # no number in the final answer
         ("It is 18.\n<answer>1", "18", WRONG),  # cut off within its answer
         ("It is 18.\n<answer>18", "18", WRONG),
         ("It is 18.\nAnswer:", "18", WRONG),
@@ -49,6 +75,71 @@ def test_exact(completion, answer, verdict):
         ("-5", "5", WRONG),
         ("seven", "7", WRONG),
         ("7", "seven", CANNOT_JUDGE),
+        ("**Answer**: 12\n\nThat took 3 steps.", "12", CORRECT),
+        ("**Answer**: 12\n\nThat took 3 steps.", "3", WRONG),
+        ("Answer: 12\nThat took 3 steps.", "3", WRONG),
+        # never a number from elsewhere
+        ("It is 18.\nAnswer: what I said", "18", WRONG),
+        ("It is 42, or not.\nAnswer: unknown", "42", WRONG),
+        ("There are 7 people. <answer>none of them</answer>", "7", WRONG),
+        ("I tried 5 and 6.\nAnswer: I give up.", "6", WRONG),
+        ("<think>9?</think> <answer>no idea</answer>", "9", WRONG),
+        ("It is 9.\nI hope that this helps.", "9", WRONG),
+        (r"It is 9, so \boxed{\text{unknown}}", "9", WRONG),
+        (r"It is 9, so \boxed{}", "9", WRONG),
+        # a closed box is the answer
+        ("So \\boxed{42}.\nThat took 3 steps.", "42", CORRECT),
+        ("So \\boxed{7}.\nThat took 42 steps.", "42", WRONG),
+        (r"\boxed{42} by step 7", "42", CORRECT),
+        (r"\boxed{42} by step 7", "7", WRONG),
+        (r"<answer>\boxed{42}, see step 3</answer>", "42", CORRECT),
+        (r"<answer>\boxed{42}, see step 3</answer>", "3", WRONG),
+        (r"\boxed{7=42}", "42", WRONG),
+        (r"\boxed{6 \cdot 7=42}", "42", CORRECT),
+        # never a fragment
+        (r"So \boxed{$9{,}500}", "9500", CORRECT),
+        (r"So \boxed{9{,}500}", "500", WRONG),
+        ("1,00,000 rupees", "0", WRONG),
+        ("1,00,000 rupees", "100000", CORRECT),
+        (r"\boxed{\frac{3}{4}}", "0.75", CORRECT),
+        ("Answer: 4", r"\frac{3}{4}", WRONG),
+        ("Answer: 3 1/2", "3.5", CORRECT),
+        ("Answer: 3 1/2", "2", WRONG),
+        ("Answer: 1.5 x 10^3", "3", WRONG),
+        ("Answer: 1.5 x 10^3", "1500", CORRECT),
+        ("Answer: 9:30", "10:30", WRONG),
+        ("Answer: 9:30", "9:30", CORRECT),
+        ("Answer: 9:30", "30", WRONG),
+        ("Answer: (3, 4)", "(2, 4)", WRONG),
+        ("Answer: (3, 4)", "(3,4)", CORRECT),
+        ("Answer: (3, 4)", "4", WRONG),
+        ("Answer: 2024-05-01", "1", WRONG),
+        ("Answer: 2024-05-01", "2024-05-01", CORRECT),
+        ("Answer: 5/1/2024", "10/2/2024", WRONG),
+        (r"Answer: 3\sqrt{2}", "2", WRONG),
+        ("Answer: 41 or 42", "42", WRONG),
+        ("Answer: 3 and a half", "3", WRONG),
+        ("Answer: minus 5", "5", WRONG),
+        # amounts
+        ("Answer: $20, not $30", "20", CORRECT),
+        ("Answer: $20, not $30", "30", WRONG),
+        ("Answer: US$1,234.50", "1234.5", CORRECT),
+        ("Answer: US$1,234.50", "50", WRONG),
+        ("Answer: 5 dollars", "$5", CORRECT),
+        ("Answer: 500 cents", "$5", CORRECT),
+        ("Answer: 5 euros", "$5", WRONG),
+        ("Answer: 6 days", "6 hours", WRONG),
+        ("Answer: 6 hours", "6", CORRECT),
+        # references that are no plain number
+        (r"3\sqrt{3}", r"3\sqrt{3}", CANNOT_JUDGE),
+        ("5", r"(-\infty, 5]", CANNOT_JUDGE),
+        ("5", "between 5 and 10", CANNOT_JUDGE),
+        ("3", "5 - 2 apples", CANNOT_JUDGE),
+        # answers in thoughts
+        (r"<think> so \boxed{42}, or not </think>", "42", WRONG),
+        ("<think> first it is 42", "42", WRONG),
+        ("<think> 7? </think> 42", "42", CORRECT),
+        ("7? </think> 42", "42", CORRECT),
     ],
 )
 def test_number(completion, answer, verdict):
@@ -94,6 +185,7 @@ def math_verifier():
         ("<answer>(2,1)</answer>", "(1,2)", WRONG),
         ("<answer>x^2+1</answer>", "1", WRONG),
         (r"\boxed{3} <answer>4</answer>", "3", WRONG),
+        ("<think> $3$ </think> I do not know.", "3", WRONG),
         ("no idea", "3", WRONG),
         ("", "3", WRONG),
         ("3", "", CANNOT_JUDGE),
@@ -104,16 +196,14 @@ def test_math(math_verifier, completion, answer, verdict):
     assert judgement.verdict == verdict, judgement
 
 
-def test_math_that_hangs_costs_one_completion(math_verifier):
-    impatient = make_verifier("math", timeout_seconds=1)
+def test_math_reads_no_endless_text():
+    verifier = make_verifier("math", timeout_seconds=3)
     started = time.monotonic()
-    judgement = impatient.judge(
-        "<answer>" + "(" * 2000 + "</answer>", "3"
-    )  # takes math-verify longer than that
-    assert (judgement.verdict, judgement.reason) == (CANNOT_JUDGE, "no result within 1 seconds")
-    assert time.monotonic() - started < 6
-    assert impatient.judge(r"\boxed{3}", "3").verdict == CORRECT
-    impatient.close()
+    for text in ("(" * 2000, "9^" * 300 + "9", r"\sqrt{" * 300, "((999!)!)!", "1" * 100_000):
+        assert verifier.judge(f"<answer>{text}</answer>", "3").verdict == CANNOT_JUDGE
+    assert verifier.judge(r"\boxed{3}", "3").verdict == CORRECT
+    verifier.close()
+    assert time.monotonic() - started < 20
 
 
 def test_missing_math_verify_is_said_at_once(monkeypatch):
@@ -140,6 +230,12 @@ def user_verifier():
         ("half", WRONG, 0.5),
         ("one", CORRECT, 1.0),
         ("verdict", CORRECT, 1.0),
+        # sums of floats that miss a bound by rounding
+        ("three parts", CORRECT, 1.0),
+        ("ten parts", CORRECT, 1.0),
+        ("a little more", CORRECT, 1.0),
+        ("a little less than nothing", WRONG, 0.0),
+        ("nearly", WRONG, 0.999999),
     ],
 )
 def test_user_function(user_verifier, completion, verdict, reward):
@@ -161,6 +257,7 @@ def test_user_function(user_verifier, completion, verdict, reward):
         ("nothing", "the verifier returned None, not a bool, a number from 0 to 1 or a Verdict"),
         ("text", "the verifier returned 'correct?', not a bool"),
         ("seven", "the verifier returned 7, not a bool"),
+        ("too much", "the verifier returned 1.000001, not a bool"),
         ("nan", "the verifier returned nan, not a bool"),
         ("not picklable", "the verifier returned <function"),
         ("bad repr", "RuntimeError: no repr"),

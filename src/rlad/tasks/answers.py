@@ -1,4 +1,4 @@
-"""The answer in a completion and what it says: pure functions that never raise on any text.
+"""The answer in a completion: pure functions that never raise on any text.
 
 All of them are linear in the length of the text and look at its last `MAX_COMPLETION_CHARACTERS`
 only.
@@ -7,24 +7,28 @@ only.
 import ast
 import operator
 import re
+import unicodedata
 from collections import deque
 from collections.abc import Callable
 from fractions import Fraction
 
 MAX_COMPLETION_CHARACTERS = 200_000
 _MAX_EXPRESSION_CHARACTERS = 500
-_MAX_NUMBER_CHARACTERS = 500
 
-_ANSWER_MARKER = re.compile("answer:", re.IGNORECASE)
-_WHOLE = re.compile(r"\n|</?answer>|\\boxed\{|[^\W\d]\.[* ]*$")
-_OTHER_MINUS_SIGNS = str.maketrans(
-    dict.fromkeys("\N{MINUS SIGN}\N{EN DASH}\N{SMALL HYPHEN-MINUS}", "-") | {"$": None}
+# Models write **Answer**: and __Answer:__ as well as Answer:, and colons of their own script. In
+# "counteranswer:", "non-answer:" and "my_answer:" it is a part of another word.
+_ANSWER_MARKER = re.compile(
+    r"(?<![^\W_])(?<![^\W_]_)(?<![-\N{HYPHEN}\N{NON-BREAKING HYPHEN}])answer"
+    r"(?:[*_`~}\t \xa0]|</(?:b|i|em|strong)>)*+"
+    "[:\N{FULLWIDTH COLON}\N{SMALL COLON}\N{PRESENTATION FORM FOR VERTICAL COLON}\N{RATIO}]",
+    re.IGNORECASE,
 )
-_NUMBER = re.compile(
-    r"(?:(?<![\w)\]}])[-+])?"  # a sign, unless it is between two terms as in 10-3
-    # 1,000 or 1000 or .5 or 1.5
-    r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+|(?=\.[0-9]))(?:\.[0-9]+)?"
-    r"(?:[eE][-+]?[0-9]{1,3}(?!\w)|\s?/\s?[0-9]+(?:\.[0-9]+)?)?"  # 1e-3 or 3/4
+_CLOSING_MARKS = re.compile(r"(?:\s|}|</(?:b|i|em|strong)>|[*_`~]++(?=\s|$))+")
+_WHOLE = re.compile(r"\n|</?answer>|\\boxed\{|[^\W\d]\.[*_` ]*$")
+_MARKS = "*_`"
+_WRAPPED = re.compile(
+    r"\\(?:text|textbf|textit|textrm|textsf|texttt|textnormal|mathrm|mathbf|mathit|mathsf|mathtt"
+    r"|operatorname|mbox|hbox|emph|bf|rm)\s*\{([^{}\\]*)\}"
 )
 _OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
@@ -34,6 +38,15 @@ _OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
 }
 
 
+def outside_thoughts(completion: str) -> str:
+    """Find what follows the last `</think>`; "" where a `<think>` is not closed.
+
+    What a model only thinks is no answer yet: it weighs several.
+    """
+    last = completion.rpartition("</think>")[2]
+    return "" if "<think>" in last else last
+
+
 def marked_answer(completion: str) -> str | None:
     """Find the text in the last `<answer>` tag, else all text after the last `Answer:`; None when
     neither is there.
@@ -41,19 +54,34 @@ def marked_answer(completion: str) -> str | None:
     "" for a tag that is not closed: the completion may have been cut off within its answer.
     """
     # The last one counts: earlier ones are part of the reasoning, or quote the instructions.
-    text = completion[-MAX_COMPLETION_CHARACTERS:]
-    _, tag, tail = text.rpartition("<answer>")
-    if tag:
-        inside, closing, _ = tail.partition("</answer>")
-        return _without_bold(inside.strip()) if closing else ""
+    text = outside_thoughts(completion)[-MAX_COMPLETION_CHARACTERS:]
+    tagged = _tagged_answer(text)
+    if tagged is not None:
+        return tagged
     last = _last_match(_ANSWER_MARKER, text)
-    if last is None:
+    return None if last is None else _after_marker(text[last.end() :])
+
+
+def _tagged_answer(text: str) -> str | None:
+    _, tag, tail = text.rpartition("<answer>")
+    inside, closing, _ = tail.partition("</answer>")
+    if not tag:
         return None
-    tail = text[last.end() :]
-    if text[: last.start()].endswith("**"):
-        # `**Answer:** 42` and `**Answer: 42**`: the bold ends somewhere in the tail.
-        tail = tail.replace("**", "", 1)
-    return _without_bold(tail.strip())
+    return _without_marks(inside) if closing else ""
+
+
+def _after_marker(tail: str) -> str:
+    """Take away the rest of the marker's markdown: `**Answer:** 42`, `**Answer: 42**`."""
+    closing = _CLOSING_MARKS.match(tail)
+    text = tail[closing.end() if closing else 0 :].strip()
+    line, newline, rest = text.partition("\n")
+    bare = line.rstrip()
+    end = bare.rstrip(_MARKS)
+    mark = bare[len(end) :]
+    # Marks that end the first line but begin nowhere in it have begun before the marker.
+    if mark and mark not in end:
+        text = end.rstrip() + newline + rest
+    return _without_marks(text)
 
 
 def without_cut_answer(text: str) -> str:
@@ -64,14 +92,19 @@ def without_cut_answer(text: str) -> str:
     stays, and so do answers with an end of their own, `<answer>` and `\\boxed{`.
     """
     last = _last_match(_ANSWER_MARKER, text)
-    if last is None or _WHOLE.search(text[last.end() :].lstrip("* \t\r\n")):
+    if last is None or _WHOLE.search(text[last.end() :].lstrip("*_`~} \t\r\n")):
         return text
     return text[: last.end()]
 
 
-def _without_bold(text: str) -> str:
-    is_bold = text.startswith("**") and text.endswith("**") and text.count("**") == 2
-    return text[2:-2].strip() if is_bold else text
+def _without_marks(text: str) -> str:
+    """Take away marks around the whole text: `**2**`, `` `2` ``."""
+    text = text.strip()
+    for mark in ("***", "**", "__", "*", "_", "`"):
+        inner = text[len(mark) : -len(mark)]
+        if text == f"{mark}{inner}{mark}" and inner and mark[0] not in inner:
+            return inner.strip()
+    return text
 
 
 def boxed_answer(completion: str) -> str | None:
@@ -90,38 +123,77 @@ def boxed_answer(completion: str) -> str | None:
 
 
 def final_answer(completion: str) -> str:
-    """Find the marked answer, else the last line that is not empty; "" for an empty completion."""
-    marked = marked_answer(completion)
-    if marked is not None:
-        return marked
-    last_line = completion[-MAX_COMPLETION_CHARACTERS:].rstrip().rpartition("\n")[2]
-    return _without_bold(last_line.strip())
+    r"""Find the text in the last `<answer>` tag, else in the last `\boxed{...}` or after the last
+    `Answer:`, whichever is later, else the last line that is not empty; "" where there is none.
+
+    A box within the tag, or after the marker, is the answer there.
+    """
+    found, _ = decided_answer(completion)
+    return found
+
+
+def decided_answer(completion: str) -> tuple[str, bool]:
+    """Find the final answer, and whether it is marked as one."""
+    text = outside_thoughts(completion)[-MAX_COMPLETION_CHARACTERS:]
+    tagged = _tagged_answer(text)
+    if tagged is not None:
+        text = tagged
+    last = _last_match(_ANSWER_MARKER, text)
+    marked = "" if last is None else _after_marker(text[last.end() :])
+    box_start = text.rfind(r"\boxed{")
+    # An "Answer:" that nothing follows does not take back a box before it.
+    if box_start >= 0 and (not marked or last is None or box_start > last.start()):
+        return _without_marks(boxed_answer(text) or ""), True
+    if last is not None:
+        return marked, True
+    if tagged is not None:
+        return tagged, True
+    return _without_marks(text.rstrip().rpartition("\n")[2]), False
+
+
+def _after_hashes(answer: str) -> str:
+    """Find what follows the last `####`, as in the solutions of GSM8K; "" without one."""
+    _, mark, found = answer.rpartition("####")
+    return found.strip() if mark else ""
+
+
+ANSWER_FORMATS: dict[str, Callable[[str], str]] = {
+    "whole": str.strip,
+    "gsm8k": _after_hashes,
+    "boxed": lambda answer: boxed_answer(answer) or "",
+    "last": final_answer,
+}
+"""How a reference answer is found in the field that holds it: "" where it is not there"""
+
+
+def first_line(answer: str) -> str:
+    r"""Find the first line of a final answer, without the remarks that may follow; a formula that
+    begins with `$$`, `\[` or a fence is taken whole."""
+    text = answer.strip()
+    for opening, closing in (("$$", "$$"), (r"\[", r"\]"), ("```", "```")):
+        if text.startswith(opening):
+            inner, closed, _ = text[len(opening) :].partition(closing)
+            return (inner if closed else "").strip()
+    return text.partition("\n")[0].strip()
 
 
 def normalised(text: str) -> str:
     """Return `text` without case, differences of white space, markdown around words, and full
     stops after words."""
-    words = text[-MAX_COMPLETION_CHARACTERS:].casefold().split()
+    text = unicodedata.normalize("NFC", text[-MAX_COMPLETION_CHARACTERS:])
+    words = text.casefold().split()
     # Only at the ends of words, so that x**2, 2*3 and snake_case stay what they are.
-    return " ".join(word.lstrip("*_`#").rstrip("*_`#.") or word for word in words)
+    bare = " ".join(word.lstrip("*_`#").rstrip("*_`#.") or word for word in words)
+    # Upper and lower case of some letters are composed in different ways.
+    return unicodedata.normalize("NFC", bare)
 
 
-def last_number(text: str) -> Fraction | None:
-    """Read the last number of the text, exactly: `-1,000`, `$5`, `.5`, `3/4`, `1e-3`; None when
-    there is none.
-
-    Currency and percent signs are ignored, so 10% is 10. A division by zero and numbers of more
-    than 500 digits are no numbers.
-    """
-    last = _last_match(_NUMBER, text[-MAX_COMPLETION_CHARACTERS:].translate(_OTHER_MINUS_SIGNS))
-    if last is None or len(last[0]) > _MAX_NUMBER_CHARACTERS:
-        return None
-    # Fractions, not floats: .1 + .2 must be .3.
-    numerator, _, denominator = last[0].replace(",", "").partition("/")
-    try:
-        return Fraction(numerator.strip()) / Fraction(denominator.strip() or 1)
-    except ZeroDivisionError:
-        return None
+def without_wrapping(text: str) -> str:
+    r"""Take the dollars and `\text{...}` away that only set a text: `$\text{Oslo}$` is Oslo."""
+    text = text.strip()
+    if len(text) > 2 and text[0] == text[-1] == "$" and "$" not in text[1:-1]:
+        text = text[1:-1].strip()
+    return _WRAPPED.sub(r"\1", text)
 
 
 def _last_match(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:

@@ -1,24 +1,25 @@
 """Verifiers by name: how a completion is compared with the reference answer of its problem.
 
-- `exact`: the final answer is the same text, apart from case, white space and markdown.
-- `number`: the last number of the final answer is the same number (`1,000`, `$5`, `.5`, `3/4`,
-  `10%` as 10).
-- `math`: the text in the last `\\boxed{...}`, else the final answer, is mathematically equal (LaTeX
-  too), judged by the optional package math-verify.
+- `exact`: the final answer is the same text, apart from case, white space, markdown and what LaTeX
+  needs to set it.
+- `number`: the final answer gives the same number (see `rlad.tasks.numbers`).
+- `math`: the final answer is mathematically equal (see `rlad.tasks.mathematics`).
 - `package.module:function`: a function of your own, `function(completion: str, answer: str)`, that
-  returns a bool, a reward from 0 to 1 (only 1 counts as correct) or a `Verdict`; or a pair of
+  returns a bool, a reward from 0 to 1 (1 within rounding is correct) or a `Verdict`; or a pair of
   that and a text, what is wrong with the completion.
 
-The final answer is the text in the last `<answer>` tag, else after the last `Answer:`, else the
-last line. `math` and functions of your own run in a process of their own: one that hangs, raises,
-dies, eats memory or returns anything else costs one completion (cannot judge), never the run.
+The final answer is the text in the last `<answer>` tag, else in the last `\\boxed{...}` or after
+the last `Answer:`, whichever is later, else the last line; what a `<think>` holds is none. `math`
+and functions of your own run in a process of their own: one that hangs, raises, dies, eats memory
+or returns anything else costs one completion (cannot judge), never the run.
 """
 
 import importlib
 import inspect
 import logging
-import re
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,17 +27,20 @@ from typing import Any
 from rlad.errors import UserError, require_package
 from rlad.tasks.answers import (
     MAX_COMPLETION_CHARACTERS,
-    boxed_answer,
+    decided_answer,
     final_answer,
-    last_number,
+    first_line,
     normalised,
+    outside_thoughts,
+    without_wrapping,
 )
 from rlad.tasks.base import Judgement, Verdict, cannot_judge, judged, with_feedback
+from rlad.tasks.numbers import Amount, Figures, Reading, Unreadable, read_number
 from rlad.tasks.worker import MAX_MEMORY_GIB, CallFailed, Worker
 from rlad.text import nearest
 
-_MAX_MATH_CHARACTERS = 2_000
-_PROSE = re.compile(r"(?<!\\)\b[A-Za-z]{2,} [A-Za-z]{2,}")
+_ROUNDING = 1e-9
+"""by how much the sum of a reward's parts may miss a bound"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,9 @@ class Verifier:
     def judge(self, completion: str, answer: str) -> Judgement:
         """Compare the last `MAX_COMPLETION_CHARACTERS` of a completion with the reference
         answer."""
-        text = completion[-MAX_COMPLETION_CHARACTERS:]
+        # A <think> that begins before them and is not closed hides them, too.
+        text = outside_thoughts(completion) if self.reads_final_answer else completion
+        text = text[-MAX_COMPLETION_CHARACTERS:]
         try:
             judgement = self.grade(text, answer)
         except CallFailed as failure:
@@ -66,7 +72,7 @@ class Verifier:
 
 
 def _what_was_read(completion: str) -> str:
-    read = boxed_answer(completion) or final_answer(completion).strip()
+    read = final_answer(completion).strip()
     if not read:
         return "No final answer could be read."
     return f"The final answer was read as {read[:200]!r}, which is wrong."
@@ -97,25 +103,47 @@ def make_verifier(
 
 
 def exact(completion: str, answer: str) -> Judgement:
-    """Judge whether the final answer is `answer`, apart from case, white space and markdown."""
-    wanted = normalised(answer)
+    """Judge whether the final answer is `answer`, apart from case, white space, markdown and what
+    LaTeX needs to set a text.
+
+    Remarks may follow in lines of their own.
+    """
+    wanted = normalised(without_wrapping(answer))
     if not wanted:
         return cannot_judge("the answer is empty")
-    return judged(normalised(final_answer(completion)) == wanted)
+    found, _ = decided_answer(completion)
+    parts = (found, found.partition("\n\n")[0], first_line(found))
+    return judged(any(normalised(without_wrapping(part)) == wanted for part in parts))
 
 
 def number(completion: str, answer: str) -> Judgement:
-    """Judge whether the last number of the final answer (of the completion, if that has only words)
-    is the last one of `answer`."""
-    wanted = last_number(answer)
+    """Judge whether the number that the final answer gives is that of `answer`.
+
+    A reference with several numbers, such as a time or a point, wants the same ones in the same
+    form.
+    """
+    wanted = _number_of(answer, answer.rpartition("####")[2] if "####" in answer else None)
     if wanted is None:
         return cannot_judge(f"the reference answer {answer[:80]!r} has no number")
-    if "<answer>" not in completion and boxed_answer(completion) == "":
-        return judged(False)
-    # "Answer: as computed above" points to a number before it.
-    final = final_answer(completion)
-    found = last_number(final)
-    return judged((last_number(completion) if final and found is None else found) == wanted)
+    if isinstance(wanted, Unreadable):
+        return cannot_judge(f"the reference answer {answer[:80]!r} is no plain number")
+    return judged(_same(_number_of(completion), wanted))
+
+
+def _number_of(text: str, answer: str | None = None) -> Reading:
+    found, is_marked = (answer, True) if answer is not None else decided_answer(text)
+    return read_number(first_line(found), is_marked=is_marked)
+
+
+def _same(found: Reading, wanted: Amount | Figures) -> bool:
+    """Say whether two readings are equal; units count where both are known."""
+    if isinstance(found, Amount) and isinstance(wanted, Amount) and found.unit and wanted.unit:
+        (found_kind, found_size), (wanted_kind, wanted_size) = found.unit, wanted.unit
+        is_equal = found.value * found_size == wanted.value * wanted_size
+        return found_kind == wanted_kind and is_equal
+    if isinstance(found, Amount) and isinstance(wanted, Amount):
+        return found.value == wanted.value
+    return found == wanted
 
 
 _IN_PROCESS: dict[str, Callable[[str, str], Judgement]] = {"exact": exact, "number": number}
@@ -127,33 +155,13 @@ _IN_PROCESS: dict[str, Callable[[str, str], Judgement]] = {"exact": exact, "numb
 def _warm_up_math() -> None:
     # It warns that its own timeouts are off, which they are on purpose.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    _parse_math("1")
-
-
-def _parse_math(text: str) -> list[Any]:
-    """Read `text` with math-verify: a bare formula needs dollars around it, prose must not have
-    them."""
-    from math_verify import parse
-
-    text = text[-_MAX_MATH_CHARACTERS:].replace(r"\$", "")
-    is_marked = any(sign in text for sign in ("$", r"\boxed", r"\(", r"\["))
-    is_bare = not is_marked and not _PROSE.search(text)
-    # Its timeouts rest on signals, which exist only in a main thread; the worker process has its
-    # own clock.
-    return parse(f"${text}$" if is_bare else text, parsing_timeout=None)  # pyright: ignore[reportArgumentType]
+    _math("1", "1")
 
 
 def _math(completion: str, answer: str) -> Judgement:
-    from math_verify import verify
+    from rlad.tasks.mathematics import judge_math  # imports sympy
 
-    # A box counts before other marks, as models of mathematics put their answer there; but not
-    # where the prompt has asked for tags and there are some.
-    wanted = _parse_math(answer)
-    if not wanted:
-        return cannot_judge(f"math-verify cannot read the reference answer {answer[:80]!r}")
-    boxed = None if "<answer>" in completion else boxed_answer(completion)
-    found = _parse_math(final_answer(completion) if boxed is None else boxed)
-    return judged(verify(wanted, found, timeout_seconds=None))
+    return judge_math(completion, answer)
 
 
 def import_function(path: str) -> Callable[..., Any]:
@@ -161,7 +169,8 @@ def import_function(path: str) -> Callable[..., Any]:
     takes a completion and an answer."""
     module, _, name = path.partition(":")
     try:
-        function = getattr(importlib.import_module(module), name)
+        with redirect_stdout(sys.stderr):  # what a module prints is not the command's output
+            function = getattr(importlib.import_module(module), name)
         inspect.signature(function).bind("completion", "answer")
     except Exception as error:  # of any kind: the module is the user's
         raise UserError(
@@ -189,8 +198,11 @@ def _judgement_of(result: Any) -> Judgement:
             return judged(verdict is Verdict.CORRECT)
         case bool(is_correct):
             return judged(is_correct)
-        case int(reward) | float(reward) if 0 <= reward <= 1:
-            return Judgement(Verdict.CORRECT if reward == 1 else Verdict.WRONG, float(reward))
+        case int(reward) | float(reward) if -_ROUNDING <= reward <= 1 + _ROUNDING:
+            # .7 + .2 + .1 is not quite 1, and .2 + .4 + .3 + .1 a little more.
+            if abs(reward - 1) <= _ROUNDING:
+                return judged(True)
+            return Judgement(Verdict.WRONG, max(0.0, float(reward)))
     return cannot_judge(
         f"the verifier returned {result!r:.80}, not a bool, a number from 0 to 1 or a Verdict"
     )

@@ -33,8 +33,8 @@ class Worker:
     `function`, `initializer` and all arguments must be picklable. `initializer()` runs whenever the
     process starts: imports belong there, since `timeout_seconds` counts the call alone, and
     `max_memory_gib` what calls hold beyond it (Linux; other systems count no such thing). What a
-    silent one prints is thrown away: it may hold a model's text. Calls from several threads take
-    turns.
+    silent one prints is thrown away: it may hold a model's text; of others it goes to standard
+    error. Calls from several threads take turns.
     """
 
     def __init__(
@@ -118,11 +118,14 @@ class Worker:
 
 
 def _begin(initializer: Callable[[], object] | None, max_bytes: int, is_silent: bool) -> None:
-    # What it prints may be a model's text, which must not reach the terminal.
+    # What it prints may be a model's text, which must not reach the terminal; and the standard
+    # output is the command's own, which may be JSON.
     if is_silent:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
+    else:
+        os.dup2(2, 1)
     # A process that crashes must not leave its memory on the disk.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if initializer is not None:

@@ -1,0 +1,317 @@
+"""The number that a final answer gives, read whole or not at all: a pure function on text.
+
+A fragment is never taken for the number: neither the last piece of `9:30`, `(3, 4)` or
+`3\\sqrt{2}`, nor what an answer denies (`$20, not $30`), nor one of several.
+"""
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+from rlad.tasks.answers import evaluate_arithmetic, without_wrapping
+from rlad.tasks.notation import plain_notation, words
+from rlad.tasks.units import MULTIPLIERS, UNITS, Unit, known_unit
+
+_MAX_LINE_CHARACTERS = 2_000
+_MAX_NUMBER_CHARACTERS = 500
+_MAX_NUMBERS = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Amount:
+    """One number, and its unit where that is one we know."""
+
+    value: Fraction
+    unit: Unit | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Several numbers and the signs between them, as in a time, a date, a point or a list."""
+
+    shape: str
+    values: tuple[Fraction, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """Something with digits in it that is no plain number."""
+
+
+Reading = Amount | Figures | Unreadable | None
+
+_GROUPED = (
+    r"[0-9]{1,3}(?:,[0-9]{3})++(?![0-9]|,[0-9])"  # 1,234,567
+    r"|[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}(?![0-9]|,[0-9])"  # 12,34,567 of India
+)
+_DECIMAL = rf"(?:(?:{_GROUPED}|[0-9]++)(?:\.[0-9]++)?+|\.[0-9]++)"
+_EUROPEAN = r"[0-9]{1,3}(?:\.[0-9]{3})++,[0-9]++|[0-9]{1,3}(?:\.[0-9]{3}){2,}+(?![0-9.])"
+_POWER_OF_TEN = (
+    r"(?:[eE][-+]?[0-9]{1,3}(?![\w.])"
+    r"|\s?(?:\\times|\\cdot|[xX*])\s?10\s?(?:\^|\*\*)\s?(?:\{\s?[-+]?[0-9]{1,3}\s?\}"
+    r"|[-+]?[0-9]{1,3}(?![\w.]))(?![0-9]))?+"
+)
+_NUMBER = re.compile(
+    r"(?P<sign>(?<![\w)\]}.])(?<![0-9)\]}]\s)(?:[-+]|(?<![\w)\]}.]\s)[-+]\s))?+(?:"
+    r"(?P<mixed>[0-9]{1,9}\s?(?=\\frac|[0-9]++\s?/)(?<=[\s0-9]))?+"
+    r"(?:\\frac\s?(?:\{\s?(?P<above>-?[0-9,.]++)\s?\}\s?\{\s?(?P<below>[0-9,.]++)\s?\}"
+    r"|(?P<a>[0-9])\s?(?P<b>[0-9])(?![0-9])))"
+    rf"|(?P<whole>[0-9]{{1,9}})\s(?P<numerator>[0-9]{{1,9}})\s?/\s?(?P<denominator>[0-9]{{1,9}})"
+    rf"(?![0-9.,/])|(?P<european>{_EUROPEAN})"
+    rf"|(?P<decimal>{_DECIMAL})(?P<power>{_POWER_OF_TEN})"
+    rf"(?:\s?/\s?(?P<divisor>{_DECIMAL}))?+)"
+)
+_EQUALS = re.compile(r"(?<![<>!=:\\])=+(?![<>])")
+_ABOUT = re.compile(r"\\(?:approx|simeq|cong|sim)(?![A-Za-z])|~=|=~")
+_ARROW = re.compile(
+    r"[-=]+>|[\N{RIGHTWARDS ARROW}\N{RIGHTWARDS DOUBLE ARROW}\N{THEREFORE}]"
+    r"|\\(?:to|(?:long)?[rR]ightarrow|Longrightarrow|implies|therefore)(?![A-Za-z])"
+)
+_EMPHASIS = re.compile(r"(?<![\w*)])(\*{1,3}|_{1,3}|`+)(?=\S)([^*_`]+)(?<=\S)\1(?![\w*(])")
+_PER = re.compile(r"(?<=[0-9])\s?/\s?(?=[A-Za-z]{3})")
+_POWER_OF_UNIT = re.compile(r"(?<=[0-9 ])([A-Za-z]{1,3})\s?\^\s?\{?\s?([23])\s?\}?(?![\w^])")
+_SLASHES = re.compile(r"[0-9]+(?:\s?/\s?[0-9]+){2,}")
+DENIED = re.compile(
+    r"[,;]?\s*\b(?:but |and )?(?:not|never|isn't|instead of|rather than|no longer)\b"
+    r"(?:(?!\bbut\b)[^,;=]|,(?=[0-9]{3}))*+"
+)
+_UNEQUAL = re.compile(r"(?:\\ne(?![A-Za-z])|!=)[^,;]*+")
+REMARK = re.compile(r"(?<=[^\s(])\s\((?!\s*mod)(?=\s*[A-Za-z]{2})[^()]*\)")
+_CURRENCY = r"(?:\\?\$|[\N{EURO SIGN}\N{POUND SIGN}\N{YEN SIGN}\N{INDIAN RUPEE SIGN}\N{CENT SIGN}])"
+_MONEY = re.compile(
+    rf"(?:(?<![\w)])(?P<minus>[-+])\s?)?(?<![A-Za-z])(?P<country>[A-Z]{{1,3}})?(?P<sign>{_CURRENCY})"
+    r"\s?(?=[-+]?[0-9.])"
+)
+_MONEY_AFTER = re.compile(r"(?<=[0-9])\s?([\N{EURO SIGN}\N{POUND SIGN}\N{YEN SIGN}\N{CENT SIGN}])")
+_CURRENCIES = {
+    "$": "dollars",
+    "\N{EURO SIGN}": "euros",
+    "\N{POUND SIGN}": "gbp",
+    "\N{YEN SIGN}": "yen",
+    "\N{INDIAN RUPEE SIGN}": "rupees",
+    "\N{CENT SIGN}": "cents",
+}
+_DOLLARS = re.compile(r"\\\$|\$")
+_DEGREE = re.compile(r"\^\s*\\circ(?![A-Za-z])")
+_WORD = re.compile(r"[^\W\d_]+(?:[-'.][^\W\d_]+)*\.?")
+# What makes another number of the one beside it.
+_CHANGING_WORDS = frozenset(
+    words(
+        "sqrt root pi squared cubed factorial mod modulo base half halves third thirds "
+        "quarter quarters fourth fourths fifth fifths sixth sixths seventh sevenths eighth "
+        "eighths ninth ninths tenth tenths hundredth hundredths thousandth thousandths times "
+        "plus minus over power divided multiplied point remainder r am pm a.m a.m. p.m p.m. "
+        "o'clock log ln sin cos tan exp"
+    )
+)
+_CHANGING_BEFORE = frozenset(
+    words(
+        "sqrt root half third quarter twice double triple times plus over power mod modulo "
+        "base point log ln sin cos tan exp factorial pi version room"
+    )
+)
+_NEGATING_WORDS = ("minus", "negative")
+_ALTERNATIVE = re.compile(r"\bor\b|\bto\b|\band\b|\bbetween\b", re.IGNORECASE)
+_ORDINAL = re.compile(r"(?:st|nd|rd|th)(?![\w-])")
+_SHAPE_SIGNS = frozenset("()[]{},;:/-\N{EN DASH}\\")
+_PUNCTUATION = frozenset(" \t\"'()[]{}*_`#,.;:~|%\N{EM DASH}\N{EN DASH}")
+
+
+def read_number(text: str, *, is_marked: bool = True) -> Reading:
+    """Read the number of an answer: `-1,000`, `US$5`, `.5`, `3 1/2`, `1e-3`, `\\frac{3}{4}`,
+    `18 eggs`, `4.5 million`, `6 * 7 = 42`.
+
+    None where there is no digit. Of several numbers in a text that is marked as the answer none is
+    it; a text that is not is prose, whose last number counts. 10% is 10.
+    """
+    line = text[-_MAX_LINE_CHARACTERS:]
+    line = _UNEQUAL.sub(" ", DENIED.sub(" ", plain_notation(without_wrapping(line))))
+    line = _with_units_spelt(line)
+    line = _EMPHASIS.sub(r"\2", REMARK.sub(" ", line)).strip().rstrip(".")
+    line = _SLASHES.sub(lambda m: m[0].replace("/", "-"), line)
+    # 22/7 is about 3.14: the first is what is meant. 6 * 7 -> 42: the last.
+    for piece in _ABOUT.split(line):
+        pieces = [piece for piece in _ARROW.split(piece) if any(map(str.isdigit, piece))]
+        if pieces:
+            return _read_equation(pieces[-1], is_marked)
+    return None
+
+
+def _read_equation(line: str, is_marked: bool) -> Reading:
+    parts = [part for part in _EQUALS.split(line) if any(map(str.isdigit, part))]
+    readings = [_read(part, is_marked) for part in parts]
+    found = readings[-1]
+    if isinstance(found, Unreadable):
+        # 42 = 6 * 7, and 7 = x
+        found = next((r for r in reversed(readings) if isinstance(r, Amount)), found)
+    # What is equal to another number, as in 7 = 42, is no answer.
+    if isinstance(found, Amount):
+        for part, reading in zip(parts, readings, strict=True):
+            if _is_bare(part):
+                value = reading.value if isinstance(reading, Amount) else _computed(part)
+                if value is not None and value != found.value:
+                    return Unreadable()
+    return found
+
+
+def _with_units_spelt(line: str) -> str:
+    """Put the sign of a currency after its number, and take the dollars of formulas away."""
+
+    def after(match: re.Match[str]) -> str:
+        is_own = match["country"] in (None, "US")
+        name = _CURRENCIES[match["sign"][-1]] if is_own else "?"
+        return f" \x02{name} {match['minus'] or ''}"
+
+    is_formula = line.count("$") % 2 == 0 and line.count("\\$") == 0
+    closing = re.search(r"(?<!\\)\$[^$]*[0-9}.]\$", line)
+    if not (is_formula and closing):
+        line = _MONEY.sub(after, line)
+    line = _MONEY_AFTER.sub(lambda m: f" {_CURRENCIES[m[1]]} ", line)
+    line = _DOLLARS.sub(" ", line).replace(r"\(", " ").replace(r"\)", " ")
+    line = line.replace(r"\[", " ").replace(r"\]", " ").replace(r"\%", "%")
+    line = _POWER_OF_UNIT.sub(_named_power, _PER.sub(" per ", line))
+    return _DEGREE.sub(" degrees ", line)
+
+
+def _named_power(match: re.Match[str]) -> str:
+    is_unit = len(match[1]) > 1 or match.string[match.start() - 1] == " "
+    if not is_unit or known_unit(match[1]) is None:
+        return match[0]
+    return f"{'square' if match[2] == '2' else 'cubic'} {match[1]}"
+
+
+def _read(part: str, is_marked: bool) -> Reading:
+    """Read one side of an equation."""
+    numbers = list(_NUMBER.finditer(part))
+    if len(numbers) > _MAX_NUMBERS:
+        return Unreadable()
+    if len(numbers) == 1 or not (shape := _shape(part, numbers)):
+        amounts = [_amount(part, numbers, i) for i in range(len(numbers))]
+        if not amounts:
+            return Unreadable()
+        if len(amounts) > 1 and not is_marked:
+            # In prose the last number counts, unless it is one of several alternatives.
+            between = part[numbers[-2].end() : numbers[-1].start()]
+            is_one_of_several = not _has_word(between) or _ALTERNATIVE.fullmatch(between.strip())
+            return Unreadable() if is_one_of_several else amounts[-1]
+        values = {amount.value if isinstance(amount, Amount) else None for amount in amounts}
+        return amounts[0] if len(values) == 1 else Unreadable()
+    values = tuple(value for n in numbers if (value := _value(n)) is not None)
+    return Figures(shape, values) if len(values) == len(numbers) else Unreadable()
+
+
+def _shape(part: str, numbers: list[re.Match[str]]) -> str:
+    """Show the signs between numbers, with # for each; "" where there are words or others."""
+    shape = "".join(_NUMBER.sub("#", part).split())
+    is_shape = shape.count("#") == len(numbers) and set(shape) <= _SHAPE_SIGNS | {"#"}
+    return shape if is_shape and "##" not in shape else ""
+
+
+def _amount(part: str, numbers: list[re.Match[str]], index: int) -> Amount | Unreadable:
+    """Read one number with what is around it, up to its neighbours."""
+    number = numbers[index]
+    start = numbers[index - 1].end() if index else 0
+    end = numbers[index + 1].start() if index + 1 < len(numbers) else len(part)
+    before, after = part[start : number.start()], part[number.end() : end]
+    before, money, name = before.rpartition("\x02")
+    unit = UNITS.get(name.strip(" -+")) if money else None
+    if not money:
+        before = name
+    value = _value(number)
+    words_before = [word.casefold() for word in _WORD.findall(before)]
+    is_whole = not (_begins_before(before, words_before) or _ends_behind(after))
+    if value is None or not is_whole or _is_in_list(before, after):
+        return Unreadable()
+    if words_before and words_before[-1] in _NEGATING_WORDS:
+        value = -value
+    for word in _WORD.findall(after)[:2]:
+        value *= MULTIPLIERS.get(word.casefold().removesuffix("s"), 1)
+    if unit is None and "%" in after[:2]:
+        unit = UNITS["%"]
+    named = re.match(r"\s?([^\W\d_/]+(?:/[^\W\d_]+)?)", after)
+    return Amount(value, unit or (known_unit(named[1]) if named else None))
+
+
+def _begins_before(before: str, words_before: list[str]) -> bool:
+    """Say whether the text before a number belongs to it: x3, 2^3, 1.2.3, x < 3, 1 + 3, half of
+    3."""
+    last = before[-1:]
+    if last.isalnum() or last in tuple("_^.\\/") or re.search(r"[A-Za-z][-.]$", before):
+        return True
+    if re.search(r"\\[A-Za-z]", before) or set(words_before[-3:]) & _CHANGING_BEFORE:
+        return True
+    sign = before.rstrip(" ([{*_`\"'")
+    return sign[-1:] in tuple("+*/^<>|\\") or bool(re.search(r"(?<![-\s])-$|[\w)] -$", sign))
+
+
+def _ends_behind(after: str) -> bool:
+    """Say whether the text after a number belongs to it: 3x, 3!, 3^2, 3 + 1, 3 and a half."""
+    if after[:1] in tuple("_^!?/\\+<>") or re.match(r"-[^\W_]", after):
+        return True
+    attached = re.match(r"[^\W\d_]+", after)
+    if attached and _ORDINAL.match(after) is None and known_unit(attached[0]) is None:
+        return True
+    rest = after[attached.end() if attached else 0 :]
+    if not set(_WORD.sub("", rest).replace("/", "")) <= _PUNCTUATION | set("-\n"):
+        return True
+    if re.match(r"\s*[-*/|]", rest) or re.search(r"[*|]", rest):
+        return True
+    found = [word.casefold() for word in _WORD.findall(after)]
+    is_variable = bool(found) and len(found[0]) == 1 and known_unit(found[0]) is None
+    return bool(set(found[:3]) & _CHANGING_WORDS) or (is_variable and found[0] != "a")
+
+
+def _is_in_list(before: str, after: str) -> bool:
+    """Say whether a number is a coordinate, as in (x, 5)."""
+    opened = max(before.rfind(bracket) for bracket in "([{")
+    if opened < max(before.rfind(bracket) for bracket in ")]}") or opened < 0:
+        return False
+    inside = before[opened:] + re.split(r"[)\]}]", after, maxsplit=1)[0]
+    return "," in inside or ";" in inside
+
+
+def _value(number: re.Match[str]) -> Fraction | None:
+    """Compute a number exactly; None where it is too long or divides by zero."""
+    if len(number[0]) > _MAX_NUMBER_CHARACTERS:
+        return None
+    groups = {name: text.replace(",", "") for name, text in number.groupdict().items() if text}
+    try:
+        if "above" in groups or "a" in groups:
+            above, below = (groups.get("above"), groups.get("below"))
+            value = Fraction(above or groups["a"]) / Fraction(below or groups["b"])
+            if "mixed" in groups:
+                value = _mixed(groups["mixed"], value)
+        elif "whole" in groups:
+            value = Fraction(groups["numerator"]) / Fraction(groups["denominator"])
+            value = _mixed(groups["whole"], value)
+        elif "european" in groups:
+            whole, _, tail = number["european"].partition(",")
+            value = Fraction(f"{whole.replace('.', '')}.{tail or '0'}")
+        else:
+            value = Fraction(groups["decimal"])
+            if power := groups.get("power", ""):
+                exponent = re.findall(r"[-+]?[0-9]+", power)[-1]
+                value *= Fraction(10) ** int(exponent)
+            value /= Fraction(groups.get("divisor", "1"))
+    except (ValueError, ZeroDivisionError):
+        return None
+    return -value if value is not None and groups.get("sign", "").startswith("-") else value
+
+
+def _mixed(whole: str, part: Fraction) -> Fraction | None:
+    """Add a proper fraction to a whole number; 3 5/2 is none."""
+    return int(whole) + part if 0 < part < 1 else None
+
+
+def _has_word(text: str) -> bool:
+    return any(len(word) > 1 for word in _WORD.findall(text))
+
+
+def _is_bare(part: str) -> bool:
+    """Say whether one side of an equation has no words in it."""
+    return not re.search(r"[^\W\d_]", re.sub(r"\\[A-Za-z]+", "", part))
+
+
+def _computed(part: str) -> Fraction | None:
+    result = evaluate_arithmetic(re.sub(r"\\times|\\cdot", "*", part).replace(r"\div", "/"))
+    return None if result is None else result[0]
