@@ -164,6 +164,9 @@ GOOD = '{"prompt": "p", "answer": "a"}'
         ),
         (['{"prompt": " ", "answer": 1}'], "line 1: the field 'prompt' is \" \"; give a string"),
         (['{"prompt": "p", "answer": true}'], "line 1: the field 'answer' is true; give a string"),
+        (['{"prompt": "p", "answer": NaN}'], "line 1: the field 'answer' is nan; a missing answer"),
+        (['{"prompt": "p", "answer": -Infinity}'], "'answer' is -inf; a missing answer"),
+        (['{"prompt": "p", "answer": 1e999}'], "'answer' is inf; a missing answer"),
         (['{"prompt": "p", "answer": null}'], "line 1: the field 'answer' is null; give a string"),
         (
             ['{"prompt": [], "answer": 1}'],

@@ -19,7 +19,7 @@ from rlad.config.run import RunConfig
 from rlad.config.task import CountdownConfig, KnightsAndKnavesConfig
 from rlad.runs.directory import RunDirectory
 from rlad.tasks import SPLITS, Verdict, make_task
-from rlad.tasks.several import require_working_verifier
+from rlad.tasks.references import require_working_verifier
 from tiny_runs import FILES, run_config
 
 LOGIC = {"type": "knights_and_knaves", "num_people": [2, 3]}

@@ -32,7 +32,7 @@ from rlad.models.student import require_base_model
 from rlad.rollouts.prompts import longest_prompt
 from rlad.runs.directory import RunDirectory
 from rlad.tasks import Task, make_task
-from rlad.tasks.several import require_working_verifier
+from rlad.tasks.references import require_working_verifier
 from rlad.teachers import check_teacher
 from rlad.teachers.base import Setting
 
@@ -222,8 +222,17 @@ def _tasks(config: RunConfig) -> Iterator[list[Task]]:
 
 def _check_task(config: RunConfig) -> list[Finding]:
     with closing(make_task(**config.task.model_dump())) as task:
-        require_working_verifier(task)
-        return [Finding("ok", "task", f"{task.name}, its verifier judges")]
+        return [
+            Finding("warning", "task", f"{grades.message}.")
+            if grades.message
+            else Finding(
+                "ok",
+                "task",
+                f"{grades.name}, its verifier judges: {grades.num_correct} of "
+                f"{grades.num_problems} reference answers are correct for their own problems",
+            )
+            for grades in require_working_verifier(task)
+        ]
 
 
 def _check_held_out(config: RunConfig) -> list[Finding]:

@@ -67,6 +67,9 @@ class JsonlConfig(Section):
     """the field with a problem's prompt"""
     answer_field: str = "answer"
     """the field with its reference answer"""
+    answer_format: Literal["whole", "gsm8k", "boxed", "last"] = "whole"
+    """what of that field is the answer: all of it, what follows the last `####`, the last
+    `\\boxed{...}`, or the final answer as in a completion (`<answer>`, `Answer:`, last line)"""
     verifier: str = "exact"
     """`exact`, `number`, `math`, or `import.path:function` of your own"""
     timeout_seconds: Positive = 5.0

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import random
 from collections.abc import Iterator
 from functools import lru_cache
@@ -10,6 +11,7 @@ from typing import Any
 
 from rlad.config.task import JsonlConfig
 from rlad.errors import UserError, require_package
+from rlad.tasks.answers import ANSWER_FORMATS
 from rlad.tasks.base import SPLITS, Judgement, Problem, Split, split_of, text_key
 from rlad.tasks.conversations import asked_text, conversation_mistakes, shown
 from rlad.tasks.verifiers import make_verifier
@@ -41,9 +43,10 @@ class JsonlTask:
             timeout_seconds=config.timeout_seconds,
             max_memory_gib=config.max_memory_gib,
         )
+        self.has_built_in_verifier = ":" not in config.verifier
         sources = {"train": path, "validation": config.validation_path, "test": config.test_path}
         loaded: dict[str, list[Problem]] = {
-            split: _load(source, split, config.prompt_field, config.answer_field)
+            split: _load(source, split, config)
             for split, source in sources.items()
             if source is not None
         }
@@ -79,7 +82,11 @@ class JsonlTask:
         return len(self._problems[split])
 
     def judge(self, problem: Problem, completion: str) -> Judgement:
-        return self._verifier.judge(completion, problem.answer)
+        return self.grade(completion, problem.answer)
+
+    def grade(self, completion: str, answer: str) -> Judgement:
+        """Compare a completion with any reference answer."""
+        return self._verifier.judge(completion, answer)
 
     def close(self) -> None:
         self._verifier.close()
@@ -92,14 +99,21 @@ def _order(seed: int, split: Split, epoch: int, num_problems: int) -> list[int]:
     return order
 
 
-def _load(source: str, split: str, prompt_field: str, answer_field: str) -> list[Problem]:
+def _load(source: str, split: str, config: JsonlConfig) -> list[Problem]:
     rows = _jsonl_rows(source) if source.endswith(".jsonl") else _saved_rows(source, split)
     problems = []
     for where, row in rows.items():
-        mistakes = _mistakes(row, {"prompt_field": prompt_field, "answer_field": answer_field})
-        if mistake := next(mistakes, ""):
+        fields = {"prompt_field": config.prompt_field, "answer_field": config.answer_field}
+        if mistake := next(_mistakes(row, fields), ""):
             raise UserError(f"{where}: {mistake}")
-        problems.append(_problem(row, prompt_field, answer_field))
+        answer = ANSWER_FORMATS[config.answer_format](str(row[config.answer_field]))
+        if not answer:
+            raise UserError(
+                f"{where}: the field {config.answer_field!r} has no answer of the format "
+                f"{config.answer_format!r}, only {str(row[config.answer_field])[:80]!r}; set "
+                "answer_format to another one, or leave it out."
+            )
+        problems.append(_problem(row, answer, config))
     return problems
 
 
@@ -152,6 +166,8 @@ def _mistakes(row: Any, fields: dict[str, str]) -> Iterator[str]:
             yield f"has no field {field!r}, only {there}; name it with {setting}."
         value = row[field]
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and not math.isfinite(value):
+            yield f"the field {field!r} is {value}; a missing answer cannot be won: remove the row."
         if setting == "prompt_field" and isinstance(value, list):
             for mistake in conversation_mistakes(value):
                 yield f"the field {field!r}: {mistake}"
@@ -165,8 +181,8 @@ def _mistakes(row: Any, fields: dict[str, str]) -> Iterator[str]:
         yield "has half of a surrogate pair, which is no text; remove it."
 
 
-def _problem(row: dict[str, Any], prompt_field: str, answer_field: str) -> Problem:
-    prompt = question = row[prompt_field]
+def _problem(row: dict[str, Any], answer: str, config: JsonlConfig) -> Problem:
+    prompt = question = row[config.prompt_field]
     messages = ()
     if isinstance(prompt, list):
         messages = tuple((message["role"], message["content"]) for message in prompt)
@@ -176,7 +192,7 @@ def _problem(row: dict[str, Any], prompt_field: str, answer_field: str) -> Probl
     metadata = {
         name: value
         for name, value in row.items()
-        if name not in (prompt_field, answer_field) and isinstance(value, str | int | float)
+        if name not in (config.prompt_field, config.answer_field)
+        and isinstance(value, str | int | float)
     }
-    answer = str(row[answer_field])
     return Problem(prompt, answer, text_key(question), metadata=metadata, messages=messages)

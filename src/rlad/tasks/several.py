@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from rlad.errors import UserError
-from rlad.tasks.base import Judgement, Problem, Split, Task, Verdict, reward_range
+from rlad.tasks.base import Judgement, Problem, Split, Task, reward_range
 
 
 class SeveralTasks:
@@ -55,19 +55,3 @@ class SeveralTasks:
 
     def close(self) -> None:
         self._held.close()
-
-
-def require_working_verifier(task: Task) -> None:
-    """Raise `UserError` when the verifier cannot judge even the reference answers of the first
-    problems; of several tasks, when one's cannot."""
-    if isinstance(task, SeveralTasks):
-        for one in task.tasks.values():
-            require_working_verifier(one)
-        return
-    problems = [task.problem("train", i) for i in range(5)]
-    judgements = [task.judge(problem, problem.answer) for problem in problems]
-    if all(judgement.verdict == Verdict.CANNOT_JUDGE for judgement in judgements):
-        raise UserError(
-            f"the verifier of task {task.name!r} cannot judge the reference answers of the first "
-            f"5 training problems ({judgements[0].reason}); fix the verifier or the answers."
-        )

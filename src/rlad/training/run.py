@@ -35,7 +35,7 @@ from rlad.runs.directory import (
 from rlad.runs.statistics import Estimate
 from rlad.stopping import Stop, StopRequested
 from rlad.tasks import Task, make_task
-from rlad.tasks.several import require_working_verifier
+from rlad.tasks.references import require_working_verifier
 from rlad.training.console import ConsoleReporter
 from rlad.training.environment import describe_environment, note_resumption
 from rlad.training.recorder import Recorder, recorded_estimate
