@@ -22,7 +22,7 @@ from tiny_runs import remains
 # Phase -> the function that it is the time of. What is within another one, such as sampling in an
 # evaluation, counts as that.
 PHASES: dict[str, tuple[Any, str]] = {
-    "loading": (rlad.training.run, "load_student"),
+    "loading": (rlad.training.run, "load_engine_student"),
     "generation": (rlad.engines.native.loop, "graded_groups"),
     "teacher scoring": (NativeEngine, "_ask_teacher"),
     "update": (NativeEngine, "update"),

@@ -35,6 +35,13 @@ class RunFailedError(RladError):
     are not finite."""
 
 
+class LostProcessError(RunFailedError):
+    """Another process of the run has ended, and says why itself."""
+
+    def __init__(self) -> None:
+        super().__init__("another process of this run has ended; its message says why.")
+
+
 def out_of_memory(error: Exception) -> RunFailedError | None:
     """Return the sentence for a want of memory, on a GPU or in main memory; None for all else."""
     reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")

@@ -431,7 +431,10 @@ def test_every_objective_runs_on_the_native_engine_and_says_where_else():
                     require_engine(engine, section())
 
 
-def test_a_run_on_trl_is_refused_in_one_sentence():
-    (found,) = mistakes("engine.type=trl")
-    assert found.startswith("engine.type = 'trl' is not available; set it to 'native'")
-    assert found.endswith("RLADTrainer in a script of your own (docs/trl.md).")
+def test_what_other_sections_decide_is_no_setting_of_trl():
+    (found,) = mistakes("engine.trl.learning_rate=1e-5")
+    assert found == (
+        "engine is wrong: trl.learning_rate is decided by optimization.learning_rate; leave it out "
+        "of [engine.trl]."
+    )
+    assert load_config(None, ["engine.trl.use_vllm=true"]).engine.trl == {"use_vllm": True}

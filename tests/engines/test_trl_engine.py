@@ -281,7 +281,7 @@ def test_a_teacher_may_be_a_model_its_name_or_a_teacher_of_ours(tmp_path):
         torch.testing.assert_close(a, b, equal_nan=True, rtol=0, atol=1e-6)
     recorded = Recorded()
     trainer = make_trainer(
-        tmp_path, "kdrl", trainer={"teacher": recorded, "problem_of": problem_of}
+        tmp_path, "kdrl", trainer={"teacher": recorded, "request_of": request_of}
     )
     inputs = first_inputs(trainer)
     assert len(recorded.requests) == 8, "kdrl asks also where the advantage is 0"
@@ -291,8 +291,11 @@ def test_a_teacher_may_be_a_model_its_name_or_a_teacher_of_ours(tmp_path):
     assert all(bool((part["teacher_logprobs"][part["counted"]] == -2).all()) for part in inputs)
 
 
-def problem_of(row: dict[str, Any]) -> Problem:
-    return Problem(prompt=row["prompt"], answer="", key=row["prompt"])
+def request_of(
+    number: int, row: dict[str, Any], prompt: list[int], completion: list[int]
+) -> TeacherRequest:
+    problem = Problem(prompt=row["prompt"], answer="", key=row["prompt"])
+    return TeacherRequest(prompt, completion, problem)
 
 
 @pytest.mark.parametrize("objective", WITH_TEACHER)

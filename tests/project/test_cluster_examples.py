@@ -1,5 +1,4 @@
-"""The Slurm and the Kubernetes example: their syntax, what they call, and the training script on
-one process."""
+"""The Slurm and the Kubernetes example: their syntax, and what they call."""
 
 import json
 import os
@@ -20,9 +19,6 @@ from rlad.cli.main import main
 from rlad.config.file import load_config
 from rlad.config.run import RunConfig
 from rlad.config.teacher import ServedTeacherConfig
-from rlad.models.loading import load_language_model
-from running_servers import server_thread
-from tiny_runs import run_config, write_config
 
 CLUSTER = Path(__file__).parents[2] / "recipes" / "cluster"
 SLURM, RAY_JOB = CLUSTER / "slurm.sbatch", CLUSTER / "rayjob.yaml"
@@ -156,11 +152,14 @@ def test_the_hosts_train_and_the_last_one_serves(tmp_path, monkeypatch):
     assert code == 0 and calls["scontrol"][0] == "show", "a run that has ended is not queued again"
     assert "--nodelist=gamma" in calls["vllm"]
     assert "--exclude=gamma" in calls["torchrun"] and "--nodes=2" in calls["torchrun"]
-    *launcher, script, run, output, teacher = calls["torchrun"]
+    start = calls["torchrun"].index("-m")
+    launcher = calls["torchrun"][:start]
     assert launcher[launcher.index("--rdzv-endpoint") + 1] == "alpha:29500"
-    assert (CLUSTER.parents[1] / script).is_file() and output == "runs/slurm-rlad-7"
+    module, *words = calls["torchrun"][start + 1 :]
     monkeypatch.chdir(tmp_path)
-    config = load_config(run, [teacher])
+    context, config = parsed(words)
+    assert (module, context.command.name) == ("rlad", "train") and not context.params["resume"]
+    assert (config.run_dir, config.engine.type) == ("runs/slurm-rlad-7", "trl")
     assert isinstance(config.teacher, ServedTeacherConfig)
     assert config.teacher.urls == ("http://gamma:8000/v1",)
     served = calls["vllm"]
@@ -171,8 +170,11 @@ def test_the_hosts_train_and_the_last_one_serves(tmp_path, monkeypatch):
 def test_a_job_that_was_stopped_is_queued_again_and_writes_into_the_same_folder(tmp_path):
     code, calls = submit(tmp_path, seconds_left=200, code=1)
     assert code == 1 and calls["scontrol"] == ["requeue", "7"]
+    (tmp_path / "runs" / "slurm-rlad-7").mkdir(parents=True)
+    (tmp_path / "runs" / "slurm-rlad-7" / "config.toml").write_text(RUN)
     _, again = submit(tmp_path)
-    assert again["torchrun"] == calls["torchrun"]
+    assert [word for word in again["torchrun"] if word != "--resume"] == calls["torchrun"]
+    assert "--resume" in again["torchrun"]
 
 
 def test_a_run_that_fails_is_not_queued_again(tmp_path):
@@ -185,35 +187,9 @@ def test_torchrun_has_the_options():
     known = {
         option for action in run.get_args_parser()._actions for option in action.option_strings
     }
-    launcher = SLURM.read_text().partition("/bin/torchrun")[2].partition('"$SCRIPT"')[0]
+    launcher = SLURM.read_text().partition("/bin/torchrun")[2].partition("-m rlad")[0]
     used = set(re.findall(r"--[a-z-]+", launcher))
     assert used and used <= known
-
-
-@pytest.mark.trl
-@pytest.mark.serve
-def test_the_script_trains_and_resumes(world, tmp_path):
-    """On the CPU and one process, with rlad's own server in the place of vLLM."""
-    for package in ("trl", "fastapi", "uvicorn"):
-        pytest.importorskip(package)
-    teacher = load_language_model(str(world / "teacher"))
-    run = write_config(tmp_path / "run.toml", run_config(world, tmp_path / "unused"))
-
-    def train(url: str, num_steps: int) -> dict[str, Any]:
-        section = f"teacher={{type='served',urls=['{url}'],model='tiny',tolerance=0.01}}"
-        command = [sys.executable, CLUSTER / "train_trl.py", run, tmp_path / "out", section]
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        command.append(f"optimization.num_steps={num_steps}")
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-        checkpoint = tmp_path / "out" / f"checkpoint-{num_steps}"
-        return json.loads((checkpoint / "trainer_state.json").read_text())
-
-    with server_thread(teacher, max_context_tokens=512) as server:
-        train(server.url, 2)
-        history = train(server.url, 3)["log_history"]
-    assert [row["step"] for row in history if "objective/ratio/mean" in row] == [1, 2, 3]
-    assert any(row.get("teacher/log_ratio/mean") for row in history)
 
 
 # --- Kubernetes ----------------------------------------------------------------------------------

@@ -33,6 +33,9 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 WITH_TRL = [name for name, one in OBJECTIVE_CONFIGS.items() if "trl" in one.engines]
 FREE_NAMES = {"logic", "sums", "gsm8k", "aime2025", "methods", "enable_thinking"}
 """Keys of tables that a user names."""
+TRL_NAMES = {"per_device_train_batch_size", "fsdp", "fsdp_config", "fsdp_version", "use_vllm"}
+TRL_NAMES |= {"vllm_mode", "teacher_is_sharded"}
+"""Of [engine.trl], whose names are TRL's."""
 
 
 def name_of(page: Path) -> str:
@@ -114,7 +117,7 @@ def test_settings_are_there(page: Path) -> None:
         for part in path.split(".")
     ]
     tables = [key for block in blocks(page, "toml") for key in keys(tomllib.loads(block))]
-    unknown = {key for key in [*quoted, *tables] if key not in SETTINGS | FREE_NAMES}
+    unknown = {key for key in [*quoted, *tables] if key not in SETTINGS | FREE_NAMES | TRL_NAMES}
     assert {key for key in unknown if " " not in key} - set(names("objectives")) == set()
 
 

@@ -17,6 +17,7 @@ from rlad.checks.trial import Trial, describe_trial, run_trial
 from rlad.config.catalogue import describe
 from rlad.config.run import RunConfig
 from rlad.config.teacher import LocalTeacherConfig, single_teachers
+from rlad.engines.making import require_engine_package
 from rlad.errors import RladError, UserError, out_of_memory
 from rlad.findings import Finding
 from rlad.models.files import require_weights
@@ -169,6 +170,15 @@ def _check_devices(config: RunConfig) -> list[Finding]:
     return [Finding("ok", "device", ", ".join(picked))]
 
 
+def _check_engine(config: RunConfig) -> list[Finding]:
+    require_engine_package(config)
+    if config.engine.type == "native":
+        return []
+    from rlad.engines.trl.arguments import describe_arguments
+
+    return [Finding("ok", "engine", describe_arguments(config))]
+
+
 def _check_trackers(config: RunConfig) -> list[Finding]:
     if not config.logging.trackers:
         return []
@@ -268,6 +278,7 @@ def _check_held_out(config: RunConfig) -> list[Finding]:
 _CHECKS: dict[str, Callable[[RunConfig], list[Finding]]] = {
     "run directory": _check_run_dir,
     "device": _check_devices,
+    "engine": _check_engine,
     "trackers": _check_trackers,
     "models": _check_models,
     "task": _check_task,

@@ -7,6 +7,7 @@ from itertools import cycle
 from types import SimpleNamespace
 from typing import Any
 
+from rlad.config.engine import EngineConfig
 from rlad.config.run import RunConfig
 from rlad.config.teacher import CachedTeacherConfig, single_teachers
 from rlad.config.types import Section
@@ -65,6 +66,7 @@ def run_trial(config: RunConfig) -> Trial:
         with closing(engine):
             engine.run(after_step)
 
+    by_trl = " in this trial, and TRL in the run" if config.engine.type == "trl" else ""
     # The first batch also loads kernels, so times are those of the last.
     seconds: dict[str, float] = {}
     for result in results[-per_batch:]:
@@ -76,7 +78,7 @@ def run_trial(config: RunConfig) -> Trial:
         num_completions=small.rollout.prompts_per_batch * small.rollout.group_size,
         max_tokens=small.rollout.max_completion_tokens,
         metrics=results[0].metrics,
-        sampler=engine.sampler.description,
+        sampler=engine.sampler.description + by_trl,
         seconds=seconds,
     )
 
@@ -94,8 +96,8 @@ def with_alternating_verdicts(task: Task) -> Any:
 
 
 def shrunken(config: RunConfig) -> RunConfig:
-    """Return the run with a handful of short completions in a batch and no cache around its
-    teacher.
+    """Return the run, on the native engine, with a handful of short completions in a batch and no
+    cache around its teacher.
 
     Several tasks take turns: at least one prompt of each, so that the teacher of each is asked.
     """
@@ -110,6 +112,7 @@ def shrunken(config: RunConfig) -> RunConfig:
     small = {
         "rollout": rollout.model_copy(update=sizes),
         "teacher": without_cache(config.teacher),
+        "engine": EngineConfig(),
     }
     return config.model_copy(update=small)
 

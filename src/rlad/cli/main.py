@@ -19,6 +19,7 @@ from rlad.errors import (
     BUG_REPORT,
     EXIT_FAILURE,
     EXIT_SIGNAL,
+    LostProcessError,
     RladError,
     RunFailedError,
     UserError,
@@ -93,8 +94,12 @@ class _Output:
 
 
 def _end(error: RladError) -> NoReturn:
-    for line in printable(str(error)).splitlines():
-        click.echo(f"rlad: {line}", err=True)
+    # Of the processes that a launcher has started on a host one says what all of them find wrong,
+    # and each what it alone has met.
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if is_first or not isinstance(error, UserError | LostProcessError):
+        for line in printable(str(error)).splitlines():
+            click.echo(f"rlad: {line}", err=True)
     sys.exit(error.exit_code)
 
 

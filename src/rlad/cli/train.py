@@ -19,6 +19,7 @@ from rlad.training.run import TrainResult
 def run_training(config: RunConfig, *, resume: bool, overwrite: bool, as_json: bool) -> None:
     console = Console(stderr=as_json)
     with console.status("starting"):  # the next imports take seconds
+        from rlad.engines.making import is_main_process
         from rlad.stopping import StopRequested
         from rlad.training.console import ConsoleReporter
         from rlad.training.run import how_to_resume, train
@@ -26,8 +27,11 @@ def run_training(config: RunConfig, *, resume: bool, overwrite: bool, as_json: b
         with ConsoleReporter(console) as reporter:
             result = train(config, resume=resume, overwrite=overwrite, reporter=reporter)
     except StopRequested as stopped:
-        click.echo(f"rlad: stopped by {stopped}; {how_to_resume(config)}", err=True)
+        if is_main_process():
+            click.echo(f"rlad: stopped by {stopped}; {how_to_resume(config)}", err=True)
         sys.exit(EXIT_SIGNAL + stopped.signal_number)
+    if not is_main_process():
+        return
     if as_json:
         click.echo(json.dumps(result.to_json()))
     else:

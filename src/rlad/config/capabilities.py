@@ -5,6 +5,7 @@ from typing import Any
 
 from rlad.config.objective import OBJECTIVE_CONFIGS, EngineName
 from rlad.config.run import RunConfig
+from rlad.config.teacher import single_teachers
 from rlad.config.types import Annealed
 from rlad.errors import UserError
 
@@ -33,22 +34,35 @@ def _asked_by_objective(objective: Any, engine: EngineName) -> Iterator[Row]:
 
 def _asked_by_run(run: RunConfig) -> Iterator[Row]:
     loop = run.optimization
-    teacher: Any = run.teacher if run.needs_teacher else None
     if loop.schedule == "linear":
-        yield "optimization.schedule = 'linear'", ("native",), "use constant or cosine"
+        yield "optimization.schedule = 'linear'", ("native", "trl"), "use constant or cosine"
     if isinstance(loop.kl_coef, Annealed):
         yield "an annealed optimization.kl_coef", ("native",), "give one number"
     for key in ("lora", "end_tokens"):
         if getattr(run.student, key):
-            yield f"student.{key}", ("native",), "leave it out, or use the native engine"
-    if teacher and (
-        teacher.type != "local" or teacher.random_weights or teacher.quantization != "none"
-    ):
+            yield f"student.{key}", ("native", "trl"), "leave it out, or use the native engine"
+    if run.student.device not in ("auto", "cpu", "cuda"):
+        what = f"student.device = {run.student.device!r}"
+        yield what, ("native", "verl"), "set it to 'auto': each process takes the GPU of its number"
+    if run.rollout.engine != "native":
+        what = f"rollout.engine = {run.rollout.engine!r}"
+        yield what, ("native", "verl"), "set it to 'native', and engine.trl.use_vllm = true"
+    if run.needs_teacher:
+        yield from _asked_by_teacher(run)
+
+
+def _asked_by_teacher(run: RunConfig) -> Iterator[Row]:
+    teacher: Any = run.teacher
+    if teacher.type != "local" or teacher.random_weights or teacher.quantization != "none":
         instead = "name a model of type 'local' with its own weights, unquantised"
-        yield "this [teacher]", ("native",), f"{instead}, of which verl starts the servers"
-    if teacher and run.rollout.temperature != 1:
+        yield "this [teacher]", ("native", "trl"), f"{instead}, of which verl starts the servers"
+    for where, one in single_teachers(teacher):
+        if one.type in ("ema", "adapter"):
+            instead = "name a model of type 'local', or use the native engine"
+            yield f"{where}.type = {one.type!r}", ("native", "verl"), instead
+    if run.rollout.temperature != 1:
         what = f"rollout.temperature = {run.rollout.temperature} with a teacher"
-        yield what, ("native",), "set it to 1, at which verl's teacher always scores"
+        yield what, ("native", "trl"), "set it to 1, at which verl's teacher always scores"
 
 
 def require_engine(engine: EngineName, objective: Any, run: RunConfig | None = None) -> None:

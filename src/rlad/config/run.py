@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field
 
+from rlad.config.engine import EngineConfig
 from rlad.config.objective import ObjectiveConfig, TRRDConfig
 from rlad.config.rollout import CorrectionConfig, VLLMConfig
 from rlad.config.task import TaskConfig, with_changes
@@ -199,13 +200,6 @@ class LoggingConfig(Section):
     """of trackio and wandb"""
 
 
-class EngineConfig(Section):
-    """What makes the optimiser steps."""
-
-    type: Literal["native", "trl"] = "native"
-    """our own loop for one device; `trl` is refused for now"""
-
-
 class RunConfig(Section):
     """One training run."""
 
@@ -248,11 +242,6 @@ class RunConfig(Section):
             )
         if objective.needs_teacher and self.teacher is not None:
             yield from _what_the_teacher_lacks(objective, self.teacher)
-        if self.engine.type == "trl":
-            yield (
-                "engine.type = 'trl' is not available; set it to 'native'; on several GPUs use "
-                "rlad.engines.trl.trainer.RLADTrainer in a script of your own (docs/trl.md)."
-            )
         _ = self.ood_task  # whose settings may be wrong
 
     @property

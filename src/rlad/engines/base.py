@@ -62,9 +62,21 @@ class Engine(Protocol):
         """What kind of moment the present one is, if a run can be resumed from it; else None."""
         ...
 
-    def run(self, after_step: Callable[[StepResult], bool]) -> None:
+    is_main: bool
+    """whether this process evaluates, records and decides; of several one does"""
+
+    def run(
+        self,
+        after_step: Callable[[StepResult], bool],
+        begin: Callable[[], bool] = lambda: True,
+    ) -> None:
         """Make optimiser steps until the run's last one, or until `after_step`, which gets each of
-        them, returns False."""
+        them, returns False. `begin` is called when all is ready for the first; it returns False
+        where there is none to be made."""
+        ...
+
+    def follow(self) -> None:
+        """In a process that is not the main one, do what that asks for, until it ends."""
         ...
 
     def close(self) -> None:

@@ -194,17 +194,21 @@ class RolloutBatch:
         return [self._teacher_request(i) for i in (self.teacher_rows if rows is None else rows)]
 
     def _teacher_request(self, row: int) -> TeacherRequest:
-        group_number, place = divmod(row, self.group_size)
-        group = self.groups[group_number]
-        rollout = group.rollouts[place]
-        # A privileged teacher may be shown other rollouts, never the one that it scores.
-        return TeacherRequest(
-            group.prompt_token_ids,
-            rollout.completion.token_ids,
-            group.problem,
-            rollout,
-            peers=(*group.rollouts[:place], *group.rollouts[place + 1 :]),
-        )
+        number, place = divmod(row, self.group_size)
+        return teacher_request(self.groups[number], place)
+
+
+def teacher_request(group: RolloutGroup, place: int) -> TeacherRequest:
+    """What a teacher is asked about one rollout of a group."""
+    rollout = group.rollouts[place]
+    # A privileged teacher may be shown other rollouts, never the one that it scores.
+    return TeacherRequest(
+        group.prompt_token_ids,
+        rollout.completion.token_ids,
+        group.problem,
+        rollout,
+        peers=(*group.rollouts[:place], *group.rollouts[place + 1 :]),
+    )
 
 
 def padded(rows: Sequence[Tensor], like: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def graded_groups(
     def grade_group(number: int, completions: list[Completion]) -> None:
         problem = problems[number]
         with timer("rewards"):
-            rollouts = _grade(task, problem, names[number], completions, student, before_work)
+            rollouts = grade(task, problem, names[number], completions, student, before_work)
             prompt = tuple(prompts[number])
             groups[number] = RolloutGroup(indices[number], problem, prompt, rollouts)
         after_group(number, groups[number])
@@ -89,7 +89,7 @@ def graded_groups(
     return [groups[number] for number in range(len(groups))]
 
 
-def _grade(
+def grade(
     task: Task,
     problem: Problem,
     name: str,

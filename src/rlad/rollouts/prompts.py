@@ -27,7 +27,7 @@ def prompt_token_ids(
             "'plain' or 'auto'."
         )
     if is_plain(tokenizer, rollout.prompt_format):
-        return tokenizer(_plain_text(prompt, rollout))["input_ids"]
+        return tokenizer(plain_text(prompt, rollout))["input_ids"]
     text = chat_text(
         tokenizer, chat_messages(prompt, rollout.system_prompt), rollout.chat_template_kwargs
     )
@@ -39,7 +39,9 @@ def is_plain(tokenizer: PreTrainedTokenizerBase, prompt_format: str) -> bool:
     return prompt_format == "plain" or not tokenizer.chat_template
 
 
-def _plain_text(prompt: Prompt, rollout: RolloutConfig) -> str:
+def plain_text(prompt: Prompt, rollout: RolloutConfig) -> str:
+    """Return the text of a prompt that is given as it is. Raises `UserError` for what only a chat
+    template can say."""
     for name in ("system_prompt", "chat_template_kwargs"):
         if getattr(rollout, name):
             raise UserError(

@@ -224,6 +224,8 @@ class Setting:
     before_work: Callable[[], None] = lambda: None
     """called by a teacher before each piece of its work, and while it waits; raises to stop the run
     there"""
+    device: torch.device | None = None
+    """of a local teacher that names none; by default the student's"""
 
     @property
     def temperature(self) -> float:

@@ -193,7 +193,7 @@ def make_teacher(settings: LocalTeacherConfig, setting: Setting) -> LocalTeacher
     language_model = load_language_model(
         settings.model,
         dtype=settings.dtype,
-        device=str(setting.student.model.device) if is_auto else settings.device,
+        device=str(setting.device or setting.student.model.device) if is_auto else settings.device,
         random_weights_seed=stream_seed(seed, "random teacher", 0) if is_random else None,
         quantization=quantization_config(settings.quantization),
     )

@@ -16,9 +16,13 @@ from rich.console import Console
 from rlad.config.file import dump_config, load_config, parse_config
 from rlad.config.run import RunConfig
 from rlad.engines.base import StepResult
-from rlad.engines.native import make_engine
-from rlad.errors import RladError, UserError
-from rlad.models.student import load_student
+from rlad.engines.making import (
+    is_main_process,
+    load_engine_student,
+    make_engine,
+    require_engine_package,
+)
+from rlad.errors import LostProcessError, RladError, UserError
 from rlad.rollouts.evaluation import evaluate
 from rlad.rollouts.prompts import longest_prompt
 from rlad.runs.curve import curve_html
@@ -86,6 +90,7 @@ def train(
             "__name__ == '__main__':`."
         )
     config = config if isinstance(config, RunConfig) else parse_config(config)
+    require_engine_package(config)
     require_trackers(config)
     if resume and overwrite:
         raise UserError("--resume continues a run and --overwrite deletes it; give one of the two.")
@@ -107,7 +112,7 @@ def _train(config: RunConfig, *, resume: bool, overwrite: bool, reporter: Report
     with ExitStack() as held:
         if current_thread() is main_thread():
             held.enter_context(stop.on_signals())
-        if is_there:
+        if is_there and is_main_process():
             held.enter_context(run.locked())
 
         # Whatever can be found wrong is found here, before anything is written.
@@ -122,6 +127,8 @@ def _train(config: RunConfig, *, resume: bool, overwrite: bool, reporter: Report
             if checkpoint is not None:
                 _require_continuable(run, training.engine.step, config)
 
+        if not training.engine.is_main:
+            return training.follow(run)
         if stored is None:
             if not is_there:
                 held.enter_context(run.locked())
@@ -166,7 +173,7 @@ class Training:
         self.recorder: Recorder | None = None
         require_working_verifier(task)
         with _resuming(checkpoint) if checkpoint else nullcontext():
-            self.student = load_student(config, checkpoint)
+            self.student = load_engine_student(config, checkpoint)
         longest_prompt(config, task, self.student.tokenizer, self.student.context_tokens, ood_task)
         self.engine = make_engine(config, self.student, task, before_work=self._before_work)
         if checkpoint is not None:
@@ -179,9 +186,6 @@ class Training:
         self.recorder = recorder
         started = time.monotonic()
         try:
-            recorder.save(self.engine)  # before the first row, so that no row lacks a checkpoint
-            if self.engine.step == 0:
-                self._test(recorder, 0)
             self._train(recorder)
             after = self._test(recorder, self.engine.step)
         except (StopRequested, RladError) as error:
@@ -195,8 +199,18 @@ class Training:
         recorder.finish(before, after)
         return TrainResult(self.config.directory, before, after, time.monotonic() - started)
 
+    def follow(self, run: RunDirectory) -> TrainResult:
+        """In another process than the main one, which writes the run directory: train with it."""
+        started = time.monotonic()
+        self.engine.follow()
+        before = recorded_estimate(run, "test", 0)
+        after = recorded_estimate(run, "test", self.engine.step)
+        if before is None or after is None or not run.is_finished():
+            raise LostProcessError
+        return TrainResult(run.path, before, after, time.monotonic() - started)
+
     def _train(self, recorder: Recorder) -> None:
-        """Validate, step, record, save: to the last step, or until the budget is used up."""
+        """Test, validate, step, record, save: to the last step, or until the budget is used up."""
         every = self.config.evaluation.every_steps
         num_steps = self.config.optimization.num_steps
 
@@ -209,16 +223,21 @@ class Training:
                 recorder.prune()
                 recorder.phase("training")
 
+        def begin() -> bool:
+            recorder.save(self.engine)  # before the first row, so that no row lacks a checkpoint
+            if self.engine.step == 0:
+                self._test(recorder, 0)
+            validate_if_due()
+            recorder.phase("training")
+            return not recorder.has_used_up_its_budget
+
         def after_step(result: StepResult) -> bool:
             recorder.step(result, may_stop=self.engine.resume_point is not None)
             validate_if_due()
             recorder.save_if_due(self.engine)
             return not recorder.has_used_up_its_budget
 
-        validate_if_due()
-        if not recorder.has_used_up_its_budget:
-            recorder.phase("training")
-            self.engine.run(after_step)
+        self.engine.run(after_step, begin)
 
     def _test(self, recorder: Recorder, step: int) -> Estimate:
         """pass@1 on the test split; the out-of-distribution test, where there is one, is recorded

@@ -48,6 +48,8 @@ SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "
 class NativeEngine:
     """Trains one student on one device."""
 
+    is_main = True
+
     def __init__(
         self,
         config: RunConfig,
@@ -156,8 +158,14 @@ class NativeEngine:
                 SkippedBatch(batch.groups, batch_tensors(batch)) if is_skipped else None,
             )
 
-    def run(self, after_step: Callable[[StepResult], bool]) -> None:
+    def run(
+        self,
+        after_step: Callable[[StepResult], bool],
+        begin: Callable[[], bool] = lambda: True,
+    ) -> None:
         """Make optimiser steps until `num_steps`, or until `after_step` returns False."""
+        if not begin():
+            return
         for result in self.steps():
             if not after_step(result):
                 break
@@ -214,6 +222,9 @@ class NativeEngine:
         """The teacher of an objective that needs its model; a config with another is refused."""
         assert isinstance(self.teacher, LocalTeacher)
         return self.teacher
+
+    def follow(self) -> None:
+        """There is no other process."""
 
     def close(self) -> None:
         self.sampler.close()

@@ -7,7 +7,6 @@ Three of TRL's methods are overridden, `_generate_and_score_completions`, `_calc
 TRL's.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -27,10 +26,11 @@ from rlad.objectives.advantages import group_advantages
 from rlad.objectives.aggregate import aggregate
 from rlad.objectives.inputs import LossInputs
 from rlad.objectives.masks import keep_finite
-from rlad.tasks import Problem
+from rlad.rollouts.grading import Timer
 from rlad.teachers.asking import ask_twice, require_few_missing
 from rlad.teachers.base import Teacher, TeacherRequest
 
+RequestOf = Callable[[int, dict[str, Any], list[int], list[int]], TeacherRequest]
 SCORED = ("teacher_logprobs", "ref_per_token_logps", "old_per_token_logps")
 
 
@@ -50,15 +50,19 @@ class RLADTrainer(GRPOTrainer):
         *,
         teacher: Teacher | PreTrainedModel | str | None = None,
         args: RLADConfig,
-        problem_of: Callable[[dict[str, Any]], Problem | None] = lambda row: None,
+        request_of: RequestOf = lambda number, row, prompt, completion: TeacherRequest(
+            prompt, completion
+        ),
+        timer: Timer | None = None,
         **settings: Any,
     ):
         """`teacher` may be a model's name or folder, a transformers model, or a `Teacher` that
         scores at `args.temperature`.
 
-        `problem_of` turns a row of the data set into the problem that a privileged teacher is
-        shown; `settings` are those of `GRPOTrainer`. Raises `UserError` for what cannot be trained
-        so.
+        `request_of` makes what the teacher is asked about a completion, for a privileged one:
+        of the completion's number in this process, its row of the data set, and the tokens of
+        prompt and completion. `timer` measures the parts of a step. `settings` are those of
+        `GRPOTrainer`. Raises `UserError` for what cannot be trained so.
         """
         objective = args.objective_config
         # With an adapter the reference is the base model, which is in memory already.
@@ -88,7 +92,8 @@ class RLADTrainer(GRPOTrainer):
             self.teacher = as_teacher(
                 teacher, args, self._tokenizer, self.accelerator, student=self.model
             )
-        self.problem_of = problem_of
+        self.request_of = request_of
+        self.timer = timer or Timer()
         self.windows = {"train": StepStats(), "eval": StepStats()}
 
     def _send_telemetry(self) -> None:
@@ -107,7 +112,8 @@ class RLADTrainer(GRPOTrainer):
         `counted` are the tokens that the denominator counts: all of the mask for which every score
         is finite.
         """
-        batch = super()._generate_and_score_completions(inputs)
+        with self.timer("generation"):
+            batch = super()._generate_and_score_completions(inputs)
         if self.args.advantages == "rlad":
             self._replace_advantages(batch)
         # A token counts if all that the loss needs is finite for it. A completion that contributes
@@ -116,7 +122,8 @@ class RLADTrainer(GRPOTrainer):
         counted = _mask(batch)
         if self.teacher is not None:
             asked = counted & ~self._is_idle(batch)[:, None]
-            batch["teacher_logprobs"] = self._ask_teacher(batch, asked, inputs)
+            with self.timer("teacher"):
+                batch["teacher_logprobs"] = self._ask_teacher(batch, asked, inputs)
             counted = keep_finite(counted, torch.where(asked, batch["teacher_logprobs"], 0))
         batch["counted"] = keep_finite(
             counted, *(batch[name] for name in SCORED[1:] if name in batch)
@@ -129,6 +136,9 @@ class RLADTrainer(GRPOTrainer):
             "constant_length": num_rows * self.max_completion_length,
         }[self.args.aggregation]
         batch["denominator"] = over_processes(self.accelerator, whole).clamp(min=1)
+        for key, seconds in self.timer.seconds.items():
+            self._metrics[self.mode][key].append(seconds)
+        self.timer.seconds.clear()
         return batch
 
     def _is_idle(self, batch: dict[str, Any]) -> Tensor:
@@ -179,15 +189,16 @@ class RLADTrainer(GRPOTrainer):
         also when asked for once more.
         """
         assert self.teacher is not None
-        started = time.monotonic()
         most = self.args.max_missing_teacher_share
         wanted = asked.any(dim=1).nonzero().flatten().tolist()
         prompts, completions = (
             [batch[f"{part}_ids"][i][batch[f"{part}_mask"][i].bool()].tolist() for i in wanted]
             for part in ("prompt", "completion")
         )
-        problems = [self.problem_of(rows[i]) for i in wanted]
-        requests = list(map(TeacherRequest, prompts, completions, problems))
+        requests = [
+            self.request_of(i, rows[i], prompt, completion)
+            for i, prompt, completion in zip(wanted, prompts, completions, strict=True)
+        ]
         if isinstance(self.teacher, ShardedTeacher):
             # All processes ask it at the same time, and asking again would change nothing.
             scores = self.teacher.logprobs(requests)
@@ -206,8 +217,7 @@ class RLADTrainer(GRPOTrainer):
         )
         step = self.state.global_step + 1
         require_few_missing(missing, total, max_missing_share=most, step=step)
-        own = {"time/teacher/seconds": time.monotonic() - started, "teacher/tokens/count": total}
-        for key, value in (own | self.teacher.pop_metrics()).items():
+        for key, value in ({"teacher/tokens/count": total} | self.teacher.pop_metrics()).items():
             self._metrics[self.mode][key].append(float(value))
         return result
 

@@ -1,0 +1,54 @@
+"""The engine of a run, and the student as that engine wants it."""
+
+import os
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+from rlad.config.run import RunConfig
+from rlad.engines import native
+from rlad.engines.base import Engine
+from rlad.errors import UserError, require_package
+from rlad.models.loading import LanguageModel
+from rlad.models.student import load_student, require_base_model
+from rlad.tasks import Task
+
+
+def is_main_process() -> bool:
+    """Whether this is the process, of those that a launcher has started, that writes and prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def require_engine_package(config: RunConfig) -> None:
+    """Raise `UserError` when an engine is not installed, or cannot use the processes that were
+    started."""
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.engine.type == "trl":
+        require_package("trl", "engine.type = 'trl'")
+    elif num_processes > 1:
+        raise UserError(
+            f"{num_processes} processes were started, and engine.type = 'native' trains in one "
+            "alone; set engine.type=trl, or start one."
+        )
+
+
+def load_engine_student(config: RunConfig, checkpoint: Path | None) -> LanguageModel:
+    """Load what is to be trained: the initial student, or what a checkpoint holds of it.
+
+    TRL puts it on its devices, adds its adapter and reads its checkpoint itself.
+    """
+    if config.engine.type == "native":
+        return load_student(config, checkpoint)
+    require_base_model(config)
+    plain = config.student.model_copy(update={"device": "cpu", "lora": None})
+    return load_student(config.model_copy(update={"student": plain}))
+
+
+def make_engine(
+    config: RunConfig, student: LanguageModel, task: Task, *, before_work: Callable[[], None]
+) -> Engine:
+    """Load what a run needs beside its student and its task."""
+    if config.engine.type == "native":
+        return native.make_engine(config, student, task, before_work=before_work)
+    trl = import_module("rlad.engines.trl.engine")  # imports TRL, which takes seconds
+    return trl.TRLEngine(config, student=student, task=task, before_work=before_work)

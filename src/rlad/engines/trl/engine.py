@@ -1,0 +1,370 @@
+"""The engine for several GPUs and hosts: TRL's trainer makes the steps of a run.
+
+TRL samples, optimises, splits the model, and saves and restores its state. From us are problems,
+rewards, teacher and objective, and what is recorded of each step. The main process decides when to
+evaluate, to save and to stop, between two steps, and the others carry it out with it.
+"""
+
+import json
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from accelerate import DistributedType
+from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
+from transformers.utils.logging import disable_progress_bar
+from trl.models.utils import unwrap_model_for_generation
+
+from rlad.config.capabilities import require_engine
+from rlad.config.run import LoraConfig, RunConfig
+from rlad.engines.base import ResumePoint, StepResult, peak_memory
+from rlad.engines.metrics import rollout_metrics
+from rlad.engines.trl.arguments import make_arguments, trl_may_refuse
+from rlad.engines.trl.orders import Orders, lost_process
+from rlad.engines.trl.rollouts import TaskRollouts
+from rlad.engines.trl.trainer import RLADTrainer
+from rlad.errors import RunFailedError, UserError
+from rlad.models.adapters import add_lora
+from rlad.models.files import files_of, resolvable
+from rlad.models.loading import LanguageModel
+from rlad.rollouts.grading import Timer
+from rlad.rollouts.sampling import OwnSampler
+from rlad.rollouts.types import Completion, Metrics
+from rlad.seeds import stream_seed
+from rlad.tasks import Task
+from rlad.teachers import make_teacher
+from rlad.teachers.base import Setting, Teacher
+
+STATE = "trainer/state.json"
+AREAS = ("objective/", "teacher/", "student/", "reference/", "sampler/", "time/")
+"""of TRL's figures those that are ours"""
+
+
+class _Leave(BaseException):
+    """Ends TRL's loop in this process; all others leave it at the same time."""
+
+
+class _End(BaseException):
+    """Ends a process that is not the main one."""
+
+
+class TRLEngine:
+    """Trains one student in one process or more, each with its own engine."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        student: LanguageModel,
+        task: Task,
+        before_work: Callable[[], None] = lambda: None,
+    ):
+        """`student` is on the CPU, without the adapter of `[student.lora]`. `before_work` is called
+        by the main process between two steps; it may raise to stop the run there."""
+        require_engine("trl", config.objective, config)
+        self.config = config
+        self.student = student
+        self.before_work = before_work
+        self.step = 0
+        self._restored: str | None = None
+        self._others_wait = True
+        self._can_save = False
+        # It warns of what TRL itself does, and shows bars of its own.
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+        disable_progress_bar()
+        self._folder = TemporaryDirectory(prefix="rlad-trl-")
+        args = make_arguments(config, self._folder.name)
+        self.orders = Orders()
+        timer = Timer()
+        self.rollouts = TaskRollouts(config, student, task, timer)
+        # The end tokens of a run are TRL's too.
+        generation: Any = student.model.generation_config
+        generation.eos_token_id = list(student.eos_token_ids)
+        with trl_may_refuse():
+            self.trainer: Any = RLADTrainer(
+                student.model,
+                teacher=self._make_teacher(args),
+                args=args,
+                timer=timer,
+                request_of=lambda number, *_: self.rollouts.teacher_request(number),
+                reward_funcs=self.rollouts.reward,
+                train_dataset=self.rollouts.dataset(),
+                processing_class=student.tokenizer,
+                peft_config=_peft_config(config, student),
+                callbacks=[_BetweenSteps(self)],
+            )
+        self.trainer.remove_callback(PrinterCallback)
+        if self.trainer.is_fsdp_enabled:
+            # A checkpoint is a model folder that every other tool reads.
+            plugin = self.trainer.accelerator.state.fsdp_plugin
+            plugin.set_state_dict_type("FULL_STATE_DICT")
+        self.sampler = StudentSampler(self)
+
+    def _make_teacher(self, args: Any) -> Teacher | str | None:
+        if not self.config.needs_teacher:
+            return None
+        settings: Any = self.config.teacher
+        if args.teacher_is_sharded:
+            if settings.type != "local":
+                raise UserError(
+                    "engine.trl.teacher_is_sharded splits a teacher of type 'local', and this one "
+                    f"is {settings.type!r}; leave it out."
+                )
+            return settings.model
+        student = self.student
+        context = student.context_tokens
+        setting = Setting(self.config, student.tokenizer, context, student, device=args.device)
+        return make_teacher(settings, setting)
+
+    # --- the main process -------------------------------------------------------------------------
+
+    @property
+    def is_main(self) -> bool:
+        return self.orders.is_main
+
+    @property
+    def resume_point(self) -> ResumePoint | None:
+        """TRL resumes exactly from the end of a rollout batch."""
+        per_batch = self.config.optimization.steps_per_rollout_batch
+        is_possible = self._can_save and self._others_wait and self.step % per_batch == 0
+        return "step" if is_possible else None
+
+    def run(
+        self,
+        after_step: Callable[[StepResult], bool],
+        begin: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self._begin = begin
+        self._after_step = after_step
+        self._order("train")
+        self._train()
+        self._others_wait = True
+
+    def save(self, folder: Path, *, run_digest: str) -> None:
+        self._order("save", str(folder))
+        self._save(folder)
+        teacher = self.trainer.teacher
+        state = {
+            "run": run_digest,
+            "step": self.step,
+            "teacher": None if teacher is None else teacher.identity,
+            "processes": self.orders.num_processes,
+        }
+        (folder / STATE).parent.mkdir(exist_ok=True)
+        (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
+
+    def restore(self, folder: Path, *, run_digest: str) -> None:
+        """TRL itself reads the checkpoint, when `run` begins."""
+        try:
+            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            found = (state["run"], state["teacher"], state["processes"])
+            self.step = int(state["step"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"its state cannot be read ({error}).") from None
+        teacher = self.trainer.teacher
+        wanted = (
+            run_digest,
+            None if teacher is None else teacher.identity,
+            self.orders.num_processes,
+        )
+        for what, there, here in zip(("run", "teacher", "processes"), found, wanted, strict=True):
+            if there != here:
+                raise UserError(f"it is of another run: {what} {there!r} there, {here!r} here.")
+        self._restored = str(folder)
+
+    def close(self) -> None:
+        if self._others_wait:
+            self._order("end")
+        if self.trainer.teacher is not None:
+            self.trainer.teacher.close()
+        self._folder.cleanup()
+
+    def _order(self, order: str, argument: Any = None) -> None:
+        if self.is_main:
+            self.orders.give(order, argument)
+
+    # --- the others -------------------------------------------------------------------------------
+
+    def follow(self) -> None:
+        """In another process than the main one: carry out its orders until it ends."""
+        with suppress(_End):
+            self._obey()
+
+    def _obey(self) -> None:
+        while True:
+            order, argument = self.orders.take()
+            if order == "next step":
+                return
+            if order == "leave":
+                raise _Leave
+            if order == "end":
+                raise _End
+            if order == "train":
+                self._train()
+            if order == "save":
+                self._save(Path(argument))
+            if order == "sample":
+                self.sampler.decode(*argument)
+
+    # --- in all processes at once -----------------------------------------------------------------
+
+    def _train(self) -> None:
+        self._others_wait = False
+        try:
+            self.trainer.train(resume_from_checkpoint=self._restored)
+        except _Leave:
+            return
+        except RuntimeError as error:
+            failure = lost_process(error)
+            raise (failure or error) from error
+
+    def _save(self, folder: Path) -> None:
+        """Let TRL write its checkpoint into an empty folder."""
+        self.trainer.args.output_dir = str(folder)
+        self.trainer._save_checkpoint(self.trainer.model, trial=None)
+        self.orders.wait_for_all()
+        if self.is_main:
+            written = folder / f"checkpoint-{self.trainer.state.global_step}"
+            for path in written.iterdir():
+                path.rename(folder / path.name)
+            written.rmdir()
+            # Written by TRL, for a run that is not known to it.
+            (folder / "README.md").unlink(missing_ok=True)
+
+    def before_first_step(self) -> None:
+        """Models, optimiser and what a checkpoint held of them are where they work now."""
+        self.step = self.trainer.state.global_step
+        self._can_save = True
+        if not self.is_main:
+            self._obey()
+            return
+        self._others_wait = True
+        self._next_step_or_leave(self._begin())
+
+    def after_step(self, logs: dict[str, float], seconds: float) -> None:
+        """TRL has made a step and logged it."""
+        self.step = self.trainer.state.global_step
+        if not self.is_main:
+            self._obey()
+            return
+        self._others_wait = True
+        groups = self.rollouts.groups
+        self.rollouts.groups = []
+        metrics = rollout_metrics(groups) if groups else {}
+        metrics |= {key: value for key, value in logs.items() if key.startswith(AREAS)}
+        metrics |= {
+            "optimization/loss": logs["loss"],
+            "optimization/gradient_norm": logs["grad_norm"],
+            "optimization/learning_rate": logs["learning_rate"],
+            "optimization/skipped/count": 0.0,
+            "memory/peak/bytes": peak_memory(self.student),
+            "time/update/seconds": seconds - _seconds(logs),
+        }
+        goes_on = self._after_step(StepResult(self.step, metrics, groups))
+        if self.resume_point is not None:
+            self.before_work()
+        self._next_step_or_leave(goes_on)
+
+    def _next_step_or_leave(self, goes_on: bool) -> None:
+        self._order("next step" if goes_on else "leave")
+        if not goes_on:
+            raise _Leave
+        self._others_wait = False
+
+
+def _seconds(metrics: Metrics) -> float:
+    return sum(value for key, value in metrics.items() if key.startswith("time/"))
+
+
+class _BetweenSteps(TrainerCallback):
+    """Where TRL's loop comes back to the engine."""
+
+    def __init__(self, engine: TRLEngine):
+        self.engine = engine
+        self.started = 0.0
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.engine.before_first_step()
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.started = time.monotonic()
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
+        gradients = (parameter.grad for parameter in model.parameters())
+        if not all(bool(one.isfinite().all()) for one in gradients if one is not None):
+            raise RunFailedError(
+                f"step {state.global_step + 1}: the gradient is not finite, and TRL skips no step; "
+                "start again with a lower optimization.learning_rate, or with engine.type=native, "
+                "which skips such steps."
+            )
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if "grad_norm" in logs:  # of a step, not of the whole training
+            self.engine.after_step(logs, time.monotonic() - self.started)
+
+
+class StudentSampler(OwnSampler):
+    """Our own decoder, for evaluation; where the student is split, in all processes alike."""
+
+    name = "trl"
+
+    def __init__(self, engine: TRLEngine):
+        super().__init__(engine.student, engine.config.rollout)
+        self.description = "TRL"
+        self._engine = engine
+
+    def sample(self, prompts: Any, **settings: Any) -> list[list[Completion]]:
+        own = {key: settings.pop(key) for key in ("before_token", "after_group") if key in settings}
+        if self._is_split:
+            # Stopped in the middle, one process would leave the others waiting for its share.
+            own.pop("before_token", None)
+            self._engine._order("sample", (prompts, settings))
+        return self.decode(prompts, settings, **own)
+
+    @property
+    def _is_split(self) -> bool:
+        kind = self._engine.trainer.accelerator.distributed_type
+        return kind in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+    def decode(self, prompts: Any, settings: Any, **own: Any) -> list[list[Completion]]:
+        """Sample with the student's weights wherever they are."""
+        trainer = self._engine.trainer
+        gathered = nullcontext()
+        if self._is_split:
+            gathered = unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator)
+        was_training = trainer.model.training
+        trainer.model.eval()
+        try:
+            with gathered:
+                return super().sample(prompts, **settings, **own)
+        finally:
+            trainer.model.train(was_training)
+
+
+def _peft_config(config: RunConfig, student: LanguageModel) -> Any:
+    """Return PEFT's settings of `[student.lora]`, which must fit the student; None without it."""
+    settings: LoraConfig | None = config.student.lora
+    if settings is None:
+        return None
+    from peft import LoraConfig as PeftConfig
+
+    with torch.device("meta"):
+        shape = AutoModelForCausalLM.from_config(student.model.config)
+        seed = stream_seed(config.seed, "lora")
+        add_lora(shape, settings, base=config.student.model, seed=seed)
+    student.model.name_or_path = resolvable(str(files_of(config.student.model)))
+    targets = settings.target_modules
+    return PeftConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type] (PEFT only divides it by r)
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )

@@ -1,0 +1,46 @@
+"""The processes of a run: the main one decides and writes, the others carry out its orders."""
+
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from rlad.errors import LostProcessError
+
+
+class Orders:
+    """From the main process to the others; with one process alone nothing is sent."""
+
+    def __init__(self) -> None:
+        """Call it in all processes, after TRL's arguments have joined them."""
+        self.num_processes = dist.get_world_size() if dist.is_initialized() else 1
+        self.is_main = self.num_processes == 1 or dist.get_rank() == 0
+        self._group: Any = None
+        if self.num_processes > 1:
+            # Over the CPU and without a time limit: the others wait while the main one evaluates.
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+
+    def give(self, order: str, argument: Any = None) -> None:
+        """Send an order to the others, which must be waiting for one."""
+        if self._group is not None:
+            dist.broadcast_object_list([order, argument], src=0, group=self._group)
+
+    def take(self) -> tuple[str, Any]:
+        """Wait for the next order."""
+        found: list[Any] = [None, None]
+        try:
+            dist.broadcast_object_list(found, src=0, group=self._group)
+        except RuntimeError as error:
+            raise (lost_process(error) or error) from None
+        return found[0], found[1]
+
+    def wait_for_all(self) -> None:
+        """Return when all processes have come here."""
+        if self._group is not None:
+            dist.barrier(group=self._group)
+
+
+def lost_process(error: RuntimeError) -> LostProcessError | None:
+    """Return the sentence for the end of another process; None for any other error."""
+    is_lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+    return LostProcessError() if is_lost else None

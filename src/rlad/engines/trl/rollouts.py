@@ -1,0 +1,89 @@
+"""The problems of a run as the data set that TRL reads, and its task as the reward function."""
+
+import math
+from functools import lru_cache
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from datasets import Dataset
+
+from rlad.config.run import RunConfig
+from rlad.engines.rollout_batch import teacher_request
+from rlad.models.loading import LanguageModel
+from rlad.rollouts.grading import Timer, grade
+from rlad.rollouts.prompts import chat_messages, is_plain, plain_text, prompt_token_ids
+from rlad.rollouts.types import Completion, Rollout, RolloutGroup
+from rlad.tasks import Problem, Task
+from rlad.teachers.base import TeacherRequest
+
+
+class TaskRollouts:
+    """What TRL asks about the training problems of a run, and the groups that it has sampled."""
+
+    def __init__(self, config: RunConfig, student: LanguageModel, task: Task, timer: Timer):
+        self.config = config
+        self.student = student
+        self.task = task
+        self.timer = timer
+        self.groups: list[RolloutGroup] = []
+        """of the latest generation batch, of all processes"""
+        self._first = 0
+        self.problem = lru_cache(maxsize=4 * config.rollout.prompts_per_batch)(self._problem)
+
+    def _problem(self, index: int) -> Problem:
+        return self.task.problem("train", index, seed=self.config.seed)
+
+    def dataset(self) -> Dataset:
+        """Return a row for each training problem, in the native engine's order; problems are made
+        when they are read."""
+        rollout = self.config.rollout
+        number = self.config.optimization.num_rollout_batches * rollout.prompts_per_batch
+
+        def with_prompts(rows: dict[str, list[int]]) -> dict[str, list[Any]]:
+            return {"prompt": [self._prompt(i) for i in rows["index"]], "index": rows["index"]}
+
+        return Dataset.from_dict({"index": range(number)}).with_transform(with_prompts)
+
+    def _prompt(self, index: int) -> str | list[dict[str, str]]:
+        rollout = self.config.rollout
+        asked = self.problem(index).asked
+        if is_plain(self.student.tokenizer, rollout.prompt_format):
+            return plain_text(asked, rollout)
+        return chat_messages(asked, rollout.system_prompt)
+
+    def reward(
+        self, completion_ids: list[list[int]], index: list[int], **columns: Any
+    ) -> list[float | None]:
+        """Grade this process's completions, and join them with those of the others in `groups`."""
+        with self.timer("rewards"):
+            rollouts = list(map(self._graded, index, completion_ids))
+            self.groups = self._groups(gather_object(list(zip(index, rollouts, strict=True))))
+        self._first = len(rollouts) * Accelerator().process_index
+        return [None if math.isnan(rollout.reward) else rollout.reward for rollout in rollouts]
+
+    def _graded(self, index: int, token_ids: list[int]) -> Rollout:
+        is_truncated = token_ids[-1] not in self.student.eos_token_ids
+        # TRL keeps the sampler's log-probs to itself.
+        completion = Completion(tuple(token_ids), (), is_truncated)
+        name = f"training problem {index}"
+        problem = self.problem(index)
+        (rollout,) = grade(self.task, problem, name, [completion], self.student, lambda: None)
+        return rollout
+
+    def _groups(self, rows: list[tuple[int, Rollout]]) -> list[RolloutGroup]:
+        size = self.config.rollout.group_size
+        groups = []
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            index = part[0][0]
+            problem = self.problem(index)
+            prompt = prompt_token_ids(self.student.tokenizer, problem.asked, self.config.rollout)
+            rollouts = tuple(rollout for _, rollout in part)
+            groups.append(RolloutGroup(index, problem, tuple(prompt), rollouts))
+        return groups
+
+    def teacher_request(self, number: int) -> TeacherRequest:
+        """Return what the teacher is asked about a completion of this process, by its number."""
+        group, place = divmod(self._first + number, self.config.rollout.group_size)
+        return teacher_request(self.groups[group], place)
