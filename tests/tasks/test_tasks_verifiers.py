@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from answer_classes import rows
 from rlad.tasks.base import Verdict
 from rlad.tasks.verifiers import exact, import_function, make_verifier, number
 
@@ -144,6 +145,14 @@ def test_exact(completion, answer, verdict):
 )
 def test_number(completion, answer, verdict):
     assert number(completion, answer).verdict == verdict
+
+
+@pytest.mark.parametrize("verifier", [exact, number], ids=lambda verifier: verifier.__name__)
+def test_many_more_cases(verifier):
+    """Lines of `tests/NAME_cases.txt`: verdict, reference, completion."""
+    for verdict, answer, completion in rows(f"{verifier.__name__}_cases.txt"):
+        judgement = verifier(completion.replace("\u21b5", "\n"), answer)
+        assert judgement.verdict == verdict, (completion, answer, judgement)
 
 
 @settings(max_examples=200, deadline=None)

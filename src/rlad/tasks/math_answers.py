@@ -248,6 +248,7 @@ _SET_IN_FORMULA = re.compile(r"\x02([^\x02\x03]*)\x03")
 _IN_FORMULA = re.compile(
     r"^(?:[A-Zei]|\x04|[0-9.,]*|%|pi|sqrt|sin|cos|tan|ln|log|exp|arcsin|arccos|arctan)$"
 )
+_IDLE_END = re.compile(r"(?:\s+(?:each|in total|total|altogether|in all|left|more|old))+$")
 _PERCENT = re.compile(r"^(.*?)\s*(?:\\%|%)$", re.DOTALL)
 _DEGREES = re.compile(r"^(.*?)\s*\^\s*\\circ\s*([CF]?)$", re.DOTALL)
 _ORDINAL = re.compile(r"^([0-9]+)\s*(?:\^\s*\{?\s*)?(?:st|nd|rd|th)\s*\}?$")
@@ -640,8 +641,10 @@ def _signed_unit(bare: str) -> Value:
     if _COMPOUND.match(bare):
         return _compound(bare)
     if money := _MONEY.match(bare):
-        value = _value(money["sign"] + money["rest"])
-        unit = _measured_in(_CURRENCIES[money["currency"]])
+        name = _CURRENCIES[money["currency"]]
+        amount, per, other = re.split(r"(\s*/\s*(?=[A-Za-z])|\s+per\s+|$)", money["rest"])[:3]
+        value = _value(money["sign"] + _IDLE_END.sub("", amount))
+        unit = _measured_in(f"{name} per {other}" if per else name)
         if value.unit not in (None, unit):
             raise Unreadable(bare)
         return replace(value, unit=unit)
@@ -736,7 +739,7 @@ def _refuse(text: str) -> Any:
 
 def _measured_in(unit: str) -> MeasuredIn:
     """Read the name of a unit: `km/h`, `m^2`, `square metres`, `eggs`."""
-    text = unit.strip(" .").replace("\x04", "$").replace(r"\cdot", " ")
+    text = _IDLE_END.sub("", unit.strip(" .")).replace("\x04", "$").replace(r"\cdot", " ")
     parts = re.split(r"\s*/\s*|\s+per\s+", text)
     kinds = []
     size = Fraction(1)

@@ -48,7 +48,7 @@ _DECIMAL = rf"(?:(?:{_GROUPED}|[0-9]++)(?:\.[0-9]++)?+|\.[0-9]++)"
 _EUROPEAN = r"[0-9]{1,3}(?:\.[0-9]{3})++,[0-9]++|[0-9]{1,3}(?:\.[0-9]{3}){2,}+(?![0-9.])"
 _POWER_OF_TEN = (
     r"(?:[eE][-+]?[0-9]{1,3}(?![\w.])"
-    r"|\s?(?:\\times|\\cdot|[xX*])\s?10\s?(?:\^|\*\*)\s?(?:\{\s?[-+]?[0-9]{1,3}\s?\}"
+    r"|\s?(?:\\times|\\cdot|[xX*])\s{0,3}10\s?(?:\^|\*\*)\s?(?:\{\s?[-+]?[0-9]{1,3}\s?\}"
     r"|[-+]?[0-9]{1,3}(?![\w.]))(?![0-9]))?+"
 )
 _NUMBER = re.compile(
@@ -246,7 +246,7 @@ def _begins_before(before: str, words_before: list[str]) -> bool:
 
 def _ends_behind(after: str) -> bool:
     """Say whether the text after a number belongs to it: 3x, 3!, 3^2, 3 + 1, 3 and a half."""
-    if after[:1] in tuple("_^!?/\\+<>") or re.match(r"-[^\W_]", after):
+    if after[:1] in tuple("_^!?/\\+<>") or re.match(r"[-'][^\W_]", after):
         return True
     attached = re.match(r"[^\W\d_]+", after)
     if attached and _ORDINAL.match(after) is None and known_unit(attached[0]) is None:
