@@ -4,19 +4,20 @@ student's adapter is merged."""
 import json
 import resource
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from exported_runs import LENGTH, LORA, PROMPTS, answers, answers_of_export, checkpoint, write_run
 from rlad.errors import RunFailedError
 from rlad.export.model import export_model
-from rlad.models.loading import load_language_model
+from rlad.models.loading import load_language_model, save_model, unused_generation_settings
 from rlad.rollouts.sampling import sample
-from tiny_models import VOCABULARY
+from tiny_models import VOCABULARY, tiny_model, tiny_tokenizer
 from tiny_runs import rlad_fails
 
 full_or_lora = pytest.mark.parametrize(
@@ -113,6 +114,50 @@ def test_it_ends_where_rlad_ends_and_speaks_its_template(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     said = tokenizer.apply_chat_template([{"role": "user", "content": "w5 w9"}], tokenize=False)
     assert said == "w5 w9 " and len(tokenizer) == VOCABULARY
+
+
+def student_with(folder: Path, settings: dict[str, Any], *, own_head: bool = False) -> Path:
+    """A tiny student whose generation settings, and perhaps output layer, are its own."""
+    tiny_model(seed=3, tie_word_embeddings=own_head).save_pretrained(folder)
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(folder)
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    if own_head:
+        weights = load_file(folder / "model.safetensors")
+        weights["lm_head.weight"] = torch.randn_like(weights["model.embed_tokens.weight"])
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_generation_settings_that_had_no_part_in_training_are_not_kept(tmp_path):
+    settings = {"repetition_penalty": 1.5, "top_k": 3, "do_sample": True, "eos_token_id": [1, 2]}
+    student = load_language_model(str(student_with(tmp_path / "student", settings)), trainable=True)
+    save_model(student, tmp_path / "saved")
+    kept = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert kept["eos_token_id"] == [1, 2] and not {"repetition_penalty", "top_k"} & set(kept)
+    assert unused_generation_settings(str(tmp_path / "student")) == [
+        "do_sample = True",
+        "repetition_penalty = 1.5",
+        "top_k = 3",
+    ]
+
+
+def test_an_output_layer_of_its_own_is_not_called_tied(tmp_path):
+    folder = student_with(tmp_path / "student", {}, own_head=True)
+    student = load_language_model(str(folder), trainable=True)
+    save_model(student, tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert not config["tie_word_embeddings"]
+    assert not torch.equal(saved["lm_head.weight"], saved["model.embed_tokens.weight"])
+
+
+def test_whoever_may_read_the_folder_may_read_its_files(tmp_path):
+    run = write_run(tmp_path)
+    for folder in (checkpoint(run), export_model(str(run))):
+        modes = {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()}
+        assert modes == {folder.stat().st_mode & 0o666}
 
 
 def test_the_checkpoint_that_is_asked_for(tmp_path):

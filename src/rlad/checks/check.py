@@ -28,6 +28,7 @@ from rlad.models.loading import (
     load_model_config,
     load_tokenizer,
     pick_device,
+    unused_generation_settings,
 )
 from rlad.models.student import require_base_model
 from rlad.rollouts.prompts import longest_prompt
@@ -200,6 +201,12 @@ def _check_models(config: RunConfig) -> list[Finding]:
         Finding("ok", "student", f"{settings.model} ({model_config.model_type}), {vocabulary}"),
         _special_tokens(config, tokenizer, model_config),
     ]
+    if unused := unused_generation_settings(settings.model):
+        message = (
+            f"{', '.join(unused)} of its generation_config.json: not used in training and "
+            "evaluation, and not kept in checkpoints and exports"
+        )
+        findings.append(Finding("ok", "generation", message))
     if config.teacher is None or not config.needs_teacher:
         return [*findings, Finding("ok", "context", f"student {context or 'not stated'} tokens")]
     return [

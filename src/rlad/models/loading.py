@@ -18,7 +18,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import GENERATION_CONFIG_NAME, cached_file
+from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils.hub import cached_file
 
 from rlad.config.run import LoraConfig
 from rlad.errors import UserError, require_package
@@ -31,6 +32,7 @@ _IF_THERE: dict[str, Any] = {
     "_raise_exceptions_for_connection_errors": False,
     "_raise_exceptions_for_gated_repo": False,
 }
+_TOKENS_OF_GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id")
 # What transformers raises for files that are not what they should be.
 _UNUSABLE_FILES = (OSError, ValueError, TypeError, KeyError, AttributeError)
 
@@ -234,6 +236,8 @@ def load_language_model(
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
     remove_dropout(model)
+    if trainable:
+        _describe_truly(model)
     # End tokens of the run are written with the model, so that others stop at them too.
     eos = end_token_ids(model.config, model.generation_config, tokenizer, end_tokens)
     if end_tokens and model.generation_config is not None:
@@ -242,6 +246,31 @@ def load_language_model(
     loaded = LanguageModel(name, model.to(where).eval(), tokenizer, eos, pad, compute_dtype)
     _require_sound(loaded, look_at_weights=trainable)
     return loaded
+
+
+def _describe_truly(model: Any) -> None:
+    """Make the configs, which go into checkpoints and exports, say what is trained and measured.
+
+    Settings of generation other than tokens (repetition_penalty, top_k, ...) have no part in it. A
+    file with an output layer of its own may call its embeddings tied; readers that believe it,
+    such as vLLM, would leave that layer out.
+    """
+    own = model.generation_config
+    if own is not None:
+        tokens = {key: getattr(own, key) for key in _TOKENS_OF_GENERATION}
+        model.generation_config = GenerationConfig(**tokens)
+    output = model.get_output_embeddings()
+    is_tied = output is not None and output.weight is model.get_input_embeddings().weight
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = is_tied
+
+
+def unused_generation_settings(name: str) -> list[str]:
+    """List what a model's `generation_config.json` sets besides tokens, which rlad does not use."""
+    generation = load_generation_config(name)
+    table = generation.to_diff_dict() if generation is not None else {}
+    known = (*_TOKENS_OF_GENERATION, "transformers_version", "_from_model_config", "use_cache")
+    return [f"{key} = {value!r}" for key, value in table.items() if key not in known]
 
 
 def _require_sound(loaded: LanguageModel, *, look_at_weights: bool) -> None:

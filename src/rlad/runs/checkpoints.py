@@ -44,8 +44,12 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
     try:
         aside.mkdir(parents=True)
         write(aside)
-        for written in (*aside.rglob("*"), aside):
+        for written in aside.rglob("*"):
+            # safetensors writes for the owner alone; whoever may read the folder may read all.
+            if written.is_file():
+                written.chmod(aside.stat().st_mode & 0o666)
             flush(written)
+        flush(aside)
         # The new name counts only once the list of names around it is on the disk too.
         os.replace(aside, target)
         flush(target.parent)
