@@ -86,6 +86,11 @@ def run_config(world: Path, run_dir: Path, **sections: Any) -> dict[str, Any]:
     return config
 
 
+def objective_section(name: str) -> dict[str, Any]:
+    """The section of an objective whose defaults fit into a vocabulary of 7."""
+    return {"type": name} | ({"top_k": 3} if name in ("sdpo", "mopd") else {})
+
+
 class StopAt(Stop):
     """Stops the run at its `at`-th safe point, as a signal just before it would."""
 

@@ -23,8 +23,11 @@ if TYPE_CHECKING:
     from rlad.objectives.grpo import grpo_loss as grpo_loss
     from rlad.objectives.inputs import LossInputs as LossInputs
     from rlad.objectives.kdrl import kdrl_loss as kdrl_loss
+    from rlad.objectives.mopd import mopd_loss as mopd_loss
     from rlad.objectives.opd import opd_loss as opd_loss
+    from rlad.objectives.opsd import opsd_loss as opsd_loss
     from rlad.objectives.rlsd import rlsd_loss as rlsd_loss
+    from rlad.objectives.sdpo import sdpo_loss as sdpo_loss
     from rlad.objectives.sft import sft_loss as sft_loss
     from rlad.objectives.topd import topd_advantages as topd_advantages
     from rlad.objectives.topd import topd_loss as topd_loss
@@ -44,8 +47,11 @@ _HOME = {
     "group_advantages": "rlad.objectives.advantages",
     "kdrl_loss": "rlad.objectives.kdrl",
     "load_config": "rlad.config.file",
+    "mopd_loss": "rlad.objectives.mopd",
     "opd_loss": "rlad.objectives.opd",
+    "opsd_loss": "rlad.objectives.opsd",
     "rlsd_loss": "rlad.objectives.rlsd",
+    "sdpo_loss": "rlad.objectives.sdpo",
     "sft_loss": "rlad.objectives.sft",
     "topd_advantages": "rlad.objectives.topd",
     "topd_loss": "rlad.objectives.topd",

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from reference import generalised_jsd as slow_jsd
 from rlad.objectives.divergences import (
+    clipped_divergence_of,
     divergence_of,
     generalised_jsd,
     num_clipped,
@@ -204,12 +205,12 @@ def test_bounded_terms(name) -> None:
     (unbounded,) = torch.autograd.grad(terms.sum(), student)
     arguments = student.detach().log_softmax(-1), teacher.log_softmax(-1)
     for how, right in (("zero", wanted), ("straight_through", unbounded)):
-        measure = divergence_of(name, pointwise_clip=bound, clip_gradient=how)
+        measure = clipped_divergence_of(name, pointwise_clip=bound, clip_gradient=how)
         values, slopes = measure(*arguments)
         assert torch.equal(values, terms.detach().clamp(max=bound))
         gradient = slopes - arguments[0].exp() * slopes.sum(-1, keepdim=True)
         assert torch.allclose(gradient, right, rtol=0, atol=1e-14)
-    counts, _ = num_clipped(*arguments, divergence=divergence_of(name), bound=bound)
+    counts, _ = num_clipped(*arguments, divergence=measure, bound=bound)
     assert torch.equal(counts.sum(-1), (terms > bound).sum(-1).double())
     assert 0 < int(counts.sum()) < counts.numel() and not torch.allclose(wanted, unbounded)
 
@@ -220,7 +221,7 @@ def test_a_bounded_entry_is_pushed_down_although_the_teacher_wants_it_up() -> No
         torch.tensor(p, dtype=torch.float64).log() for p in ([0.1, 0.9], [0.9, 0.1])
     )
     for bound, is_pushed_up in ((None, True), (0.05, False)):
-        _, slopes = divergence_of("forward_kl", pointwise_clip=bound)(student, teacher)
+        _, slopes = clipped_divergence_of("forward_kl", pointwise_clip=bound)(student, teacher)
         gradient = slopes - student.exp() * slopes.sum()
         assert (float(gradient[0]) < 0) is is_pushed_up
 

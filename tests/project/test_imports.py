@@ -20,7 +20,7 @@ from rlad.objectives.inputs import LossInputs
 from rlad.runs.directory import EVAL, METRICS, SAMPLES, EvaluationSet, RunDirectory
 from rlad.tasks import TASKS
 from rlad.teachers import teacher_modules
-from tiny_runs import run_config, write_unreachable_answers
+from tiny_runs import objective_section, run_config, write_unreachable_answers
 
 ROOT = Path(__file__).parents[2]
 BY_TEACHERS = {
@@ -32,9 +32,10 @@ BY_TEACHERS = {
     "teacher/dropped_blocks/frac",
     "teacher/overlap/seconds",
     "objective/teacher_phase/frac",
+    "objective/pointwise_clipped/frac",
 }
-"""Of `cached` and `privileged` teachers, those that work elsewhere, and `opd_then_grpo`; their own
-tests hold them to these names."""
+"""Of `cached` and `privileged` teachers, those that work elsewhere, `opd_then_grpo`, and the bound
+of `opsd`; their own tests hold them to these names."""
 BY_VLLM = {"sampler/kl/mean", "sampler/bounded_weights/frac", "time/hand_over/seconds"}
 """with `rollout.engine = "vllm"`; `tests/rollouts/test_vllm_sampler.py` looks for them"""
 BATCH = {field.name for field in dataclasses.fields(LossInputs)}
@@ -169,7 +170,7 @@ def test_every_logged_metric_is_defined_and_every_definition_is_logged(world, tm
         config = run_config(
             world,
             tmp_path / name,
-            objective={"type": name},
+            objective=objective_section(name),
             optimization={"num_steps": 2, "steps_per_rollout_batch": 2, "kl_coef": 0.1},
         )
         logged |= {

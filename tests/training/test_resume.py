@@ -25,7 +25,7 @@ from rlad.models.loading import load_language_model
 from rlad.objectives import OBJECTIVES
 from rlad.runs.directory import RunDirectory
 from rlad.stopping import StopRequested
-from tiny_runs import StopAt, remains, run_config, write_model
+from tiny_runs import StopAt, objective_section, remains, run_config, write_model
 
 # Everything that has a state: several steps on one rollout batch, reference, annealing, schedule,
 # momentum, micro-batches.
@@ -155,7 +155,7 @@ class StopBehind(rlad.training.reporter.Reporter):
 def test_every_objective_resumes_between_and_behind_its_minibatches(world, tmp_path, objective):
     """Of `opd_then_grpo`, steps 1 to 4 are OPD and 5 and 6 GRPO: the stop behind step 4 is the
     switch."""
-    sections = SECTIONS | {"objective": {"type": objective}}
+    sections = SECTIONS | {"objective": objective_section(objective)}
     whole = run_config(world, tmp_path / "whole" / "run", **sections)
     rlad.train(whole)
     config = run_config(world, tmp_path / "stopped" / "run", **sections)

@@ -62,6 +62,10 @@ def describe(what: str, name: str) -> str:
     section = name if what == "settings" else what.removesuffix("s")
     config = CONFIGS[what][name]
     parts = [_documentation(what, name), f"[{section}]\n{_settings(config)}"]
+    teacher = getattr(config, "default_teacher", None)
+    if teacher is not None:
+        brought = tomli_w.dumps({"teacher": teacher}).strip()
+        parts.append(f"Where no [teacher] is given beside it, it comes with this one:\n\n{brought}")
     return "\n\n".join([*parts, *_tables_inside(config, section, what)])
 
 

@@ -57,8 +57,10 @@ def parse_overrides(
     for override in choices:
         _apply(table, _CHOICE.sub(r"\1=", override), of)
     if any(override.startswith("objective") for override in choices):
-        objective = table.pop("objective")
-        table = expand_preset({"objective": objective}, table)
+        # A teacher that is chosen too is stronger than the one that the objective brings along.
+        chosen = {override.partition("=")[0].partition(".")[0] for override in choices}
+        sections = {key: table.pop(key) for key in ("objective", "teacher") if key in chosen}
+        table = expand_preset(sections, table)
     for override in overrides:
         if override not in choices:
             _apply(table, override, of)

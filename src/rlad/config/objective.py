@@ -1,7 +1,7 @@
 """The knobs of each objective, and what else is known of it. Imports no torch."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field
@@ -44,6 +44,8 @@ class ObjectiveSection(Section):
     engines: ClassVar[tuple[EngineName, ...]] = ("native", "trl", "verl")
     """On which it runs; `trl` is `RLADTrainer`."""
     teacher_work: ClassVar[str] = "the teacher scores each sampled token once"
+    default_teacher: ClassVar[dict[str, Any] | None] = None
+    """The [teacher] section that the choice of it brings along, where none is given beside it."""
 
     @property
     def asked_of_teacher(self) -> Support:
@@ -273,6 +275,85 @@ class GKDConfig(_ComparesDistributions):
     engines: ClassVar[tuple[EngineName, ...]] = ("native",)
 
 
+class _SelfDistillation(_ComparesDistributions):
+    divergence: Literal["jsd", "reverse_kl", "forward_kl"] = "jsd"
+    """of student and teacher at each token"""
+    beta: Annotated[float, Field(strict=True, gt=0, lt=1)] = 0.5
+    """of jsd: the teacher's share in the mixture; near equal distributions its gradient is beta
+    (1 - beta) of a KL's"""
+    max_importance_weight: Positive | Literal["off"] = 2.0
+    """πS / πold weighs the divergence up to this; it is 1 with one step on each rollout batch"""
+
+    engines: ClassVar[tuple[EngineName, ...]] = ("native",)
+
+
+class SDPOConfig(_SelfDistillation, _Clipped):
+    type: Literal["sdpo"] = "sdpo"
+    support: Support = "student_top_k"
+    """which tokens of the vocabulary are told apart: the sampled one alone, the top_k likeliest of
+    student or teacher (the others count as one), or all"""
+    reward_share: Share | AnnealedShare = 0.0
+    """share of GRPO's loss, or with teacher_enters = "advantage" of its advantage; the rest is the
+    teacher's"""
+    teacher_enters: Literal["loss", "advantage"] = "loss"
+    """as a divergence in the loss, or as the log-ratio of the sampled token in GRPO's advantage"""
+
+    default_teacher: ClassVar[dict[str, Any] | None] = {
+        "type": "privileged",
+        "context": {"num_successes": 1, "feedback": True},
+        "teacher": {"type": "ema", "update_rate": 0.05, "every_batches": 1},
+    }
+
+    @property
+    def trains_without_teacher(self) -> bool:
+        return self.reward_share != 0
+
+    def problems(self) -> Iterator[str]:
+        is_of_token = self.support == "sampled" and self.divergence == "reverse_kl"
+        if self.teacher_enters == "advantage" and not is_of_token:
+            yield (
+                "teacher_enters = 'advantage' needs support = 'sampled' and divergence = "
+                "'reverse_kl': a divergence over several tokens does not depend on which one was "
+                "sampled, so as an advantage its expected gradient is 0; set both, or "
+                "teacher_enters = 'loss'"
+            )
+
+
+class MOPDConfig(SDPOConfig):
+    type: Literal["mopd"] = "mopd"  # type: ignore[assignment]
+
+    default_teacher: ClassVar[dict[str, Any] | None] = {
+        "type": "privileged",
+        "context": {"num_successes": 2, "num_failures": 1, "feedback": True},
+        "teacher": {"type": "ema", "update_rate": 0.05, "every_batches": 1},
+    }
+
+
+class OPSDConfig(_SelfDistillation):
+    type: Literal["opsd"] = "opsd"
+    divergence: Literal["jsd", "reverse_kl", "forward_kl"] = "forward_kl"
+    """of student and teacher at each token"""
+    pointwise_clip: Positive | None = None
+    """bound of each term of the divergence; none by default, as a bounded token is pushed down
+    although the teacher wants it up"""
+    clip_gradient: Literal["zero", "straight_through"] = "zero"
+    """of a bounded term: its own, which is 0, or that of the term without bound"""
+
+    uses_reward: ClassVar[bool] = False
+    default_teacher: ClassVar[dict[str, Any] | None] = {
+        "type": "privileged",
+        "context": {"answer": True},
+        "teacher": {"type": "ema", "update_rate": 0.0},
+    }
+
+    def problems(self) -> Iterator[str]:
+        if self.pointwise_clip is not None and self.support != "full":
+            yield (
+                f"pointwise_clip bounds the terms of single tokens, and support = {self.support!r} "
+                "joins many; set support = 'full', or leave it out"
+            )
+
+
 ObjectiveConfig = (
     TRRDConfig
     | GRPOConfig
@@ -284,6 +365,9 @@ ObjectiveConfig = (
     | TOPDConfig
     | SFTConfig
     | GKDConfig
+    | SDPOConfig
+    | MOPDConfig
+    | OPSDConfig
 )
 OBJECTIVE_CONFIGS: dict[str, type[ObjectiveSection]] = {
     section.model_fields["type"].default: section for section in get_args(ObjectiveConfig)

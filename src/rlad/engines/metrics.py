@@ -83,6 +83,8 @@ class TokenStats:
             ("advantage_weight", "objective/advantage_weight/mean"),
             ("kl_to_teacher", "teacher/kl/mean"),
             ("divergence_to_teacher", "teacher/divergence/mean"),
+            ("importance_weight", "objective/importance_weight/mean"),
+            ("pointwise_clipped", "objective/pointwise_clipped/frac"),
             ("kl_to_reference", "reference/kl/mean"),
         ):
             if name in column:

@@ -14,15 +14,24 @@ from typing import Any
 from torch import Tensor
 
 from rlad.objectives.distilled_rl import distilled_rl_loss
-from rlad.objectives.divergences import Divergence, gkd_divergence, reverse_kl
+from rlad.objectives.divergences import (
+    Divergence,
+    clipped_divergence_of,
+    divergence_of,
+    gkd_divergence,
+    reverse_kl,
+)
 from rlad.objectives.gkd import gkd_loss
 from rlad.objectives.grpo import grpo_loss
 from rlad.objectives.inputs import LossInputs
 from rlad.objectives.kdrl import kdrl_loss
 from rlad.objectives.kl import kl_tokens
 from rlad.objectives.masks import clean, keep_finite
+from rlad.objectives.mopd import mopd_loss
 from rlad.objectives.opd import opd_loss
+from rlad.objectives.opsd import opsd_loss
 from rlad.objectives.rlsd import rlsd_loss
+from rlad.objectives.sdpo import sdpo_loss
 from rlad.objectives.sft import sft_loss
 from rlad.objectives.topd import topd_advantages, topd_loss
 from rlad.objectives.trrd import trrd_loss
@@ -88,6 +97,27 @@ OBJECTIVES: dict[str, Objective] = {
         ("divergence_to_teacher", "mask"),
         "arXiv 2306.13649",
         divergence=gkd_divergence,
+    ),
+    "sdpo": Objective(
+        sdpo_loss,
+        (*_RATIO, "divergence_to_teacher"),
+        "arXiv 2601.20802",
+        takes_too=("teacher_logprobs", *_SILENCE),
+        divergence=divergence_of,
+    ),
+    "mopd": Objective(
+        mopd_loss,
+        (*_RATIO, "divergence_to_teacher"),
+        "arXiv 2605.12652",
+        takes_too=("teacher_logprobs", *_SILENCE),
+        divergence=divergence_of,
+    ),
+    "opsd": Objective(
+        opsd_loss,
+        ("student_logprobs", "old_logprobs", "divergence_to_teacher", "mask"),
+        "arXiv 2601.18734",
+        takes_too=_SILENCE,
+        divergence=clipped_divergence_of,
     ),
 }
 

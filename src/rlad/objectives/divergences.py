@@ -23,6 +23,7 @@ from torch import Tensor
 Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(student's log-probs, teacher's log-probs) -> (terms, slopes), all of one shape"""
 DivergenceName = Literal["jsd", "reverse_kl", "forward_kl"]
+ClipGradient = Literal["zero", "straight_through"]
 
 
 def generalised_jsd(
@@ -70,27 +71,35 @@ def reverse_kl() -> Divergence:
     return partial(generalised_jsd, beta=1.0)
 
 
-def divergence_of(
-    divergence: DivergenceName,
+def divergence_of(divergence: DivergenceName = "jsd", *, beta: float = 0.5) -> Divergence:
+    """Return the divergence of a name; `beta` is the teacher's share in the mixture of `jsd`."""
+    return partial(generalised_jsd, beta=_beta(divergence, beta))
+
+
+def clipped_divergence_of(
+    divergence: DivergenceName = "forward_kl",
     *,
     beta: float = 0.5,
     pointwise_clip: float | None = None,
-    clip_gradient: Literal["zero", "straight_through"] = "zero",
+    clip_gradient: ClipGradient = "zero",
 ) -> Divergence:
-    """Return the divergence of a name; `beta` is the teacher's share in the mixture of `jsd`, and
-    `pointwise_clip` bounds each of its terms (see `clipped`)."""
-    beta = {"jsd": beta, "reverse_kl": 1.0, "forward_kl": 0.0}[divergence]
-    plain = partial(generalised_jsd, beta=beta)
+    """Return the divergence of a name, each of whose terms `pointwise_clip` bounds; see
+    `clipped`."""
+    plain = divergence_of(divergence, beta=beta)
     if pointwise_clip is None:
         return plain
     # What was taken from the slopes, in multiples of πS: see `generalised_jsd`.
-    taken = {0.0: -1.0, 1.0: 1.0}.get(beta, 0.0)
+    taken = {0.0: -1.0, 1.0: 1.0}.get(_beta(divergence, beta), 0.0)
     return partial(
         clipped,
         divergence=plain,
         bound=pointwise_clip,
         taken=None if clip_gradient == "straight_through" else taken,
     )
+
+
+def _beta(divergence: DivergenceName, beta: float) -> float:
+    return {"jsd": beta, "reverse_kl": 1.0, "forward_kl": 0.0}[divergence]
 
 
 def clipped(
@@ -116,9 +125,10 @@ def clipped(
 def num_clipped(
     student_logprobs: Tensor, teacher_logprobs: Tensor, *, divergence: Divergence, bound: float
 ) -> tuple[Tensor, Tensor]:
-    """Count the terms above a bound: the "terms" are 1 there, else 0. No slopes."""
+    """Count the terms of a `clipped` divergence that are at its bound: the "terms" are 1 there,
+    else 0. No slopes."""
     terms, _ = divergence(student_logprobs, teacher_logprobs)
-    return (terms > bound).to(terms), torch.zeros_like(terms)
+    return (terms >= bound).to(terms), torch.zeros_like(terms)
 
 
 def sampled_divergence(

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from rlad.errors import RunFailedError
 from rlad.models.loading import LanguageModel
 from rlad.objectives import OBJECTIVES, taken_by, token_loss
 from rlad.objectives.aggregate import aggregate, denominator
-from rlad.objectives.divergences import Divergence, sampled_divergence
+from rlad.objectives.divergences import Divergence, num_clipped, sampled_divergence
 from rlad.objectives.inputs import LossInputs
 from rlad.objectives.masks import clean, keep_finite
 from rlad.objectives.rollout_weights import rollout_weights
@@ -61,6 +62,8 @@ class LossGradient:
         self.parameters = trained_parameters(scorer.language_model)
         self.row = OBJECTIVES[objective.type]
         self.knobs = objective.knobs_at(step)
+        self._num_clipped: Tensor | None = None
+        """of each token of a micro-batch, the bounded terms of its divergence"""
 
     def accumulate(
         self,
@@ -180,6 +183,10 @@ class LossGradient:
             knobs=taken_by(self.row.function, self.knobs),
             kl_coef=at_step(settings.kl_coef, self.step),
         )
+        if self._num_clipped is not None:
+            empty = torch.zeros_like(inputs.student_logprobs).detach()
+            counts = empty.masked_scatter(inputs.mask, self._num_clipped)
+            token_stats = token_stats | {"pointwise_clipped": counts > 0}
         loss = aggregate(losses, inputs.trained, mode=settings.aggregation, denominator=whole)
         loss.backward()
         stats.add(inputs, scores.entropy, rollout_logprobs, token_stats | corrected)
@@ -228,7 +235,13 @@ class LossGradient:
             places = speaks.repeat_interleave(lengths).nonzero().flatten()
             teacher = teacher.placed(places, int(lengths.sum()))
 
+        bound = self.knobs.get("pointwise_clip")
+
         def compare(student: Distributions) -> Tensor:
+            if bound is not None:
+                count = partial(num_clipped, divergence=measure, bound=bound)
+                with torch.no_grad():
+                    self._num_clipped = token_divergence(student, teacher, count)
             if support == "full":
                 return token_divergence(student, teacher, measure)
             return top_k_divergence(

@@ -1,0 +1,57 @@
+"""MOPD, multi-rollout on-policy distillation (arXiv 2605.12652).
+
+D_t    = JSD_beta(πT || πS) over the student's K likeliest tokens and the rest as one (constant πT)
+w_t    = min(πS / πold, max_importance_weight)                                           (constant)
+loss_t = (1 - reward_share) w_t D_t + reward_share GRPO loss_t
+
+πT is the student's average or a larger model, shown correct and wrong
+completions of the group.
+"""
+
+from torch import Tensor
+
+from rlad.objectives.self_distillation import TeacherEnters, peer_distillation_loss
+
+
+def mopd_loss(
+    *,
+    student_logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    divergence_to_teacher: Tensor,
+    teacher_logprobs: Tensor | None = None,
+    teacher_speaks: Tensor | None = None,
+    reward_share: float = 0.0,
+    teacher_enters: TeacherEnters = "loss",
+    max_importance_weight: float | None = 2.0,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compute the token loss of MOPD; see the formula above, and `rlad.objectives.divergences` for
+    the divergence.
+
+    With `teacher_enters` = "advantage" it is GRPO's loss with the advantage reward_share Â + (1 -
+    reward_share) (log πT - log πold) of the sampled token, which `teacher_logprobs` gives. Where
+    the teacher is silent (`teacher_speaks` [batch] bool; None: nowhere) its term is left out.
+
+    Log-probs [batch, token] (only the student carries a gradient), `divergence_to_teacher` [batch,
+    token] with gradient to the student, `advantages` [batch] or [batch, token], `mask` [batch,
+    token] bool. Returns the token loss [batch, token], 0 where masked, and stats of that shape:
+    `divergence_to_teacher`, `importance_weight`, `dropped` and, where the reward has a share, those
+    of GRPO. Raises `ValueError` when what "advantage" needs is missing.
+    """
+    return peer_distillation_loss(
+        student_logprobs=student_logprobs,
+        old_logprobs=old_logprobs,
+        advantages=advantages,
+        mask=mask,
+        divergence_to_teacher=divergence_to_teacher,
+        teacher_logprobs=teacher_logprobs,
+        teacher_speaks=teacher_speaks,
+        reward_share=reward_share,
+        teacher_enters=teacher_enters,
+        max_importance_weight=max_importance_weight,
+        clip_low=clip_low,
+        clip_high=clip_high,
+    )
