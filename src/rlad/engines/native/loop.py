@@ -283,7 +283,12 @@ class NativeEngine:
                     batch.counts["teacher/speaks/frac"] = batch.spoken_share
             elif objective.needs_teacher:
                 # It has written the completions, or compares their tokens within the update.
-                batch.counts = {"teacher/tokens/count": sum(map(len, batch.completions))}
+                by_teacher = objective.written_by == "teacher"
+                rows = range(len(batch.rollouts)) if by_teacher else batch.teacher_rows
+                num_tokens = sum(len(batch.completions[i]) for i in rows)
+                batch.counts = {"teacher/tokens/count": num_tokens}
+                if batch.spoken_share < 1:
+                    batch.counts["teacher/speaks/frac"] = batch.spoken_share
         self.add_local_scores(batch, timer=timer)
         batch.seconds = timer.seconds
         if ahead is not None:
