@@ -22,7 +22,7 @@ from rlad.config.file import load_config
 from rlad.config.presets import PRESETS
 from rlad.objectives import OBJECTIVES
 from rlad.runs.directory import RunDirectory
-from tiny_runs import run_config
+from tiny_runs import run_config, write_config
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -350,6 +350,26 @@ def test_sample_without_a_run_shows_the_initial_student(world, toml):
     ).stdout.splitlines()
     row = json.loads(rows[0])
     assert row["student"] == str(world / "student") and row["teacher_logprobs"] is None
+
+
+def test_sample_asks_a_teacher_with_peers_where_it_speaks(world, tmp_path):
+    """The only correct completion of a group has no other one to be shown, and in a group without
+    any there is none at all."""
+    config = run_config(world, tmp_path / "run", rollout={"group_size": 8})
+    inner = {"model": str(world / "teacher")}
+    config["teacher"] = {"type": "privileged", "teacher": inner, "context": {"num_successes": 1}}
+    path = write_config(tmp_path / "peers.toml", config)
+    output = rlad_cli("sample", path, "--num-prompts", 3, "--json").stdout
+    rows = [json.loads(line) for line in output.splitlines()]
+    groups = [rows[i : i + 8] for i in range(0, len(rows), 8)]
+    spoken = []
+    for group in groups:
+        for row in group:
+            others = {o["completion"] for o in group if o["verdict"] == "correct"}
+            does = bool(others - {row["completion"], ""})
+            assert (row["teacher_logprobs"] is not None) is does
+            spoken.append(does)
+    assert True in spoken and False in spoken
 
 
 def test_evaluate_a_run_takes_its_best_checkpoint_and_its_task(run_dir):

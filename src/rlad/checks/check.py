@@ -13,6 +13,7 @@ from rlad.checks.memory import (
     estimate_memory,
     free_and_total_memory,
 )
+from rlad.checks.ranking import RankedContext, describe_ranking, rank_contexts
 from rlad.checks.trial import Trial, describe_trial, run_trial
 from rlad.config.catalogue import describe
 from rlad.config.run import RunConfig
@@ -51,6 +52,8 @@ class CheckReport:
     memory: MemoryEstimate | None = None
     trial: Trial | None = None
     """None when something before it cannot work, or no models were to be loaded"""
+    ranking: list[RankedContext] = field(default_factory=list)
+    """empty unless it was asked for"""
 
     @property
     def errors(self) -> list[Finding]:
@@ -77,17 +80,23 @@ class CheckReport:
             "findings": [asdict(finding) for finding in self.findings],
             "memory_bytes": asdict(memory) | {"total": memory.total} if memory else None,
             "trial": asdict(self.trial) if self.trial else None,
+            "ranking": [one.to_json() for one in self.ranking],
         }
 
 
 def check_run(
-    config: RunConfig, *, with_models: bool = True, for_verl: bool = False
+    config: RunConfig,
+    *,
+    with_models: bool = True,
+    for_verl: bool = False,
+    num_ranked_problems: int = 0,
 ) -> CheckReport:
     """Look at everything that can be known before weights are loaded, then make a trial of the
     models. Nothing is written.
 
-    With `for_verl` also whether verl knows our objectives. What cannot work is an `error` among the
-    findings.
+    With `for_verl` also whether verl knows our objectives; with `num_ranked_problems` also whether
+    the teacher ranks the completions of so many problems as the verifier does. What cannot work is
+    an `error` among the findings.
     """
     report = CheckReport(config, describe_plan(config))
     if for_verl:
@@ -115,6 +124,10 @@ def check_run(
         report.trial = report.attempt("trial", run_trial, config)
     if report.trial is not None:
         report.findings += describe_trial(report.trial, config)
+    if report.trial is not None and num_ranked_problems:
+        ranked = report.attempt("ranking", rank_contexts, config, num_ranked_problems)
+        report.ranking = ranked or []
+        report.findings += map(describe_ranking, report.ranking)
     return report
 
 

@@ -9,16 +9,20 @@ from typing import Any
 
 from rlad.config.engine import EngineConfig
 from rlad.config.run import RunConfig
-from rlad.config.teacher import CachedTeacherConfig, single_teachers
+from rlad.config.teacher import CachedTeacherConfig, PrivilegedTeacherConfig, single_teachers
 from rlad.config.types import Section
 from rlad.engines.base import StepResult
 from rlad.engines.native import make_engine
 from rlad.findings import Finding
+from rlad.models.loading import load_tokenizer
 from rlad.models.student import load_student
+from rlad.rollouts.prompts import prompt_token_ids
 from rlad.rollouts.types import Metrics
 from rlad.runs.guards import Watch
 from rlad.tasks import Task, make_task
 from rlad.tasks.base import judged
+from rlad.teachers.base import Setting
+from rlad.teachers.privileged import encoder
 from rlad.teachers.several import task_names
 
 NUM_PROMPTS = 4
@@ -144,6 +148,7 @@ def describe_trial(trial: Trial, config: RunConfig) -> list[Finding]:
         Finding("ok", "trial", message),
         Finding("ok", "sampler", trial.sampler),
         *_log_ratio(metrics, config),
+        *_thoughts(metrics, config),
         *_gates(metrics, config),
         *_guards(metrics, config),
         _time(trial, config),
@@ -168,6 +173,31 @@ def _log_ratio(metrics: Metrics, config: RunConfig) -> list[Finding]:
         return [Finding("ok", subject, message)]
     what = "the teacher says what the student says, so it changes nothing; is it the same model?"
     return [Finding("warning", subject, f"{message}: {what}")]
+
+
+def _thoughts(metrics: Metrics, config: RunConfig) -> list[Finding]:
+    """Warn where the teacher is to think before its answer and the student is not."""
+    teacher = config.teacher
+    if not isinstance(teacher, PrivilegedTeacherConfig) or not config.needs_teacher:
+        return []
+    tokenizer = load_tokenizer(config.student.model)
+    encode = encoder(teacher, Setting(config, tokenizer, None))
+    students = tokenizer.decode(prompt_token_ids(tokenizer, "?", config.rollout)).rstrip()
+    teachers = tokenizer.decode(encode("?")).rstrip()
+    # A template switches thinking off by a thought that has ended, or on by one that has begun.
+    only_student_is_bare = students.endswith("</think>") and not teachers.endswith("</think>")
+    only_teacher_thinks = teachers.endswith("<think>") and not students.endswith("<think>")
+    if not (only_student_is_bare or only_teacher_thinks):
+        return []
+    measured = "was not measured"
+    if "teacher/log_ratio/mean" in metrics:
+        measured = f"is {metrics['teacher/log_ratio/mean']:+.2f} nats on average"
+    message = (
+        "the teacher is to think before it answers and the student is not, so that it finds the "
+        f"student's answers unlikely: log πS - log πT {measured}; give both the same "
+        "chat_template_kwargs, such as { enable_thinking = false }"
+    )
+    return [Finding("warning", "thoughts", message)]
 
 
 def _gates(metrics: Metrics, config: RunConfig) -> list[Finding]:

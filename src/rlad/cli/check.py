@@ -14,11 +14,21 @@ from rlad.errors import EXIT_USER_MISTAKE
 
 
 def run_check(
-    config: RunConfig, *, without_models: bool, engine: str | None, as_json: bool
+    config: RunConfig,
+    *,
+    without_models: bool,
+    engine: str | None,
+    ranking: int | None,
+    as_json: bool,
 ) -> None:
     """Check a run and print what was found; exit code 2 when it cannot work."""
     with Console(stderr=True).status("checking"):
-        report = check_run(config, with_models=not without_models, for_verl=engine == "verl")
+        report = check_run(
+            config,
+            with_models=not without_models,
+            for_verl=engine == "verl",
+            num_ranked_problems=ranking or 0,
+        )
     if as_json:
         click.echo(json.dumps(report.to_json()))
     else:

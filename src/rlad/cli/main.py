@@ -185,6 +185,13 @@ def train(arguments: tuple[str, ...], **how: bool) -> None:
     type=click.Choice(["verl"]),
     help="Also ask this engine, installed beside rlad, for our objectives.",
 )
+@click.option(
+    "--ranking",
+    type=click.IntRange(min=1),
+    metavar="PROBLEMS",
+    help="Also sample completions of so many training problems in full: does the teacher, shown "
+    "the answer or other completions, rank them as the verifier does?",
+)
 @_JSON
 def check(arguments: tuple[str, ...], **how: Any) -> None:
     """Say what a config will do and whether it can.

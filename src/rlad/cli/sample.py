@@ -13,6 +13,7 @@ from torch import Tensor
 from rlad.cli.printing import print_line
 from rlad.config.file import load_config
 from rlad.config.run import RunConfig
+from rlad.engines.rollout_batch import teacher_request
 from rlad.models.loading import LanguageModel
 from rlad.models.student import load_student
 from rlad.rollouts.grading import graded_groups
@@ -22,7 +23,6 @@ from rlad.runs.directory import RunDirectory
 from rlad.seeds import stream_seed
 from rlad.tasks import make_task
 from rlad.teachers import prepare_teacher
-from rlad.teachers.base import TeacherRequest
 
 _COLOURS = {"correct": "green", "wrong": "red", "cannot_judge": "yellow"}
 Row = dict[str, Any]
@@ -65,13 +65,12 @@ def preview(config: RunConfig, *, num_prompts: int) -> list[Row]:
         )
         rows = []
         for group in groups:
-            requests = [
-                TeacherRequest(group.prompt_token_ids, r.completion.token_ids, group.problem)
-                for r in group.rollouts
-            ]
-            scored = teacher.logprobs(requests) if teacher else [None] * len(requests)
-            for rollout, logprobs in zip(group.rollouts, scored, strict=True):
-                rows.append(_row(student, group.prompt, rollout, logprobs))
+            requests = [teacher_request(group, place) for place in range(len(group.rollouts))]
+            speaks = [teacher is not None and teacher.speaks(request) for request in requests]
+            asked = [one for one, does in zip(requests, speaks, strict=True) if does]
+            scored = iter(teacher.logprobs(asked) if teacher else [])
+            for rollout, does in zip(group.rollouts, speaks, strict=True):
+                rows.append(_row(student, group.prompt, rollout, next(scored) if does else None))
     return rows
 
 

@@ -395,6 +395,13 @@ def make_blocks(
 
 
 def make_teacher(settings: PrivilegedTeacherConfig, setting: Setting) -> PrivilegedTeacher:
+    return privileged(build_teacher(settings.teacher, setting), settings, setting)
+
+
+def privileged(
+    teacher: Teacher, settings: PrivilegedTeacherConfig, setting: Setting
+) -> PrivilegedTeacher:
+    """Show a teacher what a section says."""
     assert setting.student is not None
     # Only what differs from the defaults, so that a new setting does not change old identities.
     form = settings.model_dump(include=_FORM, exclude_defaults=True)
@@ -404,7 +411,7 @@ def make_teacher(settings: PrivilegedTeacherConfig, setting: Setting) -> Privile
         # A student may end its answer by several tokens; the teacher has one for all.
         ends = dict.fromkeys(setting.student.eos_token_ids, own_end)
     return PrivilegedTeacher(
-        build_teacher(settings.teacher, setting),
+        teacher,
         settings.template,
         encode=encoder(settings, setting),
         context=teacher_context(settings.teacher, setting),

@@ -1,0 +1,161 @@
+"""Whether the teacher, under several contexts, ranks the student's completions as the verifier
+does."""
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from rlad.checks.trial import without_cache
+from rlad.config.context import ContextConfig
+from rlad.config.run import RunConfig
+from rlad.config.teacher import PrivilegedTeacherConfig
+from rlad.engines.rollout_batch import RolloutBatch, teacher_request
+from rlad.errors import UserError
+from rlad.findings import Finding
+from rlad.models.student import load_student
+from rlad.rollouts.grading import graded_groups
+from rlad.rollouts.types import RolloutGroup
+from rlad.runs.statistics import Ranking, ranking
+from rlad.seeds import stream_seed
+from rlad.tasks import Verdict, make_task
+from rlad.teachers import build_teacher, setting_of
+from rlad.teachers.base import Setting, Teacher, TeacherRequest
+from rlad.teachers.contexts import blocks_of
+from rlad.teachers.privileged import privileged
+
+MIN_PROBLEMS = 5
+"""with pairs; an interval over fewer is no interval"""
+CONTEXTS: dict[str, dict[str, Any]] = {
+    "no context": {},
+    "reference answer": {"answer": True},
+    "1S": {"num_successes": 1},
+    "2S": {"num_successes": 2},
+    "1F": {"num_failures": 1},
+    "1S1F": {"num_successes": 1, "num_failures": 1},
+    "2S1F": {"num_successes": 2, "num_failures": 1},
+}
+"""What the teacher is shown besides the question: S correct and F wrong completions of the group"""
+
+
+@dataclass(frozen=True, slots=True)
+class RankedContext:
+    """How the teacher ranks under one context."""
+
+    context: str
+    num_completions: int
+    """about which it could be asked with all that the context names"""
+    ranking: Ranking
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def rank_contexts(config: RunConfig, num_problems: int) -> list[RankedContext]:
+    """Sample the completions of training problems by the initial student, and have them scored
+    under each context.
+
+    Of a context only those completions count for which all that it names is there.
+    """
+    if config.teacher is None:
+        raise UserError("a ranking needs a [teacher] section; add one, or leave --ranking out.")
+    student = load_student(config)
+    with closing(make_task(**config.task.model_dump())) as task:
+        groups = graded_groups(
+            student,
+            task,
+            "train",
+            range(num_problems),
+            rollout=config.rollout,
+            seed=stream_seed(config.seed, "ranking"),
+            problem_seed=config.seed,
+        )
+    setting = setting_of(config, student)
+    settings = without_cache(config.teacher)
+    is_privileged = isinstance(settings, PrivilegedTeacherConfig)
+    inner = settings.teacher if is_privileged else settings
+    ranked = []
+    with closing(build_teacher(inner, setting)) as teacher:
+        if not any(isinstance(one, PrivilegedTeacherConfig) for one in inner.walk()):
+            ranked += [
+                _ranked(name, shown_by, context, groups, setting)
+                for name, shown_by, context in _teachers(settings, teacher, setting)
+            ]
+        configured = privileged(teacher, settings, setting) if is_privileged else teacher
+        ranked.append(_ranked("as configured", configured, None, groups, setting))
+    return ranked
+
+
+def _teachers(
+    settings: Any, teacher: Teacher, setting: Setting
+) -> Iterator[tuple[str, Teacher, ContextConfig | None]]:
+    """The teacher under each context, with the form of prompts and the thresholds that the config
+    gives it."""
+    base = {"type": "privileged", "teacher": {"type": "ema"}, "template": "{prompt}"}
+    own = ContextConfig(answer=True)
+    if isinstance(settings, PrivilegedTeacherConfig):
+        base = settings.model_dump() | {"template": "{prompt}", "context": None}
+        own = settings.context or own
+    none = {"answer": False, "fields": (), "num_successes": 0, "num_failures": 0, "feedback": False}
+    for name, shown in CONTEXTS.items():
+        context = own.model_copy(update=none | {"without_success": "silent"} | shown)
+        one = PrivilegedTeacherConfig.model_validate(base)
+        one = one.model_copy(update={"context": context if shown else None})
+        yield name, privileged(teacher, one, setting), one.context
+
+
+def _ranked(
+    name: str,
+    teacher: Teacher,
+    context: ContextConfig | None,
+    groups: list[RolloutGroup],
+    setting: Setting,
+) -> RankedContext:
+    batch = RolloutBatch(0, groups, torch.zeros(sum(len(group.rollouts) for group in groups)))
+    rows = []
+    requests = []
+    for i in batch.judged.nonzero().flatten().tolist():
+        request = teacher_request(groups[i // batch.group_size], i % batch.group_size)
+        if teacher.speaks(request) and _is_whole(context, request, setting):
+            rows.append(i)
+            requests.append(request)
+    logprobs = teacher.logprobs(requests)
+    scores: list[list[float]] = [[] for _ in groups]
+    is_correct: list[list[bool]] = [[] for _ in groups]
+    for i, values in zip(rows, logprobs, strict=True):
+        if bool(values.isfinite().all()):
+            scores[i // batch.group_size].append(float(values.mean()))
+            correct = batch.rollouts[i].verdict == Verdict.CORRECT
+            is_correct[i // batch.group_size].append(correct)
+    return RankedContext(name, sum(map(len, scores)), ranking(scores, is_correct))
+
+
+def _is_whole(context: ContextConfig | None, request: TeacherRequest, setting: Setting) -> bool:
+    """Whether there are as many completions to show as the context names."""
+    if context is None:
+        return True
+    blocks = blocks_of(context, request, seed=setting.config.seed)
+    return sum(block.is_peer for block in blocks) == context.num_peers
+
+
+def describe_ranking(one: RankedContext) -> Finding:
+    """Return the line about one context."""
+    found = one.ranking
+    subject = f"ranking, {one.context}"
+    if found.pairwise is None or found.auc is None:
+        message = (
+            f"none: of {one.num_completions} completions about which the teacher could be asked "
+            "none of a problem is correct and another wrong"
+        )
+        return Finding("warning", subject, message)
+    is_little = found.num_problems < MIN_PROBLEMS
+    message = (
+        f"a correct completion is above a wrong one of its problem in {found.pairwise} of "
+        f"{found.num_pairs} pairs of {found.num_problems} problems; AUC over all "
+        f"{one.num_completions} completions {found.auc}"
+    )
+    if is_little:
+        message += ": too few problems to say much; give --ranking more"
+    return Finding("warning" if is_little else "ok", subject, message)
