@@ -9,6 +9,7 @@ its settings say what happens then.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -39,7 +40,6 @@ from rlad.teachers import check_teacher as check_inner
 from rlad.teachers.base import Answer, Setting, Teacher, TeacherRequest, TeacherWrapper
 from rlad.teachers.contexts import (
     BlockContext,
-    Fitted,
     check_context,
     in_place_of_question,
     metadata_texts,
@@ -86,8 +86,8 @@ class PrivilegedTeacher(TeacherWrapper):
         self._has_own_form = bool(form)
         self._ends = ends or {}
         self._blocks = blocks
-        self._fitted: list[Fitted] = []
-        """what was shown since the metrics were last taken"""
+        self._counts: Counter[str] = Counter()
+        """of what was shown since the metrics were last taken"""
 
     @property
     def shows_peers(self) -> bool:
@@ -157,7 +157,10 @@ class PrivilegedTeacher(TeacherWrapper):
             fitted = self._blocks.fitted(request, self._room(request))
             if fitted is None:
                 return None
-            self._fitted.append(fitted)
+            self._counts["shown"] += 1
+            self._counts["successes"] += fitted.num_successes
+            self._counts["shortened"] += fitted.num_shortened > 0
+            self._counts["dropped_blocks"] += fitted.num_dropped > 0
             return fitted.token_ids
         prompt = privileged_prompt(self.template, request.problem, peer_solution(request))
         return None if prompt is None else self._encode(prompt)
@@ -167,16 +170,11 @@ class PrivilegedTeacher(TeacherWrapper):
 
     def pop_metrics(self) -> dict[str, float]:
         metrics = super().pop_metrics()
-        if number := len(self._fitted):
-            metrics["teacher/shown_successes/mean"] = (
-                sum(one.num_successes for one in self._fitted) / number
-            )
-            for name, count in (
-                ("shortened", sum(one.num_shortened > 0 for one in self._fitted)),
-                ("dropped_blocks", sum(one.num_dropped > 0 for one in self._fitted)),
-            ):
-                metrics[f"teacher/{name}/frac"] = count / number
-        self._fitted.clear()
+        if number := self._counts["shown"]:
+            metrics["teacher/shown_successes/mean"] = self._counts["successes"] / number
+            for name in ("shortened", "dropped_blocks"):
+                metrics[f"teacher/{name}/frac"] = self._counts[name] / number
+        self._counts.clear()
         return metrics
 
 

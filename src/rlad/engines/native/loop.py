@@ -279,16 +279,14 @@ class NativeEngine:
                 num_tokens = sum(map(len, batch.teacher_logprobs))
                 batch.counts = {"teacher/tokens/count": num_tokens} | teacher.pop_metrics()
                 batch.counts |= ranking_metrics(groups, batch.teacher_logprobs)
-                if batch.spoken_share < 1:
-                    batch.counts["teacher/speaks/frac"] = batch.spoken_share
             elif objective.needs_teacher:
                 # It has written the completions, or compares their tokens within the update.
                 by_teacher = objective.written_by == "teacher"
                 rows = range(len(batch.rollouts)) if by_teacher else batch.teacher_rows
                 num_tokens = sum(len(batch.completions[i]) for i in rows)
                 batch.counts = {"teacher/tokens/count": num_tokens}
-                if batch.spoken_share < 1:
-                    batch.counts["teacher/speaks/frac"] = batch.spoken_share
+            if batch.spoken_share < 1:
+                batch.counts["teacher/speaks/frac"] = batch.spoken_share
         self.add_local_scores(batch, timer=timer)
         batch.seconds = timer.seconds
         if ahead is not None:
