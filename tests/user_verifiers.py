@@ -57,6 +57,12 @@ def trouble_with_words(completion: str, answer: str) -> object:
     return CALLS[trouble](completion, answer)
 
 
+def last_digit(completion: str, answer: str) -> bool:
+    """Correct when the last digit, wherever it is, is the answer: often, by chance."""
+    digits = [character for character in completion if character.isdigit()]
+    return digits[-1:] == [answer]
+
+
 def one_argument(completion: str) -> bool:
     return True
 

@@ -30,6 +30,7 @@ GROUP_SIZE = 8
 
 def config_of(world: Path, teacher: dict[str, Any] | None, **sections: Any) -> dict[str, Any]:
     config = run_config(world, Path("unused"), rollout={"group_size": GROUP_SIZE}, **sections)
+    config["task"]["verifier"] = "user_verifiers:last_digit"
     return config | {"teacher": teacher or {"model": str(world / "teacher")}}
 
 

@@ -356,6 +356,7 @@ def test_sample_asks_a_teacher_with_peers_where_it_speaks(world, tmp_path):
     """The only correct completion of a group has no other one to be shown, and in a group without
     any there is none at all."""
     config = run_config(world, tmp_path / "run", rollout={"group_size": 8})
+    config["task"]["verifier"] = "user_verifiers:last_digit"
     inner = {"model": str(world / "teacher")}
     config["teacher"] = {"type": "privileged", "teacher": inner, "context": {"num_successes": 1}}
     path = write_config(tmp_path / "peers.toml", config)

@@ -117,6 +117,7 @@ def test_a_request_has_the_others_of_the_group() -> None:
 def with_peers(world: Path, run_dir: Path, objective: dict[str, Any], **shows: Any) -> Any:
     teacher = {**PEERS, "context": PEERS["context"] | shows, "teacher": {"type": "ema"}}
     config = run_config(world, run_dir, rollout={"group_size": 6})
+    config["task"]["verifier"] = "user_verifiers:last_digit"
     return config | {"teacher": teacher, "objective": objective}
 
 
