@@ -270,7 +270,9 @@ def unused_generation_settings(name: str) -> list[str]:
     generation = load_generation_config(name)
     table = generation.to_diff_dict() if generation is not None else {}
     known = (*_TOKENS_OF_GENERATION, "transformers_version", "_from_model_config", "use_cache")
-    return [f"{key} = {value!r}" for key, value in table.items() if key not in known]
+    return sorted(
+        f"{key} = {value!r}" for key, value in table.items() if value and key not in known
+    )
 
 
 def _require_sound(loaded: LanguageModel, *, look_at_weights: bool) -> None:

@@ -152,7 +152,7 @@ def _batch_from(
     groups = [
         RolloutGroup.from_json(row, problem_of(row["problem_index"])) for row in saved["groups"]
     ]
-    scores = {
+    scores: dict[str, Any] = {
         name: list(tensors[name].split(tensors[f"{name}/lengths"].tolist()))
         for name in _SCORES
         if name in tensors
