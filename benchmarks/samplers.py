@@ -7,13 +7,19 @@ Needs vLLM (`.ci/vllm-environment`). Both engines train the same student on the 
 take turns step by step, so what else the machine does meets both. They draw other completions, so
 seconds are also given for 1,000 sampled tokens. The first round is a warm-up and not counted.
 Afterwards the log-probs that vLLM gave the last batches' tokens are compared with the trainer's.
+
+    python benchmarks/samplers.py --url http://127.0.0.1:8000
+
+compares a vLLM server of the model (docs/rollouts.md) that writes each batch when it is asked for
+with the same one batch ahead. They run one after the other, as a server holds one student; the
+seconds of a part are those that the trainer spent on it or waited for it. Needs no vLLM here.
 """
 
 import argparse
 import json
 import os
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from statistics import median
 from typing import Any
 
@@ -33,6 +39,14 @@ PARTS = ("generation", "hand_over", "teacher", "update")
 Row = dict[str, float]
 
 
+def samplers(url: str | None) -> dict[str, dict[str, Any]]:
+    """Return the settings of [rollout] that are compared, the first with the second."""
+    if url is None:
+        return {"vllm": {"engine": "vllm"}, "native": {"engine": "native"}}
+    server = {"engine": "vllm", "vllm": {"urls": [url]}}
+    return {"ahead": server | {"max_staleness": 1}, "server": server}
+
+
 def config_of(sampler: str, options: argparse.Namespace) -> RunConfig:
     return RunConfig.model_validate(
         {
@@ -40,7 +54,7 @@ def config_of(sampler: str, options: argparse.Namespace) -> RunConfig:
             "teacher": {"model": options.model, "dtype": options.dtype},
             "task": {"type": "knights_and_knaves"},
             "rollout": {
-                "engine": sampler,
+                **samplers(options.url)[sampler],
                 "prompts_per_batch": options.num_prompts,
                 "group_size": options.group_size,
                 "max_prompt_tokens": 256,
@@ -48,7 +62,7 @@ def config_of(sampler: str, options: argparse.Namespace) -> RunConfig:
                 "max_batch_rows": options.num_prompts * options.group_size,
             },
             "optimization": {
-                "num_steps": options.rounds + 1,
+                "num_steps": options.rounds + 2,  # one batch ahead of the last that is measured
                 "learning_rate": options.learning_rate,
                 "tokens_per_batch": 4096,
             },
@@ -84,12 +98,21 @@ def table(rows: dict[str, list[Row]]) -> str:
         lines.append(
             f"| {name} | {tokens:.0f} | {' | '.join(figures)} | {mismatch:.1e}, {largest:.1e} |"
         )
+    one, other = rows
     ratios = [
-        f"{per_1000_tokens(rows['vllm'], part) / per_1000_tokens(rows['native'], part):.2f}"
+        f"{per_1000_tokens(rows[one], part) / per_1000_tokens(rows[other], part):.2f}"
         for part in ("generation", "step")
     ]
     title = "Median seconds for 1,000 sampled tokens:"
-    return "\n".join([title, "", *lines, "", f"vllm / native: generation, step {ratios}"])
+    return "\n".join([title, "", *lines, "", f"{one} / {other}: generation, step {ratios}"])
+
+
+def make(sampler: str, options: argparse.Namespace) -> Any:
+    """Make the engine of a run with one sampler."""
+    config = config_of(sampler, options)
+    # Every second completion counts as correct, so that all are scored and trained on.
+    task = with_alternating_verdicts(make_task(**config.task.model_dump()))
+    return make_engine(config, load_student(config), task, before_work=lambda: None)
 
 
 def main() -> None:
@@ -101,26 +124,24 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--learning-rate", type=float, default=1e-5)
+    parser.add_argument("--url", help="of a vLLM server of the model")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
     print(f"{options.model}, {options.dtype}, {torch.get_num_threads()} threads", flush=True)
-    rows: dict[str, list[Row]] = {"native": [], "vllm": []}
-    engines: dict[str, Any] = {}
-    for name in rows:
-        config = config_of(name, options)
-        # Every second completion counts as correct, so that all are scored and trained on.
-        task = with_alternating_verdicts(make_task(**config.task.model_dump()))
-        engines[name] = make_engine(config, load_student(config), task, before_work=lambda: None)
-    with closing(engines["native"]), closing(engines["vllm"]):
-        steps = {name: engine.steps() for name, engine in engines.items()}
-        for number in range(options.rounds + 1):
-            for name in rows:
-                row = row_of(next(steps[name]))
-                if number:
-                    rows[name].append(row)
-                print(
-                    number, name, {key: round(value, 6) for key, value in row.items()}, flush=True
-                )
+    names = list(samplers(options.url))
+    turns = [names] if options.url is None else [[name] for name in names]
+    rows: dict[str, list[Row]] = {name: [] for name in names}
+    for together in turns:
+        with ExitStack() as held:
+            engines = {name: held.enter_context(closing(make(name, options))) for name in together}
+            steps = {name: engine.steps() for name, engine in engines.items()}
+            for number in range(options.rounds + 1):
+                for name in together:
+                    row = row_of(next(steps[name]))
+                    if number:
+                        rows[name].append(row)
+                    shown = {key: round(value, 6) for key, value in row.items()}
+                    print(number, name, shown, flush=True)
     print(table(rows))
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:

@@ -133,7 +133,7 @@ def lora() -> dict[str, Any]:
 
 def without_remedy() -> dict[str, Any]:
     """The packed output layer stays as it was."""
-    vllm_sampler._repack_tied_output_layer = lambda worker: None
+    vllm_sampler.repack_tied_output_layer = lambda worker: None
     model = student(tie_word_embeddings=True)
     sampler = sampler_of(model)
     error = ""

@@ -252,6 +252,14 @@ def is_refused(config: RunConfig) -> bool:
             "an annealed optimization.kl_coef is not available on verl",
         ),
         (
+            [
+                "rollout.engine=vllm",
+                'rollout.vllm.urls=["http://127.0.0.1:8000"]',
+                "rollout.max_staleness=1",
+            ],
+            "rollout.max_staleness = 1 is not available on verl; set it to 0.",
+        ),
+        (
             ["teacher.quantization=int8"],
             "this [teacher] is not available on verl; name a model of type 'local'",
         ),

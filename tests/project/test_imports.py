@@ -36,8 +36,14 @@ BY_TEACHERS = {
 }
 """Of `cached` and `privileged` teachers, those that work elsewhere, `opd_then_grpo`, and the bound
 of `opsd`; their own tests hold them to these names."""
-BY_VLLM = {"sampler/kl/mean", "sampler/bounded_weights/frac", "time/hand_over/seconds"}
-"""with `rollout.engine = "vllm"`; `tests/rollouts/test_vllm_sampler.py` looks for them"""
+BY_VLLM = {
+    "sampler/kl/mean",
+    "sampler/bounded_weights/frac",
+    "time/hand_over/seconds",
+    "rollout/staleness/steps",
+}
+"""with `rollout.engine = "vllm"`; `tests/rollouts/test_vllm_sampler.py` and
+`tests/engines/test_staleness.py` look for them"""
 BATCH = {field.name for field in dataclasses.fields(LossInputs)}
 HEAVY = ("torch", "transformers", "trl", "numpy", "matplotlib", "safetensors", "pebble")
 

@@ -33,6 +33,8 @@ from rlad.models.loading import (
 )
 from rlad.models.student import require_base_model
 from rlad.rollouts.prompts import longest_prompt
+from rlad.rollouts.vllm_protocol import Needs, require_usable
+from rlad.rollouts.vllm_server import make_client
 from rlad.runs.directory import RunDirectory
 from rlad.tasks import Task, make_task
 from rlad.tasks.references import require_working_verifier
@@ -213,6 +215,7 @@ def _check_models(config: RunConfig) -> list[Finding]:
     findings = [
         Finding("ok", "student", f"{settings.model} ({model_config.model_type}), {vocabulary}"),
         _special_tokens(config, tokenizer, model_config),
+        *_servers(config, model_config),
     ]
     if unused := unused_generation_settings(settings.model):
         message = (
@@ -226,6 +229,19 @@ def _check_models(config: RunConfig) -> list[Finding]:
         *findings,
         Finding("ok", "teacher", config.teacher.title),
         *check_teacher(config.teacher, Setting(config, tokenizer, context)),
+    ]
+
+
+def _servers(config: RunConfig, model_config: Any) -> list[Finding]:
+    """Ask the vLLM servers that are to write whether they can."""
+    rollout = config.rollout
+    if not rollout.vllm.urls:
+        return []
+    needs = Needs.of(rollout, model_config, config.student.dtype)
+    with closing(make_client(rollout)) as client:
+        versions = [require_usable(client, url, needs).version for url in rollout.vllm.urls]
+    return [
+        Finding("ok", "sampler", f"vLLM {', '.join(versions)} at {', '.join(rollout.vllm.urls)}")
     ]
 
 

@@ -38,6 +38,8 @@ def _asked_by_run(run: RunConfig) -> Iterator[Row]:
         yield "optimization.schedule = 'linear'", ("native", "trl"), "use constant or cosine"
     if isinstance(loop.kl_coef, Annealed):
         yield "an annealed optimization.kl_coef", ("native",), "give one number"
+    if run.rollout.max_staleness:
+        yield "rollout.max_staleness = 1", ("native",), "set it to 0"
     for key in ("lora", "end_tokens"):
         if getattr(run.student, key):
             yield f"student.{key}", ("native", "trl"), "leave it out, or use the native engine"

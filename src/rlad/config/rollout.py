@@ -4,12 +4,36 @@ torch."""
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from rlad.config.types import Count, Mark, NonNegative, Positive, Section, Share
+from rlad.config.addresses import ServerURL, VariableName, is_this_machine
+from rlad.config.types import (
+    Count,
+    Mark,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    Section,
+    Share,
+)
 
 
 class VLLMConfig(Section):
-    """vLLM in the process of the run, on the student's device."""
+    """vLLM in the process of the run, on the student's device; with `urls` vLLM servers, to which
+    memory, rows and sleep are their own matter."""
 
+    urls: Annotated[tuple[ServerURL, ...], Mark.NO_NUMBER] = ()
+    """vLLM servers elsewhere, such as ["http://127.0.0.1:8000"], which hold copies of the student
+    and share the groups"""
+    weights_directory: Annotated[str | None, Mark.NO_NUMBER] = None
+    """a folder that this run and the servers reach under the same path, for the student's weights;
+    by default a temporary one, for servers on this machine"""
+    api_key_variable: Annotated[VariableName, Mark.NO_NUMBER] = "RLAD_ROLLOUT_API_KEY"
+    """environment variable with the servers' key, if they ask for one"""
+    timeout_seconds: Annotated[Positive, Mark.NO_NUMBER] = 1800.0
+    """for one group, from asking a server to its last completion"""
+    num_retries: Annotated[NonNegativeInt, Mark.NO_NUMBER] = 10
+    """of what no server did; with the default pause, 6 minutes pass until the run stops"""
+    retry_pause_seconds: Annotated[Positive, Mark.NO_NUMBER] = 2.0
+    """before the first retry; doubled by each one up to a minute, and spread randomly"""
     gpu_memory_utilization: Annotated[Share, Mark.ROUNDING] = 0.3
     """share of the GPU's memory for vLLM: its weights and its cache; the trainer has the rest"""
     max_num_seqs: Annotated[Count | None, Mark.ROUNDING] = None
@@ -22,6 +46,17 @@ class VLLMConfig(Section):
     tolerance: Annotated[Positive | None, Mark.NO_NUMBER] = None
     """mean difference in nats between the log-probs of sampler and trainer at which a hand-over of
     weights has failed; by default 0.001 in float32 and 0.1 in bfloat16"""
+
+    def problems(self) -> Iterator[str]:
+        if len(set(self.urls)) < len(self.urls):
+            yield "urls names a server twice; name each once"
+        elsewhere = [url for url in self.urls if not is_this_machine(url)]
+        if elsewhere and self.weights_directory is None:
+            yield (
+                f"the server {elsewhere[0]} is on another machine, and does not reach the "
+                "temporary folder to which weights are written; set "
+                "rollout.vllm.weights_directory to a folder that both reach"
+            )
 
 
 class CorrectionConfig(Section):

@@ -101,6 +101,21 @@ class RolloutConfig(Section):
     where it is installed and fits device and model"""
     vllm: VLLMConfig = VLLMConfig()
     correction: CorrectionConfig = CorrectionConfig()
+    max_staleness: Annotated[int, Field(strict=True, ge=0, le=1)] = 0
+    """1: a vLLM server writes the next rollout batch while the present one trains, with the weights
+    of before its updates; `rollout.correction` weighs the difference"""
+
+    def problems(self) -> Iterator[str]:
+        if self.vllm.urls and self.engine != "vllm":
+            yield (
+                f"rollout.vllm.urls names servers, and rollout.engine is {self.engine!r}; set it "
+                "to 'vllm', or leave the urls out"
+            )
+        if self.max_staleness and not self.vllm.urls:
+            yield (
+                "rollout.max_staleness = 1 needs a vLLM server that writes while this process "
+                "trains; name it in rollout.vllm.urls with rollout.engine = 'vllm', or set it to 0"
+            )
 
     of_method: ClassVar[frozenset[str]] = frozenset({"engine", "vllm", "correction"})
     """The settings in which methods of one comparison may differ: who writes, and what corrects

@@ -31,7 +31,7 @@ class RolloutBatch:
     teacher_logprobs: list[Tensor] | None = None
     reference_logprobs: list[Tensor] | None = None
     old_logprobs: list[Tensor] | None = None
-    """None: the student has not moved since it sampled, so they are its own log-probs"""
+    """of the student when the first step on the batch is made; None: its own of the only step"""
     token_advantages: list[Tensor] | None = None
     """of an objective that makes them from the teacher; they take the place of `advantages`"""
     spoken_share: float = 1.0
@@ -170,7 +170,7 @@ class RolloutBatch:
         def chosen(values: list[Tensor] | None) -> Tensor | None:
             return None if values is None else padded([values[i] for i in part], student)
 
-        # Where the student has not moved since it sampled, it is the old policy.
+        # In the only step on a batch the student is the old policy.
         old = chosen(self.old_logprobs)
         token_advantages = chosen(self.token_advantages)
         if token_advantages is None:

@@ -6,6 +6,7 @@ Training, evaluation, `rlad sample` and `rlad check` all come through here.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from rlad.config.run import RolloutConfig
 from rlad.models.loading import LanguageModel
@@ -58,24 +59,20 @@ def graded_groups(
     """
     timer = timer or Timer()
     sampler = sampler or OwnSampler(student, rollout)
-    problems = [task.problem(split, i, seed=problem_seed) for i in indices]
-    names = [f"{'training' if split == 'train' else split} problem {i}" for i in indices]
     groups: dict[int, RolloutGroup] = {}
 
     def grade_group(number: int, completions: list[Completion]) -> None:
-        problem = problems[number]
+        one = asked[number]
         with timer("rewards"):
-            rollouts = grade(task, problem, names[number], completions, student, before_work)
-            prompt = tuple(prompts[number])
-            groups[number] = RolloutGroup(indices[number], problem, prompt, rollouts)
+            rollouts = grade(task, one.problem, one.name, completions, student, before_work)
+            prompt = tuple(one.prompt)
+            groups[number] = RolloutGroup(indices[number], one.problem, prompt, rollouts)
         after_group(number, groups[number])
 
     with timer("generation"):
-        prompts = [prompt_token_ids(student.tokenizer, p.asked, rollout) for p in problems]
-        for name, prompt in zip(names, prompts, strict=True):
-            check_prompt_length(len(prompt), name, rollout, student.context_tokens)
+        asked = asked_prompts(student, task, split, indices, rollout, problem_seed)
         sampler.sample(
-            prompts,
+            [one.prompt for one in asked],
             group_size=rollout.group_size,
             max_completion_tokens=rollout.max_completion_tokens,
             temperature=rollout.temperature,
@@ -87,6 +84,35 @@ def graded_groups(
     # then the run stops here, and what could not be judged is not recorded.
     before_work()
     return [groups[number] for number in range(len(groups))]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A problem and its prompt in tokens; messages call it by its name."""
+
+    problem: Problem
+    name: str
+    prompt: Sequence[int]
+
+
+def asked_prompts(
+    student: LanguageModel,
+    task: Task,
+    split: Split,
+    indices: Sequence[int],
+    rollout: RolloutConfig,
+    problem_seed: int,
+) -> list[Asked]:
+    """Return some problems of a split with their prompts. Raises `UserError` for a prompt that
+    leaves no room for its completion."""
+    asked = []
+    for index in indices:
+        problem = task.problem(split, index, seed=problem_seed)
+        name = f"{'training' if split == 'train' else split} problem {index}"
+        prompt = prompt_token_ids(student.tokenizer, problem.asked, rollout)
+        check_prompt_length(len(prompt), name, rollout, student.context_tokens)
+        asked.append(Asked(problem, name, prompt))
+    return asked
 
 
 def grade(

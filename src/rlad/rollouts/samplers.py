@@ -1,6 +1,7 @@
 """Which sampler writes the completions of a run: `rollout.engine`."""
 
 import importlib.util
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -13,24 +14,33 @@ from rlad.models.adapters import adapts_tied_embeddings, has_adapter
 from rlad.models.loading import LanguageModel
 from rlad.rollouts.sampling import OwnSampler
 from rlad.rollouts.types import Sampler
+from rlad.rollouts.vllm_protocol import TESTED_VLLM
 from rlad.rollouts.vllm_sampler import VLLMSampler, prepare_environment
+from rlad.rollouts.vllm_server import VLLMServerSampler
 from rlad.text import first_line
 
-TESTED_VLLM = "0.32"
 LOWEST_TEMPERATURE = 0.01
 
 
-def make_sampler(student: LanguageModel, rollout: RolloutConfig) -> Sampler:
+def make_sampler(
+    student: LanguageModel,
+    rollout: RolloutConfig,
+    before_work: Callable[[], None] = lambda: None,
+) -> Sampler:
     """Start the sampler that a run asks for; `auto` takes vLLM where nothing speaks against it.
 
-    The model may be a teacher's, which writes the completions of `sft`. Raises `UserError` for vLLM
-    where something does.
+    The model may be a teacher's, which writes the completions of `sft`. `before_work` is called
+    while a server is waited for; it may raise. Raises `UserError` for vLLM where something speaks
+    against it.
     """
     if rollout.engine == "native":
         return OwnSampler(student, rollout)
-    obstacle = obstacle_to_vllm(student)
+    has_servers = bool(rollout.vllm.urls)
+    obstacle = obstacle_to_hand_over(student) if has_servers else obstacle_to_vllm(student)
     if rollout.temperature < LOWEST_TEMPERATURE:
         obstacle = f"vLLM samples at no temperature below {LOWEST_TEMPERATURE}"
+    if obstacle is None and has_servers:
+        return VLLMServerSampler(student, rollout, before_work)
     if obstacle is None:
         return VLLMSampler(student, rollout)
     if rollout.engine == "auto":
@@ -39,6 +49,14 @@ def make_sampler(student: LanguageModel, rollout: RolloutConfig) -> Sampler:
         f"rollout.engine = 'vllm', but {obstacle}; set it to 'native', or to 'auto', which takes "
         "vLLM where it can."
     )
+
+
+def of_teacher(rollout: RolloutConfig) -> RolloutConfig:
+    """Return the settings with which a teacher writes: servers hold the student alone."""
+    if not rollout.vllm.urls:
+        return rollout
+    here = {"engine": "native", "vllm": rollout.vllm.model_copy(update={"urls": ()})}
+    return rollout.model_copy(update=here)
 
 
 def obstacle_to_vllm(student: LanguageModel) -> str | None:
@@ -61,10 +79,14 @@ def obstacle_to_vllm(student: LanguageModel) -> str | None:
         return f"vLLM would take the first GPU, and the student is on {model.device}"
     if architecture not in vllm.ModelRegistry.get_supported_archs():
         return f"vLLM does not know {architecture}"
-    return _obstacle_in_weights(student)
+    if obstacle := obstacle_to_hand_over(student):
+        return obstacle
+    return _obstacle_on_cpu(model) if model.device.type == "cpu" else None
 
 
-def _obstacle_in_weights(student: LanguageModel) -> str | None:
+def obstacle_to_hand_over(student: LanguageModel) -> str | None:
+    """Return what keeps a student's weights from being those of a model in vLLM; None if nothing
+    does."""
     model = student.model
     if getattr(model.config, "quantization_config", None) is not None:
         return "its weights are quantised"
@@ -74,7 +96,7 @@ def _obstacle_in_weights(student: LanguageModel) -> str | None:
         return "B A of its adapter would be rounded away when it is added to weights in bfloat16"
     if _has_other_names(model):
         return "its experts, convolutions or buffers have other names in vLLM"
-    return _obstacle_on_cpu(model) if model.device.type == "cpu" else None
+    return None
 
 
 def _has_other_names(model: PreTrainedModel) -> bool:

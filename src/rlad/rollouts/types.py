@@ -26,7 +26,8 @@ class Completion:
 class Sampler(ABC):
     """Writes completions of prompts under one model, whose weights may move.
 
-    Our own decoder is `rlad.rollouts.sampling`, vLLM `rlad.rollouts.vllm_sampler`.
+    Our own decoder is `rlad.rollouts.sampling`, vLLM in this process `rlad.rollouts.vllm_sampler`,
+    on servers `rlad.rollouts.vllm_server`.
     """
 
     name: ClassVar[str]
@@ -60,6 +61,24 @@ class Sampler(ABC):
     def update_weights(self) -> None:
         """Take over the weights of the model, if they have changed."""
         return
+
+    def begin(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        group_size: int,
+        max_completion_tokens: int,
+        temperature: float,
+        seed: int,
+        before_token: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Begin to write, under the weights of now, what the next `sample` with the same arguments
+        returns. A sampler in this process cannot."""
+        return
+
+    def has_begun(self, prompts: Sequence[Sequence[int]], seed: int) -> bool:
+        """Whether completions of these prompts have been begun."""
+        return False
 
     def close(self) -> None:
         """Release what it holds."""

@@ -1,12 +1,7 @@
-"""Completions from vLLM in the process of the run, under a student whose weights move.
-
-vLLM holds a second copy of the student. After an update that copy is stale: the trainer's weights
-are handed over before the next completions are written, and a few sampled tokens are scored by the
-trainer to see that they have arrived. The only file that calls vLLM.
-"""
+"""Completions from vLLM in the process of the run. The only file that calls vLLM there."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,14 +14,11 @@ from rlad.config.run import RolloutConfig
 from rlad.errors import RunFailedError, UserError
 from rlad.models.adapters import merged_weights
 from rlad.models.loading import LanguageModel
-from rlad.rollouts.types import Completion, Sampler
-from rlad.scoring.scorer import Scorer
+from rlad.rollouts.copied_student import CopiedStudent, Limits, Prompts
+from rlad.rollouts.types import Completion
+from rlad.rollouts.vllm_worker import repack_tied_output_layer
 from rlad.text import first_line
 
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
-# The check of a hand-over: so many prompts, one completion of so many tokens each.
-_NUM_CHECKED_PROMPTS = 4
-_NUM_CHECKED_TOKENS = 16
 _MOST_CPU_CACHE_BYTES = 4 * 2**30
 _CPU_BLOCK_TOKENS = 128
 
@@ -40,25 +32,17 @@ def prepare_environment() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")
 
 
-class VLLMSampler(Sampler):
-    """Samples from vLLM's copy of a student."""
-
-    name = "vllm"
-    is_trainers_own = False
+class VLLMSampler(CopiedStudent):
+    """Samples from vLLM in this process, on the student's device."""
 
     def __init__(self, student: LanguageModel, rollout: RolloutConfig):
         """Start vLLM. Raises `UserError` when it cannot start with this model and these limits."""
-        self._student = student
-        self._rollout = rollout
-        self._scorer = Scorer(student, temperature=rollout.temperature, tokens_per_batch=2**14)
+        super().__init__(student, rollout)
         self._on_gpu = student.model.device.type == "cuda"
         self._sleeps = {"auto": self._on_gpu, "always": True, "never": False}[rollout.vllm.sleep]
-        self._tolerance = rollout.vllm.tolerance or TOLERANCE[student.compute_dtype]
-        self._is_stale = True
-        self._is_checked = False
         self._is_asleep = False
         self._num_requests = 0
-        self._length = _longest(rollout, student.context_tokens)
+        self._max_tokens = _longest(rollout, student.context_tokens)
         if rollout.vllm.sleep == "always" and not self._on_gpu:
             raise UserError(
                 "rollout.vllm.sleep = 'always', but vLLM sleeps on a GPU alone; set it to 'auto'."
@@ -66,57 +50,14 @@ class VLLMSampler(Sampler):
         with torch.random.fork_rng():  # which vLLM seeds
             self._llm: Any = self._start()
 
-    def weights_changed(self) -> None:
-        self._is_stale = True
-
-    def update_weights(self) -> None:
-        if self._is_stale:
-            self._hand_over()
-            self._is_checked = False
-
-    def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        group_size: int,
-        max_completion_tokens: int,
-        temperature: float,
-        seed: int,
-        before_token: Callable[[], None] = lambda: None,
-        after_group: Callable[[int, list[Completion]], None] = lambda number, completions: None,
-    ) -> list[list[Completion]]:
-        """Sample as `rlad.rollouts.sampling.sample` documents.
-
-        Each completion has a seed of its own, so it does not depend on the others but for rounding.
-        """
-        longest = max(map(len, prompts)) + max_completion_tokens
-        if longest > self._length:
-            raise UserError(
-                f"a prompt and its completion may have {longest} tokens, and vLLM was started for "
-                f"{self._length}; lower rollout.max_completion_tokens, or raise "
-                "rollout.max_prompt_tokens or rollout.vllm.max_model_len."
-            )
-        self.update_weights()
-        self._wake_up("kv_cache")
-        if not self._is_checked:
-            self._check(prompts[:_NUM_CHECKED_PROMPTS], before_token)
-            self._is_checked = True
-        # The likeliest tokens are the same each time, and vLLM writes them once.
-        num_written = group_size if temperature else 1
-
-        def after_request(number: int, written: list[Completion]) -> None:
-            groups[number] = written * (group_size // num_written)
-            after_group(number, groups[number])
-
-        groups: dict[int, list[Completion]] = {}
-        limits = {"n": num_written, "max_tokens": max_completion_tokens, "temperature": temperature}
-        self._complete(prompts, limits, seed, before_token, after_request)
+    def sample(self, prompts: Prompts, **settings: Any) -> list[list[Completion]]:
+        groups = super().sample(prompts, **settings)
         if self._sleeps:
             # What is asleep on this level has lost its weights; they are handed over again.
             self._llm.sleep(level=2)
             self._is_asleep = True
             self._is_stale = True
-        return [groups[number] for number in range(len(prompts))]
+        return groups
 
     def close(self) -> None:
         if self._llm is not None:
@@ -125,17 +66,21 @@ class VLLMSampler(Sampler):
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
 
+    @property
+    def _more_tokens(self) -> str:
+        return "raise rollout.max_prompt_tokens or rollout.vllm.max_model_len"
+
     # --- completions ------------------------------------------------------------------------------
 
     def _complete(
         self,
-        prompts: Sequence[Sequence[int]],
-        limits: dict[str, Any],
+        prompts: Prompts,
+        limits: Limits,
         seed: int,
         before_token: Callable[[], None],
         after_request: Callable[[int, list[Completion]], None],
     ) -> None:
-        """Have all prompts completed; `after_request` gets each number and its completions."""
+        self._wake_up("kv_cache")
         vllm: Any = import_module("vllm")
         whole_groups = import_module("vllm.sampling_params").RequestOutputKind.FINAL_ONLY
         engine = self._llm.llm_engine
@@ -169,7 +114,6 @@ class VLLMSampler(Sampler):
     # --- weights ----------------------------------------------------------------------------------
 
     def _hand_over(self) -> None:
-        """Give vLLM the student's weights."""
         self._wake_up("weights")
         arguments = {"weights_iterator": merged_weights(self._student.model)}
         try:
@@ -180,52 +124,8 @@ class VLLMSampler(Sampler):
                 f"vLLM does not take the weights of {self._student.name!r} ({first_line(error)}); "
                 "use rollout.engine = 'native' for this model."
             ) from error
-        if not self._on_gpu:
-            self._llm.collective_rpc(_repack_tied_output_layer)
+        self._llm.collective_rpc(repack_tied_output_layer)
         self._llm.reset_prefix_cache()
-        self._is_stale = False
-
-    def _check(self, prompts: Sequence[Sequence[int]], before_token: Callable[[], None]) -> None:
-        """Compare the log-probs of a few sampled tokens with the trainer's.
-
-        Weights that have not arrived are handed over once more. Raises `RunFailedError` when that
-        does not help.
-        """
-        difference = self._difference(prompts, before_token)
-        if difference > self._tolerance:
-            self._hand_over()
-            difference = self._difference(prompts, before_token)
-        if not difference <= self._tolerance:  # NaN too
-            raise RunFailedError(
-                f"vLLM does not sample from the student's weights: after two hand-overs its "
-                f"log-probs differ from the trainer's by {difference:.2g} nats on average, and "
-                f"rollout.vllm.tolerance is {self._tolerance:g}; start a new run with "
-                "rollout.engine = 'native' and the last checkpoint as student.model, and report "
-                "the model and the version of vLLM."
-            )
-
-    def _difference(
-        self, prompts: Sequence[Sequence[int]], before_token: Callable[[], None]
-    ) -> float:
-        """Measure the mean absolute difference in nats over the tokens of a short completion of
-        each prompt."""
-        limits = {
-            "n": 1,
-            "max_tokens": min(_NUM_CHECKED_TOKENS, self._rollout.max_completion_tokens),
-            "temperature": self._rollout.temperature,
-        }
-        completed: dict[int, Completion] = {}
-        self._complete(
-            prompts,
-            limits,
-            self._num_requests,
-            before_token,
-            lambda number, group: completed.update({number: group[0]}),
-        )
-        written = [completed[number] for number in range(len(prompts))]
-        scores = self._scorer.score(prompts, [one.token_ids for one in written])
-        theirs = torch.tensor([value for one in written for value in one.logprobs])
-        return float((torch.cat(scores) - theirs).abs().mean())
 
     # --- start, memory ----------------------------------------------------------------------------
 
@@ -237,7 +137,7 @@ class VLLMSampler(Sampler):
         settings = rollout.vllm
         model = self._student.model
         num_rows = settings.max_num_seqs or rollout.max_batch_rows
-        length = self._length
+        length = self._max_tokens
         memory: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_utilization}
         if not self._on_gpu:
             block = _CPU_BLOCK_TOKENS * _cache_bytes_per_token(model)
@@ -291,18 +191,6 @@ def _completion(output: Any) -> Completion:
         entry[token].logprob for entry, token in zip(output.logprobs, ids, strict=True)
     )
     return Completion(ids, logprobs, is_truncated=output.finish_reason == "length")
-
-
-def _repack_tied_output_layer(worker: Any) -> None:
-    """Pack the output layer of tied embeddings again, on the CPU.
-
-    vLLM 0.32 keeps a packed copy of the matrix there, which `reload_weights` leaves as it was: the
-    old weights would go on sampling, without a word.
-    """
-    layers: Any = import_module("vllm.model_executor.layers.utils")
-    model = worker.model_runner.model
-    if getattr(model.config, "tie_word_embeddings", False) and hasattr(model, "lm_head"):
-        layers.dispatch_cpu_unquantized_gemm(model.lm_head, remove_weight=False)
 
 
 def _longest(rollout: RolloutConfig, context: int | None) -> int:

@@ -150,7 +150,7 @@ GUARDS: tuple[Guard, ...] = (
         "more than rounding to float32 can",
         "look for what they compute differently: temperature, prompt template, precision, a model "
         "with dropout",
-        lambda config: config.student.dtype == "float32",
+        lambda config: config.student.dtype == "float32" and not config.rollout.max_staleness,
     ),
     Guard(
         "sampler_mismatch_bfloat16",
@@ -159,7 +159,7 @@ GUARDS: tuple[Guard, ...] = (
         "more than rounding to bfloat16 usually does",
         "look for what they compute differently: temperature, prompt template, a model with "
         "dropout; or set student.dtype = float32",
-        lambda config: config.student.dtype != "float32",
+        lambda config: config.student.dtype != "float32" and not config.rollout.max_staleness,
     ),
     Guard(
         "teacher_coverage",

@@ -30,8 +30,8 @@ from rlad.errors import UserError
 from rlad.models.loading import LanguageModel, save_model
 from rlad.objectives import OBJECTIVES, taken_by
 from rlad.objectives.advantages import group_advantages
-from rlad.rollouts.grading import Timer, graded_groups
-from rlad.rollouts.samplers import make_sampler
+from rlad.rollouts.grading import Timer, asked_prompts, graded_groups
+from rlad.rollouts.samplers import make_sampler, of_teacher
 from rlad.rollouts.types import Metrics, RolloutGroup
 from rlad.scoring.scorer import Scorer
 from rlad.seeds import stream_seed
@@ -75,6 +75,8 @@ class NativeEngine:
         self.step = 0
         self.flat_step: int | None = None
         self.pending: RolloutBatch | None = None
+        self.begun_at: int | None = None
+        """the step whose weights write the next rollout batch ahead, if any do"""
         self.parameters = trained_parameters(student)
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -103,12 +105,13 @@ class NativeEngine:
         if config.objective.asked_of_teacher != "sampled" and teacher is not None:
             teacher.require_comparable(self.scorer)
             self._require_top_k()
-        self.sampler = make_sampler(student, config.rollout)
+        self.sampler = make_sampler(student, config.rollout, before_work)
         # What writes the completions that are trained on.
         self.writer = self.sampler
         if config.objective.written_by == "teacher":
             with self.local_teacher.at_work():
-                self.writer = make_sampler(self.local_teacher.language_model, config.rollout)
+                teacher_model = self.local_teacher.language_model
+                self.writer = make_sampler(teacher_model, of_teacher(config.rollout))
         if config.student.gradient_checkpointing:
             student.model.gradient_checkpointing_enable()
 
@@ -129,6 +132,7 @@ class NativeEngine:
             if self.pending is None:
                 self.pending = self.make_rollout_batch(self.step // per_batch)
                 self.before_work()
+            self.begin_ahead(self.pending.index + 1, Timer())  # where the batch was restored
             # A rollout batch serves `per_batch` steps, each on other prompts. What is measured
             # of the batch as a whole is reported with the first of them.
             batch = self.pending
@@ -264,8 +268,11 @@ class NativeEngine:
             if teacher is not None:
                 held.callback(teacher.cancel)  # what an error leaves under way
 
-            # 1. Sample a group of completions for each prompt, and grade them.
+            # 1. Sample a group of completions for each prompt, and grade them. With
+            # `max_staleness` they were begun one batch ago, and the next ones are begun now.
+            sampled_at = self.step if self.begun_at is None else self.begun_at
             groups = self.sample_groups(index, timer=timer, after_group=after_group)
+            self.begin_ahead(index + 1, timer)
 
             # 2. Advantages, and with them which completions can contribute to the gradient at all.
             batch = self.with_advantages(index, groups)
@@ -289,6 +296,7 @@ class NativeEngine:
                 batch.counts["teacher/speaks/frac"] = batch.spoken_share
         self.add_local_scores(batch, timer=timer)
         batch.seconds = timer.seconds
+        batch.counts |= self.staleness(sampled_at)
         if ahead is not None:
             batch.seconds["teacher/overlap/seconds"] = ahead.overlap_seconds
         return batch
@@ -318,18 +326,18 @@ class NativeEngine:
         after_group: Callable[[int, RolloutGroup], None] = lambda number, group: None,
     ) -> list[RolloutGroup]:
         """A graded group for each prompt of a rollout batch, by the student or by its teacher."""
-        size = self.config.rollout.prompts_per_batch
         by_teacher = self.objective_at(index).written_by == "teacher"
         stream = "teacher rollouts" if by_teacher else "rollouts"
         with self.local_teacher.at_work() if by_teacher else nullcontext():
-            if not self.writer.is_trainers_own:
+            if self.begun_at is None and not self.writer.is_trainers_own:
                 with timer("hand_over"):
                     self.writer.update_weights()
+            self.begun_at = None
             return graded_groups(
                 self.student,
                 self.task,
                 "train",
-                range(index * size, (index + 1) * size),
+                self.problems_of(index),
                 rollout=self.config.rollout,
                 seed=stream_seed(self.config.seed, stream, index),
                 problem_seed=self.config.seed,
@@ -338,6 +346,40 @@ class NativeEngine:
                 after_group=after_group,
                 timer=timer,
             )
+
+    def staleness(self, sampled_at: int) -> Metrics:
+        """Return the age in steps of a batch that the weights of step `sampled_at` wrote, where
+        there may be one."""
+        age = float(self.step - sampled_at)
+        return {"rollout/staleness/steps": age} if self.config.rollout.max_staleness else {}
+
+    def begin_ahead(self, index: int, timer: Timer) -> None:
+        """Have the next rollout batch written by the student as it is, while it trains on the
+        present one."""
+        rollout = self.config.rollout
+        is_last = index >= self.config.optimization.num_rollout_batches
+        if not rollout.max_staleness or is_last or self.begun_at is not None:
+            return
+        if self.objective_at(index).written_by == "teacher":
+            return
+        with timer("hand_over"):
+            indices = self.problems_of(index)
+            seed = self.config.seed
+            asked = asked_prompts(self.student, self.task, "train", indices, rollout, seed)
+            self.sampler.begin(
+                [one.prompt for one in asked],
+                group_size=rollout.group_size,
+                max_completion_tokens=rollout.max_completion_tokens,
+                temperature=rollout.temperature,
+                seed=stream_seed(seed, "rollouts", index),
+                before_token=self.before_work,
+            )
+        self.begun_at = self.step
+
+    def problems_of(self, index: int) -> range:
+        """The numbers of the training problems of a rollout batch."""
+        size = self.config.rollout.prompts_per_batch
+        return range(index * size, (index + 1) * size)
 
     def with_advantages(self, index: int, groups: Sequence[RolloutGroup]) -> RolloutBatch:
         """Some groups of a rollout batch, with their advantages and what of them trains."""

@@ -1,0 +1,171 @@
+"""A sampler whose engine holds a second copy of the student.
+
+After an update that copy is stale: the trainer's weights are handed over before the next
+completions are written, and a few sampled tokens are scored by the trainer to see that they have
+arrived.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from rlad.config.run import RolloutConfig
+from rlad.errors import RunFailedError, UserError
+from rlad.models.loading import LanguageModel
+from rlad.rollouts.types import Completion, Sampler
+from rlad.scoring.scorer import Scorer
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+# The check of a hand-over: so many prompts, one completion of so many tokens each.
+NUM_CHECKED_PROMPTS = 4
+NUM_CHECKED_TOKENS = 16
+
+Prompts = Sequence[Sequence[int]]
+Limits = dict[str, Any]
+"""those of vLLM's sampling parameters that differ from call to call"""
+
+
+class CopiedStudent(Sampler):
+    """Samples from a copy of a student, which is brought up to date and checked."""
+
+    name = "vllm"
+    is_trainers_own = False
+
+    def __init__(self, student: LanguageModel, rollout: RolloutConfig):
+        self._student = student
+        self._rollout = rollout
+        self._scorer = Scorer(student, temperature=rollout.temperature, tokens_per_batch=2**14)
+        self._tolerance = rollout.vllm.tolerance or TOLERANCE[student.compute_dtype]
+        self._is_stale = True
+        self._is_checked = False
+        self._max_tokens = 0
+        """of a prompt with its completion, which the engine takes"""
+
+    @abstractmethod
+    def _hand_over(self) -> None:
+        """Give the engine the student's weights."""
+
+    @abstractmethod
+    def _complete(
+        self,
+        prompts: Prompts,
+        limits: Limits,
+        seed: int,
+        before_token: Callable[[], None],
+        after_request: Callable[[int, list[Completion]], None],
+    ) -> None:
+        """Have all prompts completed; `after_request` gets each number and its completions."""
+
+    def weights_changed(self) -> None:
+        self._is_stale = True
+
+    def update_weights(self) -> None:
+        if self._is_stale:
+            self._hand_over()
+            self._is_stale = False
+            self._is_checked = False
+
+    def sample(
+        self,
+        prompts: Prompts,
+        *,
+        group_size: int,
+        max_completion_tokens: int,
+        temperature: float,
+        seed: int,
+        before_token: Callable[[], None] = lambda: None,
+        after_group: Callable[[int, list[Completion]], None] = lambda number, completions: None,
+    ) -> list[list[Completion]]:
+        """Sample as `rlad.rollouts.sampling.sample` documents.
+
+        Each completion has a seed of its own, so it does not depend on the others but for rounding.
+        """
+        limits = self._limits(group_size, max_completion_tokens, temperature)
+        if not self.has_begun(prompts, seed):
+            self._make_current(prompts, max_completion_tokens, before_token)
+
+        def after_request(number: int, written: list[Completion]) -> None:
+            groups[number] = written * (group_size // limits["n"])
+            after_group(number, groups[number])
+
+        groups: dict[int, list[Completion]] = {}
+        self._complete(prompts, limits, seed, before_token, after_request)
+        # An engine that was started again meanwhile has got the weights again.
+        if not (self._is_checked or self._is_stale):
+            self._check(prompts, before_token)
+        return [groups[number] for number in range(len(prompts))]
+
+    def _limits(self, group_size: int, max_completion_tokens: int, temperature: float) -> Limits:
+        # The likeliest tokens are the same each time, and are written once.
+        num_written = group_size if temperature else 1
+        return {"n": num_written, "max_tokens": max_completion_tokens, "temperature": temperature}
+
+    def _make_current(
+        self, prompts: Prompts, max_completion_tokens: int, before_token: Callable[[], None]
+    ) -> None:
+        """See that the engine holds the student as it is, and has room for these prompts."""
+        longest = max(map(len, prompts)) + max_completion_tokens
+        if longest > self._max_tokens:
+            raise UserError(
+                f"a prompt and its completion may have {longest} tokens, and vLLM was started for "
+                f"{self._max_tokens}; lower rollout.max_completion_tokens, or {self._more_tokens}."
+            )
+        self.update_weights()
+        if not self._is_checked:
+            self._check(prompts, before_token)
+
+    @property
+    @abstractmethod
+    def _more_tokens(self) -> str:
+        """What to do for longer sequences."""
+
+    # --- check ------------------------------------------------------------------------------------
+
+    def _check(self, prompts: Prompts, before_token: Callable[[], None]) -> None:
+        """Compare the log-probs of a few sampled tokens with the trainer's.
+
+        Weights that have not arrived are handed over once more. Raises `RunFailedError` when that
+        does not help.
+        """
+        difference = self._difference(prompts, before_token)
+        if difference > self._tolerance:
+            self._hand_over()
+            difference = self._difference(prompts, before_token)
+        if not difference <= self._tolerance:  # NaN too
+            raise RunFailedError(
+                f"vLLM does not sample from the student's weights: after two hand-overs its "
+                f"log-probs differ from the trainer's by {difference:.2g} nats on average, and "
+                f"rollout.vllm.tolerance is {self._tolerance:g}; start a new run with "
+                "rollout.engine = 'native' and the last checkpoint as student.model, and report "
+                "the model and the version of vLLM."
+            )
+        self._is_checked = True
+
+    def _difference(self, prompts: Prompts, before_token: Callable[[], None]) -> float:
+        """Measure the mean absolute difference in nats over the tokens of a short completion of
+        each prompt; of several copies the largest."""
+        asked = prompts[:NUM_CHECKED_PROMPTS]
+        num_tokens = min(NUM_CHECKED_TOKENS, self._rollout.max_completion_tokens)
+        limits = self._limits(1, num_tokens, self._rollout.temperature)
+        differences = []
+        for written in self._written_by_each_copy(asked, limits, before_token):
+            scores = self._scorer.score(asked, [one.token_ids for one in written])
+            theirs = torch.tensor([value for one in written for value in one.logprobs])
+            differences.append((torch.cat(scores) - theirs).abs().mean())
+        return float(torch.stack(differences).max())  # NaN where one is
+
+    def _written_by_each_copy(
+        self, prompts: Prompts, limits: Limits, before_token: Callable[[], None]
+    ) -> list[list[Completion]]:
+        """Have every copy of the student complete the prompts once."""
+        completed: dict[int, Completion] = {}
+        self._complete(
+            prompts,
+            limits,
+            0,
+            before_token,
+            lambda number, group: completed.update({number: group[0]}),
+        )
+        return [[completed[number] for number in range(len(prompts))]]

@@ -1,0 +1,269 @@
+"""What a vLLM server is asked as the sampler of a run, and how its answers are read.
+
+Its routes of token ids say of every token with which version of the weights it was written, so
+those of a server that was started again are never taken for the student's.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, Field, ValidationError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rlad.config.run import RolloutConfig
+from rlad.errors import UserError
+from rlad.replicas import ReplicaClient, ServerRefusedError, ServerUnavailableError
+from rlad.rollouts.types import Completion
+
+TESTED_VLLM = "0.32"
+GENERATE = "/inference/v1/generate"
+EXTENSION = "rlad.rollouts.vllm_worker.StudentWeights"
+SERVE = (
+    "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out --logprobs-mode processed_logprobs"
+)
+_MOST_FILE_BYTES = 2 * 2**30
+
+
+# --- start ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a server must be started with for a student."""
+
+    num_tokens: int
+    """of a prompt with its completion"""
+    dtype: str
+    vocabulary: int
+    """rows of the embeddings"""
+    width: int
+    is_tied: bool
+
+    @classmethod
+    def of(cls, rollout: RolloutConfig, model_config: Any, dtype: str) -> "Needs":
+        text_config = model_config.get_text_config()
+        return cls(
+            (rollout.max_prompt_tokens or 1) + rollout.max_completion_tokens,
+            dtype,
+            text_config.vocab_size,
+            text_config.hidden_size,
+            bool(text_config.tie_word_embeddings),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """What a server says of itself."""
+
+    version: str
+    max_tokens: int
+    dtype: str
+    logprobs_mode: str
+    has_extension: bool
+    on_cpu: bool
+    splits_prompts: bool
+
+    @property
+    def takes_seeds(self) -> bool:
+        """Several seeded requests end the engine of vLLM on the CPU when it computes a prompt in
+        parts: a part would set back random numbers, which those of the CPU cannot do."""
+        return not (self.on_cpu and self.splits_prompts)
+
+
+def ask_for_info(client: ReplicaClient, url: str) -> ServerInfo:
+    """Raise `UserError` for a server that is down, of another version, or takes no weights."""
+    start = f"start it by `{SERVE}`"
+    try:
+        version = str(client.ask(url, "/version").get("version"))[:40]
+    except ServerUnavailableError as error:
+        raise UserError(
+            f"no vLLM server answers ({error}); {start}, or correct rollout.vllm.urls."
+        ) from None
+    except ServerRefusedError as error:
+        raise UserError(
+            f"{error.said}, so it is no vLLM server; correct rollout.vllm.urls."
+        ) from None
+    if not version.startswith(f"{TESTED_VLLM}."):
+        raise UserError(
+            f"vLLM {version} runs at {url}, and {TESTED_VLLM} is the tested version; start it."
+        )
+    try:
+        info = client.ask(url, "/server_info?config_format=json")["vllm_config"]
+        model, scheduler = info["model_config"], info["scheduler_config"]
+        return ServerInfo(
+            version,
+            int(model["max_model_len"]),
+            str(model["dtype"]).removeprefix("torch."),
+            str(model["logprobs_mode"]),
+            info["parallel_config"]["worker_extension_cls"] == EXTENSION,
+            info["device_config"]["device"] == "cpu",
+            bool(scheduler["enable_chunked_prefill"]),
+        )
+    except ServerRefusedError:
+        raise UserError(
+            f"the server at {url} takes no weights, as it was started without the environment "
+            f"variable VLLM_SERVER_DEV_MODE=1; {start}."
+        ) from None
+    except (ServerUnavailableError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"the server at {url} does not say how it was started ({error}); {start}."
+        ) from None
+
+
+def require_usable(client: ReplicaClient, url: str, needs: Needs) -> ServerInfo:
+    """Ask a server whether it can write for a student. Raises `UserError` where not."""
+    info = ask_for_info(client, url)
+    wrong = ""
+    if info.max_tokens < needs.num_tokens:
+        wrong = (
+            f"takes {info.max_tokens} tokens, and the limits of [rollout] need {needs.num_tokens}; "
+            f"start it with --max-model-len {needs.num_tokens}"
+        )
+    elif info.dtype != needs.dtype:
+        wrong = (
+            f"computes in {info.dtype}, and the student in {needs.dtype}; start it with --dtype "
+            f"{needs.dtype}, or change student.dtype"
+        )
+    elif info.logprobs_mode != "processed_logprobs":
+        wrong = (
+            f"reports {info.logprobs_mode}, which are not those at the sampling temperature; "
+            "start it with --logprobs-mode processed_logprobs"
+        )
+    elif info.on_cpu and needs.is_tied and not info.has_extension:
+        wrong = (
+            "would leave the tied output layer of the student as it was, as vLLM does on the CPU; "
+            f"start it with --worker-extension-cls {EXTENSION}"
+        )
+    elif (shape := _embeddings(client, url)) not in (None, (needs.vocabulary, needs.width)):
+        wrong = (
+            f"has another model, with embeddings of {shape}, and the student's are "
+            f"{(needs.vocabulary, needs.width)}; start it with student.model"
+        )
+    if wrong:
+        raise UserError(f"the server at {url} {wrong}.")
+    try:
+        # That route is closed unless it is asked for.
+        client.ask(url, GENERATE, {"token_ids": [0], "sampling_params": {"max_tokens": 1}})
+    except ServerRefusedError as error:
+        raise UserError(
+            f"the server at {url} does not complete token ids ({error.said}); start it with "
+            "--enable-scale-out."
+        ) from None
+    return info
+
+
+def _embeddings(client: ReplicaClient, url: str) -> tuple[int, int] | None:
+    """Return rows and columns of a server's embeddings; None where it does not show them."""
+    try:
+        results = client.ask(url, "/collective_rpc", {"method": "get_model_inspection"})["results"]
+    except (ServerUnavailableError, ServerRefusedError, KeyError):
+        return None
+    found = re.search(r"num_embeddings=(\d+)\D.*?embedding_dim=(\d+)", str(results))
+    return None if found is None else (int(found[1]), int(found[2]))
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+def write_weights(
+    weights: Iterable[tuple[str, Tensor]], folder: Path, *, dtype: torch.dtype
+) -> None:
+    """Write a model's weights as safetensors files of a bounded size."""
+    folder.mkdir()
+    part: dict[str, Tensor] = {}
+    num_files = 0
+    size = 0
+
+    def write() -> None:
+        save_file(part, folder / f"model-{num_files:05}.safetensors")
+
+    for name, value in weights:
+        value = value.to(dtype).contiguous()
+        if part and size + value.nbytes > _MOST_FILE_BYTES:
+            write()
+            part, num_files, size = {}, num_files + 1, 0
+        part[name] = value
+        size += value.nbytes
+    write()
+
+
+def load_weights(
+    client: ReplicaClient, url: str, folder: Path, *, version: str, info: ServerInfo
+) -> None:
+    """Have a server load the weights in a folder, and call them by a version."""
+    method = "load_student_weights" if info.has_extension else "reload_weights"
+    kwargs = {"weights_path": str(folder)}
+    client.ask_once(url, "/collective_rpc", {"method": method, "kwargs": kwargs})
+    # Keys and values of prompts that were computed with the old weights.
+    if not client.ask_once(url, "/reset_prefix_cache", {}).get("success"):
+        raise ServerUnavailableError(f"{url} still completes prompts of somebody else")
+    client.ask_once(url, "/update_weight_version", {"new_version": version})
+
+
+# --- completions ----------------------------------------------------------------------------------
+
+
+# What of an answer is read; a wrong type makes it unusable.
+class _Token(BaseModel):
+    token_id: int
+    logprob: float
+
+
+class _Logprobs(BaseModel):
+    content: list[_Token] = Field(min_length=1)
+
+
+class _Span(BaseModel):
+    version: str
+
+
+class _Choice(BaseModel):
+    index: int
+    finish_reason: str
+    logprobs: _Logprobs
+    weight_versions: list[_Span]
+
+
+class _Generated(BaseModel):
+    choices: list[_Choice] = Field(min_length=1)
+
+
+def generation_request(
+    prompt: Sequence[int], limits: dict[str, Any], end_tokens: Sequence[int], seed: int | None
+) -> dict[str, Any]:
+    """Ask for completions of token ids, with the log-prob of each sampled token."""
+    sampling = limits | {
+        "stop_token_ids": list(end_tokens),
+        "ignore_eos": True,
+        "logprobs": 0,
+        "detokenize": False,
+    }
+    if seed is not None:
+        sampling["seed"] = seed
+    return {"token_ids": list(prompt), "sampling_params": sampling}
+
+
+def read_completions(answer: dict[str, Any]) -> tuple[list[Completion], set[str]]:
+    """Return the completions of an answer in their order, and the versions of the weights that
+    wrote them. Raises `ServerUnavailableError` for an answer that cannot be used."""
+    try:
+        choices = sorted(_Generated.model_validate(answer).choices, key=lambda one: one.index)
+    except ValidationError as error:
+        raise ServerUnavailableError(f"its answer is none ({error.errors()[0]['msg']})") from None
+    completions = []
+    versions = set()
+    for choice in choices:
+        # A server that is being stopped breaks completions off.
+        if choice.finish_reason not in ("stop", "length"):
+            raise ServerUnavailableError(f"a completion ended by {choice.finish_reason[:40]!r}")
+        tokens = choice.logprobs.content
+        ids = tuple(token.token_id for token in tokens)
+        logprobs = tuple(token.logprob for token in tokens)
+        completions.append(Completion(ids, logprobs, choice.finish_reason == "length"))
+        versions.update(span.version for span in choice.weight_versions)
+    return completions, versions

@@ -1,0 +1,353 @@
+"""Completions from vLLM servers: on another device or host, in a process of their own.
+
+The student's weights go through a folder that this process writes and the servers read. Servers
+share the prompts and stand in for each other. Completions that have been begun are written while
+this process does something else.
+"""
+
+import math
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+from functools import partial
+from multiprocessing import TimeoutError
+from multiprocessing.pool import AsyncResult, ThreadPool
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from shutil import rmtree
+from tempfile import mkdtemp
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+
+from rlad.config.run import RolloutConfig
+from rlad.errors import RunFailedError, UserError
+from rlad.models.adapters import merged_weights
+from rlad.models.loading import LanguageModel
+from rlad.replicas import ReplicaClient, ServerUnavailableError
+from rlad.rollouts.copied_student import CopiedStudent, Limits, Prompts
+from rlad.rollouts.types import Completion
+from rlad.rollouts.vllm_protocol import (
+    GENERATE,
+    Needs,
+    generation_request,
+    load_weights,
+    read_completions,
+    require_usable,
+    write_weights,
+)
+from rlad.text import first_line
+
+Result = TypeVar("Result")
+SECONDS_BETWEEN_LOOKS = 0.2
+MOST_ANSWER_BYTES = 2**30
+# Before any prompt is known: the weights that a server holds at the start are compared on these.
+_PROBE = [[3, 4, 5, 6], [7, 8, 9]]
+
+
+def make_client(rollout: RolloutConfig) -> ReplicaClient:
+    return ReplicaClient(
+        rollout.vllm,
+        whose="sampler",
+        section="rollout.vllm",
+        advice="check rollout.vllm.urls and the server's log",
+        max_concurrent_requests=rollout.max_batch_rows,
+        max_answer_bytes=MOST_ANSWER_BYTES,
+    )
+
+
+class _Batch:
+    """Prompts that are being completed."""
+
+    def __init__(self, prompts: Prompts, seed: int):
+        self.prompts = [list(prompt) for prompt in prompts]
+        self.seed = seed
+        self.given_up = threading.Event()
+        self.results: list[AsyncResult[list[Completion]]] = []
+        self.finished: SimpleQueue[int] = SimpleQueue()
+        """numbers of prompts, as their completions come"""
+
+    def is_of(self, prompts: Prompts, seed: int) -> bool:
+        return self.seed == seed and self.prompts == [list(prompt) for prompt in prompts]
+
+
+class VLLMServerSampler(CopiedStudent):
+    """Samples from copies of a student on vLLM servers."""
+
+    def __init__(
+        self,
+        student: LanguageModel,
+        rollout: RolloutConfig,
+        before_work: Callable[[], None] = lambda: None,
+    ):
+        """Find the servers good, and hand the student over. `before_work` is called while they are
+        waited for; it may raise. Raises `UserError` for a server that cannot write for it."""
+        super().__init__(student, rollout)
+        settings = rollout.vllm
+        self._before_work = before_work
+        self._urls = settings.urls
+        self._client = make_client(rollout)
+        dtype = str(student.compute_dtype).removeprefix("torch.")
+        self._needs = Needs.of(rollout, student.model.config, dtype)
+        self._infos = {url: require_usable(self._client, url, self._needs) for url in self._urls}
+        self._max_tokens = min(info.max_tokens for info in self._infos.values())
+        version = self._infos[self._urls[0]].version
+        self.description = f"vLLM {version}, on a server at {' and at '.join(self._urls)}"
+        self._pool = ThreadPool(rollout.max_batch_rows)
+        self._begun: _Batch | None = None
+        self._loading = threading.Lock()
+        # Of another run with the same servers the versions are others.
+        self._run = uuid.uuid4().hex[:12]
+        self._num_versions = 0
+        self._folder = _make_folder(settings.weights_directory, self._run)
+        try:
+            self._start(before_work)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, before_work: Callable[[], None]) -> None:
+        """Hand the student over for the first time."""
+        self._most_retries = 0.0
+        try:
+            self.update_weights()
+        except RunFailedError as error:
+            raise UserError(str(error)) from None
+        self._most_retries = math.inf
+        difference = self._difference(_PROBE, before_work)
+        if not difference <= self._tolerance:  # NaN too
+            raise UserError(
+                f"with the student's weights vLLM's log-probs differ from the student's by "
+                f"{difference:.2g} nats on average, and rollout.vllm.tolerance is "
+                f"{self._tolerance:g}, so it computes another model; start the server with "
+                "student.model."
+            )
+
+    def begin(
+        self,
+        prompts: Prompts,
+        *,
+        group_size: int,
+        max_completion_tokens: int,
+        temperature: float,
+        seed: int,
+        before_token: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._make_current(prompts, max_completion_tokens, before_token)
+        limits = self._limits(group_size, max_completion_tokens, temperature)
+        self._begun = self._submit(prompts, limits, seed)
+
+    def has_begun(self, prompts: Prompts, seed: int) -> bool:
+        return self._begun is not None and self._begun.is_of(prompts, seed)
+
+    def close(self) -> None:
+        if self._begun is not None:
+            self._begun.given_up.set()
+        self._pool.terminate()
+        self._client.close()
+        rmtree(self._folder, ignore_errors=True)
+
+    @property
+    def _more_tokens(self) -> str:
+        return "start the server with a larger --max-model-len"
+
+    # --- completions ------------------------------------------------------------------------------
+
+    def _complete(
+        self,
+        prompts: Prompts,
+        limits: Limits,
+        seed: int,
+        before_token: Callable[[], None],
+        after_request: Callable[[int, list[Completion]], None],
+    ) -> None:
+        if self._begun is not None and self._begun.is_of(prompts, seed):
+            batch = self._begun
+            self._begun = None
+        else:
+            batch = self._submit(prompts, limits, seed)
+        try:
+            for _ in batch.results:
+                number = _next_finished(batch, before_token)
+                after_request(number, batch.results[number].get())
+        except ServerUnavailableError as error:
+            raise RunFailedError(
+                f"no vLLM server writes, after {self._client.settings.num_retries} retries "
+                f"({error}); start it again as it was, then resume the run."
+            ) from None
+        finally:
+            batch.given_up.set()
+
+    def _submit(self, prompts: Prompts, limits: Limits, seed: int) -> _Batch:
+        """Ask for completions of all prompts; nothing is waited for."""
+        batch = _Batch(prompts, seed)
+        takes_seeds = all(info.takes_seeds for info in self._infos.values())
+        for number, prompt in enumerate(batch.prompts):
+            # vLLM adds the place in the group.
+            own_seed = (seed + number * limits["n"]) % 2**63 if takes_seeds else None
+            body = self._request(prompt, limits, own_seed)
+
+            def tell(_: Any, number: int = number) -> None:
+                batch.finished.put(number)
+
+            arguments = (body, limits["n"], batch.given_up)
+            batch.results.append(
+                self._pool.apply_async(self._write, arguments, callback=tell, error_callback=tell)
+            )
+        return batch
+
+    def _request(self, prompt: Sequence[int], limits: Limits, seed: int | None) -> dict[str, Any]:
+        return generation_request(prompt, limits, self._student.eos_token_ids, seed)
+
+    def _write(
+        self, body: dict[str, Any], num_completions: int, given_up: threading.Event
+    ) -> list[Completion]:
+        """Have some server complete one prompt."""
+        if given_up.is_set():
+            raise ServerUnavailableError("given up")
+        read = partial(self._read, num_completions)
+        return self._client.complete(GENERATE, body, given_up=given_up, read=read)
+
+    def _read(self, num_completions: int, url: str, answer: dict[str, Any]) -> list[Completion]:
+        """Return the completions of an answer, if they are the student's."""
+        completions, versions = read_completions(answer)
+        if len(completions) != num_completions:
+            raise ServerUnavailableError(f"{url}: {len(completions)} completions came")
+        if versions != {self._version}:
+            self._give_back(url)
+            raise ServerUnavailableError(f"{url}: it wrote with other weights, and was given ours")
+        return completions
+
+    # --- weights ----------------------------------------------------------------------------------
+
+    def _hand_over(self) -> None:
+        self._settle()
+        former = self._folder / self._version
+        self._num_versions += 1
+        try:
+            weights = merged_weights(self._student.model)
+            with torch.no_grad():
+                write_weights(
+                    weights, self._folder / self._version, dtype=self._student.compute_dtype
+                )
+        except (OSError, SafetensorError) as error:
+            raise RunFailedError(
+                f"the student's weights cannot be written to {self._folder} ({error}); make room "
+                "there, or set rollout.vllm.weights_directory to another folder, then resume the "
+                "run."
+            ) from None
+        given_up = threading.Event()
+        retrying = self._client.retrying(given_up, most=self._most_retries)
+        try:
+            self._wait_for(self._pool.apply_async(retrying, (self._load_everywhere,)))
+        except ServerUnavailableError as error:
+            raise RunFailedError(
+                f"no vLLM server takes the weights of {self._student.name!r} ({error}); see that "
+                f"it was started with student.model and reaches {self._folder} "
+                "(rollout.vllm.weights_directory), start it again, then resume the run."
+            ) from None
+        finally:
+            given_up.set()
+        rmtree(former, ignore_errors=True)
+
+    @property
+    def _version(self) -> str:
+        """The name of the weights that are to write."""
+        return f"{self._run}-{self._num_versions}"
+
+    def _settle(self) -> None:
+        """Wait until all that was begun is written, by the weights with which it was begun."""
+        for result in self._begun.results if self._begun else ():
+            while not result.ready():
+                self._before_work()
+                result.wait(SECONDS_BETWEEN_LOOKS)
+
+    def _load_everywhere(self) -> None:
+        """Have all servers load the weights. One that is down gets them when it writes again;
+        raises `ServerUnavailableError` where all are."""
+        with ThreadPool(len(self._urls)) as pool:
+            errors = pool.map(self._try_to_load, self._urls)
+        reasons = [str(error) for error in errors if error is not None]
+        if len(reasons) == len(self._urls):
+            raise ServerUnavailableError("; ".join(reasons))
+
+    def _try_to_load(self, url: str) -> ServerUnavailableError | None:
+        try:
+            self._load(url)
+        except ServerUnavailableError as error:
+            return error
+        return None
+
+    def _load(self, url: str) -> None:
+        folder = self._folder / self._version
+        load_weights(self._client, url, folder, version=self._version, info=self._infos[url])
+
+    def _give_back(self, url: str) -> None:
+        """Hand the present weights to a server that was started again."""
+        with self._loading:  # several requests may find that out at once
+            if self._client.ask_once(url, "/weight_info").get("weight_version") != self._version:
+                self._infos[url] = require_usable(self._client, url, self._needs)
+                self._load(url)
+                self._is_checked = False
+
+    def _written_by_each_copy(
+        self, prompts: Prompts, limits: Limits, before_token: Callable[[], None]
+    ) -> list[list[Completion]]:
+        def complete(url: str, prompt: Sequence[int]) -> Completion:
+            answer = self._client.ask_once(url, GENERATE, self._request(prompt, limits, None))
+            return self._read(1, url, answer)[0]
+
+        asked: dict[str, list[AsyncResult[Completion]]] = {}
+        for url in self._urls:
+            retrying = self._client.retrying(threading.Event(), most=2)
+            asked[url] = [
+                self._pool.apply_async(retrying, (complete, url, prompt)) for prompt in prompts
+            ]
+        written = []
+        reasons = []
+        for results in asked.values():
+            try:
+                written.append([self._wait_for(result) for result in results])
+            except ServerUnavailableError as error:
+                reasons.append(str(error))
+        if not written:
+            raise RunFailedError(
+                f"no vLLM server writes ({'; '.join(reasons)}); start it again as it was, then "
+                "resume the run."
+            )
+        return written
+
+    def _wait_for(self, result: AsyncResult[Result]) -> Result:
+        """Wait for a result; meanwhile the run may be stopped."""
+        while True:
+            self._before_work()
+            try:
+                return result.get(timeout=SECONDS_BETWEEN_LOOKS)
+            except TimeoutError:
+                continue
+
+
+def _next_finished(batch: _Batch, before_token: Callable[[], None]) -> int:
+    """Wait for the next prompt that is completed, or could not be."""
+    while True:
+        before_token()
+        try:
+            return batch.finished.get(timeout=SECONDS_BETWEEN_LOOKS)
+        except Empty:
+            continue
+
+
+def _make_folder(directory: str | None, run: str) -> Path:
+    """Make the folder of a run's weights. Raises `UserError` where it cannot."""
+    if directory is None:
+        return Path(mkdtemp(prefix="rlad-weights-"))
+    folder = Path(directory).absolute() / f"rlad-weights-{run}"
+    try:
+        folder.mkdir()
+    except OSError as error:
+        raise UserError(
+            f"rollout.vllm.weights_directory = {directory!r} cannot be written "
+            f"({first_line(error)}); give a folder that this run and the servers reach."
+        ) from None
+    return folder

@@ -1,0 +1,32 @@
+"""What runs in vLLM's own process:
+
+vllm serve ... --worker-extension-cls rlad.rollouts.vllm_worker.StudentWeights
+
+Needed on the CPU for models of tied embeddings. Imports nothing of a trainer.
+"""
+
+from importlib import import_module
+from typing import Any
+
+
+class StudentWeights:
+    """More for a worker of vLLM: to load a student's weights whole."""
+
+    def load_student_weights(self, weights_path: str) -> None:
+        """Load the weights in a folder."""
+        worker: Any = self
+        worker.reload_weights(weights_path=weights_path)
+        repack_tied_output_layer(worker)
+
+
+def repack_tied_output_layer(worker: Any) -> None:
+    """Pack the output layer of tied embeddings again, on the CPU.
+
+    vLLM 0.32 keeps a packed copy of the matrix there, which `reload_weights` leaves as it was: the
+    old weights would go on sampling, without a word.
+    """
+    model = worker.model_runner.model
+    is_tied = getattr(model.config, "tie_word_embeddings", False) and hasattr(model, "lm_head")
+    if worker.device.type == "cpu" and is_tied:
+        layers: Any = import_module("vllm.model_executor.layers.utils")
+        layers.dispatch_cpu_unquantized_gemm(model.lm_head, remove_weight=False)
