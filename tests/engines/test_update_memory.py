@@ -3,6 +3,7 @@ gradient is right."""
 
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,11 @@ VOCABULARY = 3000
 
 
 def engine_of(
-    *, tied: bool, dtype: torch.dtype = torch.float32, compute_dtype: torch.dtype | None = None
+    *,
+    tied: bool,
+    dtype: torch.dtype = torch.float32,
+    compute_dtype: torch.dtype | None = None,
+    objective: dict[str, Any] | None = None,
 ) -> NativeEngine:
     """On-policy distillation: every token of every completion has a gradient, whatever its
     reward."""
@@ -28,7 +33,7 @@ def engine_of(
             "student": {"model": "tiny"},
             "teacher": {"model": "tiny"},
             "task": {"type": "knights_and_knaves"},
-            "objective": {"type": "opd"},
+            "objective": objective or {"type": "opd"},
             "rollout": {"prompts_per_batch": 2, "group_size": 4, "max_completion_tokens": 12},
             "optimization": {"tokens_per_batch": 40, "learning_rate": 1e-3},
         }
@@ -53,6 +58,21 @@ def test_an_update_makes_no_matrix_of_the_size_of_the_embeddings(
     with LargestTensor() as first:
         engine.update(batch, range(2))
     assert first.num_elements == matrix  # the gradient itself, as zeros, and the moments
+    with LargestTensor() as second:
+        engine.update(batch, range(2))
+    assert second.num_elements < matrix / 5
+
+
+@pytest.mark.parametrize("support", ["full", "student_top_k", "teacher_top_k"])
+@pytest.mark.parametrize("name", ["gkd", "sdpo"])
+def test_nor_does_one_that_compares_distributions(
+    monkeypatch: pytest.MonkeyPatch, name: str, support: str
+) -> None:
+    monkeypatch.setitem(LOGITS_PER_TILE, "cpu", 2**13)
+    engine = engine_of(tied=False, objective={"type": name, "support": support, "top_k": 5})
+    matrix = VOCABULARY * engine.student.model.config.hidden_size
+    batch = engine.make_rollout_batch(0)
+    engine.update(batch, range(2))
     with LargestTensor() as second:
         engine.update(batch, range(2))
     assert second.num_elements < matrix / 5
