@@ -281,8 +281,8 @@ def cut_middle(text: str, num_tokens: int, tokenizer: PreTrainedTokenizerBase) -
         return text
     kept = num_tokens - _num_tokens(_CUT, tokenizer)
     head = kept // 2
-    begin = tokenizer.decode(ids[:head])
-    end = tokenizer.decode(ids[len(ids) - (kept - head) :])
+    begin = str(tokenizer.decode(ids[:head]))
+    end = str(tokenizer.decode(ids[len(ids) - (kept - head) :]))
     return f"{begin.strip()}{_CUT}{end.strip()}"
 
 
