@@ -39,12 +39,16 @@ _OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
 
 
 def outside_thoughts(completion: str) -> str:
-    """Find what follows the last `</think>`; "" where a `<think>` is not closed.
+    """Take away all from `<think>` to `</think>`, or from the beginning where the prompt has
+    written the first; "" where a `<think>` is not closed.
 
     What a model only thinks is no answer yet: it weighs several.
     """
-    last = completion.rpartition("</think>")[2]
-    return "" if "<think>" in last else last
+    *closed, last = completion.split("</think>")
+    if "<think>" in last:
+        return ""
+    before = [part.partition("<think>")[0] for part in closed if "<think>" in part]
+    return "".join([*before, last])
 
 
 def marked_answer(completion: str) -> str | None:

@@ -5,6 +5,7 @@ cannot be judged, unless both are written alike. Values are compared exactly, or
 several points where they have variables; where that decides nothing, math-verify does.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,6 +33,8 @@ from rlad.tasks.math_answers import (
     read_answer,
 )
 from rlad.tasks.notation import words
+from rlad.tasks.numbers import CHANGING_WORDS
+from rlad.tasks.units import MULTIPLIERS
 
 _PLACEHOLDERS = frozenset(
     words("proof notfound n/a na none null nan unknown undefined? ? - -- unanswerable todo tbd")
@@ -47,6 +50,8 @@ _POINTS = tuple(
     )
 )
 _DIGITS_OF_A_ROUNDED_VALUE = 6
+_PLAIN_WORDS = re.compile(r"[\w\s.;'\"!?]*")
+_CALCULATING = CHANGING_WORDS | MULTIPLIERS.keys() | {f"{name}s" for name in MULTIPLIERS}
 _MAX_ITEMS = 30
 
 Compared = bool | None
@@ -91,7 +96,20 @@ def _not_read(found: Answer, wanted: Answer) -> Compared:
     if isinstance(found, NotRead) and (found.is_false or found == wanted):
         return not found.is_false
     # No text says what we could not read.
-    return False if isinstance(found, Text) and len(found.words) > 1 else None
+    if isinstance(found, Text) and len(found.words) > 1:
+        return False
+    return False if isinstance(wanted, Value) and _lacks(found, wanted) else None
+
+
+def _lacks(found: Answer, wanted: Value) -> bool:
+    """Say whether words that are not understood lack the number that is wanted."""
+    if not isinstance(found, NotRead) or not wanted.expression.is_Rational:
+        return False
+    text = found.written.casefold().replace(",", "")
+    if not _PLAIN_WORDS.fullmatch(text) or _CALCULATING & set(re.findall(r"[a-z]+", text)):
+        return False
+    size = abs(wanted.expression)
+    return all(Rational(number) != size for number in re.findall(r"[0-9]+(?:\.[0-9]+)?", text))
 
 
 def _of_two_kinds(found: Answer, wanted: Answer) -> Compared:
@@ -183,7 +201,7 @@ def _same_quantity(found: Value, wanted: Value) -> Compared:
         if is_equal is not True:
             return is_equal
         return False if len(found.name) == len(wanted.name) == 1 else None
-    if found.is_grouped or wanted.is_grouped or not (found.unit and wanted.unit):
+    if not (found.unit and wanted.unit):
         return _without_unit(found, wanted)
     if found.unit.size and wanted.unit.size:
         if found.unit.kind != wanted.unit.kind:

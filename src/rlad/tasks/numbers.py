@@ -95,7 +95,7 @@ _DOLLARS = re.compile(r"\\\$|\$")
 _DEGREE = re.compile(r"\^\s*\\circ(?![A-Za-z])")
 _WORD = re.compile(r"[^\W\d_]+(?:[-'.][^\W\d_]+)*\.?")
 # What makes another number of the one beside it.
-_CHANGING_WORDS = frozenset(
+CHANGING_WORDS = frozenset(
     words(
         "sqrt root pi squared cubed factorial mod modulo base half halves third thirds "
         "quarter quarters fourth fourths fifth fifths sixth sixths seventh sevenths eighth "
@@ -258,7 +258,7 @@ def _ends_behind(after: str) -> bool:
         return True
     found = [word.casefold() for word in _WORD.findall(after)]
     is_variable = bool(found) and len(found[0]) == 1 and known_unit(found[0]) is None
-    return bool(set(found[:3]) & _CHANGING_WORDS) or (is_variable and found[0] != "a")
+    return bool(set(found[:3]) & CHANGING_WORDS) or (is_variable and found[0] != "a")
 
 
 def _is_in_list(before: str, after: str) -> bool:
