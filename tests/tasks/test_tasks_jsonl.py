@@ -164,6 +164,25 @@ GOOD = '{"prompt": "p", "answer": "a"}'
         ),
         (['{"prompt": " ", "answer": 1}'], "line 1: the field 'prompt' is \" \"; give a string"),
         (['{"prompt": "p", "answer": true}'], "line 1: the field 'answer' is true; give a string"),
+        (
+            [
+                {
+                    "prompt": [{"role": "user", "content": "a", "tool_calls": [{}]}],
+                    "answer": "1",
+                }
+            ],
+            "message 1 has 'tool_calls', which a prompt would leave out",
+        ),
+        (
+            [
+                {
+                    "prompt": [{"role": "user", "content": "a"}],
+                    "answer": "1",
+                    "tools": [{"name": "f"}],
+                }
+            ],
+            "has 'tools', which a prompt would leave out",
+        ),
         (['{"prompt": "p", "answer": NaN}'], "line 1: the field 'answer' is nan; a missing answer"),
         (['{"prompt": "p", "answer": -Infinity}'], "'answer' is -inf; a missing answer"),
         (['{"prompt": "p", "answer": 1e999}'], "'answer' is inf; a missing answer"),

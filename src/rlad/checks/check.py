@@ -13,6 +13,7 @@ from rlad.checks.memory import (
     estimate_memory,
     free_and_total_memory,
 )
+from rlad.checks.prompts import check_first_prompt
 from rlad.checks.ranking import RankedContext, describe_ranking, rank_contexts
 from rlad.checks.trial import Trial, describe_trial, run_trial
 from rlad.config.catalogue import describe
@@ -111,8 +112,8 @@ def check_run(
     # longest prompt, and a trial room for the models.
     fits = True
     if not report.errors and (prompts := report.attempt("prompts", _check_prompts, config)):
-        num_tokens, finding = prompts
-        report.findings.append(finding)
+        num_tokens, findings = prompts
+        report.findings += findings
         report.memory = report.attempt("memory", estimate_memory, config, num_tokens)
     if report.memory is not None:
         free, total = free_and_total_memory(str(pick_device(config.student.device)))
@@ -322,16 +323,17 @@ _CHECKS: dict[str, Callable[[RunConfig], list[Finding]]] = {
 }
 
 
-def _check_prompts(config: RunConfig) -> tuple[int, Finding]:
+def _check_prompts(config: RunConfig) -> tuple[int, list[Finding]]:
     """Return the tokens of the longest prompt, and what to say of them."""
     context = context_tokens(load_model_config(config.student.model))
     with _tasks(config) as (task, *others):
         tokenizer = load_tokenizer(config.student.model)
         ood_task = others[0] if others else None
         num_tokens = longest_prompt(config, task, tokenizer, context, ood_task)
+        first = check_first_prompt(config, task, tokenizer)
     needed = num_tokens + config.rollout.max_completion_tokens
     message = (
         f"the longest has {num_tokens} tokens, with its completion {needed} of "
         f"{context or 'unlimited'}"
     )
-    return num_tokens, Finding("ok", "prompts", message)
+    return num_tokens, [Finding("ok", "prompts", message), *first]

@@ -12,6 +12,7 @@ from rlad.config.run import RolloutConfig
 from rlad.models.loading import LanguageModel
 from rlad.rollouts.prompts import check_prompt_length, prompt_token_ids
 from rlad.rollouts.sampling import OwnSampler
+from rlad.rollouts.texts import begun_completion, completion_texts
 from rlad.rollouts.types import Completion, Rollout, RolloutGroup, Sampler
 from rlad.tasks import Problem, Split, Task
 from rlad.tasks.base import judge_completion, require_reward_in_range
@@ -64,8 +65,9 @@ def graded_groups(
     def grade_group(number: int, completions: list[Completion]) -> None:
         one = asked[number]
         with timer("rewards"):
-            rollouts = grade(task, one.problem, one.name, completions, student, before_work)
             prompt = tuple(one.prompt)
+            begun = begun_completion(student.tokenizer, prompt)
+            rollouts = grade(task, one.problem, one.name, completions, student, before_work, begun)
             groups[number] = RolloutGroup(indices[number], one.problem, prompt, rollouts)
         after_group(number, groups[number])
 
@@ -122,14 +124,17 @@ def grade(
     completions: Sequence[Completion],
     student: LanguageModel,
     before_work: Callable[[], None],
+    begun: str = "",
 ) -> tuple[Rollout, ...]:
-    """Judge the completions of a problem, which messages call `name`."""
-    tokens = [list(completion.token_ids) for completion in completions]
-    texts = student.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    """Judge the completions of a problem, which messages call `name`; `begun` is what the prompt
+    has written of each."""
+    texts = completion_texts(student.tokenizer, completions)
     rollouts = []
     for completion, text in zip(completions, texts, strict=True):
         before_work()
-        judgement = judge_completion(task, problem, text, is_truncated=completion.is_truncated)
+        judgement = judge_completion(
+            task, problem, begun + text, is_truncated=completion.is_truncated
+        )
         require_reward_in_range(task, judgement, name)
         rollouts.append(
             Rollout(

@@ -27,11 +27,19 @@ def prompt_token_ids(
             "'plain' or 'auto'."
         )
     if is_plain(tokenizer, rollout.prompt_format):
-        return tokenizer(plain_text(prompt, rollout))["input_ids"]
+        return _plain_token_ids(tokenizer, plain_text(prompt, rollout))
     text = chat_text(
         tokenizer, chat_messages(prompt, rollout.system_prompt), rollout.chat_template_kwargs
     )
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _plain_token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids = tokenizer(text)["input_ids"]
+    bare = tokenizer(text, add_special_tokens=False)["input_ids"]
+    # Some tokenizers put their end token after every text, and nothing comes after an end.
+    is_added = ids[-1:] == [tokenizer.eos_token_id] and ids[:-1][-len(bare) :] == bare
+    return ids[:-1] if is_added else ids
 
 
 def is_plain(tokenizer: PreTrainedTokenizerBase, prompt_format: str) -> bool:
@@ -79,7 +87,7 @@ def chat_text(
     """Write the conversation up to where the answer begins, by a tokenizer's chat template.
 
     `whose` is for error texts. Raises `UserError` when the template fails, does not know a
-    variable, or leaves the system message out.
+    variable, or leaves the system message or one of the user's out.
     """
     the_template = f"the chat template of the {whose}'s tokenizer"
     template = str(tokenizer.chat_template)
@@ -104,6 +112,14 @@ def chat_text(
         raise UserError(
             f"{the_template} leaves the system message out; put its text into the prompts instead."
         )
+    for message in messages:
+        content = message["content"].strip()
+        if message["role"] == "user" and content not in text:
+            raise UserError(
+                f"{the_template} leaves the user's message {content[:60]!r} out, or changes it, so "
+                "that its question is not in the prompt; fix the template, or set "
+                "rollout.prompt_format = 'plain'."
+            )
     return text
 
 

@@ -6,12 +6,24 @@ from typing import Any
 
 from rlad.tasks.base import Conversation
 
+_PARTS = (
+    "tool_calls", "tool_call_id", "function_call", "reasoning_content", "reasoning", "thinking",
+    "name",
+)  # fmt: skip
+"""what a chat template may show of a message besides its content"""
+
 
 def conversation_mistakes(messages: list[Any]) -> Iterator[str]:
     """Yield what is wrong with a prompt's messages: a model can answer texts, a system message at
     most as the first, the user's as the last."""
     roles = []
     for number, message in enumerate(messages, start=1):
+        for part in _PARTS:
+            if isinstance(message, dict) and message.get(part):
+                yield (
+                    f"message {number} has {part!r}, which a prompt would leave out; write it into "
+                    "the content, or take it out."
+                )
         match message:
             case {"role": "system" | "user" | "assistant" as role, "content": str(content)} if (
                 content.strip()

@@ -169,8 +169,7 @@ def _mistakes(row: Any, fields: dict[str, str]) -> Iterator[str]:
         if is_number and not math.isfinite(value):
             yield f"the field {field!r} is {value}; a missing answer cannot be won: remove the row."
         if setting == "prompt_field" and isinstance(value, list):
-            for mistake in conversation_mistakes(value):
-                yield f"the field {field!r}: {mistake}"
+            yield from _conversation_mistakes(row, field)
         elif not (isinstance(value, str) and value.strip()) and not (
             is_number and setting == "answer_field"
         ):
@@ -179,6 +178,17 @@ def _mistakes(row: Any, fields: dict[str, str]) -> Iterator[str]:
     text = json.dumps(row, ensure_ascii=False, default=str)
     if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
         yield "has half of a surrogate pair, which is no text; remove it."
+
+
+def _conversation_mistakes(row: dict[str, Any], field: str) -> Iterator[str]:
+    for mistake in conversation_mistakes(row[field]):
+        yield f"the field {field!r}: {mistake}"
+    for part in ("tools", "documents"):
+        if row.get(part):
+            yield (
+                f"has {part!r}, which a prompt would leave out; write them into the first message, "
+                "or take them out."
+            )
 
 
 def _problem(row: dict[str, Any], answer: str, config: JsonlConfig) -> Problem:

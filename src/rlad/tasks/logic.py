@@ -275,11 +275,13 @@ def logic_rl_reward(completion: str, wanted: dict[str, bool]) -> float:
     roles are missing or cannot be read): -3 to 3.
 
     The format is right with each of `<think>`, `</think>`, `<answer>` and `</answer>` once and in
-    this order. As in Logic-RL's code, the answer is not read when the format is wrong.
+    this order; `<think>` may be missing, as chat templates write it at the end of the prompt. As in
+    Logic-RL's code, the answer is not read when the format is wrong.
     """
     # What is wanted is one thought, then one answer; a second answer could be a guess.
-    positions = [completion.find(tag) for tag in _TAGS]
-    if any(completion.count(tag) != 1 for tag in _TAGS) or positions != sorted(positions):
+    tags = _TAGS if _TAGS[0] in completion else _TAGS[1:]
+    positions = [completion.find(tag) for tag in tags]
+    if any(completion.count(tag) != 1 for tag in tags) or positions != sorted(positions):
         return -1.0 - 2.0
     roles = parse_answer(completion)
     if roles is None or roles.keys() != wanted.keys():

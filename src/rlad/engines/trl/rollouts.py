@@ -13,6 +13,7 @@ from rlad.engines.rollout_batch import teacher_request
 from rlad.models.loading import LanguageModel
 from rlad.rollouts.grading import Timer, grade
 from rlad.rollouts.prompts import chat_messages, is_plain, plain_text, prompt_token_ids
+from rlad.rollouts.texts import begun_completion
 from rlad.rollouts.types import Completion, Rollout, RolloutGroup
 from rlad.tasks import Problem, Task
 from rlad.teachers.base import TeacherRequest
@@ -68,7 +69,11 @@ class TaskRollouts:
         completion = Completion(tuple(token_ids), (), is_truncated)
         name = f"training problem {index}"
         problem = self.problem(index)
-        (rollout,) = grade(self.task, problem, name, [completion], self.student, lambda: None)
+        prompt = prompt_token_ids(self.student.tokenizer, problem.asked, self.config.rollout)
+        begun = begun_completion(self.student.tokenizer, prompt)
+        (rollout,) = grade(
+            self.task, problem, name, [completion], self.student, lambda: None, begun
+        )
         return rollout
 
     def _groups(self, rows: list[tuple[int, Rollout]]) -> list[RolloutGroup]:

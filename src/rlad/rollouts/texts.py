@@ -1,0 +1,51 @@
+"""What a completion's tokens say, as verifiers read it."""
+
+import re
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from rlad.rollouts.types import Completion
+
+_TAG = re.compile(r"</?[A-Za-z][\w-]*>")
+_WRITTEN_THOUGHT = re.compile(r"<think>\s*(?:</think>\s*)?$")
+
+
+def special_tags(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """List the special tokens that are tags in a text, such as `<think>` and `</answer>`."""
+    roles = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
+    own = {getattr(tokenizer, f"{role}_token", None) for role in roles}
+    special = {
+        token_id: str(token)
+        for token_id, token in tokenizer.added_tokens_decoder.items()
+        if token.special
+    }
+    return {i: text for i, text in special.items() if _TAG.fullmatch(text) and text not in own}
+
+
+def completion_texts(
+    tokenizer: PreTrainedTokenizerBase, completions: Sequence[Completion]
+) -> list[str]:
+    """Decode completions without special tokens, but for those that are tags."""
+    tokens = [list(completion.token_ids) for completion in completions]
+    # Verifiers read <answer>, and a format reward asks for <think>, which some tokenizers hold to
+    # be special.
+    tags = special_tags(tokenizer)
+    if not tags:
+        return tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    left_out = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    left_out = (left_out | set(tokenizer.all_special_ids)) - tags.keys()
+    kept = [[token for token in ids if token not in left_out] for ids in tokens]
+    return tokenizer.batch_decode(kept, skip_special_tokens=False)
+
+
+def written_thought(prompt: str) -> str:
+    """Find the `<think>`, or the empty thought, that a chat template has written at the end of a
+    prompt: it is the beginning of what the student says."""
+    found = _WRITTEN_THOUGHT.search(prompt[-100:])
+    return found[0] if found else ""
+
+
+def begun_completion(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> str:
+    """Find what the end of a prompt has written of its completion."""
+    return written_thought(tokenizer.decode(list(prompt[-64:]), skip_special_tokens=False))
