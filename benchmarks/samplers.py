@@ -8,6 +8,10 @@ take turns step by step, so what else the machine does meets both. They draw oth
 seconds are also given for 1,000 sampled tokens. The first round is a warm-up and not counted.
 Afterwards the log-probs that vLLM gave the last batches' tokens are compared with the trainer's.
 
+    python benchmarks/samplers.py --trl
+
+compares TRL's trainer, which samples by transformers, with our engine; it needs no vLLM.
+
     python benchmarks/samplers.py --url http://127.0.0.1:8000
 
 compares a vLLM server of the model (docs/rollouts.md) that writes each batch when it is asked for
@@ -18,9 +22,11 @@ seconds of a part are those that the trainer spent on it or waited for it. Needs
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
+from queue import Queue
 from statistics import median
+from threading import Semaphore, Thread
 from typing import Any
 
 # Before torch is imported: threads that wait must not spin.
@@ -31,16 +37,17 @@ import torch
 from rlad.checks.trial import with_alternating_verdicts
 from rlad.config.run import RunConfig
 from rlad.engines.base import StepResult
-from rlad.engines.native import make_engine
-from rlad.models.student import load_student
+from rlad.engines.making import load_engine_student, make_engine
 from rlad.tasks import make_task
 
 PARTS = ("generation", "hand_over", "teacher", "update")
 Row = dict[str, float]
 
 
-def samplers(url: str | None) -> dict[str, dict[str, Any]]:
+def samplers(url: str | None, *, trl: bool = False) -> dict[str, dict[str, Any]]:
     """Return the settings of [rollout] that are compared, the first with the second."""
+    if trl:
+        return {"trl": {}, "native": {}}
     if url is None:
         return {"vllm": {"engine": "vllm"}, "native": {"engine": "native"}}
     server = {"engine": "vllm", "vllm": {"urls": [url]}}
@@ -53,8 +60,9 @@ def config_of(sampler: str, options: argparse.Namespace) -> RunConfig:
             "student": {"model": options.model, "dtype": options.dtype},
             "teacher": {"model": options.model, "dtype": options.dtype},
             "task": {"type": "knights_and_knaves"},
+            "engine": {"type": "trl" if sampler == "trl" else "native"},
             "rollout": {
-                **samplers(options.url)[sampler],
+                **samplers(options.url, trl=options.trl)[sampler],
                 "prompts_per_batch": options.num_prompts,
                 "group_size": options.group_size,
                 "max_prompt_tokens": 256,
@@ -101,10 +109,12 @@ def table(rows: dict[str, list[Row]]) -> str:
     one, other = rows
     ratios = [
         f"{per_1000_tokens(rows[one], part) / per_1000_tokens(rows[other], part):.2f}"
-        for part in ("generation", "step")
+        for part in ("generation", "teacher", "update", "step")
     ]
     title = "Median seconds for 1,000 sampled tokens:"
-    return "\n".join([title, "", *lines, "", f"{one} / {other}: generation, step {ratios}"])
+    return "\n".join(
+        [title, "", *lines, "", f"{one} / {other}: generation, teacher, update, step {ratios}"]
+    )
 
 
 def make(sampler: str, options: argparse.Namespace) -> Any:
@@ -112,7 +122,23 @@ def make(sampler: str, options: argparse.Namespace) -> Any:
     config = config_of(sampler, options)
     # Every second completion counts as correct, so that all are scored and trained on.
     task = with_alternating_verdicts(make_task(**config.task.model_dump()))
-    return make_engine(config, load_student(config), task, before_work=lambda: None)
+    return make_engine(config, load_engine_student(config, None), task, before_work=lambda: None)
+
+
+def steps_of(engine: Any) -> Iterator[StepResult]:
+    """Yield the steps of an engine, which works in a thread of its own and waits between them."""
+    results: Queue[StepResult] = Queue()
+    turn = Semaphore(0)
+
+    def after_step(result: StepResult) -> bool:
+        results.put(result)
+        turn.acquire()
+        return True
+
+    Thread(target=engine.run, args=(after_step,), daemon=True).start()
+    while True:
+        yield results.get()
+        turn.release()
 
 
 def main() -> None:
@@ -124,17 +150,18 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--learning-rate", type=float, default=1e-5)
+    parser.add_argument("--trl", action="store_true", help="compare TRL's trainer with our engine")
     parser.add_argument("--url", help="of a vLLM server of the model")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
     print(f"{options.model}, {options.dtype}, {torch.get_num_threads()} threads", flush=True)
-    names = list(samplers(options.url))
+    names = list(samplers(options.url, trl=options.trl))
     turns = [names] if options.url is None else [[name] for name in names]
     rows: dict[str, list[Row]] = {name: [] for name in names}
     for together in turns:
         with ExitStack() as held:
             engines = {name: held.enter_context(closing(make(name, options))) for name in together}
-            steps = {name: engine.steps() for name, engine in engines.items()}
+            steps = {name: steps_of(engine) for name, engine in engines.items()}
             for number in range(options.rounds + 1):
                 for name in together:
                     row = row_of(next(steps[name]))

@@ -22,7 +22,7 @@ from parity_cases import EqualPrompts, make_case
 from rlad.engines.native.loop import NativeEngine
 from rlad.engines.rollout_batch import RolloutBatch
 from rlad.engines.trl.config import AGGREGATION
-from rlad.engines.trl.sharded_teacher import split_over_processes
+from rlad.teachers.sharded import split_over_processes
 from trl_runs import first_inputs, loss_and_gradient, make_trainer
 
 NUM_MICRO_BATCHES = 4

@@ -67,6 +67,21 @@ DECIDED: dict[str, str] = {
 """TRL's name -> what decides it in a config of rlad."""
 
 
+REPLACED: dict[str, tuple[Any, str]] = {
+    "epsilon": (0.2, "set clip_low of the objective"),
+    "epsilon_high": (None, "set clip_high of the objective"),
+    "delta": (None, "set dual_clip of the objective (trrd, grpo)"),
+    "importance_sampling_level": ("token", "set ratio_level of the objective (trrd, grpo)"),
+    "use_bias_correction_kl": (False, "the KL leash is the k3 estimate, without the ratio"),
+    "off_policy_mask_threshold": (None, "leave it out"),
+    "top_entropy_quantile": (1.0, "leave it out"),
+    "entropy_coef": (0.0, "leave it out"),
+    "use_adaptive_entropy": (False, "leave it out"),
+}
+"""Settings of TRL's own loss that ours has no place for: the neutral value, and what to do
+instead."""
+
+
 class EngineConfig(Section):
     """What makes the optimiser steps."""
 

@@ -38,18 +38,9 @@ def add_lora(model: PreTrainedModel, settings: LoraConfig, *, base: str, seed: i
     Call it on the CPU: A does not depend on the device then. Raises `UserError` for target modules
     that the model does not have.
     """
-    import peft
-
+    config = peft_config(settings, base=base)
     targets = settings.target_modules
     targets = targets if isinstance(targets, str) else list(targets)
-    config = peft.LoraConfig(
-        r=settings.rank,
-        target_modules=targets,
-        lora_dropout=0.0,
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=resolvable(base),
-    )
-    config.lora_alpha = settings.alpha  # type: ignore[assignment] (PEFT only divides it by r)
     try:
         _add(model, config, STUDENT)
     except ValueError as error:
@@ -63,6 +54,29 @@ def add_lora(model: PreTrainedModel, settings: LoraConfig, *, base: str, seed: i
         torch.manual_seed(seed)
         for layer in _layers(model).values():
             layer.reset_lora_parameters(STUDENT, init_lora_weights=True)
+
+
+def peft_config(settings: LoraConfig, *, base: str) -> Any:
+    """Return PEFT's config of `[student.lora]`."""
+    import peft
+
+    targets = settings.target_modules
+    config = peft.LoraConfig(
+        r=settings.rank,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=resolvable(base),
+    )
+    config.lora_alpha = settings.alpha  # type: ignore[assignment] (PEFT only divides it by r)
+    return config
+
+
+def require_lora_fits(settings: LoraConfig, model_config: PretrainedConfig, *, base: str) -> None:
+    """Raise `UserError` where a model of this shape lacks the target modules."""
+    # Names show on the meta device, where a model has no weights.
+    with torch.device("meta"):
+        add_lora(AutoModelForCausalLM.from_config(model_config), settings, base=base, seed=0)
 
 
 def load_adapter(model: PreTrainedModel, folder: str, name: str = STUDENT) -> None:

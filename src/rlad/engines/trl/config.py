@@ -1,13 +1,14 @@
 """`RLADConfig`: TRL's `GRPOConfig` with an objective of ours in place of some of its settings."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from trl.trainer.grpo_config import GRPOConfig
 
 from rlad.config.capabilities import require_engine
+from rlad.config.engine import REPLACED
 from rlad.config.file import parse_objective
 from rlad.errors import UserError
 from rlad.objectives.aggregate import Aggregation
@@ -21,20 +22,6 @@ AGGREGATION: dict[str, Aggregation] = {
 """How token losses become one number, for each of TRL's loss types whose ratio means what ours
 does."""
 
-REPLACED: dict[str, tuple[Any, str]] = {
-    "epsilon": (0.2, "set clip_low of the objective"),
-    "epsilon_high": (None, "set clip_high of the objective"),
-    "delta": (None, "set dual_clip of the objective (trrd, grpo)"),
-    "importance_sampling_level": ("token", "set ratio_level of the objective (trrd, grpo)"),
-    "use_bias_correction_kl": (False, "the KL leash is the k3 estimate, without the ratio"),
-    "off_policy_mask_threshold": (None, "leave it out"),
-    "top_entropy_quantile": (1.0, "leave it out"),
-    "entropy_coef": (0.0, "leave it out"),
-    "use_adaptive_entropy": (False, "leave it out"),
-}
-"""Settings of TRL's own loss that ours has no place for: the neutral value, and what to do
-instead."""
-
 
 @dataclass
 class RLADConfig(GRPOConfig):
@@ -43,50 +30,24 @@ class RLADConfig(GRPOConfig):
 
     _VALID_DICT_FIELDS: ClassVar = [*GRPOConfig._VALID_DICT_FIELDS, "objective"]
 
-    objective: dict[str, Any] | str = field(
-        default="trrd",
-        metadata={
-            "help": "Name of the objective, or its section as in a run's TOML: {'type': 'trrd', "
-            "'alpha': 0.5}."
-        },
-    )
-    advantages: Literal["trl", "rlad"] = field(
-        default="trl",
-        metadata={
-            "help": "'trl': group advantages as TRL makes them (sample standard deviation), 'rlad' "
-            "those of the native engine (population standard deviation, and a completion that no "
-            "reward function judges trains nothing)."
-        },
-    )
-    max_missing_teacher_share: float = field(
-        default=0.05,
-        metadata={
-            "help": "Tokens of a generation batch that the teacher may leave without a log-prob."
-        },
-    )
-    teacher_tokens_per_batch: int = field(
-        default=16_384,
-        metadata={"help": "Most tokens (padding included) in one forward pass of a local teacher."},
-    )
-    teacher_is_sharded: bool = field(
-        default=False,
-        metadata={
-            "help": "Split a teacher given as a model or its name over the processes (FSDP2), "
-            "instead of a replica each."
-        },
-    )
-    teacher_dtype: str = field(
-        default="float32", metadata={"help": "Of the weights of a teacher that is given by name."}
-    )
-    use_bias_correction_kl: bool = field(
-        default=False, metadata={"help": "Not available: see `beta`."}
-    )
-    gradient_checkpointing: bool | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
-        default=None,
-        metadata={
-            "help": "Recompute activations in the backward pass; by default on, and off on the CPU."
-        },
-    )
+    objective: dict[str, Any] | str = "trrd"
+    """name of the objective, or its section as in a run's TOML: {'type': 'trrd', 'alpha': 0.5}"""
+    advantages: Literal["trl", "rlad"] = "trl"
+    """those of TRL (sample standard deviation), or of the native engine (population standard
+    deviation, and a completion that no reward function judges trains nothing)"""
+    max_missing_teacher_share: float = 0.05
+    """tokens of a generation batch that the teacher may leave without a log-prob"""
+    teacher_tokens_per_batch: int = 16_384
+    """most tokens (padding included) in one forward pass of a local teacher"""
+    teacher_is_sharded: bool = False
+    """split a teacher given as a model or its name over the processes (FSDP2), instead of a replica
+    each"""
+    teacher_dtype: str = "float32"
+    """of the weights of a teacher that is given by name"""
+    use_bias_correction_kl: bool = False
+    """not available: see `beta`"""
+    gradient_checkpointing: bool | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    """recompute activations in the backward pass; by default on, and off on the CPU"""
 
     def __post_init__(self) -> None:
         # TRL turns both on, which is made for a GPU.

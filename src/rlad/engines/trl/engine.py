@@ -14,14 +14,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from accelerate import DistributedType
-from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 from trl.models.utils import unwrap_model_for_generation
 
 from rlad.config.capabilities import require_engine
-from rlad.config.run import LoraConfig, RunConfig
+from rlad.config.run import RunConfig
 from rlad.engines.base import ResumePoint, StepResult, peak_memory
 from rlad.engines.metrics import rollout_metrics
 from rlad.engines.trl.arguments import make_arguments, trl_may_refuse
@@ -29,13 +28,12 @@ from rlad.engines.trl.orders import Orders, lost_process
 from rlad.engines.trl.rollouts import TaskRollouts
 from rlad.engines.trl.trainer import RLADTrainer
 from rlad.errors import RunFailedError, UserError
-from rlad.models.adapters import add_lora
+from rlad.models.adapters import peft_config, require_lora_fits
 from rlad.models.files import files_of, resolvable
 from rlad.models.loading import LanguageModel
 from rlad.rollouts.grading import Timer
 from rlad.rollouts.sampling import OwnSampler
 from rlad.rollouts.types import Completion, Metrics
-from rlad.seeds import stream_seed
 from rlad.tasks import Task
 from rlad.teachers import make_teacher
 from rlad.teachers.base import Setting, Teacher
@@ -148,13 +146,7 @@ class TRLEngine:
     def save(self, folder: Path, *, run_digest: str) -> None:
         self._order("save", str(folder))
         self._save(folder)
-        teacher = self.trainer.teacher
-        state = {
-            "run": run_digest,
-            "step": self.step,
-            "teacher": None if teacher is None else teacher.identity,
-            "processes": self.orders.num_processes,
-        }
+        state = self._origin(run_digest) | {"step": self.step}
         (folder / STATE).parent.mkdir(exist_ok=True)
         (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
 
@@ -162,20 +154,23 @@ class TRLEngine:
         """TRL itself reads the checkpoint, when `run` begins."""
         try:
             state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-            found = (state["run"], state["teacher"], state["processes"])
             self.step = int(state["step"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            for what, here in self._origin(run_digest).items():
+                if state[what] != here:
+                    there = f"{what} {state[what]!r} there, {here!r} here"
+                    raise UserError(f"it is of another run: {there}.")
+        except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
             raise UserError(f"its state cannot be read ({error}).") from None
-        teacher = self.trainer.teacher
-        wanted = (
-            run_digest,
-            None if teacher is None else teacher.identity,
-            self.orders.num_processes,
-        )
-        for what, there, here in zip(("run", "teacher", "processes"), found, wanted, strict=True):
-            if there != here:
-                raise UserError(f"it is of another run: {what} {there!r} there, {here!r} here.")
         self._restored = str(folder)
+
+    def _origin(self, run_digest: str) -> dict[str, Any]:
+        """Return what must be equal when a checkpoint is resumed."""
+        teacher = self.trainer.teacher
+        return {
+            "run": run_digest,
+            "teacher": None if teacher is None else teacher.identity,
+            "processes": self.orders.num_processes,
+        }
 
     def close(self) -> None:
         if self._others_wait:
@@ -350,21 +345,10 @@ class StudentSampler(OwnSampler):
 
 def _peft_config(config: RunConfig, student: LanguageModel) -> Any:
     """Return PEFT's settings of `[student.lora]`, which must fit the student; None without it."""
-    settings: LoraConfig | None = config.student.lora
+    settings = config.student.lora
     if settings is None:
         return None
-    from peft import LoraConfig as PeftConfig
-
-    with torch.device("meta"):
-        shape = AutoModelForCausalLM.from_config(student.model.config)
-        seed = stream_seed(config.seed, "lora")
-        add_lora(shape, settings, base=config.student.model, seed=seed)
-    student.model.name_or_path = resolvable(str(files_of(config.student.model)))
-    targets = settings.target_modules
-    return PeftConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type] (PEFT only divides it by r)
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        lora_dropout=0.0,
-        task_type="CAUSAL_LM",
-    )
+    base = config.student.model
+    require_lora_fits(settings, student.model.config, base=base)
+    student.model.name_or_path = resolvable(str(files_of(base)))
+    return peft_config(settings, base=base)

@@ -11,13 +11,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import use_adapter
 
 from rlad.engines.trl.config import RLADConfig
-from rlad.engines.trl.sharded_teacher import ShardedTeacher
 from rlad.errors import UserError
 from rlad.models.loading import LanguageModel, load_language_model
 from rlad.scoring.scorer import Scorer
 from rlad.teachers.base import Teacher, TeacherRequest
 from rlad.teachers.compatibility import compare_tokenizers
 from rlad.teachers.local import LocalTeacher, ScoringTeacher
+from rlad.teachers.sharded import ShardedTeacher
 
 
 def as_teacher(

@@ -18,7 +18,6 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from rlad.engines.trl.config import RLADConfig
 from rlad.engines.trl.metrics import StepStats, over_processes
-from rlad.engines.trl.sharded_teacher import ShardedTeacher
 from rlad.engines.trl.teacher import as_teacher
 from rlad.errors import RunFailedError, UserError
 from rlad.objectives import token_loss
@@ -29,6 +28,7 @@ from rlad.objectives.masks import keep_finite
 from rlad.rollouts.grading import Timer
 from rlad.teachers.asking import ask_twice, require_few_missing
 from rlad.teachers.base import Teacher, TeacherRequest
+from rlad.teachers.sharded import ShardedTeacher
 
 RequestOf = Callable[[int, dict[str, Any], list[int], list[int]], TeacherRequest]
 SCORED = ("teacher_logprobs", "ref_per_token_logps", "old_per_token_logps")
