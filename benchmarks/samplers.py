@@ -127,7 +127,7 @@ def make(sampler: str, options: argparse.Namespace) -> Any:
 
 def steps_of(engine: Any) -> Iterator[StepResult]:
     """Yield the steps of an engine, which works in a thread of its own and waits between them."""
-    results: Queue[StepResult] = Queue()
+    results: Queue[StepResult | BaseException] = Queue()
     turn = Semaphore(0)
 
     def after_step(result: StepResult) -> bool:
@@ -135,9 +135,18 @@ def steps_of(engine: Any) -> Iterator[StepResult]:
         turn.acquire()
         return True
 
-    Thread(target=engine.run, args=(after_step,), daemon=True).start()
+    def run() -> None:
+        try:
+            engine.run(after_step)
+        except BaseException as error:
+            results.put(error)
+
+    Thread(target=run, daemon=True).start()
     while True:
-        yield results.get()
+        result = results.get()
+        if isinstance(result, BaseException):
+            raise result
+        yield result
         turn.release()
 
 
