@@ -515,6 +515,12 @@ def test_trainers_that_cannot_work_are_one_sentence(tmp_path):
     ):
         make_trainer(tmp_path, "trrd", trainer={"teacher": Moving()})
 
+    class Silent(Recorded):
+        may_be_silent = True
+
+    with pytest.raises(ValueError, match="'recorded' is silent where there is nothing to show"):
+        make_trainer(tmp_path, "trrd", trainer={"teacher": Silent()})
+
 
 def test_a_broken_student_is_one_sentence(tmp_path):
     trainer = make_trainer(tmp_path, "trrd")

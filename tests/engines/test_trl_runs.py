@@ -352,6 +352,11 @@ def test_a_served_teacher(world, tmp_path):
         (["objective=sft"], "objective 'sft' is not available on TRL; use one of"),
         (["objective=opd_then_grpo"], "objective 'opd_then_grpo' is not available on TRL; use"),
         (["teacher={type='ema'}"], "teacher.type = 'ema' is not available on TRL; name a model"),
+        (
+            ["teacher={type='privileged', teacher={type='local', model='embedded/teacher'}}"]
+            + ["teacher.context={answer=true}"],
+            "teacher.context.without_success = 'silent' is not available on TRL; set it to 'plain'",
+        ),
         (["rollout.engine=vllm"], "rollout.engine = 'vllm' is not available on TRL; set it to 'na"),
         (["student.device=cuda:1"], "student.device = 'cuda:1' is not available on TRL; set it"),
         (["student.lora={target_modules=['nothing']}"], "student.lora.target_modules = ['nothing'"),

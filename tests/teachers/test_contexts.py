@@ -369,7 +369,9 @@ def test_where_the_teacher_speaks() -> None:
         assert by_task.speaks(asked) is speak
         mixture = TeacherMixture({"a": silent, "b": plain}, {"a": 1, "b": 1})
         assert mixture.speaks(asked) is speak
-        assert silent.shows_peers and mixture.shows_peers and not answer.teacher.shows_peers
+    assert silent.needs_group and mixture.needs_group and not answer.teacher.needs_group
+    assert teacher_with(ContextConfig(feedback=True)).needs_group
+    assert by_task.may_be_silent and mixture.may_be_silent and not plain.may_be_silent
     # It has no room for what it would show.
     assert not teacher_with(ContextConfig(answer=True), room=8).speaks(
         request(WRONG, completion=(11, 12, 13))

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from rlad.config.context import ContextConfig
 from rlad.config.objective import OBJECTIVE_CONFIGS, EngineName
 from rlad.config.run import RunConfig
 from rlad.config.teacher import single_teachers
@@ -62,6 +63,15 @@ def _asked_by_teacher(run: RunConfig) -> Iterator[Row]:
         if one.type in ("ema", "adapter"):
             instead = "name a model of type 'local', or use the native engine"
             yield f"{where}.type = {one.type!r}", ("native", "verl"), instead
+    for one in teacher.walk():
+        if not isinstance(one, ContextConfig):
+            continue
+        if one.needs_group:
+            instead = "show answer or fields alone, or use the native engine"
+            yield "a teacher.context of the group's rollouts", ("native",), instead
+        if one.without_success != "plain":
+            what = f"teacher.context.without_success = {one.without_success!r}"
+            yield what, ("native",), "set it to 'plain', or use the native engine"
     if run.rollout.temperature != 1:
         what = f"rollout.temperature = {run.rollout.temperature} with a teacher"
         yield what, ("native", "trl"), "set it to 1, at which verl's teacher always scores"

@@ -59,6 +59,11 @@ class ContextConfig(Section):
         """The most completions of the group that are shown."""
         return self.num_successes + self.num_failures
 
+    @property
+    def needs_group(self) -> bool:
+        """Whether it shows something of the group's rollouts: their texts, or feedback."""
+        return self.num_peers > 0 or self.feedback
+
     def problems(self) -> Iterator[str]:
         if not (self.answer or self.fields or self.num_peers or self.feedback):
             yield (

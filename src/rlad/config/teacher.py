@@ -279,6 +279,8 @@ def single_teachers(teacher: Section | None, name: str = "teacher") -> Iterator[
     if not teacher.children:
         yield name, teacher
     for key, inner in teacher.children.items():
+        if isinstance(inner, ContextConfig):
+            continue
         own_name = key.removeprefix("teachers.")
         yield from single_teachers(inner, name if key == "teacher" else f"{name} {own_name}")
 

@@ -81,9 +81,14 @@ class Teacher(ABC):
         return bool(self.inner) and all(one.works_elsewhere for one in self.inner.values())
 
     @property
-    def shows_peers(self) -> bool:
-        """Whether it is shown other rollouts of the group."""
-        return any(one.shows_peers for one in self.inner.values())
+    def needs_group(self) -> bool:
+        """Whether it is shown something of the group's rollouts: their texts, or feedback."""
+        return any(one.needs_group for one in self.inner.values())
+
+    @property
+    def may_be_silent(self) -> bool:
+        """Whether there may be completions about which it says nothing; see `speaks`."""
+        return any(one.may_be_silent for one in self.inner.values())
 
     def speaks(self, request: TeacherRequest) -> bool:
         """Whether it says anything about a completion; where not, it must not be asked.

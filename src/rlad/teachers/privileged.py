@@ -90,19 +90,21 @@ class PrivilegedTeacher(TeacherWrapper):
         """of what was shown since the metrics were last taken"""
 
     @property
-    def shows_peers(self) -> bool:
+    def needs_group(self) -> bool:
         if self._blocks is not None:
-            return self._blocks.settings.num_peers > 0
+            return self._blocks.settings.needs_group
         return "peer_solution" in template_names(self.template)
 
+    @property
+    def may_be_silent(self) -> bool:
+        return self._blocks is not None and self._blocks.settings.without_success != "plain"
+
     def speaks(self, request: TeacherRequest) -> bool:
-        blocks = self._blocks
-        is_silent = (
-            blocks is not None
-            and blocks.settings.without_success != "plain"
-            and blocks.fitted(request, self._room(request)) is None
-        )
-        return not is_silent and super().speaks(request)
+        if self.may_be_silent:
+            assert self._blocks is not None
+            if self._blocks.fitted(request, self._room(request)) is None:
+                return False
+        return super().speaks(request)
 
     def submit(self, requests: Sequence[TeacherRequest]) -> list[Answer]:
         # The inner teacher is asked only about what fits into its context; its answers go back into

@@ -75,9 +75,13 @@ def _problems(
 ) -> Iterator[str]:
     """Why this cannot be the teacher, or not there where the arguments put it."""
     if isinstance(teacher, Teacher):
-        if teacher.state() or teacher.shows_peers:
-            does = "moves with the student" if teacher.state() else "is shown the group's rollouts"
-            yield f"teacher {teacher.identity!r} {does}, which the native engine alone offers."
+        for does, it_does in (
+            ("moves with the student", bool(teacher.state())),
+            ("is shown the group's rollouts", teacher.needs_group),
+            ("is silent where there is nothing to show", teacher.may_be_silent),
+        ):
+            if it_does:
+                yield f"teacher {teacher.identity!r} {does}, which the native engine alone offers."
         if args.teacher_is_sharded and not isinstance(teacher, ShardedTeacher):
             yield (
                 "teacher_is_sharded is for a teacher given as a model or its name; "
