@@ -2,6 +2,7 @@
 
 import math
 import tomllib
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -438,3 +439,33 @@ def test_what_other_sections_decide_is_no_setting_of_trl():
         "of [engine.trl]."
     )
     assert load_config(None, ["engine.trl.use_vllm=true"]).engine.trl == {"use_vllm": True}
+
+
+@pytest.mark.parametrize(
+    ("objective", "is_refused"),
+    [
+        ({"type": "opd"}, False),
+        ({"type": "gkd"}, True),
+        ({"type": "gkd", "support": "sampled"}, False),
+        ({"type": "kdrl"}, False),
+        ({"type": "kdrl", "kd_estimator": "exact"}, True),
+        ({"type": "sdpo"}, True),
+        ({"type": "grpo"}, False),
+    ],
+)
+def test_an_end_token_is_for_the_sampled_token(objective: dict[str, Any], is_refused: bool) -> None:
+    """Of a distribution the two ends would have to change places, which nothing does."""
+    inner = {"type": "local", "model": "embedded/teacher"}
+    teacher = {"type": "privileged", "teacher": inner, "end_token": "<|im_end|>"}
+    table = {
+        "student": {"model": "embedded/student"},
+        "task": {"type": "knights_and_knaves"},
+        "teacher": teacher,
+        "objective": objective,
+    }
+    with (
+        pytest.raises(UserError, match=r"teacher\.end_token is for the sampled token alone")
+        if is_refused
+        else nullcontext()
+    ):
+        parse_config(table)

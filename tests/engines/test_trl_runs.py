@@ -353,8 +353,10 @@ def test_a_served_teacher(world, tmp_path):
         (["objective=opd_then_grpo"], "objective 'opd_then_grpo' is not available on TRL; use"),
         (["teacher={type='ema'}"], "teacher.type = 'ema' is not available on TRL; name a model"),
         (
-            ["teacher={type='privileged', teacher={type='local', model='embedded/teacher'}}"]
-            + ["teacher.context={answer=true}"],
+            [
+                "teacher={type='privileged', teacher={type='local', model='embedded/teacher'}}",
+                "teacher.context={answer=true}",
+            ],
             "teacher.context.without_success = 'silent' is not available on TRL; set it to 'plain'",
         ),
         (["rollout.engine=vllm"], "rollout.engine = 'vllm' is not available on TRL; set it to 'na"),

@@ -298,6 +298,12 @@ def _what_the_teacher_lacks(objective: Any, teacher: Any) -> Iterator[str]:
             "objective=opd"
         )
     wanted = objective.asked_of_teacher
+    if wanted != "sampled" and any(getattr(one, "end_token", None) for one in teacher.walk()):
+        yield (
+            f"teacher.end_token is for the sampled token alone, and objective {objective.type!r} "
+            f"compares distributions of the support {wanted!r}, in which the student's own end "
+            "stays; name it in student.end_tokens instead, or take the support 'sampled'"
+        )
     if wanted not in teacher.gives:
         given = [one for one in get_args(Support) if one in teacher.gives]
         yield (

@@ -210,7 +210,8 @@ class PrivilegedTeacherConfig(_TeacherOfTeacher):
     chat_template_kwargs: dict[str, Any] | None = None
     """in place of rollout.chat_template_kwargs, such as { enable_thinking = true }"""
     end_token: str | None = None
-    """the teacher's own, such as "<|im_end|>": scored where the student ended with its own"""
+    """the teacher's own, such as "<|im_end|>": scored where the student ended with its own; with a
+    support of 'sampled' alone"""
 
     def problems(self) -> Iterator[str]:
         if "prompt" not in template_names(self.template):

@@ -75,13 +75,8 @@ def _problems(
 ) -> Iterator[str]:
     """Why this cannot be the teacher, or not there where the arguments put it."""
     if isinstance(teacher, Teacher):
-        for does, it_does in (
-            ("moves with the student", bool(teacher.state())),
-            ("is shown the group's rollouts", teacher.needs_group),
-            ("is silent where there is nothing to show", teacher.may_be_silent),
-        ):
-            if it_does:
-                yield f"teacher {teacher.identity!r} {does}, which the native engine alone offers."
+        for does in _needs_the_native_engine(teacher):
+            yield f"teacher {teacher.identity!r} {does}, which the native engine alone offers."
         if args.teacher_is_sharded and not isinstance(teacher, ShardedTeacher):
             yield (
                 "teacher_is_sharded is for a teacher given as a model or its name; "
@@ -112,6 +107,15 @@ def _problems(
             "teacher_is_sharded splits the teacher over processes, and this is one alone; leave it "
             "out."
         )
+
+
+def _needs_the_native_engine(teacher: Teacher) -> Iterator[str]:
+    if teacher.state():
+        yield "moves with the student"
+    if teacher.needs_group:
+        yield "is shown the group's rollouts"
+    if teacher.may_be_silent:
+        yield "is silent where there is nothing to show"
 
 
 class BaseModelTeacher(ScoringTeacher):
