@@ -83,26 +83,23 @@ def test_countdown_says_it_of_a_completion() -> None:
 @pytest.mark.parametrize(
     ("name", "completion", "feedback"),
     [
-        ("number", "so\nAnswer: 41", "The final answer was read as '41', which is wrong."),
-        (
-            "exact",
-            "so\n<answer> no </answer>",
-            "The final answer was read as 'no', which is wrong.",
-        ),
+        ("number", "so\nAnswer: 41", "The final answer is wrong."),
+        ("number", "at last it must be 41", "The final answer is wrong."),
+        ("exact", "so\n<answer> no </answer>", "The final answer is wrong."),
         ("number", "", "No final answer could be read."),
         ("number", "Answer: 42", ""),
     ],
 )
-def test_verifiers_say_what_they_read(name: str, completion: str, feedback: str) -> None:
+def test_verifiers_quote_nothing(name: str, completion: str, feedback: str) -> None:
     judgement = make_verifier(name).judge(completion, "42")
     assert judgement.feedback == feedback and "42" not in judgement.feedback
 
 
-def test_maths_says_what_it_read() -> None:
+def test_maths_quotes_nothing() -> None:
     pytest.importorskip("math_verify", reason="the verifier 'math'")
     verifier = make_verifier("math")
     wrong = verifier.judge(r"so \boxed{\frac{1}{2}}", r"\frac{1}{3}")
-    assert wrong.feedback == r"The final answer was read as '\\frac{1}{2}', which is wrong."
+    assert wrong.feedback == "The final answer is wrong."
     assert verifier.judge(r"\boxed{\frac{1}{3}}", "1/3").feedback == ""
     verifier.close()
 

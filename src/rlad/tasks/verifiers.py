@@ -62,20 +62,20 @@ class Verifier:
             judgement = self.grade(text, answer)
         except CallFailed as failure:
             return cannot_judge(str(failure))
-        return (
-            with_feedback(judgement, _what_was_read(text)) if self.reads_final_answer else judgement
-        )
+        if not self.reads_final_answer:
+            return judgement
+        return with_feedback(judgement, _what_is_wrong(text))
 
     def close(self) -> None:
         if self.worker is not None:
             self.worker.close()
 
 
-def _what_was_read(completion: str) -> str:
-    read = final_answer(completion).strip()
-    if not read:
-        return "No final answer could be read."
-    return f"The final answer was read as {read[:200]!r}, which is wrong."
+def _what_is_wrong(completion: str) -> str:
+    # Nothing of the completion is quoted: a teacher that is shown it would repeat it.
+    if final_answer(completion).strip():
+        return "The final answer is wrong."
+    return "No final answer could be read."
 
 
 def make_verifier(
