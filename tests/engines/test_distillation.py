@@ -12,7 +12,7 @@ from parity_cases import Case, by_engine, by_reference, difference, make_case, n
 from rlad.config.run import RunConfig
 from rlad.engines.metrics import TokenStats
 from rlad.errors import RunFailedError, UserError
-from rlad.rollouts.sampling import sample
+from rlad.rollouts.sampling import OwnSampler, sample
 from rlad.runs.directory import METRICS, RunDirectory
 from rlad.seeds import stream_seed
 from rlad.stopping import StopRequested
@@ -126,6 +126,7 @@ def test_what_the_student_cannot_read_is_left_out() -> None:
     case = make_case("sft", knobs={"rejection": False})
     teacher = tiny_language_model("gpt2", vocab_size=VOCABULARY + 4, dtype=torch.float64)
     case.engine.teacher = LocalTeacher(teacher, temperature=1.0, tokens_per_batch=60)
+    case.engine.writer = OwnSampler(teacher, case.engine.config.rollout)
     batch = case.engine.make_rollout_batch(0)
     readable = [max(ids) < VOCABULARY for ids in batch.completions]
     assert batch.trains.tolist() == readable and 0 < sum(readable) < 16

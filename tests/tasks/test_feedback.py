@@ -7,7 +7,7 @@ import pytest
 
 from rlad.tasks import make_task
 from rlad.tasks.base import MAX_FEEDBACK_CHARACTERS
-from rlad.tasks.logic import ROLES, Claim, KnightsAndKnaves, Statement, what_is_wrong
+from rlad.tasks.logic import ROLES, Claim, KnightsAndKnaves, Statement, puzzle_of, what_is_wrong
 from rlad.tasks.reasoning_gym import _what_is_wrong
 from rlad.tasks.verifiers import make_verifier
 
@@ -44,7 +44,7 @@ def test_every_wrong_world_is_told_a_contradiction(reward: str) -> None:
     task = KnightsAndKnaves(num_people=(2, 3, 4), reward=reward)
     for index in range(9):
         problem = task.problem("train", index)
-        names, puzzle = problem.metadata["names"], problem.metadata["puzzle"]
+        names, puzzle = problem.metadata["names"], puzzle_of(problem)
         for world in itertools.product((True, False), repeat=len(names)):
             said = ", ".join(f"{n} is a {ROLES[r]}" for n, r in zip(names, world, strict=True))
             text = f"<think> x </think><answer> {said} </answer>"

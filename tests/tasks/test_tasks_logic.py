@@ -246,11 +246,11 @@ def test_the_first_problem_stays_what_it_is():
             "names": ["Gus", "Finn", "Dan"],
             "world": [True, False, False],
             "num_people": 3,
-            "puzzle": (
-                Statement("is", (Claim(1, False),)),
-                Statement("is", (Claim(2, True),)),
-                Statement("iff", (Claim(2, False), Claim(0, False))),
-            ),
+            "statements": [
+                ("is", ((1, False),)),
+                ("is", ((2, True),)),
+                ("iff", ((2, False), (0, False))),
+            ],
         },
     )
 

@@ -81,6 +81,7 @@ _NOT_CARRIED_OVER = {
     "optimization.max_teacher_tokens": "verl has no such limit",
     "optimization.max_skipped_steps": "verl has no such limit",
     "rollout.max_batch_rows": "vLLM schedules by itself",
+    "rollout.cuda_graphs": "vLLM makes its own",
     "rollout.engine": "verl samples with vLLM",
     "rollout.vllm": "verl starts vLLM itself",
     "rollout.correction": "verl adds no importance weights on this route",

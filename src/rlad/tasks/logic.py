@@ -16,7 +16,7 @@ import operator
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any, Literal
 
 from rlad.config.task import KnightsAndKnavesConfig
@@ -231,7 +231,7 @@ class KnightsAndKnaves(Task):
                 "names": names,
                 "world": list(world),
                 "num_people": size,
-                "puzzle": puzzle,
+                "statements": [astuple(statement) for statement in puzzle],
             },
         )
 
@@ -242,10 +242,18 @@ class KnightsAndKnaves(Task):
         judgement = judged(roles == wanted)
         if self._settings.reward == "logic_rl":
             judgement = replace(judgement, reward=logic_rl_reward(completion, wanted))
-        if "puzzle" not in problem.metadata:  # a problem that was made elsewhere
+        if "statements" not in problem.metadata:  # a problem that was made elsewhere
             return judgement
         names = problem.metadata["names"]
-        return with_feedback(judgement, what_is_wrong(problem.metadata["puzzle"], names, roles))
+        return with_feedback(judgement, what_is_wrong(puzzle_of(problem), names, roles))
+
+
+def puzzle_of(problem: Problem) -> Puzzle:
+    """Return the statements in a problem's metadata, which are lists there as in JSON."""
+    return tuple(
+        Statement(connective, tuple(Claim(*claim) for claim in claims))
+        for connective, claims in problem.metadata["statements"]
+    )
 
 
 def what_is_wrong(puzzle: Puzzle, names: Sequence[str], roles: dict[str, bool] | None) -> str:
