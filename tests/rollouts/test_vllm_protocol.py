@@ -5,7 +5,7 @@ import copy
 import json
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from rlad.rollouts.vllm_protocol import (
     EXTENSION,
     GENERATE,
     Needs,
+    load_weights,
     read_completions,
     require_usable,
     write_weights,
@@ -52,13 +53,15 @@ ANSWERS: dict[str, Any] = {
 
 
 @contextmanager
-def server(changes: dict[str, Any]) -> Iterator[str]:
-    """One that answers as `ANSWERS` and `changes` say; None is 404."""
+def server(changes: dict[str, Any], heard: list[tuple[str, bytes]] | None = None) -> Iterator[str]:
+    """One that answers as `ANSWERS` and `changes` say; None is 404. `heard` gets the requests."""
     answers = ANSWERS | changes
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if heard is not None:
+                heard.append((self.path, body))
             answer = answers.get(self.path)
             content = json.dumps(answer).encode()
             self.send_response(404 if answer is None else 200)
@@ -81,13 +84,14 @@ def server(changes: dict[str, Any]) -> Iterator[str]:
             thread.join()
 
 
+def client_of(url: str) -> Any:
+    vllm = {"urls": [url], "num_retries": 0}
+    return closing(make_client(RolloutConfig.model_validate({"engine": "vllm", "vllm": vllm})))
+
+
 def asked(changes: dict[str, Any], needs: Needs = NEEDS) -> Any:
-    with server(changes) as url:
-        vllm = {"urls": [url], "num_retries": 0}
-        with closing(
-            make_client(RolloutConfig.model_validate({"engine": "vllm", "vllm": vllm}))
-        ) as client:
-            return require_usable(client, url, needs)
+    with server(changes) as url, client_of(url) as client:
+        return require_usable(client, url, needs)
 
 
 def started_with(section: str, **settings: Any) -> dict[str, Any]:
@@ -203,6 +207,32 @@ def test_weights_are_written_whole_whatever_the_size_of_a_file(
     assert found.keys() == dict(model.named_parameters()).keys()
     for name, parameter in model.named_parameters():
         assert torch.equal(found[name], parameter.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({}, None),
+        ({"/reset_prefix_cache": {"success": False}}, "still completes prompts of somebody else"),
+        ({"/weight_info": {"weight_version": "loading-b-1"}}, "the weights of somebody else"),
+    ],
+)
+def test_weights_have_their_name_only_when_all_of_them_are_there(changes, error) -> None:
+    """Before they change, the version of the former ones is gone: a run for which the server still
+    writes does not use what comes."""
+    answers = {
+        "/update_weight_version": {},
+        "/reset_prefix_cache": {"success": True},
+        "/weight_info": {"weight_version": "loading-a-1"},
+    }
+    info = asked({})
+    heard: list[tuple[str, bytes]] = []
+    outcome: Any = pytest.raises(ServerUnavailableError, match=error) if error else nullcontext()
+    with server(answers | changes, heard) as url, client_of(url) as client, outcome:
+        load_weights(client, url, Path("folder"), version="a-1", info=info)
+    named = [json.loads(body)["new_version"] for path, body in heard if "update" in path]
+    assert [path for path, _ in heard[:2]] == ["/update_weight_version", "/collective_rpc"]
+    assert named == (["loading-a-1"] if error else ["loading-a-1", "a-1"])
 
 
 # --- config ---------------------------------------------------------------------------------------

@@ -197,11 +197,16 @@ def load_weights(
 ) -> None:
     """Have a server load the weights in a folder, and call them by a version."""
     method = "load_student_weights" if info.has_extension else "reload_weights"
+    loading = f"loading-{version}"
+    # Before anything changes: whoever else the server writes for sees that its weights are gone.
+    client.ask_once(url, "/update_weight_version", {"new_version": loading})
     kwargs = {"weights_path": str(folder)}
     client.ask_once(url, "/collective_rpc", {"method": method, "kwargs": kwargs})
     # Keys and values of prompts that were computed with the old weights.
     if not client.ask_once(url, "/reset_prefix_cache", {}).get("success"):
         raise ServerUnavailableError(f"{url} still completes prompts of somebody else")
+    if client.ask_once(url, "/weight_info").get("weight_version") != loading:
+        raise ServerUnavailableError(f"{url} was given the weights of somebody else meanwhile")
     client.ask_once(url, "/update_weight_version", {"new_version": version})
 
 
