@@ -150,12 +150,34 @@ def test_thoughts_are_hidden_unless_they_shall_be_shown() -> None:
     peers = [
         rollout("<think> a </think> b </think>\nfirst", 1.0),
         rollout("never ended </think>", 1.0),
+        rollout("<think> not ended", 1.0),
         rollout("second", 1.0),
     ]
-    settings = ContextConfig(num_successes=3)
+    settings = ContextConfig(num_successes=4)
     assert shown(settings, request(WRONG, *peers)) == ["first", "second"]
     whole = settings.model_copy(update={"show_thoughts": True})
     assert shown(whole, request(WRONG, *peers)) == [peer.text for peer in peers]
+
+
+@pytest.mark.parametrize("show_thoughts", [False, True])
+def test_what_is_shown_is_compared_not_what_was_written(show_thoughts: bool) -> None:
+    """Other thoughts before the same answer, more white space and special tokens are no other
+    text."""
+    made = context(ContextConfig(num_successes=9, num_failures=9, show_thoughts=show_thoughts))
+    for reward in (0.0, 1.0):
+        own = rollout("<think> w3 </think> w7", reward)
+        peers = [
+            rollout("<think> w4 </think> w7", 1.0),
+            rollout("<think> w3 </think> w7 \n", 0.0),
+            rollout("<think> w3 </think> w<eos>7", 1.0),
+            rollout("<think> w3 </think> w8", 1.0),
+            rollout("<think> w3 </think> w8<eos>", 1.0),
+        ]
+        fitted = made.fitted(request(own, *peers), None)
+        assert fitted is not None
+        assert [block.text.rpartition("> ")[2] for block in fitted.blocks] == (
+            ["w7", "w8"] if show_thoughts else ["w8"]
+        )
 
 
 def test_a_random_choice_belongs_to_seed_and_completion() -> None:

@@ -51,7 +51,7 @@ class ContextConfig(Section):
     """longest prompt with all that is shown; by default what the completion leaves of the teacher's
     context"""
     show_thoughts: bool = False
-    """show completions with what comes before their `</think>`"""
+    """show completions with their thoughts, `<think>` to `</think>`"""
     texts: ContextTexts = ContextTexts()
 
     @property

@@ -20,6 +20,7 @@ from rlad.rollouts.prompts import Prompt
 from rlad.rollouts.types import Rollout
 from rlad.seeds import stream_seed
 from rlad.tasks import Problem
+from rlad.tasks.answers import outside_thoughts
 from rlad.teachers.base import TeacherRequest
 
 Encode = Callable[[Prompt], Sequence[int]]
@@ -27,7 +28,6 @@ Encode = Callable[[Prompt], Sequence[int]]
 MIN_PEER_TOKENS = 32
 """a completion is not shortened further; then a whole block is dropped"""
 _CUT = "\n[...]\n"
-_END_OF_THOUGHTS = "</think>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class BlockContext:
         return fit(
             [
                 replace(block, text=self._plain(block.text))
-                for block in blocks_of(self.settings, request, seed=self._seed)
+                for block in blocks_of(self.settings, request, seed=self._seed, plain=self._plain)
             ],
             encode=partial(self.token_ids, problem),
             room=min(limits, default=None),
@@ -134,15 +134,24 @@ def metadata_texts(problem: Problem) -> dict[str, str]:
 # --- which blocks ---------------------------------------------------------------------------------
 
 
-def blocks_of(settings: ContextConfig, request: TeacherRequest, *, seed: int) -> list[Block]:
+def blocks_of(
+    settings: ContextConfig,
+    request: TeacherRequest,
+    *,
+    seed: int,
+    plain: Callable[[str], str] = str,
+) -> list[Block]:
     """What there is to show about a completion; empty where there is nothing that may be shown.
 
-    The completion itself is never among it, nor another one of the same text.
+    The completion itself is never among it, nor another one that would be shown by the same text.
+    `plain` gives a completion's text as it is shown.
     """
     problem = request.problem
     assert problem is not None, "a context is about a problem"
     own = request.rollout
-    candidates = [peer for peer in request.peers if own is None or peer.text != own.text]
+    own_text = None if own is None else _shown_text(own, settings, plain)
+    texts = [(peer, _shown_text(peer, settings, plain)) for peer in request.peers]
+    candidates = [(peer, text) for peer, text in texts if text != own_text]
     if settings.choice == "random":
         stream = stream_seed(seed, "peers", *request.prompt, "/", *request.completion)
         random.Random(stream).shuffle(candidates)
@@ -182,17 +191,19 @@ def _failure_blocks(settings: ContextConfig, texts: Sequence[str]) -> Iterator[B
         yield Block(settings.texts.failure, text, is_peer=True)
 
 
+def _shown_text(rollout: Rollout, settings: ContextConfig, plain: Callable[[str], str]) -> str:
+    """What may be shown of a completion; "" where that is nothing, as of an unfinished thought."""
+    text = rollout.text if settings.show_thoughts else outside_thoughts(rollout.text)
+    return plain(text).strip()
+
+
 def _different_texts(
-    peers: Sequence[Rollout], settings: ContextConfig, *, is_success: bool
+    peers: Sequence[tuple[Rollout, str]], settings: ContextConfig, *, is_success: bool
 ) -> Iterator[str]:
-    """The texts of successes or failures as they are shown, each once."""
+    """The shown texts of successes or failures, each once."""
     belongs = is_successful if is_success else is_failure
     seen = {""}
-    for peer in peers:
-        text = peer.text
-        if not settings.show_thoughts:
-            text = text.rpartition(_END_OF_THOUGHTS)[2]
-        text = text.strip()
+    for peer, text in peers:
         if text not in seen and belongs(peer, settings):
             seen.add(text)
             yield text
