@@ -244,6 +244,7 @@ def test_weights_have_their_name_only_when_all_of_them_are_there(changes, error)
         ({"vllm": {"urls": ["http://127.0.0.1:1"]}}, "rollout.engine is 'native'"),
         ({"engine": "vllm", "max_staleness": 1}, "needs a vLLM server"),
         ({"engine": "vllm", "vllm": {"urls": ["http://h:1", "http://h:1/"]}}, "a server twice"),
+        ({"engine": "vllm", "vllm": {"urls": ["http://h:1", "http://h:1/v1/"]}}, "a server twice"),
         ({"engine": "vllm", "vllm": {"urls": ["http://h:1"]}}, "is on another machine"),
         ({"engine": "vllm", "vllm": {"urls": ["h:1"]}}, "must be an address"),
     ],

@@ -4,6 +4,8 @@ torch."""
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
+from pydantic import AfterValidator
+
 from rlad.config.addresses import ServerURL, VariableName, is_this_machine
 from rlad.config.types import (
     Count,
@@ -16,11 +18,18 @@ from rlad.config.types import (
 )
 
 
+def _without_v1(url: str) -> str:
+    """The address beside the OpenAI-compatible routes: none of those that are asked is below it."""
+    return url.removesuffix("/v1")
+
+
 class VLLMConfig(Section):
     """vLLM in the process of the run, on the student's device; with `urls` vLLM servers, to which
     memory, rows and sleep are their own matter."""
 
-    urls: Annotated[tuple[ServerURL, ...], Mark.NO_NUMBER] = ()
+    urls: Annotated[
+        tuple[Annotated[ServerURL, AfterValidator(_without_v1)], ...], Mark.NO_NUMBER
+    ] = ()
     """vLLM servers elsewhere, such as ["http://127.0.0.1:8000"], which hold copies of the student
     and share the groups"""
     weights_directory: Annotated[str | None, Mark.NO_NUMBER] = None

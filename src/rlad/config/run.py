@@ -255,6 +255,8 @@ class RunConfig(Section):
                 f"objective {objective.type!r} needs a teacher; add a [teacher] section with its "
                 "model, or set objective=grpo"
             )
+        if objective.written_by == "teacher":
+            yield from _what_a_writing_teacher_rules_out(objective, self.rollout)
         if objective.needs_teacher and self.teacher is not None:
             yield from _what_the_teacher_lacks(objective, self.teacher)
         _ = self.ood_task  # whose settings may be wrong
@@ -287,6 +289,20 @@ class RunConfig(Section):
     @property
     def directory(self) -> Path:
         return Path(self.run_dir or f"runs/{self.task.type}-{self.objective.type}-seed{self.seed}")
+
+
+def _what_a_writing_teacher_rules_out(objective: Any, rollout: RolloutConfig) -> Iterator[str]:
+    """Settings of the student's sampler that do not go with completions by the teacher."""
+    if rollout.max_staleness:
+        yield (
+            f"rollout.max_staleness = 1 has servers write ahead for the student, and the teacher "
+            f"writes for objective {objective.type!r}; set it to 0"
+        )
+    if rollout.engine != "native" and rollout.vllm.sleep == "always" and not rollout.vllm.urls:
+        yield (
+            "rollout.vllm.sleep = 'always', but one vLLM of a process can sleep, and objective "
+            f"{objective.type!r} starts a second one for its teacher; set it to 'auto'"
+        )
 
 
 def _what_the_teacher_lacks(objective: Any, teacher: Any) -> Iterator[str]:

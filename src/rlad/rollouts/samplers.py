@@ -51,6 +51,12 @@ def make_sampler(
     )
 
 
+def beside_another(rollout: RolloutConfig) -> RolloutConfig:
+    """Return the settings of one of two samplers: in one process vLLM lets a single one sleep."""
+    awake = rollout.vllm.model_copy(update={"sleep": "never"})
+    return rollout.model_copy(update={"vllm": awake})
+
+
 def of_teacher(rollout: RolloutConfig) -> RolloutConfig:
     """Return the settings with which a teacher writes: servers hold the student alone."""
     if not rollout.vllm.urls:

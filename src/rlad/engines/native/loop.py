@@ -31,7 +31,7 @@ from rlad.models.loading import LanguageModel, save_model
 from rlad.objectives import OBJECTIVES, taken_by
 from rlad.objectives.advantages import group_advantages
 from rlad.rollouts.grading import Timer, asked_prompts, graded_groups
-from rlad.rollouts.samplers import make_sampler, of_teacher
+from rlad.rollouts.samplers import beside_another, make_sampler, of_teacher
 from rlad.rollouts.types import Metrics, RolloutGroup
 from rlad.scoring.scorer import Scorer
 from rlad.seeds import stream_seed
@@ -105,15 +105,21 @@ class NativeEngine:
         if config.objective.asked_of_teacher != "sampled" and teacher is not None:
             teacher.require_comparable(self.scorer)
             self._require_top_k()
-        self.sampler = make_sampler(student, config.rollout, before_work)
-        # What writes the completions that are trained on.
-        self.writer = self.sampler
-        if config.objective.written_by == "teacher":
-            with self.local_teacher.at_work():
-                teacher_model = self.local_teacher.language_model
-                self.writer = make_sampler(teacher_model, of_teacher(config.rollout))
         if config.student.gradient_checkpointing:
             student.model.gradient_checkpointing_enable()
+        teacher_writes = config.objective.written_by == "teacher"
+        rollout = beside_another(config.rollout) if teacher_writes else config.rollout
+        self.sampler = make_sampler(student, rollout, before_work)
+        # What writes the completions that are trained on.
+        self.writer = self.sampler
+        if teacher_writes:
+            try:
+                with self.local_teacher.at_work():
+                    teacher_model = self.local_teacher.language_model
+                    self.writer = make_sampler(teacher_model, of_teacher(rollout))
+            except BaseException:
+                self.sampler.close()
+                raise
 
     def _require_top_k(self) -> None:
         """Raise `UserError` where more tokens are to be told apart than there are."""
