@@ -91,11 +91,13 @@ def test_which_rollouts_the_teacher_is_asked_about(
 ) -> None:
     batch = batch_of(*MIXED)
     config: Any = OBJECTIVE_CONFIGS[objective](teacher_on=teacher_on)
-    batch.choose_what_trains(config, has_leash=False, vocabulary=99, teacher=SilentOn(*silent))
+    batch.choose_what_trains(
+        config, step=0, has_leash=False, vocabulary=99, teacher=SilentOn(*silent)
+    )
     spoken = [i for i in asked if i not in silent]
     assert batch.teacher_rows == spoken
     assert [request.completion for request in batch.teacher_requests()] == [(i,) for i in spoken]
-    if config.trains_without_teacher:
+    if config.trains_without_teacher(0):
         assert batch.training_rows == trains
         assert batch.counted.sum() == 11  # all that were judged
     else:
@@ -105,7 +107,7 @@ def test_which_rollouts_the_teacher_is_asked_about(
 
 def test_a_request_has_the_others_of_the_group() -> None:
     batch = batch_of(*MIXED)
-    batch.choose_what_trains(OBJECTIVE_CONFIGS["kdrl"](), has_leash=False, vocabulary=99)
+    batch.choose_what_trains(OBJECTIVE_CONFIGS["kdrl"](), step=0, has_leash=False, vocabulary=99)
     request = batch.teacher_requests()[4]
     assert request.rollout is batch.rollouts[4]
     assert list(request.peers) == [batch.rollouts[3], batch.rollouts[5]]

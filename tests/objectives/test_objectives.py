@@ -786,7 +786,7 @@ def test_these_are_grpo_without_a_teacher() -> None:
     """The others have nothing to train on where the teacher is silent."""
     assert CAN_BE_SILENT == ["distilled_rl", "kdrl", "rlsd", "trrd"]
     assert all(
-        OBJECTIVE_CONFIGS[name]().trains_without_teacher is (name in CAN_BE_SILENT)
+        OBJECTIVE_CONFIGS[name]().trains_without_teacher(0) is (name in CAN_BE_SILENT)
         for name in WITH_TEACHER
     )
 

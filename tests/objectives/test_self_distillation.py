@@ -16,6 +16,7 @@ from rlad.config.catalogue import CONFIGS, describe
 from rlad.config.file import load_config, parse_config
 from rlad.config.objective import MOPDConfig, OPSDConfig, SDPOConfig
 from rlad.config.run import RunConfig
+from rlad.config.types import AnnealedShare
 from rlad.engines.metrics import TokenStats
 from rlad.objectives import OBJECTIVES, token_loss
 from rlad.objectives.grpo import grpo_loss
@@ -298,8 +299,13 @@ def test_what_makes_no_sense_is_refused(world: Path, tmp_path: Path, section, pr
 
 
 def test_silent_completions_train_by_their_reward_alone() -> None:
-    assert not SDPOConfig().trains_without_teacher and not OPSDConfig().trains_without_teacher
-    assert MOPDConfig(reward_share=0.1).trains_without_teacher
+    assert not SDPOConfig().trains_without_teacher(0) and not OPSDConfig().trains_without_teacher(0)
+    assert MOPDConfig(reward_share=0.1).trains_without_teacher(0)
+    rising = AnnealedShare(start=0.0, end=0.2, change_per_step=0.1)
+    falling = AnnealedShare(start=0.1, end=0.0, change_per_step=-0.1)
+    for share, trains in ((rising, [False, True, True]), (falling, [True, False, False])):
+        config = SDPOConfig(reward_share=share)
+        assert [config.trains_without_teacher(step) for step in range(3)] == trains
 
 
 @pytest.mark.parametrize("name", NAMES)

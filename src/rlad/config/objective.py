@@ -67,9 +67,8 @@ class ObjectiveSection(Section):
         """Which completions the teacher is asked about."""
         return "all"
 
-    @property
-    def trains_without_teacher(self) -> bool:
-        """Whether a completion on which the teacher is silent still trains: by its reward."""
+    def trains_without_teacher(self, step: int) -> bool:
+        """Whether a completion on which the teacher is silent trains at a step: by its reward."""
         return self.uses_reward
 
     def knobs_at(self, step: int) -> dict[str, Any]:
@@ -304,9 +303,8 @@ class SDPOConfig(_SelfDistillation, _Clipped):
         "teacher": {"type": "ema", "update_rate": 0.05, "every_batches": 1},
     }
 
-    @property
-    def trains_without_teacher(self) -> bool:
-        return self.reward_share != 0
+    def trains_without_teacher(self, step: int) -> bool:
+        return at_step(self.reward_share, step) > 0
 
     def problems(self) -> Iterator[str]:
         is_of_token = self.support == "sampled" and self.divergence == "reverse_kl"

@@ -66,12 +66,19 @@ class RolloutBatch:
         self.teacher_speaks = torch.ones_like(self.judged)
 
     def choose_what_trains(
-        self, objective: Any, *, has_leash: bool, vocabulary: int, teacher: Teacher | None = None
+        self,
+        objective: Any,
+        *,
+        step: int,
+        has_leash: bool,
+        vocabulary: int,
+        teacher: Teacher | None = None,
     ) -> None:
         """Leave out the rollouts of which the objective's loss knows nothing, and those of
         advantage 0 that contribute exactly nothing to the gradient.
 
-        With a leash to the reference every token contributes. `vocabulary` is the student's size,
+        `step` is the first one on the batch, whose annealed knobs decide. With a leash to the
+        reference every token contributes. `vocabulary` is the student's size,
         `teacher` the one that is asked about these rollouts.
         """
         self.counted = {
@@ -87,9 +94,9 @@ class RolloutBatch:
         if objective.zero_advantage_is_zero_gradient and not has_leash:
             self.trains = self.counted & (self.advantages != 0)
         if teacher is not None:
-            self._choose_where_it_speaks(teacher, objective)
+            self._choose_where_it_speaks(teacher, objective, step)
 
-    def _choose_where_it_speaks(self, teacher: Teacher, objective: Any) -> None:
+    def _choose_where_it_speaks(self, teacher: Teacher, objective: Any, step: int) -> None:
         """Find out on which rollouts the teacher has a say: where the objective wants it, and where
         it has something to say."""
         solved = self.is_correct.view(-1, self.group_size).any(dim=1)
@@ -104,7 +111,7 @@ class RolloutBatch:
             self.teacher_speaks[i] = teacher.speaks(self._teacher_request(i))
         trained = self.teacher_speaks[self.trains]
         self.spoken_share = float(trained.double().mean()) if len(trained) else 1.0
-        if not objective.trains_without_teacher:
+        if not objective.trains_without_teacher(step):
             self.counted = self.counted & self.teacher_speaks
             self.trains = self.trains & self.teacher_speaks
 

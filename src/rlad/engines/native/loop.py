@@ -405,6 +405,7 @@ class NativeEngine:
         objective = self.objective_at(batch.index)
         batch.choose_what_trains(
             objective,
+            step=batch.index * self.config.optimization.steps_per_rollout_batch,
             has_leash=bool(self.config.optimization.kl_coef),
             vocabulary=self.student.vocabulary,
             teacher=self.teacher if objective.needs_teacher else None,
