@@ -264,6 +264,24 @@ def test_killed_and_resumed_is_bit_for_bit_the_run_left_alone(world, tmp_path):
     assert_same({key: found[key] for key in wanted}, wanted)
 
 
+def test_a_budget_ends_a_run_where_it_can_be_resumed_bit_for_bit(world, tmp_path):
+    rlad.train(config_of(world, tmp_path / "alone", **SETTINGS))
+    used_up_by_the_first_step = SETTINGS["optimization"] | {"max_teacher_tokens": 1}
+    short = config_of(
+        world, tmp_path / "run", **SETTINGS | {"optimization": used_up_by_the_first_step}
+    )
+    rlad.train(short)
+    assert [step for step, _ in RunDirectory(tmp_path / "run").checkpoints()] == [0, 2]
+    rlad.train(config_of(world, tmp_path / "run", **SETTINGS), resume=True)
+    found = remains(tmp_path / "run")
+    wanted = remains(tmp_path / "alone")
+    # It was also tested at its first end.
+    found["eval.jsonl"] = [
+        row for row in found["eval.jsonl"] if (row["split"], row["step"]) != ("test", 2)
+    ]
+    assert_same(found, wanted)
+
+
 def wait_for_rows(run_dir: Path, number: int) -> None:
     file = run_dir / "metrics.jsonl"
     deadline = time.monotonic() + 120
@@ -360,6 +378,14 @@ def test_a_served_teacher(world, tmp_path):
             "teacher.context.without_success = 'silent' is not available on TRL; set it to 'plain'",
         ),
         (["rollout.engine=vllm"], "rollout.engine = 'vllm' is not available on TRL; set it to 'na"),
+        (
+            ["optimization.steps_per_rollout_batch=2", "evaluation.every_steps=3"],
+            "evaluation.every_steps = 3 with optimization.steps_per_rollout_batch = 2 is not avail",
+        ),
+        (
+            ["optimization.steps_per_rollout_batch=2", "optimization.num_steps=5"],
+            "optimization.num_steps = 5 with optimization.steps_per_rollout_batch = 2 is not avail",
+        ),
         (["student.device=cuda:1"], "student.device = 'cuda:1' is not available on TRL; set it"),
         (["student.lora={target_modules=['nothing']}"], "student.lora.target_modules = ['nothing'"),
         (["engine.trl.teacher_is_sharded=true"], "teacher_is_sharded splits the teacher over proc"),

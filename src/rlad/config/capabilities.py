@@ -39,6 +39,7 @@ def _asked_by_run(run: RunConfig) -> Iterator[Row]:
         yield "optimization.schedule = 'linear'", ("native", "trl"), "use constant or cosine"
     if isinstance(loop.kl_coef, Annealed):
         yield "an annealed optimization.kl_coef", ("native",), "give one number"
+    yield from _asked_by_length(run)
     if run.rollout.max_staleness:
         yield "rollout.max_staleness = 1", ("native",), "set it to 0"
     for key in ("lora", "end_tokens"):
@@ -52,6 +53,20 @@ def _asked_by_run(run: RunConfig) -> Iterator[Row]:
         yield what, ("native", "verl"), "set it to 'native', and engine.trl.use_vllm = true"
     if run.needs_teacher:
         yield from _asked_by_teacher(run)
+
+
+def _asked_by_length(run: RunConfig) -> Iterator[Row]:
+    loop = run.optimization
+    per_batch = loop.steps_per_rollout_batch
+    lengths = {
+        "evaluation.every_steps": run.evaluation.every_steps,
+        "optimization.num_steps": loop.num_steps,
+    }
+    for key, length in lengths.items():
+        if length % per_batch:
+            # TRL resumes exactly from the end of a rollout batch alone.
+            what = f"{key} = {length} with optimization.steps_per_rollout_batch = {per_batch}"
+            yield what, ("native", "verl"), f"make it a multiple of {per_batch}"
 
 
 def _asked_by_teacher(run: RunConfig) -> Iterator[Row]:

@@ -214,9 +214,13 @@ class Training:
         every = self.config.evaluation.every_steps
         num_steps = self.config.optimization.num_steps
 
+        def is_over() -> bool:
+            # A longer run continues from here.
+            return recorder.has_used_up_its_budget and self.engine.resume_point is not None
+
         def validate_if_due() -> None:
             step = self.engine.step
-            if step % every == 0 or step == num_steps or recorder.has_used_up_its_budget:
+            if step % every == 0 or step == num_steps or is_over():
                 self._evaluate(recorder, "validation", step)
                 self.engine.flat_step = flat_step(recorder.run, self.config)
                 recorder.save(self.engine)
@@ -229,13 +233,13 @@ class Training:
                 self._test(recorder, 0)
             validate_if_due()
             recorder.phase("training")
-            return not recorder.has_used_up_its_budget
+            return not is_over()
 
         def after_step(result: StepResult) -> bool:
             recorder.step(result, may_stop=self.engine.resume_point is not None)
             validate_if_due()
             recorder.save_if_due(self.engine)
-            return not recorder.has_used_up_its_budget
+            return not is_over()
 
         self.engine.run(after_step, begin)
 
