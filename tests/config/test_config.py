@@ -469,3 +469,11 @@ def test_an_end_token_is_for_the_sampled_token(objective: dict[str, Any], is_ref
         else nullcontext()
     ):
         parse_config(table)
+
+
+def test_a_sampled_divergence_without_weight_is_for_one_step() -> None:
+    several = ["optimization.steps_per_rollout_batch=2", "objective=gkd"]
+    (sentence,) = mistakes(*several, "objective.support=sampled")
+    assert "set optimization.steps_per_rollout_batch = 1" in sentence
+    assert changed(*several).objective.type == "gkd"
+    assert changed("objective=gkd", "objective.support=sampled").objective.type == "gkd"

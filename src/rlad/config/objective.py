@@ -63,6 +63,11 @@ class ObjectiveSection(Section):
         return False
 
     @property
+    def is_of_old_policy(self) -> bool:
+        """Whether its estimate holds for the policy that sampled alone: it has no πS / πold."""
+        return False
+
+    @property
     def asks_teacher_on(self) -> TeacherOn:
         """Which completions the teacher is asked about."""
         return "all"
@@ -93,6 +98,11 @@ class _SometimesTaught(ObjectiveSection):
     teacher_on: TeacherOn = "all"
     """completions on which the teacher has a say: all, those of positive advantage, those that are
     not correct, or those of groups without a correct one"""
+
+    @property
+    def is_of_old_policy(self) -> bool:
+        """Whether its estimate holds for the policy that sampled alone: it has no πS / πold."""
+        return False
 
     @property
     def asks_teacher_on(self) -> TeacherOn:
@@ -272,6 +282,10 @@ class GKDConfig(_ComparesDistributions):
 
     uses_reward: ClassVar[bool] = False
     engines: ClassVar[tuple[EngineName, ...]] = ("native",)
+
+    @property
+    def is_of_old_policy(self) -> bool:
+        return self.support == "sampled"
 
 
 class _SelfDistillation(_ComparesDistributions):

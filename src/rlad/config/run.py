@@ -250,6 +250,12 @@ class RunConfig(Section):
                 f"optimization.steps_per_rollout_batch = {num_steps}, but every optimiser step "
                 "takes the same number of prompts; change one of them"
             )
+        if objective.is_of_old_policy and num_steps > 1:
+            yield (
+                f"objective {objective.type!r} estimates the divergence from the sampled token "
+                "without a weight πS / πold, which holds for the first step on a rollout batch "
+                "alone; set optimization.steps_per_rollout_batch = 1, or another objective.support"
+            )
         if self.teacher is None and self.needs_teacher:
             yield (
                 f"objective {objective.type!r} needs a teacher; add a [teacher] section with its "
