@@ -12,10 +12,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing import TimeoutError
 from multiprocessing.pool import AsyncResult, ThreadPool
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from shutil import rmtree
-from tempfile import mkdtemp
 from typing import Any, TypeVar
 
 import torch
@@ -37,7 +35,7 @@ from rlad.rollouts.vllm_protocol import (
     require_usable,
     write_weights,
 )
-from rlad.text import first_line
+from rlad.rollouts.weights_folder import WeightsFolder
 
 Result = TypeVar("Result")
 SECONDS_BETWEEN_LOOKS = 0.2
@@ -100,7 +98,8 @@ class VLLMServerSampler(CopiedStudent):
         # Of another run with the same servers the versions are others.
         self._run = uuid.uuid4().hex[:12]
         self._num_versions = 0
-        self._folder = _make_folder(settings.weights_directory, self._run)
+        self._weights = WeightsFolder(settings.weights_directory, self._run)
+        self._folder = self._weights.path
         try:
             self._start(before_work)
         except BaseException:
@@ -146,7 +145,7 @@ class VLLMServerSampler(CopiedStudent):
             self._begun.given_up.set()
         self._pool.terminate()
         self._client.close()
-        rmtree(self._folder, ignore_errors=True)
+        self._weights.delete()
 
     @property
     def _more_tokens(self) -> str:
@@ -336,18 +335,3 @@ def _next_finished(batch: _Batch, before_token: Callable[[], None]) -> int:
             return batch.finished.get(timeout=SECONDS_BETWEEN_LOOKS)
         except Empty:
             continue
-
-
-def _make_folder(directory: str | None, run: str) -> Path:
-    """Make the folder of a run's weights. Raises `UserError` where it cannot."""
-    if directory is None:
-        return Path(mkdtemp(prefix="rlad-weights-"))
-    folder = Path(directory).absolute() / f"rlad-weights-{run}"
-    try:
-        folder.mkdir()
-    except OSError as error:
-        raise UserError(
-            f"rollout.vllm.weights_directory = {directory!r} cannot be written "
-            f"({first_line(error)}); give a folder that this run and the servers reach."
-        ) from None
-    return folder

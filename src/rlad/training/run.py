@@ -125,6 +125,7 @@ def _train(config: RunConfig, *, resume: bool, overwrite: bool, reporter: Report
             training = Training(config, task, ood_task, stop, checkpoint)
             held.enter_context(closing(training.engine))
             if checkpoint is not None:
+                training.restore(checkpoint)
                 _require_continuable(run, training.engine.step, config)
 
         if not training.engine.is_main:
@@ -176,10 +177,12 @@ class Training:
             self.student = load_engine_student(config, checkpoint)
         longest_prompt(config, task, self.student.tokenizer, self.student.context_tokens, ood_task)
         self.engine = make_engine(config, self.student, task, before_work=self._before_work)
-        if checkpoint is not None:
-            with _resuming(checkpoint):
-                self.engine.flat_step = flat_step(RunDirectory(config.directory), config)
-                self.engine.restore(checkpoint, run_digest=config.digest)
+
+    def restore(self, checkpoint: Path) -> None:
+        """Continue where a checkpoint, whose student this is, was written."""
+        with _resuming(checkpoint):
+            self.engine.flat_step = flat_step(RunDirectory(self.config.directory), self.config)
+            self.engine.restore(checkpoint, run_digest=self.config.digest)
 
     def finish(self, recorder: Recorder) -> TrainResult:
         """Run to the end, or to a checkpoint and `StopRequested`."""
