@@ -19,6 +19,7 @@ from rlad.engines.metrics import TokenStats
 from rlad.engines.native import loop, make_engine
 from rlad.engines.native.loop import NativeEngine
 from rlad.engines.rollout_batch import RolloutBatch
+from rlad.errors import RunFailedError
 from rlad.models.student import load_student
 from rlad.rollouts.sampling import sample
 from rlad.runs.directory import RunDirectory
@@ -140,6 +141,23 @@ def test_batches_are_as_old_as_they_say(world) -> None:
             assert engine.begun_at is None
         mismatch = [row.get("sampler/mismatch/mean", 0.0) for row in rows]
         assert mismatch[0] < 1e-5 < max(mismatch)
+
+
+def test_a_batch_that_has_come_outlives_a_server_that_ends_then(world, monkeypatch) -> None:
+    """A checkpoint of the run, which stops, holds it."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RunFailedError("no vLLM server takes the weights.")
+
+    with engine_of(world) as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.sampler, "begin", fail)
+            with pytest.raises(RunFailedError, match="takes the weights"):
+                next(engine.steps())
+        assert engine.pending is not None and engine.resume_point == "rollouts"
+        groups = engine.pending.groups
+        assert next(engine.steps()).groups == groups
+        assert engine.begun_at == 0
 
 
 def test_an_evaluation_between_leaves_what_was_begun_as_it_is(world, tmp_path) -> None:

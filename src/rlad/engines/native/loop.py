@@ -9,7 +9,7 @@ rollout batch, that batch.
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from rlad.engines.native.checkpoint import EngineState, batch_tensors, load_stat
 from rlad.engines.native.gradient import LossGradient, trained_parameters
 from rlad.engines.native.overlap import AskedAhead
 from rlad.engines.rollout_batch import RolloutBatch
-from rlad.errors import UserError
+from rlad.errors import RunFailedError, UserError
 from rlad.models.loading import LanguageModel, save_model
 from rlad.objectives import OBJECTIVES, taken_by
 from rlad.objectives.advantages import group_advantages
@@ -138,7 +138,8 @@ class NativeEngine:
             if self.pending is None:
                 self.pending = self.make_rollout_batch(self.step // per_batch)
                 self.before_work()
-            self.begin_ahead(self.pending.index + 1, Timer())  # where the batch was restored
+            # Where the batch was restored, or no server could begin.
+            self.begin_ahead(self.pending.index + 1, Timer())
             # A rollout batch serves `per_batch` steps, each on other prompts. What is measured
             # of the batch as a whole is reported with the first of them.
             batch = self.pending
@@ -278,7 +279,9 @@ class NativeEngine:
             # `max_staleness` they were begun one batch ago, and the next ones are begun now.
             sampled_at = self.step if self.begun_at is None else self.begun_at
             groups = self.sample_groups(index, timer=timer, after_group=after_group)
-            self.begin_ahead(index + 1, timer)
+            # What fails here fails again once this batch is whole, and is not lost with it.
+            with suppress(RunFailedError):
+                self.begin_ahead(index + 1, timer)
 
             # 2. Advantages, and with them which completions can contribute to the gradient at all.
             batch = self.with_advantages(index, groups)
