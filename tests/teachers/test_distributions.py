@@ -239,6 +239,40 @@ def test_an_average_that_moves_once_a_rollout_batch() -> None:
     assert "every 2 rollout batches" in teacher.identity
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("every", [1, 2])
+def test_an_average_stays_where_a_skipped_step_leaves_the_student(every: int, steps: int) -> None:
+    """Step 2 is skipped; it is the only one of its batch, and the batch alone decides, or not."""
+    optimization = {"num_steps": 2, "steps_per_rollout_batch": steps, "learning_rate": 1e-2}
+    case = make_case("gkd", optimization=optimization)
+    engine = case.engine
+    student = engine.student
+    average = EMATeacher(
+        student,
+        name="s",
+        update_rate=0.5,
+        every_batches=every,
+        temperature=1.0,
+        tokens_per_batch=60,
+    )
+    engine.teacher = average
+    first = {name: weight.clone() for name, weight in average.state().items()}
+    made = engine.accumulate_gradient
+
+    def accumulate(*arguments: Any) -> float:
+        loss = made(*arguments)
+        return math.nan if engine.step == 1 else loss
+
+    engine.accumulate_gradient = accumulate
+    (_, second) = engine.steps()
+    assert second.metrics["optimization/skipped/count"] == 1
+    num_follows = 1 if steps == 1 or every == 1 else 0
+    trained = dict(student.model.named_parameters())
+    for name, weight in average.state().items():
+        wanted = first[name] + 0.5 * num_follows * (trained[name].detach() - first[name])
+        torch.testing.assert_close(weight, wanted)
+
+
 def averaged_run(world: Path, run_dir: Path, **teacher: Any) -> dict[str, Any]:
     optimization = {"num_steps": 6, "steps_per_rollout_batch": 2, "learning_rate": 3e-2}
     objective = {"type": "gkd", "support": "student_top_k", "top_k": 3}

@@ -140,10 +140,11 @@ class Teacher(ABC):
         for teacher in self.inner.values():
             teacher.after_step()
 
-    def after_batch(self, index: int) -> None:
-        """The last optimiser step on rollout batch `index` (from 0) was made."""
+    def after_batch(self, index: int, *, is_skipped: bool = False) -> None:
+        """The last optimiser step on rollout batch `index` (from 0) was made; `is_skipped`: it was
+        the only one, and was skipped."""
         for teacher in self.inner.values():
-            teacher.after_batch(index)
+            teacher.after_batch(index, is_skipped=is_skipped)
 
     def close(self) -> None:
         """Release connections and files."""

@@ -59,9 +59,11 @@ class EMATeacher(ScoringTeacher):
         if self.every_batches is None:
             self._follow()
 
-    def after_batch(self, index: int) -> None:
-        # Which batches count follows from their numbers, so that a resumed run counts on.
-        if self.every_batches is not None and (index + 1) % self.every_batches == 0:
+    def after_batch(self, index: int, *, is_skipped: bool = False) -> None:
+        # Which batches count follows from their numbers, so that a resumed run counts on. After a
+        # skipped step the student is where it was, but of several batches others have moved it.
+        every = self.every_batches
+        if every is not None and (index + 1) % every == 0 and not (is_skipped and every == 1):
             self._follow()
 
     @torch.no_grad()

@@ -155,12 +155,12 @@ class NativeEngine:
             metrics |= batch.seconds | batch.counts if part == 0 else {}
             if (objective := self.objective_at(batch.index)) is not self.config.objective:
                 metrics["objective/teacher_phase/frac"] = float(objective.needs_teacher)
+            is_skipped = bool(metrics[SKIPPED])
             self.step += 1
             if part == per_batch - 1:
                 self.pending = None
                 if self.teacher is not None:
-                    self.teacher.after_batch(batch.index)
-            is_skipped = bool(metrics[SKIPPED])
+                    self.teacher.after_batch(batch.index, is_skipped=is_skipped and per_batch == 1)
             yield StepResult(
                 self.step,
                 metrics,
