@@ -134,7 +134,7 @@ UNREADABLE = "unreadable"
         ("42, see step 3", UNREADABLE),
         ("5 and 5", 5),
         ("none", None),
-        ("not 5", None),
+        ("not 5", UNREADABLE),
         ("", None),
     ],
 )

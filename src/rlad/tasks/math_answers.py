@@ -12,9 +12,10 @@ from typing import Any
 import sympy
 from sympy import Rational
 
+from rlad.tasks.denials import is_denied, without_denied_values
 from rlad.tasks.formulas import Unreadable, read_formula
 from rlad.tasks.notation import plain_notation
-from rlad.tasks.numbers import DENIED, REMARK
+from rlad.tasks.numbers import without_remarks
 from rlad.tasks.units import MULTIPLIERS, UNITS, known_unit
 
 _MAX_CHARACTERS = 2_000
@@ -134,10 +135,12 @@ class Colons:
 
 @dataclass(frozen=True)
 class NotRead:
-    """A text that is not understood, or (`is_false`) that says what cannot be: 7 = 42."""
+    """A text that is not understood; or that says what cannot be (`is_false`), 7 = 42, or what the
+    answer is not (`is_denied`)."""
 
     written: str
     is_false: bool = field(default=False, compare=False)
+    is_denied: bool = field(default=False, compare=False)
 
 
 Answer = (
@@ -271,19 +274,20 @@ _FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
 def read_answer(text: str) -> Answer:
     """Read an answer, or what "... is" or a colon introduces in one."""
     if len(text) > _MAX_CHARACTERS:
-        return NotRead(text[:_MAX_CHARACTERS])
+        return NotRead(text)
     prepared = _prepared(text)
     written = " ".join(prepared.replace("\x02", " ").replace("\x03", " ").split())
     try:
         return _read(prepared)
     except Unreadable as error:
-        is_false = str(error) == _FALSE
-        return NotRead(written, is_false=is_false)
+        reason = str(error)
+        return NotRead(written, is_false=reason == _FALSE, is_denied=reason == _DENIED)
     except (ArithmeticError, ValueError, TypeError, AttributeError, RecursionError):
         return NotRead(written)
 
 
 _FALSE = "it says that different numbers are equal"
+_DENIED = "it says what the answer is not"
 
 
 def _prepared(text: str) -> str:
@@ -309,9 +313,11 @@ def _prepared(text: str) -> str:
 
 
 def _read(text: str) -> Answer:
-    text = DENIED.sub(" ", text).strip()
+    text = without_denied_values(text).strip()
     if not text:
-        return Text("nothing", "nothing")
+        raise Unreadable(text)
+    if is_denied(text):
+        raise Unreadable(_DENIED)
     bare = _bare(text)
     if found := _read_whole(bare):
         return found
@@ -320,7 +326,7 @@ def _read(text: str) -> Answer:
     if introduced and not re.search(r"[\d\\]", bare[: introduced.start(introduced.lastgroup or 0)]):
         rest = introduced[introduced.lastgroup or 0].strip(" .")
         return _read(rest)
-    text = REMARK.sub("", text)
+    text = without_remarks(text).strip()
     while (about := _ABOUT.match(text)) and about.end() < len(text):
         text = text[about.end() :]
     for words, sign in _BOUNDS:

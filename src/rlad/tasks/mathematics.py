@@ -51,6 +51,7 @@ _POINTS = tuple(
 )
 _DIGITS_OF_A_ROUNDED_VALUE = 6
 _PLAIN_WORDS = re.compile(r"[\w\s.;'\"!?]*")
+_UNFINISHED = re.compile(r"[0-9\s.+*=-]*[+*=-]")
 _CALCULATING = CHANGING_WORDS | MULTIPLIERS.keys() | {f"{name}s" for name in MULTIPLIERS}
 _MAX_ITEMS = 30
 
@@ -95,6 +96,8 @@ def compare(found: Answer, wanted: Answer) -> Compared:
 def _not_read(found: Answer, wanted: Answer) -> Compared:
     if isinstance(found, NotRead) and (found.is_false or found == wanted):
         return not found.is_false
+    if isinstance(found, NotRead) and found.is_denied and isinstance(wanted, Value):
+        return False
     # No text says what we could not read.
     if isinstance(found, Text) and len(found.words) > 1:
         return False
@@ -106,7 +109,9 @@ def _lacks(found: Answer, wanted: Value) -> bool:
     if not isinstance(found, NotRead) or not wanted.expression.is_Rational:
         return False
     text = found.written.casefold().replace(",", "")
-    if not _PLAIN_WORDS.fullmatch(text) or _CALCULATING & set(re.findall(r"[a-z]+", text)):
+    if not (_PLAIN_WORDS.fullmatch(text) or _UNFINISHED.fullmatch(text)) or _CALCULATING & set(
+        re.findall(r"[a-z]+", text)
+    ):
         return False
     size = abs(wanted.expression)
     return all(Rational(number) != size for number in re.findall(r"[0-9]+(?:\.[0-9]+)?", text))

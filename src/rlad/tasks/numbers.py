@@ -5,10 +5,12 @@ A fragment is never taken for the number: neither the last piece of `9:30`, `(3,
 """
 
 import re
+import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
 
 from rlad.tasks.answers import evaluate_arithmetic, without_wrapping
+from rlad.tasks.denials import is_denied, without_denied_values
 from rlad.tasks.notation import plain_notation, words
 from rlad.tasks.units import MULTIPLIERS, UNITS, Unit, known_unit
 
@@ -71,12 +73,8 @@ _EMPHASIS = re.compile(r"(?<![\w*)])(\*{1,3}|_{1,3}|`+)(?=\S)([^*_`]+)(?<=\S)\1(
 _PER = re.compile(r"(?<=[0-9])\s?/\s?(?=[A-Za-z]{3})")
 _POWER_OF_UNIT = re.compile(r"(?<=[0-9 ])([A-Za-z]{1,3})\s?\^\s?\{?\s?([23])\s?\}?(?![\w^])")
 _SLASHES = re.compile(r"[0-9]+(?:\s?/\s?[0-9]+){2,}")
-DENIED = re.compile(
-    r"[,;]?\s*\b(?:but |and )?(?:not|never|isn't|instead of|rather than|no longer)\b"
-    r"(?:(?!\bbut\b)[^,;=]|,(?=[0-9]{3}))*+"
-)
 _UNEQUAL = re.compile(r"(?:\\ne(?![A-Za-z])|!=)[^,;]*+")
-REMARK = re.compile(r"(?<=[^\s(])\s\((?!\s*mod)(?=\s*[A-Za-z]{2})[^()]*\)")
+_REMARK = re.compile(r"(?<=[^\s(])\s\((?!\s*mod)(?=\s*[A-Za-z]{2})([^()]*)\)")
 _CURRENCY = r"(?:\\?\$|[\N{EURO SIGN}\N{POUND SIGN}\N{YEN SIGN}\N{INDIAN RUPEE SIGN}\N{CENT SIGN}])"
 _MONEY = re.compile(
     rf"(?:(?<![\w)])(?P<minus>[-+])\s?)?(?<![A-Za-z])(?P<country>[A-Z]{{1,3}})?(?P<sign>{_CURRENCY})"
@@ -93,6 +91,11 @@ _CURRENCIES = {
 }
 _DOLLARS = re.compile(r"\\\$|\$")
 _DEGREE = re.compile(r"\^\s*\\circ(?![A-Za-z])")
+_LEADING_DASH = re.compile(
+    r"(?:(?<![\w)\]}.%\s])|(?<=[A-Za-z=:]\s)|(?<=^\s))"
+    "[\N{EN DASH}\N{FIGURE DASH}\N{HEAVY MINUS SIGN}\N{MODIFIER LETTER MINUS SIGN}]"
+    r"(?=\\?\$?\s?\.?[0-9])"
+)
 _WORD = re.compile(r"[^\W\d_]+(?:[-'.][^\W\d_]+)*\.?")
 # What makes another number of the one beside it.
 CHANGING_WORDS = frozenset(
@@ -110,6 +113,10 @@ _CHANGING_BEFORE = frozenset(
         "base point log ln sin cos tan exp factorial pi version room"
     )
 )
+# What changes an answer although it is in brackets after it.
+_TELLING_WORDS = frozenset(
+    words("or and to negative minus not wrong incorrect false except bc ad bce ce remainder below")
+)
 _NEGATING_WORDS = ("minus", "negative")
 _ALTERNATIVE = re.compile(r"\bor\b|\bto\b|\band\b|\bbetween\b", re.IGNORECASE)
 _ORDINAL = re.compile(r"(?:st|nd|rd|th)(?![\w-])")
@@ -124,17 +131,48 @@ def read_number(text: str, *, is_marked: bool = True) -> Reading:
     None where there is no digit. Of several numbers in a text that is marked as the answer none is
     it; a text that is not is prose, whose last number counts. 10% is 10.
     """
-    line = text[-_MAX_LINE_CHARACTERS:]
-    line = _UNEQUAL.sub(" ", DENIED.sub(" ", plain_notation(without_wrapping(line))))
-    line = _with_units_spelt(line)
-    line = _EMPHASIS.sub(r"\2", REMARK.sub(" ", line)).strip().rstrip(".")
+    if is_marked and len(text) > _MAX_LINE_CHARACTERS:
+        return Unreadable()
+    line = _LEADING_DASH.sub("-", text[-_MAX_LINE_CHARACTERS:]).replace("{-}", "-")
+    line = without_denied_values(plain_notation(without_wrapping(line)))
+    if is_denied(line, is_marked=is_marked):
+        return Unreadable()
+    line = _with_units_spelt(_UNEQUAL.sub(" ", line))
+    line = _EMPHASIS.sub(r"\2", without_remarks(line)).strip().rstrip(".")
     line = _SLASHES.sub(lambda m: m[0].replace("/", "-"), line)
     # 22/7 is about 3.14: the first is what is meant. 6 * 7 -> 42: the last.
     for piece in _ABOUT.split(line):
         pieces = [piece for piece in _ARROW.split(piece) if any(map(str.isdigit, piece))]
         if pieces:
-            return _read_equation(pieces[-1], is_marked)
+            found = _read_equation(pieces[-1], is_marked)
+            is_chain = is_marked and any(_is_other(piece, found) for piece in pieces[:-1])
+            return Unreadable() if is_chain else found
     return None
+
+
+def _is_other(piece: str, found: Reading) -> bool:
+    """Say whether a piece is nothing but a number that was not found."""
+    if not isinstance(found, Amount) or not _is_bare(piece):
+        return False
+    reading = _read_equation(piece, True)
+    return isinstance(reading, Amount) and reading.value != found.value
+
+
+def without_remarks(text: str) -> str:
+    """Take away the remarks in brackets after an answer, `5 (as wanted)`; of one that says what the
+    answer is, `6 (hours)` or `5 (or 6)`, the brackets only."""
+
+    def kept(match: re.Match[str]) -> str:
+        inner = match[1].strip()
+        found = [word.casefold() for word in _WORD.findall(inner)]
+        unit = inner.removeprefix("in ")
+        is_telling = known_unit(unit) is not None or bool(
+            set(found) & (CHANGING_WORDS | _TELLING_WORDS)
+            or {word.removesuffix("s") for word in found} & MULTIPLIERS.keys()
+        )
+        return f" {unit} " if is_telling else " "
+
+    return _REMARK.sub(kept, text)
 
 
 def _read_equation(line: str, is_marked: bool) -> Reading:
@@ -241,6 +279,8 @@ def _begins_before(before: str, words_before: list[str]) -> bool:
     if re.search(r"\\[A-Za-z]", before) or set(words_before[-3:]) & _CHANGING_BEFORE:
         return True
     sign = before.rstrip(" ([{*_`\"'")
+    if before and unicodedata.category(before[-1]) == "Pd" and before[-1] != "-":
+        return True
     return sign[-1:] in tuple("+*/^<>|\\") or bool(re.search(r"(?<![-\s])-$|[\w)] -$", sign))
 
 

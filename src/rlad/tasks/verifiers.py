@@ -39,6 +39,8 @@ from rlad.tasks.numbers import Amount, Figures, Reading, Unreadable, read_number
 from rlad.tasks.worker import MAX_MEMORY_GIB, CallFailed, Worker
 from rlad.text import nearest
 
+_MAX_SHORT_REFERENCE = 60
+"""characters of a reference that is an answer, not the prose around one"""
 _ROUNDING = 1e-9
 """by how much the sum of a reward's parts may miss a bound"""
 
@@ -122,12 +124,21 @@ def number(completion: str, answer: str) -> Judgement:
     A reference with several numbers, such as a time or a point, wants the same ones in the same
     form.
     """
-    wanted = _number_of(answer, answer.rpartition("####")[2] if "####" in answer else None)
+    wanted = _number_of(answer, _marked_reference(answer))
     if wanted is None:
         return cannot_judge(f"the reference answer {answer[:80]!r} has no number")
     if isinstance(wanted, Unreadable):
         return cannot_judge(f"the reference answer {answer[:80]!r} is no plain number")
     return judged(_same(_number_of(completion), wanted))
+
+
+def _marked_reference(answer: str) -> str | None:
+    """Find the part of a reference that is its answer, all of one short line; None for prose."""
+    if "####" in answer:
+        return answer.rpartition("####")[2]
+    text, is_marked = decided_answer(answer)
+    is_short = "\n" not in answer.strip() and len(answer) <= _MAX_SHORT_REFERENCE
+    return text if is_short and not is_marked else None
 
 
 def _number_of(text: str, answer: str | None = None) -> Reading:
