@@ -213,6 +213,22 @@ def test_perturbing_the_teacher_changes_the_gradient() -> None:
         assert difference(*results)[1] > 1e-3, support
 
 
+def test_no_forward_pass_exceeds_tokens_per_batch() -> None:
+    """What a teacher is shown is longer than what the student's micro-batches were made for; the
+    result does not depend on it."""
+    model = tiny_language_model(dtype=torch.float64)
+    scorers = [Scorer(model, temperature=1.0, tokens_per_batch=size) for size in (999, 24)]
+    sizes: list[int] = []
+    model.model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    prompts = [one.prompt for one in REQUESTS]
+    completions = [one.completion for one in REQUESTS]
+    whole, parts = (scorer.distributions(prompts, completions) for scorer in scorers)
+    assert sizes == [4 * 23, 23, 2 * 9, 6]
+    torch.testing.assert_close(parts.hidden, whole.hidden)
+
+
 # --- the student's average ------------------------------------------------------------------------
 
 

@@ -94,13 +94,20 @@ class Scorer:
         self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]
     ) -> Distributions:
         """Return the distributions of all tokens, one completion after the other, without
-        gradient."""
-        if not prompts:
-            assert self.head is not None
-            weight = self.head.linear.weight
-            return self.head.distributions(weight.new_empty(0, weight.shape[1]))
-        ids, predicts, _ = self._padded(prompts, completions)
-        return self._distributions(ids, predicts)
+        gradient; no forward pass is of more than `tokens_per_batch`."""
+        assert self.head is not None
+        weight = self.head.linear.weight
+        found = self.head.distributions(weight.new_empty(0, weight.shape[1]))
+        states = [found.hidden] * len(prompts)
+        for rows in map(sorted, self.batches(prompts, completions)):
+            ids, predicts, _ = self._padded(
+                [prompts[i] for i in rows], [completions[i] for i in rows]
+            )
+            found = self._distributions(ids, predicts)
+            parts = found.hidden.split([len(completions[i]) for i in rows])
+            for i, part in zip(rows, parts, strict=True):
+                states[i] = part
+        return found._replace(hidden=torch.cat([found.hidden[:0], *states]))
 
     def _padded(
         self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]
