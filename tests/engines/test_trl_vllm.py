@@ -62,3 +62,14 @@ def test_vllm_samples_from_the_student_as_it_is_and_its_mismatch_weighs_the_surr
         token_losses_by_hand(*each) for each in zip(rows, weights, found["advantages"], strict=True)
     ]
     assert found["loss"] == pytest.approx(reference.token_mean(losses), abs=1e-5)
+
+
+def test_every_end_token_of_the_student_ends_a_completion(tmp_path):
+    command = [str(VLLM_PYTHON), str(Path(__file__).parents[1] / "vllm_trl_run.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    completions = json.loads(done.stdout.splitlines()[-1])
+    ended = [one["tokens"] for one in completions if not one["is_truncated"]]
+    assert {tokens[-1] for tokens in ended} == {"<eos>", "0"}
+    for one in completions:
+        assert not {"<eos>", "0"} & set(one["tokens"][:-1])

@@ -83,6 +83,9 @@ class TRLEngine:
         # The end tokens of a run are TRL's too.
         generation: Any = student.model.generation_config
         generation.eos_token_id = list(student.eos_token_ids)
+        if args.use_vllm:
+            # Of itself vLLM ends a completion only at those that the model's folder names.
+            args.generation_kwargs = {"stop_token_ids": list(student.eos_token_ids)}
         with trl_may_refuse():
             self.trainer: Any = RLADTrainer(
                 student.model,
