@@ -22,7 +22,7 @@ from rlad.seeds import stream_seed
 from rlad.tasks import make_task
 from rlad.teachers import prepare_teacher
 from rlad.teachers.base import TeacherRequest
-from tiny_runs import run_config, write_config, write_unreachable_answers
+from tiny_runs import run_config, write_config, write_model, write_unreachable_answers
 
 NUM_PROBLEMS = 5
 GROUP_SIZE = 8
@@ -89,6 +89,20 @@ def test_a_teacher_without_context_against_scipy(world: Path) -> None:
                 )
         assert one.num_completions == num_whole, name
     assert by_context["2S1F"].num_completions < by_context["1S"].num_completions
+
+
+def test_a_context_that_does_not_fit_does_not_count(world: Path, tmp_path: Path) -> None:
+    """The teacher's own context is 26: question and request are 12, a completion is 1 to 4, a
+    heading 3 and of a wrong attempt 7. One correct solution always fits (23), 2S1F never (29)."""
+    write_model(tmp_path / "short", seed=2, max_position_embeddings=26)
+    numbers = [
+        {one.context: one.num_completions for one in rank_contexts(config, NUM_PROBLEMS)}
+        for teacher in (None, {"model": str(tmp_path / "short")})
+        for config in [parse_config(config_of(world, teacher))]
+    ]
+    long, short = numbers
+    assert short["1S"] == long["1S"] > 0
+    assert long["2S1F"] > 0 and short["2S1F"] == 0
 
 
 def test_a_configured_context_keeps_its_form(world: Path) -> None:

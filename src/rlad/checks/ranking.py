@@ -23,8 +23,7 @@ from rlad.seeds import stream_seed
 from rlad.tasks import Verdict, make_task
 from rlad.teachers import build_teacher, setting_of
 from rlad.teachers.base import Setting, Teacher, TeacherRequest
-from rlad.teachers.contexts import blocks_of
-from rlad.teachers.privileged import privileged
+from rlad.teachers.privileged import PrivilegedTeacher, privileged
 
 MIN_PROBLEMS = 5
 """with pairs; an interval over fewer is no interval"""
@@ -80,11 +79,11 @@ def rank_contexts(config: RunConfig, num_problems: int) -> list[RankedContext]:
     with closing(build_teacher(inner, setting)) as teacher:
         if not any(isinstance(one, PrivilegedTeacherConfig) for one in inner.walk()):
             ranked += [
-                _ranked(name, shown_by, context, groups, setting)
+                _ranked(name, shown_by, context, groups)
                 for name, shown_by, context in _teachers(settings, teacher, setting)
             ]
         configured = privileged(teacher, settings, setting) if is_privileged else teacher
-        ranked.append(_ranked("as configured", configured, None, groups, setting))
+        ranked.append(_ranked("as configured", configured, None, groups))
     return ranked
 
 
@@ -93,7 +92,7 @@ def _teachers(
 ) -> Iterator[tuple[str, Teacher, ContextConfig | None]]:
     """The teacher under each context, with the form of prompts and the thresholds that the config
     gives it."""
-    base = {"type": "privileged", "teacher": {"type": "ema"}, "template": "{prompt}"}
+    base = {"type": "privileged", "teacher": settings.model_dump(), "template": "{prompt}"}
     own = ContextConfig(answer=True)
     if isinstance(settings, PrivilegedTeacherConfig):
         base = settings.model_dump() | {"template": "{prompt}", "context": None}
@@ -111,14 +110,13 @@ def _ranked(
     teacher: Teacher,
     context: ContextConfig | None,
     groups: list[RolloutGroup],
-    setting: Setting,
 ) -> RankedContext:
     batch = RolloutBatch(0, groups, torch.zeros(sum(len(group.rollouts) for group in groups)))
     rows = []
     requests = []
     for i in batch.judged.nonzero().flatten().tolist():
         request = teacher_request(groups[i // batch.group_size], i % batch.group_size)
-        if teacher.speaks(request) and _is_whole(context, request, setting):
+        if teacher.speaks(request) and _is_whole(teacher, context, request):
             rows.append(i)
             requests.append(request)
     logprobs = teacher.logprobs(requests)
@@ -132,12 +130,15 @@ def _ranked(
     return RankedContext(name, sum(map(len, scores)), ranking(scores, is_correct))
 
 
-def _is_whole(context: ContextConfig | None, request: TeacherRequest, setting: Setting) -> bool:
-    """Whether there are as many completions to show as the context names."""
+def _is_whole(teacher: Teacher, context: ContextConfig | None, request: TeacherRequest) -> bool:
+    """Whether as many completions are shown as the context names, with all else that there is."""
     if context is None:
         return True
-    blocks = blocks_of(context, request, seed=setting.config.seed)
-    return sum(block.is_peer for block in blocks) == context.num_peers
+    assert isinstance(teacher, PrivilegedTeacher)
+    fitted = teacher.fitted(request)
+    if fitted is None or fitted.num_dropped:
+        return False
+    return sum(block.is_peer for block in fitted.blocks) == context.num_peers
 
 
 def describe_ranking(one: RankedContext) -> Finding:

@@ -40,6 +40,7 @@ from rlad.teachers import check_teacher as check_inner
 from rlad.teachers.base import Answer, Setting, Teacher, TeacherRequest, TeacherWrapper
 from rlad.teachers.contexts import (
     BlockContext,
+    Fitted,
     check_context,
     in_place_of_question,
     metadata_texts,
@@ -100,11 +101,12 @@ class PrivilegedTeacher(TeacherWrapper):
         return self._blocks is not None and self._blocks.settings.without_success != "plain"
 
     def speaks(self, request: TeacherRequest) -> bool:
-        if self.may_be_silent:
-            assert self._blocks is not None
-            if self._blocks.fitted(request, self._room(request)) is None:
-                return False
-        return super().speaks(request)
+        is_silent = self.may_be_silent and self.fitted(request) is None
+        return not is_silent and super().speaks(request)
+
+    def fitted(self, request: TeacherRequest) -> Fitted | None:
+        """What a context shows about a completion; None where it has nothing, or there is none."""
+        return self._blocks and self._blocks.fitted(request, self._room(request))
 
     def submit(self, requests: Sequence[TeacherRequest]) -> list[Answer]:
         # The inner teacher is asked only about what fits into its context; its answers go back into
@@ -156,7 +158,7 @@ class PrivilegedTeacher(TeacherWrapper):
         """The prompt that shows more than the student sees; None where there is nothing to
         show."""
         if self._blocks is not None:
-            fitted = self._blocks.fitted(request, self._room(request))
+            fitted = self.fitted(request)
             if fitted is None:
                 return None
             self._counts["shown"] += 1
