@@ -162,17 +162,22 @@ class ReplicaClient:
                 answer = read(url, self.ask_once(url, path, body))
             except ServerUnavailableError as error:
                 reasons.append(str(error))
-                rests_until = time.monotonic() + REST_SECONDS
-                # Several threads share the replicas; only the first one to see a change logs it.
-                if self.rests_until.setdefault(url, rests_until) == rests_until:
-                    message = "the %s's server does not answer, waiting for it: %s"
-                    _log.warning(message, self._whose, error)
-                self.rests_until[url] = rests_until
+                self.let_rest(url, error)
             else:
                 if self.rests_until.pop(url, None) is not None:
                     _log.warning("the %s's server at %s answers again", self._whose, url)
                 return answer
         raise ServerUnavailableError("; ".join(reasons))
+
+    def let_rest(self, url: str, error: ServerUnavailableError) -> None:
+        """Ask a replica that failed only after the others for a while. That it failed is logged,
+        once until it answers again."""
+        rests_until = time.monotonic() + REST_SECONDS
+        # Several threads share the replicas; only the first one to see a change logs it.
+        if self.rests_until.setdefault(url, rests_until) == rests_until:
+            message = "the %s's server does not answer, waiting for it: %s"
+            _log.warning(message, self._whose, error)
+        self.rests_until[url] = rests_until
 
     def ask_once(self, url: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return one replica's answer as `ask` does, without trying again."""

@@ -21,6 +21,7 @@ import rlad
 import rlad.training.run
 from killed_runs import kill_and_compare
 from rlad.engines.native.loop import NativeEngine
+from rlad.errors import UserError
 from rlad.models.loading import load_language_model
 from rlad.objectives import OBJECTIVES
 from rlad.runs.directory import RunDirectory
@@ -486,3 +487,21 @@ def test_another_number_of_steps_is_refused_where_it_means_another_run(
     config["optimization"]["num_steps"] = num_steps
     with pytest.raises(ValueError, match=sentence):
         rlad.train(config, resume=True)
+
+
+def test_an_engine_is_closed_where_its_checkpoint_cannot_be_restored(
+    world, tmp_path, monkeypatch
+) -> None:
+    config = run_config(world, tmp_path / "run", objective={"type": "grpo"})
+    rlad.train(config)
+    config["optimization"]["num_steps"] += 1
+    closed: list[NativeEngine] = []
+
+    def fail(self: NativeEngine, folder: Path, *, run_digest: str) -> None:
+        raise UserError("it was trained with another teacher.")
+
+    monkeypatch.setattr(NativeEngine, "restore", fail)
+    monkeypatch.setattr(NativeEngine, "close", lambda self: closed.append(self))
+    with pytest.raises(UserError, match="another teacher"):
+        rlad.train(config, resume=True)
+    assert len(closed) == 1

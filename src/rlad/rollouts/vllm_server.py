@@ -275,6 +275,7 @@ class VLLMServerSampler(CopiedStudent):
         try:
             self._load(url)
         except ServerUnavailableError as error:
+            self._client.let_rest(url, error)
             return error
         return None
 
@@ -305,10 +306,11 @@ class VLLMServerSampler(CopiedStudent):
             ]
         written = []
         reasons = []
-        for results in asked.values():
+        for url, results in asked.items():
             try:
                 written.append([self._wait_for(result) for result in results])
             except ServerUnavailableError as error:
+                self._client.let_rest(url, error)
                 reasons.append(str(error))
         if not written:
             raise RunFailedError(
