@@ -366,7 +366,9 @@ def test_a_served_teacher(world, tmp_path):
         (["engine.trl.epsilon=0.3"], "epsilon = 0.3 belongs to TRL's own loss"),
         (["engine.trl.per_device_train_batch_size=5"], "an optimiser step has 12 completions, whi"),
         (["engine.trl.gradient_accumulation_steps=24"], "an optimiser step has 12 completions, wh"),
-        (["engine.trl.use_vllm=true"], "TRL cannot make this run: vLLM is not available"),
+        (["engine.trl.use_vllm=true"], "engine.trl.use_vllm needs vLLM, which is not installed"),
+        (["engine.trl.fsdp=full_shard"], "engine.trl.fsdp splits the student over processes, and"),
+        (["engine.trl.optim=none"], "TRL cannot make this run: none is not a valid OptimizerN"),
         (["objective=sft"], "objective 'sft' is not available on TRL; use one of"),
         (["objective=opd_then_grpo"], "objective 'opd_then_grpo' is not available on TRL; use"),
         (["teacher={type='ema'}"], "teacher.type = 'ema' is not available on TRL; name a model"),
@@ -388,13 +390,31 @@ def test_a_served_teacher(world, tmp_path):
         ),
         (["student.device=cuda:1"], "student.device = 'cuda:1' is not available on TRL; set it"),
         (["student.lora={target_modules=['nothing']}"], "student.lora.target_modules = ['nothing'"),
+        (["student.lora={target_modules=['lm_head']}"], "names lm_head, of which TRL trains no ad"),
         (["engine.trl.teacher_is_sharded=true"], "teacher_is_sharded splits the teacher over proc"),
+        (
+            ["engine.trl.teacher_is_sharded=true", "teacher.random_weights=true"],
+            "teacher_is_sharded splits a teacher with teacher.random_weights = False, and this one",
+        ),
+        (
+            ["engine.trl.teacher_is_sharded=true", "teacher.quantization=int8"],
+            "teacher_is_sharded splits a teacher with teacher.quantization = 'none', and this one",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence_and_writes_nothing(world, tmp_path, overrides, sentence):
     file = write_config(tmp_path / "run.toml", config_of(world, tmp_path / "run"))
     assert sentence in rlad_fails("train", file, *overrides)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_of_ours_is_not_said_to_be_trls(world, tmp_path, monkeypatch):
+    def make_teacher(*_: Any) -> Any:
+        raise TypeError("a bug")
+
+    monkeypatch.setattr("rlad.engines.trl.engine.make_teacher", make_teacher)
+    with pytest.raises(TypeError, match="a bug"):
+        rlad.train(config_of(world, tmp_path / "run"))
 
 
 def test_the_native_engine_refuses_several_processes(world, tmp_path, monkeypatch):

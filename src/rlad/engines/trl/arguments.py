@@ -1,8 +1,6 @@
 """From a run's config to TRL's arguments."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from importlib.metadata import version
 from tempfile import TemporaryDirectory
@@ -34,10 +32,15 @@ def make_arguments(config: RunConfig, output_dir: str) -> RLADConfig:
                 f"engine.trl.{name} is no setting of TRL's GRPOConfig: "
                 f"{nearest(name, known) or 'look for its name in the documentation of TRL'}"
             )
-    with trl_may_refuse():
-        settings: dict[str, Any] = {"ddp_find_unused_parameters": False}
-        settings |= given | batch_sizes(config) | decided(config)
+    settings: dict[str, Any] = {"ddp_find_unused_parameters": False}
+    settings |= given | batch_sizes(config) | decided(config)
+    try:
         return RLADConfig(output_dir, **settings)
+    except UserError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:
+        reason = first_line(error).rstrip(".")
+        raise UserError(f"TRL cannot make this run: {reason}.") from error
 
 
 def describe_arguments(config: RunConfig) -> str:
@@ -51,17 +54,6 @@ def describe_arguments(config: RunConfig) -> str:
         f"forward passes of {args.per_device_train_batch_size} completions, in each of "
         f"{args.world_size} process{'es' * (args.world_size > 1)}"
     )
-
-
-@contextmanager
-def trl_may_refuse() -> Iterator[None]:
-    """Turn what TRL says against settings into a `UserError`."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"TRL cannot make this run: {first_line(error)}") from error
 
 
 def batch_sizes(config: RunConfig) -> dict[str, int]:

@@ -16,14 +16,16 @@ from typing import Any
 
 from accelerate import DistributedType
 from transformers import PrinterCallback, TrainerCallback
+from transformers.training_args import ParallelMode
 from transformers.utils.logging import disable_progress_bar
+from trl.import_utils import is_vllm_available
 from trl.models.utils import unwrap_model_for_generation
 
 from rlad.config.capabilities import require_engine
 from rlad.config.run import RunConfig
 from rlad.engines.base import ResumePoint, StepResult, peak_memory
 from rlad.engines.metrics import rollout_metrics
-from rlad.engines.trl.arguments import make_arguments, trl_may_refuse
+from rlad.engines.trl.arguments import make_arguments
 from rlad.engines.trl.orders import Orders, lost_process
 from rlad.engines.trl.rollouts import TaskRollouts
 from rlad.engines.trl.trainer import RLADTrainer
@@ -77,6 +79,7 @@ class TRLEngine:
         disable_progress_bar()
         self._folder = TemporaryDirectory(prefix="rlad-trl-")
         args = make_arguments(config, self._folder.name)
+        _require_places(args)
         self.orders = Orders()
         timer = Timer()
         self.rollouts = TaskRollouts(config, student, task, timer)
@@ -86,19 +89,18 @@ class TRLEngine:
         if args.use_vllm:
             # Of itself vLLM ends a completion only at those that the model's folder names.
             args.generation_kwargs = {"stop_token_ids": list(student.eos_token_ids)}
-        with trl_may_refuse():
-            self.trainer: Any = RLADTrainer(
-                student.model,
-                teacher=self._make_teacher(args),
-                args=args,
-                timer=timer,
-                request_of=lambda number, *_: self.rollouts.teacher_request(number),
-                reward_funcs=self.rollouts.reward,
-                train_dataset=self.rollouts.dataset(),
-                processing_class=student.tokenizer,
-                peft_config=_peft_config(config, student),
-                callbacks=[_BetweenSteps(self)],
-            )
+        self.trainer: Any = RLADTrainer(
+            student.model,
+            teacher=self._make_teacher(args),
+            args=args,
+            timer=timer,
+            request_of=lambda number, *_: self.rollouts.teacher_request(number),
+            reward_funcs=self.rollouts.reward,
+            train_dataset=self.rollouts.dataset(),
+            processing_class=student.tokenizer,
+            peft_config=_peft_config(config, student),
+            callbacks=[_BetweenSteps(self)],
+        )
         self.trainer.remove_callback(PrinterCallback)
         if self.trainer.is_fsdp_enabled:
             # A checkpoint is a model folder that every other tool reads.
@@ -111,11 +113,7 @@ class TRLEngine:
             return None
         settings: Any = self.config.teacher
         if args.teacher_is_sharded:
-            if settings.type != "local":
-                raise UserError(
-                    "engine.trl.teacher_is_sharded splits a teacher of type 'local', and this one "
-                    f"is {settings.type!r}; leave it out."
-                )
+            _require_shardable(settings)
             return settings.model
         student = self.student
         context = student.context_tokens
@@ -346,6 +344,33 @@ class StudentSampler(OwnSampler):
             trainer.model.train(was_training)
 
 
+def _require_places(args: Any) -> None:
+    """Raise `UserError` where TRL's trainer could not be made in these processes."""
+    if args.use_vllm and not is_vllm_available():
+        raise UserError("engine.trl.use_vllm needs vLLM, which is not installed; install vllm.")
+    if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise UserError(
+            "engine.trl.fsdp splits the student over processes, and this is one alone; start it "
+            "with torchrun, or leave the setting out."
+        )
+    if args.n_gpu > 1:
+        raise UserError(
+            f"this one process sees {args.n_gpu} GPUs, and TRL wants a process for each; start it "
+            f"with torchrun --nproc_per_node {args.n_gpu}, or name one in CUDA_VISIBLE_DEVICES."
+        )
+
+
+def _require_shardable(settings: Any) -> None:
+    """Raise `UserError` unless a sharded teacher is what `settings` say."""
+    wanted = {"type": "local", "random_weights": False, "quantization": "none", "keep": "gpu"}
+    for key, value in wanted.items():
+        if (found := getattr(settings, key)) != value:
+            raise UserError(
+                f"engine.trl.teacher_is_sharded splits a teacher with teacher.{key} = {value!r}, "
+                f"and this one has {found!r}; leave one of the two out."
+            )
+
+
 def _peft_config(config: RunConfig, student: LanguageModel) -> Any:
     """Return PEFT's settings of `[student.lora]`, which must fit the student; None without it."""
     settings = config.student.lora
@@ -353,5 +378,10 @@ def _peft_config(config: RunConfig, student: LanguageModel) -> Any:
         return None
     base = config.student.model
     require_lora_fits(settings, student.model.config, base=base)
+    if "lm_head" in settings.target_modules:
+        raise UserError(
+            "student.lora.target_modules names lm_head, of which TRL trains no adapter; leave it "
+            "out, or use the native engine."
+        )
     student.model.name_or_path = resolvable(str(files_of(base)))
     return peft_config(settings, base=base)
