@@ -187,9 +187,12 @@ def test_torchrun_has_the_options():
     known = {
         option for action in run.get_args_parser()._actions for option in action.option_strings
     }
-    launcher = SLURM.read_text().partition("/bin/torchrun")[2].partition("-m rlad")[0]
-    used = set(re.findall(r"--[a-z-]+", launcher))
-    assert used and used <= known
+    docs = SLURM.parents[2] / "docs"
+    for file in (SLURM, docs / "trl.md", docs / "scaling.md"):
+        text = file.read_text()
+        launchers = re.findall(r"torchrun\"? (--.*?)-m rlad", text, flags=re.DOTALL)
+        used = set(re.findall(r"--[a-z_-]+", " ".join(launchers)))
+        assert used <= known and "--shutdown-timeout" in used
 
 
 # --- Kubernetes ----------------------------------------------------------------------------------
