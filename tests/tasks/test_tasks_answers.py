@@ -180,7 +180,7 @@ def test_what_is_left_of_a_cut_answer_is_none():
         (r"so \boxed{1}, rather \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
         (r"\boxed{\{1, 2\}} and }", r"\{1, 2\}"),
         (r"\boxed{3", ""),
-        (r"\boxed 3", None),
+        (r"\boxed 3", "3"),
         ("{3}", None),
     ],
 )

@@ -276,7 +276,12 @@ def _check_task(config: RunConfig) -> list[Finding]:
                 "ok",
                 "task",
                 f"{grades.name}, its verifier judges: {grades.num_correct} of "
-                f"{grades.num_problems} reference answers are correct for their own problems",
+                f"{grades.num_problems} reference answers are correct for their own problems"
+                + (
+                    f" ({grades.num_planned} were to be graded; it is slow)"
+                    if grades.num_problems < grades.num_planned
+                    else ""
+                ),
             )
             for grades in require_working_verifier(task)
         ]

@@ -15,6 +15,11 @@ from fractions import Fraction
 MAX_COMPLETION_CHARACTERS = 200_000
 _MAX_EXPRESSION_CHARACTERS = 500
 
+IDLE_NAMES = frozenset(
+    ("answer", "ans", "result", "total", "value", "sum", "solution", "final", "output", "number")
+) | {"so", "thus", "hence", "therefore"}
+"""Names before a value that say only that it is the answer"""
+
 # Models write **Answer**: and __Answer:__ as well as Answer:, and colons of their own script. In
 # "counteranswer:", "non-answer:" and "my_answer:" it is a part of another word.
 _ANSWER_MARKER = re.compile(
@@ -30,6 +35,15 @@ _WRAPPED = re.compile(
     r"\\(?:text|textbf|textit|textrm|textsf|texttt|textnormal|mathrm|mathbf|mathit|mathsf|mathtt"
     r"|operatorname|mbox|hbox|emph|bf|rm)\s*\{([^{}\\]*)\}"
 )
+_LOOSE_BOX = re.compile(r"\\boxed\s+(?:\{|([^\s{}$\\]*[^\s{}$\\.,;]))")
+# What is directly around a box and changes what it says.
+_MINUS_BEFORE = re.compile("(?:^|[\\s$({=])[-\N{MINUS SIGN}\N{EN DASH}]\\$*$")
+_NOT_BEFORE = re.compile(r"(?:\b(?:not|never|cannot be|neither)|n't(?: be)?)\s*(?:\\[(\[])?[\s$]*$")
+_BOX_BEFORE = re.compile(
+    r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}[\s$]*(?:,|,?\s*\b(?:or|and)\b)[\s$]*$"
+)
+_CLOSING_SENTENCE = re.compile(r"I hope (?:it|this) is correct[.!]?$")
+_CLOSING_MARK = re.compile(r"(?:\*{2,}|_{2,}|`{2,}|[*_`](?=\.))\.*$")
 _OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -114,16 +128,42 @@ def _without_marks(text: str) -> str:
 def boxed_answer(completion: str) -> str | None:
     r"""Find the text in the braces of the last `\boxed{...}`; None when there is none, "" when it
     is not closed."""
-    _, box, tail = completion[-MAX_COMPLETION_CHARACTERS:].rpartition(r"\boxed{")
-    if not box:
-        return None
+    _, box, tail = _with_braces(completion[-MAX_COMPLETION_CHARACTERS:]).rpartition(r"\boxed{")
+    return _in_braces(tail)[0] if box else None
+
+
+def _with_braces(text: str) -> str:
+    r"""Write `\boxed {5}` and `\boxed 5` as `\boxed{5}`."""
+    return _LOOSE_BOX.sub(lambda m: f"\\boxed{{{m[1]}}}" if m[1] else r"\boxed{", text)
+
+
+def _in_braces(tail: str) -> tuple[str, str]:
+    """Find what comes before the brace that closes an open one, and after it; "" and "" where none
+    does."""
     # Braces nest, \boxed{\frac{1}{2}}, so the end is where as many are closed as opened.
     depth = 1
     for end, character in enumerate(tail):
         depth += (character == "{") - (character == "}")
         if depth == 0:
-            return tail[:end].strip()
-    return ""
+            return tail[:end].strip(), tail[end + 1 :]
+    return "", ""
+
+
+def _box_with_context(before: str, tail: str) -> str:
+    r"""Find what a box gives with what directly around it changes that: `-\boxed{5}`, `not
+    \boxed{5}`, `\boxed{5}^2`, `\boxed{5} or \boxed{6}`."""
+    found, after = _in_braces(tail)
+    found = _without_marks(found)
+    line = before[-200:].rpartition("\n")[2]
+    if not found:
+        return ""
+    if other := _BOX_BEFORE.search(line):
+        return f"{other[1]} or {found}"
+    if _MINUS_BEFORE.search(line):
+        return f"-{found}"
+    if _NOT_BEFORE.search(line):
+        return f"not {found}"
+    return f"({found}){after.partition(chr(10))[0]}" if after.startswith("^") else found
 
 
 def final_answer(completion: str) -> str:
@@ -138,7 +178,8 @@ def final_answer(completion: str) -> str:
 
 def decided_answer(completion: str) -> tuple[str, bool]:
     """Find the final answer, and whether it is marked as one."""
-    text = outside_thoughts(completion)[-MAX_COMPLETION_CHARACTERS:]
+    text = _with_braces(outside_thoughts(completion)[-MAX_COMPLETION_CHARACTERS:])
+    text = _CLOSING_SENTENCE.sub("", text.rstrip()).rstrip()
     tagged = _tagged_answer(text)
     if tagged is not None:
         text = tagged
@@ -147,7 +188,7 @@ def decided_answer(completion: str) -> tuple[str, bool]:
     box_start = text.rfind(r"\boxed{")
     # An "Answer:" that nothing follows does not take back a box before it.
     if box_start >= 0 and (not marked or last is None or box_start > last.start()):
-        return _without_marks(boxed_answer(text) or ""), True
+        return _box_with_context(text[:box_start], text[box_start + len(r"\boxed{") :]), True
     if last is not None:
         return marked, True
     if tagged is not None:
@@ -176,7 +217,9 @@ def first_line(answer: str) -> str:
     text = answer.strip()
     for opening, closing in (("$$", "$$"), (r"\[", r"\]"), ("```", "```")):
         if text.startswith(opening):
-            inner, closed, _ = text[len(opening) :].partition(closing)
+            inner, closed, rest = text[len(opening) :].partition(closing)
+            if opening == "$$" and "$$" in rest.partition("\n")[0]:
+                return text.partition("\n")[0].replace("$$", "$")  # $$5$$ or $$6$$
             return (inner if closed else "").strip()
     return text.partition("\n")[0].strip()
 
@@ -185,9 +228,16 @@ def normalised(text: str) -> str:
     """Return `text` without case, differences of white space, markdown around words, and full
     stops after words."""
     text = unicodedata.normalize("NFC", text[-MAX_COMPLETION_CHARACTERS:])
-    words = text.casefold().split()
-    # Only at the ends of words, so that x**2, 2*3 and snake_case stay what they are.
-    bare = " ".join(word.lstrip("*_`#").rstrip("*_`#.") or word for word in words)
+    text = text.replace("\N{MINUS SIGN}", "-").replace("\N{LATIN CAPITAL LETTER SHARP S}", "ß")
+    # Maße are not Masse.
+    words = "ß".join(part.casefold() for part in text.split("ß")).split()
+    words = [word for word in words if word.strip("#") or word == "#"] or words
+    words = [_CLOSING_MARK.sub("", word) or word for word in words]
+    # Only at the ends of words, so that x**2, 2*3 and snake_case stay what they are; and what ends
+    # a word without having begun one, as in C# and A*, is a part of it.
+    opened = {word[0] for word in words if word[0] in "*_`#" and word.strip("*_`#")}
+    closing = "".join(opened) + "."
+    bare = " ".join(word.lstrip("*_`#").rstrip(closing) or word for word in words)
     # Upper and lower case of some letters are composed in different ways.
     return unicodedata.normalize("NFC", bare)
 

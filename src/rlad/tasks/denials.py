@@ -25,7 +25,7 @@ _AFTER_A_NUMBER = re.compile(
     r"|^\W*\w+n't\b",
     re.IGNORECASE,
 )
-_CLAUSE_END = re.compile(r"[.,;:]\s")
+_CLAUSE_END = re.compile(r"[.,;]\s")
 _LAST_NUMBER = re.compile(r"[0-9](?=[^0-9]*$)")
 
 

@@ -12,10 +12,11 @@ from typing import Any
 import sympy
 from sympy import Rational
 
+from rlad.tasks.answers import IDLE_NAMES
 from rlad.tasks.denials import is_denied, without_denied_values
 from rlad.tasks.formulas import Unreadable, read_formula
 from rlad.tasks.notation import plain_notation
-from rlad.tasks.numbers import without_remarks
+from rlad.tasks.numbers import CHANGING_WORDS, without_remarks
 from rlad.tasks.units import MULTIPLIERS, UNITS, known_unit
 
 _MAX_CHARACTERS = 2_000
@@ -177,6 +178,9 @@ _BOUNDS = [
 _LETTERS_ONLY = re.compile(
     r"^[(\[]?\s*[^\W\d_]+(?:[\s,.;:'\"()&!?-]+[^\W\d_]+)*[\s.,)\]]*$|^[^\W\d_]{4,}[!?'\"]$"
 )
+_LETTER_FORMULA = re.compile(r"[^\W\d_]\s*-\s*[^\W\d_]|[^\W\d_]\(")
+_INEQUALITY = re.compile(r"[<>]|!=|\\(?:[lg]e|ne)(?![A-Za-z])")
+_NO_UNITS = CHANGING_WORDS | {"below", "above", "negative", "least", "most"}
 _FUNCTION_WORD = re.compile(
     r"^(?:pi|sqrt|infty|infinity|sin|cos|tan|ln|log|exp|inf|oo|e|i)$", re.IGNORECASE
 )
@@ -316,7 +320,7 @@ def _read(text: str) -> Answer:
     text = without_denied_values(text).strip()
     if not text:
         raise Unreadable(text)
-    if is_denied(text):
+    if is_denied(text, is_marked=False):
         raise Unreadable(_DENIED)
     bare = _bare(text)
     if found := _read_whole(bare):
@@ -324,8 +328,10 @@ def _read(text: str) -> Answer:
     introduced = _INTRODUCED.match(bare)
     # Only where what introduces has words, no digits and no formula.
     if introduced and not re.search(r"[\d\\]", bare[: introduced.start(introduced.lastgroup or 0)]):
-        rest = introduced[introduced.lastgroup or 0].strip(" .")
-        return _read(rest)
+        answer = _read(introduced[introduced.lastgroup or 0].strip(" ."))
+        if introduced.lastgroup == "after" and isinstance(answer, Value) and not answer.name:
+            return replace(answer, name=_name(bare[: introduced.start("after")].strip(" :")))
+        return answer
     text = without_remarks(text).strip()
     while (about := _ABOUT.match(text)) and about.end() < len(text):
         text = text[about.end() :]
@@ -340,11 +346,12 @@ def _bare(text: str) -> str:
 
 def _read_whole(bare: str) -> Answer | None:
     """Read what is one thing as a whole: a text, a time, a date, a number in a base, ..."""
-    if _LETTERS_ONLY.match(bare) and not _is_formula_word(bare):
+    if _LETTERS_ONLY.match(bare) and not (_is_formula_word(bare) or _is_letter_formula(bare)):
         words = bare.casefold().strip(" .!?\"'")
         inner = re.sub(r"^\(\s*(\w+)\s*\)$", r"\1", words)
         letters = bare.replace(" ", "").strip("().!?\"'")
-        return Text(inner, letters, _product(letters) if len(letters) <= 3 else None)
+        written = bare.strip(" ().!?\"'")
+        return Text(inner, written, _product(letters) if len(letters) <= 3 else None)
     if calendar := _read_calendar(bare):
         return calendar
     if _RUN_OF_NUMBERS.match(bare):
@@ -391,6 +398,13 @@ def _is_formula_word(bare: str) -> bool:
     return all(_FUNCTION_WORD.match(word) for word in re.findall(r"[^\W\d_]+", bare))
 
 
+def _is_letter_formula(bare: str) -> bool:
+    """Say whether letters are variables: a - b, n(N-n)."""
+    are_short = all(len(word) <= 2 for word in re.findall(r"[^\W\d_]+", bare))
+    is_formula = are_short and _LETTER_FORMULA.search(bare) is not None
+    return is_formula and _product(bare) is not None
+
+
 def _product(letters: str) -> Any:
     try:
         return read_formula(letters)
@@ -415,15 +429,30 @@ def _read_sets(text: str) -> Answer:
     if len(parts) > 1:
         return Several("list", tuple(_read_sets(part) for part in parts))
     text, is_grouped = _without_group_commas(text)
-    parts = _split(text, (",", ";", " and ", " or ", r"\text{and}", r"\text{or}", r"\lor", r"\vee"))
+    parts, signs = _split_with_signs(
+        text, (",", ";", " and ", " or ", r"\text{and}", r"\text{or}", r"\lor", r"\vee")
+    )
     if len(parts) > 1:
         if not all(map(_bare, parts)):
             raise Unreadable(text)
-        return Several("list", tuple(_read_sets(part) for part in parts))
+        return Several("list", tuple(_read_sets(part) for part in parts), _joined(parts, signs))
     answer = _read_relation(text)
     if is_grouped and isinstance(answer, Value):
         return replace(answer, is_grouped=bool(_GROUPED.fullmatch(_bare(text))) or is_grouped)
     return answer
+
+
+def _joined(parts: list[str], signs: list[str]) -> str:
+    """Say how inequalities are joined, since x < 5 and x > 7 is not x < 5 or x > 7; "" for other
+    items, and where one of them is enough."""
+    if not any(map(_INEQUALITY.search, parts)):
+        return ""
+    words = {sign.strip().removeprefix(r"\text").strip("{}") for sign in signs}
+    if words <= {"or", r"\lor", r"\vee"}:
+        return ""
+    # x is neither 1 nor 2 whether a comma or a word is between.
+    is_unequal = all(r"\ne" in part or "!=" in part for part in parts)
+    return "and" if is_unequal or "and" in words else ","
 
 
 def _without_group_commas(text: str) -> tuple[str, bool]:
@@ -502,9 +531,15 @@ def _read_equality(parts: list[str]) -> Answer:
         raise Unreadable(str(parts))
     answer = _equal_ones([_read_brackets(part) for part in others])
     if isinstance(answer, Value) and names:
-        name = re.sub(r"[\s{}]", "", _bare(names[0]))
-        return replace(answer, name=name if len(name) < 4 or "(" in name else "")
+        return replace(answer, name=_name(_bare(names[0])))
     return answer
+
+
+def _name(text: str) -> str:
+    """Read what an answer is the value of; "" where the name only says that it is the answer."""
+    if IDLE_NAMES & set(re.findall(r"[a-z]+", text.casefold())):
+        return ""
+    return re.sub(r"[\s{}]", "", text)
 
 
 def _equal_ones(answers: list[Answer]) -> Answer:
@@ -700,6 +735,9 @@ def _typed_unit(value: str, unit: str, is_apart: bool) -> Value | None:
     is_word = len(first) > 3 or (is_apart and len(first) == 3) or len(unit.split()) > 1
     if first.lower() in ("sin", "cos", "tan", "log", "ln", "exp", "sqrt", "pi", "mod", "base"):
         return None
+    is_power = is_known and unit.lower().split()[-1] in ("squared", "cubed")
+    if _NO_UNITS & set(unit.lower().split()) and not is_power:
+        raise Unreadable(unit)
     if first.lower() in ("a", "p", "am", "pm", "and", "or", "r", "to", "plus", "minus", "times"):
         raise Unreadable(unit)
     if not (is_known or is_word or first.lower() in MULTIPLIERS):

@@ -53,7 +53,11 @@ _DIGITS_OF_A_ROUNDED_VALUE = 6
 _PLAIN_WORDS = re.compile(r"[\w\s.;'\"!?]*")
 _UNFINISHED = re.compile(r"[0-9\s.+*=-]*[+*=-]")
 _CALCULATING = CHANGING_WORDS | MULTIPLIERS.keys() | {f"{name}s" for name in MULTIPLIERS}
+_SHORT_WORDS = frozenset(
+    words("yes no all odd one two six ten of the in on to is it or and at by not for red max min")
+)
 _MAX_ITEMS = 30
+_LONG_NAME = 4
 
 Compared = bool | None
 """Whether two answers are equal; None where that cannot be said"""
@@ -205,7 +209,11 @@ def _same_quantity(found: Value, wanted: Value) -> Compared:
         is_equal = _same_quantity(found.unnamed(), wanted.unnamed())
         if is_equal is not True:
             return is_equal
-        return False if len(found.name) == len(wanted.name) == 1 else None
+        if len(found.name) == len(wanted.name) == 1:
+            return False
+        # A = 25 may be what "area: 25" is, and y may be f(x).
+        short, long = sorted((found.name, wanted.name), key=len)
+        return True if len(short) < 3 and len(long) >= _LONG_NAME and long.isalpha() else None
     if not (found.unit and wanted.unit):
         return _without_unit(found, wanted)
     if found.unit.size and wanted.unit.size:
@@ -278,9 +286,8 @@ def _is_decimal(number: Any) -> bool:
 def _same_text(found: Answer, wanted: Answer) -> Compared:
     if isinstance(found, Text) and isinstance(wanted, Text):
         if found.words == wanted.words:
-            is_letter = len(found.words) == 1
-            # X and x are two variables, or one choice.
-            return None if is_letter and found.written != wanted.written else True
+            # X and x are two variables, or one choice; AB and ab, Aa and AA may be two things.
+            return None if _may_differ_in_case(found.written, wanted.written) else True
         # ab is ba as a product, and no other word is.
         is_product = {len(found.words), len(wanted.words)} == {2} and (
             found.written.islower() and wanted.written.islower()
@@ -295,6 +302,24 @@ def _same_text(found: Answer, wanted: Answer) -> Compared:
     return False
 
 
+def _may_differ_in_case(a: str, b: str) -> bool:
+    """Say whether letters of two texts that differ in case only may be symbols."""
+    sides = [re.findall(r"[^\W\d_]+", text) for text in (a, b)]
+    is_prose = any(_is_word(word) and len(word) >= _LONG_NAME for word in sides[0])
+    for x, y in zip(*sides, strict=False):
+        is_first_letter = is_prose and len(x) > 1 and x.upper() not in (x, y)
+        are_words = (_is_word(x) and _is_word(y)) or (is_first_letter and x[1:] == y[1:])
+        if x != y and not are_words:
+            return True
+    return False
+
+
+def _is_word(text: str) -> bool:
+    if not (text.islower() or text.isupper() or text.istitle()):
+        return False
+    return len(text) >= _LONG_NAME or text.casefold() in _SHORT_WORDS
+
+
 # --- several values -------------------------------------------------------------------------------
 
 
@@ -302,6 +327,8 @@ def _same_several(found: Several, wanted: Several) -> Compared:
     if len(found.items) > _MAX_ITEMS or len(wanted.items) > _MAX_ITEMS:
         return None
     kinds = {found.kind, wanted.kind}
+    if kinds == {"list"} and found.brackets != wanted.brackets:
+        return None
     if kinds == {"tuple"}:
         is_equal = _in_order(found.items, wanted.items)
         # A vector has brackets of any kind; with two items they may be an interval's.
@@ -425,7 +452,9 @@ def _same_equation(found: Equation, wanted: Equation) -> Compared:
         return False
     a: Any = found.expression
     b: Any = wanted.expression
-    ratio = sympy.Integer(1) if b.is_zero else sympy.cancel(a / b)
+    if a.is_zero or b.is_zero:
+        return None if a.is_zero and b.is_zero else False  # x = x says nothing
+    ratio = sympy.cancel(a / b)
     if not ratio.free_symbols and ratio.is_number and ratio != 0:
         if found.sign in ("=", r"\ne"):
             return True

@@ -6,7 +6,7 @@ A fragment is never taken for the number: neither the last piece of `9:30`, `(3,
 
 import re
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 from rlad.tasks.answers import evaluate_arithmetic, without_wrapping
@@ -21,10 +21,11 @@ _MAX_NUMBERS = 50
 
 @dataclass(frozen=True, slots=True)
 class Amount:
-    """One number, and its unit where that is one we know."""
+    """One number, and its unit where that is one we know; else the words after it, if any."""
 
     value: Fraction
     unit: Unit | None = None
+    counted: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +90,13 @@ _CURRENCIES = {
     "\N{INDIAN RUPEE SIGN}": "rupees",
     "\N{CENT SIGN}": "cents",
 }
+_CODE = re.compile(r"\b(USD|EUR|GBP|JPY|INR)\s?(?=[-+]?[0-9.])")
 _DOLLARS = re.compile(r"\\\$|\$")
 _DEGREE = re.compile(r"\^\s*\\circ(?![A-Za-z])")
 _LEADING_DASH = re.compile(
     r"(?:(?<![\w)\]}.%\s])|(?<=[A-Za-z=:]\s)|(?<=^\s))"
-    "[\N{EN DASH}\N{FIGURE DASH}\N{HEAVY MINUS SIGN}\N{MODIFIER LETTER MINUS SIGN}]"
+    "[\N{EN DASH}\N{FIGURE DASH}\N{HEAVY MINUS SIGN}\N{MODIFIER LETTER MINUS SIGN}"
+    "\N{SUPERSCRIPT MINUS}]"
     r"(?=\\?\$?\s?\.?[0-9])"
 )
 _WORD = re.compile(r"[^\W\d_]+(?:[-'.][^\W\d_]+)*\.?")
@@ -107,6 +110,7 @@ CHANGING_WORDS = frozenset(
         "o'clock log ln sin cos tan exp"
     )
 )
+_CHANGING_AFTER = CHANGING_WORDS | {"negative", "below"}
 _CHANGING_BEFORE = frozenset(
     words(
         "sqrt root half third quarter twice double triple times plus over power mod modulo "
@@ -118,7 +122,40 @@ _TELLING_WORDS = frozenset(
     words("or and to negative minus not wrong incorrect false except bc ad bce ce remainder below")
 )
 _NEGATING_WORDS = ("minus", "negative")
-_ALTERNATIVE = re.compile(r"\bor\b|\bto\b|\band\b|\bbetween\b", re.IGNORECASE)
+_ALTERNATIVE = re.compile(r"\bout of\b|\bor\b|\bto\b|\band\b|\bbetween\b", re.IGNORECASE)
+_UNIT_AFTER = re.compile(
+    r"\s*(?:(?P<power>square|sq|cubic|cu)\.?\s+)?(?P<name>(?!per\b)[^\W\d_/]+(?:/[^\W\d_]+)?)?\.?"
+    r"(?:\s*\b(?P<rate>per|an?|each)\s+(?P<per>[^\W\d_]+))?"
+)
+_BOUND_BEFORE = re.compile(
+    r"\b(?:at (?:least|most)|(?:less|more|fewer|greater|larger|smaller|higher|lower) than|up to"
+    r"|under|above|below|beyond|(?:minimum|maximum) of)\s+(?:\x02\w+\s*)?[(*_$\s]*$",
+    re.IGNORECASE,
+)
+_BOUND_AFTER = re.compile(
+    r"(?:\s+[^\W\d_]+)?\s+(?:(?:or|and) (?:more|less|fewer|greater|above|below|over|under|up|higher"
+    r"|lower)|at (?:least|most))\b",
+    re.IGNORECASE,
+)
+_MONTH = (
+    r"(?:Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?"
+    r"|Sept?(?:ember)?|Oct(?:ober)?|Nov(?:ember)?|Dec(?:ember)?)\b\.?"
+)
+_DATE_BEFORE = re.compile(rf"\b(?:{_MONTH}|BC|AD|BCE|CE)\s*$")
+_DATE_AFTER = re.compile(
+    rf"(?:st|nd|rd|th)?\s+(?:of\s+)?(?:{_MONTH}|BCE?\b|CE\b|AD\b|B\.C\.|A\.D\.)"
+)
+_NEXT_VALUE = re.compile(
+    r"[0-9)}]\s*(?:[,;]|\b(?:or|and)\b|\\(?:lor|vee|land))\s*(?:(?:or|and)\s+)?\\?[A-Za-z]\w{0,9}"
+    r"(?:_\{\w+\})?\s*=(?!=)"
+)
+_ANOTHER_VALUE = re.compile(
+    r"(?<![\w.])([A-Za-z])\s*=\s*[-+]?[0-9][0-9.]*\s*(?:[,;]|\bor\b|\band\b)\s*\1\s*=(?!=)"
+)
+_SENTENCE_END = re.compile(r"(?<!\.\w)[.!]\s+(?=[A-Z])")
+_IDLE_COUNTED = frozenset(
+    words("more total in of each left a an the per all together altogether other for is are and")
+)
 _ORDINAL = re.compile(r"(?:st|nd|rd|th)(?![\w-])")
 _SHAPE_SIGNS = frozenset("()[]{},;:/-\N{EN DASH}\\")
 _PUNCTUATION = frozenset(" \t\"'()[]{}*_`#,.;:~|%\N{EM DASH}\N{EN DASH}")
@@ -145,7 +182,7 @@ def read_number(text: str, *, is_marked: bool = True) -> Reading:
         pieces = [piece for piece in _ARROW.split(piece) if any(map(str.isdigit, piece))]
         if pieces:
             found = _read_equation(pieces[-1], is_marked)
-            is_chain = is_marked and any(_is_other(piece, found) for piece in pieces[:-1])
+            is_chain = any(_is_other(piece, found) for piece in pieces[:-1])
             return Unreadable() if is_chain else found
     return None
 
@@ -176,6 +213,8 @@ def without_remarks(text: str) -> str:
 
 
 def _read_equation(line: str, is_marked: bool) -> Reading:
+    if _ANOTHER_VALUE.search(line) or (is_marked and _NEXT_VALUE.search(line)):
+        return Unreadable()
     parts = [part for part in _EQUALS.split(line) if any(map(str.isdigit, part))]
     readings = [_read(part, is_marked) for part in parts]
     found = readings[-1]
@@ -204,6 +243,7 @@ def _with_units_spelt(line: str) -> str:
     closing = re.search(r"(?<!\\)\$[^$]*[0-9}.]\$", line)
     if not (is_formula and closing):
         line = _MONEY.sub(after, line)
+    line = _CODE.sub(lambda m: f" \x02{m[1].casefold()} ", line)
     line = _MONEY_AFTER.sub(lambda m: f" {_CURRENCIES[m[1]]} ", line)
     line = _DOLLARS.sub(" ", line).replace(r"\(", " ").replace(r"\)", " ")
     line = line.replace(r"\[", " ").replace(r"\]", " ").replace(r"\%", "%")
@@ -251,23 +291,58 @@ def _amount(part: str, numbers: list[re.Match[str]], index: int) -> Amount | Unr
     start = numbers[index - 1].end() if index else 0
     end = numbers[index + 1].start() if index + 1 < len(numbers) else len(part)
     before, after = part[start : number.start()], part[number.end() : end]
+    after = _SENTENCE_END.split(after)[0]
+    if _BOUND_BEFORE.search(before):
+        return Unreadable()
     before, money, name = before.rpartition("\x02")
     unit = UNITS.get(name.strip(" -+")) if money else None
     if not money:
         before = name
     value = _value(number)
     words_before = [word.casefold() for word in _WORD.findall(before)]
+    if _BOUND_AFTER.match(after) or _DATE_AFTER.match(after) or _DATE_BEFORE.search(before):
+        return Unreadable()
     is_whole = not (_begins_before(before, words_before) or _ends_behind(after))
     if value is None or not is_whole or _is_in_list(before, after):
         return Unreadable()
     if words_before and words_before[-1] in _NEGATING_WORDS:
         value = -value
     for word in _WORD.findall(after)[:2]:
-        value *= MULTIPLIERS.get(word.casefold().removesuffix("s"), 1)
+        value *= _multiplier(word.casefold()) or 1
     if unit is None and "%" in after[:2]:
         unit = UNITS["%"]
-    named = re.match(r"\s?([^\W\d_/]+(?:/[^\W\d_]+)?)", after)
-    return Amount(value, unit or (known_unit(named[1]) if named else None))
+    unit = _unit_after(after, unit)
+    found = [word.casefold() for word in _WORD.findall(after)[:3]]
+    counted = [word for word in found if word not in _IDLE_COUNTED and not _multiplier(word)]
+    is_counted = unit is None and not any(map(known_unit, counted))
+    return Amount(value, unit, counted[0] if counted and is_counted else "")
+
+
+def _multiplier(word: str) -> int | None:
+    return MULTIPLIERS.get(word.removesuffix("s"))
+
+
+def _unit_after(after: str, unit: Unit | None) -> Unit | None:
+    """Read the unit after a number, of which `unit` is already known: km, square km, km per
+    hour."""
+    match = _UNIT_AFTER.match(after)
+    if match is None:
+        return unit
+    if unit is None:
+        named = known_unit(match["name"] or "")
+        if named is None:
+            return None
+        exponent = {"s": 2, "c": 3}.get((match["power"] or " ")[0].casefold(), 1)
+        unit = named if exponent == 1 else (f"{named[0]}^{exponent}", named[1] ** exponent)
+    elif match["name"] and not known_unit(match["name"]):
+        return unit
+    other = known_unit(match["per"] or "")
+    if match["per"] is None or (other is None and match["rate"] != "per"):
+        return unit
+    kind, size = other or (match["per"].casefold().removesuffix("s"), Fraction(1))
+    # Speeds have names of their own, mph.
+    kind = "speed" if (unit[0], kind) == ("length", "time") else f"{unit[0]} per {kind}"
+    return kind, unit[1] / size
 
 
 def _begins_before(before: str, words_before: list[str]) -> bool:
@@ -298,7 +373,7 @@ def _ends_behind(after: str) -> bool:
         return True
     found = [word.casefold() for word in _WORD.findall(after)]
     is_variable = bool(found) and len(found[0]) == 1 and known_unit(found[0]) is None
-    return bool(set(found[:3]) & CHANGING_WORDS) or (is_variable and found[0] != "a")
+    return bool(set(found[:3]) & _CHANGING_AFTER) or (is_variable and found[0] != "a")
 
 
 def _is_in_list(before: str, after: str) -> bool:

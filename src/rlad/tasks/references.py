@@ -26,6 +26,8 @@ class ReferenceGrades:
     num_correct: int
     message: str
     """what is wrong with the others, and what to do; empty where nothing is"""
+    num_planned: int = 0
+    """how many were to be graded if there had been time"""
 
 
 def require_working_verifier(task: Task) -> list[ReferenceGrades]:
@@ -38,12 +40,14 @@ def require_working_verifier(task: Task) -> list[ReferenceGrades]:
         return [grades for one in task.tasks.values() for grades in require_working_verifier(one)]
     available = task.num_problems("train")
     num = _NUM_PROBLEMS if available is None else max(1, min(_NUM_PROBLEMS, available))
-    started = time.monotonic()
+    started = None
     problems: list[Problem] = []
     judgements: list[Judgement] = []
     for index in range(num):
         problems.append(task.problem("train", index))
         judgements.append(_grade(task, problems[-1]))
+        # The first judgement starts the verifier's process, which takes long under load.
+        started = started or time.monotonic()
         is_hopeless = len(judgements) == _NUM_FIRST and not any(map(_judged, judgements))
         if is_hopeless or time.monotonic() - started > _MAX_SECONDS:
             break
@@ -56,7 +60,7 @@ def require_working_verifier(task: Task) -> list[ReferenceGrades]:
     grades = _grades(task, problems, judgements)
     if grades.num_correct == 0:
         raise UserError(f"{grades.message}.")
-    return [grades]
+    return [replace(grades, num_planned=num)]
 
 
 def _judged(judgement: Judgement) -> bool:

@@ -66,8 +66,15 @@ MULTIPLIERS = {
     "dozen": 12,
     "hundred": 100,
     "thousand": 1000,
+    "lakh": 10**5,
+    "crore": 10**7,
     "million": 10**6,
+    "mio": 10**6,
+    "mln": 10**6,
+    "mn": 10**6,
     "billion": 10**9,
+    "bn": 10**9,
+    "mrd": 10**9,
     "trillion": 10**12,
 }
 

@@ -17,6 +17,7 @@ or returns anything else costs one completion (cannot judge), never the run.
 import importlib
 import inspect
 import logging
+import re
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -26,6 +27,7 @@ from typing import Any
 
 from rlad.errors import UserError, require_package
 from rlad.tasks.answers import (
+    IDLE_NAMES,
     MAX_COMPLETION_CHARACTERS,
     decided_answer,
     final_answer,
@@ -41,6 +43,7 @@ from rlad.text import nearest
 
 _MAX_SHORT_REFERENCE = 60
 """characters of a reference that is an answer, not the prose around one"""
+_NAME = re.compile(r"[$\s]*([^\W\d_]+)\s*[:=](?=[^=])")
 _ROUNDING = 1e-9
 """by how much the sum of a reward's parts may miss a bound"""
 
@@ -129,7 +132,19 @@ def number(completion: str, answer: str) -> Judgement:
         return cannot_judge(f"the reference answer {answer[:80]!r} has no number")
     if isinstance(wanted, Unreadable):
         return cannot_judge(f"the reference answer {answer[:80]!r} is no plain number")
-    return judged(_same(_number_of(completion), wanted))
+    is_same = _same(_number_of(completion), wanted)
+    if is_same and _differ_in_name(completion, answer):
+        is_same = None
+    if is_same is None:
+        return cannot_judge(f"it counts something else than the reference answer {answer[:80]!r}")
+    return judged(is_same)
+
+
+def _differ_in_name(completion: str, answer: str) -> bool:
+    """Say whether two answers name what they are the values of, and not the same: Bob: 5."""
+    names = [_NAME.match(first_line(decided_answer(text)[0])) for text in (completion, answer)]
+    found, wanted = (match[1].casefold() if match else "answer" for match in names)
+    return found != wanted and not {found, wanted} & IDLE_NAMES
 
 
 def _marked_reference(answer: str) -> str | None:
@@ -146,14 +161,16 @@ def _number_of(text: str, answer: str | None = None) -> Reading:
     return read_number(first_line(found), is_marked=is_marked)
 
 
-def _same(found: Reading, wanted: Amount | Figures) -> bool:
-    """Say whether two readings are equal; units count where both are known."""
+def _same(found: Reading, wanted: Amount | Figures) -> bool | None:
+    """Say whether two readings are equal; units count where both are known, and of what only one
+    is known cannot be said."""
     if isinstance(found, Amount) and isinstance(wanted, Amount) and found.unit and wanted.unit:
         (found_kind, found_size), (wanted_kind, wanted_size) = found.unit, wanted.unit
         is_equal = found.value * found_size == wanted.value * wanted_size
         return found_kind == wanted_kind and is_equal
     if isinstance(found, Amount) and isinstance(wanted, Amount):
-        return found.value == wanted.value
+        is_mixed = (found.unit and wanted.counted) or (wanted.unit and found.counted)
+        return None if is_mixed and found.value == wanted.value else found.value == wanted.value
     return found == wanted
 
 
