@@ -1,6 +1,7 @@
 """The loss that `sdpo`, `mopd` and `opsd` share: a divergence to a teacher that is mostly the
 student itself, shown more."""
 
+from functools import partial
 from typing import Literal
 
 from torch import Tensor
@@ -66,8 +67,14 @@ def peer_distillation_loss(
         teacher_speaks=teacher_speaks,
     )
     kept = mask & ~stats["dropped"]
-    clip = {"clip_low": clip_low, "clip_high": clip_high}
-    policy = {"student_logprobs": student_logprobs, "old_logprobs": old_logprobs, "mask": kept}
+    grpo = partial(
+        grpo_loss,
+        student_logprobs=student_logprobs,
+        old_logprobs=old_logprobs,
+        mask=kept,
+        clip_low=clip_low,
+        clip_high=clip_high,
+    )
     if teacher_enters == "advantage":
         if teacher_logprobs is None:
             raise ValueError(
@@ -80,9 +87,9 @@ def peer_distillation_loss(
         )
         log_ratio = clean(teacher_logprobs, heard) - clean(old_logprobs, heard)
         mixed = reward_share * per_token(advantages, kept) + (1 - reward_share) * log_ratio
-        grpo, of_grpo = grpo_loss(advantages=mixed, **policy, **clip)
-        return grpo, of_grpo | stats
+        of_reward, of_grpo = grpo(advantages=mixed)
+        return of_reward, of_grpo | stats
     if not reward_share:
         return loss, stats
-    grpo, of_grpo = grpo_loss(advantages=advantages, **policy, **clip)
-    return (1 - reward_share) * loss + reward_share * grpo, of_grpo | stats
+    of_reward, of_grpo = grpo(advantages=advantages)
+    return (1 - reward_share) * loss + reward_share * of_reward, of_grpo | stats

@@ -48,4 +48,4 @@ def written_thought(prompt: str) -> str:
 
 def begun_completion(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> str:
     """Find what the end of a prompt has written of its completion."""
-    return written_thought(tokenizer.decode(list(prompt[-64:]), skip_special_tokens=False))
+    return written_thought(str(tokenizer.decode(list(prompt[-64:]), skip_special_tokens=False)))
