@@ -33,6 +33,11 @@ PROBLEMS = [
 FILES = {"path": PROBLEMS[:5], "validation_path": PROBLEMS[5:7], "test_path": PROBLEMS[7:]}
 
 
+OFTEN_CORRECT = {"verifier": "user_verifiers:last_digit"}
+"""A task's verifier for runs that need both right and wrong completions: `number` reads none of the
+random ones that hold several numbers."""
+
+
 def write_tokenizer(folder: Path, words: tuple[str, ...] = WORDS, **settings: Any) -> None:
     tokenizer = Tokenizer(
         models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[2])

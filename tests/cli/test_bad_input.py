@@ -272,12 +272,14 @@ def test_padded_vocabularies_are_accepted(world, tmp_path):
     """The student samples ids that the teacher has no row for: dropped and counted, from there to
     the end of the completion."""
     student = write_model(tmp_path / "student", seed=1, vocab_size=12)
-    optimization = {"max_missing_teacher_share": 0.9}
-    result = rlad.train(
-        run_config(
-            world, tmp_path / "run", student={"model": str(student)}, optimization=optimization
-        )
+    config = run_config(
+        world,
+        tmp_path / "run",
+        student={"model": str(student)},
+        objective={"type": "opd"},
+        optimization={"max_missing_teacher_share": 0.9},
     )
+    result = rlad.train(config)
     rows = list(RunDirectory(result.run_dir).read("metrics.jsonl"))
     assert sum(row["objective/dropped_tokens/count"] for row in rows) > 0
     assert sum(row["objective/trained_tokens/count"] for row in rows) > 0

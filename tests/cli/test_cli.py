@@ -22,7 +22,7 @@ from rlad.config.file import load_config
 from rlad.config.presets import PRESETS
 from rlad.objectives import OBJECTIVES
 from rlad.runs.directory import RunDirectory
-from tiny_runs import run_config, write_config
+from tiny_runs import OFTEN_CORRECT, run_config, write_config
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -85,7 +85,9 @@ def test_list_name_shows_every_setting_as_it_stands_in_a_config(what, name):
         "name": name,
         "text": text.rstrip("\n"),
     }
-    section, *within = text[text.index("\n[") + 1 :].split("\n\n")
+    # After an objective's section may come the one of the teacher that it brings along.
+    own = text[text.index("\n[") + 1 :].partition("\n\nWhere no [teacher]")[0]
+    section, *within = own.split("\n\n")
     shown = re.findall(r"^(?:# )?(\w+)(?: = |$| +#)", section, flags=re.MULTILINE)
     # [teacher.teacher], [task.tasks.NAME]; [teacher.context.texts] is of [teacher.context]
     shown += {re.match(r"\[\w+\.(\w+)", part)[1] for part in within}
@@ -225,9 +227,12 @@ def test_train_in_a_pipe_is_plain_and_ends_with_what_to_do_next(toml, tmp_path):
         rlad_cli(*shlex.split(command)[1:])
 
 
-def test_train_on_a_terminal_shows_a_bar(toml):
+def test_train_on_a_terminal_shows_a_bar(world, tmp_path):
+    toml = tmp_path / "run.toml"
+    toml.write_text(tomli_w.dumps(run_config(world, tmp_path / "run", task=OFTEN_CORRECT)))
     ours, theirs = pty.openpty()
-    environment = os.environ | {"TERM": "xterm", "COLUMNS": "80"}
+    modules = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "80"} | modules
     process = subprocess.Popen(
         [sys.executable, "-m", "rlad", "train", str(toml)],
         stdout=theirs,

@@ -26,7 +26,7 @@ from rlad.comparison.report import (
     write_report,
 )
 from rlad.engines.imitation import FATES as RECORDED_FATES
-from tiny_runs import run_config
+from tiny_runs import OFTEN_CORRECT, run_config
 
 CORRECT = {
     ("grpo", 0): [0, 1, 2, 3, 4, 0],
@@ -146,6 +146,7 @@ def test_a_real_run(world, tmp_path):
         tmp_path / "trrd" / "seed-0",
         objective={"type": "trrd"},
         rollout={"temperature": 2.0},
+        task=OFTEN_CORRECT,
     )
     rlad.train(config)
     page = report_runs([str(tmp_path / "trrd")], str(tmp_path / "out")).read_text()

@@ -574,7 +574,8 @@ def test_the_teacher_is_asked_only_for_what_trains() -> None:
         asked[objective, bool(optimization)] = counting.num_asked
         if counting.num_asked:
             assert batch.teacher_logprobs is not None
-            assert batch.counts == {"teacher/tokens/count": sum(map(len, batch.teacher_logprobs))}
+            num_tokens = sum(map(len, batch.teacher_logprobs))
+            assert batch.counts["teacher/tokens/count"] == num_tokens
     num_judged = len(judged(batch))
     num_unequal = int((batch.advantages != 0).sum())
     assert 0 < num_unequal < num_judged < 16

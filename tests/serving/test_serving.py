@@ -26,7 +26,7 @@ from rlad.models.loading import LanguageModel
 from rlad.runs.directory import RunDirectory
 from running_servers import Client, free_port, server_thread, wait_for
 from tiny_models import EOS, VOCABULARY, LargestTensor, random_tokens, tiny_language_model
-from tiny_runs import rlad_fails, run_config
+from tiny_runs import OFTEN_CORRECT, rlad_fails, run_config
 
 pytest.importorskip("fastapi", reason="needs the optional package fastapi (rlad[serve])")
 pytest.importorskip("uvicorn", reason="needs the optional package uvicorn (rlad[serve])")
@@ -341,13 +341,15 @@ def test_a_run_with_a_served_teacher_equals_one_with_a_local(world, tmp_path):
         section = tomllib.loads("".join(process.stdout.readline() for _ in range(4)))["teacher"]
         assert section == {"type": "served", "urls": [f"http://127.0.0.1:{port}/v1"], "model": "it"}
         served = rlad.train(
-            run_config(world, tmp_path / "served", teacher=section, rollout=rollout)
+            run_config(
+                world, tmp_path / "served", teacher=section, rollout=rollout, task=OFTEN_CORRECT
+            )
         )
     finally:
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (130, "", "rlad: interrupted\n")
-    local = rlad.train(run_config(world, tmp_path / "local", rollout=rollout))
+    local = rlad.train(run_config(world, tmp_path / "local", rollout=rollout, task=OFTEN_CORRECT))
     for ours, theirs in zip(
         *(RunDirectory(run.run_dir).read("metrics.jsonl") for run in (served, local)), strict=True
     ):

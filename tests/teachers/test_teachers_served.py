@@ -991,7 +991,9 @@ def test_a_run_survives_a_restart_of_the_server(world, tmp_path, server):
 
 
 def test_a_run_without_its_server_stops_and_goes_on_with_resume(world, tmp_path, server):
-    config = run_config(world, tmp_path / "whole" / "run", teacher=served(server))
+    # `opd` asks its teacher about every completion, whatever the verifier says.
+    run_dir = tmp_path / "whole" / "run"
+    config = run_config(world, run_dir, teacher=served(server), objective={"type": "opd"})
     rlad.train(config)
     config["run_dir"] = str(tmp_path / "stopped" / "run")
     with pytest.raises(

@@ -36,7 +36,7 @@ from rlad.teachers.local import LocalTeacher
 from rlad.teachers.privileged import PrivilegedTeacher, peer_solution, privileged_prompt
 from rlad.teachers.several import TeacherByTask, TeacherMixture
 from tiny_models import VOCABULARY, random_tokens, tiny_language_model, tiny_tokenizer
-from tiny_runs import FILES, run_config, write_model
+from tiny_runs import FILES, OFTEN_CORRECT, run_config, write_model
 
 TEMPERATURE = 0.7
 DOCS = Path(__file__).parents[2] / "docs"
@@ -586,7 +586,7 @@ def documented_example() -> dict[str, Any]:
     blocks = re.findall(
         r"^```toml\n(.*?)^```", (DOCS / "methods.md").read_text(), flags=re.DOTALL | re.MULTILINE
     )
-    (block,) = [block for block in blocks if 'type = "privileged"' in block]
+    (block,) = [block for block in blocks if 'type = "rlsd"' in block and "privileged" in block]
     return tomllib.loads(block)
 
 
@@ -609,7 +609,7 @@ def test_the_documented_teacher_trains_and_its_answer_is_in_the_gradient(
         config = run_config(
             world,
             tmp_path / run,
-            task=with_hints(world, tmp_path, *hints),
+            task=with_hints(world, tmp_path, *hints) | OFTEN_CORRECT,
             optimization={"num_steps": 1},
         )
         row = step_1(config | {"teacher": teacher, "objective": {"type": objective}})
@@ -632,7 +632,7 @@ def test_a_student_that_teaches_itself_its_own_prompt_is_grpo(world, tmp_path):
     }
     rows = {}
     for name in ("trrd", "rlsd", "grpo"):
-        config = run_config(world, tmp_path / name) | {
+        config = run_config(world, tmp_path / name, task=OFTEN_CORRECT) | {
             "teacher": teacher,
             "objective": {"type": name},
         }

@@ -43,7 +43,8 @@ _BOX_BEFORE = re.compile(
     r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}[\s$]*(?:,|,?\s*\b(?:or|and)\b)[\s$]*$"
 )
 _CLOSING_SENTENCE = re.compile(r"I hope (?:it|this) is correct[.!]?$")
-_CLOSING_MARK = re.compile(r"(?:\*{2,}|_{2,}|`{2,}|[*_`](?=\.))\.*$")
+# Each run of marks is tried once, from its beginning: no pattern goes back over what it has read.
+_CLOSING_MARK = re.compile(r"(?:(?<!\*)\*{2,}+|(?<!_)_{2,}+|(?<!`)`{2,}+|[*_`](?=\.))\.*+$")
 _OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
