@@ -18,6 +18,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import rlad
+import rlad.engines.making
 import rlad.engines.native.loop
 import rlad.rollouts.evaluation
 import rlad.training.run
@@ -223,7 +224,7 @@ def test_second_ctrl_c_stops_at_once(world, tmp_path, monkeypatch):
 
 # Where a signal comes: (module or class, its function, which call of it).
 PLACES: dict[str, tuple[Any, str, int]] = {
-    "loading models": (rlad.training.run, "load_student", 1),
+    "loading models": (rlad.engines.making, "load_student", 1),
     "writing a checkpoint": (rlad.engines.native.loop, "save_state", 2),
     "evaluation": (rlad.rollouts.evaluation, "graded_groups", 1),
     "generation": (NativeEngine, "make_rollout_batch", 2),

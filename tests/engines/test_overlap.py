@@ -23,7 +23,7 @@ from rlad.tasks import make_task
 from rlad.teachers.served.teacher import ServedTeacher
 from rlad.training.run import make_engine
 from running_servers import server_thread, wait_for
-from tiny_runs import run_config
+from tiny_runs import OFTEN_CORRECT, run_config
 
 SHORT = {"tolerance": 1e-3, "retry_pause_seconds": 0.005, "num_retries": 0, "timeout_seconds": 20.0}
 NUM_GROUPS = 6
@@ -56,6 +56,8 @@ def engine_at(
         "group_size": GROUP_SIZE,
         "max_completion_tokens": MAX_TOKENS,
     }
+    # `opd` asks its teacher about every completion, whatever the verifier says.
+    sections.setdefault("objective", {"type": "opd"})
     sections["rollout"] = {**sizes, "max_batch_rows": max_batch_rows}
     # In place of a table of its own: no key of the local teacher may stay.
     config = parse_config(run_config(world, Path("unused"), **sections) | {"teacher": teacher})
@@ -106,7 +108,7 @@ def test_the_batch_is_that_of_asking_afterwards(
     world, tmp_path, server, monkeypatch, form, objective
 ):
     """TRRD leaves groups of equal rewards out, OPD asks about all."""
-    sections: Any = {"max_batch_rows": 10, "objective": {"type": objective}}
+    sections: Any = {"max_batch_rows": 10, "objective": {"type": objective}, "task": OFTEN_CORRECT}
     ahead = batches_of(world, forms(server.url, tmp_path / "ahead")[form], **sections)
     num_asked = len(server.requests)
     monkeypatch.setattr(ServedTeacher, "works_elsewhere", False)

@@ -21,7 +21,7 @@ from rlad.teachers import check_teacher, prepare_teacher
 from rlad.teachers.base import Setting, TeacherRequest
 from rlad.teachers.local import LocalTeacher, identity_of, quantization_config
 from tiny_models import LargestTensor
-from tiny_runs import run_config, write_model
+from tiny_runs import OFTEN_CORRECT, run_config, write_model
 
 REQUESTS = [
     TeacherRequest((2, 5, 3, 6), (3, 1)),
@@ -105,9 +105,10 @@ def test_int8_is_scored_in_tiles(torchao, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_run_with_an_int8_teacher_is_resumed(torchao, world, tmp_path, dtype):
     teacher = {"quantization": "int8", "dtype": dtype, "device": "cpu"}
-    config = run_config(world, tmp_path / "run", student={"device": "cpu"}, teacher=teacher)
+    how: dict[str, Any] = {"student": {"device": "cpu"}, "task": OFTEN_CORRECT}
+    config = run_config(world, tmp_path / "run", teacher=teacher, **how)
     rlad.train(config)
-    plain = rlad.train(run_config(world, tmp_path / "plain", student={"device": "cpu"}))
+    plain = rlad.train(run_config(world, tmp_path / "plain", **how))
     ratios = [
         next(RunDirectory(path).read("metrics.jsonl"))["teacher/log_ratio/mean"]
         for path in (tmp_path / "run", plain.run_dir)
