@@ -14,7 +14,7 @@ import rlad
 from rlad.cli.evaluate import evaluate_run_or_model
 from rlad.export.model import export_model
 from rlad.runs.directory import RunDirectory
-from tiny_runs import PROBLEMS, run_config, write_world
+from tiny_runs import OFTEN_CORRECT, PROBLEMS, run_config, write_world
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "lm_eval"
 
@@ -35,7 +35,11 @@ def test_its_figure_is_that_of_rlad_evaluate(tmp_path):
         (world / f"{name}.jsonl").write_text(
             "".join(json.dumps(problem) + "\n" for problem in problems)
         )
-    sections = {"rollout": {"prompts_per_batch": 2, "group_size": 8}, "objective": {"type": "grpo"}}
+    sections = {
+        "rollout": {"prompts_per_batch": 2, "group_size": 8},
+        "objective": {"type": "grpo"},
+        "task": OFTEN_CORRECT,
+    }
     evaluation, loop = (
         {"num_test_problems": 6, "every_steps": 20},
         {"num_steps": 20, "learning_rate": 1e-2},
@@ -72,6 +76,7 @@ def test_its_figure_is_that_of_rlad_evaluate(tmp_path):
     environment = os.environ | {
         "RLAD_RUN": str(run_dir),
         "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
         "HF_HOME": str(tmp_path / "cache"),
     }
     done = subprocess.run(
