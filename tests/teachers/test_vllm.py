@@ -83,6 +83,7 @@ class World:
         sections = {
             "rollout": {"max_prompt_tokens": 128},
             "optimization": {"num_steps": STEPS},
+            "objective": {"type": "opd"},  # asks about every completion, right or wrong
             **sections,
         }
         return run_config(self.folder, run_dir, student={"model": str(self.student)}, **sections)
@@ -110,7 +111,7 @@ def write_problems(folder: Path) -> Path:
 
 @pytest.fixture
 def world(tmp_path: Path) -> World:
-    """Of 7 words: the student is right now and then, so that the teacher is asked in every step."""
+    """A vocabulary of 7 words."""
     folder = write_problems(tmp_path)
     # vLLM's attention on the CPU wants heads of 32 numbers or more.
     teacher = write_model(folder / "teacher", seed=2, hidden_size=64, head_dim=32)
