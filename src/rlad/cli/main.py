@@ -63,9 +63,10 @@ class _Verbs(click.Group):
 class _Output:
     """Standard output or standard error, which may be a file on a full disk."""
 
-    def __init__(self, stream: io.TextIOWrapper):
+    def __init__(self, name: str, stream: io.TextIOWrapper):
         # What the terminal's encoding cannot show is replaced.
         stream.reconfigure(errors="replace")
+        self._name = name
         self._stream = stream
 
     def __getattr__(self, name: str) -> Any:
@@ -87,9 +88,10 @@ class _Output:
             raise
         except OSError as error:
             # Nothing more can be said there, not even at the end of the process.
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            setattr(sys, self._name, open(os.devnull, "w"))  # noqa: SIM115
+            which = {"stdout": "output", "stderr": "error"}[self._name]
             raise RunFailedError(
-                f"standard output cannot be written ({error.strerror}); make room for it."
+                f"standard {which} cannot be written ({error.strerror}); make room for it."
             ) from None
 
 
@@ -126,7 +128,7 @@ def main() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
-            setattr(sys, name, _Output(stream))
+            setattr(sys, name, _Output(name, stream))
     try:
         os.getcwd()
     except FileNotFoundError:
