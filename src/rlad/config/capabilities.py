@@ -40,6 +40,8 @@ def _asked_by_run(run: RunConfig) -> Iterator[Row]:
     if isinstance(loop.kl_coef, Annealed):
         yield "an annealed optimization.kl_coef", ("native",), "give one number"
     yield from _asked_by_length(run)
+    if run.task.type == "environment":
+        yield "task.type = 'environment'", ("native",), "use the native engine"
     if run.rollout.max_staleness:
         yield "rollout.max_staleness = 1", ("native",), "set it to 0"
     for key in ("lora", "end_tokens"):

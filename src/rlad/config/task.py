@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from rlad.config.types import Location, Positive, Section
+from rlad.config.types import Count, Location, Number, Positive, Section
 from rlad.config.validation import validated
 from rlad.errors import UserError
 
@@ -121,7 +121,26 @@ class SeveralTasksConfig(Section):
     """by name: each a task of any other type"""
 
 
-TaskConfig = SingleTaskConfig | SeveralTasksConfig
+class EnvironmentTaskConfig(Section):
+    """Episodes of several turns in an environment of your own."""
+
+    type: Literal["environment"] = "environment"
+    path: Annotated[str, Field(min_length=1)]
+    """the class, as `import.path:Class`"""
+    options: dict[str, Any] = Field(default={})
+    """given to the class"""
+    max_turns: Count = 10
+    """turns of the model; an episode that is not done by then is cut off"""
+    max_turn_tokens: Count | None = None
+    """of one turn; by default what is left of rollout.max_completion_tokens, which counts all that
+    the model writes in an episode"""
+    reward: Literal["sum", "last"] = "sum"
+    """of an episode: the sum of its steps' rewards, or that of its last step"""
+    success_reward: Number = 1.0
+    """an episode with at least this reward is a success, unless its last step says `success`"""
+
+
+TaskConfig = SingleTaskConfig | SeveralTasksConfig | EnvironmentTaskConfig
 
 
 class _Evaluation(Section):

@@ -12,6 +12,7 @@ from rlad.config.types import Section
 from rlad.config.validation import validated
 from rlad.tasks.base import SPLITS, Judgement, Problem, Split, Task, Verdict, split_of
 from rlad.tasks.benchmarks import Benchmark
+from rlad.tasks.environment import EnvironmentTask
 from rlad.tasks.jsonl import JsonlTask
 from rlad.tasks.logic import KnightsAndKnaves
 from rlad.tasks.reasoning_gym import ReasoningGym, arithmetic, countdown
@@ -38,6 +39,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "gsm8k": partial(Benchmark, "gsm8k"),
     "aime2025": partial(Benchmark, "aime2025"),
     "several": SeveralTasks,
+    "environment": EnvironmentTask,
 }
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from rlad.errors import UserError
 from rlad.tasks.answers import ANSWER_FORMATS
 from rlad.tasks.base import Judgement, Problem, Task, Verdict
+from rlad.tasks.episodes import episode_rules
 from rlad.tasks.jsonl import JsonlTask
 from rlad.tasks.several import SeveralTasks
 
@@ -36,6 +37,8 @@ def require_working_verifier(task: Task) -> list[ReferenceGrades]:
 
     Raises `UserError` when none of them is correct.
     """
+    if episode_rules(task) is not None:
+        return []  # an episode has no reference answer
     if isinstance(task, SeveralTasks):
         return [grades for one in task.tasks.values() for grades in require_working_verifier(one)]
     available = task.num_problems("train")

@@ -1,0 +1,147 @@
+"""The task `environment`: a class of the user's in which the model acts over several turns."""
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import replace
+from functools import lru_cache, partial
+from typing import Any
+
+from rlad.errors import UserError
+from rlad.seeds import stream_seed
+from rlad.tasks.base import Judgement, Problem, Split, cannot_judge, split_of
+from rlad.tasks.episodes import (
+    Environment,
+    EpisodeFailed,
+    EpisodeRules,
+    RewardRule,
+    Step,
+    checked_step,
+    checked_text,
+)
+
+_NUM_REMEMBERED_PROMPTS = 4096
+_MAX_ATTEMPTS = 1_000
+
+
+class EnvironmentTask:
+    """A task whose problems are the initial states of an environment's episodes.
+
+    `path` names a class as `package.module:Class`, with `reset(problem, seed)` and `step(text)`. It
+    may have a static method `problem(number) -> Problem` for any number from 0 to 2^63; without
+    one, a problem has its number in `metadata["number"]`. An empty prompt is filled with what
+    `reset` returns. The key decides the split.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        options: dict[str, Any] | None = None,
+        max_turns: int = 10,
+        max_turn_tokens: int | None = None,
+        reward: RewardRule = "sum",
+        success_reward: float = 1.0,
+    ) -> None:
+        self.name = path.rpartition(":")[2]
+        self.reward_range = (float("-inf"), float("inf"))
+        self._class = import_class(path)
+        self._options = options or {}
+        self.episode_rules = EpisodeRules(
+            self._make, max_turns, max_turn_tokens, reward, success_reward
+        )
+        self._prompt_of = lru_cache(_NUM_REMEMBERED_PROMPTS)(self._first_text)
+
+    def problem(self, split: Split, index: int, *, seed: int = 0) -> Problem:
+        for attempt in range(_MAX_ATTEMPTS):
+            number = stream_seed(seed, "environment", split, index, attempt)
+            problem = self._numbered(number)
+            if split_of(problem.key) == split:
+                return replace(problem, prompt=problem.prompt or self._prompt_of(number))
+        raise UserError(
+            f"the environment {self.name} has no {split} problem among {_MAX_ATTEMPTS} numbers: "
+            "the keys of its problems decide their split, so they must differ."
+        )
+
+    def num_problems(self, split: Split) -> int | None:
+        return None
+
+    def judge(self, problem: Problem, completion: str) -> Judgement:
+        """Grade a completion as the only turn of an episode."""
+        environment = self._make()
+        try:
+            environment.reset(problem, seed=0)
+            return self.episode_rules.judge([environment.step(completion)])
+        except EpisodeFailed as failure:
+            return cannot_judge(str(failure))
+        finally:
+            environment.close()
+
+    def close(self) -> None:
+        return
+
+    def _numbered(self, number: int) -> Problem:
+        make = getattr(self._class, "problem", None)
+        if make is not None:
+            return make(number)
+        return Problem("", "", str(number), metadata={"number": number})
+
+    def _make(self) -> Environment:
+        return InProcess(partial(self._class, **self._options))
+
+    def _first_text(self, number: int) -> str:
+        environment = self._make()
+        try:
+            return environment.reset(self._numbered(number), seed=0)
+        except EpisodeFailed as failure:
+            raise UserError(
+                f"the environment {self.name} cannot be reset for problem {number} ({failure}); "
+                "fix its `reset`."
+            ) from None
+        finally:
+            environment.close()
+
+
+class InProcess(Environment):
+    """A user's object with `reset` and `step` in this process; what it raises costs one rollout."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._inner = _guarded(make)
+
+    def reset(self, problem: Problem, *, seed: int) -> str:
+        return checked_text(_guarded(lambda: self._inner.reset(problem, seed=seed)))
+
+    def step(self, text: str) -> Step:
+        return checked_step(_guarded(lambda: self._inner.step(text)))
+
+    def close(self) -> None:
+        if hasattr(self._inner, "close"):
+            _guarded(self._inner.close)
+
+
+def _guarded(call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except Exception as error:  # of any kind: the class is the user's
+        raise EpisodeFailed(f"{type(error).__name__}: {error}"[:200]) from error
+
+
+def import_class(path: str) -> type:
+    """Import the class that `package.module:Class` names; `UserError` where there is none with
+    `reset` and `step`."""
+    module, _, name = path.partition(":")
+    try:
+        with redirect_stdout(sys.stderr):  # what a module prints is not the command's output
+            found = getattr(importlib.import_module(module), name)
+    except Exception as error:  # of any kind: the module is the user's
+        raise UserError(
+            f"environment {path!r} cannot be used ({type(error).__name__}: {error}); write it as "
+            "'package.module:Class', with the folder of the package on PYTHONPATH."
+        ) from error
+    if not inspect.isclass(found) or not all(hasattr(found, one) for one in ("reset", "step")):
+        raise UserError(
+            f"environment {path!r} is no class with the methods reset(problem, seed) and "
+            "step(text); name one that has them."
+        )
+    return found
