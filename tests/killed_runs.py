@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import rlad
-import rlad.engines.native.loop
+import rlad.engines.native.batches
 import rlad.training.run
 from rlad.engines.native.loop import NativeEngine
 from rlad.runs.directory import RunDirectory
@@ -23,7 +23,7 @@ from tiny_runs import remains
 # evaluation, counts as that.
 PHASES: dict[str, tuple[Any, str]] = {
     "loading": (rlad.training.run, "load_engine_student"),
-    "generation": (rlad.engines.native.loop, "graded_groups"),
+    "generation": (rlad.engines.native.batches, "graded_groups"),
     "teacher scoring": (NativeEngine, "_ask_teacher"),
     "update": (NativeEngine, "update"),
     "checkpoint writing": (RunDirectory, "write_checkpoint"),

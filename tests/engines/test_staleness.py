@@ -16,7 +16,7 @@ import rlad
 from copied_samplers import AHEAD, CopySampler
 from rlad.config.file import parse_config
 from rlad.engines.metrics import TokenStats
-from rlad.engines.native import loop, make_engine
+from rlad.engines.native import batches, make_engine
 from rlad.engines.native.loop import NativeEngine
 from rlad.engines.rollout_batch import RolloutBatch
 from rlad.errors import RunFailedError
@@ -35,7 +35,7 @@ SIZES = {"prompts_per_batch": 4, "group_size": 6, "max_completion_tokens": 5}
 
 @pytest.fixture(autouse=True)
 def copies_take_the_place_of_servers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "make_sampler", CopySampler)
+    monkeypatch.setattr(batches, "make_sampler", CopySampler)
 
 
 @contextmanager
@@ -192,7 +192,7 @@ def test_a_resumed_run_writes_again_what_was_begun(world, tmp_path, monkeypatch)
             rlad.train(resumed)
         except StopRequested:
             monkeypatch.undo()
-            monkeypatch.setattr(loop, "make_sampler", CopySampler)
+            monkeypatch.setattr(batches, "make_sampler", CopySampler)
             rlad.train(resumed, resume=run_dir.exists())
         rows = list(RunDirectory(run_dir).read("metrics.jsonl"))
         assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]

@@ -8,7 +8,7 @@ import pytest
 
 from copied_samplers import AHEAD, CopySampler
 from rlad.config.file import parse_config
-from rlad.engines.native import loop, make_engine
+from rlad.engines.native import batches, make_engine
 from rlad.errors import UserError
 from rlad.models.student import load_student
 from rlad.tasks import make_task
@@ -38,7 +38,7 @@ def start_and_close(
         made.append(Sampler(student, rollout))
         return made[-1]
 
-    monkeypatch.setattr(loop, "make_sampler", make_sampler)
+    monkeypatch.setattr(batches, "make_sampler", make_sampler)
     config = parse_config(run_config(world, Path("unused"), rollout={"engine": "vllm"}, **SFT))
     with closing(make_task(**config.task.model_dump())) as task:
         make_engine(config, load_student(config), task, before_work=lambda: None).close()
