@@ -25,6 +25,7 @@ from rlad.config.run import LoraConfig
 from rlad.errors import UserError, require_package
 from rlad.models.adapters import add_lora, has_adapter, load_adapter, save_adapter
 from rlad.models.files import EMBEDDED, base_model, files_of, has_tokenizer, is_adapter, located
+from rlad.models.rope import longest_with_one_rope
 from rlad.text import first_line
 
 _IF_THERE: dict[str, Any] = {
@@ -32,6 +33,7 @@ _IF_THERE: dict[str, Any] = {
     "_raise_exceptions_for_connection_errors": False,
     "_raise_exceptions_for_gated_repo": False,
 }
+_MORE_THAN_LOGITS = ("output_router_logits", "output_hidden_states", "output_attentions")
 _TOKENS_OF_GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id")
 # What transformers raises for files that are not what they should be.
 _UNUSABLE_FILES = (OSError, ValueError, TypeError, KeyError, AttributeError)
@@ -64,8 +66,20 @@ class LanguageModel:
 
     @property
     def context_tokens(self) -> int | None:
-        """The longest sequence the model was made for; None when it does not say."""
+        """The longest sequence the model can be used for; None when it does not say."""
         return context_tokens(self.model.config)
+
+    def require_one_rope(self, num_tokens: int) -> None:
+        """Raise `UserError` for a sequence in which a token's log-prob would depend on others
+        beside or after it."""
+        longest = longest_with_one_rope(self.model.config)
+        if longest is not None and num_tokens > longest:
+            raise UserError(
+                f"a sequence of {num_tokens} tokens is more than the {longest} up to which the "
+                f"positions of {self.name!r} have one meaning (beyond it, its rope_parameters "
+                "make log-probs depend on the longest sequence in the batch); lower "
+                "rollout.max_completion_tokens, or take shorter prompts."
+            )
 
 
 # --- without weights ------------------------------------------------------------------------------
@@ -146,8 +160,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def context_tokens(config: Any) -> int | None:
-    """Return the longest sequence a model was made for; None when its config does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    """Return the longest sequence a model can be used for; None when its config does not say."""
+    stated = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limits = [limit for limit in (stated, longest_with_one_rope(config)) if limit is not None]
+    return min(limits, default=None)
 
 
 def end_token_ids(
@@ -236,6 +252,7 @@ def load_language_model(
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
     remove_dropout(model)
+    _return_logits_alone(model)
     if trainable:
         _describe_truly(model)
     # End tokens of the run are written with the model, so that others stop at them too.
@@ -246,6 +263,19 @@ def load_language_model(
     loaded = LanguageModel(name, model.to(where).eval(), tokenizer, eos, pad, compute_dtype)
     _require_sound(loaded, look_at_weights=trainable)
     return loaded
+
+
+def _return_logits_alone(model: Any) -> None:
+    """Undo settings of a config.json by which a forward pass returns more than logits, or a tuple.
+
+    `output_router_logits` of a mixture of experts is one of them: the auxiliary loss that it is for
+    is no part of any objective.
+    """
+    for config in (model.config, model.config.get_text_config()):
+        for setting in _MORE_THAN_LOGITS:
+            if getattr(config, setting, False):
+                setattr(config, setting, False)
+        config.return_dict = True
 
 
 def _describe_truly(model: Any) -> None:

@@ -133,6 +133,8 @@ def sample(
             "a prompt has no tokens, so there is nothing to predict the first token from; give "
             "every prompt some text."
         )
+    longest = max(map(len, prompts), default=0)
+    language_model.require_one_rope(longest + max_completion_tokens)
     # All uniform numbers are drawn before anything is decoded, so a row's do not depend on the
     # batch that it is decoded in.
     device = language_model.model.device

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlad.errors import UserError
+from rlad.errors import RunFailedError, UserError
 from rlad.models.loading import LanguageModel
 from rlad.scoring.distributions import Distributions, float32_or_wider
 from rlad.scoring.output_layer import output_layer
@@ -22,6 +22,9 @@ from rlad.scoring.tiles import tokens_per_chunk
 from rlad.scoring.token_logprobs import token_logprobs
 
 TokenIds = Sequence[int]
+# Nats a token by which one row may differ from the same row in a batch, in narrower types than
+# float32 and in float32.
+NEIGHBOUR_LIMITS = (0.5, 1e-3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,7 @@ class Scorer:
         self.temperature = temperature
         self.tokens_per_batch = tokens_per_batch
         self.head = output_layer(language_model.model)
+        self._compares_neighbours = True
 
     def batches(
         self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]
@@ -124,6 +128,7 @@ class Scorer:
         # nothing is read there.
         rows = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
         width = max(map(len, rows))
+        self.language_model.require_one_rope(width)
         longest = max(map(len, completions))
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
         starts = torch.tensor([len(p) for p in prompts], device=device)[:, None]
@@ -216,6 +221,7 @@ class Scorer:
         A chunk has `chunk_tokens` tokens, by default as many as `LOGITS_PER_CHUNK` allows. Without
         an output layer all logits exist at once.
         """
+        self.language_model.require_one_rope(len(token_ids))
         ids = torch.tensor([token_ids], device=self.model.device)
         predicts = torch.zeros_like(ids, dtype=torch.bool)
         predicts[0, start - 1 : -1] = True
@@ -236,7 +242,8 @@ class Scorer:
         """Return the log-probs of each completion, float32 `[its length]` on the CPU, without
         gradient, in the order given."""
         results: list[Tensor] = [torch.empty(0)] * len(prompts)
-        for rows in self.batches(prompts, completions):
+        batches = self.batches(prompts, completions)
+        for rows in batches:
             self.before_work()
             scores = self(
                 [prompts[i] for i in rows], [completions[i] for i in rows], with_entropy=False
@@ -244,7 +251,36 @@ class Scorer:
             # Batches are sorted by length; each result goes back to its own place.
             for i, values, mask in zip(rows, scores.logprobs.cpu(), scores.mask.cpu(), strict=True):
                 results[i] = values[mask]
+        if self._compares_neighbours:
+            self._compare_neighbours(batches, prompts, completions, results)
         return results
+
+    def _compare_neighbours(
+        self,
+        batches: Sequence[Sequence[int]],
+        prompts: Sequence[TokenIds],
+        completions: Sequence[TokenIds],
+        results: Sequence[Tensor],
+    ) -> None:
+        """Score the shortest row once more, by itself, the first time that several were together.
+
+        Raises `RunFailedError` where it gets other log-probs: of such a model they depend on the
+        batch, and nobody would see that of a teacher or a reference.
+        """
+        shared = [i for rows in batches if len(rows) > 1 for i in rows if completions[i]]
+        if not shared:
+            return
+        self._compares_neighbours = False
+        row = min(shared, key=lambda i: len(prompts[i]) + len(completions[i]))
+        alone = self([prompts[row]], [completions[row]], with_entropy=False).logprobs[0].cpu()
+        difference = float((alone - results[row]).abs().mean())
+        limit = NEIGHBOUR_LIMITS[self.language_model.compute_dtype == torch.float32]
+        if difference > limit:
+            raise RunFailedError(
+                f"{self.language_model.name!r} gives a completion other log-probs beside others "
+                f"than alone (by {difference:.2g} nats a token, more than {limit:g} of rounding); "
+                "take another model, or set tokens_per_batch = 1, which scores each by itself."
+            )
 
 
 def batches_by_length(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:

@@ -38,6 +38,7 @@ class ShardedScorer(Scorer):
     def __init__(self, language_model: LanguageModel, *, device_type: str, **scoring: Any):
         """Split a model whose weights should still be on the CPU."""
         super().__init__(language_model, **scoring)
+        self._compares_neighbours = False  # one more pass of one process alone would wait for ever
         # Weights are whole only within the model's own forward pass, so the log-probs are made
         # there.
         add_fused_lm_head(self.model, temperature=self.temperature)

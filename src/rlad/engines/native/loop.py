@@ -22,15 +22,19 @@ from rlad.engines.native.batches import RolloutMaker
 from rlad.engines.native.checkpoint import EngineState, batch_tensors, load_state, save_state
 from rlad.engines.native.gradient import LossGradient, trained_parameters
 from rlad.engines.rollout_batch import RolloutBatch
-from rlad.errors import UserError
+from rlad.errors import RunFailedError, UserError
+from rlad.models.adapters import has_adapter
 from rlad.models.loading import LanguageModel, save_model
 from rlad.rollouts.grading import Timer
 from rlad.rollouts.types import Metrics
+from rlad.scoring.training_mode import require_same_gradients
 from rlad.seeds import stream_seed
 from rlad.tasks import Task
 from rlad.teachers.base import Teacher
 
 SKIPPED = "optimization/skipped/count"
+# Nats a token; the guards of `sampler/mismatch/mean` warn of less.
+LARGEST_MISMATCH = {"float32": 1e-3, "bfloat16": 0.5}
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
 
@@ -66,8 +70,11 @@ class NativeEngine(RolloutMaker):
             num_training_steps=loop.num_steps,
         )
         self.pending: RolloutBatch | None = None
+        self._is_compared = False
         if config.student.gradient_checkpointing:
             student.model.gradient_checkpointing_enable()
+            if has_adapter(student.model):
+                require_same_gradients(student)
         # Samplers are started last: what fails before leaves none of them running.
         super().__init__(
             config,
@@ -204,6 +211,7 @@ class NativeEngine(RolloutMaker):
             torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optimization.max_grad_norm)
         )
         metrics = rollout_metrics([batch.groups[i] for i in prompts]) | stats.summary()
+        self._require_same_logprobs(metrics)
         if self.teacher is not None:  # which may have been asked within the update
             metrics |= self.teacher.pop_metrics()
         metrics |= {
@@ -226,6 +234,22 @@ class NativeEngine(RolloutMaker):
         if self.teacher is not None and not is_skipped:
             self.teacher.after_step()
         return metrics
+
+    def _require_same_logprobs(self, metrics: Metrics) -> None:
+        """Raise `RunFailedError` where our own sampler and the scorer disagree about the tokens of
+        the first batch: such a model would train on log-probs that are not its own."""
+        mismatch = metrics.get("sampler/mismatch/mean")
+        if mismatch is None or self._is_compared or not self.sampler.is_trainers_own:
+            return
+        self._is_compared = True
+        limit = LARGEST_MISMATCH[self.config.student.dtype]
+        if mismatch > limit:
+            raise RunFailedError(
+                f"step {self.step + 1}: sampling token by token and scoring whole completions give "
+                f"log-probs of {self.student.name!r} that differ by {mismatch:.2g} nats a token "
+                f"(sampler/mismatch/mean, at most {limit:g}); this model cannot be trained by "
+                "rlad's own sampler: take another model, or rollout.engine = 'vllm'."
+            )
 
     def accumulate_gradient(
         self,
