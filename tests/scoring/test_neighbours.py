@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import random_tokens, tiny_language_model
 
 from rlad.config.run import LoraConfig
 from rlad.errors import RunFailedError, UserError
@@ -12,6 +11,7 @@ from rlad.models.loading import context_tokens
 from rlad.rollouts.sampling import sample
 from rlad.scoring.scorer import Scorer
 from rlad.scoring.training_mode import require_same_gradients
+from tiny_models import random_tokens, tiny_language_model
 
 _LONGROPE = {
     "rope_type": "longrope",
@@ -57,7 +57,7 @@ def test_beyond_the_border_neither_samples_nor_scores(family, settings):
     model = tiny_language_model(family, **settings)
     with pytest.raises(UserError, match="17 tokens is more than the 16"):
         scored(model, random_tokens(8, 17), 1000)
-    with pytest.raises(UserError, match="lower rollout.max_completion_tokens"):
+    with pytest.raises(UserError, match="lower rollout"):
         sample(
             model,
             random_tokens(5),
