@@ -12,7 +12,8 @@ from rlad.tasks.base import Verdict
 from written_answers import pairs
 
 pytest.importorskip("math_verify", reason="needs the optional package math-verify")
-from rlad.tasks.math_answers import NotRead, read_answer
+from rlad.tasks.answer_kinds import NotRead
+from rlad.tasks.math_answers import read_answer
 from rlad.tasks.mathematics import compare, judge_math
 
 

@@ -66,6 +66,14 @@ def read_formula(text: str) -> Any:
     return _Reader(text).whole()
 
 
+def product_of(text: str) -> Any:
+    """Read letters as variables that are multiplied; None where they are no formula."""
+    try:
+        return read_formula(text)
+    except Unreadable:
+        return None
+
+
 class _Reader:
     """Recursive descent over tokens (kind, text, whether white space comes before)."""
 

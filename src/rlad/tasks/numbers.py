@@ -13,9 +13,9 @@ from rlad.tasks.answers import evaluate_arithmetic, without_wrapping
 from rlad.tasks.denials import is_denied, without_denied_values
 from rlad.tasks.notation import plain_notation, words
 from rlad.tasks.units import MULTIPLIERS, UNITS, Unit, known_unit
+from rlad.tasks.written_numbers import NUMBER, value_of
 
 _MAX_LINE_CHARACTERS = 2_000
-_MAX_NUMBER_CHARACTERS = 500
 _MAX_NUMBERS = 50
 
 
@@ -43,27 +43,6 @@ class Unreadable:
 
 Reading = Amount | Figures | Unreadable | None
 
-_GROUPED = (
-    r"[0-9]{1,3}(?:,[0-9]{3})++(?![0-9]|,[0-9])"  # 1,234,567
-    r"|[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}(?![0-9]|,[0-9])"  # 12,34,567 of India
-)
-_DECIMAL = rf"(?:(?:{_GROUPED}|[0-9]++)(?:\.[0-9]++)?+|\.[0-9]++)"
-_EUROPEAN = r"[0-9]{1,3}(?:\.[0-9]{3})++,[0-9]++|[0-9]{1,3}(?:\.[0-9]{3}){2,}+(?![0-9.])"
-_POWER_OF_TEN = (
-    r"(?:[eE][-+]?[0-9]{1,3}(?![\w.])"
-    r"|\s?(?:\\times|\\cdot|[xX*])\s{0,3}10\s?(?:\^|\*\*)\s?(?:\{\s?[-+]?[0-9]{1,3}\s?\}"
-    r"|[-+]?[0-9]{1,3}(?![\w.]))(?![0-9]))?+"
-)
-_NUMBER = re.compile(
-    r"(?P<sign>(?<![\w)\]}.])(?<![0-9)\]}]\s)(?:[-+]|(?<![\w)\]}.]\s)[-+]\s))?+(?:"
-    r"(?P<mixed>[0-9]{1,9}\s?(?=\\frac|[0-9]++\s?/)(?<=[\s0-9]))?+"
-    r"(?:\\frac\s?(?:\{\s?(?P<above>-?[0-9,.]++)\s?\}\s?\{\s?(?P<below>[0-9,.]++)\s?\}"
-    r"|(?P<a>[0-9])\s?(?P<b>[0-9])(?![0-9])))"
-    rf"|(?P<whole>[0-9]{{1,9}})\s(?P<numerator>[0-9]{{1,9}})\s?/\s?(?P<denominator>[0-9]{{1,9}})"
-    rf"(?![0-9.,/])|(?P<european>{_EUROPEAN})"
-    rf"|(?P<decimal>{_DECIMAL})(?P<power>{_POWER_OF_TEN})"
-    rf"(?:\s?/\s?(?P<divisor>{_DECIMAL}))?+)"
-)
 _EQUALS = re.compile(r"(?<![<>!=:\\])=+(?![<>])")
 _ABOUT = re.compile(r"\\(?:approx|simeq|cong|sim)(?![A-Za-z])|~=|=~")
 _ARROW = re.compile(
@@ -260,7 +239,7 @@ def _named_power(match: re.Match[str]) -> str:
 
 def _read(part: str, is_marked: bool) -> Reading:
     """Read one side of an equation."""
-    numbers = list(_NUMBER.finditer(part))
+    numbers = list(NUMBER.finditer(part))
     if len(numbers) > _MAX_NUMBERS:
         return Unreadable()
     if len(numbers) == 1 or not (shape := _shape(part, numbers)):
@@ -274,13 +253,13 @@ def _read(part: str, is_marked: bool) -> Reading:
             return Unreadable() if is_one_of_several else amounts[-1]
         values = {amount.value if isinstance(amount, Amount) else None for amount in amounts}
         return amounts[0] if len(values) == 1 else Unreadable()
-    values = tuple(value for n in numbers if (value := _value(n)) is not None)
+    values = tuple(value for n in numbers if (value := value_of(n)) is not None)
     return Figures(shape, values) if len(values) == len(numbers) else Unreadable()
 
 
 def _shape(part: str, numbers: list[re.Match[str]]) -> str:
     """Show the signs between numbers, with # for each; "" where there are words or others."""
-    shape = "".join(_NUMBER.sub("#", part).split())
+    shape = "".join(NUMBER.sub("#", part).split())
     is_shape = shape.count("#") == len(numbers) and set(shape) <= _SHAPE_SIGNS | {"#"}
     return shape if is_shape and "##" not in shape else ""
 
@@ -298,7 +277,7 @@ def _amount(part: str, numbers: list[re.Match[str]], index: int) -> Amount | Unr
     unit = UNITS.get(name.strip(" -+")) if money else None
     if not money:
         before = name
-    value = _value(number)
+    value = value_of(number)
     words_before = [word.casefold() for word in _WORD.findall(before)]
     if _BOUND_AFTER.match(after) or _DATE_AFTER.match(after) or _DATE_BEFORE.search(before):
         return Unreadable()
@@ -383,39 +362,6 @@ def _is_in_list(before: str, after: str) -> bool:
         return False
     inside = before[opened:] + re.split(r"[)\]}]", after, maxsplit=1)[0]
     return "," in inside or ";" in inside
-
-
-def _value(number: re.Match[str]) -> Fraction | None:
-    """Compute a number exactly; None where it is too long or divides by zero."""
-    if len(number[0]) > _MAX_NUMBER_CHARACTERS:
-        return None
-    groups = {name: text.replace(",", "") for name, text in number.groupdict().items() if text}
-    try:
-        if "above" in groups or "a" in groups:
-            above, below = (groups.get("above"), groups.get("below"))
-            value = Fraction(above or groups["a"]) / Fraction(below or groups["b"])
-            if "mixed" in groups:
-                value = _mixed(groups["mixed"], value)
-        elif "whole" in groups:
-            value = Fraction(groups["numerator"]) / Fraction(groups["denominator"])
-            value = _mixed(groups["whole"], value)
-        elif "european" in groups:
-            whole, _, tail = number["european"].partition(",")
-            value = Fraction(f"{whole.replace('.', '')}.{tail or '0'}")
-        else:
-            value = Fraction(groups["decimal"])
-            if power := groups.get("power", ""):
-                exponent = re.findall(r"[-+]?[0-9]+", power)[-1]
-                value *= Fraction(10) ** int(exponent)
-            value /= Fraction(groups.get("divisor", "1"))
-    except (ValueError, ZeroDivisionError):
-        return None
-    return -value if value is not None and groups.get("sign", "").startswith("-") else value
-
-
-def _mixed(whole: str, part: Fraction) -> Fraction | None:
-    """Add a proper fraction to a whole number; 3 5/2 is none."""
-    return int(whole) + part if 0 < part < 1 else None
 
 
 def _has_word(text: str) -> bool:

@@ -1,0 +1,139 @@
+"""What an answer to a mathematical problem may be: a value with its unit, several of them, an
+interval, an equation, a time, a text, ...; or that it is not understood."""
+
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from typing import Any
+
+
+@dataclass(frozen=True)
+class MeasuredIn:
+    """A unit: what it measures (the words of an unknown one), how much of that it is, and the value
+    of 1 of it where it may be left out (percent, degrees)."""
+
+    kind: tuple[str, ...]
+    size: Any = None
+    scale: Any = None
+
+
+@dataclass(frozen=True)
+class Value:
+    expression: Any
+    unit: MeasuredIn | None = None
+    name: str = ""
+    num_digits: int = 0
+    """significant ones of a decimal; 0 for what is no decimal"""
+    last_place: Any = 0
+    product: Any = None
+    """what it is if its unit is no unit but variables"""
+    is_grouped: bool = False
+    """whether commas are between its thousands"""
+
+    def unnamed(self) -> "Value":
+        return replace(self, name="")
+
+
+@dataclass(frozen=True)
+class Text:
+    words: str
+    written: str
+    product: Any = None
+    """what it is if its letters are variables"""
+
+
+@dataclass(frozen=True)
+class Several:
+    """A `list` without brackets, a `tuple` with some, or a `set`."""
+
+    kind: str
+    items: tuple[Any, ...]
+    brackets: str = ""
+
+
+@dataclass(frozen=True)
+class Interval:
+    left: Any
+    right: Any
+    is_left_open: bool
+    is_right_open: bool
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Equation:
+    """`expression` is 0; below 0 for the signs < and \\le; not 0 for \\ne."""
+
+    sign: str
+    expression: Any
+
+
+@dataclass(frozen=True)
+class Matrix:
+    rows: tuple[tuple[Any, ...], ...]
+
+
+@dataclass(frozen=True)
+class Based:
+    """A whole number in a base."""
+
+    digits: str
+    base: int
+
+    @property
+    def value(self) -> int:
+        return int(self.digits, self.base)
+
+    @property
+    def as_decimal(self) -> int | None:
+        return int(self.digits) if self.digits.isdigit() else None
+
+
+@dataclass(frozen=True)
+class Residue:
+    value: int
+    modulus: int
+
+
+@dataclass(frozen=True)
+class Time:
+    """A time of day with a.m. or p.m."""
+
+    hour: int
+    minute: int
+    second: int
+
+
+@dataclass(frozen=True)
+class Date:
+    year: int | None
+    month: int
+    day: int
+
+
+@dataclass(frozen=True)
+class Colons:
+    """Numbers with colons between them: a ratio, a time or a duration."""
+
+    values: tuple[Fraction, ...]
+    may_be_time: bool
+
+
+@dataclass(frozen=True)
+class NotRead:
+    """A text that is not understood; or that says what cannot be (`is_false`), 7 = 42, or what the
+    answer is not (`is_denied`)."""
+
+    written: str
+    is_false: bool = field(default=False, compare=False)
+    is_denied: bool = field(default=False, compare=False)
+
+
+Answer = (
+    Value | Text | Several | Interval | Equation | Matrix | Based | Residue | Time | Date | Colons
+    | NotRead
+)  # fmt: skip
+
+
+def as_interval(pair: Several) -> Interval:
+    left, right = pair.items
+    return Interval(left, right, pair.brackets[0] != "[", pair.brackets[1] != "]")

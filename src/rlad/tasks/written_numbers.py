@@ -1,0 +1,61 @@
+"""How one number is written, and its exact value: `-1,000`, `.5`, `3 1/2`, `1e-3`,
+`\\frac{3}{4}`."""
+
+import re
+from fractions import Fraction
+
+_MAX_NUMBER_CHARACTERS = 500
+_GROUPED = (
+    r"[0-9]{1,3}(?:,[0-9]{3})++(?![0-9]|,[0-9])"  # 1,234,567
+    r"|[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}(?![0-9]|,[0-9])"  # 12,34,567 of India
+)
+_DECIMAL = rf"(?:(?:{_GROUPED}|[0-9]++)(?:\.[0-9]++)?+|\.[0-9]++)"
+_EUROPEAN = r"[0-9]{1,3}(?:\.[0-9]{3})++,[0-9]++|[0-9]{1,3}(?:\.[0-9]{3}){2,}+(?![0-9.])"
+_POWER_OF_TEN = (
+    r"(?:[eE][-+]?[0-9]{1,3}(?![\w.])"
+    r"|\s?(?:\\times|\\cdot|[xX*])\s{0,3}10\s?(?:\^|\*\*)\s?(?:\{\s?[-+]?[0-9]{1,3}\s?\}"
+    r"|[-+]?[0-9]{1,3}(?![\w.]))(?![0-9]))?+"
+)
+NUMBER = re.compile(
+    r"(?P<sign>(?<![\w)\]}.])(?<![0-9)\]}]\s)(?:[-+]|(?<![\w)\]}.]\s)[-+]\s))?+(?:"
+    r"(?P<mixed>[0-9]{1,9}\s?(?=\\frac|[0-9]++\s?/)(?<=[\s0-9]))?+"
+    r"(?:\\frac\s?(?:\{\s?(?P<above>-?[0-9,.]++)\s?\}\s?\{\s?(?P<below>[0-9,.]++)\s?\}"
+    r"|(?P<a>[0-9])\s?(?P<b>[0-9])(?![0-9])))"
+    rf"|(?P<whole>[0-9]{{1,9}})\s(?P<numerator>[0-9]{{1,9}})\s?/\s?(?P<denominator>[0-9]{{1,9}})"
+    rf"(?![0-9.,/])|(?P<european>{_EUROPEAN})"
+    rf"|(?P<decimal>{_DECIMAL})(?P<power>{_POWER_OF_TEN})"
+    rf"(?:\s?/\s?(?P<divisor>{_DECIMAL}))?+)"
+)
+
+
+def value_of(number: re.Match[str]) -> Fraction | None:
+    """Compute a number exactly; None where it is too long or divides by zero."""
+    if len(number[0]) > _MAX_NUMBER_CHARACTERS:
+        return None
+    groups = {name: text.replace(",", "") for name, text in number.groupdict().items() if text}
+    try:
+        if "above" in groups or "a" in groups:
+            above, below = (groups.get("above"), groups.get("below"))
+            value = Fraction(above or groups["a"]) / Fraction(below or groups["b"])
+            if "mixed" in groups:
+                value = _mixed(groups["mixed"], value)
+        elif "whole" in groups:
+            value = Fraction(groups["numerator"]) / Fraction(groups["denominator"])
+            value = _mixed(groups["whole"], value)
+        elif "european" in groups:
+            whole, _, tail = number["european"].partition(",")
+            value = Fraction(f"{whole.replace('.', '')}.{tail or '0'}")
+        else:
+            value = Fraction(groups["decimal"])
+            if power := groups.get("power", ""):
+                exponent = re.findall(r"[-+]?[0-9]+", power)[-1]
+                value *= Fraction(10) ** int(exponent)
+            value /= Fraction(groups.get("divisor", "1"))
+    except (ValueError, ZeroDivisionError):
+        return None
+    return -value if value is not None and groups.get("sign", "").startswith("-") else value
+
+
+def _mixed(whole: str, part: Fraction) -> Fraction | None:
+    """Add a proper fraction to a whole number; 3 5/2 is none."""
+    return int(whole) + part if 0 < part < 1 else None
