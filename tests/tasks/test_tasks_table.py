@@ -12,7 +12,7 @@ from rlad.tasks import SPLITS, TASKS, make_task
 
 def test_the_table_names_every_task():
     names = "knights_and_knaves arithmetic countdown reasoning_gym jsonl gsm8k aime2025 several"
-    assert list(TASKS) == [*names.split(), "environment"]
+    assert list(TASKS) == [*names.split(), "environment", "sokoban", "island_questions"]
 
 
 def test_importing_tasks_imports_nothing_heavy():
@@ -59,7 +59,7 @@ def test_every_task_keeps_the_contract(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": f"{i}?", "answer": i}) for i in range(60)))
     # Test sets have no training problems, and episodes no reference answers.
-    names = TASKS.keys() - {"gsm8k", "aime2025", "environment"}
+    names = TASKS.keys() - {"gsm8k", "aime2025", "environment", "sokoban", "island_questions"}
     options: dict[str, Any] = {"jsonl": {"path": str(path)}, "reasoning_gym": {"dataset": "gcd"}}
     options["several"] = {
         "tasks": {

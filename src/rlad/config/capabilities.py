@@ -6,6 +6,7 @@ from typing import Any
 from rlad.config.context import ContextConfig
 from rlad.config.objective import OBJECTIVE_CONFIGS, EngineName
 from rlad.config.run import RunConfig
+from rlad.config.task import EpisodesConfig
 from rlad.config.teacher import single_teachers
 from rlad.config.types import Annealed
 from rlad.errors import UserError
@@ -40,8 +41,8 @@ def _asked_by_run(run: RunConfig) -> Iterator[Row]:
     if isinstance(loop.kl_coef, Annealed):
         yield "an annealed optimization.kl_coef", ("native",), "give one number"
     yield from _asked_by_length(run)
-    if run.task.type == "environment":
-        yield "task.type = 'environment'", ("native",), "use the native engine"
+    if isinstance(run.task, EpisodesConfig):
+        yield f"task.type = {run.task.type!r}", ("native",), "use the native engine"
     if run.rollout.max_staleness:
         yield "rollout.max_staleness = 1", ("native",), "set it to 0"
     for key in ("lora", "end_tokens"):

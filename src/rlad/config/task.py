@@ -1,8 +1,8 @@
 """The `[task]` section: one class for each `type`. `several` holds tasks of its own."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rlad.config.types import Count, Location, Number, Positive, Section
 from rlad.config.validation import validated
@@ -121,7 +121,61 @@ class SeveralTasksConfig(Section):
     """by name: each a task of any other type"""
 
 
-class EnvironmentTaskConfig(Section):
+class EpisodesConfig(Section):
+    """What tasks of several turns share."""
+
+    type: Any = None
+    max_turns: Count = 10
+    """turns of the model; an episode that is not done by then is cut off"""
+    max_turn_tokens: Count | None = None
+    """of one turn; by default what is left of rollout.max_completion_tokens, which counts all that
+    the model writes in an episode"""
+
+
+class SokobanConfig(EpisodesConfig):
+    """Sokoban; generated boards, each with a solution, split by layout up to rotation and
+    reflection."""
+
+    type: Literal["sokoban"] = "sokoban"
+    max_turns: Count = 20
+    """turns of the model; an episode that is not done by then is cut off"""
+    size: Annotated[int, Field(strict=True, ge=4, le=12)] = 5
+    """rows and columns of the room"""
+    num_boxes: Annotated[int, Field(strict=True, ge=1, le=3)] = 1
+    """boxes, and goals"""
+    depth: tuple[Count, Count] = (2, 10)
+    """fewest and most moves of the best solution; each number is equally likely on a layout"""
+    wall_share: Annotated[float, Field(strict=True, ge=0.05, le=0.5)] = 0.15
+    """share of the room's cells that are walls: with too few, all boards have the same layouts"""
+    moves_per_turn: Count = 1
+    """so many moves of one turn count, in order"""
+    instructions: bool = True
+    """put the rules and the answer format before the first board"""
+
+    @model_validator(mode="after")
+    def _check_depth(self) -> Self:
+        least, most = self.depth
+        if least > most:
+            raise UserError(f"depth is from {least} to {most} moves; put the smaller number first")
+        return self
+
+
+class IslandQuestionsConfig(EpisodesConfig):
+    """Knights and knaves whose statements have several solutions: the model may ask before it
+    answers; split by puzzle structure."""
+
+    type: Literal["island_questions"] = "island_questions"
+    num_people: Annotated[int, Field(strict=True, ge=2, le=6)] = 3
+    """people of a puzzle"""
+    num_questions: Count = 2
+    """so many questions may be asked; they always suffice"""
+    vary_names: bool = False
+    """draw the names of each puzzle; else the people are always called Ada, Ben, Cleo, ..."""
+    instructions: bool = True
+    """put the rules and the answer format before each puzzle"""
+
+
+class EnvironmentTaskConfig(EpisodesConfig):
     """Episodes of several turns in an environment of your own."""
 
     type: Literal["environment"] = "environment"
@@ -129,18 +183,19 @@ class EnvironmentTaskConfig(Section):
     """the class, as `import.path:Class`"""
     options: dict[str, Any] = Field(default={})
     """given to the class"""
-    max_turns: Count = 10
-    """turns of the model; an episode that is not done by then is cut off"""
-    max_turn_tokens: Count | None = None
-    """of one turn; by default what is left of rollout.max_completion_tokens, which counts all that
-    the model writes in an episode"""
     reward: Literal["sum", "last"] = "sum"
     """of an episode: the sum of its steps' rewards, or that of its last step"""
     success_reward: Number = 1.0
     """an episode with at least this reward is a success, unless its last step says `success`"""
 
 
-TaskConfig = SingleTaskConfig | SeveralTasksConfig | EnvironmentTaskConfig
+TaskConfig = (
+    SingleTaskConfig
+    | SeveralTasksConfig
+    | EnvironmentTaskConfig
+    | SokobanConfig
+    | IslandQuestionsConfig
+)
 
 
 class _Evaluation(Section):

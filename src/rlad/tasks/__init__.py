@@ -13,6 +13,8 @@ from rlad.config.validation import validated
 from rlad.tasks.base import SPLITS, Judgement, Problem, Split, Task, Verdict, split_of
 from rlad.tasks.benchmarks import Benchmark
 from rlad.tasks.environment import EnvironmentTask
+from rlad.tasks.games.island_questions import IslandQuestions
+from rlad.tasks.games.sokoban import Sokoban
 from rlad.tasks.jsonl import JsonlTask
 from rlad.tasks.logic import KnightsAndKnaves
 from rlad.tasks.reasoning_gym import ReasoningGym, arithmetic, countdown
@@ -40,6 +42,8 @@ TASKS: dict[str, Callable[..., Task]] = {
     "aime2025": partial(Benchmark, "aime2025"),
     "several": SeveralTasks,
     "environment": EnvironmentTask,
+    "sokoban": Sokoban,
+    "island_questions": IslandQuestions,
 }
 
 

@@ -83,6 +83,15 @@ def solutions(puzzle: Puzzle) -> list[World]:
 
 def random_puzzle(num_people: int, rng: random.Random) -> Puzzle:
     """Draw a puzzle uniformly among those with exactly one solution (by rejection)."""
+    # Rejection: every puzzle with one solution stays as likely as any other.
+    while True:
+        puzzle = random_statements(num_people, rng)
+        if len(solutions(puzzle)) == 1:
+            return puzzle
+
+
+def random_statements(num_people: int, rng: random.Random) -> Puzzle:
+    """Draw a puzzle that may have any number of solutions."""
 
     def claim(person: int) -> Claim:
         return Claim(person, rng.random() < 0.5)
@@ -95,11 +104,7 @@ def random_puzzle(num_people: int, rng: random.Random) -> Puzzle:
         first, second = rng.sample(range(num_people), 2)
         return Statement(connective, (claim(first), claim(second)))
 
-    # Rejection: every puzzle with one solution stays as likely as any other.
-    while True:
-        puzzle = tuple(statement(speaker) for speaker in range(num_people))
-        if len(solutions(puzzle)) == 1:
-            return puzzle
+    return tuple(statement(speaker) for speaker in range(num_people))
 
 
 def structure_key(puzzle: Puzzle) -> str:

@@ -1,0 +1,1 @@
+"""Games of several turns that need no download."""
