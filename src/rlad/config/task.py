@@ -187,6 +187,11 @@ class EnvironmentTaskConfig(EpisodesConfig):
     """of an episode: the sum of its steps' rewards, or that of its last step"""
     success_reward: Number = 1.0
     """an episode with at least this reward is a success, unless its last step says `success`"""
+    timeout_seconds: Positive = 10.0
+    """an environment that takes longer for one reset or step costs one rollout"""
+    max_memory_gib: Positive = 4.0
+    """so does one with which all environments together hold more, beyond what their process holds
+    at its start (Linux)"""
 
 
 TaskConfig = (

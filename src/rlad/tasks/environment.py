@@ -3,7 +3,6 @@
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -12,15 +11,10 @@ from typing import Any
 from rlad.errors import UserError
 from rlad.seeds import stream_seed
 from rlad.tasks.base import Judgement, Problem, Split, cannot_judge, split_of
-from rlad.tasks.episodes import (
-    Environment,
-    EpisodeFailed,
-    EpisodeRules,
-    RewardRule,
-    Step,
-    checked_step,
-    checked_text,
-)
+from rlad.tasks.episodes import EpisodeFailed, EpisodeRules, RewardRule
+from rlad.tasks.isolated import IsolatedEnvironments
+from rlad.tasks.tools import ToolEnvironment, describe_tools, has_tools
+from rlad.tasks.worker import MAX_MEMORY_GIB
 
 _NUM_REMEMBERED_PROMPTS = 4096
 _MAX_ATTEMPTS = 1_000
@@ -33,6 +27,9 @@ class EnvironmentTask:
     may have a static method `problem(number) -> Problem` for any number from 0 to 2^63; without
     one, a problem has its number in `metadata["number"]`. An empty prompt is filled with what
     `reset` returns. The key decides the split.
+
+    Or the class is of TRL's kind (see `rlad.tasks.tools`): it gets `reset(number=...)`, its tools
+    are the system message, and the reward is what `get_reward` returned last.
     """
 
     def __init__(
@@ -43,13 +40,25 @@ class EnvironmentTask:
         max_turn_tokens: int | None = None,
         reward: RewardRule = "sum",
         success_reward: float = 1.0,
+        timeout_seconds: float = 10.0,
+        max_memory_gib: float = MAX_MEMORY_GIB,
     ) -> None:
         self.name = path.rpartition(":")[2]
         self.reward_range = (float("-inf"), float("inf"))
         self._class = import_class(path)
-        self._options = options or {}
+        self._tools = describe_tools(self._class) if has_tools(self._class) else ""
+        self._environments = IsolatedEnvironments(
+            partial(_make, path, options or {}),
+            timeout_seconds=timeout_seconds,
+            max_memory_gib=max_memory_gib,
+            load=partial(import_class, path),
+        )
         self.episode_rules = EpisodeRules(
-            self._make, max_turns, max_turn_tokens, reward, success_reward
+            self._environments.make,
+            max_turns,
+            max_turn_tokens,
+            "last" if self._tools else reward,
+            success_reward,
         )
         self._prompt_of = lru_cache(_NUM_REMEMBERED_PROMPTS)(self._first_text)
 
@@ -58,7 +67,9 @@ class EnvironmentTask:
             number = stream_seed(seed, "environment", split, index, attempt)
             problem = self._numbered(number)
             if split_of(problem.key) == split:
-                return replace(problem, prompt=problem.prompt or self._prompt_of(number))
+                prompt = problem.prompt or self._prompt_of(number)
+                messages = (("system", self._tools), ("user", prompt)) if self._tools else ()
+                return replace(problem, prompt=prompt, messages=messages)
         raise UserError(
             f"the environment {self.name} has no {split} problem among {_MAX_ATTEMPTS} numbers: "
             "the keys of its problems decide their split, so they must differ."
@@ -69,7 +80,7 @@ class EnvironmentTask:
 
     def judge(self, problem: Problem, completion: str) -> Judgement:
         """Grade a completion as the only turn of an episode."""
-        environment = self._make()
+        environment = self._environments.make()
         try:
             environment.reset(problem, seed=0)
             return self.episode_rules.judge([environment.step(completion)])
@@ -79,19 +90,16 @@ class EnvironmentTask:
             environment.close()
 
     def close(self) -> None:
-        return
+        self._environments.close()
 
     def _numbered(self, number: int) -> Problem:
         make = getattr(self._class, "problem", None)
-        if make is not None:
+        if make is not None and not self._tools:
             return make(number)
         return Problem("", "", str(number), metadata={"number": number})
 
-    def _make(self) -> Environment:
-        return InProcess(partial(self._class, **self._options))
-
     def _first_text(self, number: int) -> str:
-        environment = self._make()
+        environment = self._environments.make()
         try:
             return environment.reset(self._numbered(number), seed=0)
         except EpisodeFailed as failure:
@@ -103,33 +111,14 @@ class EnvironmentTask:
             environment.close()
 
 
-class InProcess(Environment):
-    """A user's object with `reset` and `step` in this process; what it raises costs one rollout."""
-
-    def __init__(self, make: Callable[[], Any]) -> None:
-        self._inner = _guarded(make)
-
-    def reset(self, problem: Problem, *, seed: int) -> str:
-        return checked_text(_guarded(lambda: self._inner.reset(problem, seed=seed)))
-
-    def step(self, text: str) -> Step:
-        return checked_step(_guarded(lambda: self._inner.step(text)))
-
-    def close(self) -> None:
-        if hasattr(self._inner, "close"):
-            _guarded(self._inner.close)
-
-
-def _guarded(call: Callable[[], Any]) -> Any:
-    try:
-        return call()
-    except Exception as error:  # of any kind: the class is the user's
-        raise EpisodeFailed(f"{type(error).__name__}: {error}"[:200]) from error
+def _make(path: str, options: dict[str, Any]) -> Any:
+    made = import_class(path)(**options)
+    return ToolEnvironment(made) if has_tools(type(made)) else made
 
 
 def import_class(path: str) -> type:
     """Import the class that `package.module:Class` names; `UserError` where there is none with
-    `reset` and `step`."""
+    `reset` and `step`, or `get_reward`."""
     module, _, name = path.partition(":")
     try:
         with redirect_stdout(sys.stderr):  # what a module prints is not the command's output
@@ -139,9 +128,10 @@ def import_class(path: str) -> type:
             f"environment {path!r} cannot be used ({type(error).__name__}: {error}); write it as "
             "'package.module:Class', with the folder of the package on PYTHONPATH."
         ) from error
-    if not inspect.isclass(found) or not all(hasattr(found, one) for one in ("reset", "step")):
+    methods = {name for name in ("reset", "step", "get_reward") if hasattr(found, name)}
+    if not inspect.isclass(found) or "reset" not in methods or len(methods) < 2:
         raise UserError(
             f"environment {path!r} is no class with the methods reset(problem, seed) and "
-            "step(text); name one that has them."
+            "step(text), or reset and get_reward; name one that has them."
         )
     return found
