@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from rlad.checks.contamination import MOST_PROBLEMS, RUN_WORDS, find_contamination, finite_problems
+from rlad.checks.episodes import check_episodes
 from rlad.checks.memory import (
     MemoryEstimate,
     compare_memory,
@@ -38,6 +39,7 @@ from rlad.rollouts.vllm_protocol import Needs, require_usable
 from rlad.rollouts.vllm_server import make_client
 from rlad.runs.directory import RunDirectory
 from rlad.tasks import Task, make_task
+from rlad.tasks.episodes import episode_rules
 from rlad.tasks.references import require_working_verifier
 from rlad.teachers import check_teacher
 from rlad.teachers.base import Setting
@@ -269,6 +271,9 @@ def _tasks(config: RunConfig) -> Iterator[list[Task]]:
 
 def _check_task(config: RunConfig) -> list[Finding]:
     with closing(make_task(**config.task.model_dump())) as task:
+        rules = episode_rules(task)
+        if rules is not None:
+            return check_episodes(task, rules, seed=config.seed)
         return [
             Finding("warning", "task", f"{grades.message}.")
             if grades.message
