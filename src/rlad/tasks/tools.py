@@ -63,7 +63,7 @@ def tool_methods(environment: type) -> dict[str, Callable[..., Any]]:
 def describe_tools(environment: type) -> str:
     """Write the system message that shows a class's tools. `UserError` where one of them lacks
     types or a docstring."""
-    from transformers.utils import get_json_schema
+    from transformers.utils.chat_template_utils import get_json_schema
 
     schemas = []
     for name, method in tool_methods(environment).items():
