@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 # transformers imports torchao wherever it is installed, and that one warns of the kernels that a
-# machine has no use for.
-for _name in ("torchao", "torch.utils._pytree"):
+# machine has no use for. The hub's client says of each of its retries what its last error says.
+for _name in ("torchao", "torch.utils._pytree", "huggingface_hub.utils._http"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 # A public name is written twice: for type checkers here, and in `_HOME` for everyone else.

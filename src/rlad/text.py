@@ -3,6 +3,7 @@ log or a page, and the word that a user may have meant."""
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -22,3 +23,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text; its type's name where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether a name can only be meant as a path on this machine, and is no `owner/name` of a hub:
+    it exists, or its form or its first folder says so."""
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name:
+        return True
+    return Path(name).exists() or ("/" in name and Path(name.partition("/")[0]).is_dir())

@@ -12,7 +12,7 @@ from rlad.checks.prompts import check_first_prompt
 from rlad.config.file import DEFAULT_RUN, load_config
 from rlad.config.run import RolloutConfig
 from rlad.errors import UserError
-from rlad.rollouts.prompts import prompt_token_ids
+from rlad.rollouts.prompts import chat_text, prompt_token_ids
 from rlad.rollouts.texts import begun_completion, completion_texts, special_tags, written_thought
 from rlad.rollouts.types import Completion
 from rlad.tasks import Problem
@@ -91,13 +91,21 @@ def test_the_first_prompt_is_shown_and_what_surprises_is_said():
     assert "add_generation_prompt" in silent
     assert findings(EACH + HEADER) == []
     (clock,) = findings("{{ strftime_now('%d %b %Y') }}\n" + CHATML)
-    assert "the clock's time" in clock
+    assert "asks the clock, and is told 26 Jul 2024 on every day" in clock
+    (made,) = findings("{% set form = '%d' %}{{ strftime_now(form) }}\n" + CHATML)
+    assert "may have other prompts" in made
     unused = "{% if false %}{{ strftime_now('%d') }}{% endif %}" + CHATML
     assert findings(unused) == []
     thinking = CHATML.replace(HEADER, f"{HEADER}<think>\n")
     assert findings(thinking) == []
     (thought,) = findings(thinking, reward="logic_rl")
     assert "it ends with '<think>'" in thought
+
+
+def test_a_template_that_asks_the_clock_has_one_date_on_every_day():
+    chat = "{{ strftime_now('%d %b %Y, %H:%M') }} {{ strftime_now( \"%Y-%m-%d\" ) }}\n" + CHATML
+    text = chat_text(tokenizer(chat), [{"role": "user", "content": QUESTION}], {})
+    assert text.startswith("26 Jul 2024, 00:00 2024-07-26\n")
 
 
 # --- tags -----------------------------------------------------------------------------------------

@@ -5,7 +5,15 @@ from typing import Any
 from rlad.config.run import RunConfig
 from rlad.config.task import KnightsAndKnavesConfig, SeveralTasksConfig
 from rlad.findings import Finding
-from rlad.rollouts.prompts import chat_messages, chat_text, is_plain, prompt_token_ids
+from rlad.rollouts.prompts import (
+    TEMPLATE_DATE,
+    chat_messages,
+    chat_text,
+    dates_in_template,
+    is_plain,
+    prompt_token_ids,
+    without_clock,
+)
 from rlad.rollouts.texts import special_tags, written_thought
 from rlad.tasks import Problem, Task
 
@@ -72,20 +80,15 @@ def _template_warnings(config: RunConfig, problem: Problem, tokenizer: Any) -> l
             "add_generation_prompt: the student has to write the assistant's header itself; add "
             "that to the template."
         )
-    if "strftime_now" in str(tokenizer.chat_template) and text != _at_no_time(
-        tokenizer, messages, variables
-    ):
+    if any(date in text for date in dates_in_template(tokenizer)):
         warnings.append(
-            "the chat template writes the clock's time into it, so that a run that is resumed, or "
-            "evaluated, on another day has other prompts; set the template's variable for it in "
-            "rollout.chat_template_kwargs, or take the clock out of the template."
+            f"the chat template asks the clock, and is told {TEMPLATE_DATE:%d %b %Y} on every day, "
+            "so that a run that is resumed or evaluated later has the same prompts; for another "
+            "date set the template's variable for it in rollout.chat_template_kwargs."
+        )
+    if "strftime_now(" in without_clock(tokenizer):
+        warnings.append(
+            "the chat template asks the clock for a form that it makes itself, so that a run which "
+            "is resumed on another day may have other prompts; take the clock out of the template."
         )
     return warnings
-
-
-def _at_no_time(tokenizer: Any, messages: list[dict[str, str]], variables: dict[str, Any]) -> str:
-    """Write the conversation with the form of a time in place of every time."""
-    template = str(tokenizer.chat_template).replace("strftime_now(", "'at ' ~ (")
-    return tokenizer.apply_chat_template(
-        messages, chat_template=template, tokenize=False, add_generation_prompt=True, **variables
-    )

@@ -54,7 +54,8 @@ class ReasoningGymConfig(_GeneratedConfig):
 
 
 class JsonlConfig(Section):
-    """Your own problems: a `.jsonl` file or a Hugging Face data set."""
+    """Your own problems: a file (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`, also `.gz`), a
+    folder of such files, or a Hugging Face data set."""
 
     type: Literal["jsonl"] = "jsonl"
     path: Location

@@ -7,6 +7,7 @@ from typing import Any
 
 from rlad.errors import UserError
 from rlad.models.packaged import prepared_folder
+from rlad.text import looks_like_path
 
 EMBEDDED = {
     name: Path(__file__).parents[1] / "embedded" / name.removeprefix("embedded/")
@@ -76,6 +77,27 @@ def unreadable_adapter(folder: str, file: str, error: object) -> UserError:
         f"adapter {folder!r}: its {file} cannot be read ({error}); give a folder that PEFT's "
         "`save_pretrained` wrote."
     )
+
+
+def require_model_folder(name: str) -> None:
+    """Raise `UserError` where a name is a path and no model's folder is there: it is not asked for
+    on a hub."""
+    folder = Path(name)
+    if name in EMBEDDED or (folder / "config.json").is_file() or not looks_like_path(name):
+        return
+    if checkpoints := sorted(folder.glob("checkpoints/step-*")):
+        problem = f"it is the directory of a run; give one of its checkpoints: {checkpoints[-1]}"
+    elif folder.is_dir():
+        problem = (
+            "it is a folder without config.json; give a folder that `save_pretrained` wrote, or a "
+            "Hugging Face name"
+        )
+    else:
+        problem = (
+            "it is a path, and there is no folder; correct it, or give a Hugging Face name "
+            f"(owner/name); the embedded models are {', '.join(EMBEDDED)}"
+        )
+    raise UserError(f"model {name!r} cannot be found or read: {problem}.")
 
 
 # --- weights --------------------------------------------------------------------------------------

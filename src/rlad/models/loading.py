@@ -24,7 +24,15 @@ from transformers.utils.hub import cached_file
 from rlad.config.run import LoraConfig
 from rlad.errors import UserError, require_package
 from rlad.models.adapters import add_lora, has_adapter, load_adapter, save_adapter
-from rlad.models.files import EMBEDDED, base_model, files_of, has_tokenizer, is_adapter, located
+from rlad.models.files import (
+    EMBEDDED,
+    base_model,
+    files_of,
+    has_tokenizer,
+    is_adapter,
+    located,
+    require_model_folder,
+)
 from rlad.models.rope import longest_with_one_rope
 from rlad.text import first_line
 
@@ -110,6 +118,7 @@ def load_model_config(name: str) -> PretrainedConfig:
     """
     base = base_model(name)
     what = f"model {base!r}" if base == name else f"model {base!r}, of adapter {name!r},"
+    require_model_folder(base)
     try:
         return AutoConfig.from_pretrained(located(base), trust_remote_code=False)
     except _UNUSABLE_FILES as error:

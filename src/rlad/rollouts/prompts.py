@@ -1,6 +1,7 @@
 """From a problem's prompt to the token ids that the model is given."""
 
 import re
+from datetime import datetime
 from typing import Any
 
 from jinja2 import TemplateError
@@ -9,6 +10,12 @@ from transformers import PreTrainedTokenizerBase
 from rlad.config.run import RolloutConfig, RunConfig
 from rlad.errors import UserError
 from rlad.tasks import Split, Task
+
+TEMPLATE_DATE = datetime(2024, 7, 26)
+"""what a chat template that asks the clock is told, on every day: prompts of a resumed run, of an
+evaluation and of a cached teacher must be those of the first day. Llama's template names this date
+where it has no clock."""
+_CLOCK = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 
 Prompt = str | tuple[tuple[str, str], ...]
 """the user's one message, or a conversation: (role, content) of each message"""
@@ -101,7 +108,11 @@ def chat_text(
     try:
         text = str(
             tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **variables
+                messages,
+                tokenize=False,
+                add_generation_prompt=True,
+                chat_template=without_clock(tokenizer),
+                **variables,
             )
         )
     except (TemplateError, ArithmeticError, TypeError, ValueError, RecursionError) as error:
@@ -121,6 +132,18 @@ def chat_text(
                 "rollout.prompt_format = 'plain'."
             )
     return text
+
+
+def without_clock(tokenizer: Any) -> str:
+    """Return a tokenizer's chat template with `TEMPLATE_DATE` where it asks for the present one."""
+    template = str(tokenizer.get_chat_template())
+    return _CLOCK.sub(lambda call: repr(TEMPLATE_DATE.strftime(call[2])), template)
+
+
+def dates_in_template(tokenizer: Any) -> list[str]:
+    """Return what a tokenizer's chat template is told of the date."""
+    calls = _CLOCK.finditer(str(tokenizer.get_chat_template()))
+    return [TEMPLATE_DATE.strftime(call[2]) for call in calls]
 
 
 def check_prompt_length(

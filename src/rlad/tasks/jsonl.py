@@ -1,4 +1,4 @@
-"""Problems from a file of your own: JSON Lines, or a data set of the package `datasets`."""
+"""Problems of your own: from files, or a data set of the package `datasets`."""
 
 import itertools
 import json
@@ -6,14 +6,14 @@ import math
 import random
 from collections.abc import Iterator
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from rlad.config.task import JsonlConfig
-from rlad.errors import UserError, require_package
+from rlad.errors import UserError
 from rlad.tasks.answers import ANSWER_FORMATS
 from rlad.tasks.base import SPLITS, Judgement, Problem, Split, split_of, text_key
 from rlad.tasks.conversations import asked_text, conversation_mistakes, shown
+from rlad.tasks.data_files import rows_of
 from rlad.tasks.verifiers import make_verifier
 
 _MOST_SHOWN = 200
@@ -29,9 +29,9 @@ class JsonlTask:
     the prompt; prompts that are equal up to case, white space and system message stay together. A
     prompt of `path` that is also in `validation_path` or `test_path` is refused. Other fields that
     hold text or numbers, such as a hint for a privileged teacher, are the problem's metadata. A
-    path that does not end in `.jsonl` is a folder that `datasets` has saved, or a name on the hub
-    (`name:subset`), of which `path` takes the split train, `validation_path` validation and
-    `test_path` test.
+    path is a file (`rlad.tasks.data_files`), a folder of files, a folder that `datasets` has saved,
+    or a name on the hub (`name:subset`); of these, `path` takes the split train, `validation_path`
+    validation and `test_path` test.
     """
 
     name = "jsonl"
@@ -100,9 +100,8 @@ def _order(seed: int, split: Split, epoch: int, num_problems: int) -> list[int]:
 
 
 def _load(source: str, split: str, config: JsonlConfig) -> list[Problem]:
-    rows = _jsonl_rows(source) if source.endswith(".jsonl") else _saved_rows(source, split)
     problems = []
-    for where, row in rows.items():
+    for where, row in rows_of(source, split).items():
         fields = {"prompt_field": config.prompt_field, "answer_field": config.answer_field}
         if mistake := next(_mistakes(row, fields), ""):
             raise UserError(f"{where}: {mistake}")
@@ -115,44 +114,6 @@ def _load(source: str, split: str, config: JsonlConfig) -> list[Problem]:
             )
         problems.append(_problem(row, answer, config))
     return problems
-
-
-def _jsonl_rows(source: str) -> dict[str, Any]:
-    """Read the rows of a file, each by its place."""
-    where = source
-    rows = {}
-    try:
-        for number, line in enumerate(Path(source).read_bytes().split(b"\n"), start=1):
-            where = f"{source}, line {number}"
-            if line.strip():
-                rows[where] = json.loads(line)
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(
-            f"{where} cannot be read ({error}); give the path of a .jsonl file with one JSON "
-            "object in UTF-8 a line."
-        ) from error
-    return rows
-
-
-def _saved_rows(source: str, split: str) -> dict[str, Any]:
-    """Read a folder or a name on the hub with the package `datasets`."""
-    require_package("datasets", f"{source}: a path that does not end in .jsonl")
-    import datasets
-
-    try:
-        if Path(source).is_dir():
-            data: Any = datasets.load_from_disk(source)
-            data = data[split] if isinstance(data, dict) else data
-        else:
-            name, _, subset = source.partition(":")
-            data = datasets.load_dataset(name, subset or None, split=split)
-    except Exception as error:  # the package raises all kinds on a wrong name or without a network
-        raise UserError(
-            f"{source}: datasets cannot load its split {split} ({type(error).__name__}: {error}); "
-            "give a .jsonl file, a folder made by save_to_disk, or a name on the Hugging Face hub, "
-            "with that split."
-        ) from error
-    return {f"{source}, row {number}": row for number, row in enumerate(data, start=1)}
 
 
 def _mistakes(row: Any, fields: dict[str, str]) -> Iterator[str]:

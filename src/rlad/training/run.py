@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from rlad.config.file import dump_config, load_config, parse_config
+from rlad.config.file import differing_settings, dump_config, load_config, parse_config
 from rlad.config.run import RunConfig
 from rlad.engines.base import StepResult
 from rlad.engines.making import (
@@ -42,6 +42,7 @@ from rlad.tasks import Task, make_task
 from rlad.tasks.references import require_working_verifier
 from rlad.training.console import ConsoleReporter
 from rlad.training.environment import describe_environment, note_resumption
+from rlad.training.named_files import fingerprints, require_same_files
 from rlad.training.recorder import Recorder, recorded_estimate
 from rlad.training.reporter import Reporter
 from rlad.training.trackers import Trackers, require_trackers
@@ -117,7 +118,7 @@ def _train(config: RunConfig, *, resume: bool, overwrite: bool, reporter: Report
 
         # Whatever can be found wrong is found here, before anything is written.
         with stop.at_once():
-            checkpoint = _newest_checkpoint(run) if stored else None
+            checkpoint = _checkpoint_to_resume(run, config) if stored else None
             task = held.enter_context(closing(make_task(**config.task.model_dump())))
             ood = config.ood_task
             ood_task = held.enter_context(closing(make_task(**ood.model_dump()))) if ood else None
@@ -138,6 +139,7 @@ def _train(config: RunConfig, *, resume: bool, overwrite: bool, reporter: Report
             run.clear()
             described = describe_environment(config.seed)
             described["sampler"] = training.engine.sampler.name
+            described["files"] = fingerprints(config)
             run.write(ENVIRONMENT, json.dumps(described, indent=2))
             run.write(CONFIG, dump_config(config))
         else:
@@ -308,10 +310,14 @@ def _stored_config(run: RunDirectory, config: RunConfig) -> RunConfig:
     stored = load_config(run.path) if run.exists() else None
     if stored is not None and stored.digest == config.digest:
         return stored
-    problem = (
-        f"{run.path} holds a run with another config; resume it by `rlad train {run.path} "
-        "--resume`, or choose another run_dir for this one."
-    )
+    problem = ""
+    if stored is not None:
+        differences = differing_settings(config, stored)
+        shown = "; ".join(differences[:3]) + "; ..." * (len(differences) > 3)
+        problem = (
+            f"{run.path} holds a run with another config ({shown}); resume it by `rlad train "
+            f"{run.path} --resume`, or choose another run_dir for this one."
+        )
     if stored is None:
         problem = (
             f"there is no run in {run.path} to resume; start it without --resume, or give its "
@@ -320,11 +326,12 @@ def _stored_config(run: RunDirectory, config: RunConfig) -> RunConfig:
     raise UserError(problem)
 
 
-def _newest_checkpoint(run: RunDirectory) -> Path | None:
+def _checkpoint_to_resume(run: RunDirectory, config: RunConfig) -> Path | None:
     """The newest whole one; None when the run was killed before it wrote its first.
 
-    Raises `UserError` when all are lost.
+    Raises `UserError` when all are lost, and when files that the settings name have changed.
     """
+    require_same_files(run, config)
     if run.checkpoints():
         return run.newest_checkpoint()[1]
     if any(any(run.read(name)) for name in (METRICS, EVAL)):
