@@ -7,14 +7,16 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import httpx2
 import tenacity
 from pydantic import SecretStr
 
-from rlad.config.addresses import LOOPBACK
+from rlad.config.addresses import LOOPBACK, is_this_machine
 from rlad.errors import RunFailedError, UserError
 from rlad.text import printable
 
@@ -95,7 +97,7 @@ class ReplicaClient:
             timeout=httpx2.Timeout(seconds, connect=min(seconds, CONNECT_SECONDS)),
             limits=httpx2.Limits(max_connections=max_concurrent_requests),
             # No proxy need see what stays on this machine.
-            mounts={f"all://{f'[{host}]' if ':' in host else host}": None for host in LOOPBACK},
+            mounts={f"all://{host}": None for host in own_hosts(settings.urls)},
         )
 
     def complete(
@@ -195,7 +197,7 @@ class ReplicaClient:
                         raise httpx2.ReadError("the answer is too large or takes too long")
         except httpx2.RequestError as error:
             reason = printable(str(error)) or type(error).__name__
-            raise ServerUnavailableError(f"{address}: {reason}") from None
+            raise ServerUnavailableError(f"{address}{proxy_of(address)}: {reason}") from None
         # What comes is one of three: an answer; a fault that may pass, which is tried again; a
         # refusal, which no waiting changes and which ends the run with advice.
         status = response.status_code
@@ -231,6 +233,23 @@ class ReplicaClient:
         if self.key is not None:
             text = text.replace(self.key.get_secret_value(), "***")
         return " ".join(printable(text).split())[:200].rstrip(".")
+
+
+def own_hosts(urls: Sequence[str]) -> set[str]:
+    """Return how addresses of this machine begin, as patterns of httpx name them: those that are
+    always its own, and those among `urls`."""
+    written = [urlsplit(url).hostname or "" for url in urls if is_this_machine(url)]
+    return {f"[{host}]" if ":" in host else host for host in (*LOOPBACK, *written)}
+
+
+def proxy_of(address: str) -> str:
+    """Say through which proxy of the environment an address is reached; empty where by none."""
+    host = urlsplit(address).hostname or ""
+    if is_this_machine(address) or proxy_bypass(host):
+        return ""
+    proxies = getproxies()
+    name = next((each for each in (urlsplit(address).scheme, "all") if proxies.get(each)), None)
+    return f" (by the proxy of {name.upper()}_PROXY)" if name else ""
 
 
 def _address(url: str, path: str) -> str:

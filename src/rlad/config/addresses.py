@@ -1,6 +1,9 @@
 """Where servers are reached, and the variables that hold their keys. Imports no torch."""
 
 import re
+import socket
+from functools import lru_cache
+from ipaddress import ip_address
 from typing import Annotated
 from urllib.parse import urlsplit
 
@@ -45,4 +48,21 @@ VariableName = Annotated[str, AfterValidator(_variable_name)]
 
 
 def is_this_machine(url: str) -> bool:
-    return urlsplit(url).hostname in LOOPBACK
+    """Whether an address is one of this machine's own, however it is written."""
+    host = urlsplit(url).hostname or ""
+    if host in LOOPBACK or host == socket.gethostname().lower():
+        return True
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return False
+    return address.is_loopback or address.is_unspecified or str(address) in _own_addresses()
+
+
+@lru_cache(maxsize=1)
+def _own_addresses() -> frozenset[str]:
+    import psutil
+
+    return frozenset(
+        one.address.partition("%")[0] for each in psutil.net_if_addrs().values() for one in each
+    )
