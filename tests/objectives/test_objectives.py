@@ -15,8 +15,10 @@ from reference import grpo_token, kl_token, opd_token, trrd_token
 from rlad.config.objective import OBJECTIVE_CONFIGS, OPDThenGRPOConfig
 from rlad.objectives import OBJECTIVES, token_loss
 from rlad.objectives.distilled_rl import distilled_rl_loss
+from rlad.objectives.divergences import divergence_of, sampled_divergence
 from rlad.objectives.inputs import LossInputs
 from rlad.objectives.kdrl import kdrl_loss
+from rlad.objectives.kl import kl_tokens
 from rlad.objectives.rlsd import rlsd_loss
 from rlad.objectives.topd import topd_advantages, topd_loss
 from rlad.objectives.trrd import trrd_loss
@@ -717,7 +719,10 @@ def test_a_missing_teacher_value_drops_its_token_only(name: str, bad: float) -> 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     ("s", "o", "t"),
-    [(-80.0, 0.0, 0.0), (0.0, -80.0, -80.0), (-80.0, -80.0, 0.0), (0.0, 0.0, -80.0)],
+    [
+        *[(-80.0, 0.0, 0.0), (0.0, -80.0, -80.0), (-80.0, -80.0, 0.0), (0.0, 0.0, -80.0)],
+        *[(-200.0, 0.0, 0.0), (0.0, -200.0, -200.0), (-200.0, -200.0, 0.0), (0.0, 0.0, -200.0)],
+    ],
 )
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 def test_extreme_logprobs_stay_finite_in_float32(
@@ -748,6 +753,21 @@ def test_extreme_tokens_beside_ordinary_ones(name: str, dtype: torch.dtype) -> N
         value, gradient = value_and_gradient(name, inputs)
         assert torch.isfinite(value).all()
         assert torch.isfinite(gradient).all()
+
+
+def test_sampled_divergences_stay_finite_and_push_towards_the_teacher_in_float32() -> None:
+    for far in (81.0, 88.0, 200.0, 2e3):
+        student = torch.tensor([-far], requires_grad=True)
+        for value in (
+            kl_tokens(student, torch.zeros(1), estimator="k3"),
+            sampled_divergence(student, torch.zeros(1), divergence_of("forward_kl")),
+            sampled_divergence(student, torch.zeros(1), divergence_of("jsd")),
+        ):
+            (gradient,) = torch.autograd.grad(value.sum(), student)
+            assert torch.isfinite(value).all() and torch.isfinite(gradient).all()
+            assert gradient.item() < 0  # the student's log-prob rises
+    k3 = kl_tokens(torch.tensor([-3.0]), torch.zeros(1), estimator="k3")
+    torch.testing.assert_close(k3, torch.tensor([3.0]).exp() - 4)
 
 
 def test_a_gated_token_has_gradient_zero_also_where_the_ratio_overflows() -> None:

@@ -20,6 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rlad.objectives.masks import LARGEST_LOG_RATIO
+
 Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(student's log-probs, teacher's log-probs) -> (terms, slopes), all of one shape"""
 DivergenceName = Literal["jsd", "reverse_kl", "forward_kl"]
@@ -142,7 +144,8 @@ def sampled_divergence(
     """
     # Terms and slopes are of degree 1 in (πS, πT), so dividing by πS is setting πS to 1.
     student = student_logprobs.detach()
-    ratio = teacher_logprobs.detach() - student
+    # Beyond e^80 float32 has no number for the forward KL.
+    ratio = (teacher_logprobs.detach() - student).clamp(max=LARGEST_LOG_RATIO)
     value, slope = divergence(torch.zeros_like(ratio), ratio)
     return value + slope * (student_logprobs - student)
 

@@ -7,6 +7,8 @@ k3 = e^d - d - 1   low variance and never negative; its gradient is that of the 
 
 from torch import Tensor
 
+from rlad.objectives.masks import LARGEST_LOG_RATIO
+
 
 def kl_tokens(student_logprobs: Tensor, other_logprobs: Tensor, *, estimator: str) -> Tensor:
     """Estimate the KL per token by `k2` or `k3`, with gradient to the student; both log-probs are
@@ -19,7 +21,10 @@ def kl_tokens(student_logprobs: Tensor, other_logprobs: Tensor, *, estimator: st
     if estimator == "k2":
         return d.square() / 2
     if estimator == "k3":
-        return d.exp() - d - 1
+        # Beyond the bound e^d continues along its tangent, so that value and gradient stay numbers
+        # and still grow towards the teacher.
+        bounded = d.clamp(max=LARGEST_LOG_RATIO)
+        return bounded.exp() * (1 + (d - bounded)) - d - 1
     raise ValueError(
         f"KL estimator {estimator!r} is no loss (the gradient of 'k1' does not depend on the "
         "teacher); use 'k2' or 'k3'."

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+LARGEST_LOG_RATIO = 80.0
+
 
 def keep_finite(mask: Tensor, *values: Tensor) -> Tensor:
     """Return the tokens of `mask` at which all `values` are finite. All tensors `[batch,
@@ -16,6 +18,11 @@ def clean(values: Tensor, mask: Tensor) -> Tensor:
     """Return `values` where `mask` holds, 0 elsewhere; nothing outside of it, be it NaN, reaches
     value or gradient."""
     return torch.where(mask, values, torch.zeros_like(values))
+
+
+def bounded_exp(log_ratio: Tensor) -> Tensor:
+    """Return e^x, and e^80 for every larger x: beyond e^88 float32 has no number."""
+    return log_ratio.clamp(max=LARGEST_LOG_RATIO).exp()
 
 
 def heard_tokens(mask: Tensor, teacher_speaks: Tensor | None) -> Tensor:

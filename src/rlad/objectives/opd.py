@@ -6,7 +6,7 @@ loss_t = -exp(log πS - log πold) A_t
 
 from torch import Tensor
 
-from rlad.objectives.masks import clean, keep_finite
+from rlad.objectives.masks import bounded_exp, clean, keep_finite
 
 
 def opd_loss(
@@ -24,7 +24,7 @@ def opd_loss(
         clean(x, kept) for x in (student_logprobs, old_logprobs, teacher_logprobs)
     )
     # With a constant advantage, the gradient is that of a policy gradient on A_t.
-    ratio = (student - old.detach()).exp()
+    ratio = bounded_exp(student - old.detach())
     return -clean(ratio * (teacher - old).detach(), kept), {
         "ratio": ratio.detach(),
         "log_ratio_to_teacher": (student - teacher).detach(),

@@ -8,10 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlad.objectives.masks import clean, masked_mean_of_rows
+from rlad.objectives.masks import bounded_exp, clean, masked_mean_of_rows
 
 RatioLevel = Literal["token", "sequence"]
-_LARGEST_LOG_RATIO = 80.0
 
 
 def clipped_surrogate(
@@ -33,9 +32,8 @@ def clipped_surrogate(
     """
     if level == "sequence":
         log_ratio = masked_mean_of_rows(log_ratio, mask).expand_as(log_ratio)
-    # Beyond e^80 float32 has no number: an infinite ratio would give NaN instead of the exact 0 of
-    # a gated token.
-    ratio = clean(log_ratio, mask).clamp(max=_LARGEST_LOG_RATIO).exp()
+    # An infinite ratio would give NaN instead of the exact 0 of a gated token.
+    ratio = bounded_exp(clean(log_ratio, mask))
     surrogate = torch.minimum(
         ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
     )

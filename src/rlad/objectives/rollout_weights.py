@@ -14,13 +14,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlad.objectives.masks import clean, keep_finite
+from rlad.objectives.masks import bounded_exp, clean, keep_finite
 
 RolloutCorrection = Literal[
     "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
 ]
-# Beyond e^80 float32 has no number.
-_LARGEST_LOG_RATIO = 80.0
 
 
 def rollout_weights(
@@ -47,7 +45,7 @@ def rollout_weights(
     if mode.startswith("sequence"):
         log_ratio = log_ratio.sum(dim=1, keepdim=True).expand_as(log_ratio)
         weighed = mask
-    ratio = log_ratio.clamp(max=_LARGEST_LOG_RATIO).exp()
+    ratio = bounded_exp(log_ratio)
     bounded = ratio.clamp(clip_min or 0.0, clip_max)
     changed = weighed & (bounded != ratio)
     if mode.endswith("mask"):

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from rlad.objectives.grpo import grpo_loss
-from rlad.objectives.masks import clean, keep_heard, per_token
+from rlad.objectives.masks import bounded_exp, clean, keep_heard, per_token
 
 TeacherEnters = Literal["loss", "advantage"]
 
@@ -31,7 +31,7 @@ def distillation_loss(
         teacher_speaks=teacher_speaks,
     )
     log_ratio = clean(student_logprobs, kept).detach() - clean(old_logprobs, kept)
-    weight = log_ratio.exp()
+    weight = bounded_exp(log_ratio)
     if max_importance_weight is not None:
         weight = weight.clamp(max=max_importance_weight)
     divergence = clean(divergence_to_teacher, heard)
