@@ -56,10 +56,11 @@ def resident() -> int:
     """Bytes, after what was freed has been given back; the peak starts again from here."""
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
+    return status_bytes("VmRSS")
 
 
-def _status(key: str) -> int:
+def status_bytes(key: str) -> int:
+    """Bytes of an entry of `/proc/self/status`, such as the peak `VmHWM`."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
@@ -79,10 +80,10 @@ def measure_here(case: Case, without: str) -> dict[str, int]:
         batch = batch_of(engine, case, tokens)
         before = resident()
         batch.teacher_logprobs = batch.by_rollout(engine._ask_teacher(batch), batch.teacher_rows)
-        found["teacher"] = _status("VmHWM") - before
+        found["teacher"] = status_bytes("VmHWM") - before
         before = resident()
         engine.update(batch, prompts)
-        found["update"] = _status("VmHWM") - before
+        found["update"] = status_bytes("VmHWM") - before
     return found
 
 

@@ -66,6 +66,7 @@ class ConformanceServer:
         self.understands: tuple[str, ...] = ("prompt_logprobs", "echo")
         """and `prompt_logprob_token_ids`, for the other route"""
         self.tempers = False
+        self.max_logprobs = 20
         self.prefix = "/v1"
         self.faults: deque[str] = deque()
         """each spoils the answer to one completion request"""
@@ -124,6 +125,11 @@ class ConformanceServer:
             return f"The model `{body.get('model')}` does not exist."
         if len(prompt) + body["max_tokens"] > self.context:
             return f"This model's maximum context length is {self.context} tokens."
+        num_wanted = body.get("prompt_logprobs") or len(
+            (body.get("prompt_logprob_token_ids") or [[]])[0]
+        )
+        if num_wanted > self.max_logprobs:
+            return f"Requested {num_wanted}, which is greater than max allowed: {self.max_logprobs}"
         if max(prompt) >= len(self.tokenizer):
             return f"Token id {max(prompt)} is out of vocabulary"
         return "a seed ends this engine" if "seed" in body else ""
@@ -223,8 +229,11 @@ class ConformanceServer:
         """A row for each row of ids in the request, as a file of numpy's."""
         scores = self._scores(tokens, body)[body["prompt_logprob_start"] :]
         rows = []
-        for ids, (value, others) in zip(body["prompt_logprob_token_ids"], scores, strict=False):
-            rows.append([value, *(others.get(other) for other in ids[1:])])
+        given = tokens[body["prompt_logprob_start"] + 1 :]
+        asked = body["prompt_logprob_token_ids"]
+        for token, ids, (value, others) in zip(given, asked, scores, strict=False):
+            row = [others.get(other) for other in ids]
+            rows.append([value, *row[1:]] if ids[0] == token else row)
         content = io.BytesIO()
         numpy.save(content, numpy.array(rows, dtype="float32"))  # None becomes NaN
         return base64.b64encode(content.getvalue()).decode()

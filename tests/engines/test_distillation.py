@@ -163,11 +163,15 @@ SERVED = {"type": "served", "urls": ["http://127.0.0.1:1/v1"], "model": "x"}
         (
             {"type": "kdrl", "kd_estimator": "exact"},
             {"type": "cached", "teacher": {"model": "x"}},
-            "the support 'full', and this teacher of type 'cached' gives 'sampled' alone",
+            "type 'cached' gives 'sampled' and 'student_top_k' and 'teacher_top_k' alone",
         ),
         (
             {"type": "gkd", "support": "student_top_k"},
-            {"type": "several", "teachers": {"a": SERVED, "b": {"model": "x"}}},
+            {
+                "type": "several",
+                "combine": "mixture",
+                "teachers": {"a": SERVED, "b": {"model": "x"}},
+            },
             "of type 'several' gives 'sampled' alone",
         ),
     ],

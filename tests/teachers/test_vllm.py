@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,6 +186,45 @@ def test_scores_of_vllm_are_those_of_transformers(which, runner, request, tmp_pa
     taken = "prompt_logprobs" if runner == "v1" else "prompt_logprob_token_ids"
     assert found["scoring"].startswith(f"by {taken}; ")
     assert (NEEDS_RUNNER in found["scoring"]) == (runner == "v1")
+
+
+@pytest.mark.parametrize(("runner", "support"), [("v1", "teacher_top_k"), ("v2", "student_top_k")])
+def test_columns_of_vllm_are_those_of_transformers(runner, support, world, tmp_path):
+    """The older runner has no tables of ids, and says so before training."""
+    environment = environment_with_triton(tmp_path / "triton") if runner == "v2" else None
+    student = load_language_model(str(world.student))
+    prompts = [student.tokenizer(problem["prompt"])["input_ids"] for problem in PROBLEMS]
+    generator = torch.Generator().manual_seed(0)
+    size = (len(prompts), 20)
+    words = torch.randint(2, len(student.tokenizer), size, generator=generator).tolist()
+    requests = [TeacherRequest(p, w) for p, w in zip(prompts, words, strict=True)]
+    ids = None
+    if support == "student_top_k":
+        scores = torch.rand(20 * len(prompts), len(student.tokenizer), generator=generator)
+        ids = scores.topk(3).indices
+
+    def findings(config: dict[str, Any]) -> dict[str, str]:
+        run = parse_config(config)
+        found = check_teacher(run.teacher, setting_of(run, student))
+        return {one.subject: one.message for one in found if one.level == "error"}
+
+    def columns(config: dict[str, Any]) -> Any:
+        run = parse_config(config)
+        with closing(make_teacher(run.teacher, setting_of(run, student))) as teacher:
+            return teacher.columns(requests, top_k=3, ids=ids)
+
+    objective = {"type": "gkd", "support": support, "top_k": 3}
+    local = columns(world.local_config(tmp_path / "run") | {"objective": objective})
+    with world.vllm(environment):
+        config = world.served_config(tmp_path / "run") | {"objective": objective}
+        served = columns(config)
+        if runner == "v1":
+            config["objective"] = objective | {"support": "student_top_k"}
+            assert NEEDS_RUNNER in findings(config)["columns"]
+    assert torch.equal(served.ids, local.ids)
+    error = (served.logprobs - local.logprobs).abs().max()
+    print(f"{support}: max {error:.2g} nats over {served.logprobs.numel()} numbers")
+    assert error < 1e-4
 
 
 def test_training_survives_the_death_of_the_server(world, tmp_path):

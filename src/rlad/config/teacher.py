@@ -99,6 +99,7 @@ class ServedTeacherConfig(_SingleTeacher):
     """A model behind an OpenAI-compatible `/v1/completions` that scores given token ids: vLLM,
     `rlad serve-teacher`."""
 
+    gives: ClassVar[frozenset[Support]] = _ALL - {"full"}
     context_of: ClassVar[Literal["model", "student", "server"]] = "server"
     type: Literal["served"]
     urls: Annotated[tuple[ServerURL, ...], Field(min_length=1), Mark.NO_NUMBER]
@@ -154,9 +155,10 @@ class SeveralTeachersConfig(Section):
 
     @property
     def gives(self) -> frozenset[Support]:
-        """What all of them give; of distributions that are only here they can make another."""
+        """What all of them give; to mix them takes whole distributions, or one number each."""
         common = _ALL.intersection(*(teacher.gives for teacher in self.teachers.values()))
-        return common if "full" in common else frozenset({"sampled"})
+        can_combine = self.combine == "by_task" or "full" in common
+        return common if can_combine else frozenset({"sampled"})
 
     def problems(self) -> Iterator[str]:
         if unknown := sorted(self.weights.keys() - self.teachers):
@@ -237,7 +239,7 @@ class CachedTeacherConfig(_TeacherOfTeacher):
 
     @property
     def gives(self) -> frozenset[Support]:
-        return frozenset({"sampled"})
+        return self.teacher.gives - {"full"}
 
 
 class EMATeacherConfig(_TeacherHere):

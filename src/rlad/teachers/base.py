@@ -1,5 +1,5 @@
-"""What a teacher is: it gives the log-prob of each sampled token or, in this process, the whole
-distribution."""
+"""What a teacher is: it gives the log-prob of each sampled token, of some entries of the vocabulary
+or, in this process, the whole distribution."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from rlad.config.run import RunConfig
 from rlad.models.loading import LanguageModel
 from rlad.rollouts.types import Rollout
+from rlad.scoring.columns import TokenColumns, columns_of
 from rlad.scoring.distributions import TokenDistributions
 from rlad.scoring.scorer import Scorer
 from rlad.tasks import Problem
@@ -60,8 +61,8 @@ class Answer:
 
 
 class Teacher(ABC):
-    """Scores the student's completions: one number per token or, where its model is in this
-    process, distributions."""
+    """Scores the student's completions: one number per token, some columns of the vocabulary or,
+    where its model is in this process, distributions."""
 
     identity: str
     """Names the teacher, though not each bit of its weights; a resumed run must find the same."""
@@ -79,6 +80,11 @@ class Teacher(ABC):
         """Whether it scores without the student's device, so that it may be asked while the student
         writes."""
         return bool(self.inner) and all(one.works_elsewhere for one in self.inner.values())
+
+    @property
+    def gives_distributions(self) -> bool:
+        """Whether it gives whole distributions; else it gives columns at most."""
+        return bool(self.inner) and all(one.gives_distributions for one in self.inner.values())
 
     @property
     def needs_group(self) -> bool:
@@ -116,6 +122,16 @@ class Teacher(ABC):
         within `at_work`.
         """
         raise NotImplementedError(f"{self.identity} gives no distributions")
+
+    def columns(
+        self, requests: Sequence[TeacherRequest], *, top_k: int, ids: Tensor | None = None
+    ) -> TokenColumns:
+        """Return the log-probs of K entries at each of all completions' tokens, and of all others
+        together: of the entries `ids` [N, K], by default of its own `top_k` likeliest.
+
+        For teachers whose config gives such a support. A token that has none is NaN.
+        """
+        return columns_of(self.distributions(requests), top_k, ids)
 
     @contextmanager
     def at_work(self) -> Iterator[None]:

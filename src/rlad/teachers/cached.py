@@ -3,6 +3,9 @@ first.
 
 key = sha256(format, fingerprint of the teacher, temperature, witness, prompt, completion)
 
+Columns (the log-probs of K entries of the vocabulary at each token) have keys of their own, with
+"teacher_top_k" and K, or "student_top_k" and the entries' ids.
+
 The witness is one completion with its answer: the longest of the rollout batch that was the first
 to be scored under a fingerprint and temperature. Each session asks for it again before it uses or
 stores anything, and sees only entries of the same witness. So two teachers' answers are never
@@ -24,6 +27,7 @@ from torch import Tensor
 from rlad.config.teacher import CachedTeacherConfig
 from rlad.errors import UserError
 from rlad.findings import Finding
+from rlad.scoring.columns import TokenColumns
 from rlad.teachers import build_teacher
 from rlad.teachers import check_teacher as check_inner
 from rlad.teachers.base import Answer, Setting, Teacher, TeacherRequest, TeacherWrapper
@@ -84,6 +88,51 @@ class CachedTeacher(TeacherWrapper):
         self._open.update(unknown)
         return [answers[tokens] for tokens in rows]
 
+    @property
+    def gives_distributions(self) -> bool:
+        return False
+
+    def columns(
+        self, requests: Sequence[TeacherRequest], *, top_k: int, ids: Tensor | None = None
+    ) -> TokenColumns:
+        if requests and not self._witness:
+            self._make_witness(requests)
+        lengths = [len(one.completion) for one in requests]
+        own_ids: list[Any] = [None] * len(requests)
+        if ids is not None:
+            own_ids = list(ids.cpu().split(lengths))
+        keys = []
+        if self._witness:
+            tokens = [(tuple(one.prompt), tuple(one.completion)) for one in requests]
+            keys = [
+                self._column_key(row, top_k, own) for row, own in zip(tokens, own_ids, strict=True)
+            ]
+        stored = self._store.get(keys)
+        found = {
+            i: _columns_from_bytes(stored[key], lengths[i], top_k)
+            for i, key in enumerate(keys)
+            if key in stored
+        }
+        self.num_asked += len(requests)
+        self.num_counted += len(found)
+
+        # What is not stored is asked for together; what of it is whole is stored.
+        unknown = [i for i in range(len(requests)) if i not in found]
+        if unknown:
+            asked = self.teacher.columns(
+                [requests[i] for i in unknown],
+                top_k=top_k,
+                ids=None if ids is None else torch.cat([own_ids[i] for i in unknown]),
+            )
+            # As they will be read again, so that a resumed run finds the same numbers.
+            asked = TokenColumns(asked.ids.cpu(), asked.logprobs.cpu().float())
+            found |= zip(unknown, asked.split([lengths[i] for i in unknown]), strict=True)
+        if keys:
+            whole = [i for i in unknown if not found[i].logprobs.isnan().any()]
+            self._store.put({keys[i]: _columns_to_bytes(found[i]) for i in whole})
+        parts = [found[i] for i in range(len(requests))]
+        return TokenColumns.joined([TokenColumns.missing(0, top_k), *parts])
+
     def cancel(self) -> None:
         self._open.clear()
         self._whole.clear()
@@ -110,13 +159,7 @@ class CachedTeacher(TeacherWrapper):
         none."""
         # The longest completion tells two teachers apart best.
         longest = max(self._whole, key=lambda tokens: len(tokens[1]))
-        ours = self._witness or json.dumps([*longest, self._whole[longest].tolist()]).encode()
-        # Two sessions may come here at once: the first one's witness holds for both.
-        held = self._store.claim(self._witness_key, ours)
-        if held == ours:
-            self._witness = ours
-        elif held:  # another process was first, or the file was lost and begun anew
-            self._confirm(held)
+        self._claim_witness(longest, self._whole[longest])
         if self._witness:
             entries = {
                 # Little-endian float32, whatever machine reads it.
@@ -125,6 +168,27 @@ class CachedTeacher(TeacherWrapper):
             }
             self._store.put(entries)
         self._whole.clear()
+
+    def _claim_witness(self, tokens: Tokens, logprobs: Tensor) -> None:
+        """Agree with all sessions on one witness: this one's, where there is none."""
+        ours = self._witness or json.dumps([*tokens, logprobs.tolist()]).encode()
+        # Two sessions may come here at once: the first one's witness holds for both.
+        held = self._store.claim(self._witness_key, ours)
+        if held == ours:
+            self._witness = ours
+        elif held:  # another process was first, or the file was lost and begun anew
+            self._confirm(held)
+
+    def _make_witness(self, requests: Sequence[TeacherRequest]) -> None:
+        """Confirm the stored witness, or have the longest of these completions scored as one."""
+        for witness in self._store.get([self._witness_key]).values():
+            self._confirm(witness)
+            return
+        longest = max(requests, key=lambda one: len(one.completion))
+        tokens = (tuple(longest.prompt), tuple(longest.completion))
+        (answer,) = self.teacher.logprobs([TeacherRequest(*tokens)])
+        if _is_whole(answer, tokens):
+            self._claim_witness(tokens, answer)
 
     def _confirm(self, witness: bytes) -> None:
         """`UserError` when the stored answer is another teacher's. An answer that does not come
@@ -150,10 +214,33 @@ class CachedTeacher(TeacherWrapper):
         assert self._witness is not None
         return _key(self._witness_key.hex(), self._witness.decode(), *tokens)
 
+    def _column_key(self, tokens: Tokens, top_k: int, ids: Tensor | None) -> bytes:
+        support = ["teacher_top_k", top_k]
+        if ids is not None:
+            content = ids.numpy().astype("<i8").tobytes()
+            support = ["student_top_k", top_k, hashlib.sha256(content).hexdigest()]
+        return _key(self._entry_key(tokens).hex(), *support)
+
 
 def _key(*parts: Any) -> bytes:
     """32 bytes, equal for equal parts alone."""
     return hashlib.sha256(json.dumps(parts).encode()).digest()
+
+
+def _columns_to_bytes(columns: TokenColumns) -> bytes:
+    """Little-endian int32 ids, then float32 log-probs, whatever machine reads them."""
+    ids = columns.ids.numpy().astype("<i4").tobytes()
+    return ids + columns.logprobs.numpy().astype("<f4").tobytes()
+
+
+def _columns_from_bytes(content: bytes, num_tokens: int, top_k: int) -> TokenColumns:
+    num_ids = num_tokens * top_k
+    ids = np.frombuffer(content, dtype="<i4", count=num_ids).astype(np.int64)
+    logprobs = np.frombuffer(content, dtype="<f4", offset=4 * num_ids).astype(np.float32)
+    return TokenColumns(
+        torch.from_numpy(ids).view(num_tokens, top_k),
+        torch.from_numpy(logprobs).view(num_tokens, top_k + 1),
+    )
 
 
 def _is_whole(logprobs: Tensor, tokens: Sequence[Sequence[int]]) -> bool:

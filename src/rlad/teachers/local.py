@@ -51,6 +51,10 @@ class ScoringTeacher(SynchronousTeacher):
             results[i] = torch.cat([values, results[i][len(values) :].to(values)])
         return results
 
+    @property
+    def gives_distributions(self) -> bool:
+        return True
+
     def distributions(self, requests: Sequence[TeacherRequest]) -> TokenDistributions:
         return self.scorer.distributions(
             [one.prompt for one in requests], [one.completion for one in requests]

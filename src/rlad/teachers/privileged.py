@@ -11,12 +11,12 @@ its settings say what happens then.
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlad.config.context import ContextConfig
 from rlad.config.teacher import (
@@ -33,21 +33,19 @@ from rlad.findings import Finding
 from rlad.models.files import has_tokenizer
 from rlad.models.loading import context_tokens, load_model_config, load_tokenizer, token_id
 from rlad.rollouts.prompts import Prompt, chat_messages, chat_text, prompt_token_ids
+from rlad.scoring.columns import TokenColumns
 from rlad.scoring.distributions import TokenDistributions
-from rlad.tasks import Problem, Verdict, make_task
+from rlad.tasks import Problem, Verdict
 from rlad.teachers import build_teacher
-from rlad.teachers import check_teacher as check_inner
 from rlad.teachers.base import Answer, Setting, Teacher, TeacherRequest, TeacherWrapper
 from rlad.teachers.contexts import (
     BlockContext,
     Fitted,
-    check_context,
     in_place_of_question,
     metadata_texts,
 )
 
-NUM_PROBED_PROBLEMS = 20
-_FORM = {"chat_template", "system_prompt", "chat_template_kwargs", "end_token"}
+FORM = {"chat_template", "system_prompt", "chat_template_kwargs", "end_token"}
 """The settings besides the template that make other prompts, or another end."""
 
 
@@ -119,16 +117,30 @@ class PrivilegedTeacher(TeacherWrapper):
         ]
 
     def distributions(self, requests: Sequence[TeacherRequest]) -> TokenDistributions:
+        return self._asked_where_it_fits(requests, lambda one, _: self.teacher.distributions(one))
+
+    def columns(
+        self, requests: Sequence[TeacherRequest], *, top_k: int, ids: Tensor | None = None
+    ) -> TokenColumns:
+        def ask(asked: list[TeacherRequest], places: Tensor) -> TokenColumns:
+            own = None if ids is None else ids[places]
+            return self.teacher.columns(asked, top_k=top_k, ids=own)
+
+        return self._asked_where_it_fits(requests, ask)
+
+    def _asked_where_it_fits(
+        self,
+        requests: Sequence[TeacherRequest],
+        ask: Callable[[list[TeacherRequest], Tensor], Any],
+    ) -> Any:
+        """Ask the inner teacher about the requests as it sees them, whose tokens have these places
+        among all; the tokens of what does not fit have nothing."""
         shown = [self._show(request) for request in requests]
-        asked = [request for request in shown if request is not None]
-        found = self.teacher.distributions(asked)
-        if len(asked) == len(requests):
-            return found
-        # The tokens of what does not fit have none.
-        lengths = torch.tensor([len(request.completion) for request in requests])
-        is_asked = torch.tensor([request is not None for request in shown])
-        places = is_asked.repeat_interleave(lengths).nonzero().flatten()
-        return found.placed(places, int(lengths.sum()))
+        lengths = torch.tensor([len(request.completion) for request in requests], dtype=torch.int64)
+        fits = torch.tensor([request is not None for request in shown], dtype=torch.bool)
+        places = fits.repeat_interleave(lengths).nonzero().flatten()
+        found = ask([request for request in shown if request is not None], places)
+        return found if bool(fits.all()) else found.placed(places, int(lengths.sum()))
 
     def _show(self, request: TeacherRequest) -> TeacherRequest | None:
         """The request as the teacher sees it; None where that does not fit into its context."""
@@ -269,119 +281,10 @@ def teacher_context(settings: Any, setting: Setting) -> int | None:
 
 
 def check_teacher(settings: PrivilegedTeacherConfig, setting: Setting) -> list[Finding]:
-    run = setting.config
-    with closing(make_task(**run.task.model_dump())) as task:
-        problems = [task.problem("train", i, seed=run.seed) for i in range(NUM_PROBED_PROBLEMS)]
-    # The section itself settles what differs in template and end token.
-    settled = {"chat template"} if settings.chat_template == "teacher" else set()
-    if settings.end_token is not None:
-        settled.add("end token")
-    inner = check_inner(settings.teacher, setting)
-    findings = [finding for finding in inner if finding.subject not in settled]
-    if settings.context is None:
-        findings.append(_check_names(settings, problems))
-    else:
-        findings += check_context(settings.context, problems, run.rollout.group_size)
-    if settings.end_token is not None:
-        token_id(setting.student_tokenizer, settings.end_token, "teacher.end_token")
-        message = f"the student's is scored as the teacher's {settings.end_token!r}"
-        findings.append(Finding("ok", "end token", message))
-    if not any(finding.level == "error" for finding in findings):
-        check_length = _check_length if settings.context is None else _check_blocks_length
-        findings.append(check_length(settings, setting, problems))
-    return findings
+    # Imported here, as it makes prompts by this file.
+    from rlad.teachers.privileged_check import check_privileged
 
-
-def _check_names(settings: PrivilegedTeacherConfig, problems: Sequence[Problem]) -> Finding:
-    """Whether problems have what the template names, which is more than the student sees."""
-    wanted = sorted(template_names(settings.template))
-    shown = [shown_values(problem, "a solution") for problem in problems]
-    allowed = sorted({name for one in shown for name in one})
-    num_empty = {name: sum(not one.get(name) for one in shown) for name in wanted}
-    lacking = [name for name in wanted if num_empty[name]]
-    level = "warning"
-    if unknown := [name for name in wanted if name not in allowed]:
-        level = "error"
-        message = (
-            f"its template names {{{unknown[0]}}}, which the task's problems do not have; use "
-            f"{_in_braces(allowed)}."
-        )
-    elif wanted == ["prompt"] and not settings.model_dump(
-        include={*_FORM} - {"end_token"}, exclude_defaults=True
-    ):
-        message = (
-            "its template shows nothing but the prompt, which the student sees too; add {answer} "
-            "or {peer_solution}."
-        )
-    elif lacking:
-        message = (
-            f"{num_empty[lacking[0]]} of {len(shown)} problems have no {{{lacking[0]}}}: the "
-            "teacher is given the student's prompt there"
-        )
-    else:
-        level = "ok"
-        message = f"shows {_in_braces(wanted)}"
-    return Finding(level, "template", message)
-
-
-def _in_braces(names: Sequence[str]) -> str:
-    return ", ".join(f"{{{name}}}" for name in names)
-
-
-def _check_length(
-    settings: PrivilegedTeacherConfig, setting: Setting, problems: Sequence[Problem]
-) -> Finding:
-    """Whether the longest privileged prompt among `problems` and its completion fit, a peer's
-    solution at its longest too."""
-    context = teacher_context(settings.teacher, setting)
-    encode = encoder(settings, setting)
-    prompts = [privileged_prompt(settings.template, problem, "?") for problem in problems]
-    # A peer's solution is at most as long as a completion may be.
-    most = setting.config.rollout.max_completion_tokens
-    needed = most + max((len(encode(one)) for one in prompts if one is not None), default=0)
-    with_peer = needed + most * ("peer_solution" in template_names(settings.template))
-    level = "ok"
-    message = f"up to {with_peer} of {context or 'unlimited'} tokens"
-    if context is not None and needed > context:
-        level = "error"
-        message = (
-            f"the longest of {len(problems)} privileged prompts with its completion needs {needed} "
-            f"tokens, but the teacher's context has {context}; shorten the template, or lower "
-            "rollout.max_completion_tokens."
-        )
-    elif context is not None and with_peer > context:
-        level = "warning"
-        message += ": what does not fit is not scored"
-    return Finding(level, "privileged context", message)
-
-
-def _check_blocks_length(
-    settings: PrivilegedTeacherConfig, setting: Setting, problems: Sequence[Problem]
-) -> Finding:
-    """Whether the longest question fits with its completion, and what is shown with it."""
-    assert settings.context is not None
-    blocks = make_blocks(settings.context, settings, setting)
-    most = setting.config.rollout.max_completion_tokens
-    contexts = [teacher_context(settings.teacher, setting)]
-    if settings.context.max_prompt_tokens is not None:
-        contexts.append(settings.context.max_prompt_tokens + most)
-    room = min((tokens for tokens in contexts if tokens is not None), default=None)
-    bare = most + max(len(blocks.token_ids(problem, [])) for problem in problems)
-    # Another completion is at most as long as a completion may be.
-    whole = most + max(blocks.num_tokens(problem, most) for problem in problems)
-    level = "ok"
-    message = f"up to {whole} of {room or 'unlimited'} tokens"
-    if room is not None and bare > room:
-        level = "error"
-        message = (
-            f"the longest of {len(problems)} questions with its completion alone needs {bare} "
-            f"tokens, but the teacher has {room} for both; lower rollout.max_completion_tokens, or "
-            "raise teacher.context.max_prompt_tokens if that is set."
-        )
-    elif room is not None and whole > room:
-        level = "warning"
-        message += ": completions that are shown will be shortened in the middle, or left out"
-    return Finding(level, "privileged context", message)
+    return check_privileged(settings, setting)
 
 
 def make_blocks(
@@ -406,7 +309,7 @@ def privileged(
     """Show a teacher what a section says."""
     assert setting.student is not None
     # Only what differs from the defaults, so that a new setting does not change old identities.
-    form = settings.model_dump(include=_FORM, exclude_defaults=True)
+    form = settings.model_dump(include=FORM, exclude_defaults=True)
     ends = {}
     if settings.end_token is not None:
         own_end = token_id(setting.student_tokenizer, settings.end_token, "teacher.end_token")

@@ -9,7 +9,7 @@ distributions over whole completions.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -20,6 +20,7 @@ from rlad.config.task import SeveralTasksConfig
 from rlad.config.teacher import SeveralTeachersConfig
 from rlad.errors import UserError
 from rlad.findings import Finding
+from rlad.scoring.columns import TokenColumns
 from rlad.scoring.distributions import TokenDistributions
 from rlad.scoring.mixtures import ArithmeticMixture, OneForEachToken
 from rlad.teachers import build_teacher
@@ -54,17 +55,40 @@ class TeacherByTask(Teacher):
     def distributions(self, requests: Sequence[TeacherRequest]) -> TokenDistributions:
         if not requests:
             return next(iter(self.inner.values())).distributions(requests)
-        owners = torch.empty(sum(len(one.completion) for one in requests), dtype=torch.int64)
-        lengths = torch.tensor([len(one.completion) for one in requests])
         parts = []
-        for number, (name, wanted) in enumerate(self._rows(requests).items()):
+        for name, wanted, places in self._places(requests):
+            own = self.inner[name].distributions([requests[i] for i in wanted])
+            parts.append((own, places))
+        if len(parts) == 1:
+            return parts[0][0]
+        owners = torch.empty(sum(len(one.completion) for one in requests), dtype=torch.int64)
+        for number, (_, places) in enumerate(parts):
+            owners[places] = number
+        placed = [own.placed(places, len(owners)) for own, places in parts]
+        return OneForEachToken(placed, owners)
+
+    def columns(
+        self, requests: Sequence[TeacherRequest], *, top_k: int, ids: Tensor | None = None
+    ) -> TokenColumns:
+        whole = TokenColumns.missing(sum(len(one.completion) for one in requests), top_k)
+        for name, wanted, places in self._places(requests):
+            own_ids = None if ids is None else ids[places]
+            asked = [requests[i] for i in wanted]
+            own = self.inner[name].columns(asked, top_k=top_k, ids=own_ids)
+            whole.ids[places] = own.ids.to(whole.ids)
+            whole.logprobs[places] = own.logprobs.to(whole.logprobs)
+        return whole
+
+    def _places(
+        self, requests: Sequence[TeacherRequest]
+    ) -> Iterator[tuple[str, list[int], Tensor]]:
+        """The names of those that are asked, each with its requests and the places of their tokens
+        among all."""
+        lengths = torch.tensor([len(one.completion) for one in requests])
+        for name, wanted in self._rows(requests).items():
             is_own = torch.zeros(len(requests), dtype=torch.bool)
             is_own[wanted] = True
-            places = is_own.repeat_interleave(lengths).nonzero().flatten()
-            own = self.inner[name].distributions([requests[i] for i in wanted])
-            parts.append(own.placed(places, len(owners)))
-            owners[places] = number
-        return parts[0] if len(parts) == 1 else OneForEachToken(parts, owners)
+            yield name, wanted, is_own.repeat_interleave(lengths).nonzero().flatten()
 
     def _rows(self, requests: Sequence[TeacherRequest]) -> dict[str, list[int]]:
         """Which requests are whose, so that each teacher is asked once, about all of its own."""

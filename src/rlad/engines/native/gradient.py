@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,19 +14,17 @@ from rlad.config.run import RunConfig
 from rlad.config.types import at_step
 from rlad.engines.imitation import ImitationMap
 from rlad.engines.metrics import TokenStats
+from rlad.engines.native.divergence import Comparison
 from rlad.engines.rollout_batch import RolloutBatch, padded
 from rlad.errors import RunFailedError
 from rlad.models.loading import LanguageModel
 from rlad.objectives import OBJECTIVES, taken_by, token_loss
 from rlad.objectives.aggregate import aggregate, denominator
-from rlad.objectives.divergences import Divergence, num_clipped, sampled_divergence
+from rlad.objectives.divergences import Divergence, sampled_divergence
 from rlad.objectives.inputs import LossInputs
 from rlad.objectives.masks import clean, keep_finite
 from rlad.objectives.rollout_weights import rollout_weights
-from rlad.scoring.distributions import Distributions
 from rlad.scoring.scorer import Scorer
-from rlad.scoring.token_divergence import token_divergence
-from rlad.scoring.top_k import top_k_divergence
 from rlad.teachers.asking import require_few_missing
 from rlad.teachers.base import Teacher
 
@@ -62,8 +59,7 @@ class LossGradient:
         self.parameters = trained_parameters(scorer.language_model)
         self.row = OBJECTIVES[objective.type]
         self.knobs = objective.knobs_at(step)
-        self._num_clipped: Tensor | None = None
-        """of each token of a micro-batch, the bounded terms of its divergence"""
+        self.comparison = self._make_comparison()
 
     def accumulate(
         self,
@@ -154,7 +150,8 @@ class LossGradient:
         # The output layer and the embeddings are the largest matrices by far. Their gradients are
         # added to `.grad` as they come, so that no second matrix of that size exists.
         with self.scorer.gradient_in_place():
-            scores = self.scorer(*sequences, divergence=self._divergence(batch, part))
+            divergence = self.comparison and self.comparison.of(batch, part)
+            scores = self.scorer(*sequences, divergence=divergence)
         if not torch.isfinite(scores.logprobs).all():
             # With sound weights the batch has overflowed, and the step is skipped.
             self._require_sound_weights()
@@ -183,9 +180,9 @@ class LossGradient:
             knobs=taken_by(self.row.function, self.knobs),
             kl_coef=at_step(settings.kl_coef, self.step),
         )
-        if self._num_clipped is not None:
+        if self.comparison and self.comparison.num_clipped is not None:
             empty = torch.zeros_like(inputs.student_logprobs).detach()
-            counts = empty.masked_scatter(inputs.mask, self._num_clipped)
+            counts = empty.masked_scatter(inputs.mask, self.comparison.num_clipped)
             token_stats = token_stats | {"pointwise_clipped": counts > 0}
         loss = aggregate(losses, inputs.trained, mode=settings.aggregation, denominator=whole)
         loss.backward()
@@ -216,43 +213,20 @@ class LossGradient:
         """Whether the teacher is asked for its distributions, within the update."""
         return self.objective.asked_of_teacher != "sampled"
 
-    def _divergence(
-        self, batch: RolloutBatch, part: list[int]
-    ) -> Callable[[Distributions], Tensor] | None:
-        """What compares the student's distributions of some completions with the teacher's, for an
-        objective that needs that."""
+    def _make_comparison(self) -> Comparison | None:
+        """What compares the student's distributions with the teacher's, for an objective that asks
+        for more than the sampled tokens."""
         measure = self.measure
-        support = self.objective.asked_of_teacher
-        if measure is None or support == "sampled":
+        if measure is None or not self._asks_teacher:
             return None
         assert self.teacher is not None
-        # It is asked about those on which it has a say; the others' tokens have no distribution.
-        speaks = batch.teacher_speaks[part]
-        asked = [i for i, is_asked in zip(part, speaks.tolist(), strict=True) if is_asked]
-        teacher = self.teacher.distributions(batch.teacher_requests(asked))
-        if len(asked) < len(part):
-            lengths = torch.tensor([len(batch.completions[i]) for i in part])
-            places = speaks.repeat_interleave(lengths).nonzero().flatten()
-            teacher = teacher.placed(places, int(lengths.sum()))
-
-        bound = self.knobs.get("pointwise_clip")
-
-        def compare(student: Distributions) -> Tensor:
-            if bound is not None:
-                count = partial(num_clipped, divergence=measure, bound=bound)
-                with torch.no_grad():
-                    self._num_clipped = token_divergence(student, teacher, count)
-            if support == "full":
-                return token_divergence(student, teacher, measure)
-            return top_k_divergence(
-                student,
-                teacher,
-                measure,
-                top_k=self.objective.top_k,
-                chosen_by=student if support == "student_top_k" else teacher,
-            )
-
-        return compare
+        return Comparison(
+            self.teacher,
+            measure,
+            support=self.objective.asked_of_teacher,
+            top_k=self.objective.top_k,
+            bound=self.knobs.get("pointwise_clip"),
+        )
 
     def _with_sampled_divergence(self, inputs: LossInputs) -> LossInputs:
         """Estimate the divergence from the sampled tokens, of which the teacher gave log-probs."""

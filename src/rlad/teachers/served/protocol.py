@@ -28,14 +28,14 @@ FLOAT32_TABLE = re.compile(
 """the header of a `.npy` file with rows and columns of little-endian float32"""
 
 
-def _finite_logprob(value: Any) -> float:
+def finite_logprob(value: Any) -> float:
     """Return a finite log-prob, or NaN for whatever else an answer holds in its place."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return math.nan
     return float(value) if STAND_IN_FOR_MINUS_INFINITY < value <= LARGEST_LOGPROB else math.nan
 
 
-Logprob = Annotated[float, BeforeValidator(_finite_logprob)]
+Logprob = Annotated[float, BeforeValidator(finite_logprob)]
 
 
 # What of an answer is read. Servers add fields of their own, which pydantic leaves out here; a
@@ -89,9 +89,12 @@ def scoring_request(
     temperature: float = 1.0,
     num_likeliest: int = 0,
     as_ids: bool = True,
+    entries: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, Any]:
     """Ask for the log-prob of each given token from index `start` on, 1 or more, and for the
     likeliest tokens at each position. Servers that cannot leave out earlier tokens score them too.
+
+    `entries` asks for these ids at each of the positions instead, by `prompt_logprob_token_ids`.
 
     `temper_prompt_logprobs` is our own word for log-probs at the request's temperature; `rlad
     serve-teacher` knows it, other servers ignore it. With `as_ids` a server that answers with the
@@ -100,10 +103,11 @@ def scoring_request(
     if scoring == "prompt_logprob_token_ids":
         # A table with a row for each token. Only ids that are known can be asked for: the first
         # ones of the text take the place of the likeliest.
+        by_default = [[t, *tokens[:num_likeliest]] for t in tokens[start:]]
         wanted = {
             "temperature": temperature,
             "max_tokens": 1,
-            "prompt_logprob_token_ids": [[t, *tokens[:num_likeliest]] for t in tokens[start:]],
+            "prompt_logprob_token_ids": by_default if entries is None else entries,
             "prompt_logprob_start": start - 1,  # the place that foretells the first of them
         }
         return {"model": model, "token_ids": list(tokens), "sampling_params": wanted}
@@ -157,24 +161,31 @@ def _entries_of_table(
     answer: dict[str, Any], tokens: Sequence[int], start: int
 ) -> list[dict[str, _Entry] | None]:
     """Return a table of scores in the form of `prompt_logprobs`: for each token, id -> entry."""
-    try:
-        content = _Generated.model_validate(answer).prompt_token_id_logprobs
-    except ValidationError:
-        return []
-    # A row is for the token at its place on trust, as the table names no ids; the self-test has
-    # shown that it is right. A table of another size is none.
-    header = FLOAT32_TABLE.match(content)
-    num_rows, width = map(int, header.groups()) if header else (0, 0)
-    numbers = content[header.end() :] if header else b""
-    if num_rows != len(tokens) - start or len(numbers) != 4 * num_rows * width:
+    rows = read_table(answer, len(tokens) - start)
+    if rows is None:
         return []
     entries: list[dict[str, _Entry] | None] = [None] * start
-    rows = struct.iter_unpack(f"<{width}f", numbers)
     for token, row in zip(tokens[start:], rows, strict=True):
-        ids = [token, *tokens[: width - 1]]
+        ids = [token, *tokens[: len(row) - 1]]
         scores = zip(ids, row, strict=False)
         entries.append({str(scored): _Entry(logprob=value) for scored, value in scores})
     return entries
+
+
+def read_table(answer: dict[str, Any], num_rows: int) -> list[tuple[float, ...]] | None:
+    """Read the rows of a table of scores, as many as were asked for; None where there is none."""
+    try:
+        content = _Generated.model_validate(answer).prompt_token_id_logprobs
+    except ValidationError:
+        return None
+    # A row is for the token at its place on trust, as the table names no ids; the self-test has
+    # shown that it is right. A table of another size is none.
+    header = FLOAT32_TABLE.match(content)
+    height, width = map(int, header.groups()) if header else (0, 0)
+    numbers = content[header.end() :] if header else b""
+    if height != num_rows or len(numbers) != 4 * height * width:
+        return None
+    return list(struct.iter_unpack(f"<{width}f", numbers))
 
 
 def _entries_of_echo(lists: _Logprobs, tokens: Sequence[int]) -> list[dict[str, _Entry] | None]:

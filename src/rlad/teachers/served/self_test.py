@@ -3,9 +3,12 @@ and whether its scores can be trusted. Each answer becomes a `Finding`."""
 
 import gc
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, get_args
 from urllib.parse import urlsplit
+
+import torch
 
 from rlad.config.addresses import is_this_machine
 from rlad.errors import UserError
@@ -16,6 +19,7 @@ from rlad.scoring.scorer import Scorer
 from rlad.teachers.base import Setting
 from rlad.teachers.compatibility import compare_contexts
 from rlad.teachers.served.client import CompletionsClient
+from rlad.teachers.served.columns import column_request, column_scoring, read_columns
 from rlad.teachers.served.protocol import (
     Scoring,
     TokenScore,
@@ -59,6 +63,7 @@ class SelfTest:
             "scoring": self.find_scoring,
             "vocabulary": self.compare_strings,
             "temperature": self.check_temperature,
+            "columns": self.check_columns,
             "agreement": self.compare_with_others,
         }
         found: list[Finding] = []
@@ -191,6 +196,47 @@ class SelfTest:
         )
         return [Finding("error", "temperature", message)]
 
+    def check_columns(self) -> list[Finding]:
+        """Where the objective compares the K likeliest tokens, it gives that many, and their
+        log-probs are those of scoring."""
+        objective: Any = self.setting.config.objective
+        support = objective.asked_of_teacher
+        tokenizer = self.setting.student_tokenizer
+        # More than there are tokens is refused with the student at hand.
+        if "top_k" not in support or objective.top_k > len(tokenizer):
+            return []
+        top_k = objective.top_k
+        ids = None
+        if support == "student_top_k":
+            # The given token and others all over the vocabulary.
+            others = spread_ids(tokenizer, top_k - 1)
+            ids = torch.tensor([[token, *others] for token in self.text[1:]])
+        scoring = column_scoring(self.scoring, ids)
+        about: dict[str, Any] = {"start": 1, "top_k": top_k, "ids": ids}
+        temperature = self.setting.temperature
+        body = column_request(
+            scoring, self.settings.model, self.text, temperature=temperature, **about
+        )
+        try:
+            answer = self.client.ask(self.url, scoring_path(scoring), body)
+        except ServerRefusedError as error:
+            return [Finding("error", "columns", _refused_columns(support, top_k, error.said))]
+        # Whether its ids are the student's shows with the student at hand.
+        found = read_columns(scoring, answer, self.text, vocabulary=sys.maxsize, **about).logprobs
+        if bool(found.isnan().any()):
+            said = "some are missing in its answer"
+            return [Finding("error", "columns", _refused_columns(support, top_k, said))]
+        scores = read_scores(scoring, answer, self.text)[1:]
+        of_given = [score.logprob for score in scores] if ids is None else found[:, 0].tolist()
+        finding = self._compare(
+            "columns",
+            of_given,
+            self._probe_logprobs(self.url),
+            equal=f"{support}: {top_k} log-probs at each token, which agree with scoring",
+            otherwise="a token's log-prob differs where those of others are asked for with it",
+        )
+        return [finding]
+
     def compare_with_others(self) -> list[Finding]:
         """Every other replica, and `local_model` in this process, give the probe the same log-probs
         at the sampling temperature."""
@@ -287,6 +333,20 @@ class SelfTest:
             return Finding("ok", subject, f"{equal} ({difference})")
         message = f"{otherwise} ({difference}; teacher.tolerance is {tolerance:g})."
         return Finding("error", subject, message)
+
+
+def _refused_columns(support: str, top_k: int, said: str) -> str:
+    said = said.rstrip(".")
+    if support == "student_top_k":
+        return (
+            f"it gives no log-probs of {top_k} tokens that the student names ({said}); take the "
+            "support 'teacher_top_k', a lower objective.top_k, or a vLLM on a GPU with "
+            f"--enable-scale-out and --max-logprobs {top_k}."
+        )
+    return (
+        f"it does not give its {top_k} likeliest tokens ({said}); lower objective.top_k, or start "
+        f"vLLM with --max-logprobs {top_k}."
+    )
 
 
 def _differences(

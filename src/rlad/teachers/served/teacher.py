@@ -3,12 +3,13 @@ given tokens."""
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
 from itertools import takewhile
 from multiprocessing import TimeoutError
 from multiprocessing.pool import AsyncResult, ThreadPool
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +18,11 @@ from rlad.config.teacher import ServedTeacherConfig
 from rlad.errors import UserError
 from rlad.findings import Finding
 from rlad.replicas import ServerUnavailableError
+from rlad.scoring.columns import TokenColumns
+from rlad.scoring.scorer import Scorer
 from rlad.teachers.base import Answer, Setting, Teacher, TeacherRequest
 from rlad.teachers.served.client import CompletionsClient
+from rlad.teachers.served.columns import column_request, column_scoring, read_columns
 from rlad.teachers.served.protocol import Scoring, read_scores, scoring_path, scoring_request
 from rlad.teachers.served.self_test import SelfTest
 
@@ -54,19 +58,50 @@ class ServedTeacher(Teacher):
         return True
 
     def submit(self, requests: Sequence[TeacherRequest]) -> list[Answer]:
+        return [
+            Answer(partial(self._wait_for, result), spans)
+            for result, spans in self._start([partial(self._score, one) for one in requests])
+        ]
+
+    def columns(
+        self, requests: Sequence[TeacherRequest], *, top_k: int, ids: Tensor | None = None
+    ) -> TokenColumns:
+        lengths = [len(one.completion) for one in requests]
+        own_ids = [None] * len(requests) if ids is None else ids.cpu().split(lengths)
+        started = self._start(
+            [
+                partial(self._columns, one, top_k, own)
+                for one, own in zip(requests, own_ids, strict=True)
+            ]
+        )
+        parts = [self._wait_for(result) for result, _ in started]
+        return TokenColumns.joined([TokenColumns.missing(0, top_k), *parts])
+
+    def require_comparable(self, student: Scorer) -> None:
+        if student.head is None:
+            raise UserError(
+                "the student's likeliest tokens cannot be compared with a teacher's, as its logits "
+                "are no linear function of its hidden states; take objective=opd, which compares "
+                "the sampled tokens alone."
+            )
+
+    def _start(
+        self, jobs: Sequence[Callable[..., Any]]
+    ) -> list[tuple[AsyncResult, list[tuple[float, float]]]]:
+        """Begin requests, several at a time; each comes with the list of its spans."""
         # Threads of such a pool end with the process: Ctrl-C never waits for a slow answer.
         self._pool = self._pool or ThreadPool(self._client.settings.max_concurrent_requests)
         # Requests are given up together, until all of them have had their answers.
         if all(answer.ready() for answer in self._submitted):
             self._given_up = threading.Event()
             self._submitted = []
-        answers = []
-        for request in requests:
+        started = []
+        for job in jobs:
             spans: list[tuple[float, float]] = []
-            result = self._pool.apply_async(self._score, (request, self._given_up, spans))
+            result = self._pool.apply_async(job, (self._given_up, spans))
             self._submitted.append(result)
-            answers.append(Answer(partial(self._wait_for, result), spans))
-        return answers
+            started.append((result, spans))
+        return started
 
     def cancel(self) -> None:
         self._given_up.set()
@@ -79,7 +114,7 @@ class ServedTeacher(Teacher):
         self.cancel()
         self._client.close()
 
-    def _wait_for(self, answer: AsyncResult) -> Tensor:
+    def _wait_for(self, answer: AsyncResult) -> Any:
         """Wait for an answer; meanwhile the run may be stopped."""
         while True:
             # This raises when the user has asked the run to stop.
@@ -95,34 +130,93 @@ class ServedTeacher(Teacher):
         """Ask for the log-probs of one completion. They are NaN from the first token on that the
         server cannot know, and all where it gives no usable answer."""
         values = torch.full((len(request.completion),), torch.nan)
+        num_known = self._num_known(request)
+        if not num_known:
+            return values
+        tokens = [*request.prompt, *request.completion[:num_known]]
+        start = max(len(request.prompt), 1)
+        body = scoring_request(
+            self._scoring,
+            self._client.settings.model,
+            tokens,
+            start=start,
+            temperature=self._setting.temperature,
+        )
+        answer = self._ask(self._scoring, body, given_up, spans)
+        if answer is not None:
+            scores = read_scores(self._scoring, answer, tokens, start=start)[len(request.prompt) :]
+            values[:num_known] = torch.tensor([score.logprob for score in scores])
+        return values
+
+    def _columns(
+        self,
+        request: TeacherRequest,
+        top_k: int,
+        ids: Tensor | None,
+        given_up: threading.Event,
+        spans: list[tuple[float, float]],
+    ) -> TokenColumns:
+        """Ask for the columns of one completion; NaN where `_score` gives NaN, and where an id is
+        padding of the student's vocabulary."""
+        whole = TokenColumns.missing(len(request.completion), top_k)
+        num_known = self._num_known(request)
+        if not num_known or not request.prompt:
+            return whole
+        tokens = [*request.prompt, *request.completion[:num_known]]
+        scoring = column_scoring(self._scoring, ids)
+        student = self._setting.student
+        assert student is not None
+        is_padding = torch.zeros(num_known, dtype=torch.bool)
+        if ids is not None:
+            is_padding = (ids[:num_known] >= self._vocabulary).any(dim=1)
+            ids = ids[:num_known].masked_fill(is_padding[:, None], 0)
+        about: dict[str, Any] = {"start": len(request.prompt), "top_k": top_k, "ids": ids}
+        body = column_request(
+            scoring,
+            self._client.settings.model,
+            tokens,
+            temperature=self._setting.temperature,
+            **about,
+        )
+        answer = self._ask(scoring, body, given_up, spans)
+        if answer is None:
+            return whole
+        found = read_columns(scoring, answer, tokens, vocabulary=student.vocabulary, **about)
+        found.logprobs[is_padding] = torch.nan
+        return found.placed(torch.arange(num_known), len(request.completion))
+
+    def _num_known(self, request: TeacherRequest) -> int:
+        """How many of a completion's tokens the server can score."""
         # The first id out of vocabulary ends what can be scored: later tokens depend on it.
-        known = list(takewhile(lambda token: token < self._vocabulary, request.completion))
+        known = sum(
+            1 for _ in takewhile(lambda token: token < self._vocabulary, request.completion)
+        )
         # A server writes at least one token for each text that it scores, and refuses texts that
         # leave no room for it in its context.
-        if self._context_tokens is not None:
-            known = known[: max(self._context_tokens - 1 - len(request.prompt), 0)]
-        if not known:
-            return values
-        tokens = [*request.prompt, *known]
-        model = self._client.settings.model
-        temperature = self._setting.temperature
-        start = max(len(request.prompt), 1)
-        body = scoring_request(self._scoring, model, tokens, start=start, temperature=temperature)
+        if self._context_tokens is None:
+            return known
+        return min(known, max(self._context_tokens - 1 - len(request.prompt), 0))
+
+    def _ask(
+        self,
+        scoring: Scoring,
+        body: dict[str, Any],
+        given_up: threading.Event,
+        spans: list[tuple[float, float]],
+    ) -> dict[str, Any] | None:
+        """Send one request; None where it has no usable answer."""
         started = time.monotonic()
         try:
-            answer = self._client.complete(
-                scoring_path(self._scoring),
+            return self._client.complete(
+                scoring_path(scoring),
                 body,
                 given_up=given_up,
                 read=lambda url, answer: answer,
             )
         except ServerUnavailableError:
-            return values
+            return None
         finally:
             spans.append((started, time.monotonic()))
-        scores = read_scores(self._scoring, answer, tokens, start=start)[len(request.prompt) :]
-        values[: len(known)] = torch.tensor([score.logprob for score in scores])
-        return values
 
 
 def check_teacher(settings: ServedTeacherConfig, setting: Setting) -> list[Finding]:

@@ -1,0 +1,98 @@
+"""How the student's distributions of a micro-batch are compared with the teacher's, by an objective
+that needs more than the sampled tokens."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlad.config.types import Support
+from rlad.engines.rollout_batch import RolloutBatch
+from rlad.objectives.divergences import Divergence, num_clipped
+from rlad.scoring.columns import TokenColumns
+from rlad.scoring.distributions import Distributions, TokenDistributions
+from rlad.scoring.token_divergence import smaller_tile, token_divergence
+from rlad.scoring.top_k import column_divergence, column_logprobs, likeliest, top_k_divergence
+from rlad.teachers.base import Teacher, TeacherRequest
+
+
+@dataclass(slots=True)
+class Comparison:
+    """Asks a teacher within the update, and measures a divergence from it."""
+
+    teacher: Teacher
+    measure: Divergence
+    support: Support
+    top_k: int
+    bound: float | None = None
+    """of the terms of `measure`"""
+    num_clipped: Tensor | None = None
+    """of each token of the last micro-batch, the terms at the bound"""
+
+    def of(self, batch: RolloutBatch, part: Sequence[int]) -> Callable[[Distributions], Tensor]:
+        """Return what gives the divergence at each token of the rollouts `part`, from the student's
+        distributions of them; NaN where the teacher gives nothing."""
+        asked = _Asked(batch, part)
+        if self.teacher.gives_distributions:
+            whole = asked.placed(self.teacher.distributions(asked.requests))
+            return partial(self._from_distributions, whole)
+        if self.support == "teacher_top_k":
+            columns = asked.placed(self.teacher.columns(asked.requests, top_k=self.top_k))
+            return partial(self._from_columns, columns)
+        return partial(self._from_own_columns, asked)
+
+    def _from_distributions(self, teacher: TokenDistributions, student: Distributions) -> Tensor:
+        if self.bound is not None:
+            with torch.no_grad():
+                self.num_clipped = token_divergence(student, teacher, self._count)
+        if self.support == "full":
+            return token_divergence(student, teacher, self.measure)
+        return top_k_divergence(
+            student,
+            teacher,
+            self.measure,
+            top_k=self.top_k,
+            chosen_by=student if self.support == "student_top_k" else teacher,
+        )
+
+    def _from_own_columns(self, asked: "_Asked", student: Distributions) -> Tensor:
+        """Ask about the student's own likeliest tokens, which are known only now."""
+        ids = likeliest(student, self.top_k, tile=smaller_tile(student)).cpu()
+        columns = self.teacher.columns(asked.requests, top_k=self.top_k, ids=ids[asked.places])
+        return self._from_columns(TokenColumns(ids, asked.placed(columns).logprobs), student)
+
+    def _from_columns(self, columns: TokenColumns, student: Distributions) -> Tensor:
+        ids = columns.ids.to(student.device)
+        logprobs = columns.logprobs.to(student.device)
+        if self.bound is not None:
+            with torch.no_grad():
+                own, _ = column_logprobs(student, ids, tile=smaller_tile(student))
+                self.num_clipped = self._count(own, logprobs.to(own))[0].sum(dim=-1)
+        return column_divergence(student, ids, logprobs, self.measure)
+
+    @property
+    def _count(self) -> Divergence:
+        assert self.bound is not None
+        return partial(num_clipped, divergence=self.measure, bound=self.bound)
+
+
+class _Asked:
+    """The rollouts among `part` about which the teacher is asked: those on which it has a say."""
+
+    def __init__(self, batch: RolloutBatch, part: Sequence[int]):
+        speaks = batch.teacher_speaks[list(part)]
+        rows = [i for i, is_asked in zip(part, speaks.tolist(), strict=True) if is_asked]
+        lengths = torch.tensor([len(batch.completions[i]) for i in part])
+        self.requests: list[TeacherRequest] = batch.teacher_requests(rows)
+        self.places = speaks.repeat_interleave(lengths).nonzero().flatten()
+        """of their tokens among those of `part`"""
+        self.num_tokens = int(lengths.sum())
+
+    def placed(self, found: Any) -> Any:
+        """Give the tokens of the others none."""
+        if len(self.places) == self.num_tokens:
+            return found
+        return found.placed(self.places, self.num_tokens)
