@@ -319,6 +319,34 @@ def test_time_names_its_parts_and_how_much_larger_the_run_is(world, tmp_path):
     )
 
 
+def test_the_whole_run_by_hand(world, tmp_path):
+    config = parse_config(
+        run_config(
+            world,
+            tmp_path / "run",
+            rollout={"prompts_per_batch": 6, "group_size": 4, "max_completion_tokens": 100},
+            optimization={"num_steps": 40, "steps_per_rollout_batch": 2, "learning_rate": 1e-3},
+            evaluation={
+                "every_steps": 20,
+                "num_validation_problems": 4,
+                "num_validation_samples": 1,
+                "ood_task": {},
+                "num_test_problems": 24,
+                "num_test_samples": 2,
+            },
+        )
+    )
+    # 12 completions of 2 tokens; the run has 24 of 100: 100 times as many, 40 steps of 1.5 s.
+    seconds = {"generation": 0.5, "update": 1.0}
+    (found,) = [
+        f for f in describe_trial(trial_with({}, seconds), config) if f.subject == "whole run"
+    ]
+    # Written: 1 s for 24 tokens; 3 validations of 4 and 2 tests of 48 completions of 100 tokens.
+    assert f"{40 * 1.5 * 100 / 3600:.2g} for 40 steps" in found.message
+    assert f"{(3 * 4 + 96) * 100 / 24 / 3600:.2g} for 3 validations" in found.message
+    assert "hours on the CPU" in found.message
+
+
 # --- memory ---------------------------------------------------------------------------------------
 
 
@@ -329,7 +357,7 @@ def memory(total: int, *, models: int = 0) -> MemoryEstimate:
 def test_memory_is_compared_with_what_is_free():
     assert compare_memory(memory(8), free=8, total=16).level == "ok"
     too_much = compare_memory(memory(9), free=8, total=16)
-    assert too_much.level == "warning" and "lower optimization.tokens_per_batch" in too_much.message
+    assert too_much.level == "error" and "lower optimization.tokens_per_batch" in too_much.message
     never = compare_memory(memory(20, models=17), free=8, total=16)
     assert never.level == "error" and "take a smaller model, [student.lora]" in never.message
 
@@ -337,8 +365,11 @@ def test_memory_is_compared_with_what_is_free():
 def test_models_that_may_not_fit_are_not_loaded(world, tmp_path, monkeypatch):
     monkeypatch.setattr("rlad.checks.check.free_and_total_memory", lambda device: (1, 10**12))
     report = checked(world, tmp_path / "run")
-    assert levels(report)["memory"] == levels(report)["trial"] == "warning" and report.trial is None
-    assert not report.errors
+    assert levels(report)["memory"] == "error" and report.trial is None
+    assert "check with --force" in message(report, "memory")
+    forced = check_run(report.config, force=True)
+    assert levels(forced)["memory"] == "warning" and forced.trial is not None
+    assert not forced.errors
 
 
 def test_what_the_estimate_cannot_use_is_one_finding_among_others(world, tmp_path):

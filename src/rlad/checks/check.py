@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 from rlad.checks.contamination import MOST_PROBLEMS, RUN_WORDS, find_contamination, finite_problems
@@ -95,10 +95,12 @@ def check_run(
     with_models: bool = True,
     for_verl: bool = False,
     num_ranked_problems: int = 0,
+    force: bool = False,
 ) -> CheckReport:
     """Look at everything that can be known before weights are loaded, then make a trial of the
     models. Nothing is written.
 
+    With `force` an estimate beyond the memory that is free is a warning, and the trial is made.
     With `for_verl` also whether verl knows our objectives; with `num_ranked_problems` also whether
     the teacher ranks the completions of so many problems as the verifier does. What cannot work is
     an `error` among the findings.
@@ -112,7 +114,6 @@ def check_run(
         report.findings += report.attempt(subject, check, config) or []
     # Each stage needs what the ones before found: prompts need a tokenizer and a task, memory the
     # longest prompt, and a trial room for the models.
-    fits = True
     if not report.errors and (prompts := report.attempt("prompts", _check_prompts, config)):
         num_tokens, findings = prompts
         report.findings += findings
@@ -120,12 +121,10 @@ def check_run(
     if report.memory is not None:
         free, total = free_and_total_memory(str(pick_device(config.student.device)))
         finding = compare_memory(report.memory, free=free, total=total)
-        fits = finding.level == "ok"
+        if force and finding.level == "error":
+            finding = replace(finding, level="warning")
         report.findings.append(finding)
-    if with_models and not fits:
-        message = "left out, as the models may not fit into the memory that is free"
-        report.findings.append(Finding("warning", "trial", message))
-    elif with_models and not report.errors:
+    if with_models and not report.errors:
         report.trial = report.attempt("trial", run_trial, config)
     if report.trial is not None:
         report.findings += describe_trial(report.trial, config)
@@ -298,6 +297,7 @@ def _check_held_out(config: RunConfig) -> list[Finding]:
     # Only what this run will see: it may end before its training set does.
     num_train = config.optimization.num_rollout_batches * config.rollout.prompts_per_batch
     with _tasks(config) as tasks:
+        num_in_all = tasks[0].num_problems("train")
         train = list(finite_problems(tasks[0], "train", num_train, seed=config.seed))
         if not train:
             return []
@@ -306,18 +306,21 @@ def _check_held_out(config: RunConfig) -> list[Finding]:
             held_out += finite_problems(task, "test")
     seen = find_contamination(train, held_out)
     subject = "held-out problems"
+    that_are_asked = ""
+    if num_in_all is not None and seen.num_train < num_in_all:
+        that_are_asked = f" that this run asks (of {num_in_all})"
     if not seen.num_found:
         message = (
             f"none of {seen.num_held_out} shares {RUN_WORDS} words in a row with any of "
-            f"{seen.num_train} training problems"
+            f"{seen.num_train} training problems{that_are_asked}"
         )
         if seen.has_phrases:
             message += f", apart from phrases that are in more than {MOST_PROBLEMS} of either"
         return [Finding("ok", subject, message)]
     message = (
         f"{seen.num_found} of {seen.num_held_out} are among the {seen.num_train} training "
-        f"problems ({seen.num_same} as they are, the others with {RUN_WORDS} words in a row or all "
-        f"of a shorter one), for example {seen.example[:120]!r}; remove them from those."
+        f"problems{that_are_asked} ({seen.num_same} as they are, the others with {RUN_WORDS} words "
+        f"in a row or all of a shorter one), for example {seen.example[:120]!r}; remove them from those."
     )
     return [Finding("error" if seen.num_same else "warning", subject, message)]
 

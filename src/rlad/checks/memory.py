@@ -124,27 +124,26 @@ def free_and_total_memory(device: str) -> tuple[int, int]:
 
 
 def compare_memory(needed: MemoryEstimate, *, free: int, total: int) -> Finding:
-    """Compare an estimate with a device: more than is free is a warning; models that are larger
-    than all of the memory are an error."""
+    """Compare an estimate with a device: more than is free is an error."""
     parts = ", ".join(
         f"{name.replace('_', ' ')} {size / _GIB:.2f}"
         for name, size in asdict(needed).items()
         if size
     )
     message = f"about {needed.total / _GIB:.2f} of {free / _GIB:.1f} GiB that are free ({parts})"
+    if needed.total <= free:
+        return Finding("ok", "memory", message)
     if needed.models > total:
         what = (
             f"weights and optimiser alone are more than the {total / _GIB:.1f} GiB that there are; "
             "take a smaller model, [student.lora], teacher.quantization, or a served teacher."
         )
         return Finding("error", "memory", f"{message}; {what}")
-    if needed.total <= free:
-        return Finding("ok", "memory", message)
     what = (
         "lower optimization.tokens_per_batch or rollout.max_batch_rows, or set "
-        "student.gradient_checkpointing = true"
+        "student.gradient_checkpointing = true, or check with --force where the estimate is wrong"
     )
-    return Finding("warning", "memory", f"{message}; {what}")
+    return Finding("error", "memory", f"{message}; {what}.")
 
 
 def _num_logits(vocabulary: int, rows: int, tokens: int, device: str) -> int:

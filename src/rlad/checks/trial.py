@@ -47,6 +47,8 @@ class Trial:
     """what wrote the completions, and where `auto` chose, why"""
     seconds: dict[str, float]
     """of a step on the second rollout batch, by part: generation, teacher, update and the like"""
+    device: str = "cpu"
+    """on which it was made"""
 
 
 def run_trial(config: RunConfig) -> Trial:
@@ -84,6 +86,7 @@ def run_trial(config: RunConfig) -> Trial:
         metrics=results[0].metrics,
         sampler=engine.sampler.description + by_trl,
         seconds=seconds,
+        device=str(engine.student.model.device),
     )
 
 
@@ -152,6 +155,7 @@ def describe_trial(trial: Trial, config: RunConfig) -> list[Finding]:
         *_gates(metrics, config),
         *_guards(metrics, config),
         _time(trial, config),
+        _whole_run(trial, config),
     ]
 
 
@@ -245,3 +249,39 @@ def _time(trial: Trial, config: RunConfig) -> Finding:
         f"has up to {times_as_many:.0f} times as many tokens"
     )
     return Finding("ok", "time", message)
+
+
+def _whole_run(trial: Trial, config: RunConfig) -> Finding:
+    """Say how long the run takes at most: every completion as long as it may be, and time that
+    grows with the tokens (on a GPU it grows less)."""
+    rollout = config.rollout
+    loop = config.optimization
+    measured = config.evaluation
+    longest = rollout.max_completion_tokens
+    # The trial's seconds are those of a step; its tokens are those of a whole rollout batch.
+    num_tokens = trial.num_completions * trial.metrics["rollout/completion_tokens/mean"]
+    times_as_many = rollout.prompts_per_batch * rollout.group_size * longest / num_tokens
+    training = loop.num_steps * times_as_many * sum(trial.seconds.values())
+    writing = trial.seconds.get("generation", 0.0) * loop.steps_per_rollout_batch
+    per_written_token = writing / num_tokens
+    num_validations = 1 + -(-loop.num_steps // measured.every_steps)
+    num_evaluated = num_validations * (
+        measured.num_validation_problems * measured.num_validation_samples
+    )
+    num_evaluated += 2 * measured.num_test_problems * measured.num_test_samples
+    if measured.ood_task:
+        num_evaluated += 2 * measured.num_ood_problems * measured.num_test_samples
+    evaluating = num_evaluated * longest * per_written_token
+    hours = "GPU hours" if trial.device.startswith("cuda") else "hours on the CPU"
+    message = (
+        f"at most {_shown_hours(training + evaluating)} {hours}, as if each completion had "
+        f"{longest} tokens and time grew with tokens: {_shown_hours(training)} for "
+        f"{loop.num_steps} steps, {_shown_hours(evaluating)} for {num_validations} validations and "
+        "the tests before and after"
+    )
+    return Finding("ok", "whole run", message)
+
+
+def _shown_hours(seconds: float) -> str:
+    hours = seconds / 3600
+    return f"{hours:.0f}" if hours >= 10 else f"{hours:.2g}"

@@ -19,6 +19,7 @@ def run_check(
     without_models: bool,
     engine: str | None,
     ranking: int | None,
+    force: bool,
     as_json: bool,
 ) -> None:
     """Check a run and print what was found; exit code 2 when it cannot work."""
@@ -28,6 +29,7 @@ def run_check(
             with_models=not without_models,
             for_verl=engine == "verl",
             num_ranked_problems=ranking or 0,
+            force=force,
         )
     if as_json:
         click.echo(json.dumps(report.to_json()))

@@ -182,6 +182,7 @@ def train(arguments: tuple[str, ...], **how: bool) -> None:
 @main.command()
 @_CONFIG_ARGUMENTS
 @click.option("--without-models", is_flag=True, help="Load no weights: leave out the trial.")
+@click.option("--force", is_flag=True, help="Try the models though their memory seems too little.")
 @click.option(
     "--engine",
     type=click.Choice(["verl"]),
