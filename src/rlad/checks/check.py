@@ -320,7 +320,8 @@ def _check_held_out(config: RunConfig) -> list[Finding]:
     message = (
         f"{seen.num_found} of {seen.num_held_out} are among the {seen.num_train} training "
         f"problems{that_are_asked} ({seen.num_same} as they are, the others with {RUN_WORDS} words "
-        f"in a row or all of a shorter one), for example {seen.example[:120]!r}; remove them from those."
+        f"in a row or all of a shorter one), for example {seen.example[:120]!r}; remove them from "
+        "those."
     )
     return [Finding("error" if seen.num_same else "warning", subject, message)]
 
