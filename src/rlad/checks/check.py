@@ -43,6 +43,7 @@ from rlad.tasks.episodes import episode_rules
 from rlad.tasks.references import require_working_verifier
 from rlad.teachers import check_teacher
 from rlad.teachers.base import Setting
+from rlad.training.notes import notes_on
 
 Result = TypeVar("Result")
 
@@ -345,6 +346,7 @@ def _check_prompts(config: RunConfig) -> tuple[int, list[Finding]]:
         ood_task = others[0] if others else None
         num_tokens = longest_prompt(config, task, tokenizer, context, ood_task)
         first = check_first_prompt(config, task, tokenizer)
+        first += [Finding("warning", "settings", note) for note in notes_on(config, task, ood_task)]
     needed = num_tokens + config.rollout.max_completion_tokens
     message = (
         f"the longest has {num_tokens} tokens, with its completion {needed} of "

@@ -144,7 +144,11 @@ def main() -> None:
 def _load(arguments: Sequence[str]) -> "RunConfig":
     from rlad.config.file import load_config
 
-    return load_config(*_path_and_overrides(arguments))
+    path, overrides = _path_and_overrides(arguments)
+    # A verifier of one's own is a module in the working directory, or beside the config. Last, so
+    # that it hides no package.
+    sys.path += ["", *([str(Path(path).absolute().parent)] if path else [])]
+    return load_config(path, overrides)
 
 
 def _path_and_overrides(arguments: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -40,11 +40,24 @@ CONFIGS: dict[str, dict[str, type[Section]]] = {
         if len(sections := sections_in(field.annotation)) == 1
     },
 }
+_CHOSEN_BY_TYPE = {"objective": "objectives", "task": "tasks", "teacher": "teachers"}
 
 
 def names(what: str) -> dict[str, str]:
     """Each name with one line about it."""
     about = {name: _documentation(what, name).partition("\n\n")[0] for name in CONFIGS[what]}
+    if what == "settings":
+        about |= {
+            section: f"One of those that `rlad list {plural}` names, with its settings."
+            for section, plural in _CHOSEN_BY_TYPE.items()
+        }
+        about |= {
+            name: f"{field.description}; {_toml(field.default)} by default."
+            if field.default is not None
+            else f"{field.description}."
+            for name, field in RunConfig.model_fields.items()
+            if name not in about
+        }
     return {name: _one_line(text) for name, text in (about | _presets(what)).items()}
 
 
@@ -55,6 +68,12 @@ def describe(what: str, name: str) -> str:
     if name in presets:
         settings = tomli_w.dumps(PRESETS[name]).strip()
         return f"{presets[name]}\n\nStands for these settings:\n\n{settings}"
+    if what == "settings" and name in _CHOSEN_BY_TYPE:
+        raise UserError(
+            f"[{name}] has other settings for each type: see `rlad list {_CHOSEN_BY_TYPE[name]}`."
+        )
+    if what == "settings" and name in names(what) and name not in CONFIGS[what]:
+        return f"{name}\n\n{names(what)[name]}"
     if name not in CONFIGS[what]:
         known = [*CONFIGS[what], *presets]
         hint = nearest(name, known) or f"there are {', '.join(known)}."

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from rlad.config.file import DEFAULT_RUN, flat, parse_config, parse_overrides, read_toml
+from rlad.config.file import DEFAULT_RUN, beside, flat, parse_config, parse_overrides, read_toml
 from rlad.config.presets import expand_preset, merged
 from rlad.config.run import OptimizationConfig, RolloutConfig, RunConfig
 from rlad.config.types import Count, LearningRate, Location, Mark, NonNegativeInt, Section
@@ -34,8 +34,8 @@ class CompareConfig(Section):
     """Several methods and seeds under one budget."""
 
     run: Location | None = None
-    """TOML of the run that all methods share but for its objective, beside this file; absent: the
-    embedded default"""
+    """TOML of the run that all methods share but for its objective; absent: the embedded
+    default"""
     directory: Location = "runs/comparison"
     """where runs and report are stored"""
     seeds: tuple[NonNegativeInt, ...] = Field((0, 1, 2), min_length=1)
@@ -79,7 +79,14 @@ def load_comparison(
     Raises `UserError` with one sentence for each mistake, those of its methods included.
     """
     path = DEFAULT_COMPARISON if path is None else Path(path)
-    table = parse_overrides(read_toml(path), overrides or [], of=CompareConfig)
+    table = read_toml(path)
+    if "student" in table and "methods" not in table:
+        raise UserError(
+            f"{path} is the config of a run, and a comparison has a file of its own: write one "
+            f'with run = "{path.name}" and a section [methods.NAME] for each method, such as '
+            "[methods.grpo]."
+        )
+    table = parse_overrides(beside(table, path.parent), overrides or [], of=CompareConfig)
     config = validated(CompareConfig, table)
     for name in config.methods:
         method_config(config, path.parent, name, seed=config.seeds[0])
@@ -95,7 +102,10 @@ def method_config(comparison: CompareConfig, folder: Path, method: str, *, seed:
     """The run of one method with one seed. `UserError` when it is no valid run, or changes the
     budget of all."""
     changes = comparison.methods[method]
-    base = read_toml(folder / comparison.run if comparison.run else DEFAULT_RUN)
+    base_file = Path(comparison.run or DEFAULT_RUN)
+    if not base_file.exists():
+        base_file = folder / base_file
+    base = beside(read_toml(base_file), base_file.parent)
     objective = base.pop("objective", {})
     # The base run's own settings of its objective are those of the method of that name.
     is_of_base = objective.get("type") == method

@@ -1,5 +1,6 @@
 """A run's TOML file: read with dotted overrides, and written back."""
 
+import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,8 @@ def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -
     overrides applied.
 
     A run directory means the config in it, and is then the `run_dir`, wherever it was moved.
+    Relative paths in a file are looked for beside that file, then in the working directory;
+    overrides are the working directory's.
     `section=name` selects another objective, task or teacher by its type and replaces that whole
     section. Raises `UserError` with one sentence for each mistake.
     """
@@ -39,7 +42,7 @@ def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -
     if (path / CONFIG).is_file():
         table = read_toml(path / CONFIG) | {"run_dir": str(path)}
     else:
-        table = read_toml(path)
+        table = beside(read_toml(path), path.parent)
     return parse_config(parse_overrides(table, overrides))
 
 
@@ -112,6 +115,24 @@ def read_toml(path: Path) -> dict[str, Any]:
             f"config {path} cannot be read ({reason}); give a valid TOML file or a run directory, "
             "or none for the embedded example."
         ) from None
+
+
+_NAMES_OF_FILES = ("path", "validation_path", "test_path", "model", "adapter", "run")
+
+
+def beside(table: Any, folder: Path) -> Any:
+    """Return the tables of a file in `folder`, in which relative paths of what is beside it are
+    those of the working directory."""
+    if isinstance(table, list):
+        return [beside(one, folder) for one in table]
+    if not isinstance(table, dict):
+        return table
+    found = {}
+    for key, value in table.items():
+        is_name = key in _NAMES_OF_FILES and isinstance(value, str) and len(value) < 256
+        is_there = is_name and value and (folder / value).exists()
+        found[key] = os.path.relpath(folder / value) if is_there else beside(value, folder)
+    return found
 
 
 def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -87,6 +87,10 @@ class ConsoleReporter(Reporter):
             self._validation = f"held-out pass@1 {estimate.mean:.1%}"
         self._print(f"step {step}  {name} pass@1 {estimate}")
 
+    def notes(self, texts: Iterable[str]) -> None:
+        for text in texts:
+            self._print(f"note  {text}")
+
     def warned(self, warning: GuardWarning) -> None:
         self._print(f"warning  step {warning.step}: {warning.message}")
 

@@ -1,5 +1,7 @@
 """What follows a run while it trains."""
 
+from collections.abc import Iterable
+
 from rlad.engines.base import StepResult
 from rlad.runs.directory import EvaluationSet
 from rlad.runs.guards import GuardWarning
@@ -11,6 +13,9 @@ class Reporter:
 
     def phase(self, name: str) -> None:
         """The run begins another kind of work."""
+
+    def notes(self, texts: Iterable[str]) -> None:
+        """What the reader may not expect of this run."""
 
     def step(self, result: StepResult, num_steps: int) -> None:
         """An optimiser step was made and recorded."""

@@ -43,6 +43,7 @@ from rlad.tasks.references import require_working_verifier
 from rlad.training.console import ConsoleReporter
 from rlad.training.environment import describe_environment, note_resumption
 from rlad.training.named_files import fingerprints, require_same_files
+from rlad.training.notes import notes_on
 from rlad.training.recorder import Recorder, recorded_estimate
 from rlad.training.reporter import Reporter
 from rlad.training.trackers import Trackers, require_trackers
@@ -122,6 +123,7 @@ def _train(config: RunConfig, *, resume: bool, overwrite: bool, reporter: Report
             task = held.enter_context(closing(make_task(**config.task.model_dump())))
             ood = config.ood_task
             ood_task = held.enter_context(closing(make_task(**ood.model_dump()))) if ood else None
+            reporter.notes(notes_on(config, task, ood_task))
             reporter.phase("loading models")
             training = Training(config, task, ood_task, stop, checkpoint)
             held.enter_context(closing(training.engine))
