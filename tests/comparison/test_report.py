@@ -6,6 +6,7 @@ import math
 import re
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,10 @@ from rlad.comparison.report import (
     write_files,
     write_report,
 )
+from rlad.comparison.report_plots import _looks
+from rlad.comparison.report_sentences import _verdicts
 from rlad.engines.imitation import FATES as RECORDED_FATES
+from rlad.runs.statistics import Estimate
 from tiny_runs import OFTEN_CORRECT, run_config
 
 CORRECT = {
@@ -199,6 +203,35 @@ def test_no_verdict_without_evidence(tmp_path):
         "Compared with grpo, not told apart from it by these data: trrd. With so few seeds, what "
         "is said of trrd is" in text
     )
+
+
+def test_a_tie_and_one_verdict_that_follows_the_interval(tmp_path):
+    same = [
+        ReportedRun(name, write_run(tmp_path / name, correct=[4, 0, 4, 1, 2], objective=name))
+        for name in ("grpo", "opd")
+    ]
+    _, text, _ = report(same, tmp_path / "tie")
+    assert "grpo and opd reach 55.0%" in text and "the same highest mean" in text
+    methods = [SimpleNamespace(name=name, corrected_p=0.007) for name in ("opd", "trrd")]
+    for m, (low, high) in zip(methods, ((-0.1, 0.2), (0.01, 0.2)), strict=True):
+        interval = Estimate((low + high) / 2, low, high)
+        m.to_baseline = SimpleNamespace(difference=interval, num_seeds=3)
+    told = _verdicts(methods, "grpo")  # type: ignore[arg-type]
+    assert told == (
+        "Compared with grpo, ahead of it: trrd; these runs differ from it, but other seeds may "
+        "not, as the interval holds 0: opd."
+    )
+
+
+def test_a_method_looks_the_same_in_every_report():
+    def of(*names: str) -> Any:
+        return [SimpleNamespace(name=name) for name in names]
+
+    first = _looks(of("trrd", "grpo", "mine"))
+    second = _looks(of("mine", "grpo"))
+    assert {name: first[name] for name in second} == second
+    many = _looks(of(*(f"method {i}" for i in range(40))))
+    assert len({str(look) for look in many.values()}) == 40
 
 
 def test_few_seeds_are_said(runs, tmp_path):
@@ -495,7 +528,7 @@ def test_runs_without_optional_metrics_samples_and_tests(tmp_path):
     page, text, rows = report([ReportedRun("sft", sft)], tmp_path / "out")
     assert rows[0]["ood_after"] is None and rows[0]["peak_memory_bytes"] is None
     assert "Reward" not in page and "pass@2" not in page and "out of distribution" not in text
-    assert table(text, "Cost")["sft"]["peak memory"] == "–"
+    assert table(text, "Cost")["sft"]["peak memory, MiB"] == "–"
     assert (
         "minus" not in text.split("**Test after")[0] and "With one seed, sft reaches 66.7%" in text
     )

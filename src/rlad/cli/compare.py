@@ -1,16 +1,19 @@
 """What a person sees of `rlad compare`: the plan, the progress over all runs, what is missing."""
 
+import html
+import re
 import sys
 from collections.abc import Sequence
+from itertools import dropwhile, takewhile
 from pathlib import Path
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from rlad.cli.printing import print_line
+from rlad.cli.printing import print_line, print_table
 from rlad.comparison.compare import PlannedRun, compare, final_runs, tuning_runs
-from rlad.comparison.report import HTML
+from rlad.comparison.report import HTML, MARKDOWN
 from rlad.config.comparison import CompareConfig
 from rlad.errors import EXIT_FAILURE, EXIT_SIGNAL
 from rlad.stopping import StopRequested
@@ -50,9 +53,22 @@ def run_compare(comparison: CompareConfig, folder: Path, *, dry_run: bool, comma
         sys.exit(EXIT_SIGNAL + stopped.signal_number)
     for run in missing:
         print_line(console, f"missing: {run.method} seed {run.seed}: {run.reason}")
+    print_results(console, Path(comparison.directory) / MARKDOWN)
     print_line(console, f"report  {Path(comparison.directory) / HTML}")
     if missing:
         sys.exit(EXIT_FAILURE)
+
+
+def print_results(console: Console, report: Path) -> None:
+    """Print headline and first table of a report."""
+    _, _, headline, *lines = report.read_text(encoding="utf-8").splitlines()
+    plain = [html.unescape(re.sub(r"\\([^\w\s])", r"\1", line)) for line in (headline, *lines)]
+    print_line(console, f"\n{plain[0]}\n")
+    rows = list(
+        takewhile(lambda line: line[:1] == "|", dropwhile(lambda line: line[:1] != "|", plain))
+    )
+    print_table(console, [line.strip("| ").split(" | ") for line in rows if "---" not in line])
+    print_line(console, "")
 
 
 def print_plan(console: Console, comparison: CompareConfig, folder: Path) -> None:

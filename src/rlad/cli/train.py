@@ -51,6 +51,8 @@ def print_summary(console: Console, result: TrainResult) -> None:
     _print_example(console, RunDirectory(result.run_dir))
     _heading(console, "where it is, and what next")
     print_line(console, f"run directory   {result.run_dir}  ({result.seconds:.0f} s)")
+    model = RunDirectory(result.run_dir).checkpoints()[-1][1]
+    print_line(console, f"model           {model}  (after the last step)")
     print_line(console, f"learning curve  {result.run_dir / 'curve.png'}\n")
     for command, meaning in _next_commands(result.run_dir).items():
         print_line(console, f"{command}\n    {meaning}")
@@ -67,6 +69,8 @@ def _next_commands(run_dir: Path) -> dict[str, str]:
         f"rlad evaluate {run} --num-samples 8": "mean@8 and pass@k of its best checkpoint, by "
         "difficulty",
         f"rlad sample {run}": f"graded completions{opinion}",
+        f"rlad export model {run}": "a plain Hugging Face folder of the checkpoint that is best on "
+        "the validation problems",
         f"rlad list objectives {config.objective.type}": "the formula and its settings",
     }
     if config.needs_teacher:

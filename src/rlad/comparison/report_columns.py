@@ -99,7 +99,7 @@ def cost_table(methods: Sequence[Method]) -> Table:
     columns += [
         ("sampled tokens", sampled, lambda m: number(fmean(r.completion_tokens for r in m.runs))),
         ("teacher tokens", scored, lambda m: number(fmean(r.teacher_tokens for r in m.runs))),
-        ("peak memory", memory, lambda m: number(m.peak_memory / 2**20)),
+        ("peak memory, MiB", memory, lambda m: number(m.peak_memory / 2**20)),
     ]
     return _table("Cost of a run, mean over seeds", methods, columns)
 

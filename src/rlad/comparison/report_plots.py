@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
+from zlib import crc32
 
 import matplotlib
 import matplotlib.style
@@ -16,6 +17,8 @@ from matplotlib.figure import Figure
 
 from rlad.comparison.figures import Method
 from rlad.comparison.finished_runs import Run
+from rlad.config.objective import OBJECTIVE_CONFIGS
+from rlad.config.presets import PRESETS
 from rlad.runs.curve import STYLE, curve
 from rlad.text import printable
 
@@ -49,10 +52,11 @@ def _draw_results(methods: Sequence[Method]) -> Plot:
     to lines and markers of all plots."""
     figure = Figure(figsize=(8.5, 0.42 * len(methods) + 0.9), layout="constrained")
     axes = figure.subplots()
+    looks = _looks(methods)
     for i, m in enumerate(methods):
         y = len(methods) - 1 - i
         bounds = [m.after.low, m.after.mean, m.after.high]
-        axes.plot(bounds, [y] * 3, markevery=[1], markersize=9, **_look(i))
+        axes.plot(bounds, [y] * 3, markevery=[1], markersize=9, **looks[m.name])
         # Each seed as a ring below the bar.
         seeds = [np.mean(values) for values in m.pass_by_seed.values()]
         axes.scatter(seeds, [y - 0.24] * len(seeds), s=16, facecolor="none", edgecolor="black")
@@ -97,7 +101,8 @@ def _draw_series(
     axes = figure.subplots()
     told = []
     absent = []
-    for i, m in enumerate(methods):
+    looks = _looks(methods)
+    for m in methods:
         values = [series(run) for run in m.runs]
         # Seeds that stopped early must not bend the mean, so only steps that all have count.
         steps = sorted(set.intersection(*map(set, values)))
@@ -108,7 +113,13 @@ def _draw_series(
         means = seeds.mean(axis=0)
         spacing = max(1, len(steps) // 6)
         curve(
-            axes, steps, means, seeds.min(axis=0), seeds.max(axis=0), **_look(i), markevery=spacing
+            axes,
+            steps,
+            means,
+            seeds.min(axis=0),
+            seeds.max(axis=0),
+            **looks[m.name],
+            markevery=spacing,
         )
         told.append(
             f"{m.name} from {means[0]:.3g} at step {steps[0]} to {means[-1]:.3g} at step "
@@ -121,8 +132,24 @@ def _draw_series(
     return _plot(figure, title, f"{title} by step.{missing}{note}", "; ".join(told))
 
 
+# A look belongs to a method by its name, so that it is the same in all reports.
+_KNOWN = (*OBJECTIVE_CONFIGS, *PRESETS)
+_NUM_LOOKS = 40
+
+
+def _looks(methods: Sequence[Method]) -> dict[str, dict[str, Any]]:
+    """Choose colour, line and marker of each method, the same in all plots and reports unless two
+    would look alike."""
+    taken: dict[int, str] = {}
+    for m in methods:
+        is_known = m.name in _KNOWN
+        number = _KNOWN.index(m.name) if is_known else crc32(m.name.encode(errors="replace"))
+        free = (i % _NUM_LOOKS for i in range(number, number + _NUM_LOOKS))
+        taken[next((i for i in free if i not in taken), number % _NUM_LOOKS)] = m.name
+    return {name: _look(number) for number, name in taken.items()}
+
+
 def _look(index: int) -> dict[str, Any]:
-    """Choose colour, line and marker of a method, the same in all plots."""
     return {
         "color": f"C{index % 10}",
         "linestyle": ("-", "--", "-.", ":")[index % 4],

@@ -33,10 +33,12 @@ def headline(methods: Sequence[Method], baseline: Method) -> str:
     """Name the best method, and the methods that the data tell apart from the baseline."""
     best = max(methods, key=lambda m: m.after.mean)
     over = f"Over {len(best.runs)} seeds" if len(best.runs) > 1 else "With one seed"
-    text = f"{over}, {best.name} reaches {estimate(best.after)} pass@1 on the test split"
+    ties = [m.name for m in methods if m.after.mean == best.after.mean]
+    reach = "reach" if len(ties) > 1 else "reaches"
+    text = f"{over}, {' and '.join(ties)} {reach} {estimate(best.after)} pass@1 on the test split"
     if len(methods) == 1:
         return f"{text}; it starts at {best.before.mean:.1%}, so it gains {_points(best.gain)}."
-    text += ", the highest mean"
+    text += ", the same highest mean" if len(ties) > 1 else ", the highest mean"
     compared = [m for m in methods if m.to_baseline]
     if best.to_baseline:
         p = f"p = {p_text(best.corrected_p)}".replace("= <", "<")
@@ -55,8 +57,14 @@ def _points(found: Estimate) -> str:
 
 
 def _verdicts(compared: Sequence[Method], baseline: str) -> str:
-    """Say who is ahead of the baseline, who behind, and who cannot be told from it."""
-    kinds = {"ahead of it": [], "behind it": [], "not told apart from it by these data": []}
+    """Say who is ahead of the baseline, who behind, and who cannot be told from it: by the
+    interval, and where the p-value says another thing, what that means."""
+    kinds = {
+        "ahead of it": [],
+        "behind it": [],
+        "these runs differ from it, but other seeds may not, as the interval holds 0": [],
+        "not told apart from it by these data": [],
+    }
     few = []
     for m in compared:
         assert m.to_baseline is not None
@@ -67,6 +75,8 @@ def _verdicts(compared: Sequence[Method], baseline: str) -> str:
             kind = "ahead of it"
         elif m.corrected_p < _LEVEL and interval.high < 0:
             kind = "behind it"
+        elif m.corrected_p < _LEVEL:
+            kind = "these runs differ from it, but other seeds may not, as the interval holds 0"
         kinds[kind].append(m.name)
         if m.to_baseline.num_seeds < FEWEST_SEEDS:
             few.append(m.name)

@@ -46,9 +46,10 @@ class ConsoleReporter(Reporter):
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
             TimeRemainingColumn(),
+            TextColumn("left,"),
+            TimeElapsedColumn(),
+            TextColumn("so far"),
             console=console,
             disable=not self._is_live,
             # From another thread it would take our lines into its widget.
@@ -56,6 +57,11 @@ class ConsoleReporter(Reporter):
             speed_estimate_period=3600.0,
         )
         self._task = self._progress.add_task("starting", total=None)
+        self._steps = 0
+        self._pieces = 0
+        """of work since the last step, and below in the step before that one"""
+        self._pieces_of_a_step = 0
+        self._moved = 0.0
         self._validation = ""
         self._num_tokens = 0.0
         self._seconds = 0.0
@@ -71,7 +77,23 @@ class ConsoleReporter(Reporter):
     def phase(self, name: str) -> None:
         self._progress.update(self._task, description=name, refresh=self._in_notebook)
 
+    def begins(self, step: int, num_steps: int) -> None:
+        self._steps = step
+        self._progress.update(self._task, total=num_steps, completed=step)
+
+    def works(self) -> None:
+        self._pieces += 1
+        # Most steps have about as many pieces of work as the one before.
+        now = time.monotonic()
+        if self._is_live and self._pieces_of_a_step and now - self._moved > 0.2:
+            self._moved = now
+            share = min(self._pieces / self._pieces_of_a_step, 0.99)
+            self._progress.update(self._task, completed=self._steps + share)
+
     def step(self, result: StepResult, num_steps: int) -> None:
+        self._steps = result.step
+        self._pieces_of_a_step = self._pieces
+        self._pieces = 0
         figures = "  ".join(part for part in self._figures(result) if part)
         self._progress.figures = figures
         self._progress.update(
@@ -84,7 +106,7 @@ class ConsoleReporter(Reporter):
 
     def evaluated(self, name: EvaluationSet, step: int, estimate: Estimate) -> None:
         if name == "validation":
-            self._validation = f"held-out pass@1 {estimate.mean:.1%}"
+            self._validation = f"held-out pass@1 {estimate.mean:.1%} (step {step})"
         self._print(f"step {step}  {name} pass@1 {estimate}")
 
     def notes(self, texts: Iterable[str]) -> None:

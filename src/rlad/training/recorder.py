@@ -73,6 +73,14 @@ class Recorder:
         for reporter in self.reporters:
             reporter.phase(name)
 
+    def begins(self, step: int) -> None:
+        for reporter in self.reporters:
+            reporter.begins(step, self.config.optimization.num_steps)
+
+    def works(self) -> None:
+        for reporter in self.reporters:
+            reporter.works()
+
     # --- steps ------------------------------------------------------------------------------------
 
     def step(self, result: StepResult, *, may_stop: bool) -> None:

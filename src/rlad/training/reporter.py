@@ -17,6 +17,12 @@ class Reporter:
     def notes(self, texts: Iterable[str]) -> None:
         """What the reader may not expect of this run."""
 
+    def begins(self, step: int, num_steps: int) -> None:
+        """The run is about to continue after `step`."""
+
+    def works(self) -> None:
+        """A small piece of work is about to be done, of which a step has many."""
+
     def step(self, result: StepResult, num_steps: int) -> None:
         """An optimiser step was made and recorded."""
 

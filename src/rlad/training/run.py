@@ -191,6 +191,7 @@ class Training:
     def finish(self, recorder: Recorder) -> TrainResult:
         """Run to the end, or to a checkpoint and `StopRequested`."""
         self.recorder = recorder
+        recorder.begins(self.engine.step)
         started = time.monotonic()
         try:
             self._train(recorder)
@@ -284,6 +285,7 @@ class Training:
         """Is called before every piece of work, between which nothing is half done."""
         self.stop.check()
         if self.recorder is not None:
+            self.recorder.works()
             self.recorder.save_if_due(self.engine)
 
 
