@@ -39,7 +39,8 @@ class CopySampler(CopiedStudent):
 
     def begin(self, prompts: Prompts, *, seed: int, **settings: Any) -> None:
         before_token = settings.pop("before_token", lambda: None)
-        self._make_current(prompts, settings["max_completion_tokens"], before_token)
+        max_tokens = [settings["max_completion_tokens"]] * len(prompts)
+        self._make_current(prompts, max_tokens, before_token)
         written = sample(self._copy, prompts, seed=seed, **settings)
         self._begun = ((list(map(list, prompts)), seed), written)
 
@@ -74,6 +75,7 @@ class CopySampler(CopiedStudent):
                 temperature=limits["temperature"],
                 seed=seed,
                 before_token=before_token,
+                rows=limits.get("rows"),
             )
         for number, completions in enumerate(written):
             after_request(number, completions)

@@ -36,6 +36,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "rlsd": {},
     "distilled_rl": {},
     "topd": {},
+    "skill_sd": {"kd_coef": 0.05, "teacher_log_ratio_clip": "off", "max_importance_weight": "off"},
 }
 """What the configs of these tests say of each objective."""
 _CLIP = {"clip_low": 0.2, "clip_high": 0.28}
@@ -51,6 +52,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "distilled_rl": {"weight_bound": 3.0, **_CLIP},
     "topd": {"alpha": 0.1, **_CLIP},
+    "skill_sd": {
+        "kd_coef": 1e-3,
+        "teacher_log_ratio_clip": 5.0,
+        "max_importance_weight": 2.0,
+        **_CLIP,
+    },
     "sft": {},
     "gkd": {"beta": 0.5, "support": "full", "top_k": 100},
 }
@@ -366,6 +373,11 @@ def _token_losses(
             results[i] = [
                 reference.grpo_token(s, o, a, **clip)
                 for (s, o, _), a in zip(tokens, per_token, strict=True)
+            ]
+        if name == "skill_sd" and teacher_speaks(case, batch, i):
+            kl = [reference.skill_token(*token, c=None, bound=None) for token in tokens]
+            results[i] = [
+                loss + knobs["kd_coef"] * value for loss, value in zip(results[i], kl, strict=True)
             ]
         if name == "kdrl" and teacher_speaks(case, batch, i):
             support = {"exact": "full", "top_k": "student_top_k"}.get(knobs["kd_estimator"])

@@ -46,6 +46,14 @@ def kl_token(s: Any, other: Any, estimator: str) -> Any:
     return d * d / 2 if estimator == "k2" else exp(d) - d - 1
 
 
+def skill_token(s: Any, o: Any, t: float, *, c: float | None, bound: float | None) -> Any:
+    """rho (e^-l - 1 + l); beyond the bounds of the paper's formula it is the value alone that
+    holds."""
+    log_ratio = s - t if c is None else min(max(s - t, -c), c)
+    rho = exp(s - o) if bound is None else min(exp(s - o), bound)
+    return rho * (exp(-log_ratio) - 1 + log_ratio)
+
+
 def opd_token(s: Any, o: Any, t: Any) -> Any:
     return -exp(s - o) * (t - o)
 

@@ -1,10 +1,13 @@
 """Environments whose turns any model can take, however it writes."""
 
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from rlad.tasks import Problem, split_of
-from rlad.tasks.episodes import Environment, Step
+from rlad.tasks import Problem, Split, split_of
+from rlad.tasks.base import Judgement, judged
+from rlad.tasks.episodes import Environment, EpisodeFailed, EpisodeRules, Step, checked_step
 
 
 class Adding(Environment):
@@ -64,6 +67,45 @@ class Faulty:
         }[self.fault]
 
 
+class Guarded(Environment):
+    """A `Faulty` one whose faults cost an episode, as those of a process of its own do."""
+
+    def __init__(self, fault: str) -> None:
+        self.inner = Faulty(fault)
+
+    def reset(self, problem: Problem, *, seed: int) -> str:
+        return self.inner.reset(problem, seed=seed)
+
+    def step(self, text: str) -> Step:
+        try:
+            return checked_step(self.inner.step(text))
+        except RuntimeError as error:
+            raise EpisodeFailed(str(error)) from None
+
+
 def train_numbers(num: int) -> list[int]:
     """The first numbers whose problems are in the training split."""
     return [n for n in range(10 * num) if split_of(str(n)) == "train"][:num]
+
+
+class InThisProcess:
+    """A task of one of these environments without a process of its own; its verdicts are those of
+    `rules`."""
+
+    def __init__(self, make: Callable[[], Environment], **rules: Any) -> None:
+        self.name = "tiny"
+        self.reward_range = (float("-inf"), float("inf"))
+        self.episode_rules = EpisodeRules(make, **rules)
+
+    def problem(self, split: Split, index: int, *, seed: int = 0) -> Problem:
+        problem = replace(Adding.problem(100 * seed + index), key=f"{split} {seed} {index}")
+        return replace(problem, prompt=self.episode_rules.make().reset(problem, seed=0))
+
+    def num_problems(self, split: Split) -> int | None:
+        return None
+
+    def judge(self, problem: Problem, completion: str) -> Judgement:
+        return judged(False)
+
+    def close(self) -> None:
+        pass

@@ -119,7 +119,8 @@ def remains(run_dir: Path) -> dict[str, Any]:
     kept: dict[str, Any] = {
         name: (run_dir / name).read_text() for name in ("samples.jsonl", "eval.jsonl", "README.md")
     }
-    kept["warnings.jsonl"] = list(run.read("warnings.jsonl"))
+    for name in ("warnings.jsonl", "skills.jsonl"):
+        kept[name] = list(run.read(name))
     rows = list(run.read("metrics.jsonl"))
     kept["metrics.jsonl"] = [
         json.dumps(

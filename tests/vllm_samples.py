@@ -22,6 +22,7 @@ from rlad.models.adapters import add_frozen_adapter, add_lora, save_adapter
 from rlad.models.loading import LanguageModel
 from rlad.models.student import load_student
 from rlad.rollouts import vllm_sampler
+from rlad.rollouts.grading import graded_groups
 from rlad.rollouts.samplers import make_sampler, obstacle_to_vllm
 from rlad.scoring.scorer import Scorer
 from rlad.tasks import make_task
@@ -129,6 +130,43 @@ def lora() -> dict[str, Any]:
     model = student()
     add_lora(model.model, LoraConfig(rank=4), base="tiny", seed=0)
     return after_updates(model)
+
+
+def episodes() -> dict[str, Any]:
+    """Several turns, of which each has a seed and a limit of its own; twice."""
+    model = student()
+    settings = {"prompts_per_batch": 6, "group_size": 3, "vllm": {"max_model_len": 128}}
+    sampler = sampler_of(model, **settings)
+    config = RolloutConfig.model_validate(
+        {"temperature": TEMPERATURE, "max_completion_tokens": 24, **settings}
+    )
+    task = make_task("environment", path="tiny_environments:Adding", max_turns=4, max_turn_tokens=6)
+
+    def play() -> list[Any]:
+        return graded_groups(
+            model, task, "train", range(6), rollout=config, seed=5, sampler=sampler
+        )
+
+    groups = play()
+    again = play()
+    sampler.close()
+    rollouts = [one for group in groups for one in group.rollouts]
+    prompts = [group.prompt_token_ids for group in groups for _ in group.rollouts]
+    scorer = Scorer(model, temperature=TEMPERATURE, tokens_per_batch=4096)
+    scores = scorer.score(prompts, [one.completion.token_ids for one in rollouts])
+    return {
+        "num_turns": [len(one.turns) for one in rollouts],
+        "distances": [
+            abs(ours - theirs)
+            for row, one in zip(scores, rollouts, strict=True)
+            for ours, theirs, is_action in zip(
+                row.tolist(), one.completion.logprobs, one.completion.actions or (), strict=True
+            )
+            if is_action
+        ],
+        "same_again": [one.turns for one in rollouts]
+        == [one.turns for group in again for one in group.rollouts],
+    }
 
 
 def without_remedy() -> dict[str, Any]:
@@ -318,6 +356,7 @@ CASES: dict[str, Callable[..., dict[str, Any]]] = {
         without_remedy,
         frequencies,
         long_prompts,
+        episodes,
         limits,
         obstacles,
         run,

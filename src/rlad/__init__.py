@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from rlad.objectives.rlsd import rlsd_loss as rlsd_loss
     from rlad.objectives.sdpo import sdpo_loss as sdpo_loss
     from rlad.objectives.sft import sft_loss as sft_loss
+    from rlad.objectives.skill_sd import skill_sd_loss as skill_sd_loss
     from rlad.objectives.topd import topd_advantages as topd_advantages
     from rlad.objectives.topd import topd_loss as topd_loss
     from rlad.objectives.trrd import trrd_loss as trrd_loss
@@ -53,6 +54,7 @@ _HOME = {
     "rlsd_loss": "rlad.objectives.rlsd",
     "sdpo_loss": "rlad.objectives.sdpo",
     "sft_loss": "rlad.objectives.sft",
+    "skill_sd_loss": "rlad.objectives.skill_sd",
     "topd_advantages": "rlad.objectives.topd",
     "topd_loss": "rlad.objectives.topd",
     "train": "rlad.training.run",

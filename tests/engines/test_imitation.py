@@ -61,7 +61,7 @@ def test_every_fate_by_hand() -> None:
         "clamped": "..",
         "log_ratio_to_teacher": [0.8, -0.6],
     }
-    assert set("+hh+.-pp..") == set(FATES)
+    assert set("+hh+.-pp..") == set(FATES) - {"e"}  # which episodes alone have
 
 
 def test_objectives_without_a_clamp_a_teacher_or_a_surrogate() -> None:

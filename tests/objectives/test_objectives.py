@@ -352,6 +352,8 @@ def test_equals_the_slow_reference(name: str, seed: int) -> None:
                 **CLIP,
             ),
             "topd": grpo_token(s, o, topd[i][j], **CLIP),
+            "skill_sd": grpo_token(s, o, a, **CLIP)
+            + 1e-3 * reference.skill_token(s, o, t, c=5.0, bound=2.0),
         }[name]
         assert loss[i, j].item() == pytest.approx(expected, rel=1e-12, abs=1e-12)
     assert (loss[~inputs["mask"]] == 0).all()
@@ -804,7 +806,7 @@ CAN_BE_SILENT = [name for name in WITH_TEACHER if "teacher_speaks" in OBJECTIVES
 
 def test_these_are_grpo_without_a_teacher() -> None:
     """The others have nothing to train on where the teacher is silent."""
-    assert CAN_BE_SILENT == ["distilled_rl", "kdrl", "rlsd", "trrd"]
+    assert CAN_BE_SILENT == ["distilled_rl", "kdrl", "rlsd", "skill_sd", "trrd"]
     assert all(
         OBJECTIVE_CONFIGS[name]().trains_without_teacher(0) is (name in CAN_BE_SILENT)
         for name in WITH_TEACHER
@@ -823,6 +825,7 @@ def test_these_are_grpo_without_a_teacher() -> None:
         ("kdrl", {"kd_coef": 0.5, "kd_estimator": "k3"}),
         ("rlsd", {"teacher_weight": 1.0, "weight_clip": 0.9}),
         ("distilled_rl", {"weight_bound": 9.0}),
+        ("skill_sd", {"kd_coef": 0.5}),
     ],
 )
 def test_where_the_teacher_is_silent_it_is_grpo(

@@ -14,7 +14,7 @@ import pytest
 from pydantic import BaseModel
 
 from rlad.cli.main import main
-from rlad.config import comparison, objective, run, task, teacher, template
+from rlad.config import comparison, context, objective, run, task, teacher, template
 from rlad.config.catalogue import CONFIGS, names
 from rlad.config.objective import OBJECTIVE_CONFIGS
 from rlad.engines.verl.objective import NAMES
@@ -54,7 +54,7 @@ def blocks(page: Path, *languages: str) -> list[str]:
 
 def setting_names() -> set[str]:
     """Return the names of all fields of all sections of runs and comparisons."""
-    modules = (comparison, objective, run, task, teacher, template)
+    modules = (comparison, context, objective, run, task, teacher, template)
     sections = [
         member
         for module in modules

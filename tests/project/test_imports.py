@@ -17,6 +17,7 @@ from rlad.config.objective import ObjectiveConfig
 from rlad.engines.imitation import FATES
 from rlad.objectives import OBJECTIVES, Objective
 from rlad.objectives.inputs import LossInputs
+from rlad.rollouts.types import Ending
 from rlad.runs.directory import EVAL, METRICS, SAMPLES, EvaluationSet, RunDirectory
 from rlad.tasks import TASKS
 from rlad.teachers import teacher_modules
@@ -46,6 +47,17 @@ BY_VLLM = {
 }
 """with `rollout.engine = "vllm"`; `tests/rollouts/test_vllm_sampler.py` and
 `tests/engines/test_staleness.py` look for them"""
+BY_EPISODES = {
+    "rollout/turns/mean",
+    "rollout/turns/max",
+    "rollout/environment_tokens/mean",
+    *(f"rollout/ended_by_{ending}/frac" for ending in get_args(Ending)),
+    "teacher/skills/count",
+    "teacher/skill_tries/max",
+    "time/skills/seconds",
+}
+"""of tasks of several turns, and teachers that are shown skills: `tests/engines/test_episodes.py`
+holds a batch to these names"""
 BATCH = {field.name for field in dataclasses.fields(LossInputs)}
 HEAVY = ("torch", "transformers", "trl", "numpy", "matplotlib", "safetensors", "pebble")
 
@@ -184,7 +196,10 @@ def test_every_logged_metric_is_defined_and_every_definition_is_logged(world, tm
         logged |= {
             key for row in RunDirectory(rlad.train(config).run_dir).read(METRICS) for key in row
         }
-    assert logged - {"step"} - BY_TEACHERS == defined - BY_TEACHERS - BY_VLLM and "`step`" in page
+    assert (
+        logged - {"step"} - BY_TEACHERS == defined - BY_TEACHERS - BY_VLLM - BY_EPISODES
+        and "`step`" in page
+    )
 
 
 def test_rows_of_evaluations_are_described(world, tmp_path):

@@ -135,3 +135,10 @@ def test_a_teacher_that_writes_has_a_vllm_of_its_own(tmp_path: Path) -> None:
     assert len(found["writer"]) > 100 and max(found["writer"]) < 1e-3
     assert len(found["student"]) > 10 and max(found["student"]) < 1e-3
     assert len(found["losses"]) == 4 and all(map(math.isfinite, found["losses"]))
+
+
+def test_episodes_are_continued_turn_by_turn() -> None:
+    found = found_in("episodes")
+    assert max(found["num_turns"]) >= 3
+    assert len(found["distances"]) > 100 and max(found["distances"]) < 1e-3
+    assert found["same_again"]

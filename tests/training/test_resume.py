@@ -505,3 +505,38 @@ def test_an_engine_is_closed_where_its_checkpoint_cannot_be_restored(
     with pytest.raises(UserError, match="another teacher"):
         rlad.train(config, resume=True)
     assert len(closed) == 1
+
+
+EPISODES: dict[str, Any] = {
+    **SECTIONS,
+    "rollout": {"prompts_per_batch": 4, "group_size": 3, "max_completion_tokens": 12},
+    "optimization": SECTIONS["optimization"] | {"num_steps": 4, "tokens_per_batch": 100},
+}
+
+
+@pytest.mark.parametrize("objective", ["trrd", "skill_sd"])
+def test_episodes_interrupted_at_any_safe_point(world, tmp_path, stop_at, objective):
+    sections = EPISODES | ({"objective": {"type": objective}} if objective != "trrd" else {})
+
+    def config(name: str) -> dict[str, Any]:
+        task = {
+            "type": "environment",
+            "path": "tiny_environments:Adding",
+            "max_turn_tokens": 3,
+        }
+        table = run_config(world, tmp_path / name / "run", **sections) | {"task": task}
+        if objective == "skill_sd":
+            del table["teacher"]  # its own: the student, shown a skill
+        return table
+
+    stop_at(-1)
+    rlad.train(config("whole"))
+    total = StopAt.num_checks
+    wanted = remains(tmp_path / "whole" / "run")
+    for at in range(3, total + 1, total // 12):
+        stop_at(at)
+        with pytest.raises(StopRequested):
+            rlad.train(config(str(at)))
+        stop_at(-1)
+        rlad.train(config(str(at)), resume=True)
+        assert_same(remains(tmp_path / str(at) / "run"), wanted, f"stopped at {at} of {total}")

@@ -35,6 +35,7 @@ from rlad.models.loading import (
 )
 from rlad.models.student import require_base_model
 from rlad.rollouts.prompts import longest_prompt
+from rlad.rollouts.turns import require_continuable_prompts
 from rlad.rollouts.vllm_protocol import Needs, require_usable
 from rlad.rollouts.vllm_server import make_client
 from rlad.runs.directory import RunDirectory
@@ -344,6 +345,7 @@ def _check_prompts(config: RunConfig) -> tuple[int, list[Finding]]:
     with _tasks(config) as (task, *others):
         tokenizer = load_tokenizer(config.student.model)
         ood_task = others[0] if others else None
+        require_continuable_prompts(task, tokenizer, config.rollout)
         num_tokens = longest_prompt(config, task, tokenizer, context, ood_task)
         first = check_first_prompt(config, task, tokenizer)
         first += [Finding("warning", "settings", note) for note in notes_on(config, task, ood_task)]

@@ -1,8 +1,9 @@
 """A trial of a run: real steps of its engine on a handful of short completions, of which nothing
 is written."""
 
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import cycle
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,8 @@ from rlad.rollouts.prompts import prompt_token_ids
 from rlad.rollouts.types import Metrics
 from rlad.runs.guards import Watch
 from rlad.tasks import Task, make_task
-from rlad.tasks.base import judged
+from rlad.tasks.base import Judgement, judged, reward_range
+from rlad.tasks.episodes import EpisodeRules, Step, episode_rules
 from rlad.teachers.base import Setting
 from rlad.teachers.privileged import encoder
 from rlad.teachers.several import task_names
@@ -90,12 +92,27 @@ def run_trial(config: RunConfig) -> Trial:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _AlternatingRules(EpisodeRules):
+    verdicts: Iterator[Judgement] = field(default_factory=lambda: cycle([judged(True)]))
+
+    @classmethod
+    def of(cls, rules: EpisodeRules, verdicts: Iterator[Judgement]) -> "_AlternatingRules":
+        return cls(rules.make, rules.max_turns, rules.max_turn_tokens, verdicts=verdicts)
+
+    def judge(self, steps: Sequence[Step]) -> Judgement:
+        return next(self.verdicts)
+
+
 def with_alternating_verdicts(task: Task) -> Any:
     """Return the task with every second completion correct, so that all have an advantage and
     reach the teacher, whatever the student can do within a few tokens."""
     verdicts = cycle([judged(True), judged(False)])
+    rules = episode_rules(task)
     return SimpleNamespace(
         name=task.name,
+        reward_range=reward_range(task),
+        episode_rules=rules and _AlternatingRules.of(rules, verdicts),
         problem=task.problem,
         num_problems=task.num_problems,
         judge=lambda problem, completion: next(verdicts),

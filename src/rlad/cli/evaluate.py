@@ -72,7 +72,7 @@ def evaluate_run_or_model(
             )
     about = {"model": model, "task": config.task.type, "split": split}
     if output is not None:
-        lines = [json.dumps(about | asdict(result)) + "\n" for result in results]
+        lines = [json.dumps(about | result.to_json()) + "\n" for result in results]
         output.write_text("".join(lines), encoding="utf-8")
     return about, results
 
@@ -114,6 +114,8 @@ def print_summary(
     for difficulty, estimate in summary["pass@1 by difficulty"].items():
         rows.append((f"pass@1, {difficulty}", str(estimate)))
     rows.append(("mean completion length", f"{summary['mean_completion_tokens']:.1f} tokens"))
+    if "mean_turns" in summary:
+        rows.append(("mean turns", f"{summary['mean_turns']:.1f}"))
     rows.append(("truncated", f"{summary['truncated_share']:.1%}"))
     rows.append(("could not be judged", f"{summary['cannot_judge_share']:.1%}"))
     what = f"{summary['num_problems']} {about['split']} problems of {about['task']} x {n} samples"

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -79,7 +80,17 @@ def _row(
 ) -> Row:
     """Describe one completion; None, as JSON has no NaN, for no reward or a token without score."""
     token_ids = list(rollout.completion.token_ids)
+    completion = rollout.completion
     scores = [] if teacher_logprobs is None else teacher_logprobs.tolist()
+    if completion.actions is not None:  # of what the environment wrote nobody's opinion counts
+        scores = [x if a else math.nan for x, a in zip(scores, completion.actions, strict=False)]
+    episode: Row = {}
+    if completion.actions is not None:
+        episode = {
+            "ending": completion.ending,
+            "turns": [asdict(turn) for turn in rollout.turns],
+            "actions": list(completion.actions),
+        }
     return {
         "student": student.name,
         "prompt": prompt,
@@ -91,6 +102,7 @@ def _row(
         "tokens": student.tokenizer.convert_ids_to_tokens(token_ids),
         "student_logprobs": list(rollout.completion.logprobs),
         "teacher_logprobs": [x if math.isfinite(x) else None for x in scores] or None,
+        **episode,
     }
 
 
@@ -109,8 +121,23 @@ def print_preview(rows: Iterable[Row], console: Console) -> None:
         reason = f"  ({row['reason']})" if row["reason"] else ""
         truncated = ", truncated" if row["is_truncated"] else ""
         details = f"{reward}{reason}  {len(row['tokens'])} tokens{truncated}{_opinion(row)}"
+        if "turns" in row:
+            details = f"  {len(row['turns'])} turns, ended by {row['ending']}{details}"
         print_line(console, f"\n{row['verdict']}{details}", _COLOURS[row["verdict"]])
-        print_line(console, row["completion"])
+        if "turns" in row:
+            _print_conversation(row["turns"], console)
+        else:
+            print_line(console, row["completion"])
+
+
+def _print_conversation(turns: Sequence[Row], console: Console) -> None:
+    """Print an episode: what the student said, and after it what the environment replied."""
+    for turn in turns:
+        print_line(console, turn["text"].strip() or "(nothing)")
+        reward = f"  [reward {turn['reward']:g}]" if turn["reward"] else ""
+        reply = "\n".join(f"  | {line}" for line in f"{turn['reply']}{reward}".splitlines())
+        if reply:
+            print_line(console, reply, "dim")
 
 
 def _opinion(row: Row) -> str:

@@ -36,7 +36,8 @@ FATES = (
     Fate("p", "protected", "worse than its group, but the teacher likes it: no gradient"),
     Fate(".", "untouched", "no advantage, or no finite score"),
 )
-_BY_LETTER = {fate.letter: fate for fate in FATES}
+ENVIRONMENT = Fate("e", "environment", "written by the environment: read, not trained on")
+_BY_LETTER = {fate.letter: fate for fate in (*FATES, ENVIRONMENT)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,8 @@ class MappedCompletion:
         """Share of tokens held back or protected; a completion of few tokens says little and counts
         as if it had ten."""
         fates = self.imitation.fates
-        return (fates.count("h") + fates.count("p")) / max(len(fates), 10)
+        num_written = len(fates) - fates.count(ENVIRONMENT.letter)
+        return (fates.count("h") + fates.count("p")) / max(num_written, 10)
 
     @property
     def counts(self) -> list[tuple[Fate, int]]:
@@ -92,6 +94,7 @@ class MappedCompletion:
                 note += f"; log student - log teacher {ratios[i]:+.2f}"
                 note += ", clamped" if is_clamped else ""
             note += f"; advantage {self.imitation.advantages[i]:+.2f}"
+            note = ENVIRONMENT.meaning if fate is ENVIRONMENT else note
             tokens.append(Token(text, fate, is_clamped, note))
         return tokens
 

@@ -4,7 +4,24 @@ no torch."""
 from collections.abc import Iterator
 from typing import Literal
 
-from rlad.config.types import Count, NonNegativeInt, Number, Section
+from rlad.config.types import Count, NonNegative, NonNegativeInt, Number, Section
+
+
+class SkillConfig(Section):
+    """The bank of skills of a run: what was learnt from earlier episodes, written down in three
+    fields, of which the teacher is shown one."""
+
+    per: Literal["task", "difficulty", "problem"] = "task"
+    """what has a bank of its own: the whole task, each difficulty, or each problem (the paper; for
+    tasks of few problems, which come again and again)"""
+    exploration: NonNegative = 2**0.5
+    """c of mean reward + c sqrt(ln N / n), by which a skill is chosen when all have been tried"""
+    max_skills: Count = 20
+    """of one bank; then a new one takes the place of the one with the lowest mean reward"""
+    summariser: Literal["rules", "student"] = "rules"
+    """what writes them: a template that quotes the episodes, or the student, which is shown them"""
+    max_characters: Count = 400
+    """of each of the three fields"""
 
 
 class ContextTexts(Section):
@@ -14,6 +31,8 @@ class ContextTexts(Section):
     """heading of the reference answer"""
     first_success: str = "A correct solution:"
     """heading of the first correct solution"""
+    skill: str = "What was learnt from earlier attempts at such tasks:"
+    """heading of a skill"""
     next_success: str = "Another correct solution:"
     """heading of each further one"""
     failure: str = "A wrong attempt, not to be repeated:"
@@ -31,6 +50,8 @@ class ContextConfig(Section):
     """the reference answer"""
     fields: tuple[str, ...] = ()
     """entries of the problem's metadata, such as ["hint"] or ["skill"]"""
+    skill: SkillConfig | None = None
+    """a skill of the run's bank; without one yet, `without_success` says what happens"""
     num_successes: NonNegativeInt = 0
     """most correct completions of other rollouts of the group"""
     num_failures: NonNegativeInt = 0
@@ -61,14 +82,15 @@ class ContextConfig(Section):
 
     @property
     def needs_group(self) -> bool:
-        """Whether it shows something of the group's rollouts: their texts, or feedback."""
-        return self.num_peers > 0 or self.feedback
+        """Whether it shows something of the group's rollouts: their texts, feedback, or what was
+        learnt from them."""
+        return self.num_peers > 0 or self.feedback or self.skill is not None
 
     def problems(self) -> Iterator[str]:
-        if not (self.answer or self.fields or self.num_peers or self.feedback):
+        if not (self.answer or self.fields or self.needs_group):
             yield (
-                "it shows nothing; set num_successes, num_failures, answer, fields or feedback, or "
-                "leave the section out"
+                "it shows nothing; set num_successes, num_failures, answer, fields, feedback or "
+                "skill, or leave the section out"
             )
         if self.failure_reward is not None and self.failure_reward >= self.success_reward:
             yield (

@@ -366,6 +366,23 @@ class OPSDConfig(_SelfDistillation):
             )
 
 
+class SkillSDConfig(_SometimesTaught, _Clipped):
+    type: Literal["skill_sd"] = "skill_sd"
+    kd_coef: NonNegative | AnnealedNonNegative = 1e-3
+    """λ: weight of the distillation term"""
+    teacher_log_ratio_clip: Positive | Literal["off"] = 5.0
+    """c in clamp(log πS - log πT, -c, +c); `off`, as in the paper, leaves it unbounded"""
+    max_importance_weight: Positive | Literal["off"] = 2.0
+    """bound of πS / πold in the distillation term; `off`, as in the paper: none"""
+
+    engines: ClassVar[tuple[EngineName, ...]] = ("native",)
+    default_teacher: ClassVar[dict[str, Any] | None] = {
+        "type": "privileged",
+        "context": {"skill": {}, "without_success": "plain"},
+        "teacher": {"type": "ema", "update_rate": 1.0, "every_batches": 1},
+    }
+
+
 ObjectiveConfig = (
     TRRDConfig
     | GRPOConfig
@@ -380,6 +397,7 @@ ObjectiveConfig = (
     | SDPOConfig
     | MOPDConfig
     | OPSDConfig
+    | SkillSDConfig
 )
 OBJECTIVE_CONFIGS: dict[str, type[ObjectiveSection]] = {
     section.model_fields["type"].default: section for section in get_args(ObjectiveConfig)

@@ -17,7 +17,7 @@ from pydantic import Field
 from rlad.config.engine import EngineConfig
 from rlad.config.objective import ObjectiveConfig, TRRDConfig
 from rlad.config.rollout import CorrectionConfig, VLLMConfig
-from rlad.config.task import TaskConfig, with_changes
+from rlad.config.task import EpisodesConfig, TaskConfig, with_changes
 from rlad.config.teacher import TeacherConfig
 from rlad.config.types import (
     AnnealedNonNegative,
@@ -91,6 +91,9 @@ class RolloutConfig(Section):
     """before each conversation that has none of its own; needs a chat template"""
     chat_template_kwargs: dict[str, Any] = Field(default={})
     """variables of the chat template, such as { enable_thinking = false }"""
+    rewritten_turns: Literal["refuse", "keep"] = "refuse"
+    """of several turns, where the chat template writes earlier ones otherwise than the student did
+    (without thoughts): refuse, or keep them as they were written"""
     max_batch_rows: Annotated[Count, Mark.ROUNDING] = 256
     """most completions that are decoded at once"""
     cuda_graphs: Annotated[bool, Mark.ROUNDING] = False
@@ -260,6 +263,11 @@ class RunConfig(Section):
             yield (
                 f"objective {objective.type!r} needs a teacher; add a [teacher] section with its "
                 "model, or set objective=grpo"
+            )
+        if isinstance(self.task, EpisodesConfig) and self.rollout.max_staleness:
+            yield (
+                "rollout.max_staleness = 1 has a server write whole completions ahead, and an "
+                "episode's turns wait for its environment; set it to 0"
             )
         if objective.written_by == "teacher":
             yield from _what_a_writing_teacher_rules_out(objective, self.rollout)

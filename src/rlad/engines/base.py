@@ -37,6 +37,9 @@ class StepResult:
     (`rlad.engines.imitation`)"""
     skipped: SkippedBatch | None = None
     """the batch of a step that was skipped, since its loss or gradient was not finite"""
+    skills: Mapping[str, Any] | None = None
+    """of a batch on which this is the first step: what its teacher was shown of earlier episodes,
+    and what it has taught"""
 
 
 ResumePoint = Literal["step", "rollouts"]

@@ -17,6 +17,7 @@ FATES = {
         "(or above dual_clip)"
     ),
     ".": "no advantage, or no finite score: untouched by the surrogate",
+    "e": "written by the environment: read, never trained on",
 }
 """One letter for each thing that the clipped surrogate does with a token. It is the teacher that
 holds back and protects where it is in the ratio (TRRD); elsewhere a token is gated because the
@@ -32,15 +33,24 @@ class ImitationMap:
         self.of_rollout: dict[int, Any] = {}
         """by the rollout's place in its group"""
 
-    def add(self, rows: Sequence[int], inputs: LossInputs, stats: dict[str, Tensor]) -> None:
-        """Add a micro-batch, of which `rows` are the rollouts."""
+    def add(
+        self,
+        rows: Sequence[int],
+        inputs: LossInputs,
+        stats: dict[str, Tensor],
+        actions: Sequence[Tensor],
+    ) -> None:
+        """Add a micro-batch, of which `rows` are the rollouts; `actions` says of each token whether
+        the model wrote it."""
         for place, row in enumerate(rows):
             if row in self.rows:
-                record = imitation_of(inputs, stats, place)
+                record = imitation_of(inputs, stats, place, actions[place])
                 self.of_rollout[row - self.rows.start] = record
 
 
-def imitation_of(inputs: LossInputs, stats: dict[str, Tensor], row: int) -> dict[str, Any] | None:
+def imitation_of(
+    inputs: LossInputs, stats: dict[str, Tensor], row: int, actions: Tensor | None = None
+) -> dict[str, Any] | None:
     """Of one row of a micro-batch, per token: `fates` and `clamped` (letters), advantages,
     log-ratio to the teacher (nats).
 
@@ -48,13 +58,15 @@ def imitation_of(inputs: LossInputs, stats: dict[str, Tensor], row: int) -> dict
     """
     if "gated_positive" not in stats:
         return None
-    length = int(inputs.mask[row].sum())
+    if actions is None:
+        actions = inputs.mask[row][inputs.mask[row]]
+    length = len(actions)
     advantages = per_token(inputs.advantages, inputs.mask)[row, :length].tolist()
     trained = inputs.trained[row, :length].tolist()
     held_back = stats["gated_positive"][row, :length].tolist()
     protected = stats["gated_negative"][row, :length].tolist()
     record: dict[str, Any] = {
-        "fates": "".join(map(_fate, advantages, trained, held_back, protected)),
+        "fates": "".join(map(_fate, actions.tolist(), advantages, trained, held_back, protected)),
         "advantages": [round(a, 3) for a in advantages],
     }
     if "clamped" in stats:
@@ -68,7 +80,11 @@ def imitation_of(inputs: LossInputs, stats: dict[str, Tensor], row: int) -> dict
     return record
 
 
-def _fate(advantage: float, is_trained: bool, is_held_back: bool, is_protected: bool) -> str:
+def _fate(
+    is_action: bool, advantage: float, is_trained: bool, is_held_back: bool, is_protected: bool
+) -> str:
+    if not is_action:
+        return "e"
     if not is_trained or not advantage:
         return "."
     if is_held_back:

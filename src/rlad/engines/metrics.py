@@ -3,13 +3,14 @@ docs/metrics.md."""
 
 import math
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from rlad.objectives.inputs import LossInputs
 from rlad.objectives.masks import per_token
-from rlad.rollouts.types import Metrics, RolloutGroup
+from rlad.rollouts.types import Completion, Ending, Metrics, Rollout, RolloutGroup
 from rlad.runs.statistics import ranked_pairs
 
 _OF_THE_TEACHER = ("clamped", "log_ratio_to_teacher", "kl_to_teacher", "divergence_to_teacher")
@@ -115,7 +116,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> Metrics:
     verdicts = [rollout.verdict for rollout in rollouts]
     judged = [[r.reward for r in g.rollouts if r.verdict != "cannot_judge"] for g in groups]
     rewards = torch.tensor([reward for group in judged for reward in group])
-    lengths = torch.tensor([float(len(r.completion.token_ids)) for r in rollouts])
+    lengths = torch.tensor([float(r.completion.num_actions) for r in rollouts])
     return {
         **({"reward/mean": _mean(rewards)} if len(rewards) else {}),
         "reward/correct/frac": verdicts.count("correct") / len(rollouts),
@@ -125,6 +126,26 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> Metrics:
         "rollout/completion_tokens/max": float(lengths.max()),
         "rollout/truncated/frac": sum(r.completion.is_truncated for r in rollouts) / len(rollouts),
         "rollout/repeated/frac": sum(map(_repeated_share, groups)) / len(groups),
+        **_episode_metrics(rollouts),
+    }
+
+
+def _episode_metrics(rollouts: Sequence[Rollout]) -> Metrics:
+    """Measure turns, endings and the environment's tokens; nothing of single answers."""
+    completions = [rollout.completion for rollout in rollouts]
+    endings = [completion.ending for completion in completions]
+    if not any(endings):
+        return {}
+    num_turns = [len(rollout.turns) for rollout in rollouts]
+    num_read = [len(one.token_ids) - one.num_actions for one in completions]
+    return {
+        "rollout/turns/mean": sum(num_turns) / len(rollouts),
+        "rollout/turns/max": float(max(num_turns)),
+        "rollout/environment_tokens/mean": sum(num_read) / len(rollouts),
+        **{
+            f"rollout/ended_by_{name}/frac": endings.count(name) / len(rollouts)
+            for name in get_args(Ending)
+        },
     }
 
 
@@ -136,7 +157,7 @@ def ranking_metrics(groups: Sequence[RolloutGroup], teacher_logprobs: Sequence[T
     is_correct: list[list[bool]] = []
     for group in groups:
         judged = [
-            (float(logprobs.mean()), rollout.verdict == "correct")
+            (_mean_of_actions(logprobs, rollout.completion), rollout.verdict == "correct")
             for rollout, logprobs in zip(group.rollouts, values, strict=False)
             if rollout.verdict != "cannot_judge"
         ]
@@ -151,6 +172,13 @@ def ranking_metrics(groups: Sequence[RolloutGroup], teacher_logprobs: Sequence[T
     if pairs.sum():
         metrics["teacher/ranking/auc"] = float(wins.sum() / pairs.sum())
     return metrics
+
+
+def _mean_of_actions(logprobs: Tensor, completion: Completion) -> float:
+    """Average over the tokens that the model wrote; NaN where there are no log-probs."""
+    if completion.actions is not None and len(logprobs):
+        logprobs = logprobs[torch.tensor(completion.actions)]
+    return float(logprobs.mean())
 
 
 def _repeated_share(group: RolloutGroup) -> float:

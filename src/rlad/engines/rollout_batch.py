@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rlad.objectives.inputs import LossInputs
-from rlad.rollouts.types import Metrics, Rollout, RolloutGroup
+from rlad.rollouts.types import Completion, Metrics, Rollout, RolloutGroup
 from rlad.scoring.scorer import CompletionScores
 from rlad.tasks import Verdict
 from rlad.teachers.base import Teacher, TeacherRequest
@@ -38,11 +38,15 @@ class RolloutBatch:
     """of the rollouts that would train if the teacher spoke on all, those on which it does"""
     seconds: Metrics = field(default_factory=dict)
     counts: Metrics = field(default_factory=dict)
+    skills: dict[str, Any] | None = None
+    """which skills its teacher was shown and which ones it has taught, for `skills.jsonl`"""
 
     group_size: int = field(init=False)
     rollouts: list[Rollout] = field(init=False)
     prompts: list[TokenIds] = field(init=False)
     completions: list[TokenIds] = field(init=False)
+    actions: list[Tensor] = field(init=False)
+    """bool `[token]`: which tokens of each completion the model wrote; no other one trains"""
     judged: Tensor = field(init=False)
     """bool"""
     is_correct: Tensor = field(init=False)
@@ -59,6 +63,7 @@ class RolloutBatch:
         self.rollouts = [rollout for group in self.groups for rollout in group.rollouts]
         self.prompts = [group.prompt_token_ids for group in self.groups for _ in group.rollouts]
         self.completions = [rollout.completion.token_ids for rollout in self.rollouts]
+        self.actions = [action_mask(rollout.completion) for rollout in self.rollouts]
         self.judged = torch.tensor([r.verdict != Verdict.CANNOT_JUDGE for r in self.rollouts])
         self.is_correct = torch.tensor([r.verdict == Verdict.CORRECT for r in self.rollouts])
         self.counted = self.judged
@@ -119,9 +124,11 @@ class RolloutBatch:
         """Fill `token_advantages` from the log-probs of old policy and teacher, by a function such
         as `rlad.objectives.topd.topd_advantages`."""
         assert self.old_logprobs and self.teacher_logprobs
-        lengths = torch.tensor([len(values) for values in self.old_logprobs])
-        mask = torch.arange(max(map(len, self.completions))) < lengths[:, None]
-        like = self.old_logprobs[0].new_empty(mask.shape)
+        lengths = [len(values) for values in self.old_logprobs]
+        shape = (len(lengths), max(map(len, self.completions)))
+        like = self.old_logprobs[0].new_empty(shape)
+        trained = [actions[:n] for actions, n in zip(self.actions, lengths, strict=True)]
+        mask = padded(trained, like).bool()
         advantages = make(
             old_logprobs=padded(self.old_logprobs, like),
             teacher_logprobs=padded(self.teacher_logprobs, like),
@@ -139,6 +146,10 @@ class RolloutBatch:
         """Of the rollouts that train those on which the teacher has a say."""
         return (self.trains & self.teacher_speaks).nonzero().flatten().tolist()
 
+    def num_actions(self, rows: Sequence[int]) -> int:
+        """Count the tokens that the model wrote in some rollouts."""
+        return sum(int(self.actions[i].sum()) for i in rows)
+
     def by_rollout(self, scores: Sequence[Tensor], rows: Sequence[int]) -> list[Tensor]:
         """Scores of the rollouts `rows`, in a list over all rollouts."""
         empty = scores[0][:0] if scores else torch.empty(0)
@@ -154,7 +165,8 @@ class RolloutBatch:
         return [self.prompts[i] for i in rows], [self.completions[i] for i in rows]
 
     def counted_tokens(self, wanted: Sequence[int]) -> dict[int, Tensor]:
-        """Of each counted rollout among `wanted` the tokens with finite scores, bool `[token]`.
+        """Of each counted rollout among `wanted` the model's tokens with finite scores, bool
+        `[token]`.
 
         Rows that were not scored, as they contribute nothing or the teacher is silent on them,
         count in full.
@@ -162,7 +174,7 @@ class RolloutBatch:
         counted = self.counted.tolist()
         result = {}
         for i in (i for i in wanted if counted[i]):
-            tokens = torch.ones(len(self.completions[i]), dtype=torch.bool)
+            tokens = self.actions[i].clone()
             for values in (self.teacher_logprobs, self.reference_logprobs, self.old_logprobs):
                 if values is not None and len(values[i]):
                     tokens &= torch.isfinite(values[i])
@@ -189,7 +201,7 @@ class RolloutBatch:
             student_logprobs=student,
             old_logprobs=student.detach() if old is None else old,
             advantages=advantages,
-            mask=scores.mask,
+            mask=scores.mask & padded([self.actions[i] for i in part], scores.mask),
             teacher_logprobs=chosen(self.teacher_logprobs),
             reference_logprobs=chosen(self.reference_logprobs),
             divergence_to_teacher=scores.divergence,
@@ -215,7 +227,15 @@ def teacher_request(group: RolloutGroup, place: int) -> TeacherRequest:
         group.problem,
         rollout,
         peers=(*group.rollouts[:place], *group.rollouts[place + 1 :]),
+        skill=group.skill,
     )
+
+
+def action_mask(completion: Completion) -> Tensor:
+    """Return which tokens of a completion the model wrote, bool `[token]`."""
+    if completion.actions is None:
+        return torch.ones(len(completion.token_ids), dtype=torch.bool)
+    return torch.tensor(completion.actions)
 
 
 def padded(rows: Sequence[Tensor], like: Tensor) -> Tensor:

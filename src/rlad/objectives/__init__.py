@@ -33,6 +33,7 @@ from rlad.objectives.opsd import opsd_loss
 from rlad.objectives.rlsd import rlsd_loss
 from rlad.objectives.sdpo import sdpo_loss
 from rlad.objectives.sft import sft_loss
+from rlad.objectives.skill_sd import skill_sd_loss
 from rlad.objectives.topd import topd_advantages, topd_loss
 from rlad.objectives.trrd import trrd_loss
 
@@ -118,6 +119,9 @@ OBJECTIVES: dict[str, Objective] = {
         "arXiv 2601.18734",
         takes_too=_SILENCE,
         divergence=clipped_divergence_of,
+    ),
+    "skill_sd": Objective(
+        skill_sd_loss, (*_RATIO, "teacher_logprobs"), "arXiv 2604.10674", takes_too=_SILENCE
     ),
 }
 

@@ -14,7 +14,7 @@ import torch
 from rlad.config.run import RolloutConfig
 from rlad.errors import RunFailedError, UserError
 from rlad.models.loading import LanguageModel
-from rlad.rollouts.types import Completion, Sampler
+from rlad.rollouts.types import Completion, Rows, Sampler
 from rlad.scoring.scorer import Scorer
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
@@ -24,7 +24,19 @@ NUM_CHECKED_TOKENS = 16
 
 Prompts = Sequence[Sequence[int]]
 Limits = dict[str, Any]
-"""those of vLLM's sampling parameters that differ from call to call"""
+"""those of vLLM's sampling parameters that differ from call to call; "rows" where they differ from
+prompt to prompt"""
+
+
+def request_limits(limits: Limits, number: int, seed: int) -> tuple[Limits, int]:
+    """Return the sampling parameters of a call's prompt, and its seed."""
+    common = {key: value for key, value in limits.items() if key != "rows"}
+    rows: Rows | None = limits.get("rows")
+    if rows is not None:
+        common["max_tokens"] = rows.max_tokens[number]
+        number = rows.numbers[number]
+    # vLLM adds the place in the group.
+    return common, (seed + number * common["n"]) % 2**63
 
 
 class CopiedStudent(Sampler):
@@ -58,6 +70,10 @@ class CopiedStudent(Sampler):
     ) -> None:
         """Have all prompts completed; `after_request` gets each number and its completions."""
 
+    @property
+    def max_tokens(self) -> int | None:
+        return self._max_tokens or None
+
     def weights_changed(self) -> None:
         self._is_stale = True
 
@@ -77,14 +93,18 @@ class CopiedStudent(Sampler):
         seed: int,
         before_token: Callable[[], None] = lambda: None,
         after_group: Callable[[int, list[Completion]], None] = lambda number, completions: None,
+        rows: Rows | None = None,
     ) -> list[list[Completion]]:
         """Sample as `rlad.rollouts.sampling.sample` documents.
 
         Each completion has a seed of its own, so it does not depend on the others but for rounding.
         """
         limits = self._limits(group_size, max_completion_tokens, temperature)
+        if rows is not None:
+            limits["rows"] = rows
         if not self.has_begun(prompts, seed):
-            self._make_current(prompts, max_completion_tokens, before_token)
+            most = rows.max_tokens if rows else [max_completion_tokens] * len(prompts)
+            self._make_current(prompts, most, before_token)
 
         def after_request(number: int, written: list[Completion]) -> None:
             groups[number] = written * (group_size // limits["n"])
@@ -103,10 +123,11 @@ class CopiedStudent(Sampler):
         return {"n": num_written, "max_tokens": max_completion_tokens, "temperature": temperature}
 
     def _make_current(
-        self, prompts: Prompts, max_completion_tokens: int, before_token: Callable[[], None]
+        self, prompts: Prompts, max_tokens: Sequence[int], before_token: Callable[[], None]
     ) -> None:
-        """See that the engine holds the student as it is, and has room for these prompts."""
-        longest = max(map(len, prompts)) + max_completion_tokens
+        """See that the engine holds the student as it is, and has room for these prompts and so
+        many tokens after each."""
+        longest = max(len(one) + most for one, most in zip(prompts, max_tokens, strict=True))
         if longest > self._max_tokens:
             raise UserError(
                 f"a prompt and its completion may have {longest} tokens, and vLLM was started for "

@@ -47,7 +47,8 @@ def _result(group: RolloutGroup) -> ProblemResult:
     problem = group.problem
     rollouts = group.rollouts
     verdicts = [rollout.verdict for rollout in rollouts]
-    num_tokens = sum(len(rollout.completion.token_ids) for rollout in rollouts)
+    num_turns = sum(len(rollout.turns) for rollout in rollouts)
+    num_tokens = sum(rollout.completion.num_actions for rollout in rollouts)
     return ProblemResult(
         index=group.problem_index,
         key=problem.key,
@@ -59,4 +60,5 @@ def _result(group: RolloutGroup) -> ProblemResult:
         mean_completion_tokens=num_tokens / len(rollouts),
         prompt=problem.prompt,
         first_completion=rollouts[0].text,
+        mean_turns=num_turns / len(rollouts) if num_turns else None,
     )

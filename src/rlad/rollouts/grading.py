@@ -6,16 +6,17 @@ Training, evaluation, `rlad sample` and `rlad check` all come through here.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from rlad.config.run import RolloutConfig
 from rlad.models.loading import LanguageModel
+from rlad.rollouts.episodes import EpisodePlayer
 from rlad.rollouts.prompts import check_prompt_length, prompt_token_ids
 from rlad.rollouts.sampling import OwnSampler
 from rlad.rollouts.texts import begun_completion, completion_texts
-from rlad.rollouts.types import Completion, Rollout, RolloutGroup, Sampler
+from rlad.rollouts.types import Asked, Completion, Rollout, RolloutGroup, Sampler
 from rlad.tasks import Problem, Split, Task
 from rlad.tasks.base import judge_completion, require_reward_in_range
+from rlad.tasks.episodes import episode_rules
 
 
 class Timer:
@@ -50,7 +51,8 @@ def graded_groups(
     after_group: Callable[[int, RolloutGroup], None] = lambda number, group: None,
     timer: Timer | None = None,
 ) -> list[RolloutGroup]:
-    """Sample `rollout.group_size` completions of each problem of a split, and grade them.
+    """Sample `rollout.group_size` completions of each problem of a split, and grade them; of a task
+    of episodes, play as many.
 
     `sampler` writes, by default our own with the student. `seed` is that of the sampler,
     `problem_seed` that of the task. A group is graded when its last completion has ended, and then
@@ -71,30 +73,41 @@ def graded_groups(
             groups[number] = RolloutGroup(indices[number], one.problem, prompt, rollouts)
         after_group(number, groups[number])
 
+    def add_episodes(number: int, rollouts: tuple[Rollout, ...]) -> None:
+        one = asked[number]
+        for rollout in rollouts:
+            require_reward_in_range(task, rollout, one.name)
+        groups[number] = RolloutGroup(indices[number], one.problem, tuple(one.prompt), rollouts)
+        after_group(number, groups[number])
+
+    rules = episode_rules(task)
     with timer("generation"):
         asked = asked_prompts(student, task, split, indices, rollout, problem_seed)
-        sampler.sample(
-            [one.prompt for one in asked],
-            group_size=rollout.group_size,
-            max_completion_tokens=rollout.max_completion_tokens,
-            temperature=rollout.temperature,
-            seed=seed,
-            before_token=before_work,
-            after_group=grade_group,
-        )
+        if rules is not None:
+            EpisodePlayer(
+                student,
+                rules,
+                rollout=rollout,
+                sampler=sampler,
+                seed=seed,
+                before_work=before_work,
+                after_group=add_episodes,
+                timer=timer,
+            ).play(asked)
+        else:
+            sampler.sample(
+                [one.prompt for one in asked],
+                group_size=rollout.group_size,
+                max_completion_tokens=rollout.max_completion_tokens,
+                temperature=rollout.temperature,
+                seed=seed,
+                before_token=before_work,
+                after_group=grade_group,
+            )
     # A signal to all processes may have ended the verifier's own before a completion was judged:
     # then the run stops here, and what could not be judged is not recorded.
     before_work()
     return [groups[number] for number in range(len(groups))]
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A problem and its prompt in tokens; messages call it by its name."""
-
-    problem: Problem
-    name: str
-    prompt: Sequence[int]
 
 
 def asked_prompts(

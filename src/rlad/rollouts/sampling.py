@@ -27,7 +27,7 @@ from rlad.config.run import RolloutConfig
 from rlad.errors import UserError
 from rlad.models.loading import LanguageModel
 from rlad.rollouts.decoding_steps import GraphSteps, PlainSteps, obstacle_to_graphs
-from rlad.rollouts.types import Completion, Sampler
+from rlad.rollouts.types import Completion, Rows, Sampler
 from rlad.scoring.tiles import tokens_per_chunk
 
 # Rows are compacted once this share of the batch has finished: copying the cache costs about one
@@ -117,6 +117,7 @@ def sample(
     max_batch_rows: int = 256,
     before_token: Callable[[], None] = lambda: None,
     after_group: Callable[[int, list[Completion]], None] = lambda number, completions: None,
+    rows: Rows | None = None,
     make_steps: Callable[..., PlainSteps] = PlainSteps,
 ) -> list[list[Completion]]:
     """`group_size` completions of each prompt (token ids), in the order of the prompts.
@@ -124,9 +125,10 @@ def sample(
     A completion ends with the model's first end token (kept as its last token) or at
     `max_completion_tokens`. At most `max_batch_rows` rows are decoded at once. `before_token` is
     called before every decoding step and may raise. `after_group` is given a prompt's number and
-    its completions when the last of them has ended, while others are still decoded. Log-probs are
-    those of the sampled tokens after division by the temperature, float32. Raises `UserError` for a
-    prompt without tokens and for a model whose logits are not finite.
+    its completions when the last of them has ended, while others are still decoded. `rows` says of
+    prompts that continue episodes, each a group of one, whose random numbers they use. Log-probs
+    are those of the sampled tokens after division by the temperature, float32. Raises `UserError`
+    for a prompt without tokens and for a model whose logits are not finite.
     """
     if not all(prompts):
         raise UserError(
@@ -140,9 +142,14 @@ def sample(
     device = language_model.model.device
     prompt_of_row = [p for p in range(len(prompts)) for _ in range(group_size)]
     generator = torch.Generator().manual_seed(seed)
-    uniforms = torch.rand(len(prompt_of_row), max_completion_tokens, generator=generator).to(device)
+    num_rows = rows.num_all if rows else len(prompt_of_row)
+    uniforms = torch.rand(num_rows, max_completion_tokens, generator=generator).to(device)
+    most = torch.full((len(prompt_of_row),), max_completion_tokens, device=device)
+    if rows is not None:
+        uniforms = uniforms[list(rows.numbers)]
+        most = torch.tensor(rows.max_tokens, device=device)
     decode = _decode if _cache_rows_can_be_dropped(language_model.model) else _generate
-    groups = _Groups(language_model, len(prompts), group_size, after_group)
+    groups = _Groups(language_model, most.tolist(), group_size, after_group)
     with torch.inference_mode(), language_model.autocast():
         for start in range(0, len(prompt_of_row), max_batch_rows):
             owners = prompt_of_row[start : start + max_batch_rows]
@@ -156,6 +163,7 @@ def sample(
                     mask,
                     torch.tensor(owners, device=device) - owners[0],
                     uniforms[start : start + max_batch_rows],
+                    most[start : start + max_batch_rows],
                     temperature,
                     before_token,
                     partial(groups.add, start),
@@ -171,13 +179,16 @@ class _Groups:
     def __init__(
         self,
         language_model: LanguageModel,
-        num_groups: int,
+        max_tokens: list[int],
         group_size: int,
         after_group: Callable[[int, list[Completion]], None],
     ):
+        """`max_tokens` are those of each row."""
         self._model = language_model
         self._size = group_size
         self._after_group = after_group
+        self._max_tokens = max_tokens
+        num_groups = len(max_tokens) // group_size
         self._ended: list[dict[int, Completion]] = [{} for _ in range(num_groups)]
 
     @property
@@ -195,7 +206,8 @@ class _Groups:
         for row, ids, values in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
             number, place = divmod(start + row, self._size)
             group = self._ended[number]
-            group[place] = _completion(ids, values, eos)
+            most = self._max_tokens[start + row]
+            group[place] = _completion(ids[:most], values[:most], eos)
             if len(group) == self._size:
                 # What others do with a group is no part of decoding: tensors that they make may be
                 # trained on.
@@ -232,6 +244,8 @@ class _Batch:
     mask: Tensor
     owners: Tensor
     uniforms: Tensor
+    max_tokens: Tensor
+    """of each row"""
     temperature: float
     before_token: Callable[[], None]
     after_rows: Callable[[list[int], Tensor, Tensor], None]
@@ -270,7 +284,7 @@ def _decode(language_model: LanguageModel, batch: _Batch) -> None:
         # A row that has ended is decoded until it is dropped; what it writes then is not read.
         tokens_out[rows, step] = tokens
         logprobs_out[rows, step] = logprobs
-        ends = alive & torch.isin(tokens, eos) if step < max_tokens - 1 else alive
+        ends = alive & (torch.isin(tokens, eos) | (step + 1 >= batch.max_tokens[rows]))
         alive = alive & ~ends
         num_before = num_alive
         num_alive = int(alive.sum())

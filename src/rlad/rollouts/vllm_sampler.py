@@ -14,7 +14,7 @@ from rlad.config.run import RolloutConfig
 from rlad.errors import RunFailedError, UserError
 from rlad.models.adapters import merged_weights
 from rlad.models.loading import LanguageModel
-from rlad.rollouts.copied_student import CopiedStudent, Limits, Prompts
+from rlad.rollouts.copied_student import CopiedStudent, Limits, Prompts, request_limits
 from rlad.rollouts.types import Completion
 from rlad.rollouts.vllm_worker import repack_tied_output_layer
 from rlad.text import first_line
@@ -88,10 +88,10 @@ class VLLMSampler(CopiedStudent):
         waiting: dict[str, int] = {}
         try:
             for number, prompt in enumerate(prompts):
+                own_limits, own_seed = request_limits(limits, number, seed)
                 settings = vllm.SamplingParams(
-                    **limits,
-                    # vLLM adds the place in the group.
-                    seed=(seed + number * limits["n"]) % 2**63,
+                    **own_limits,
+                    seed=own_seed,
                     stop_token_ids=eos,
                     ignore_eos=True,
                     logprobs=0,

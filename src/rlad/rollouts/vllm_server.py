@@ -24,7 +24,7 @@ from rlad.errors import RunFailedError, UserError
 from rlad.models.adapters import merged_weights
 from rlad.models.loading import LanguageModel
 from rlad.replicas import ReplicaClient, ServerUnavailableError
-from rlad.rollouts.copied_student import CopiedStudent, Limits, Prompts
+from rlad.rollouts.copied_student import CopiedStudent, Limits, Prompts, request_limits
 from rlad.rollouts.types import Completion
 from rlad.rollouts.vllm_protocol import (
     GENERATE,
@@ -133,7 +133,7 @@ class VLLMServerSampler(CopiedStudent):
         seed: int,
         before_token: Callable[[], None] = lambda: None,
     ) -> None:
-        self._make_current(prompts, max_completion_tokens, before_token)
+        self._make_current(prompts, [max_completion_tokens] * len(prompts), before_token)
         limits = self._limits(group_size, max_completion_tokens, temperature)
         self._begun = self._submit(prompts, limits, seed)
 
@@ -183,9 +183,8 @@ class VLLMServerSampler(CopiedStudent):
         batch = _Batch(prompts, seed)
         takes_seeds = all(info.takes_seeds for info in self._infos.values())
         for number, prompt in enumerate(batch.prompts):
-            # vLLM adds the place in the group.
-            own_seed = (seed + number * limits["n"]) % 2**63 if takes_seeds else None
-            body = self._request(prompt, limits, own_seed)
+            own_limits, own_seed = request_limits(limits, number, seed)
+            body = self._request(prompt, own_limits, own_seed if takes_seeds else None)
 
             def tell(_: Any, number: int = number) -> None:
                 batch.finished.put(number)

@@ -44,7 +44,8 @@ METRICS = "metrics.jsonl"
 EVAL = "eval.jsonl"
 SAMPLES = "samples.jsonl"
 WARNINGS = "warnings.jsonl"
-ROWS = (METRICS, EVAL, SAMPLES, WARNINGS)
+SKILLS = "skills.jsonl"
+ROWS = (METRICS, EVAL, SAMPLES, WARNINGS, SKILLS)
 """the JSONL files, whose rows all have a step"""
 SKIPPED_BATCHES = "skipped-step"
 MODEL_CARD = "README.md"

@@ -5,7 +5,7 @@ A row that is not as a run writes it becomes a sentence; who reads decides what 
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
@@ -47,6 +47,14 @@ class ProblemResult:
     mean_completion_tokens: Annotated[float, Field(ge=0, lt=1e18)]
     prompt: str
     first_completion: str
+    mean_turns: Annotated[float, Field(ge=0, lt=1e9)] | None = None
+    """of episodes"""
+
+    def to_json(self) -> dict[str, Any]:
+        row = asdict(self)
+        if self.mean_turns is None:
+            del row["mean_turns"]
+        return row
 
 
 class EvaluationRow(Row):
@@ -74,7 +82,7 @@ class EvaluationRow(Row):
 class Imitation(BaseModel):
     """The fates of a completion's tokens in an update; see `rlad.engines.imitation`."""
 
-    fates: Annotated[str, Field(pattern=r"^[+h\-p.]*$")]
+    fates: Annotated[str, Field(pattern=r"^[+h\-p.e]*$")]
     advantages: list[FiniteFloat]
     clamped: Annotated[str, Field(pattern=r"^[c.]*$")] | None = None
     log_ratio_to_teacher: list[FiniteFloat | None] | None = None
@@ -189,6 +197,7 @@ def summarise(results_by_seed: Sequence[Sequence[ProblemResult]]) -> dict[str, A
         values = [[pass_at_k(n, r.num_correct, k) for r in results] for results in chosen]
         return mean_over_seeds(values, [r.key for r in chosen[0]], limits=(0, 1))
 
+    num_turns = [r.mean_turns for r in flat if r.mean_turns is not None]
     difficulties = sorted({r.difficulty for r in flat} - {""})
     return {
         "num_problems": len(results_by_seed[0]),
@@ -197,6 +206,7 @@ def summarise(results_by_seed: Sequence[Sequence[ProblemResult]]) -> dict[str, A
         "pass@k": {k: estimate(k) for k in ks_up_to(n)},
         "pass@1 by difficulty": {name: estimate(1, name) for name in difficulties},
         "mean_completion_tokens": sum(r.mean_completion_tokens for r in flat) / len(flat),
+        **({"mean_turns": sum(num_turns) / len(num_turns)} if num_turns else {}),
         "truncated_share": sum(r.num_truncated for r in flat) / (n * len(flat)),
         "cannot_judge_share": sum(r.num_cannot_judge for r in flat) / (n * len(flat)),
     }

@@ -127,11 +127,21 @@ def reward_range(task: Task) -> tuple[float, float]:
     return getattr(task, "reward_range", UNIT_RANGE)
 
 
-def require_reward_in_range(task: Task, judgement: Judgement, problem: str) -> None:
+class Graded(Protocol):
+    """What has a verdict and a reward."""
+
+    @property
+    def verdict(self) -> str: ...
+
+    @property
+    def reward(self) -> float: ...
+
+
+def require_reward_in_range(task: Task, judgement: Graded, problem: str) -> None:
     """Raise `RunFailedError` for a judged completion whose reward is no finite number in the
     task's range."""
     low, high = reward_range(task)
-    if judgement.verdict is not Verdict.CANNOT_JUDGE and not low <= judgement.reward <= high:
+    if judgement.verdict != Verdict.CANNOT_JUDGE and not low <= judgement.reward <= high:
         raise RunFailedError(
             f"the verifier of the task {task.name} gave reward {judgement.reward} for {problem}, "
             f"and its rewards must be between {low:g} and {high:g}; fix that verifier, then "

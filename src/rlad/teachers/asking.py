@@ -24,7 +24,9 @@ def complete_logprobs(
     are missing after asking again too.
     """
     logprobs = ask_twice(teacher, requests, max_missing_share=max_missing_share, answers=answers)
-    require_few_missing(*count_missing(logprobs), max_missing_share=max_missing_share, step=step)
+    require_few_missing(
+        *count_missing(logprobs, requests), max_missing_share=max_missing_share, step=step
+    )
     return logprobs
 
 
@@ -40,11 +42,15 @@ def ask_twice(
     if answers is None:
         answers = teacher.submit(requests)
     logprobs = [answer.result() for answer in answers]
-    num_missing, num_tokens = count_missing(logprobs)
+    num_missing, num_tokens = count_missing(logprobs, requests)
     if num_missing <= max_missing_share * num_tokens:
         return logprobs
     # Tokens that the first answer has are kept, and the others are filled from the second one.
-    again = [i for i, values in enumerate(logprobs) if not values.isfinite().all()]
+    again = [
+        i
+        for i, (values, request) in enumerate(zip(logprobs, requests, strict=True))
+        if not of_actions(values, request).isfinite().all()
+    ]
     for i, values in zip(again, teacher.logprobs([requests[i] for i in again]), strict=True):
         logprobs[i] = torch.where(logprobs[i].isfinite(), logprobs[i], values)
     return logprobs
@@ -70,7 +76,16 @@ def require_few_missing(
     )
 
 
-def count_missing(logprobs: Sequence[Tensor]) -> tuple[int, int]:
-    """The number of tokens without a finite log-prob, and of all tokens."""
-    num_missing = sum(int((~values.isfinite()).sum()) for values in logprobs)
-    return num_missing, sum(map(len, logprobs))
+def count_missing(
+    logprobs: Sequence[Tensor], requests: Sequence[TeacherRequest]
+) -> tuple[int, int]:
+    """Count the tokens of the student without a finite log-prob, and all of them."""
+    asked = [of_actions(*pair) for pair in zip(logprobs, requests, strict=True)]
+    num_missing = sum(int((~values.isfinite()).sum()) for values in asked)
+    return num_missing, sum(map(len, asked))
+
+
+def of_actions(values: Tensor, request: TeacherRequest) -> Tensor:
+    """Select of values for each token those of the tokens that the model wrote."""
+    actions = request.rollout and request.rollout.completion.actions
+    return values if actions is None else values[torch.tensor(actions)]

@@ -36,6 +36,8 @@ class TeacherRequest:
     """the completion with its grade"""
     peers: Sequence[Rollout] = ()
     """the other rollouts of its group, in the group's order"""
+    skill: str = ""
+    """what was learnt from earlier rollouts"""
 
 
 @dataclass(slots=True)

@@ -1,6 +1,6 @@
 """What a privileged teacher is shown after the question, in blocks, made to fit its context.
 
-    question | answer | metadata | correct solutions | wrong attempts | feedback | request
+    question | skill | answer | metadata | correct solutions | wrong attempts | feedback | request
 
 A prompt that is too long loses the middle of its longest solutions, then whole blocks from the
 last; never the question, the request, or what the chat template adds.
@@ -158,11 +158,16 @@ def blocks_of(
     successes = list(_different_texts(candidates, settings, is_success=True))
     failures = list(_different_texts(candidates, settings, is_success=False))
 
-    blocks = list(_about_the_problem(settings, problem))
+    blocks = [Block(settings.texts.skill, request.skill)] if settings.skill else []
+    blocks += _about_the_problem(settings, problem)
     blocks += _success_blocks(settings, successes[: settings.num_successes])
     # Wrong attempts alone teach worst of all, so they come with something that is right, unless the
     # settings ask for them.
-    if blocks or not settings.num_successes or settings.without_success == "failures":
+    if (
+        any(block.text for block in blocks)
+        or not settings.num_successes
+        or settings.without_success == "failures"
+    ):
         blocks += _failure_blocks(settings, failures[: settings.num_failures])
     # What was wrong with the completion, but not its text: a teacher that is shown it would repeat
     # it.
@@ -308,7 +313,7 @@ def check_context(
     settings: ContextConfig, problems: Sequence[Problem], group_size: int
 ) -> Iterator[Finding]:
     """Say whether what it shall show is there."""
-    shown = [name for name in ("answer", "feedback") if getattr(settings, name)]
+    shown = [name for name in ("skill", "answer", "feedback") if getattr(settings, name)]
     for name in settings.fields:
         num_empty = sum(not metadata_texts(problem).get(name) for problem in problems)
         if num_empty == len(problems):

@@ -156,9 +156,11 @@ class PrivilegedTeacher(TeacherWrapper):
         # Only the prompt is replaced; the completion's ids stay, so its log-probs are of the same
         # tokens.
         completion = request.completion
-        if completion and completion[-1] in self._ends:
+        if self._ends and completion:
             # The same length and the same event: the teacher's own end token.
-            completion = [*completion[:-1], self._ends[completion[-1]]]
+            completion = list(completion)
+            for place in _ends_of_turns(request):
+                completion[place] = self._ends.get(completion[place], completion[place])
 
         fits = self.context is None or len(ids) + len(completion) <= self.context
         # A teacher that rarely sees the answer is hardly a better teacher: the share is a metric.
@@ -192,6 +194,15 @@ class PrivilegedTeacher(TeacherWrapper):
                 metrics[f"teacher/{name}/frac"] = self._counts[name] / number
         self._counts.clear()
         return metrics
+
+
+def _ends_of_turns(request: TeacherRequest) -> list[int]:
+    """The places of the last tokens of what the student wrote, turn by turn."""
+    actions = request.rollout and request.rollout.completion.actions
+    places = range(len(request.completion))
+    if not actions:
+        return [places[-1]]
+    return [i for i in places if actions[i] and not (i + 1 < len(actions) and actions[i + 1])]
 
 
 # --- what it is shown -----------------------------------------------------------------------------

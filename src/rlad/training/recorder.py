@@ -19,6 +19,7 @@ from rlad.runs.directory import (
     METRICS,
     MODEL_CARD,
     SAMPLES,
+    SKILLS,
     SKIPPED_BATCHES,
     WARNINGS,
     EvaluationSet,
@@ -93,6 +94,8 @@ class Recorder:
         self.run.append(METRICS, {"step": result.step, **result.metrics})
         if result.groups:
             self.run.append(SAMPLES, {"step": result.step} | self._sample(result))
+        if result.skills is not None:
+            self.run.append(SKILLS, {"step": result.step, **result.skills})
         for warning in self._guards.see({"step": result.step, **result.metrics}):
             self.run.append(WARNINGS, warning.to_json())
             for reporter in self.reporters:
@@ -148,7 +151,7 @@ class Recorder:
             self.phase(f"evaluating on {name} problems")
             results = evaluate()
             estimate = pass_at_1(results)
-            rows = [asdict(result) for result in results]
+            rows = [result.to_json() for result in results]
             self.run.append(
                 EVAL, {"step": step, "split": name, "pass@1": asdict(estimate), "results": rows}
             )

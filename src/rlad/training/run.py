@@ -25,6 +25,7 @@ from rlad.engines.making import (
 from rlad.errors import LostProcessError, RladError, UserError
 from rlad.rollouts.evaluation import evaluate
 from rlad.rollouts.prompts import longest_prompt
+from rlad.rollouts.turns import require_continuable_prompts
 from rlad.runs.curve import curve_html
 from rlad.runs.directory import (
     CONFIG,
@@ -179,6 +180,7 @@ class Training:
         require_working_verifier(task)
         with _resuming(checkpoint) if checkpoint else nullcontext():
             self.student = load_engine_student(config, checkpoint)
+        require_continuable_prompts(task, self.student.tokenizer, config.rollout)
         longest_prompt(config, task, self.student.tokenizer, self.student.context_tokens, ood_task)
         self.engine = make_engine(config, self.student, task, before_work=self._before_work)
 

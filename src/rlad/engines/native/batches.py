@@ -5,12 +5,14 @@ Seeds and problems follow from the number of the batch; nothing random is kept b
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlad.config.context import ContextConfig
 from rlad.config.run import RunConfig
 from rlad.engines.metrics import ranking_metrics
 from rlad.engines.native.overlap import AskedAhead
@@ -21,6 +23,8 @@ from rlad.objectives import OBJECTIVES, taken_by
 from rlad.objectives.advantages import group_advantages
 from rlad.rollouts.grading import Timer, asked_prompts, graded_groups
 from rlad.rollouts.samplers import beside_another, make_sampler, of_teacher
+from rlad.rollouts.skill_writer import SkillWriter
+from rlad.rollouts.skills import Skill, SkillBank, Summarise, record, summarise_by_rules
 from rlad.rollouts.types import Metrics, RolloutGroup, Sampler
 from rlad.scoring.scorer import Scorer
 from rlad.seeds import stream_seed
@@ -57,6 +61,8 @@ class RolloutMaker:
         self.before_work = before_work
         self.step = 0
         self.flat_step: int | None = None
+        self.skills = skill_bank(config)
+        """what earlier episodes have taught, for a teacher that is shown it"""
         self.begun_at: int | None = None
         """the step whose weights write the next rollout batch ahead, if any do"""
         scoring: dict[str, Any] = {
@@ -126,10 +132,14 @@ class RolloutMaker:
         teacher = self.teacher if scores_tokens else None
         ahead = AskedAhead(teacher) if teacher and teacher.works_elsewhere else None
 
+        skills = None if self.skills is None else self.skills.draft()
+        chosen = self.choose_skills(index, skills)
+
         # A teacher that works elsewhere begins with a group while others are still written.
         def after_group(number: int, group: RolloutGroup) -> None:
             if ahead is not None:
                 with timer("teacher"):
+                    group = with_skill(group, chosen[number])
                     requests = self.with_advantages(index, [group]).teacher_requests()
                     ahead.submit(number, requests)
 
@@ -140,7 +150,13 @@ class RolloutMaker:
             # 1. Sample a group of completions for each prompt, and grade them. With
             # `max_staleness` they were begun one batch ago, and the next ones are begun now.
             sampled_at = self.step if self.begun_at is None else self.begun_at
-            groups = self.sample_groups(index, timer=timer, after_group=after_group)
+            groups = list(
+                map(
+                    with_skill,
+                    self.sample_groups(index, timer=timer, after_group=after_group),
+                    chosen,
+                )
+            )
             # What fails here fails again once this batch is whole, and is not lost with it.
             with suppress(RunFailedError):
                 self.begin_ahead(index + 1, timer)
@@ -152,11 +168,33 @@ class RolloutMaker:
             if objective.needs_teacher:
                 self.add_teacher_scores(batch, teacher, ahead, timer=timer)
         self.add_local_scores(batch, timer=timer)
+        if skills is not None:
+            # What this batch has taught is for the next one.
+            with timer("skills"):
+                new = skills.learn(groups, chosen, self.summariser(skills))
+            batch.skills = record(chosen, new)
+            batch.counts |= skills.metrics()
         batch.seconds = timer.seconds
         batch.counts |= self.staleness(sampled_at)
         if ahead is not None:
             batch.seconds["teacher/overlap/seconds"] = ahead.overlap_seconds
+        # From here on nothing can stop this batch.
+        self.skills = skills
         return batch
+
+    def summariser(self, skills: SkillBank) -> Summarise:
+        """Return what writes new skills."""
+        if skills.settings.summariser == "rules":
+            return summarise_by_rules
+        return SkillWriter(self.student, self.sampler, self.config.rollout, self.before_work)
+
+    def choose_skills(self, index: int, skills: SkillBank | None) -> list[Skill | None]:
+        """Choose a skill for the teacher's prompt of each problem of a batch; None for none."""
+        indices = self.problems_of(index)
+        if skills is None:
+            return [None] * len(indices)
+        seed = self.config.seed
+        return [skills.choose(self.task.problem("train", i, seed=seed)) for i in indices]
 
     def add_teacher_scores(
         self,
@@ -173,14 +211,14 @@ class RolloutMaker:
                 batch.teacher_logprobs = batch.by_rollout(
                     self._ask_teacher(batch, ahead), batch.teacher_rows
                 )
-            num_tokens = sum(map(len, batch.teacher_logprobs))
+            num_tokens = batch.num_actions(batch.teacher_rows)
             batch.counts = {"teacher/tokens/count": num_tokens} | teacher.pop_metrics()
             batch.counts |= ranking_metrics(batch.groups, batch.teacher_logprobs)
         else:
             # It has written the completions, or compares their tokens within the update.
             by_teacher = self.objective_at(batch.index).written_by == "teacher"
             rows = range(len(batch.rollouts)) if by_teacher else batch.teacher_rows
-            num_tokens = sum(len(batch.completions[i]) for i in rows)
+            num_tokens = batch.num_actions(rows)
             batch.counts = {"teacher/tokens/count": num_tokens}
         if batch.spoken_share < 1:
             batch.counts["teacher/speaks/frac"] = batch.spoken_share
@@ -310,3 +348,17 @@ class RolloutMaker:
         self.writer.close()
         if self.teacher is not None:
             self.teacher.close()
+
+
+def skill_bank(config: RunConfig) -> SkillBank | None:
+    """Make the empty bank of a run whose teacher is shown skills; None for all others."""
+    if config.teacher is None or not config.needs_teacher:
+        return None
+    contexts = [one for one in config.teacher.walk() if isinstance(one, ContextConfig)]
+    settings = next((one.skill for one in contexts if one.skill is not None), None)
+    return None if settings is None else SkillBank(settings)
+
+
+def with_skill(group: RolloutGroup, skill: Skill | None) -> RolloutGroup:
+    """Note on a group which skill its teacher is shown."""
+    return group if skill is None else replace(group, skill=skill.text)

@@ -41,6 +41,8 @@ class EngineState:
     teacher_identity: str | None
     teacher: Mapping[str, Tensor]
     """of a teacher that moves; empty for others"""
+    skills: list[dict[str, Any]]
+    """the bank's; empty where there is none"""
     pending: RolloutBatch | None
     """the rollout batch on which steps are still to be made"""
 
@@ -64,6 +66,7 @@ def save_state(state: EngineState, folder: Path, *, run_digest: str) -> None:
         "scheduler": state.scheduler,
         "teacher": state.teacher_identity,
         "teacher_moves": bool(state.teacher),
+        "skills": state.skills,
         "pending": None,
     }
     # Steps that are still to be made on a rollout batch use its completions and scores as they
@@ -74,6 +77,7 @@ def save_state(state: EngineState, folder: Path, *, run_digest: str) -> None:
             "groups": [group.to_json() for group in state.pending.groups],
             "seconds": state.pending.seconds,
             "counts": state.pending.counts,
+            "skills": state.pending.skills,
         }
         save_file(batch_tensors(state.pending), folder / PENDING)
     (folder / STATE).write_text(json.dumps(saved), encoding="utf-8")
@@ -107,6 +111,7 @@ def load_state(
             moments=moments,
             teacher_identity=saved["teacher"],
             teacher=load_file(folder / TEACHER) if saved["teacher_moves"] else {},
+            skills=saved.get("skills", []),
             pending=None,
         )
     # The task's own code runs here: what it raises is not damage of the checkpoint.
@@ -163,5 +168,6 @@ def _batch_from(
         tensors["advantages"],
         seconds=saved["seconds"],
         counts=saved["counts"],
+        skills=saved.get("skills"),
         **scores,
     )

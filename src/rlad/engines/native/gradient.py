@@ -79,7 +79,9 @@ class LossGradient:
         rows = [i for i in wanted if i in trains]
         stats.scored_share = len(rows) / len(wanted)
         self.kept = batch.counted_tokens(wanted)
-        stats.num_dropped += sum(int((~tokens).sum()) for tokens in self.kept.values())
+        stats.num_dropped += sum(
+            int((batch.actions[i] & ~tokens).sum()) for i, tokens in self.kept.items()
+        )
         whole = self._denominator()
         self._set_to_zero()
         model = self.scorer.model
@@ -182,13 +184,13 @@ class LossGradient:
         )
         if self.comparison and self.comparison.num_clipped is not None:
             empty = torch.zeros_like(inputs.student_logprobs).detach()
-            counts = empty.masked_scatter(inputs.mask, self.comparison.num_clipped)
+            counts = empty.masked_scatter(scores.mask, self.comparison.num_clipped)
             token_stats = token_stats | {"pointwise_clipped": counts > 0}
         loss = aggregate(losses, inputs.trained, mode=settings.aggregation, denominator=whole)
         loss.backward()
         stats.add(inputs, scores.entropy, rollout_logprobs, token_stats | corrected)
         if imitation is not None:
-            imitation.add(part, inputs, token_stats)
+            imitation.add(part, inputs, token_stats, [batch.actions[i] for i in part])
         return float(loss.detach())
 
     def _require_sound_weights(self) -> None:
@@ -249,9 +251,10 @@ class LossGradient:
         for place, i in enumerate(part):
             if not speaks[i]:
                 continue
-            tokens = is_finite[place, : len(self.kept[i])]
-            num_missing = int((~tokens).sum())
+            actions = batch.actions[i]
+            tokens = is_finite[place, : len(actions)]
+            num_missing = int((actions & ~tokens).sum())
             stats.num_dropped += num_missing
             self.num_missing += num_missing
-            self.num_compared += len(tokens)
+            self.num_compared += int(actions.sum())
             self.kept[i] = self.kept[i] & tokens

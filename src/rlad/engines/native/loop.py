@@ -121,6 +121,7 @@ class NativeEngine(RolloutMaker):
                 [batch.groups[i] for i in prompts],
                 {} if is_skipped else imitation.of_rollout,
                 SkippedBatch(batch.groups, batch_tensors(batch)) if is_skipped else None,
+                batch.skills if part == 0 else None,
             )
 
     def run(
@@ -151,6 +152,7 @@ class NativeEngine(RolloutMaker):
             moments=self.optimizer.state_dict()["state"],
             teacher_identity=self._teacher_identity,
             teacher=self.teacher.state() if self.teacher else {},
+            skills=[] if self.skills is None else self.skills.to_json(),
             pending=self.pending,
         )
         save_state(state, folder, run_digest=run_digest)
@@ -165,6 +167,8 @@ class NativeEngine(RolloutMaker):
             )
         if self.teacher is not None:
             self.teacher.load_state(state.teacher)
+        if self.skills is not None:
+            self.skills.load(state.skills)
         # Nothing random is restored: seeds and problems follow from the step's number.
         self.step = state.step
         self.scheduler.load_state_dict(state.scheduler)

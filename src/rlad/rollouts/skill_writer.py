@@ -1,0 +1,101 @@
+"""Skills in the student's own words: it is shown two episodes of a group, and writes the three
+fields. What it writes without them is replaced by the summary by rules."""
+
+import re
+from collections.abc import Callable
+
+from rlad.config.run import RolloutConfig
+from rlad.models.loading import LanguageModel
+from rlad.rollouts.prompts import prompt_token_ids
+from rlad.rollouts.skills import TITLES, Fields, summarise_by_rules
+from rlad.rollouts.texts import completion_texts
+from rlad.rollouts.types import Rollout, RolloutGroup, Sampler
+from rlad.tasks import Verdict
+from rlad.tasks.answers import outside_thoughts
+
+_REQUEST = (
+    "These are attempts at a task. Write down what can be learnt from them for the next such task, "
+    "in three short paragraphs that begin with 'What worked:', 'What went wrong:' and 'Ideal "
+    "workflow:'."
+)
+_MOST_TOKENS = 256
+_FEWEST_CHARACTERS = 100
+
+
+class SkillWriter:
+    """Has the student write a skill about a group, greedily."""
+
+    def __init__(
+        self,
+        student: LanguageModel,
+        sampler: Sampler,
+        rollout: RolloutConfig,
+        before_work: Callable[[], None],
+    ):
+        self._student = student
+        self._sampler = sampler
+        self._rollout = rollout
+        self._before_work = before_work
+        self._max_tokens = min(_MOST_TOKENS, rollout.max_completion_tokens)
+
+    def __call__(self, group: RolloutGroup) -> Fields:
+        prompt = self._prompt(group)
+        if prompt is None:
+            return summarise_by_rules(group)
+        ((written,),) = self._sampler.sample(
+            [prompt],
+            group_size=1,
+            max_completion_tokens=self._max_tokens,
+            temperature=0.0,
+            seed=0,
+            before_token=self._before_work,
+        )
+        (text,) = completion_texts(self._student.tokenizer, [written])
+        fields = read_fields(outside_thoughts(text))
+        return fields if any(fields.values()) else summarise_by_rules(group)
+
+    def _prompt(self, group: RolloutGroup) -> list[int] | None:
+        """The prompt, with as much of the attempts as fits; None where that is hardly anything."""
+        limits = (self._student.context_tokens, self._sampler.max_tokens)
+        context = min((one for one in limits if one is not None), default=None)
+        most = max(map(len, (one.text for one in _shown(group))), default=0)
+        while True:
+            text = "\n\n".join([_REQUEST, group.problem.question, *_attempts(group, most)])
+            ids = prompt_token_ids(self._student.tokenizer, text, self._rollout)
+            if context is None or len(ids) + self._max_tokens <= context:
+                return ids
+            most //= 2
+            if most < _FEWEST_CHARACTERS:
+                return None
+
+
+def _shown(group: RolloutGroup) -> list[Rollout]:
+    """The shortest success and the worst failure."""
+    successes = [one for one in group.rollouts if one.verdict == Verdict.CORRECT]
+    failures = [one for one in group.rollouts if one.verdict == Verdict.WRONG]
+    return [
+        *([min(successes, key=lambda one: len(one.text))] if successes else []),
+        *([min(failures, key=lambda one: one.reward)] if failures else []),
+    ]
+
+
+def _attempts(group: RolloutGroup, max_characters: int) -> list[str]:
+    texts = []
+    for rollout in _shown(group):
+        what = "succeeded" if rollout.verdict == Verdict.CORRECT else "failed"
+        turns = max(len(rollout.turns), 1)
+        # The end of an attempt says most about it.
+        text = rollout.text[-max_characters:]
+        texts.append(f"An attempt that {what} ({turns} turns, reward {rollout.reward:g}):\n{text}")
+    return texts
+
+
+def read_fields(text: str) -> Fields:
+    """Find the three fields in a text; those that are not there are empty."""
+    titles = "|".join(map(re.escape, TITLES.values()))
+    parts = re.split(rf"[*#\s]*({titles})[*\s]*:[*\s]*", text, flags=re.IGNORECASE)
+    # Before the first title is nothing that belongs to a field; then titles and texts in turn.
+    found = {
+        title.casefold(): body.strip() for title, body in zip(parts[1::2], parts[2::2], strict=True)
+    }
+    return {name: found.get(title.casefold(), "") for name, title in TITLES.items()}
