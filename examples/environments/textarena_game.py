@@ -22,15 +22,19 @@ class TextArenaGame(Environment):
     def reset(self, problem: Problem, *, seed: int) -> str:
         # The game is a part of the problem: each rollout of a group plays the same.
         self._game.reset(num_players=1, seed=problem.metadata["number"] % 2**32)
+        self._read = ""
         return self._observation()
 
     def step(self, text: str) -> Step:
         done, _ = self._game.step(action=text)
         if not done:
-            return Step(self._observation())
+            return Step(self._observation().removeprefix(f"[Player] {text}\n"))
         rewards, _ = self._game.close()
         return Step("", float(rewards[0]), done=True)
 
     def _observation(self) -> str:
+        """Return what the game has written since the last time: it repeats all that was said."""
         _, text = self._game.get_observation()
-        return f"{text.strip()}\n"
+        new = text.removeprefix(self._read)
+        self._read = text
+        return f"{new.strip()}\n"
