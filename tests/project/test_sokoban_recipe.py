@@ -1,0 +1,74 @@
+import importlib.util
+import itertools
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlad.models.loading import load_language_model
+from rlad.tasks import split_of
+from rlad.tasks.games.sokoban_boards import Layout, read_board
+
+SCRIPT = Path(__file__).parents[2] / "recipes" / "sokoban-tiny" / "make.py"
+
+
+@pytest.fixture(scope="module")
+def make():
+    spec = importlib.util.spec_from_file_location("sokoban_tiny_make", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its data classes look for it there
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+def board_of(text: str) -> str:
+    return "\n".join(line for line in text.splitlines() if " " not in line)
+
+
+def test_the_solvers_moves_are_learned_on_training_boards_alone(make):
+    tokenizer = make.make_tokenizer()
+    for turns in itertools.islice(make.games(3), 20):
+        layouts = {read_board(board_of(turn.text))[0] for turn in turns}
+        (layout,) = layouts
+        assert split_of(layout.key()) == "train"
+        distance = layout.distances(make.MAX_DISTANCE)
+        for turn in turns:
+            position = read_board(board_of(turn.text))[1]
+            assert turn.best in layout.best_moves(position, distance)
+        ids, labels = make.encode(turns, tokenizer)
+        text = "".join(turn.text + turn.move + make.END for turn in turns)
+        assert tokenizer.decode(ids) == text
+        learned = [label for label in labels if label != make.IGNORED]
+        assert tokenizer.decode(learned) == "".join(turn.best + make.END for turn in turns)
+        assert len(learned) == 2 * len(turns)
+
+
+def test_a_game_that_slips_shows_the_move_that_was_made(make):
+    layout = Layout(("____", "____", "_.__", "____"))
+    position = next(p for p, moves in layout.distances(9).items() if moves == 6)
+    turns = [
+        turn
+        for seed in range(30)
+        for turn in make.play(layout, position, random.Random(seed))
+        if turn.move != turn.best
+    ]
+    assert turns and {turn.move for turn in turns} == {"up", "down", "left", "right"}
+
+
+def test_one_command_makes_two_small_models_that_rlad_loads(make, tmp_path, monkeypatch):
+    short = {name: make.Training(2, seed=1, batch_size=4) for name in make.TRAINING}
+    monkeypatch.setattr(make, "TRAINING", short)
+    monkeypatch.setattr(sys, "argv", ["make.py", "--out", str(tmp_path)])
+    make.main()
+    for name in ("student", "teacher"):
+        size = sum(file.stat().st_size for file in (tmp_path / name).iterdir())
+        assert size < 2**20
+        loaded = load_language_model(str(tmp_path / name))
+        config = loaded.model.config
+        assert config.hidden_size // config.num_attention_heads == 32
+        (token,) = loaded.tokenizer("right")["input_ids"]
+        assert loaded.tokenizer.decode([token]) == "right"
+        assert loaded.eos_token_ids == (loaded.tokenizer.eos_token_id,)
