@@ -36,7 +36,7 @@ def test_a_game_is_won_by_its_own_quest_and_by_nothing_else():
 
 def quest(number: int) -> list[str]:
     """The commands that TextWorld itself says win the game."""
-    import textworld
+    import textworld  # pyright: ignore[reportMissingImports]
 
     from rlad.tasks.games.text_world import make_game
 

@@ -73,13 +73,17 @@ class Scripted(GRPOTrainer):
     def _generate_single_turn(self, prompt_ids, *arguments: Any, **named: Any) -> Any:
         turn = TURNS[self.num_turns] + END
         self.num_turns += 1
-        return [self.processing_class(turn)["input_ids"] for _ in prompt_ids], None
+        tokenizer: Any = self.processing_class
+        return [tokenizer(turn)["input_ids"] for _ in prompt_ids], None
 
 
 def test_an_episode_is_the_same_in_both(student, tmp_path):
     model, tokenizer = student
     rows = [{"prompt": [{"role": "user", "content": ""}], "number": 6}] * 4
-    arguments = ARGUMENTS | {"max_completion_length": 1024, "gradient_accumulation_steps": 1}
+    arguments: dict[str, Any] = ARGUMENTS | {
+        "max_completion_length": 1024,
+        "gradient_accumulation_steps": 1,
+    }
     trainer = Scripted(
         model,
         args=GRPOConfig(output_dir=str(tmp_path), **arguments),

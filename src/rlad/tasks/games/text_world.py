@@ -59,7 +59,7 @@ def make_game(number: int, num_rooms: int, num_objects: int, quest_length: int) 
 
 def _textworld() -> Any:
     try:
-        import textworld
+        import textworld  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError(
             "TextWorld needs the package textworld, which is not installed; install it with pip "
