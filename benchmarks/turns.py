@@ -80,7 +80,7 @@ def tokens_per_second(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--model", default="embedded/student")
     parser.add_argument("--engines", nargs="+", default=["native"], choices=("native", "vllm"))
     parser.add_argument("--num-prompts", type=int, default=8)

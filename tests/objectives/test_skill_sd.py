@@ -2,6 +2,7 @@
 against a slow reference in test_parity.py, the bank in test_skills.py."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ def tensor(*values: float) -> Tensor:
     return torch.tensor([values], dtype=torch.float64)
 
 
-def term(s: Tensor, o: Tensor, t: Tensor, **knobs: float | None) -> Tensor:
+def term(s: Tensor, o: Tensor, t: Tensor, **knobs: Any) -> Tensor:
     """The distillation term alone: without advantage GRPO has none."""
     mask = torch.ones_like(s, dtype=torch.bool)
     advantages = torch.zeros(len(s), dtype=s.dtype)
@@ -75,7 +76,7 @@ def test_over_all_tokens_it_is_the_gradient_of_the_reverse_kl() -> None:
 def test_a_teacher_like_the_student_or_without_weight_leaves_grpo() -> None:
     generator = torch.Generator().manual_seed(2)
     s, o, t = (-3 * torch.rand(4, 6, generator=generator, dtype=torch.float64) for _ in range(3))
-    common = {
+    common: dict[str, Any] = {
         "student_logprobs": s.requires_grad_(),
         "old_logprobs": o,
         "advantages": torch.randn(4, generator=generator, dtype=torch.float64),

@@ -2,6 +2,7 @@
 was said before."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
@@ -22,7 +23,7 @@ EMPTY = KEEPS.replace("assistant\n{% endif", "assistant\n<think>\n\n</think>\n\n
 LIKE_QWEN3 = DROPS.replace("assistant\n{% endif", "assistant\n<think>\n\n</think>\n\n{% endif")
 
 
-def template(folder: Path, text: str | None, **rollout: str) -> tuple[TurnTemplate, RolloutConfig]:
+def template(folder: Path, text: str | None, **rollout: Any) -> tuple[TurnTemplate, RolloutConfig]:
     settings = {} if text is None else {"chat_template": text, "eos_token": "<|im_end|>"}
     write_tokenizer(folder, CHAT_WORDS, **settings)
     config = RolloutConfig(**rollout)

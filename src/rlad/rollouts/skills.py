@@ -109,7 +109,7 @@ class SkillBank:
                 for name, text in summarise(group).items()
             }
             number = 1 + max((one.number for one in self.skills), default=-1)
-            skill = Skill(bank, number, **fields)
+            skill = Skill(bank, number, fields["worked"], fields["went_wrong"], fields["workflow"])
             own = [one for one in self.skills if one.bank == bank]
             if not skill.text or any(one.text == skill.text for one in own):
                 continue
@@ -161,7 +161,7 @@ def summarise_by_rules(group: RolloutGroup) -> Fields:
     shortest success did."""
     successes = [one for one in group.rollouts if one.verdict == Verdict.CORRECT]
     failures = [one for one in group.rollouts if one.verdict == Verdict.WRONG]
-    fields = dict.fromkeys(_FIELDS, "")
+    fields: Fields = dict.fromkeys(_FIELDS, "")
     if successes:
         shortest = min(successes, key=lambda one: (_num_turns(one), len(one.text)))
         fields["worked"] = (
