@@ -53,8 +53,11 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("mamba_chunk_size", "chunk_size"), 8),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 16),
     **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "head_dim"), 8),
-    **dict.fromkeys(("linear_num_value_heads",), 4),
-    **dict.fromkeys(("linear_num_key_heads",), 2),
+    **dict.fromkeys(("encoder_layers", "decoder_layers", "linear_num_key_heads"), 2),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 64),
+    "linear_num_value_heads": 4,
+    "attention_head_dim": 16,
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8),
     "num_key_value_heads": 2,
     "vocab_size": VOCABULARY,
@@ -78,6 +81,7 @@ _LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 FAMILIES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("gpt_oss", "gemma2", "gemma3_text", "cohere2", "olmo3", "ministral"), _MIXED),
     **dict.fromkeys(("dots1", "exaone4", "vaultgemma", "gemma4_text", "afmoe"), _MIXED),
+    **dict.fromkeys(("kimi_linear", "bailing_hybrid", "qwen4_exp_text", "lfm3"), _LINEAR),
     **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), _LINEAR),
     "bamba": {"attn_layer_indices": [1], "mamba_expand": 2},
     "bloom": {"hidden_size": 32},
@@ -112,13 +116,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 def tiny_config(family: str) -> Any:
     defaults = CONFIG_MAPPING[family]()
+    if defaults.get_text_config() is not defaults:
+        raise ValueError("it has several parts, and its text part is a family of its own")
     known = {*defaults.to_dict(), *defaults.attribute_map}
     sizes = {key: value for key, value in SIZES.items() if key in known}
     # Where the two names of one size are known, the model's own is enough.
     for alias, own in defaults.attribute_map.items():
         if alias in sizes and own in sizes:
             del sizes[alias]
-    tokens = {"pad_token_id": PAD, "bos_token_id": None, "eos_token_id": 1}
+    if "kv_lora_rank" in known:  # latent attention has a key for each query
+        sizes["num_key_value_heads"] = SIZES["num_attention_heads"]
+    tokens = {"pad_token_id": PAD, "bos_token_id": 2, "eos_token_id": 1}
     return CONFIG_MAPPING[family](
         **sizes | FAMILIES.get(family, {}) | tokens | {"tie_word_embeddings": False}
     )

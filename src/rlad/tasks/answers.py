@@ -78,7 +78,7 @@ def marked_answer(completion: str) -> str | None:
     if tagged is not None:
         return tagged
     last = _last_match(_ANSWER_MARKER, text)
-    return None if last is None else _after_marker(text[last.end() :])
+    return None if last is None else _after_marker(text, last)
 
 
 def _tagged_answer(text: str) -> str | None:
@@ -89,16 +89,20 @@ def _tagged_answer(text: str) -> str | None:
     return _without_marks(inside) if closing else ""
 
 
-def _after_marker(tail: str) -> str:
-    """Take away the rest of the marker's markdown: `**Answer:** 42`, `**Answer: 42**`."""
+def _after_marker(whole: str, marker: re.Match[str]) -> str:
+    """Return what follows a marker, without the rest of the marker's markdown: `**Answer:** 42`,
+    `**Answer: 42**`."""
+    before = whole[: marker.start()].rpartition("\n")[2]
+    tail = whole[marker.end() :]
     closing = _CLOSING_MARKS.match(tail)
     text = tail[closing.end() if closing else 0 :].strip()
     line, newline, rest = text.partition("\n")
     bare = line.rstrip()
     end = bare.rstrip(_MARKS)
     mark = bare[len(end) :]
-    # Marks that end the first line but begin nowhere in it have begun before the marker.
-    if mark and mark not in end:
+    # Marks that end the first line but begin nowhere in it have begun before the marker, or are a
+    # part of the answer, as in A*.
+    if mark and mark not in end and (mark[0] in before or len(mark) > 1):
         text = end.rstrip() + newline + rest
     return _without_marks(text)
 
@@ -185,7 +189,7 @@ def decided_answer(completion: str) -> tuple[str, bool]:
     if tagged is not None:
         text = tagged
     last = _last_match(_ANSWER_MARKER, text)
-    marked = "" if last is None else _after_marker(text[last.end() :])
+    marked = "" if last is None else _after_marker(text, last)
     box_start = text.rfind(r"\boxed{")
     # An "Answer:" that nothing follows does not take back a box before it.
     if box_start >= 0 and (not marked or last is None or box_start > last.start()):

@@ -37,6 +37,7 @@ from rlad.tasks.separators import (
     split_with_signs,
     without_group_commas,
 )
+from rlad.tasks.units import UNITS
 from rlad.tasks.whole_answers import read_whole
 
 _MAX_CHARACTERS = 2_000
@@ -78,6 +79,10 @@ _NAME = re.compile(
     r"|\|?(?:\\(?:angle|triangle|overline|vec)\s*)?\{?[A-Z]{1,4}\}?\|?|[A-Za-z][A-Za-z ]*)$"
 )
 _TYPED_TIMES = re.compile(r"(?<=[0-9])\s*[xX]\s*(?=10\s*\^)|(?<=[0-9])\s+[xX]\s+(?=[0-9])")
+# A dash at the beginning, directly before a number, is a minus; one between two may be "to".
+_LEADING_DASH = re.compile("^(\\s*)[\N{EN DASH}\N{FIGURE DASH}](?=[0-9.\\\\])")
+_BRACED_SIGN = re.compile(r"(?<![\^_])\{\s*([-+])\s*\}")
+_CODE_BEFORE = re.compile(r"^\s*([A-Z]{3})\s*(-?[0-9][0-9.,]*)\s*$")
 _FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
 
 
@@ -100,6 +105,11 @@ _FALSE = "it says that different numbers are equal"
 _DENIED = "it says what the answer is not"
 
 
+def _code_after(amount: re.Match[str]) -> str:
+    """Write `EUR 5` as `5 EUR`; letters that are no currency stay before the number."""
+    return f"{amount[2]} {amount[1]}" if amount[1].casefold() in UNITS else amount[0]
+
+
 def _prepared(text: str) -> str:
     """Take away what only sets the text, with marks where LaTeX says that something is no
     formula."""
@@ -115,7 +125,8 @@ def _prepared(text: str) -> str:
     text = re.sub(r"\\[()\[\]](?![A-Za-z])", " ", text)
     for _ in range(3):
         text = _SETTING.sub(lambda m: _UNIT_TEXT.format(m[1]), text)
-    text = plain_notation(text).replace("\\\x04", "\x04")
+    text = _BRACED_SIGN.sub(r"\1", plain_notation(_LEADING_DASH.sub(r"\1-", text)))
+    text = _CODE_BEFORE.sub(_code_after, text).replace("\\\x04", "\x04")
     text = re.sub(r"\\([lr])angle(?![A-Za-z])", lambda m: ANGLES[m[1]], text)
     text = _TYPED_TIMES.sub(r"\\times ", text)
     text = re.sub(r"^\x02([^\x02\x03]*)\x03$", r"\1", text.strip())
