@@ -78,8 +78,26 @@ def evaluate_run_or_model(
 
 
 def _config_and_model(run_or_model: str, overrides: Sequence[str]) -> tuple[RunConfig, str]:
+    """Return the config and the model, of which the task must be known."""
+    is_known = any(override.startswith(("task=", "task.type=")) for override in overrides)
+    if not is_known and not brings_its_task(run_or_model):
+        raise UserError(
+            f"{run_or_model!r} is no run directory, so its task is not known; add --task, for "
+            "example --task knights_and_knaves."
+        )
+    return resolve_run_or_model(run_or_model, overrides)
+
+
+def brings_its_task(run_or_model: str) -> bool:
+    """Whether it is a run, a checkpoint of one, or an embedded model."""
+    path = Path(run_or_model)
+    is_checkpoint = path.parent.name == CHECKPOINTS and RunDirectory(path.parents[1]).exists()
+    return RunDirectory(path).exists() or is_checkpoint or run_or_model in EMBEDDED
+
+
+def resolve_run_or_model(run_or_model: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, str]:
     """Return the config and the model: of a run its best checkpoint, of a checkpoint its run's
-    config, of an embedded model that of the example."""
+    config, of an embedded model that of the example, of any other model the defaults."""
     # Four things may be meant: a run, one of its checkpoints, an embedded model, any other model.
     path = Path(run_or_model)
     if RunDirectory(path).exists():
@@ -93,12 +111,8 @@ def _config_and_model(run_or_model: str, overrides: Sequence[str]) -> tuple[RunC
         return load_config(path.parents[1], overrides), run_or_model
     if run_or_model in EMBEDDED:
         return load_config(None, overrides), run_or_model
-    if not any(override.startswith(("task=", "task.type=")) for override in overrides):
-        raise UserError(
-            f"{run_or_model!r} is no run directory, so its task is not known; add --task, for "
-            "example --task knights_and_knaves."
-        )
     table = {"student": {"model": run_or_model}, "objective": {"type": "grpo"}}
+    table |= {"task": {"type": "knights_and_knaves"}}  # of what is not asked
     return parse_config(parse_overrides(table, overrides)), run_or_model
 
 

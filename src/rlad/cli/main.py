@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 _CONFIG_ARGUMENTS = click.argument("arguments", nargs=-1, metavar="[RUN] [KEY=VALUE]...")
 _AT_LEAST_1 = click.IntRange(min=1)
 _NEW_FOLDER = click.Path(file_okay=False, path_type=Path)
+_GPUS = ["rtx3090", "rtx4090", "rtx5090", "l4", "a10g", "l40s", "a100-40", "a100", "h100"]
+_GPUS += ["h200", "b200"]
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 
 
@@ -163,6 +165,37 @@ def _path_and_overrides(arguments: Sequence[str]) -> tuple[str | None, list[str]
 
 
 @main.command()
+@click.option("--student", help="A name that `--models` lists.")
+@click.option("--teacher", help="By default the one of the student's family.")
+@click.option(
+    "--task",
+    type=click.Choice(["gsm8k", "knights_and_knaves", "countdown", "arithmetic", "jsonl"]),
+    default="gsm8k",
+)
+@click.option("--gpu", type=click.Choice(_GPUS), default="h100", help="One of them.")
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), default=Path("run.toml"))
+@click.option("--overwrite", is_flag=True, help="Replace the file.")
+@click.option("--models", is_flag=True, help="List the models whose shapes are known.")
+def init(student: str | None, models: bool, **how: Any) -> None:
+    """Write a first config for a student, a teacher, a task and a GPU.
+
+    The values are the paper's where it states them; a comment after each says where it comes from,
+    and the first lines what memory and time the run is estimated to take. Nothing is downloaded.
+
+    \b
+    rlad init --student Qwen/Qwen3-0.6B --teacher Qwen/Qwen3-8B --task gsm8k --gpu h100
+    """
+    from rlad.cli.init import print_known_models, write_start
+
+    if models:
+        print_known_models()
+    elif student is None:
+        raise UserError("--student is missing; give a name that `rlad init --models` lists.")
+    else:
+        write_start(student=student, **how)
+
+
+@main.command()
 @_CONFIG_ARGUMENTS
 @click.option("--resume", is_flag=True, help="Continue the run that is in the run directory.")
 @click.option(
@@ -265,6 +298,27 @@ def evaluate(run_or_model: str, overrides: tuple[str, ...], **how: Any) -> None:
 
 
 @main.command()
+@click.argument("run_or_model")
+@click.option("--system", metavar="TEXT", help="System prompt, for models with a chat template.")
+@click.option("--temperature", type=click.FloatRange(min=0), help="By default the run's.")
+@click.option("--max-tokens", type=_AT_LEAST_1, help="Of an answer; by default the run's.")
+@click.option("--teacher", "with_teacher", is_flag=True, help="Show what its teacher says.")
+@click.option("--teacher-model", metavar="MODEL", help="Show what another teacher says.")
+@click.option("--seed", type=click.IntRange(min=0), help="Repeats the same answers.")
+def chat(run_or_model: str, **how: Any) -> None:
+    """Talk to a run or a model.
+
+    RUN_OR_MODEL is a run directory (of which the checkpoint that validates best is taken), a
+    checkpoint of one, a model or adapter folder, a Hugging Face name, or embedded/student. With
+    `--teacher` each answer is shown again, its tokens coloured by what the teacher thinks of them.
+    In a pipe all of the input is one question.
+    """
+    from rlad.cli.chat import run_chat
+
+    run_chat(run_or_model, **how)
+
+
+@main.command()
 @click.argument("arguments", nargs=-1, metavar="[COMPARE.toml] [KEY=VALUE]...")
 @click.option(
     "--dry-run", is_flag=True, help="Print the runs and which of them are done; train nothing."
@@ -309,6 +363,23 @@ def report(runs: tuple[str, ...], output: str, baseline: str | None) -> None:
     from rlad.cli.report import report_runs
 
     click.echo(f"report  {report_runs(runs, output, baseline)}")
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--page", is_flag=True, help="As a page for the browser that refreshes itself.")
+@click.option("--port", default=8765, type=click.IntRange(0, 65535), help="Of the page; 0: free.")
+@click.option("--once", is_flag=True, help="Show the run as it is now, and end.")
+def watch(run: Path, **how: Any) -> None:
+    """Watch a run while it trains.
+
+    Curves, guards, time left and the last completions of run directory RUN, which another terminal
+    trains, or of one that is finished. Reads its files and changes nothing. `--page` shows the same
+    with the imitation map at an address of this machine, which no other machine can reach.
+    """
+    from rlad.cli.watch import watch_run
+
+    watch_run(run, **how)
 
 
 @main.command()
@@ -375,14 +446,24 @@ def export() -> None:
 )
 @click.option("--output", type=_NEW_FOLDER, help="New folder; default: RUN-model.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
-def export_model(run: str, **how: Any) -> None:
+@click.option("--push", metavar="USER/NAME", help="Then push it with its card to the hub.")
+@click.option("--private", is_flag=True, help="Make a new repository of the hub private.")
+def export_model(run: str, push: str | None, private: bool, **how: Any) -> None:
     """Write the model of run directory RUN as a plain Hugging Face folder.
 
     Its LoRA adapter, if it has one, is merged into its base model.
     """
+    from rlad.export.hub import push_model, require_push
     from rlad.export.model import export_model as write
+    from rlad.runs.directory import RunDirectory
 
-    click.echo(f"model  {write(run, **how)}")
+    if push is not None:
+        require_push(push)
+    folder = write(run, **how)
+    click.echo(f"model  {folder}")
+    if push is not None:
+        address = push_model(RunDirectory(Path(run)), folder, push, private=private)
+        click.echo(f"pushed  {address}")
 
 
 @export.command(name="verl")

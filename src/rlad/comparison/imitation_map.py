@@ -140,6 +140,16 @@ def imitation_maps(methods: Sequence[Method]) -> list[ImitationMap]:
     return maps[:MOST_METHODS]
 
 
+def latest_map(rows: Sequence[SampleRow]) -> list[MappedCompletion]:
+    """List the completions of rows that have a map, of a run that may be under way."""
+    return [
+        MappedCompletion("latest", row, rollout, rollout.imitation)
+        for row in rows
+        for rollout in row.rollouts
+        if rollout.tokens and rollout.imitation
+    ]
+
+
 def _map_of(method: str, run: Run) -> ImitationMap | None:
     """Choose of each third of the run, and of either sign of the advantage, the completion with
     most gated tokens."""

@@ -206,9 +206,9 @@ def _section(name: str, group: Group, chosen: str | None, *, is_tuned: bool) -> 
 # --- forms ----------------------------------------------------------------------------------------
 
 
-def render_html(page: Sequence[Block]) -> str:
+def render_html(page: Sequence[Block], refresh_seconds: int = 0) -> str:
     """Render one file without anything from outside; the policy in its head forbids the browser to
-    load any."""
+    load any. With `refresh_seconds` the browser loads the page itself again and again."""
     environment = _environment(autoescape=True)
     assert environment.loader is not None
     style, script = (
@@ -218,7 +218,12 @@ def render_html(page: Sequence[Block]) -> str:
     # The policy allows this one script, by its checksum.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template("report.html.j2").render(
-        page=page, fates=FATES, style=style, script=script, script_digest=digest
+        page=page,
+        fates=FATES,
+        style=style,
+        script=script,
+        script_digest=digest,
+        refresh_seconds=refresh_seconds,
     )
 
 

@@ -4,7 +4,7 @@ from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from html import escape
 from io import BytesIO
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib.style
 from matplotlib.axes import Axes
@@ -36,9 +36,9 @@ def curve(
         axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
 
 
-def draw_curve(run: RunDirectory) -> bytes:
+def draw_curve(run: RunDirectory, form: Literal["png", "svg"] = "png") -> bytes:
     """Draw pass@1 on held-out and training problems, gated shares and completion length by step,
-    as a PNG."""
+    as a picture."""
     history = read_history(run)
     with matplotlib.style.context(list(STYLE)):
         figure = Figure(figsize=(11, 3.6), layout="constrained")
@@ -53,7 +53,7 @@ def draw_curve(run: RunDirectory) -> bytes:
         _draw_metric(length, history, "rollout/completion_tokens/mean")
         length.set(title="mean completion length (tokens)", xlabel="step", ylim=(0, None))
         picture = BytesIO()
-        figure.savefig(picture, dpi=120, format="png")
+        figure.savefig(picture, dpi=120, format=form)
     return picture.getvalue()
 
 

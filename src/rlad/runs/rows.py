@@ -92,6 +92,7 @@ class SampledRollout(BaseModel):
     """A completion in samples.jsonl; where it has an imitation, with an entry for each token."""
 
     verdict: str
+    text: str | None = None
     tokens: list[str] | None = None
     imitation: Imitation | None = None
 

@@ -1,0 +1,51 @@
+"""`rlad init`: the first config of a run, with what it is expected to take."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from rlad.cli.printing import print_line, print_table
+from rlad.errors import RunFailedError, UserError
+
+
+def write_start(
+    *, student: str, teacher: str | None, task: str, gpu: str, output: Path, overwrite: bool
+) -> None:
+    """Write the config and say what the run is estimated to take."""
+    if output.exists() and not overwrite:
+        raise UserError(
+            f"--output {output} exists already; give another file, or --overwrite to replace it."
+        )
+    console = Console(highlight=False)
+    with Console(stderr=True).status("counting the models' weights"):
+        from rlad.checks.start import plan_start
+
+        start = plan_start(student, teacher, task, gpu, str(output))
+    try:
+        output.write_text(start.text, encoding="utf-8")
+    except OSError as error:
+        raise RunFailedError(
+            f"{output} cannot be written ({error.strerror}); give another --output."
+        ) from None
+    device = start.device
+    print_line(console, f"wrote {output}: its comments say where each value comes from\n")
+    rows = [
+        ("GPU memory", f"about {start.needed_gib:.0f} of {device.memory:.0f} GiB ({device.title})"),
+        ("time", f"about {start.hours}; with vLLM {start.hours_with_vllm}"),
+        ("based on", "the models' shapes and the GPU's data sheet; not measured by us"),
+    ]
+    print_table(console, rows)
+    print_line(console, f"\nrlad check {output}   # tokenizers, prompts, memory, a measured step")
+    print_line(console, f"rlad train {output}")
+
+
+def print_known_models() -> None:
+    """Print the models that `rlad init` knows, by family."""
+    from rlad.models.known import FAMILIES, MODELS
+
+    console = Console(highlight=False)
+    for tokenizer, family in FAMILIES.items():
+        print_line(console, f"{tokenizer} (teacher by default {family.teacher})", "bold")
+        for name, model in MODELS.items():
+            if model.tokenizer == tokenizer:
+                print_line(console, f"  {name}")

@@ -1,0 +1,157 @@
+"""Shapes of published models, so that a run can be planned before anything is downloaded.
+
+The numbers are those of the models' own config.json. Models of one `tokenizer` have the same token
+ids, so one can teach the other.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What models of one tokenizer have in common."""
+
+    model_type: str
+    architecture: str
+    vocabulary: int
+    context: int
+    end_token: str
+    """of a turn of the chat models; the base models end with another one"""
+    is_chat: str
+    """what the names of the chat models end with; "" where those of the base models do"""
+    teacher: str
+    """a chat model that teaches the smaller ones"""
+    pause: str = ""
+    """what a chat template is told so that it does not think at length"""
+
+
+FAMILIES = {
+    "Qwen3": Family(
+        "qwen3",
+        "Qwen3ForCausalLM",
+        151_936,
+        40_960,
+        "<|im_end|>",
+        "",
+        "Qwen/Qwen3-8B",
+        "{ enable_thinking = false }",
+    ),
+    "Llama 3": Family(
+        "llama",
+        "LlamaForCausalLM",
+        128_256,
+        131_072,
+        "<|eot_id|>",
+        "-Instruct",
+        "meta-llama/Llama-3.1-8B-Instruct",
+    ),
+    "Gemma 3": Family(
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        262_144,
+        32_768,
+        "<end_of_turn>",
+        "-it",
+        "google/gemma-3-4b-it",
+    ),
+    "SmolLM2": Family(
+        "llama",
+        "LlamaForCausalLM",
+        49_152,
+        8_192,
+        "<|im_end|>",
+        "-Instruct",
+        "HuggingFaceTB/SmolLM2-1.7B-Instruct",
+    ),
+}
+
+# Family, names of the chat and of the base model; layers, hidden size, size of the MLP, heads,
+# key-value heads, head size; whether the output layer is the embeddings.
+_ROWS: list[tuple[str, str, str, tuple[int, ...], bool]] = [
+    ("Qwen3", "Qwen/Qwen3-0.6B", "-Base", (28, 1024, 3072, 16, 8, 128), True),
+    ("Qwen3", "Qwen/Qwen3-1.7B", "-Base", (28, 2048, 6144, 16, 8, 128), True),
+    ("Qwen3", "Qwen/Qwen3-4B", "-Base", (36, 2560, 9728, 32, 8, 128), True),
+    ("Qwen3", "Qwen/Qwen3-8B", "-Base", (36, 4096, 12288, 32, 8, 128), False),
+    ("Qwen3", "Qwen/Qwen3-14B", "-Base", (40, 5120, 17408, 40, 8, 128), False),
+    ("Qwen3", "Qwen/Qwen3-32B", "", (64, 5120, 25600, 64, 8, 128), False),
+    ("Llama 3", "meta-llama/Llama-3.2-1B", "", (16, 2048, 8192, 32, 8, 64), True),
+    ("Llama 3", "meta-llama/Llama-3.2-3B", "", (28, 3072, 8192, 24, 8, 128), True),
+    ("Llama 3", "meta-llama/Llama-3.1-8B", "", (32, 4096, 14336, 32, 8, 128), False),
+    ("Llama 3", "meta-llama/Llama-3.1-70B", "", (80, 8192, 28672, 64, 8, 128), False),
+    ("Gemma 3", "google/gemma-3-270m", "", (18, 640, 2048, 4, 1, 256), True),
+    ("Gemma 3", "google/gemma-3-1b", "-pt", (26, 1152, 6912, 4, 1, 256), True),
+    ("Gemma 3", "google/gemma-3-4b", "-pt", (34, 2560, 10240, 8, 4, 256), True),
+    ("Gemma 3", "google/gemma-3-12b", "-pt", (48, 3840, 15360, 16, 8, 256), True),
+    ("Gemma 3", "google/gemma-3-27b", "-pt", (62, 5376, 21504, 32, 16, 128), True),
+    ("SmolLM2", "HuggingFaceTB/SmolLM2-135M", "", (30, 576, 1536, 9, 3, 64), True),
+    ("SmolLM2", "HuggingFaceTB/SmolLM2-360M", "", (32, 960, 2560, 15, 5, 64), True),
+    ("SmolLM2", "HuggingFaceTB/SmolLM2-1.7B", "", (24, 2048, 8192, 32, 32, 64), True),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class KnownModel:
+    """A published model: its family and shape."""
+
+    name: str
+    tokenizer: str
+    is_chat: bool
+    shape: tuple[int, ...]
+    is_tied: bool
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.tokenizer]
+
+    @property
+    def layers(self) -> int:
+        return self.shape[0]
+
+    @property
+    def key_size(self) -> int:
+        """Numbers in the keys of one token and layer."""
+        return self.shape[4] * self.shape[5]
+
+    @property
+    def widths_of_linear_layers(self) -> int:
+        """Inputs and outputs of all linear layers but the last: an adapter of rank 1 has so many
+        weights."""
+        layers, hidden, mlp, heads, _, head_size = self.shape
+        queries = heads * head_size
+        attention = 2 * (hidden + queries) + 2 * (hidden + self.key_size)
+        return layers * (attention + 3 * (hidden + mlp))
+
+    @property
+    def has_chat_template(self) -> bool:
+        # Of the base models only Qwen's come with one.
+        return self.is_chat or self.tokenizer == "Qwen3"
+
+    def write_config(self, folder: Path) -> str:
+        """Write a config.json as the model's own says it, without weights; return the folder."""
+        names = ("num_hidden_layers", "hidden_size", "intermediate_size")
+        names += ("num_attention_heads", "num_key_value_heads", "head_dim")
+        config: dict[str, Any] = dict(zip(names, self.shape, strict=True)) | {
+            "architectures": [self.family.architecture],
+            "model_type": self.family.model_type,
+            "vocab_size": self.family.vocabulary,
+            "max_position_embeddings": self.family.context,
+            "tie_word_embeddings": self.is_tied,
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(config))
+        return str(folder)
+
+
+def _models() -> dict[str, KnownModel]:
+    found = {}
+    for tokenizer, name, base, shape, is_tied in _ROWS:
+        chat = name + FAMILIES[tokenizer].is_chat
+        for model, is_chat in ((name + base, False), (chat, True)):
+            found[model] = KnownModel(model, tokenizer, is_chat, shape, is_tied)
+    return found
+
+
+MODELS = _models()
