@@ -1,7 +1,7 @@
 """Draw the picture of the README: what TRRD did with each token of two completions of one prompt.
 
-    rlad train
-    python docs/imitation_map.py runs/knights_and_knaves-trrd-seed0 docs/assets/imitation_map.svg
+rlad train
+python docs/imitation_map.py runs/knights_and_knaves-trrd-seed0 docs/assets/imitation_map.svg
 """
 
 import sys
@@ -102,7 +102,9 @@ def draw(better: MappedCompletion, worse: MappedCompletion) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 830 {y + 48}" role="img">\n'
         "<title>Imitation map: what TRRD did with each token</title>\n"
-        f'<rect width="100%" height="100%" fill="#ffffff" rx="8"/>\n' + "\n".join(parts) + "\n</svg>\n"
+        f'<rect width="100%" height="100%" fill="#ffffff" rx="8"/>\n'
+        + "\n".join(parts)
+        + "\n</svg>\n"
     )
 
 

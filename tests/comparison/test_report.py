@@ -154,7 +154,7 @@ def test_a_real_run(world, tmp_path):
     )
     rlad.train(config)
     page = report_runs([str(tmp_path / "trrd")], str(tmp_path / "out")).read_text()
-    assert "With one seed, trrd reaches" in page and 'class="completion"' in page
+    assert ", with one seed: a gain of" in page and 'class="completion"' in page
     assert {fate.letter for fate in FATES} == set(RECORDED_FATES)
 
 
@@ -168,8 +168,10 @@ def test_the_first_paragraph_says_what_came_out(runs, tmp_path):
     first = text.splitlines()[2]
     assert text.startswith("# Two methods\n")
     assert (
-        first.startswith("Over 3 seeds, trrd reaches 90.3% [")
-        and "the highest mean; grpo reaches 43.1% [" in first
+        first.startswith("trrd is ahead of grpo by 47.2 points [")
+        and "it solves 90.3% [" in first
+        and "grpo 43.1% [" in first
+        and "over 3 seeds." in first
     )
     assert (
         "Learning rates were chosen on validation." in page
@@ -200,8 +202,8 @@ def test_no_verdict_without_evidence(tmp_path):
     b = write_run(tmp_path / "b", correct=[0, 4, 4, 1, 2])
     _, text, _ = report([ReportedRun("grpo", a), ReportedRun("trrd", b)], tmp_path / "out")
     assert (
-        "Compared with grpo, not told apart from it by these data: trrd. With so few seeds, what "
-        "is said of trrd is" in text
+        "with one seed. No method is ahead of grpo by these data: the difference of trrd is +5.0 "
+        "points" in text
     )
 
 
@@ -530,7 +532,7 @@ def test_runs_without_optional_metrics_samples_and_tests(tmp_path):
     assert "Reward" not in page and "pass@2" not in page and "out of distribution" not in text
     assert table(text, "Cost")["sft"]["peak memory, MiB"] == "–"
     assert (
-        "minus" not in text.split("**Test after")[0] and "With one seed, sft reaches 66.7%" in text
+        "minus" not in text.split("**Test after")[0] and "reaches 66.7% [0.0, 100.0], with" in text
     )
 
 
@@ -574,8 +576,8 @@ def test_text_of_models_and_people_stays_text(tmp_path):
     assert "&lt;script&gt;" in page and "<script" not in text
     assert "[x](http" not in text and len(table(text, "Runs that are not in the tables")) == 1
     # Missing; results; detail (two pass@k, two difficulties, tokens, truncated); fates; cost;
-    # methods: each with the row's name.
-    assert cells(text) == [{3}, {6}, {7}, {8}, {11}, {4}]
+    # cost to the target; methods: each with the row's name.
+    assert cells(text) == [{3}, {6}, {7}, {8}, {11}, {5}, {4}]
 
 
 def test_markdown_by_hand():
@@ -711,7 +713,7 @@ def test_a_baseline_that_is_no_method(runs, tmp_path):
 def test_the_report_is_about_the_baseline_given(runs, tmp_path):
     _, text, _ = report(runs, tmp_path, baseline="trrd")
     assert table(text, "Test pass@1")["grpo"]["minus trrd"].startswith("\N{MINUS SIGN}47.2 [")
-    assert "Compared with trrd, not told apart from it by these data: grpo." in text
+    assert "trrd is ahead of grpo." in text.splitlines()[2]
 
 
 def test_a_baseline_whose_runs_are_missing_ends_no_report(runs, tmp_path):

@@ -13,9 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from rlad.cli.printing import print_line, print_table
 from rlad.comparison.compare import PlannedRun, compare, final_runs, tuning_runs
+from rlad.comparison.plan import OUR_SOURCE, OUR_SPREAD, Plan, read_pilot
 from rlad.comparison.report import HTML, MARKDOWN
-from rlad.config.comparison import CompareConfig
-from rlad.errors import EXIT_FAILURE, EXIT_SIGNAL
+from rlad.config.comparison import CompareConfig, method_config
+from rlad.errors import EXIT_FAILURE, EXIT_SIGNAL, UserError
 from rlad.stopping import StopRequested
 
 
@@ -60,15 +61,75 @@ def run_compare(comparison: CompareConfig, folder: Path, *, dry_run: bool, comma
 
 
 def print_results(console: Console, report: Path) -> None:
-    """Print headline and first table of a report."""
-    _, _, headline, *lines = report.read_text(encoding="utf-8").splitlines()
-    plain = [html.unescape(re.sub(r"\\([^\w\s])", r"\1", line)) for line in (headline, *lines)]
-    print_line(console, f"\n{plain[0]}\n")
+    """Print verdict and first table of a report."""
+    _, _, *lines = report.read_text(encoding="utf-8").splitlines()
+    plain = [html.unescape(re.sub(r"\\([^\w\s])", r"\1", line)) for line in lines]
+    verdict = takewhile(lambda line: not line.startswith("## "), plain)
+    print_line(console, "\n" + "\n".join(line.replace("**", "") for line in verdict))
     rows = list(
         takewhile(lambda line: line[:1] == "|", dropwhile(lambda line: line[:1] != "|", plain))
     )
     print_table(console, [line.strip("| ").split(" | ") for line in rows if "---" not in line])
     print_line(console, "")
+
+
+def plan_comparison(
+    comparison: CompareConfig, folder: Path, *, points: float, pilot: Path | None
+) -> None:
+    """Print how many seeds and problems it takes to see a difference, and what the comparison as it
+    is planned can see."""
+    console = Console(highlight=False)
+    found = None
+    if pilot is not None:
+        found = read_pilot(pilot, comparison.baseline)
+        if found is None:
+            raise UserError(
+                f"--pilot {pilot} holds no two methods with two finished seeds in common, at "
+                "METHOD/seed-N or as rows of a results.jsonl; give one that does, or leave it out."
+            )
+    else:
+        found = read_pilot(Path(comparison.directory), comparison.baseline)
+    spread, source = found or (OUR_SPREAD, OUR_SOURCE)
+    config = method_config(comparison, folder, next(iter(comparison.methods)), seed=0)
+    evaluation = config.evaluation
+    plan = Plan(
+        source,
+        spread,
+        len(comparison.seeds),
+        evaluation.num_test_problems,
+        evaluation.num_test_samples,
+        points / 100,
+    )
+    _print_sight(console, plan, len(comparison.methods))
+
+
+def _print_sight(console: Console, plan: Plan, num_methods: int) -> None:
+    wanted = f"{100 * plan.wanted:g} points"
+    runs = f"{plan.seeds} seeds x {num_methods} methods"
+    problems = f"{plan.problems:,} test problems"
+    if plan.sees is None:
+        text = "With one seed it cannot tell methods apart: nobody knows how much seeds differ."
+    else:
+        text = f"It sees a difference of {100 * plan.sees:.1f} points (power 80 %, test at 5 %)."
+    print_line(console, f"As planned: {runs}, {problems} x {plan.completions} completions.")
+    print_line(console, text, "bold")
+    print_line(console, f"\nTo see {wanted}:")
+    for number, what, of in (
+        (plan.seeds_needed, f"seeds with {problems}", "problems vary too much"),
+        (plan.problems_needed, f"test problems with {plan.seeds} seeds", "seeds vary too much"),
+    ):
+        said = f"{number:,} {what}" if number is not None else f"no number of {what}: {of}"
+        print_line(console, f"  {said}")
+    print_line(console, "\nSmallest difference that is seen, in points:")
+    print_table(console, plan.table())
+    s = plan.spread
+    print_line(
+        console,
+        f"\nBased on {plan.source}.\nSpread of a difference: over seeds {100 * s.seed:.1f} points, "
+        f"over problems {100 * s.problem:.1f}, of one completion {100 * s.completion:.0f}. Several "
+        "comparisons at once (Holm) see a little less.",
+        "dim",
+    )
 
 
 def print_plan(console: Console, comparison: CompareConfig, folder: Path) -> None:

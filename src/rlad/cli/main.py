@@ -323,7 +323,24 @@ def chat(run_or_model: str, **how: Any) -> None:
 @click.option(
     "--dry-run", is_flag=True, help="Print the runs and which of them are done; train nothing."
 )
-def compare(arguments: tuple[str, ...], dry_run: bool) -> None:
+@click.option(
+    "--plan", is_flag=True, help="Say what it can see, and how many seeds and problems it takes."
+)
+@click.option(
+    "--difference",
+    "points",
+    type=click.FloatRange(0.1, 100),
+    default=5.0,
+    help="In points, for --plan.",
+)
+@click.option(
+    "--pilot",
+    type=click.Path(exists=True, path_type=Path),
+    help="For --plan: a comparison's folder or results.jsonl to take the spread from.",
+)
+def compare(
+    arguments: tuple[str, ...], dry_run: bool, plan: bool, points: float, pilot: Path | None
+) -> None:
     """Find out which method works, over several seeds.
 
     All methods have one budget, and there is one report of them.
@@ -337,8 +354,11 @@ def compare(arguments: tuple[str, ...], dry_run: bool) -> None:
     from rlad.config.comparison import load_comparison
 
     comparison, folder = load_comparison(*_path_and_overrides(arguments))
-    from rlad.cli.compare import run_compare
+    from rlad.cli.compare import plan_comparison, run_compare
 
+    if plan:
+        plan_comparison(comparison, folder, points=points, pilot=pilot)
+        return
     command = shlex.join(["rlad", "compare", *arguments])
     run_compare(comparison, folder, dry_run=dry_run, command=command)
 
@@ -353,7 +373,10 @@ def compare(arguments: tuple[str, ...], dry_run: bool) -> None:
     metavar="METHOD",
     help="What the others are compared with; by default grpo, or else the first.",
 )
-def report(runs: tuple[str, ...], output: str, baseline: str | None) -> None:
+@click.option(
+    "--figures", type=_NEW_FOLDER, help="Folder for figures of a paper (PDF, SVG) and LaTeX."
+)
+def report(runs: tuple[str, ...], output: str, baseline: str | None, figures: Path | None) -> None:
     """Make a report of runs that are there.
 
     Tables with intervals, learning curves, cost, and what TRRD did with each token.
@@ -362,7 +385,7 @@ def report(runs: tuple[str, ...], output: str, baseline: str | None) -> None:
     """
     from rlad.cli.report import report_runs
 
-    click.echo(f"report  {report_runs(runs, output, baseline)}")
+    click.echo(f"report  {report_runs(runs, output, baseline, figures)}")
 
 
 @main.command()

@@ -12,7 +12,12 @@ from rlad.errors import UserError
 from rlad.runs.directory import CONFIG, RunDirectory
 
 
-def report_runs(paths: Sequence[str], output: str, baseline: str | None = None) -> Path:
+def report_runs(
+    paths: Sequence[str],
+    output: str,
+    baseline: str | None = None,
+    figures: Path | None = None,
+) -> Path:
     """Write the report of all runs in and below `paths`; returns the HTML file.
 
     Runs of a comparison get the names that it gave them, and come with its notes and, unless one is
@@ -53,6 +58,7 @@ def report_runs(paths: Sequence[str], output: str, baseline: str | None = None) 
         title=f"Report on {', '.join(Path(path).resolve().name for path in paths)}",
         notes=[note for comparison in named for note in comparison.notes],
         baseline=baseline or next(iter(baselines), None),
+        figures=figures,
     )
     return folder / HTML
 

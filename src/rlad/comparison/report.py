@@ -20,10 +20,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rlad.comparison import report_columns as tables
 from rlad.comparison import report_sentences as sentences
 from rlad.comparison.comparable import Group, group_runs
+from rlad.comparison.differences import draw_differences, problems_table, target_table
 from rlad.comparison.figures import baseline_of, require_baseline, with_comparisons
 from rlad.comparison.finished_runs import MissingRun, ReportedRun, Run, read_run
 from rlad.comparison.imitation_map import FATES, imitation_maps
+from rlad.comparison.paper_figures import write_figures
 from rlad.comparison.report_plots import draw_plots
+from rlad.comparison.verdict import verdict
 from rlad.errors import UserError
 from rlad.text import printable
 
@@ -50,13 +53,15 @@ def write_report(
     title: str = "Report",
     notes: Sequence[str] = (),
     baseline: str | None = None,
+    figures: Path | None = None,
 ) -> Sequence[MissingRun]:
     """Write `report.html`, `report.md` and `results.jsonl` (a row for each run) into the folder
     `output`; returns the runs that the report lists as missing.
 
     Runs that cannot be compared are in separate tables. A run that is unfinished or unreadable is
     listed with the reason, as are those of `missing`. `notes` say how a search on the validation
-    split chose the learning rates. `UserError` when no run is of the method `baseline` (see
+    split chose the learning rates. Into the folder `figures` go vector figures and a LaTeX table.
+    `UserError` when no run is of the method `baseline` (see
     `baseline_of`), or when the folder cannot be written.
     """
     read = [read_run(run) for run in runs]
@@ -78,6 +83,11 @@ def write_report(
         RESULTS: "".join(json.dumps(row) + "\n" for row in rows),
     }
     write_files(output, files)
+    for number, group in enumerate(groups if figures else (), start=1):
+        assert figures is not None
+        chosen = baseline_of(group.methods, baseline)
+        folder = figures / f"table-{number}" if len(groups) > 1 else figures
+        write_figures(with_comparisons(group.methods, chosen), chosen, folder)
     return missing
 
 
@@ -151,8 +161,11 @@ def make_page(
     for number, group in enumerate(groups, start=1):
         name = f"Table {number}" if len(groups) > 1 else ""
         sections.append(list(_section(name, group, baseline, is_tuned=bool(notes))))
-    # The headlines of all tables first: whoever reads no further knows the result.
-    page = [Block("h1", title), *(section.pop(0) for section in sections)]
+    # The verdicts of all tables first: whoever reads no further knows the result.
+    page = [Block("h1", title)]
+    for number, group in enumerate(groups, start=1):
+        name = f"Table {number}." if len(groups) > 1 else ""
+        page += _verdict(name, group, baseline)
     if not groups:
         text = "No run came to its end, so there is nothing to compare."
         page.append(Block("text", text, "headline"))
@@ -166,14 +179,20 @@ def make_page(
     return page + [Block("text", text) for text in (*notes, sentences.HOW_TO_READ)]
 
 
+def _verdict(name: str, group: Group, chosen: str | None) -> Iterator[Block]:
+    """Say in sentences what came out, what it cost and what to do."""
+    baseline = baseline_of(group.methods, chosen)
+    methods = with_comparisons(group.methods, baseline)
+    for number, (lead, text) in enumerate(verdict(methods, baseline)):
+        style = "" if number else "headline"
+        yield Block("text", text, style, lead=lead or name)
+
+
 def _section(name: str, group: Group, chosen: str | None, *, is_tuned: bool) -> Iterator[Block]:
-    """Show everything about one group of comparable runs; its headline comes first."""
+    """Show everything about one group of comparable runs, but for its verdict."""
     baseline = baseline_of(group.methods, chosen)
     methods = with_comparisons(group.methods, baseline)
     results, curves = draw_plots(methods)
-    headline = sentences.headline(methods, baseline)
-    yield Block("text", headline, "headline", lead=f"{name}." if name else "")
-
     yield Block("h2", name or "Results")
     yield Block("text", sentences.what_is_shared(group))
     for text in sentences.warnings(methods, baseline, chosen):
@@ -181,6 +200,9 @@ def _section(name: str, group: Group, chosen: str | None, *, is_tuned: bool) -> 
     yield Block("table", tables.results_table(methods, baseline.name))
     yield Block("plots", [results])
     yield Block("table", tables.breakdown_table(methods))
+    if differences := draw_differences(methods, baseline):
+        yield Block("plots", differences)
+        yield Block("table", problems_table(methods, baseline))
     yield Block("text", sentences.splits(group, is_tuned=is_tuned), "fine")
 
     yield Block("h3", "Learning curves")
@@ -197,6 +219,8 @@ def _section(name: str, group: Group, chosen: str | None, *, is_tuned: bool) -> 
 
     yield Block("h3", "Cost")
     yield Block("table", tables.cost_table(methods))
+    if target := target_table(methods, baseline):
+        yield Block("table", target)
     for text in sentences.cost_notes(methods):
         yield Block("text", text, "fine")
     yield Block("h3", "Methods")

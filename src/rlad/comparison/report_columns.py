@@ -61,7 +61,7 @@ def results_table(methods: Sequence[Method], baseline: str) -> Table:
             ("p, Holm", "corrected for the comparisons of this table", lambda m: _p(m.corrected_p)),
         ]
     caption = "Test pass@1; sd, gain and difference in points; in brackets 95 % intervals"
-    return _table(caption, methods, columns)
+    return make_table(caption, methods, columns)
 
 
 def breakdown_table(methods: Sequence[Method]) -> Table:
@@ -80,7 +80,7 @@ def breakdown_table(methods: Sequence[Method]) -> Table:
         ("tokens", "mean completion length", lambda m: number(m.completion_tokens, ",.1f")),
         ("truncated", "share that reached the token limit", lambda m: share(m.truncated_share)),
     ]
-    return _table("Test after training, in detail", methods, columns)
+    return make_table("Test after training, in detail", methods, columns)
 
 
 def cost_table(methods: Sequence[Method]) -> Table:
@@ -95,13 +95,13 @@ def cost_table(methods: Sequence[Method]) -> Table:
         columns.append((part, meaning, lambda m, part=part: share(m.share_of_time(part))))
     sampled = "tokens of all rollouts of a run, written by the student"
     scored = "tokens that the teacher scored or wrote"
-    memory = "most memory that a run has held, in MiB"
+    memory = "most memory that a run has held"
     columns += [
         ("sampled tokens", sampled, lambda m: number(fmean(r.completion_tokens for r in m.runs))),
         ("teacher tokens", scored, lambda m: number(fmean(r.teacher_tokens for r in m.runs))),
         ("peak memory, MiB", memory, lambda m: number(m.peak_memory / 2**20)),
     ]
-    return _table("Cost of a run, mean over seeds", methods, columns)
+    return make_table("Cost of a run, mean over seeds", methods, columns)
 
 
 def methods_table(methods: Sequence[Method]) -> Table:
@@ -113,7 +113,7 @@ def methods_table(methods: Sequence[Method]) -> Table:
         ("learning rate", "of AdamW", lambda m: number(m.config.optimization.learning_rate, "g")),
         ("other settings that are not the default", "", _other_settings),
     ]
-    return _table("What tells the methods apart", methods, columns)
+    return make_table("What tells the methods apart", methods, columns)
 
 
 def missing_table(missing: Sequence[MissingRun]) -> Table:
@@ -147,7 +147,7 @@ def phases_table(found: ImitationMap) -> Table:
     return Table(caption, columns, rows)
 
 
-def _table(caption: str, methods: Sequence[Method], columns: Sequence[Column]) -> Table:
+def make_table(caption: str, methods: Sequence[Method], columns: Sequence[Column]) -> Table:
     names = [("method", ""), *((name, meaning) for name, meaning, _ in columns)]
     return Table(
         caption, names, [[Cell(m.name), *(cell(m) for _, _, cell in columns)] for m in methods]

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
-from zlib import crc32
 
 import matplotlib
 import matplotlib.style
@@ -17,10 +16,12 @@ from matplotlib.figure import Figure
 
 from rlad.comparison.figures import Method
 from rlad.comparison.finished_runs import Run
-from rlad.config.objective import OBJECTIVE_CONFIGS
-from rlad.config.presets import PRESETS
+from rlad.comparison.looks import Looks, looks_of
 from rlad.runs.curve import STYLE, curve
 from rlad.text import printable
+
+SETTINGS: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": "rlad", "font.size": 9.5}
+"""text stays text, so that it can be searched, and the same runs give the same bytes"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,19 +41,17 @@ class Plot:
 
 def draw_plots(methods: Sequence[Method]) -> tuple[Plot, list[Plot]]:
     """Draw the results of a table, and the curves of its methods."""
-    # Text stays text, so that it can be searched, and the same runs give the same bytes.
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "rlad", "font.size": 9.5}
-    with matplotlib.style.context([*STYLE, settings]):
-        curves = [_draw_series(methods, *row) for row in CURVES]
-        return _draw_results(methods), [plot for plot in curves if plot]
+    with matplotlib.style.context([*STYLE, SETTINGS]):
+        looks = looks_of([m.name for m in methods])
+        curves = [_draw_series(methods, looks, *row) for row in CURVES]
+        return _draw_results(methods, looks), [plot for plot in curves if plot]
 
 
-def _draw_results(methods: Sequence[Method]) -> Plot:
+def _draw_results(methods: Sequence[Method], looks: Looks) -> Plot:
     """Draw test pass@1 of each method with its interval, its seeds, and where it started; the key
     to lines and markers of all plots."""
     figure = Figure(figsize=(8.5, 0.42 * len(methods) + 0.9), layout="constrained")
     axes = figure.subplots()
-    looks = _looks(methods)
     for i, m in enumerate(methods):
         y = len(methods) - 1 - i
         bounds = [m.after.low, m.after.mean, m.after.high]
@@ -61,14 +60,14 @@ def _draw_results(methods: Sequence[Method]) -> Plot:
         seeds = [np.mean(values) for values in m.pass_by_seed.values()]
         axes.scatter(seeds, [y - 0.24] * len(seeds), s=16, facecolor="none", edgecolor="black")
         axes.plot(m.before.mean, y, marker="|", color="black", markersize=11)
-    axes.set_yticks(range(len(methods)), [_short(m.name) for m in reversed(methods)])
+    axes.set_yticks(range(len(methods)), [short_name(m.name) for m in reversed(methods)])
     axes.set(xlabel="test pass@1", ylim=(-0.6, len(methods) - 0.5))
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
     caption = (
         "Test pass@1. Marker and bar: mean after training, 95 % interval; rings: each seed; "
         "stroke: before training. Lines and markers are those of all plots."
     )
-    return _plot(figure, "Test pass@1", caption)
+    return make_plot(figure, "Test pass@1", caption)
 
 
 # --- curves ---------------------------------------------------------------------------------------
@@ -93,7 +92,7 @@ CURVES: Sequence[tuple[str, str, Series, str]] = (
 
 
 def _draw_series(
-    methods: Sequence[Method], title: str, label: str, series: Series, note: str
+    methods: Sequence[Method], looks: Looks, title: str, label: str, series: Series, note: str
 ) -> Plot | None:
     """Draw the mean over seeds, with a band from the lowest to the highest seed; None when no run
     has recorded it."""
@@ -101,7 +100,6 @@ def _draw_series(
     axes = figure.subplots()
     told = []
     absent = []
-    looks = _looks(methods)
     for m in methods:
         values = [series(run) for run in m.runs]
         # Seeds that stopped early must not bend the mean, so only steps that all have count.
@@ -129,36 +127,10 @@ def _draw_series(
         return None
     axes.set(xlabel="step", ylabel=label)
     missing = f" Not recorded by {', '.join(absent)}." if absent else ""
-    return _plot(figure, title, f"{title} by step.{missing}{note}", "; ".join(told))
+    return make_plot(figure, title, f"{title} by step.{missing}{note}", "; ".join(told))
 
 
-# A look belongs to a method by its name, so that it is the same in all reports.
-_KNOWN = (*OBJECTIVE_CONFIGS, *PRESETS)
-_NUM_LOOKS = 40
-
-
-def _looks(methods: Sequence[Method]) -> dict[str, dict[str, Any]]:
-    """Choose colour, line and marker of each method, the same in all plots and reports unless two
-    would look alike."""
-    taken: dict[int, str] = {}
-    for m in methods:
-        is_known = m.name in _KNOWN
-        number = _KNOWN.index(m.name) if is_known else crc32(m.name.encode(errors="replace"))
-        free = (i % _NUM_LOOKS for i in range(number, number + _NUM_LOOKS))
-        taken[next((i for i in free if i not in taken), number % _NUM_LOOKS)] = m.name
-    return {name: _look(number) for number, name in taken.items()}
-
-
-def _look(index: int) -> dict[str, Any]:
-    return {
-        "color": f"C{index % 10}",
-        "linestyle": ("-", "--", "-.", ":")[index % 4],
-        "marker": "osD^vPX*"[index % 8],
-        "linewidth": 2,
-    }
-
-
-def _short(name: str, length: int = 42) -> str:
+def short_name(name: str, length: int = 42) -> str:
     """Shorten a method's name to a label; matplotlib would read dollar signs as formulas."""
     label = " ".join(printable(name).split())
     if len(label) > length:
@@ -166,7 +138,7 @@ def _short(name: str, length: int = 42) -> str:
     return label.replace("$", r"\$")
 
 
-def _plot(figure: Figure, title: str, caption: str, told: str = "") -> Plot:
+def make_plot(figure: Figure, title: str, caption: str, told: str = "") -> Plot:
     picture = BytesIO()
     figure.savefig(picture, format="svg", transparent=True, metadata={"Date": None})
     return Plot(title, caption, told, picture.getvalue(), figure.get_figwidth() > 6)

@@ -4,21 +4,21 @@ from collections.abc import Sequence
 
 from rlad.comparison.comparable import Group
 from rlad.comparison.figures import Method
-from rlad.comparison.report_columns import difference, estimate, p_text
-from rlad.runs.statistics import Estimate
-
-FEWEST_SEEDS = 3
-_LEVEL = 0.05
+from rlad.comparison.verdict import FEWEST_SEEDS
 
 HOW_TO_READ = (
     "Intervals are 95 % bootstrap intervals over seeds and problems, resampled independently; "
     "problems of one structure are resampled together. With one seed they are over problems alone. "
     "The difference to the baseline is taken on the same problems and seeds. The p-value asks "
     "less: whether, for these trained runs, the results on each prompt could as well be the other "
-    "method's. So a small p with an interval that holds 0 means that these runs differ but other "
-    "seeds need not. “p, Holm” is corrected for the comparisons of its table. An interval without "
-    "width, such as [0.0, 0.0], says that all resamples gave the same, not that the figure is "
-    "certain. A learning curve is drawn at the steps that all seeds of its method have."
+    "method's. “p, Holm” is corrected for the comparisons of its table. The verdict follows the "
+    "interval: a method is ahead or behind when its interval leaves 0 out; that is established "
+    "with three seeds or more and a corrected p below .05, and else a hint. A small p beside an "
+    "interval that holds 0 means that these runs differ, and other seeds need not. What a "
+    "comparison could have seen is a calculation from the spread over its own seeds and problems. "
+    "An interval without width, such as [0.0, 0.0], says that all resamples gave the same, not "
+    "that the figure is certain. A learning curve is drawn at the steps that all seeds of its "
+    "method have."
 )
 HOW_TO_READ_CURVES = "Lines: mean over seeds. Bands: from the lowest to the highest seed."
 HOW_TO_READ_MAP = (
@@ -27,65 +27,6 @@ HOW_TO_READ_MAP = (
     "of tokens that the teacher held back or protected; the table says how rare such tokens are. "
     "Recorded is one prompt of every step. Point at a token for its numbers."
 )
-
-
-def headline(methods: Sequence[Method], baseline: Method) -> str:
-    """Name the best method, and the methods that the data tell apart from the baseline."""
-    best = max(methods, key=lambda m: m.after.mean)
-    over = f"Over {len(best.runs)} seeds" if len(best.runs) > 1 else "With one seed"
-    ties = [m.name for m in methods if m.after.mean == best.after.mean]
-    reach = "reach" if len(ties) > 1 else "reaches"
-    text = f"{over}, {' and '.join(ties)} {reach} {estimate(best.after)} pass@1 on the test split"
-    if len(methods) == 1:
-        return f"{text}; it starts at {best.before.mean:.1%}, so it gains {_points(best.gain)}."
-    text += ", the same highest mean" if len(ties) > 1 else ", the highest mean"
-    compared = [m for m in methods if m.to_baseline]
-    if best.to_baseline:
-        p = f"p = {p_text(best.corrected_p)}".replace("= <", "<")
-        text += (
-            f"; {baseline.name} reaches {estimate(baseline.after)}. The difference is "
-            f"{_points(best.to_baseline.difference)}, {p}"
-        )
-        if len(compared) > 1:
-            text += f" after correction for {len(compared)} comparisons"
-    return f"{text}. {_verdicts(compared, baseline.name)}"
-
-
-def _points(found: Estimate) -> str:
-    cell = difference(found)
-    return f"{cell.text} points {cell.small}"
-
-
-def _verdicts(compared: Sequence[Method], baseline: str) -> str:
-    """Say who is ahead of the baseline, who behind, and who cannot be told from it: by the
-    interval, and where the p-value says another thing, what that means."""
-    kinds = {
-        "ahead of it": [],
-        "behind it": [],
-        "these runs differ from it, but other seeds may not, as the interval holds 0": [],
-        "not told apart from it by these data": [],
-    }
-    few = []
-    for m in compared:
-        assert m.to_baseline is not None
-        interval = m.to_baseline.difference
-        # Ahead only when both agree: the runs differ by the test, and seeds would by the interval.
-        kind = "not told apart from it by these data"
-        if m.corrected_p < _LEVEL and interval.low > 0:
-            kind = "ahead of it"
-        elif m.corrected_p < _LEVEL and interval.high < 0:
-            kind = "behind it"
-        elif m.corrected_p < _LEVEL:
-            kind = "these runs differ from it, but other seeds may not, as the interval holds 0"
-        kinds[kind].append(m.name)
-        if m.to_baseline.num_seeds < FEWEST_SEEDS:
-            few.append(m.name)
-    said = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
-    text = f"Compared with {baseline}, {said}."
-    if few:
-        names = ", ".join(few)
-        text += f" With so few seeds, what is said of {names} is about the trained runs alone."
-    return text
 
 
 def warnings(methods: Sequence[Method], baseline: Method, chosen: str | None) -> list[str]:
