@@ -251,7 +251,7 @@ def _next(
     if problems is not None and num_problems < problems <= _MOST_PROBLEMS:
         ways.append(f"{problems:,} test problems instead of {num_problems}")
     if num_seeds < FEWEST_SEEDS and not ways:
-        ways.append(f"{FEWEST_SEEDS} seeds at least")
+        ways.append(f"at least {FEWEST_SEEDS} seeds")
     if ways:
         return (
             f"If the difference is what was found ({difference(found).text} points), "
