@@ -19,9 +19,8 @@ from rlad.checks.memory import MemoryEstimate, estimate_memory
 from rlad.config.file import parse_config
 from rlad.config.run import RunConfig
 from rlad.errors import UserError
-from rlad.models.known import FAMILIES, MODELS, KnownModel
+from rlad.models.known import KnownModel, known_pair
 from rlad.models.sizes import num_parameters
-from rlad.text import nearest
 
 _GIB = 1024**3
 _PROMPT_TOKENS = 512
@@ -129,9 +128,7 @@ def plan_start(student: str, teacher: str | None, task: str, gpu: str, file: str
     Raises `UserError` for names that are not known, a pair of different tokenizers, and models that
     do not fit at all.
     """
-    learner = _known(student, "--student")
-    guide = _known(teacher or learner.family.teacher, "--teacher")
-    _require_pair(learner, guide)
+    learner, guide = known_pair(student, teacher)
     device = DEVICES[gpu]
     problems = TASKS[task]
     command = ["rlad", "init", "--student", student, "--teacher", guide.name]
@@ -184,26 +181,6 @@ def plan_start(student: str, teacher: str | None, task: str, gpu: str, file: str
         hours_vllm=hours[True],
     )
     return Start(text, config, total, device, hours[False], hours[True])
-
-
-def _known(name: str, option: str) -> KnownModel:
-    if name in MODELS:
-        return MODELS[name]
-    meant = nearest(name, MODELS)
-    raise UserError(
-        f"{option} {name} is none of the models whose shape rlad knows; {meant} Take one "
-        f"of the families {', '.join(FAMILIES)} (`rlad init --models` lists them), and write "
-        "another name into the file afterwards."
-    )
-
-
-def _require_pair(student: KnownModel, teacher: KnownModel) -> None:
-    if student.tokenizer != teacher.tokenizer:
-        raise UserError(
-            f"{teacher.name} has the tokenizer of {teacher.tokenizer} and {student.name} that of "
-            f"{student.tokenizer}, so it cannot score the student's tokens; take a teacher of the "
-            f"same family, such as {student.family.teacher}."
-        )
 
 
 def _learning_rate(student: KnownModel, choice: Choice) -> dict[str, str]:

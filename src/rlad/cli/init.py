@@ -6,6 +6,7 @@ from rich.console import Console
 
 from rlad.cli.printing import print_line, print_table
 from rlad.errors import RunFailedError, UserError
+from rlad.models.known import FAMILIES, MODELS, known_pair
 
 
 def write_start(
@@ -16,6 +17,7 @@ def write_start(
         raise UserError(
             f"--output {output} exists already; give another file, or --overwrite to replace it."
         )
+    known_pair(student, teacher)  # before the seconds that the next import takes
     console = Console(highlight=False)
     with Console(stderr=True).status("counting the models' weights"):
         from rlad.checks.start import plan_start
@@ -41,8 +43,6 @@ def write_start(
 
 def print_known_models() -> None:
     """Print the models that `rlad init` knows, by family."""
-    from rlad.models.known import FAMILIES, MODELS
-
     console = Console(highlight=False)
     for tokenizer, family in FAMILIES.items():
         print_line(console, f"{tokenizer} (teacher by default {family.teacher})", "bold")

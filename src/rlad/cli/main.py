@@ -477,11 +477,12 @@ def export_model(run: str, push: str | None, private: bool, **how: Any) -> None:
     Its LoRA adapter, if it has one, is merged into its base model.
     """
     from rlad.export.hub import push_model, require_push
-    from rlad.export.model import export_model as write
     from rlad.runs.directory import RunDirectory
 
     if push is not None:
         require_push(push)
+    from rlad.export.model import export_model as write
+
     folder = write(run, **how)
     click.echo(f"model  {folder}")
     if push is not None:

@@ -46,7 +46,9 @@ def watch_run(path: Path, *, once: bool, page: bool, port: int) -> None:
     if page:
         _serve_page(console, run, port)
     elif once or not console.is_terminal:
-        console.print(render(snapshot, console.width, console.height if once else 10_000))
+        # A pipe is as high as what is shown.
+        height = console.height if console.is_terminal else 10_000
+        console.print(render(snapshot, console.width, height))
     else:
         _follow(console, run, snapshot)
 
@@ -160,7 +162,7 @@ def _samples(now: Snapshot, width: int, num_lines: int) -> Text:
     for line, style in _sample_lines(now, width):
         if num_lines <= 0:
             break
-        text.append(line + "\n", style)
+        text.append("\n" * bool(text) + line, style)
         num_lines -= 1
     return text
 

@@ -32,7 +32,7 @@ def verdict(methods: Sequence[Method], baseline: Method) -> Iterator[tuple[str, 
     compared = [m for m in methods if m.to_baseline]
     ahead = [m for m in compared if _difference(m).low > 0]
     yield "", _result(methods, baseline, ahead)
-    if others := _others(compared, baseline, ahead[:1]):
+    if len(compared) > 1 and (others := _others(compared, baseline, ahead[:1])):
         yield "The others.", others
     yield "What it cost.", _cost(max(ahead or [best], key=lambda m: m.after.mean), baseline)
     yield from _sight_and_next(methods, baseline, ahead)

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlad.errors import UserError
+from rlad.text import nearest
+
 
 @dataclass(frozen=True, slots=True)
 class Family:
@@ -155,3 +158,29 @@ def _models() -> dict[str, KnownModel]:
 
 
 MODELS = _models()
+
+
+def known_pair(student: str, teacher: str | None) -> tuple[KnownModel, KnownModel]:
+    """Find a student and its teacher, by default that of its family. `UserError` for a name that
+    is not known, and for two tokenizers."""
+    learner = _known(student, "--student")
+    guide = _known(teacher or learner.family.teacher, "--teacher")
+    if learner.tokenizer != guide.tokenizer:
+        raise UserError(
+            f"{guide.name} has the tokenizer of {guide.tokenizer} and {learner.name} that of "
+            f"{learner.tokenizer}, so it cannot score the student's tokens; take a teacher of the "
+            f"same family, such as {learner.family.teacher}."
+        )
+    return learner, guide
+
+
+def _known(name: str, option: str) -> KnownModel:
+    if name in MODELS:
+        return MODELS[name]
+    meant = nearest(name, MODELS)
+    raise UserError(
+        f"{option} {name} is none of the models whose shape rlad knows; "
+        + (f"{meant} Else take " if meant else "take ")
+        + f"one of the families {', '.join(FAMILIES)} (`rlad init --models` lists them), and write "
+        "another name into the file afterwards."
+    )
