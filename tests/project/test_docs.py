@@ -147,7 +147,9 @@ def test_commands_can_be_typed(page: Path) -> None:
         ]
         assert unknown == [], words
         if not isinstance(verb, click.Group):
-            words = words or (["RUN"] if verb.name in ("doctor", "evaluate", "report") else [])
+            words = words or (
+                ["RUN"] if verb.name in ("doctor", "evaluate", "report", "watch", "chat") else []
+            )
             if verb.name not in ("model", "list", "serve-teacher") or words:
                 verb.make_context("rlad", list(words))
 

@@ -7,7 +7,7 @@ models' shapes, nothing is downloaded.
 import shlex
 import tempfile
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -166,21 +166,21 @@ def plan_start(student: str, teacher: str | None, task: str, gpu: str, file: str
                 "another --gpu, or several GPUs (docs/scaling.md)."
             )
     chosen = values | asdict(choice) | _learning_rate(learner, choice)
-    models = [(each, sizes[each.name]) for each in (learner, guide)]
-    hours = {
-        with_vllm: _range(
-            estimate_hours(config, device, *models, _PROMPT_TOKENS, with_vllm=with_vllm)
-        )
-        for with_vllm in (False, True)
-    }
+    own = (learner, sizes[learner.name])
+    other = (guide, sizes[guide.name])
+
+    def hours(with_vllm: bool) -> str:
+        found = estimate_hours(config, device, own, other, _PROMPT_TOKENS, with_vllm=with_vllm)
+        return _range(found)
+
     text = _render(
         chosen,
         needed=total,
         parts=_parts(needed),
-        hours=hours[False],
-        hours_vllm=hours[True],
+        hours=hours(False),
+        hours_vllm=hours(True),
     )
-    return Start(text, config, total, device, hours[False], hours[True])
+    return Start(text, config, total, device, hours(False), hours(True))
 
 
 def _learning_rate(student: KnownModel, choice: Choice) -> dict[str, str]:
@@ -242,7 +242,7 @@ def _range(hours: float) -> str:
     return f"{hours / 2:.1f} to {hours * 2:.1f} hours"
 
 
-def _render(values: dict[str, object], **estimates: object) -> str:
+def _render(values: Mapping[str, Any], **estimates: object) -> str:
     environment = Environment(
         loader=PackageLoader("rlad.checks"),
         undefined=StrictUndefined,

@@ -281,7 +281,7 @@ def _print_opinion(
     if not finite:
         print_line(console, "the teacher has nothing to say of this answer", "dim")
         return
-    tokens = [printable(chat.student.tokenizer.decode([one])) for one in answer]
+    tokens = [printable(str(chat.student.tokenizer.decode([one]))) for one in answer]
     console.print()
     if not console.is_terminal:
         print_line(console, "teacher's view ([-]: less likely by the teacher, [+]: more likely):")

@@ -335,7 +335,7 @@ def chat(run_or_model: str, **how: Any) -> None:
 )
 @click.option(
     "--pilot",
-    type=click.Path(exists=True, path_type=Path),
+    type=click.Path(path_type=Path),
     help="For --plan: a comparison's folder or results.jsonl to take the spread from.",
 )
 def compare(

@@ -53,10 +53,10 @@ def _problems(compared: Sequence[Method], baseline: Method) -> Plot:
     figure = Figure(figsize=(5.2, 3.1), layout="constrained")
     axes = figure.subplots()
     for m in compared:
-        values = np.sort(by_problem(m, baseline))[::-1]
-        share = (np.arange(len(values)) + 0.5) / len(values)
+        values = 100 * np.sort(by_problem(m, baseline))[::-1]
+        share = 100 * (np.arange(len(values)) + 0.5) / len(values)
         look = looks[m.name] | {"markevery": max(1, len(values) // 6)}
-        axes.step(100 * share, 100 * values, where="mid", label=short_name(m.name), **look)
+        axes.plot(share, values, drawstyle="steps-mid", label=short_name(m.name), **look)
     axes.axhline(0, color="black", linewidth=1)
     axes.set(xlabel="% of the test problems, best first", ylabel="points, mean over seeds")
     axes.legend()
