@@ -110,6 +110,8 @@ def test_a_method_keeps_its_colour_whatever_is_beside_it():
     names = ["grpo", "trrd", "opd", "kdrl", "sft", "a", "b", "c"]
     assert len({look["color"] for look in looks_of(names).values()}) == len(names)
     assert looks_of(names) == looks_of(names[::-1])
+    many = looks_of([f"method {i}" for i in range(40)])
+    assert len({str(look) for look in many.values()}) == 40
 
 
 def test_figures_are_vector_files_of_column_width_and_latex_is_escaped(tmp_path):

@@ -20,7 +20,7 @@ def looks_of(names: Sequence[str]) -> Looks:
     alphabet takes the next free one."""
     taken: set[int] = set()
     looks: Looks = {}
-    # Objectives and presets first, then other names: what a person adds never changes the colour of a method.
+    # Objectives and presets first: a name of one's own never changes the colour of a method.
     for name in sorted(names, key=lambda name: (name not in _KNOWN, name)):
         place = _preferred(name)
         free = [p % _NUM_LOOKS for p in range(place, place + _NUM_LOOKS)]
@@ -40,4 +40,4 @@ def looks_of(names: Sequence[str]) -> Looks:
 def _preferred(name: str) -> int:
     if name in _KNOWN:
         return _KNOWN.index(name)
-    return zlib.crc32(name.encode()) % _NUM_LOOKS
+    return zlib.crc32(name.encode(errors="replace")) % _NUM_LOOKS
