@@ -129,6 +129,29 @@ def rlsd_weight(
     )
 
 
+def srpo_weights(
+    evidence: Sequence[float],
+    a: float,
+    *,
+    evidence_weight: float,
+    weight_clip: float,
+    contrast_clip: float,
+) -> list[float]:
+    """The factors of the advantage of one completion; 1 for a token without a role (NaN)."""
+    sign = (a > 0) - (a < 0)
+    ratios = {
+        j: math.exp(sign * min(max(value, -contrast_clip), contrast_clip))
+        for j, value in enumerate(evidence)
+        if math.isfinite(value)
+    }
+    weights = [1.0] * len(evidence)
+    for j, ratio in ratios.items():
+        mean = sum(ratios.values()) / len(ratios)
+        weight = 1 + evidence_weight * (ratio - mean)
+        weights[j] = min(max(weight, 1 - weight_clip), 1 + weight_clip)
+    return weights
+
+
 def distilled_rl_weights(
     o_row: Sequence[float], t_row: Sequence[float], a: float, *, weight_bound: float
 ) -> list[float]:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from rlad.objectives.sdpo import sdpo_loss as sdpo_loss
     from rlad.objectives.sft import sft_loss as sft_loss
     from rlad.objectives.skill_sd import skill_sd_loss as skill_sd_loss
+    from rlad.objectives.srpo import srpo_loss as srpo_loss
     from rlad.objectives.topd import topd_advantages as topd_advantages
     from rlad.objectives.topd import topd_loss as topd_loss
     from rlad.objectives.trrd import trrd_loss as trrd_loss
@@ -52,6 +53,7 @@ _HOME = {
     "opd_loss": "rlad.objectives.opd",
     "opsd_loss": "rlad.objectives.opsd",
     "rlsd_loss": "rlad.objectives.rlsd",
+    "srpo_loss": "rlad.objectives.srpo",
     "sdpo_loss": "rlad.objectives.sdpo",
     "sft_loss": "rlad.objectives.sft",
     "skill_sd_loss": "rlad.objectives.skill_sd",

@@ -27,9 +27,10 @@ CLIP = {"clip_low": 0.2, "clip_high": 0.28}
 NAMES = sorted(
     name
     for name, row in OBJECTIVES.items()
-    if name != "sft" and "divergence_to_teacher" not in row.needs
+    if name != "sft" and not {"divergence_to_teacher", "role_evidence"} & set(row.needs)
 )
-"""Of the others, test_divergences.py has sft and gkd, and test_self_distillation.py the rest."""
+"""Of the others, test_srpo.py has srpo, test_divergences.py sft and gkd, and
+test_self_distillation.py the rest."""
 WITH_TEACHER = [name for name in NAMES if OBJECTIVE_CONFIGS[name].needs_teacher]
 
 

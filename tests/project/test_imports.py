@@ -39,6 +39,13 @@ BY_TEACHERS = {
 }
 """Of `cached` and `privileged` teachers, those that work elsewhere, groups with right and wrong
 completions, and `opd_then_grpo`; their own tests hold them to these names."""
+BY_ROLES = {
+    "objective/perception_evidence/mean",
+    "objective/perception_weight/mean",
+    "objective/reasoning_evidence/mean",
+    "objective/reasoning_weight/mean",
+}
+"""of completions with both roles: test_role_evidence.py"""
 BY_VLLM = {
     "sampler/kl/mean",
     "sampler/bounded_weights/frac",
@@ -197,7 +204,7 @@ def test_every_logged_metric_is_defined_and_every_definition_is_logged(world, tm
             key for row in RunDirectory(rlad.train(config).run_dir).read(METRICS) for key in row
         }
     assert (
-        logged - {"step"} - BY_TEACHERS == defined - BY_TEACHERS - BY_VLLM - BY_EPISODES
+        logged - {"step"} - BY_TEACHERS == defined - BY_TEACHERS - BY_VLLM - BY_EPISODES - BY_ROLES
         and "`step`" in page
     )
 

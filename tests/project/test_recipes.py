@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 
+import rlad
 from rlad import load_config
 from rlad.config.comparison import load_comparison
 from rlad.errors import UserError
 from rlad.models.loading import LanguageModel, load_language_model
 from rlad.tasks import make_task
 from rlad.tasks.numbers import Amount, read_number
+from rlad.tasks.scenes import model_answer
 from tiny_models import EOS, tiny_model, tiny_tokenizer
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -229,3 +231,31 @@ def test_its_teacher_is_the_model_of_a_checkpoint_whole_or_absent(
     with pytest.raises(KeyboardInterrupt):
         make_teacher.write_teacher(checkpoint, teacher)
     assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name]
+
+
+def test_the_scenes_recipe_makes_models_that_train(tmp_path, capsys):
+    """A few steps of each phase; that the models learn is in the recipe's README."""
+    path = RECIPES / "scenes-tiny" / "make.py"
+    spec = importlib.util.spec_from_file_location("make_scenes", path)
+    assert spec and spec.loader
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+    make.main(["--out", str(tmp_path), "--smoke"])
+    config = load_config(
+        RECIPES / "scenes-tiny" / "run.toml",
+        [
+            f"student.model={tmp_path}/student",
+            f"run_dir={tmp_path}/run",
+            "rollout.prompts_per_batch=2",
+            "rollout.max_completion_tokens=8",
+            "optimization.num_steps=1",
+            "evaluation.num_test_problems=2",
+            "evaluation.num_ood_problems=2",
+            "evaluation.num_validation_problems=2",
+        ],
+    )
+    result = rlad.train(config)
+    assert (result.run_dir / "samples.jsonl").read_text().count("data:image/png;base64,") == 1
+    tokenizer = load_language_model(str(tmp_path / "teacher"), device="cpu").tokenizer
+    text = model_answer(make_task("scenes").problem("train", 0))
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text

@@ -11,7 +11,9 @@ from rlad.tasks import SPLITS, TASKS, make_task
 
 
 def test_the_table_names_every_task():
-    names = "knights_and_knaves arithmetic countdown reasoning_gym jsonl gsm8k aime2025 several"
+    names = (
+        "knights_and_knaves arithmetic countdown reasoning_gym jsonl scenes gsm8k aime2025 several"
+    )
     assert list(TASKS) == [*names.split(), "environment", "sokoban", "island_questions"]
 
 

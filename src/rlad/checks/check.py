@@ -20,7 +20,7 @@ from rlad.checks.trial import Trial, describe_trial, run_trial
 from rlad.config.catalogue import describe
 from rlad.config.run import RunConfig
 from rlad.config.teacher import LocalTeacherConfig, single_teachers
-from rlad.engines.making import require_engine_package
+from rlad.engines.making import require_engine_package, require_pictures_fit
 from rlad.errors import RladError, UserError, out_of_memory
 from rlad.findings import Finding
 from rlad.models.files import require_weights
@@ -30,6 +30,7 @@ from rlad.models.loading import (
     load_generation_config,
     load_model_config,
     load_tokenizer,
+    load_vision,
     pick_device,
     unused_generation_settings,
 )
@@ -42,11 +43,15 @@ from rlad.runs.directory import RunDirectory
 from rlad.tasks import Task, make_task
 from rlad.tasks.episodes import episode_rules
 from rlad.tasks.references import require_working_verifier
+from rlad.tasks.scenes import Scenes, blind_accuracy
 from rlad.teachers import check_teacher
 from rlad.teachers.base import Setting
 from rlad.training.notes import notes_on
 
 Result = TypeVar("Result")
+
+
+NUM_BLIND_PROBLEMS = 200
 
 
 @dataclass(slots=True)
@@ -290,7 +295,19 @@ def _check_task(config: RunConfig) -> list[Finding]:
                 ),
             )
             for grades in require_working_verifier(task)
-        ]
+        ] + _check_pictures(task)
+
+
+def _check_pictures(task: Task) -> list[Finding]:
+    """Measure what of drawn scenes is right without looking at them."""
+    if not isinstance(task, Scenes):
+        return []
+    share = blind_accuracy(task, num_problems=NUM_BLIND_PROBLEMS)
+    message = (
+        f"without its picture, the commonest answer of each question is right for {share:.0%} of "
+        f"{NUM_BLIND_PROBLEMS} test problems"
+    )
+    return [Finding("ok", "blind baseline", message)]
 
 
 def _check_held_out(config: RunConfig) -> list[Finding]:
@@ -343,11 +360,13 @@ def _check_prompts(config: RunConfig) -> tuple[int, list[Finding]]:
     """Return the tokens of the longest prompt, and what to say of them."""
     context = context_tokens(load_model_config(config.student.model))
     with _tasks(config) as (task, *others):
+        require_pictures_fit(config, task)
         tokenizer = load_tokenizer(config.student.model)
         ood_task = others[0] if others else None
         require_continuable_prompts(task, tokenizer, config.rollout)
-        num_tokens = longest_prompt(config, task, tokenizer, context, ood_task)
-        first = check_first_prompt(config, task, tokenizer)
+        vision = load_vision(config.student.model, tokenizer)
+        num_tokens = longest_prompt(config, task, tokenizer, context, ood_task, vision)
+        first = check_first_prompt(config, task, tokenizer, vision)
         first += [Finding("warning", "settings", note) for note in notes_on(config, task, ood_task)]
     needed = num_tokens + config.rollout.max_completion_tokens
     message = (

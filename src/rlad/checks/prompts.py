@@ -5,6 +5,7 @@ from typing import Any
 from rlad.config.run import RunConfig
 from rlad.config.task import KnightsAndKnavesConfig, SeveralTasksConfig
 from rlad.findings import Finding
+from rlad.models.vision import Vision
 from rlad.rollouts.prompts import (
     TEMPLATE_DATE,
     chat_messages,
@@ -21,14 +22,16 @@ _SUBJECT = "first prompt"
 _MOST_SHOWN = 1_000
 
 
-def check_first_prompt(config: RunConfig, task: Task, tokenizer: Any) -> list[Finding]:
+def check_first_prompt(
+    config: RunConfig, task: Task, tokenizer: Any, vision: Vision | None = None
+) -> list[Finding]:
     """Show the first training prompt with its special tokens, and warn of what surprises in it."""
     problem = task.problem("train", 0, seed=config.seed)
-    token_ids = prompt_token_ids(tokenizer, problem.asked, config.rollout)
+    token_ids = prompt_token_ids(tokenizer, problem.asked, config.rollout, problem.images, vision)
     text = tokenizer.decode(token_ids, skip_special_tokens=False)
     shown = text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN // 2]} ... {text[-300:]}"
     warnings = [Finding("warning", _SUBJECT, message) for message in _thought(config, text)]
-    if not is_plain(tokenizer, config.rollout.prompt_format):
+    if vision is None and not is_plain(tokenizer, config.rollout.prompt_format):
         template = _template_warnings(config, problem, tokenizer)
         warnings += [Finding("warning", _SUBJECT, message) for message in template]
     findings = [Finding("ok", _SUBJECT, repr(shown)), *warnings]

@@ -19,7 +19,7 @@ from rlad.models.loading import LanguageModel
 from rlad.models.student import load_student
 from rlad.rollouts.grading import graded_groups
 from rlad.rollouts.samplers import make_sampler
-from rlad.rollouts.types import Rollout
+from rlad.rollouts.types import Rollout, RolloutGroup
 from rlad.runs.directory import RunDirectory
 from rlad.seeds import stream_seed
 from rlad.tasks import make_task
@@ -71,8 +71,15 @@ def preview(config: RunConfig, *, num_prompts: int) -> list[Row]:
             asked = [one for one, does in zip(requests, speaks, strict=True) if does]
             scored = iter(teacher.logprobs(asked) if teacher else [])
             for rollout, does in zip(group.rollouts, speaks, strict=True):
-                rows.append(_row(student, group.prompt, rollout, next(scored) if does else None))
+                row = _row(student, group.prompt, rollout, next(scored) if does else None)
+                rows.append(row | _pictures(group))
     return rows
+
+
+def _pictures(group: RolloutGroup) -> Row:
+    """Name the pictures of a prompt, if it has any."""
+    names = [picture.name or picture.digest for picture in group.problem.images]
+    return {"pictures": names} if names else {}
 
 
 def _row(
@@ -109,14 +116,17 @@ def _row(
 def print_preview(rows: Iterable[Row], console: Console) -> None:
     """Print each prompt once, then its completions with verdict, reward and log-ratio to the
     teacher."""
-    prompt = None
+    shown = None
     for row in rows:
-        if prompt is None:
+        if shown is None:
             print_line(console, f"student: {row['student']}")
-        if row["prompt"] != prompt:
+        if (row["prompt"], row.get("pictures")) != shown:
             prompt = row["prompt"]
+            shown = prompt, row.get("pictures")
             console.rule(style="dim")
             print_line(console, prompt.strip(), "bold")
+            for name in row.get("pictures", []):
+                print_line(console, f"picture: {name}")
         reward = "" if row["reward"] is None else f"  reward {row['reward']:g}"
         reason = f"  ({row['reason']})" if row["reason"] else ""
         truncated = ", truncated" if row["is_truncated"] else ""

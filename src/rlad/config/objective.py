@@ -4,8 +4,9 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from rlad.config.template import template_names
 from rlad.config.types import (
     AnnealedNonNegative,
     AnnealedShare,
@@ -14,15 +15,26 @@ from rlad.config.types import (
     Positive,
     Section,
     Share,
+    ShareBelowOne,
     Support,
     at_step,
 )
+from rlad.errors import UserError
 
 EngineName = Literal["native", "trl", "verl"]
 TeacherOn = Literal["all", "positive", "wrong", "failed_groups"]
 
 
-_NO_KNOBS = ("type", "teacher_on", "support", "top_k")
+def _names_the_prompt(template: str) -> str:
+    if template_names(template) != {"prompt"}:
+        raise UserError(
+            f"{template!r} must name {{prompt}} and nothing else; write for example "
+            "'{prompt}\\nThink between <reasoning> and </reasoning>.'"
+        )
+    return template
+
+
+_NO_KNOBS = ("type", "teacher_on", "support", "top_k", "patch_pixels", "reasoning_template")
 """settings that are no arguments of an objective's function"""
 
 
@@ -44,6 +56,8 @@ class ObjectiveSection(Section):
     engines: ClassVar[tuple[EngineName, ...]] = ("native", "trl", "verl")
     """On which it runs; `trl` is `RLADTrainer`."""
     teacher_work: ClassVar[str] = "the teacher scores each sampled token once"
+    weighs_roles: ClassVar[bool] = False
+    """Whether the old policy scores completions without the picture, and without what they see."""
     default_teacher: ClassVar[dict[str, Any] | None] = None
     """The [teacher] section that the choice of it brings along, where none is given beside it."""
 
@@ -224,6 +238,26 @@ class RLSDConfig(_SometimesTaught, _Clipped):
     zero_advantage_is_zero_gradient: ClassVar[bool] = True
 
 
+class SRPOConfig(_Clipped):
+    type: Literal["srpo"] = "srpo"
+    evidence_weight: NonNegative | AnnealedNonNegative = 0.5
+    """λ: 0 is GRPO"""
+    weight_clip: ShareBelowOne = 0.2
+    """ε_w: a token's weight is clipped to [1 - weight_clip, 1 + weight_clip]"""
+    contrast_clip: Positive = 2.0
+    """c: the contrast of a token counts up to this, in nats"""
+    patch_pixels: Count = 14
+    """edge of the squares of the picture that are blackened, each with probability 1/2"""
+    reasoning_template: Annotated[str, AfterValidator(_names_the_prompt)] = "{prompt}"
+    """the prompt under which the reasoning is scored without the perception"""
+
+    needs_teacher: ClassVar[bool] = False
+    teacher_work: ClassVar[str] = "no teacher; the old policy scores three times"
+    zero_advantage_is_zero_gradient: ClassVar[bool] = True
+    weighs_roles: ClassVar[bool] = True
+    engines: ClassVar[tuple[EngineName, ...]] = ("native",)
+
+
 class DistilledRLConfig(_SometimesTaught, _Clipped):
     type: Literal["distilled_rl"] = "distilled_rl"
     weight_bound: Annotated[float, Field(strict=True, ge=1)] = 3.0
@@ -311,6 +345,8 @@ class SDPOConfig(_SelfDistillation, _Clipped):
     teacher_enters: Literal["loss", "advantage"] = "loss"
     """as a divergence in the loss, or as the log-ratio of the sampled token in GRPO's advantage"""
 
+    weighs_roles: ClassVar[bool] = False
+    """Whether the old policy scores completions without the picture, and without what they see."""
     default_teacher: ClassVar[dict[str, Any] | None] = {
         "type": "privileged",
         "context": {"num_successes": 1, "feedback": True},
@@ -334,6 +370,8 @@ class SDPOConfig(_SelfDistillation, _Clipped):
 class MOPDConfig(SDPOConfig):
     type: Literal["mopd"] = "mopd"  # type: ignore[assignment]
 
+    weighs_roles: ClassVar[bool] = False
+    """Whether the old policy scores completions without the picture, and without what they see."""
     default_teacher: ClassVar[dict[str, Any] | None] = {
         "type": "privileged",
         "context": {"num_successes": 2, "num_failures": 1, "feedback": True},
@@ -352,6 +390,8 @@ class OPSDConfig(_SelfDistillation):
     """of a bounded term: its own, which is 0, or that of the term without bound"""
 
     uses_reward: ClassVar[bool] = False
+    weighs_roles: ClassVar[bool] = False
+    """Whether the old policy scores completions without the picture, and without what they see."""
     default_teacher: ClassVar[dict[str, Any] | None] = {
         "type": "privileged",
         "context": {"answer": True},
@@ -390,6 +430,7 @@ ObjectiveConfig = (
     | OPDConfig
     | OPDThenGRPOConfig
     | RLSDConfig
+    | SRPOConfig
     | DistilledRLConfig
     | TOPDConfig
     | SFTConfig

@@ -65,8 +65,18 @@ class StudentConfig(Section):
     end_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """end a completion too, such as ["<|im_end|>"] for a base model that is to answer as its chat
     teacher does"""
+    train_vision: bool = False
+    """of a student that reads pictures, train its vision tower too; by default its language part
+    alone"""
     lora: LoraConfig | None = None
     """[student.lora] trains an adapter instead of all weights"""
+
+    def problems(self) -> Iterator[str]:
+        if self.train_vision and self.lora:
+            yield (
+                "student.train_vision = true trains the vision tower's own weights, and "
+                "[student.lora] none of the model's; leave one of them out"
+            )
 
 
 # --- the loop -------------------------------------------------------------------------------------

@@ -68,6 +68,9 @@ class JsonlConfig(Section):
     """the field with a problem's prompt"""
     answer_field: str = "answer"
     """the field with its reference answer"""
+    images_field: str = "images"
+    """the field with a problem's pictures, where it has any: paths relative to the file, base64, or
+    images of `datasets`"""
     answer_format: Literal["whole", "gsm8k", "boxed", "last"] = "whole"
     """what of that field is the answer: all of it, what follows the last `####`, the last
     `\\boxed{...}`, or the final answer as in a completion (`<answer>`, `Answer:`, last line)"""
@@ -100,12 +103,31 @@ class AIME2025Config(_BenchmarkConfig):
     type: Literal["aime2025"] = "aime2025"
 
 
+class ScenesConfig(Section):
+    """Questions about drawn scenes of one to four coloured shapes; the split is by scene."""
+
+    type: Literal["scenes"] = "scenes"
+    kinds: tuple[Literal["count", "colour", "difference", "two steps"], ...] = Field(
+        ("count", "colour", "difference", "two steps"), min_length=1
+    )
+    """of questions, taken in turn"""
+    picture_size: Annotated[int, Field(strict=True, ge=32, le=1024)] = 64
+    """width and height of the pictures, in pixels"""
+    instructions: bool = True
+    """put the answer format before each question"""
+    shown: bool = True
+    """false: every picture is black, which measures what is right without looking"""
+    reward: Literal["answer", "perception_and_answer"] = "answer"
+    """1 for a right answer, or the mean of that and of 1 where `<perception>` names all shapes"""
+
+
 SingleTaskConfig = (
     KnightsAndKnavesConfig
     | ArithmeticConfig
     | CountdownConfig
     | ReasoningGymConfig
     | JsonlConfig
+    | ScenesConfig
     | GSM8KConfig
     | AIME2025Config
 )

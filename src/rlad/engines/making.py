@@ -6,11 +6,13 @@ from importlib import import_module
 from pathlib import Path
 
 from rlad.config.run import RunConfig
+from rlad.config.teacher import single_teachers
 from rlad.engines import native
 from rlad.engines.base import Engine
 from rlad.errors import UserError, require_package
-from rlad.models.loading import LanguageModel
+from rlad.models.loading import LanguageModel, load_model_config
 from rlad.models.student import load_student, require_base_model
+from rlad.models.vision import sees
 from rlad.tasks import Task
 
 
@@ -42,6 +44,27 @@ def load_engine_student(config: RunConfig, checkpoint: Path | None) -> LanguageM
     require_base_model(config)
     plain = config.student.model_copy(update={"device": "cpu", "lora": None})
     return load_student(config.model_copy(update={"student": plain}))
+
+
+def require_pictures_fit(config: RunConfig, task: Task) -> None:
+    """Raise `UserError` where problems have pictures and something in the run takes texts alone."""
+    if not task.problem("train", 0, seed=config.seed).images:
+        return
+    obstacle = ""
+    if config.engine.type != "native":
+        obstacle = f"engine.type = {config.engine.type!r} trains on texts; use 'native'"
+    elif config.rollout.engine == "vllm":
+        obstacle = "rollout.engine = 'vllm' writes about texts; use 'native'"
+    elif config.teacher is not None and config.needs_teacher:
+        if any(getattr(one, "type", "") == "cached" for one in config.teacher.walk()):
+            obstacle = "a teacher of type 'cached' keeps answers about texts; leave the cache out"
+        for where, one in single_teachers(config.teacher):
+            if one.type == "served":
+                obstacle = f"{where}.type = 'served' scores texts; use 'local'"
+            elif one.type == "local" and not sees(load_model_config(one.model)):
+                obstacle = f"{where}.model = {one.model!r} reads text alone; take one that sees"
+    if obstacle:
+        raise UserError(f"the task's problems have pictures, and {obstacle}.")
 
 
 def make_engine(

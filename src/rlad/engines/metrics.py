@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlad.objectives.inputs import LossInputs
 from rlad.objectives.masks import per_token
+from rlad.rollouts.roles import ROLES
 from rlad.rollouts.types import Completion, Ending, Metrics, Rollout, RolloutGroup
 from rlad.runs.statistics import ranked_pairs
 
@@ -90,7 +91,25 @@ class TokenStats:
         ):
             if name in column:
                 metrics[key] = _mean(column[name])
-        return metrics | _sampler_metrics(column)
+        return metrics | _role_metrics(column) | _sampler_metrics(column)
+
+
+def _role_metrics(column: dict[str, Tensor]) -> Metrics:
+    """Measure what the tokens of each role owe to its evidence, and how they are weighed."""
+    if "role" not in column:
+        return {}
+    names = {
+        "perception": ("objective/perception_evidence/mean", "objective/perception_weight/mean"),
+        "reasoning": ("objective/reasoning_evidence/mean", "objective/reasoning_weight/mean"),
+    }
+    metrics = {}
+    for role, number in ROLES.items():
+        chosen = (column["role"] == number) & column["role_evidence"].isfinite()
+        if chosen.any():
+            evidence, weight = names[role]
+            metrics[evidence] = _mean(column["role_evidence"][chosen])
+            metrics[weight] = _mean(column["advantage_weight"][chosen])
+    return metrics
 
 
 def _sampler_metrics(column: dict[str, Tensor]) -> Metrics:

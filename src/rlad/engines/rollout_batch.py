@@ -34,6 +34,10 @@ class RolloutBatch:
     """of the student when the first step on the batch is made; None: its own of the only step"""
     token_advantages: list[Tensor] | None = None
     """of an objective that makes them from the teacher; they take the place of `advantages`"""
+    role_evidence: list[Tensor] | None = None
+    """of an objective that weighs tokens by their role"""
+    roles: list[Tensor] | None = None
+    """of each token, as `rlad.rollouts.roles` numbers them"""
     spoken_share: float = 1.0
     """of the rollouts that would train if the teacher spoke on all, those on which it does"""
     seconds: Metrics = field(default_factory=dict)
@@ -204,6 +208,7 @@ class RolloutBatch:
             mask=scores.mask & padded([self.actions[i] for i in part], scores.mask),
             teacher_logprobs=chosen(self.teacher_logprobs),
             reference_logprobs=chosen(self.reference_logprobs),
+            role_evidence=chosen(self.role_evidence),
             divergence_to_teacher=scores.divergence,
             teacher_speaks=None if speaks.all() else speaks.to(student.device),
         )

@@ -18,11 +18,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from rlad.config.run import LoraConfig
 from rlad.errors import UserError, require_package
 from rlad.models.files import read_adapter_config, resolvable, unreadable_adapter
+from rlad.models.vision import auto_class, sees, vision_modules
 from rlad.text import first_line
 
 STUDENT = "default"
@@ -33,7 +34,7 @@ _PREFIX = "base_model.model."
 
 def add_lora(model: PreTrainedModel, settings: LoraConfig, *, base: str, seed: int) -> None:
     """Add a new adapter that changes nothing yet: B = 0, and PEFT draws A from `seed`. It alone is
-    trainable.
+    trainable. Of a model that sees, the language part alone gets one.
 
     Call it on the CPU: A does not depend on the device then. Raises `UserError` for target modules
     that the model does not have.
@@ -41,6 +42,8 @@ def add_lora(model: PreTrainedModel, settings: LoraConfig, *, base: str, seed: i
     config = peft_config(settings, base=base)
     targets = settings.target_modules
     targets = targets if isinstance(targets, str) else list(targets)
+    if sees(model.config):
+        config.exclude_modules = set(vision_modules(model))
     try:
         _add(model, config, STUDENT)
     except ValueError as error:
@@ -76,7 +79,7 @@ def require_lora_fits(settings: LoraConfig, model_config: PretrainedConfig, *, b
     """Raise `UserError` where a model of this shape lacks the target modules."""
     # Names show on the meta device, where a model has no weights.
     with torch.device("meta"):
-        add_lora(AutoModelForCausalLM.from_config(model_config), settings, base=base, seed=0)
+        add_lora(auto_class(model_config).from_config(model_config), settings, base=base, seed=0)
 
 
 def load_adapter(model: PreTrainedModel, folder: str, name: str = STUDENT) -> None:
@@ -147,6 +150,8 @@ def save_adapter(model: PreTrainedModel, folder: Path, name: str = STUDENT) -> N
     config: Any = model.peft_config[name]  # type: ignore[attr-defined]
     if isinstance(config.target_modules, set):
         config.target_modules = sorted(config.target_modules)  # the same order each time
+    if isinstance(config.exclude_modules, set):
+        config.exclude_modules = sorted(config.exclude_modules)
     config.save_pretrained(str(folder))
     save_file(weights, folder / _WEIGHTS, metadata={"format": "pt"})
 
@@ -246,7 +251,7 @@ def require_loadable(folder: str, base_config: PretrainedConfig) -> None:
     require_package("peft", f"adapter {folder!r}")
     # Names and shapes show on the meta device, where a model has no weights.
     with torch.device("meta"):
-        load_adapter(AutoModelForCausalLM.from_config(base_config), folder)
+        load_adapter(auto_class(base_config).from_config(base_config), folder)
 
 
 def _read_weights(folder: str) -> dict[str, Tensor]:

@@ -11,7 +11,6 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
@@ -34,6 +33,13 @@ from rlad.models.files import (
     require_model_folder,
 )
 from rlad.models.rope import longest_with_one_rope
+from rlad.models.vision import (
+    Vision,
+    auto_class,
+    freeze_vision,
+    require_seeing_class,
+    sees,
+)
 from rlad.text import first_line
 
 _IF_THERE: dict[str, Any] = {
@@ -59,6 +65,8 @@ class LanguageModel:
     pad_token_id: int
     compute_dtype: torch.dtype
     """of the forward pass; narrower than the weights for a student that trains in bfloat16"""
+    vision: Vision | None = None
+    """of a model that reads pictures"""
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Runs the forward pass in `compute_dtype` where the weights are wider."""
@@ -227,6 +235,7 @@ def load_language_model(
     random_weights_seed: int | None = None,
     quantization: Any = None,
     end_tokens: Sequence[str] = (),
+    train_vision: bool = False,
 ) -> LanguageModel:
     """Load a model and its tokenizer, ready to sample and score.
 
@@ -235,7 +244,8 @@ def load_language_model(
     weights are trained instead; its own are then in `dtype`. The folder of an adapter is loaded
     with its base model, the same way. With `random_weights_seed` the weights are drawn anew, by
     the model's own initialisation. `quantization` is transformers' `quantization_config`.
-    `end_tokens` end a completion besides those that the model declares, and are saved with it.
+    `end_tokens` end a completion besides those that the model declares, and are saved with it. Of
+    a trainable model that sees, the language part alone is trained, or with `train_vision` all.
     Raises `UserError` when the model cannot be loaded.
     """
     # Mistakes in names and settings show before gigabytes are read.
@@ -251,7 +261,8 @@ def load_language_model(
         # A control: the same architecture with weights that know nothing.
         with torch.random.fork_rng():
             torch.manual_seed(random_weights_seed)
-            model = AutoModelForCausalLM.from_config(load_model_config(name), dtype=compute_dtype)
+            config = load_model_config(name)
+            model = auto_class(config).from_config(config, dtype=compute_dtype)
     if lora:
         require_package("peft", "[student.lora]")
         add_lora(model, lora, base=name, seed=seed)
@@ -262,14 +273,19 @@ def load_language_model(
             parameter.data = parameter.data.clone()
     remove_dropout(model)
     _return_logits_alone(model)
+    vision = _vision(name, model, tokenizer)
     if trainable:
         _describe_truly(model)
+        if vision is not None and not train_vision:
+            freeze_vision(model)
     # End tokens of the run are written with the model, so that others stop at them too.
     eos = end_token_ids(model.config, model.generation_config, tokenizer, end_tokens)
     if end_tokens and model.generation_config is not None:
         model.generation_config.eos_token_id = list(eos)
     pad = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else eos[0]
-    loaded = LanguageModel(name, model.to(where).eval(), tokenizer, eos, pad, compute_dtype)
+    if vision is not None:
+        vision.keeps_features = not (trainable and train_vision)
+    loaded = LanguageModel(name, model.to(where).eval(), tokenizer, eos, pad, compute_dtype, vision)
     _require_sound(loaded, look_at_weights=trainable)
     return loaded
 
@@ -285,6 +301,20 @@ def _return_logits_alone(model: Any) -> None:
             if getattr(config, setting, False):
                 setattr(config, setting, False)
         config.return_dict = True
+
+
+def load_vision(name: str, tokenizer: Any) -> Vision | None:
+    """Return what makes token ids of pictures for a model whose weights are not loaded; None for
+    one that reads text alone."""
+    config = load_model_config(name)
+    return Vision(name, files_of(name), tokenizer, config) if sees(config) else None
+
+
+def _vision(name: str, model: Any, tokenizer: Any) -> Vision | None:
+    if not sees(model.config):
+        return None
+    require_seeing_class(model)
+    return Vision(name, files_of(name), tokenizer, model.config)
 
 
 def _describe_truly(model: Any) -> None:
@@ -342,7 +372,7 @@ def _load_weights(name: str, dtype: torch.dtype, quantization: Any, device: torc
         # Quantised where it is to work: some kernels pack their weights on the GPU alone.
         settings = {"quantization_config": quantization, "device_map": device}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(load_model_config(name)).from_pretrained(
             located(name),
             dtype=dtype,
             use_safetensors=True,
@@ -377,14 +407,16 @@ def missing_package(name: str, error: ImportError) -> UserError:
 
 
 def save_model(language_model: LanguageModel, folder: Path) -> None:
-    """Write weights and tokenizer as `AutoModelForCausalLM.from_pretrained` and
-    `AutoTokenizer.from_pretrained` read them; of a LoRA student the adapter alone, as PEFT reads
-    it.
+    """Write weights and tokenizer as transformers reads them, of a model that sees its processor
+    too; of a LoRA student the adapter alone, as PEFT reads it.
     """
     if has_adapter(language_model.model):
         save_adapter(language_model.model, folder)
     else:
         language_model.model.save_pretrained(folder)
+    vision = language_model.vision
+    if vision is not None and vision.has_processor:
+        vision.processor.save_pretrained(folder)
     try:
         language_model.tokenizer.save_pretrained(folder)
     except Exception as error:

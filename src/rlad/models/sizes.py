@@ -1,12 +1,13 @@
 """How large models are, of which no weights are loaded: they are built on torch's meta device."""
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rlad.config.run import LoraConfig
 from rlad.errors import UserError
 from rlad.models.adapters import add_lora
 from rlad.models.loading import load_model_config, missing_package
+from rlad.models.vision import auto_class
 
 
 def num_parameters(name: str) -> int:
@@ -48,7 +49,7 @@ def weightless_model(name: str) -> PreTrainedModel:
     config = load_model_config(name)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return auto_class(config).from_config(config)
     except ImportError as error:
         raise missing_package(name, error) from None
     except ValueError as error:  # an architecture for something else

@@ -25,6 +25,7 @@ def load_student(config: RunConfig, checkpoint: Path | None = None) -> LanguageM
         lora=None if checkpoint else settings.lora,
         seed=stream_seed(config.seed, "lora"),
         end_tokens=settings.end_tokens,
+        train_vision=settings.train_vision,
     )
 
 

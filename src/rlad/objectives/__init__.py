@@ -34,6 +34,7 @@ from rlad.objectives.rlsd import rlsd_loss
 from rlad.objectives.sdpo import sdpo_loss
 from rlad.objectives.sft import sft_loss
 from rlad.objectives.skill_sd import skill_sd_loss
+from rlad.objectives.srpo import srpo_loss
 from rlad.objectives.topd import topd_advantages, topd_loss
 from rlad.objectives.trrd import trrd_loss
 
@@ -83,6 +84,7 @@ OBJECTIVES: dict[str, Objective] = {
     "rlsd": Objective(
         rlsd_loss, (*_RATIO, "teacher_logprobs"), "arXiv 2604.03128", takes_too=_SILENCE
     ),
+    "srpo": Objective(srpo_loss, (*_RATIO, "role_evidence"), "arXiv 2605.07274"),
     "distilled_rl": Objective(
         distilled_rl_loss, (*_RATIO, "teacher_logprobs"), "arXiv 2607.17247", takes_too=_SILENCE
     ),

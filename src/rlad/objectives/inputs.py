@@ -33,6 +33,9 @@ class LossInputs:
     hold of the others means nothing"""
     divergence_to_teacher: Tensor | None = None
     """of the whole distributions of student and teacher at each token"""
+    role_evidence: Tensor | None = None
+    """what a token's log-prob owes to the evidence of its role, the picture or what was seen in it;
+    NaN where it has no role"""
     rollout_weights: Tensor | None = None
     """πold / πrollout where another sampler than the old policy wrote the completions, bounded by
     whoever made them; they multiply the objective's loss of each token, not the KL leash"""

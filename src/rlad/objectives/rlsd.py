@@ -8,6 +8,7 @@ loss_t = GRPO loss_t with the advantage A_t
 import torch
 from torch import Tensor
 
+from rlad.objectives.evidence import evidence_ratio
 from rlad.objectives.grpo import grpo_loss
 from rlad.objectives.masks import clean, keep_heard, per_token
 
@@ -55,9 +56,9 @@ def rlsd_loss(
     teacher = clean(teacher_logprobs, heard).detach()
     per_token_advantages = per_token(advantages, kept)
 
-    # Bounded once before exp: the same numbers, since 1 + weight_clip < e, and no overflow.
-    log_evidence = (per_token_advantages.sign() * (teacher - old)).clamp(max=1.0)
-    evidence = log_evidence.exp().clamp(1 - weight_clip, 1 + weight_clip)
+    # Bounded once before exp: the same numbers, since 1 + weight_clip < e.
+    ratio = evidence_ratio(per_token_advantages, teacher - old, most=1.0)
+    evidence = ratio.clamp(1 - weight_clip, 1 + weight_clip)
     weight = torch.lerp(torch.ones_like(evidence), evidence, teacher_weight)
 
     token_loss, stats = grpo_loss(

@@ -4,7 +4,9 @@
 on a GPU a step is one CUDA graph instead of hundreds of kernel launches.
 """
 
+from collections.abc import Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from rlad.errors import UserError
+from rlad.models.vision import sees
 from rlad.rollouts.growing_cache import GrowingLayer, growing_cache, room_for
 from rlad.text import first_line
 
@@ -20,24 +23,36 @@ from rlad.text import first_line
 class PlainSteps:
     """Prefills each prompt once, then decodes all rows together."""
 
-    def __init__(self, model: PreTrainedModel, ids: Tensor, mask: Tensor, owners: Tensor):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        ids: Tensor,
+        mask: Tensor,
+        owners: Tensor,
+        pictures: Mapping[str, Any] = MappingProxyType({}),
+    ):
         """`ids` and `mask` [prompt, token], padded on the left; row `i` continues prompt
-        `owners[i]`."""
+        `owners[i]`. `pictures` is what the model takes of the prompts' pictures, and their
+        positions where those are not 0, 1, 2, ..."""
         self.cache = growing_cache(model.config)
         self._forward = partial(model, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         # Each prompt goes through the model once. Then its keys and values are copied for all rows
         # of its group, and each row continues by itself.
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        output = self._forward(input_ids=ids, attention_mask=mask, position_ids=positions)
+        given = {"position_ids": positions, **pictures}
+        output = self._forward(input_ids=ids, attention_mask=mask, **given)
         self.logits: Tensor = output.logits[owners, -1]
         """of the next token, [row, vocabulary]"""
         self.cache.batch_select_indices(owners)
         self._mask = mask[owners]
+        # A picture of rows and columns takes fewer positions than tokens.
+        highest = given["position_ids"].flatten(0, -2).view(-1, *ids.shape).amax(dim=(0, 2))
+        self._surplus = (mask.sum(dim=1) - 1 - highest)[owners, None] if pictures else 0
 
     def advance(self, tokens: Tensor) -> None:
         """Append a token to each row, and compute the next logits."""
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
-        positions = self._mask.sum(dim=1, keepdim=True) - 1
+        positions = self._mask.sum(dim=1, keepdim=True) - 1 - self._surplus
         output = self._forward(
             input_ids=tokens[:, None], attention_mask=self._mask, position_ids=positions
         )
@@ -47,6 +62,8 @@ class PlainSteps:
         """Drop all rows but these."""
         self.cache.batch_select_indices(rows)
         self._mask = self._mask[rows]
+        if isinstance(self._surplus, Tensor):
+            self._surplus = self._surplus[rows]
 
 
 class GraphSteps(PlainSteps):
@@ -59,8 +76,8 @@ class GraphSteps(PlainSteps):
     are replays.
     """
 
-    def __init__(self, model: PreTrainedModel, ids: Tensor, mask: Tensor, owners: Tensor):
-        super().__init__(model, ids, mask, owners)
+    def __init__(self, *args: Any):
+        super().__init__(*args)
         self._fix()
 
     def advance(self, tokens: Tensor) -> None:
@@ -93,7 +110,7 @@ class GraphSteps(PlainSteps):
             layer.fix(self._room, self._index)
         self._visible = self._mask.new_zeros((num_rows, 1, 1, self._room), dtype=torch.bool)
         self._visible[:, 0, 0, : self._length] = self._mask.bool()
-        self._positions = self._mask.sum(dim=1, keepdim=True)
+        self._positions = self._mask.sum(dim=1, keepdim=True) - self._surplus
         self._tokens = torch.zeros_like(self._positions)
         self._graph: Any = None
         self._is_warm = False
@@ -134,6 +151,8 @@ def obstacle_to_graphs(model: PreTrainedModel) -> str | None:
     """Return why a model's steps cannot be a CUDA graph; None if nothing is known to stand against
     it."""
     layers = DynamicCache(config=model.config).layers
+    if sees(model.config):
+        return "the student reads pictures, whose rows and columns are not captured"
     if model.device.type != "cuda":
         return f"the student is on {model.device}, and CUDA graphs are for NVIDIA GPUs"
     if any(type(layer) is not DynamicLayer for layer in layers):

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from rlad.config.run import RolloutConfig
 from rlad.models.loading import LanguageModel
+from rlad.models.pictures import held
 from rlad.rollouts.episodes import EpisodePlayer
 from rlad.rollouts.prompts import check_prompt_length, prompt_token_ids
 from rlad.rollouts.sampling import OwnSampler
@@ -67,7 +68,7 @@ def graded_groups(
     def grade_group(number: int, completions: list[Completion]) -> None:
         one = asked[number]
         with timer("rewards"):
-            prompt = tuple(one.prompt)
+            prompt = held(one.prompt)
             begun = begun_completion(student.tokenizer, prompt)
             rollouts = grade(task, one.problem, one.name, completions, student, before_work, begun)
             groups[number] = RolloutGroup(indices[number], one.problem, prompt, rollouts)
@@ -124,7 +125,9 @@ def asked_prompts(
     for index in indices:
         problem = task.problem(split, index, seed=problem_seed)
         name = f"{'training' if split == 'train' else split} problem {index}"
-        prompt = prompt_token_ids(student.tokenizer, problem.asked, rollout)
+        prompt = prompt_token_ids(
+            student.tokenizer, problem.asked, rollout, problem.images, student.vision
+        )
         check_prompt_length(len(prompt), name, rollout, student.context_tokens)
         asked.append(Asked(problem, name, prompt))
     return asked

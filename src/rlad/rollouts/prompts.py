@@ -1,6 +1,7 @@
 """From a problem's prompt to the token ids that the model is given."""
 
 import re
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
@@ -9,6 +10,14 @@ from transformers import PreTrainedTokenizerBase
 
 from rlad.config.run import RolloutConfig, RunConfig
 from rlad.errors import UserError
+from rlad.models.pictures import Picture, PicturedPrompt
+from rlad.models.vision import Vision
+from rlad.rollouts.pictured_prompts import (
+    chat_text_with_pictures,
+    plain_text_with_pictures,
+    require_no_placeholder,
+    with_markers,
+)
 from rlad.tasks import Split, Task
 
 TEMPLATE_DATE = datetime(2024, 7, 26)
@@ -22,16 +31,30 @@ Prompt = str | tuple[tuple[str, str], ...]
 
 
 def prompt_token_ids(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, rollout: RolloutConfig
-) -> list[int]:
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    rollout: RolloutConfig,
+    pictures: Sequence[Picture] = (),
+    vision: Vision | None = None,
+) -> Sequence[int]:
     """Tokenize a prompt: through the chat template (`chat`), as it is (`plain`), or as the
-    tokenizer has one or not (`auto`). Raises `UserError` for `chat` without a template, and for
-    what only a template can say without one.
+    tokenizer has one or not (`auto`). `vision` is that of the model, of which the prompt's
+    placeholders for `pictures` are made.
+
+    Raises `UserError` for `chat` without a template, for what only a template can say without one,
+    and for pictures where the model reads text alone.
     """
     if rollout.prompt_format == "chat" and not tokenizer.chat_template:
         raise UserError(
             "rollout.prompt_format is 'chat' but the student's tokenizer has no chat template; use "
             "'plain' or 'auto'."
+        )
+    if vision is not None:
+        return _seen_token_ids(tokenizer, prompt, rollout, pictures, vision)
+    if pictures:
+        raise UserError(
+            "a problem has pictures, and the student reads text alone; take a student that sees, "
+            "or problems without pictures."
         )
     if is_plain(tokenizer, rollout.prompt_format):
         return _plain_token_ids(tokenizer, plain_text(prompt, rollout))
@@ -39,6 +62,48 @@ def prompt_token_ids(
         tokenizer, chat_messages(prompt, rollout.system_prompt), rollout.chat_template_kwargs
     )
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _seen_token_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    rollout: RolloutConfig,
+    pictures: Sequence[Picture],
+    vision: Vision,
+) -> Sequence[int]:
+    """Tokenize a prompt of a model that sees."""
+    is_text = is_plain(tokenizer, rollout.prompt_format)
+    if is_text:
+        conversation: Sequence[tuple[str, str]] = [("user", plain_text(prompt, rollout))]
+    else:
+        messages = chat_messages(prompt, rollout.system_prompt)
+        conversation = [(message["role"], message["content"]) for message in messages]
+    conversation = with_markers(conversation, len(pictures))
+    for _, content in conversation:
+        require_no_placeholder(content, vision)
+    if is_text:
+        text = plain_text_with_pictures(conversation[0][1], vision)
+        if not pictures:
+            return _plain_token_ids(tokenizer, text)
+    else:
+        text = chat_text_with_pictures(
+            conversation,
+            vision,
+            rollout.chat_template_kwargs,
+            len(pictures),
+            template=without_clock(tokenizer),
+        )
+        if not pictures:
+            return tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = vision.prompt(text, pictures, add_special_tokens=is_text)
+    # As of a plain prompt: nothing comes after an end.
+    if (
+        is_text
+        and ids[-1] == tokenizer.eos_token_id
+        and not text.endswith(str(tokenizer.eos_token))
+    ):
+        ids = PicturedPrompt(ids[:-1], pictures)
+    return ids
 
 
 def _plain_token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -175,6 +240,7 @@ def longest_prompt(
     tokenizer: PreTrainedTokenizerBase,
     context_tokens: int | None,
     ood_task: Task | None = None,
+    vision: Vision | None = None,
 ) -> int:
     """Count the tokens of the longest prompt: of all that a finite task will give, of the first few
     of an endless one.
@@ -195,7 +261,7 @@ def longest_prompt(
     for name, source, split, number in wanted:
         for i in range(min(number, source.num_problems(split) or NUM_PROBED_PROBLEMS)):
             problem = source.problem(split, i, seed=config.seed if split == "train" else 0)
-            prompt = prompt_token_ids(tokenizer, problem.asked, rollout)
+            prompt = prompt_token_ids(tokenizer, problem.asked, rollout, problem.images, vision)
             check_prompt_length(len(prompt), f"{name} problem {i}", rollout, context_tokens)
             longest = max(longest, len(prompt))
     return longest

@@ -94,6 +94,8 @@ def obstacle_to_hand_over(student: LanguageModel) -> str | None:
     """Return what keeps a student's weights from being those of a model in vLLM; None if nothing
     does."""
     model = student.model
+    if student.vision is not None:
+        return "it reads pictures, and is not handed over with them"
     if getattr(model.config, "quantization_config", None) is not None:
         return "its weights are quantised"
     if adapts_tied_embeddings(model):

@@ -26,6 +26,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from rlad.config.run import RolloutConfig
 from rlad.errors import UserError
 from rlad.models.loading import LanguageModel
+from rlad.models.vision import seen
 from rlad.rollouts.decoding_steps import GraphSteps, PlainSteps, obstacle_to_graphs
 from rlad.rollouts.types import Completion, Rows, Sampler
 from rlad.scoring.tiles import tokens_per_chunk
@@ -35,30 +36,39 @@ from rlad.scoring.tiles import tokens_per_chunk
 _COMPACT_SHARE = 0.2
 
 
-def pick_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def pick_tokens(
+    logits: Tensor, uniforms: Tensor, temperature: float, forbidden: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
     """One token per row, and its log-prob, by inverting the distribution function of softmax(logits
     / temperature).
 
     `logits` [batch, vocabulary], `uniforms` [batch] in [0, 1). Returns token ids [batch] and
     float32 log-probs [batch]. `temperature` 0 takes the most likely token and reports its log-prob
-    at temperature 1. What is made of the logits on the way exists for a chunk of rows at a time.
+    at temperature 1. `forbidden` tokens are never picked; log-probs are those of the whole
+    vocabulary all the same, as a scorer computes them. What is made of the logits on the way exists
+    for a chunk of rows at a time.
     """
     size = tokens_per_chunk(logits.device.type, logits.shape[1])
     picked = [
-        _pick(*rows, temperature)
+        _pick(*rows, temperature, list(forbidden))
         for rows in zip(logits.split(size), uniforms.split(size), strict=True)
     ]
     tokens, logprobs = (torch.cat(parts) for parts in zip(*picked, strict=True))
     return tokens, logprobs
 
 
-def _pick(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _pick(
+    logits: Tensor, uniforms: Tensor, temperature: float, forbidden: list[int]
+) -> tuple[Tensor, Tensor]:
     # The token whose slice of the cumulative distribution holds the uniform number.
     probs = torch.softmax(logits.float() / (temperature or 1.0), dim=-1)
+    allowed = probs
+    if forbidden:
+        allowed = probs.index_fill(1, torch.tensor(forbidden, device=probs.device), 0.0)
     if temperature == 0:
-        tokens = logits.argmax(dim=-1)
+        tokens = (allowed if forbidden else logits).argmax(dim=-1)
     else:
-        cumulative = probs.cumsum(dim=-1)
+        cumulative = allowed.cumsum(dim=-1)
         # right=True: the first token whose cumulative probability exceeds the target, so never one
         # of probability 0.
         target = uniforms[:, None] * cumulative[:, -1:]
@@ -150,15 +160,16 @@ def sample(
         most = torch.tensor(rows.max_tokens, device=device)
     decode = _decode if _cache_rows_can_be_dropped(language_model.model) else _generate
     groups = _Groups(language_model, most.tolist(), group_size, after_group)
+    vision = language_model.vision
     with torch.inference_mode(), language_model.autocast():
         for start in range(0, len(prompt_of_row), max_batch_rows):
             owners = prompt_of_row[start : start + max_batch_rows]
-            ids, mask = _left_padded(
-                prompts[owners[0] : owners[-1] + 1], language_model.pad_token_id, device
-            )
+            asked = prompts[owners[0] : owners[-1] + 1]
+            ids, mask = _left_padded(asked, language_model.pad_token_id, device)
             decode(
                 language_model,
                 _Batch(
+                    asked,
                     ids,
                     mask,
                     torch.tensor(owners, device=device) - owners[0],
@@ -168,6 +179,7 @@ def sample(
                     before_token,
                     partial(groups.add, start),
                     make_steps,
+                    vision.placeholder_ids if vision else (),
                 ),
             )
     return groups.completions
@@ -239,6 +251,7 @@ class _Batch:
     """Rows that are decoded together. Row `i` continues prompt `owners[i]` with the random numbers
     `uniforms[i]`."""
 
+    prompts: Sequence[Sequence[int]]
     ids: Tensor
     """of the prompts, padded on the left, `[prompt, token]`"""
     mask: Tensor
@@ -251,9 +264,11 @@ class _Batch:
     after_rows: Callable[[list[int], Tensor, Tensor], None]
     """gets rows that have ended, and their tokens and log-probs `[row, token]`"""
     make_steps: Callable[..., PlainSteps]
+    forbidden: Sequence[int] = ()
+    """tokens that no completion may hold"""
 
     def pick(self, rows: Tensor, step: int, logits: Tensor) -> tuple[Tensor, Tensor]:
-        return pick_tokens(logits, self.uniforms[rows, step], self.temperature)
+        return pick_tokens(logits, self.uniforms[rows, step], self.temperature, self.forbidden)
 
 
 def _left_padded(
@@ -274,7 +289,8 @@ def _decode(language_model: LanguageModel, batch: _Batch) -> None:
     tokens_out = torch.full((num_rows, max_tokens), language_model.pad_token_id, device=device)
     logprobs_out = torch.zeros(num_rows, max_tokens, device=device)
     batch.before_token()
-    steps = batch.make_steps(model, batch.ids, batch.mask, batch.owners)
+    pictures = seen(language_model, batch.ids, batch.prompts, _starts(batch))
+    steps = batch.make_steps(model, batch.ids, batch.mask, batch.owners, pictures)
     # Which output row each row of the batch belongs to, and whether it is still to be continued.
     rows = torch.arange(num_rows, device=device)
     alive = torch.ones(num_rows, dtype=torch.bool, device=device)
@@ -305,6 +321,11 @@ def _decode(language_model: LanguageModel, batch: _Batch) -> None:
             alive = alive[kept]
         batch.before_token()
         steps.advance(tokens)
+
+
+def _starts(batch: _Batch) -> list[int]:
+    """The column in which each prompt begins, after its padding."""
+    return [batch.ids.shape[1] - len(prompt) for prompt in batch.prompts]
 
 
 class _PickTokens(LogitsProcessor):
@@ -347,12 +368,16 @@ def _generate(language_model: LanguageModel, batch: _Batch) -> None:
     try:
         for length in lengths.unique().tolist():
             rows = (lengths == length).nonzero().squeeze(1)
-            prompts = batch.ids[batch.owners[rows], -length:]
+            owners = batch.owners[rows]
+            prompts = batch.ids[owners, -length:]
             picker = _PickTokens(batch, rows)
+            asked = [batch.prompts[i] for i in owners.tolist()]
+            pictures = seen(language_model, prompts, asked, [0] * len(asked))
             tokens = model.generate(
                 input_ids=prompts,
                 attention_mask=torch.ones_like(prompts),
                 generation_config=settings,
+                **pictures,
                 logits_processor=LogitsProcessorList([picker]),
             )
             logprobs = torch.stack(picker.logprobs, dim=1)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
+from rlad.models.pictures import with_pictures
 from rlad.tasks import Problem
 
 Ending = Literal["done", "turns", "tokens", "context", "failed"]
@@ -219,7 +220,7 @@ class RolloutGroup:
             )
             for r in row["rollouts"]
         )
-        ids = tuple(row["prompt_token_ids"])
+        ids = with_pictures(row["prompt_token_ids"], problem.images)
         return cls(row["problem_index"], problem, ids, rollouts, row.get("skill", ""))
 
 

@@ -111,6 +111,7 @@ class SampleRow(Row):
 
     step: int = Field(ge=1)
     prompt: str
+    pictures: list[Annotated[str, Field(pattern="^data:image/png;base64,[A-Za-z0-9+/=]+$")]] = []
     rollouts: list[SampledRollout]
 
 

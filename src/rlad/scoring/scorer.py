@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlad.errors import RunFailedError, UserError
 from rlad.models.loading import LanguageModel
+from rlad.models.vision import seen
 from rlad.scoring.distributions import Distributions, float32_or_wider
 from rlad.scoring.output_layer import output_layer
 from rlad.scoring.tiles import tokens_per_chunk
@@ -84,9 +85,9 @@ class Scorer:
         `divergence` returns a number for each of the tokens' distributions. It needs an output
         layer.
         """
-        ids, predicts, mask = self._padded(prompts, completions)
-        targets = ids.roll(-1, dims=1)[predicts]
-        scores = self._token_scores(ids, predicts, targets, with_entropy, divergence)
+        inputs, predicts, mask = self._padded(prompts, completions)
+        targets = inputs["input_ids"].roll(-1, dims=1)[predicts]
+        scores = self._token_scores(inputs, predicts, targets, with_entropy, divergence)
         # The masks `predicts` and `mask` both list tokens row by row, so the flat results go back
         # in order.
         empty = torch.zeros(mask.shape, dtype=scores[0].dtype, device=mask.device)
@@ -104,10 +105,10 @@ class Scorer:
         found = self.head.distributions(weight.new_empty(0, weight.shape[1]))
         states = [found.hidden] * len(prompts)
         for rows in map(sorted, self.batches(prompts, completions)):
-            ids, predicts, _ = self._padded(
+            inputs, predicts, _ = self._padded(
                 [prompts[i] for i in rows], [completions[i] for i in rows]
             )
-            found = self._distributions(ids, predicts)
+            found = self._distributions(inputs, predicts)
             parts = found.hidden.split([len(completions[i]) for i in rows])
             for i, part in zip(rows, parts, strict=True):
                 states[i] = part
@@ -115,9 +116,10 @@ class Scorer:
 
     def _padded(
         self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return token ids and the positions that predict a completion's tokens, `[batch, prompt +
-        completion]`, and the mask of the completions' tokens, `[batch, token]`."""
+    ) -> tuple[dict[str, Any], Tensor, Tensor]:
+        """Return what the model takes, token ids first, and the positions that predict a
+        completion's tokens, `[batch, prompt + completion]`, and the mask of the completions'
+        tokens, `[batch, token]`."""
         if not all(prompts):
             raise UserError(
                 "a prompt has no tokens, so the first token of its completion has no log-prob; "
@@ -136,11 +138,17 @@ class Scorer:
         # The hidden state *before* a token predicts it: positions start - 1 ... start + length - 2.
         position = torch.arange(width, device=device)[None]
         predicts = (position >= starts - 1) & (position < starts - 1 + lengths)
-        return ids, predicts, torch.arange(longest, device=device)[None] < lengths
+        inputs = {"input_ids": ids, **self._seen(ids, prompts)}
+        return inputs, predicts, torch.arange(longest, device=device)[None] < lengths
+
+    def _seen(self, ids: Tensor, prompts: Sequence[TokenIds]) -> dict[str, Any]:
+        """What the model takes of the prompts' pictures, if there are any."""
+        with self.language_model.autocast():
+            return seen(self.language_model, ids, prompts, [0] * len(prompts))
 
     def _token_scores(
         self,
-        ids: Tensor,
+        inputs: dict[str, Any],
         predicts: Tensor,
         targets: Tensor,
         with_entropy: bool,
@@ -149,15 +157,15 @@ class Scorer:
         """Return log-probs, entropies and, where asked for, divergences of the tokens `targets`."""
         if self.head is None:
             assert divergence is None
-            return self._scores_of_all_logits(ids, predicts, targets)
-        distributions = self._distributions(ids, predicts)
+            return self._scores_of_all_logits(inputs, predicts, targets)
+        distributions = self._distributions(inputs, predicts)
         scores = token_logprobs(distributions, targets, with_entropy=with_entropy)
         return scores if divergence is None else (*scores, divergence(distributions))
 
-    def _distributions(self, ids: Tensor, predicts: Tensor) -> Distributions:
+    def _distributions(self, inputs: dict[str, Any], predicts: Tensor) -> Distributions:
         assert self.head is not None
         with self.language_model.autocast():
-            states = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            states = self.model.base_model(**inputs, use_cache=False).last_hidden_state
         return self.head.distributions(
             states[predicts].to(self.language_model.compute_dtype),
             temperature=self.temperature,
@@ -165,10 +173,10 @@ class Scorer:
         )
 
     def _scores_of_all_logits(
-        self, ids: Tensor, predicts: Tensor, targets: Tensor
+        self, inputs: dict[str, Any], predicts: Tensor, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
         with self.language_model.autocast():
-            logits = self.model(input_ids=ids, use_cache=False).logits[predicts]
+            logits = self.model(**inputs, use_cache=False).logits[predicts]
         logprobs = (logits.to(float32_or_wider(logits.dtype)) / self.temperature).log_softmax(
             dim=-1
         )
@@ -228,7 +236,7 @@ class Scorer:
         embeddings: Any = self.model.get_input_embeddings()
         size = chunk_tokens or tokens_per_chunk(self.model.device.type, len(embeddings.weight))
         if self.head is not None:
-            distributions = self._distributions(ids, predicts)
+            distributions = self._distributions({"input_ids": ids}, predicts)
             for rows, _ in distributions.tiles((size, len(embeddings.weight))):
                 yield distributions.logits(rows)
             return

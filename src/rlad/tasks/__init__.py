@@ -18,6 +18,7 @@ from rlad.tasks.games.sokoban import Sokoban
 from rlad.tasks.jsonl import JsonlTask
 from rlad.tasks.logic import KnightsAndKnaves
 from rlad.tasks.reasoning_gym import ReasoningGym, arithmetic, countdown
+from rlad.tasks.scenes import Scenes
 from rlad.tasks.several import SeveralTasks
 
 __all__ = [
@@ -38,6 +39,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "countdown": countdown,
     "reasoning_gym": ReasoningGym,
     "jsonl": JsonlTask,
+    "scenes": Scenes,
     "gsm8k": partial(Benchmark, "gsm8k"),
     "aime2025": partial(Benchmark, "aime2025"),
     "several": SeveralTasks,

@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 from rlad.errors import RunFailedError
+from rlad.models.pictures import Picture
 from rlad.tasks.answers import without_cut_answer
 
 Split = Literal["train", "validation", "test"]
@@ -44,6 +45,8 @@ class Problem:
     metadata: dict[str, Any] = field(default_factory=dict)
     task: str = ""
     messages: Conversation = ()
+    images: tuple[Picture, ...] = ()
+    """in the order of their markers `<image>` in the text; without any they come first"""
 
     @property
     def asked(self) -> str | Conversation:

@@ -10,10 +10,12 @@ from typing import Any
 
 from rlad.config.task import JsonlConfig
 from rlad.errors import UserError
+from rlad.models.pictures import Picture
 from rlad.tasks.answers import ANSWER_FORMATS
 from rlad.tasks.base import SPLITS, Judgement, Problem, Split, split_of, text_key
 from rlad.tasks.conversations import asked_text, conversation_mistakes, shown
 from rlad.tasks.data_files import rows_of
+from rlad.tasks.pictured_rows import pictures_of_row, require_markers, with_text_parts
 from rlad.tasks.verifiers import make_verifier
 
 _MOST_SHOWN = 200
@@ -103,6 +105,7 @@ def _load(source: str, split: str, config: JsonlConfig) -> list[Problem]:
     problems = []
     for where, row in rows_of(source, split).items():
         fields = {"prompt_field": config.prompt_field, "answer_field": config.answer_field}
+        row = with_text_parts(row, config.prompt_field)
         if mistake := next(_mistakes(row, fields), ""):
             raise UserError(f"{where}: {mistake}")
         answer = ANSWER_FORMATS[config.answer_format](str(row[config.answer_field]))
@@ -112,7 +115,9 @@ def _load(source: str, split: str, config: JsonlConfig) -> list[Problem]:
                 f"{config.answer_format!r}, only {str(row[config.answer_field])[:80]!r}; set "
                 "answer_format to another one, or leave it out."
             )
-        problems.append(_problem(row, answer, config))
+        images = pictures_of_row(row, config.images_field, source=source, where=where)
+        problems.append(_problem(row, answer, config, images))
+        require_markers(problems[-1].prompt, len(images), where)
     return problems
 
 
@@ -152,7 +157,9 @@ def _conversation_mistakes(row: dict[str, Any], field: str) -> Iterator[str]:
             )
 
 
-def _problem(row: dict[str, Any], answer: str, config: JsonlConfig) -> Problem:
+def _problem(
+    row: dict[str, Any], answer: str, config: JsonlConfig, images: tuple[Picture, ...]
+) -> Problem:
     prompt = question = row[config.prompt_field]
     messages = ()
     if isinstance(prompt, list):
@@ -163,7 +170,9 @@ def _problem(row: dict[str, Any], answer: str, config: JsonlConfig) -> Problem:
     metadata = {
         name: value
         for name, value in row.items()
-        if name not in (config.prompt_field, config.answer_field)
+        if name not in (config.prompt_field, config.answer_field, config.images_field)
         and isinstance(value, str | int | float)
     }
-    return Problem(prompt, answer, text_key(question), metadata=metadata, messages=messages)
+    # The same question about another picture is another problem.
+    key = text_key("\n".join([question, *(one.digest for one in images)]))
+    return Problem(prompt, answer, key, metadata=metadata, messages=messages, images=images)

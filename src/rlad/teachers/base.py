@@ -16,7 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlad.config.run import RunConfig
-from rlad.models.loading import LanguageModel
+from rlad.errors import UserError
+from rlad.models.loading import LanguageModel, load_vision
+from rlad.models.pictures import pictures_of
+from rlad.models.vision import Vision
 from rlad.rollouts.types import Rollout
 from rlad.scoring.columns import TokenColumns, columns_of
 from rlad.scoring.distributions import TokenDistributions
@@ -38,6 +41,15 @@ class TeacherRequest:
     """the other rollouts of its group, in the group's order"""
     skill: str = ""
     """what was learnt from earlier rollouts"""
+
+
+def require_texts(requests: Sequence[TeacherRequest], what: str) -> None:
+    """Raise `UserError` for a request with pictures, as `what` is for texts alone."""
+    if any(pictures_of(one.prompt) for one in requests):
+        raise UserError(
+            f"a prompt has pictures, and {what} is for texts alone; take a teacher of type 'local' "
+            "that sees."
+        )
 
 
 @dataclass(slots=True)
@@ -250,6 +262,13 @@ class Setting:
     there"""
     device: torch.device | None = None
     """of a local teacher that names none; by default the student's"""
+
+    @property
+    def vision(self) -> Vision | None:
+        """The student's eyes; None where it reads text alone."""
+        if self.student is not None:
+            return self.student.vision
+        return load_vision(self.config.student.model, self.student_tokenizer)
 
     @property
     def temperature(self) -> float:

@@ -30,7 +30,14 @@ from rlad.findings import Finding
 from rlad.scoring.columns import TokenColumns
 from rlad.teachers import build_teacher
 from rlad.teachers import check_teacher as check_inner
-from rlad.teachers.base import Answer, Setting, Teacher, TeacherRequest, TeacherWrapper
+from rlad.teachers.base import (
+    Answer,
+    Setting,
+    Teacher,
+    TeacherRequest,
+    TeacherWrapper,
+    require_texts,
+)
 from rlad.teachers.cache_store import CacheStore
 
 _FORMAT = "rlad log-probs 3"
@@ -70,6 +77,7 @@ class CachedTeacher(TeacherWrapper):
         if not self._open and not self._witness:
             for witness in self._store.get([self._witness_key]).values():
                 self._confirm(witness)
+        require_texts(requests, "a cache of answers")
         rows = [(tuple(one.prompt), tuple(one.completion)) for one in requests]
         asked = dict(zip(rows, requests, strict=True))
         keys = {self._entry_key(tokens): tokens for tokens in asked} if self._witness else {}

@@ -6,6 +6,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from rlad.config.run import RolloutConfig
 from rlad.findings import Finding
+from rlad.models.pictures import Picture
+from rlad.models.vision import Vision
 
 THINKING_MARKERS = ("</think>", "<think>")
 
@@ -89,6 +91,37 @@ def compare_contexts(
         f"({allowed or 'no limit stated'}); {advice}."
     )
     return Finding("error", "context", message)
+
+
+_PROBED_SIZES = ((64, 64), (200, 100), (96, 300))
+"""width and height of pictures"""
+
+
+def compare_eyes(student: Vision | None, teacher: Vision | None) -> list[Finding]:
+    """Whether both make as many tokens of a picture: else the completion's tokens would have other
+    positions, and pictures other places, for the teacher."""
+    if student is None:
+        return []
+    if teacher is None:
+        message = "it reads text alone, the student pictures too: for problems without any"
+        return [Finding("warning", "pictures", message)]
+    if not (student.has_processor and teacher.has_processor):
+        return [Finding("warning", "pictures", "no processor: for problems without any")]
+    from PIL import Image
+
+    counts = []
+    for size in _PROBED_SIZES:
+        picture = Picture.from_pil(Image.new("RGB", size, (127, 30, 200)), f"{size} pixels")
+        ours = student.num_tokens(picture)
+        theirs = teacher.num_tokens(picture)
+        counts.append(ours)
+        if ours != theirs:
+            message = (
+                f"a picture of {size[0]} x {size[1]} pixels has {ours} tokens for the student and "
+                f"{theirs} for the teacher; take a teacher that sees in the student's grid."
+            )
+            return [Finding("error", "pictures", message)]
+    return [Finding("ok", "pictures", f"{min(counts)} to {max(counts)} tokens for both")]
 
 
 def _vocabulary(student: Tokenizer, teacher: Tokenizer) -> Finding:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlad.config.context import ContextConfig
 from rlad.findings import Finding
+from rlad.models.pictures import MARKER
 from rlad.rollouts.prompts import Prompt
 from rlad.rollouts.types import Rollout
 from rlad.seeds import stream_seed
@@ -23,8 +24,15 @@ from rlad.tasks import Problem
 from rlad.tasks.answers import outside_thoughts
 from rlad.teachers.base import TeacherRequest
 
-Encode = Callable[[Prompt], Sequence[int]]
-"""gives a prompt's token ids"""
+Encode = Callable[..., Sequence[int]]
+"""gives the token ids of a prompt with its `pictures`"""
+
+
+def encoded(encode: Encode, prompt: Prompt, problem: Problem) -> Sequence[int]:
+    """The token ids of a prompt with the pictures of its problem, if there are any."""
+    return encode(prompt, pictures=problem.images) if problem.images else encode(prompt)
+
+
 MIN_PEER_TOKENS = 32
 """a completion is not shortened further; then a whole block is dropped"""
 _CUT = "\n[...]\n"
@@ -105,7 +113,8 @@ class BlockContext:
     def token_ids(self, problem: Problem, blocks: Sequence[Block]) -> Sequence[int]:
         """The prompt that shows these blocks."""
         parts = [problem.question.strip(), *map(str, blocks), self.settings.texts.request]
-        return self._encode(in_place_of_question(problem, "\n\n".join(filter(None, parts))))
+        shown = in_place_of_question(problem, "\n\n".join(filter(None, parts)))
+        return encoded(self._encode, shown, problem)
 
     def _plain(self, text: str) -> str:
         """A text without what the tokenizer would take for the end of a message."""
@@ -118,6 +127,8 @@ class BlockContext:
 def _pattern_of_special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     added = tokenizer.added_tokens_decoder.values()
     names = {*map(str, tokenizer.all_special_tokens), *(str(one) for one in added if one.special)}
+    # A completion that writes of a picture has none to show.
+    names.add(MARKER)
     return re.compile("|".join(map(re.escape, sorted(names))))
 
 

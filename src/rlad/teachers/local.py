@@ -20,13 +20,14 @@ from rlad.models.loading import (
     load_language_model,
     load_model_config,
     load_tokenizer,
+    load_vision,
     pick_device,
 )
 from rlad.scoring.distributions import TokenDistributions
 from rlad.scoring.scorer import Scorer
 from rlad.seeds import stream_seed
 from rlad.teachers.base import Setting, SynchronousTeacher, TeacherRequest
-from rlad.teachers.compatibility import compare_contexts, compare_tokenizers
+from rlad.teachers.compatibility import compare_contexts, compare_eyes, compare_tokenizers
 from rlad.teachers.fingerprint import weights_fingerprint
 
 
@@ -162,6 +163,7 @@ def check_teacher(settings: LocalTeacherConfig, setting: Setting) -> list[Findin
     return [
         *compare_tokenizers(student, load_tokenizer(settings.model), run.student.end_tokens),
         compare_contexts(run.rollout, setting.student_context, context_tokens(config)),
+        *compare_eyes(setting.vision, load_vision(settings.model, load_tokenizer(settings.model))),
         *_check_quantization(settings, setting),
     ]
 

@@ -32,6 +32,7 @@ from rlad.errors import UserError
 from rlad.findings import Finding
 from rlad.models.files import has_tokenizer
 from rlad.models.loading import context_tokens, load_model_config, load_tokenizer, token_id
+from rlad.models.pictures import MARKER, Picture
 from rlad.rollouts.prompts import Prompt, chat_messages, chat_text, prompt_token_ids
 from rlad.scoring.columns import TokenColumns
 from rlad.scoring.distributions import TokenDistributions
@@ -40,7 +41,9 @@ from rlad.teachers import build_teacher
 from rlad.teachers.base import Answer, Setting, Teacher, TeacherRequest, TeacherWrapper
 from rlad.teachers.contexts import (
     BlockContext,
+    Encode,
     Fitted,
+    encoded,
     in_place_of_question,
     metadata_texts,
 )
@@ -60,16 +63,16 @@ class PrivilegedTeacher(TeacherWrapper):
         teacher: Teacher,
         template: str,
         *,
-        encode: Callable[[Prompt], list[int]],
+        encode: Encode,
         context: int | None,
         form: str = "",
         ends: Mapping[int, int] | None = None,
         blocks: BlockContext | None = None,
     ):
-        """`encode` gives a prompt's token ids; `context` is the teacher's, in tokens, None where it
-        is not stated. `form` names how its prompts differ from the student's besides the template;
-        empty where they do not. `ends` maps the student's end tokens to the teacher's. `blocks`
-        makes the prompts in place of the template.
+        """`encode` gives the token ids of a prompt and its pictures; `context` is the teacher's, in
+        tokens, None where it is not stated. `form` names how its prompts differ from the student's
+        besides the template; empty where they do not. `ends` maps the student's end tokens to the
+        teacher's. `blocks` makes the prompts in place of the template.
         """
         super().__init__(teacher)
         # The identity names all that makes the prompts, as other prompts make another teacher.
@@ -149,7 +152,7 @@ class PrivilegedTeacher(TeacherWrapper):
         ids = self._privileged_ids(request)
         is_privileged = ids is not None
         if ids is None and self._has_own_form and request.problem is not None:
-            ids = self._encode(request.problem.asked)
+            ids = encoded(self._encode, request.problem.asked, request.problem)
         if ids is None:
             ids = request.prompt
 
@@ -181,7 +184,9 @@ class PrivilegedTeacher(TeacherWrapper):
             self._counts["dropped_blocks"] += fitted.num_dropped > 0
             return fitted.token_ids
         prompt = privileged_prompt(self.template, request.problem, peer_solution(request))
-        return None if prompt is None else self._encode(prompt)
+        if prompt is None or request.problem is None:
+            return None
+        return encoded(self._encode, prompt, request.problem)
 
     def _room(self, request: TeacherRequest) -> int | None:
         return None if self.context is None else self.context - len(request.completion)
@@ -210,7 +215,9 @@ def _ends_of_turns(request: TeacherRequest) -> list[int]:
 
 def peer_solution(request: TeacherRequest) -> str | None:
     """The first correct completion of another rollout of the group."""
-    return next((one.text for one in request.peers if one.verdict == Verdict.CORRECT), None)
+    found = next((one.text for one in request.peers if one.verdict == Verdict.CORRECT), None)
+    # It has seen pictures, and has none of its own.
+    return found and found.replace(MARKER, "")
 
 
 def shown_values(problem: Problem, peer_solution: str | None) -> dict[str, str]:
@@ -233,8 +240,9 @@ def privileged_prompt(
     return in_place_of_question(problem, fill_template(template, values))
 
 
-def encoder(settings: PrivilegedTeacherConfig, setting: Setting) -> Callable[[Prompt], list[int]]:
-    """From a prompt to the ids of the student's tokens, in the form that the section gives it.
+def encoder(settings: PrivilegedTeacherConfig, setting: Setting) -> Encode:
+    """From a prompt with its pictures to the ids of the student's tokens, in the form that the
+    section gives it.
 
     `UserError` when the teacher's own template is wanted and there is none.
     """
@@ -242,7 +250,7 @@ def encoder(settings: PrivilegedTeacherConfig, setting: Setting) -> Callable[[Pr
     own = settings.model_dump(include={"system_prompt", "chat_template_kwargs"}, exclude_none=True)
     rollout = setting.config.rollout.model_copy(update=own)
     if settings.chat_template == "student":
-        return partial(prompt_token_ids, tokenizer, rollout=rollout)
+        return partial(prompt_token_ids, tokenizer, rollout=rollout, vision=setting.vision)
     name = _tokenizer_name(settings.teacher)
     theirs = load_tokenizer(name) if name is not None else None
     if theirs is None or not theirs.chat_template:
@@ -252,7 +260,12 @@ def encoder(settings: PrivilegedTeacherConfig, setting: Setting) -> Callable[[Pr
             "'student', or another teacher."
         )
 
-    def encode(prompt: Prompt) -> list[int]:
+    def encode(prompt: Prompt, pictures: Sequence[Picture] = ()) -> Sequence[int]:
+        if pictures:
+            raise UserError(
+                "teacher.chat_template = 'teacher' is for texts, and a problem has pictures; set "
+                "it to 'student', whose placeholders both models know."
+            )
         # The text of the teacher's template in the student's tokens, which are what the teacher can
         # score.
         messages = chat_messages(prompt, rollout.system_prompt)

@@ -11,7 +11,7 @@ from rlad.models.loading import token_id
 from rlad.tasks import Problem, make_task
 from rlad.teachers import check_teacher as check_inner
 from rlad.teachers.base import Setting
-from rlad.teachers.contexts import check_context
+from rlad.teachers.contexts import check_context, encoded
 from rlad.teachers.privileged import (
     FORM,
     encoder,
@@ -91,9 +91,14 @@ def _check_length(
     most = setting.config.rollout.max_completion_tokens
     rooms = [teacher_context(settings.teacher, setting)]
     if settings.context is None:
-        prompts = [privileged_prompt(settings.template, problem, "?") for problem in problems]
         encode = encoder(settings, setting)
-        bare = max((len(encode(one)) for one in prompts if one is not None), default=0)
+        prompts = [
+            (privileged_prompt(settings.template, problem, "?"), problem) for problem in problems
+        ]
+        bare = max(
+            (len(encoded(encode, one, problem)) for one, problem in prompts if one is not None),
+            default=0,
+        )
         # Another completion is at most as long as a completion may be.
         whole = bare + most * ("peer_solution" in template_names(settings.template))
         too_long = (

@@ -120,6 +120,8 @@ class Recorder:
         """The first group of a step with the text of each token, and what the update did with
         them."""
         row = result.groups[0].to_json()
+        if pictures := result.groups[0].problem.images:
+            row["pictures"] = [picture.data_url() for picture in pictures]
         for i, rollout in enumerate(row["rollouts"]):
             token_ids = rollout["completion"]["token_ids"]
             rollout["tokens"] = [self._decode([token]) for token in token_ids]

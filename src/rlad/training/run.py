@@ -21,6 +21,7 @@ from rlad.engines.making import (
     load_engine_student,
     make_engine,
     require_engine_package,
+    require_pictures_fit,
 )
 from rlad.errors import LostProcessError, RladError, UserError
 from rlad.rollouts.evaluation import evaluate
@@ -181,7 +182,11 @@ class Training:
         with _resuming(checkpoint) if checkpoint else nullcontext():
             self.student = load_engine_student(config, checkpoint)
         require_continuable_prompts(task, self.student.tokenizer, config.rollout)
-        longest_prompt(config, task, self.student.tokenizer, self.student.context_tokens, ood_task)
+        require_pictures_fit(config, task)
+        student = self.student
+        longest_prompt(
+            config, task, student.tokenizer, student.context_tokens, ood_task, student.vision
+        )
         self.engine = make_engine(config, self.student, task, before_work=self._before_work)
 
     def restore(self, checkpoint: Path) -> None:

@@ -16,6 +16,7 @@ from rlad.config.context import ContextConfig
 from rlad.config.run import RunConfig
 from rlad.engines.metrics import ranking_metrics
 from rlad.engines.native.overlap import AskedAhead
+from rlad.engines.native.role_evidence import add_role_evidence
 from rlad.engines.rollout_batch import RolloutBatch
 from rlad.errors import RunFailedError, UserError
 from rlad.models.loading import LanguageModel
@@ -233,9 +234,13 @@ class RolloutMaker:
         # With one step for each rollout batch the student is the old policy while it is updated,
         # and its own log-probs, detached, save this pass.
         student_moves = self.config.optimization.steps_per_rollout_batch > 1
-        if objective.written_by == "student" and (student_moves or make_token_advantages):
+        needs_old = student_moves or make_token_advantages or objective.weighs_roles
+        if objective.written_by == "student" and needs_old:
             with timer("old_logprobs"):
                 batch.old_logprobs = self._scores(batch, self.scorer)
+        if objective.weighs_roles:
+            with timer("role_evidence"):
+                add_role_evidence(batch, objective, self.scorer, self.config)
         if make_token_advantages:
             knobs = taken_by(make_token_advantages, objective.knobs_at(self.step))
             batch.make_token_advantages(partial(make_token_advantages, **knobs))

@@ -27,7 +27,14 @@ STATE = "trainer/state.json"
 OPTIMIZER = "trainer/optimizer.safetensors"
 PENDING = "trainer/pending.safetensors"
 TEACHER = "trainer/teacher.safetensors"
-_SCORES = ("teacher_logprobs", "reference_logprobs", "old_logprobs", "token_advantages")
+_SCORES = (
+    "teacher_logprobs",
+    "reference_logprobs",
+    "old_logprobs",
+    "token_advantages",
+    "role_evidence",
+    "roles",
+)
 
 
 @dataclass(frozen=True, slots=True)

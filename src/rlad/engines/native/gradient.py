@@ -188,6 +188,10 @@ class LossGradient:
             token_stats = token_stats | {"pointwise_clipped": counts > 0}
         loss = aggregate(losses, inputs.trained, mode=settings.aggregation, denominator=whole)
         loss.backward()
+        if batch.roles is not None:
+            assert inputs.role_evidence is not None
+            corrected["role"] = padded([batch.roles[i] for i in part], scores.logprobs)
+            corrected["role_evidence"] = inputs.role_evidence
         stats.add(inputs, scores.entropy, rollout_logprobs, token_stats | corrected)
         if imitation is not None:
             imitation.add(part, inputs, token_stats, [batch.actions[i] for i in part])

@@ -20,7 +20,7 @@ from rlad.findings import Finding
 from rlad.replicas import ServerUnavailableError
 from rlad.scoring.columns import TokenColumns
 from rlad.scoring.scorer import Scorer
-from rlad.teachers.base import Answer, Setting, Teacher, TeacherRequest
+from rlad.teachers.base import Answer, Setting, Teacher, TeacherRequest, require_texts
 from rlad.teachers.served.client import CompletionsClient
 from rlad.teachers.served.columns import column_request, column_scoring, read_columns
 from rlad.teachers.served.protocol import Scoring, read_scores, scoring_path, scoring_request
@@ -58,6 +58,7 @@ class ServedTeacher(Teacher):
         return True
 
     def submit(self, requests: Sequence[TeacherRequest]) -> list[Answer]:
+        require_texts(requests, "a server")
         return [
             Answer(partial(self._wait_for, result), spans)
             for result, spans in self._start([partial(self._score, one) for one in requests])

@@ -1,0 +1,53 @@
+"""A processor of pictures for models that read flat patches with their grid (Qwen2-VL, Qwen3-VL).
+
+Transformers' own needs torchvision for films; for pictures alone Pillow does.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoImageProcessor
+
+_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+
+
+class GridProcessor:
+    """Expands each placeholder to a token for each `merge_size` x `merge_size` patches."""
+
+    def __init__(self, image_processor: Any, tokenizer: Any, image_token: str, where: Any = None):
+        self.image_processor = image_processor
+        self.tokenizer = tokenizer
+        self.image_token = image_token
+        self.where = where
+        """the folder whose files it is saved as"""
+
+    @classmethod
+    def from_pretrained(cls, name: Any, tokenizer: Any, image_token: str) -> "GridProcessor":
+        """Raises `ValueError` for an image processor of another layout."""
+        images = AutoImageProcessor.from_pretrained(name)
+        if "image_grid_thw" not in images.model_input_names:
+            raise ValueError("its pixels have no grid")
+        return cls(images, tokenizer, image_token, name)
+
+    def __call__(
+        self, *, text: list[str], images: list[list[Any]], return_tensors: str, **tokenize: Any
+    ) -> dict[str, Any]:
+        pixels = self.image_processor(images[0], return_tensors=return_tensors)
+        sizes = pixels["image_grid_thw"].prod(dim=1) // self.image_processor.merge_size**2
+        parts = text[0].split(self.image_token)
+        if len(parts) != len(sizes) + 1:
+            raise ValueError(
+                f"the text has {len(parts) - 1} placeholders for {len(sizes)} pictures"
+            )
+        expanded = parts[0]
+        for part, size in zip(parts[1:], sizes.tolist(), strict=True):
+            expanded += self.image_token * size + part
+        return {**self.tokenizer([expanded], return_tensors="pt", **tokenize), **pixels}
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Copy the files that transformers' own processor was written as."""
+        for name in _FILES:
+            source = Path(self.where or "") / name
+            if source.is_file():
+                shutil.copy(source, folder)

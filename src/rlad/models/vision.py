@@ -1,0 +1,329 @@
+"""How a model sees: its processor makes token ids and pixels of pictures, its vision tower features
+of the pixels, and its language part reads those in place of the placeholder tokens.
+
+Features are computed for each prompt alone and joined for a batch, so what a prompt's pictures are
+worth does not depend on the others, and rows of one prompt share them.
+"""
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from rlad.errors import UserError
+from rlad.models.grid_processor import GridProcessor
+from rlad.models.pictures import Picture, PicturedPrompt, pictures_of
+from rlad.text import first_line
+
+MAX_KEPT_BYTES = 512 * 2**20
+"""of features that a frozen vision tower has computed; the oldest are forgotten first"""
+_PLACEHOLDERS = ("image_token_id", "video_token_id", "audio_token_id")
+
+
+def sees(config: PretrainedConfig) -> bool:
+    """Whether a model of this config reads pictures."""
+    has_tower = getattr(config, "vision_config", None) is not None
+    return has_tower and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """Return the class of transformers that makes the model of a config, with its eyes if it has
+    any."""
+    return AutoModelForImageTextToText if sees(config) else AutoModelForCausalLM
+
+
+def placeholder_ids(config: PretrainedConfig) -> tuple[int, ...]:
+    """Return the tokens in whose place a model reads pictures, films or sound; no completion may
+    hold one."""
+    found = (getattr(config, name, None) for name in _PLACEHOLDERS)
+    return tuple(dict.fromkeys(one for one in found if isinstance(one, int)))
+
+
+def load_processor(name: Any, tokenizer: Any, config: PretrainedConfig) -> Any:
+    """Load the processor of a model's folder or name. Raises `UserError` without one."""
+    failure: Exception
+    try:
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+        if getattr(processor, "image_processor", None) is not None:
+            return processor
+        failure = ValueError("it has no image processor")
+    except (ImportError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        failure = error
+    try:
+        # A processor that reads films too wants torchvision; pictures alone do without.
+        token = tokenizer.convert_ids_to_tokens(placeholder_ids(config)[0])
+        return GridProcessor.from_pretrained(name, tokenizer, token)
+    except (ImportError, OSError, ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(
+            f"no processor of pictures can be loaded from {str(name)!r} ({first_line(failure)}); "
+            "save it beside the model with `processor.save_pretrained(folder)`, and install what "
+            "it asks for."
+        ) from None
+
+
+@dataclass(slots=True)
+class Sight:
+    """What a model sees of one prompt."""
+
+    outputs: Any
+    """of the vision tower and what follows it, as transformers' `mm_encoder_outputs` takes them"""
+    positions: Tensor | None
+    """of the prompt's tokens [3, token] where a picture has rows and columns; None: 0, 1, 2, ..."""
+    num_bytes: int = 0
+
+
+@dataclass
+class Vision:
+    """The eyes of one model: its processor, and the features that it has computed."""
+
+    name: str
+    where: Any
+    """the folder or name from which its processor is loaded, when it is first needed"""
+    tokenizer: Any
+    config: PretrainedConfig
+    keeps_features: bool = True
+    """whether the tower never moves, so that what it has seen holds"""
+    _kept: OrderedDict[PicturedPrompt, Sight] = field(default_factory=OrderedDict, repr=False)
+
+    @cached_property
+    def processor(self) -> Any:
+        """Raises `UserError` where it cannot be loaded."""
+        return load_processor(self.where, self.tokenizer, self.config)
+
+    @property
+    def has_processor(self) -> bool:
+        """Whether there is one; a student may be trained on texts alone without."""
+        try:
+            return self.processor is not None
+        except UserError:
+            return False
+
+    @property
+    def placeholder_ids(self) -> tuple[int, ...]:
+        return placeholder_ids(self.config)
+
+    # --- from pictures to tokens and pixels -------------------------------------------------------
+
+    @property
+    def token(self) -> str:
+        """The placeholder of a picture in a text, before it is repeated for each of its tokens."""
+        return self.processor.image_token
+
+    @property
+    def wrapped_token(self) -> str:
+        """The placeholder as a text without a chat template needs it."""
+        marks = [getattr(self.config, f"vision_{end}_token_id", None) for end in ("start", "end")]
+        if not all(isinstance(mark, int) for mark in marks):
+            return self.token
+        start, end = self.tokenizer.convert_ids_to_tokens(marks)
+        return f"{start}{self.token}{end}"
+
+    def prompt(
+        self, text: str, pictures: Sequence[Picture], *, add_special_tokens: bool
+    ) -> PicturedPrompt:
+        """Tokenize a text whose placeholders, one for each picture, become as many tokens as the
+        pictures have."""
+        made = self._processed(text, pictures, add_special_tokens=add_special_tokens)
+        return PicturedPrompt(torch.as_tensor(made["input_ids"])[0].tolist(), pictures)
+
+    def num_tokens(self, picture: Picture) -> int:
+        """Count the placeholder tokens of a picture."""
+        ids = self.prompt(self.token, [picture], add_special_tokens=False)
+        return sum(one in self.placeholder_ids for one in ids)
+
+    def pixels(self, pictures: Sequence[Picture]) -> dict[str, Tensor]:
+        """Return what the vision tower takes of some pictures, of one prompt."""
+        text = self.wrapped_token * len(pictures)
+        made = self._processed(text, pictures, add_special_tokens=False)
+        return {
+            key: torch.as_tensor(value)
+            for key, value in made.items()
+            if key not in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+        }
+
+    def _processed(
+        self, text: str, pictures: Sequence[Picture], *, add_special_tokens: bool
+    ) -> Mapping[str, Any]:
+        images = [picture.image() for picture in pictures]
+        try:
+            return self.processor(
+                text=[text],
+                images=[images],
+                add_special_tokens=add_special_tokens,
+                return_tensors="pt",
+            )
+        except (ValueError, TypeError, IndexError) as error:
+            names = ", ".join(picture.name or "a picture" for picture in pictures)
+            raise UserError(
+                f"the processor of {self.name!r} cannot take {names} ({first_line(error)}); change "
+                "the picture, or take another model."
+            ) from None
+
+    # --- from pixels to what the language part reads ----------------------------------------------
+
+    def inputs(
+        self, model: PreTrainedModel, ids: Tensor, prompts: Sequence[Sequence[int]], start: Any
+    ) -> dict[str, Any]:
+        """Return what a forward pass over `ids` takes besides them; empty without pictures.
+
+        `ids` [row, token] hold the prompts from column `start[row]` on, a completion after them,
+        and padding elsewhere.
+        """
+        if not any(map(pictures_of, prompts)):
+            return {}
+        sights: dict[Sequence[int], Sight] = {}
+        for prompt in prompts:
+            if pictures_of(prompt) and prompt not in sights:
+                sights[prompt] = self._seen(model, prompt)
+        rows = [sights[prompt] for prompt in prompts if pictures_of(prompt)]
+        inputs: dict[str, Any] = {"mm_encoder_outputs": {"image": _joined(rows)}}
+        if any(sight.positions is not None for sight in rows):
+            positions = torch.zeros(3, *ids.shape, dtype=torch.long)
+            for row, prompt in enumerate(prompts):
+                sight = sights.get(prompt) if pictures_of(prompt) else None
+                own = positions_of(prompt, sight, ids.shape[1] - start[row])
+                positions[:, row, start[row] :] = own
+            inputs["position_ids"] = positions.to(ids.device)
+        return inputs
+
+    def _seen(self, model: PreTrainedModel, prompt: Sequence[int]) -> Sight:
+        assert isinstance(prompt, PicturedPrompt)
+        if kept := self._kept.get(prompt):
+            self._kept.move_to_end(prompt)
+            return kept
+        # Sampling is in inference mode, whose tensors no gradient may pass; what is kept is for
+        # both.
+        # A blackened picture is looked at once.
+        if not self.keeps_features or any(one.blackened for one in prompt.pictures):
+            return self._look(model, prompt)
+        with torch.inference_mode(False), torch.no_grad():
+            sight = self._look(model, prompt)
+        self._kept[prompt] = sight
+        while sum(one.num_bytes for one in self._kept.values()) > MAX_KEPT_BYTES:
+            self._kept.popitem(last=False)
+        return sight
+
+    def _look(self, model: Any, prompt: PicturedPrompt) -> Sight:
+        below = model.base_model
+        pixels = {
+            key: value.to(model.device) for key, value in self.pixels(prompt.pictures).items()
+        }
+        taken = inspect.signature(below.get_image_features).parameters
+        wanted = {key: value for key, value in pixels.items() if key in taken}
+        outputs = below.get_image_features(**wanted, return_dict=True)
+        size = sum(one.numel() * one.element_size() for one in outputs.pooler_output)
+        return Sight(outputs, _positions(below, prompt, pixels, self.config), size)
+
+
+def positions_of(prompt: Sequence[int], sight: Sight | None, length: int) -> Tensor:
+    """Return the positions [3, length] of a prompt's tokens and of what follows it."""
+    if sight is None or sight.positions is None:
+        return torch.arange(length).expand(3, -1)
+    first = int(sight.positions.max()) + 1
+    after = torch.arange(first, first + max(length - len(prompt), 0))
+    return torch.cat([sight.positions, after.expand(3, -1)], dim=1)[:, :length]
+
+
+def _positions(
+    below: Any, prompt: PicturedPrompt, pixels: dict[str, Tensor], config: PretrainedConfig
+) -> Tensor | None:
+    """Return the positions of a prompt's tokens under M-RoPE; None for a model without it."""
+    find: Callable[..., Any] | None = getattr(below, "get_rope_index", None)
+    if find is None:
+        return None
+    ids = torch.tensor([list(prompt)])
+    grids = {key: value.cpu() for key, value in pixels.items() if key.endswith("_grid_thw")}
+    kinds = (ids == getattr(config, "image_token_id", -1)).int()
+    taken = inspect.signature(find).parameters
+    if "mm_token_type_ids" in taken:
+        grids["mm_token_type_ids"] = kinds
+    return find(input_ids=ids, attention_mask=torch.ones_like(ids), **grids)[0][:, 0].cpu()
+
+
+def _joined(sights: Sequence[Sight]) -> Any:
+    """Join what was seen of several prompts, in the order of their rows."""
+    first = sights[0].outputs
+    joined = {"pooler_output": [one for s in sights for one in s.outputs.pooler_output]}
+    layers = getattr(first, "deepstack_features", None)
+    if layers is not None:
+        # Of each layer, the features of each picture.
+        joined["deepstack_features"] = [
+            [one for s in sights for one in s.outputs.deepstack_features[layer]]
+            for layer in range(len(layers))
+        ]
+    return type(first)(**joined)
+
+
+def language_parameters(model: PreTrainedModel) -> set[int]:
+    """Return the ids of the parameters of a model's language part and its output layer."""
+    return {id(one) for part in _language_parts(model) for one in part.parameters()}
+
+
+def _language_parts(model: Any) -> list[torch.nn.Module]:
+    decoder = model.base_model.get_decoder()
+    head = model.get_output_embeddings()
+    return [decoder, model.get_input_embeddings(), *([head] if head is not None else [])]
+
+
+def freeze_vision(model: PreTrainedModel) -> None:
+    """Freeze all but the language part: the tower, and what joins it to the language part."""
+    kept = language_parameters(model)
+    for parameter in model.parameters():
+        if id(parameter) not in kept:
+            parameter.requires_grad_(False)
+
+
+def vision_modules(model: PreTrainedModel) -> list[str]:
+    """Name the modules that are not of the language part, for adapters to pass over."""
+    kept = {id(module) for part in _language_parts(model) for module in part.modules()}
+    return [
+        name
+        for name, module in model.named_modules()
+        if id(module) not in kept and isinstance(module, torch.nn.Linear)
+    ]
+
+
+def require_seeing_class(model: Any) -> None:
+    """Raise `UserError` for an architecture that takes no features computed beforehand."""
+    taken = inspect.signature(model.base_model.forward).parameters
+    if "mm_encoder_outputs" not in taken:
+        raise UserError(
+            f"{type(model).__name__} takes no features of pictures computed beforehand in this "
+            "version of transformers; take a model such as LLaVA, SmolVLM, Qwen2-VL or Qwen3-VL, "
+            "with transformers 5.19 or later."
+        )
+
+
+def seen(
+    language_model: Any, ids: Tensor, prompts: Sequence[Sequence[int]], start: Any
+) -> dict[str, Any]:
+    """Return what the model takes of the prompts' pictures; see `Vision.inputs`.
+
+    Raises `UserError` where it reads text alone.
+    """
+    if language_model.vision is not None:
+        return language_model.vision.inputs(language_model.model, ids, prompts, start)
+    require_blind_prompts(prompts, language_model.name)
+    return {}
+
+
+def require_blind_prompts(prompts: Sequence[Sequence[int]], name: str) -> None:
+    """Raise `UserError` for a prompt with pictures, as the model `name` reads text alone."""
+    if any(map(pictures_of, prompts)):
+        raise UserError(
+            f"a prompt has pictures, and model {name!r} reads text alone; take a model that sees, "
+            "or problems without pictures."
+        )

@@ -1,0 +1,92 @@
+"""The pictures of a row of the user's data, and its messages in parts."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlad.errors import UserError
+from rlad.models.pictures import MARKER, Picture
+
+MAX_PICTURES = 16
+"""of one problem"""
+
+
+def with_text_parts(row: Any, field: str) -> Any:
+    """Return a row whose messages are texts: content in parts becomes a text with markers."""
+    messages = row.get(field) if isinstance(row, dict) else None
+    if not isinstance(messages, list):
+        return row
+    return {**row, field: [_with_text(message) for message in messages]}
+
+
+def _with_text(message: Any) -> Any:
+    parts = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(parts, list):
+        return message
+    texts = []
+    for part in parts:
+        match part:
+            case {"type": "text", "text": str(text)}:
+                texts.append(text)
+            case {"type": "image", **rest} if not any(rest.values()):
+                texts.append(MARKER)
+            case _:
+                return message  # which is then refused as it is
+    return {**message, "content": "".join(texts)}
+
+
+def pictures_of_row(
+    row: dict[str, Any], field: str, *, source: str, where: str
+) -> tuple[Picture, ...]:
+    """Read the pictures of a row: paths relative to the file, base64, or images of `datasets`.
+
+    Raises `UserError` for one that is missing, unreadable or too large, and for another number of
+    markers in the prompt.
+    """
+    given = row.get(field)
+    if given is None or given == []:
+        return ()
+    several: Sequence[Any] = given if isinstance(given, list | tuple) else [given]
+    if len(several) > MAX_PICTURES:
+        raise UserError(
+            f"{where}: the field {field!r} has {len(several)} pictures, and at most {MAX_PICTURES} "
+            "are allowed; leave some out."
+        )
+    folder = Path(source) if Path(source).is_dir() else Path(source).parent
+    try:
+        return tuple(
+            _picture(one, folder, f"{where}, {field} {n}") for n, one in enumerate(several, start=1)
+        )
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def require_markers(prompt: str, num_pictures: int, where: str) -> None:
+    """Raise `UserError` unless a prompt marks the place of each of its pictures, or of none."""
+    number = prompt.count(MARKER)
+    if num_pictures and number not in (0, num_pictures):
+        raise UserError(
+            f"{where}: the prompt has {number} times {MARKER!r} and the row {num_pictures} "
+            "pictures; write it once for each of them, or not at all: then they come first."
+        )
+
+
+def _picture(given: Any, folder: Path, name: str) -> Picture:
+    if isinstance(given, str) and given.strip():
+        is_data = given.startswith("data:") or (len(given) > 255 and "\n" not in given[:80])
+        return Picture.from_base64(given, name) if is_data else Picture.from_file(folder / given)
+    # What `datasets` stores of an image that it does not decode.
+    if isinstance(given, dict) and isinstance(given.get("bytes"), bytes):
+        picture = Picture(given["bytes"], name)
+        picture.require_sound()
+        return picture
+    if isinstance(given, dict) and isinstance(given.get("path"), str):
+        return Picture.from_file(folder / given["path"])
+    if isinstance(given, dict) and isinstance(given.get("base64"), str):
+        return Picture.from_base64(given["base64"], name)
+    if hasattr(given, "convert"):
+        return Picture.from_pil(given, name)
+    raise UserError(
+        f"{name} is a {type(given).__name__}; give the path of an image file, base64 text, or an "
+        "Image column of datasets."
+    )
