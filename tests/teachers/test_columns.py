@@ -315,6 +315,21 @@ def test_the_gradient_is_that_of_the_local_teacher(
         assert loss < 1e-5 and gradient < 1e-5, name
 
 
+def test_completions_on_which_the_teacher_is_silent_have_no_columns(tmp_path: Path) -> None:
+    knobs = {"kd_estimator": "top_k", "top_k": 4, "teacher_on": "wrong", "kd_coef": 0.5}
+    case = make_case("kdrl", knobs=knobs)
+    local = case.engine.teacher
+    assert isinstance(local, LocalTeacher)
+    batch = case.engine.make_rollout_batch(0)
+    assert 0 < len(batch.teacher_rows) < len(batch.training_rows)
+    wanted = by_engine(case, batch, rollouts_of(case))
+    counted = Counted(local.language_model, temperature=1.0, tokens_per_batch=60)
+    case.engine.teacher = cached(counted, tmp_path)
+    loss, gradient = difference(by_engine(case, batch, rollouts_of(case)), wanted)
+    assert counted.num_requests == len(batch.teacher_rows)
+    assert loss < 1e-5 and gradient < 1e-5
+
+
 @pytest.mark.parametrize("support", TOP_KS)
 def test_a_run_with_a_cache_resumes_bit_for_bit(
     support: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
