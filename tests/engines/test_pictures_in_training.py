@@ -204,6 +204,13 @@ def test_what_takes_texts_alone_is_named(models, changes, sentence):
         require_pictures_fit(config_of(models, **changes), Looking())
 
 
+def test_verl_is_given_texts_alone(models):
+    from rlad.export.verl import _rows
+
+    with pytest.raises(UserError, match="the verl route trains on texts"):
+        _rows(config_of(models), Looking(), "train", 1)
+
+
 def test_a_student_of_texts_alone_is_named_by_check(models):
     config = config_of(models, student={"model": "embedded/student"})
     messages = [

@@ -234,7 +234,7 @@ def test_its_teacher_is_the_model_of_a_checkpoint_whole_or_absent(
 
 
 def test_the_scenes_recipe_makes_models_that_train(tmp_path, capsys):
-    """A few steps of each phase; that the models learn is in the recipe's README."""
+    """A few steps of each phase show that it runs, not that the models learn."""
     path = RECIPES / "scenes-tiny" / "make.py"
     spec = importlib.util.spec_from_file_location("make_scenes", path)
     assert spec and spec.loader

@@ -203,8 +203,10 @@ def _thoughts(metrics: Metrics, config: RunConfig) -> list[Finding]:
         return []
     tokenizer = load_tokenizer(config.student.model)
     encode = encoder(teacher, Setting(config, tokenizer, None))
-    students = str(tokenizer.decode(prompt_token_ids(tokenizer, "?", config.rollout))).rstrip()
-    teachers = str(tokenizer.decode(encode("?"))).rstrip()
+    students = str(
+        tokenizer.decode(list(prompt_token_ids(tokenizer, "?", config.rollout)))
+    ).rstrip()
+    teachers = str(tokenizer.decode(list(encode("?")))).rstrip()
     # A template switches thinking off by a thought that has ended, or on by one that has begun.
     only_student_is_bare = students.endswith("</think>") and not teachers.endswith("</think>")
     only_teacher_thinks = teachers.endswith("<think>") and not students.endswith("<think>")

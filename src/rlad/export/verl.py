@@ -111,6 +111,11 @@ def _rows(config: RunConfig, task: Task, split: Split, number: int) -> list[dict
     rows = []
     for index in range(number):
         problem = task.problem(split, index, seed=seed)
+        if problem.images:
+            raise UserError(
+                "the task's problems have pictures, and the verl route trains on texts; train on "
+                "the native engine instead."
+            )
         row = {
             "data_source": problem.task or task.name,
             "prompt": chat_messages(problem.asked, config.rollout.system_prompt),
