@@ -1,11 +1,13 @@
 """Log-probs that depend on what else is in the batch, and modules that training mode leaves out."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from rlad.config.run import LoraConfig
+from rlad.engines.native.loop import NativeEngine
 from rlad.errors import RunFailedError, UserError
 from rlad.models.loading import context_tokens
 from rlad.rollouts.sampling import sample
@@ -107,3 +109,26 @@ def test_an_adapter_that_training_mode_passes_by_is_refused():
     plain = tiny_language_model()
     add_lora(plain.model, LoraConfig(rank=3, alpha=12.0), base="tiny", seed=3)
     require_same_gradients(plain)
+
+
+def test_a_sampler_that_disagrees_at_the_first_batch_stops_the_run():
+    def engine(dtype: str, *, is_own: bool = True) -> Any:
+        return SimpleNamespace(
+            _is_compared=False,
+            step=0,
+            sampler=SimpleNamespace(is_trainers_own=is_own),
+            student=SimpleNamespace(name="tiny"),
+            config=SimpleNamespace(student=SimpleNamespace(dtype=dtype)),
+        )
+
+    check = NativeEngine._require_same_logprobs
+    with pytest.raises(RunFailedError, match=r"step 1: .* differ by 0.0011 nats a token"):
+        check(engine("float32"), {"sampler/mismatch/mean": 1.1e-3})
+    check(engine("float32"), {"sampler/mismatch/mean": 0.9e-3})
+    check(engine("bfloat16"), {"sampler/mismatch/mean": 0.4})
+    check(engine("float32", is_own=False), {"sampler/mismatch/mean": 0.4})
+    later = engine("float32")
+    check(later, {})  # no group had a reward to train on
+    assert not later._is_compared
+    check(later, {"sampler/mismatch/mean": 1e-6})
+    check(later, {"sampler/mismatch/mean": 1.0})  # which the guards warn of

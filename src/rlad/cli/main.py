@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +45,9 @@ class _Verbs(click.Group):
     def invoke(self, context: click.Context) -> Any:
         """Run a command: an error of rlad ends in its sentence and exit code, Ctrl-C in 130, a bug
         in its traceback and 1."""
+        if not sys.warnoptions:
+            # What libraries plan to change is for those who develop with them.
+            warnings.simplefilter("ignore", FutureWarning)
         try:
             result = super().invoke(context)
             sys.stdout.flush()
