@@ -15,6 +15,7 @@ from rlad.config.file import parse_config
 from rlad.engines.native.loop import NativeEngine
 from rlad.models.student import load_student
 from rlad.rollouts.grading import graded_groups
+from rlad.rollouts.kept_cache import ContinuedSteps, KeptCache
 from rlad.rollouts.sampling import OwnSampler
 from rlad.tasks import Problem, Split, Task, make_task
 from rlad.tasks.base import Verdict
@@ -192,6 +193,26 @@ def groups_of(world: Path, kind: Any, **rollout: Any) -> Any:
         seed=3,
         sampler=kind(student, config.rollout),
     )
+
+
+def test_a_turn_that_reads_what_is_new_alone_is_that_which_reads_all(world: Path, monkeypatch: Any):
+    """Tokens, and log-probs but for rounding; only the first turn reads a whole sequence."""
+    made: list[int] = []
+    init = ContinuedSteps.__init__
+
+    def count(self: Any, model: Any, held: Any, sequences: Any) -> None:
+        made.append(len(sequences))
+        init(self, model, held, sequences)
+
+    monkeypatch.setattr(ContinuedSteps, "__init__", count)
+    kept = groups_of(world, OwnSampler)
+    assert sum(made) == sum(len(one.turns) - 1 for group in kept for one in group.rollouts)
+    monkeypatch.setattr(KeptCache, "take", lambda self, numbers: None)
+    read_anew = groups_of(world, OwnSampler)
+    for ours, theirs in zip(kept, read_anew, strict=True):
+        for one, other in zip(ours.rollouts, theirs.rollouts, strict=True):
+            assert one.completion.token_ids == other.completion.token_ids
+            assert one.completion.logprobs == pytest.approx(other.completion.logprobs, abs=1e-5)
 
 
 def test_a_turn_depends_neither_on_the_batch_nor_on_the_sampler(world: Path):

@@ -94,8 +94,10 @@ class CopiedStudent(Sampler):
         before_token: Callable[[], None] = lambda: None,
         after_group: Callable[[int, list[Completion]], None] = lambda number, completions: None,
         rows: Rows | None = None,
+        kept: Any = None,
     ) -> list[list[Completion]]:
-        """Sample as `rlad.rollouts.sampling.sample` documents.
+        """Sample as `rlad.rollouts.sampling.sample` documents; what the turns before have computed
+        is in vLLM's own cache of prefixes.
 
         Each completion has a seed of its own, so it does not depend on the others but for rounding.
         """

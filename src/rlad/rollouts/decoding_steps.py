@@ -49,6 +49,11 @@ class PlainSteps:
         highest = given["position_ids"].flatten(0, -2).view(-1, *ids.shape).amax(dim=(0, 2))
         self._surplus = (mask.sum(dim=1) - 1 - highest)[owners, None] if pictures else 0
 
+    @property
+    def mask(self) -> Tensor:
+        """Of each row, which tokens of the cache are none of padding, [row, token]."""
+        return self._mask
+
     def advance(self, tokens: Tensor) -> None:
         """Append a token to each row, and compute the next logits."""
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)

@@ -12,6 +12,7 @@ from functools import partial
 from rlad.config.run import RolloutConfig
 from rlad.errors import UserError
 from rlad.models.loading import LanguageModel
+from rlad.rollouts.kept_cache import KeptCache
 from rlad.rollouts.texts import begun_completion, completion_texts
 from rlad.rollouts.turns import TurnTemplate
 from rlad.rollouts.types import Asked, Completion, Ending, Rollout, Rows, Sampler, Turn
@@ -140,6 +141,7 @@ class EpisodePlayer:
         self._before_work = before_work
         self._after_group = after_group
         self._timer = timer
+        self._kept = KeptCache()
         self._template = TurnTemplate(student.tokenizer, rollout)
         contexts = (student.context_tokens, sampler.max_tokens)
         self._context = min((one for one in contexts if one is not None), default=None)
@@ -150,6 +152,11 @@ class EpisodePlayer:
     def play(self, asked: Sequence[Asked]) -> None:
         """Play a group of episodes of each problem."""
         self._template.require_prefix(asked[0].problem.asked)
+        if with_pictures := next((one.name for one in asked if one.problem.images), None):
+            raise UserError(
+                f"{with_pictures} has pictures, and episodes of several turns are of text alone; "
+                "leave them out, or take a task of single answers."
+            )
         group_size = self._rollout.group_size
         episodes: list[Episode] = []
         try:
@@ -219,6 +226,7 @@ class EpisodePlayer:
             before_token=self._before_work,
             after_group=after_group,
             rows=rows,
+            kept=self._kept,
         )
 
     def _room(self, episode: Episode) -> int:

@@ -28,6 +28,7 @@ from rlad.errors import UserError
 from rlad.models.loading import LanguageModel
 from rlad.models.vision import seen
 from rlad.rollouts.decoding_steps import GraphSteps, PlainSteps, obstacle_to_graphs
+from rlad.rollouts.kept_cache import ContinuedSteps, Held, KeptCache
 from rlad.rollouts.types import Completion, Rows, Sampler
 from rlad.scoring.tiles import tokens_per_chunk
 
@@ -128,6 +129,7 @@ def sample(
     before_token: Callable[[], None] = lambda: None,
     after_group: Callable[[int, list[Completion]], None] = lambda number, completions: None,
     rows: Rows | None = None,
+    kept: KeptCache | None = None,
     make_steps: Callable[..., PlainSteps] = PlainSteps,
 ) -> list[list[Completion]]:
     """`group_size` completions of each prompt (token ids), in the order of the prompts.
@@ -136,7 +138,8 @@ def sample(
     `max_completion_tokens`. At most `max_batch_rows` rows are decoded at once. `before_token` is
     called before every decoding step and may raise. `after_group` is given a prompt's number and
     its completions when the last of them has ended, while others are still decoded. `rows` says of
-    prompts that continue episodes, each a group of one, whose random numbers they use. Log-probs
+    prompts that continue episodes, each a group of one, whose random numbers they use; `kept` holds
+    what the turns before have computed of them, and is given what this one computes. Log-probs
     are those of the sampled tokens after division by the temperature, float32. Raises `UserError`
     for a prompt without tokens and for a model whose logits are not finite.
     """
@@ -159,12 +162,21 @@ def sample(
         uniforms = uniforms[list(rows.numbers)]
         most = torch.tensor(rows.max_tokens, device=device)
     decode = _decode if _cache_rows_can_be_dropped(language_model.model) else _generate
+    # What is kept of all rows may be as large as the cache of one batch, and no larger.
+    fits = num_rows <= max_batch_rows
+    if not fits or make_steps is not PlainSteps or not _cache_can_be_kept(language_model):
+        kept = None
+    numbers = range(num_rows) if rows is None else rows.numbers
     groups = _Groups(language_model, most.tolist(), group_size, after_group)
     vision = language_model.vision
     with torch.inference_mode(), language_model.autocast():
         for start in range(0, len(prompt_of_row), max_batch_rows):
             owners = prompt_of_row[start : start + max_batch_rows]
             asked = prompts[owners[0] : owners[-1] + 1]
+            part = numbers[start : start + max_batch_rows]
+            steps = make_steps
+            if kept is not None and rows is not None and (held := kept.take(part)) is not None:
+                steps = partial(_continued, held, asked)
             ids, mask = _left_padded(asked, language_model.pad_token_id, device)
             decode(
                 language_model,
@@ -178,8 +190,9 @@ def sample(
                     temperature,
                     before_token,
                     partial(groups.add, start),
-                    make_steps,
+                    steps,
                     vision.placeholder_ids if vision else (),
+                    None if kept is None else partial(_keep, kept, part),
                 ),
             )
     return groups.completions
@@ -246,6 +259,31 @@ def _cache_rows_can_be_dropped(model: PreTrainedModel) -> bool:
     )
 
 
+def _cache_can_be_kept(language_model: LanguageModel) -> bool:
+    """Whether all layers hold plain keys and values, of all tokens, and none is of a picture."""
+    model = language_model.model
+    if language_model.vision is not None or not _cache_rows_can_be_dropped(model):
+        return False
+    return all(type(one) is DynamicLayer for one in DynamicCache(config=model.config).layers)
+
+
+def _keep(
+    kept: KeptCache,
+    numbers: Sequence[int],
+    steps: PlainSteps,
+    rows: list[int],
+    places: list[int],
+) -> None:
+    for row, place in zip(rows, places, strict=True):
+        kept.put(numbers[row], steps.cache, place, steps.mask[place])
+
+
+def _continued(
+    held: Sequence[Held], sequences: Sequence[Sequence[int]], model: PreTrainedModel, *_: Tensor
+) -> ContinuedSteps:
+    return ContinuedSteps(model, held, sequences)
+
+
 @dataclass(frozen=True, slots=True)
 class _Batch:
     """Rows that are decoded together. Row `i` continues prompt `owners[i]` with the random numbers
@@ -266,6 +304,8 @@ class _Batch:
     make_steps: Callable[..., PlainSteps]
     forbidden: Sequence[int] = ()
     """tokens that no completion may hold"""
+    keep: Callable[[PlainSteps, list[int], list[int]], None] | None = None
+    """gets rows that have ended, and their places among those that are decoded"""
 
     def pick(self, rows: Tensor, step: int, logits: Tensor) -> tuple[Tensor, Tensor]:
         return pick_tokens(logits, self.uniforms[rows, step], self.temperature, self.forbidden)
@@ -306,6 +346,8 @@ def _decode(language_model: LanguageModel, batch: _Batch) -> None:
         num_alive = int(alive.sum())
         if num_alive < num_before:
             ended = rows[ends]
+            if batch.keep is not None:
+                batch.keep(steps, ended.tolist(), ends.nonzero().squeeze(1).tolist())
             batch.after_rows(
                 ended.tolist(), tokens_out[ended, : step + 1], logprobs_out[ended, : step + 1]
             )

@@ -108,6 +108,7 @@ class Sampler(ABC):
         before_token: Callable[[], None] = lambda: None,
         after_group: Callable[[int, list[Completion]], None] = lambda number, completions: None,
         rows: Rows | None = None,
+        kept: Any = None,
     ) -> list[list[Completion]]:
         """Sample `group_size` completions of each prompt (token ids).
 
