@@ -2,7 +2,7 @@
 fields. What it writes without them is replaced by the summary by rules."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from rlad.config.run import RolloutConfig
 from rlad.models.loading import LanguageModel
@@ -54,7 +54,7 @@ class SkillWriter:
         fields = read_fields(outside_thoughts(text))
         return fields if any(fields.values()) else summarise_by_rules(group)
 
-    def _prompt(self, group: RolloutGroup) -> list[int] | None:
+    def _prompt(self, group: RolloutGroup) -> Sequence[int] | None:
         """The prompt, with as much of the attempts as fits; None where that is hardly anything."""
         limits = (self._student.context_tokens, self._sampler.max_tokens)
         context = min((one for one in limits if one is not None), default=None)
