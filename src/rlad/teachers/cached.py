@@ -103,6 +103,7 @@ class CachedTeacher(TeacherWrapper):
     def columns(
         self, requests: Sequence[TeacherRequest], *, top_k: int, ids: Tensor | None = None
     ) -> TokenColumns:
+        require_texts(requests, "a cache of answers")
         if requests and not self._witness:
             self._make_witness(requests)
         lengths = [len(one.completion) for one in requests]

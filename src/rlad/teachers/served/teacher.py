@@ -67,6 +67,7 @@ class ServedTeacher(Teacher):
     def columns(
         self, requests: Sequence[TeacherRequest], *, top_k: int, ids: Tensor | None = None
     ) -> TokenColumns:
+        require_texts(requests, "a server")
         lengths = [len(one.completion) for one in requests]
         own_ids = [None] * len(requests) if ids is None else ids.cpu().split(lengths)
         started = self._start(
