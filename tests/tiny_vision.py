@@ -38,7 +38,7 @@ _SPECIAL = (
 )  # fmt: skip
 VOCABULARY = 64
 TAGS = ("<perception>", "</perception>", "<reasoning>", "</reasoning>")
-_TEXT = {
+_TEXT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -52,7 +52,7 @@ _TEXT = {
     "eos_token_id": EOS,
     "tie_word_embeddings": False,
 }
-_EYES = {
+_EYES: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
@@ -60,7 +60,7 @@ _EYES = {
     "image_size": 32,
     "patch_size": 8,
 }
-_QWEN_EYES = {
+_QWEN_EYES: dict[str, Any] = {
     "depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "patch_size": 8,
     "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3,
 }  # fmt: skip
