@@ -4,6 +4,7 @@ to get as far."""
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 import matplotlib.style
 import numpy as np
@@ -55,7 +56,7 @@ def _problems(compared: Sequence[Method], baseline: Method) -> Plot:
     for m in compared:
         values = 100 * np.sort(by_problem(m, baseline))[::-1]
         share = 100 * (np.arange(len(values)) + 0.5) / len(values)
-        look = looks[m.name] | {"markevery": max(1, len(values) // 6)}
+        look: dict[str, Any] = looks[m.name] | {"markevery": max(1, len(values) // 6)}
         axes.plot(share, values, drawstyle="steps-mid", label=short_name(m.name), **look)
     axes.axhline(0, color="black", linewidth=1)
     axes.set(xlabel="% of the test problems, best first", ylabel="points, mean over seeds")
