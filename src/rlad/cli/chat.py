@@ -222,7 +222,7 @@ def _talk(console: Console, chat: Chat) -> None:
 
     while True:
         try:
-            question = input("\nyou> ").strip()
+            question = console.input("\nyou> ", markup=False).strip()
         except (EOFError, KeyboardInterrupt):
             print_line(console, "")
             return

@@ -181,9 +181,9 @@ def _path_and_overrides(arguments: Sequence[str]) -> tuple[str | None, list[str]
 @click.option("--overwrite", is_flag=True, help="Replace the file.")
 @click.option("--models", is_flag=True, help="List the models whose shapes are known.")
 def init(student: str | None, models: bool, **how: Any) -> None:
-    """Write a first config for a student, a teacher, a task and a GPU.
+    """Write a first config.
 
-    The values are the paper's where it states them; a comment after each says where it comes from,
+    For a student, a teacher, a task and a GPU. The values are the paper's where it states them; a comment after each says where it comes from,
     and the first lines what memory and time the run is estimated to take. Nothing is downloaded.
 
     \b
