@@ -183,8 +183,9 @@ def _path_and_overrides(arguments: Sequence[str]) -> tuple[str | None, list[str]
 def init(student: str | None, models: bool, **how: Any) -> None:
     """Write a first config.
 
-    For a student, a teacher, a task and a GPU. The values are the paper's where it states them; a comment after each says where it comes from,
-    and the first lines what memory and time the run is estimated to take. Nothing is downloaded.
+    For a student, a teacher, a task and a GPU. The values are the paper's where it states them; a
+    comment after each says where it comes from, and the first lines what memory and time the run is
+    estimated to take. Nothing is downloaded.
 
     \b
     rlad init --student Qwen/Qwen3-0.6B --teacher Qwen/Qwen3-8B --task gsm8k --gpu h100
