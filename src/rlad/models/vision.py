@@ -9,7 +9,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -30,6 +30,9 @@ from rlad.text import first_line
 
 MAX_KEPT_BYTES = 512 * 2**20
 """of features that a frozen vision tower has computed; the oldest are forgotten first"""
+_FEATURES = ("pooler_output", "deepstack_features")
+_MOST_DIFFERENCE = 0.02
+"""of a token's last states, relative to their length; bfloat16 alone makes less"""
 _PLACEHOLDERS = ("image_token_id", "video_token_id", "audio_token_id")
 
 
@@ -97,13 +100,14 @@ class Vision:
     keeps_features: bool = True
     """whether the tower never moves, so that what it has seen holds"""
     _kept: OrderedDict[PicturedPrompt, Sight] = field(default_factory=OrderedDict, repr=False)
+    _is_compared: bool = field(default=False, repr=False)
 
     @cached_property
     def processor(self) -> Any:
         """Raises `UserError` where it cannot be loaded."""
         return load_processor(self.where, self.tokenizer, self.config)
 
-    @property
+    @cached_property
     def has_processor(self) -> bool:
         """Whether there is one; a student may be trained on texts alone without."""
         try:
@@ -224,8 +228,44 @@ class Vision:
         taken = inspect.signature(below.get_image_features).parameters
         wanted = {key: value for key, value in pixels.items() if key in taken}
         outputs = below.get_image_features(**wanted, return_dict=True)
-        size = sum(one.numel() * one.element_size() for one in outputs.pooler_output)
-        return Sight(outputs, _positions(below, prompt, pixels, self.config), size)
+        # The states of the tower's layers, which some models return too, are not needed again.
+        needed = {name: outputs[name] for name in _FEATURES if outputs.get(name) is not None}
+        positions = _positions(below, prompt, pixels, self.config)
+        sight = Sight(type(outputs)(**needed), positions, _num_bytes(list(needed.values())))
+        if not self._is_compared:
+            self._require_own_states(below, prompt, pixels, sight)
+            self._is_compared = True
+        return sight
+
+    @torch.no_grad()
+    def _require_own_states(
+        self, below: Any, prompt: PicturedPrompt, pixels: dict[str, Tensor], sight: Sight
+    ) -> None:
+        """Raise `UserError` unless features computed beforehand are read as pixels are.
+
+        Some architectures want more beside them, such as which tokens see each other both ways.
+        """
+        ids = torch.tensor([list(prompt)], device=below.device)
+        kinds = (ids == getattr(self.config, "image_token_id", -1)).int()
+        taken = inspect.signature(below.forward).parameters
+        own = {name: kinds for name in ("token_type_ids", "mm_token_type_ids") if name in taken}
+        given: dict[str, Any] = {"mm_encoder_outputs": {"image": _joined([sight])}}
+        if sight.positions is not None:
+            given["position_ids"] = sight.positions[:, None].to(ids.device)
+        read = partial(below, input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        theirs = read(**pixels, **own).last_hidden_state.float()
+        try:
+            ours = read(**given).last_hidden_state.float()
+        except (AttributeError, TypeError, ValueError, KeyError):
+            difference = float("inf")
+        else:
+            difference = float(((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).max())
+        if not difference <= _MOST_DIFFERENCE:
+            raise UserError(
+                f"{type(below).__name__} of {self.name!r} does not read features of pictures "
+                "computed beforehand as it reads pixels; take another model, such as LLaVA, "
+                "SmolVLM, Qwen2-VL or Qwen3-VL."
+            )
 
 
 def positions_of(prompt: Sequence[int], sight: Sight | None, length: int) -> Tensor:
@@ -253,10 +293,22 @@ def _positions(
     return find(input_ids=ids, attention_mask=torch.ones_like(ids), **grids)[0][:, 0].cpu()
 
 
+def _num_bytes(features: Any) -> int:
+    """Count the bytes of tensors in lists."""
+    if isinstance(features, Tensor):
+        return features.numel() * features.element_size()
+    return sum(map(_num_bytes, features))
+
+
 def _joined(sights: Sequence[Sight]) -> Any:
     """Join what was seen of several prompts, in the order of their rows."""
     first = sights[0].outputs
-    joined = {"pooler_output": [one for s in sights for one in s.outputs.pooler_output]}
+    pooled = [s.outputs.pooler_output for s in sights]
+    # One tensor of all pictures, or one of each, as the model makes and takes them.
+    is_tensor = isinstance(pooled[0], Tensor)
+    joined = {
+        "pooler_output": torch.cat(pooled) if is_tensor else [one for s in pooled for one in s]
+    }
     layers = getattr(first, "deepstack_features", None)
     if layers is not None:
         # Of each layer, the features of each picture.

@@ -1,0 +1,88 @@
+"""What a model's tower makes: only what is needed is kept, and a model that reads features
+otherwise than pixels is refused."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    VipLlavaConfig,
+    VipLlavaForConditionalGeneration,
+)
+
+import tiny_vision
+from rlad.errors import UserError
+from rlad.models.loading import LanguageModel
+from rlad.models.vision import Vision
+from rlad.scoring.scorer import Scorer
+from tiny_vision import EOS, FAMILIES, PAD, picture, tiny_processor, tiny_seeing_model
+
+
+def score(model: LanguageModel, *seeds: int) -> list[torch.Tensor]:
+    vision = model.vision
+    assert vision is not None
+    prompts = [
+        vision.prompt(f"w12 {vision.wrapped_token} w14", [picture(seed)], add_special_tokens=True)
+        for seed in seeds
+    ]
+    scorer = Scorer(model, temperature=1.0, tokens_per_batch=1_000)
+    return scorer.score(prompts, [[20, 21]] * len(prompts))
+
+
+def total_bytes(values: Any) -> int:
+    if isinstance(values, torch.Tensor):
+        return values.numel() * values.element_size()
+    return sum(map(total_bytes, values)) if isinstance(values, list | tuple) else 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_that_is_kept_is_counted(family):
+    model = tiny_seeing_model(family)
+    score(model, 0)
+    assert model.vision is not None
+    (sight,) = model.vision._kept.values()
+    assert total_bytes(list(sight.outputs.values())) == sight.num_bytes > 0
+
+
+def other_model(config: Any, kind: Any) -> LanguageModel:
+    torch.manual_seed(0)
+    model = kind(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.15)
+    tokenizer = tiny_vision.seeing_tokenizer()
+    vision = Vision("other", "", tokenizer, config)
+    vision.processor = tiny_processor("llava", tokenizer)
+    return LanguageModel("other", model, tokenizer, (EOS,), PAD, torch.float32, vision)
+
+
+def test_a_model_whose_pictures_see_both_ways_is_refused():
+    """Without the kinds of tokens, Gemma 3 would read its pictures causally."""
+    text = {**tiny_vision._TEXT, "sliding_window": 64, "query_pre_attn_scalar": 8}
+    kind: Any = Gemma3Config
+    config = kind(
+        text_config={**text, "layer_types": ["sliding_attention", "full_attention"]},
+        vision_config=tiny_vision._EYES,
+        mm_tokens_per_image=16,
+        image_token_id=2,
+        image_token_index=2,
+    )
+    with pytest.raises(UserError, match="Gemma3Model of 'other' does not read features"):
+        score(other_model(config, Gemma3ForConditionalGeneration), 0)
+
+
+def test_features_in_one_tensor_are_joined_too():
+    kind: Any = VipLlavaConfig
+    config = kind(
+        text_config={"model_type": "qwen3", **tiny_vision._TEXT},
+        vision_config={"model_type": "clip_vision_model", **tiny_vision._EYES},
+        vision_feature_layers=[-1, -2],
+        image_token_id=2,
+        image_token_index=2,
+    )
+    model = other_model(config, VipLlavaForConditionalGeneration)
+    (alone,) = score(model, 1)
+    _, together, _ = score(model, 0, 1, 2)
+    torch.testing.assert_close(together, alone)
