@@ -130,7 +130,8 @@ def beside(table: Any, folder: Path) -> Any:
     found = {}
     for key, value in table.items():
         is_name = key in _NAMES_OF_FILES and isinstance(value, str) and len(value) < 256
-        is_there = is_name and value and (folder / value).exists()
+        is_relative = is_name and value and not Path(value).is_absolute()
+        is_there = is_relative and (folder / value).exists()
         found[key] = os.path.relpath(folder / value) if is_there else beside(value, folder)
     return found
 
