@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from rlad.models.loading import LanguageModel
 from rlad.rollouts import sampling
 from rlad.rollouts.sampling import pick_tokens, sample
-from rlad.rollouts.types import Completion
+from rlad.rollouts.types import Completion, Rows
 from rlad.scoring.scorer import Scorer
 from rlad.scoring.tiles import LOGITS_PER_CHUNK
 from tiny_models import (
@@ -294,6 +294,35 @@ def test_an_end_token_at_the_limit_is_no_truncation() -> None:
         ((1,), False),
     ]
     assert completions[2].logprobs == (-1.0,)
+
+
+_LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 4,
+    "long_factor": [3.0] * 4,
+    "original_max_position_embeddings": 16,
+    "rope_theta": 10000.0,
+}
+_SHORT_CONTEXTS: list[tuple[str, dict[str, Any]]] = [
+    ("gpt2", {"n_positions": 16}),
+    ("phi3", {"original_max_position_embeddings": 16, "rope_scaling": _LONGROPE}),
+]
+
+
+@pytest.mark.parametrize("family, settings", _SHORT_CONTEXTS)
+def test_a_row_that_fills_the_context_ends_while_others_are_decoded(family, settings) -> None:
+    """A model has no position after its context, and longrope then changes those of all rows."""
+    model = tiny_language_model(family, eos_token_ids=(999,), **settings)
+    prompts = random_tokens(12, *[3] * 9)
+    limits = [4] + [10] * 9
+    rows = Rows(10, range(10), limits)
+    settings = {"group_size": 1, "max_completion_tokens": 10, "temperature": 1.0, "seed": 0}
+    found = [group[0] for group in sample(model, prompts, rows=rows, **settings)]
+    assert [len(one.token_ids) for one in found] == limits
+    scorer = Scorer(model, temperature=1.0, tokens_per_batch=1000)
+    scores = scorer.score(prompts, [one.token_ids for one in found])
+    for one, expected in zip(found, scores, strict=True):
+        torch.testing.assert_close(torch.tensor(one.logprobs), expected, rtol=0, atol=2e-5)
 
 
 def test_a_single_token_and_a_single_prompt() -> None:

@@ -148,8 +148,9 @@ def sample(
             "a prompt has no tokens, so there is nothing to predict the first token from; give "
             "every prompt some text."
         )
-    longest = max(map(len, prompts), default=0)
-    language_model.require_one_rope(longest + max_completion_tokens)
+    limits = rows.max_tokens if rows else [max_completion_tokens] * len(prompts)
+    lengths = [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]
+    language_model.require_one_rope(max(lengths, default=0))
     # All uniform numbers are drawn before anything is decoded, so a row's do not depend on the
     # batch that it is decoded in.
     device = language_model.model.device
@@ -335,6 +336,7 @@ def _decode(language_model: LanguageModel, batch: _Batch) -> None:
     rows = torch.arange(num_rows, device=device)
     alive = torch.ones(num_rows, dtype=torch.bool, device=device)
     num_alive = num_rows
+    least = int(batch.max_tokens.min())
     for step in range(max_tokens):
         tokens, logprobs = batch.pick(rows, step, steps.logits)
         # A row that has ended is decoded until it is dropped; what it writes then is not read.
@@ -353,14 +355,16 @@ def _decode(language_model: LanguageModel, batch: _Batch) -> None:
             )
         if num_alive == 0:
             break
-        # Once many rows have finished, drop them from the batch. A row keeps its uniform numbers,
-        # so the others' tokens do not change.
-        if num_alive <= (1 - _COMPACT_SHARE) * len(rows):
+        # Once many rows have finished, drop them from the batch, and at once where one has used up
+        # its own limit: it may be at the end of the context, and no position comes after that. A
+        # row keeps its uniform numbers, so the others' tokens do not change.
+        if num_alive <= (1 - _COMPACT_SHARE) * len(rows) or step + 1 >= least:
             kept = alive.nonzero().squeeze(1)
             steps.keep(kept)
             rows = rows[kept]
             tokens = tokens[kept]
             alive = alive[kept]
+            least = int(batch.max_tokens[rows].min())
         batch.before_token()
         steps.advance(tokens)
 
@@ -395,7 +399,6 @@ def _generate(language_model: LanguageModel, batch: _Batch) -> None:
     """
     model: Any = language_model.model
     settings = GenerationConfig(
-        max_new_tokens=batch.uniforms.shape[1],
         do_sample=False,
         eos_token_id=list(language_model.eos_token_ids),
         pad_token_id=language_model.pad_token_id,
@@ -413,6 +416,7 @@ def _generate(language_model: LanguageModel, batch: _Batch) -> None:
             owners = batch.owners[rows]
             prompts = batch.ids[owners, -length:]
             picker = _PickTokens(batch, rows)
+            settings.max_new_tokens = int(batch.max_tokens[rows].max())
             asked = [batch.prompts[i] for i in owners.tolist()]
             pictures = seen(language_model, prompts, asked, [0] * len(asked))
             tokens = model.generate(
