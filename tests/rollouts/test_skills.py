@@ -39,6 +39,11 @@ def test_a_skill_quotes_the_shortest_success_and_the_worst_failure():
     assert summarise_by_rules(group(rollout(0, "up")))["workflow"] == ""
 
 
+def test_a_skill_quotes_no_thoughts():
+    fields = summarise_by_rules(group(rollout(1, "<think>up? left.</think> left", "so</think> up")))
+    assert fields["workflow"] == "left / up"
+
+
 def test_untried_ones_first_then_by_their_upper_bound():
     """Means 1 and 0 after one try each, N = 2: 1 + sqrt(2 ln 2) against sqrt(2 ln 2): the first. At
     n = 4 and 1, N = 5: 1 + sqrt(2 ln 5 / 4) = 1.897 against sqrt(2 ln 5) = 1.794; at n = 5, N = 6:

@@ -19,7 +19,7 @@ from rlad.config.validation import validated
 from rlad.errors import UserError
 from rlad.models.loading import load_tokenizer
 from rlad.rollouts.prompts import prompt_token_ids
-from rlad.rollouts.types import Completion, Rollout
+from rlad.rollouts.types import Completion, Rollout, Turn
 from rlad.tasks import Problem
 from rlad.teachers import check_teacher
 from rlad.teachers.base import Setting, TeacherRequest
@@ -157,6 +157,14 @@ def test_thoughts_are_hidden_unless_they_shall_be_shown() -> None:
     assert shown(settings, request(WRONG, *peers)) == ["first", "second"]
     whole = settings.model_copy(update={"show_thoughts": True})
     assert shown(whole, request(WRONG, *peers)) == [peer.text for peer in peers]
+
+
+def test_thoughts_are_hidden_in_each_turn_of_an_episode() -> None:
+    """Also where the chat template has begun the thought of each turn."""
+    turns = (Turn("up?</think>up", "A wall.", 0.0), Turn("so</think>left", "", 1.0))
+    peer = replace(rollout("up?</think>up\n\nA wall.\n\nso</think>left", 1), turns=turns)
+    asked = request(rollout("down", 0), peer)
+    assert shown(ContextConfig(num_successes=1), asked) == ["up\n\nA wall.\n\nleft"]
 
 
 @pytest.mark.parametrize("show_thoughts", [False, True])

@@ -13,7 +13,7 @@ from rlad.config.run import RolloutConfig
 from rlad.errors import UserError
 from rlad.models.loading import LanguageModel
 from rlad.rollouts.kept_cache import KeptCache
-from rlad.rollouts.texts import begun_completion, completion_texts
+from rlad.rollouts.texts import begun_completion, completion_texts, conversation_text
 from rlad.rollouts.turns import TurnTemplate
 from rlad.rollouts.types import Asked, Completion, Ending, Rollout, Rows, Sampler, Turn
 from rlad.seeds import stream_seed
@@ -107,12 +107,6 @@ class Episode:
 
     def _judgement(self, rules: EpisodeRules) -> Judgement:
         return cannot_judge(self.failure) if self.failure else rules.judge(self.steps)
-
-
-def conversation_text(turns: Sequence[Turn]) -> str:
-    """Join the turns of an episode with the replies that the model has read."""
-    parts = [part for turn in turns for part in (turn.text, turn.reply)][: 2 * len(turns) - 1]
-    return "\n\n".join(parts)
 
 
 class EpisodePlayer:

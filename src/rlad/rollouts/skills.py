@@ -16,6 +16,7 @@ from typing import Any, Self
 from rlad.config.context import SkillConfig
 from rlad.rollouts.types import Metrics, Rollout, RolloutGroup
 from rlad.tasks import Problem, Verdict
+from rlad.tasks.answers import outside_thoughts
 
 _FIELDS = ("worked", "went_wrong", "workflow")
 TITLES = dict(zip(_FIELDS, ("What worked", "What went wrong", "Ideal workflow"), strict=True))
@@ -186,7 +187,7 @@ def _num_turns(rollout: Rollout) -> int:
 
 def _said(rollout: Rollout) -> list[str]:
     texts = [turn.text for turn in rollout.turns] or [rollout.text]
-    return [" ".join(text.split()) for text in texts]
+    return [" ".join(outside_thoughts(text).split()) for text in texts]
 
 
 def _end_of(rollout: Rollout) -> str:

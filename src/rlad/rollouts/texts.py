@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
-from rlad.rollouts.types import Completion
+from rlad.rollouts.types import Completion, Rollout, Turn
+from rlad.tasks.answers import outside_thoughts
 
 _TAG = re.compile(r"</?[A-Za-z][\w-]*>")
 _WRITTEN_THOUGHT = re.compile(r"<think>\s*(?:</think>\s*)?$")
@@ -49,3 +51,16 @@ def written_thought(prompt: str) -> str:
 def begun_completion(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> str:
     """Find what the end of a prompt has written of its completion."""
     return written_thought(str(tokenizer.decode(list(prompt[-64:]), skip_special_tokens=False)))
+
+
+def conversation_text(turns: Sequence[Turn]) -> str:
+    """Join the turns of an episode with the replies that the model has read."""
+    parts = [part for turn in turns for part in (turn.text, turn.reply)][: 2 * len(turns) - 1]
+    return "\n\n".join(parts)
+
+
+def text_without_thoughts(rollout: Rollout) -> str:
+    """Return what a rollout says besides its thoughts. Of an episode turn by turn: a chat template
+    may have begun the thought of each."""
+    turns = [replace(turn, text=outside_thoughts(turn.text)) for turn in rollout.turns]
+    return conversation_text(turns) if turns else outside_thoughts(rollout.text)

@@ -18,10 +18,10 @@ from rlad.config.context import ContextConfig
 from rlad.findings import Finding
 from rlad.models.pictures import MARKER
 from rlad.rollouts.prompts import Prompt
+from rlad.rollouts.texts import text_without_thoughts
 from rlad.rollouts.types import Rollout
 from rlad.seeds import stream_seed
 from rlad.tasks import Problem
-from rlad.tasks.answers import outside_thoughts
 from rlad.teachers.base import TeacherRequest
 
 Encode = Callable[..., Sequence[int]]
@@ -209,7 +209,7 @@ def _failure_blocks(settings: ContextConfig, texts: Sequence[str]) -> Iterator[B
 
 def _shown_text(rollout: Rollout, settings: ContextConfig, plain: Callable[[str], str]) -> str:
     """What may be shown of a completion; "" where that is nothing, as of an unfinished thought."""
-    text = rollout.text if settings.show_thoughts else outside_thoughts(rollout.text)
+    text = rollout.text if settings.show_thoughts else text_without_thoughts(rollout)
     return plain(text).strip()
 
 
