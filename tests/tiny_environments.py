@@ -38,6 +38,16 @@ class Adding(Environment):
         return Step("" if done else self.question(), reward, done)
 
 
+class AddingInConversation(Adding):
+    """Has a system message before each sum."""
+
+    @staticmethod
+    def problem(number: int) -> Problem:
+        problem = Adding.problem(number)
+        text = Adding().reset(problem, seed=0)
+        return replace(problem, messages=(("system", "Be brief."), ("user", text)))
+
+
 class Faulty:
     """Does at its second step what its option `fault` says."""
 

@@ -27,6 +27,12 @@ def test_an_environments_problems_are_addressed_and_begin_with_its_first_text():
     assert environment.step("").done
 
 
+def test_a_problem_of_the_users_keeps_its_conversation():
+    path = "tiny_environments:AddingInConversation"
+    problem = make_task("environment", path=path).problem("train", 0)
+    assert problem.messages == (("system", "Be brief."), ("user", problem.prompt))
+
+
 def test_an_episodes_reward_is_the_sum_or_the_last_and_decides_success():
     steps = [Step("", 0.25), Step("", 0.5), Step("", 0.25, done=True)]
     total = EpisodeRules(Adding).judge(steps)

@@ -68,7 +68,9 @@ class EnvironmentTask:
             problem = self._numbered(number)
             if split_of(problem.key) == split:
                 prompt = problem.prompt or self._prompt_of(number)
-                messages = (("system", self._tools), ("user", prompt)) if self._tools else ()
+                messages = problem.messages
+                if self._tools:
+                    messages = (("system", self._tools), ("user", prompt))
                 return replace(problem, prompt=prompt, messages=messages)
         raise UserError(
             f"the environment {self.name} has no {split} problem among {_MAX_ATTEMPTS} numbers: "
