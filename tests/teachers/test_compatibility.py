@@ -119,6 +119,17 @@ def test_contexts(prompt, student, teacher, level):
     assert level == "ok" or "set rollout.max_prompt_tokens to at most 60" in finding.message
 
 
+@pytest.mark.parametrize(
+    ("student", "teacher", "level"),
+    [(100, 100, "ok"), (200, 100, "warning"), (None, 100, "warning"), (200, None, "ok")],
+)
+def test_an_episode_may_be_as_long_as_the_students_context(student, teacher, level):
+    rollout = RolloutConfig(max_completion_tokens=40, max_prompt_tokens=60)
+    finding = compare_contexts(rollout, student, teacher, has_turns=True)
+    assert finding.level == level
+    assert level == "ok" or "task.max_turns" in finding.message
+
+
 def test_a_completion_that_is_longer_than_the_teachers_context():
     finding = compare_contexts(RolloutConfig(max_completion_tokens=100), 500, 100)
     assert finding.level == "error" and finding.message.endswith(

@@ -1,5 +1,6 @@
 """Can this teacher score this student's tokens? Asked before training."""
 
+import math
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -69,10 +70,14 @@ def _thinking_markers(tokenizer: Tokenizer) -> list[str]:
 
 
 def compare_contexts(
-    rollout: RolloutConfig, student_tokens: int | None, teacher_tokens: int | None
+    rollout: RolloutConfig,
+    student_tokens: int | None,
+    teacher_tokens: int | None,
+    *,
+    has_turns: bool = False,
 ) -> Finding:
     """Whether the longest sequence that this run can make fits into the teacher's context (None:
-    not stated)."""
+    not stated). `has_turns`: it is an episode, of which an environment writes a part."""
     # A sequence is never longer than the student's context, nor than prompt and completion may be.
     allowed = student_tokens
     if rollout.max_prompt_tokens is not None:
@@ -81,6 +86,15 @@ def compare_contexts(
     if teacher_tokens is None or (allowed is not None and allowed <= teacher_tokens):
         theirs = "not stated" if teacher_tokens is None else f"{teacher_tokens} tokens"
         message = f"student {student_tokens or 'not stated'}, teacher {theirs}"
+        may_exceed = student_tokens is None or student_tokens > (teacher_tokens or math.inf)
+        if has_turns and teacher_tokens is not None and may_exceed:
+            # What an environment writes, no setting limits but the student's context.
+            message += (
+                ": an episode with its replies may be longer than the teacher's, which then scores "
+                "it badly or not at all; keep episodes short (task.max_turns), or take a teacher "
+                "with a longer context"
+            )
+            return Finding("warning", "context", message)
         return Finding("ok", "context", message)
     room = teacher_tokens - rollout.max_completion_tokens
     advice = "lower rollout.max_completion_tokens"

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from rlad.config.task import EpisodesConfig
 from rlad.config.teacher import LocalTeacherConfig
 from rlad.errors import UserError
 from rlad.findings import Finding
@@ -162,7 +163,12 @@ def check_teacher(settings: LocalTeacherConfig, setting: Setting) -> list[Findin
     run = setting.config
     return [
         *compare_tokenizers(student, load_tokenizer(settings.model), run.student.end_tokens),
-        compare_contexts(run.rollout, setting.student_context, context_tokens(config)),
+        compare_contexts(
+            run.rollout,
+            setting.student_context,
+            context_tokens(config),
+            has_turns=isinstance(run.task, EpisodesConfig),
+        ),
         *compare_eyes(setting.vision, load_vision(settings.model, load_tokenizer(settings.model))),
         *_check_quantization(settings, setting),
     ]

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import torch
 
 from rlad.config.addresses import is_this_machine
+from rlad.config.task import EpisodesConfig
 from rlad.errors import UserError
 from rlad.findings import Finding
 from rlad.models.loading import load_language_model
@@ -111,11 +112,16 @@ class SelfTest:
             # The probe must leave room for what the server is to write after it.
             self.text = self.text[: self.context - NUM_WRITTEN - 1]
         message = f"{self.identity} at {', '.join(self.settings.urls)}"
-        rollout = self.setting.config.rollout
+        config = self.setting.config
         return [
             *findings,
             Finding("ok", "server", message),
-            compare_contexts(rollout, self.setting.student_context, self.context),
+            compare_contexts(
+                config.rollout,
+                self.setting.student_context,
+                self.context,
+                has_turns=isinstance(config.task, EpisodesConfig),
+            ),
         ]
 
     def find_scoring(self) -> list[Finding]:
