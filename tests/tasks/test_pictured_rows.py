@@ -141,3 +141,27 @@ def test_a_prompt_is_its_tokens_and_its_pictures():
     assert prompt != (1, 2)
     assert len({prompt, PicturedPrompt([1, 2], [blue]), (1, 2)}) == 3
     assert [*prompt, 3] == [1, 2, 3]
+
+
+def test_a_picture_is_upright_as_its_camera_says():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    buffer = BytesIO()
+    Image.new("RGB", (40, 30), "red").save(buffer, format="JPEG", exif=exif)
+    picture = Picture(buffer.getvalue())
+    assert picture.image().size == picture.corrupted(edge=14, seed=0).image().size == (30, 40)
+    assert Picture.from_pil(Image.open(buffer), "").image().size == (30, 40)
+
+
+def test_base64_may_have_broken_lines(folder):
+    text = base64.encodebytes(png(size=(64, 64)) * 3).decode()
+    assert "\n" in text[:80]
+    (picture,) = (
+        task_of(folder, [{"prompt": "?", "answer": "a", "images": text}]).problem("train", 0).images
+    )
+    assert picture.image().size == (64, 64)
+
+
+def test_a_path_that_is_none_is_a_sentence(folder):
+    with pytest.raises(UserError, match=r"cannot be read .embedded null byte"):
+        task_of(folder, [{"prompt": "?", "answer": "a", "images": ["a\0b"]}])

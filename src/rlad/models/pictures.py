@@ -11,7 +11,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, Self
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from rlad.errors import UserError
 
@@ -54,9 +54,10 @@ class Picture:
                     "make it smaller."
                 )
             picture = cls(path.read_bytes(), str(path))
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: no path at all
+            reason = getattr(error, "strerror", None) or error
             raise UserError(
-                f"picture {str(path)!r} cannot be read ({error.strerror}); give the path of an "
+                f"picture {str(path)[:200]!r} cannot be read ({reason}); give the path of an "
                 "image file, relative to the file that names it."
             ) from None
         picture.require_sound()
@@ -67,7 +68,8 @@ class Picture:
         """Decode a picture, with or without `data:image/...;base64,`. Raises `UserError` for other
         text."""
         try:
-            data = base64.b64decode(text.rpartition(",")[2], validate=True)
+            # Lines may be broken.
+            data = base64.b64decode("".join(text.rpartition(",")[2].split()), validate=True)
         except (binascii.Error, ValueError):
             raise UserError(
                 f"{name} is neither the path of a file nor base64; give one of the two."
@@ -80,7 +82,7 @@ class Picture:
     def from_pil(cls, image: Any, name: str) -> Self:
         """Keep an image of Pillow, as a PNG."""
         buffer = BytesIO()
-        image.convert("RGB").save(buffer, format="PNG")
+        ImageOps.exif_transpose(image).convert("RGB").save(buffer, format="PNG")
         return cls(buffer.getvalue(), name)
 
     def require_sound(self) -> None:
@@ -111,10 +113,14 @@ class Picture:
         )
 
     def image(self) -> Any:
-        """Unpack it as Pillow's image in RGB. Raises `UserError` when the file is damaged."""
+        """Unpack it as Pillow's image in RGB, upright as its file says.
+
+        Raises `UserError` when the file is damaged.
+        """
         opened = self._opened()
         try:
-            image = opened.convert("RGB")
+            # A camera writes how it was held beside the pixels.
+            image = ImageOps.exif_transpose(opened).convert("RGB")
         except (OSError, ValueError, SyntaxError) as error:
             raise UserError(
                 f"picture {self.name!r} is damaged ({error}); give a whole file."

@@ -73,7 +73,7 @@ def require_markers(prompt: str, num_pictures: int, where: str) -> None:
 
 def _picture(given: Any, folder: Path, name: str) -> Picture:
     if isinstance(given, str) and given.strip():
-        is_data = given.startswith("data:") or (len(given) > 255 and "\n" not in given[:80])
+        is_data = given.startswith("data:") or len(given) > 255
         return Picture.from_base64(given, name) if is_data else Picture.from_file(folder / given)
     # What `datasets` stores of an image that it does not decode.
     if isinstance(given, dict) and isinstance(given.get("bytes"), bytes):
