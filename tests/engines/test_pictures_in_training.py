@@ -17,9 +17,11 @@ from rlad.errors import UserError
 from rlad.models.loading import load_language_model, save_model
 from rlad.models.pictures import PicturedPrompt
 from rlad.models.student import load_student
+from rlad.rollouts.grading import graded_groups
 from rlad.rollouts.roles import role_spans
 from rlad.tasks import Problem
 from rlad.tasks.base import judged
+from rlad.tasks.episodes import EpisodeRules
 from tiny_vision import picture, tiny_seeing_model
 
 
@@ -202,6 +204,24 @@ def test_a_teacher_of_another_grid_is_refused(models):
 def test_what_takes_texts_alone_is_named(models, changes, sentence):
     with pytest.raises(UserError, match=sentence):
         require_pictures_fit(config_of(models, **changes), Looking())
+
+
+def test_what_takes_texts_alone_is_named_where_some_problems_are_texts(models):
+    class Mixed(Looking):
+        def problem(self, split: str, index: int, *, seed: int = 0) -> Problem:
+            return super().problem(split, index) if index == 3 else Problem("w20", "w12", "text")
+
+    with pytest.raises(UserError, match="trains on texts; use 'native'"):
+        require_pictures_fit(config_of(models, engine={"type": "trl"}), Mixed())
+
+
+def test_episodes_with_pictures_are_refused(models):
+    student = tiny_seeing_model("llava")
+    task = Looking()
+    task.episode_rules = EpisodeRules(lambda: None)  # type: ignore[attr-defined, arg-type, return-value]
+    rollout = config_of(models).rollout
+    with pytest.raises(UserError, match="'looking' gives pictures to episodes"):
+        graded_groups(student, task, "train", [0], rollout=rollout, seed=0, problem_seed=0)
 
 
 def test_verl_is_given_texts_alone(models):

@@ -13,6 +13,7 @@ from rlad.errors import UserError, require_package
 from rlad.models.loading import LanguageModel, load_model_config
 from rlad.models.student import load_student, require_base_model
 from rlad.models.vision import sees
+from rlad.rollouts.prompts import NUM_PROBED_PROBLEMS
 from rlad.tasks import Task
 
 
@@ -48,7 +49,10 @@ def load_engine_student(config: RunConfig, checkpoint: Path | None) -> LanguageM
 
 def require_pictures_fit(config: RunConfig, task: Task) -> None:
     """Raise `UserError` where problems have pictures and something in the run takes texts alone."""
-    if not task.problem("train", 0, seed=config.seed).images:
+    # Rows with and without pictures may be mixed.
+    asked = config.optimization.num_rollout_batches * config.rollout.prompts_per_batch
+    number = min(asked, task.num_problems("train") or NUM_PROBED_PROBLEMS)
+    if not any(task.problem("train", i, seed=config.seed).images for i in range(number)):
         return
     obstacle = ""
     if config.engine.type != "native":

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rlad.config.run import RolloutConfig
+from rlad.errors import UserError
 from rlad.models.loading import LanguageModel
 from rlad.models.pictures import held
 from rlad.rollouts.episodes import EpisodePlayer
@@ -85,6 +86,11 @@ def graded_groups(
     with timer("generation"):
         asked = asked_prompts(student, task, split, indices, rollout, problem_seed)
         if rules is not None:
+            if any(one.problem.images for one in asked):
+                raise UserError(
+                    f"task {task.name!r} gives pictures to episodes, whose turns are texts; leave "
+                    "the pictures out, or the episodes."
+                )
             EpisodePlayer(
                 student,
                 rules,
