@@ -345,8 +345,6 @@ class SDPOConfig(_SelfDistillation, _Clipped):
     teacher_enters: Literal["loss", "advantage"] = "loss"
     """as a divergence in the loss, or as the log-ratio of the sampled token in GRPO's advantage"""
 
-    weighs_roles: ClassVar[bool] = False
-    """Whether the old policy scores completions without the picture, and without what they see."""
     default_teacher: ClassVar[dict[str, Any] | None] = {
         "type": "privileged",
         "context": {"num_successes": 1, "feedback": True},
@@ -370,8 +368,6 @@ class SDPOConfig(_SelfDistillation, _Clipped):
 class MOPDConfig(SDPOConfig):
     type: Literal["mopd"] = "mopd"  # type: ignore[assignment]
 
-    weighs_roles: ClassVar[bool] = False
-    """Whether the old policy scores completions without the picture, and without what they see."""
     default_teacher: ClassVar[dict[str, Any] | None] = {
         "type": "privileged",
         "context": {"num_successes": 2, "num_failures": 1, "feedback": True},
@@ -390,8 +386,6 @@ class OPSDConfig(_SelfDistillation):
     """of a bounded term: its own, which is 0, or that of the term without bound"""
 
     uses_reward: ClassVar[bool] = False
-    weighs_roles: ClassVar[bool] = False
-    """Whether the old policy scores completions without the picture, and without what they see."""
     default_teacher: ClassVar[dict[str, Any] | None] = {
         "type": "privileged",
         "context": {"answer": True},
