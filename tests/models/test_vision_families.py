@@ -1,6 +1,7 @@
 """What a model's tower makes: only what is needed is kept, and a model that reads features
 otherwise than pixels is refused."""
 
+import json
 from typing import Any
 
 import pytest
@@ -13,9 +14,11 @@ from transformers import (
 )
 
 import tiny_vision
+from rlad.config.run import RolloutConfig
 from rlad.errors import UserError
-from rlad.models.loading import LanguageModel
+from rlad.models.loading import LanguageModel, load_tokenizer, save_model
 from rlad.models.vision import Vision
+from rlad.rollouts.prompts import prompt_token_ids
 from rlad.scoring.scorer import Scorer
 from tiny_vision import EOS, FAMILIES, PAD, picture, tiny_processor, tiny_seeing_model
 
@@ -86,3 +89,23 @@ def test_features_in_one_tensor_are_joined_too():
     (alone,) = score(model, 1)
     _, together, _ = score(model, 0, 1, 2)
     torch.testing.assert_close(together, alone)
+
+
+def test_texts_alone_need_no_processor_of_pictures():
+    model = tiny_seeing_model("llava")
+    assert model.vision is not None
+    vision = Vision(model.name, "/nowhere", model.tokenizer, model.model.config)
+    rollout = RolloutConfig()
+    expected = prompt_token_ids(model.tokenizer, "w20 w21", rollout, vision=model.vision)
+    assert prompt_token_ids(model.tokenizer, "w20 w21", rollout, vision=vision) == expected
+    with pytest.raises(UserError, match="no processor of pictures"):
+        prompt_token_ids(model.tokenizer, "w20 w21", rollout, [picture(0)], vision)
+
+
+def test_a_chat_template_of_the_processor_is_the_tokenizers(tmp_path):
+    model = tiny_seeing_model("llava")
+    save_model(model, tmp_path)
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "of the processor"}))
+    assert load_tokenizer(str(tmp_path)).chat_template == "of the processor"
+    (tmp_path / "chat_template.jinja").write_text("of the tokenizer")
+    assert load_tokenizer(str(tmp_path)).chat_template == "of the tokenizer"

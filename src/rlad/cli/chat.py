@@ -54,7 +54,10 @@ class Chat:
         """Return what the model reads: the conversation so far and the question."""
         self.messages.append(("user", question))
         asked = f"{question}\n" if self.is_plain else tuple(self.messages)
-        return list(prompt_token_ids(self.student.tokenizer, asked, self.config.rollout))
+        student = self.student
+        return list(
+            prompt_token_ids(student.tokenizer, asked, self.config.rollout, vision=student.vision)
+        )
 
     def answer(self, question: str, show: Callable[[str], None]) -> tuple[list[int], list[int]]:
         """Write an answer, piece by piece; return the ids of prompt and answer, of which Ctrl-C

@@ -1,6 +1,7 @@
 """Loading and saving a causal language model with its tokenizer, by its name: embedded, packaged, a
 folder (of an adapter too), or a Hugging Face name."""
 
+import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import GENERATION_CONFIG_NAME
-from transformers.utils.hub import cached_file
+from transformers.utils.hub import LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE, cached_file
 
 from rlad.config.run import LoraConfig
 from rlad.errors import UserError, require_package
@@ -161,11 +162,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
     Raises `UserError` when there is none or it cannot be loaded.
     """
-    load_model_config(name)
+    config = load_model_config(name)
     where = name if has_tokenizer(name) else files_of(name)
     failure: Exception = ValueError("it is empty")
     try:
         if tokenizer := AutoTokenizer.from_pretrained(where, trust_remote_code=False):
+            if sees(config) and not tokenizer.chat_template:
+                tokenizer.chat_template = _template_of_processor(where)
             return tokenizer
     except _UNUSABLE_FILES as error:
         failure = error
@@ -174,6 +177,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         failure,
         "save the tokenizer beside the model with `tokenizer.save_pretrained(folder)`",
     )
+
+
+def _template_of_processor(where: Path | str) -> str | None:
+    """Read the chat template from the file of its own in which older models that see keep it, and
+    which transformers reads with a processor alone."""
+    found = cached_file(where, LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE, **_IF_THERE)
+    return None if found is None else json.loads(Path(found).read_text("utf-8"))["chat_template"]
 
 
 def context_tokens(config: Any) -> int | None:

@@ -49,7 +49,8 @@ def prompt_token_ids(
             "rollout.prompt_format is 'chat' but the student's tokenizer has no chat template; use "
             "'plain' or 'auto'."
         )
-    if vision is not None:
+    # Texts alone need no processor of pictures.
+    if vision is not None and (pictures or vision.has_processor):
         return _seen_token_ids(tokenizer, prompt, rollout, pictures, vision)
     if pictures:
         raise UserError(

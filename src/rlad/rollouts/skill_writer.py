@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from rlad.config.run import RolloutConfig
 from rlad.models.loading import LanguageModel
+from rlad.models.pictures import MARKER
 from rlad.rollouts.prompts import prompt_token_ids
 from rlad.rollouts.skills import TITLES, Fields, summarise_by_rules
 from rlad.rollouts.texts import completion_texts
@@ -60,8 +61,16 @@ class SkillWriter:
         context = min((one for one in limits if one is not None), default=None)
         most = max(map(len, (one.text for one in _shown(group))), default=0)
         while True:
-            text = "\n\n".join([_REQUEST, group.problem.question, *_attempts(group, most)])
-            ids = prompt_token_ids(self._student.tokenizer, text, self._rollout)
+            # Attempts have seen the pictures, and have none of their own.
+            attempts = [one.replace(MARKER, "") for one in _attempts(group, most)]
+            text = "\n\n".join([_REQUEST, group.problem.question, *attempts])
+            ids = prompt_token_ids(
+                self._student.tokenizer,
+                text,
+                self._rollout,
+                group.problem.images,
+                self._student.vision,
+            )
             if context is None or len(ids) + self._max_tokens <= context:
                 return ids
             most //= 2
