@@ -15,7 +15,8 @@ class TextArenaGame(Environment):
     asks, for example `[7]`."""
 
     def __init__(self, name: str) -> None:
-        import textarena  # of the game's process alone
+        # Of the game's process alone, and of an environment with textarena.
+        import textarena  # pyright: ignore[reportMissingImports]
 
         self._game = textarena.make(name)
 

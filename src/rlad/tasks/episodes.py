@@ -105,7 +105,9 @@ def checked_text(value: Any) -> str:
 def checked_step(value: Any) -> Step:
     """Make a `Step` of what an environment returned: a `Step`, or (text, reward, done, info).
     `EpisodeFailed` where it is neither."""
-    parts = (value.text, value.reward, value.done, value.info) if isinstance(value, Step) else value
+    parts: Any = value
+    if isinstance(value, Step):
+        parts = (value.text, value.reward, value.done, value.info)
     match parts:
         case (text, reward, done, Mapping() as info):
             pass
