@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
 
 import reference
 from rlad.config.objective import SRPOConfig
@@ -190,3 +191,16 @@ def test_a_token_with_a_part_of_a_tag_is_the_tags():
 )
 def test_what_does_not_parse_has_no_roles(text):
     assert spans_of(text) is None
+
+
+def test_a_character_of_several_tokens_is_whole_in_its_span():
+    """Before its last byte is there, a tokenizer writes a mark for each byte of it."""
+    tags = ["<perception>", "</perception>", "<reasoning>", "</reasoning>"]
+    pieces = [*tags, "ab", "<0xF0>", "<0x9F>", "<0x94>", "<0xB4>"]
+    tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, "ab"))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    ids = [0, 4, 5, 6, 7, 8, 1, 2, 5, 6, 7, 8, 4, 3]
+    assert len(tokenizer.decode(ids[:5])) > len(tokenizer.decode(ids[:6]))
+    spans = role_spans(ids, tokenizer.decode)
+    assert spans is not None
+    assert (spans.perception, spans.reasoning) == (range(1, 6), range(8, 13))

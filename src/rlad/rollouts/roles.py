@@ -25,7 +25,7 @@ def role_spans(token_ids: Sequence[int], decode: Callable[[list[int]], str]) -> 
     """Find the roles in a completion; None where it has not each part once, in this order.
 
     A token that holds a part of a tag is the tag's. `decode` gives the text of token ids, tags
-    included; it may only grow with more tokens.
+    included; but for a character at its end that is not whole, it may only grow with more tokens.
     """
     ids = list(token_ids)
     text = decode(ids)
@@ -42,7 +42,8 @@ def role_spans(token_ids: Sequence[int], decode: Callable[[list[int]], str]) -> 
         low, high = 0, len(ids)
         while low < high:
             middle = (low + high) // 2
-            if len(decode(ids[:middle])) >= character:
+            # A character whose bytes are not all there yet is not one, or is several.
+            if len(decode(ids[:middle]).rstrip("\ufffd")) >= character:
                 high = middle
             else:
                 low = middle + 1
