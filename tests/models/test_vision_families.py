@@ -16,6 +16,7 @@ from transformers import (
 import tiny_vision
 from rlad.config.run import RolloutConfig
 from rlad.errors import UserError
+from rlad.models.grid_processor import GridProcessor
 from rlad.models.loading import LanguageModel, load_tokenizer, save_model
 from rlad.models.vision import Vision
 from rlad.rollouts.prompts import prompt_token_ids
@@ -109,3 +110,17 @@ def test_a_chat_template_of_the_processor_is_the_tokenizers(tmp_path):
     assert load_tokenizer(str(tmp_path)).chat_template == "of the processor"
     (tmp_path / "chat_template.jinja").write_text("of the tokenizer")
     assert load_tokenizer(str(tmp_path)).chat_template == "of the tokenizer"
+
+
+def test_a_processor_of_grids_is_saved_from_a_folder_and_without_one(tmp_path):
+    made = tiny_processor("qwen2_vl")
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+    made.save_pretrained(first)
+    loaded = GridProcessor.from_pretrained(str(first), made.tokenizer, made.image_token)
+    loaded.save_pretrained(second)
+    again = GridProcessor.from_pretrained(str(second), made.tokenizer, made.image_token)
+    image = picture(0, (48, 32)).image()
+    text = {"text": [made.image_token], "images": [[image]], "return_tensors": "pt"}
+    assert torch.equal(again(**text)["pixel_values"], made(**text)["pixel_values"])

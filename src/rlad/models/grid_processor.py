@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoImageProcessor
+from transformers.utils.hub import cached_file
 
 _FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
@@ -20,7 +21,7 @@ class GridProcessor:
         self.tokenizer = tokenizer
         self.image_token = image_token
         self.where = where
-        """the folder whose files it is saved as"""
+        """the folder or name whose files it is saved as"""
 
     @classmethod
     def from_pretrained(cls, name: Any, tokenizer: Any, image_token: str) -> "GridProcessor":
@@ -46,8 +47,19 @@ class GridProcessor:
         return {**self.tokenizer([expanded], return_tensors="pt", **tokenize), **pixels}
 
     def save_pretrained(self, folder: Path) -> None:
-        """Copy the files that transformers' own processor was written as."""
-        for name in _FILES:
-            source = Path(self.where or "") / name
-            if source.is_file():
-                shutil.copy(source, folder)
+        """Copy the files that transformers' own processor was written as, films and all; without
+        any, write what pictures need."""
+        found = [self._file(name) for name in _FILES] if self.where else []
+        for source in filter(None, found):
+            shutil.copy(source, folder)
+        if not any(found):
+            self.image_processor.save_pretrained(folder)
+
+    def _file(self, name: str) -> str | None:
+        return cached_file(
+            self.where,
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
