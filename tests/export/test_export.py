@@ -165,6 +165,9 @@ REFUSED = (
     "teacher.random_weights",
     "objective.type",
     "optimization.schedule",
+    # Of pictures and of episodes, which are refused.
+    "student.train_vision",
+    "rollout.rewritten_turns",
 )
 TEST_PROBLEMS = ("evaluation.num_test", "evaluation.num_ood", "evaluation.ood_task")
 

@@ -32,6 +32,7 @@ def inputs_of(name: str, *, rollout_weights: Tensor | None = None, seed: int = 0
         teacher_logprobs=logprobs() if "teacher_logprobs" in (*row.needs, *row.takes_too) else None,
         reference_logprobs=logprobs(),
         advantages=torch.randn(4, 5, generator=generator, dtype=torch.float64),
+        role_evidence=logprobs() if "role_evidence" in row.needs else None,
         mask=mask,
         rollout_weights=rollout_weights,
     )

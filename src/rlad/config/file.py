@@ -117,22 +117,25 @@ def read_toml(path: Path) -> dict[str, Any]:
         ) from None
 
 
+# A config is a few tables deep; what is deeper is refused by its unknown keys.
+_MAX_DEPTH = 10
 _NAMES_OF_FILES = ("path", "validation_path", "test_path", "model", "adapter", "run")
 
 
-def beside(table: Any, folder: Path) -> Any:
+def beside(table: Any, folder: Path, depth: int = 0) -> Any:
     """Return the tables of a file in `folder`, in which relative paths of what is beside it are
     those of the working directory."""
     if isinstance(table, list):
-        return [beside(one, folder) for one in table]
-    if not isinstance(table, dict):
+        return [beside(one, folder, depth + 1) for one in table]
+    if not isinstance(table, dict) or depth > _MAX_DEPTH:
         return table
     found = {}
     for key, value in table.items():
         is_name = key in _NAMES_OF_FILES and isinstance(value, str) and len(value) < 256
         is_relative = is_name and value and not Path(value).is_absolute()
         is_there = is_relative and (folder / value).exists()
-        found[key] = os.path.relpath(folder / value) if is_there else beside(value, folder)
+        inner = beside(value, folder, depth + 1)
+        found[key] = os.path.relpath(folder / value) if is_there else inner
     return found
 
 
