@@ -239,15 +239,20 @@ def _talk(console: Console, chat: Chat) -> None:
         elif question.startswith("/"):
             print_line(console, _HELP, "dim")
         elif question:
-            num_before = len(chat.messages)
-            try:
-                _turn(console, chat, question)
-            except KeyboardInterrupt:  # before the first token, or in the teacher's view
-                if len(chat.messages) == num_before + 1:
-                    chat.messages.pop()  # a question without an answer
-                print_line(console, "stopped", "dim")
-            except UserError as error:  # of this question; the conversation is not over
-                print_line(console, str(error), "yellow")
+            _try_turn(console, chat, question)
+
+
+def _try_turn(console: Console, chat: Chat, question: str) -> None:
+    """Answer a question; what is wrong with it, and Ctrl-C, do not end the conversation."""
+    num_before = len(chat.messages)
+    try:
+        _turn(console, chat, question)
+    except KeyboardInterrupt:  # before the first token, or in the teacher's view
+        if len(chat.messages) == num_before + 1:
+            chat.messages.pop()  # a question without an answer
+        print_line(console, "stopped", "dim")
+    except UserError as error:
+        print_line(console, str(error), "yellow")
 
 
 def _set_system(console: Console, chat: Chat, text: str) -> None:

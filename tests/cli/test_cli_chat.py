@@ -76,7 +76,8 @@ def test_a_pipe_is_one_question_and_one_answer():
 def test_ctrl_c_stops_an_answer_and_ctrl_d_ends_the_chat():
     controller, terminal = pty.openpty()
     process = subprocess.Popen(
-        [*CHAT, "--temperature", "5", "--max-tokens", "320"],
+        # With this seed an answer of more than a second.
+        [*CHAT[:-1], "3", "--temperature", "5", "--max-tokens", "900"],
         stdin=terminal,
         stdout=terminal,
         stderr=terminal,
@@ -85,19 +86,20 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_ends_the_chat():
     os.close(terminal)
     seen = _read_until(controller, "you> ")
     os.write(controller, f"{QUESTION}\n".encode())
-    _read_until(controller, "knight?")
-    time.sleep(0.3)
+    # The question as the terminal shows it, and then some of the answer.
+    seen += _read_until(controller, "knight?", more=60)
     process.send_signal(signal.SIGINT)
-    seen += _read_until(controller, "you> ")
+    seen += _read_until(controller, "\nyou> ")
     os.write(controller, b"\x04")
     assert process.wait(timeout=30) == 0
     assert "Traceback" not in seen
 
 
-def _read_until(controller, text, seconds=120):
+def _read_until(controller, text, *, more=0):
+    """Read up to a text that is shown, and so many characters after it."""
     seen = ""
-    limit = time.monotonic() + seconds
-    while text not in seen and time.monotonic() < limit:
+    limit = time.monotonic() + 120
+    while len(seen.rpartition(text)[2]) < more or text not in seen:
+        assert time.monotonic() < limit, seen
         seen += os.read(controller, 4096).decode(errors="replace")
-    assert text in seen
     return seen
