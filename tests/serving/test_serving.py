@@ -172,9 +172,10 @@ def test_requests_that_wait_are_scored_together(model):
             wait_for(lambda: len(server.server.waiting) == len(others), seconds=30)
             held.go.set()
             together = [first.result(), *(other.result() for other in others)]
-    # 15 texts of 4 to 18 tokens, 165 in all, cut by padded size into two passes.
-    assert held.shapes[0] == (1, 3) and len(held.shapes) == 3
-    assert sum(rows for rows, _ in held.shapes[1:]) == 15
+    # 15 texts of 4 to 18 tokens, 165 in all, cut by padded size into two passes; then the shortest
+    # once more by itself, as they were together for the first time.
+    assert held.shapes[0] == (1, 3) and held.shapes[3:] == [(1, 4)]
+    assert sum(rows for rows, _ in held.shapes[1:3]) == 15
     assert all(rows * width <= 200 for rows, width in held.shapes)
     for ours, theirs in zip(together, alone, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-5)

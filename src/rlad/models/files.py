@@ -79,9 +79,9 @@ def unreadable_adapter(folder: str, file: str, error: object) -> UserError:
     )
 
 
-def require_model_folder(name: str) -> None:
+def require_model_folder(name: str, what: str | None = None) -> None:
     """Raise `UserError` where a name is a path and no model's folder is there: it is not asked for
-    on a hub."""
+    on a hub. The message calls it `what`."""
     folder = Path(name)
     if name in EMBEDDED or (folder / "config.json").is_file() or not looks_like_path(name):
         return
@@ -97,7 +97,7 @@ def require_model_folder(name: str) -> None:
             "it is a path, and there is no folder; correct it, or give a Hugging Face name "
             f"(owner/name); the embedded models are {', '.join(EMBEDDED)}"
         )
-    raise UserError(f"model {name!r} cannot be found or read: {problem}.")
+    raise UserError(f"{what or f'model {name!r}'} cannot be found or read: {problem}.")
 
 
 # --- weights --------------------------------------------------------------------------------------

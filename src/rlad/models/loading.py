@@ -127,7 +127,7 @@ def load_model_config(name: str) -> PretrainedConfig:
     """
     base = base_model(name)
     what = f"model {base!r}" if base == name else f"model {base!r}, of adapter {name!r},"
-    require_model_folder(base)
+    require_model_folder(base, what)
     try:
         return AutoConfig.from_pretrained(located(base), trust_remote_code=False)
     except _UNUSABLE_FILES as error:

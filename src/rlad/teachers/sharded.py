@@ -47,12 +47,12 @@ class ShardedScorer(Scorer):
         self.group = mesh.get_group()
 
     def _token_scores(
-        self, ids: Tensor, predicts: Tensor, targets: Tensor, *_: Any
+        self, inputs: dict[str, Any], predicts: Tensor, targets: Tensor, *_: Any
     ) -> tuple[Tensor, Tensor]:
         # The fused head takes labels at the positions that predict, and skips all others (-100).
-        labels = torch.full_like(ids, -100).masked_scatter(predicts, targets)
+        labels = torch.full_like(inputs["input_ids"], -100).masked_scatter(predicts, targets)
         with self.language_model.autocast():
-            output = self.model(input_ids=ids, shift_labels=labels, fused_lm_head=True)
+            output = self.model(**inputs, shift_labels=labels, fused_lm_head=True)
         logprobs = output.log_probs[predicts]
         return logprobs, torch.full_like(logprobs, torch.nan)
 
