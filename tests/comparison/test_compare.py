@@ -326,7 +326,7 @@ def test_the_learning_rate_with_the_best_validation_is_taken(tmp_path: Path, wor
 
 
 def test_an_interrupted_comparison_goes_on_where_it_stopped(tmp_path: Path, world: Path) -> None:
-    shared = {"optimization": {"num_steps": 400}, "evaluation": {"every_steps": 390}}
+    shared = {"optimization": {"num_steps": 120}, "evaluation": {"every_steps": 110}}
     path = write_comparison(tmp_path, world, methods={"trrd": {}}, seeds=[0], shared=shared)
     run = tmp_path / "out" / "runs" / "trrd" / "seed-0"
     command = [sys.executable, "-m", "rlad", "compare", str(path)]
