@@ -60,6 +60,18 @@ def load(folder: Path, world: Path, **settings: Any) -> tuple[CompareConfig, Pat
 # --- config ---------------------------------------------------------------------------------------
 
 
+def test_a_method_with_another_kind_of_teacher_has_nothing_of_the_shared_one(
+    tmp_path: Path, world: Path
+) -> None:
+    context = {"num_successes": 1}
+    teacher = {"type": "privileged", "context": context, "teacher": {"type": "ema"}}
+    methods = {"peers": {"objective": {"type": "trrd"}, "teacher": teacher}, "trrd": {}}
+    comparison, folder = load_comparison(write_comparison(tmp_path, world, methods=methods))
+    configs = {name: method_config(comparison, folder, name, seed=7) for name in methods}
+    kinds = [config.teacher and config.teacher.type for config in configs.values()]
+    assert kinds == ["privileged", "local"]
+
+
 def test_a_methods_name_is_its_objective_or_preset_and_the_base_runs_settings_of_it_stay(
     tmp_path: Path, world: Path
 ) -> None:

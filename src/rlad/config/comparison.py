@@ -111,7 +111,11 @@ def method_config(comparison: CompareConfig, folder: Path, method: str, *, seed:
     is_of_base = objective.get("type") == method
     own = {"objective": objective if is_of_base else {"type": method}} | changes
     # A later layer wins: the base run, what all share, a preset, the method, the seed.
-    table = expand_preset(own, merged(base, comparison.shared)) | {"seed": seed}
+    common = merged(base, comparison.shared)
+    kind = common.get("teacher", {}).get("type", "local")
+    if own.get("teacher", {}).get("type", kind) != kind:
+        del common["teacher"]  # settings of one kind of teacher are none of another
+    table = expand_preset(own, common) | {"seed": seed}
     try:
         if wrong := _shared_settings(changes):
             raise UserError(
