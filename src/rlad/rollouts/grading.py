@@ -86,11 +86,7 @@ def graded_groups(
     with timer("generation"):
         asked = asked_prompts(student, task, split, indices, rollout, problem_seed)
         if rules is not None:
-            if any(one.problem.images for one in asked):
-                raise UserError(
-                    f"task {task.name!r} gives pictures to episodes, whose turns are texts; leave "
-                    "the pictures out, or the episodes."
-                )
+            _require_no_pictures(task, asked)
             EpisodePlayer(
                 student,
                 rules,
@@ -115,6 +111,14 @@ def graded_groups(
     # then the run stops here, and what could not be judged is not recorded.
     before_work()
     return [groups[number] for number in range(len(groups))]
+
+
+def _require_no_pictures(task: Task, asked: Sequence[Asked]) -> None:
+    if any(one.problem.images for one in asked):
+        raise UserError(
+            f"task {task.name!r} gives pictures to episodes, whose turns are texts; leave the "
+            "pictures out, or the episodes."
+        )
 
 
 def asked_prompts(

@@ -155,13 +155,9 @@ def sample(
     # batch that it is decoded in.
     device = language_model.model.device
     prompt_of_row = [p for p in range(len(prompts)) for _ in range(group_size)]
-    generator = torch.Generator().manual_seed(seed)
     num_rows = rows.num_all if rows else len(prompt_of_row)
-    uniforms = torch.rand(num_rows, max_completion_tokens, generator=generator).to(device)
-    most = torch.full((len(prompt_of_row),), max_completion_tokens, device=device)
-    if rows is not None:
-        uniforms = uniforms[list(rows.numbers)]
-        most = torch.tensor(rows.max_tokens, device=device)
+    uniforms = _uniforms(num_rows, max_completion_tokens, seed, rows).to(device)
+    most = torch.tensor([limit for limit in limits for _ in range(group_size)], device=device)
     decode = _decode if _cache_rows_can_be_dropped(language_model.model) else _generate
     # What is kept of all rows may be as large as the cache of one batch, and no larger.
     fits = num_rows <= max_batch_rows
@@ -197,6 +193,12 @@ def sample(
                 ),
             )
     return groups.completions
+
+
+def _uniforms(num_rows: int, max_tokens: int, seed: int, rows: Rows | None) -> Tensor:
+    """Draw the uniform numbers [row, token] of all rows, and return those of this call's."""
+    drawn = torch.rand(num_rows, max_tokens, generator=torch.Generator().manual_seed(seed))
+    return drawn if rows is None else drawn[list(rows.numbers)]
 
 
 class _Groups:
