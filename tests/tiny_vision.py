@@ -29,6 +29,8 @@ from rlad.models.grid_processor import GridProcessor
 from rlad.models.loading import LanguageModel, remove_dropout
 from rlad.models.pictures import Picture
 from rlad.models.vision import Vision
+from rlad.tasks import Problem
+from rlad.tasks.base import judged
 
 FAMILIES = ("llava", "idefics3", "qwen2_vl", "qwen3_vl")
 PAD, EOS = 0, 1
@@ -184,3 +186,24 @@ def picture(seed: int, size: tuple[int, int] = (32, 32)) -> Picture:
     draw = random.Random(seed)
     pixels = bytes(draw.randrange(256) for _ in range(3 * size[0] * size[1]))
     return Picture.from_pil(Image.frombytes("RGB", size, pixels), f"picture {seed}")
+
+
+class Looking:
+    """A task of one or two pictures; a completion is right when it has an even number of different
+    words."""
+
+    name = "looking"
+
+    def problem(self, split: str, index: int, *, seed: int = 0) -> Problem:
+        number = 1 + index % 2
+        pictures = tuple(picture(7 * index + n, ((32, 32), (48, 32))[n]) for n in range(number))
+        return Problem("<image>" * number + f" w2{index % 10}", "w12", str(index), images=pictures)
+
+    def num_problems(self, split: str) -> None:
+        return None
+
+    def judge(self, problem: Problem, completion: str) -> Any:
+        return judged(len(set(completion.split())) % 2 == 0)
+
+    def close(self) -> None:
+        pass

@@ -168,7 +168,11 @@ def loss_and_gradient(
         loss = (of or type(trainer))._compute_loss(trainer, model or trainer.model, part)
         loss.backward()
         total += loss.detach()
-    gradients: list[Any] = [p.grad for p in trainer.model.parameters() if p.requires_grad]
+    gradients: list[Any] = [
+        torch.zeros_like(one) if one.grad is None else one.grad  # a layer that nothing reads
+        for one in trainer.model.parameters()
+        if one.requires_grad
+    ]
     whole = [
         gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
         for gradient in gradients

@@ -20,29 +20,8 @@ from rlad.models.student import load_student
 from rlad.rollouts.grading import graded_groups
 from rlad.rollouts.roles import role_spans
 from rlad.tasks import Problem
-from rlad.tasks.base import judged
 from rlad.tasks.episodes import EpisodeRules
-from tiny_vision import picture, tiny_seeing_model
-
-
-class Looking:
-    """A completion is right when it has an even number of different words."""
-
-    name = "looking"
-
-    def problem(self, split: str, index: int, *, seed: int = 0) -> Problem:
-        number = 1 + index % 2
-        pictures = tuple(picture(7 * index + n, ((32, 32), (48, 32))[n]) for n in range(number))
-        return Problem("<image>" * number + f" w2{index % 10}", "w12", str(index), images=pictures)
-
-    def num_problems(self, split: str) -> None:
-        return None
-
-    def judge(self, problem: Problem, completion: str) -> Any:
-        return judged(len(set(completion.split())) % 2 == 0)
-
-    def close(self) -> None:
-        pass
+from tiny_vision import Looking, picture, tiny_seeing_model
 
 
 @pytest.fixture(scope="module")
