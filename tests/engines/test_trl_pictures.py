@@ -1,5 +1,5 @@
-"""TRL's own GRPO on problems with pictures against `grpo` of the native engine: the same rollouts of a
-tiny LLaVA, and everything else of its own."""
+"""TRL's own GRPO on problems with pictures against `grpo` of the native engine: the same rollouts
+of a tiny LLaVA, and everything else of its own."""
 
 from typing import Any
 

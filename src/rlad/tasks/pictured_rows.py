@@ -45,6 +45,7 @@ def pictures_of_row(
     """
     given = row.get(field)
     if given is None or given == []:
+        _require_no_other_column(row, field, where)
         return ()
     several: Sequence[Any] = given if isinstance(given, list | tuple) else [given]
     if len(several) > MAX_PICTURES:
@@ -59,6 +60,19 @@ def pictures_of_row(
         )
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+
+
+def _require_no_other_column(row: dict[str, Any], field: str, where: str) -> None:
+    """Raise `UserError` where a row has pictures in another field: without them its question would
+    be asked blindly."""
+    for name, value in row.items():
+        first = value[0] if isinstance(value, list) and value else value
+        is_stored = isinstance(first, dict) and isinstance(first.get("bytes"), bytes)
+        if name != field and (is_stored or hasattr(first, "convert")):
+            raise UserError(
+                f"{where}: the field {name!r} holds pictures, and {field!r} none; name it with "
+                "images_field, or take it out."
+            )
 
 
 def require_markers(prompt: str, num_pictures: int, where: str) -> None:
