@@ -1,48 +1,31 @@
 """One class, played by rlad and by TRL: the same prompt, calls, replies and rewards."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-trl = pytest.importorskip("trl", reason="needs the optional package trl")
+pytest.importorskip("trl", reason="needs the optional package trl")
 
 import torch
 from datasets import Dataset
-from trl.chat_template_utils import add_response_schema, parse_response
+from trl.chat_template_utils import parse_response
 from trl.trainer.grpo_config import GRPOConfig
-from trl.trainer.grpo_trainer import GRPOTrainer
 
-from rlad.models.loading import load_language_model
 from rlad.tasks import make_task
 from rlad.tasks.episodes import episode_rules
 from rlad.tasks.tools import describe_tools, read_tool_calls
 from tool_environments import Counter
+from trl_episodes import END, ScriptedGRPO, add, call, tool_student
 from trl_runs import ARGUMENTS
 
 pytestmark = pytest.mark.trl
 
-TEMPLATE = Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja"
-CALL = '<tool_call>\n{{"name": "{}", "arguments": {{{}}}}}\n</tool_call>'
-TURNS = [
-    CALL.format("add", '"amount": 2') + "\n" + CALL.format("fly", ""),
-    CALL.format("add", '"amount": -1'),
-    "Done.",
-]
-END = "<|im_end|>"
+TURNS = [add(2) + "\n" + call("fly"), add(-1), "Done."]
 
 
 @pytest.fixture(scope="module")
 def student() -> Any:
-    loaded = load_language_model("embedded/student")
-    tokenizer = loaded.tokenizer
-    # Its text of bytes can be told anything; the marks of the template are its tokens besides.
-    tokenizer.add_tokens(["<|im_start|>", END], special_tokens=True)
-    tokenizer.eos_token = END
-    tokenizer.chat_template = TEMPLATE.read_text()
-    loaded.model.resize_token_embeddings(len(tokenizer))  # type: ignore[operator]
-    loaded.model.config.max_position_embeddings = 4096  # a token is a byte
-    return loaded.model, add_response_schema(tokenizer)
+    return tool_student()
 
 
 def test_the_system_message_is_that_of_qwens_template(student):
@@ -65,18 +48,6 @@ def test_calls_are_read_as_trl_reads_them(turn, student):
     assert read_tool_calls(turn) == [(one["name"], one["arguments"]) for one in theirs]
 
 
-class Scripted(GRPOTrainer):
-    """A trainer whose model says what the script says, turn after turn."""
-
-    num_turns = 0
-
-    def _generate_single_turn(self, prompt_ids, *arguments: Any, **named: Any) -> Any:
-        turn = TURNS[self.num_turns] + END
-        self.num_turns += 1
-        tokenizer: Any = self.processing_class
-        return [tokenizer(turn)["input_ids"] for _ in prompt_ids], None
-
-
 def test_an_episode_is_the_same_in_both(student, tmp_path):
     model, tokenizer = student
     rows = [{"prompt": [{"role": "user", "content": ""}], "number": 6}] * 4
@@ -84,13 +55,14 @@ def test_an_episode_is_the_same_in_both(student, tmp_path):
         "max_completion_length": 1024,
         "gradient_accumulation_steps": 1,
     }
-    trainer = Scripted(
+    trainer = ScriptedGRPO(
         model,
         args=GRPOConfig(output_dir=str(tmp_path), **arguments),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         environment_factory=Counter,
     )
+    trainer.scripts = [TURNS] * 4
     played = trainer._generate_and_score_completions(rows)
     (first, *_) = tokenizer.batch_decode(played["completion_ids"])
     logged = trainer._logs["rewards"]["Counter"]

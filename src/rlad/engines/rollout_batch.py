@@ -233,6 +233,7 @@ def teacher_request(group: RolloutGroup, place: int) -> TeacherRequest:
         rollout,
         peers=(*group.rollouts[:place], *group.rollouts[place + 1 :]),
         skill=group.skill,
+        actions=rollout.completion.actions,
     )
 
 

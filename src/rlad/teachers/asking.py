@@ -87,5 +87,4 @@ def count_missing(
 
 def of_actions(values: Tensor, request: TeacherRequest) -> Tensor:
     """Select of values for each token those of the tokens that the model wrote."""
-    actions = request.rollout and request.rollout.completion.actions
-    return values if actions is None else values[torch.tensor(actions)]
+    return values if request.actions is None else values[torch.tensor(request.actions)]

@@ -41,6 +41,8 @@ class TeacherRequest:
     """the other rollouts of its group, in the group's order"""
     skill: str = ""
     """what was learnt from earlier rollouts"""
+    actions: Sequence[bool] | None = None
+    """which tokens of the completion the student wrote, where an environment wrote others"""
 
 
 def require_texts(requests: Sequence[TeacherRequest], what: str) -> None:

@@ -101,6 +101,11 @@ class PrivilegedTeacher(TeacherWrapper):
     def may_be_silent(self) -> bool:
         return self._blocks is not None and self._blocks.settings.without_success != "plain"
 
+    @property
+    def shows_skills(self) -> bool:
+        """Whether it is shown skills of the run's bank."""
+        return self._blocks is not None and self._blocks.settings.skill is not None
+
     def speaks(self, request: TeacherRequest) -> bool:
         is_silent = self.may_be_silent and self.fitted(request) is None
         return not is_silent and super().speaks(request)
@@ -203,7 +208,7 @@ class PrivilegedTeacher(TeacherWrapper):
 
 def _ends_of_turns(request: TeacherRequest) -> list[int]:
     """The places of the last tokens of what the student wrote, turn by turn."""
-    actions = request.rollout and request.rollout.completion.actions
+    actions = request.actions
     places = range(len(request.completion))
     if not actions:
         return [places[-1]]

@@ -199,6 +199,15 @@ class RLADTrainer(GRPOTrainer):
             self.request_of(i, rows[i], prompt, completion)
             for i, prompt, completion in zip(wanted, prompts, completions, strict=True)
         ]
+        if "tool_mask" in batch:
+            # The teacher reads what an environment wrote, and its log-probs of that are not missed.
+            written = [
+                batch["tool_mask"][i][batch["completion_mask"][i].bool()].bool() for i in wanted
+            ]
+            requests = [
+                replace(request, actions=tokens.tolist())
+                for request, tokens in zip(requests, written, strict=True)
+            ]
         if isinstance(self.teacher, ShardedTeacher):
             # All processes ask it at the same time, and asking again would change nothing.
             scores = self.teacher.logprobs(requests)
