@@ -3,6 +3,7 @@ checkpoints that load again, adapters, and what is refused."""
 
 import math
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from rlad.models.loading import load_language_model, save_model
 from rlad.models.pictures import PicturedPrompt
 from rlad.models.student import load_student
 from rlad.rollouts.grading import graded_groups
+from rlad.rollouts.prompts import longest_prompt, prompt_token_ids
 from rlad.rollouts.roles import role_spans
+from rlad.rollouts.types import Completion
 from rlad.tasks import Problem
 from rlad.tasks.episodes import EpisodeRules
 from tiny_vision import Looking, picture, tiny_seeing_model
@@ -203,11 +206,49 @@ def test_episodes_with_pictures_are_refused(models):
         graded_groups(student, task, "train", [0], rollout=rollout, seed=0, problem_seed=0)
 
 
-def test_verl_is_given_texts_alone(models):
-    from rlad.export.verl import _rows
+def test_verl_is_given_texts_and_models_of_texts_alone(models, tmp_path):
+    from rlad.export.verl import _rows, export_verl
+    from rlad.export.verl_command import Cluster
 
     with pytest.raises(UserError, match="the verl route trains on texts"):
         _rows(config_of(models), Looking(), "train", 1)
+    with pytest.raises(UserError, match="reads pictures, and the verl route is for"):
+        export_verl(config_of(models), tmp_path / "out", Cluster())
+
+
+def test_what_a_teacher_writes_of_pictures_is_left_out(models):
+    config = config_of(models, {"type": "sft", "rejection": False}, teacher=teacher_of(models))
+    with closing(engine_of(config)) as engine:
+        group = engine.make_rollout_batch(0).groups[0]
+        token = engine.student.model.config.image_token_id
+        completion = Completion((20, token, 1), (-1.0,) * 3, False)
+        written = (replace(group.rollouts[0], completion=completion), *group.rollouts[1:])
+        batch = engine.with_advantages(0, [replace(group, rollouts=written)])
+        assert batch.counted.tolist() == [False, True, True, True]
+        assert math.isfinite(engine.accumulate_gradient(batch, range(4), TokenStats()))
+
+
+def test_a_template_of_the_reasoning_leaves_room_for_it(models):
+    words = " w20" * 490
+    config = config_of(models, {"type": "srpo", "reasoning_template": "{prompt}" + words})
+    model = load_language_model(str(models / "student"), device="cpu")
+    asked = config, Looking(), model.tokenizer, model.context_tokens
+    with pytest.raises(UserError, match=r"train problem 0 in objective.reasoning_template has 50"):
+        longest_prompt(*asked, vision=model.vision)
+    # The bound of the student's own prompts is none of it.
+    rollout = {"max_prompt_tokens": 40}
+    config = config_of(
+        models, {"type": "srpo", "reasoning_template": "{prompt}" + words[:400]}, rollout=rollout
+    )
+    assert longest_prompt(config, *asked[1:], vision=model.vision) < 40
+
+
+def test_the_placeholder_of_a_film_is_refused_in_a_text(models):
+    config = config_of(models, student={"model": str(models / "qwen")})
+    model = load_language_model(config.student.model, device="cpu")
+    for text in ("w20 <|video_pad|> w21", "w20 <|image_pad|>"):
+        with pytest.raises(UserError, match=r"own text holds '<\|\w+_pad\|>', a placeholder of"):
+            prompt_token_ids(model.tokenizer, text, config.rollout, [picture(0)], model.vision)
 
 
 def test_a_student_of_texts_alone_is_named_by_check(models):

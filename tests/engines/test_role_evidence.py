@@ -51,7 +51,9 @@ def test_evidence_is_the_difference_of_two_passes(family):
             "objective": {
                 "type": "srpo", "patch_pixels": 8, "reasoning_template": template
             },
-            "rollout": {"temperature": TEMPERATURE, "group_size": 3},
+            "rollout": {
+                "temperature": TEMPERATURE, "group_size": 3, "max_completion_tokens": 16
+            },
         }
     )  # fmt: skip
     problem = Problem("<image> w20 <image> w23", "", "", images=(picture(1), picture(2)))

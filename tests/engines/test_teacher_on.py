@@ -91,9 +91,7 @@ def test_which_rollouts_the_teacher_is_asked_about(
 ) -> None:
     batch = batch_of(*MIXED)
     config: Any = OBJECTIVE_CONFIGS[objective](teacher_on=teacher_on)
-    batch.choose_what_trains(
-        config, step=0, has_leash=False, vocabulary=99, teacher=SilentOn(*silent)
-    )
+    batch.choose_what_trains(config, step=0, has_leash=False, teacher=SilentOn(*silent))
     spoken = [i for i in asked if i not in silent]
     assert batch.teacher_rows == spoken
     assert [request.completion for request in batch.teacher_requests()] == [(i,) for i in spoken]
@@ -107,7 +105,7 @@ def test_which_rollouts_the_teacher_is_asked_about(
 
 def test_a_request_has_the_others_of_the_group() -> None:
     batch = batch_of(*MIXED)
-    batch.choose_what_trains(OBJECTIVE_CONFIGS["kdrl"](), step=0, has_leash=False, vocabulary=99)
+    batch.choose_what_trains(OBJECTIVE_CONFIGS["kdrl"](), step=0, has_leash=False)
     request = batch.teacher_requests()[4]
     assert request.rollout is batch.rollouts[4]
     assert list(request.peers) == [batch.rollouts[3], batch.rollouts[5]]

@@ -99,11 +99,14 @@ def test_sampled_logprobs_are_the_scorers(family):
     assert any(EOS in one.token_ids for one in written)
 
 
-def test_no_placeholder_is_written_though_it_is_likeliest():
-    model = tiny_seeing_model("llava")
+@pytest.mark.parametrize(
+    ("family", "kind"), [("llava", "image"), ("qwen2_vl", "image"), ("qwen3_vl", "video")]
+)
+def test_no_placeholder_is_written_though_it_is_likeliest(family, kind):
+    model = tiny_seeing_model(family)
     assert model.vision is not None
     with torch.no_grad():
-        model.model.lm_head.weight[model.model.config.image_token_id] *= 0
+        model.model.lm_head.weight[getattr(model.model.config, f"{kind}_token_id")] *= 0
         model.model.lm_head.weight[3:] *= 1e-3
         model.model.lm_head.weight[:2] *= 1e-3
     prompt = prompt_with(model, 0)
@@ -119,6 +122,19 @@ def test_no_placeholder_is_written_though_it_is_likeliest():
             [prompt] * 32, [one.token_ids for one in group]
         )
         torch.testing.assert_close(torch.tensor(values), torch.cat(scores), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_completion_with_a_placeholder_is_a_sentence(family):
+    """As another program may have written it; alone it would be taken for a picture's place."""
+    model = tiny_seeing_model(family)
+    token = model.model.config.image_token_id
+    assert not model.can_read([20, token, 21]) and not model.can_read([20, 64])
+    assert model.can_read([20, 21])
+    prompts = [prompt_with(model, 0), [20, 21]]
+    for completions in ([[20, token], [21]], [[20], [21, token, 22]]):
+        with pytest.raises(UserError, match=r"completion, .* holds '<.*>', in whose place"):
+            scorer_of(model).score(prompts, completions)
 
 
 def _gradients(model: LanguageModel, rows: list[Row], size: int) -> dict[str, torch.Tensor]:

@@ -80,15 +80,15 @@ class RolloutBatch:
         *,
         step: int,
         has_leash: bool,
-        vocabulary: int,
+        can_read: Callable[[TokenIds], bool] = lambda completion: True,
         teacher: Teacher | None = None,
     ) -> None:
         """Leave out the rollouts of which the objective's loss knows nothing, and those of
         advantage 0 that contribute exactly nothing to the gradient.
 
         `step` is the first one on the batch, whose annealed knobs decide. With a leash to the
-        reference every token contributes. `vocabulary` is the student's size,
-        `teacher` the one that is asked about these rollouts.
+        reference every token contributes. `can_read` says what the student can read of what
+        its teacher has written, `teacher` is the one that is asked about these rollouts.
         """
         self.counted = {
             "judged": self.judged,
@@ -96,9 +96,8 @@ class RolloutBatch:
             "all": torch.ones_like(self.judged),
         }[objective.counted_rollouts]
         if objective.written_by == "teacher":
-            # A teacher whose vocabulary is padded further may write what the student cannot read.
-            known = [max(ids) < vocabulary for ids in self.completions]
-            self.counted = self.counted & torch.tensor(known)
+            # Its vocabulary may be padded further, and it may write a placeholder of pictures.
+            self.counted = self.counted & torch.tensor(list(map(can_read, self.completions)))
         self.trains = self.counted
         if objective.zero_advantage_is_zero_gradient and not has_leash:
             self.trains = self.counted & (self.advantages != 0)

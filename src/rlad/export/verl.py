@@ -22,7 +22,8 @@ from rlad.export.verl_command import (
     require_exportable,
     without_equivalent,
 )
-from rlad.models.loading import load_tokenizer
+from rlad.models.loading import load_model_config, load_tokenizer
+from rlad.models.vision import sees
 from rlad.rollouts.prompts import (
     chat_messages,
     check_prompt_length,
@@ -56,6 +57,11 @@ def export_verl(config: RunConfig, folder: Path, cluster: Cluster) -> Path:
     require_exportable(config, cluster)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already and not empty; choose another --output.")
+    if sees(load_model_config(config.student.model)):
+        raise UserError(
+            f"student.model = {config.student.model!r} reads pictures, and the verl route is for "
+            "models of texts alone; train on the native engine instead."
+        )
     tokenizer = load_tokenizer(config.student.model)
     template = None
     if is_plain(tokenizer, config.rollout.prompt_format):

@@ -81,6 +81,12 @@ class LanguageModel:
         embeddings: Any = self.model.get_input_embeddings()
         return embeddings.weight.shape[0]
 
+    def can_read(self, completion: Sequence[int]) -> bool:
+        """Whether a completion by another model holds only tokens that this one knows, and none in
+        whose place it reads a picture."""
+        placeholders = self.vision.placeholder_ids if self.vision else ()
+        return max(completion) < self.vocabulary and not set(placeholders) & set(completion)
+
     @property
     def context_tokens(self) -> int | None:
         """The longest sequence the model can be used for; None when it does not say."""

@@ -119,6 +119,12 @@ class Vision:
     def placeholder_ids(self) -> tuple[int, ...]:
         return placeholder_ids(self.config)
 
+    @property
+    def placeholders(self) -> list[str]:
+        """The tokens with these ids, as texts."""
+        ids = [one for one in self.placeholder_ids if one < len(self.tokenizer)]
+        return self.tokenizer.convert_ids_to_tokens(ids)
+
     # --- from pictures to tokens and pixels -------------------------------------------------------
 
     @property
@@ -188,6 +194,7 @@ class Vision:
         """
         if not any(map(pictures_of, prompts)):
             return {}
+        self._require_placeholders_of_pictures(ids, prompts)
         sights: dict[Sequence[int], Sight] = {}
         for prompt in prompts:
             if pictures_of(prompt) and prompt not in sights:
@@ -202,6 +209,21 @@ class Vision:
                 positions[:, row, start[row] :] = own
             inputs["position_ids"] = positions.to(ids.device)
         return inputs
+
+    def _require_placeholders_of_pictures(
+        self, ids: Tensor, prompts: Sequence[Sequence[int]]
+    ) -> None:
+        """Raise `UserError` where a row holds the placeholder of a picture that its prompt does not
+        have, as a completion that another program has written may."""
+        token = getattr(self.config, "image_token_id", -1)
+        found = (ids == token).sum(dim=1).tolist()
+        wanted = [list(one).count(token) if pictures_of(one) else 0 for one in prompts]
+        if found != wanted:
+            raise UserError(
+                "a completion, or a text without pictures, holds "
+                f"{self.tokenizer.convert_ids_to_tokens(token)!r}, in whose place {self.name!r} "
+                "reads a picture; take it out of what is trained on or scored."
+            )
 
     def _seen(self, model: PreTrainedModel, prompt: Sequence[int]) -> Sight:
         assert isinstance(prompt, PicturedPrompt)

@@ -26,13 +26,14 @@ def with_markers(messages: Sequence[Message], num_pictures: int) -> list[Message
 
 
 def require_no_placeholder(text: str, vision: Vision) -> None:
-    """Raise `UserError` for a problem whose own text holds a placeholder of the model's."""
-    token = vision.token
-    if token != MARKER and token in text:
-        raise UserError(
-            f"a problem's own text holds {token!r}, the placeholder of pictures of "
-            f"{vision.name!r}; write {MARKER!r} where a picture belongs, or take it out."
-        )
+    """Raise `UserError` for a problem whose own text holds a placeholder of the model's, of
+    pictures, films or sound."""
+    for token in vision.placeholders:
+        if token != MARKER and token in text:
+            raise UserError(
+                f"a problem's own text holds {token!r}, a placeholder of {vision.name!r}; write "
+                f"{MARKER!r} where a picture belongs, or take it out."
+            )
 
 
 def plain_text_with_pictures(text: str, vision: Vision) -> str:

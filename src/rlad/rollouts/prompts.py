@@ -9,6 +9,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from rlad.config.run import RolloutConfig, RunConfig
+from rlad.config.template import fill_template
 from rlad.errors import UserError
 from rlad.models.pictures import Picture, PicturedPrompt
 from rlad.models.vision import Vision
@@ -18,7 +19,7 @@ from rlad.rollouts.pictured_prompts import (
     require_no_placeholder,
     with_markers,
 )
-from rlad.tasks import Split, Task
+from rlad.tasks import Problem, Split, Task
 
 TEMPLATE_DATE = datetime(2024, 7, 26)
 """what a chat template that asks the clock is told, on every day: prompts of a resumed run, of an
@@ -232,6 +233,33 @@ def check_prompt_length(
         )
 
 
+def in_place_of_question(problem: Problem, text: str) -> Prompt:
+    """The prompt of a problem with another text for the user's last message."""
+    return (*problem.messages[:-1], (problem.messages[-1][0], text)) if problem.messages else text
+
+
+def reasoning_prompt(
+    config: RunConfig,
+    problem: Problem,
+    what: str,
+    tokenizer: PreTrainedTokenizerBase,
+    context_tokens: int | None,
+    vision: Vision | None,
+) -> Sequence[int]:
+    """Tokenize the prompt of an objective that asks for the reasoning alone; its picture stays.
+
+    Raises `UserError` when it leaves no room for a completion.
+    """
+    template: str = getattr(config.objective, "reasoning_template", "{prompt}")
+    shown = in_place_of_question(problem, fill_template(template, {"prompt": problem.question}))
+    ids = prompt_token_ids(tokenizer, shown, config.rollout, problem.images, vision)
+    # The student's own prompts alone are bounded by `max_prompt_tokens`.
+    unbounded = config.rollout.model_copy(update={"max_prompt_tokens": None})
+    what = f"{what} in objective.reasoning_template"
+    check_prompt_length(len(ids), what, unbounded, context_tokens)
+    return ids
+
+
 NUM_PROBED_PROBLEMS = 20
 
 
@@ -265,4 +293,7 @@ def longest_prompt(
             prompt = prompt_token_ids(tokenizer, problem.asked, rollout, problem.images, vision)
             check_prompt_length(len(prompt), f"{name} problem {i}", rollout, context_tokens)
             longest = max(longest, len(prompt))
+            if config.objective.weighs_roles and split == "train":
+                what = f"{name} problem {i}"
+                reasoning_prompt(config, problem, what, tokenizer, context_tokens, vision)
     return longest

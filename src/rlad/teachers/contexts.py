@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from rlad.config.context import ContextConfig
 from rlad.findings import Finding
 from rlad.models.pictures import MARKER
-from rlad.rollouts.prompts import Prompt
+from rlad.rollouts.prompts import Prompt, in_place_of_question
 from rlad.rollouts.texts import text_without_thoughts
 from rlad.rollouts.types import Rollout
 from rlad.seeds import stream_seed
@@ -130,11 +130,6 @@ def _pattern_of_special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern
     # A completion that writes of a picture has none to show.
     names.add(MARKER)
     return re.compile("|".join(map(re.escape, sorted(names))))
-
-
-def in_place_of_question(problem: Problem, text: str) -> Prompt:
-    """The prompt of a problem with another text for the user's last message."""
-    return (*problem.messages[:-1], (problem.messages[-1][0], text)) if problem.messages else text
 
 
 def metadata_texts(problem: Problem) -> dict[str, str]:

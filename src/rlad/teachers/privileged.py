@@ -33,7 +33,13 @@ from rlad.findings import Finding
 from rlad.models.files import has_tokenizer
 from rlad.models.loading import context_tokens, load_model_config, load_tokenizer, token_id
 from rlad.models.pictures import MARKER, Picture
-from rlad.rollouts.prompts import Prompt, chat_messages, chat_text, prompt_token_ids
+from rlad.rollouts.prompts import (
+    Prompt,
+    chat_messages,
+    chat_text,
+    in_place_of_question,
+    prompt_token_ids,
+)
 from rlad.scoring.columns import TokenColumns
 from rlad.scoring.distributions import TokenDistributions
 from rlad.tasks import Problem, Verdict
@@ -44,7 +50,6 @@ from rlad.teachers.contexts import (
     Encode,
     Fitted,
     encoded,
-    in_place_of_question,
     metadata_texts,
 )
 
@@ -221,8 +226,10 @@ def _ends_of_turns(request: TeacherRequest) -> list[int]:
 def peer_solution(request: TeacherRequest) -> str | None:
     """The first correct completion of another rollout of the group."""
     found = next((one.text for one in request.peers if one.verdict == Verdict.CORRECT), None)
-    # It has seen pictures, and has none of its own.
-    return found and found.replace(MARKER, "")
+    # It has seen pictures, and has none of its own. Removing a marker may put another together.
+    while found and MARKER in found:
+        found = found.replace(MARKER, "")
+    return found
 
 
 def shown_values(problem: Problem, peer_solution: str | None) -> dict[str, str]:

@@ -328,7 +328,7 @@ class RolloutMaker:
             objective,
             step=batch.index * self.config.optimization.steps_per_rollout_batch,
             has_leash=bool(self.config.optimization.kl_coef),
-            vocabulary=self.student.vocabulary,
+            can_read=self.student.can_read,
             teacher=self.teacher if objective.needs_teacher else None,
         )
 

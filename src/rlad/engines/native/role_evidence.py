@@ -12,16 +12,13 @@ import torch
 from torch import Tensor
 
 from rlad.config.run import RunConfig
-from rlad.config.template import fill_template
 from rlad.engines.rollout_batch import RolloutBatch
 from rlad.models.loading import LanguageModel
 from rlad.models.pictures import PicturedPrompt
-from rlad.rollouts.prompts import prompt_token_ids
+from rlad.rollouts.prompts import reasoning_prompt
 from rlad.rollouts.roles import ROLES, RoleSpans, role_spans
 from rlad.scoring.scorer import Scorer
 from rlad.seeds import stream_seed
-from rlad.tasks import Problem
-from rlad.teachers.contexts import in_place_of_question
 
 
 def add_role_evidence(
@@ -48,7 +45,7 @@ def add_role_evidence(
             spans[i].perception,
             ROLES["perception"],
         )
-    for i, values in _without_perception(batch, spans, scorer, objective, config).items():
+    for i, values in _without_perception(batch, spans, scorer, config).items():
         _enter(
             evidence[i],
             roles[i],
@@ -109,20 +106,24 @@ def _without_picture(
 
 
 def _without_perception(
-    batch: RolloutBatch,
-    spans: dict[int, RoleSpans],
-    scorer: Scorer,
-    objective: Any,
-    config: RunConfig,
+    batch: RolloutBatch, spans: dict[int, RoleSpans], scorer: Scorer, config: RunConfig
 ) -> dict[int, Tensor]:
     """Score the reasoning under its own prompt, from its tag on, as if nothing came before it."""
+    student = scorer.language_model
     prompts: dict[int, Sequence[int]] = {}
     asked: dict[int, Sequence[int]] = {}
     for i in spans:
         group = i // batch.group_size
         if group not in asked:
+            one = batch.groups[group]
+            what = f"training problem {one.problem_index}"
             asked[group] = reasoning_prompt(
-                batch.groups[group].problem, objective.reasoning_template, scorer, config
+                config,
+                one.problem,
+                what,
+                student.tokenizer,
+                student.context_tokens,
+                student.vision,
             )
         prompts[i] = asked[group]
     parts = {
@@ -133,14 +134,3 @@ def _without_perception(
         i: values[spans[i].reasoning.start - spans[i].reasoning_opens :]
         for i, values in zip(prompts, scores, strict=True)
     }
-
-
-def reasoning_prompt(
-    problem: Problem, template: str, scorer: Scorer, config: RunConfig
-) -> Sequence[int]:
-    """Tokenize the prompt that asks for the reasoning alone; its picture stays."""
-    student = scorer.language_model
-    shown = in_place_of_question(problem, fill_template(template, {"prompt": problem.question}))
-    return prompt_token_ids(
-        student.tokenizer, shown, config.rollout, problem.images, student.vision
-    )

@@ -1,6 +1,7 @@
 """The problems of a run as the data set that TRL reads, and its task as the reward function."""
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -10,6 +11,7 @@ from datasets import Dataset
 
 from rlad.config.run import RunConfig
 from rlad.engines.rollout_batch import teacher_request
+from rlad.errors import UserError
 from rlad.models.loading import LanguageModel
 from rlad.rollouts.grading import Timer, grade
 from rlad.rollouts.prompts import chat_messages, is_plain, plain_text, prompt_token_ids
@@ -53,6 +55,17 @@ class TaskRollouts:
             return plain_text(asked, rollout)
         return chat_messages(asked, rollout.system_prompt)
 
+    def _prompt_ids(self, problem: Problem) -> Sequence[int]:
+        """Raises `UserError` for a problem with pictures: TRL is given its text."""
+        if problem.images:
+            raise UserError(
+                "a problem has pictures, and engine.type = 'trl' trains on texts; use 'native'."
+            )
+        student = self.student
+        return prompt_token_ids(
+            student.tokenizer, problem.asked, self.config.rollout, vision=student.vision
+        )
+
     def reward(
         self, completion_ids: list[list[int]], index: list[int], **columns: Any
     ) -> list[float | None]:
@@ -69,7 +82,7 @@ class TaskRollouts:
         completion = Completion(tuple(token_ids), (), is_truncated)
         name = f"training problem {index}"
         problem = self.problem(index)
-        prompt = prompt_token_ids(self.student.tokenizer, problem.asked, self.config.rollout)
+        prompt = self._prompt_ids(problem)
         begun = begun_completion(self.student.tokenizer, prompt)
         (rollout,) = grade(
             self.task, problem, name, [completion], self.student, lambda: None, begun
@@ -83,7 +96,7 @@ class TaskRollouts:
             part = rows[start : start + size]
             index = part[0][0]
             problem = self.problem(index)
-            prompt = prompt_token_ids(self.student.tokenizer, problem.asked, self.config.rollout)
+            prompt = self._prompt_ids(problem)
             rollouts = tuple(rollout for _, rollout in part)
             groups.append(RolloutGroup(index, problem, tuple(prompt), rollouts))
         return groups
