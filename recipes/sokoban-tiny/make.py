@@ -2,9 +2,10 @@
 
     python recipes/sokoban-tiny/make.py --out runs/sokoban-tiny/models
 
-Both are trained from the same random weights on games of the *training* boards in which a solver
-that knows the fewest moves from every position plays. The teacher is trained long. The student is
-trained for a short time and so plays a little.
+The teacher is trained on games of the *training* boards in which a solver that knows the fewest
+moves from every position plays. The student is the teacher after more training, on games of a
+player in a hurry, who mostly walks to the box and pushes it whichever way that is, and now and
+then plays as the solver does. Reinforcement learning can teach it which of the two wins.
 """
 
 import argparse
@@ -51,11 +52,14 @@ class Training:
 
     num_steps: int
     seed: int
+    hurry: float = 0.0
+    """share of the moves to learn that the player in a hurry makes instead of the solver"""
     learning_rate: float = 6e-3
     batch_size: int = 64
 
 
-TRAINING = {"student": Training(num_steps=180, seed=1), "teacher": Training(num_steps=800, seed=2)}
+TEACHER = Training(num_steps=800, seed=2)
+STUDENT = Training(num_steps=100, seed=1, hurry=0.8, learning_rate=2e-3)
 
 
 # --- what the models read ------------------------------------------------------------------------
@@ -63,24 +67,24 @@ TRAINING = {"student": Training(num_steps=180, seed=1), "teacher": Training(num_
 
 @dataclass(frozen=True)
 class Turn:
-    """What the game writes, the move that is made, and the move that the solver would make."""
+    """What the game writes, the move that is made, and the move that is learned."""
 
     text: str
     move: str
-    best: str
+    learned: str
 
 
-def games(seed: int) -> Iterator[list[Turn]]:
+def games(training: Training) -> Iterator[list[Turn]]:
     """Yield games of training boards without end."""
-    rng = random.Random(seed)
+    rng = random.Random(training.seed)
     while True:
         layout = random_layout(SIZE, 1, WALL_SHARE, rng)
         start = random_position(layout, *DEPTH, rng)
         if start is not None and split_of(layout.key()) == "train":
-            yield play(layout, start[0], rng)
+            yield play(layout, start[0], training.hurry, rng)
 
 
-def play(layout: Layout, position: Position, rng: random.Random) -> list[Turn]:
+def play(layout: Layout, position: Position, hurry: float, rng: random.Random) -> list[Turn]:
     """Play a game in which some moves slip, until it is solved, lost or long."""
     distance = layout.distances(MAX_DISTANCE)
     game = SokobanGame()
@@ -88,12 +92,29 @@ def play(layout: Layout, position: Position, rng: random.Random) -> list[Turn]:
     text = game.reset(Problem(board + "\n", "", "", metadata={"board": board}), seed=0)
     turns = []
     while distance.get(position) and len(turns) < MAX_TURNS:
-        best = rng.choice(layout.best_moves(position, distance))
-        move = rng.choice(list(MOVES)) if rng.random() < SLIPS else best
-        turns.append(Turn(text, move, best))
+        learned = rng.choice(layout.best_moves(position, distance))
+        if hurry and rng.random() < hurry:
+            learned = rng.choice(hasty_moves(layout, position))
+        move = rng.choice(list(MOVES)) if rng.random() < SLIPS else learned
+        turns.append(Turn(text, move, learned))
         text = game.step(move).text
         position = layout.moved(position, move) or position
     return turns
+
+
+def hasty_moves(layout: Layout, position: Position) -> list[str]:
+    """List the moves that push the box or, where none does, bring the player nearest to it."""
+    (box,) = position.boxes
+    after = {move: layout.moved(position, move) for move in MOVES}
+    possible = {move: one for move, one in after.items() if one}
+    pushes = [move for move, one in possible.items() if one.boxes != position.boxes]
+    if pushes:
+        return pushes
+    far = {
+        move: abs(one.player[0] - box[0]) + abs(one.player[1] - box[1])
+        for move, one in possible.items()
+    }
+    return [move for move in far if far[move] == min(far.values())]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -113,14 +134,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def encode(turns: list[Turn], tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
-    """Return the tokens of a game, and what is learned at each: the solver's move and the end of
-    the turn, also where another move was made."""
+    """Return the tokens of a game, and what is learned at each: a move and the end of the turn,
+    also where the move that was made is another, a slip."""
     ids: list[int] = []
     labels: list[int] = []
     for turn in turns:
         text = tokenizer(turn.text)["input_ids"]
         ids += [*text, *tokenizer(turn.move + END)["input_ids"]]
-        labels += [IGNORED] * len(text) + tokenizer(turn.best + END)["input_ids"]
+        labels += [IGNORED] * len(text) + tokenizer(turn.learned + END)["input_ids"]
     return ids, labels
 
 
@@ -151,7 +172,7 @@ def batches(
     training: Training, tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield (token ids, labels) of games of similar length."""
-    source = games(training.seed)
+    source = games(training)
     rng = random.Random(training.seed)
     size = training.batch_size
     while True:
@@ -206,15 +227,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for teacher/ and student/")
-    parser.add_argument("--only", choices=sorted(TRAINING), help="make one of the two")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     tokenizer = make_tokenizer()
-    for name in [arguments.only] if arguments.only else TRAINING:
-        print(f"{name}: {TRAINING[name]}", flush=True)
-        model = build(tokenizer)
-        train(model, TRAINING[name], tokenizer)
+    model = build(tokenizer)
+    for name, training in (("teacher", TEACHER), ("student", STUDENT)):
+        print(f"{name}: {training}", flush=True)
+        train(model, training, tokenizer)
         model.save_pretrained(arguments.out / name)
         tokenizer.save_pretrained(arguments.out / name)
 
