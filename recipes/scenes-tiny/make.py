@@ -53,7 +53,7 @@ class Phase:
 
 
 BASE = Phase(600, 1.0)
-TEACHER = Phase(300, 1.0, learning_rate=1e-3)
+TEACHER = Phase(1000, 1.0, learning_rate=1.5e-3)
 STUDENT = Phase(60, 0.4, learning_rate=1e-3)
 SMOKE = 3
 """steps of each phase with --smoke, which only shows that it runs"""
@@ -194,7 +194,7 @@ def save(model: Any, processor: Any, folder: Path) -> None:
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for student and teacher")
-    parser.add_argument("--num-examples", type=int, default=4000)
+    parser.add_argument("--num-examples", type=int, default=6000)
     parser.add_argument("--smoke", action="store_true", help=f"{SMOKE} steps of each phase")
     arguments = parser.parse_args(words)
     phases = [BASE, TEACHER, STUDENT]

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from rlad.config.context import ContextConfig
-from rlad.config.objective import OBJECTIVE_CONFIGS, EngineName
+from rlad.config.objective import OBJECTIVE_CONFIGS
+from rlad.config.objective_section import EngineName
 from rlad.config.run import RunConfig
 from rlad.config.task import EpisodesConfig
 from rlad.config.teacher import single_teachers

@@ -1,11 +1,18 @@
 """The knobs of each objective, and what else is known of it. Imports no torch."""
 
 import math
-from collections.abc import Iterable, Iterator
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from collections.abc import Iterable
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, Field
 
+from rlad.config.distributions import GKDConfig, MOPDConfig, OPSDConfig, SDPOConfig, SkillSDConfig
+from rlad.config.objective_section import (
+    Clipped,
+    EngineName,
+    ObjectiveSection,
+    SometimesTaught,
+)
 from rlad.config.template import template_names
 from rlad.config.types import (
     AnnealedNonNegative,
@@ -13,16 +20,11 @@ from rlad.config.types import (
     Count,
     NonNegative,
     Positive,
-    Section,
     Share,
     ShareBelowOne,
     Support,
-    at_step,
 )
 from rlad.errors import UserError
-
-EngineName = Literal["native", "trl", "verl"]
-TeacherOn = Literal["all", "positive", "wrong", "failed_groups"]
 
 
 def _names_the_prompt(template: str) -> str:
@@ -34,103 +36,7 @@ def _names_the_prompt(template: str) -> str:
     return template
 
 
-_NO_KNOBS = ("type", "teacher_on", "support", "top_k", "patch_pixels", "reasoning_template")
-"""settings that are no arguments of an objective's function"""
-
-
-class ObjectiveSection(Section):
-    """The base of all objectives. Its class variables are facts about an objective, which engines,
-    checks, guards and reports read; nobody compares an objective's name."""
-
-    type: Any = None  # first, so that it comes first wherever settings are shown
-
-    needs_teacher: ClassVar[bool] = True
-    uses_reward: ClassVar[bool] = True
-    zero_advantage_is_zero_gradient: ClassVar[bool] = False
-    """A completion with advantage 0 contributes exactly nothing, so it may be left out of scoring
-    and update."""
-    written_by: ClassVar[Literal["student", "teacher"]] = "student"
-    """Who writes the completions that are trained on."""
-    gates_by_teacher: ClassVar[bool] = False
-    """Whether the teacher decides for single tokens that they get no gradient."""
-    engines: ClassVar[tuple[EngineName, ...]] = ("native", "trl", "verl")
-    """On which it runs; `trl` is `RLADTrainer`."""
-    teacher_work: ClassVar[str] = "the teacher scores each sampled token once"
-    weighs_roles: ClassVar[bool] = False
-    """Whether the old policy scores completions without the picture, and without what they see."""
-    default_teacher: ClassVar[dict[str, Any] | None] = None
-    """The [teacher] section that the choice of it brings along, where none is given beside it."""
-
-    @property
-    def asked_of_teacher(self) -> Support:
-        """Of which tokens the teacher that scores is asked for probabilities."""
-        return "sampled"
-
-    @property
-    def counted_rollouts(self) -> Literal["judged", "correct", "all"]:
-        """Which rollouts the denominator of the loss counts; no other one trains."""
-        return "judged" if self.uses_reward else "all"
-
-    @property
-    def schedule_depends_on_num_steps(self) -> bool:
-        """Whether its first steps would be others in a run of another length."""
-        return False
-
-    @property
-    def is_of_old_policy(self) -> bool:
-        """Whether its estimate holds for the policy that sampled alone: it has no πS / πold."""
-        return False
-
-    @property
-    def asks_teacher_on(self) -> TeacherOn:
-        """Which completions the teacher is asked about."""
-        return "all"
-
-    def trains_without_teacher(self, step: int) -> bool:
-        """Whether a completion on which the teacher is silent trains at a step: by its reward."""
-        return self.uses_reward
-
-    def knobs_at(self, step: int) -> dict[str, Any]:
-        """The keyword arguments of the objective's function at a step; "off" is None."""
-        knobs = {key: at_step(value, step) for key, value in self if key not in _NO_KNOBS}
-        return {key: None if value == "off" else value for key, value in knobs.items()}
-
-    def flat_step(self, validations: Iterable[tuple[int, float]]) -> int | None:
-        """The step after which the objective changes, as the validations (step, pass@1) so far have
-        it; None where they do not, or do not decide."""
-        return None
-
-    def at_step(
-        self, step: int, num_steps: int, *, flat_step: int | None = None
-    ) -> "ObjectiveSection":
-        """The objective of one optimiser step (from 0) of a run of `num_steps`, of which the
-        validations have decided `flat_step`."""
-        return self
-
-
-class _SometimesTaught(ObjectiveSection):
-    teacher_on: TeacherOn = "all"
-    """completions on which the teacher has a say: all, those of positive advantage, those that are
-    not correct, or those of groups without a correct one"""
-
-    @property
-    def is_of_old_policy(self) -> bool:
-        """Whether its estimate holds for the policy that sampled alone: it has no πS / πold."""
-        return False
-
-    @property
-    def asks_teacher_on(self) -> TeacherOn:
-        return self.teacher_on
-
-
-class _Clipped(ObjectiveSection):
-    clip_low: NonNegative = 0.2
-    """the ratio is clipped to [1 - clip_low, 1 + clip_high]"""
-    clip_high: NonNegative = 0.28
-    """see clip_low"""
-
-
-class _GRPOLike(_Clipped):
+class _GRPOLike(Clipped):
     """GRPO, and what is GRPO but for the denominator of the ratio."""
 
     ratio_level: Literal["token", "sequence"] = "token"
@@ -141,7 +47,7 @@ class _GRPOLike(_Clipped):
     zero_advantage_is_zero_gradient: ClassVar[bool] = True
 
 
-class TRRDConfig(_SometimesTaught, _GRPOLike):
+class TRRDConfig(SometimesTaught, _GRPOLike):
     type: Literal["trrd"] = "trrd"
     alpha: Share | AnnealedShare = 0.5
     """1 is GRPO, 0 is anchored to the teacher alone"""
@@ -158,7 +64,7 @@ class GRPOConfig(_GRPOLike):
     teacher_work: ClassVar[str] = "no teacher"
 
 
-class KDRLConfig(_SometimesTaught, _Clipped):
+class KDRLConfig(SometimesTaught, Clipped):
     type: Literal["kdrl"] = "kdrl"
     kd_coef: NonNegative | AnnealedNonNegative = 2e-3
     """weight of the distillation term; KDRL's annealing is start 5e-3, end 1e-3, change_per_step
@@ -175,13 +81,13 @@ class KDRLConfig(_SometimesTaught, _Clipped):
         return supports.get(self.kd_estimator, "sampled")
 
 
-class OPDConfig(_SometimesTaught):
+class OPDConfig(SometimesTaught):
     type: Literal["opd"] = "opd"
 
     uses_reward: ClassVar[bool] = False
 
 
-class OPDThenGRPOConfig(_Clipped):
+class OPDThenGRPOConfig(Clipped):
     type: Literal["opd_then_grpo"] = "opd_then_grpo"
     opd_share: Share | Literal["auto"] = 0.4
     """share of the run's steps with `opd`, rounded up to whole rollout batches; the rest is
@@ -228,7 +134,7 @@ class OPDThenGRPOConfig(_Clipped):
         return GRPOConfig(clip_low=self.clip_low, clip_high=self.clip_high)
 
 
-class RLSDConfig(_SometimesTaught, _Clipped):
+class RLSDConfig(SometimesTaught, Clipped):
     type: Literal["rlsd"] = "rlsd"
     teacher_weight: Share | AnnealedShare = AnnealedShare(start=0.5, end=0.0, change_per_step=-0.01)
     """λ: 0 is GRPO, 1 weighs every token by the teacher's evidence"""
@@ -238,7 +144,7 @@ class RLSDConfig(_SometimesTaught, _Clipped):
     zero_advantage_is_zero_gradient: ClassVar[bool] = True
 
 
-class SRPOConfig(_Clipped):
+class SRPOConfig(Clipped):
     type: Literal["srpo"] = "srpo"
     evidence_weight: NonNegative | AnnealedNonNegative = 0.5
     """λ: 0 is GRPO"""
@@ -258,7 +164,7 @@ class SRPOConfig(_Clipped):
     engines: ClassVar[tuple[EngineName, ...]] = ("native",)
 
 
-class DistilledRLConfig(_SometimesTaught, _Clipped):
+class DistilledRLConfig(SometimesTaught, Clipped):
     type: Literal["distilled_rl"] = "distilled_rl"
     weight_bound: Annotated[float, Field(strict=True, ge=1)] = 3.0
     """πT / πold is clipped to [1 / weight_bound, weight_bound]"""
@@ -266,7 +172,7 @@ class DistilledRLConfig(_SometimesTaught, _Clipped):
     zero_advantage_is_zero_gradient: ClassVar[bool] = True
 
 
-class TOPDConfig(_SometimesTaught, _Clipped):
+class TOPDConfig(SometimesTaught, Clipped):
     type: Literal["topd"] = "topd"
     alpha: Annotated[float, Field(strict=True, gt=0, lt=1)] = 0.1
     """share of the teacher in the mixture; no token reward is below log(1 - alpha)"""
@@ -288,133 +194,6 @@ class SFTConfig(ObjectiveSection):
     @property
     def counted_rollouts(self) -> Literal["judged", "correct", "all"]:
         return "correct" if self.rejection else "all"
-
-
-class _ComparesDistributions(ObjectiveSection):
-    """Compares the distributions of student and teacher at each token."""
-
-    support: Support = "full"
-    """which tokens of the vocabulary are told apart: the sampled one alone, the top_k likeliest of
-    student or teacher (the others count as one), or all"""
-    top_k: Count = 100
-    """K of student_top_k and teacher_top_k"""
-
-    teacher_work: ClassVar[str] = (
-        "the teacher computes the probabilities of the vocabulary at each sampled token "
-        "(objective.support)"
-    )
-
-    @property
-    def asked_of_teacher(self) -> Support:
-        return self.support
-
-
-class GKDConfig(_ComparesDistributions):
-    type: Literal["gkd"] = "gkd"
-    beta: Share = 0.5
-    """of the generalised Jensen-Shannon divergence: 0 is the forward KL, 1 the reverse KL"""
-
-    uses_reward: ClassVar[bool] = False
-    engines: ClassVar[tuple[EngineName, ...]] = ("native",)
-
-    @property
-    def is_of_old_policy(self) -> bool:
-        return self.support == "sampled"
-
-
-class _SelfDistillation(_ComparesDistributions):
-    divergence: Literal["jsd", "reverse_kl", "forward_kl"] = "jsd"
-    """of student and teacher at each token"""
-    beta: Annotated[float, Field(strict=True, gt=0, lt=1)] = 0.5
-    """of jsd: the teacher's share in the mixture; near equal distributions its gradient is beta
-    (1 - beta) of a KL's"""
-    max_importance_weight: Positive | Literal["off"] = 2.0
-    """πS / πold weighs the divergence up to this; it is 1 with one step on each rollout batch"""
-
-    engines: ClassVar[tuple[EngineName, ...]] = ("native",)
-
-
-class SDPOConfig(_SelfDistillation, _Clipped):
-    type: Literal["sdpo"] = "sdpo"
-    support: Support = "student_top_k"
-    """which tokens of the vocabulary are told apart: the sampled one alone, the top_k likeliest of
-    student or teacher (the others count as one), or all"""
-    reward_share: Share | AnnealedShare = 0.0
-    """share of GRPO's loss, or with teacher_enters = "advantage" of its advantage; the rest is the
-    teacher's"""
-    teacher_enters: Literal["loss", "advantage"] = "loss"
-    """as a divergence in the loss, or as the log-ratio of the sampled token in GRPO's advantage"""
-
-    default_teacher: ClassVar[dict[str, Any] | None] = {
-        "type": "privileged",
-        "context": {"num_successes": 1, "feedback": True},
-        "teacher": {"type": "ema", "update_rate": 0.05, "every_batches": 1},
-    }
-
-    def trains_without_teacher(self, step: int) -> bool:
-        return at_step(self.reward_share, step) > 0
-
-    def problems(self) -> Iterator[str]:
-        is_of_token = self.support == "sampled" and self.divergence == "reverse_kl"
-        if self.teacher_enters == "advantage" and not is_of_token:
-            yield (
-                "teacher_enters = 'advantage' needs support = 'sampled' and divergence = "
-                "'reverse_kl': a divergence over several tokens does not depend on which one was "
-                "sampled, so as an advantage its expected gradient is 0; set both, or "
-                "teacher_enters = 'loss'"
-            )
-
-
-class MOPDConfig(SDPOConfig):
-    type: Literal["mopd"] = "mopd"  # type: ignore[assignment]
-
-    default_teacher: ClassVar[dict[str, Any] | None] = {
-        "type": "privileged",
-        "context": {"num_successes": 2, "num_failures": 1, "feedback": True},
-        "teacher": {"type": "ema", "update_rate": 0.05, "every_batches": 1},
-    }
-
-
-class OPSDConfig(_SelfDistillation):
-    type: Literal["opsd"] = "opsd"
-    divergence: Literal["jsd", "reverse_kl", "forward_kl"] = "forward_kl"
-    """of student and teacher at each token"""
-    pointwise_clip: Positive | None = None
-    """bound of each term of the divergence; none by default, as a bounded token is pushed down
-    although the teacher wants it up"""
-    clip_gradient: Literal["zero", "straight_through"] = "zero"
-    """of a bounded term: its own, which is 0, or that of the term without bound"""
-
-    uses_reward: ClassVar[bool] = False
-    default_teacher: ClassVar[dict[str, Any] | None] = {
-        "type": "privileged",
-        "context": {"answer": True},
-        "teacher": {"type": "ema", "update_rate": 0.0},
-    }
-
-    def problems(self) -> Iterator[str]:
-        if self.pointwise_clip is not None and self.support != "full":
-            yield (
-                f"pointwise_clip bounds the terms of single tokens, and support = {self.support!r} "
-                "joins many; set support = 'full', or leave it out"
-            )
-
-
-class SkillSDConfig(_SometimesTaught, _Clipped):
-    type: Literal["skill_sd"] = "skill_sd"
-    kd_coef: NonNegative | AnnealedNonNegative = 1e-3
-    """λ: weight of the distillation term"""
-    teacher_log_ratio_clip: Positive | Literal["off"] = 5.0
-    """c in clamp(log πS - log πT, -c, +c); `off`, as in the paper, leaves it unbounded"""
-    max_importance_weight: Positive | Literal["off"] = 2.0
-    """bound of πS / πold in the distillation term; `off`, as in the paper: none"""
-
-    engines: ClassVar[tuple[EngineName, ...]] = ("native",)
-    default_teacher: ClassVar[dict[str, Any] | None] = {
-        "type": "privileged",
-        "context": {"skill": {}, "without_success": "plain"},
-        "teacher": {"type": "ema", "update_rate": 1.0, "every_batches": 1},
-    }
 
 
 ObjectiveConfig = (
