@@ -42,7 +42,7 @@ from rlad.engines.verl.objective import NAMES, VARIABLE
 from rlad.engines.verl.plugin import rlad_loss
 from rlad.export.verl import _shell
 from rlad.export.verl_command import AGGREGATION
-from rlad.models.loading import load_tokenizer
+from rlad.models.without_weights import load_tokenizer
 from rlad.objectives import token_loss
 from rlad.objectives.aggregate import Aggregation, aggregate
 from rlad.objectives.inputs import LossInputs

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from exported_runs import LENGTH, LORA, PROMPTS, answers, answers_of_export, checkpoint, write_run
 from rlad.errors import RunFailedError
 from rlad.export.model import export_model
-from rlad.models.loading import load_language_model, save_model, unused_generation_settings
+from rlad.models.loading import load_language_model, save_model
+from rlad.models.without_weights import unused_generation_settings
 from rlad.rollouts.sampling import sample
 from tiny_models import VOCABULARY, tiny_model, tiny_tokenizer
 from tiny_runs import rlad_fails

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from rlad.models.files import EMBEDDED
-from rlad.models.loading import load_language_model, load_model_config, load_tokenizer
+from rlad.models.loading import load_language_model
 from rlad.models.sizes import num_parameters
+from rlad.models.without_weights import load_model_config, load_tokenizer
 from tiny_runs import write_model
 
 

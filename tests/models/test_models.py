@@ -21,8 +21,9 @@ from rlad.models import packaged as packaged_models
 from rlad.models.fetch import wheel as model_preparation
 from rlad.models.fetch.wheel import prepare_packaged
 from rlad.models.files import base_model, files_of, located
-from rlad.models.loading import load_language_model, load_model_config
+from rlad.models.loading import load_language_model
 from rlad.models.packaged import PACKAGED, PackagedModel
+from rlad.models.without_weights import load_model_config
 from tiny_hub import tiny_hub
 from tiny_models import tiny_model
 from tiny_runs import run_config, write_model

@@ -17,8 +17,9 @@ import tiny_vision
 from rlad.config.run import RolloutConfig
 from rlad.errors import UserError
 from rlad.models.grid_processor import GridProcessor
-from rlad.models.loading import LanguageModel, load_tokenizer, save_model
+from rlad.models.loading import LanguageModel, save_model
 from rlad.models.vision import Vision
+from rlad.models.without_weights import load_tokenizer
 from rlad.rollouts.prompts import prompt_token_ids
 from rlad.scoring.scorer import Scorer
 from tiny_vision import EOS, FAMILIES, PAD, picture, tiny_processor, tiny_seeing_model

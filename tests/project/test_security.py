@@ -20,7 +20,8 @@ from click.testing import CliRunner, Result
 import rlad
 from rlad.cli.main import main
 from rlad.config.run import RolloutConfig
-from rlad.models.loading import load_language_model, load_model_config, load_tokenizer
+from rlad.models.loading import load_language_model
+from rlad.models.without_weights import load_model_config, load_tokenizer
 from rlad.rollouts.prompts import prompt_token_ids
 from rlad.runs.checkpoints import damage, find_checkpoints
 from tiny_runs import rlad_fails, run_config, write_config, write_tokenizer

@@ -19,9 +19,10 @@ import rlad
 from rlad.checks.check import check_run
 from rlad.config.file import parse_config
 from rlad.config.run import RolloutConfig
-from rlad.models.loading import LanguageModel, load_language_model, load_tokenizer
+from rlad.models.loading import LanguageModel, load_language_model
 from rlad.models.packaged import PACKAGED
 from rlad.models.student import load_student
+from rlad.models.without_weights import load_tokenizer
 from rlad.rollouts.prompts import prompt_token_ids
 from rlad.rollouts.sampling import sample
 from rlad.runs.directory import METRICS, RunDirectory

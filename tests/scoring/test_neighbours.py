@@ -9,7 +9,7 @@ import torch
 from rlad.config.run import LoraConfig
 from rlad.engines.native.loop import NativeEngine
 from rlad.errors import RunFailedError, UserError
-from rlad.models.loading import context_tokens
+from rlad.models.without_weights import context_tokens
 from rlad.rollouts.sampling import sample
 from rlad.scoring.scorer import Scorer
 from rlad.scoring.training_mode import require_same_gradients

@@ -17,7 +17,7 @@ from rlad.config.file import parse_config
 from rlad.config.run import RolloutConfig
 from rlad.config.validation import validated
 from rlad.errors import UserError
-from rlad.models.loading import load_tokenizer
+from rlad.models.without_weights import load_tokenizer
 from rlad.rollouts.prompts import prompt_token_ids
 from rlad.rollouts.types import Completion, Rollout, Turn
 from rlad.tasks import Problem

@@ -16,8 +16,9 @@ from rlad.config.run import LoraConfig, RunConfig
 from rlad.engines.native.loop import NativeEngine
 from rlad.errors import UserError
 from rlad.models.adapters import save_adapter
-from rlad.models.loading import LanguageModel, load_language_model, load_tokenizer
+from rlad.models.loading import LanguageModel, load_language_model
 from rlad.models.student import load_student
+from rlad.models.without_weights import load_tokenizer
 from rlad.runs.directory import RunDirectory
 from rlad.tasks import make_task
 from rlad.teachers import check_teacher, prepare_teacher

@@ -13,8 +13,9 @@ import rlad.teachers.local
 from rlad.config.file import parse_config
 from rlad.config.teacher import LocalTeacherConfig
 from rlad.errors import UserError
-from rlad.models.loading import LanguageModel, load_language_model, load_tokenizer
+from rlad.models.loading import LanguageModel, load_language_model
 from rlad.models.student import load_student
+from rlad.models.without_weights import load_tokenizer
 from rlad.runs.directory import RunDirectory
 from rlad.scoring.output_layer import OutputLayer, output_layer
 from rlad.teachers import check_teacher, prepare_teacher

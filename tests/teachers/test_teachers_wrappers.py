@@ -24,7 +24,8 @@ from rlad.config.run import RolloutConfig, RunConfig
 from rlad.config.template import fill_template, template_names
 from rlad.errors import UserError
 from rlad.findings import Finding
-from rlad.models.loading import LanguageModel, load_language_model, load_tokenizer
+from rlad.models.loading import LanguageModel, load_language_model
+from rlad.models.without_weights import load_tokenizer
 from rlad.rollouts.prompts import prompt_token_ids
 from rlad.rollouts.types import Completion, Rollout
 from rlad.runs.directory import RunDirectory

@@ -24,17 +24,17 @@ from rlad.engines.making import require_engine_package, require_pictures_fit
 from rlad.errors import RladError, UserError, out_of_memory
 from rlad.findings import Finding
 from rlad.models.files import require_weights
-from rlad.models.loading import (
+from rlad.models.loading import pick_device
+from rlad.models.student import require_base_model
+from rlad.models.without_weights import (
     context_tokens,
     end_token_ids,
     load_generation_config,
     load_model_config,
     load_tokenizer,
     load_vision,
-    pick_device,
     unused_generation_settings,
 )
-from rlad.models.student import require_base_model
 from rlad.rollouts.prompts import longest_prompt
 from rlad.rollouts.turns import require_continuable_prompts
 from rlad.rollouts.vllm_protocol import Needs, require_usable

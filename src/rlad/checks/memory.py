@@ -9,8 +9,9 @@ import torch
 from rlad.config.run import RunConfig
 from rlad.config.teacher import EMATeacherConfig, LocalTeacherConfig, single_teachers
 from rlad.findings import Finding
-from rlad.models.loading import load_model_config, pick_device
+from rlad.models.loading import pick_device
 from rlad.models.sizes import num_adapter_parameters, num_parameters, quantized_bytes
+from rlad.models.without_weights import load_model_config
 from rlad.rollouts.growing_cache import room_for
 from rlad.scoring.tiles import LOGITS_PER_TILE, tokens_per_chunk
 

@@ -15,8 +15,8 @@ from rlad.config.types import Section
 from rlad.engines.base import StepResult
 from rlad.engines.native import make_engine
 from rlad.findings import Finding
-from rlad.models.loading import load_tokenizer
 from rlad.models.student import load_student
+from rlad.models.without_weights import load_tokenizer
 from rlad.rollouts.prompts import prompt_token_ids
 from rlad.rollouts.types import Metrics
 from rlad.runs.guards import Watch

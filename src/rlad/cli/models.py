@@ -8,8 +8,8 @@ from rlad.cli.printing import print_line, print_table
 from rlad.models.fetch.hub import cached_folder, fetch_model
 from rlad.models.fetch.wheel import prepare_packaged
 from rlad.models.files import EMBEDDED, require_weights
-from rlad.models.loading import load_model_config
 from rlad.models.packaged import PACKAGED
+from rlad.models.without_weights import load_model_config
 
 
 def print_models() -> None:

@@ -13,7 +13,8 @@ import click
 
 from rlad.errors import UserError, require_package
 from rlad.models.files import located, require_weights
-from rlad.models.loading import load_language_model, load_model_config, pick_device
+from rlad.models.loading import load_language_model, pick_device
+from rlad.models.without_weights import load_model_config
 from rlad.replicas import read_key
 
 KEY_VARIABLE = "RLAD_TEACHER_API_KEY"

@@ -7,12 +7,7 @@ from typing import Annotated, ClassVar, Literal, get_args
 from pydantic import AfterValidator, Field
 
 from rlad.config.distributions import GKDConfig, MOPDConfig, OPSDConfig, SDPOConfig, SkillSDConfig
-from rlad.config.objective_section import (
-    Clipped,
-    EngineName,
-    ObjectiveSection,
-    SometimesTaught,
-)
+from rlad.config.objective_section import Clipped, EngineName, ObjectiveSection, SometimesTaught
 from rlad.config.template import template_names
 from rlad.config.types import (
     AnnealedNonNegative,

@@ -10,9 +10,10 @@ from rlad.config.teacher import single_teachers
 from rlad.engines import native
 from rlad.engines.base import Engine
 from rlad.errors import UserError, require_package
-from rlad.models.loading import LanguageModel, load_model_config
+from rlad.models.loading import LanguageModel
 from rlad.models.student import load_student, require_base_model
 from rlad.models.vision import sees
+from rlad.models.without_weights import load_model_config
 from rlad.rollouts.prompts import NUM_PROBED_PROBLEMS
 from rlad.tasks import Task
 

@@ -22,8 +22,8 @@ from rlad.export.verl_command import (
     require_exportable,
     without_equivalent,
 )
-from rlad.models.loading import load_model_config, load_tokenizer
 from rlad.models.vision import sees
+from rlad.models.without_weights import load_model_config, load_tokenizer
 from rlad.rollouts.prompts import (
     chat_messages,
     check_prompt_length,

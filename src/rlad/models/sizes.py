@@ -6,8 +6,9 @@ from transformers import PreTrainedModel
 from rlad.config.run import LoraConfig
 from rlad.errors import UserError
 from rlad.models.adapters import add_lora
-from rlad.models.loading import load_model_config, missing_package
+from rlad.models.loading import missing_package
 from rlad.models.vision import auto_class
+from rlad.models.without_weights import load_model_config
 
 
 def num_parameters(name: str) -> int:

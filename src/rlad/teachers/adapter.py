@@ -19,7 +19,8 @@ from rlad.models.adapters import (
     require_shareable,
 )
 from rlad.models.files import base_model, has_tokenizer, is_adapter, resolvable
-from rlad.models.loading import LanguageModel, load_model_config, load_tokenizer, remove_dropout
+from rlad.models.loading import LanguageModel, remove_dropout
+from rlad.models.without_weights import load_model_config, load_tokenizer
 from rlad.scoring.distributions import Distributions
 from rlad.scoring.scorer import Scorer, TokenIds
 from rlad.teachers.base import Setting

@@ -17,9 +17,10 @@ from transformers import PreTrainedTokenizerBase
 
 from rlad.config.run import RunConfig
 from rlad.errors import UserError
-from rlad.models.loading import LanguageModel, load_vision
+from rlad.models.loading import LanguageModel
 from rlad.models.pictures import pictures_of
 from rlad.models.vision import Vision
+from rlad.models.without_weights import load_vision
 from rlad.rollouts.types import Rollout
 from rlad.scoring.columns import TokenColumns, columns_of
 from rlad.scoring.distributions import TokenDistributions

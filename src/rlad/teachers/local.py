@@ -15,14 +15,12 @@ from rlad.errors import UserError
 from rlad.findings import Finding
 from rlad.models.adapters import require_loadable
 from rlad.models.files import is_adapter, require_weights
-from rlad.models.loading import (
-    LanguageModel,
+from rlad.models.loading import LanguageModel, load_language_model, pick_device
+from rlad.models.without_weights import (
     context_tokens,
-    load_language_model,
     load_model_config,
     load_tokenizer,
     load_vision,
-    pick_device,
 )
 from rlad.scoring.distributions import TokenDistributions
 from rlad.scoring.scorer import Scorer

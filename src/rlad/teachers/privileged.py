@@ -31,8 +31,8 @@ from rlad.config.template import fill_template, template_names
 from rlad.errors import UserError
 from rlad.findings import Finding
 from rlad.models.files import has_tokenizer
-from rlad.models.loading import context_tokens, load_model_config, load_tokenizer, token_id
 from rlad.models.pictures import MARKER, Picture
+from rlad.models.without_weights import context_tokens, load_model_config, load_tokenizer, token_id
 from rlad.rollouts.prompts import (
     Prompt,
     chat_messages,

@@ -7,7 +7,7 @@ from contextlib import closing
 from rlad.config.teacher import PrivilegedTeacherConfig
 from rlad.config.template import template_names
 from rlad.findings import Finding
-from rlad.models.loading import token_id
+from rlad.models.without_weights import token_id
 from rlad.tasks import Problem, make_task
 from rlad.teachers import check_teacher as check_inner
 from rlad.teachers.base import Setting
