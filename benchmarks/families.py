@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from rlad.errors import RladError
 from rlad.models.loading import LanguageModel, remove_dropout
-from rlad.rollouts.sampling import _cache_rows_can_be_dropped, sample
+from rlad.rollouts.decoders import cache_rows_can_be_dropped
+from rlad.rollouts.sampling import sample
 from rlad.scoring.scorer import Scorer
 from tiny_models import PAD, VOCABULARY, random_tokens, tiny_tokenizer
 
@@ -160,7 +161,7 @@ def look_at(family: str) -> dict[str, Any]:
     scores = scorer.score(*sequences)
     whole = [own_logprobs(model, prompt, one.token_ids).detach() for prompt, one in written]
     found = {
-        "decoder": "own" if _cache_rows_can_be_dropped(model) else "generate",
+        "decoder": "own" if cache_rows_can_be_dropped(model) else "generate",
         "head": "tiles" if scorer.head is not None else "whole",
         "sampler": max(
             float((torch.tensor(one.logprobs).double() - right).abs().max())

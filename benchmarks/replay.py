@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from rlad.models.loading import LanguageModel, remove_dropout
-from rlad.rollouts import sampling
+from rlad.rollouts import decoders
 from rlad.tasks import Problem, Split
 from rlad.tasks.base import Judgement, judged
 
@@ -192,7 +192,7 @@ class Script:
 
     def replay_in_our_sampler(self) -> None:
         """From now on rlad's sampler samples the script. All rows must be decoded at once."""
-        pick_tokens = sampling.pick_tokens
+        pick_tokens = decoders.pick_tokens
 
         @functools.wraps(pick_tokens)
         def pick_scripted(
@@ -204,7 +204,7 @@ class Script:
             self.position += 1
             return pick_tokens(logits, uniforms, temperature)
 
-        sampling.pick_tokens = pick_scripted
+        decoders.pick_tokens = pick_scripted
 
     def replay_in_generate(self, model: Any) -> None:
         """From now on `model.generate` samples the script."""

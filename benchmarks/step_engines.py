@@ -25,7 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 from rlad.config.run import RunConfig
 from rlad.engines.native.loop import NativeEngine
 from rlad.engines.rollout_batch import RolloutBatch
-from rlad.rollouts import sampling
+from rlad.rollouts import decoders, sampling
 from rlad.scoring.scorer import Scorer
 from rlad.teachers.local import LocalTeacher
 
@@ -132,7 +132,7 @@ def _score_everything(engine: NativeEngine) -> None:
 
 
 def _keep_finished_rows(engine: NativeEngine) -> None:
-    sampling._COMPACT_SHARE = 2.0
+    decoders._COMPACT_SHARE = 2.0
 
 
 def _prefill_each_row(engine: NativeEngine) -> None:

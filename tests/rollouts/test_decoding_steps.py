@@ -7,7 +7,7 @@ import torch
 
 from rlad.config.run import RolloutConfig
 from rlad.errors import UserError
-from rlad.rollouts import sampling
+from rlad.rollouts import decoders
 from rlad.rollouts.decoding_steps import GraphSteps, PlainSteps, obstacle_to_graphs
 from rlad.rollouts.growing_cache import GrowingLayer
 from rlad.rollouts.sampling import OwnSampler, sample
@@ -30,7 +30,7 @@ def test_the_tokens_are_those_of_the_plain_steps(
 ) -> None:
     """While rows are dropped, and while buffers become full with all rows (a share of 2: never
     dropped)."""
-    monkeypatch.setattr(sampling, "_COMPACT_SHARE", compact_share)
+    monkeypatch.setattr(decoders, "_COMPACT_SHARE", compact_share)
     ends = (1, 2) if compact_share < 1 else (1,)
     model = tiny_language_model(family, **FAMILIES[family], eos_token_ids=ends)
     settings: dict[str, Any] = {"group_size": 6, "max_completion_tokens": 100, "seed": 5}

@@ -12,8 +12,9 @@ import torch
 from transformers import GenerationConfig
 
 from rlad.models.loading import LanguageModel
-from rlad.rollouts import sampling
-from rlad.rollouts.sampling import pick_tokens, sample
+from rlad.rollouts import decoders, sampling
+from rlad.rollouts.decoders import pick_tokens
+from rlad.rollouts.sampling import sample
 from rlad.rollouts.types import Completion, Rows
 from rlad.scoring.scorer import Scorer
 from rlad.scoring.tiles import LOGITS_PER_CHUNK
@@ -147,12 +148,12 @@ def test_the_two_decoders_are_chosen_by_the_cache() -> None:
     for families, through_own in ((WITH_PLAIN_CACHE, True), (THROUGH_GENERATE, False)):
         for family, settings in families.items():
             model = tiny_language_model(family, **settings).model
-            assert sampling._cache_rows_can_be_dropped(model) == through_own, family
+            assert decoders.cache_rows_can_be_dropped(model) == through_own, family
     # The layers of some hybrids derive from the plain layer, yet dropping rows would leave their
     # recurrent state behind.
     hybrid = tiny_language_model().model
     hybrid.config.layer_types = ["hybrid", "hybrid"]
-    assert not sampling._cache_rows_can_be_dropped(hybrid)
+    assert not decoders.cache_rows_can_be_dropped(hybrid)
 
 
 # --- what tokens may not depend on ----------------------------------------------------------------
@@ -214,7 +215,7 @@ def test_tokens_do_not_depend_on_dropping_finished_rows(
     )
     results = []
     for share in (2.0, 0.2, 0.0):  # never, the default, at every step
-        monkeypatch.setattr(sampling, "_COMPACT_SHARE", share)
+        monkeypatch.setattr(decoders, "_COMPACT_SHARE", share)
         results.append(completions_of(model, group_size=8))
     lengths = {len(completion.token_ids) for group in results[0] for completion in group}
     assert len(lengths) > 5
@@ -233,7 +234,7 @@ def test_both_decoders_give_the_same_tokens(
     model = tiny_language_model(family, **WITH_PLAIN_CACHE[family], eos_token_ids=(EOS, SECOND_EOS))
     results = []
     for is_plain in (True, False):
-        monkeypatch.setattr(sampling, "_cache_rows_can_be_dropped", lambda model, it=is_plain: it)
+        monkeypatch.setattr(sampling, "cache_rows_can_be_dropped", lambda model, it=is_plain: it)
         results.append(chain(*completions_of(model, group_size=3, temperature=temperature)))
     for ours, theirs in zip(*results, strict=True):
         assert (ours.token_ids, ours.is_truncated) == (theirs.token_ids, theirs.is_truncated)
