@@ -2,9 +2,42 @@
 no torch."""
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
-from rlad.config.types import Count, NonNegative, NonNegativeInt, Number, Section
+from pydantic import Field
+
+from rlad.config.addresses import ServerURL, VariableName
+from rlad.config.types import (
+    Count,
+    Mark,
+    NonNegative,
+    NonNegativeInt,
+    Number,
+    Positive,
+    Section,
+)
+
+
+class SkillEndpointConfig(Section):
+    """The server whose model writes skills, by `/v1/chat/completions`."""
+
+    urls: Annotated[tuple[ServerURL, ...], Field(min_length=1), Mark.NO_NUMBER]
+    """such as `http://127.0.0.1:8000/v1`; several stand in for each other"""
+    model: str
+    """the name under which the server offers it"""
+    max_tokens: Count = 512
+    """of what it writes, thoughts included"""
+    max_attempt_characters: Count = 8_000
+    """of each attempt that it is shown, from its end"""
+    api_key_variable: Annotated[VariableName, Mark.NO_NUMBER] = "RLAD_SUMMARISER_API_KEY"
+    """environment variable with the server's key, if it asks for one"""
+    timeout_seconds: Annotated[Positive, Mark.NO_NUMBER] = 120.0
+    """for one request, from sending it to the end of its answer"""
+    num_retries: Annotated[NonNegativeInt, Mark.NO_NUMBER] = 7
+    """of a request that no server answered; with the default pause, 3 minutes pass until the run
+    ends"""
+    retry_pause_seconds: Annotated[Positive, Mark.NO_NUMBER] = 2.0
+    """before the first retry; doubled by each one up to a minute, and spread randomly"""
 
 
 class SkillConfig(Section):
@@ -18,10 +51,25 @@ class SkillConfig(Section):
     """c of mean reward + c sqrt(ln N / n), by which a skill is chosen when all have been tried"""
     max_skills: Count = 20
     """of one bank; then a new one takes the place of the one with the lowest mean reward"""
-    summariser: Literal["rules", "student"] = "rules"
-    """what writes them: a template that quotes the episodes, or the student, which is shown them"""
+    summariser: Literal["rules", "student", "teacher", "endpoint"] = "rules"
+    """what writes them: a template that quotes the episodes, or a model that is shown them: the
+    student, the local teacher, or that of an `endpoint`"""
+    endpoint: SkillEndpointConfig | None = None
+    """a model on an OpenAI-compatible server"""
     max_characters: Count = 400
     """of each of the three fields"""
+
+    def problems(self) -> Iterator[str]:
+        if self.summariser == "endpoint" and self.endpoint is None:
+            yield (
+                "summariser = 'endpoint' needs a section endpoint with urls and model; add it, or "
+                "take 'rules'"
+            )
+        if self.summariser != "endpoint" and self.endpoint is not None:
+            yield (
+                f"it has an endpoint, and summariser is {self.summariser!r}; set it to 'endpoint', "
+                "or leave the section out"
+            )
 
 
 class ContextTexts(Section):

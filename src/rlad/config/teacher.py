@@ -223,6 +223,13 @@ class PrivilegedTeacherConfig(_TeacherOfTeacher):
             yield "it has a template and a context, but only one makes the prompt; leave one out"
         if any(isinstance(one, PrivilegedTeacherConfig) for one in self.teacher.walk()):
             yield "its teacher is privileged too, and would make its own prompt; write one template"
+        skill = self.context and self.context.skill
+        if skill and skill.summariser == "teacher" and self.teacher.type != "local":
+            yield (
+                f"context.skill.summariser = 'teacher' needs a teacher of type 'local', which can "
+                f"write, and this one is {self.teacher.title}; take 'student', 'endpoint' or "
+                "'rules'"
+            )
 
 
 class CachedTeacherConfig(_TeacherOfTeacher):

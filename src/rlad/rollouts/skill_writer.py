@@ -1,5 +1,5 @@
-"""Skills in the student's own words: it is shown two episodes of a group, and writes the three
-fields. What it writes without them is replaced by the summary by rules."""
+"""Skills in the words of a model, the student or its teacher: it is shown two episodes of a group,
+and writes the three fields. What it writes without them is replaced by the summary by rules."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -24,16 +24,16 @@ _FEWEST_CHARACTERS = 100
 
 
 class SkillWriter:
-    """Has the student write a skill about a group, greedily."""
+    """Has a model in this process write a skill about a group, greedily."""
 
     def __init__(
         self,
-        student: LanguageModel,
+        model: LanguageModel,
         sampler: Sampler,
         rollout: RolloutConfig,
         before_work: Callable[[], None],
     ):
-        self._student = student
+        self._model = model
         self._sampler = sampler
         self._rollout = rollout
         self._before_work = before_work
@@ -51,31 +51,41 @@ class SkillWriter:
             seed=0,
             before_token=self._before_work,
         )
-        (text,) = completion_texts(self._student.tokenizer, [written])
-        fields = read_fields(outside_thoughts(text))
-        return fields if any(fields.values()) else summarise_by_rules(group)
+        (text,) = completion_texts(self._model.tokenizer, [written])
+        return fields_or_rules(text, group)
 
     def _prompt(self, group: RolloutGroup) -> Sequence[int] | None:
         """The prompt, with as much of the attempts as fits; None where that is hardly anything."""
-        limits = (self._student.context_tokens, self._sampler.max_tokens)
+        limits = (self._model.context_tokens, self._sampler.max_tokens)
         context = min((one for one in limits if one is not None), default=None)
         most = max(map(len, (one.text for one in _shown(group))), default=0)
         while True:
-            # Attempts have seen the pictures, and have none of their own.
-            attempts = [one.replace(MARKER, "") for one in _attempts(group, most)]
-            text = "\n\n".join([_REQUEST, group.problem.question, *attempts])
+            text = writing_request(group, most)
             ids = prompt_token_ids(
-                self._student.tokenizer,
+                self._model.tokenizer,
                 text,
                 self._rollout,
                 group.problem.images,
-                self._student.vision,
+                self._model.vision,
             )
             if context is None or len(ids) + self._max_tokens <= context:
                 return ids
             most //= 2
             if most < _FEWEST_CHARACTERS:
                 return None
+
+
+def writing_request(group: RolloutGroup, max_characters: int) -> str:
+    """What a model is asked for that shall write a skill, with so much of each attempt at most."""
+    # Attempts have seen the pictures, and have none of their own.
+    attempts = [one.replace(MARKER, "") for one in _attempts(group, max_characters)]
+    return "\n\n".join([_REQUEST, group.problem.question, *attempts])
+
+
+def fields_or_rules(text: str, group: RolloutGroup) -> Fields:
+    """Read the fields that a model wrote about a group; without any, summarise it by rules."""
+    fields = read_fields(outside_thoughts(text))
+    return fields if any(fields.values()) else summarise_by_rules(group)
 
 
 def _shown(group: RolloutGroup) -> list[Rollout]:

@@ -5,18 +5,17 @@ Seeds and problems follow from the number of the batch; nothing random is kept b
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlad.config.context import ContextConfig
 from rlad.config.run import RunConfig
 from rlad.engines.metrics import ranking_metrics
 from rlad.engines.native.overlap import AskedAhead
 from rlad.engines.native.role_evidence import add_role_evidence
+from rlad.engines.native.skills import Summariser, skill_bank, with_skill
 from rlad.engines.rollout_batch import RolloutBatch
 from rlad.errors import RunFailedError, UserError
 from rlad.models.loading import LanguageModel
@@ -24,8 +23,7 @@ from rlad.objectives import OBJECTIVES, taken_by
 from rlad.objectives.advantages import group_advantages
 from rlad.rollouts.grading import Timer, asked_prompts, graded_groups
 from rlad.rollouts.samplers import beside_another, make_sampler, of_teacher
-from rlad.rollouts.skill_writer import SkillWriter
-from rlad.rollouts.skills import Skill, SkillBank, Summarise, record, summarise_by_rules
+from rlad.rollouts.skills import Skill, SkillBank, record
 from rlad.rollouts.types import Metrics, RolloutGroup, Sampler
 from rlad.scoring.scorer import Scorer
 from rlad.seeds import stream_seed
@@ -64,6 +62,9 @@ class RolloutMaker:
         self.flat_step: int | None = None
         self.skills = skill_bank(config)
         """what earlier episodes have taught, for a teacher that is shown it"""
+        self.summariser = Summariser(
+            config, self.skills, student=student, teacher=teacher, before_work=before_work
+        )
         self.begun_at: int | None = None
         """the step whose weights write the next rollout batch ahead, if any do"""
         scoring: dict[str, Any] = {
@@ -171,8 +172,8 @@ class RolloutMaker:
         self.add_local_scores(batch, timer=timer)
         if skills is not None:
             # What this batch has taught is for the next one.
-            with timer("skills"):
-                new = skills.learn(groups, chosen, self.summariser(skills))
+            with timer("skills"), self.summariser.at_work(self.sampler) as summarise:
+                new = skills.learn(groups, chosen, summarise)
             batch.skills = record(chosen, new)
             batch.counts |= skills.metrics()
         batch.seconds = timer.seconds
@@ -182,12 +183,6 @@ class RolloutMaker:
         # From here on nothing can stop this batch.
         self.skills = skills
         return batch
-
-    def summariser(self, skills: SkillBank) -> Summarise:
-        """Return what writes new skills."""
-        if skills.settings.summariser == "rules":
-            return summarise_by_rules
-        return SkillWriter(self.student, self.sampler, self.config.rollout, self.before_work)
 
     def choose_skills(self, index: int, skills: SkillBank | None) -> list[Skill | None]:
         """Choose a skill for the teacher's prompt of each problem of a batch; None for none."""
@@ -353,17 +348,3 @@ class RolloutMaker:
         self.writer.close()
         if self.teacher is not None:
             self.teacher.close()
-
-
-def skill_bank(config: RunConfig) -> SkillBank | None:
-    """Make the empty bank of a run whose teacher is shown skills; None for all others."""
-    if config.teacher is None or not config.needs_teacher:
-        return None
-    contexts = [one for one in config.teacher.walk() if isinstance(one, ContextConfig)]
-    settings = next((one.skill for one in contexts if one.skill is not None), None)
-    return None if settings is None else SkillBank(settings)
-
-
-def with_skill(group: RolloutGroup, skill: Skill | None) -> RolloutGroup:
-    """Note on a group which skill its teacher is shown."""
-    return group if skill is None else replace(group, skill=skill.text)
