@@ -30,6 +30,7 @@ def write_run(
     ),
     samples: Sequence[dict[str, Any]] = (),
     finished: bool = True,
+    num_turns: float | None = None,
     **sections: Any,
 ) -> Path:
     """`correct`: how many of the samples of each test problem were correct after training;
@@ -49,7 +50,10 @@ def write_run(
     wanted = [test for test in tests if finished or test[0] == 0]
     _write_rows(
         folder / "eval.jsonl",
-        [_evaluation(*test, keys, num_samples) for test in sorted(wanted, key=lambda t: t[0])],
+        [
+            _evaluation(*test, keys, num_samples, num_turns)
+            for test in sorted(wanted, key=lambda t: t[0])
+        ],
     )
     _write_rows(
         folder / "metrics.jsonl",
@@ -112,8 +116,14 @@ def _config(
 
 
 def _evaluation(
-    step: int, split: str, correct: Sequence[int], keys: Sequence[str], num_samples: int
+    step: int,
+    split: str,
+    correct: Sequence[int],
+    keys: Sequence[str],
+    num_samples: int,
+    num_turns: float | None,
 ) -> dict[str, Any]:
+    """Episodes of the first problem have `num_turns` turns on average, of the next one more, ..."""
     results = [
         {
             "index": i,
@@ -127,6 +137,7 @@ def _evaluation(
             "prompt": f"{split} problem {i}",
             "first_completion": "",
         }
+        | ({} if num_turns is None else {"mean_turns": num_turns + i})
         for i, count in enumerate(correct)
     ]
     mean = sum(correct) / len(correct) / num_samples

@@ -169,6 +169,32 @@ def episodes() -> dict[str, Any]:
     }
 
 
+def asleep() -> dict[str, Any]:
+    """When a sampler that sleeps does so: after a call, and after the last turn of a batch. Memory
+    itself is given back on a GPU alone, so here the two calls of vLLM that do it are counted."""
+    model = student()
+    settings = {"prompts_per_batch": 2, "group_size": 2, "vllm": {"max_model_len": 128}}
+    sampler = sampler_of(model, **settings)
+    calls: list[str] = []
+    sampler._sleeps = True
+    sampler._llm.sleep = lambda level: calls.append("sleep")
+    sampler._llm.wake_up = lambda tags=("all",): calls.extend(tags)
+    config = RolloutConfig.model_validate(
+        {"temperature": TEMPERATURE, "max_completion_tokens": 24, **settings}
+    )
+    task = make_task("environment", path="tiny_environments:Adding", max_turns=4, max_turn_tokens=6)
+    played = []
+    for _ in range(2):
+        played += graded_groups(
+            model, task, "train", range(2), rollout=config, seed=5, sampler=sampler
+        )
+        calls.append("played")
+    found = distances(model, written(sampler))
+    sampler.close()
+    num_turns = [len(one.turns) for group in played for one in group.rollouts]
+    return {"calls": calls, "num_turns": num_turns, "max": max(found)}
+
+
 def without_remedy() -> dict[str, Any]:
     """The packed output layer stays as it was."""
     vllm_sampler.repack_tied_output_layer = lambda worker: None
@@ -357,6 +383,7 @@ CASES: dict[str, Callable[..., dict[str, Any]]] = {
         frequencies,
         long_prompts,
         episodes,
+        asleep,
         limits,
         obstacles,
         run,

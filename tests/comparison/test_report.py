@@ -547,6 +547,22 @@ def test_text_of_models_and_people_stays_text(tmp_path):
     assert cells(text) == [{3}, {6}, {7}, {8}, {11}, {5}, {4}]
 
 
+def test_episodes_have_turns_and_what_the_environment_wrote_is_grey(tmp_path):
+    words = ["go", " on", "\n", "wall", " left"]
+    samples = [sample_row(1, words, "++ee+")]
+    episodes = write_run(tmp_path / "a", correct=[1, 2, 4], num_turns=2.5, samples=samples)
+    single = write_run(tmp_path / "b", correct=[1, 2, 4], objective="grpo")
+    page, text, _ = report([ReportedRun("trrd", episodes)], tmp_path / "one")
+    detail = table(text, "Test after training")
+    assert detail["trrd"]["turns"] == "3.5"  # of 2.5, 3.5, 4.5
+    (grey,) = re.findall(r'<span class="environment" title="written by[^>]*>(wall)<', page)
+    assert grey and page.count(ENVIRONMENT.meaning + '">') == 2
+    # Of 5 tokens the student wrote 3; each of them was reinforced.
+    assert ">3 reinforced<" in page
+    _, text, _ = report([ReportedRun("grpo", single)], tmp_path / "two")
+    assert "turns" not in table(text, "Test after training")["grpo"]
+
+
 def test_markdown_by_hand():
     assert (
         markdown("a|b *c* _d_ e_f `g` <b> 3 < 4\n# x [y](z)")

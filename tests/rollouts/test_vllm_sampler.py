@@ -142,3 +142,12 @@ def test_episodes_are_continued_turn_by_turn() -> None:
     assert max(found["num_turns"]) >= 3
     assert len(found["distances"]) > 100 and max(found["distances"]) < 1e-3
     assert found["same_again"]
+
+
+def test_it_sleeps_after_the_last_turn_of_a_batch_and_not_between_turns() -> None:
+    found = found_in("asleep")
+    assert max(found["num_turns"]) > 1
+    awake = ["weights", "kv_cache"]
+    # The two batches of episodes, single answers, and what closes it.
+    assert found["calls"] == ["sleep", "played", *awake, "sleep", "played", *awake, "sleep", "all"]
+    assert found["max"] < 1e-3

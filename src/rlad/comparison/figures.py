@@ -93,6 +93,11 @@ class Method:
         return self.summary["mean_completion_tokens"]
 
     @property
+    def num_turns(self) -> float:
+        """Mean number of turns of an episode of the test; NaN for a task of single answers."""
+        return self.summary.get("mean_turns", math.nan)
+
+    @property
     def truncated_share(self) -> float:
         return self.summary["truncated_share"]
 

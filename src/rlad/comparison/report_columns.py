@@ -76,9 +76,12 @@ def breakdown_table(methods: Sequence[Method]) -> Table:
     if methods[0].ood:
         meaning = "pass@1 on problems unlike those of the training"
         columns.append(("out of distribution", meaning, lambda m: estimate(m.ood)))
+    if not all(math.isnan(m.num_turns) for m in methods):
+        meaning = "mean number of turns of an episode, solved or not"
+        columns.append(("turns", meaning, lambda m: number(m.num_turns, ",.1f")))
     columns += [
         ("tokens", "mean completion length", lambda m: number(m.completion_tokens, ",.1f")),
-        ("truncated", "share that reached the token limit", lambda m: share(m.truncated_share)),
+        ("truncated", "share that reached a limit", lambda m: share(m.truncated_share)),
     ]
     return make_table("Test after training, in detail", methods, columns)
 

@@ -161,7 +161,8 @@ class EpisodePlayer:
                         Episode(number, one.problem, one.name, tuple(one.prompt), environment)
                     )
                     episodes[-1].begin(stream_seed(self._seed, "environment", number, place))
-            self._play(episodes)
+            with self._sampler.at_work():
+                self._play(episodes)
         finally:
             for episode in episodes:
                 episode.environment.close()

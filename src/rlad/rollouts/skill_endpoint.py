@@ -32,8 +32,8 @@ class EndpointWriter:
             written = self._ask(self._body(text, self._settings.max_tokens))
         except ServerUnavailableError as error:
             raise RunFailedError(
-                f"the summariser's server does not answer ({error}); start it again, or set "
-                "teacher.context.skill.summariser = 'rules', then resume the run."
+                f"the summariser's server does not answer ({error}); start it again, or name "
+                "another in teacher.context.skill.endpoint.urls, then resume the run."
             ) from None
         return fields_or_rules(written, group)
 

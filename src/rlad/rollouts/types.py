@@ -3,7 +3,8 @@ directory stores."""
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
@@ -146,6 +147,11 @@ class Sampler(ABC):
     def has_begun(self, prompts: Sequence[Sequence[int]], seed: int) -> bool:
         """Whether completions of these prompts have been begun."""
         return False
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Keep what it computes with between several calls of `sample`."""
+        yield
 
     def close(self) -> None:
         """Release what it holds."""

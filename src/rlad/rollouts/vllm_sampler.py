@@ -1,7 +1,8 @@
 """Completions from vLLM in the process of the run. The only file that calls vLLM there."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,6 +42,7 @@ class VLLMSampler(CopiedStudent):
         self._on_gpu = student.model.device.type == "cuda"
         self._sleeps = {"auto": self._on_gpu, "always": True, "never": False}[rollout.vllm.sleep]
         self._is_asleep = False
+        self._stays_awake = False
         self._num_requests = 0
         self._max_tokens = _longest(rollout, student.context_tokens)
         if rollout.vllm.sleep == "always" and not self._on_gpu:
@@ -52,12 +54,25 @@ class VLLMSampler(CopiedStudent):
 
     def sample(self, prompts: Prompts, **settings: Any) -> list[list[Completion]]:
         groups = super().sample(prompts, **settings)
-        if self._sleeps:
+        if not self._stays_awake:
+            self._go_to_sleep()
+        return groups
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        self._stays_awake = True
+        try:
+            yield
+        finally:
+            self._stays_awake = False
+        self._go_to_sleep()
+
+    def _go_to_sleep(self) -> None:
+        if self._sleeps and not self._is_asleep:
             # What is asleep on this level has lost its weights; they are handed over again.
             self._llm.sleep(level=2)
             self._is_asleep = True
             self._is_stale = True
-        return groups
 
     def close(self) -> None:
         if self._llm is not None:

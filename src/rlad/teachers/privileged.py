@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlad.config.context import ContextConfig
+from rlad.config.context import ContextConfig, SkillEndpointConfig
 from rlad.config.teacher import (
     AdapterTeacherConfig,
     CachedTeacherConfig,
@@ -28,6 +28,7 @@ from rlad.config.teacher import (
     single_teachers,
 )
 from rlad.config.template import fill_template, template_names
+from rlad.config.types import Mark
 from rlad.errors import UserError
 from rlad.findings import Finding
 from rlad.models.files import has_tokenizer
@@ -83,7 +84,11 @@ class PrivilegedTeacher(TeacherWrapper):
         # The identity names all that makes the prompts, as other prompts make another teacher.
         self.identity = f"{teacher.identity}, privileged by {template!r}"
         if blocks is not None:
-            settings = blocks.settings.model_dump(mode="json", exclude_defaults=True)
+            # Where a server is may change while its words stay the same.
+            elsewhere = {"skill": {"endpoint": set(SkillEndpointConfig.keys_with(Mark.NO_NUMBER))}}
+            settings = blocks.settings.model_dump(
+                mode="json", exclude_defaults=True, exclude=elsewhere
+            )
             self.identity = f"{teacher.identity}, privileged by {json.dumps(settings)}"
         if form:
             self.identity += f" in the form {form}"
