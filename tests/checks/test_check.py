@@ -319,7 +319,8 @@ def test_time_names_its_parts_and_how_much_larger_the_run_is(world, tmp_path):
         "run has up to 5 times as many tokens"
     )
     # 4 steps of 200 s; the rest is what 30 s for 24 tokens make of the evaluations.
-    assert "at most 0.36 hours on the CPU" in whole.message
+    assert "0.072 hours on the CPU if completions have 2 tokens" in whole.message
+    assert "at most 0.36 if each has 10" in whole.message
     assert "0.22 for 4 steps, 0.14 for 3 validations" in whole.message
 
 
@@ -348,7 +349,8 @@ def test_the_whole_run_by_hand(world, tmp_path):
     # Written: 1 s for 24 tokens; 3 validations of 4 and 2 tests of 48 completions of 100 tokens.
     assert f"{40 * 1.5 * 100 / 3600:.2g} for 40 steps" in found.message
     assert f"{(3 * 4 + 96) * 100 / 24 / 3600:.2g} for 3 validations" in found.message
-    assert "hours on the CPU" in found.message
+    shortest = (40 * 1.5 * 100 + (3 * 4 + 96) * 100 / 24) * 2 / 100
+    assert f"{shortest / 3600:.2g} hours on the CPU if completions have 2 tokens" in found.message
 
 
 # --- memory ---------------------------------------------------------------------------------------

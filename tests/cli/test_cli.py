@@ -128,6 +128,24 @@ def test_list_of_an_unknown_name():
     )
 
 
+def test_init_says_what_to_install(tmp_path, monkeypatch):
+    absent = ["reasoning_gym"]
+    monkeypatch.setattr("rlad.cli.init.find_spec", lambda name: None if name in absent else name)
+    model = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    how = ("init", "--student", model, "--task", "countdown", "--output", tmp_path / "run.toml")
+    hint = "pip install 'rlad[reasoning-gym]'   # not installed yet"
+    assert hint in rlad_cli(*how).stdout
+    absent.clear()
+    assert "pip install" not in rlad_cli(*how, "--overwrite").stdout
+
+
+def test_a_setting_written_as_an_option_is_named():
+    told = rlad_cli("train", "--num-steps", "3", code=2).stderr
+    assert "written KEY=VALUE, without dashes: did you mean 'optimization.num_steps'?" in told
+    assert "KEY=VALUE" not in rlad_cli("doctor", "runs/x", "--num-steps", code=2).stderr
+    assert rlad_cli("check", "--qqqq", code=2).stderr.endswith("KEY=VALUE, without dashes\n")
+
+
 # --- check ----------------------------------------------------------------------------------------
 
 

@@ -1,8 +1,11 @@
 """`rlad chat`: answers are what the model writes, the teacher's view is its log-probs, and it ends
 cleanly."""
 
+import copy
+import io
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -10,8 +13,10 @@ import time
 
 import pytest
 import torch
+from transformers import AddedToken
 
-from rlad.cli.chat import Chat, opinion_text
+from rlad.cli.chat import Chat, _Pieces, opinion_text
+from rlad.cli.main import main
 from rlad.config.file import load_config
 from rlad.errors import UserError
 from rlad.models.loading import load_language_model
@@ -53,6 +58,37 @@ def test_the_teachers_view_is_the_log_ratio_of_both_models(student):
         of_model.append(logprobs.gather(1, torch.tensor(answer)[:, None])[:, 0])
     expected = (of_model[0] - of_model[1]).tolist()
     assert chat.log_ratios(prompt, answer) == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_teacher_of_a_lora_run_may_be_its_base_model(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("peft", reason="[student.lora] needs peft")
+    run = tmp_path / "run"
+    short = ("optimization.num_steps=1", "rollout.prompts_per_batch=1", "rollout.group_size=2")
+    short += ("rollout.max_completion_tokens=8", "evaluation.num_validation_problems=1")
+    lora = ("student.lora.rank=2", "teacher={type='adapter'}", "evaluation.num_test_problems=1")
+    main(["train", f"run_dir={run}", *short, *lora], standalone_mode=False)
+    capsys.readouterr()
+
+    # The first checkpoint's adapter is 0 yet: student and base model are one.
+    first = str(run / "checkpoints" / "step-000000")
+    monkeypatch.setattr("sys.stdin", io.StringIO(QUESTION))
+    main(["chat", first, "--teacher", "--max-tokens", "6"], standalone_mode=False)
+    printed = capsys.readouterr().out
+    assert re.search(r"log student - log teacher: mean [+-]0\.000", printed)
+
+
+def test_tags_that_are_special_tokens_are_shown(student):
+    tokenizer = copy.deepcopy(student.tokenizer)
+    tokenizer.add_tokens([AddedToken(tag, special=True) for tag in ("<think>", "</think>")])
+    ids = tokenizer("<think>Ada is</think>a knight")["input_ids"]
+    shown: list[str] = []
+    pieces = _Pieces(tokenizer, shown.append)
+    pieces.put(torch.tensor([[5, 6]]))  # the prompt
+    for one in [*ids, student.eos_token_ids[0]]:
+        pieces.put(torch.tensor([one]))
+    pieces.end()
+    assert "".join(shown) == pieces.text == tokenizer.decode(ids)
+    assert pieces.text.startswith("<think>") and pieces.ids[:-1] == ids
 
 
 def test_tokens_are_marked_where_the_two_disagree():

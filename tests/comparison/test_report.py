@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import rlad
 from report_runs import sample_row, write_run
+from rlad.cli.main import main
 from rlad.cli.report import report_runs
 from rlad.comparison.comparable import group_runs
 from rlad.comparison.figures import baseline_of, with_comparisons
@@ -152,6 +154,12 @@ def test_a_real_run(world, tmp_path):
     page = report_runs([str(tmp_path / "trrd")], str(tmp_path / "out")).read_text()
     assert ", with one seed: a gain of" in page and 'class="completion"' in page
     assert {fate.letter for fate in (*FATES, ENVIRONMENT)} == set(RECORDED_FATES)
+
+    printed = CliRunner().invoke(
+        main, ["report", str(tmp_path / "trrd"), "--output", str(tmp_path / "again")]
+    )
+    assert "with one seed: a gain of" in printed.output and "sd over seeds" in printed.output
+    assert printed.output.endswith(f"report  {tmp_path / 'again' / 'report.html'}\n")
 
 
 # --- words ----------------------------------------------------------------------------------------

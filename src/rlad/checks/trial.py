@@ -271,14 +271,15 @@ def _time(trial: Trial, config: RunConfig) -> Finding:
 
 
 def _whole_run(trial: Trial, config: RunConfig) -> Finding:
-    """Say how long the run takes at most: every completion as long as it may be, and time that
-    grows with the tokens (on a GPU it grows less)."""
+    """Say how long the run takes if completions stay as long as the trial's, and if every one is
+    as long as it may be; time that grows with the tokens (on a GPU it grows less)."""
     rollout = config.rollout
     loop = config.optimization
     measured = config.evaluation
     longest = rollout.max_completion_tokens
     # The trial's seconds are those of a step; its tokens are those of a whole rollout batch.
-    num_tokens = trial.num_completions * trial.metrics["rollout/completion_tokens/mean"]
+    mean_tokens = trial.metrics["rollout/completion_tokens/mean"]
+    num_tokens = trial.num_completions * mean_tokens
     times_as_many = rollout.prompts_per_batch * rollout.group_size * longest / num_tokens
     training = loop.num_steps * times_as_many * sum(trial.seconds.values())
     writing = trial.seconds.get("generation", 0.0) * loop.steps_per_rollout_batch
@@ -292,11 +293,13 @@ def _whole_run(trial: Trial, config: RunConfig) -> Finding:
         num_evaluated += 2 * measured.num_ood_problems * measured.num_test_samples
     evaluating = num_evaluated * longest * per_written_token
     hours = "GPU hours" if trial.device.startswith("cuda") else "hours on the CPU"
+    most = training + evaluating
     message = (
-        f"at most {_shown_hours(training + evaluating)} {hours}, as if each completion had "
-        f"{longest} tokens and time grew with tokens: {_shown_hours(training)} for "
-        f"{loop.num_steps} steps, {_shown_hours(evaluating)} for {num_validations} validations and "
-        "the tests before and after"
+        f"{_shown_hours(most * mean_tokens / longest)} {hours} if completions have "
+        f"{mean_tokens:.0f} tokens, as the trial's, at most {_shown_hours(most)} if each has "
+        f"{longest}: {_shown_hours(training)} for {loop.num_steps} steps, "
+        f"{_shown_hours(evaluating)} for {num_validations} validations and the tests before and "
+        "after"
     )
     return Finding("ok", "whole run", message)
 

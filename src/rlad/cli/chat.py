@@ -18,8 +18,10 @@ from rlad.cli.printing import print_line
 from rlad.config.run import RunConfig
 from rlad.config.validation import validated
 from rlad.errors import UserError
+from rlad.models.files import EMBEDDED
 from rlad.models.loading import LanguageModel, load_language_model
 from rlad.rollouts.prompts import is_plain, prompt_token_ids
+from rlad.rollouts.texts import begun_completion, silent_tokens
 from rlad.scoring.scorer import Scorer
 from rlad.teachers import prepare_teacher
 from rlad.teachers.base import Teacher, TeacherRequest
@@ -65,6 +67,8 @@ class Chat:
         prompt = self.prompt(question)
         most = self._room(prompt)
         written = _Pieces(self.student.tokenizer, show)
+        if (begun := begun_completion(self.student.tokenizer, prompt)).strip() == "<think>":
+            written.on_finalized_text(begun)  # the template has begun the answer with a thought
         settings = GenerationConfig(
             max_new_tokens=most,
             do_sample=self.temperature > 0,
@@ -84,8 +88,7 @@ class Chat:
                 streamer=written,
             )
         written.end()
-        text = self.student.tokenizer.decode(written.ids, skip_special_tokens=True)
-        self.messages.append(("assistant", str(text)))
+        self.messages.append(("assistant", written.text))
         return prompt, written.ids
 
     def _room(self, prompt: Sequence[int]) -> int:
@@ -122,18 +125,25 @@ class _Pieces(TextStreamer):
     """Hands each finished piece of text on, and keeps the ids."""
 
     def __init__(self, tokenizer: Any, show: Callable[[str], None]):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=False)
         self.ids: list[int] = []
+        self.text = ""
         self._show = show
+        self._silent = silent_tokens(tokenizer)
         self._has_prompt = False
 
     def put(self, value: Any) -> None:
         if self._has_prompt:
-            self.ids += value.reshape(-1).tolist()
+            ids = value.reshape(-1).tolist()
+            self.ids += ids
+            # As verifiers read it: a `<think>` that is a special token is part of the text.
+            value = torch.tensor([one for one in ids if one not in self._silent])
         self._has_prompt = True
-        super().put(value)
+        if value.numel():
+            super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.text += text
         self._show(printable(text))
 
 
@@ -191,8 +201,9 @@ def _open(
             )
         # The settings of the run, whose objective may ask no teacher.
         table["objective"] = {"type": "trrd"}
-        table["student"]["model"] = model
-        table["student"].pop("lora", None)
+        # The student of a run keeps its base model, which may be its teacher's too.
+        if model in EMBEDDED:
+            table["student"]["model"] = model
         config = validated(RunConfig, table)
     config = config.model_copy(update=changes)
     settings = config.student

@@ -42,6 +42,9 @@ class Verbs(click.Group):
         except KeyboardInterrupt:
             click.echo("rlad: interrupted", err=True)
             sys.exit(EXIT_SIGNAL + 2)
+        except click.NoSuchOption as error:
+            error.message += _as_a_setting(error)
+            raise
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise  # click itself knows what to do with these
         except Exception as error:
@@ -84,6 +87,18 @@ class Output:
             raise RunFailedError(
                 f"standard {which} cannot be written ({error.strerror}); make room for it."
             ) from None
+
+
+def _as_a_setting(error: click.NoSuchOption) -> str:
+    """Say which setting an option may be meant as, where the verb takes settings."""
+    parameters = error.ctx.command.params if error.ctx else []
+    if not any("KEY=VALUE" in str(parameter.metavar) for parameter in parameters):
+        return ""
+    from rlad.config.run import RunConfig
+    from rlad.config.validation import nearest_key
+
+    near = nearest_key(RunConfig, error.option_name.lstrip("-").replace("-", "_"))
+    return f" Settings are written KEY=VALUE, without dashes{': ' * bool(near)}{near}"
 
 
 def _end(error: RladError) -> NoReturn:

@@ -1,5 +1,7 @@
 """`rlad init`: the first config of a run, with what it is expected to take."""
 
+import re
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
@@ -37,7 +39,11 @@ def write_start(
         ("based on", "the models' shapes and the GPU's data sheet; not measured by us"),
     ]
     print_table(console, rows)
-    print_line(console, f"\nrlad check {output}   # tokenizers, prompts, memory, a measured step")
+    print_line(console, "")
+    for extra in re.findall(r"needs pip install 'rlad\[([\w-]+)\]'", start.text):
+        if find_spec(extra.replace("-", "_")) is None:
+            print_line(console, f"pip install 'rlad[{extra}]'   # not installed yet")
+    print_line(console, f"rlad check {output}   # tokenizers, prompts, memory, a measured step")
     print_line(console, f"rlad train {output}")
 
 

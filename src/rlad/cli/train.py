@@ -69,6 +69,7 @@ def _next_commands(run_dir: Path) -> dict[str, str]:
         f"rlad evaluate {run} --num-samples 8": "mean@8 and pass@k of its best checkpoint, by "
         "difficulty",
         f"rlad sample {run}": f"graded completions{opinion}",
+        f"rlad chat {run}": "ask it something",
         f"rlad export model {run}": "a plain Hugging Face folder of the checkpoint that is best on "
         "the validation problems",
         f"rlad list objectives {config.objective.type}": "the formula and its settings",

@@ -118,8 +118,8 @@ def _head(now: Snapshot) -> RenderableType:
     if now.seconds_per_step is not None:
         left += f"   {now.seconds_per_step:.1f} s a step"
     if now.state == "training" and now.seconds_left:
-        left += f"   about {duration(now.seconds_left)} left, evaluations on top"
-    bar = ProgressBar(total=max(now.num_steps, 1), completed=now.step, width=30)
+        left += f"   about {duration(now.seconds_left)} of steps left"
+    bar = ProgressBar(total=max(now.num_steps, 1), completed=now.step, width=16)
     line = Table.grid(padding=(0, 2))
     line.add_row(bar, left)
     return Group(title, line)

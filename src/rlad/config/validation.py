@@ -141,6 +141,13 @@ def _hint(section: type[Section], where: str, key: str, keys: Sequence[str]) -> 
     return f"valid keys there are {', '.join(sorted(keys))}" if keys else "it has no settings"
 
 
+def nearest_key(section: type[Section], key: str) -> str:
+    """Ask whether the nearest key of a config was meant, in whichever section; empty where none is
+    near."""
+    near = _hint(section, "", key, list(section.model_fields))
+    return near if near.startswith("did you mean") else ""
+
+
 def _requirement(error: Any) -> str:
     """What a value must be instead."""
     if error["type"] in ("model_type", "model_attributes_type"):

@@ -32,13 +32,17 @@ def completion_texts(
     tokens = [list(completion.token_ids) for completion in completions]
     # Verifiers read <answer>, and a format reward asks for <think>, which some tokenizers hold to
     # be special.
-    tags = special_tags(tokenizer)
-    if not tags:
+    if not special_tags(tokenizer):
         return tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    left_out = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    left_out = (left_out | set(tokenizer.all_special_ids)) - tags.keys()
-    kept = [[token for token in ids if token not in left_out] for ids in tokens]
+    silent = silent_tokens(tokenizer)
+    kept = [[token for token in ids if token not in silent] for ids in tokens]
     return tokenizer.batch_decode(kept, skip_special_tokens=False)
+
+
+def silent_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the special tokens that are left out of a text: all but tags."""
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return (special | set(tokenizer.all_special_ids)) - special_tags(tokenizer).keys()
 
 
 def written_thought(prompt: str) -> str:

@@ -144,7 +144,7 @@ def _rows_of_folder(folder: Path, split: str) -> dict[str, Any]:
 
 def _saved_rows(source: str, split: str) -> dict[str, Any]:
     """Read a folder of `save_to_disk` or a name on the hub with the package `datasets`."""
-    require_package("datasets", f"{source}: a data set, as it is no file")
+    require_package("datasets", f"{source} is no file here, and a data set of that name")
     import datasets
 
     try:

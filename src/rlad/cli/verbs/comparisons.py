@@ -73,6 +73,12 @@ def report(runs: tuple[str, ...], output: str, baseline: str | None, figures: Pa
 
     RUNS are run directories, or folders that hold some.
     """
-    from rlad.cli.report import report_runs
+    from rich.console import Console
 
-    click.echo(f"report  {report_runs(runs, output, baseline, figures)}")
+    from rlad.cli.compare import print_results
+    from rlad.cli.report import report_runs
+    from rlad.comparison.report import MARKDOWN
+
+    page = report_runs(runs, output, baseline, figures)
+    print_results(Console(highlight=False), page.with_name(MARKDOWN))
+    click.echo(f"report  {page}")
