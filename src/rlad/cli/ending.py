@@ -43,8 +43,8 @@ class Verbs(click.Group):
             click.echo("rlad: interrupted", err=True)
             sys.exit(EXIT_SIGNAL + 2)
         except click.NoSuchOption as error:
-            error.message += _as_a_setting(error)
-            raise
+            sentence = error.format_message() + _as_a_setting(error)
+            raise click.UsageError(sentence, error.ctx) from None
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise  # click itself knows what to do with these
         except Exception as error:
