@@ -162,6 +162,12 @@ def test_base64_may_have_broken_lines(folder):
     assert picture.image().size == (64, 64)
 
 
+def test_pictures_in_a_field_of_another_name_are_a_sentence(folder):
+    data = "data:image/png;base64," + base64.b64encode(png()).decode()
+    with pytest.raises(UserError, match=r"the field 'picture' holds pictures, and 'images' none"):
+        task_of(folder, [{"prompt": "What?", "answer": "a", "picture": data}])
+
+
 def test_a_path_that_is_none_is_a_sentence(folder):
     with pytest.raises(UserError, match=r"cannot be read .embedded null byte"):
         task_of(folder, [{"prompt": "?", "answer": "a", "images": ["a\0b"]}])

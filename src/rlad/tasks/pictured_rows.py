@@ -68,7 +68,8 @@ def _require_no_other_column(row: dict[str, Any], field: str, where: str) -> Non
     for name, value in row.items():
         first = value[0] if isinstance(value, list) and value else value
         is_stored = isinstance(first, dict) and isinstance(first.get("bytes"), bytes)
-        if name != field and (is_stored or hasattr(first, "convert")):
+        is_data = isinstance(first, str) and first.startswith("data:image/")
+        if name != field and (is_stored or is_data or hasattr(first, "convert")):
             raise UserError(
                 f"{where}: the field {name!r} holds pictures, and {field!r} none; name it with "
                 "images_field, or take it out."
