@@ -51,8 +51,8 @@ def write_run(
     _write_rows(
         folder / "eval.jsonl",
         [
-            _evaluation(*test, keys, num_samples, num_turns=num_turns)
-            for test in sorted(wanted, key=lambda t: t[0])
+            _evaluation(step, split, counts, keys, num_samples, num_turns)
+            for step, split, counts in sorted(wanted, key=lambda t: t[0])
         ],
     )
     _write_rows(
@@ -121,7 +121,7 @@ def _evaluation(
     correct: Sequence[int],
     keys: Sequence[str],
     num_samples: int,
-    num_turns: float | None = None,
+    num_turns: float | None,
 ) -> dict[str, Any]:
     """Episodes of the first problem have `num_turns` turns on average, of the next one more, ..."""
     results = [
