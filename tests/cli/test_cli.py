@@ -27,8 +27,8 @@ from tiny_runs import OFTEN_CORRECT, run_config, write_config
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
-def rlad_cli(*arguments: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+def rlad_cli(*arguments: object, code: int = 0, stdin: str | None = None) -> Result:
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments], input=stdin)
     assert result.exit_code == code, (result.output, result.exception)
     return result
 
@@ -244,9 +244,9 @@ def test_train_in_a_pipe_is_plain_and_ends_with_what_to_do_next(toml, tmp_path):
         and str(tmp_path / "run" / "curve.png") in done.stdout
     )
     commands = [line for line in done.stdout.splitlines() if line.startswith("rlad ")]
-    assert len(commands) == 5
+    assert len(commands) == 6
     for command in commands:
-        rlad_cli(*shlex.split(command)[1:])
+        rlad_cli(*shlex.split(command)[1:], stdin="w5 w6")
 
 
 def test_train_on_a_terminal_shows_a_bar(world, tmp_path):
