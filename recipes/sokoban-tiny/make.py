@@ -9,11 +9,12 @@ then plays as the solver does. Reinforcement learning can teach it which of the 
 """
 
 import argparse
+import copy
 import math
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -60,6 +61,10 @@ class Training:
 
 TEACHER = Training(num_steps=800, seed=2)
 STUDENT = Training(num_steps=100, seed=1, hurry=0.8, learning_rate=2e-3)
+WEAKER_TEACHERS = {
+    "teacher-hurry-0.4": replace(STUDENT, hurry=0.4),
+    "teacher-hurry-0.6": replace(STUDENT, hurry=0.6),
+}
 
 
 # --- what the models read ------------------------------------------------------------------------
@@ -227,16 +232,26 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for teacher/ and student/")
+    parser.add_argument(
+        "--weaker-teachers", action="store_true", help=f"also {', '.join(WEAKER_TEACHERS)}"
+    )
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     tokenizer = make_tokenizer()
-    model = build(tokenizer)
-    for name, training in (("teacher", TEACHER), ("student", STUDENT)):
+
+    def trained(name: str, training: Training, model: Qwen2ForCausalLM) -> Qwen2ForCausalLM:
         print(f"{name}: {training}", flush=True)
         train(model, training, tokenizer)
         model.save_pretrained(arguments.out / name)
         tokenizer.save_pretrained(arguments.out / name)
+        return model
+
+    teacher = trained("teacher", TEACHER, build(tokenizer))
+    trained("student", STUDENT, copy.deepcopy(teacher))
+    if arguments.weaker_teachers:
+        for name, training in WEAKER_TEACHERS.items():
+            trained(name, training, copy.deepcopy(teacher))
 
 
 if __name__ == "__main__":
