@@ -62,8 +62,8 @@ class Training:
 TEACHER = Training(num_steps=800, seed=2)
 STUDENT = Training(num_steps=100, seed=1, hurry=0.8, learning_rate=2e-3)
 WEAKER_TEACHERS = {
+    "teacher-hurry-0.2": replace(STUDENT, hurry=0.2),
     "teacher-hurry-0.4": replace(STUDENT, hurry=0.4),
-    "teacher-hurry-0.6": replace(STUDENT, hurry=0.6),
 }
 
 
