@@ -137,6 +137,10 @@ def test_init_says_what_to_install(tmp_path, monkeypatch):
     assert hint in rlad_cli(*how).stdout
     absent.clear()
     assert "pip install" not in rlad_cli(*how, "--overwrite").stdout
+    absent.append("torchao")
+    pair = ("--student", "Qwen/Qwen3-1.7B", "--teacher", "Qwen/Qwen3-8B", "--gpu", "l4")
+    hint = "pip install 'rlad[quantization]'   # not installed yet"
+    assert hint in rlad_cli(*how, *pair, "--overwrite").stdout
 
 
 def test_a_setting_written_as_an_option_is_named():

@@ -10,6 +10,9 @@ from rlad.cli.printing import print_line, print_table
 from rlad.errors import RunFailedError, UserError
 from rlad.models.known import FAMILIES, MODELS, known_pair
 
+_MODULES = {"quantization": "torchao"}
+"""what an extra installs, where that has another name"""
+
 
 def write_start(
     *, student: str, teacher: str | None, task: str, gpu: str, output: Path, overwrite: bool
@@ -41,7 +44,7 @@ def write_start(
     print_table(console, rows)
     print_line(console, "")
     for extra in re.findall(r"needs pip install 'rlad\[([\w-]+)\]'", start.text):
-        if find_spec(extra.replace("-", "_")) is None:
+        if find_spec(_MODULES.get(extra, extra.replace("-", "_"))) is None:
             print_line(console, f"pip install 'rlad[{extra}]'   # not installed yet")
     print_line(console, f"rlad check {output}   # tokenizers, prompts, memory, a measured step")
     print_line(console, f"rlad train {output}")
