@@ -67,6 +67,12 @@ def test_long_attempts_are_shown_from_their_end(chat):
     assert "\n" + "x" * 13 + "the end" in chat.asked[0][2]["messages"][0]["content"]
 
 
+def test_attempts_have_no_pictures_of_their_own(chat):
+    seen = rollout(1, "a <im<image>age>cat")
+    writer(chat)(RolloutGroup(0, GROUP.problem, (1,), (seen,)))
+    assert chat.asked[0][2]["messages"][0]["content"].endswith("a cat")
+
+
 def test_what_passes_is_waited_for(chat):
     chat.failures = [503]
     assert writer(chat)(GROUP) == FIELDS

@@ -187,6 +187,14 @@ def with_pictures(token_ids: Sequence[int], pictures: Sequence[Picture]) -> tupl
     return PicturedPrompt(token_ids, pictures) if pictures else tuple(token_ids)
 
 
+def without_markers(text: str) -> str:
+    """Remove the markers of pictures from a text that has none to show."""
+    # Removing one may put another together.
+    while MARKER in text:
+        text = text.replace(MARKER, "")
+    return text
+
+
 def held(prompt: Sequence[int]) -> tuple[int, ...]:
     """Return a prompt as a tuple, with its pictures if it has any."""
     return prompt if isinstance(prompt, PicturedPrompt) else tuple(prompt)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from rlad.config.run import RolloutConfig
 from rlad.models.loading import LanguageModel
-from rlad.models.pictures import MARKER
+from rlad.models.pictures import without_markers
 from rlad.rollouts.prompts import prompt_token_ids
 from rlad.rollouts.skills import TITLES, Fields, summarise_by_rules
 from rlad.rollouts.texts import completion_texts
@@ -78,7 +78,7 @@ class SkillWriter:
 def writing_request(group: RolloutGroup, max_characters: int) -> str:
     """What a model is asked for that shall write a skill, with so much of each attempt at most."""
     # Attempts have seen the pictures, and have none of their own.
-    attempts = [one.replace(MARKER, "") for one in _attempts(group, max_characters)]
+    attempts = map(without_markers, _attempts(group, max_characters))
     return "\n\n".join([_REQUEST, group.problem.question, *attempts])
 
 

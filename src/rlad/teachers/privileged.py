@@ -32,7 +32,7 @@ from rlad.config.types import Mark
 from rlad.errors import UserError
 from rlad.findings import Finding
 from rlad.models.files import has_tokenizer
-from rlad.models.pictures import MARKER, Picture
+from rlad.models.pictures import Picture, without_markers
 from rlad.models.without_weights import context_tokens, load_model_config, load_tokenizer, token_id
 from rlad.rollouts.prompts import (
     Prompt,
@@ -231,10 +231,8 @@ def _ends_of_turns(request: TeacherRequest) -> list[int]:
 def peer_solution(request: TeacherRequest) -> str | None:
     """The first correct completion of another rollout of the group."""
     found = next((one.text for one in request.peers if one.verdict == Verdict.CORRECT), None)
-    # It has seen pictures, and has none of its own. Removing a marker may put another together.
-    while found and MARKER in found:
-        found = found.replace(MARKER, "")
-    return found
+    # It has seen pictures, and has none of its own.
+    return None if found is None else without_markers(found)
 
 
 def shown_values(problem: Problem, peer_solution: str | None) -> dict[str, str]:
