@@ -93,11 +93,6 @@ class SometimesTaught(ObjectiveSection):
     not correct, or those of groups without a correct one"""
 
     @property
-    def is_of_old_policy(self) -> bool:
-        """Whether its estimate holds for the policy that sampled alone: it has no πS / πold."""
-        return False
-
-    @property
     def asks_teacher_on(self) -> TeacherOn:
         return self.teacher_on
 
