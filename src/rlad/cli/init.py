@@ -43,8 +43,10 @@ def write_start(
     ]
     print_table(console, rows)
     print_line(console, "")
-    for extra in re.findall(r"needs pip install 'rlad\[([\w-]+)\]'", start.text):
-        if find_spec(_MODULES.get(extra, extra.replace("-", "_"))) is None:
+    for found in re.finditer(r"needs pip install 'rlad\[([\w-]+)\]'", start.text):
+        extra = found[1]
+        module = _MODULES.get(extra, extra.replace("-", "_"))
+        if find_spec(module) is None:
             print_line(console, f"pip install 'rlad[{extra}]'   # not installed yet")
     print_line(console, f"rlad check {output}   # tokenizers, prompts, memory, a measured step")
     print_line(console, f"rlad train {output}")
