@@ -259,7 +259,7 @@ def test_other_bad_input_is_refused(write, tmp_path):
 def test_a_name_on_the_hub_needs_the_package_datasets(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(
-        ValueError, match=r"owner/data: a data set, .*: pip install 'rlad\[datasets\]'"
+        ValueError, match=r"owner/data is no file here, .*: pip install 'rlad\[datasets\]'"
     ):
         JsonlTask("owner/data")
 
