@@ -94,6 +94,23 @@ def test_a_methods_name_is_its_objective_or_preset_and_the_base_runs_settings_of
     assert folder_name("strong KD") == "strong_KD"
 
 
+def test_methods_of_other_names_have_the_shared_objective_and_may_change_it(
+    tmp_path: Path, world: Path
+) -> None:
+    shared = {"objective": {"type": "kdrl", "kd_coef": 0.1}}
+    methods = {"as shared": {}, "strong": {"objective": {"kd_coef": 0.2}}}
+    comparison, folder = load(tmp_path, world, methods=methods, shared=shared)
+    configs = [method_config(comparison, folder, name, seed=7) for name in methods]
+    assert [config.objective for config in configs] == [
+        KDRLConfig(kd_coef=0.1),
+        KDRLConfig(kd_coef=0.2),
+    ]
+    # A name that is an objective keeps its meaning.
+    shared = {"objective": {"type": "kdrl"}}
+    comparison, folder = load(tmp_path, world, methods={"grpo": {}}, shared=shared)
+    assert method_config(comparison, folder, "grpo", seed=7).objective == GRPOConfig()
+
+
 def test_a_preset_is_stronger_than_the_shared_run_and_a_method_than_its_preset(
     tmp_path: Path, world: Path
 ) -> None:

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from rlad.config.file import DEFAULT_RUN, beside, flat, parse_config, parse_overrides, read_toml
-from rlad.config.presets import expand_preset, merged
+from rlad.config.objective import OBJECTIVE_CONFIGS
+from rlad.config.presets import PRESETS, expand_preset, merged
 from rlad.config.run import OptimizationConfig, RolloutConfig, RunConfig
 from rlad.config.types import Count, LearningRate, Location, Mark, NonNegativeInt, Section
 from rlad.config.validation import validated
@@ -108,8 +109,12 @@ def method_config(comparison: CompareConfig, folder: Path, method: str, *, seed:
     base = beside(read_toml(base_file), base_file.parent)
     objective = base.pop("objective", {})
     # The base run's own settings of its objective are those of the method of that name.
-    is_of_base = objective.get("type") == method
-    own = {"objective": objective if is_of_base else {"type": method}} | changes
+    if objective.get("type") != method:
+        objective = {"type": _type_by_name(method, comparison)}
+    own_objective = changes.get("objective", {})
+    if "type" not in own_objective:
+        own_objective = objective | own_objective
+    own = changes | {"objective": own_objective}
     # A later layer wins: the base run, what all share, a preset, the method, the seed.
     common = merged(base, comparison.shared)
     kind = common.get("teacher", {}).get("type", "local")
@@ -130,6 +135,13 @@ def method_config(comparison: CompareConfig, folder: Path, method: str, *, seed:
         lines = [f"method {method!r}: {line}" for line in str(error).splitlines()]
         raise UserError("\n".join(lines)) from None
     return config
+
+
+def _type_by_name(method: str, comparison: CompareConfig) -> str:
+    """The objective of a method that names none: its own name, or else the one that all share."""
+    if method in OBJECTIVE_CONFIGS or method in PRESETS:
+        return method
+    return comparison.shared.get("objective", {}).get("type", method)
 
 
 def _shared_settings(changes: dict[str, Any]) -> list[str]:
