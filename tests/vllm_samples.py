@@ -293,6 +293,19 @@ def obstacles() -> dict[str, Any]:
         too_long = str(error)
     adapted = student(torch.bfloat16)
     add_lora(adapted.model, LoraConfig(rank=4), base="tiny", seed=0)
+    # The keys and values of one such row take 128 GiB.
+    length = 2**20
+    wide: dict[str, Any] = {
+        "num_attention_heads": 64,
+        "num_key_value_heads": 64,
+        "num_hidden_layers": 8,
+    }
+    try:
+        long = student(max_position_embeddings=length, **wide)
+        sampler_of(long, vllm={"max_model_len": length})
+        no_memory = ""
+    except RladError as error:
+        no_memory = str(error)
     return {
         "bfloat16_lora": obstacle_to_vllm(adapted),
         "experts": obstacle_to_vllm(tiny_language_model("mixtral", num_local_experts=2)),
@@ -301,6 +314,7 @@ def obstacles() -> dict[str, Any]:
         "refused": refused,
         "auto": [auto.name, auto.description],
         "too_long": too_long,
+        "no_memory": no_memory,
     }
 
 

@@ -114,6 +114,10 @@ def test_what_vllm_cannot_do_is_said_before_the_run_starts() -> None:
     assert "set it to 'native'" in found["refused"]
     assert found["auto"] == ["native", f"our own decoder: {found['heads']}"]
     assert "max_model_len = 100000" in found["too_long"] and "256" in found["too_long"]
+    assert "does not start with student" in found["no_memory"]
+    assert "Available memory" in found["no_memory"], "what vLLM says of it"
+    assert "give rollout.max_batch_rows and rollout.vllm.max_model_len lower" in found["no_memory"]
+    assert "\n" not in found["no_memory"] and "utilization" not in found["no_memory"]
 
 
 def test_a_run_samples_and_evaluates_by_vllm_and_resumes_with_its_rollouts(tmp_path) -> None:

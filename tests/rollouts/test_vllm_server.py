@@ -5,10 +5,13 @@ Needs an environment with vLLM and rlad (`.ci/vllm-environment`), whose Python `
 names.
 """
 
+import itertools
 import json
 import os
+import shutil
 import subprocess
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -145,6 +148,73 @@ def test_a_server_that_cannot_write_for_a_student_is_refused(port, monkeypatch, 
     sampler_at(port, tied_student()).close()
 
 
+@pytest.fixture(scope="module")
+def second(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    copy = tmp_path_factory.mktemp("second") / "student"
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("*.log"))
+    port = free_port()
+    with vllm_server(copy, port, *FLAGS, *REMEDY) as process:
+        yield Server(port, process)
+
+
+def test_two_servers_share_the_groups_and_one_stands_in_for_the_other(port, second, caplog) -> None:
+    urls = [f"http://127.0.0.1:{one}" for one in (port, second.port)]
+    model = tied_student()
+    settings: dict[str, Any] = {"num_tokens": 100, "group_size": 64}
+    with closing(sampler_at(port, model, vllm={"urls": urls, "num_retries": 3})) as sampler:
+        writers: Counter[str] = Counter()
+        read = sampler._read
+
+        def count(num_completions: int, url: str, answer: Any) -> Any:
+            writers[url] += 1
+            return read(num_completions, url, answer)
+
+        sampler._read = count
+        # Both are given every update; whoever writes a prompt, its completions are in its place.
+        for _ in range(3):
+            move(model)
+            sampler.weights_changed()
+            wanted = written(sampler)
+            assert max(distances(model, wanted)) < 1e-3
+            given = [sampler._client.ask_once(url, "/weight_info") for url in urls]
+            assert [one["weight_version"] for one in given] == [sampler._version] * 2
+        assert set(writers) == set(urls) and min(writers.values()) >= 6
+        with closing(sampler_at(port, model)) as alone:
+            assert same_share(written(alone), wanted) > 0.9
+        # This one had its turn with the first server; each run gives it its own weights again.
+        assert max(distances(model, written(sampler))) < 1e-3
+
+        # The second one is killed while it writes.
+        looks = itertools.count()
+
+        def kill_it() -> None:
+            if next(looks) == 1:
+                kill(second.process)
+
+        writers.clear()
+        found = written(sampler, before_token=kill_it, **settings)
+        assert [len(group) for group in found] == [64] * 3
+        assert max(distances(model, found)) < 1e-3
+        assert writers[urls[0]] == 3
+        assert f"does not answer, waiting for it: {urls[1]}/inference" in caplog.text
+        move(model)
+        sampler.weights_changed()
+        assert max(distances(model, written(sampler))) < 1e-3
+    # When a run begins, all must be up.
+    with pytest.raises(UserError, match=rf"no vLLM server answers \({urls[1]}/version"):
+        sampler_at(port, model, vllm={"urls": urls})
+
+
+def same_share(groups: list[Any], others: list[Any]) -> float:
+    """The share of completions with the same tokens as those in their place."""
+    same = [
+        one.token_ids == other.token_ids
+        for group, other_group in zip(groups, others, strict=True)
+        for one, other in zip(group, other_group, strict=True)
+    ]
+    return sum(same) / len(same)
+
+
 def run_config_of(folder: Path, port: int, **rollout: Any) -> dict[str, Any]:
     teacher = tied_student(seed=1)
     teacher.model.save_pretrained(folder / "teacher")
@@ -234,12 +304,7 @@ def test_a_server_that_is_killed_and_started_again_writes_for_the_student(server
         done.set()
         again.join()
     assert max(distances(model, found)) < 1e-3
-    same = [
-        one.token_ids == other.token_ids
-        for group, before in zip(found, wanted, strict=True)
-        for one, other in zip(group, before, strict=True)
-    ]
-    assert sum(same) > 0.9 * len(same)
+    assert same_share(found, wanted) > 0.9
 
     # Now it is down.
     sampler._client.settings = sampler._client.settings.model_copy(update={"num_retries": 1})

@@ -152,13 +152,13 @@ class CopiedStudent(Sampler):
         Weights that have not arrived are handed over once more. Raises `RunFailedError` when that
         does not help.
         """
-        difference = self._difference(prompts, before_token)
+        difference, copy = self._difference(prompts, before_token)
         if difference > self._tolerance:
             self._hand_over()
-            difference = self._difference(prompts, before_token)
+            difference, copy = self._difference(prompts, before_token)
         if not difference <= self._tolerance:  # NaN too
             raise RunFailedError(
-                f"vLLM does not sample from the student's weights: after two hand-overs its "
+                f"{copy} does not sample from the student's weights: after two hand-overs its "
                 f"log-probs differ from the trainer's by {difference:.2g} nats on average, and "
                 f"rollout.vllm.tolerance is {self._tolerance:g}; start a new run with "
                 "rollout.engine = 'native' and the last checkpoint as student.model, and report "
@@ -166,23 +166,26 @@ class CopiedStudent(Sampler):
             )
         self._is_checked = True
 
-    def _difference(self, prompts: Prompts, before_token: Callable[[], None]) -> float:
+    def _difference(self, prompts: Prompts, before_token: Callable[[], None]) -> tuple[float, str]:
         """Measure the mean absolute difference in nats over the tokens of a short completion of
-        each prompt; of several copies the largest."""
+        each prompt; of several copies the largest, and whose it is."""
         asked = prompts[:NUM_CHECKED_PROMPTS]
         num_tokens = min(NUM_CHECKED_TOKENS, self._rollout.max_completion_tokens)
         limits = self._limits(1, num_tokens, self._rollout.temperature)
+        copies = self._written_by_each_copy(asked, limits, before_token)
         differences = []
-        for written in self._written_by_each_copy(asked, limits, before_token):
+        for written in copies.values():
             scores = self._scorer.score(asked, [one.token_ids for one in written])
             theirs = torch.tensor([value for one in written for value in one.logprobs])
             differences.append((torch.cat(scores) - theirs).abs().mean())
-        return float(torch.stack(differences).max())  # NaN where one is
+        largest = torch.stack(differences).max(dim=0)  # NaN where one is
+        return float(largest.values), list(copies)[int(largest.indices)]
 
     def _written_by_each_copy(
         self, prompts: Prompts, limits: Limits, before_token: Callable[[], None]
-    ) -> list[list[Completion]]:
-        """Have every copy of the student complete the prompts once."""
+    ) -> dict[str, list[Completion]]:
+        """Have every copy of the student, which messages call by the key, complete the prompts
+        once."""
         completed: dict[int, Completion] = {}
         self._complete(
             prompts,
@@ -191,4 +194,4 @@ class CopiedStudent(Sampler):
             before_token,
             lambda number, group: completed.update({number: group[0]}),
         )
-        return [[completed[number] for number in range(len(prompts))]]
+        return {"vLLM": [completed[number] for number in range(len(prompts))]}

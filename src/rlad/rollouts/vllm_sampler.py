@@ -187,10 +187,25 @@ class VLLMSampler(CopiedStudent):
                 reasons = error.errors() if isinstance(error, ValidationError) else []
                 reason = reasons[0]["msg"] if reasons else first_line(error)
                 raise UserError(
-                    f"vLLM does not start with student {self._student.name!r} ({reason}); "
-                    "lower rollout.vllm.max_num_seqs or max_model_len, give it more memory by "
-                    "rollout.vllm.gpu_memory_utilization, or set rollout.engine = 'native'."
+                    f"vLLM does not start with student {self._student.name!r} "
+                    f"({reason.rstrip('.')}); {self._less_memory}, or set rollout.engine = "
+                    "'native'."
                 ) from error
+
+    @property
+    def _less_memory(self) -> str:
+        """What to do where vLLM does not get the memory that it wants."""
+        settings = self._rollout.vllm
+        rows = "rollout.max_batch_rows"
+        if settings.max_num_seqs is not None:
+            rows = "rollout.vllm.max_num_seqs"
+        length = "rollout.max_prompt_tokens"
+        if settings.max_model_len is not None:
+            length = "rollout.vllm.max_model_len"
+        advice = f"give {rows} and {length} lower numbers"
+        if self._on_gpu:
+            advice += ", rollout.vllm.gpu_memory_utilization a higher one"
+        return advice
 
     def _wake_up(self, part: str) -> None:
         """Take back the memory of the weights or of the cache after sleep."""

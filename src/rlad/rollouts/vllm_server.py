@@ -40,7 +40,8 @@ from rlad.rollouts.weights_folder import WeightsFolder
 Result = TypeVar("Result")
 SECONDS_BETWEEN_LOOKS = 0.2
 MOST_ANSWER_BYTES = 2**30
-# Before any prompt is known: the weights that a server holds at the start are compared on these.
+# Before any prompt is known: the weights that a server holds at the start are compared on these, as
+# far as the vocabulary has them.
 _PROBE = [[3, 4, 5, 6], [7, 8, 9]]
 
 
@@ -114,11 +115,12 @@ class VLLMServerSampler(CopiedStudent):
         except RunFailedError as error:
             raise UserError(str(error)) from None
         self._most_retries = math.inf
-        difference = self._difference(_PROBE, before_work)
+        probe = [[token % self._needs.vocabulary for token in prompt] for prompt in _PROBE]
+        difference, server = self._difference(probe, before_work)
         if not difference <= self._tolerance:  # NaN too
             raise UserError(
-                f"with the student's weights vLLM's log-probs differ from the student's by "
-                f"{difference:.2g} nats on average, and rollout.vllm.tolerance is "
+                f"with the student's weights the log-probs of {server} differ from the student's "
+                f"by {difference:.2g} nats on average, and rollout.vllm.tolerance is "
                 f"{self._tolerance:g}, so it computes another model; start the server with "
                 "student.model."
             )
@@ -292,7 +294,7 @@ class VLLMServerSampler(CopiedStudent):
 
     def _written_by_each_copy(
         self, prompts: Prompts, limits: Limits, before_token: Callable[[], None]
-    ) -> list[list[Completion]]:
+    ) -> dict[str, list[Completion]]:
         def complete(url: str, prompt: Sequence[int]) -> Completion:
             answer = self._client.ask_once(url, GENERATE, self._request(prompt, limits, None))
             return self._read(1, url, answer)[0]
@@ -303,11 +305,11 @@ class VLLMServerSampler(CopiedStudent):
             asked[url] = [
                 self._pool.apply_async(retrying, (complete, url, prompt)) for prompt in prompts
             ]
-        written = []
+        written = {}
         reasons = []
         for url, results in asked.items():
             try:
-                written.append([self._wait_for(result) for result in results])
+                written[f"vLLM at {url}"] = [self._wait_for(result) for result in results]
             except ServerUnavailableError as error:
                 self._client.let_rest(url, error)
                 reasons.append(str(error))
