@@ -14,6 +14,7 @@ from rlad.checks.memory import (
     estimate_memory,
     free_and_total_memory,
 )
+from rlad.checks.pass_rates import PassRates, describe_pass_rates, measure_pass_rates
 from rlad.checks.prompts import check_first_prompt
 from rlad.checks.ranking import RankedContext, describe_ranking, rank_contexts
 from rlad.checks.trial import Trial, describe_trial, run_trial
@@ -66,6 +67,8 @@ class CheckReport:
     """None when something before it cannot work, or no models were to be loaded"""
     ranking: list[RankedContext] = field(default_factory=list)
     """empty unless it was asked for"""
+    pass_rates: PassRates | None = None
+    """None unless they were asked for"""
 
     @property
     def errors(self) -> list[Finding]:
@@ -93,6 +96,7 @@ class CheckReport:
             "memory_bytes": asdict(memory) | {"total": memory.total} if memory else None,
             "trial": asdict(self.trial) if self.trial else None,
             "ranking": [one.to_json() for one in self.ranking],
+            "pass_rates": asdict(self.pass_rates) if self.pass_rates else None,
         }
 
 
@@ -102,6 +106,7 @@ def check_run(
     with_models: bool = True,
     for_verl: bool = False,
     num_ranked_problems: int = 0,
+    num_solved_problems: int = 0,
     force: bool = False,
 ) -> CheckReport:
     """Look at everything that can be known before weights are loaded, then make a trial of the
@@ -109,8 +114,9 @@ def check_run(
 
     With `force` an estimate beyond the memory that is free is a warning, and the trial is made.
     With `for_verl` also whether verl knows our objectives; with `num_ranked_problems` also whether
-    the teacher ranks the completions of so many problems as the verifier does. What cannot work is
-    an `error` among the findings.
+    the teacher ranks the completions of so many problems as the verifier does; with
+    `num_solved_problems` also how many of so many student and teacher solve, and the measured cases
+    nearest to that. What cannot work is an `error` among the findings.
     """
     report = CheckReport(config, describe_plan(config))
     if for_verl:
@@ -134,14 +140,28 @@ def check_run(
             finding = replace(finding, level="warning")
         report.findings.append(finding)
     if with_models and not report.errors:
-        report.trial = report.attempt("trial", run_trial, config)
-    if report.trial is not None:
-        report.findings += describe_trial(report.trial, config)
-    if report.trial is not None and num_ranked_problems:
+        _check_with_models(report, num_ranked_problems, num_solved_problems)
+    return report
+
+
+def _check_with_models(
+    report: CheckReport, num_ranked_problems: int, num_solved_problems: int
+) -> None:
+    """Make the trial, and measure what else was asked for."""
+    config = report.config
+    report.trial = report.attempt("trial", run_trial, config)
+    if report.trial is None:
+        return
+    report.findings += describe_trial(report.trial, config)
+    if num_ranked_problems:
         ranked = report.attempt("ranking", rank_contexts, config, num_ranked_problems)
         report.ranking = ranked or []
         report.findings += map(describe_ranking, report.ranking)
-    return report
+    if num_solved_problems:
+        subject = "nearest case"
+        rates = report.attempt(subject, measure_pass_rates, config, num_solved_problems)
+        report.pass_rates = rates
+        report.findings += describe_pass_rates(rates) if rates else []
 
 
 def describe_plan(config: RunConfig) -> list[str]:

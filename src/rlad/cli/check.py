@@ -19,6 +19,7 @@ def run_check(
     without_models: bool,
     engine: str | None,
     ranking: int | None,
+    nearest: int | None,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -29,6 +30,7 @@ def run_check(
             with_models=not without_models,
             for_verl=engine == "verl",
             num_ranked_problems=ranking or 0,
+            num_solved_problems=nearest or 0,
             force=force,
         )
     if as_json:

@@ -19,7 +19,7 @@ from rlad.runs.statistics import Estimate
 from rlad.text import printable
 
 COLUMN_INCHES = 3.3
-_SETTINGS = {
+SETTINGS = {
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.labelsize": 8,
@@ -40,7 +40,7 @@ def write_figures(methods: Sequence[Method], baseline: Method, folder: Path) -> 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         files = []
-        with matplotlib.style.context([*STYLE, _SETTINGS]):
+        with matplotlib.style.context([*STYLE, SETTINGS]):
             for name, figure in _figures(methods, baseline).items():
                 for form in FORMS:
                     path = folder / f"{name}.{form}"

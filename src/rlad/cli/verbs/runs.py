@@ -81,6 +81,13 @@ def train(arguments: tuple[str, ...], **how: bool) -> None:
     help="Also sample completions of so many training problems in full: does the teacher, shown "
     "the answer or other completions, rank them as the verifier does?",
 )
+@click.option(
+    "--nearest",
+    type=click.IntRange(min=1),
+    metavar="PROBLEMS",
+    help="Also have student and teacher solve so many validation problems, and show which methods "
+    "helped where others solved about as much.",
+)
 @JSON_OPTION
 def check(arguments: tuple[str, ...], **how: Any) -> None:
     """Say what a config will do and whether it can.
