@@ -393,15 +393,18 @@ def test_a_served_teacher(world, tmp_path):
         ),
         (["student.device=cuda:1"], "student.device = 'cuda:1' is not available on TRL; set it"),
         (["student.lora={target_modules=['nothing']}"], "student.lora.target_modules = ['nothing'"),
-        (["student.lora={target_modules=['lm_head']}"], "names lm_head, of which TRL trains no ad"),
+        (
+            ["student.lora={target_modules=['lm_head']}"],
+            "lm_head in student.lora.target_modules is not",
+        ),
         (["engine.trl.teacher_is_sharded=true"], "teacher_is_sharded splits the teacher over proc"),
         (
             ["engine.trl.teacher_is_sharded=true", "teacher.random_weights=true"],
-            "teacher_is_sharded splits a teacher with teacher.random_weights = False, and this one",
+            "teacher.random_weights = True with engine.trl.teacher_is_sharded is not available",
         ),
         (
             ["engine.trl.teacher_is_sharded=true", "teacher.quantization=int8"],
-            "teacher_is_sharded splits a teacher with teacher.quantization = 'none', and this one",
+            "teacher.quantization = 'int8' with engine.trl.teacher_is_sharded is not available",
         ),
     ],
 )

@@ -29,7 +29,7 @@ from rlad.rollouts.vllm_protocol import (
     require_usable,
     write_weights,
 )
-from rlad.rollouts.vllm_server import make_client
+from rlad.rollouts.vllm_server import make_client, probe_prompts
 from tiny_models import tiny_model
 
 NEEDS = Needs(num_tokens=100, dtype="float32", vocabulary=64, width=32, is_tied=True)
@@ -252,3 +252,10 @@ def test_weights_have_their_name_only_when_all_of_them_are_there(changes, error)
 def test_settings_that_do_not_fit_together_are_refused(rollout, sentence) -> None:
     with pytest.raises(ValueError, match=sentence):
         RolloutConfig.model_validate(rollout)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 7, 10, 50_000])
+def test_what_a_server_is_first_asked_to_complete_fits_every_vocabulary(vocabulary) -> None:
+    prompts = probe_prompts(vocabulary)
+    assert [len(prompt) for prompt in prompts] == [4, 3]
+    assert all(0 <= token < vocabulary for prompt in prompts for token in prompt)

@@ -46,17 +46,24 @@ def _asked_by_run(run: RunConfig) -> Iterator[Row]:
         yield f"task.type = {run.task.type!r}", ("native",), "use the native engine"
     if run.rollout.max_staleness:
         yield "rollout.max_staleness = 1", ("native",), "set it to 0"
-    for key in ("lora", "end_tokens"):
-        if getattr(run.student, key):
-            yield f"student.{key}", ("native", "trl"), "leave it out, or use the native engine"
-    if run.student.device not in ("auto", "cpu", "cuda"):
-        what = f"student.device = {run.student.device!r}"
-        yield what, ("native", "verl"), "set it to 'auto': each process takes the GPU of its number"
+    yield from _asked_by_student(run.student)
     if run.rollout.engine != "native":
         what = f"rollout.engine = {run.rollout.engine!r}"
         yield what, ("native", "verl"), "set it to 'native', and engine.trl.use_vllm = true"
     if run.needs_teacher:
         yield from _asked_by_teacher(run)
+
+
+def _asked_by_student(student: Any) -> Iterator[Row]:
+    for key in ("lora", "end_tokens"):
+        if getattr(student, key):
+            yield f"student.{key}", ("native", "trl"), "leave it out, or use the native engine"
+    if student.lora is not None and "lm_head" in student.lora.target_modules:
+        what = "lm_head in student.lora.target_modules"
+        yield what, ("native",), "leave it out, or use the native engine"
+    if student.device not in ("auto", "cpu", "cuda"):
+        what = f"student.device = {student.device!r}"
+        yield what, ("native", "verl"), "set it to 'auto': each process takes the GPU of its number"
 
 
 def _asked_by_length(run: RunConfig) -> Iterator[Row]:
@@ -91,9 +98,20 @@ def _asked_by_teacher(run: RunConfig) -> Iterator[Row]:
         if one.without_success != "plain":
             what = f"teacher.context.without_success = {one.without_success!r}"
             yield what, ("native",), "set it to 'plain', or use the native engine"
+    if run.engine.trl.get("teacher_is_sharded"):
+        yield from _asked_by_sharding(teacher)
     if run.rollout.temperature != 1:
         what = f"rollout.temperature = {run.rollout.temperature} with a teacher"
         yield what, ("native", "trl"), "set it to 1, at which verl's teacher always scores"
+
+
+def _asked_by_sharding(teacher: Any) -> Iterator[Row]:
+    whole = {"type": "local", "random_weights": False, "quantization": "none", "keep": "gpu"}
+    for key, value in whole.items():
+        found = getattr(teacher, key, value)
+        if found != value:
+            what = f"teacher.{key} = {found!r} with engine.trl.teacher_is_sharded"
+            yield what, ("native", "verl"), f"set it to {value!r}, or leave the other one out"
 
 
 def require_engine(engine: EngineName, objective: Any, run: RunConfig | None = None) -> None:

@@ -25,7 +25,9 @@ class TokenStats:
     def __init__(self) -> None:
         self._columns: dict[str, list[Tensor]] = {}
         self.num_dropped = 0
-        self.scored_share = 1.0
+        self.num_rows = 0
+        self.num_scored = 0
+        """of these completions those that train"""
 
     def add(
         self,
@@ -48,6 +50,18 @@ class TokenStats:
         for name, values in columns.items():
             chosen = heard if name in _OF_THE_TEACHER else trained
             self._columns.setdefault(name, []).append(values.detach()[chosen].float().cpu())
+
+    def join(self, other: "TokenStats") -> None:
+        """Add those of another process."""
+        for name, values in other._columns.items():
+            self._columns.setdefault(name, []).extend(values)
+        self.num_dropped += other.num_dropped
+        self.num_rows += other.num_rows
+        self.num_scored += other.num_scored
+
+    @property
+    def scored_share(self) -> float:
+        return self.num_scored / self.num_rows if self.num_rows else 1.0
 
     def summary(self) -> Metrics:
         """The step's metrics of the objective, the teacher and the student."""

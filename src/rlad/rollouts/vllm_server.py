@@ -40,9 +40,12 @@ from rlad.rollouts.weights_folder import WeightsFolder
 Result = TypeVar("Result")
 SECONDS_BETWEEN_LOOKS = 0.2
 MOST_ANSWER_BYTES = 2**30
-# Before any prompt is known: the weights that a server holds at the start are compared on these, as
-# far as the vocabulary has them.
-_PROBE = [[3, 4, 5, 6], [7, 8, 9]]
+
+
+def probe_prompts(vocabulary: int) -> list[list[int]]:
+    """Return what the weights that a server holds at the start are compared on, before any prompt
+    is known."""
+    return [[token % vocabulary for token in prompt] for prompt in ([3, 4, 5, 6], [7, 8, 9])]
 
 
 def make_client(rollout: RolloutConfig) -> ReplicaClient:
@@ -115,7 +118,7 @@ class VLLMServerSampler(CopiedStudent):
         except RunFailedError as error:
             raise UserError(str(error)) from None
         self._most_retries = math.inf
-        probe = [[token % self._needs.vocabulary for token in prompt] for prompt in _PROBE]
+        probe = probe_prompts(self._needs.vocabulary)
         difference, server = self._difference(probe, before_work)
         if not difference <= self._tolerance:  # NaN too
             raise UserError(

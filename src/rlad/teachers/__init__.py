@@ -1,6 +1,6 @@
 """The table of teachers, and how one is checked and made."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rlad.config.run import RunConfig
@@ -41,13 +41,18 @@ def check_teacher(settings: Any, setting: Setting) -> list[Finding]:
 def make_teacher(settings: Any, setting: Setting) -> Teacher:
     """The teacher of a `[teacher]` section. `UserError` when it cannot score this student's
     tokens."""
-    for finding in check_teacher(settings, setting):
+    require_no_error(settings.title, check_teacher(settings, setting))
+    return build_teacher(settings, setting)
+
+
+def require_no_error(name: str, findings: Sequence[Finding]) -> None:
+    """Raise `UserError` for the first error that a teacher's check has found."""
+    for finding in findings:
         if finding.level == "error":
             raise UserError(
-                f"teacher {settings.title!r} cannot score the student's tokens: {finding.subject}: "
+                f"teacher {name!r} cannot score the student's tokens: {finding.subject}: "
                 f"{finding.message}"
             )
-    return build_teacher(settings, setting)
 
 
 def build_teacher(settings: Any, setting: Setting) -> Teacher:

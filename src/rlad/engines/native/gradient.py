@@ -77,7 +77,8 @@ class LossGradient:
         # nothing and are left out below: leaving them out only saves time.
         trains = set(batch.training_rows)
         rows = [i for i in wanted if i in trains]
-        stats.scored_share = len(rows) / len(wanted)
+        stats.num_rows += len(wanted)
+        stats.num_scored += len(rows)
         self.kept = batch.counted_tokens(wanted)
         stats.num_dropped += sum(
             int((batch.actions[i] & ~tokens).sum()) for i, tokens in self.kept.items()

@@ -9,7 +9,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -35,7 +35,7 @@ from rlad.models.files import files_of, resolvable
 from rlad.models.loading import LanguageModel
 from rlad.rollouts.grading import Timer
 from rlad.rollouts.sampling import OwnSampler
-from rlad.rollouts.types import Completion, Metrics
+from rlad.rollouts.types import Completion
 from rlad.tasks import Task
 from rlad.teachers import make_teacher
 from rlad.teachers.base import Setting, Teacher
@@ -53,8 +53,9 @@ class _End(BaseException):
     """Ends a process that is not the main one."""
 
 
-class TRLEngine:
-    """Trains one student in one process or more, each with its own engine."""
+class TRLEngine(TrainerCallback):
+    """Trains one student in one process or more, each with its own engine. TRL's loop comes back to
+    it between two steps."""
 
     def __init__(
         self,
@@ -81,6 +82,7 @@ class TRLEngine:
         args = make_arguments(config, self._folder.name)
         _require_places(args)
         self.orders = Orders()
+        self.is_main = self.orders.is_main
         timer = Timer()
         self.rollouts = TaskRollouts(config, student, task, timer)
         # The end tokens of a run are TRL's too.
@@ -99,7 +101,7 @@ class TRLEngine:
             train_dataset=self.rollouts.dataset(),
             processing_class=student.tokenizer,
             peft_config=_peft_config(config, student),
-            callbacks=[_BetweenSteps(self)],
+            callbacks=[self],
         )
         self.trainer.remove_callback(PrinterCallback)
         if self.trainer.is_fsdp_enabled:
@@ -109,11 +111,10 @@ class TRLEngine:
         self.sampler = StudentSampler(self)
 
     def _make_teacher(self, args: Any) -> Teacher | str | None:
+        settings: Any = self.config.teacher
         if not self.config.needs_teacher:
             return None
-        settings: Any = self.config.teacher
         if args.teacher_is_sharded:
-            _require_shardable(settings)
             return settings.model
         student = self.student
         context = student.context_tokens
@@ -121,10 +122,6 @@ class TRLEngine:
         return make_teacher(settings, setting)
 
     # --- the main process -------------------------------------------------------------------------
-
-    @property
-    def is_main(self) -> bool:
-        return self.orders.is_main
 
     @property
     def resume_point(self) -> ResumePoint | None:
@@ -140,13 +137,11 @@ class TRLEngine:
     ) -> None:
         self._begin = begin
         self._after_step = after_step
-        self._order("train")
-        self._train()
+        self.everywhere("_train")
         self._others_wait = True
 
     def save(self, folder: Path, *, run_digest: str) -> None:
-        self._order("save", str(folder))
-        self._save(folder)
+        self.everywhere("_save", folder)
         state = self._origin(run_digest) | {"step": self.step}
         (folder / STATE).parent.mkdir(exist_ok=True)
         (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
@@ -174,15 +169,16 @@ class TRLEngine:
         }
 
     def close(self) -> None:
-        if self._others_wait:
-            self._order("end")
+        if self.is_main and self._others_wait:
+            self.orders.share(_End())
         if self.trainer.teacher is not None:
             self.trainer.teacher.close()
         self._folder.cleanup()
 
-    def _order(self, order: str, argument: Any = None) -> None:
-        if self.is_main:
-            self.orders.give(order, argument)
+    def everywhere(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the engine in all processes, of which the others wait for it."""
+        self.orders.share((method, arguments))
+        return getattr(self, method)(*arguments)
 
     # --- the others -------------------------------------------------------------------------------
 
@@ -192,20 +188,12 @@ class TRLEngine:
             self._obey()
 
     def _obey(self) -> None:
-        while True:
-            order, argument = self.orders.take()
-            if order == "next step":
-                return
-            if order == "leave":
-                raise _Leave
-            if order == "end":
-                raise _End
-            if order == "train":
-                self._train()
-            if order == "save":
-                self._save(Path(argument))
-            if order == "sample":
-                self.sampler.decode(*argument)
+        """Carry out orders until the next step."""
+        while (order := self.orders.share()) is not None:
+            if isinstance(order, BaseException):
+                raise order
+            method, arguments = order
+            getattr(self, method)(*arguments)
 
     # --- in all processes at once -----------------------------------------------------------------
 
@@ -216,8 +204,7 @@ class TRLEngine:
         except _Leave:
             return
         except RuntimeError as error:
-            failure = lost_process(error)
-            raise (failure or error) from error
+            raise (lost_process(error) or error) from error
 
     def _save(self, folder: Path) -> None:
         """Let TRL write its checkpoint into an empty folder."""
@@ -232,63 +219,26 @@ class TRLEngine:
             # Written by TRL, for a run that is not known to it.
             (folder / "README.md").unlink(missing_ok=True)
 
-    def before_first_step(self) -> None:
-        """Models, optimiser and what a checkpoint held of them are where they work now."""
-        self.step = self.trainer.state.global_step
-        self._can_save = True
-        if not self.is_main:
-            self._obey()
-            return
-        self._others_wait = True
-        self._next_step_or_leave(self._begin())
+    def decode(self, prompts: Any, settings: dict[str, Any]) -> list[list[Completion]]:
+        """Sample by our own decoder with the student's weights wherever they are."""
+        trainer = self.trainer
+        trainer.model.eval()  # until the next step
+        with unwrap_model_for_generation(
+            trainer.model_wrapped,
+            trainer.accelerator,
+            gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
+        ):
+            return OwnSampler.sample(self.sampler, prompts, **settings)
 
-    def after_step(self, logs: dict[str, float], seconds: float) -> None:
-        """TRL has made a step and logged it."""
-        self.step = self.trainer.state.global_step
-        if not self.is_main:
-            self._obey()
-            return
-        self._others_wait = True
-        groups = self.rollouts.groups
-        self.rollouts.groups = []
-        metrics = rollout_metrics(groups) if groups else {}
-        metrics |= {key: value for key, value in logs.items() if key.startswith(AREAS)}
-        metrics |= {
-            "optimization/loss": logs["loss"],
-            "optimization/gradient_norm": logs["grad_norm"],
-            "optimization/learning_rate": logs["learning_rate"],
-            "optimization/skipped/count": 0.0,
-            "memory/peak/bytes": peak_memory(self.student),
-            "time/update/seconds": seconds - _seconds(logs),
-        }
-        goes_on = self._after_step(StepResult(self.step, metrics, groups))
-        if self.resume_point is not None:
-            self.before_work()
-        self._next_step_or_leave(goes_on)
-
-    def _next_step_or_leave(self, goes_on: bool) -> None:
-        self._order("next step" if goes_on else "leave")
-        if not goes_on:
-            raise _Leave
-        self._others_wait = False
-
-
-def _seconds(metrics: Metrics) -> float:
-    return sum(value for key, value in metrics.items() if key.startswith("time/"))
-
-
-class _BetweenSteps(TrainerCallback):
-    """Where TRL's loop comes back to the engine."""
-
-    def __init__(self, engine: TRLEngine):
-        self.engine = engine
-        self.started = 0.0
+    # --- where TRL's loop comes back --------------------------------------------------------------
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.engine.before_first_step()
+        """Models, optimiser and what a checkpoint held of them are where they work now."""
+        self._can_save = True
+        self._between_steps(lambda: self._begin())
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.started = time.monotonic()
+        self._started = time.monotonic()
 
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
@@ -303,7 +253,41 @@ class _BetweenSteps(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if "grad_norm" in logs:  # of a step, not of the whole training
-            self.engine.after_step(logs, time.monotonic() - self.started)
+            seconds = time.monotonic() - self._started
+            self._between_steps(lambda: self._recorded(logs, seconds))
+
+    def _between_steps(self, decide: Callable[[], bool]) -> None:
+        """Let the main process decide whether TRL makes another step, and the others do so too."""
+        self.step = self.trainer.state.global_step
+        if not self.is_main:
+            self._obey()
+            return
+        self._others_wait = True
+        goes_on = decide()
+        self.orders.share(None if goes_on else _Leave())
+        if not goes_on:
+            raise _Leave
+        self._others_wait = False
+
+    def _recorded(self, logs: dict[str, float], seconds: float) -> bool:
+        """Report a step that TRL has made; returns whether there is to be another one."""
+        groups = self.rollouts.groups
+        self.rollouts.groups = []
+        metrics = rollout_metrics(groups) if groups else {}
+        metrics |= {key: value for key, value in logs.items() if key.startswith(AREAS)}
+        elsewhere = sum(value for key, value in metrics.items() if key.startswith("time/"))
+        metrics |= {
+            "optimization/loss": logs["loss"],
+            "optimization/gradient_norm": logs["grad_norm"],
+            "optimization/learning_rate": logs["learning_rate"],
+            "optimization/skipped/count": 0.0,
+            "memory/peak/bytes": peak_memory(self.student),
+            "time/update/seconds": seconds - elsewhere,
+        }
+        goes_on = self._after_step(StepResult(self.step, metrics, groups))
+        if self.resume_point is not None:
+            self.before_work()
+        return goes_on
 
 
 class StudentSampler(OwnSampler):
@@ -317,31 +301,16 @@ class StudentSampler(OwnSampler):
         self._engine = engine
 
     def sample(self, prompts: Any, **settings: Any) -> list[list[Completion]]:
-        own = {key: settings.pop(key) for key in ("before_token", "after_group") if key in settings}
-        if self._is_split:
-            # Stopped in the middle, one process would leave the others waiting for its share.
-            own.pop("before_token", None)
-            self._engine._order("sample", (prompts, settings))
-        return self.decode(prompts, settings, **own)
-
-    @property
-    def _is_split(self) -> bool:
         kind = self._engine.trainer.accelerator.distributed_type
-        return kind in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-
-    def decode(self, prompts: Any, settings: Any, **own: Any) -> list[list[Completion]]:
-        """Sample with the student's weights wherever they are."""
-        trainer = self._engine.trainer
-        gathered = nullcontext()
-        if self._is_split:
-            gathered = unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator)
-        was_training = trainer.model.training
-        trainer.model.eval()
-        try:
-            with gathered:
-                return super().sample(prompts, **settings, **own)
-        finally:
-            trainer.model.train(was_training)
+        if kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            return self._engine.decode(prompts, settings)
+        # Stopped in the middle, one process would leave the others waiting for its share.
+        settings.pop("before_token", None)
+        after_group = settings.pop("after_group", lambda number, group: None)
+        groups = self._engine.everywhere("decode", prompts, settings)
+        for number, group in enumerate(groups):
+            after_group(number, group)
+        return groups
 
 
 def _require_places(args: Any) -> None:
@@ -360,17 +329,6 @@ def _require_places(args: Any) -> None:
         )
 
 
-def _require_shardable(settings: Any) -> None:
-    """Raise `UserError` unless a sharded teacher is what `settings` say."""
-    wanted = {"type": "local", "random_weights": False, "quantization": "none", "keep": "gpu"}
-    for key, value in wanted.items():
-        if (found := getattr(settings, key)) != value:
-            raise UserError(
-                f"engine.trl.teacher_is_sharded splits a teacher with teacher.{key} = {value!r}, "
-                f"and this one has {found!r}; leave one of the two out."
-            )
-
-
 def _peft_config(config: RunConfig, student: LanguageModel) -> Any:
     """Return PEFT's settings of `[student.lora]`, which must fit the student; None without it."""
     settings = config.student.lora
@@ -378,10 +336,5 @@ def _peft_config(config: RunConfig, student: LanguageModel) -> Any:
         return None
     base = config.student.model
     require_lora_fits(settings, student.model.config, base=base)
-    if "lm_head" in settings.target_modules:
-        raise UserError(
-            "student.lora.target_modules names lm_head, of which TRL trains no adapter; leave it "
-            "out, or use the native engine."
-        )
     student.model.name_or_path = resolvable(str(files_of(base)))
     return peft_config(settings, base=base)

@@ -20,19 +20,17 @@ class Orders:
             # Over the CPU and without a time limit: the others wait while the main one evaluates.
             self._group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
 
-    def give(self, order: str, argument: Any = None) -> None:
-        """Send an order to the others, which must be waiting for one."""
-        if self._group is not None:
-            dist.broadcast_object_list([order, argument], src=0, group=self._group)
-
-    def take(self) -> tuple[str, Any]:
-        """Wait for the next order."""
-        found: list[Any] = [None, None]
+    def share(self, order: Any = None) -> Any:
+        """Send an order from the main process to the others, which wait for it here; returns it in
+        all."""
+        if self._group is None:
+            return order
+        shared = [order]
         try:
-            dist.broadcast_object_list(found, src=0, group=self._group)
+            dist.broadcast_object_list(shared, src=0, group=self._group)
         except RuntimeError as error:
             raise (lost_process(error) or error) from None
-        return found[0], found[1]
+        return shared[0]
 
     def wait_for_all(self) -> None:
         """Return when all processes have come here."""

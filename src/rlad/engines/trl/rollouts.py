@@ -1,7 +1,6 @@
 """The problems of a run as the data set that TRL reads, and its task as the reward function."""
 
 import math
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -13,11 +12,11 @@ from rlad.config.run import RunConfig
 from rlad.engines.rollout_batch import teacher_request
 from rlad.errors import UserError
 from rlad.models.loading import LanguageModel
-from rlad.rollouts.grading import Timer, grade
-from rlad.rollouts.prompts import chat_messages, is_plain, plain_text, prompt_token_ids
+from rlad.rollouts.grading import Timer, asked_prompts, grade
+from rlad.rollouts.prompts import chat_messages, is_plain, plain_text
 from rlad.rollouts.texts import begun_completion
-from rlad.rollouts.types import Completion, Rollout, RolloutGroup
-from rlad.tasks import Problem, Task
+from rlad.rollouts.types import Asked, Completion, Rollout, RolloutGroup
+from rlad.tasks import Task
 from rlad.teachers.base import TeacherRequest
 
 
@@ -32,10 +31,20 @@ class TaskRollouts:
         self.groups: list[RolloutGroup] = []
         """of the latest generation batch, of all processes"""
         self._first = 0
-        self.problem = lru_cache(maxsize=4 * config.rollout.prompts_per_batch)(self._problem)
+        self.asked = lru_cache(maxsize=4 * config.rollout.prompts_per_batch)(self._asked)
 
-    def _problem(self, index: int) -> Problem:
-        return self.task.problem("train", index, seed=self.config.seed)
+    def _asked(self, index: int) -> Asked:
+        """Return a training problem and its prompt. Raises `UserError` for one with pictures: TRL
+        is given its text."""
+        config = self.config
+        (asked,) = asked_prompts(
+            self.student, self.task, "train", [index], config.rollout, config.seed
+        )
+        if asked.problem.images:
+            raise UserError(
+                "a problem has pictures, and engine.type = 'trl' trains on texts; use 'native'."
+            )
+        return asked
 
     def dataset(self) -> Dataset:
         """Return a row for each training problem, in the native engine's order; problems are made
@@ -50,21 +59,10 @@ class TaskRollouts:
 
     def _prompt(self, index: int) -> str | list[dict[str, str]]:
         rollout = self.config.rollout
-        asked = self.problem(index).asked
+        asked = self.asked(index).problem.asked
         if is_plain(self.student.tokenizer, rollout.prompt_format):
             return plain_text(asked, rollout)
         return chat_messages(asked, rollout.system_prompt)
-
-    def _prompt_ids(self, problem: Problem) -> Sequence[int]:
-        """Raises `UserError` for a problem with pictures: TRL is given its text."""
-        if problem.images:
-            raise UserError(
-                "a problem has pictures, and engine.type = 'trl' trains on texts; use 'native'."
-            )
-        student = self.student
-        return prompt_token_ids(
-            student.tokenizer, problem.asked, self.config.rollout, vision=student.vision
-        )
 
     def reward(
         self, completion_ids: list[list[int]], index: list[int], **columns: Any
@@ -72,34 +70,26 @@ class TaskRollouts:
         """Grade this process's completions, and join them with those of the others in `groups`."""
         with self.timer("rewards"):
             rollouts = list(map(self._graded, index, completion_ids))
-            self.groups = self._groups(gather_object(list(zip(index, rollouts, strict=True))))
+            rows = gather_object(list(zip(index, rollouts, strict=True)))
+        size = self.config.rollout.group_size
+        self.groups = []
+        for start in range(0, len(rows), size):
+            indices, group = zip(*rows[start : start + size], strict=True)
+            asked = self.asked(indices[0])
+            self.groups.append(RolloutGroup(indices[0], asked.problem, tuple(asked.prompt), group))
         self._first = len(rollouts) * Accelerator().process_index
         return [None if math.isnan(rollout.reward) else rollout.reward for rollout in rollouts]
 
     def _graded(self, index: int, token_ids: list[int]) -> Rollout:
+        asked = self.asked(index)
         is_truncated = token_ids[-1] not in self.student.eos_token_ids
         # TRL keeps the sampler's log-probs to itself.
         completion = Completion(tuple(token_ids), (), is_truncated)
-        name = f"training problem {index}"
-        problem = self.problem(index)
-        prompt = self._prompt_ids(problem)
-        begun = begun_completion(self.student.tokenizer, prompt)
+        begun = begun_completion(self.student.tokenizer, asked.prompt)
         (rollout,) = grade(
-            self.task, problem, name, [completion], self.student, lambda: None, begun
+            self.task, asked.problem, asked.name, [completion], self.student, lambda: None, begun
         )
         return rollout
-
-    def _groups(self, rows: list[tuple[int, Rollout]]) -> list[RolloutGroup]:
-        size = self.config.rollout.group_size
-        groups = []
-        for start in range(0, len(rows), size):
-            part = rows[start : start + size]
-            index = part[0][0]
-            problem = self.problem(index)
-            prompt = self._prompt_ids(problem)
-            rollouts = tuple(rollout for _, rollout in part)
-            groups.append(RolloutGroup(index, problem, tuple(prompt), rollouts))
-        return groups
 
     def teacher_request(self, number: int) -> TeacherRequest:
         """Return what the teacher is asked about a completion of this process, by its number."""

@@ -14,6 +14,7 @@ from rlad.engines.trl.config import RLADConfig
 from rlad.errors import UserError
 from rlad.models.loading import LanguageModel, load_language_model
 from rlad.scoring.scorer import Scorer
+from rlad.teachers import require_no_error
 from rlad.teachers.base import Teacher, TeacherRequest
 from rlad.teachers.compatibility import compare_tokenizers
 from rlad.teachers.local import LocalTeacher, ScoringTeacher
@@ -50,11 +51,7 @@ def as_teacher(
     device = torch.device("cpu") if args.teacher_is_sharded else accelerator.device
     if isinstance(teacher, str):
         loaded = load_language_model(teacher, dtype=args.teacher_dtype, device=str(device))
-        for finding in compare_tokenizers(tokenizer, loaded.tokenizer):
-            if finding.level == "error":
-                raise UserError(
-                    f"teacher {teacher!r} cannot score the student's tokens: {finding.message}"
-                )
+        require_no_error(teacher, compare_tokenizers(tokenizer, loaded.tokenizer))
     else:
         loaded = _with_tokenizer(teacher.eval().to(device), tokenizer)
     if args.teacher_is_sharded:

@@ -12,12 +12,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedModel
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from rlad.engines.metrics import TokenStats
 from rlad.engines.trl.config import RLADConfig
-from rlad.engines.trl.metrics import StepStats, over_processes
 from rlad.engines.trl.teacher import as_teacher
 from rlad.errors import RunFailedError, UserError
 from rlad.objectives import token_loss
@@ -26,7 +27,7 @@ from rlad.objectives.aggregate import aggregate
 from rlad.objectives.inputs import LossInputs
 from rlad.objectives.masks import keep_finite
 from rlad.rollouts.grading import Timer
-from rlad.teachers.asking import ask_twice, require_few_missing
+from rlad.teachers.asking import ask_twice, count_missing, require_few_missing
 from rlad.teachers.base import Teacher, TeacherRequest
 from rlad.teachers.sharded import ShardedTeacher
 
@@ -67,19 +68,16 @@ class RLADTrainer(GRPOTrainer):
         objective = args.objective_config
         # With an adapter the reference is the base model, which is in memory already.
         is_whole = isinstance(model, PreTrainedModel) and settings.get("peft_config") is None
-        problem = ""
         if objective.needs_teacher and teacher is None:
-            problem = (
+            raise UserError(
                 f"objective {objective.type!r} needs a teacher; pass teacher=..., or use 'grpo'."
             )
-        elif args.beta and is_whole and not model.config.name_or_path:
-            problem = (
+        if args.beta and is_whole and not model.config.name_or_path:
+            raise UserError(
                 f"beta = {args.beta} needs the initial student as the reference, which TRL loads "
                 "from where the student came from, and this one was made in memory; save it and "
                 "pass the folder, or set beta = 0."
             )
-        if problem:
-            raise UserError(problem)
         super().__init__(model=model, args=args, **settings)
         # TRL itself finds these two out while it is made.
         if self._is_vlm or self.aux_loss_enabled:
@@ -94,7 +92,8 @@ class RLADTrainer(GRPOTrainer):
             )
         self.request_of = request_of
         self.timer = timer or Timer()
-        self.windows = {"train": StepStats(), "eval": StepStats()}
+        self.window = TokenStats()
+        """of the micro-batches since the last optimiser step"""
 
     def _send_telemetry(self) -> None:
         """Send nothing."""
@@ -135,7 +134,7 @@ class RLADTrainer(GRPOTrainer):
             "token_mean": batch["counted"].sum(),
             "constant_length": num_rows * self.max_completion_length,
         }[self.args.aggregation]
-        batch["denominator"] = over_processes(self.accelerator, whole).clamp(min=1)
+        batch["denominator"] = self._over_processes(whole).clamp(min=1)
         for key, seconds in self.timer.seconds.items():
             self._metrics[self.mode][key].append(seconds)
         self.timer.seconds.clear()
@@ -191,44 +190,34 @@ class RLADTrainer(GRPOTrainer):
         assert self.teacher is not None
         most = self.args.max_missing_teacher_share
         wanted = asked.any(dim=1).nonzero().flatten().tolist()
-        prompts, completions = (
-            [batch[f"{part}_ids"][i][batch[f"{part}_mask"][i].bool()].tolist() for i in wanted]
-            for part in ("prompt", "completion")
-        )
-        requests = [
-            self.request_of(i, rows[i], prompt, completion)
-            for i, prompt, completion in zip(wanted, prompts, completions, strict=True)
-        ]
-        if "tool_mask" in batch:
-            # The teacher reads what an environment wrote, and its log-probs of that are not missed.
-            written = [
-                batch["tool_mask"][i][batch["completion_mask"][i].bool()].bool() for i in wanted
-            ]
-            requests = [
-                replace(request, actions=tokens.tolist())
-                for request, tokens in zip(requests, written, strict=True)
-            ]
-        if isinstance(self.teacher, ShardedTeacher):
-            # All processes ask it at the same time, and asking again would change nothing.
-            scores = self.teacher.logprobs(requests)
-        else:
-            scores = ask_twice(self.teacher, requests, max_missing_share=most)
-        dtype = scores[0].dtype if scores else torch.float32
-        result = torch.full(asked.shape, torch.nan, dtype=dtype)
+        requests = []
+        for i in wanted:
+            is_token = batch["completion_mask"][i].bool()
+            prompt = batch["prompt_ids"][i][batch["prompt_mask"][i].bool()].tolist()
+            completion = batch["completion_ids"][i][is_token].tolist()
+            request = self.request_of(i, rows[i], prompt, completion)
+            if "tool_mask" in batch:
+                # The teacher reads what an environment wrote, and its log-probs of that are not
+                # missed.
+                actions = batch["tool_mask"][i][is_token].bool().tolist()
+                request = replace(request, actions=actions)
+            requests.append(request)
+        # All processes ask a split teacher at the same time, and once: asking again would change
+        # nothing.
+        is_split = isinstance(self.teacher, ShardedTeacher)
+        scores = ask_twice(self.teacher, requests, max_missing_share=1.0 if is_split else most)
+        result = torch.full(asked.shape, torch.nan, dtype=scores[0].dtype if scores else None)
         for i, values in zip(wanted, scores, strict=True):
             result[i, : len(values)] = values
-        result = result.to(asked.device)
         # The share is of all processes together: each one alone could raise while the others wait
         # for it.
-        missing, total = (
-            int(over_processes(self.accelerator, tokens.sum()))
-            for tokens in (asked & ~result.isfinite(), asked)
-        )
+        counts = torch.tensor(count_missing(scores, requests), device=asked.device)
+        missing, total = self._over_processes(counts).tolist()
         step = self.state.global_step + 1
         require_few_missing(missing, total, max_missing_share=most, step=step)
         for key, value in ({"teacher/tokens/count": total} | self.teacher.pop_metrics()).items():
             self._metrics[self.mode][key].append(float(value))
-        return result
+        return result.to(asked.device)
 
     # --- loss -------------------------------------------------------------------------------------
 
@@ -286,19 +275,27 @@ class RLADTrainer(GRPOTrainer):
         self, batch: LossInputs, inputs: dict[str, Any], entropy: Tensor, stats: dict[str, Tensor]
     ) -> None:
         """Add our metrics of each optimiser step to TRL's."""
-        window = self.windows[self.mode]
         trained = batch.trained & ~self._is_idle(inputs)[:, None]
         unknown = torch.full_like(batch.old_logprobs, torch.nan)
         sampled = inputs.get("sampling_per_token_logps", unknown)
+        window = self.window
         window.add(replace(batch, mask=trained), entropy, sampled, stats)
         window.num_dropped += int((batch.mask & ~inputs["counted"]).sum())
         window.num_rows += len(trained)
         window.num_scored += int(trained.any(dim=1).sum())
         # One entry for each optimiser step: micro-batches are added up until the last one.
         if self.mode == "eval" or self.accelerator.sync_gradients:
-            for key, value in window.over_processes().items():
+            whole = TokenStats()
+            for part in gather_object([window]):
+                whole.join(part)
+            for key, value in whole.summary().items():
                 self._metrics[self.mode][key].append(value)
-            self.windows[self.mode] = StepStats()
+            self.window = TokenStats()
+
+    def _over_processes(self, numbers: Tensor) -> Tensor:
+        """Return the sums of all processes' `numbers`."""
+        summed: Any = self.accelerator.reduce(numbers, reduction="sum")
+        return summed
 
 
 def _mask(batch: dict[str, Any]) -> Tensor:
