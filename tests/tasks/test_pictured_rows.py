@@ -12,6 +12,7 @@ from PIL import Image
 from rlad.errors import UserError
 from rlad.models.pictures import MAX_PIXELS, Picture, PicturedPrompt
 from rlad.tasks import make_task
+from rlad.tasks.pictured_rows import pictures_of_row
 
 
 def png(colour="red", size=(8, 8)):
@@ -166,6 +167,21 @@ def test_pictures_in_a_field_of_another_name_are_a_sentence(folder):
     data = "data:image/png;base64," + base64.b64encode(png()).decode()
     with pytest.raises(UserError, match=r"the field 'picture' holds pictures, and 'images' none"):
         task_of(folder, [{"prompt": "What?", "answer": "a", "picture": data}])
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        ({"bytes": b"RIFF", "path": "said.wav"}, "sound"),
+        ([{"bytes": b"....ftyp", "path": "seen.mp4"}], "films"),
+        ({"bytes": b"...", "path": None}, "binary data"),
+        ("data:audio/wav;base64,UklGRg==", "sound"),
+    ],
+)
+def test_another_kind_of_column_is_named_as_what_it_is(value, kind):
+    row = {"prompt": "What?", "answer": "a", "clip": value}
+    with pytest.raises(UserError, match=rf"^row 1: the field 'clip' holds {kind}, and .* alone"):
+        pictures_of_row(row, "images", source="data.jsonl", where="row 1")
 
 
 def test_a_path_that_is_none_is_a_sentence(folder):

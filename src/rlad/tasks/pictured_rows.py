@@ -1,5 +1,6 @@
 """The pictures of a row of the user's data, and its messages in parts."""
 
+import mimetypes
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from rlad.models.pictures import MARKER, Picture
 
 MAX_PICTURES = 16
 """of one problem"""
+_KINDS = {"image": "pictures", "audio": "sound", "video": "films"}
+"""what each first part of a MIME type is"""
 
 
 def with_text_parts(row: Any, field: str) -> Any:
@@ -63,17 +66,38 @@ def pictures_of_row(
 
 
 def _require_no_other_column(row: dict[str, Any], field: str, where: str) -> None:
-    """Raise `UserError` where a row has pictures in another field: without them its question would
-    be asked blindly."""
+    """Raise `UserError` where a row has pictures, sound or films in another field: without them its
+    question would be asked blindly."""
     for name, value in row.items():
-        first = value[0] if isinstance(value, list) and value else value
-        is_stored = isinstance(first, dict) and isinstance(first.get("bytes"), bytes)
-        is_data = isinstance(first, str) and first.startswith("data:image/")
-        if name != field and (is_stored or is_data or hasattr(first, "convert")):
+        kind = _kind(value[0] if isinstance(value, list) and value else value)
+        if name == field or kind is None:
+            continue
+        if kind == "pictures":
             raise UserError(
                 f"{where}: the field {name!r} holds pictures, and {field!r} none; name it with "
                 "images_field, or take it out."
             )
+        raise UserError(
+            f"{where}: the field {name!r} holds {kind}, and of such fields a student is shown "
+            "pictures alone; take it out."
+        )
+
+
+def _kind(value: Any) -> str | None:
+    """Name what a value holds that is no text; None where it holds none of that."""
+    if hasattr(value, "convert"):
+        return "pictures"
+    if isinstance(value, str):
+        found = value.removeprefix("data:").partition("/")[0]
+        return _KINDS.get(found) if value.startswith("data:") else None
+    if not isinstance(value, dict) or not isinstance(value.get("bytes"), bytes):
+        return None
+    try:
+        Picture(value["bytes"]).require_sound()
+    except UserError:
+        found = (mimetypes.guess_type(str(value.get("path")))[0] or "").partition("/")[0]
+        return _KINDS.get(found, "binary data")
+    return "pictures"
 
 
 def require_markers(prompt: str, num_pictures: int, where: str) -> None:
