@@ -70,6 +70,7 @@ PRIVILEGED = {"type": "privileged", "template": "{prompt} {answer}"}
         ("grpo", None),
         ("srpo", None),
         ("trrd", "local"),
+        ({"type": "trrd", "evidence_weight": 0.5}, "local"),
         ("opd", "local"),
         ("sft", "local"),
         ("gkd", "local"),

@@ -7,12 +7,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 
 import reference
-from rlad.config.objective import SRPOConfig
+from rlad.config.capabilities import require_engine
+from rlad.config.objective import SRPOConfig, TRRDConfig
+from rlad.errors import UserError
 from rlad.objectives import token_loss
 from rlad.objectives.grpo import grpo_loss
 from rlad.objectives.inputs import LossInputs
 from rlad.objectives.rlsd import rlsd_loss
 from rlad.objectives.srpo import srpo_loss
+from rlad.objectives.trrd import trrd_loss
 from rlad.rollouts.roles import role_spans
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.28}
@@ -204,3 +207,78 @@ def test_a_character_of_several_tokens_is_whole_in_its_span():
     spans = role_spans(ids, tokenizer.decode)
     assert spans is not None
     assert (spans.perception, spans.reasoning) == (range(1, 6), range(8, 13))
+
+
+# --- the same weights in TRRD -------------------------------------------------------------------
+
+TAUGHT = {"alpha": 0.5, "teacher_log_ratio_clip": 1.0}
+
+
+def taught_inputs(seed=0):
+    inputs = random_inputs(seed)
+    generator = torch.Generator().manual_seed(seed + 100)
+    noise = torch.randn(inputs["mask"].shape, generator=generator, dtype=torch.float64)
+    return inputs | {"teacher_logprobs": inputs["old_logprobs"] + 0.8 * noise}
+
+
+def test_trrd_with_role_weights_by_hand():
+    """The weights are those of `test_srpo_by_hand`; the teacher finds the second token e^.2 times
+    less likely, so its ratio is e^.1."""
+    rows = torch.zeros(1, 3, dtype=torch.float64)
+    loss, stats = trrd_loss(
+        student_logprobs=rows,
+        old_logprobs=rows,
+        teacher_logprobs=torch.tensor([[0.0, -0.2, 0.0]], dtype=torch.float64),
+        role_evidence=torch.tensor([[math.log(2), 0.0, NAN]], dtype=torch.float64),
+        advantages=torch.ones(1, dtype=torch.float64),
+        mask=torch.ones(1, 3, dtype=torch.bool),
+        evidence_weight=0.5,
+        **TAUGHT,
+    )
+    assert stats["advantage_weight"].tolist() == [[1.2, 0.8, 1.0]]
+    assert loss[0].tolist() == pytest.approx([-1.2, -0.8 * math.exp(0.1), -1.0], abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_trrd_with_role_weights_equals_the_slow_reference(seed):
+    inputs = taught_inputs(seed)
+    loss, _ = trrd_loss(**inputs, evidence_weight=0.7, **TAUGHT)
+    knobs = {"evidence_weight": 0.7, "weight_clip": 0.2, "contrast_clip": 2.0}
+    for i, count in enumerate(inputs["mask"].sum(1).tolist()):
+        a = float(inputs["advantages"][i])
+        weights = reference.srpo_weights(inputs["role_evidence"][i, :count].tolist(), a, **knobs)
+        for j in range(count):
+            s, o, t = (
+                float(inputs[name][i, j])
+                for name in ("student_logprobs", "old_logprobs", "teacher_logprobs")
+            )
+            expected = reference.trrd_token(s, o, t, a * weights[j], alpha=0.5, c=1.0, **CLIP)
+            assert float(loss[i, j]) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("evidence_weight", [0.0, None])
+def test_without_role_weights_it_is_trrd_bit_for_bit(evidence_weight):
+    inputs = taught_inputs(4)
+    plain = {name: value for name, value in inputs.items() if name != "role_evidence"}
+    given = plain if evidence_weight is None else inputs | {"evidence_weight": evidence_weight}
+    loss, stats = trrd_loss(**given, **TAUGHT)
+    expected, before = trrd_loss(**plain, **TAUGHT)
+    assert torch.equal(loss, expected)
+    for name, value in before.items():
+        assert torch.equal(stats[name], value)
+
+
+def test_with_alpha_1_it_is_srpo():
+    inputs = taught_inputs(5)
+    loss, _ = trrd_loss(**inputs, alpha=1.0, evidence_weight=0.5)
+    del inputs["teacher_logprobs"]
+    torch.testing.assert_close(loss, srpo_loss(**inputs)[0], atol=1e-12, rtol=0)
+
+
+def test_the_config_of_trrd_asks_for_roles_only_with_a_weight():
+    assert not TRRDConfig().weighs_roles
+    assert TRRDConfig(evidence_weight=0.5).weighs_roles
+    # Without a weight it still needs its evidence, as its function does.
+    assert SRPOConfig(evidence_weight=0.0).weighs_roles
+    with pytest.raises(UserError, match=r"objective.evidence_weight is not available on TRL"):
+        require_engine("trl", TRRDConfig(evidence_weight=0.5))

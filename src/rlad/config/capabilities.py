@@ -30,6 +30,8 @@ def _asked_by_objective(objective: Any, engine: EngineName) -> Iterator[Row]:
     if objective.asked_of_teacher != "sampled":
         what = f"objective {objective.type!r} with a support of {objective.asked_of_teacher!r}"
         yield what, ("native",), "take an estimator of the sampled token, or the native engine"
+    if objective.weighs_roles:
+        yield "objective.evidence_weight", ("native",), "set it to 0"
     if not objective.needs_teacher and getattr(objective, "ratio_level", "token") != "token":
         what = f"objective.ratio_level = {objective.ratio_level!r} of {objective.type}"
         yield what, ("native", "trl"), "use 'token'"

@@ -42,7 +42,22 @@ class _GRPOLike(Clipped):
     zero_advantage_is_zero_gradient: ClassVar[bool] = True
 
 
-class TRRDConfig(SometimesTaught, _GRPOLike):
+class RoleWeights(ObjectiveSection):
+    """The weights of SRPO: what is seen and thought counts by what it owes to the picture."""
+
+    evidence_weight: NonNegative | AnnealedNonNegative = 0.0
+    """λ of the weights of SRPO; 0: none"""
+    weight_clip: ShareBelowOne = 0.2
+    """ε_w: a token's weight is clipped to [1 - weight_clip, 1 + weight_clip]"""
+    contrast_clip: Positive = 2.0
+    """c: the contrast of a token counts up to this, in nats"""
+    patch_pixels: Count = 14
+    """edge of the squares of the picture that are blackened, each with probability 1/2"""
+    reasoning_template: Annotated[str, AfterValidator(_names_the_prompt)] = "{prompt}"
+    """the prompt under which the reasoning is scored without the perception"""
+
+
+class TRRDConfig(RoleWeights, SometimesTaught, _GRPOLike):
     type: Literal["trrd"] = "trrd"
     alpha: Share | AnnealedShare = 0.5
     """1 is GRPO, 0 is anchored to the teacher alone"""
@@ -50,6 +65,10 @@ class TRRDConfig(SometimesTaught, _GRPOLike):
     """c in clamp(log πS - log πT, -c, +c); `off` leaves the log-ratio unbounded"""
 
     gates_by_teacher: ClassVar[bool] = True
+
+    @property
+    def weighs_roles(self) -> bool:
+        return self.evidence_weight != 0
 
 
 class GRPOConfig(_GRPOLike):
@@ -139,24 +158,19 @@ class RLSDConfig(SometimesTaught, Clipped):
     zero_advantage_is_zero_gradient: ClassVar[bool] = True
 
 
-class SRPOConfig(Clipped):
+class SRPOConfig(RoleWeights, Clipped):
     type: Literal["srpo"] = "srpo"
     evidence_weight: NonNegative | AnnealedNonNegative = 0.5
     """λ: 0 is GRPO"""
-    weight_clip: ShareBelowOne = 0.2
-    """ε_w: a token's weight is clipped to [1 - weight_clip, 1 + weight_clip]"""
-    contrast_clip: Positive = 2.0
-    """c: the contrast of a token counts up to this, in nats"""
-    patch_pixels: Count = 14
-    """edge of the squares of the picture that are blackened, each with probability 1/2"""
-    reasoning_template: Annotated[str, AfterValidator(_names_the_prompt)] = "{prompt}"
-    """the prompt under which the reasoning is scored without the perception"""
 
     needs_teacher: ClassVar[bool] = False
     teacher_work: ClassVar[str] = "no teacher; the old policy scores three times"
     zero_advantage_is_zero_gradient: ClassVar[bool] = True
-    weighs_roles: ClassVar[bool] = True
     engines: ClassVar[tuple[EngineName, ...]] = ("native",)
+
+    @property
+    def weighs_roles(self) -> bool:
+        return True
 
 
 class DistilledRLConfig(SometimesTaught, Clipped):

@@ -35,10 +35,14 @@ class ObjectiveSection(Section):
     engines: ClassVar[tuple[EngineName, ...]] = ("native", "trl", "verl")
     """On which it runs; `trl` is `RLADTrainer`."""
     teacher_work: ClassVar[str] = "the teacher scores each sampled token once"
-    weighs_roles: ClassVar[bool] = False
-    """Whether the old policy scores completions without the picture, and without what they see."""
     default_teacher: ClassVar[dict[str, Any] | None] = None
     """The [teacher] section that the choice of it brings along, where none is given beside it."""
+
+    @property
+    def weighs_roles(self) -> bool:
+        """Whether the old policy scores completions without the picture, and without what they
+        see."""
+        return False
 
     @property
     def asked_of_teacher(self) -> Support:

@@ -66,7 +66,10 @@ _RATIO = ("student_logprobs", "old_logprobs", "advantages", "mask")
 _SILENCE = ("teacher_speaks",)
 OBJECTIVES: dict[str, Objective] = {
     "trrd": Objective(
-        trrd_loss, (*_RATIO, "teacher_logprobs"), "arXiv 2602.22495", takes_too=_SILENCE
+        trrd_loss,
+        (*_RATIO, "teacher_logprobs"),
+        "arXiv 2602.22495",
+        takes_too=("role_evidence", *_SILENCE),
     ),
     "grpo": Objective(grpo_loss, _RATIO, "arXiv 2402.03300"),
     "kdrl": Objective(

@@ -1,4 +1,5 @@
-"""Bounded weights of an advantage, from a contrast of log-probs: the path of `rlsd` and `srpo`.
+"""Bounded weights of an advantage, from a contrast of log-probs: the path of `rlsd` and `srpo`,
+and of `trrd` with role weights.
 
 r_t = exp( clamp( sign(Â) δ_t, least, most ) )        (constant)
 
@@ -6,7 +7,10 @@ r_t = exp( clamp( sign(Â) δ_t, least, most ) )        (constant)
 counts and never the sign of its advantage.
 """
 
+import torch
 from torch import Tensor
+
+from rlad.objectives.masks import clean, keep_finite, masked_mean_of_rows
 
 
 def evidence_ratio(
@@ -17,3 +21,32 @@ def evidence_ratio(
     Bounded before exp, so that it never overflows.
     """
     return (advantages.sign() * contrast).clamp(min=least, max=most).exp()
+
+
+def role_weights(
+    advantages: Tensor,
+    role_evidence: Tensor,
+    kept: Tensor,
+    *,
+    evidence_weight: float,
+    weight_clip: float,
+    contrast_clip: float,
+) -> Tensor:
+    """Compute SRPO's weight of each token (`rlad.objectives.srpo`): 1 where `role_evidence` is NaN
+    or a token is not `kept`, all tensors [batch, token].
+
+    It is positive, so it never changes the sign of an advantage. Raises `ValueError` for a negative
+    λ or c, and for ε_w outside [0, 1).
+    """
+    if not (evidence_weight >= 0 and contrast_clip >= 0 and 0 <= weight_clip < 1):
+        raise ValueError(
+            f"evidence_weight is {evidence_weight}, contrast_clip {contrast_clip} and weight_clip "
+            f"{weight_clip}; the first two must not be negative, the third in [0, 1)."
+        )
+    has_role = keep_finite(kept, role_evidence)
+    contrast = clean(role_evidence, has_role).detach()
+    ratio = evidence_ratio(advantages, contrast, least=-contrast_clip, most=contrast_clip)
+    # The mean of a completion's tokens with a role, so that weights move between them.
+    mean = masked_mean_of_rows(ratio, has_role)
+    weight = (1 + evidence_weight * (ratio - mean)).clamp(1 - weight_clip, 1 + weight_clip)
+    return torch.where(has_role, weight, 1.0)

@@ -6,12 +6,11 @@ w_t = clip( 1 + λ (r_t - mean of r over the completion's tokens with a role), 1
 loss_t = GRPO loss_t with the advantage Â w_t
 """
 
-import torch
 from torch import Tensor
 
-from rlad.objectives.evidence import evidence_ratio
+from rlad.objectives.evidence import role_weights
 from rlad.objectives.grpo import grpo_loss
-from rlad.objectives.masks import clean, keep_finite, masked_mean_of_rows, per_token
+from rlad.objectives.masks import keep_finite, per_token
 
 
 def srpo_loss(
@@ -39,21 +38,16 @@ def srpo_loss(
     where masked, and the stats of GRPO with `advantage_weight`. Raises `ValueError` for a negative
     λ or c, and for ε_w outside [0, 1).
     """
-    if not (evidence_weight >= 0 and contrast_clip >= 0 and 0 <= weight_clip < 1):
-        raise ValueError(
-            f"evidence_weight is {evidence_weight}, contrast_clip {contrast_clip} and weight_clip "
-            f"{weight_clip}; the first two must not be negative, the third in [0, 1)."
-        )
     kept = keep_finite(mask, student_logprobs.detach(), old_logprobs)
-    has_role = keep_finite(kept, role_evidence)
-    contrast = clean(role_evidence, has_role).detach()
     per_token_advantages = per_token(advantages, kept)
-    ratio = evidence_ratio(per_token_advantages, contrast, least=-contrast_clip, most=contrast_clip)
-    # The mean of a completion's tokens with a role, so that weights move between them.
-    mean = masked_mean_of_rows(ratio, has_role)
-    weight = (1 + evidence_weight * (ratio - mean)).clamp(1 - weight_clip, 1 + weight_clip)
-    weight = torch.where(has_role, weight, 1.0)
-
+    weight = role_weights(
+        per_token_advantages,
+        role_evidence,
+        kept,
+        evidence_weight=evidence_weight,
+        weight_clip=weight_clip,
+        contrast_clip=contrast_clip,
+    )
     token_loss, stats = grpo_loss(
         student_logprobs=student_logprobs,
         old_logprobs=old_logprobs,

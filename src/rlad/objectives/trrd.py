@@ -7,6 +7,7 @@ loss_t  = -min( r_t Â, clip(r_t, 1 - clip_low, 1 + clip_high) Â )
 import torch
 from torch import Tensor
 
+from rlad.objectives.evidence import role_weights
 from rlad.objectives.masks import clean, keep_heard, per_token
 from rlad.objectives.ratio import RatioLevel, clipped_surrogate
 
@@ -24,7 +25,11 @@ def trrd_loss(
     teacher_log_ratio_clip: float | None = 1.0,
     ratio_level: RatioLevel = "token",
     dual_clip: float | None = None,
+    evidence_weight: float = 0.0,
+    weight_clip: float = 0.2,
+    contrast_clip: float = 2.0,
     teacher_speaks: Tensor | None = None,
+    role_evidence: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute the token loss of TRRD; see the formula above, with c = `teacher_log_ratio_clip`
     (None: no clamp).
@@ -35,6 +40,9 @@ def trrd_loss(
 
     `teacher_speaks` [batch] bool (None: everywhere) says on which completions the teacher has a
     say; on the others the loss is that of GRPO.
+
+    With `role_evidence` the advantage is Â w_t with the weights w_t of `srpo`, whose λ, ε_w and c
+    are `evidence_weight`, `weight_clip` and `contrast_clip`; λ = 0 is TRRD without them.
 
     Log-probs [batch, token] (only the student carries a gradient), `advantages` [batch] or [batch,
     token], `mask` [batch, token] bool. Returns the token loss [batch, token], 0 where masked, and
@@ -65,16 +73,30 @@ def trrd_loss(
         own_share = torch.where(heard, torch.full_like(old, alpha), torch.ones_like(old))
     log_ratio = own_share * (student - old) + (1 - alpha) * log_ratio_to_teacher.clamp(-c, c)
 
+    per_token_advantages = per_token(advantages, kept)
+    weighed: dict[str, Tensor] = {}
+    if role_evidence is not None:
+        weight = role_weights(
+            per_token_advantages,
+            role_evidence,
+            kept,
+            evidence_weight=evidence_weight,
+            weight_clip=weight_clip,
+            contrast_clip=contrast_clip,
+        )
+        per_token_advantages = per_token_advantages * weight
+        weighed["advantage_weight"] = weight
+
     token_loss, stats = clipped_surrogate(
         log_ratio,
-        per_token(advantages, kept),
+        per_token_advantages,
         kept,
         clip_low=clip_low,
         clip_high=clip_high,
         level=ratio_level,
         dual_clip=dual_clip,
     )
-    return token_loss, stats | {
+    return token_loss, stats | weighed | {
         "log_ratio_to_teacher": log_ratio_to_teacher.detach(),
         "clamped": log_ratio_to_teacher.detach().abs() > c,
         "dropped": mask & ~kept,
