@@ -84,7 +84,14 @@ def _id(token: str) -> int:
     return _SPECIAL.index(token)
 
 
-def _config(family: str) -> Any:
+def _config(family: str, head_dim: int) -> Any:
+    text = _TEXT | {
+        "head_dim": head_dim,
+        "num_attention_heads": 32 // head_dim,
+        "num_key_value_heads": max(16 // head_dim, 1),
+    }
+    third = head_dim // 6
+    sections = {"mrope_section": [head_dim // 2 - 2 * third, third, third]}
     image = {"image_token_id": _id("<image>")}
     qwen = {
         "image_token_id": _id("<|image_pad|>"),
@@ -96,7 +103,7 @@ def _config(family: str) -> Any:
     rope = {"rope_type": "default", "rope_theta": 10000.0}
     if family == "llava":
         return LlavaConfig(
-            text_config={"model_type": "qwen3", **_TEXT},
+            text_config={"model_type": "qwen3", **text},
             vision_config={"model_type": "siglip_vision_model", **_EYES},
             vision_feature_select_strategy="full",
             vision_feature_layer=-1,
@@ -105,7 +112,7 @@ def _config(family: str) -> Any:
         )
     if family == "idefics3":
         return Idefics3Config(
-            text_config={"model_type": "llama", **_TEXT},
+            text_config={"model_type": "llama", **text},
             vision_config=dict(_EYES),
             scale_factor=2,
             pad_token_id=PAD,
@@ -114,14 +121,14 @@ def _config(family: str) -> Any:
         )
     if family == "qwen2_vl":
         return Qwen2VLConfig(
-            text_config=_TEXT | {"rope_parameters": rope | {"mrope_section": [2, 1, 1]}},
+            text_config=text | {"rope_parameters": rope | sections},
             vision_config=_QWEN_EYES | {"mlp_ratio": 2},
             **qwen,
         )
     deep = {"deepstack_visual_indexes": [0, 1], "out_hidden_size": 32, "intermediate_size": 64}
-    mrope = {"mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    mrope = sections | {"mrope_interleaved": True}
     return Qwen3VLConfig(
-        text_config=_TEXT | {"rope_parameters": rope | mrope},
+        text_config=text | {"rope_parameters": rope | mrope},
         vision_config=_QWEN_EYES | deep | {"num_position_embeddings": 64},
         **qwen,
     )
@@ -156,10 +163,10 @@ def tiny_processor(family: str, tokenizer: Any = None) -> Any:
 
 
 @cache
-def _weights(family: str, seed: int) -> Any:
+def _weights(family: str, seed: int, head_dim: int) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = _MODELS[family](_config(family))
+        model = _MODELS[family](_config(family, head_dim))
         with torch.no_grad():
             for parameter in model.parameters():
                 # Large weights: what a token sees changes its probabilities.
@@ -168,11 +175,11 @@ def _weights(family: str, seed: int) -> Any:
 
 
 def tiny_seeing_model(
-    family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
+    family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, head_dim: int = 8
 ) -> LanguageModel:
     """A random model of a family whose distributions depend on what it sees."""
-    model = _MODELS[family](_config(family))
-    model.load_state_dict(_weights(family, seed))
+    model = _MODELS[family](_config(family, head_dim))
+    model.load_state_dict(_weights(family, seed, head_dim))
     remove_dropout(model)
     model = model.to(dtype).eval()
     tokenizer = seeing_tokenizer()

@@ -28,6 +28,7 @@ from rlad.scoring.scorer import Scorer
 from rlad.tasks import make_task
 from rlad.training.run import train
 from tiny_models import EOS, SECOND_EOS, tiny_language_model
+from tiny_vision import picture, tiny_seeing_model
 
 PROMPTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
 TEMPERATURE = 0.7
@@ -116,6 +117,60 @@ def after_updates(model: LanguageModel) -> dict[str, Any]:
 
 def tied() -> dict[str, Any]:
     return after_updates(student(tie_word_embeddings=True))
+
+
+def pictures(family: str = "idefics3") -> dict[str, Any]:
+    """Prompts with one, two and no pictures, of a tower that moves too and a student that often
+    wants to write a placeholder."""
+    # Its heads have a size that vLLM's attention on the CPU can do.
+    model = tiny_seeing_model(family, head_dim=32)
+    vision: Any = model.vision
+    vision.keeps_features = False
+    never = vision.placeholder_ids[0]
+    here = vision.wrapped_token
+    two = [picture(1), picture(2, (48, 32))]
+    words = model.tokenizer("w23 w24", add_special_tokens=False)["input_ids"]
+    prompts = [
+        vision.prompt(f"{here} w20 w21", [picture(0)], add_special_tokens=False),
+        vision.prompt(f"{here} w22 {here}", two, add_special_tokens=False),
+        tuple(words),
+    ]
+    sampler = sampler_of(model, max_prompt_tokens=64)
+    found: list[float] = []
+    shares: list[float] = []
+    drawn: set[int] = set()
+    for _ in range(3):
+        move(model)
+        with torch.no_grad():
+            # As likely as the likeliest token.
+            logits = model.model(torch.tensor([words])).logits[0, -1]
+            output: Any = model.model.get_output_embeddings()
+            output.weight[never] = output.weight[logits.argmax()]
+            logits = model.model(torch.tensor([words])).logits[0, -1]
+            shares.append(float((logits / TEMPERATURE).softmax(dim=-1)[never]))
+        sampler.weights_changed()
+        groups = sampler.sample(
+            prompts, group_size=8, max_completion_tokens=24, temperature=TEMPERATURE, seed=1
+        )
+        pairs = [(p, one) for p, group in zip(prompts, groups, strict=True) for one in group]
+        found += distances_of(model, *zip(*pairs, strict=True), TEMPERATURE)
+        drawn |= {token for _, one in pairs for token in one.token_ids}
+    sampler.close()
+    try:
+        sampler_of(model, vllm={"urls": ["http://127.0.0.1:1"]})
+        servers = ""
+    except RladError as error:
+        servers = str(error)
+    model.model.config.model_type = "mistral3"
+    return {
+        "num_tokens": len(found),
+        "mean": sum(found) / len(found),
+        "max": max(found),
+        "share_of_placeholder": max(shares),
+        "drawn": sorted(drawn & set(vision.placeholder_ids)),
+        "servers": servers,
+        "unknown": obstacle_to_vllm(model),
+    }
 
 
 def untied() -> dict[str, Any]:
@@ -400,6 +455,7 @@ CASES: dict[str, Callable[..., dict[str, Any]]] = {
         asleep,
         limits,
         obstacles,
+        pictures,
         run,
         teacher_written,
     )

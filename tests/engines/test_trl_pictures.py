@@ -15,8 +15,8 @@ from trl.data_utils import prepare_multimodal_messages
 from rlad.config.run import RunConfig
 from rlad.engines.metrics import TokenStats
 from rlad.engines.native.loop import NativeEngine
+from rlad.models.language_part import freeze_vision
 from rlad.models.pictures import MARKER
-from rlad.models.vision import freeze_vision
 from tiny_vision import Looking, tiny_processor, tiny_seeing_model
 from trl_runs import distance, first_inputs, loss_and_gradient, make_trainer
 

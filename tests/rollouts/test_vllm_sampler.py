@@ -120,6 +120,16 @@ def test_what_vllm_cannot_do_is_said_before_the_run_starts() -> None:
     assert "\n" not in found["no_memory"] and "utilization" not in found["no_memory"]
 
 
+def test_it_sees_pictures_as_the_trainer_does_and_never_writes_a_placeholder() -> None:
+    found = found_in("pictures")
+    assert found["num_tokens"] > 1000
+    assert found["mean"] < 1e-5 and found["max"] < 1e-3
+    # The placeholder is likely, and the log-probs are those of the whole vocabulary all the same.
+    assert found["share_of_placeholder"] > 0.1 and found["drawn"] == []
+    assert "not sent to the servers" in found["servers"]
+    assert "'mistral3'" in found["unknown"]
+
+
 def test_a_run_samples_and_evaluates_by_vllm_and_resumes_with_its_rollouts(tmp_path) -> None:
     """Stopped between the two steps on a rollout batch, it takes the second on the same batch."""
     found = found_in("run", str(tmp_path))

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from rlad.errors import UserError
+from rlad.models.language_part import freeze_vision
 from rlad.models.loading import LanguageModel
 from rlad.models.pictures import PicturedPrompt
-from rlad.models.vision import freeze_vision
 from rlad.rollouts.sampling import sample
 from rlad.scoring.scorer import Scorer
 from tiny_models import random_tokens

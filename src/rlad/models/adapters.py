@@ -23,7 +23,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from rlad.config.run import LoraConfig
 from rlad.errors import UserError, require_package
 from rlad.models.files import read_adapter_config, resolvable, unreadable_adapter
-from rlad.models.vision import auto_class, sees, vision_modules
+from rlad.models.language_part import language_parameters, vision_modules
+from rlad.models.vision import auto_class, sees
 from rlad.text import first_line
 
 STUDENT = "default"
@@ -179,13 +180,19 @@ def merge_adapter(model: PreTrainedModel) -> None:
         model._hf_peft_config_loaded = False
 
 
-def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Yield each weight that a model computes with, by its own name; tied ones once.
+def merged_weights(
+    model: PreTrainedModel, *, language_part: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield each weight that a model computes with, by its own name; tied ones once. Of a model
+    that sees, with `language_part` those of its language part alone.
 
     That of a layer with an adapter is W + alpha / rank * B A, a new tensor; W stays as it is.
     """
     layers = _layers(model)
+    kept = language_parameters(model) if language_part else None
     for name, parameter in model.named_parameters():
+        if kept is not None and id(parameter) not in kept:
+            continue
         layer, _, last = name.rpartition(".base_layer.")
         if layer and last == "weight" and _holds_own_adapter(layers[layer]):
             delta = layers[layer].get_delta_weight(STUDENT)

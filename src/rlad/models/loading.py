@@ -15,8 +15,9 @@ from rlad.config.run import LoraConfig
 from rlad.errors import UserError, require_package
 from rlad.models.adapters import add_lora, has_adapter, load_adapter, save_adapter
 from rlad.models.files import base_model, files_of, is_adapter, located
+from rlad.models.language_part import freeze_vision
 from rlad.models.rope import longest_with_one_rope
-from rlad.models.vision import Vision, auto_class, freeze_vision, require_seeing_class, sees
+from rlad.models.vision import Vision, auto_class, require_seeing_class, sees
 from rlad.models.without_weights import (
     TOKENS_OF_GENERATION,
     context_tokens,

@@ -203,3 +203,12 @@ def held(prompt: Sequence[int]) -> tuple[int, ...]:
 def pictures_of(prompt: Sequence[int]) -> tuple[Picture, ...]:
     """Return the pictures of a prompt; empty for plain token ids."""
     return prompt.pictures if isinstance(prompt, PicturedPrompt) else ()
+
+
+def require_blind_prompts(prompts: Sequence[Sequence[int]], name: str) -> None:
+    """Raise `UserError` for a prompt with pictures, as the model `name` reads text alone."""
+    if any(map(pictures_of, prompts)):
+        raise UserError(
+            f"a prompt has pictures, and model {name!r} reads text alone; take a model that sees, "
+            "or problems without pictures."
+        )

@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from rlad.errors import UserError
 from rlad.models.grid_processor import GridProcessor
-from rlad.models.pictures import Picture, PicturedPrompt, pictures_of
+from rlad.models.pictures import Picture, PicturedPrompt, pictures_of, require_blind_prompts
 from rlad.text import first_line
 
 MAX_KEPT_BYTES = 512 * 2**20
@@ -85,7 +85,16 @@ class Sight:
     """of the vision tower and what follows it, as transformers' `mm_encoder_outputs` takes them"""
     positions: Tensor | None
     """of the prompt's tokens [3, token] where a picture has rows and columns; None: 0, 1, 2, ..."""
+    grids: Tensor | None = None
+    """[picture, 3] of patches in time, rows and columns, of a model whose positions depend on it"""
     num_bytes: int = 0
+
+    @property
+    def features(self) -> list[Tensor]:
+        """Of each picture, or of each of the tiles that it is cut into, what enters in place of its
+        tokens [token, number]; what enters deeper layers comes after it."""
+        layers = [self.outputs.pooler_output, *(self.outputs.get("deepstack_features") or [])]
+        return [torch.cat(list(parts), dim=-1) for parts in zip(*layers, strict=True)]
 
 
 @dataclass
@@ -100,6 +109,7 @@ class Vision:
     keeps_features: bool = True
     """whether the tower never moves, so that what it has seen holds"""
     _kept: OrderedDict[PicturedPrompt, Sight] = field(default_factory=OrderedDict, repr=False)
+    _ids_of: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
     _is_compared: bool = field(default=False, repr=False)
 
     @cached_property
@@ -149,10 +159,16 @@ class Vision:
         made = self._processed(text, pictures, add_special_tokens=add_special_tokens)
         return PicturedPrompt(torch.as_tensor(made["input_ids"])[0].tolist(), pictures)
 
+    def ids_of(self, picture: Picture) -> tuple[int, ...]:
+        """Return the tokens that a picture becomes: placeholders, and marks of the processor's."""
+        if picture.digest not in self._ids_of:
+            made = self.prompt(self.token, [picture], add_special_tokens=False)
+            self._ids_of[picture.digest] = tuple(made)
+        return self._ids_of[picture.digest]
+
     def num_tokens(self, picture: Picture) -> int:
         """Count the placeholder tokens of a picture."""
-        ids = self.prompt(self.token, [picture], add_special_tokens=False)
-        return sum(one in self.placeholder_ids for one in ids)
+        return sum(one in self.placeholder_ids for one in self.ids_of(picture))
 
     def pixels(self, pictures: Sequence[Picture]) -> dict[str, Tensor]:
         """Return what the vision tower takes of some pictures, of one prompt."""
@@ -198,7 +214,7 @@ class Vision:
         sights: dict[Sequence[int], Sight] = {}
         for prompt in prompts:
             if pictures_of(prompt) and prompt not in sights:
-                sights[prompt] = self._seen(model, prompt)
+                sights[prompt] = self.sight(model, prompt)
         rows = [sights[prompt] for prompt in prompts if pictures_of(prompt)]
         inputs: dict[str, Any] = {"mm_encoder_outputs": {"image": _joined(rows)}}
         if any(sight.positions is not None for sight in rows):
@@ -225,7 +241,8 @@ class Vision:
                 "reads a picture; take it out of what is trained on or scored."
             )
 
-    def _seen(self, model: PreTrainedModel, prompt: Sequence[int]) -> Sight:
+    def sight(self, model: PreTrainedModel, prompt: Sequence[int]) -> Sight:
+        """Return what the model sees of a prompt with pictures; computed once where it is kept."""
         assert isinstance(prompt, PicturedPrompt)
         if kept := self._kept.get(prompt):
             self._kept.move_to_end(prompt)
@@ -253,7 +270,9 @@ class Vision:
         # The states of the tower's layers, which some models return too, are not needed again.
         needed = {name: outputs[name] for name in _FEATURES if outputs.get(name) is not None}
         positions = _positions(below, prompt, pixels, self.config)
-        sight = Sight(type(outputs)(**needed), positions, _num_bytes(list(needed.values())))
+        size = _num_bytes(list(needed.values()))
+        grids = pixels.get("image_grid_thw")
+        sight = Sight(type(outputs)(**needed), positions, grids, size)
         if not self._is_compared:
             self._require_own_states(below, prompt, pixels, sight)
             self._is_compared = True
@@ -341,35 +360,6 @@ def _joined(sights: Sequence[Sight]) -> Any:
     return type(first)(**joined)
 
 
-def language_parameters(model: PreTrainedModel) -> set[int]:
-    """Return the ids of the parameters of a model's language part and its output layer."""
-    return {id(one) for part in _language_parts(model) for one in part.parameters()}
-
-
-def _language_parts(model: Any) -> list[torch.nn.Module]:
-    decoder = model.base_model.get_decoder()
-    head = model.get_output_embeddings()
-    return [decoder, model.get_input_embeddings(), *([head] if head is not None else [])]
-
-
-def freeze_vision(model: PreTrainedModel) -> None:
-    """Freeze all but the language part: the tower, and what joins it to the language part."""
-    kept = language_parameters(model)
-    for parameter in model.parameters():
-        if id(parameter) not in kept:
-            parameter.requires_grad_(False)
-
-
-def vision_modules(model: PreTrainedModel) -> list[str]:
-    """Name the modules that are not of the language part, for adapters to pass over."""
-    kept = {id(module) for part in _language_parts(model) for module in part.modules()}
-    return [
-        name
-        for name, module in model.named_modules()
-        if id(module) not in kept and isinstance(module, torch.nn.Linear)
-    ]
-
-
 def require_seeing_class(model: Any) -> None:
     """Raise `UserError` for an architecture that takes no features computed beforehand."""
     taken = inspect.signature(model.base_model.forward).parameters
@@ -392,12 +382,3 @@ def seen(
         return language_model.vision.inputs(language_model.model, ids, prompts, start)
     require_blind_prompts(prompts, language_model.name)
     return {}
-
-
-def require_blind_prompts(prompts: Sequence[Sequence[int]], name: str) -> None:
-    """Raise `UserError` for a prompt with pictures, as the model `name` reads text alone."""
-    if any(map(pictures_of, prompts)):
-        raise UserError(
-            f"a prompt has pictures, and model {name!r} reads text alone; take a model that sees, "
-            "or problems without pictures."
-        )

@@ -11,9 +11,12 @@ from transformers import PreTrainedModel
 from rlad.config.run import RolloutConfig
 from rlad.errors import UserError
 from rlad.models.adapters import adapts_tied_embeddings, has_adapter
+from rlad.models.language_part import language_parameters
 from rlad.models.loading import LanguageModel
+from rlad.models.vision import sees
 from rlad.rollouts.sampling import OwnSampler
 from rlad.rollouts.types import Sampler
+from rlad.rollouts.vllm_pictures import TESTED, vllm_model
 from rlad.rollouts.vllm_protocol import TESTED_VLLM
 from rlad.rollouts.vllm_sampler import VLLMSampler, prepare_environment
 from rlad.rollouts.vllm_server import VLLMServerSampler
@@ -36,7 +39,7 @@ def make_sampler(
     if rollout.engine == "native":
         return OwnSampler(student, rollout)
     has_servers = bool(rollout.vllm.urls)
-    obstacle = obstacle_to_hand_over(student) if has_servers else obstacle_to_vllm(student)
+    obstacle = _obstacle_to_servers(student) if has_servers else obstacle_to_vllm(student)
     if rollout.temperature < LOWEST_TEMPERATURE:
         obstacle = f"vLLM samples at no temperature below {LOWEST_TEMPERATURE}"
     if obstacle is None and has_servers:
@@ -85,17 +88,36 @@ def obstacle_to_vllm(student: LanguageModel) -> str | None:
         return f"vLLM would take the first GPU, and the student is on {model.device}"
     if architecture not in vllm.ModelRegistry.get_supported_archs():
         return f"vLLM does not know {architecture}"
-    if obstacle := obstacle_to_hand_over(student):
+    if obstacle := obstacle_to_hand_over(student) or _obstacle_to_features(student):
         return obstacle
     return _obstacle_on_cpu(model) if model.device.type == "cpu" else None
+
+
+def _obstacle_to_features(student: LanguageModel) -> str | None:
+    """Return what keeps vLLM from reading the features of a student's pictures."""
+    if student.vision is None:
+        return None
+    kind = student.model.config.model_type
+    if kind not in TESTED:
+        return f"vLLM is not known to take the features that a tower of {kind!r} computes"
+    architecture = type(student.model).__name__
+    try:
+        vllm_model(architecture)
+    except ImportError as error:
+        return f"vLLM cannot import {architecture} ({first_line(error)})"
+    return None
+
+
+def _obstacle_to_servers(student: LanguageModel) -> str | None:
+    if student.vision is not None:
+        return "its student reads pictures, which are not sent to the servers of rollout.vllm.urls"
+    return obstacle_to_hand_over(student)
 
 
 def obstacle_to_hand_over(student: LanguageModel) -> str | None:
     """Return what keeps a student's weights from being those of a model in vLLM; None if nothing
     does."""
     model = student.model
-    if student.vision is not None:
-        return "it reads pictures, and is not handed over with them"
     if getattr(model.config, "quantization_config", None) is not None:
         return "its weights are quantised"
     if adapts_tied_embeddings(model):
@@ -111,7 +133,11 @@ def _has_other_names(model: PreTrainedModel) -> bool:
     """Whether a model holds more than matrices and vectors, which alone are handed over by the
     names of its files."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    return any(one.dim() > 2 for one in parameters.values()) or bool(
+    handed_over = parameters.values()
+    if sees(model.config):
+        kept = language_parameters(model)
+        handed_over = [one for one in handed_over if id(one) in kept]
+    return any(one.dim() > 2 for one in handed_over) or bool(
         model.state_dict().keys() - parameters.keys()
     )
 

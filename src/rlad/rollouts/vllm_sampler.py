@@ -1,7 +1,7 @@
 """Completions from vLLM in the process of the run. The only file that calls vLLM there."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +15,8 @@ from rlad.config.run import RolloutConfig
 from rlad.errors import RunFailedError, UserError
 from rlad.models.adapters import merged_weights
 from rlad.models.loading import LanguageModel
+from rlad.models.pictures import PicturedPrompt
+from rlad.rollouts import vllm_pictures as pictures
 from rlad.rollouts.copied_student import CopiedStudent, Limits, Prompts, request_limits
 from rlad.rollouts.types import Completion
 from rlad.rollouts.vllm_worker import repack_tied_output_layer
@@ -100,37 +102,56 @@ class VLLMSampler(CopiedStudent):
         whole_groups = import_module("vllm.sampling_params").RequestOutputKind.FINAL_ONLY
         engine = self._llm.llm_engine
         eos = list(self._student.eos_token_ids)
+        never = pictures.never_drawn(self._placeholders, limits["temperature"])
         waiting: dict[str, int] = {}
         try:
             for number, prompt in enumerate(prompts):
                 own_limits, own_seed = request_limits(limits, number, seed)
                 settings = vllm.SamplingParams(
                     **own_limits,
+                    **({"logprobs": 0} | never),
                     seed=own_seed,
                     stop_token_ids=eos,
                     ignore_eos=True,
-                    logprobs=0,
                     detokenize=False,
                     output_kind=whole_groups,
                 )
                 name = str(self._num_requests)
                 self._num_requests += 1
                 waiting[name] = number
-                engine.add_request(name, {"prompt_token_ids": list(prompt)}, settings)
+                engine.add_request(name, self._engine_prompt(prompt), settings)
             while engine.has_unfinished_requests():
                 before_token()
                 # A request comes back when the last completion of its group has ended.
                 for output in engine.step():
                     ordered = sorted(output.outputs, key=lambda one: one.index)
-                    after_request(waiting.pop(output.request_id), list(map(_completion, ordered)))
+                    written = [_completion(one, self._placeholders) for one in ordered]
+                    after_request(waiting.pop(output.request_id), written)
         finally:
             engine.abort_request(list(waiting))
+
+    @property
+    def _placeholders(self) -> tuple[int, ...]:
+        """The tokens that no completion may hold."""
+        vision = self._student.vision
+        return vision.placeholder_ids if vision else ()
+
+    def _engine_prompt(self, prompt: Sequence[int]) -> dict[str, Any]:
+        """Return a prompt as the engine takes it, with the features of its pictures."""
+        vision = self._student.vision
+        if vision is None or not isinstance(prompt, PicturedPrompt):
+            return {"prompt_token_ids": list(prompt)}
+        with torch.inference_mode(), self._student.autocast():
+            sight = vision.sight(self._student.model, prompt)
+        return pictures.engine_prompt(prompt, sight, vision)
 
     # --- weights ----------------------------------------------------------------------------------
 
     def _hand_over(self) -> None:
         self._wake_up("weights")
-        arguments = {"weights_iterator": merged_weights(self._student.model)}
+        sees = self._student.vision is not None
+        weights = merged_weights(self._student.model, language_part=sees)
+        arguments = {"weights_iterator": weights}
         try:
             with torch.no_grad():
                 self._llm.collective_rpc("reload_weights", kwargs=arguments)
@@ -141,6 +162,9 @@ class VLLMSampler(CopiedStudent):
             ) from error
         self._llm.collective_rpc(repack_tied_output_layer)
         self._llm.reset_prefix_cache()
+        if sees:
+            # Features of a tower that has moved; and sleep forgets all.
+            self._llm.llm_engine.reset_encoder_cache()
 
     # --- start, memory ----------------------------------------------------------------------------
 
@@ -168,6 +192,9 @@ class VLLMSampler(CopiedStudent):
             }
         if self._sleeps:
             memory["enable_sleep_mode"] = True
+        if self._student.vision is not None:
+            memory |= pictures.engine_settings(model.config)
+            pictures.leave_out_processor(type(model).__name__)
         with TemporaryDirectory() as folder:
             # The weights follow with the first hand-over: of the files vLLM needs the config alone.
             model.config.architectures = [type(model).__name__]
@@ -214,11 +241,13 @@ class VLLMSampler(CopiedStudent):
             self._is_asleep = part == "weights"
 
 
-def _completion(output: Any) -> Completion:
-    """Convert one of vLLM's: the end token is its last one, and has a log-prob too."""
+def _completion(output: Any, never: Sequence[int]) -> Completion:
+    """Convert one of vLLM's: the end token is its last one, and has a log-prob too. Log-probs are
+    those of the whole vocabulary, also of the tokens that are never drawn."""
     ids = tuple(output.token_ids)
     logprobs = tuple(
-        entry[token].logprob for entry, token in zip(output.logprobs, ids, strict=True)
+        entry[token].logprob - pictures.log_normaliser(entry, never)
+        for entry, token in zip(output.logprobs, ids, strict=True)
     )
     return Completion(ids, logprobs, is_truncated=output.finish_reason == "length")
 

@@ -26,7 +26,10 @@ def repack_tied_output_layer(worker: Any) -> None:
     old weights would go on sampling, without a word.
     """
     model = worker.model_runner.model
-    is_tied = getattr(model.config, "tie_word_embeddings", False) and hasattr(model, "lm_head")
-    if worker.device.type == "cpu" and is_tied:
+    # That of a model that sees is its own, or that of the language model within.
+    language: Any = getattr(model, "language_model", None)
+    head = getattr(model, "lm_head", None) or getattr(language, "lm_head", None)
+    is_tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    if worker.device.type == "cpu" and is_tied and head is not None:
         layers: Any = import_module("vllm.model_executor.layers.utils")
-        layers.dispatch_cpu_unquantized_gemm(model.lm_head, remove_weight=False)
+        layers.dispatch_cpu_unquantized_gemm(head, remove_weight=False)
