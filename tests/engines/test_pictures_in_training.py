@@ -174,7 +174,6 @@ def test_a_teacher_of_another_grid_is_refused(models):
     ("changes", "sentence"),
     [
         ({"engine": {"type": "trl"}}, "engine.type = 'trl' trains on texts"),
-        ({"rollout": {"engine": "vllm"}}, "rollout.engine = 'vllm' writes about texts"),
         ({"objective": {"type": "opd"}, "teacher": {"model": "embedded/teacher"}},
          "reads text alone"),
         (

@@ -58,8 +58,6 @@ def require_pictures_fit(config: RunConfig, task: Task) -> None:
     obstacle = ""
     if config.engine.type != "native":
         obstacle = f"engine.type = {config.engine.type!r} trains on texts; use 'native'"
-    elif config.rollout.engine == "vllm":
-        obstacle = "rollout.engine = 'vllm' writes about texts; use 'native'"
     elif config.teacher is not None and config.needs_teacher:
         if any(getattr(one, "type", "") == "cached" for one in config.teacher.walk()):
             obstacle = "a teacher of type 'cached' keeps answers about texts; leave the cache out"
