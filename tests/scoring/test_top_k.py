@@ -154,6 +154,36 @@ def test_a_tail_of_1e_30_is_not_lost() -> None:
     assert value == pytest.approx(10 * math.exp(-60) / (1 + math.exp(-1)), rel=1e-6, abs=1e-15)
 
 
+@pytest.mark.parametrize("gap", [50.0, 100.0, 150.0])
+@pytest.mark.parametrize("who", ["student", "teacher"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tail_that_only_one_of_the_two_knows(name: Any, who: str, gap: float) -> None:
+    """In float32, whose exp ends at 88: the tail is `gap` nats below the others for `who`, and as
+    likely as they are for the other one."""
+    logits = {
+        True: torch.tensor([[0.3], [-1.0], [-gap], [-gap - 1]], dtype=torch.float64),
+        False: torch.tensor([[-0.2], [0.1], [0.4], [-0.5]], dtype=torch.float64),
+    }
+    pair = [logits[who == one].clone().requires_grad_() for one in WHO]
+    ids = torch.tensor([[0, 1]])
+    both = [weight[:, 0].log_softmax(0)[None] for weight in pair]
+    expected = slow(both[0], both[1].detach(), ids, NAMES[name])
+    (wanted,) = torch.autograd.grad(expected.sum(), pair[0])
+
+    ours = [weight.detach().float() for weight in pair]
+    ours[0].requires_grad_()
+    student, teacher = (Distributions(torch.ones(1, 1), weight) for weight in ours)
+    for tile in ((1, 1), (8, 8)):
+        columns, _ = column_logprobs(teacher, ids, tile=tile)
+        value = column_divergence(student, ids, columns, divergence_of(name), tile=tile)
+        (gradient,) = torch.autograd.grad(value.sum(), ours[0])
+        assert float(value) == pytest.approx(float(expected), rel=1e-5)
+        assert torch.allclose(gradient.double(), wanted, rtol=1e-5, atol=1e-6)
+        whole = token_divergence(student, teacher, divergence_of(name), tile=tile)
+        (of_whole,) = torch.autograd.grad(whole.sum(), ours[0])
+        assert bool(of_whole.isfinite().all())
+
+
 def test_missing_and_left_out_tokens() -> None:
     """A token without a distribution has no divergence, and spoils no other's gradient."""
     student, leaves = trainable(distributions(0, num_tokens=4))

@@ -104,7 +104,8 @@ class _ColumnDivergence(torch.autograd.Function):
     """Keeps the slopes of the outcomes of each token and the log-sum-exp.
 
     An outcome o of probability P_o has the gradient slope_o ∇log P_o. So an entry v of the ids gets
-    slope_v, one of the tail slope_tail πS(v) / P_tail, and each of them -πS(v) * sum of slopes.
+    slope_v, one of the tail slope_tail πS(v) / P_tail, and each of them -πS(v) * sum of slopes. In
+    the tail both are multiples of πS(v) / P_tail, which is at most 1 however small P_tail is.
     """
 
     @staticmethod
@@ -114,11 +115,11 @@ class _ColumnDivergence(torch.autograd.Function):
         columns, logsumexp = column_logprobs(student, ids, tile=tile)
         teacher_columns = teacher_columns.to(columns)
         terms, slopes = divergence(columns, teacher_columns)
-        # slope / P of the tail, which may be too small for the quotient: slopes are of degree 1.
-        ratio = teacher_columns[:, -1] - columns[:, -1]
-        ratio = torch.where(columns[:, -1] == -torch.inf, 0, ratio)
-        _, of_tail = divergence(torch.zeros_like(ratio), ratio)
-        ctx.save_for_backward(*given[:3], ids, slopes, of_tail - slopes.sum(dim=-1), logsumexp)
+        tail = columns[:, -1]
+        of_tail = slopes[:, -1] - tail.exp() * slopes.sum(dim=-1)
+        # The log-sum-exp of the tail's own logits; a tail of nothing has no entry that needs it.
+        of_others = torch.where(tail == -torch.inf, 0, tail) + logsumexp
+        ctx.save_for_backward(*given[:3], ids, slopes, logsumexp, of_tail, of_others)
         ctx.readout = given[3:]
         ctx.tile = tile
         return terms.sum(dim=-1)
@@ -126,7 +127,7 @@ class _ColumnDivergence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        *given, ids, slopes, of_others, logsumexp = ctx.saved_tensors
+        *given, ids, slopes, logsumexp, of_tail, of_others = ctx.saved_tensors
         student = Distributions(*given, *ctx.readout)
         gradient = OutputGradient(student, ctx.needs_input_grad[:3])
         slope_sum = slopes.sum(dim=-1)
@@ -135,10 +136,9 @@ class _ColumnDivergence(torch.autograd.Function):
             for entries in parts:
                 logits = student.logits(rows, entries)
                 slope = student.slope_of_cap(logits)
-                probs = logits.sub_(logsumexp[rows, None]).exp_()
                 at, column, place = _entries_here(ids[rows], entries)
-                here = probs[at, place]
-                grad = probs.mul_(of_others[rows, None])
+                here = (logits[at, place] - logsumexp[rows][at]).exp()
+                grad = logits.sub_(of_others[rows, None]).exp_().mul_(of_tail[rows, None])
                 grad[at, place] = slopes[rows][at, column] - here * slope_sum[rows][at]
                 grad = grad.mul_(upstream)
                 # A token that the loss leaves out has no gradient, be its divergence infinite.
