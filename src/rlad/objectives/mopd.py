@@ -10,7 +10,7 @@ completions of the group.
 
 from torch import Tensor
 
-from rlad.objectives.self_distillation import TeacherEnters, peer_distillation_loss
+from rlad.objectives.sdpo import TeacherEnters, sdpo_loss
 
 
 def mopd_loss(
@@ -28,20 +28,8 @@ def mopd_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.28,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute the token loss of MOPD; see the formula above, and `rlad.objectives.divergences` for
-    the divergence.
-
-    With `teacher_enters` = "advantage" it is GRPO's loss with the advantage reward_share Â + (1 -
-    reward_share) (log πT - log πold) of the sampled token, which `teacher_logprobs` gives. Where
-    the teacher is silent (`teacher_speaks` [batch] bool; None: nowhere) its term is left out.
-
-    Log-probs [batch, token] (only the student carries a gradient), `divergence_to_teacher` [batch,
-    token] with gradient to the student, `advantages` [batch] or [batch, token], `mask` [batch,
-    token] bool. Returns the token loss [batch, token], 0 where masked, and stats of that shape:
-    `divergence_to_teacher`, `importance_weight`, `dropped` and, where the reward has a share, those
-    of GRPO. Raises `ValueError` when what "advantage" needs is missing.
-    """
-    return peer_distillation_loss(
+    """Compute the token loss of MOPD: that of `sdpo_loss`, which says what it takes and returns."""
+    return sdpo_loss(
         student_logprobs=student_logprobs,
         old_logprobs=old_logprobs,
         advantages=advantages,

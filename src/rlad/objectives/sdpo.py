@@ -8,9 +8,16 @@ loss_t = (1 - reward_share) w_t D_t + reward_share GRPO loss_t
 the verifier says of its own wrong one.
 """
 
+from functools import partial
+from typing import Literal
+
 from torch import Tensor
 
-from rlad.objectives.self_distillation import TeacherEnters, peer_distillation_loss
+from rlad.objectives.grpo import grpo_loss
+from rlad.objectives.masks import clean, keep_heard, per_token
+from rlad.objectives.self_distillation import distillation_loss
+
+TeacherEnters = Literal["loss", "advantage"]
 
 
 def sdpo_loss(
@@ -41,17 +48,38 @@ def sdpo_loss(
     `divergence_to_teacher`, `importance_weight`, `dropped` and, where the reward has a share, those
     of GRPO. Raises `ValueError` when what "advantage" needs is missing.
     """
-    return peer_distillation_loss(
+    loss, stats = distillation_loss(
         student_logprobs=student_logprobs,
         old_logprobs=old_logprobs,
-        advantages=advantages,
         mask=mask,
         divergence_to_teacher=divergence_to_teacher,
-        teacher_logprobs=teacher_logprobs,
-        teacher_speaks=teacher_speaks,
-        reward_share=reward_share,
-        teacher_enters=teacher_enters,
         max_importance_weight=max_importance_weight,
+        teacher_speaks=teacher_speaks,
+    )
+    kept = mask & ~stats["dropped"]
+    grpo = partial(
+        grpo_loss,
+        student_logprobs=student_logprobs,
+        old_logprobs=old_logprobs,
+        mask=kept,
         clip_low=clip_low,
         clip_high=clip_high,
     )
+    if teacher_enters == "advantage":
+        if teacher_logprobs is None:
+            raise ValueError(
+                "teacher_enters = 'advantage' needs teacher_logprobs [batch, token]: the log-ratio "
+                "of the sampled token. A divergence over several tokens does not depend on which "
+                "one was sampled, so as an advantage its expected gradient is 0."
+            )
+        _, heard = keep_heard(
+            kept, teacher_logprobs=teacher_logprobs, teacher_speaks=teacher_speaks
+        )
+        log_ratio = clean(teacher_logprobs, heard) - clean(old_logprobs, heard)
+        mixed = reward_share * per_token(advantages, kept) + (1 - reward_share) * log_ratio
+        of_reward, of_grpo = grpo(advantages=mixed)
+        return of_reward, of_grpo | stats
+    if not reward_share:
+        return loss, stats
+    of_reward, of_grpo = grpo(advantages=advantages)
+    return (1 - reward_share) * loss + reward_share * of_reward, of_grpo | stats

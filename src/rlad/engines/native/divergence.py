@@ -15,7 +15,7 @@ from rlad.objectives.divergences import Divergence, num_clipped
 from rlad.scoring.columns import TokenColumns
 from rlad.scoring.distributions import Distributions, TokenDistributions
 from rlad.scoring.token_divergence import smaller_tile, token_divergence
-from rlad.scoring.top_k import column_divergence, column_logprobs, likeliest, top_k_divergence
+from rlad.scoring.top_k import column_divergence, likeliest, top_k_divergence
 from rlad.teachers.base import Teacher, TeacherRequest
 
 
@@ -28,7 +28,7 @@ class Comparison:
     support: Support
     top_k: int
     bound: float | None = None
-    """of the terms of `measure`"""
+    """of the terms of `measure`, with the support "full" alone"""
     num_clipped: Tensor | None = None
     """of each token of the last micro-batch, the terms at the bound"""
 
@@ -67,10 +67,6 @@ class Comparison:
     def _from_columns(self, columns: TokenColumns, student: Distributions) -> Tensor:
         ids = columns.ids.to(student.device)
         logprobs = columns.logprobs.to(student.device)
-        if self.bound is not None:
-            with torch.no_grad():
-                own, _ = column_logprobs(student, ids, tile=smaller_tile(student))
-                self.num_clipped = self._count(own, logprobs.to(own))[0].sum(dim=-1)
         return column_divergence(student, ids, logprobs, self.measure)
 
     @property
