@@ -1,6 +1,7 @@
 """Settings: defaults, ranges, overrides, and that a run's config reads back as it was."""
 
 import math
+import re
 import tomllib
 from contextlib import nullcontext
 from pathlib import Path
@@ -70,6 +71,41 @@ def test_the_embedded_run_is_valid():
 
 
 # --- overrides ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("patience", "every", "num_steps", "steps_per_batch", "is_refused"),
+    [
+        (3, 20, 61, 1, False),
+        (3, 20, 60, 1, True),
+        (1, 1, 1, 1, True),
+        # The rollout batch that is under way after step 4 ends with step 6.
+        (2, 2, 7, 3, False),
+        (2, 2, 6, 3, True),
+    ],
+)
+def test_a_switch_that_no_validation_can_bring_is_refused(
+    patience: int, every: int, num_steps: int, steps_per_batch: int, is_refused: bool
+) -> None:
+    config = {
+        "student": {"model": "s"},
+        "teacher": {"model": "t"},
+        "task": {"type": "knights_and_knaves"},
+        "objective": {"type": "opd_then_grpo", "opd_share": "auto", "auto_patience": patience},
+        "evaluation": {"every_steps": every},
+        "rollout": {"prompts_per_batch": 6},
+        "optimization": {"num_steps": num_steps, "steps_per_rollout_batch": steps_per_batch},
+    }
+    if not is_refused:
+        parse_config(config)
+        return
+    sentence = (
+        f"after {patience} validations without a gain (objective.auto_patience), at "
+        f"evaluation.every_steps = {every} after step {patience * every} at the earliest, and the "
+        f"run has optimization.num_steps = {num_steps}; lower one of the first two"
+    )
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        parse_config(config)
 
 
 @pytest.mark.parametrize(

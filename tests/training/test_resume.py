@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import rlad
 import rlad.training.run
 from killed_runs import kill_and_compare
+from rlad.config.distributions import MOPDConfig
 from rlad.engines.native.loop import NativeEngine
 from rlad.errors import UserError
 from rlad.models.loading import load_language_model
@@ -28,7 +29,7 @@ from rlad.objectives import OBJECTIVES
 from rlad.runs.directory import RunDirectory
 from rlad.stopping import StopRequested
 from tiny_environments import Adding, InThisProcess
-from tiny_runs import StopAt, objective_section, remains, run_config, write_model
+from tiny_runs import OFTEN_CORRECT, StopAt, objective_section, remains, run_config, write_model
 
 # Everything that has a state: several steps on one rollout batch, reference, annealing, schedule,
 # momentum, micro-batches.
@@ -175,6 +176,26 @@ def test_every_objective_resumes_between_and_behind_its_minibatches(world, tmp_p
         assert [row["step"] for row in rows if "teacher/tokens/count" in row] == [1, 3]
 
 
+def test_a_student_that_teaches_itself_from_its_peers_resumes_exactly(world, tmp_path):
+    """The average moves between the rollout batches and is in the checkpoint; what it is shown of
+    the group is found again."""
+    sections = SECTIONS | {"objective": objective_section("mopd"), "task": OFTEN_CORRECT}
+    sections["rollout"] = {"prompts_per_batch": 4, "group_size": 4, "max_completion_tokens": 4}
+    teacher = {"teacher": MOPDConfig.default_teacher}
+    whole = run_config(world, tmp_path / "whole" / "run", **sections) | teacher
+    rlad.train(whole)
+    rows = list(RunDirectory(tmp_path / "whole" / "run").read("metrics.jsonl"))
+    assert sum(row.get("teacher/shown_successes/mean", 0) > 0 for row in rows) >= 3
+    assert any(row.get("teacher/speaks/frac", 1) < 1 for row in rows)
+    assert max(row["teacher/divergence/mean"] for row in rows[2:]) > 0
+    config = run_config(world, tmp_path / "stopped" / "run", **sections) | teacher
+    for resumed, step in enumerate((1, 2, 5)):
+        with pytest.raises(StopRequested):
+            rlad.train(config, resume=resumed > 0, reporter=StopBehind(step))
+    rlad.train(config, resume=True)
+    assert_same(remains(tmp_path / "stopped" / "run"), remains(tmp_path / "whole" / "run"), "mopd")
+
+
 def test_the_length_of_opd_then_grpo_is_part_of_what_it_is(world, tmp_path):
     """With twice the steps the switch would have been elsewhere."""
     config = run_config(world, tmp_path / "run", objective={"type": "opd_then_grpo"})
@@ -238,9 +259,14 @@ def test_the_validation_at_the_end_of_a_run_decides_nothing_unless_it_is_due(wor
     count."""
     sections = AUTO | {"evaluation": SECTIONS["evaluation"] | {"every_steps": 2}}
     config = run_config(world, tmp_path / "run", **sections)
-    for num_steps in (3, 6):
-        config["optimization"]["num_steps"] = num_steps
-        rlad.train(config, resume=num_steps > 3)
+    config["optimization"]["num_steps"] = 6
+    whole = rlad.train(config | {"run_dir": str(tmp_path / "whole")})
+    rows = list(RunDirectory(whole.run_dir).read("metrics.jsonl"))
+    budget = {"max_teacher_tokens": sum(int(row["teacher/tokens/count"]) for row in rows[:3])}
+    rlad.train(config | {"optimization": config["optimization"] | budget})
+    rows = RunDirectory(tmp_path / "run").read("eval.jsonl")
+    assert [row["step"] for row in rows if row["split"] == "validation"] == [0, 2, 3]
+    rlad.train(config, resume=True)
     rows = RunDirectory(tmp_path / "run").read("metrics.jsonl")
     assert [row["objective/teacher_phase/frac"] for row in rows] == [1, 1, 1, 1, 0, 0]
 

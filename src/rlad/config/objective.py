@@ -120,6 +120,10 @@ class OPDThenGRPOConfig(Clipped):
     def schedule_depends_on_num_steps(self) -> bool:
         return self.opd_share != "auto"
 
+    @property
+    def num_deciding_validations(self) -> int | None:
+        return self.auto_patience if self.opd_share == "auto" else None
+
     def flat_step(self, validations: Iterable[tuple[int, float]]) -> int | None:
         if self.opd_share != "auto":
             return None

@@ -69,6 +69,11 @@ class ObjectiveSection(Section):
         """Which completions the teacher is asked about."""
         return "all"
 
+    @property
+    def num_deciding_validations(self) -> int | None:
+        """The fewest validations after the first that can change it; None where none does."""
+        return None
+
     def trains_without_teacher(self, step: int) -> bool:
         """Whether a completion on which the teacher is silent trains at a step: by its reward."""
         return self.uses_reward

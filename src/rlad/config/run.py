@@ -263,6 +263,15 @@ class RunConfig(Section):
                 f"optimization.steps_per_rollout_batch = {num_steps}, but every optimiser step "
                 "takes the same number of prompts; change one of them"
             )
+        num_validations = objective.num_deciding_validations
+        earliest = self.evaluation.every_steps * (num_validations or 0)
+        if num_validations is not None and -(-earliest // num_steps) * num_steps >= loop.num_steps:
+            yield (
+                f"objective.opd_share = 'auto' ends opd after {num_validations} validations "
+                "without a gain (objective.auto_patience), at evaluation.every_steps = "
+                f"{self.evaluation.every_steps} after step {earliest} at the earliest, and the run "
+                f"has optimization.num_steps = {loop.num_steps}; lower one of the first two"
+            )
         if objective.is_of_old_policy and num_steps > 1:
             yield (
                 f"objective {objective.type!r} estimates the divergence from the sampled token "
