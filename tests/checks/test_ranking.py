@@ -2,18 +2,22 @@
 verifier does; and the warning about a teacher that thinks where the student does not."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 from scipy import stats
 from transformers import AutoTokenizer
 
 from rlad.checks.check import check_run
-from rlad.checks.ranking import CONTEXTS, describe_ranking, rank_contexts
+from rlad.checks.ranking import CONTEXTS, describe_ranking, rank_contexts, rank_groups
 from rlad.cli.main import main
 from rlad.config.file import parse_config
+from rlad.engines.metrics import ranking_metrics
+from rlad.engines.rollout_batch import teacher_request
 from rlad.errors import UserError
 from rlad.models.loading import load_language_model, save_model
 from rlad.models.student import load_student
@@ -21,7 +25,8 @@ from rlad.rollouts.grading import graded_groups
 from rlad.seeds import stream_seed
 from rlad.tasks import make_task
 from rlad.teachers import prepare_teacher
-from rlad.teachers.base import TeacherRequest
+from rlad.teachers.base import Answer, TeacherRequest, TeacherWrapper
+from tiny_environments import Adding, InThisProcess
 from tiny_runs import run_config, write_config, write_model, write_unreachable_answers
 
 NUM_PROBLEMS = 5
@@ -103,6 +108,44 @@ def test_a_context_that_does_not_fit_does_not_count(world: Path, tmp_path: Path)
     long, short = numbers
     assert short["1S"] == long["1S"] > 0
     assert long["2S1F"] > 0 and short["2S1F"] == 0
+
+
+def test_what_an_environment_wrote_is_not_ranked(world: Path) -> None:
+    """A teacher without a log-prob for the environment's tokens ranks as one with them: the mean is
+    that of the metric in training, over what the student wrote."""
+    table = config_of(world, None)
+    table["rollout"]["max_completion_tokens"] = 12
+    config = parse_config(table)
+    student = load_student(config)
+    groups = graded_groups(
+        student,
+        InThisProcess(Adding, max_turn_tokens=3),
+        "train",
+        range(NUM_PROBLEMS),
+        rollout=config.rollout,
+        seed=1,
+    )
+    teacher = prepare_teacher(config, student)
+    assert teacher is not None
+    found = rank_groups("", teacher, None, groups)
+    blind = rank_groups("", WithoutEnvironment(teacher), None, groups)
+    assert found == blind and found.num_completions == NUM_PROBLEMS * GROUP_SIZE
+    requests = [teacher_request(group, i) for group in groups for i in range(GROUP_SIZE)]
+    metrics = ranking_metrics(groups, teacher.logprobs(requests))
+    assert found.ranking.auc is not None
+    assert found.ranking.auc.mean == pytest.approx(metrics["teacher/ranking/auc"], abs=1e-4)
+
+
+class WithoutEnvironment(TeacherWrapper):
+    """Has nothing to say about what the student did not write."""
+
+    def submit(self, requests: Sequence[TeacherRequest]) -> list[Answer]:
+        answers = []
+        for request, values in zip(requests, self.teacher.logprobs(requests), strict=True):
+            assert request.actions is not None and not all(request.actions)
+            own = torch.tensor(request.actions)
+            answers.append(Answer.finished(torch.where(own, values, torch.nan)))
+        return answers
 
 
 def test_a_configured_context_keeps_its_form(world: Path) -> None:

@@ -62,7 +62,7 @@ def columns(metric: str, value: float) -> dict[str, float]:
             "objective/dropped_tokens/count": value * 1e6,
             "objective/trained_tokens/count": (1 - value) * 1e6,
         }
-    return {metric: value}
+    return {metric.partition(",")[0]: value}
 
 
 def rows_of(guard: Guard, figure: float) -> list[dict[str, float]]:

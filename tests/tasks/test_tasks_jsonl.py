@@ -280,3 +280,21 @@ def test_hugging_face_folders(tmp_path):
         JsonlTask(folder, validation_path=folder)
     with pytest.raises(ValueError, match=r"plain, row 1: has no field 'question'"):
         JsonlTask(str(tmp_path / "plain"), prompt_field="question")
+
+
+def test_the_field_that_an_answer_was_taken_from_is_the_solution(write):
+    """Where it holds more than the answer, and under the row's own name where it has one."""
+    whole = "48 / 2 = \\boxed{24}\n#### 24"
+    rows = [row | {"answer": whole} for row in questions(300)]
+    for answer_format, answer, metadata in (
+        ("gsm8k", "24", {"solution": whole}),
+        ("boxed", "24", {"solution": whole}),
+        ("whole", whole, {}),
+    ):
+        problem = JsonlTask(write(rows), answer_format=answer_format).problem("train", 0)
+        assert (problem.answer, problem.metadata) == (answer, metadata)
+    rows = [row | {"solution": "by hand"} for row in rows]
+    problem = JsonlTask(write(rows), answer_format="gsm8k").problem("train", 0)
+    assert problem.metadata == {"solution": "by hand"}
+    bare = JsonlTask(write(questions(300)), answer_format="last").problem("train", 0)
+    assert bare.metadata == {}

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from rlad.config.context import ContextConfig
+from rlad.config.context import ContextConfig, ContextTexts
+from rlad.config.distributions import OPSDConfig
 from rlad.config.file import parse_config
 from rlad.config.run import RolloutConfig
 from rlad.config.validation import validated
@@ -88,11 +89,22 @@ GROUP = (
         ({"answer": True, "fields": ("hint", "size")}, ["w5", "w6 w7", "3"]),
         ({"answer": True, "num_successes": 1, "num_failures": 1}, ["w5", "good a", "bad a"]),
         ({"fields": ("names", "nothing")}, []),
+        ({"solution": True}, []),
+        ({"answer": True, "solution": True, "fields": ("hint",)}, ["w5", "w6 w7"]),
     ],
 )
 def test_the_blocks_of_a_group(settings: dict[str, Any], texts: list[str]) -> None:
     """The same text once, one that was not judged never."""
     assert shown(ContextConfig(**settings), request(WRONG, *GROUP)) == texts
+
+
+def test_a_solution_is_shown_in_place_of_the_answer() -> None:
+    problem = replace(PROBLEM, metadata={"solution": "w3 so w5"})
+    opsd = OPSDConfig.default_teacher
+    assert opsd is not None
+    for settings in (ContextConfig(solution=True), validated(ContextConfig, opsd["context"])):
+        (block,) = blocks_of(settings, request(WRONG, problem=problem), seed=0)
+        assert str(block) == "A reference solution:\nw3 so w5"
 
 
 def test_headings_say_which_solution_it_is() -> None:
@@ -308,6 +320,27 @@ def test_what_is_shown_fits_at_every_length() -> None:
     assert room == heading + MIN_PEER_TOKENS - 1
 
 
+def test_feedback_takes_the_place_of_a_solution_that_does_not_fit() -> None:
+    """It is chosen where no solution is shown, not where there is none: heading and shortest piece
+    of one are 35 tokens, the feedback with its heading is 6."""
+    settings = ContextConfig(num_successes=1, num_failures=1, feedback=True)
+    made = context(settings.model_copy(update={"texts": ContextTexts(feedback="w3 w3 w3")}))
+    own = rollout("w9", 0.0, "w6 w7 w8")
+    asked = request(own, rollout(words(0, 90), 1.0), rollout("w4", 0.0))
+    question = len(made.token_ids(PROBLEM, []))
+    for room, texts in ((question + 34, ["w6 w7 w8"]), (question + 5, None)):
+        fitted = made.fitted(asked, room)
+        assert (fitted and [block.text for block in fitted.blocks]) == texts
+        assert fitted is None or fitted.num_dropped == 1
+    fitted = made.fitted(asked, question + 35)
+    assert fitted is not None and fitted.num_successes == 1
+    # Wrong attempts alone stay away, as where there is no solution; beside the answer they come.
+    wanted = {"num_successes": 1, "num_failures": 1, "answer": True}
+    with_answer = context(ContextConfig(**wanted)).fitted(asked, question + 15)
+    assert with_answer is not None
+    assert [block.text for block in with_answer.blocks] == ["w5", "w4"]
+
+
 def test_blocks_that_are_no_completions_are_dropped_whole() -> None:
     made = context(ContextConfig(answer=True, fields=("hint",)))
     question = len(made.token_ids(PROBLEM, []))
@@ -463,6 +496,50 @@ def test_what_the_check_says(world: Path) -> None:
         "it shows the field 'hint', which the task's problems do not have; use num_successes or "
         "answer, as they have none.",
     )
+
+
+@pytest.mark.parametrize(
+    ("shows", "task", "sentence"),
+    [
+        (
+            {"num_successes": 1, "success_reward": 1.5},
+            {},
+            "success_reward is 1.5, and the task's rewards are at most 1, so that no completion is "
+            "ever correct; lower it.",
+        ),
+        ({"feedback": True, "success_reward": 2.0}, {}, "success_reward is 2, and the task's"),
+        (
+            {"num_failures": 1, "failure_reward": -1.0},
+            {},
+            "failure_reward is -1, and the task's rewards are at least 0, so that no completion is "
+            "ever wrong; raise it, or leave it out.",
+        ),
+        (
+            {"answer": True},
+            {"type": "environment", "path": "tiny_environments:Adding"},
+            "it shows the reference answer, which none of the 20 problems looked at has; leave "
+            "answer out, and show something else, such as num_successes = 1.",
+        ),
+        ({"solution": True}, {}, "it shows the reference solution, which none of the 20 problems"),
+        ({"num_successes": 1, "success_reward": 1.0, "failure_reward": 0.0}, {}, ""),
+        # The rewards of an environment have no bounds.
+        (
+            {"num_successes": 1, "success_reward": 3.0},
+            {"type": "environment", "path": "tiny_environments:Adding"},
+            "",
+        ),
+    ],
+)
+def test_a_teacher_that_could_never_speak_is_refused(
+    world: Path, shows: dict[str, Any], task: dict[str, Any], sentence: str
+) -> None:
+    config = config_with(world, shows)
+    config["task"] = task or config["task"]
+    run = parse_config(config)
+    setting = Setting(run, load_tokenizer(run.student.model), 256)
+    found = [f for f in check_teacher(run.teacher, setting) if f.level == "error"]
+    assert bool(found) == bool(sentence), found
+    assert all(one.message.startswith(sentence) for one in found)
 
 
 def test_peers_that_are_longer_than_the_context(world: Path, tmp_path: Path) -> None:

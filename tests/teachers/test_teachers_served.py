@@ -116,7 +116,7 @@ def untested_teacher_at(*servers: ConformanceServer, **settings: Any) -> Iterato
     config = config_of(*servers, **settings)
     client = CompletionsClient(config.teacher)  # pyright: ignore[reportArgumentType]
     setting = setting_of(config, tiny_language_model())
-    identity: Any = {"scoring": "prompt_logprobs", "identity": "tiny", "context_tokens": 256}
+    identity: Any = {"scoring": "prompt_logprobs", "identity": "tiny", "context_tokens": 255}
     with closing(ServedTeacher(client, setting, **identity)) as made:
         yield made
 

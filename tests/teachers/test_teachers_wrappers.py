@@ -479,6 +479,18 @@ def test_without_a_peer_solution_the_teacher_has_the_students_prompt():
     assert teacher.pop_metrics() == {"teacher/privileged/frac": 0.6} and teacher.pop_metrics() == {}
 
 
+def test_a_peer_solution_is_another_one():
+    """Not the completion's own text, however it was thought of; of an own text that is all thought
+    any other is another."""
+    copies = (peer("<think> w4 </think> w7"), peer("w7 "), peer("w8", "wrong"))
+    for own in (peer("<think> w5 </think> w7"), peer("w7")):
+        asked = TeacherRequest((3,), (4,), next(iter(problems())), own, copies)
+        assert peer_solution(asked) is None
+        assert peer_solution(replace(asked, peers=(*copies, peer("w9")))) == "w9"
+    asked = TeacherRequest((3,), (4,), None, peer("<think> w5", "wrong"), copies)
+    assert peer_solution(asked) == copies[0].text
+
+
 def test_what_does_not_fit_is_missing_and_the_others_are_scored():
     tokenizer, model = tiny_tokenizer(), tiny_language_model(seed=4)
     requests = asked(tokenizer)
@@ -550,6 +562,14 @@ def test_a_hint_that_some_problems_lack_is_a_warning(world, tmp_path):
     )
     config["task"] |= with_hints(world, tmp_path, "1", "2")
     assert check(config, "warning") == [] == check(config, "error")
+
+
+def test_a_template_whose_names_no_problem_has_is_an_error(world, tmp_path):
+    """Of an environment's problems none has an answer."""
+    config = privileged_config(world, tmp_path, "{answer} {prompt}")
+    config["task"] = {"type": "environment", "path": "tiny_environments:Adding"}
+    ((subject, sentence),) = check(config, "error")
+    assert subject == "template" and "{answer}, which none of the 20 problems looked" in sentence
 
 
 def test_the_longest_privileged_prompt_must_fit_with_its_completion(world, tmp_path):

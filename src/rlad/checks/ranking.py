@@ -1,6 +1,7 @@
 """Whether the teacher, under several contexts, ranks the student's completions as the verifier
 does."""
 
+import math
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -12,6 +13,7 @@ from rlad.checks.trial import without_cache
 from rlad.config.context import ContextConfig
 from rlad.config.run import RunConfig
 from rlad.config.teacher import PrivilegedTeacherConfig
+from rlad.engines.metrics import mean_of_actions
 from rlad.engines.rollout_batch import RolloutBatch, teacher_request
 from rlad.errors import UserError
 from rlad.findings import Finding
@@ -79,11 +81,11 @@ def rank_contexts(config: RunConfig, num_problems: int) -> list[RankedContext]:
     with closing(build_teacher(inner, setting)) as teacher:
         if not any(isinstance(one, PrivilegedTeacherConfig) for one in inner.walk()):
             ranked += [
-                _ranked(name, shown_by, context, groups)
+                rank_groups(name, shown_by, context, groups)
                 for name, shown_by, context in _teachers(settings, teacher, setting)
             ]
         configured = privileged(teacher, settings, setting) if is_privileged else teacher
-        ranked.append(_ranked("as configured", configured, None, groups))
+        ranked.append(rank_groups("as configured", configured, None, groups))
     return ranked
 
 
@@ -105,12 +107,13 @@ def _teachers(
         yield name, privileged(teacher, one, setting), one.context
 
 
-def _ranked(
+def rank_groups(
     name: str,
     teacher: Teacher,
     context: ContextConfig | None,
     groups: list[RolloutGroup],
 ) -> RankedContext:
+    """Have graded groups scored by a teacher under one context."""
     batch = RolloutBatch(0, groups, torch.zeros(sum(len(group.rollouts) for group in groups)))
     rows = []
     requests = []
@@ -123,8 +126,9 @@ def _ranked(
     scores: list[list[float]] = [[] for _ in groups]
     is_correct: list[list[bool]] = [[] for _ in groups]
     for i, values in zip(rows, logprobs, strict=True):
-        if bool(values.isfinite().all()):
-            scores[i // batch.group_size].append(float(values.mean()))
+        score = mean_of_actions(values, batch.rollouts[i].completion)
+        if math.isfinite(score):
+            scores[i // batch.group_size].append(score)
             correct = batch.rollouts[i].verdict == Verdict.CORRECT
             is_correct[i // batch.group_size].append(correct)
     return RankedContext(name, sum(map(len, scores)), ranking(scores, is_correct))

@@ -212,7 +212,7 @@ def _thoughts(metrics: Metrics, config: RunConfig) -> list[Finding]:
     only_teacher_thinks = teachers.endswith("<think>") and not students.endswith("<think>")
     if not (only_student_is_bare or only_teacher_thinks):
         return []
-    measured = "was not measured"
+    measured = "is not measured by this objective, which compares distributions"
     if "teacher/log_ratio/mean" in metrics:
         measured = f"is {metrics['teacher/log_ratio/mean']:+.2f} nats on average"
     message = (
@@ -242,8 +242,9 @@ def _guards(metrics: Metrics, config: RunConfig) -> list[Finding]:
     said = []
     for step in range(1, _NUM_LIKE_THE_TRIAL + 1):
         said += watch.see({**metrics, "step": step})
-    # Rewards are alternated and completions cut by the trial itself.
-    by_the_trial = ("reward/", "rollout/")
+    # Rewards are alternated and completions cut by the trial itself, so that of some there is no
+    # more than a thought, which is not shown to a teacher.
+    by_the_trial = ("reward/", "rollout/", "teacher/speaks/")
     metric_of = {name: guard.condition.metric for name, guard in watch.guards.items()}
     return [
         Finding("warning", warning.name.replace("_", " "), warning.message)

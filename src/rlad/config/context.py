@@ -77,6 +77,8 @@ class ContextTexts(Section):
 
     answer: str = "The correct answer:"
     """heading of the reference answer"""
+    solution: str = "A reference solution:"
+    """heading of the reference solution"""
     first_success: str = "A correct solution:"
     """heading of the first correct solution"""
     skill: str = "What was learnt from earlier attempts at such tasks:"
@@ -96,6 +98,9 @@ class ContextConfig(Section):
 
     answer: bool = False
     """the reference answer"""
+    solution: bool = False
+    """the whole reference solution, in place of the answer: of problems of `jsonl` whose
+    answer_format takes a part of the field, or that have a field `solution`"""
     fields: tuple[str, ...] = ()
     """entries of the problem's metadata, such as ["hint"] or ["skill"]"""
     skill: SkillConfig | None = None
@@ -135,10 +140,10 @@ class ContextConfig(Section):
         return self.num_peers > 0 or self.feedback or self.skill is not None
 
     def problems(self) -> Iterator[str]:
-        if not (self.answer or self.fields or self.needs_group):
+        if not (self.answer or self.solution or self.fields or self.needs_group):
             yield (
-                "it shows nothing; set num_successes, num_failures, answer, fields, feedback or "
-                "skill, or leave the section out"
+                "it shows nothing; set num_successes, num_failures, answer, solution, fields, "
+                "feedback or skill, or leave the section out"
             )
         if self.failure_reward is not None and self.failure_reward >= self.success_reward:
             yield (

@@ -117,7 +117,7 @@ class OPSDConfig(_SelfDistillation):
     uses_reward: ClassVar[bool] = False
     default_teacher: ClassVar[dict[str, Any] | None] = {
         "type": "privileged",
-        "context": {"answer": True},
+        "context": {"answer": True, "solution": True},
         "teacher": {"type": "ema", "update_rate": 0.0},
     }
 

@@ -115,11 +115,9 @@ def _explain(section: type[Section], error: Any) -> tuple[str, str]:
 
 
 def _hint(section: type[Section], where: str, key: str, keys: Sequence[str]) -> str:
-    """What a user may have meant by an unknown key: one of the same section, one of another type of
-    that section, one of another section, or one that other tools call so."""
+    """What a user may have meant by an unknown key: that of another type of the section, one of the
+    same section, one of another section, or one that other tools call so."""
     name = _NAMES_ELSEWHERE.get(key, key)
-    if near := nearest(name, keys):
-        return near
     if where in section.model_fields:
         of_types = [
             get_args(one.model_fields["type"].annotation)[0]
@@ -127,7 +125,9 @@ def _hint(section: type[Section], where: str, key: str, keys: Sequence[str]) -> 
             if key in one.model_fields
         ]
         if of_types:
-            return f"it belongs to {where}.type = {of_types[0]!r}"
+            return f"it belongs to {where}.type = {' or '.join(map(repr, of_types))}"
+    if near := nearest(name, keys):
+        return near
     elsewhere = {
         inner_key: f"{field_name}.{inner_key}"
         for field_name, field in section.model_fields.items()

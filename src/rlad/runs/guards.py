@@ -100,10 +100,21 @@ def _distance_to_teacher(row: Row) -> float | None:
     return abs(row["teacher/log_ratio/q50"]) if "teacher/log_ratio/q50" in row else None
 
 
+def _spoken_share(row: Row) -> float | None:
+    # Recorded where it is not 1, in the first step on each rollout batch.
+    return row.get("teacher/speaks/frac", 1.0 if "teacher/tokens/count" in row else None)
+
+
 DROPPED = "dropped / (dropped + trained tokens)"
 GATED = "the larger of objective/gated_positive/frac and objective/gated_negative/frac"
 DISTANCE = "size of teacher/log_ratio/q50"
-_DERIVED = {DROPPED: _dropped_share, GATED: _gated_share, DISTANCE: _distance_to_teacher}
+SPEAKS = "teacher/speaks/frac, 1 where absent"
+_DERIVED = {
+    DROPPED: _dropped_share,
+    GATED: _gated_share,
+    DISTANCE: _distance_to_teacher,
+    SPEAKS: _spoken_share,
+}
 
 
 def numbers_of(row: Mapping[str, Any]) -> Row:
@@ -178,6 +189,14 @@ GUARDS: tuple[Guard, ...] = (
         "the teacher finds half of the student's own tokens very unlikely",
         "compare vocabulary, prompt format and temperature of the two; `rlad check` shows samples' "
         "figures",
+    ),
+    Guard(
+        "silent_teacher",
+        recent(SPEAKS, 5).below(0.01),
+        "the teacher is silent on next to all completions, as there is nothing to show it or "
+        "objective.teacher_on rules them out, and teaches nothing",
+        "take easier problems or a larger rollout.group_size, show it more (answer or feedback in "
+        "teacher.context), or set objective.teacher_on = all",
     ),
     Guard(
         "nearly_all_gated",

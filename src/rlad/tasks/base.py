@@ -26,6 +26,10 @@ class Verdict(StrEnum):
     CANNOT_JUDGE = "cannot_judge"
 
 
+SOLUTION = "solution"
+"""the entry of a problem's metadata with its whole reference solution, where it has one"""
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """A question of a task.

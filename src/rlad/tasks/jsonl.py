@@ -12,7 +12,7 @@ from rlad.config.task import JsonlConfig
 from rlad.errors import UserError
 from rlad.models.pictures import Picture
 from rlad.tasks.answers import ANSWER_FORMATS
-from rlad.tasks.base import SPLITS, Judgement, Problem, Split, split_of, text_key
+from rlad.tasks.base import SOLUTION, SPLITS, Judgement, Problem, Split, split_of, text_key
 from rlad.tasks.conversations import asked_text, conversation_mistakes, shown
 from rlad.tasks.data_files import rows_of
 from rlad.tasks.pictured_rows import pictures_of_row, require_markers, with_text_parts
@@ -30,8 +30,9 @@ class JsonlTask:
     ...]`, the user's last. A split without a file of its own gets its share of `path` by a hash of
     the prompt; prompts that are equal up to case, white space and system message stay together. A
     prompt of `path` that is also in `validation_path` or `test_path` is refused. Other fields that
-    hold text or numbers, such as a hint for a privileged teacher, are the problem's metadata. A
-    path is a file (`rlad.tasks.data_files`), a folder of files, a folder that `datasets` has saved,
+    hold text or numbers, such as a hint for a privileged teacher, are the problem's metadata, and
+    so is the whole answer field as `solution`, where `answer_format` takes a part of it. A path is
+    a file (`rlad.tasks.data_files`), a folder of files, a folder that `datasets` has saved,
     or a name on the hub (`name:subset`); of these, `path` takes the split train, `validation_path`
     validation and `test_path` test.
     """
@@ -173,6 +174,10 @@ def _problem(
         if name not in (config.prompt_field, config.answer_field, config.images_field)
         and isinstance(value, str | int | float)
     }
+    # What the answer was taken from is the reference solution, unless the row has one of that name.
+    whole = str(row[config.answer_field]).strip()
+    if config.answer_format != "whole" and whole != answer:
+        metadata.setdefault(SOLUTION, whole)
     # The same question about another picture is another problem.
     key = text_key("\n".join([question, *(one.digest for one in images)]))
     return Problem(prompt, answer, key, metadata=metadata, messages=messages, images=images)

@@ -1,6 +1,6 @@
 """What a privileged teacher is shown after the question, in blocks, made to fit its context.
 
-    question | skill | answer | metadata | correct solutions | wrong attempts | feedback | request
+    question | skill | reference | metadata | solutions | wrong attempts | feedback | request
 
 A prompt that is too long loses the middle of its longest solutions, then whole blocks from the
 last; never the question, the request, or what the chat template adds.
@@ -11,17 +11,18 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from rlad.config.context import ContextConfig
-from rlad.findings import Finding
 from rlad.models.pictures import MARKER
 from rlad.rollouts.prompts import Prompt, in_place_of_question
 from rlad.rollouts.texts import text_without_thoughts
 from rlad.rollouts.types import Rollout
 from rlad.seeds import stream_seed
 from rlad.tasks import Problem
+from rlad.tasks.base import SOLUTION
 from rlad.teachers.base import TeacherRequest
 
 Encode = Callable[..., Sequence[int]]
@@ -85,15 +86,27 @@ class BlockContext:
     def fitted(self, request: TeacherRequest, room: int | None) -> Fitted | None:
         """The prompt about a completion, of at most `room` tokens; None where nothing can be
         shown."""
-        problem = request.problem
-        if problem is None:
+        if request.problem is None:
             return None
+        whole = self._blocks(request)
+        fitted = self._fit(request.problem, whole, room)
+        num_successes = sum(block.is_success for block in whole)
+        if num_successes and not (fitted and fitted.num_successes):
+            # No room for a correct solution: what would be shown if there were none.
+            without = self._blocks(request, with_successes=False)
+            fitted = self._fit(request.problem, without, room)
+            if fitted is not None:
+                fitted = replace(fitted, num_dropped=fitted.num_dropped + num_successes)
+        return fitted
+
+    def _blocks(self, request: TeacherRequest, **wanted: Any) -> list[Block]:
+        blocks = blocks_of(self.settings, request, seed=self._seed, plain=self._plain, **wanted)
+        return [replace(block, text=self._plain(block.text)) for block in blocks]
+
+    def _fit(self, problem: Problem, blocks: Sequence[Block], room: int | None) -> Fitted | None:
         limits = [each for each in (room, self.settings.max_prompt_tokens) if each is not None]
         return fit(
-            [
-                replace(block, text=self._plain(block.text))
-                for block in blocks_of(self.settings, request, seed=self._seed, plain=self._plain)
-            ],
+            blocks,
             encode=partial(self.token_ids, problem),
             room=min(limits, default=None),
             tokenizer=self._tokenizer,
@@ -146,11 +159,13 @@ def blocks_of(
     *,
     seed: int,
     plain: Callable[[str], str] = str,
+    with_successes: bool = True,
 ) -> list[Block]:
     """What there is to show about a completion; empty where there is nothing that may be shown.
 
     The completion itself is never among it, nor another one that would be shown by the same text.
-    `plain` gives a completion's text as it is shown.
+    `plain` gives a completion's text as it is shown. Without `with_successes` it is what there
+    would be if no other completion were correct.
     """
     problem = request.problem
     assert problem is not None, "a context is about a problem"
@@ -161,7 +176,9 @@ def blocks_of(
     if settings.choice == "random":
         stream = stream_seed(seed, "peers", *request.prompt, "/", *request.completion)
         random.Random(stream).shuffle(candidates)
-    successes = list(_different_texts(candidates, settings, is_success=True))
+    successes: list[str] = []
+    if with_successes:
+        successes = list(_different_texts(candidates, settings, is_success=True))
     failures = list(_different_texts(candidates, settings, is_success=False))
 
     blocks = [Block(settings.texts.skill, request.skill)] if settings.skill else []
@@ -184,11 +201,20 @@ def blocks_of(
 
 
 def _about_the_problem(settings: ContextConfig, problem: Problem) -> Iterator[Block]:
-    if settings.answer and problem.answer:
-        yield Block(settings.texts.answer, problem.answer)
+    if block := reference_block(settings, problem):
+        yield block
     for name in settings.fields:
         if text := metadata_texts(problem).get(name):
             yield Block(f"{name.replace('_', ' ').capitalize()}:", text)
+
+
+def reference_block(settings: ContextConfig, problem: Problem) -> Block | None:
+    """The reference solution or answer; None where it is not wanted, or there is none."""
+    if settings.solution and (solution := metadata_texts(problem).get(SOLUTION)):
+        return Block(settings.texts.solution, solution)
+    if settings.answer and problem.answer:
+        return Block(settings.texts.answer, problem.answer)
+    return None
 
 
 def _success_blocks(settings: ContextConfig, texts: Sequence[str]) -> Iterator[Block]:
@@ -310,44 +336,3 @@ def cut_middle(text: str, num_tokens: int, tokenizer: PreTrainedTokenizerBase) -
 
 def _num_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
     return len(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-# --- check ----------------------------------------------------------------------------------------
-
-
-def check_context(
-    settings: ContextConfig, problems: Sequence[Problem], group_size: int
-) -> Iterator[Finding]:
-    """Say whether what it shall show is there."""
-    shown = [name for name in ("skill", "answer", "feedback") if getattr(settings, name)]
-    for name in settings.fields:
-        num_empty = sum(not metadata_texts(problem).get(name) for problem in problems)
-        if num_empty == len(problems):
-            known = sorted({key for problem in problems for key in metadata_texts(problem)})
-            yield Finding(
-                "error",
-                "context",
-                f"it shows the field {name!r}, which the task's problems do not have; use "
-                f"{', '.join(known) or 'num_successes or answer, as they have none'}.",
-            )
-        elif num_empty:
-            message = f"{num_empty} of {len(problems)} problems have no {name!r}"
-            yield Finding("warning", "context", message)
-        shown.append(name)
-    if num_unanswered := settings.answer * sum(not problem.answer for problem in problems):
-        message = f"{num_unanswered} of {len(problems)} problems have no reference answer"
-        yield Finding("warning", "context", message)
-    for number, what in (
-        (settings.num_successes, "correct"),
-        (settings.num_failures, "wrong"),
-    ):
-        if number:
-            shown.append(f"up to {number} {what} of the other {group_size - 1} completions")
-    if settings.num_peers >= group_size:
-        yield Finding(
-            "warning",
-            "context",
-            f"it wants {settings.num_peers} other completions, and a group has only "
-            f"{group_size - 1} others (rollout.group_size)",
-        )
-    yield Finding("ok", "context", f"shows the question with {', '.join(shown)}")

@@ -41,6 +41,7 @@ from rlad.rollouts.prompts import (
     in_place_of_question,
     prompt_token_ids,
 )
+from rlad.rollouts.texts import text_without_thoughts
 from rlad.scoring.columns import TokenColumns
 from rlad.scoring.distributions import TokenDistributions
 from rlad.tasks import Problem, Verdict
@@ -53,6 +54,7 @@ from rlad.teachers.contexts import (
     encoded,
     metadata_texts,
 )
+from rlad.teachers.served.teacher import scored_context
 
 FORM = {"chat_template", "system_prompt", "chat_template_kwargs", "end_token"}
 """The settings besides the template that make other prompts, or another end."""
@@ -229,8 +231,17 @@ def _ends_of_turns(request: TeacherRequest) -> list[int]:
 
 
 def peer_solution(request: TeacherRequest) -> str | None:
-    """The first correct completion of another rollout of the group."""
-    found = next((one.text for one in request.peers if one.verdict == Verdict.CORRECT), None)
+    """The first correct completion of another rollout of the group that says something else than
+    this one, whatever the two have thought."""
+    own = request.rollout and text_without_thoughts(request.rollout).strip()
+    found = next(
+        (
+            one.text
+            for one in request.peers
+            if one.verdict == Verdict.CORRECT and text_without_thoughts(one).strip() != own
+        ),
+        None,
+    )
     # It has seen pictures, and has none of its own.
     return None if found is None else without_markers(found)
 
@@ -305,11 +316,13 @@ def _tokenizer_name(settings: Any) -> str | None:
 
 
 def teacher_context(settings: Any, setting: Setting) -> int | None:
-    """Tokens of the shortest context of the teachers in a section; None where none is stated."""
+    """Tokens of the shortest context of the teachers in a section; None where none is stated.
+    Servers are asked for theirs: `UserError` where one does not answer."""
     contexts = []
     for _, one in single_teachers(settings):
-        # A server says itself what does not fit.
-        if one.context_of == "model":
+        if one.context_of == "server":
+            contexts.append(scored_context(one, setting))
+        elif one.context_of == "model":
             contexts.append(context_tokens(load_model_config(one.model)))
         elif one.context_of == "student":
             contexts.append(setting.student_context)

@@ -9,9 +9,11 @@ from rlad.config.template import template_names
 from rlad.findings import Finding
 from rlad.models.without_weights import token_id
 from rlad.tasks import Problem, make_task
+from rlad.tasks.base import reward_range
 from rlad.teachers import check_teacher as check_inner
 from rlad.teachers.base import Setting
-from rlad.teachers.contexts import check_context, encoded
+from rlad.teachers.context_check import check_context
+from rlad.teachers.contexts import encoded
 from rlad.teachers.privileged import (
     FORM,
     encoder,
@@ -28,6 +30,7 @@ def check_privileged(settings: PrivilegedTeacherConfig, setting: Setting) -> lis
     run = setting.config
     with closing(make_task(**run.task.model_dump())) as task:
         problems = [task.problem("train", i, seed=run.seed) for i in range(NUM_PROBED_PROBLEMS)]
+        rewards = reward_range(task)
     # The section itself settles what differs in template and end token.
     settled = {"chat template"} if settings.chat_template == "teacher" else set()
     if settings.end_token is not None:
@@ -37,7 +40,7 @@ def check_privileged(settings: PrivilegedTeacherConfig, setting: Setting) -> lis
     if settings.context is None:
         findings.append(_check_names(settings, problems))
     else:
-        findings += check_context(settings.context, problems, run.rollout.group_size)
+        findings += check_context(settings.context, problems, run.rollout.group_size, rewards)
     if settings.end_token is not None:
         token_id(setting.student_tokenizer, settings.end_token, "teacher.end_token")
         message = f"the student's is scored as the teacher's {settings.end_token!r}"
@@ -53,7 +56,7 @@ def _check_names(settings: PrivilegedTeacherConfig, problems: Sequence[Problem])
     shown = [shown_values(problem, "a solution") for problem in problems]
     allowed = sorted({name for one in shown for name in one})
     num_empty = {name: sum(not one.get(name) for one in shown) for name in wanted}
-    lacking = [name for name in wanted if num_empty[name]]
+    lacking = sorted(filter(num_empty.get, wanted), key=lambda name: -num_empty[name])
     level = "warning"
     if unknown := [name for name in wanted if name not in allowed]:
         level = "error"
@@ -67,6 +70,12 @@ def _check_names(settings: PrivilegedTeacherConfig, problems: Sequence[Problem])
         message = (
             "its template shows nothing but the prompt, which the student sees too; add {answer} "
             "or {peer_solution}."
+        )
+    elif lacking and num_empty[lacking[0]] == len(shown):
+        level = "error"
+        message = (
+            f"its template names {{{lacking[0]}}}, which none of the {len(shown)} problems looked "
+            "at has; take another entry, or another type of teacher."
         )
     elif lacking:
         message = (

@@ -57,6 +57,13 @@ class SelfTest:
         self.scoring: Scoring = "prompt_logprobs"
         self.text = probe_ids(setting.student_tokenizer)
 
+    @property
+    def scored_context(self) -> int | None:
+        """Tokens of prompt and completion that it can score; None where it does not say."""
+        # A server writes at least one token for each text that it scores, and refuses texts that
+        # leave no room for it in its context.
+        return None if self.context is None else self.context - 1
+
     def findings(self, *subjects: str) -> list[Finding]:
         """Ask about the subjects, or about everything, up to the first error."""
         questions: dict[str, Callable[[], list[Finding]]] = {

@@ -42,6 +42,7 @@ class ServedTeacher(Teacher):
         identity: str,
         context_tokens: int | None,
     ):
+        """`context_tokens` are those of prompt and completion that the server can score."""
         self.identity = identity
         self._client = client
         self._setting = setting
@@ -193,11 +194,9 @@ class ServedTeacher(Teacher):
         known = sum(
             1 for _ in takewhile(lambda token: token < self._vocabulary, request.completion)
         )
-        # A server writes at least one token for each text that it scores, and refuses texts that
-        # leave no room for it in its context.
         if self._context_tokens is None:
             return known
-        return min(known, max(self._context_tokens - 1 - len(request.prompt), 0))
+        return min(known, max(self._context_tokens - len(request.prompt), 0))
 
     def _ask(
         self,
@@ -242,5 +241,16 @@ def make_teacher(settings: ServedTeacherConfig, setting: Setting) -> ServedTeach
         setting,
         scoring=test.scoring,
         identity=test.identity,
-        context_tokens=test.context,
+        context_tokens=test.scored_context,
     )
+
+
+def scored_context(settings: ServedTeacherConfig, setting: Setting) -> int | None:
+    """Ask a server how many tokens of prompt and completion it can score; None where it does not
+    say. Raises `UserError` where it does not answer."""
+    with closing(CompletionsClient(settings)) as client:
+        test = SelfTest(client, setting)
+        last = test.findings("server")[-1]
+    if last.level == "error":
+        raise UserError(f"teacher {settings.title!r} failed its self-test: {last.message}")
+    return test.scored_context
