@@ -38,7 +38,6 @@ LOOKS: dict[str, dict[str, Any]] = {
 }
 """of the methods that are drawn; dark enough on white, and told apart without colours too"""
 SIZE = {"linewidth": 1.2, "markersize": 3.8}
-MOST_SAMPLES = "4"
 Row = dict[str, Any]
 BySeed = dict[int, Row]
 
@@ -104,8 +103,14 @@ def row_of(case: Row, method: str, runs: BySeed, baseline: BySeed) -> Row:
         "minus grpo": estimate(found.difference),
         "grpo": round(fmean(fmean(values) for values in passed(same_seeds).values()), 4),
         "p": round(found.p_value, 4),
-        "pass@4": {name: at_4(rows) for name, rows in (("method", runs), ("grpo", same_seeds))}
-        | {"before": round(first["test_before"]["pass@k"][MOST_SAMPLES]["mean"], 4)},
+        "pass@4": {
+            "before": round(first["test_before"]["pass@k"]["4"]["mean"], 4),
+            "grpo": at_4(same_seeds),
+            "method": at_4(runs),
+            "minus grpo": estimate(
+                compare(passed(runs, 4), passed(baseline, 4), keys, limits=(-1, 1)).difference
+            ),
+        },
         "tokens": {name: tokens(rows) for name, rows in (("method", runs), ("grpo", same_seeds))},
         "to grpo's end": cost(runs, same_seeds),
         "learning rate": first["settings"]["optimization.learning_rate"],
@@ -145,7 +150,7 @@ def num_correct(run: Row) -> list[int]:
 
 
 def at_4(runs: BySeed) -> float:
-    return round(fmean(fmean(values) for values in passed(runs, int(MOST_SAMPLES)).values()), 4)
+    return round(fmean(fmean(values) for values in passed(runs, 4).values()), 4)
 
 
 def tokens(runs: BySeed) -> float:
@@ -199,7 +204,9 @@ def measured_cases(rows: Sequence[Row]) -> list[Row]:
 def draw(rows: Sequence[Row]) -> None:
     """Draw the differences to GRPO with their intervals, cases by the teacher's lead."""
     shown = [row for row in rows if row["teacher"] is not None and row["method"] in LOOKS]
-    names = sorted({row["case"] for row in shown}, key=lambda name: -round(lead(shown, name), 2))
+    names = sorted(
+        dict.fromkeys(row["case"] for row in shown), key=lambda name: -round(lead(shown, name), 2)
+    )
     with matplotlib.style.context([*STYLE, SETTINGS]):
         figure = Figure(figsize=(COLUMN_INCHES, 0.44 * len(names) + 0.75), layout="constrained")
         axes = figure.subplots()
