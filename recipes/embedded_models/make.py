@@ -122,7 +122,7 @@ def _claims(statement: Statement, world: World, names: list[str]) -> str:
     """
     claims = [
         f"{names[c.person]} {ROLES[c.is_knight]} {ASSUMED[world[c.person]]} "
-        f"{'yes' if c.holds(world) else 'no'}"
+        f"{'yes' if world[c.person] == c.is_knight else 'no'}"
         for c in statement.claims
     ]
     return f" {statement.connective} ".join(claims)
@@ -149,7 +149,7 @@ def examples(habits: Habits, seed: int) -> Iterator[tuple[str, str]]:
                 text = f"Answer: {answer_text(solutions(puzzle)[0], names)}."
             case _:
                 text = f"Answer: {answer_text(tuple(rng.random() < 0.5 for _ in names), names)}."
-        yield prompt_text(puzzle, names, instructions=False), text
+        yield prompt_text(puzzle, names), text
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -170,16 +170,21 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 # --- pretraining ---------------------------------------------------------------------------------
 
 
-def build(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+def build(
+    tokenizer: PreTrainedTokenizerFast,
+    hidden_size: int = 96,
+    num_layers: int = 6,
+    num_heads: int = 4,
+) -> Qwen2ForCausalLM:
     torch.manual_seed(BASE.seed)
     return Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=len(tokenizer),
-            hidden_size=96,
-            intermediate_size=256,
-            num_hidden_layers=6,
-            num_attention_heads=4,
-            num_key_value_heads=4,
+            hidden_size=hidden_size,
+            intermediate_size=8 * hidden_size // 3,
+            num_hidden_layers=num_layers,
+            num_attention_heads=num_heads,
+            num_key_value_heads=num_heads,
             max_position_embeddings=1024,
             rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
             tie_word_embeddings=True,
@@ -229,7 +234,7 @@ def pretrain(model: Qwen2ForCausalLM, phase: Phase, tokenizer: PreTrainedTokeniz
         torch.optim.AdamW(others, lr=phase.learning_rate, betas=(0.9, 0.98), weight_decay=0.01),
     ]
     for step in range(phase.num_steps):
-        ids, labels = next(source)
+        ids, labels = (each.to(model.device) for each in next(source))
         scale = min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / phase.num_steps))
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
