@@ -139,10 +139,10 @@ def test_a_teacher_with_peers_trains(world: Path, tmp_path: Path, objective: str
 
 @pytest.mark.parametrize("objective", ["trrd", "kdrl", "rlsd", "distilled_rl", "opd", "topd"])
 def test_a_teacher_that_never_speaks(world: Path, tmp_path: Path, objective: str) -> None:
-    """The reward that a success must have is never reached: GRPO bit for bit (KDRL scores the
-    completions of advantage 0 too, which rounds differently), or no step at all where the teacher
-    is all that there is."""
-    silent = with_peers(world, tmp_path / "silent", {"type": objective}, success_reward=2.0)
+    """Its prompt of 4 tokens and 8 for the request has no room for a heading: GRPO bit for bit
+    (KDRL scores the completions of advantage 0 too, which rounds differently), or no step at all
+    where the teacher is all that there is."""
+    silent = with_peers(world, tmp_path / "silent", {"type": objective}, max_prompt_tokens=14)
     rows = metrics_of(silent)
     assert all(row["teacher/tokens/count"] == 0 == row["teacher/speaks/frac"] for row in rows)
     if objective in ("opd", "topd"):
