@@ -9,6 +9,7 @@ import torch
 
 from conformance_server import ConformanceServer
 from rlad.config.file import parse_config
+from rlad.config.teacher import PrivilegedTeacherConfig
 from rlad.models.loading import load_language_model
 from rlad.models.student import load_student
 from rlad.models.without_weights import load_tokenizer
@@ -45,9 +46,10 @@ def test_what_a_server_is_shown_fits_into_its_context(world: Path) -> None:
             metrics = teacher.pop_metrics()
     assert bool(values.isfinite().all())
     assert metrics["teacher/shortened/frac"] == 1 == metrics["teacher/privileged/frac"]
-    assert isinstance(teacher, PrivilegedTeacher)
+    settings = config.teacher
+    assert isinstance(settings, PrivilegedTeacherConfig) and settings.context is not None
     local = LocalTeacher(model, temperature=1.0, tokens_per_batch=100)
-    blocks = make_blocks(config.teacher.context, config.teacher, setting)
+    blocks = make_blocks(settings.context, settings, setting)
     other = PrivilegedTeacher(local, "{prompt}", encode=list, context=61, blocks=blocks)
     torch.testing.assert_close(values, other.logprobs([request])[0], atol=1e-4, rtol=0)
 
