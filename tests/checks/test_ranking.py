@@ -160,6 +160,22 @@ def test_a_configured_context_keeps_its_form(world: Path) -> None:
     assert by_context["1S"].ranking != plain[2].ranking  # another request at its end
 
 
+def test_a_context_shows_nothing_else_that_the_config_does(world: Path, tmp_path: Path) -> None:
+    """Not the reference solution, which "as configured" has."""
+    config = config_of(world, None)
+    rows = [json.loads(line) for line in (world / "path.jsonl").read_text().splitlines()]
+    path = tmp_path / "solved.jsonl"
+    path.write_text("".join(json.dumps(row | {"solution": "1 + 1"}) + "\n" for row in rows))
+    config["task"] |= {"path": str(path)}
+    shows = {"type": "privileged", "context": {"solution": True}, "teacher": config["teacher"]}
+    found = [
+        {one.context: one for one in rank_contexts(parse_config(table), NUM_PROBLEMS)}
+        for table in (config, config | {"teacher": shows})
+    ]
+    assert found[0].pop("as configured") != found[1].pop("as configured")
+    assert found[0] == found[1]
+
+
 def test_what_the_command_says(world: Path, tmp_path: Path) -> None:
     path = write_config(tmp_path / "run.toml", config_of(world, None))
     result = CliRunner().invoke(main, ["check", str(path), "--ranking", "3", "--json"])

@@ -73,6 +73,15 @@ def test_the_embedded_run_is_valid():
 # --- overrides ------------------------------------------------------------------------------------
 
 
+def test_a_setting_of_other_objectives_names_them() -> None:
+    """Not one of the same section that is spelled alike, such as teacher_enters."""
+    for objective in ("sdpo", "gkd", "opsd"):
+        (sentence,) = mistakes(f"objective={objective}", "objective.teacher_on=all")
+        assert sentence.startswith(
+            "objective.teacher_on is an unknown key: it belongs to objective.type = 'trrd', 'kdrl'"
+        )
+
+
 @pytest.mark.parametrize(
     ("patience", "every", "num_steps", "steps_per_batch", "is_refused"),
     [

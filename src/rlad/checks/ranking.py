@@ -99,7 +99,8 @@ def _teachers(
     if isinstance(settings, PrivilegedTeacherConfig):
         base = settings.model_dump() | {"template": "{prompt}", "context": None}
         own = settings.context or own
-    none = {"answer": False, "fields": (), "num_successes": 0, "num_failures": 0, "feedback": False}
+    none = dict.fromkeys(("answer", "solution", "feedback"), False)
+    none |= {"fields": (), "num_successes": 0, "num_failures": 0}
     for name, shown in CONTEXTS.items():
         context = own.model_copy(update=none | {"without_success": "silent"} | shown)
         one = PrivilegedTeacherConfig.model_validate(base)

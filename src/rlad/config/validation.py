@@ -125,7 +125,7 @@ def _hint(section: type[Section], where: str, key: str, keys: Sequence[str]) -> 
             if key in one.model_fields
         ]
         if of_types:
-            return f"it belongs to {where}.type = {' or '.join(map(repr, of_types))}"
+            return f"it belongs to {where}.type = {', '.join(map(repr, of_types))}"
     if near := nearest(name, keys):
         return near
     elsewhere = {
