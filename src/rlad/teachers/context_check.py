@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from rlad.config.context import ContextConfig
 from rlad.findings import Finding
 from rlad.tasks import Problem
+from rlad.tasks.base import SOLUTION
 from rlad.teachers.contexts import metadata_texts, reference_block
 
 
@@ -17,7 +18,9 @@ def check_context(
 ) -> Iterator[Finding]:
     """Say whether what it shall show is there; `rewards` are the least and the greatest of the
     task."""
-    kinds = ("skill", "answer", "solution", "feedback")
+    kinds = ["skill", "answer", "feedback"]
+    if any(SOLUTION in metadata_texts(problem) for problem in problems):
+        kinds.append("solution")
     shown = [name for name in kinds if getattr(settings, name)]
     yield from _check_rewards(settings, rewards)
     for name in settings.fields:
