@@ -52,6 +52,12 @@ def test_defaults_of_the_papers():
         "teacher_log_ratio_clip": 1.0,
         "ratio_level": "token",
         "dual_clip": None,
+        # SRPO's weights by role: off.
+        "evidence_weight": 0.0,
+        "weight_clip": 0.2,
+        "contrast_clip": 2.0,
+        "patch_pixels": 14,
+        "reasoning_template": "{prompt}",
     }
     assert (config.rollout.group_size, config.rollout.prompts_per_batch) == (8, 32)
     assert config.optimization.learning_rate == 1e-6
