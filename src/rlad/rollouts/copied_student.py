@@ -153,10 +153,10 @@ class CopiedStudent(Sampler):
         does not help.
         """
         difference, copy = self._difference(prompts, before_token)
-        if difference > self._tolerance:
+        if not difference <= self._tolerance:  # NaN too
             self._hand_over()
             difference, copy = self._difference(prompts, before_token)
-        if not difference <= self._tolerance:  # NaN too
+        if not difference <= self._tolerance:
             raise RunFailedError(
                 f"{copy} does not sample from the student's weights: after two hand-overs its "
                 f"log-probs differ from the trainer's by {difference:.2g} nats on average, and "
