@@ -6,15 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlad.tasks.answers import (
-    boxed_answer,
     evaluate_arithmetic,
     final_answer,
     first_line,
     marked_answer,
     normalised,
     without_cut_answer,
+    without_cut_ending,
     without_wrapping,
 )
+from rlad.tasks.boxes import boxed_answer
 from rlad.tasks.numbers import read_number
 
 
@@ -165,6 +166,24 @@ def test_an_answer_in_which_the_text_is_cut_off_is_left_out(cut_off, judged):
     assert without_cut_answer(cut_off) == judged
 
 
+@pytest.mark.parametrize(
+    ("cut_off", "answer"),
+    [
+        ("So she makes 18", ""),
+        ("So she makes 18.", ""),  # 18.5
+        ("9 * 2 = 18\nSo she mak", ""),
+        ("It is Paris.", "It is Paris."),
+        ("So it is 18\n", "So it is 18"),
+        ("Answer: 18", ""),
+        ("Answer: 18\nas 9 * 2", "18\nas 9 * 2"),
+        ("\\boxed{18} as 9 *", "18"),
+        ("<answer>18</answer> as 9", "18"),
+    ],
+)
+def test_of_a_text_that_is_cut_off_the_last_line_is_no_answer(cut_off, answer):
+    assert final_answer(without_cut_ending(cut_off)) == answer
+
+
 def test_what_is_left_of_a_cut_answer_is_none():
     left = without_cut_answer("Answer: 42 or\nAnswer: 4")
     assert (
@@ -219,7 +238,9 @@ def test_evaluate_arithmetic(expression, value, numbers):
     "expression",
     [
         "2 ** 3", "9**9**9**9", "7 // 2", "1 / 0", "1 +", "", "x", "True", "1.5", "'a' * 3",
-        "(1, 2)", "abs(1)", "1 if 1 else 2", "__import__('os')._exit(1)", "1 = 1", "1\x00",
+        "(1, 2)", "abs(1)",
+        "0x3 + 5", "3 + 5 # or 6", "1if 2else 3", "1_0 + 2",
+        "1 if 1 else 2", "__import__('os')._exit(1)", "1 = 1", "1\x00",
         "(" * 300, "-" * 499 + "1 +", "1+" * 300 + "1", "[1][0]", "lambda: 1",
     ],
 )  # fmt: skip

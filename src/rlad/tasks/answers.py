@@ -12,8 +12,12 @@ from collections import deque
 from collections.abc import Callable
 from fractions import Fraction
 
+from rlad.tasks.boxes import boxed_answer, in_braces, with_braces, with_context
+from rlad.tasks.denials import is_taken_back
+
 MAX_COMPLETION_CHARACTERS = 200_000
 _MAX_EXPRESSION_CHARACTERS = 500
+_ARITHMETIC = re.compile(r"[0-9+\-*/()\s]*")  # no comments, no 0x3
 
 IDLE_NAMES = frozenset(
     ("answer", "ans", "result", "total", "value", "sum", "solution", "final", "output", "number")
@@ -29,18 +33,14 @@ _ANSWER_MARKER = re.compile(
     re.IGNORECASE,
 )
 _CLOSING_MARKS = re.compile(r"(?:\s|}|</(?:b|i|em|strong)>|[*_`~]++(?=\s|$))+")
-_WHOLE = re.compile(r"\n|</?answer>|\\boxed\{|[^\W\d]\.[*_` ]*$")
+_WORD_AND_STOP = re.compile(r"[^\W\d]\.[*_` ]*$")
+_WHOLE = re.compile(rf"\n|</?answer>|\\boxed\{{|{_WORD_AND_STOP.pattern}")
+_CUT = "\N{HORIZONTAL ELLIPSIS}"
+"""in place of a last line that was cut off"""
 _MARKS = "*_`"
 _WRAPPED = re.compile(
     r"\\(?:text|textbf|textit|textrm|textsf|texttt|textnormal|mathrm|mathbf|mathit|mathsf|mathtt"
     r"|operatorname|mbox|hbox|emph|bf|rm)\s*\{([^{}\\]*)\}"
-)
-_LOOSE_BOX = re.compile(r"\\boxed\s+(?:\{|([^\s{}$\\]*[^\s{}$\\.,;]))")
-# What is directly around a box and changes what it says.
-_MINUS_BEFORE = re.compile("(?:^|[\\s$({=])[-\N{MINUS SIGN}\N{EN DASH}]\\$*$")
-_NOT_BEFORE = re.compile(r"(?:\b(?:not|never|cannot be|neither)|n't(?: be)?)\s*(?:\\[(\[])?[\s$]*$")
-_BOX_BEFORE = re.compile(
-    r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}[\s$]*(?:,|,?\s*\b(?:or|and)\b)[\s$]*$"
 )
 _CLOSING_SENTENCE = re.compile(r"I hope (?:it|this) is correct[.!]?$")
 # Each run of marks is tried once, from its beginning: no pattern goes back over what it has read.
@@ -120,6 +120,16 @@ def without_cut_answer(text: str) -> str:
     return text[: last.end()]
 
 
+def without_cut_ending(text: str) -> str:
+    """Cut from a text that the token limit cut off its last answer, if it ends in that, or its last
+    line, if no answer is marked: `so 18` may be the beginning of `so 180`."""
+    text = without_cut_answer(text)
+    if text.endswith("\n") or _WORD_AND_STOP.search(text) or decided_answer(text)[1]:
+        return text
+    before, newline, _ = text.rpartition("\n")
+    return before + newline + _CUT
+
+
 def _without_marks(text: str) -> str:
     """Take away marks around the whole text: `**2**`, `` `2` ``."""
     text = text.strip()
@@ -128,47 +138,6 @@ def _without_marks(text: str) -> str:
         if text == f"{mark}{inner}{mark}" and inner and mark[0] not in inner:
             return inner.strip()
     return text
-
-
-def boxed_answer(completion: str) -> str | None:
-    r"""Find the text in the braces of the last `\boxed{...}`; None when there is none, "" when it
-    is not closed."""
-    _, box, tail = _with_braces(completion[-MAX_COMPLETION_CHARACTERS:]).rpartition(r"\boxed{")
-    return _in_braces(tail)[0] if box else None
-
-
-def _with_braces(text: str) -> str:
-    r"""Write `\boxed {5}` and `\boxed 5` as `\boxed{5}`."""
-    return _LOOSE_BOX.sub(lambda m: f"\\boxed{{{m[1]}}}" if m[1] else r"\boxed{", text)
-
-
-def _in_braces(tail: str) -> tuple[str, str]:
-    """Find what comes before the brace that closes an open one, and after it; "" and "" where none
-    does."""
-    # Braces nest, \boxed{\frac{1}{2}}, so the end is where as many are closed as opened.
-    depth = 1
-    for end, character in enumerate(tail):
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return tail[:end].strip(), tail[end + 1 :]
-    return "", ""
-
-
-def _box_with_context(before: str, tail: str) -> str:
-    r"""Find what a box gives with what directly around it changes that: `-\boxed{5}`, `not
-    \boxed{5}`, `\boxed{5}^2`, `\boxed{5} or \boxed{6}`."""
-    found, after = _in_braces(tail)
-    found = _without_marks(found)
-    line = before[-200:].rpartition("\n")[2]
-    if not found:
-        return ""
-    if other := _BOX_BEFORE.search(line):
-        return f"{other[1]} or {found}"
-    if _MINUS_BEFORE.search(line):
-        return f"-{found}"
-    if _NOT_BEFORE.search(line):
-        return f"not {found}"
-    return f"({found}){after.partition(chr(10))[0]}" if after.startswith("^") else found
 
 
 def final_answer(completion: str) -> str:
@@ -183,7 +152,7 @@ def final_answer(completion: str) -> str:
 
 def decided_answer(completion: str) -> tuple[str, bool]:
     """Find the final answer, and whether it is marked as one."""
-    text = _with_braces(outside_thoughts(completion)[-MAX_COMPLETION_CHARACTERS:])
+    text = with_braces(outside_thoughts(completion)[-MAX_COMPLETION_CHARACTERS:])
     text = _CLOSING_SENTENCE.sub("", text.rstrip()).rstrip()
     tagged = _tagged_answer(text)
     if tagged is not None:
@@ -193,12 +162,15 @@ def decided_answer(completion: str) -> tuple[str, bool]:
     box_start = text.rfind(r"\boxed{")
     # An "Answer:" that nothing follows does not take back a box before it.
     if box_start >= 0 and (not marked or last is None or box_start > last.start()):
-        return _box_with_context(text[:box_start], text[box_start + len(r"\boxed{") :]), True
+        found, after = in_braces(text[box_start + len(r"\boxed{") :])
+        found = _without_marks(found)
+        return with_context(found, text[:box_start], after) if found else "", True
     if last is not None:
         return marked, True
     if tagged is not None:
         return tagged, True
-    return _without_marks(text.rstrip().rpartition("\n")[2]), False
+    line = _without_marks(text.rstrip().rpartition("\n")[2])
+    return line if line != _CUT else "", False
 
 
 def _after_hashes(answer: str) -> str:
@@ -210,23 +182,24 @@ def _after_hashes(answer: str) -> str:
 ANSWER_FORMATS: dict[str, Callable[[str], str]] = {
     "whole": str.strip,
     "gsm8k": _after_hashes,
-    "boxed": lambda answer: boxed_answer(answer) or "",
+    "boxed": lambda answer: boxed_answer(answer[-MAX_COMPLETION_CHARACTERS:]) or "",
     "last": final_answer,
 }
 """How a reference answer is found in the field that holds it: "" where it is not there"""
 
 
 def first_line(answer: str) -> str:
-    r"""Find the first line of a final answer, without the remarks that may follow; a formula that
-    begins with `$$`, `\[` or a fence is taken whole."""
+    r"""Find the first line of a final answer, without the remarks that may follow; "" where they
+    take it back. A formula that begins with `$$`, `\[` or a fence is taken whole."""
     text = answer.strip()
     for opening, closing in (("$$", "$$"), (r"\[", r"\]"), ("```", "```")):
         if text.startswith(opening):
             inner, closed, rest = text[len(opening) :].partition(closing)
             if opening == "$$" and "$$" in rest.partition("\n")[0]:
                 return text.partition("\n")[0].replace("$$", "$")  # $$5$$ or $$6$$
-            return (inner if closed else "").strip()
-    return text.partition("\n")[0].strip()
+            return (inner if closed and not is_taken_back(rest) else "").strip()
+    line, _, remarks = text.partition("\n")
+    return "" if is_taken_back(remarks) else line.strip()
 
 
 def normalised(text: str) -> str:
@@ -280,7 +253,7 @@ def evaluate_arithmetic(expression: str) -> tuple[Fraction, list[int]] | None:
 
     # Long and deeply nested texts can exhaust the parser's memory or stack.
     numbers: list[int] = []
-    if len(expression) > _MAX_EXPRESSION_CHARACTERS:
+    if len(expression) > _MAX_EXPRESSION_CHARACTERS or not _ARITHMETIC.fullmatch(expression):
         return None
     try:
         return value(ast.parse(expression.strip(), mode="eval").body), numbers

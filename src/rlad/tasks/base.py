@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 from rlad.errors import RunFailedError
 from rlad.models.pictures import Picture
-from rlad.tasks.answers import without_cut_answer
+from rlad.tasks.answers import without_cut_ending
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -127,7 +127,7 @@ class Task(Protocol):
 def judge_completion(task: Task, problem: Problem, text: str, *, is_truncated: bool) -> Judgement:
     """Grade what the sampler wrote; of a text that the token limit cut off, without an answer that
     it cuts."""
-    return task.judge(problem, without_cut_answer(text) if is_truncated else text)
+    return task.judge(problem, without_cut_ending(text) if is_truncated else text)
 
 
 def reward_range(task: Task) -> tuple[float, float]:

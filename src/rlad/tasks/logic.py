@@ -32,6 +32,7 @@ from rlad.tasks.base import (
     split_of,
     with_feedback,
 )
+from rlad.tasks.denials import is_taken_back
 
 NAMES = (
     "Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hana", "Ivy", "Jack", "Kim", "Leo",
@@ -181,20 +182,42 @@ _INSTRUCTIONS = {
 }
 """before a puzzle, by reward"""
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-_ROLE_OF = re.compile(r"\b(\w+) is an? (knight|knave)\b")
+# All that an answer may be made of: roles, words between them that change nothing, and the marks of
+# lists and LaTeX. In "Ada is a knight or a knave", or "if Ada is a knight", there are others.
+_PIECE = re.compile(
+    r"\b(?P<name>\w+)\s+is\s+an?\s+(?P<role>knight|knave)\b"
+    r"|\b(?:and|so|therefore|thus|hence|while|whereas|but|the|final|answer|solution|roles?|are|is"
+    r"|that|as|follows|we|have)\b"
+    r"|(?<!\w)[0-9]{1,2}[.)]|\\(?:boxed|text|textbf|mathrm)(?![a-z])|\\[\\()\[\],;! ]"
+    "|[\\s.,;:()\\[\\]{}$&'\"\N{BULLET}\N{LEFT DOUBLE QUOTATION MARK}"
+    "\N{RIGHT DOUBLE QUOTATION MARK}\N{EN DASH}\N{EM DASH}-]|!(?!\\w)"
+)
 _MARKDOWN = str.maketrans("", "", "*_`#")
 
 
 def parse_answer(completion: str) -> dict[str, bool] | None:
     """Read roles by lower-case name from the last `<answer>` tag, else after the last `Answer:`.
 
-    None when there is neither, when it names nobody, or when it gives one person both roles.
+    None when there is neither, when it names nobody, when it gives one person both roles, or when
+    it says more than roles: only lines of their own may follow, and none that takes them back.
     """
-    answer = marked_answer(completion) or ""
-    roles: dict[str, bool] = {}
+    answer = (marked_answer(completion) or "").translate(_MARKDOWN)
     # In lower case, as a pattern that ignores case takes "knıght" for a knight too.
-    for name, role in _ROLE_OF.findall(answer.translate(_MARKDOWN).lower()):
-        if roles.setdefault(name, role == "knight") != (role == "knight"):
+    text = "".join(letter.lower() if len(letter.lower()) == 1 else letter for letter in answer)
+    roles: dict[str, bool] = {}
+    at = end_of_roles = 0
+    while piece := _PIECE.match(text, at):
+        at = piece.end()
+        if piece["role"]:
+            end_of_roles = at
+            is_knight = piece["role"] == "knight"
+            if roles.setdefault(piece["name"], is_knight) != is_knight:
+                return None
+    if at < len(text):
+        _, _, remarks = answer[end_of_roles:].partition("\n")
+        # A line that begins in lower case continues the sentence of the roles.
+        is_remark = "\n" in text[end_of_roles:at] and not remarks.lstrip()[:1].islower()
+        if not is_remark or is_taken_back(remarks):
             return None
     return roles or None
 

@@ -21,11 +21,11 @@ from rlad.tasks.answer_kinds import (
     as_interval,
 )
 from rlad.tasks.answers import IDLE_NAMES
-from rlad.tasks.denials import is_denied, without_denied_values
+from rlad.tasks.denials import is_denied, is_struck, without_denied_values
 from rlad.tasks.formulas import Unreadable
 from rlad.tasks.measured_values import GROUPED, plain_text, read_value
 from rlad.tasks.notation import plain_notation
-from rlad.tasks.numbers import without_remarks
+from rlad.tasks.numbers import ELLIPSIS, without_remarks
 from rlad.tasks.quantities import same_quantity
 from rlad.tasks.separators import (
     ANGLES,
@@ -88,7 +88,7 @@ _FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
 
 def read_answer(text: str) -> Answer:
     """Read an answer, or what "... is" or a colon introduces in one."""
-    if len(text) > _MAX_CHARACTERS:
+    if len(text) > _MAX_CHARACTERS or is_struck(text) or ELLIPSIS.search(text):
         return NotRead(text)
     prepared = _prepared(text)
     written = " ".join(prepared.replace("\x02", " ").replace("\x03", " ").split())
@@ -130,7 +130,7 @@ def _prepared(text: str) -> str:
     text = re.sub(r"\\([lr])angle(?![A-Za-z])", lambda m: ANGLES[m[1]], text)
     text = _TYPED_TIMES.sub(r"\\times ", text)
     text = re.sub(r"^\x02([^\x02\x03]*)\x03$", r"\1", text.strip())
-    return text.strip().rstrip(".,;").strip() if not text.rstrip().endswith("...") else text
+    return text.strip().rstrip(".,;").strip()
 
 
 def _read(text: str) -> Answer:

@@ -32,7 +32,6 @@ from rlad.tasks.answers import final_answer, first_line
 from rlad.tasks.base import Judgement, cannot_judge, judged
 from rlad.tasks.math_answers import read_answer
 from rlad.tasks.notation import words
-from rlad.tasks.numbers import CHANGING_WORDS
 from rlad.tasks.quantities import (
     LONG_NAME,
     POINTS,
@@ -41,6 +40,7 @@ from rlad.tasks.quantities import (
     same_quantity,
     same_value,
 )
+from rlad.tasks.surroundings import CHANGING_WORDS
 from rlad.tasks.units import MULTIPLIERS
 
 _PLACEHOLDERS = frozenset(

@@ -10,7 +10,7 @@ from sympy import Rational
 
 from rlad.tasks.answer_kinds import MeasuredIn, Several, Value
 from rlad.tasks.formulas import Unreadable, product_of, read_formula
-from rlad.tasks.numbers import CHANGING_WORDS
+from rlad.tasks.surroundings import CHANGING_WORDS, changes_before, gives_another_words
 from rlad.tasks.units import MULTIPLIERS, UNITS, known_unit
 
 _NO_UNITS = CHANGING_WORDS | {"below", "above", "negative", "least", "most"}
@@ -144,6 +144,8 @@ def _typed_unit(value: str, unit: str, is_apart: bool) -> Value | None:
         return None
     is_power = is_known and unit.lower().split()[-1] in ("squared", "cubed")
     if _NO_UNITS & set(unit.lower().split()) and not is_power:
+        raise Unreadable(unit)
+    if (changes_before(unit) and not is_power) or gives_another_words(unit):
         raise Unreadable(unit)
     if first.lower() in ("a", "p", "am", "pm", "and", "or", "r", "to", "plus", "minus", "times"):
         raise Unreadable(unit)

@@ -77,7 +77,7 @@ _REPLACED = [
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
         (r"\\leqslant(?![A-Za-z])|\\leq(?![A-Za-z])", r"\\le"),
         (r"\\geqslant(?![A-Za-z])|\\geq(?![A-Za-z])", r"\\ge"),
-        (r"\\neq(?![A-Za-z])", r"\\ne"),
+        (r"\\neq(?![A-Za-z])|=/=|=\\=|/=(?!=)|<>", r"\\ne "),
         (r"\\varnothing(?![A-Za-z])", r"\\emptyset"),
         (r"\\[lr]vert(?![A-Za-z])|\\[lr]?Vert(?![A-Za-z])", "|"),
         (r"\\lbrace(?![A-Za-z])", r"\\{"),
@@ -99,6 +99,8 @@ _THOUSANDS = re.compile("[0-9]{1,3}(?:\x01[0-9]{3})+")
 
 def _in_ascii(match: re.Match[str]) -> str:
     letter = match[0]
+    if unicodedata.category(letter) == "Cf":
+        return ""  # marks of direction and joiners, which cannot be seen
     if (sign := _SIGNS.get(letter)) is not None:
         return sign
     digit = unicodedata.decimal(letter, None)

@@ -5,13 +5,20 @@ A fragment is never taken for the number: neither the last piece of `9:30`, `(3,
 """
 
 import re
-import unicodedata
 from dataclasses import dataclass, field
 from fractions import Fraction
 
 from rlad.tasks.answers import evaluate_arithmetic, without_wrapping
-from rlad.tasks.denials import is_denied, without_denied_values
+from rlad.tasks.denials import is_denied, is_struck, is_taken_back, without_denied_values
 from rlad.tasks.notation import plain_notation, words
+from rlad.tasks.surroundings import (
+    CHANGING_WORDS,
+    begins_before,
+    changes_before,
+    ends_behind,
+    gives_another_words,
+    words_of,
+)
 from rlad.tasks.units import MULTIPLIERS, UNITS, Unit, known_unit
 from rlad.tasks.written_numbers import NUMBER, value_of
 
@@ -53,6 +60,7 @@ _EMPHASIS = re.compile(r"(?<![\w*)])(\*{1,3}|_{1,3}|`+)(?=\S)([^*_`]+)(?<=\S)\1(
 _PER = re.compile(r"(?<=[0-9])\s?/\s?(?=[A-Za-z]{3})")
 _POWER_OF_UNIT = re.compile(r"(?<=[0-9 ])([A-Za-z]{1,3})\s?\^\s?\{?\s?([23])\s?\}?(?![\w^])")
 _SLASHES = re.compile(r"[0-9]+(?:\s?/\s?[0-9]+){2,}")
+ELLIPSIS = re.compile(r"[0-9]?\.[0-9]+\s*(?:\.{2,}|\N{HORIZONTAL ELLIPSIS}|\\[lc]?dots)")
 _UNEQUAL = re.compile(r"(?:\\ne(?![A-Za-z])|!=)[^,;]*+")
 _REMARK = re.compile(r"(?<=[^\s(])\s\((?!\s*mod)(?=\s*[A-Za-z]{2})([^()]*)\)")
 _CURRENCY = r"(?:\\?\$|[\N{EURO SIGN}\N{POUND SIGN}\N{YEN SIGN}\N{INDIAN RUPEE SIGN}\N{CENT SIGN}])"
@@ -78,28 +86,11 @@ _LEADING_DASH = re.compile(
     "\N{SUPERSCRIPT MINUS}]"
     r"(?=\\?\$?\s?\.?[0-9])"
 )
-_WORD = re.compile(r"[^\W\d_]+(?:[-'.][^\W\d_]+)*\.?")
-# What makes another number of the one beside it.
-CHANGING_WORDS = frozenset(
-    words(
-        "sqrt root pi squared cubed factorial mod modulo base half halves third thirds "
-        "quarter quarters fourth fourths fifth fifths sixth sixths seventh sevenths eighth "
-        "eighths ninth ninths tenth tenths hundredth hundredths thousandth thousandths times "
-        "plus minus over power divided multiplied point remainder r am pm a.m a.m. p.m p.m. "
-        "o'clock log ln sin cos tan exp"
-    )
-)
-_CHANGING_AFTER = CHANGING_WORDS | {"negative", "below"}
-_CHANGING_BEFORE = frozenset(
-    words(
-        "sqrt root half third quarter twice double triple times plus over power mod modulo "
-        "base point log ln sin cos tan exp factorial pi version room"
-    )
-)
 # What changes an answer although it is in brackets after it.
 _TELLING_WORDS = frozenset(
     words("or and to negative minus not wrong incorrect false except bc ad bce ce remainder below")
 )
+_REFUSALS = frozenset(words("rejected extraneous invalid impossible fails maybe perhaps possibly"))
 _NEGATING_WORDS = ("minus", "negative")
 _ALTERNATIVE = re.compile(r"\bout of\b|\bor\b|\bto\b|\band\b|\bbetween\b", re.IGNORECASE)
 _UNIT_AFTER = re.compile(
@@ -135,9 +126,7 @@ _SENTENCE_END = re.compile(r"(?<!\.\w)[.!]\s+(?=[A-Z])")
 _IDLE_COUNTED = frozenset(
     words("more total in of each left a an the per all together altogether other for is are and")
 )
-_ORDINAL = re.compile(r"(?:st|nd|rd|th)(?![\w-])")
 _SHAPE_SIGNS = frozenset("()[]{},;:/-\N{EN DASH}\\")
-_PUNCTUATION = frozenset(" \t\"'()[]{}*_`#,.;:~|%\N{EM DASH}\N{EN DASH}")
 
 
 def read_number(text: str, *, is_marked: bool = True) -> Reading:
@@ -147,11 +136,13 @@ def read_number(text: str, *, is_marked: bool = True) -> Reading:
     None where there is no digit. Of several numbers in a text that is marked as the answer none is
     it; a text that is not is prose, whose last number counts. 10% is 10.
     """
-    if is_marked and len(text) > _MAX_LINE_CHARACTERS:
+    if (is_marked and len(text) > _MAX_LINE_CHARACTERS) or is_struck(text):
         return Unreadable()
     line = _LEADING_DASH.sub("-", text[-_MAX_LINE_CHARACTERS:]).replace("{-}", "-")
     line = without_denied_values(plain_notation(without_wrapping(line)))
     if is_denied(line, is_marked=is_marked):
+        return Unreadable()
+    if ELLIPSIS.search(line):
         return Unreadable()
     line = _with_units_spelt(_UNEQUAL.sub(" ", line))
     line = _EMPHASIS.sub(r"\2", without_remarks(line)).strip().rstrip(".")
@@ -180,11 +171,14 @@ def without_remarks(text: str) -> str:
 
     def kept(match: re.Match[str]) -> str:
         inner = match[1].strip()
-        found = [word.casefold() for word in _WORD.findall(inner)]
+        found = [word.casefold() for word in words_of(inner)]
         unit = inner.removeprefix("in ")
         is_telling = known_unit(unit) is not None or bool(
             set(found) & (CHANGING_WORDS | _TELLING_WORDS)
             or {word.removesuffix("s") for word in found} & MULTIPLIERS.keys()
+            or changes_before(inner)
+            or (gives_another_words(inner) and len(found) > 1)
+            or gives_another_words(inner) & _REFUSALS
         )
         return f" {unit} " if is_telling else " "
 
@@ -243,7 +237,7 @@ def _read(part: str, is_marked: bool) -> Reading:
     if len(numbers) > _MAX_NUMBERS:
         return Unreadable()
     if len(numbers) == 1 or not (shape := _shape(part, numbers)):
-        amounts = [_amount(part, numbers, i) for i in range(len(numbers))]
+        amounts = [_amount(part, numbers, i, is_marked) for i in range(len(numbers))]
         if not amounts:
             return Unreadable()
         if len(amounts) > 1 and not is_marked:
@@ -264,13 +258,17 @@ def _shape(part: str, numbers: list[re.Match[str]]) -> str:
     return shape if is_shape and "##" not in shape else ""
 
 
-def _amount(part: str, numbers: list[re.Match[str]], index: int) -> Amount | Unreadable:
+def _amount(
+    part: str, numbers: list[re.Match[str]], index: int, is_marked: bool
+) -> Amount | Unreadable:
     """Read one number with what is around it, up to its neighbours."""
     number = numbers[index]
     start = numbers[index - 1].end() if index else 0
     end = numbers[index + 1].start() if index + 1 < len(numbers) else len(part)
     before, after = part[start : number.start()], part[number.end() : end]
-    after = _SENTENCE_END.split(after)[0]
+    after, *remarks = _SENTENCE_END.split(after, maxsplit=1)
+    if remarks and is_taken_back(remarks[0]):
+        return Unreadable()
     if _BOUND_BEFORE.search(before):
         return Unreadable()
     before, money, name = before.rpartition("\x02")
@@ -278,23 +276,24 @@ def _amount(part: str, numbers: list[re.Match[str]], index: int) -> Amount | Unr
     if not money:
         before = name
     value = value_of(number)
-    words_before = [word.casefold() for word in _WORD.findall(before)]
+    words_before = [word.casefold() for word in words_of(before)]
     if _BOUND_AFTER.match(after) or _DATE_AFTER.match(after) or _DATE_BEFORE.search(before):
         return Unreadable()
-    is_whole = not (_begins_before(before, words_before) or _ends_behind(after))
-    if value is None or not is_whole or _is_in_list(before, after):
+    is_whole = not (begins_before(before) or ends_behind(after, is_marked=is_marked))
+    is_primed = after.startswith("'") and not before.endswith("'")
+    if value is None or not is_whole or is_primed or _is_in_list(before, after):
         return Unreadable()
     if words_before and words_before[-1] in _NEGATING_WORDS:
         value = -value
-    for word in _WORD.findall(after)[:2]:
+    for word in words_of(after)[:2]:
         value *= _multiplier(word.casefold()) or 1
     if unit is None and "%" in after[:2]:
         unit = UNITS["%"]
     unit = _unit_after(after, unit)
-    found = [word.casefold() for word in _WORD.findall(after)[:3]]
-    counted = [word for word in found if word not in _IDLE_COUNTED and not _multiplier(word)]
+    found = [word for word in words_of(after)[:3] if not _multiplier(word.casefold())]
+    counted = [word for word in found if word.casefold() not in _IDLE_COUNTED]
     is_counted = unit is None and not any(map(known_unit, counted))
-    return Amount(value, unit, counted[0] if counted and is_counted else "")
+    return Amount(value, unit, counted[0].casefold() if counted and is_counted else "")
 
 
 def _multiplier(word: str) -> int | None:
@@ -324,37 +323,6 @@ def _unit_after(after: str, unit: Unit | None) -> Unit | None:
     return kind, unit[1] / size
 
 
-def _begins_before(before: str, words_before: list[str]) -> bool:
-    """Say whether the text before a number belongs to it: x3, 2^3, 1.2.3, x < 3, 1 + 3, half of
-    3."""
-    last = before[-1:]
-    if last.isalnum() or last in tuple("_^.\\/") or re.search(r"[A-Za-z][-.]$", before):
-        return True
-    if re.search(r"\\[A-Za-z]", before) or set(words_before[-3:]) & _CHANGING_BEFORE:
-        return True
-    sign = before.rstrip(" ([{*_`\"'")
-    if before and unicodedata.category(before[-1]) == "Pd" and before[-1] != "-":
-        return True
-    return sign[-1:] in tuple("+*/^<>|\\") or bool(re.search(r"(?<![-\s])-$|[\w)] -$", sign))
-
-
-def _ends_behind(after: str) -> bool:
-    """Say whether the text after a number belongs to it: 3x, 3!, 3^2, 3 + 1, 3 and a half."""
-    if after[:1] in tuple("_^!?/\\+<>") or re.match(r"[-'][^\W_]", after):
-        return True
-    attached = re.match(r"[^\W\d_]+", after)
-    if attached and _ORDINAL.match(after) is None and known_unit(attached[0]) is None:
-        return True
-    rest = after[attached.end() if attached else 0 :]
-    if not set(_WORD.sub("", rest).replace("/", "")) <= _PUNCTUATION | set("-\n"):
-        return True
-    if re.match(r"\s*[-*/|]", rest) or re.search(r"[*|]", rest):
-        return True
-    found = [word.casefold() for word in _WORD.findall(after)]
-    is_variable = bool(found) and len(found[0]) == 1 and known_unit(found[0]) is None
-    return bool(set(found[:3]) & _CHANGING_AFTER) or (is_variable and found[0] != "a")
-
-
 def _is_in_list(before: str, after: str) -> bool:
     """Say whether a number is a coordinate, as in (x, 5)."""
     opened = max(before.rfind(bracket) for bracket in "([{")
@@ -365,7 +333,7 @@ def _is_in_list(before: str, after: str) -> bool:
 
 
 def _has_word(text: str) -> bool:
-    return any(len(word) > 1 for word in _WORD.findall(text))
+    return any(len(word) > 1 for word in words_of(text))
 
 
 def _is_bare(part: str) -> bool:

@@ -2,6 +2,8 @@
 
 from fractions import Fraction
 
+from rlad.tasks.notation import words
+
 Unit = tuple[str, Fraction]
 """What is measured, and how much of its first unit one is"""
 
@@ -52,6 +54,13 @@ _TABLE = {
     "rupees": {"1": "\N{INDIAN RUPEE SIGN} inr rupee rupees rs"},
     "percent": {"1": "% percent pct percentage"},
     "degrees": {"1": "\N{DEGREE SIGN} deg degree degrees"},
+    "force": {"1": "N newton newtons", "1000": "kn kilonewton kilonewtons"},
+    "energy": {"1": "J joule joules", "1000": "kj kilojoule kilojoules"},
+    "electric power": {"1": "W watt watts", "1000": "kw kilowatt kilowatts"},
+    "voltage": {"1": "V volt volts"},
+    "temperature": {"1": "K kelvin kelvins"},
+    "pressure": {"1": "pa pascal pascals", "1000": "kpa"},
+    "frequency": {"1": "hz hertz", "1000": "khz"},
     "radians": {"1": "rad radian radians"},
     "degrees Celsius": {"1": "celsius \N{DEGREE SIGN}c"},
     "degrees Fahrenheit": {"1": "fahrenheit \N{DEGREE SIGN}f"},
@@ -60,7 +69,7 @@ UNITS: dict[str, Unit] = {
     name: (dimension, Fraction(factor))
     for dimension, sizes in _TABLE.items()
     for factor, names in sizes.items()
-    for name in names.split()
+    for name in words(names)
 }
 MULTIPLIERS = {
     "dozen": 12,
@@ -77,10 +86,19 @@ MULTIPLIERS = {
     "mrd": 10**9,
     "trillion": 10**12,
 }
+LARGE_NUMBERS = frozenset(
+    words(
+        "quadrillion quintillion sextillion septillion octillion nonillion decillion googol myriad "
+        "mill mil bln tn trn bil grand score gross"
+    )
+)
+"""Words for numbers that are not read"""
 
 
 def known_unit(text: str) -> Unit | None:
     """Look a unit up by one of its names."""
     name = text.strip(" .")
-    # A million is no metre: letters alone are written in one way only.
+    # A million is no metre, and a megagram no milligram.
+    if len(name) == 2 and name[0] == "M" and name.casefold() in ("mg", "mm", "ml", "ms"):
+        return None
     return UNITS.get(name if len(name) == 1 and name != "L" else name.casefold())

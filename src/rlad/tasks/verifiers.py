@@ -117,8 +117,24 @@ def exact(completion: str, answer: str) -> Judgement:
     if not wanted:
         return cannot_judge("the answer is empty")
     found, _ = decided_answer(completion)
-    parts = (found, found.partition("\n\n")[0], first_line(found))
-    return judged(any(normalised(without_wrapping(part)) == wanted for part in parts))
+    first = first_line(found)
+    parts = (found, found.partition("\n\n")[0] if first else "", first)
+    is_same = any(normalised(without_wrapping(part)) == wanted for part in parts)
+    return judged(is_same and _has_marks_of(answer, completion, found))
+
+
+def _has_marks_of(answer: str, completion: str, found: str) -> bool:
+    """Say whether what was found has the marks of a reference such as `__init__` or `#include`,
+    which are no markdown."""
+    wanted = " ".join(without_wrapping(answer).casefold().split())
+    for mark in ("**", "`"):
+        wanted = wanted.removeprefix(mark).removesuffix(mark) if wanted.endswith(mark) else wanted
+    if all(wanted.count(mark) <= normalised(wanted).count(mark) for mark in "*_`#"):
+        return True
+    start = max(0, completion.rfind(found) - 3)
+    around = " ".join(completion[start : start + len(found) + 6].casefold().split())
+    ends = re.escape(wanted[0]), re.escape(wanted[-1])
+    return bool(re.search(rf"(?<!{ends[0]}){re.escape(wanted)}(?!{ends[1]})", around))
 
 
 def number(completion: str, answer: str) -> Judgement:

@@ -85,7 +85,8 @@ def _read_calendar(bare: str) -> Answer | None:
 def _has_base(digits: str, base: str) -> bool:
     # A_{1} is a variable.
     is_number = digits[0].isdigit() or (len(digits) > 1 and int(base) > 10)
-    if is_number and not 2 <= int(base) <= 36:
+    has_digits = 2 <= int(base) <= 36 and all(int(d, 36) < int(base) for d in digits if d != " ")
+    if is_number and not has_digits:
         raise Unreadable(digits)
     return is_number
 

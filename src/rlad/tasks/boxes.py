@@ -1,0 +1,167 @@
+r"""The answer in a `\boxed{...}`, with what is around the box where that makes another one of it:
+`-\boxed{5}`, `2\boxed{5}`, `\boxed{5} million`, `6 or \boxed{5}`."""
+
+import re
+
+from rlad.tasks.denials import is_refused_after, is_refused_before, is_taken_back
+from rlad.tasks.units import LARGE_NUMBERS, MULTIPLIERS
+
+_MAX_CHARACTERS_AROUND = 300
+_LOOSE_BOX = re.compile(r"\\boxed\s+(?:\{|([^\s{}$\\]*[^\s{}$\\.,;]))")
+_IDLE_COMMANDS = re.compile(
+    r"\\(?:[,;:! ]|(?:displaystyle|textstyle|therefore|q?quad|[lL]arge|LARGE|[hH]uge|bf|rm)"
+    r"(?![A-Za-z]))|~"
+)
+# What comes before a box begins behind the last of these.
+_LEFT_END = re.compile(
+    r"(?<![<>!\\:/=])=+(?![<>/=])|[-=]+>|&|\\\\|[.!?;]\s|(?<![0-9]\s):\s|(?<![0-9\s]):"
+    r"|\\(?:approx|simeq|implies|to|iff|(?:[lL]ong)?[rR]ightarrow)(?![A-Za-z])|\\begin\{\w+\*?\}"
+    r"|^\s*(?:[-*+\N{BULLET}#]+|[0-9]+[.)])\s|\b(?:answer|result|solution)\s+[-\N{EN DASH}]\s"
+    "|[\N{RIGHTWARDS ARROW}\N{RIGHTWARDS DOUBLE ARROW}\N{THEREFORE}\N{ALMOST EQUAL TO}\N{EM DASH}]",
+    re.IGNORECASE,
+)
+_FORMULA_BEGINS = re.compile(r"\$+|\\[(\[]")
+_FORMULA_ENDS = re.compile(r"\$|\\[)\]]")
+_RIGHT_END = re.compile(r"[.!;](?![0-9])|\N{EM DASH}")
+# Groups and commands around a box that only set it.
+_SET = re.compile(
+    r"(?:\\(?:text\w*|math(?:bf|rm|sf|it)|boldsymbol|underline|(?:text)?color\s*\{\w+\})\s*"
+    r"|(?<![^\s$=]))\{\s*$"
+)
+_MARKS_BEFORE = re.compile(
+    r"(?<!\S)[*_`\"'(}\N{LEFT DOUBLE QUOTATION MARK}\N{EURO SIGN}\N{POUND SIGN}]+$"
+)
+_WORD_BEFORE = re.compile(r"(?<![\\\w])[^\W\d_]{2,}[\"')*_`,]*\s*$")
+_MINUS = re.compile("\\s*[-\N{MINUS SIGN}\N{EN DASH}]\\s*")
+_OTHER_BEFORE = re.compile(
+    r"(\S+?),?\s+or\s+(?:(?:maybe|perhaps|possibly|else|rather)\s+)?$", re.IGNORECASE
+)
+_BOX_BEFORE = re.compile(
+    r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}[\s$]*"
+    r"(?:,|[-\N{EN DASH}]|,?\s*\b(?:or|and|to)\b(?:\s+\w+)?)[\s$]*$"
+)
+_CHANGING_BEFORE = re.compile(
+    r"\b(?:negative|minus|plus|times|over|twice|thrice|double|triple|(?:square|cube)?\s*root"
+    r"|(?:half|third|quarter|root|square|cube|opposite|reciprocal|inverse|negative|multiple|factor"
+    r"|power|logarithm|twice|double|triple|percent) of|(?:hundred|thousand|million|[a-z]+ty) and)"
+    r"\s*$",
+    re.IGNORECASE,
+)
+_SET_TEXT = re.compile(r"\\(?:text\w*|mbox|math(?:rm|sf|bf|it))\s*\{([^{}]*)\}")
+_IDLE_IN_FORMULA = re.compile(
+    r"(?:[\s.,;:})\]]|\\\\|\\?%|\^\s*\{?\s*\\circ\s*\}?|\\(?:blacksquare|square|qed|checkmark)(?![A-Za-z])"
+    r"|\\tag\s*\{[^{}]*\}|\\end\s*\{[^{}]*\}"
+    r"|\\(?:text\w*|mbox|math(?:rm|sf|bf|it))\s*\{[^{}]*\}(?:\s*\^\s*\{?[23]\}?)?)*"
+)
+_ATTACHED = re.compile(
+    r"[.:]?[0-9]|[A-Za-z(]|-[0-9A-Za-z]|\s*(?:[\^_+*=>?]|<(?!/)|/\s*[0-9(\\]"
+    r"|\\(?:times|cdot|div|pm|le|ge|ne|cup|cap|sqrt|frac|pi)(?![A-Za-z]))"
+)
+_CONTINUED = re.compile(
+    r"\s*(?:[,;]\s*\$?-?[0-9]|[-\N{EN DASH}]\s?\$?[0-9]|(?:or|to|out of)\b|and\s+\$?[0-9]|and an?\b"
+    r"|(?:squared|cubed|factorial|choose|recurring|repeating|"
+    + "|".join(f"{word}s?" for word in (*MULTIPLIERS, *LARGE_NUMBERS))
+    + r")\b|(?:times|plus|minus|over|(?:less|more|fewer|greater) than)\s+\$?(?:[0-9]|[a-z]\b))",
+    re.IGNORECASE,
+)
+
+
+def boxed_answer(completion: str) -> str | None:
+    r"""Find the text in the braces of the last `\boxed{...}`; None when there is none, "" when it
+    is not closed."""
+    _, box, tail = with_braces(completion).rpartition(r"\boxed{")
+    return in_braces(tail)[0] if box else None
+
+
+def with_braces(text: str) -> str:
+    r"""Write `\boxed {5}` and `\boxed 5` as `\boxed{5}`."""
+    return _LOOSE_BOX.sub(lambda m: f"\\boxed{{{m[1]}}}" if m[1] else r"\boxed{", text)
+
+
+def in_braces(tail: str) -> tuple[str, str]:
+    """Find what comes before the brace that closes an open one, and after it; "" and "" where none
+    does."""
+    # Braces nest, \boxed{\frac{1}{2}}, so the end is where as many are closed as opened.
+    depth = 1
+    for end, character in enumerate(tail):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return tail[:end].strip(), tail[end + 1 :]
+    return "", ""
+
+
+def with_context(found: str, before: str, after: str) -> str:
+    r"""Return what a box holds, with what around it changes it; with the box itself where that is
+    no number or text that could be read."""
+    if is_taken_back(after.partition("\n")[2][:_MAX_CHARACTERS_AROUND]):
+        return ""
+    said, left = _before(before[-_MAX_CHARACTERS_AROUND:])
+    right = after.partition("\n")[0][:_MAX_CHARACTERS_AROUND]
+    if other := _BOX_BEFORE.search(said):
+        return f"{other[1]} or {found}"
+    while group := _SET.search(left):
+        left = left[: group.start()]
+        right = right.lstrip().removeprefix("}")
+    sign = _sign_before(left, found)
+    if sign is None:
+        return f"{left}\\boxed{{{found}}}{right}"
+    words = re.sub(r"[\s$*_`({}]+|\\[(\[]|\\text\w*", " ", said)
+    if is_refused_before(words) or is_refused_after(right):
+        return f"not {found}"
+    if other := _OTHER_BEFORE.search(words):
+        return f"{other[1]} or {found}"
+    if changing := _CHANGING_BEFORE.search(words):
+        return f"{changing[0].strip()} {found}"
+    more = _continuation(right, _is_in_formula(before, right))
+    # (1/2)^2 is not 1/2^2.
+    return f"{sign}({found}){more}" if more.startswith("^") else f"{sign}{found}{more}"
+
+
+def _before(text: str) -> tuple[str, str]:
+    """Find the sentence before a box, and the part of it in the same line and side of an
+    equation."""
+    start, _, line = text.rpartition("\n")
+    start = start.rstrip(" \t")
+    if start.endswith(("$$", r"\[")):
+        line = f"$ {line}"  # a dash is a minus there, and no mark of a list
+    line = _IDLE_COMMANDS.sub(" ", line.replace("\\$", " "))
+    said = line if line.strip(" $*_`") else f"{start.rpartition(chr(10))[2]} {line}"
+    ends = [match.end() for match in _LEFT_END.finditer(line)]
+    return said, line[ends[-1] :] if ends else line
+
+
+def _is_in_formula(before: str, right: str) -> bool:
+    """Say whether a box is within a formula, and not after the price of something."""
+    text = before[-_MAX_CHARACTERS_AROUND:].replace("$$", "$").replace("\\$", "")
+    line = text.rpartition("\n")[2]
+    is_open = any(line.rfind(f"\\{a}") > line.rfind(f"\\{b}") for a, b in ("()", "[]"))
+    return is_open or (line.count("$") % 2 == 1 and "$" in right)
+
+
+def _sign_before(left: str, found: str) -> str | None:
+    """Return "" where a box is apart from what is before it, "-" after a minus, else None."""
+    begins = list(_FORMULA_BEGINS.finditer(left))
+    inside = left[begins[-1].end() :] if begins else left
+    outside = left[: begins[-1].start()] if begins else ""
+    if begins and not inside.strip():
+        inside = outside if not outside[-1:].isspace() or outside.strip()[-1:] in "+-*/^<>" else ""
+    bare = _MARKS_BEFORE.sub("", inside.rstrip())
+    if _MINUS.fullmatch(bare):
+        return "-"
+    is_apart = not bare.strip() or _WORD_BEFORE.search(bare) or bare.endswith(f" {found}")
+    return "" if is_apart else None
+
+
+def _continuation(right: str, is_in_formula: bool) -> str:
+    """Return what after a box belongs to it: `^2`, `\\times 10^3`, ` million`, ` or 6`."""
+    right = _IDLE_COMMANDS.sub(" ", right)
+    said = _SET_TEXT.sub(r" \1 ", right)
+    if _CONTINUED.match(said.lstrip(" $)]*_`\"'\\")):
+        return _RIGHT_END.split(said)[0]
+    formula, *_ = _FORMULA_ENDS.split(right)
+    formula, *_ = re.split(r"\\(?:approx|iff|implies)(?![A-Za-z])", formula)
+    if is_in_formula:
+        return "" if _IDLE_IN_FORMULA.fullmatch(formula) else formula
+    prose = _RIGHT_END.split(right)[0]
+    is_attached = _ATTACHED.match(re.sub(r"^[*_`]+(?!\w)", "", prose))
+    return prose if is_attached else ""

@@ -1,0 +1,158 @@
+"""What around a number makes something else of it: signs (`x_5`, `f(5)`, `5!`), and words
+(`half of 5`, `5 does not work`, `5 or six`)."""
+
+import re
+import unicodedata
+
+from rlad.tasks.denials import is_refused_after
+from rlad.tasks.notation import words
+from rlad.tasks.units import LARGE_NUMBERS, MULTIPLIERS, known_unit
+
+_WORD = re.compile(r"[^\W\d_]+(?:[-'.][^\W\d_]+)*\.?")
+# What makes another number of the one beside it.
+CHANGING_WORDS = frozenset(
+    words(
+        "sqrt root pi squared cubed factorial mod modulo base half halves third thirds "
+        "quarter quarters fourth fourths fifth fifths sixth sixths seventh sevenths eighth "
+        "eighths ninth ninths tenth tenths hundredth hundredths thousandth thousandths times "
+        "plus minus over power divided multiplied point remainder r am pm a.m a.m. p.m p.m. "
+        "o'clock log ln sin cos tan exp recurring repeating repeated choose"
+    )
+) | set(LARGE_NUMBERS)
+_CHANGING_AFTER = CHANGING_WORDS | {"negative", "below"}
+_NUMBER_WORDS = frozenset(
+    words(
+        "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+        "sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety"
+    )
+)
+# Of prose these are the last word, or the last but one, before a number.
+_CHANGING_BEFORE = frozenset(
+    words(
+        "sqrt root half third quarter twice double triple thrice quadruple times over power mod "
+        "modulo base point log ln sin cos tan exp factorial pi version room than"
+    )
+)
+# After these and "of" comes a part of something, or what it was made from.
+_CHANGING_BEFORE_OF = frozenset(
+    words(
+        "half third quarter fifth tenth root square cube opposite reciprocal inverse negative "
+        "negation complement conjugate multiple multiples factor factors divisor divisors power "
+        "powers log logarithm twice thrice double triple percent percentage fraction successor "
+        "predecessor digit digits base modulus floor ceiling out instead most"
+    )
+)
+_JOINING = frozenset(words("and or nor without within before after past until except versus vs"))
+# What a marked answer with one number never says, because it gives another one or none.
+_ANOTHER = (
+    frozenset(
+        words(
+            "or but unless if wait scratch sorry actually hmm rejected extraneous invalid fails "
+            "too impossible nope rather alternatively maybe perhaps possibly"
+        )
+    )
+    | _NUMBER_WORDS
+)
+_NO = re.compile(r"\bno\b(?! (?:more|less|change|tax|units?)\b)", re.IGNORECASE)
+# Verbs and prepositions of which a number is the subject, or the first part.
+_VERBS = frozenset(
+    words(
+        "does do did has have had can could will would should must may might cannot seems looks "
+        "if unless when whenever where from into by to until till before after past under above "
+        "short less fewer minus pick permute"
+    )
+)
+_IS_THE_ANSWER = re.compile(
+    r"\W*(?:is|was)\s+(?:(?:the|my|our|its|his|her|what|exactly)\s+)?(?:(?:final|correct|right|only|exact"
+    r"|total|smallest|largest|minimum|maximum|least|greatest|required|desired)\s+)*(?:answer|result"
+    r"|solution|value|number|total|sum|amount|one|correct|right|left|needed|required|remaining"
+    r"|integer|count)\b",
+    re.IGNORECASE,
+)
+_THAN = re.compile(r"\W*(?:less|more|fewer|greater|smaller|larger)\s+than\s+(?![A-Z][a-z])")
+# The only signs that may be between the last word before a number and the number.
+_IDLE_SIGNS = re.compile(
+    r"(?:[\s.,:;'\"(\[{}\])#~%&\N{EM DASH}\N{EN DASH}\N{BULLET}]|(?<!\S)[*_`]+|!(?=\s)"
+    r"|(?<![^\s(])[A-Ea-eI](?=[).:\s]))*"
+)
+_ORDINAL = re.compile(r"(?:st|nd|rd|th)(?![\w-])")
+_PUNCTUATION = frozenset(" \t\"'()[]{}*_`#,.;:~|%\N{EM DASH}\N{EN DASH}")
+_LAST_WORD = re.compile(r"[^\W\d_]{2,}(?!.*[^\W\d_]{2})", re.DOTALL)
+
+
+def words_of(text: str) -> list[str]:
+    """List the words of a text as they are written."""
+    return _WORD.findall(text)
+
+
+def begins_before(before: str) -> bool:
+    """Say whether the text before a number belongs to it: x3, 2^3, 1.2.3, x < 3, 1 + 3, half of
+    3."""
+    if before[-1:].isalnum() or re.search(r"[A-Za-z][-.]$|\\[A-Za-z]", before):
+        return True
+    last = _LAST_WORD.search(before)
+    tail = before[last.end() :] if last else before
+    if not _are_idle_signs(tail):
+        return True
+    # "(" is a function's after a letter, and a comma a list's.
+    if last and re.match(r"[(\[{_*]", tail):
+        return True
+    if before and unicodedata.category(before[-1]) == "Pd":
+        return True
+    found = [word.casefold() for word in words_of(before)[-3:]]
+    is_of = found[-1:] == ["of"]
+    if set(found) & _CHANGING_BEFORE or (is_of and set(found) & _CHANGING_BEFORE_OF):
+        return True
+    if not found or "(" in tail:
+        return False
+    is_number_word = found[-1] in MULTIPLIERS or found[-1] in _NUMBER_WORDS
+    is_joined = found[-1] in _JOINING and found != ["and"]  # 5 and 5
+    return is_joined or is_number_word
+
+
+def _are_idle_signs(tail: str) -> bool:
+    rest = tail[_IDLE_SIGNS.match(tail).end() :] if tail else ""  # pyright: ignore
+    return all(unicodedata.category(sign) == "So" or sign.isspace() for sign in rest)
+
+
+def ends_behind(after: str, *, is_marked: bool) -> bool:
+    """Say whether the text after a number belongs to it: 3x, 3!, 3^2, 3 + 1, 3 and a half."""
+    if after[:1] in tuple("_^!?/\\+<>") or re.match(r"[-'][^\W_]", after):
+        return True
+    attached = re.match(r"[^\W\d_]+", after)
+    if attached and _ORDINAL.match(after) is None and not _is_unit(attached[0]):
+        return True
+    rest = after[attached.end() if attached else 0 :]
+    if not set(_WORD.sub("", rest).replace("/", "")) <= _PUNCTUATION | set("-\n"):
+        return True
+    if re.match(r"\s*[-*/|]", rest) or re.search(r"[*|]", rest):
+        return True
+    found = words_of(after)
+    first = found[0] if found else ""
+    is_variable = len(first) == 1 and known_unit(first) is None and first not in ("a", "A")
+    return is_variable or changes_before(after) or (is_marked and _gives_another(after))
+
+
+def _is_unit(attached: str) -> bool:
+    # 5K are five thousand.
+    is_letter = len(attached) == 1 and attached.isupper() and attached != "L"
+    return known_unit(attached) is not None and not is_letter
+
+
+def changes_before(after: str) -> bool:
+    """Say whether the words after a number, or a unit, make something else of it: squared, million,
+    less than x, does not work."""
+    found = [word.casefold() for word in words_of(after)]
+    if set(found[:3]) & _CHANGING_AFTER or _THAN.match(after) or is_refused_after(after):
+        return True
+    is_claim = found[:1] in (["is"], ["was"]) and not _IS_THE_ANSWER.match(after)
+    return is_claim or (found[0] in _VERBS if found else False)
+
+
+def _gives_another(after: str) -> bool:
+    return bool(set(gives_another_words(after))) or _NO.search(after) is not None
+
+
+def gives_another_words(text: str) -> set[str]:
+    """List the words that say that another answer is meant, or none: or, but, rejected, six."""
+    return {word.casefold().rstrip(".") for word in words_of(text)} & _ANOTHER
