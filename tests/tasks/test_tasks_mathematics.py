@@ -3,6 +3,7 @@ its last sign is not judged."""
 
 import itertools
 import math
+import time
 
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
@@ -61,3 +62,20 @@ def test_a_placeholder_cannot_be_judged(placeholder):
 @pytest.mark.parametrize("text", ["(" * 2000, "9^9^9^9", r"\frac{" * 300, "9!" * 50, "1" * 3000])
 def test_what_is_too_much_is_not_read(text):
     assert isinstance(read_answer(text), NotRead)
+
+
+@pytest.mark.parametrize(
+    ("answer", "completion"),
+    [
+        ("5", f"Answer: 0.{'3' * 1000}\N{HORIZONTAL ELLIPSIS}\n"),
+        ("5", f"Answer: {'3' * 1900}e"),
+        ("x=5", r"\boxed{x^{20000}=5^{20000}}"),
+        ("y=x", r"\boxed{(x+y+1)^{300}=0}"),
+        ("5", r"\boxed{\exp(\exp(\exp(\exp(5))))}"),
+    ],
+)
+def test_long_numbers_and_large_powers_take_less_than_the_limit(answer, completion):
+    """The verifier's process has 5 seconds."""
+    started = time.process_time()
+    assert judge_math(completion, answer).verdict != Verdict.CORRECT
+    assert time.process_time() - started < 4

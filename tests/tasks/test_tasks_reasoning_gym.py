@@ -72,6 +72,14 @@ def test_seeds_do_not_overlap():
     assert not first & second
 
 
+def test_dollars_and_a_remark_are_no_part_of_an_answer(close_later):
+    task = close_later(arithmetic())
+    problem = task.problem("train", 0)
+    written = ("<answer>${}$</answer>", "Answer: {}\n\nBye", "Answer: {}1", "Answer: {}\nNo, 7.")
+    verdicts = [task.judge(problem, text.format(problem.answer)).verdict for text in written]
+    assert verdicts == [Verdict.CORRECT, Verdict.CORRECT, Verdict.WRONG, Verdict.WRONG]
+
+
 def test_countdown_is_judged_without_evaluating_the_answer(close_later):
     task = close_later(countdown())
     for index in range(20):

@@ -10,13 +10,14 @@ _MAX_CHARACTERS_AROUND = 300
 _LOOSE_BOX = re.compile(r"\\boxed\s+(?:\{|([^\s{}$\\]*[^\s{}$\\.,;]))")
 _IDLE_COMMANDS = re.compile(
     r"\\(?:[,;:! ]|(?:displaystyle|textstyle|therefore|q?quad|[lL]arge|LARGE|[hH]uge|bf|rm)"
-    r"(?![A-Za-z]))|~"
+    r"(?![A-Za-z])|color\s*\{\w+\})|~"
 )
 # What comes before a box begins behind the last of these.
 _LEFT_END = re.compile(
-    r"(?<![<>!\\:/=])=+(?![<>/=])|[-=]+>|&|\\\\|[.!?;]\s|(?<![0-9]\s):\s|(?<![0-9\s]):"
-    r"|\\(?:approx|simeq|implies|to|iff|(?:[lL]ong)?[rR]ightarrow)(?![A-Za-z])|\\begin\{\w+\*?\}"
-    r"|^\s*(?:[-*+\N{BULLET}#]+|[0-9]+[.)])\s|\b(?:answer|result|solution)\s+[-\N{EN DASH}]\s"
+    r"(?<![<>!\\:/=])=+(?![<>/=])|[-=]+>|&|\\\\|[.!?;]\s|(?<![0-9]\s):[*_]*\s|(?<![0-9\s]):"
+    r"|\\(?:approx|simeq|equiv|implies|to|iff|(?:[lL]ong)?[rR]ightarrow)(?![A-Za-z])|\\begin\{\w+\*?\}"
+    r"|^\s*(?:[-*+>\N{BULLET}#\N{WHITE HEAVY CHECK MARK}]+|[0-9]+[.)]|\([a-z0-9]\))\s"
+    r"|\b(?:answer|result|solution)\s+[-\N{EN DASH}]\s"
     "|[\N{RIGHTWARDS ARROW}\N{RIGHTWARDS DOUBLE ARROW}\N{THEREFORE}\N{ALMOST EQUAL TO}\N{EM DASH}]",
     re.IGNORECASE,
 )
@@ -25,7 +26,7 @@ _FORMULA_ENDS = re.compile(r"\$|\\[)\]]")
 _RIGHT_END = re.compile(r"[.!;](?![0-9])|\N{EM DASH}")
 # Groups and commands around a box that only set it.
 _SET = re.compile(
-    r"(?:\\(?:text\w*|math(?:bf|rm|sf|it)|boldsymbol|underline|(?:text)?color\s*\{\w+\})\s*"
+    r"(?:\\(?:text\w*|math(?:bf|rm|sf|it)|boldsymbol|underline|fbox|(?:text)?color\s*\{\w+\})\s*"
     r"|(?<![^\s$=]))\{\s*$"
 )
 _MARKS_BEFORE = re.compile(
@@ -50,7 +51,7 @@ _CHANGING_BEFORE = re.compile(
 _SET_TEXT = re.compile(r"\\(?:text\w*|mbox|math(?:rm|sf|bf|it))\s*\{([^{}]*)\}")
 _IDLE_IN_FORMULA = re.compile(
     r"(?:[\s.,;:})\]]|\\\\|\\?%|\^\s*\{?\s*\\circ\s*\}?|\\(?:blacksquare|square|qed|checkmark)(?![A-Za-z])"
-    r"|\\tag\s*\{[^{}]*\}|\\end\s*\{[^{}]*\}"
+    r"|\\p?mod\s*\{?[0-9]+\}?|\\tag\s*\{[^{}]*\}|\\end\s*\{[^{}]*\}"
     r"|\\(?:text\w*|mbox|math(?:rm|sf|bf|it))\s*\{[^{}]*\}(?:\s*\^\s*\{?[23]\}?)?)*"
 )
 _ATTACHED = re.compile(

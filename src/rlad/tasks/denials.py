@@ -29,7 +29,7 @@ _AFTER_A_NUMBER = re.compile(
 _TAKEN_BACK = re.compile(
     r"(?:[^\w\n]|_)*((?:no|nope)(?=\s*[^\w\s])|(?:(?:no,? )?wait|actually|correction|scratch|sorry"
     r"|oops|never ?mind|alternatively|hmm+|rather|instead|on second thoughts?|maybe|perhaps|however"
-    r"|but|or(?! equivalently)|another (?:answer|solution|option|possibility|value)"
+    r"|but(?! note)|or(?! equivalently)|another (?:answer|solution|option|possibility|value)"
     r"|i (?:was wrong|made an?|have made an?|meant|take)"
     r"|(?:that|this|it|which) (?:is|was) (?:not|wrong|incorrect|false|impossible))\b)",
     re.IGNORECASE,

@@ -6,59 +6,23 @@ nothing is guessed: what can be meant in two ways (`1/2x`), and what this gramma
 integrals), is `Unreadable`.
 """
 
-import re
 from fractions import Fraction
 from typing import Any
 
 import sympy
 from sympy import Rational, Symbol
 
-from rlad.tasks.notation import words
+from rlad.tasks.formula_tokens import FUNCTIONS, GREEK, INVERSES, Unreadable, tokens_of
 
 _MAX_EXPONENT = 20_000
 _MAX_TOKENS = 400
 _MAX_DEPTH = 40
 
-_TOKEN = re.compile(
-    r"\s*(?:(?P<number>[0-9]+\.(?=\s*\\overline)|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
-    r"|(?P<command>\\(?:[A-Za-z]+|[{}|%$&]))|(?P<word>[A-Za-z]+)|(?P<sign>\*\*|!!|.))",
-    re.DOTALL,
-)
-_FUNCTIONS: dict[str, Any] = {
-    name: getattr(sympy, name)
-    for name in words("sin cos tan cot sec csc sinh cosh tanh coth asin acos atan exp")
-} | {
-    "arcsin": sympy.asin,
-    "arccos": sympy.acos,
-    "arctan": sympy.atan,
-    "ln": sympy.log,
-    "log": None,
-    "lg": lambda x: sympy.log(x, 10),
-    "lb": lambda x: sympy.log(x, 2),
-}
-_INVERSES = {
-    "sin": sympy.asin,
-    "cos": sympy.acos,
-    "tan": sympy.atan,
-    "sinh": sympy.asinh,
-    "cosh": sympy.acosh,
-    "tanh": sympy.atanh,
-}
-_GREEK = frozenset(
-    words(
-        "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda "
-        "mu nu xi rho varrho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta "
-        "Lambda Xi Pi Sigma Phi Psi Omega ell hbar"
-    )
-)
+_GROWING = frozenset(["exp", "sinh", "cosh", "tanh", "coth"])
 _ACCENTS = frozenset(["bar", "vec", "hat", "tilde", "overline", "dot", "mathbf", "boldsymbol"])
 _APPLIED = frozenset("fghFGH")
 LOG_BASE = Symbol("base of log", positive=True)
 """What `\\log` without a base has: 10 or e, as the author's field has it"""
-
-
-class Unreadable(Exception):
-    """A text that is no formula, or one that can be read in two ways."""
 
 
 def read_formula(text: str) -> Any:
@@ -78,20 +42,7 @@ class _Reader:
     """Recursive descent over tokens (kind, text, whether white space comes before)."""
 
     def __init__(self, text: str) -> None:
-        self._tokens: list[tuple[str, str, bool]] = []
-        for match in _TOKEN.finditer(text.strip()):
-            kind = match.lastgroup or ""
-            piece = match[kind]
-            is_apart = match[0][:1].isspace()
-            if kind == "word" and piece not in _FUNCTIONS and piece not in ("sqrt", "pi"):
-                # Letters side by side are variables; a word is none.
-                if len(piece) > 3:
-                    raise Unreadable(piece)
-                self._tokens += [("letter", letter, is_apart) for letter in piece]
-            elif kind == "word":
-                self._tokens.append(("command", "\\" + piece, is_apart))
-            else:
-                self._tokens.append((kind, piece, is_apart))
+        self._tokens = tokens_of(text)
         if not self._tokens or len(self._tokens) > _MAX_TOKENS:
             raise Unreadable(text)
         self._at = 0
@@ -183,8 +134,8 @@ class _Reader:
             return False
         name = text[1:]
         return (
-            name in _FUNCTIONS
-            or name in _GREEK
+            name in FUNCTIONS
+            or name in GREEK
             or name in _ACCENTS
             or name in ("pi", "frac", "sqrt", "binom", "infty", "lfloor", "lceil")
         )
@@ -342,11 +293,11 @@ class _Reader:
             inner = self._sum()
             self._expect(r"\rfloor" if name == "lfloor" else r"\rceil")
             return sympy.floor(inner) if name == "lfloor" else sympy.ceiling(inner)
-        if name in _GREEK:
+        if name in GREEK:
             return Symbol("\\" + name + self._index())
         if name in _ACCENTS:
             return self._accented(name)
-        if name in _FUNCTIONS:
+        if name in FUNCTIONS:
             return self._function(name)
         raise Unreadable(name)
 
@@ -382,7 +333,7 @@ class _Reader:
         self._expect("{")
         kind, text = self._take()
         self._expect("}")
-        if kind != "letter" and text[1:] not in _GREEK:
+        if kind != "letter" and text[1:] not in GREEK:
             raise Unreadable(text)
         return Symbol(f"\\{name} {text}" + self._index())
 
@@ -395,14 +346,16 @@ class _Reader:
             elif self._accept("^"):
                 power = self._exponent()
         if power is not None and power == -1:
-            if name not in _INVERSES:
+            if name not in INVERSES:
                 raise Unreadable("inverse")
-            return _INVERSES[name](self._argument())
+            return INVERSES[name](self._argument())
         argument = self._argument()
         if name == "log":
             value = sympy.log(argument) / sympy.log(LOG_BASE if base is None else base)
+        elif name in _GROWING and argument.is_number and bool(abs(argument) > _MAX_EXPONENT):
+            raise Unreadable("a power of e")
         else:
-            value = _FUNCTIONS[name](argument)
+            value = FUNCTIONS[name](argument)
         return value if power is None else _power(value, power)
 
     def _group_or_number(self) -> Any:
@@ -413,7 +366,7 @@ class _Reader:
         if self._peek()[1] in ("(", "{", "["):
             return self._atom_with_power()
         result = self._atom_with_power()
-        while self._peek()[0] == "letter" or self._peek()[1][1:] in _GREEK | {"pi"}:
+        while self._peek()[0] == "letter" or self._peek()[1][1:] in GREEK | {"pi"}:
             result = result * self._atom_with_power()
         if self._peek()[1] == "/":
             raise Unreadable("a slash in an argument without brackets")

@@ -38,7 +38,7 @@ from rlad.tasks.separators import (
     without_group_commas,
 )
 from rlad.tasks.units import UNITS
-from rlad.tasks.whole_answers import read_whole
+from rlad.tasks.whole_answers import RUN_OF_NUMBERS, read_whole
 
 _MAX_CHARACTERS = 2_000
 
@@ -119,10 +119,10 @@ def _prepared(text: str) -> str:
     text = re.sub(r"(?<![\w*)])(\*{1,3}|_{2,3}|`+)(?=\S)([^*_`]+)(?<=\S)\1(?![\w*(])", r"\2", text)
     text = text.replace(r"\$", "\x04")
     dollars = text.count("$")
-    if dollars % 2 or re.fullmatch(r"[^$]*\$\s?[0-9.,]+[^$0-9]*(?:\$\s?[0-9.,]+[^$0-9]*)+", text):
+    if dollars % 2 or re.fullmatch(r"[^$]*(?:\$\s?\.?[0-9][0-9.,]*[^$0-9]*){2,}", text):
         text = re.sub(r"\$(?=\s?[-+]?[0-9.])|(?<=[0-9])\s?\$", "\x04", text)
     text = text.replace("$", " ")
-    text = re.sub(r"\\[()\[\]](?![A-Za-z])", " ", text)
+    text = re.sub(r"(?<!\\)\\[()\[\]]", " ", text)
     for _ in range(3):
         text = _SETTING.sub(lambda m: _UNIT_TEXT.format(m[1]), text)
     text = _BRACED_SIGN.sub(r"\1", plain_notation(_LEADING_DASH.sub(r"\1-", text)))
@@ -214,10 +214,16 @@ def _read_equality(parts: list[str]) -> Answer:
             return Equation("=", left.expression - right.expression)
     if not others:
         raise Unreadable(str(parts))
-    answer = _equal_ones([_read_brackets(part) for part in others])
+    answer = _equal_ones([_read_side(part) for part in others])
     if isinstance(answer, Value) and names:
         return replace(answer, name=_name(plain_text(names[0])))
     return answer
+
+
+def _read_side(part: str) -> Answer:
+    """Read a side of an equation, where 7-2 is a difference and no score or date."""
+    is_difference = RUN_OF_NUMBERS.match(plain_text(part))
+    return read_value(part) if is_difference else _read_brackets(part)
 
 
 def _name(text: str) -> str:

@@ -34,9 +34,8 @@ from rlad.tasks.math_answers import read_answer
 from rlad.tasks.notation import words
 from rlad.tasks.quantities import (
     LONG_NAME,
-    POINTS,
     Compared,
-    same_number,
+    same_equation,
     same_quantity,
     same_value,
 )
@@ -124,9 +123,6 @@ def _of_two_kinds(found: Answer, wanted: Answer) -> Compared:
     if Value in kinds and kinds & {Time, Residue}:
         return _value_and_other(found, wanted)
     return False
-
-
-# --- values ---------------------------------------------------------------------------------------
 
 
 # --- texts ----------------------------------------------------------------------------------------
@@ -274,6 +270,8 @@ def _one_and_several(found: Answer, wanted: Answer) -> Compared:
     assert isinstance(several, Several)
     if isinstance(other, Value) and other.is_grouped:
         return None  # 100,200 is one number, or two
+    if isinstance(other, Matrix):
+        return _vector_and_tuple(other, several)
     if isinstance(other, Interval):
         if several.kind == "tuple" and len(several.items) == 2:
             return _same_interval(as_interval(several), other)
@@ -282,6 +280,15 @@ def _one_and_several(found: Answer, wanted: Answer) -> Compared:
     if several.items and several.kind == "set":
         return _all(compare(item, other) for item in several.items)
     return False
+
+
+def _vector_and_tuple(matrix: Matrix, several: Several) -> Compared:
+    """Compare a column or a row with coordinates in round or angle brackets."""
+    rows = [list(row) for row in matrix.rows]
+    is_vector = len(rows) == 1 or all(len(row) == 1 for row in rows)
+    if not is_vector or several.kind != "tuple" or several.brackets == "[]":
+        return False
+    return _in_order([item for row in rows for item in row], several.items)
 
 
 def _same_interval(found: Interval, wanted: Interval) -> Compared:
@@ -293,30 +300,6 @@ def _same_interval(found: Interval, wanted: Interval) -> Compared:
 
 
 # --- others ---------------------------------------------------------------------------------------
-
-
-def _same_equation(found: Equation, wanted: Equation) -> Compared:
-    """Say whether one is a multiple of the other."""
-    if found.sign != wanted.sign:
-        return False
-    a: Any = found.expression
-    b: Any = wanted.expression
-    if a.is_zero or b.is_zero:
-        return None if a.is_zero and b.is_zero else False  # x = x says nothing
-    ratio = sympy.cancel(a / b)
-    if not ratio.free_symbols and ratio.is_number and ratio != 0:
-        if found.sign in ("=", r"\ne"):
-            return True
-        return True if ratio.is_positive else False if ratio.is_negative else None
-    symbols = sorted(a.free_symbols | b.free_symbols, key=str)
-    if a.free_symbols != b.free_symbols or not symbols:
-        return False
-    ratios = []
-    for point in POINTS[:3]:
-        at = dict(zip(symbols, point, strict=False))
-        ratios.append((a.subs(at), b.subs(at)))
-    (p, q), *others = ratios
-    return False if any(same_number(p * s, q * r) is False for r, s in others) else None
 
 
 def _value_and_other(found: Answer, wanted: Answer) -> Compared:
@@ -336,7 +319,7 @@ def _value_and_equation(found: Answer, wanted: Answer) -> Compared:
     assert isinstance(value, Value) and isinstance(equation, Equation)
     if len(value.name) != 1 or equation.sign != "=":
         return False
-    return _same_equation(Equation("=", sympy.Symbol(value.name) - value.expression), equation)
+    return same_equation(Equation("=", sympy.Symbol(value.name) - value.expression), equation)
 
 
 def _same_matrix(found: Matrix, wanted: Matrix) -> Compared:
@@ -387,7 +370,7 @@ _RULES: tuple[tuple[type, Callable[[Any, Any], Compared]], ...] = (
     (Value, same_quantity),
     (Several, _same_several),
     (Interval, _same_interval),
-    (Equation, _same_equation),
+    (Equation, same_equation),
     (Matrix, _same_matrix),
     (Based, _same_base),
     (Colons, _same_colons),

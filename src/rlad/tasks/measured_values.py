@@ -23,7 +23,7 @@ _DECIMAL = re.compile(
     r"|[eE]([-+]?[0-9]+))?$"
 )
 _SCIENTIFIC = re.compile(
-    r"(?<![A-Za-z\\])([0-9]+\.?[0-9]*|\.[0-9]+)[eE]([-+]?[0-9]+)(?![A-Za-z0-9.])"
+    r"(?<![A-Za-z0-9.\\])([0-9]++(?:\.[0-9]*+)?|\.[0-9]++)[eE]([-+]?[0-9]+)(?![A-Za-z0-9.])"
 )
 _MONEY = re.compile(
     r"^(?P<sign>[-+]?)\s*(?:US)?\s*(?P<currency>[\x04\N{EURO SIGN}\N{POUND SIGN}\N{YEN SIGN}"

@@ -6,7 +6,7 @@ from typing import Any
 import sympy
 from sympy import Rational
 
-from rlad.tasks.answer_kinds import Value
+from rlad.tasks.answer_kinds import Equation, Value
 from rlad.tasks.formulas import LOG_BASE
 
 POINTS = tuple(
@@ -21,6 +21,7 @@ POINTS = tuple(
 )
 _DIGITS_OF_A_ROUNDED_VALUE = 6
 LONG_NAME = 4
+_NUM_EQUAL_RATIOS = 2
 
 
 Compared = bool | None
@@ -52,6 +53,33 @@ def same_value(a: Any, b: Any) -> Compared:
         num_equal += is_equal is True
     enough = 3 if symbols else 1
     return True if num_equal >= enough else _by_math_verify(a, b)
+
+
+def same_equation(found: Equation, wanted: Equation) -> Compared:
+    """Say whether one is a multiple of the other."""
+    if found.sign != wanted.sign:
+        return False
+    a: Any = found.expression
+    b: Any = wanted.expression
+    if a.is_zero or b.is_zero:
+        return None if a.is_zero and b.is_zero else False  # x = x says nothing
+    symbols = sorted(a.free_symbols | b.free_symbols, key=str)
+    if not symbols or len(symbols) > len(POINTS[0]):
+        return None if symbols else False
+    pairs = []
+    for point in POINTS:
+        at = dict(zip(symbols, point, strict=False))
+        pairs.append((a.subs(at), b.subs(at)))
+    (p, q), *others = pairs
+    results = [same_number(p * s, q * r) for r, s in others]
+    if False in results:
+        return False
+    if results.count(True) < _NUM_EQUAL_RATIOS or same_number(p, sympy.Integer(0)) is not False:
+        return None
+    if found.sign in ("=", r"\ne"):
+        return True
+    ratio = complex_value(p / q)
+    return bool(ratio > 0) if ratio.is_real else None
 
 
 def same_number(a: Any, b: Any) -> Compared:

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from rlad.errors import UserError, require_package
-from rlad.tasks.answers import evaluate_arithmetic, final_answer
+from rlad.tasks.answers import evaluate_arithmetic, final_answer, first_line, without_wrapping
 from rlad.tasks.base import (
     Judgement,
     Problem,
@@ -136,6 +136,10 @@ class ReasoningGym(Task):
         answer = final_answer(completion)[:_MAX_ANSWER_CHARACTERS]
         try:
             score = self._score(answer, entry)
+            # Scorers compare texts: without a remark after the answer, and dollars around it.
+            bare = without_wrapping(first_line(answer))
+            if score != 1 and bare and bare != answer:
+                score = max(score, self._score(bare, entry))
         except CallFailed as failure:
             return cannot_judge(f"scorer of {self._dataset!r}: {failure}")
         if not 0 <= score <= 1:

@@ -44,22 +44,19 @@ _CHANGING_BEFORE_OF = frozenset(
 )
 _JOINING = frozenset(words("and or nor without within before after past until except versus vs"))
 # What a marked answer with one number never says, because it gives another one or none.
-_ANOTHER = (
-    frozenset(
-        words(
-            "or but unless if wait scratch sorry actually hmm rejected extraneous invalid fails "
-            "too impossible nope rather alternatively maybe perhaps possibly"
-        )
+_ANOTHER = frozenset(
+    words(
+        "but unless if wait scratch sorry actually hmm rejected extraneous invalid fails too "
+        "impossible nope rather alternatively maybe perhaps possibly or"
     )
-    | _NUMBER_WORDS
 )
 _NO = re.compile(r"\bno\b(?! (?:more|less|change|tax|units?)\b)", re.IGNORECASE)
 # Verbs and prepositions of which a number is the subject, or the first part.
 _VERBS = frozenset(
     words(
         "does do did has have had can could will would should must may might cannot seems looks "
-        "if unless when whenever where from into by to until till before after past under above "
-        "short less fewer minus pick permute"
+        "if unless when whenever where from into by until till before after past under above "
+        "short minus pick permute"
     )
 )
 _IS_THE_ANSWER = re.compile(
@@ -67,6 +64,10 @@ _IS_THE_ANSWER = re.compile(
     r"|total|smallest|largest|minimum|maximum|least|greatest|required|desired)\s+)*(?:answer|result"
     r"|solution|value|number|total|sum|amount|one|correct|right|left|needed|required|remaining"
     r"|integer|count)\b",
+    re.IGNORECASE,
+)
+_WITH_NUMBER_WORD = re.compile(
+    rf"\b(?:to|past|till|until|by|from|into|or)\s+(?:{'|'.join(sorted(_NUMBER_WORDS))})\b",
     re.IGNORECASE,
 )
 _THAN = re.compile(r"\W*(?:less|more|fewer|greater|smaller|larger)\s+than\s+(?![A-Z][a-z])")
@@ -106,7 +107,7 @@ def begins_before(before: str) -> bool:
     if not found or "(" in tail:
         return False
     is_number_word = found[-1] in MULTIPLIERS or found[-1] in _NUMBER_WORDS
-    is_joined = found[-1] in _JOINING and found != ["and"]  # 5 and 5
+    is_joined = found[-1] in _JOINING and found not in (["and"], ["or"])  # 5 and 5
     return is_joined or is_number_word
 
 
@@ -146,7 +147,7 @@ def changes_before(after: str) -> bool:
     if set(found[:3]) & _CHANGING_AFTER or _THAN.match(after) or is_refused_after(after):
         return True
     is_claim = found[:1] in (["is"], ["was"]) and not _IS_THE_ANSWER.match(after)
-    return is_claim or (found[0] in _VERBS if found else False)
+    return bool(is_claim or set(found[:1]) & _VERBS or _WITH_NUMBER_WORD.search(after))
 
 
 def _gives_another(after: str) -> bool:
@@ -155,4 +156,5 @@ def _gives_another(after: str) -> bool:
 
 def gives_another_words(text: str) -> set[str]:
     """List the words that say that another answer is meant, or none: or, but, rejected, six."""
-    return {word.casefold().rstrip(".") for word in words_of(text)} & _ANOTHER
+    found = [word.casefold().rstrip(".") for word in words_of(re.sub(r"\bor so\b", "", text))]
+    return set(found) & _ANOTHER | set(found[:1]) & _NUMBER_WORDS

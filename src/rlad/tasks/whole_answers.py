@@ -5,15 +5,14 @@ import re
 from fractions import Fraction
 
 from rlad.tasks.answer_kinds import Answer, Based, Colons, Date, Residue, Text, Time
+from rlad.tasks.formula_tokens import FUNCTIONS
 from rlad.tasks.formulas import Unreadable, product_of
 
 _LETTERS_ONLY = re.compile(
     r"^[(\[]?\s*[^\W\d_]+(?:[\s,.;:'\"()&!?-]+[^\W\d_]+)*[\s.,)\]]*$|^[^\W\d_]{4,}[!?'\"]$"
 )
 _LETTER_FORMULA = re.compile(r"[^\W\d_]\s*-\s*[^\W\d_]|[^\W\d_]\(")
-_FUNCTION_WORD = re.compile(
-    r"^(?:pi|sqrt|infty|infinity|sin|cos|tan|ln|log|exp|inf|oo|e|i)$", re.IGNORECASE
-)
+_FORMULA_WORDS = FUNCTIONS.keys() | {"pi", "sqrt", "infty", "infinity", "inf", "oo"}
 _TIME = re.compile(
     r"^([0-9]{1,2})(?:\s?[:.]\s?([0-9]{2}))?(?:\s?:\s?([0-9]{2}))?\s*([ap])\.?\s?m\b\.?$",
     re.IGNORECASE,
@@ -28,7 +27,7 @@ _WRITTEN_DATE = re.compile(
     rf"|([0-9]{{1,2}})(?:st|nd|rd|th)?\s+(?:of\s+)?{_MONTH}(?:\s*,?\s+([0-9]{{4}}))?)$",
     re.IGNORECASE,
 )
-_RUN_OF_NUMBERS = re.compile(
+RUN_OF_NUMBERS = re.compile(
     r"^[0-9]+(?:\s*[-\N{EN DASH}]\s*[0-9]+)+$|^[0-9]+(?:\s*/\s*[0-9]+){2,}$"
 )
 _BASED = re.compile(r"^\(?\s*([0-9A-Fa-f ]+?)\s*\)?\s*_\s*\{?\s*\(?([0-9]{1,2})\)?\s*\}?$")
@@ -50,7 +49,7 @@ def read_whole(bare: str) -> Answer | None:
         return Text(inner, written, product_of(letters) if len(letters) <= 3 else None)
     if calendar := _read_calendar(bare):
         return calendar
-    if _RUN_OF_NUMBERS.match(bare):
+    if RUN_OF_NUMBERS.match(bare):
         raise Unreadable(bare)
     if (based := _BASED.match(bare) or _BASE_WORDS.match(bare)) and _has_base(based[1], based[2]):
         return Based(based[1].replace(" ", "").upper(), int(based[2]))
@@ -92,7 +91,10 @@ def _has_base(digits: str, base: str) -> bool:
 
 
 def _is_formula_word(bare: str) -> bool:
-    return all(_FUNCTION_WORD.match(word) for word in re.findall(r"[^\W\d_]+", bare))
+    """Say whether words are functions, constants and their variables: pi, sin(x)."""
+    found = re.findall(r"[^\W\d_]+", bare)
+    are_known = all(word.lower() in _FORMULA_WORDS or len(word) == 1 for word in found)
+    return are_known and (any(len(w) > 1 for w in found) or all(w.lower() in "ei" for w in found))
 
 
 def _is_letter_formula(bare: str) -> bool:
