@@ -186,6 +186,7 @@ _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 # lists and LaTeX. In "Ada is a knight or a knave", or "if Ada is a knight", there are others.
 _PIECE = re.compile(
     r"\b(?P<name>\w+)\s+is\s+an?\s+(?P<role>knight|knave)\b"
+    r"|\b(?P<begun>\w+)\s+is\s+an?\b\W*(?=(?P=begun)\b)"  # Ada is a: Ada is a knight
     r"|\b(?:and|so|therefore|thus|hence|while|whereas|but|the|final|answer|solution|roles?|are|is"
     r"|that|as|follows|we|have)\b"
     r"|(?<!\w)[0-9]{1,2}[.)]|\\(?:boxed|text|textbf|mathrm)(?![a-z])|\\[\\()\[\],;! ]"
