@@ -85,13 +85,13 @@ def _id(token: str) -> int:
 
 
 def _config(family: str, head_dim: int) -> Any:
-    text = _TEXT | {
+    text: dict[str, Any] = _TEXT | {
         "head_dim": head_dim,
         "num_attention_heads": 32 // head_dim,
         "num_key_value_heads": max(16 // head_dim, 1),
     }
     third = head_dim // 6
-    sections = {"mrope_section": [head_dim // 2 - 2 * third, third, third]}
+    sections: dict[str, Any] = {"mrope_section": [head_dim // 2 - 2 * third, third, third]}
     image = {"image_token_id": _id("<image>")}
     qwen = {
         "image_token_id": _id("<|image_pad|>"),

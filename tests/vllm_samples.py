@@ -153,15 +153,17 @@ def pictures(family: str = "idefics3") -> dict[str, Any]:
             prompts, group_size=8, max_completion_tokens=24, temperature=TEMPERATURE, seed=1
         )
         pairs = [(p, one) for p, group in zip(prompts, groups, strict=True) for one in group]
-        found += distances_of(model, *zip(*pairs, strict=True), TEMPERATURE)
+        written_ones = [one for _, one in pairs]
+        found += distances_of(model, [p for p, _ in pairs], written_ones, TEMPERATURE)
         drawn |= {token for _, one in pairs for token in one.token_ids}
     sampler.close()
-    try:
+    try:  # its tower is trained
         sampler_of(model, vllm={"urls": ["http://127.0.0.1:1"]})
         servers = ""
     except RladError as error:
         servers = str(error)
-    model.model.config.model_type = "mistral3"
+    config: Any = model.model.config
+    config.model_type = "mistral3"
     return {
         "num_tokens": len(found),
         "mean": sum(found) / len(found),

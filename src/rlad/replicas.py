@@ -181,7 +181,14 @@ class ReplicaClient:
             _log.warning(message, self._whose, error)
         self.rests_until[url] = rests_until
 
-    def ask_once(self, url: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    def ask_once(
+        self,
+        url: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        *,
+        may_be_empty: bool = False,
+    ) -> dict[str, Any]:
         """Return one replica's answer as `ask` does, without trying again."""
         address = _address(url, path)
         # The timeout of the HTTP client is for each piece of an answer. A server that sends a byte
@@ -201,7 +208,7 @@ class ReplicaClient:
         # What comes is one of three: an answer; a fault that may pass, which is tried again; a
         # refusal, which no waiting changes and which ends the run with advice.
         status = response.status_code
-        answer = _json_object(content)
+        answer = {} if may_be_empty and not content else _json_object(content)
         if status == 200 and answer is not None:
             return answer
         said = f"HTTP {status}: {self._words_of(answer)}"

@@ -177,9 +177,9 @@ def test_a_teacher_of_another_grid_is_refused(models):
         ({"objective": {"type": "opd"}, "teacher": {"model": "embedded/teacher"}},
          "reads text alone"),
         (
-            {"objective": {"type": "opd"},
+            {"objective": {"type": "gkd", "support": "teacher_top_k", "top_k": 8},
              "teacher": {"type": "served", "urls": ["http://127.0.0.1:1/v1"], "model": "m"}},
-            "type = 'served' scores texts",
+            "type = 'served' gives log-probs of single tokens",
         ),
     ],
 )  # fmt: skip

@@ -15,9 +15,10 @@ from transformers import (
 
 import tiny_vision
 from rlad.config.run import RolloutConfig
-from rlad.errors import UserError
+from rlad.errors import RunFailedError, UserError
 from rlad.models.grid_processor import GridProcessor
 from rlad.models.loading import LanguageModel, save_model
+from rlad.models.sent_pictures import require_same_ids, with_pictures
 from rlad.models.vision import Vision
 from rlad.models.without_weights import load_tokenizer
 from rlad.rollouts.prompts import prompt_token_ids
@@ -125,3 +126,23 @@ def test_a_processor_of_grids_is_saved_from_a_folder_and_without_one(tmp_path):
     image = picture(0, (48, 32)).image()
     text = {"text": [made.image_token], "images": [[image]], "return_tensors": "pt"}
     assert torch.equal(again(**text)["pixel_values"], made(**text)["pixel_values"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_server_is_sent_one_placeholder_for_each_picture(family):
+    """It makes of each what the processor makes of that picture alone, which is put back here."""
+    vision: Any = tiny_seeing_model(family).vision
+    here = vision.wrapped_token
+    pictures = [picture(1), picture(2, (48, 32))]
+    prompt = vision.prompt(f"w20 {here} w21 {here}", pictures, add_special_tokens=False)
+    sent = with_pictures(prompt, [30, 31], vision)
+    token = vision.placeholder_ids[0]
+    assert sent["token_ids"].count(token) == 2
+    whole: list[int] = []
+    waiting = list(pictures)
+    for one in sent["token_ids"]:
+        whole += vision.ids_of(waiting.pop(0)) if one == token else [one]
+    assert whole == [*prompt, 30, 31]
+    require_same_ids({"prompt_token_ids": whole}, whole, "http://127.0.0.1")
+    with pytest.raises(RunFailedError, match=r"read 2 tokens of a prompt with pictures"):
+        require_same_ids({"prompt_token_ids": [1, 2]}, whole, "http://127.0.0.1")

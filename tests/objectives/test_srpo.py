@@ -1,6 +1,7 @@
 """SRPO by hand, against a slow reference, at its limits, and the spans that it weighs."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -211,7 +212,7 @@ def test_a_character_of_several_tokens_is_whole_in_its_span():
 
 # --- the same weights in TRRD -------------------------------------------------------------------
 
-TAUGHT = {"alpha": 0.5, "teacher_log_ratio_clip": 1.0}
+TAUGHT: dict[str, Any] = {"alpha": 0.5, "teacher_log_ratio_clip": 1.0}
 
 
 def taught_inputs(seed=0):

@@ -126,7 +126,7 @@ def test_it_sees_pictures_as_the_trainer_does_and_never_writes_a_placeholder() -
     assert found["mean"] < 1e-5 and found["max"] < 1e-3
     # The placeholder is likely, and the log-probs are those of the whole vocabulary all the same.
     assert found["share_of_placeholder"] > 0.1 and found["drawn"] == []
-    assert "not sent to the servers" in found["servers"]
+    assert "servers are given the language part alone" in found["servers"]
     assert "'mistral3'" in found["unknown"]
 
 

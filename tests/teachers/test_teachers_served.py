@@ -437,7 +437,7 @@ def test_a_server_that_is_wrong_is_caught(model, flaw, scoring):
 def test_a_token_without_logprob_on_both_sides_is_counted_once(model):
     config = config_of("http://h/v1")
     test = SelfTest(CompletionsClient(config.teacher), setting_of(config, model))  # pyright: ignore[reportArgumentType]
-    finding = test._compare("agreement", [math.nan, -1], [math.nan, -1], equal="", otherwise="")
+    finding = test.compare("agreement", [math.nan, -1], [math.nan, -1], equal="", otherwise="")
     assert finding.message == "it gives no finite log-prob for 1 of 2 given tokens"
 
 

@@ -62,8 +62,11 @@ def require_pictures_fit(config: RunConfig, task: Task) -> None:
         if any(getattr(one, "type", "") == "cached" for one in config.teacher.walk()):
             obstacle = "a teacher of type 'cached' keeps answers about texts; leave the cache out"
         for where, one in single_teachers(config.teacher):
-            if one.type == "served":
-                obstacle = f"{where}.type = 'served' scores texts; use 'local'"
+            if one.type == "served" and config.objective.asked_of_teacher != "sampled":
+                obstacle = (
+                    f"{where}.type = 'served' gives log-probs of single tokens after them; use "
+                    "'local', or objective=opd"
+                )
             elif one.type == "local" and not sees(load_model_config(one.model)):
                 obstacle = f"{where}.model = {one.model!r} reads text alone; take one that sees"
     if obstacle:

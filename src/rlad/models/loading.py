@@ -62,8 +62,12 @@ class LanguageModel:
     def can_read(self, completion: Sequence[int]) -> bool:
         """Whether a completion by another model holds only tokens that this one knows, and none in
         whose place it reads a picture."""
-        placeholders = self.vision.placeholder_ids if self.vision else ()
-        return max(completion) < self.vocabulary and not set(placeholders) & set(completion)
+        return max(completion) < self.vocabulary and not set(self.never_written) & set(completion)
+
+    @property
+    def never_written(self) -> tuple[int, ...]:
+        """The tokens in whose place it reads a picture, a film or sound."""
+        return self.vision.placeholder_ids if self.vision else ()
 
     @property
     def context_tokens(self) -> int | None:

@@ -135,6 +135,12 @@ class Picture:
         image.save(buffer, format="PNG")
         return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
+    def whole_url(self) -> str:
+        """Return it for another program, with all its pixels."""
+        buffer = BytesIO()
+        self.image().save(buffer, format="PNG")
+        return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
     def corrupted(self, *, edge: int, seed: int) -> Self:
         """Return it with each square of `edge` pixels black with probability 1/2.
 

@@ -109,8 +109,8 @@ def _obstacle_to_features(student: LanguageModel) -> str | None:
 
 
 def _obstacle_to_servers(student: LanguageModel) -> str | None:
-    if student.vision is not None:
-        return "its student reads pictures, which are not sent to the servers of rollout.vllm.urls"
+    if student.vision is not None and not student.vision.keeps_features:
+        return "its vision tower is trained, and servers are given the language part alone"
     return obstacle_to_hand_over(student)
 
 

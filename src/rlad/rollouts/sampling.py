@@ -105,7 +105,6 @@ def sample(
         kept = None
     numbers = range(num_rows) if rows is None else rows.numbers
     groups = _Groups(language_model, most.tolist(), group_size, after_group)
-    vision = language_model.vision
     with torch.inference_mode(), language_model.autocast():
         for start in range(0, len(prompt_of_row), max_batch_rows):
             owners = prompt_of_row[start : start + max_batch_rows]
@@ -128,7 +127,7 @@ def sample(
                     before_token,
                     partial(groups.add, start),
                     steps,
-                    vision.placeholder_ids if vision else (),
+                    language_model.never_written,
                     None if kept is None else partial(_keep, kept, part),
                 ),
             )

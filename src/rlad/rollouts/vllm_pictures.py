@@ -1,4 +1,4 @@
-"""Pictures for vLLM in this process.
+"""Pictures for vLLM in this process, and tokens that no vLLM draws.
 
 It is given the prompt's own tokens and, for each placeholder, the feature that the student's own
 tower computes: the student's processor is the only one, and neither tower nor pictures are copied.
@@ -120,10 +120,12 @@ def never_drawn(ids: Sequence[int], temperature: float) -> dict[str, Any]:
     if not ids:
         return {}
     bias = -_BIAS * (temperature or 1.0)
+    # One more, as a server counts the sampled token among those that it names.
+    named = [*ids, ids[0]]
     return {
         "logit_bias": dict.fromkeys(ids, bias),
-        "logprob_token_ids": list(ids),
-        "logprobs": len(ids),
+        "logprob_token_ids": named,
+        "logprobs": len(named),
     }
 
 

@@ -19,6 +19,7 @@ from rlad.config.run import RolloutConfig
 from rlad.errors import UserError
 from rlad.replicas import ReplicaClient, ServerRefusedError, ServerUnavailableError
 from rlad.rollouts.types import Completion
+from rlad.rollouts.vllm_pictures import log_normaliser, never_drawn
 
 TESTED_VLLM = "0.32"
 GENERATE = "/inference/v1/generate"
@@ -139,9 +140,9 @@ def require_usable(client: ReplicaClient, url: str, needs: Needs) -> ServerInfo:
             "would leave the tied output layer of the student as it was, as vLLM does on the CPU; "
             f"start it with --worker-extension-cls {EXTENSION}"
         )
-    elif (shape := _embeddings(client, url)) not in (None, (needs.vocabulary, needs.width)):
+    elif (shapes := _embeddings(client, url)) and (needs.vocabulary, needs.width) not in shapes:
         wrong = (
-            f"has another model, with embeddings of {shape}, and the student's are "
+            f"has another model, with embeddings of {max(shapes)}, and the student's are "
             f"{(needs.vocabulary, needs.width)}; start it with student.model"
         )
     if wrong:
@@ -157,14 +158,15 @@ def require_usable(client: ReplicaClient, url: str, needs: Needs) -> ServerInfo:
     return info
 
 
-def _embeddings(client: ReplicaClient, url: str) -> tuple[int, int] | None:
-    """Return rows and columns of a server's embeddings; None where it does not show them."""
+def _embeddings(client: ReplicaClient, url: str) -> list[tuple[int, int]]:
+    """Return rows and columns of a server's embeddings, of tokens and of what else it embeds; empty
+    where it does not show them."""
     try:
         results = client.ask(url, "/collective_rpc", {"method": "get_model_inspection"})["results"]
     except (ServerUnavailableError, ServerRefusedError, KeyError):
-        return None
-    found = re.search(r"num_embeddings=(\d+)\D.*?embedding_dim=(\d+)", str(results))
-    return None if found is None else (int(found[1]), int(found[2]))
+        return []
+    found = re.findall(r"num_embeddings=(\d+)\D.*?embedding_dim=(\d+)", str(results))
+    return [(int(rows), int(columns)) for rows, columns in found]
 
 
 # --- weights --------------------------------------------------------------------------------------
@@ -193,15 +195,25 @@ def write_weights(
 
 
 def load_weights(
-    client: ReplicaClient, url: str, folder: Path, *, version: str, info: ServerInfo
+    client: ReplicaClient,
+    url: str,
+    folder: Path,
+    *,
+    version: str,
+    info: ServerInfo,
+    sees: bool = False,
 ) -> None:
-    """Have a server load the weights in a folder, and call them by a version."""
+    """Have a server load the weights in a folder, and call them by a version. `sees` says that it
+    may have read pictures."""
     method = "load_student_weights" if info.has_extension else "reload_weights"
     loading = f"loading-{version}"
     # Before anything changes: whoever else the server writes for sees that its weights are gone.
     client.ask_once(url, "/update_weight_version", {"new_version": loading})
     kwargs = {"weights_path": str(folder)}
     client.ask_once(url, "/collective_rpc", {"method": method, "kwargs": kwargs})
+    if sees:
+        # Its workers have forgotten what they saw; its scheduler would think that it is there.
+        client.ask_once(url, "/reset_encoder_cache", {}, may_be_empty=True)
     # Keys and values of prompts that were computed with the old weights.
     if not client.ask_once(url, "/reset_prefix_cache", {}).get("success"):
         raise ServerUnavailableError(f"{url} still completes prompts of somebody else")
@@ -214,9 +226,13 @@ def load_weights(
 
 
 # What of an answer is read; a wrong type makes it unusable.
-class _Token(BaseModel):
+class _Likely(BaseModel):
     token_id: int
     logprob: float
+
+
+class _Token(_Likely):
+    top_logprobs: list[_Likely] = []
 
 
 class _Logprobs(BaseModel):
@@ -239,23 +255,35 @@ class _Generated(BaseModel):
 
 
 def generation_request(
-    prompt: Sequence[int], limits: dict[str, Any], end_tokens: Sequence[int], seed: int | None
+    prompt: Sequence[int],
+    limits: dict[str, Any],
+    end_tokens: Sequence[int],
+    seed: int | None,
+    *,
+    never: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """Ask for completions of token ids, with the log-prob of each sampled token."""
+    """Ask for completions of token ids, with the log-prob of each sampled token. Those in `never`
+    are kept out of the draw."""
     sampling = limits | {
         "stop_token_ids": list(end_tokens),
         "ignore_eos": True,
         "logprobs": 0,
         "detokenize": False,
     }
+    sampling |= never_drawn(never, limits["temperature"])
     if seed is not None:
         sampling["seed"] = seed
     return {"token_ids": list(prompt), "sampling_params": sampling}
 
 
-def read_completions(answer: dict[str, Any]) -> tuple[list[Completion], set[str]]:
+def read_completions(
+    answer: dict[str, Any], *, never: Sequence[int] = ()
+) -> tuple[list[Completion], set[str]]:
     """Return the completions of an answer in their order, and the versions of the weights that
-    wrote them. Raises `ServerUnavailableError` for an answer that cannot be used."""
+    wrote them. `never` is that of the request.
+
+    Raises `ServerUnavailableError` for an answer that cannot be used.
+    """
     try:
         choices = sorted(_Generated.model_validate(answer).choices, key=lambda one: one.index)
     except ValidationError as error:
@@ -268,7 +296,16 @@ def read_completions(answer: dict[str, Any]) -> tuple[list[Completion], set[str]
             raise ServerUnavailableError(f"a completion ended by {choice.finish_reason[:40]!r}")
         tokens = choice.logprobs.content
         ids = tuple(token.token_id for token in tokens)
-        logprobs = tuple(token.logprob for token in tokens)
+        try:
+            logprobs = tuple(token.logprob - _left_out(token, never) for token in tokens)
+        except KeyError:
+            raise ServerUnavailableError("a log-prob that was asked for is missing") from None
         completions.append(Completion(ids, logprobs, choice.finish_reason == "length"))
         versions.update(span.version for span in choice.weight_versions)
     return completions, versions
+
+
+def _left_out(token: _Token, never: Sequence[int]) -> float:
+    if not never:
+        return 0.0
+    return log_normaliser({one.token_id: one for one in token.top_logprobs}, never)

@@ -102,7 +102,7 @@ class VLLMSampler(CopiedStudent):
         whole_groups = import_module("vllm.sampling_params").RequestOutputKind.FINAL_ONLY
         engine = self._llm.llm_engine
         eos = list(self._student.eos_token_ids)
-        never = pictures.never_drawn(self._placeholders, limits["temperature"])
+        never = pictures.never_drawn(self._student.never_written, limits["temperature"])
         waiting: dict[str, int] = {}
         try:
             for number, prompt in enumerate(prompts):
@@ -125,16 +125,10 @@ class VLLMSampler(CopiedStudent):
                 # A request comes back when the last completion of its group has ended.
                 for output in engine.step():
                     ordered = sorted(output.outputs, key=lambda one: one.index)
-                    written = [_completion(one, self._placeholders) for one in ordered]
+                    written = [_completion(one, self._student.never_written) for one in ordered]
                     after_request(waiting.pop(output.request_id), written)
         finally:
             engine.abort_request(list(waiting))
-
-    @property
-    def _placeholders(self) -> tuple[int, ...]:
-        """The tokens that no completion may hold."""
-        vision = self._student.vision
-        return vision.placeholder_ids if vision else ()
 
     def _engine_prompt(self, prompt: Sequence[int]) -> dict[str, Any]:
         """Return a prompt as the engine takes it, with the features of its pictures."""

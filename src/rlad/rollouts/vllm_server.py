@@ -23,6 +23,8 @@ from rlad.config.run import RolloutConfig
 from rlad.errors import RunFailedError, UserError
 from rlad.models.adapters import merged_weights
 from rlad.models.loading import LanguageModel
+from rlad.models.pictures import PicturedPrompt, held
+from rlad.models.sent_pictures import require_same_ids, with_pictures
 from rlad.replicas import ReplicaClient, ServerUnavailableError
 from rlad.rollouts.copied_student import CopiedStudent, Limits, Prompts, request_limits
 from rlad.rollouts.types import Completion
@@ -63,7 +65,7 @@ class _Batch:
     """Prompts that are being completed."""
 
     def __init__(self, prompts: Prompts, seed: int):
-        self.prompts = [list(prompt) for prompt in prompts]
+        self.prompts = [held(prompt) for prompt in prompts]
         self.seed = seed
         self.given_up = threading.Event()
         self.results: list[AsyncResult[list[Completion]]] = []
@@ -71,7 +73,7 @@ class _Batch:
         """numbers of prompts, as their completions come"""
 
     def is_of(self, prompts: Prompts, seed: int) -> bool:
-        return self.seed == seed and self.prompts == [list(prompt) for prompt in prompts]
+        return self.seed == seed and self.prompts == [held(prompt) for prompt in prompts]
 
 
 class VLLMServerSampler(CopiedStudent):
@@ -194,27 +196,42 @@ class VLLMServerSampler(CopiedStudent):
             def tell(_: Any, number: int = number) -> None:
                 batch.finished.put(number)
 
-            arguments = (body, limits["n"], batch.given_up)
+            arguments = (prompt, body, limits["n"], batch.given_up)
             batch.results.append(
                 self._pool.apply_async(self._write, arguments, callback=tell, error_callback=tell)
             )
         return batch
 
     def _request(self, prompt: Sequence[int], limits: Limits, seed: int | None) -> dict[str, Any]:
-        return generation_request(prompt, limits, self._student.eos_token_ids, seed)
+        student = self._student
+        body = generation_request(
+            prompt, limits, student.eos_token_ids, seed, never=student.never_written
+        )
+        if isinstance(prompt, PicturedPrompt):
+            assert student.vision is not None
+            body |= with_pictures(prompt, (), student.vision)
+        return body
 
     def _write(
-        self, body: dict[str, Any], num_completions: int, given_up: threading.Event
+        self,
+        prompt: Sequence[int],
+        body: dict[str, Any],
+        num_completions: int,
+        given_up: threading.Event,
     ) -> list[Completion]:
         """Have some server complete one prompt."""
         if given_up.is_set():
             raise ServerUnavailableError("given up")
-        read = partial(self._read, num_completions)
+        read = partial(self._read, prompt, num_completions)
         return self._client.complete(GENERATE, body, given_up=given_up, read=read)
 
-    def _read(self, num_completions: int, url: str, answer: dict[str, Any]) -> list[Completion]:
+    def _read(
+        self, prompt: Sequence[int], num_completions: int, url: str, answer: dict[str, Any]
+    ) -> list[Completion]:
         """Return the completions of an answer, if they are the student's."""
-        completions, versions = read_completions(answer)
+        if isinstance(prompt, PicturedPrompt):
+            require_same_ids(answer, prompt, url)
+        completions, versions = read_completions(answer, never=self._student.never_written)
         if len(completions) != num_completions:
             raise ServerUnavailableError(f"{url}: {len(completions)} completions came")
         if versions != {self._version}:
@@ -229,7 +246,8 @@ class VLLMServerSampler(CopiedStudent):
         former = self._folder / self._version
         self._num_versions += 1
         try:
-            weights = merged_weights(self._student.model)
+            sees = self._student.vision is not None
+            weights = merged_weights(self._student.model, language_part=sees)
             with torch.no_grad():
                 write_weights(
                     weights, self._folder / self._version, dtype=self._student.compute_dtype
@@ -285,7 +303,14 @@ class VLLMServerSampler(CopiedStudent):
 
     def _load(self, url: str) -> None:
         folder = self._folder / self._version
-        load_weights(self._client, url, folder, version=self._version, info=self._infos[url])
+        load_weights(
+            self._client,
+            url,
+            folder,
+            version=self._version,
+            info=self._infos[url],
+            sees=self._student.vision is not None,
+        )
 
     def _give_back(self, url: str) -> None:
         """Hand the present weights to a server that was started again."""
@@ -298,15 +323,17 @@ class VLLMServerSampler(CopiedStudent):
     def _written_by_each_copy(
         self, prompts: Prompts, limits: Limits, before_token: Callable[[], None]
     ) -> dict[str, list[Completion]]:
-        def complete(url: str, prompt: Sequence[int]) -> Completion:
-            answer = self._client.ask_once(url, GENERATE, self._request(prompt, limits, None))
-            return self._read(1, url, answer)[0]
+        def complete(url: str, prompt: Sequence[int], body: dict[str, Any]) -> Completion:
+            return self._read(prompt, 1, url, self._client.ask_once(url, GENERATE, body))[0]
 
+        # Here, as a tokenizer is for one thread.
+        bodies = [self._request(prompt, limits, None) for prompt in prompts]
         asked: dict[str, list[AsyncResult[Completion]]] = {}
         for url in self._urls:
             retrying = self._client.retrying(threading.Event(), most=2)
             asked[url] = [
-                self._pool.apply_async(retrying, (complete, url, prompt)) for prompt in prompts
+                self._pool.apply_async(retrying, (complete, url, *one))
+                for one in zip(prompts, bodies, strict=True)
             ]
         written = {}
         reasons = []

@@ -64,6 +64,23 @@ class _Generated(BaseModel):
     prompt_token_id_logprobs: Base64Bytes
 
 
+class _WrittenToken(BaseModel):
+    token_id: int
+    logprob: Logprob
+
+
+class _WrittenTokens(BaseModel):
+    content: list[_WrittenToken] = []
+
+
+class _WrittenChoice(BaseModel):
+    logprobs: _WrittenTokens | None = None
+
+
+class _Written(BaseModel):
+    choices: list[_WrittenChoice] = Field(min_length=1)
+
+
 @dataclass(frozen=True, slots=True)
 class TokenScore:
     """What a server says of one token of a text; as it is here where it says nothing usable."""
@@ -219,6 +236,15 @@ def read_generation(answer: dict[str, Any]) -> list[tuple[int, float]]:
             break
         written.append((int(found[1]), value))
     return written
+
+
+def read_token_ids(answer: dict[str, Any]) -> list[tuple[int, float]]:
+    """Read id and log-prob of each token that a server wrote by its route of token ids."""
+    try:
+        lists = _Written.model_validate(answer).choices[0].logprobs
+    except ValidationError:
+        return []
+    return [(one.token_id, one.logprob) for one in lists.content] if lists else []
 
 
 def _first_choice(answer: dict[str, Any]) -> _Choice:

@@ -21,6 +21,7 @@ from rlad.teachers.base import Setting
 from rlad.teachers.compatibility import compare_contexts
 from rlad.teachers.served.client import CompletionsClient
 from rlad.teachers.served.columns import column_request, column_scoring, read_columns
+from rlad.teachers.served.pictures import picture_findings
 from rlad.teachers.served.protocol import (
     Scoring,
     TokenScore,
@@ -55,6 +56,7 @@ class SelfTest:
         self.identity = self.settings.model
         self.context: int | None = None
         self.scoring: Scoring = "prompt_logprobs"
+        self.takes_pictures = False
         self.text = probe_ids(setting.student_tokenizer)
 
     @property
@@ -70,6 +72,7 @@ class SelfTest:
             "server": self.ask_for_model,
             "scoring": self.find_scoring,
             "vocabulary": self.compare_strings,
+            "pictures": self.look_at_pictures,
             "temperature": self.check_temperature,
             "columns": self.check_columns,
             "agreement": self.compare_with_others,
@@ -181,6 +184,12 @@ class SelfTest:
             )
         return [Finding(level, "vocabulary", message)]
 
+    def look_at_pictures(self) -> list[Finding]:
+        """It takes the pictures of a student that sees."""
+        found = picture_findings(self)
+        self.takes_pictures = bool(found) and found[0].level == "ok"
+        return found
+
     def check_temperature(self) -> list[Finding]:
         """At a sampling temperature T other than 1, differences of log-probs at one position are
         those at 1, divided by T.
@@ -241,7 +250,7 @@ class SelfTest:
             return [Finding("error", "columns", _refused_columns(support, top_k, said))]
         scores = read_scores(scoring, answer, self.text)[1:]
         of_given = [score.logprob for score in scores] if ids is None else found[:, 0].tolist()
-        finding = self._compare(
+        finding = self.compare(
             "columns",
             of_given,
             self._probe_logprobs(self.url),
@@ -260,7 +269,7 @@ class SelfTest:
             others[name] = self._local_logprobs(name)
         ours = self._probe_logprobs(self.url) if others else []
         return [
-            self._compare(
+            self.compare(
                 "agreement",
                 ours,
                 theirs,
@@ -321,7 +330,7 @@ class SelfTest:
             scores = self._scores(tokens, start=len(prompt))
             writing += [value for _, value in written]
             scoring += [score.logprob for score in scores[len(prompt) :]]
-        return self._compare(
+        return self.compare(
             "scoring",
             scoring,
             writing,
@@ -331,7 +340,7 @@ class SelfTest:
             "are shifted by one token, or are of another text or model",
         )
 
-    def _compare(
+    def compare(
         self, subject: str, ours: list[float], theirs: list[float], *, equal: str, otherwise: str
     ) -> Finding:
         """Whether the log-probs differ by at most the tolerance, and by how much."""

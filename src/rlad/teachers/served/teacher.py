@@ -17,12 +17,15 @@ from torch import Tensor
 from rlad.config.teacher import ServedTeacherConfig
 from rlad.errors import UserError
 from rlad.findings import Finding
+from rlad.models.pictures import PicturedPrompt, pictures_of
+from rlad.models.vision import Vision
 from rlad.replicas import ServerUnavailableError
 from rlad.scoring.columns import TokenColumns
 from rlad.scoring.scorer import Scorer
 from rlad.teachers.base import Answer, Setting, Teacher, TeacherRequest, require_texts
 from rlad.teachers.served.client import CompletionsClient
 from rlad.teachers.served.columns import column_request, column_scoring, read_columns
+from rlad.teachers.served.pictures import PATH, picture_request, read_picture_scores
 from rlad.teachers.served.protocol import Scoring, read_scores, scoring_path, scoring_request
 from rlad.teachers.served.self_test import SelfTest
 
@@ -41,6 +44,7 @@ class ServedTeacher(Teacher):
         scoring: Scoring,
         identity: str,
         context_tokens: int | None,
+        takes_pictures: bool = False,
     ):
         """`context_tokens` are those of prompt and completion that the server can score."""
         self.identity = identity
@@ -48,6 +52,7 @@ class ServedTeacher(Teacher):
         self._setting = setting
         self._scoring: Scoring = scoring
         self._context_tokens = context_tokens
+        self._takes_pictures = takes_pictures
         # The student's ids beyond its vocabulary are padding, which no server need know.
         self._vocabulary = max(setting.student_tokenizer.get_vocab().values()) + 1
         self._pool: ThreadPool | None = None
@@ -59,7 +64,12 @@ class ServedTeacher(Teacher):
         return True
 
     def submit(self, requests: Sequence[TeacherRequest]) -> list[Answer]:
-        require_texts(requests, "a server")
+        if not self._takes_pictures:
+            require_texts(requests, "this server")
+        for one in requests:
+            for picture in pictures_of(one.prompt):
+                # Here, as a tokenizer is for one thread.
+                self._vision.ids_of(picture)
         return [
             Answer(partial(self._wait_for, result), spans)
             for result, spans in self._start([partial(self._score, one) for one in requests])
@@ -145,10 +155,39 @@ class ServedTeacher(Teacher):
             start=start,
             temperature=self._setting.temperature,
         )
-        answer = self._ask(self._scoring, body, given_up, spans)
+        if isinstance(request.prompt, PicturedPrompt):
+            return self._score_pictured(request.prompt, tokens[start:], values, given_up, spans)
+        answer = self._ask(scoring_path(self._scoring), body, given_up, spans)
         if answer is not None:
             scores = read_scores(self._scoring, answer, tokens, start=start)[len(request.prompt) :]
             values[:num_known] = torch.tensor([score.logprob for score in scores])
+        return values
+
+    @property
+    def _vision(self) -> Vision:
+        """The student's eyes, in whose tokens pictures are sent."""
+        vision = self._setting.vision
+        assert vision is not None
+        return vision
+
+    def _score_pictured(
+        self,
+        prompt: PicturedPrompt,
+        completion: Sequence[int],
+        values: Tensor,
+        given_up: threading.Event,
+        spans: list[tuple[float, float]],
+    ) -> Tensor:
+        """Fill in the log-probs of a completion of a prompt with pictures."""
+        model = self._client.settings.model
+        body = picture_request(self._scoring, model, prompt, completion, self._vision)
+        answer = self._ask(PATH, body, given_up, spans)
+        if answer is not None:
+            url = self._client.settings.urls[0]
+            scores = read_picture_scores(
+                self._scoring, answer, [*prompt, *completion], start=len(prompt), url=url
+            )
+            values[: len(scores)] = torch.tensor([score.logprob for score in scores])
         return values
 
     def _columns(
@@ -181,7 +220,7 @@ class ServedTeacher(Teacher):
             temperature=self._setting.temperature,
             **about,
         )
-        answer = self._ask(scoring, body, given_up, spans)
+        answer = self._ask(scoring_path(scoring), body, given_up, spans)
         if answer is None:
             return whole
         found = read_columns(scoring, answer, tokens, vocabulary=student.vocabulary, **about)
@@ -200,7 +239,7 @@ class ServedTeacher(Teacher):
 
     def _ask(
         self,
-        scoring: Scoring,
+        path: str,
         body: dict[str, Any],
         given_up: threading.Event,
         spans: list[tuple[float, float]],
@@ -209,7 +248,7 @@ class ServedTeacher(Teacher):
         started = time.monotonic()
         try:
             return self._client.complete(
-                scoring_path(scoring),
+                path,
                 body,
                 given_up=given_up,
                 read=lambda url, answer: answer,
@@ -232,7 +271,7 @@ def make_teacher(settings: ServedTeacherConfig, setting: Setting) -> ServedTeach
     test = SelfTest(client, setting)
     # The check ran the whole self-test; what the run relies on is asked again, as the server may
     # have been restarted with another model since.
-    last = test.findings("server", "scoring")[-1]
+    last = test.findings("server", "scoring", "pictures")[-1]
     if last.level == "error":
         client.close()
         raise UserError(f"teacher {settings.title!r} failed its self-test: {last.message}")
@@ -242,6 +281,7 @@ def make_teacher(settings: ServedTeacherConfig, setting: Setting) -> ServedTeach
         scoring=test.scoring,
         identity=test.identity,
         context_tokens=test.scored_context,
+        takes_pictures=test.takes_pictures,
     )
 
 
