@@ -10,7 +10,7 @@ _MAX_CHARACTERS_AROUND = 300
 _LOOSE_BOX = re.compile(r"\\boxed\s+(?:\{|([^\s{}$\\]*[^\s{}$\\.,;]))")
 _IDLE_COMMANDS = re.compile(
     r"\\(?:[,;:! ]|(?:displaystyle|textstyle|therefore|q?quad|[lL]arge|LARGE|[hH]uge|bf|rm)"
-    r"(?![A-Za-z])|color\s*\{\w+\})|~"
+    r"(?![A-Za-z])|color\s*\{\w+\})|(?<!~)~(?!~)"
 )
 # What comes before a box begins behind the last of these.
 _LEFT_END = re.compile(
@@ -38,14 +38,14 @@ _OTHER_BEFORE = re.compile(
     r"(\S+?),?\s+or\s+(?:(?:maybe|perhaps|possibly|else|rather)\s+)?$", re.IGNORECASE
 )
 _BOX_BEFORE = re.compile(
-    r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}[\s$]*"
-    r"(?:,|[-\N{EN DASH}]|,?\s*\b(?:or|and|to)\b(?:\s+\w+)?)[\s$]*$"
+    r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}[^\w\\]*"
+    r"(?:\b(?:or|and|to|vs|versus|maybe|perhaps|possibly|also)\b[^\w\\]*)*$"
 )
 _CHANGING_BEFORE = re.compile(
     r"\b(?:negative|minus|plus|times|over|twice|thrice|double|triple|(?:square|cube)?\s*root"
     r"|(?:half|third|quarter|root|square|cube|opposite|reciprocal|inverse|negative|multiple|factor"
-    r"|power|logarithm|twice|double|triple|percent) of|(?:hundred|thousand|million|[a-z]+ty) and)"
-    r"\s*$",
+    r"|power|logarithm|twice|double|triple|percent) of|(?:hundred|thousand|million|[a-z]+ty) and"
+    r"|between \S+ and|(?:less|more|fewer|greater) than)\s*$",
     re.IGNORECASE,
 )
 _SET_TEXT = re.compile(r"\\(?:text\w*|mbox|math(?:rm|sf|bf|it))\s*\{([^{}]*)\}")
@@ -55,11 +55,13 @@ _IDLE_IN_FORMULA = re.compile(
     r"|\\(?:text\w*|mbox|math(?:rm|sf|bf|it))\s*\{[^{}]*\}(?:\s*\^\s*\{?[23]\}?)?)*"
 )
 _ATTACHED = re.compile(
-    r"[.:]?[0-9]|[A-Za-z(]|-[0-9A-Za-z]|\s*(?:[\^_+*=>?]|<(?!/)|/\s*[0-9(\\]"
+    r"[.:]?[0-9]|[A-Za-z(]|-[0-9A-Za-z]|\s*(?:[\^_+*=>?\N{PLUS-MINUS SIGN}"
+    r"\N{MULTIPLICATION SIGN}\N{MIDDLE DOT}\N{DIVISION SIGN}]|<(?!/)|/\s*[0-9(\\]"
     r"|\\(?:times|cdot|div|pm|le|ge|ne|cup|cap|sqrt|frac|pi)(?![A-Za-z]))"
 )
 _CONTINUED = re.compile(
-    r"\s*(?:[,;]\s*\$?-?[0-9]|[-\N{EN DASH}]\s?\$?[0-9]|(?:or|to|out of)\b|and\s+\$?[0-9]|and an?\b"
+    r"\s*(?:[,;]\s*\$?-?[0-9]|[-\N{EN DASH}]\s?\$?[0-9]|[,(]?\s*or\b(?! so\b)"
+    r"|(?:out of|if|unless|else|otherwise|k)\b|(?:and|to)\s+\$?[0-9]|and an?\b"
     r"|(?:squared|cubed|factorial|choose|recurring|repeating|"
     + "|".join(f"{word}s?" for word in (*MULTIPLIERS, *LARGE_NUMBERS))
     + r")\b|(?:times|plus|minus|over|(?:less|more|fewer|greater) than)\s+\$?(?:[0-9]|[a-z]\b))",
@@ -98,7 +100,7 @@ def with_context(found: str, before: str, after: str) -> str:
         return ""
     said, left = _before(before[-_MAX_CHARACTERS_AROUND:])
     right = after.partition("\n")[0][:_MAX_CHARACTERS_AROUND]
-    if other := _BOX_BEFORE.search(said):
+    if (other := _BOX_BEFORE.search(said)) and other[1] != found:
         return f"{other[1]} or {found}"
     while group := _SET.search(left):
         left = left[: group.start()]

@@ -17,7 +17,8 @@ _STATEMENT_BEFORE = re.compile(
 _RELATION = re.compile(r"[<>]|\\(?:[lg]e|in)(?![A-Za-z])")
 _BEFORE_A_NUMBER = re.compile(
     r"\b(?:not|never|cannot|neither|nor|except|excluding|wrong|incorrect|false|no longer|instead of"
-    r"|rather than|(?:anything|everything|all) but|other than|impossible|unlikely)\b|n't\b",
+    r"|rather than|(?:anything|everything|all) but|other than|impossible|unlikely|doubt|mistake"
+    r"|no way)\b|n't\b",
     re.IGNORECASE,
 )
 _AFTER_A_NUMBER = re.compile(
@@ -29,7 +30,8 @@ _AFTER_A_NUMBER = re.compile(
 _TAKEN_BACK = re.compile(
     r"(?:[^\w\n]|_)*((?:no|nope)(?=\s*[^\w\s])|(?:(?:no,? )?wait|actually|correction|scratch|sorry"
     r"|oops|never ?mind|alternatively|hmm+|rather|instead|on second thoughts?|maybe|perhaps|however"
-    r"|but(?! note)|or(?! equivalently)|another (?:answer|solution|option|possibility|value)"
+    r"|but(?! note)|or(?! equivalently)|my mistake|edit|not \S+ but"
+    r"|another (?:answer|solution|option|possibility|value)"
     r"|i (?:was wrong|made an?|have made an?|meant|take)"
     r"|(?:that|this|it|which) (?:is|was) (?:not|wrong|incorrect|false|impossible))\b)",
     re.IGNORECASE,
@@ -41,13 +43,15 @@ _SENTENCE_CONTINUED = re.compile(
 _REFUSED_BEFORE = re.compile(
     r"(?:\b(?:not|never|cannot|neither|nor|no longer|instead of|rather than|other than|except"
     r"|excluding|(?:any|every|no)(?:thing|one) but|all but|none but|wrong|incorrect|false"
-    r"|impossible|unlikely)|n't)(?:\s+(?:be|is|are|was|were|will|would|could|can|must|should|equal|equals|to|the"
+    r"|impossible|unlikely|doubt|doubtful|mistake|mistakenly|might think|no way)|n't)"
+    r"(?:\s+(?:be|is|are|was|were|will|would|could|can|must|should|equal|equals|to|the"
     r"|an?|answer|result|value|number|solution|really|actually|exactly|just|about|for|that|it|as|x"
     r"|=))*\s*:?\s*$",
     re.IGNORECASE,
 )
 _REFUSED_AFTER = re.compile(
-    r"[^\w,;.]*(?:(?:which|that|it|this)\s+)?(?:(?:is|are|was|were|be|would be|seems|looks)\s+"
+    r"\W*[\N{CROSS MARK}\N{BALLOT X}\N{HEAVY BALLOT X}]"
+    r"|[^\w,;.]*(?:(?:which|that|it|this)\s+)?(?:(?:is|are|was|were|be|would be|seems|looks)\s+"
     r"(?:not|never|no|too|wrong|incorrect|false|impossible|invalid|rejected|extraneous|excluded"
     r"|ruled out|an? (?:mistake|typo|guess|lower|upper|bound|wrong|contradiction))"
     r"|cannot|fails|(?:does|do|did|can|could|will|would|should) not|never|\w+n't|wrong|incorrect"

@@ -61,7 +61,7 @@ _PER = re.compile(r"(?<=[0-9])\s?/\s?(?=[A-Za-z]{3})")
 _POWER_OF_UNIT = re.compile(r"(?<=[0-9 ])([A-Za-z]{1,3})\s?\^\s?\{?\s?([23])\s?\}?(?![\w^])")
 _SLASHES = re.compile(r"[0-9]+(?:\s?/\s?[0-9]+){2,}")
 ELLIPSIS = re.compile(r"[0-9]?\.[0-9]+\s*(?:\.{2,}|\N{HORIZONTAL ELLIPSIS}|\\[lc]?dots)")
-_UNEQUAL = re.compile(r"(?:\\ne(?![A-Za-z])|!=)[^,;]*+")
+_UNEQUAL = re.compile(r"[^,;()]*(?:\\ne(?![A-Za-z])|!=)[^,;()]*+")
 _REMARK = re.compile(r"(?<=[^\s(])\s\((?!\s*mod)(?=\s*[A-Za-z]{2})([^()]*)\)")
 _CURRENCY = r"(?:\\?\$|[\N{EURO SIGN}\N{POUND SIGN}\N{YEN SIGN}\N{INDIAN RUPEE SIGN}\N{CENT SIGN}])"
 _MONEY = re.compile(
@@ -144,7 +144,9 @@ def read_number(text: str, *, is_marked: bool = True) -> Reading:
         return Unreadable()
     if ELLIPSIS.search(line):
         return Unreadable()
-    line = _with_units_spelt(_UNEQUAL.sub(" ", line))
+    if r"\ne" in line or "!=" in line:
+        line = _UNEQUAL.sub(" ", line)
+    line = _with_units_spelt(line)
     line = _EMPHASIS.sub(r"\2", without_remarks(line)).strip().rstrip(".")
     line = _SLASHES.sub(lambda m: m[0].replace("/", "-"), line)
     # 22/7 is about 3.14: the first is what is meant. 6 * 7 -> 42: the last.
@@ -279,7 +281,9 @@ def _amount(
     words_before = [word.casefold() for word in words_of(before)]
     if _BOUND_AFTER.match(after) or _DATE_AFTER.match(after) or _DATE_BEFORE.search(before):
         return Unreadable()
-    is_whole = not (begins_before(before) or ends_behind(after, is_marked=is_marked))
+    is_whole = not (
+        begins_before(before, is_marked=is_marked) or ends_behind(after, is_marked=is_marked)
+    )
     is_primed = after.startswith("'") and not before.endswith("'")
     if value is None or not is_whole or is_primed or _is_in_list(before, after):
         return Unreadable()

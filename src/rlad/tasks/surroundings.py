@@ -42,6 +42,8 @@ _CHANGING_BEFORE_OF = frozenset(
         "predecessor digit digits base modulus floor ceiling out instead most"
     )
 )
+# With these before it a marked answer is one of several, or hangs on something.
+_CONDITIONS = frozenset(words("if unless either whether between suppose assuming doubt neither"))
 _JOINING = frozenset(words("and or nor without within before after past until except versus vs"))
 # What a marked answer with one number never says, because it gives another one or none.
 _ANOTHER = frozenset(
@@ -67,7 +69,8 @@ _IS_THE_ANSWER = re.compile(
     re.IGNORECASE,
 )
 _WITH_NUMBER_WORD = re.compile(
-    rf"\b(?:to|past|till|until|by|from|into|or)\s+(?:{'|'.join(sorted(_NUMBER_WORDS))})\b",
+    r"(?:\b(?:to|past|till|until|by|from|into|or|of|and|also)\s+|[,;]\s*)"
+    rf"(?:{'|'.join(sorted(_NUMBER_WORDS))})\b",
     re.IGNORECASE,
 )
 _THAN = re.compile(r"\W*(?:less|more|fewer|greater|smaller|larger)\s+than\s+(?![A-Z][a-z])")
@@ -86,7 +89,7 @@ def words_of(text: str) -> list[str]:
     return _WORD.findall(text)
 
 
-def begins_before(before: str) -> bool:
+def begins_before(before: str, *, is_marked: bool) -> bool:
     """Say whether the text before a number belongs to it: x3, 2^3, 1.2.3, x < 3, 1 + 3, half of
     3."""
     if before[-1:].isalnum() or re.search(r"[A-Za-z][-.]$|\\[A-Za-z]", before):
@@ -100,7 +103,10 @@ def begins_before(before: str) -> bool:
         return True
     if before and unicodedata.category(before[-1]) == "Pd":
         return True
-    found = [word.casefold() for word in words_of(before)[-3:]]
+    found = [word.casefold() for word in words_of(before)]
+    if is_marked and set(found) & _CONDITIONS:
+        return True
+    found = found[-3:]
     is_of = found[-1:] == ["of"]
     if set(found) & _CHANGING_BEFORE or (is_of and set(found) & _CHANGING_BEFORE_OF):
         return True
