@@ -38,8 +38,8 @@ _OTHER_BEFORE = re.compile(
     r"(\S+?),?\s+or\s+(?:(?:maybe|perhaps|possibly|else|rather)\s+)?$", re.IGNORECASE
 )
 _BOX_BEFORE = re.compile(
-    r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}[^\w\\]*"
-    r"(?:\b(?:or|and|to|vs|versus|maybe|perhaps|possibly|also)\b[^\w\\]*)*$"
+    r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}[^\w\\\n]*"
+    r"(?:\b(?:or|and|to|vs|versus|maybe|perhaps|possibly|also)\b[^\w\\\n]*)*$"
 )
 _CHANGING_BEFORE = re.compile(
     r"\b(?:negative|minus|plus|times|over|twice|thrice|double|triple|(?:square|cube)?\s*root"
@@ -128,7 +128,7 @@ def _before(text: str) -> tuple[str, str]:
     if start.endswith(("$$", r"\[")):
         line = f"$ {line}"  # a dash is a minus there, and no mark of a list
     line = _IDLE_COMMANDS.sub(" ", line.replace("\\$", " "))
-    said = line if line.strip(" $*_`") else f"{start.rpartition(chr(10))[2]} {line}"
+    said = line if line.strip(" $*_`") else f"{start.rpartition(chr(10))[2]}\n{line}"
     ends = [match.end() for match in _LEFT_END.finditer(line)]
     return said, line[ends[-1] :] if ends else line
 
