@@ -13,7 +13,6 @@ from rlad.checks.trial import without_cache
 from rlad.config.context import ContextConfig
 from rlad.config.run import RunConfig
 from rlad.config.teacher import PrivilegedTeacherConfig
-from rlad.engines.metrics import mean_of_actions
 from rlad.engines.rollout_batch import RolloutBatch, teacher_request
 from rlad.errors import UserError
 from rlad.findings import Finding
@@ -24,6 +23,7 @@ from rlad.runs.statistics import Ranking, ranking
 from rlad.seeds import stream_seed
 from rlad.tasks import Verdict, make_task
 from rlad.teachers import build_teacher, setting_of
+from rlad.teachers.asking import of_actions
 from rlad.teachers.base import Setting, Teacher, TeacherRequest
 from rlad.teachers.privileged import PrivilegedTeacher, privileged
 
@@ -126,8 +126,8 @@ def rank_groups(
     logprobs = teacher.logprobs(requests)
     scores: list[list[float]] = [[] for _ in groups]
     is_correct: list[list[bool]] = [[] for _ in groups]
-    for i, values in zip(rows, logprobs, strict=True):
-        score = mean_of_actions(values, batch.rollouts[i].completion)
+    for i, request, values in zip(rows, requests, logprobs, strict=True):
+        score = float(of_actions(values, request).mean())
         if math.isfinite(score):
             scores[i // batch.group_size].append(score)
             correct = batch.rollouts[i].verdict == Verdict.CORRECT

@@ -190,7 +190,7 @@ def ranking_metrics(groups: Sequence[RolloutGroup], teacher_logprobs: Sequence[T
     is_correct: list[list[bool]] = []
     for group in groups:
         judged = [
-            (mean_of_actions(logprobs, rollout.completion), rollout.verdict == "correct")
+            (_mean_of_actions(logprobs, rollout.completion), rollout.verdict == "correct")
             for rollout, logprobs in zip(group.rollouts, values, strict=False)
             if rollout.verdict != "cannot_judge"
         ]
@@ -207,7 +207,7 @@ def ranking_metrics(groups: Sequence[RolloutGroup], teacher_logprobs: Sequence[T
     return metrics
 
 
-def mean_of_actions(logprobs: Tensor, completion: Completion) -> float:
+def _mean_of_actions(logprobs: Tensor, completion: Completion) -> float:
     """Average over the tokens that the model wrote; NaN where there are no log-probs."""
     if completion.actions is not None and len(logprobs):
         logprobs = logprobs[torch.tensor(completion.actions)]
