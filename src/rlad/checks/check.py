@@ -14,7 +14,7 @@ from rlad.checks.memory import (
     estimate_memory,
     free_and_total_memory,
 )
-from rlad.checks.pass_rates import PassRates, describe_pass_rates, measure_pass_rates
+from rlad.checks.pass_rates import PassRates, check_pass_rates
 from rlad.checks.prompts import check_first_prompt
 from rlad.checks.ranking import RankedContext, describe_ranking, rank_contexts
 from rlad.checks.trial import Trial, describe_trial, run_trial
@@ -158,10 +158,9 @@ def _check_with_models(
         report.ranking = ranked or []
         report.findings += map(describe_ranking, report.ranking)
     if num_solved_problems:
-        subject = "nearest case"
-        rates = report.attempt(subject, measure_pass_rates, config, num_solved_problems)
-        report.pass_rates = rates
-        report.findings += describe_pass_rates(rates) if rates else []
+        found = report.attempt("nearest case", check_pass_rates, config, num_solved_problems)
+        report.pass_rates, findings = found or (None, [])
+        report.findings += findings
 
 
 def describe_plan(config: RunConfig) -> list[str]:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from rlad.checks.nearest import describe_nearest
 from rlad.checks.trial import without_cache
 from rlad.config.run import RunConfig
-from rlad.errors import UserError
 from rlad.findings import Finding
 from rlad.models.loading import LanguageModel
 from rlad.models.student import load_student
@@ -30,17 +29,25 @@ class PassRates:
     teacher: Estimate
 
 
-def measure_pass_rates(config: RunConfig, num_problems: int) -> PassRates:
-    """Have student and teacher write completions of validation problems in full.
+def check_pass_rates(
+    config: RunConfig, num_problems: int
+) -> tuple[PassRates | None, list[Finding]]:
+    """Measure pass@1 of both, and say which measured cases are nearest; without a teacher that
+    writes say that alone."""
+    if config.teacher is not None and config.teacher.writes:
+        rates = measure_pass_rates(config, num_problems)
+        return rates, describe_pass_rates(rates)
+    what = "there is none" if config.teacher is None else f"this one is {config.teacher.type!r}"
+    message = (
+        "not looked for: that takes a teacher that can write completions (teacher.type = 'local'), "
+        f"and {what}"
+    )
+    return None, [Finding("warning", "nearest case", message)]
 
-    `UserError` for a teacher that scores only.
-    """
-    if config.teacher is None or not config.teacher.writes:
-        what = "there is none" if config.teacher is None else f"it is {config.teacher.type!r}"
-        raise UserError(
-            "--nearest needs a teacher whose model is in this process, to write completions, and "
-            f"{what}; give teacher.type = 'local', or leave --nearest out."
-        )
+
+def measure_pass_rates(config: RunConfig, num_problems: int) -> PassRates:
+    """Have the student, and its teacher that writes, complete validation problems in full."""
+    assert config.teacher is not None
     student = load_student(config)
     of_student = _pass_at_1(config, student, num_problems)
     with closing(build_teacher(without_cache(config.teacher), setting_of(config, student))) as one:
