@@ -37,7 +37,7 @@ LOOKS: dict[str, dict[str, Any]] = {
     "kdrl": {"color": "#5f9ed1", "marker": "D", "linestyle": "-."},
 }
 """of the methods that are drawn; dark enough on white, and told apart without colours too"""
-SIZE = {"linewidth": 1.2, "markersize": 3.8}
+SIZE: dict[str, Any] = {"linewidth": 1.2, "markersize": 3.8}
 Row = dict[str, Any]
 BySeed = dict[int, Row]
 
