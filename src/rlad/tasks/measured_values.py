@@ -81,6 +81,7 @@ def _set_unit(text: str) -> Value | None:
     is_in_formula = _IN_FORMULA.match(unit) and not re.match(r"[A-Z]$", unit)
     if not unit or is_in_formula or re.search(r"(?<![\^{-])[0-9]", unit):
         return None
+    _require_no_statement(unit)
     return _with_unit(found["value"], unit)
 
 
@@ -145,8 +146,7 @@ def _typed_unit(value: str, unit: str, is_apart: bool) -> Value | None:
     is_power = is_known and unit.lower().split()[-1] in ("squared", "cubed")
     if _NO_UNITS & set(unit.lower().split()) and not is_power:
         raise Unreadable(unit)
-    if (changes_before(unit) and not is_power) or gives_another_words(unit):
-        raise Unreadable(unit)
+    _require_no_statement(unit)
     if first.lower() in ("a", "p", "am", "pm", "and", "or", "r", "to", "plus", "minus", "times"):
         raise Unreadable(unit)
     if not (is_known or is_word or first.lower() in MULTIPLIERS):
@@ -160,6 +160,13 @@ def _typed_unit(value: str, unit: str, is_apart: bool) -> Value | None:
     if not is_known and first.lower() not in MULTIPLIERS and not is_apart:
         raise Unreadable(unit)
     return _with_unit(value, unit)
+
+
+def _require_no_statement(unit: str) -> None:
+    """Refuse words after a number that say more than its unit: squared, rejected, or six."""
+    is_power = unit.lower().split()[-1:] in (["squared"], ["cubed"]) and len(unit.split()) > 1
+    if (changes_before(unit) and not is_power) or gives_another_words(unit):
+        raise Unreadable(unit)
 
 
 def _with_unit(value: str, unit: str) -> Value:

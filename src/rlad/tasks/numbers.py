@@ -14,9 +14,8 @@ from rlad.tasks.notation import plain_notation, words
 from rlad.tasks.surroundings import (
     CHANGING_WORDS,
     begins_before,
-    changes_before,
     ends_behind,
-    gives_another_words,
+    is_another_remark,
     words_of,
 )
 from rlad.tasks.units import MULTIPLIERS, UNITS, Unit, known_unit
@@ -90,7 +89,6 @@ _LEADING_DASH = re.compile(
 _TELLING_WORDS = frozenset(
     words("or and to negative minus not wrong incorrect false except bc ad bce ce remainder below")
 )
-_REFUSALS = frozenset(words("rejected extraneous invalid impossible fails maybe perhaps possibly"))
 _NEGATING_WORDS = ("minus", "negative")
 _ALTERNATIVE = re.compile(r"\bout of\b|\bor\b|\bto\b|\band\b|\bbetween\b", re.IGNORECASE)
 _UNIT_AFTER = re.compile(
@@ -178,11 +176,10 @@ def without_remarks(text: str) -> str:
         is_telling = known_unit(unit) is not None or bool(
             set(found) & (CHANGING_WORDS | _TELLING_WORDS)
             or {word.removesuffix("s") for word in found} & MULTIPLIERS.keys()
-            or changes_before(inner)
-            or (gives_another_words(inner) and len(found) > 1)
-            or gives_another_words(inner) & _REFUSALS
         )
-        return f" {unit} " if is_telling else " "
+        if is_telling:
+            return f" {unit} "
+        return f" or {inner} " if is_another_remark(inner) else " "
 
     return _REMARK.sub(kept, text)
 

@@ -16,7 +16,7 @@ CHANGING_WORDS = frozenset(
         "quarter quarters fourth fourths fifth fifths sixth sixths seventh sevenths eighth "
         "eighths ninth ninths tenth tenths hundredth hundredths thousandth thousandths times "
         "plus minus over power divided multiplied point remainder r am pm a.m a.m. p.m p.m. "
-        "o'clock log ln sin cos tan exp recurring repeating repeated choose"
+        "o'clock log lg ln sin cos tan sinh cosh tanh exp recurring repeating repeated choose"
     )
 ) | set(LARGE_NUMBERS)
 _CHANGING_AFTER = CHANGING_WORDS | {"negative", "below"}
@@ -29,8 +29,8 @@ _NUMBER_WORDS = frozenset(
 # Of prose these are the last word, or the last but one, before a number.
 _CHANGING_BEFORE = frozenset(
     words(
-        "sqrt root half third quarter twice double triple thrice quadruple times over power mod "
-        "modulo base point log ln sin cos tan exp factorial pi version room than"
+        "lg sub sqrt root half third quarter twice double triple thrice quadruple times over power "
+        "mod modulo base point log ln sin cos tan exp factorial pi version room than"
     )
 )
 # After these and "of" comes a part of something, or what it was made from.
@@ -49,7 +49,14 @@ _JOINING = frozenset(words("and or nor without within before after past until ex
 _ANOTHER = frozenset(
     words(
         "but unless if wait scratch sorry actually hmm rejected extraneous invalid fails too "
-        "impossible nope rather alternatively maybe perhaps possibly or"
+        "impossible nope rather alternatively maybe perhaps possibly or otherwise else assuming "
+        "except iff provided respectively resp versus vs xor"
+    )
+)
+_DOUBTS = frozenset(
+    words(
+        "rejected extraneous invalid impossible possible fails maybe perhaps possibly no guess "
+        "guessing not"
     )
 )
 _NO = re.compile(r"\bno\b(?! (?:more|less|change|tax|units?)\b)", re.IGNORECASE)
@@ -70,13 +77,13 @@ _IS_THE_ANSWER = re.compile(
 )
 _WITH_NUMBER_WORD = re.compile(
     r"(?:\b(?:to|past|till|until|by|from|into|or|of|and|also)\s+|[,;]\s*)"
-    rf"(?:{'|'.join(sorted(_NUMBER_WORDS))})\b",
+    rf"(?:{'|'.join(sorted(_NUMBER_WORDS))})\b|\b(?:to the|per) [b-z]\b",
     re.IGNORECASE,
 )
 _THAN = re.compile(r"\W*(?:less|more|fewer|greater|smaller|larger)\s+than\s+(?![A-Z][a-z])")
 # The only signs that may be between the last word before a number and the number.
 _IDLE_SIGNS = re.compile(
-    r"(?:[\s.,:;'\"(\[{}\])#~%&\N{EM DASH}\N{EN DASH}\N{BULLET}]|(?<!\S)[*_`]+|!(?=\s)"
+    r"(?:[\s.,:;'\"(\[{}\])#~%\N{EM DASH}\N{EN DASH}\N{BULLET}]|(?<!\S)(?:[*`]|_(?!\{))+|!(?=\s)"
     r"|(?<![^\s(])[A-Ea-eI](?=[).:\s]))*"
 )
 _ORDINAL = re.compile(r"(?:st|nd|rd|th)(?![\w-])")
@@ -119,7 +126,8 @@ def begins_before(before: str, *, is_marked: bool) -> bool:
 
 def _are_idle_signs(tail: str) -> bool:
     rest = tail[_IDLE_SIGNS.match(tail).end() :] if tail else ""  # pyright: ignore
-    return all(unicodedata.category(sign) == "So" or sign.isspace() for sign in rest)
+    is_apart = not rest or rest[-1].isspace()
+    return is_apart and all(unicodedata.category(c) == "So" or c.isspace() for c in rest)
 
 
 def ends_behind(after: str, *, is_marked: bool) -> bool:
@@ -164,3 +172,17 @@ def gives_another_words(text: str) -> set[str]:
     """List the words that say that another answer is meant, or none: or, but, rejected, six."""
     found = [word.casefold().rstrip(".") for word in words_of(re.sub(r"\bor so\b", "", text))]
     return set(found) & _ANOTHER | set(found[:1]) & _NUMBER_WORDS
+
+
+def is_another_remark(remark: str) -> bool:
+    """Say whether a remark in brackets after an answer takes it back or gives another one: (if
+    x > 0), (rejected), (or six); (five) repeats it."""
+    found = [word.casefold().rstrip(".") for word in words_of(remark)]
+    if found[:1] and found[0] in _NUMBER_WORDS:
+        return bool(set(found[1:]) & (_ANOTHER | _DOUBTS))
+    return bool(
+        changes_before(remark)
+        or set(found) & _DOUBTS
+        or (len(found) > 1 and set(found) & (_ANOTHER | _NUMBER_WORDS))
+        or {"only", "when"} <= set(found)
+    )
