@@ -4,6 +4,12 @@ r"""The answer in a `\boxed{...}`, with what is around the box where that makes 
 import re
 
 from rlad.tasks.denials import is_refused_after, is_refused_before, is_taken_back
+from rlad.tasks.restatements import (
+    ends_with_value,
+    is_restated_after,
+    is_restated_before,
+    same_number,
+)
 from rlad.tasks.units import LARGE_NUMBERS, MULTIPLIERS
 
 _MAX_CHARACTERS_AROUND = 300
@@ -33,6 +39,23 @@ _MARKS_BEFORE = re.compile(
     r"(?<!\S)[*_`\"'(}\N{LEFT DOUBLE QUOTATION MARK}\N{EURO SIGN}\N{POUND SIGN}]+$"
 )
 _WORD_BEFORE = re.compile(r"(?<![\\\w])[^\W\d_]{2,}[\"')*_`,]*\s*$")
+# The comma after these begins the sentence that the box is; others may separate a list.
+_CLAUSE_BEFORE = re.compile(
+    r"(?:^|[.;:!?]\s)\W*(?:(?:so|and|but|thus|hence|then|therefore),?\s+)?"
+    r"(?:(?:since|as|because)\s(?:[^.,;:?!]|[.,](?=[0-9]))+"
+    r"|(?:in|by|after|from|on|at|with|using)\s+(?:the\s+)?(?:(?:years?|days?|weeks?|months?|hours?"
+    r"|steps?|rounds?|eqs?|equations?|theorem|lemma|part|lines?)\.?\s+[0-9.]+\)?|[0-9]{4}|[0-9.]+\))"
+    r"(?:\s+and\s+[0-9.]+\)?)?)\s*,\s+$",
+    re.IGNORECASE,
+)
+_AFTER_COMMA = re.compile(r",[\s$*`]*(?:\\[(\[])?\s*$")
+_LIST_BEFORE = re.compile(r"(?:\$|\\\()\s*-?[0-9][0-9.,]*\s*(?:\$|\\\)),\s*$")
+_CHOICE = re.compile(r"\(?(?:\\(?:text|math)\w*\s*\{\s*)?\(?[A-J]\)?\s*\}?\)?")
+_BEFORE_CHOICE = r"(?:[0-9a-z%]|(?<![A-J])[})\]$])[,;]?"
+_APART_IN_FORMULA = re.compile(
+    rf"{_BEFORE_CHOICE}(?:\s{{2,}}|\s+\(|\s+(?:\$+|\\[(\[])\s*)$",
+)
+_APART_IN_PROSE = re.compile(rf"{_BEFORE_CHOICE}(?:\s+|\s+[(*_]+)$")
 _MINUS = re.compile("\\s*[-\N{MINUS SIGN}\N{EN DASH}]\\s*")
 _OTHER_BEFORE = re.compile(
     r"(\S+?),?\s+or\s+(?:(?:maybe|perhaps|possibly|else|rather)\s+)?$", re.IGNORECASE
@@ -100,22 +123,27 @@ def with_context(found: str, before: str, after: str) -> str:
         return ""
     said, left = _before(before[-_MAX_CHARACTERS_AROUND:])
     right = after.partition("\n")[0][:_MAX_CHARACTERS_AROUND]
-    if (other := _BOX_BEFORE.search(said)) and other[1] != found:
-        return f"{other[1]} or {found}"
+    box = _BOX_BEFORE.search(said)
+    if box and box[1] != found and not same_number(box[1], found):
+        return f"{box[1]} or {found}"
     while group := _SET.search(left):
         left = left[: group.start()]
         right = right.lstrip().removeprefix("}")
-    sign = _sign_before(left, found)
+    is_in_formula = _is_in_formula(before, right)
+    words = re.sub(r"[\s$*_`({}]+|\\[(\[]|\\text\w*", " ", said)
+    is_clause_before = _AFTER_COMMA.search(said) and _CLAUSE_BEFORE.search(words)
+    is_apart = is_clause_before or _is_choice_apart(left, found, is_in_formula)
+    sign = "" if is_apart else _sign_before(left, found)
     if sign is None:
         return f"{left}\\boxed{{{found}}}{right}"
-    words = re.sub(r"[\s$*_`({}]+|\\[(\[]|\\text\w*", " ", said)
     if is_refused_before(words) or is_refused_after(right):
         return f"not {found}"
-    if other := _OTHER_BEFORE.search(words):
+    other = _OTHER_BEFORE.search(words)
+    if other and not is_restated_before(said, found, right):
         return f"{other[1]} or {found}"
     if changing := _CHANGING_BEFORE.search(words):
         return f"{changing[0].strip()} {found}"
-    more = _continuation(right, _is_in_formula(before, right))
+    more = "" if is_restated_after(right, found) else _continuation(right, is_in_formula)
     # (1/2)^2 is not 1/2^2.
     return f"{sign}({found}){more}" if more.startswith("^") else f"{sign}{found}{more}"
 
@@ -127,7 +155,8 @@ def _before(text: str) -> tuple[str, str]:
     start = start.rstrip(" \t")
     if start.endswith(("$$", r"\[")):
         line = f"$ {line}"  # a dash is a minus there, and no mark of a list
-    line = _IDLE_COMMANDS.sub(" ", line.replace("\\$", " "))
+    line = re.sub(r"\\q?quad(?![A-Za-z])", "  ", line.replace("\\$", " "))
+    line = _IDLE_COMMANDS.sub(" ", line)
     said = line if line.strip(" $*_`") else f"{start.rpartition(chr(10))[2]}\n{line}"
     ends = [match.end() for match in _LEFT_END.finditer(line)]
     return said, line[ends[-1] :] if ends else line
@@ -141,12 +170,23 @@ def _is_in_formula(before: str, right: str) -> bool:
     return is_open or (line.count("$") % 2 == 1 and "$" in right)
 
 
+def _is_choice_apart(left: str, found: str, is_in_formula: bool) -> bool:
+    r"""Say whether a box holds the letter of a choice, which no sign changes, apart from a value
+    before it: `5, \boxed{B}`."""
+    apart = _APART_IN_FORMULA if is_in_formula else _APART_IN_PROSE
+    return _CHOICE.fullmatch(found) is not None and apart.search(left) is not None
+
+
 def _sign_before(left: str, found: str) -> str | None:
     """Return "" where a box is apart from what is before it, "-" after a minus, else None."""
+    if ends_with_value(left, found):
+        return ""
     begins = list(_FORMULA_BEGINS.finditer(left))
     inside = left[begins[-1].end() :] if begins else left
     outside = left[: begins[-1].start()] if begins else ""
     if begins and not inside.strip():
+        if _LIST_BEFORE.search(outside):
+            return None
         inside = outside if not outside[-1:].isspace() or outside.strip()[-1:] in "+-*/^<>" else ""
     bare = _MARKS_BEFORE.sub("", inside.rstrip())
     if _MINUS.fullmatch(bare):

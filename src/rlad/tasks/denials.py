@@ -2,6 +2,8 @@
 
 import re
 
+from rlad.tasks.notation import words
+
 _DENIED_VALUE = re.compile(
     r"[,;]?\s*\b(?:but |and )?(?:not|instead of|rather than|no longer)\s+(?=[^\s\w]{0,3}\s?[0-9])"
     r"(?:(?!\bbut\b)[^,;=]|,(?=[0-9]{3}))*+",
@@ -28,16 +30,75 @@ _AFTER_A_NUMBER = re.compile(
 )
 # How a line begins that takes back the answer before it, or offers another one.
 _TAKEN_BACK = re.compile(
-    r"(?:[^\w\n]|_)*((?:no|nope)(?=\s*[^\w\s])|(?:(?:no,? )?wait|actually|correction|scratch|sorry"
-    r"|oops|never ?mind|alternatively|hmm+|rather|instead|on second thoughts?|maybe|perhaps|however"
-    r"|but(?! note)|or(?! equivalently)|my mistake|edit|not \S+ but"
+    r"(?:[^\w\n]|_)*((?:no|nope)(?=\s*[^\w\s])|(?:(?:no,? )?wait|correction|scratch|oops"
+    r"|never ?mind|hmm+|actually|rather|instead|sorry(?! (?:for|about|if|that)\b)"
+    r"|on second thoughts?|or(?! equivalently)|my mistake|edit|not \S+ but"
     r"|another (?:answer|solution|option|possibility|value)"
     r"|i (?:was wrong|made an?|have made an?|meant|take)"
     r"|(?:that|this|it|which) (?:is|was) (?:not|wrong|incorrect|false|impossible))\b)",
     re.IGNORECASE,
 )
+# How one begins that does so unless it only speaks of the way to the answer.
+_CONTRASTED = re.compile(
+    r"(?:[^\w\n]|_)*((?:sorry (?:for|about|if|that)|alternatively|maybe|perhaps|however"
+    r"|but(?! note))\b)",
+    re.IGNORECASE,
+)
+_OF_THE_WAY = frozenset(
+    words(
+        "faster shorter simpler easier quicker nicer elegant way ways method methods approach "
+        "formula triangles theorem algebra geometry calculus induction symmetry explanation "
+        "explanations proof argument detail details long picture diagram graph"
+    )
+)
+_OF_AN_ANSWER = frozenset(
+    words(
+        "zero one two three four five six seven eight nine ten eleven twelve twenty thirty forty "
+        "fifty hundred thousand million dozen infinity pi root roots answer answers result "
+        "results solution solutions value values number total sum correct incorrect wrong right "
+        "true false mistake mistakes mistaken error errors typo sure certain unsure unclear check "
+        "misread missed forgot overlooked ignored case cases impossible contradiction contradicts "
+        "fails failed not never no none neither nor cannot valid invalid extraneous rejected "
+        "knight knights knave knaves must should instead rather negative minus twice double half "
+        "again let wait only if unless or depends works work guess doubt other different differs "
+        "sign larger smaller bigger less gives give gave yields get means"
+    )
+)
+_SIGN = re.compile(r"[0-9$\\=]|n't\b|(?<!['\w])[b-zB-HJ-Z](?!\w)")
+_SENTENCE_BEGINS = re.compile(r"[.!?]\s(?:Just|Please|Feel|Thanks?|The|This|Hope|Here|We|You)\b")
 _SENTENCE_CONTINUED = re.compile(
-    r"\W*(?:if|unless|except|provided|assuming|is|are|was|were|and|than|minus|plus|times)\b"
+    r"\W*(?:if|unless|except|provided|assuming|than|minus|plus|times)\b"
+)
+_AND_DONE = re.compile(
+    r"\W*and\s+(?:(?:so|thus|hence|therefore)\s+)?(?:(?:we|i) (?:are|am)|we're|i'm"
+    r"|(?:the|our|this|that)(?: \w+)? (?:is|concludes|completes|proves|finishes|ends))\s+(?:now )?"
+    r"(?:done|finished|complete|proven|proved|solved"
+    r"|the (?:proof|problem|solution|exercise|argument))[\s.!]*$",
+    re.IGNORECASE,
+)
+_VERB_CONTINUED = re.compile(r"\W*(?:is|was|are|were|and)\b")
+_PREDICATE = re.compile(
+    r"\W*(?:is|was|are|were)\s+(?:(?:therefore|thus|exactly|indeed)\s+)?(?:the|our|my|his|her|its"
+    r"|their|your|what|how (?:many|much|long|far|old))\s+\w",
+    re.IGNORECASE,
+)
+_ANOTHER_SIGN = re.compile(rf"{_SIGN.pattern}|[\^*/+?]")
+# Of what "is the ..." says, these make it another thing than what was asked for.
+_ANOTHER_THING = frozenset(
+    words(
+        "not never no none neither nor or but if unless except only when whenever wrong incorrect "
+        "false impossible invalid bound limit guess candidate mistake error typo contradiction "
+        "problem reason case other next previous opposite one two three four five six seven eight "
+        "nine ten second third fourth half quarter part twice double triple than minus plus times "
+        "divided multiplied added subtracted subtract add divide multiply squared cubed doubled "
+        "halved answers roots solutions values digit also maybe perhaps possibly probably "
+        "extraneous rejected excluded"
+    )
+)
+_ANOTHER_OF = re.compile(
+    r"\b(?:square|cube|root|inverse|reciprocal|negative|multiple|factor|divisor|power|logarithm"
+    r"|base|fraction|log|exponent|complement|percentage|remainder) (?:of|for)\b",
+    re.IGNORECASE,
 )
 # What refuses the value directly after it, or before it.
 _REFUSED_BEFORE = re.compile(
@@ -83,9 +144,34 @@ def is_taken_back(remarks: str) -> bool:
     lines = [line for line in remarks.splitlines() if line.strip()]
     if not lines or _SENTENCE_CONTINUED.match(lines[0]):
         return bool(lines)
-    found = [_TAKEN_BACK.match(line) for line in lines]
+    is_harmless = _AND_DONE.match(lines[0]) or is_plain_predicate(lines[0])
+    if _VERB_CONTINUED.match(lines[0]) and not is_harmless:
+        return True
+    found = [_TAKEN_BACK.match(line) or _contrast(line) for line in lines]
     # In lower case a later line only continues the one before it.
     return any(match and (i == 0 or match[1][0].isupper()) for i, match in enumerate(found))
+
+
+def _contrast(line: str) -> re.Match[str] | None:
+    """Match a line such as `However, ...` unless it only speaks of the way to the answer."""
+    match = _CONTRASTED.match(line)
+    if match is None:
+        return None
+    rest = line[match.end() :]
+    found = re.findall(r"[^\W\d_]+", _SENTENCE_BEGINS.sub(" ", rest))
+    has_name = any(word[0].isupper() and word != "I" for word in found)
+    is_open = rest.rstrip(" *_`\"'").endswith((":", ","))
+    said = {word.casefold() for word in found}
+    is_of_the_way = said & _OF_THE_WAY and not said & _OF_AN_ANSWER and not _SIGN.search(rest)
+    return None if is_of_the_way and not has_name and not is_open else match
+
+
+def is_plain_predicate(text: str) -> bool:
+    """Say whether a text begins by saying of what is before it what was asked for: `is his age`."""
+    said = re.split(r"[.!](?:\s|$)", text, maxsplit=1)[0]
+    if _PREDICATE.match(said) is None or _ANOTHER_SIGN.search(said) or _ANOTHER_OF.search(said):
+        return False
+    return not {word.casefold() for word in re.findall(r"[^\W\d_]+", said)} & _ANOTHER_THING
 
 
 def without_denied_values(text: str) -> str:

@@ -16,6 +16,7 @@ from rlad.tasks.surroundings import (
     begins_before,
     ends_behind,
     is_another_remark,
+    without_too,
     words_of,
 )
 from rlad.tasks.units import MULTIPLIERS, UNITS, Unit, known_unit
@@ -270,6 +271,7 @@ def _amount(
         return Unreadable()
     if _BOUND_BEFORE.search(before):
         return Unreadable()
+    after = without_too(before, after)
     before, money, name = before.rpartition("\x02")
     unit = UNITS.get(name.strip(" -+")) if money else None
     if not money:

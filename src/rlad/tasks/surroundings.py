@@ -4,7 +4,7 @@
 import re
 import unicodedata
 
-from rlad.tasks.denials import is_refused_after
+from rlad.tasks.denials import is_plain_predicate, is_refused_after
 from rlad.tasks.notation import words
 from rlad.tasks.units import LARGE_NUMBERS, MULTIPLIERS, known_unit
 
@@ -72,9 +72,37 @@ _IS_THE_ANSWER = re.compile(
     r"\W*(?:is|was)\s+(?:(?:the|my|our|its|his|her|what|exactly)\s+)?(?:(?:final|correct|right|only|exact"
     r"|total|smallest|largest|minimum|maximum|least|greatest|required|desired)\s+)*(?:answer|result"
     r"|solution|value|number|total|sum|amount|one|correct|right|left|needed|required|remaining"
-    r"|integer|count)\b",
+    r"|integer|count)\b(?! of the (?:answers|results|solutions|values|numbers)\b)",
     re.IGNORECASE,
 )
+# What people can do or have is everyday language; "x is even" and "n > 0" restrict an answer.
+_PERSON = r"(?:he|she|they|we|you|(?!The|It|That|This)[A-Z][a-z]{2,})"
+_EVERYDAY_CONDITION = re.compile(
+    rf"^\W*[Ii]f\s+{_PERSON}\s+(?!(?:is|are|was|were|has|have|had|does|did)\b)[a-z]{{3,}}(?:\s+(?!(?:not"
+    r"|never|no|none|nothing|only|even|odd|if|or|else|unless|either|whether|between)\b)[a-z]{2,})*"
+    rf",\s+(?:then\s+)?(?:it|{_PERSON})\s+(?:(?:each|all|both)\s+)?[a-z]+\s\W*$"
+)
+_BETWEEN_PEOPLE = re.compile(
+    r"\b[Bb]etween (?:them|us|you|the (?:two|three|four|five|six)(?: of (?:them|us|you))?),"
+)
+# A thing that is named before "is": the number of people in the room is 5.
+_NAMED_THING = re.compile(
+    r"\b(?:of|in|on|at|for|from|to|by)\s+(?:the|an?|his|her|its|their|each|this|that)\s+(?:[a-z]+\s+)?"
+    r"(?:room|base|power|third|half|quarter|point|version)\s+(?:[a-z]+\s+)?(?:is|was|are|were|equals)"
+    r"\W*$",
+    re.IGNORECASE,
+)
+_CAN_BE_DONE = re.compile(
+    r"(?:\s+[a-z]+)?\s+(?:can|could|will) be (?:bought|sold|built|filled|baked"
+    r"|packed|served|eaten|read|seated|produced|planted|carried|fed|painted|saved|formed"
+    r"|finished|shared)\b",
+    re.IGNORECASE,
+)
+_HAS = re.compile(
+    r"\b(?:has|have|had|gets?|got|makes?|made|bought|buys?|sells?|sold|needs?|ate|eats?|pays?|paid|earns?"
+    r"|takes?|took|gives?|gave|reads?|spends?|spent|saves?|saved|receives?|uses?|used)\W*$"
+)
+_TOO_AT_END = re.compile(r"^((?:\s+[a-z]+){1,3}),?\s+too(?=\W*$)")
 _WITH_NUMBER_WORD = re.compile(
     r"(?:\b(?:to|past|till|until|by|from|into|or|of|and|also)\s+|[,;]\s*)"
     rf"(?:{'|'.join(sorted(_NUMBER_WORDS))})\b|\b(?:to the|per) [b-z]\b",
@@ -111,17 +139,32 @@ def begins_before(before: str, *, is_marked: bool) -> bool:
     if before and unicodedata.category(before[-1]) == "Pd":
         return True
     found = [word.casefold() for word in words_of(before)]
-    if is_marked and set(found) & _CONDITIONS:
+    if is_marked and _is_conditional(before):
         return True
     found = found[-3:]
     is_of = found[-1:] == ["of"]
-    if set(found) & _CHANGING_BEFORE or (is_of and set(found) & _CHANGING_BEFORE_OF):
+    if not _NAMED_THING.search(before) and set(found) & _CHANGING_BEFORE:
+        return True
+    if is_of and set(found) & _CHANGING_BEFORE_OF:
         return True
     if not found or "(" in tail:
         return False
     is_number_word = found[-1] in MULTIPLIERS or found[-1] in _NUMBER_WORDS
     is_joined = found[-1] in _JOINING and found not in (["and"], ["or"])  # 5 and 5
     return is_joined or is_number_word
+
+
+def _is_conditional(before: str) -> bool:
+    """Say whether a marked answer is one of several, or hangs on something."""
+    if _EVERYDAY_CONDITION.match(before):
+        return False
+    found = words_of(_BETWEEN_PEOPLE.sub(" ", before))
+    return bool({word.casefold() for word in found} & _CONDITIONS)
+
+
+def without_too(before: str, after: str) -> str:
+    """Take the `too` away that ends a sentence about someone: Tom has 5 apples too."""
+    return _TOO_AT_END.sub(r"\1", after) if _HAS.search(before) else after
 
 
 def _are_idle_signs(tail: str) -> bool:
@@ -160,8 +203,10 @@ def changes_before(after: str) -> bool:
     found = [word.casefold() for word in words_of(after)]
     if set(found[:3]) & _CHANGING_AFTER or _THAN.match(after) or is_refused_after(after):
         return True
-    is_claim = found[:1] in (["is"], ["was"]) and not _IS_THE_ANSWER.match(after)
-    return bool(is_claim or set(found[:1]) & _VERBS or _WITH_NUMBER_WORD.search(after))
+    is_asked_for = _IS_THE_ANSWER.match(after) or is_plain_predicate(after)
+    is_claim = found[:1] in (["is"], ["was"]) and not is_asked_for
+    is_verb = set(found[:1]) & _VERBS and not _CAN_BE_DONE.match(after)
+    return bool(is_claim or is_verb or _WITH_NUMBER_WORD.search(after))
 
 
 def _gives_another(after: str) -> bool:
