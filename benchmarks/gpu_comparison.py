@@ -2,7 +2,7 @@
 device, with as many seeds as fit into a time:
 
     python benchmarks/gpu_comparison.py --out runs/gpu_comparison --minutes 12
-    python benchmarks/gpu_comparison.py --out /tmp/tiny --minutes 3 --smoke       on the CPU
+    python benchmarks/gpu_comparison.py --out runs/tiny --minutes 3 --smoke       on the CPU
 
 The student has about 6 million parameters, the teacher about 39; `--student` and `--teacher` take
 other sizes, as HIDDEN,LAYERS,HEADS. Each seed is one more `rlad compare` of the same folder, which

@@ -124,8 +124,9 @@ def test_it_sees_pictures_as_the_trainer_does_and_never_writes_a_placeholder() -
     found = found_in("pictures")
     assert found["num_tokens"] > 1000
     assert found["mean"] < 1e-5 and found["max"] < 1e-3
-    # The placeholder is likely, and the log-probs are those of the whole vocabulary all the same.
-    assert found["share_of_placeholder"] > 0.1 and found["drawn"] == []
+    # The placeholder is likely: a sampler that may draw it does so in 1,000 tokens. The log-probs
+    # are those of the whole vocabulary all the same.
+    assert found["share_of_placeholder"] > 0.05 and found["drawn"] == []
     assert "servers are given the language part alone" in found["servers"]
     assert "'mistral3'" in found["unknown"]
 

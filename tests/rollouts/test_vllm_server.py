@@ -165,9 +165,9 @@ def test_two_servers_share_the_groups_and_one_stands_in_for_the_other(port, seco
         writers: Counter[str] = Counter()
         read = sampler._read
 
-        def count(num_completions: int, url: str, answer: Any) -> Any:
+        def count(prompt: Any, num_completions: int, url: str, answer: Any) -> Any:
             writers[url] += 1
-            return read(num_completions, url, answer)
+            return read(prompt, num_completions, url, answer)
 
         sampler._read = count
         # Both are given every update; whoever writes a prompt, its completions are in its place.

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from rlad.tasks.base import SPLITS, Verdict, split_of, text_key
+from rlad.tasks.base import SPLITS, Verdict, judge_completion, split_of, text_key
 from rlad.tasks.jsonl import JsonlTask
 
 
@@ -132,6 +132,8 @@ def test_a_verifier_of_your_own(write):
     assert task.judge(problem, problem.answer).reward == 1
     assert task.judge(problem, "half").reward == 0.5
     assert task.judge(problem, "raise").verdict == Verdict.CANNOT_JUDGE
+    # It sees the whole text also where the token limit cut it off.
+    assert judge_completion(task, problem, "half", is_truncated=True).reward == 0.5
     task.close()
 
 

@@ -52,5 +52,5 @@ def _find(part: Sequence[int], whole: Sequence[int]) -> int:
             return start
     raise RunFailedError(
         "a prompt holds a picture in other tokens than its processor makes of it alone, so it "
-        "cannot be sent to a server; take a teacher of type 'local'."
+        "cannot be sent to a server; take a teacher of type 'local', or rollout.engine = 'native'."
     )

@@ -121,13 +121,18 @@ def without_cut_answer(text: str) -> str:
 
 
 def without_cut_ending(text: str) -> str:
-    """Cut from a text that the token limit cut off its last answer, if it ends in that, or its last
-    line, if no answer is marked: `so 18` may be the beginning of `so 180`."""
+    """Cut from a text that the token limit cut off its last answer, if it ends in that. Where no
+    answer is marked, add a line that says so, as its last one would be taken for the answer: `so
+    18` may be the beginning of `so 180`."""
     text = without_cut_answer(text)
     if text.endswith("\n") or _WORD_AND_STOP.search(text) or decided_answer(text)[1]:
         return text
-    before, newline, _ = text.rpartition("\n")
-    return before + newline + _CUT
+    return f"{text}\n{_CUT}"
+
+
+def without_note(text: str) -> str:
+    """Take the line of `without_cut_ending` away again."""
+    return text.removesuffix(f"\n{_CUT}")
 
 
 def _without_marks(text: str) -> str:

@@ -34,6 +34,7 @@ from rlad.tasks.answers import (
     first_line,
     normalised,
     outside_thoughts,
+    without_note,
     without_wrapping,
 )
 from rlad.tasks.base import Judgement, Verdict, cannot_judge, judged, with_feedback
@@ -226,7 +227,7 @@ def import_function(path: str) -> Callable[..., Any]:
 
 
 def _call_user(path: str, completion: str, answer: str) -> Judgement:
-    result: Any = import_function(path)(completion, answer)
+    result: Any = import_function(path)(without_note(completion), answer)
     match result:
         case (result, str(feedback)):
             return with_feedback(_judgement_of(result), feedback)

@@ -90,6 +90,8 @@ def _compared(test: Any, vision: Vision) -> Finding:
     require_same_ids(answer, prompt, test.url)
     written = read_token_ids(answer)
     completion = [token for token, _ in written]
+    if not completion:
+        raise RunFailedError(f"{test.url} wrote nothing after a picture, or no log-probs of it.")
 
     def scores(shown: PicturedPrompt) -> list[float]:
         asked = picture_request(test.scoring, model, shown, completion, vision)

@@ -26,7 +26,13 @@ from rlad.teachers.base import Answer, Setting, Teacher, TeacherRequest, require
 from rlad.teachers.served.client import CompletionsClient
 from rlad.teachers.served.columns import column_request, column_scoring, read_columns
 from rlad.teachers.served.pictures import PATH, picture_request, read_picture_scores
-from rlad.teachers.served.protocol import Scoring, read_scores, scoring_path, scoring_request
+from rlad.teachers.served.protocol import (
+    Scoring,
+    TokenScore,
+    read_scores,
+    scoring_path,
+    scoring_request,
+)
 from rlad.teachers.served.self_test import SelfTest
 
 SECONDS_BETWEEN_LOOKS = 0.2
@@ -181,12 +187,13 @@ class ServedTeacher(Teacher):
         """Fill in the log-probs of a completion of a prompt with pictures."""
         model = self._client.settings.model
         body = picture_request(self._scoring, model, prompt, completion, self._vision)
-        answer = self._ask(PATH, body, given_up, spans)
-        if answer is not None:
-            url = self._client.settings.urls[0]
-            scores = read_picture_scores(
-                self._scoring, answer, [*prompt, *completion], start=len(prompt), url=url
-            )
+        tokens = [*prompt, *completion]
+
+        def read(url: str, answer: dict[str, Any]) -> list[TokenScore]:
+            return read_picture_scores(self._scoring, answer, tokens, start=len(prompt), url=url)
+
+        scores = self._ask(PATH, body, given_up, spans, read=read)
+        if scores is not None:
             values[: len(scores)] = torch.tensor([score.logprob for score in scores])
         return values
 
@@ -243,16 +250,13 @@ class ServedTeacher(Teacher):
         body: dict[str, Any],
         given_up: threading.Event,
         spans: list[tuple[float, float]],
-    ) -> dict[str, Any] | None:
-        """Send one request; None where it has no usable answer."""
+        *,
+        read: Callable[[str, dict[str, Any]], Any] = lambda url, answer: answer,
+    ) -> Any:
+        """Send one request, and `read` the answer; None where it has no usable one."""
         started = time.monotonic()
         try:
-            return self._client.complete(
-                path,
-                body,
-                given_up=given_up,
-                read=lambda url, answer: answer,
-            )
+            return self._client.complete(path, body, given_up=given_up, read=read)
         except ServerUnavailableError:
             return None
         finally:
