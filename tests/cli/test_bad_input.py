@@ -17,6 +17,7 @@ import rlad
 from rlad.cli.main import main
 from rlad.runs.directory import RunDirectory
 from tiny_runs import (
+    OFTEN_CORRECT,
     WORDS,
     remains,
     rlad_fails,
@@ -347,7 +348,8 @@ def broken_teacher(folder: Path, weight: str, value: float, row: int | None = No
 def test_teacher_that_gives_nothing(world, toml, tmp_path, weight, value, row):
     """Its log-probs are all -inf (all its mass is on <pad>, which is then NaN), or all NaN."""
     teacher = broken_teacher(tmp_path / "teacher", weight, value, row)
-    sentence = rlad_fails("train", toml, f"teacher.model={teacher}", code=1)
+    often = f"task.verifier={OFTEN_CORRECT['verifier']}"
+    sentence = rlad_fails("train", toml, f"teacher.model={teacher}", often, code=1)
     assert re.search(
         r"step \d: the teacher gave no finite log-prob for 100.0% of the tokens", sentence
     )
@@ -364,7 +366,13 @@ def test_teacher_that_gives_some(world, tmp_path):
     )
     optimization = {"max_missing_teacher_share": 0.9}
     result = rlad.train(
-        run_config(world, tmp_path / "run", teacher={"model": teacher}, optimization=optimization)
+        run_config(
+            world,
+            tmp_path / "run",
+            teacher={"model": teacher},
+            optimization=optimization,
+            task=OFTEN_CORRECT,
+        )
     )
     rows = list(RunDirectory(result.run_dir).read("metrics.jsonl"))
     assert sum(row["objective/dropped_tokens/count"] for row in rows) > 0

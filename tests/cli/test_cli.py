@@ -35,7 +35,8 @@ def rlad_cli(*arguments: object, code: int = 0, stdin: str | None = None) -> Res
 
 @pytest.fixture(scope="module")
 def run_dir(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return rlad.train(run_config(world, tmp_path_factory.mktemp("runs") / "run")).run_dir
+    folder = tmp_path_factory.mktemp("runs")
+    return rlad.train(run_config(world, folder / "run", task=OFTEN_CORRECT)).run_dir
 
 
 @pytest.fixture

@@ -17,7 +17,14 @@ from rlad.config.comparison import CompareConfig, folder_name, load_comparison, 
 from rlad.config.file import dump_config, load_config
 from rlad.config.objective import GRPOConfig, KDRLConfig, TRRDConfig
 from rlad.runs.directory import EVAL, RunDirectory
-from tiny_runs import remains, rlad_fails, run_config, write_config, write_world
+from tiny_runs import (
+    OFTEN_CORRECT,
+    remains,
+    rlad_fails,
+    run_config,
+    write_config,
+    write_world,
+)
 
 
 def write_comparison(folder: Path, world: Path, **settings: Any) -> Path:
@@ -319,9 +326,17 @@ def test_a_place_that_cannot_be_written_ends_in_one_sentence(tmp_path: Path, wor
     )
 
 
-def test_the_learning_rate_with_the_best_validation_is_taken(tmp_path: Path, world: Path) -> None:
+def test_the_learning_rate_with_the_best_validation_is_taken(
+    tmp_path: Path, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Where the runs, processes of their own, find the verifier.
+    path = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, path)))
     tuning = {"learning_rates": [1e-7, 1e-2], "seeds": [9]}
-    shared = {"evaluation": {"num_validation_problems": 2, "num_validation_samples": 32}}
+    shared = {
+        "evaluation": {"num_validation_problems": 2, "num_validation_samples": 32},
+        "task": OFTEN_CORRECT,
+    }
     methods = {
         "grpo": {},
         "broken": {"objective": {"type": "trrd"}, "teacher": {"model": str(world / "nowhere")}},

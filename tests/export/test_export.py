@@ -376,6 +376,9 @@ def test_the_knobs_travel_as_json(monkeypatch):
         "clip_high": 0.28,
         "ratio_level": "token",
         "dual_clip": None,
+        "evidence_weight": 0.0,
+        "weight_clip": 0.2,
+        "contrast_clip": 2.0,
     }
 
 

@@ -194,8 +194,8 @@ def test_a_silent_process_prints_nothing(capfd):
     "word", ["kn\u0131ght", "KN\u0130GHT", "kn\u200bight", "\u212anight\u0131"]
 )
 def test_what_only_looks_like_a_knight_is_no_knave(word):
-    """A pattern that ignores case takes a dotless i for an i."""
-    assert parse_answer(f"Answer: Ada is a {word}, Ben is a knave") == {"ben": False}
+    """A pattern that ignores case takes a dotless i for an i; the answer cannot be read whole."""
+    assert parse_answer(f"Answer: Ada is a {word}, Ben is a knave") is None
 
 
 def test_an_endless_token_id_is_no_token():

@@ -21,7 +21,7 @@ from rlad.rollouts.types import Ending
 from rlad.runs.directory import EVAL, METRICS, SAMPLES, EvaluationSet, RunDirectory
 from rlad.tasks import TASKS
 from rlad.teachers import teacher_modules
-from tiny_runs import objective_section, run_config, write_unreachable_answers
+from tiny_runs import OFTEN_CORRECT, objective_section, run_config, write_unreachable_answers
 
 ROOT = Path(__file__).parents[2]
 BY_TEACHERS = {
@@ -221,7 +221,7 @@ def test_rows_of_evaluations_are_described(world, tmp_path):
 
 def test_rows_of_samples_are_described(world, tmp_path):
     page = (ROOT / "docs" / "metrics.md").read_text()
-    result = rlad.train(run_config(world, tmp_path / "run"))
+    result = rlad.train(run_config(world, tmp_path / "run", task=OFTEN_CORRECT))
     rows = list(RunDirectory(result.run_dir).read(SAMPLES))
     keys = {key for row in rows for key in row} | {
         key for row in rows for rollout in row["rollouts"] for key in rollout

@@ -28,7 +28,14 @@ from rlad.teachers.cached import CachedTeacher
 from rlad.teachers.fingerprint import weights_fingerprint
 from rlad.teachers.local import LocalTeacher
 from tiny_models import random_tokens, tiny_language_model
-from tiny_runs import remains, rlad_fails, run_config, write_config, write_model
+from tiny_runs import (
+    OFTEN_CORRECT,
+    remains,
+    rlad_fails,
+    run_config,
+    write_config,
+    write_model,
+)
 
 GIB = 1024**3
 HITS = "teacher/cache_hits/frac"
@@ -522,9 +529,12 @@ def hits(run_dir: Path) -> list[float]:
 def test_a_run_again_scores_nothing_and_learns_the_same(world, tmp_path):
     """Cold and warm runs end in the weights of the run without a cache; the warm one finds every
     completion."""
-    plain, folders = rlad.train(run_config(world, tmp_path / "plain")).run_dir, []
+    plain, folders = (
+        rlad.train(run_config(world, tmp_path / "plain", task=OFTEN_CORRECT)).run_dir,
+        [],
+    )
     for name in ("cold", "warm"):
-        config = run_config(world, tmp_path / name) | {
+        config = run_config(world, tmp_path / name, task=OFTEN_CORRECT) | {
             "teacher": cached_section(world, tmp_path / "cache")
         }
         folders.append(rlad.train(config).run_dir)
@@ -538,7 +548,7 @@ def test_new_weights_in_the_same_folder_are_another_teacher(world, tmp_path):
         folder = write_model(tmp_path / "teacher", seed=seed)
         teacher = cached_section(world, tmp_path / "cache", model=str(folder))
         run_dir = rlad.train(
-            run_config(world, tmp_path / f"run{seed}") | {"teacher": teacher}
+            run_config(world, tmp_path / f"run{seed}", task=OFTEN_CORRECT) | {"teacher": teacher}
         ).run_dir
         assert hits(run_dir)[0] == 0
 

@@ -22,7 +22,7 @@ from rlad.teachers import check_teacher
 from rlad.teachers.base import Setting, TeacherRequest
 from rlad.teachers.ema import EMATeacher
 from tiny_models import random_tokens, tiny_language_model, tiny_model
-from tiny_runs import remains, run_config
+from tiny_runs import OFTEN_CORRECT, remains, run_config
 
 TEMPERATURE = 0.7
 REQUESTS = [
@@ -210,7 +210,7 @@ class StopBehind(rlad.training.reporter.Reporter):
 
 def ema_run(world, run_dir, update_rate: float) -> dict[str, Any]:
     optimization = {"num_steps": 6, "steps_per_rollout_batch": 2, "learning_rate": 3e-2}
-    config = run_config(world, run_dir, optimization=optimization)
+    config = run_config(world, run_dir, optimization=optimization, task=OFTEN_CORRECT)
     privileged = {"type": "privileged", "template": "{answer} = {prompt}"}
     return config | {
         "teacher": privileged | {"teacher": {"type": "ema", "update_rate": update_rate}}

@@ -40,7 +40,7 @@ from rlad.teachers.served.self_test import SelfTest
 from rlad.teachers.served.teacher import ServedTeacher
 from rlad.teachers.served.token_strings import differing_tokens, probe_ids, spread_ids
 from tiny_models import VOCABULARY, random_tokens, tiny_language_model
-from tiny_runs import remains, rlad_fails, run_config, write_config
+from tiny_runs import OFTEN_CORRECT, remains, rlad_fails, run_config, write_config
 
 SHORT = {"tolerance": 1e-3, "retry_pause_seconds": 0.005, "num_retries": 2, "timeout_seconds": 20.0}
 PROMPTS, COMPLETIONS = random_tokens(4, 1, 9, 6, seed=5), random_tokens(7, 12, 1, 5, seed=6)
@@ -955,8 +955,10 @@ class Behind(rlad.training.reporter.Reporter):
 
 
 def test_a_run_with_a_served_teacher_is_the_run_with_the_local_one(world, tmp_path, server):
-    local = rlad.train(run_config(world, tmp_path / "local")).run_dir
-    other = rlad.train(run_config(world, tmp_path / "served", teacher=served(server))).run_dir
+    local = rlad.train(run_config(world, tmp_path / "local", task=OFTEN_CORRECT)).run_dir
+    other = rlad.train(
+        run_config(world, tmp_path / "served", teacher=served(server), task=OFTEN_CORRECT)
+    ).run_dir
     wanted_rows, rows = (list(RunDirectory(path).read("metrics.jsonl")) for path in (local, other))
     assert len(rows) == 4 and any(
         row["teacher/log_ratio/mean"] for row in rows if "teacher/log_ratio/mean" in row
@@ -1008,14 +1010,14 @@ def test_a_run_without_its_server_stops_and_goes_on_with_resume(world, tmp_path,
 
 
 def test_a_refusal_in_mid_run_stops_it_with_a_checkpoint(world, tmp_path, server):
-    config = run_config(world, tmp_path / "run", teacher=served(server))
+    config = run_config(world, tmp_path / "run", teacher=served(server), task=OFTEN_CORRECT)
     with pytest.raises(RunFailedError, match="HTTP 401: no, 401"):
         rlad.train(config, reporter=Behind(1, lambda: setattr(server, "lasting_fault", "401")))
     assert RunDirectory(tmp_path / "run").checkpoints()[-1][0] == 1
 
 
 def test_a_resumed_run_must_find_the_same_teacher(world, tmp_path, server):
-    config = run_config(world, tmp_path / "run", teacher=served(server))
+    config = run_config(world, tmp_path / "run", teacher=served(server), task=OFTEN_CORRECT)
     with pytest.raises(RunFailedError):
         rlad.train(config, reporter=Behind(1, lambda: setattr(server, "lasting_fault", "401")))
     server.lasting_fault, server.root = "", "/models/another"

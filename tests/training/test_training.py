@@ -20,7 +20,7 @@ from rlad.teachers import prepare_teacher
 from rlad.teachers.local import LocalTeacher
 from rlad.training.recorder import Recorder
 from rlad.training.reporter import Reporter
-from tiny_runs import remains, run_config
+from tiny_runs import OFTEN_CORRECT, remains, run_config
 
 KDRL = {"objective": {"type": "kdrl"}, "optimization": {"num_steps": 6}}
 
@@ -346,7 +346,9 @@ def test_a_run_with_a_random_teacher(world, tmp_path):
 
 @pytest.mark.parametrize("objective", ["trrd", "opd"])
 def test_samples_tell_of_each_token(world, tmp_path, objective):
-    rlad.train(run_config(world, tmp_path / "run", objective={"type": objective}))
+    rlad.train(
+        run_config(world, tmp_path / "run", objective={"type": objective}, task=OFTEN_CORRECT)
+    )
     recorded = rows(tmp_path / "run", SAMPLES)
     assert [row["step"] for row in recorded] == [1, 2, 3, 4]
     rollouts = [rollout for row in recorded for rollout in row["rollouts"]]
