@@ -32,7 +32,7 @@ from rlad.scoring.scorer import Scorer
 from rlad.stopping import Stop, StopRequested
 from rlad.tasks import make_task
 from tiny_models import random_tokens, tiny_language_model, tiny_model
-from tiny_runs import remains, rlad_fails, run_config, write_config
+from tiny_runs import OFTEN_CORRECT, remains, rlad_fails, run_config, write_config
 
 peft = pytest.importorskip("peft", reason="the optional package peft is not installed")
 pytestmark = pytest.mark.peft
@@ -76,7 +76,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 def config_of(world: Path, run_dir: Path, **sections: Any) -> dict[str, Any]:
     student = {"device": "cpu", "lora": LORA} | sections.pop("student", {})
-    return run_config(world, run_dir, student=student, **sections)
+    return run_config(world, run_dir, student=student, **{"task": OFTEN_CORRECT} | sections)
 
 
 # --- the adapter ----------------------------------------------------------------------------------
