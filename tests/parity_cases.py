@@ -7,7 +7,6 @@ knobs are its own too. Used by `test_parity.py` and by `benchmarks/parity.py`.
 """
 
 import copy
-import importlib.util
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 import reference
+from loaded_scripts import load_script
 from rlad.config.run import RunConfig
 from rlad.engines.metrics import TokenStats
 from rlad.engines.native.loop import NativeEngine
@@ -458,13 +458,7 @@ def gradients_of(language_model: LanguageModel, loss: Tensor) -> Gradients:
 
 
 def tiny_loop() -> Any:
-    path = Path(__file__).parents[1] / "examples" / "02_tiny_loop.py"
-    spec = importlib.util.spec_from_file_location("tiny_loop", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(Path(__file__).parents[1] / "examples" / "02_tiny_loop.py")
 
 
 def by_tiny_loop(

@@ -1,15 +1,16 @@
 """The problems and the student that `recipes/easy-vqa-tiny/make.py` makes."""
 
-import importlib.util
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytestmark = pytest.mark.easy_vqa
 pytest.importorskip("easy_vqa", reason="needs the optional package easy-vqa")
 
+from loaded_scripts import load_script
 from rlad.models.loading import load_language_model
 from rlad.rollouts.sampling import sample
 from rlad.tasks import make_task
@@ -20,10 +21,7 @@ SCRIPT = Path(__file__).parents[2] / "recipes" / "easy-vqa-tiny" / "make.py"
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """The folder that a run of its --smoke has left, and what it printed."""
-    spec = importlib.util.spec_from_file_location("easy_vqa_make", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module: Any = load_script(SCRIPT)
     folder = tmp_path_factory.mktemp("easy-vqa")
     lines = []
     module.print = lambda text, **flush: lines.append(text)

@@ -1,13 +1,12 @@
 """The recipe of the embedded models still makes their kind."""
 
-import importlib.util
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from loaded_scripts import load_script
 from rlad.models.loading import load_language_model
 
 SCRIPT = Path(__file__).parents[2] / "recipes" / "embedded_models" / "make.py"
@@ -15,13 +14,7 @@ SCRIPT = Path(__file__).parents[2] / "recipes" / "embedded_models" / "make.py"
 
 @pytest.fixture(scope="module")
 def make():
-    spec = importlib.util.spec_from_file_location("make_embedded", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its data classes look for it there
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return load_script(SCRIPT)
 
 
 def test_tokenizer_and_shape_are_those_of_the_embedded_student(make):

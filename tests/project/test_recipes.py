@@ -1,7 +1,6 @@
 """Every TOML below recipes/ is a config that runs would take; what the recipes' scripts make is
 what they say."""
 
-import importlib.util
 import json
 import re
 import tomllib
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 import rlad
+from loaded_scripts import load_script
 from rlad import load_config
 from rlad.config.comparison import load_comparison
 from rlad.errors import UserError
@@ -107,12 +107,7 @@ def test_the_runs_of_a_recipe_differ_in_what_they_say(name):
 
 @pytest.fixture(scope="module")
 def make_teacher() -> ModuleType:
-    path = RECIPES / "arithmetic-smollm2" / "make_teacher.py"
-    spec = importlib.util.spec_from_file_location("make_teacher", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(RECIPES / "arithmetic-smollm2" / "make_teacher.py")
 
 
 def test_its_problems_are_all_there_once_and_right(make_teacher, tmp_path):
@@ -235,11 +230,7 @@ def test_its_teacher_is_the_model_of_a_checkpoint_whole_or_absent(
 
 def test_the_scenes_recipe_makes_models_that_train(tmp_path, capsys):
     """A few steps of each phase show that it runs, not that the models learn."""
-    path = RECIPES / "scenes-tiny" / "make.py"
-    spec = importlib.util.spec_from_file_location("make_scenes", path)
-    assert spec and spec.loader
-    make = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make)
+    make = load_script(RECIPES / "scenes-tiny" / "make.py")
     make.main(["--out", str(tmp_path), "--smoke"])
     config = load_config(
         RECIPES / "scenes-tiny" / "run.toml",

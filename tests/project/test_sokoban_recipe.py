@@ -1,4 +1,3 @@
-import importlib.util
 import itertools
 import random
 import sys
@@ -6,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from loaded_scripts import load_script
 from rlad.models.loading import load_language_model
 from rlad.tasks import split_of
 from rlad.tasks.games.sokoban_boards import Layout, read_board
@@ -15,13 +15,7 @@ SCRIPT = Path(__file__).parents[2] / "recipes" / "sokoban-tiny" / "make.py"
 
 @pytest.fixture(scope="module")
 def make():
-    spec = importlib.util.spec_from_file_location("sokoban_tiny_make", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its data classes look for it there
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return load_script(SCRIPT)
 
 
 def board_of(text: str) -> str:

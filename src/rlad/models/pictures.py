@@ -131,15 +131,11 @@ class Picture:
         """Return it for a web page, at most so many pixels wide and high."""
         image = self.image()
         image.thumbnail((edge, edge))
-        buffer = BytesIO()
-        image.save(buffer, format="PNG")
-        return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        return _png_url(image)
 
     def whole_url(self) -> str:
         """Return it for another program, with all its pixels."""
-        buffer = BytesIO()
-        self.image().save(buffer, format="PNG")
-        return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        return _png_url(self.image())
 
     def corrupted(self, *, edge: int, seed: int) -> Self:
         """Return it with each square of `edge` pixels black with probability 1/2.
@@ -186,6 +182,12 @@ class PicturedPrompt(tuple[int, ...]):
 
     def __reduce__(self) -> Any:
         return type(self), (tuple(self), self.pictures)
+
+
+def _png_url(image: Any) -> str:
+    buffer = BytesIO()
+    image.save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def with_pictures(token_ids: Sequence[int], pictures: Sequence[Picture]) -> tuple[int, ...]:

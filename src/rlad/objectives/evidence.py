@@ -23,21 +23,24 @@ def evidence_ratio(
     return (advantages.sign() * contrast).clamp(min=least, max=most).exp()
 
 
-def role_weights(
+def weighed_by_role(
     advantages: Tensor,
-    role_evidence: Tensor,
+    role_evidence: Tensor | None,
     kept: Tensor,
     *,
     evidence_weight: float,
     weight_clip: float,
     contrast_clip: float,
-) -> Tensor:
-    """Compute SRPO's weight of each token (`rlad.objectives.srpo`): 1 where `role_evidence` is NaN
-    or a token is not `kept`, all tensors [batch, token].
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compute Â w and the stat `advantage_weight` with SRPO's weight w of each token
+    (`rlad.objectives.srpo`), 1 where `role_evidence` is NaN or a token is not `kept`; all tensors
+    [batch, token]. Without `role_evidence` it is Â, and no stat.
 
-    It is positive, so it never changes the sign of an advantage. Raises `ValueError` for a negative
+    w is positive, so it never changes the sign of an advantage. Raises `ValueError` for a negative
     λ or c, and for ε_w outside [0, 1).
     """
+    if role_evidence is None:
+        return advantages, {}
     if not (evidence_weight >= 0 and contrast_clip >= 0 and 0 <= weight_clip < 1):
         raise ValueError(
             f"evidence_weight is {evidence_weight}, contrast_clip {contrast_clip} and weight_clip "
@@ -49,4 +52,5 @@ def role_weights(
     # The mean of a completion's tokens with a role, so that weights move between them.
     mean = masked_mean_of_rows(ratio, has_role)
     weight = (1 + evidence_weight * (ratio - mean)).clamp(1 - weight_clip, 1 + weight_clip)
-    return torch.where(has_role, weight, 1.0)
+    weight = torch.where(has_role, weight, 1.0)
+    return advantages * weight, {"advantage_weight": weight}

@@ -8,7 +8,7 @@ loss_t = GRPO loss_t with the advantage Â w_t
 
 from torch import Tensor
 
-from rlad.objectives.evidence import role_weights
+from rlad.objectives.evidence import weighed_by_role
 from rlad.objectives.grpo import grpo_loss
 from rlad.objectives.masks import keep_finite, per_token
 
@@ -39,9 +39,8 @@ def srpo_loss(
     λ or c, and for ε_w outside [0, 1).
     """
     kept = keep_finite(mask, student_logprobs.detach(), old_logprobs)
-    per_token_advantages = per_token(advantages, kept)
-    weight = role_weights(
-        per_token_advantages,
+    weighed_advantages, weighed = weighed_by_role(
+        per_token(advantages, kept),
         role_evidence,
         kept,
         evidence_weight=evidence_weight,
@@ -51,9 +50,9 @@ def srpo_loss(
     token_loss, stats = grpo_loss(
         student_logprobs=student_logprobs,
         old_logprobs=old_logprobs,
-        advantages=per_token_advantages * weight,
+        advantages=weighed_advantages,
         mask=kept,
         clip_low=clip_low,
         clip_high=clip_high,
     )
-    return token_loss, stats | {"advantage_weight": weight, "dropped": mask & ~kept}
+    return token_loss, stats | weighed | {"dropped": mask & ~kept}

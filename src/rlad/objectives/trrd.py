@@ -7,7 +7,7 @@ loss_t  = -min( r_t Â, clip(r_t, 1 - clip_low, 1 + clip_high) Â )
 import torch
 from torch import Tensor
 
-from rlad.objectives.evidence import role_weights
+from rlad.objectives.evidence import weighed_by_role
 from rlad.objectives.masks import clean, keep_heard, per_token
 from rlad.objectives.ratio import RatioLevel, clipped_surrogate
 
@@ -73,23 +73,17 @@ def trrd_loss(
         own_share = torch.where(heard, torch.full_like(old, alpha), torch.ones_like(old))
     log_ratio = own_share * (student - old) + (1 - alpha) * log_ratio_to_teacher.clamp(-c, c)
 
-    per_token_advantages = per_token(advantages, kept)
-    weighed: dict[str, Tensor] = {}
-    if role_evidence is not None:
-        weight = role_weights(
-            per_token_advantages,
-            role_evidence,
-            kept,
-            evidence_weight=evidence_weight,
-            weight_clip=weight_clip,
-            contrast_clip=contrast_clip,
-        )
-        per_token_advantages = per_token_advantages * weight
-        weighed["advantage_weight"] = weight
-
+    weighed_advantages, weighed = weighed_by_role(
+        per_token(advantages, kept),
+        role_evidence,
+        kept,
+        evidence_weight=evidence_weight,
+        weight_clip=weight_clip,
+        contrast_clip=contrast_clip,
+    )
     token_loss, stats = clipped_surrogate(
         log_ratio,
-        per_token_advantages,
+        weighed_advantages,
         kept,
         clip_low=clip_low,
         clip_high=clip_high,
