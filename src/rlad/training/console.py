@@ -32,7 +32,7 @@ class _TwoLines(Progress):
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield self.make_tasks_table(self.tasks)
-        yield Text(self.figures, no_wrap=True, overflow="ellipsis")
+        yield Text(self.figures)
 
 
 class ConsoleReporter(Reporter):
