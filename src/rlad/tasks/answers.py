@@ -14,6 +14,7 @@ from fractions import Fraction
 
 from rlad.tasks.boxes import boxed_answer, in_braces, with_braces, with_context
 from rlad.tasks.denials import is_taken_back
+from rlad.tasks.restatements import gives_another
 
 MAX_COMPLETION_CHARACTERS = 200_000
 _MAX_EXPRESSION_CHARACTERS = 500
@@ -83,10 +84,12 @@ def marked_answer(completion: str) -> str | None:
 
 def _tagged_answer(text: str) -> str | None:
     _, tag, tail = text.rpartition("<answer>")
-    inside, closing, _ = tail.partition("</answer>")
+    inside, closing, rest = tail.partition("</answer>")
     if not tag:
         return None
-    return _without_marks(inside) if closing else ""
+    remarks = rest.partition("\n")[2]
+    is_kept = closing and not (is_taken_back(remarks) or gives_another(rest, inside))
+    return _without_marks(inside) if is_kept else ""
 
 
 def _after_marker(whole: str, marker: re.Match[str]) -> str:
@@ -202,9 +205,10 @@ def first_line(answer: str) -> str:
             inner, closed, rest = text[len(opening) :].partition(closing)
             if opening == "$$" and "$$" in rest.partition("\n")[0]:
                 return text.partition("\n")[0].replace("$$", "$")  # $$5$$ or $$6$$
-            return (inner if closed and not is_taken_back(rest) else "").strip()
+            is_kept = closed and not (is_taken_back(rest) or gives_another(rest, inner))
+            return inner.strip() if is_kept else ""
     line, _, remarks = text.partition("\n")
-    return "" if is_taken_back(remarks) else line.strip()
+    return "" if is_taken_back(remarks) or gives_another(remarks, line) else line.strip()
 
 
 def normalised(text: str) -> str:

@@ -6,6 +6,7 @@ import re
 from rlad.tasks.denials import is_refused_after, is_refused_before, is_taken_back
 from rlad.tasks.restatements import (
     ends_with_value,
+    gives_another,
     is_restated_after,
     is_restated_before,
     same_number,
@@ -59,6 +60,12 @@ _APART_IN_PROSE = re.compile(rf"{_BEFORE_CHOICE}(?:\s+|\s+[(*_]+)$")
 _MINUS = re.compile("\\s*[-\N{MINUS SIGN}\N{EN DASH}]\\s*")
 _OTHER_BEFORE = re.compile(
     r"(\S+?),?\s+or\s+(?:(?:maybe|perhaps|possibly|else|rather)\s+)?$", re.IGNORECASE
+)
+# If x is even, 5; 4 to 5.
+_HANGS_ON = re.compile(
+    r"(?:^|[.;:!?]\s)\W*(?:(?:if|unless|assuming|provided|suppose|supposing)\b[^.;:?!]*,"
+    r"|-?[0-9.]+\s+to)\s+$",
+    re.IGNORECASE,
 )
 _BOX_BEFORE = re.compile(
     r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}[^\w\\\n]*"
@@ -119,7 +126,8 @@ def in_braces(tail: str) -> tuple[str, str]:
 def with_context(found: str, before: str, after: str) -> str:
     r"""Return what a box holds, with what around it changes it; with the box itself where that is
     no number or text that could be read."""
-    if is_taken_back(after.partition("\n")[2][:_MAX_CHARACTERS_AROUND]):
+    remarks = after.partition("\n")[2][:_MAX_CHARACTERS_AROUND]
+    if is_taken_back(remarks) or gives_another(after, found):
         return ""
     said, left = _before(before[-_MAX_CHARACTERS_AROUND:])
     right = after.partition("\n")[0][:_MAX_CHARACTERS_AROUND]
@@ -141,6 +149,8 @@ def with_context(found: str, before: str, after: str) -> str:
     other = _OTHER_BEFORE.search(words)
     if other and not is_restated_before(said, found, right):
         return f"{other[1]} or {found}"
+    if _HANGS_ON.search(words):
+        return f"if {found}"
     if changing := _CHANGING_BEFORE.search(words):
         return f"{changing[0].strip()} {found}"
     more = "" if is_restated_after(right, found) else _continuation(right, is_in_formula)

@@ -149,21 +149,26 @@ def read_number(text: str, *, is_marked: bool = True) -> Reading:
     line = _EMPHASIS.sub(r"\2", without_remarks(line)).strip().rstrip(".")
     line = _SLASHES.sub(lambda m: m[0].replace("/", "-"), line)
     # 22/7 is about 3.14: the first is what is meant. 6 * 7 -> 42: the last.
-    for piece in _ABOUT.split(line):
-        pieces = [piece for piece in _ARROW.split(piece) if any(map(str.isdigit, piece))]
-        if pieces:
-            found = _read_equation(pieces[-1], is_marked)
-            is_chain = any(_is_other(piece, found) for piece in pieces[:-1])
-            return Unreadable() if is_chain else found
-    return None
+    rounded = [piece for piece in _ABOUT.split(line) if any(map(str.isdigit, piece))]
+    if not rounded:
+        return None
+    pieces = [piece for piece in _ARROW.split(rounded[0]) if any(map(str.isdigit, piece))]
+    found = _read_equation(pieces[-1], is_marked)
+    is_chain = any(_is_other(piece, found) for piece in pieces[:-1])
+    is_far = any(_is_other(piece, found, tolerance=1) for piece in rounded[1:])
+    return Unreadable() if is_chain or is_far else found
 
 
-def _is_other(piece: str, found: Reading) -> bool:
-    """Say whether a piece is nothing but a number that was not found."""
+def _is_other(piece: str, found: Reading, tolerance: int = 0) -> bool:
+    """Say whether a piece is nothing but a number that was not found, nor is within a unit or 5 %
+    of it with a `tolerance` of 1."""
     if not isinstance(found, Amount) or not _is_bare(piece):
         return False
     reading = _read_equation(piece, True)
-    return isinstance(reading, Amount) and reading.value != found.value
+    if not isinstance(reading, Amount):
+        return False
+    distance = abs(reading.value - found.value)
+    return distance > tolerance * max(Fraction(99, 100), abs(found.value) / 20)
 
 
 def without_remarks(text: str) -> str:
