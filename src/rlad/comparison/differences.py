@@ -120,10 +120,10 @@ class Reached:
 
 
 def target_table(methods: Sequence[Method], baseline: Method) -> Table | None:
-    """Show what it takes to get as far on the validation split as the baseline ends; None without
-    validations."""
+    """Show what it takes to get as far on the validation split as the baseline ends; None where
+    that is not above its start."""
     target = validation_curve(baseline)
-    if not target:
+    if not target or target[max(target)] <= target[min(target)]:
         return None
     goal = target[max(target)]
     reached = {m.name: reach(m, goal) for m in methods}
