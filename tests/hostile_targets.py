@@ -31,11 +31,11 @@ from rlad.config.file import DEFAULT_RUN, dump_config, load_config, parse_config
 from rlad.config.template import fill_template, template_names
 from rlad.errors import UserError
 from rlad.runs.directory import EVAL, METRICS, SAMPLES, RunDirectory
-from rlad.tasks.answers import evaluate_arithmetic
 from rlad.tasks.base import Judgement, Verdict
 from rlad.tasks.jsonl import JsonlTask
 from rlad.tasks.logic import ROLES, KnightsAndKnaves, parse_answer
 from rlad.tasks.verifiers import exact, make_verifier, number
+from rlad.tasks.written_numbers import evaluate_arithmetic
 from rlad.teachers.served.protocol import read_generation, read_scores
 from rlad.text import printable
 

@@ -27,21 +27,20 @@ from rlad.runs.rows import ProblemResult
 from rlad.runs.statistics import Estimate
 from rlad.tasks.answers import (
     boxed_answer,
-    evaluate_arithmetic,
     final_answer,
     first_line,
     marked_answer,
     normalised,
     outside_thoughts,
-    without_wrapping,
 )
 from rlad.tasks.base import Verdict, text_key
 from rlad.tasks.logic import KnightsAndKnaves, logic_rl_reward, parse_answer
-from rlad.tasks.notation import plain_notation
+from rlad.tasks.notation import plain_notation, without_wrapping
 from rlad.tasks.numbers import read_number
 from rlad.tasks.reasoning_gym import _is_harmless
 from rlad.tasks.verifiers import exact, make_verifier, number
 from rlad.tasks.worker import Worker
+from rlad.tasks.written_numbers import evaluate_arithmetic
 from rlad.teachers.served.protocol import read_generation
 from rlad.text import printable
 from rlad.training.console import ConsoleReporter

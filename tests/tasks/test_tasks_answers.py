@@ -6,23 +6,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlad.tasks.answers import (
-    evaluate_arithmetic,
     final_answer,
     first_line,
     marked_answer,
     normalised,
     without_cut_answer,
     without_cut_ending,
-    without_wrapping,
 )
 from rlad.tasks.boxes import boxed_answer
+from rlad.tasks.notation import without_wrapping
 from rlad.tasks.numbers import read_number
+from rlad.tasks.written_numbers import evaluate_arithmetic
 
 
 @pytest.mark.parametrize(
     ("completion", "answer"),
     [
-        ("<answer>1</answer> no, <answer> 2 </answer> Answer: 3", "2"),
+        ("<answer>1</answer> no, <answer> 2 </answer> Answer: 3", ""),  # another one
         ("cut off <answer>2", ""),
         ("<answer></answer>", ""),
         ("Answer: 1\nAnswer: 2", "2"),

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from rlad.tasks.answers import evaluate_arithmetic
 from rlad.tasks.base import SPLITS, Problem, Verdict, split_of, text_key
 from rlad.tasks.reasoning_gym import ReasoningGym, arithmetic, countdown
+from rlad.tasks.written_numbers import evaluate_arithmetic
 
 pytest.importorskip("reasoning_gym", reason="needs the optional package reasoning-gym")
 pytestmark = pytest.mark.reasoning_gym

@@ -65,7 +65,8 @@ def test_exact(completion, answer, verdict):
         ("She has 3 + 4 = 7 apples.\nAnswer: $1,000.00 in all", "1000", CORRECT),
         ("so 0.75", "3/4", CORRECT),
         ("so 0.333333", "1/3", WRONG),  # compared exactly
-        ("<answer>18</answer> and 19", "It is 9 * 2.\n#### 18", CORRECT),
+        ("<answer>18</answer> and so on", "It is 9 * 2.\n#### 18", CORRECT),
+        ("<answer>18</answer> and 19", "It is 9 * 2.\n#### 18", WRONG),
         ("It is 18.\n<answer>1", "18", WRONG),  # cut off within its answer
         ("It is 18.\n<answer>18", "18", WRONG),
         ("It is 18.\nAnswer:", "18", WRONG),

@@ -4,21 +4,16 @@ All of them are linear in the length of the text and look at its last `MAX_COMPL
 only.
 """
 
-import ast
-import operator
 import re
 import unicodedata
 from collections import deque
 from collections.abc import Callable
-from fractions import Fraction
 
 from rlad.tasks.boxes import boxed_answer, in_braces, with_braces, with_context
 from rlad.tasks.denials import is_taken_back
 from rlad.tasks.restatements import gives_another
 
 MAX_COMPLETION_CHARACTERS = 200_000
-_MAX_EXPRESSION_CHARACTERS = 500
-_ARITHMETIC = re.compile(r"[0-9+\-*/()\s]*")  # no comments, no 0x3
 
 IDLE_NAMES = frozenset(
     ("answer", "ans", "result", "total", "value", "sum", "solution", "final", "output", "number")
@@ -38,20 +33,15 @@ _WORD_AND_STOP = re.compile(r"[^\W\d]\.[*_` ]*$")
 _WHOLE = re.compile(rf"\n|</?answer>|\\boxed\{{|{_WORD_AND_STOP.pattern}")
 _CUT = "\N{HORIZONTAL ELLIPSIS}"
 """in place of a last line that was cut off"""
-_MARKS = "*_`"
-_WRAPPED = re.compile(
-    r"\\(?:text|textbf|textit|textrm|textsf|texttt|textnormal|mathrm|mathbf|mathit|mathsf|mathtt"
-    r"|operatorname|mbox|hbox|emph|bf|rm)\s*\{([^{}\\]*)\}"
+_TAG_BEFORE = re.compile(
+    r"<answer>([^<>]*+)</answer>(?:[^\w<>]|\b(?:or|and|maybe|perhaps|possibly|also)\b)*+\Z",
+    re.IGNORECASE,
 )
+_MARKS = "*_`"
+_DONE = " \t\r\N{CHECK MARK}\N{HEAVY CHECK MARK}\N{WHITE HEAVY CHECK MARK}\N{VARIATION SELECTOR-16}"
 _CLOSING_SENTENCE = re.compile(r"I hope (?:it|this) is correct[.!]?$")
 # Each run of marks is tried once, from its beginning: no pattern goes back over what it has read.
 _CLOSING_MARK = re.compile(r"(?:(?<!\*)\*{2,}+|(?<!_)_{2,}+|(?<!`)`{2,}+|[*_`](?=\.))\.*+$")
-_OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-}
 
 
 def outside_thoughts(completion: str) -> str:
@@ -83,10 +73,12 @@ def marked_answer(completion: str) -> str | None:
 
 
 def _tagged_answer(text: str) -> str | None:
-    _, tag, tail = text.rpartition("<answer>")
+    before, tag, tail = text.rpartition("<answer>")
     inside, closing, rest = tail.partition("</answer>")
     if not tag:
         return None
+    if (other := _TAG_BEFORE.search(before)) and normalised(other[1]) != normalised(inside):
+        return ""
     remarks = rest.partition("\n")[2]
     is_kept = closing and not (is_taken_back(remarks) or gives_another(rest, inside))
     return _without_marks(inside) if is_kept else ""
@@ -100,7 +92,7 @@ def _after_marker(whole: str, marker: re.Match[str]) -> str:
     closing = _CLOSING_MARKS.match(tail)
     text = tail[closing.end() if closing else 0 :].strip()
     line, newline, rest = text.partition("\n")
-    bare = line.rstrip()
+    bare = line.rstrip(_DONE)
     end = bare.rstrip(_MARKS)
     mark = bare[len(end) :]
     # Marks that end the first line but begin nowhere in it have begun before the marker, or are a
@@ -229,42 +221,5 @@ def normalised(text: str) -> str:
     return unicodedata.normalize("NFC", bare)
 
 
-def without_wrapping(text: str) -> str:
-    r"""Take the dollars and `\text{...}` away that only set a text: `$\text{Oslo}$` is Oslo."""
-    text = text.strip()
-    if len(text) > 2 and text[0] == text[-1] == "$" and "$" not in text[1:-1]:
-        text = text[1:-1].strip()
-    return _WRAPPED.sub(r"\1", text)
-
-
 def _last_match(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
     return next(iter(deque(pattern.finditer(text), maxlen=1)), None)
-
-
-def evaluate_arithmetic(expression: str) -> tuple[Fraction, list[int]] | None:
-    """Compute the exact value of an expression of whole numbers, + - * / and parentheses, and list
-    the numbers used in it.
-
-    None for anything else. The text is parsed, never executed: powers, names and calls do not exist
-    here.
-    """
-
-    def value(node: ast.expr) -> Fraction:
-        match node:
-            case ast.Constant(value=int(number)) if not isinstance(number, bool):
-                numbers.append(number)
-                return Fraction(number)
-            case ast.UnaryOp(op=ast.USub(), operand=operand):
-                return -value(operand)
-            case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
-                return _OPERATORS[type(op)](value(left), value(right))
-        raise SyntaxError("not arithmetic")
-
-    # Long and deeply nested texts can exhaust the parser's memory or stack.
-    numbers: list[int] = []
-    if len(expression) > _MAX_EXPRESSION_CHARACTERS or not _ARITHMETIC.fullmatch(expression):
-        return None
-    try:
-        return value(ast.parse(expression.strip(), mode="eval").body), numbers
-    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
-        return None

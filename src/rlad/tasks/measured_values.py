@@ -10,7 +10,12 @@ from sympy import Rational
 
 from rlad.tasks.answer_kinds import MeasuredIn, Several, Value
 from rlad.tasks.formulas import Unreadable, product_of, read_formula
-from rlad.tasks.surroundings import CHANGING_WORDS, changes_before, gives_another_words
+from rlad.tasks.surroundings import (
+    CHANGING_WORDS,
+    HOW_OFTEN,
+    changes_before,
+    gives_another_words,
+)
 from rlad.tasks.units import MULTIPLIERS, UNITS, known_unit
 
 _NO_UNITS = CHANGING_WORDS | {"below", "above", "negative", "least", "most"}
@@ -144,10 +149,10 @@ def _typed_unit(value: str, unit: str, is_apart: bool) -> Value | None:
     if first.lower() in ("sin", "cos", "tan", "log", "ln", "exp", "sqrt", "pi", "mod", "base"):
         return None
     is_power = is_known and unit.lower().split()[-1] in ("squared", "cubed")
-    if _NO_UNITS & set(unit.lower().split()) and not is_power:
+    if _NO_UNITS & set(HOW_OFTEN.sub("", unit).lower().split()) and not is_power:
         raise Unreadable(unit)
     _require_no_statement(unit)
-    if first.lower() in ("a", "p", "am", "pm", "and", "or", "r", "to", "plus", "minus", "times"):
+    if first.lower() in ("a", "p", "am", "pm", "and", "or", "r", "to", "plus", "minus"):
         raise Unreadable(unit)
     if not (is_known or is_word or first.lower() in MULTIPLIERS):
         return None

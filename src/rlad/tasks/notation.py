@@ -55,6 +55,10 @@ _SIGNS = {
     "\N{NARROW NO-BREAK SPACE}": r"\,",
     "\N{NO-BREAK SPACE}": r"\,",
     "\N{FIGURE SPACE}": r"\,",
+    "\N{CHECK MARK}": "",
+    "\N{HEAVY CHECK MARK}": "",
+    "\N{WHITE HEAVY CHECK MARK}": "",
+    "\N{VARIATION SELECTOR-16}": "",
 } | {
     letter: f"\\{name} "
     for letter, name in zip(
@@ -66,6 +70,10 @@ _SIGNS = {
         strict=True,
     )
 }
+_WRAPPED = re.compile(
+    r"\\(?:text|textbf|textit|textrm|textsf|texttt|textnormal|mathrm|mathbf|mathit|mathsf|mathtt"
+    r"|operatorname|mbox|hbox|emph|bf|rm)\s*\{([^{}\\]*)\}"
+)
 _SUPERSCRIPT = re.compile(f"[{''.join(_SUPERSCRIPTS)}]+")
 _SUBSCRIPT = re.compile(f"[{''.join(_SUBSCRIPTS)}]+")
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]")
@@ -122,3 +130,11 @@ def plain_notation(text: str) -> str:
         text = pattern.sub(by, text)
     text = _THOUSANDS.sub(lambda m: m[0].replace("\x01", ""), text)
     return text.replace("\x01", " ")
+
+
+def without_wrapping(text: str) -> str:
+    r"""Take the dollars and `\text{...}` away that only set a text: `$\text{Oslo}$` is Oslo."""
+    text = text.strip()
+    if len(text) > 2 and text[0] == text[-1] == "$" and "$" not in text[1:-1]:
+        text = text[1:-1].strip()
+    return _WRAPPED.sub(r"\1", text)

@@ -8,9 +8,8 @@ import re
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from rlad.tasks.answers import evaluate_arithmetic, without_wrapping
 from rlad.tasks.denials import is_denied, is_struck, is_taken_back, without_denied_values
-from rlad.tasks.notation import plain_notation, words
+from rlad.tasks.notation import plain_notation, without_wrapping, words
 from rlad.tasks.surroundings import (
     CHANGING_WORDS,
     begins_before,
@@ -20,7 +19,7 @@ from rlad.tasks.surroundings import (
     words_of,
 )
 from rlad.tasks.units import MULTIPLIERS, UNITS, Unit, known_unit
-from rlad.tasks.written_numbers import NUMBER, value_of
+from rlad.tasks.written_numbers import NUMBER, SPELT, evaluate_arithmetic, value_of
 
 _MAX_LINE_CHARACTERS = 2_000
 _MAX_NUMBERS = 50
@@ -177,6 +176,8 @@ def without_remarks(text: str) -> str:
 
     def kept(match: re.Match[str]) -> str:
         inner = match[1].strip()
+        if inner.casefold() in SPELT:
+            return f" = {SPELT[inner.casefold()]} "
         found = [word.casefold() for word in words_of(inner)]
         unit = inner.removeprefix("in ")
         is_telling = known_unit(unit) is not None or bool(

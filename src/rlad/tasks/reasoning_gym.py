@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from rlad.errors import UserError, require_package
-from rlad.tasks.answers import evaluate_arithmetic, final_answer, first_line, without_wrapping
+from rlad.tasks.answers import final_answer, first_line
 from rlad.tasks.base import (
     Judgement,
     Problem,
@@ -28,7 +28,9 @@ from rlad.tasks.base import (
     text_key,
     with_feedback,
 )
+from rlad.tasks.notation import without_wrapping
 from rlad.tasks.worker import CallFailed, Worker
+from rlad.tasks.written_numbers import evaluate_arithmetic
 from rlad.text import nearest
 
 _MAX_TRIES = 1_000

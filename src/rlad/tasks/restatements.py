@@ -4,10 +4,14 @@ r"""The value of an answer given once more, which is no other answer: `10/2, or 
 import re
 from fractions import Fraction
 
-from rlad.tasks.notation import words
-from rlad.tasks.units import LARGE_NUMBERS, known_unit
+from rlad.tasks.notation import plain_notation, words
+from rlad.tasks.numbers import Amount, Reading, read_number
+from rlad.tasks.units import LARGE_NUMBERS, UNITS, known_unit
+from rlad.tasks.written_numbers import SPELT
 
-_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}")
+_FRACTION = re.compile(
+    r"\\[dt]?frac\s*(?:\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}|([0-9])\s*([0-9])(?![0-9]))"
+)
 _NUMBER = r"-?[0-9]+(?:\.[0-9]+)?(?:/[0-9]+)?"
 # Behind other words a number may be one of several, or a part of a formula.
 _ALONE = r"(?:^|[:;.!]\s|=|\b(?:is|was|are|equals|equal to|gives?|get|have|has|makes?)\s)\s*"
@@ -18,32 +22,85 @@ _OR_AFTER = re.compile(
     rf"[\s)]*,?\s*\(?or\s+(?:equivalently,?\s+|simply\s+|just\s+)?({_NUMBER})[\s).!]*$",
     re.IGNORECASE,
 )
-_VALUE_ALONE = re.compile(
-    r"(?:[a-z]\s*)?=*+\s*+(-?[0-9][0-9.,]*+(?:/[0-9]+)?)\s*+%?[\s.!]*+", re.IGNORECASE
+_ABOUT = r"\b(?:about|approximately|approx\.?|roughly|around|nearly|almost)|\\approx"
+_ADVERBS = (
+    r"(?:(?:actually|really|instead|in fact|also|then|therefore|thus|indeed|clearly|exactly|just"
+    rf"|only|simply|now|still|probably|likely|however|of course|either|both|{_ABOUT}),?\s++)*+"
 )
-_IS_STATED = re.compile(
-    r"\b(?:answer|result|solution)\s+(?:(?:to|of|for|here|then)\b[^.;:=?!]{0,80}?)?"
-    r"(?:is|was|equals|(?:should|must|would|could|might|may|will) be|becomes|[:=])\s*+:?\s*+"
-    r"(?:(?:actually|really|instead|in fact|also|then|therefore|thus),?\s++)*+"
-    r"(?P<said>-?[0-9][0-9.,]*+(?:/[0-9]+)?|[^\W\d_]++(?=\W*$))",
+_BE = r"(?:(?:should|must|would|could|might|may|will|can)\s++(?:(?:also|then|still)\s++)?be)"
+_ANSWER_SAID = re.compile(
+    r"\b(?:answers?|(?:correct|right|best|final)\s++(?:option|choice|result|total|value|number)"
+    r"|respuesta|antwort|r[eé]ponse|risposta|resposta)\b\s*+"
+    r"(?:(?:to|of|for|here|then)\b[^.;:=?!]{0,80}?|,\s[^,.;:=?!]{1,30},\s)?"
+    rf"(?:\b(?:is|was|are|equals|becomes|es|ist|est|lautet|{_BE})\b|(?<=\s)[è-]|"
+    "[:=\N{EN DASH}]"
+    r")\s*+:?\s*+(?=(?P<said>.{0,200}))|答案\s*[是为:]*\s*(?=(?P<chinese>.{0,200}))"
+    # 6 is also possible
+    r"|(?<![\w.,/])(?P<offered>-?[0-9][0-9.,/]*+)\s++(?:(?:is|are|(?:would|could|may|might|can)"
+    r"(?:\s++be)?)\s++(?:also|equally)|(?:also\s++)?works?\s++(?:too|as well|also))\b",
     re.IGNORECASE,
 )
-_NUMBER_WORDS = frozenset(
-    words(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
-        "fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy "
-        "eighty ninety infinity pi none undefined"
-    )
-) | set(LARGE_NUMBERS)
+_SAID_BEFORE = re.compile(rf"[\s,]*+{_ADVERBS}(?:answer:\s*+)?", re.IGNORECASE)
+# What follows these in a sentence is not the answer.
+_SAID_ENDS = re.compile(
+    r",\s(?!-?[0-9])|\s\(?(?:because|since|as|which|so|when|after|with)\b", re.IGNORECASE
+)
+_LABEL = re.compile(r"^(?:(?:[->|*•#]++|[0-9]{1,2}[.)]|\(?[a-h]\)|\([0-9]\))\s++)*+[|\"'\[(]*+")
+_ARROW = r"(?:[-=]*+>|\\to|[→⇒]|=++|,|i\.e\.,?)?+\s*+"
+_VALUE = (
+    r"(?:[a-z](?:_[0-9a-z])?\s*+(?:=|\\approx)\s*+)?(?:\\approx\s*+)?[-+€£¥]{0,2}"
+    r"(?:[0-9]|\.[0-9])[0-9.,/]*+\s?[%€£]?"
+)
+_SO = (
+    r"(?:(?:so|thus|hence|therefore|then|and|but|finally|overall|altogether|that is|i\.e\."
+    r"|in (?:total|all|short|conclusion)|i (?:would )?(?:say|think))[,:]?\s++)*+"
+)
+_NAMED = (
+    r"(?:(?:the|my|our|this|its)\s++)?(?:(?:final|correct|overall|actual|true|new|real)\s++)*+"
+    r"(?:answer\s++(?=[^a-z:=])|(?:answer|result|total|solution|value|sum|number|output|amount"
+    rf"|final|outcome)\s*+(?:is|was|equals|becomes|comes to|{_BE}|[:=-]))\s*+"
+)
+_FOUND = (
+    r"(?:(?:it|that|this|which|we|i|one|you)(?:'s|\s++(?:is|was|gives?|equals|gets?|have|find"
+    rf"|obtain|makes?|means?|{_BE}))\s++)?"
+)
+_CONCLUDED = re.compile(
+    rf"[\s,(]*+{_SO}(?:{_NAMED}{_ADVERBS}(?P<named>{_VALUE}(?:\s++[a-z]++){{0,2}})"
+    rf"|{_FOUND}{_ADVERBS}(?P<said>{_VALUE}))[\s.!)\]|\"']*+",
+    re.IGNORECASE,
+)
+_AMOUNT_ALONE = re.compile(rf"{_ARROW}(?P<said>{_VALUE}(?:\s++[a-z]++)?)\W*+", re.IGNORECASE)
+_VALUE_ALONE = re.compile(rf"{_ARROW}(?P<said>{_VALUE})[\s.!)\]|\"']*+", re.IGNORECASE)
+# What such a line begins speaks of values on the way to the answer, or that follow from it.
+_EXPLAINED = re.compile(
+    r"\W*+(?:check|verif|expla|reason|step|proof|because|since|where|here|for|substitut|plug"
+    r"|to (?:verify|check|see|confirm|find|get|solve)|working|calculat|comput|justif|detail|method"
+    r"|deriv|given|if|when|at|breakdown|question|q:|let|suppose|solution:?\W*$|how )",
+    re.IGNORECASE,
+)
+_SENTENCES = re.compile(r"(?<=[.;!?])\s+(?![-+*/=<>])")
+_CHOICE = re.compile(r"(?<![\w'])[A-J](?![\w'])")
+_NUMBER_WORDS = (
+    SPELT
+    | dict.fromkeys(words("infinity pi none undefined"), None)
+    | dict.fromkeys(LARGE_NUMBERS, None)
+)
 _SAYS_NOTHING = frozenset(
     words(
         "correct right exact verified unique consistent confirmed above below boxed so final valid "
         "simplified rounded reasonable true clear obvious this that it positive negative integer "
-        "unchanged following complete finished done proven proved"
+        "unchanged following complete finished done proven proved given known simple found the of "
+        "straightforward in by from not at to as on what which well very quite one thanks end qed "
+        "great good yes ok okay"
     )
 )
+_NO_NUMBER = re.compile(r"inf$|\\infty|no (?:real )?solutions?\b")
+_MAX_SAID = 100
+_MAX_CHARACTERS = 2_000
 _SEVERAL = re.compile(r"\b(?:or|either|neither|nor|maybe|perhaps|possibly)\b", re.IGNORECASE)
-_SETTING = re.compile(r"\\[()\[\]]|[$*`{}]|\\(?:text\w*|qquad|quad|[,;:! ])")
+_SETTING = re.compile(
+    r"\\[$()\[\]]|[$*`{}]|\\(?:text\w*|qquad|quad|[,;:! ])|</?[a-z]{1,6}>|[“”«»]", re.IGNORECASE
+)
 
 
 def same_number(one: str, other: str) -> bool:
@@ -61,7 +118,9 @@ def _value(text: str) -> Fraction | None:
 
 
 def _plain(text: str) -> str:
-    return _SETTING.sub("", _FRACTION.sub(r"\1/\2", text))
+    text = re.sub(r"(?<=[0-9])(?=\\[dt]?frac)", " ", plain_notation(text))
+    text = _FRACTION.sub(r"\1\3/\2\4", text)
+    return _SETTING.sub("", text)
 
 
 def is_restated_before(said: str, found: str, right: str) -> bool:
@@ -88,27 +147,94 @@ def is_restated_after(right: str, found: str) -> bool:
 
 
 def gives_another(remarks: str, found: str) -> bool:
-    """Say whether the lines after an answer give another one: a line with nothing but a number, or
-    `the answer is 6`."""
-    own = _plain(found)
-    is_number = re.fullmatch(r"[^\W\d_]?\s*+=?\s*+[-0-9.,/]++\W*+", own.strip()) is not None
-    for line in map(_plain, remarks.splitlines()):
-        alone = _VALUE_ALONE.fullmatch(line.strip()) if is_number else None
-        said = [alone[1]] if alone else [match["said"] for match in _IS_STATED.finditer(line)]
-        if any(not _is_said_of(text, own) for text in said):
+    """Say whether what follows an answer gives another one: a line with nothing but a number, `the
+    answer is 6`, or, as the last conclusion, `so x = 6`."""
+    own = _plain(found[:_MAX_CHARACTERS].replace(r"\boxed", ""))
+    reading = read_number(own)
+    text = _plain(remarks.replace(r"\boxed", "answer: ").replace("```python", "working"))
+    lines = [_LABEL.sub("", line.strip(), count=1) for line in text.splitlines() if line.strip()]
+    said = 0
+    last = ""
+    is_explained = False
+    for line in lines:
+        is_explained = is_explained or _EXPLAINED.match(line) is not None
+        stated = [match[match.lastgroup or 0] for match in _ANSWER_SAID.finditer(line)]
+        if len(lines) == 1 and line.strip("().").isalpha():
+            stated.append(line)
+        if not is_explained and (alone := _alone(line, len(lines))):
+            stated.append(alone)
+        said += len(stated)
+        # One who says more than that has not given one answer.
+        if said > _MAX_SAID or any(_is_another(text, own, reading) for text in stated):
             return True
-    return False
+        if not is_explained:
+            concluded = [_CONCLUDED.fullmatch(part) for part in _SENTENCES.split(line)]
+            last = next((m["named"] or m["said"] for m in reversed(concluded) if m), last)
+    return bool(last) and isinstance(reading, Amount) and _is_another(last, own, reading)
 
 
-def _is_said_of(said: str, own: str) -> bool:
-    """Say whether a number or a word stands in an answer, or says nothing about it."""
-    if not re.search("[0-9]", said):
-        if re.search("[0-9]", own):
-            return said.casefold() not in _NUMBER_WORDS
-        own_words = re.findall(r"[^\W\d_]+", own.casefold())
-        return said.casefold() in (*own_words, *_SAYS_NOTHING)
-    numbers = re.findall(_NUMBER, own.replace(",", ""))
-    return any(same_number(said.replace(",", "").rstrip("."), number) for number in numbers)
+def _alone(line: str, lines: int) -> str:
+    """Find the value that is all of a line; of the only line, with its unit."""
+    match = (_AMOUNT_ALONE if lines == 1 else _VALUE_ALONE).fullmatch(line)
+    return match["said"] if match else line if line.casefold() in _NUMBER_WORDS else ""
+
+
+def _is_another(said: str, own: str, reading: Reading) -> bool:
+    """Say whether what is said to be the answer is a value that differs from it; prose says nothing
+    about one."""
+    before = _SAID_BEFORE.match(said)
+    assert before is not None  # it matches nothing, too
+    said, *_ = _SAID_ENDS.split(_SENTENCES.split(said[before.end() :])[0])
+    said = said.rstrip(".").strip(" !\"'|")
+    is_about = re.search(_ABOUT, f"{before[0]}{said[:10]}", re.IGNORECASE) is not None
+    found = [word.casefold() for word in re.findall(r"(?<!\\)\b[^\W\d_]++", said)]
+    if not said or said == own:
+        return False
+    if said.startswith("not "):
+        return said[4:].startswith(own)
+    if found and all(word in _NUMBER_WORDS for word in found):
+        values = [_NUMBER_WORDS[word] for word in found]
+        said = "inf" if None in values else str(sum(filter(None, values)))
+    said = re.sub(r"^(?:minus|negative)\s++(?=[0-9])", "-", said)
+    if isinstance(reading, Amount):
+        is_value = re.match(rf"\W*{_VALUE}", said, re.IGNORECASE)
+        is_formula = re.search("[0-9]", said) and not any(len(word) > 1 for word in found)
+        is_said = is_value or is_formula or _NO_NUMBER.match(said)
+        return bool(is_said) and not _agrees(read_number(said), reading, said, is_about)
+    if _CHOICE.fullmatch(own.strip(" ().")):
+        return set(_CHOICE.findall(said)) not in (set(), {own.strip(" ().")})
+    if _is_formula(own):
+        sides = _squeezed(said), _squeezed(own), _squeezed(own.rpartition("=")[2])
+        return _is_formula(said) and not is_about and sides[0] not in sides[1:]
+    if re.search(r"[0-9\\]", own):
+        return re.match(_VALUE, said) is not None and _squeezed(said) not in _squeezed(own)
+    own_words = set(re.findall(r"[^\W\d_]+", own.casefold()))
+    return 0 < len(found) <= 2 and not set(found) & (own_words | _SAYS_NOTHING)
+
+
+def _agrees(said: Reading, own: Amount, text: str, is_about: bool) -> bool:
+    """Say whether a reading is an amount once more, perhaps in another unit, or rounded."""
+    if not isinstance(said, Amount):
+        return False
+    value, wanted = said.value, own.value
+    if said.unit and own.unit and said.unit[0] == own.unit[0]:
+        value, wanted = value * said.unit[1], wanted * own.unit[1]
+    percent = [amount.unit == UNITS["%"] for amount in (said, own)]
+    scale = Fraction(1, 100) if percent[0] > percent[1] else Fraction(1)
+    scale = Fraction(100) if percent[1] > percent[0] else scale
+    _, point, decimals = text.partition(".")
+    places = len(re.match("[0-9]*", decimals)[0])  # pyright: ignore[reportOptionalSubscript]
+    margin = Fraction(1, 2 * 10**places) if point or is_about else Fraction(0)
+    margin = max(margin, abs(wanted) / 20) if is_about else margin
+    return any(abs(one - wanted) <= margin for one in (value, value * scale))
+
+
+def _is_formula(text: str) -> bool:
+    return bool(text) and not re.search(r"(?<![\\A-Za-z])[^\W\d_]{2,}", text)
+
+
+def _squeezed(text: str) -> str:
+    return re.sub(r"[\s*()]|\\(?:cdot|times)", "", text).casefold()
 
 
 def ends_with_value(left: str, found: str) -> bool:

@@ -108,6 +108,11 @@ _WITH_NUMBER_WORD = re.compile(
     rf"(?:{'|'.join(sorted(_NUMBER_WORDS))})\b|\b(?:to the|per) [b-z]\b",
     re.IGNORECASE,
 )
+HOW_OFTEN = re.compile(
+    r"^\W*times(?=\W*$|\s+(?:an?|per|each|every)\s+(?:second|minute|hour|day"
+    r"|night|week|month|year)s?\b)",
+    re.IGNORECASE,
+)
 _THAN = re.compile(r"\W*(?:less|more|fewer|greater|smaller|larger)\s+than\s+(?![A-Z][a-z])")
 # The only signs that may be between the last word before a number and the number.
 _IDLE_SIGNS = re.compile(
@@ -200,7 +205,7 @@ def _is_unit(attached: str) -> bool:
 def changes_before(after: str) -> bool:
     """Say whether the words after a number, or a unit, make something else of it: squared, million,
     less than x, does not work."""
-    found = [word.casefold() for word in words_of(after)]
+    found = [word.casefold() for word in words_of(HOW_OFTEN.sub("", after))]
     if set(found[:3]) & _CHANGING_AFTER or _THAN.match(after) or is_refused_after(after):
         return True
     is_asked_for = _IS_THE_ANSWER.match(after) or is_plain_predicate(after)

@@ -35,9 +35,9 @@ from rlad.tasks.answers import (
     normalised,
     outside_thoughts,
     without_note,
-    without_wrapping,
 )
 from rlad.tasks.base import Judgement, Verdict, cannot_judge, judged, with_feedback
+from rlad.tasks.notation import without_wrapping
 from rlad.tasks.numbers import Amount, Figures, Reading, Unreadable, read_number
 from rlad.tasks.worker import MAX_MEMORY_GIB, CallFailed, Worker
 from rlad.text import nearest

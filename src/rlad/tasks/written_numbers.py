@@ -1,10 +1,23 @@
 """How one number is written, and its exact value: `-1,000`, `.5`, `3 1/2`, `1e-3`,
 `\\frac{3}{4}`."""
 
+import ast
+import operator
 import re
+from collections.abc import Callable
 from fractions import Fraction
 
+from rlad.tasks.notation import words
+
 _MAX_NUMBER_CHARACTERS = 500
+_MAX_EXPRESSION_CHARACTERS = 500
+_ARITHMETIC = re.compile(r"[0-9+\-*/()\s]*")  # no comments, no 0x3
+_OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
 _GROUPED = (
     r"[0-9]{1,3}(?:,[0-9]{3})++(?![0-9]|,[0-9])"  # 1,234,567
     r"|[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}(?![0-9]|,[0-9])"  # 12,34,567 of India
@@ -26,6 +39,23 @@ NUMBER = re.compile(
     rf"|(?P<decimal>{_DECIMAL})(?P<power>{_POWER_OF_TEN})"
     rf"(?:\s?/\s?(?P<divisor>{_DECIMAL}))?+)"
 )
+
+
+SPELT = {
+    word: value
+    for value, word in enumerate(
+        words(
+            "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+            "fifteen sixteen seventeen eighteen nineteen"
+        )
+    )
+} | {
+    word: 10 * tens
+    for tens, word in enumerate(
+        words("twenty thirty forty fifty sixty seventy eighty ninety hundred"), 2
+    )
+}
+"""Numbers that one word says"""
 
 
 def value_of(number: re.Match[str]) -> Fraction | None:
@@ -59,3 +89,32 @@ def value_of(number: re.Match[str]) -> Fraction | None:
 def _mixed(whole: str, part: Fraction) -> Fraction | None:
     """Add a proper fraction to a whole number; 3 5/2 is none."""
     return int(whole) + part if 0 < part < 1 else None
+
+
+def evaluate_arithmetic(expression: str) -> tuple[Fraction, list[int]] | None:
+    """Compute the exact value of an expression of whole numbers, + - * / and parentheses, and list
+    the numbers used in it.
+
+    None for anything else. The text is parsed, never executed: powers, names and calls do not exist
+    here.
+    """
+
+    def value(node: ast.expr) -> Fraction:
+        match node:
+            case ast.Constant(value=int(number)) if not isinstance(number, bool):
+                numbers.append(number)
+                return Fraction(number)
+            case ast.UnaryOp(op=ast.USub(), operand=operand):
+                return -value(operand)
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
+                return _OPERATORS[type(op)](value(left), value(right))
+        raise SyntaxError("not arithmetic")
+
+    # Long and deeply nested texts can exhaust the parser's memory or stack.
+    numbers: list[int] = []
+    if len(expression) > _MAX_EXPRESSION_CHARACTERS or not _ARITHMETIC.fullmatch(expression):
+        return None
+    try:
+        return value(ast.parse(expression.strip(), mode="eval").body), numbers
+    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
+        return None
