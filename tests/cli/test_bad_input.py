@@ -79,7 +79,7 @@ def toml(world: Path, tmp_path: Path) -> Path:
         ),
         (
             "optimization.steps_per_rollout_batch=3",
-            "is no multiple of optimization.steps_per_rollout_batch = 3",
+            "is not a multiple of optimization.steps_per_rollout_batch = 3",
         ),
         ("num_steps=3", "num_steps is an unknown key: did you mean 'optimization.num_steps'?"),
         ("lr=1e-5", "lr is an unknown key: did you mean 'optimization.learning_rate'?"),

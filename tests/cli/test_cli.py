@@ -91,7 +91,7 @@ def test_list_name_shows_every_setting_as_it_stands_in_a_config(what, name):
         "text": text.rstrip("\n"),
     }
     # After an objective's section may come the one of the teacher that it brings along.
-    own = text[text.index("\n[") + 1 :].partition("\n\nWhere no [teacher]")[0]
+    own = text[text.index("\n[") + 1 :].partition("\n\nIf no [teacher]")[0]
     section, *within = own.split("\n\n")
     shown = re.findall(r"^(?:# )?(\w+)(?: = |$| +#)", section, flags=re.MULTILINE)
     # [teacher.teacher], [task.tasks.NAME]; [teacher.context.texts] is of [teacher.context]
@@ -124,7 +124,7 @@ def test_a_printed_section_can_be_pasted_into_a_config(world, tmp_path):
 
 def test_list_of_an_unknown_name():
     assert (
-        "'trd' is none of the objectives: did you mean 'trrd'?"
+        "'trd' is not one of the objectives: did you mean 'trrd'?"
         in rlad_cli("list", "objectives", "trd", code=2).stderr
     )
 

@@ -227,11 +227,11 @@ MISTAKES: dict[str, dict[str, Any]] = {
         "tuning": {"learning_rates": [1e-3, 0.001]}
     },
     "[shared] sets seed or run_dir": {"shared": {"seed": 3}},
-    "baseline = 'sft' is none of the methods; there are grpo, trrd": {"baseline": "sft"},
-    "uses no teacher, so max_teacher_tokens would not end it": {
+    "baseline = 'sft' is not one of the methods grpo, trrd": {"baseline": "sft"},
+    "uses no teacher, so max_teacher_tokens would never end it": {
         "shared": {"optimization": {"max_teacher_tokens": 9}}
     },
-    "its objective is planned over num_steps, which max_seconds or max_teacher_tokens may end": {
+    "its objective depends on num_steps, but max_seconds or max_teacher_tokens may end": {
         "methods": {"opd_then_grpo": {}},
         "shared": {"optimization": {"max_seconds": 9.0}},
     },

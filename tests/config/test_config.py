@@ -115,9 +115,9 @@ def test_a_switch_that_no_validation_can_bring_is_refused(
         parse_config(config)
         return
     sentence = (
-        f"after {patience} validations without a gain (objective.auto_patience), at "
-        f"evaluation.every_steps = {every} after step {patience * every} at the earliest, and the "
-        f"run has optimization.num_steps = {num_steps}; lower one of the first two"
+        f"after {patience} validations without a gain (objective.auto_patience); with "
+        f"evaluation.every_steps = {every} that is step {patience * every} at the earliest, but "
+        f"the run has optimization.num_steps = {num_steps}; lower auto_patience or every_steps"
     )
     with pytest.raises(UserError, match=re.escape(sentence)):
         parse_config(config)
@@ -304,7 +304,7 @@ def test_an_objective_with_a_teacher_needs_one(objective):
 
 
 def test_mini_batches_are_of_equal_size():
-    with pytest.raises(ValueError, match=r"rollout\.prompts_per_batch = 6 is no multiple of"):
+    with pytest.raises(ValueError, match=r"rollout\.prompts_per_batch = 6 is not a multiple of"):
         changed("rollout.prompts_per_batch=6", "optimization.steps_per_rollout_batch=4")
 
 
@@ -515,7 +515,7 @@ def test_an_end_token_is_for_the_sampled_token(objective: dict[str, Any], is_ref
         "objective": objective,
     }
     with (
-        pytest.raises(UserError, match=r"teacher\.end_token is for the sampled token alone")
+        pytest.raises(UserError, match=r"teacher\.end_token applies only to the sampled token")
         if is_refused
         else nullcontext()
     ):

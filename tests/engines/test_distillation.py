@@ -159,11 +159,11 @@ SERVED = {"type": "served", "urls": ["http://127.0.0.1:1/v1"], "model": "x"}
     [
         ({"type": "sft"}, {"type": "ema"}, "needs the teacher's model itself"),
         ({"type": "sft"}, SERVED, "needs the teacher's model itself"),
-        ({"type": "gkd"}, SERVED, "the support 'full', and this teacher of type 'served' gives"),
+        ({"type": "gkd"}, SERVED, "the support 'full', but this teacher of type 'served' gives"),
         (
             {"type": "kdrl", "kd_estimator": "exact"},
             {"type": "cached", "teacher": {"model": "x"}},
-            "type 'cached' gives 'sampled' and 'student_top_k' and 'teacher_top_k' alone",
+            "type 'cached' gives only 'sampled' and 'student_top_k' and 'teacher_top_k'",
         ),
         (
             {"type": "gkd", "support": "student_top_k"},
@@ -172,7 +172,7 @@ SERVED = {"type": "served", "urls": ["http://127.0.0.1:1/v1"], "model": "x"}
                 "combine": "mixture",
                 "teachers": {"a": SERVED, "b": {"model": "x"}},
             },
-            "of type 'several' gives 'sampled' alone",
+            "of type 'several' gives only 'sampled'",
         ),
     ],
 )

@@ -175,7 +175,7 @@ def test_a_teacher_of_another_grid_is_refused(models):
     [
         ({"engine": {"type": "trl"}}, "engine.type = 'trl' trains on texts"),
         ({"objective": {"type": "opd"}, "teacher": {"model": "embedded/teacher"}},
-         "reads text alone"),
+         "reads only text"),
         (
             {"objective": {"type": "gkd", "support": "teacher_top_k", "top_k": 8},
              "teacher": {"type": "served", "urls": ["http://127.0.0.1:1/v1"], "model": "m"}},
@@ -202,7 +202,7 @@ def test_episodes_with_pictures_are_refused(models):
     task = Looking()
     task.episode_rules = EpisodeRules(lambda: None)  # type: ignore[attr-defined, arg-type, return-value]
     rollout = config_of(models).rollout
-    with pytest.raises(UserError, match="'looking' gives pictures to episodes"):
+    with pytest.raises(UserError, match="'looking' has episodes with pictures"):
         graded_groups(student, task, "train", [0], rollout=rollout, seed=0, problem_seed=0)
 
 
@@ -256,7 +256,7 @@ def test_a_student_of_texts_alone_is_named_by_check(models):
     messages = [
         finding.message for finding in check_run(config).findings if finding.level == "error"
     ]
-    assert any("the student reads text alone" in message for message in messages)
+    assert any("the student reads only text" in message for message in messages)
 
 
 def test_tower_and_adapter_do_not_go_together(models):

@@ -62,7 +62,7 @@ def test_the_model_that_is_named_writes(world: Path, summariser: str):
 
 def test_only_a_local_teacher_writes():
     teacher = {"type": "ema", "update_rate": 1.0, "every_batches": 1}
-    with pytest.raises(UserError, match="'local', which can write, and this one is the student"):
+    with pytest.raises(UserError, match="'local', which can write, but this one is the student"):
         config_of(Path(), teacher, summariser="teacher")
 
 

@@ -473,7 +473,7 @@ def test_evaluation_leaves_the_metrics_of_training_alone(tmp_path):
         ),
         (
             {"advantages": "rlad", "num_generations_eval": 1},
-            "num_generations_eval = 1 leaves each completion alone, .* set it to at least 2",
+            "num_generations_eval = 1 gives one completion per prompt, .* set it to at least 2",
         ),
     ],
 )
@@ -496,12 +496,12 @@ def test_trainers_that_cannot_work_are_one_sentence(tmp_path):
         make_trainer(tmp_path, "trrd", trainer={"teacher": tmp_path})
     with pytest.raises(
         ValueError,
-        match="teacher_is_sharded splits the teacher over processes, and this is one alone",
+        match="teacher_is_sharded shards the teacher over processes, but this is a single one",
     ):
         make_trainer(tmp_path, "trrd", teacher_is_sharded=True)
     with pytest.raises(
         ValueError,
-        match="is for a teacher given as a model or its name; 'recorded' says itself where it is",
+        match="is for a teacher given as a model or its name; 'recorded' decides itself",
     ):
         make_trainer(tmp_path, "trrd", trainer={"teacher": Recorded()}, teacher_is_sharded=True)
 
@@ -511,7 +511,7 @@ def test_trainers_that_cannot_work_are_one_sentence(tmp_path):
 
     with pytest.raises(
         ValueError,
-        match="teacher 'recorded' moves with the student, which the native engine alone offers",
+        match="teacher 'recorded' moves with the student, which only the native engine supports",
     ):
         make_trainer(tmp_path, "trrd", trainer={"teacher": Moving()})
 

@@ -162,7 +162,7 @@ def test_the_student_itself_is_no_teacher(tmp_path):
     model = student()
     with pytest.raises(
         ValueError,
-        match=r"teacher is the student itself, which moves .* frozen copy, or peft_config to train",
+        match=r"teacher is the student itself, which changes .* frozen copy, or peft_config to",
     ):
         make_trainer(tmp_path, "trrd", model=model, trainer={"teacher": model})
     settings = {"peft_config": peft_config(), "teacher": model}

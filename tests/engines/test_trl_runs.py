@@ -364,13 +364,13 @@ def test_a_served_teacher(world, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["engine.trl.use_vlm=true"], "engine.trl.use_vlm is no setting of TRL's GRPOConfig: did"),
+        (["engine.trl.use_vlm=true"], "engine.trl.use_vlm is not a setting of TRL's"),
         (["engine.trl.learning_rate=1.0"], "trl.learning_rate is decided by optimization.learning"),
         (["engine.trl.epsilon=0.3"], "epsilon = 0.3 belongs to TRL's own loss"),
         (["engine.trl.per_device_train_batch_size=5"], "an optimiser step has 12 completions, whi"),
         (["engine.trl.gradient_accumulation_steps=24"], "an optimiser step has 12 completions, wh"),
         (["engine.trl.use_vllm=true"], "engine.trl.use_vllm needs vLLM, which is not installed"),
-        (["engine.trl.fsdp=full_shard"], "engine.trl.fsdp splits the student over processes, and"),
+        (["engine.trl.fsdp=full_shard"], "engine.trl.fsdp shards the student over processes, but"),
         (["engine.trl.optim=none"], "TRL cannot make this run: none is not a valid OptimizerN"),
         (["objective=sft"], "objective 'sft' is not available on TRL; use one of"),
         (["objective=opd_then_grpo"], "objective 'opd_then_grpo' is not available on TRL; use"),
@@ -397,7 +397,7 @@ def test_a_served_teacher(world, tmp_path):
             ["student.lora={target_modules=['lm_head']}"],
             "lm_head in student.lora.target_modules is not",
         ),
-        (["engine.trl.teacher_is_sharded=true"], "teacher_is_sharded splits the teacher over proc"),
+        (["engine.trl.teacher_is_sharded=true"], "teacher_is_sharded shards the teacher over"),
         (
             ["engine.trl.teacher_is_sharded=true", "teacher.random_weights=true"],
             "teacher.random_weights = True with engine.trl.teacher_is_sharded is not available",
@@ -427,7 +427,7 @@ def test_the_native_engine_refuses_several_processes(world, tmp_path, monkeypatc
     monkeypatch.setenv("WORLD_SIZE", "2")
     file = write_config(tmp_path / "run.toml", run_config(world, tmp_path / "run"))
     found = rlad_fails("train", file)
-    assert "2 processes were started, and engine.type = 'native' trains in one alone" in found
+    assert "2 processes were started, but engine.type = 'native' trains in a single one" in found
 
 
 def test_a_data_set_without_problems(world, tmp_path):
@@ -444,7 +444,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(world, tmp_path):
     engine = make_engine(config, student, task, before_work=lambda: None)
     weight: Any = student.model.get_input_embeddings().weight
     weight.register_hook(lambda gradient: gradient * math.nan)
-    with pytest.raises(RunFailedError, match="step 1: the gradient is not finite, and TRL skips"):
+    with pytest.raises(RunFailedError, match="step 1: the gradient is not finite, and TRL"):
         engine.run(lambda result: True)
     assert weight.isfinite().all() and engine.resume_point is None
 

@@ -61,7 +61,7 @@ def test_the_first_one_is_closed_when_the_second_one_cannot_start(world, monkeyp
 @pytest.mark.parametrize(
     ("rollout", "sentence"),
     [
-        (AHEAD, "max_staleness = 1 has servers write ahead for the student, and the teacher"),
+        (AHEAD, "max_staleness = 1 lets servers sample ahead with the student, but"),
         ({"engine": "vllm", "vllm": {"sleep": "always"}}, "one vLLM of a process can sleep"),
     ],
 )

@@ -211,7 +211,7 @@ def test_a_token_that_the_teacher_left_out_counts_and_has_no_loss(batch, monkeyp
             {},
             {},
             "teacher_logprobs",
-            "objective 'trrd' of rlad needs teacher_logprobs, which verl's batch does not hold; "
+            "objective 'trrd' of rlad needs teacher_logprobs, which verl's batch does not have; "
             "enable distillation.",
         ),
         ({"use_kl_loss": True}, {}, "ref_log_prob", "needs ref_log_prob, which verl's batch"),

@@ -387,9 +387,9 @@ def test_the_knobs_travel_as_json(monkeypatch):
     [
         (
             None,
-            "start verl by the command of `rlad export verl`, or add +ray_kwargs.ray_init.runtime",
+            "start verl with the command of `rlad export verl`, or add +ray_kwargs.ray_init",
         ),
-        ("{", "the environment variable RLAD_OBJECTIVE of this process holds no JSON"),
+        ("{", "the environment variable RLAD_OBJECTIVE of this process is not JSON"),
         (
             '{"type": "opd"}',
             "RLAD_OBJECTIVE describes objective 'opd' but distillation.distillation_loss.loss_mode "

@@ -105,27 +105,25 @@ def test_the_system_prompt_comes_first_and_a_conversations_own_wins(world):
 
 def test_what_a_template_would_swallow_is_refused(world, tmp_path):
     with pytest.raises(
-        ValueError, match=r"of the student's tokenizer knows no 'enable_thinkin'; leave it out"
+        ValueError, match=r"of the student's tokenizer does not know 'enable_thinkin'; leave it out"
     ):
         given(world / "student", "1", chat_template_kwargs={"enable_thinkin": False})
     write_tokenizer(tmp_path, CHAT_WORDS, chat_template="{{ messages[-1].content }} =")
     write_model(tmp_path, seed=0, words=CHAT_WORDS)
     write_tokenizer(tmp_path, CHAT_WORDS, chat_template="{{ messages[-1].content }} =")
     assert given(tmp_path, "1") == "1 ="
-    with pytest.raises(
-        ValueError, match="leaves the system message out; put its text into the prompts"
-    ):
+    with pytest.raises(ValueError, match="omits the system message; put its text into the prompts"):
         given(tmp_path, "1", system_prompt="2 2")
 
 
 @pytest.mark.parametrize(
     ("prompt", "settings", "message"),
     [
-        ("1", {"system_prompt": "2"}, r"rollout.system_prompt has no place in plain prompts"),
+        ("1", {"system_prompt": "2"}, r"rollout.system_prompt does not work with plain prompts"),
         (
             "1",
             {"chat_template_kwargs": {"enable_thinking": True}},
-            "rollout.chat_template_kwargs has no place in plain",
+            "rollout.chat_template_kwargs does not work with plain",
         ),
         (
             CONVERSATION,
@@ -360,16 +358,16 @@ def test_the_teachers_own_end_is_scored_in_the_place_of_the_students(world, tmp_
     [
         (
             {"chat_template_kwargs": {"thinking": True}},
-            "of the student's tokenizer knows no 'thinking'",
+            "of the student's tokenizer does not know 'thinking'",
         ),
         ({"end_token": "stop"}, "teacher.end_token names 'stop', which is no single token of"),
         (
             {"chat_template": "teacher", "teacher": {"model": "BASE"}},
-            "base' has no tokenizer with a chat template in reach",
+            "base' has no tokenizer with a chat template",
         ),
         (
             {"chat_template": "teacher", "teacher": {"type": "ema"}},
-            'average" has no tokenizer with a chat template in reach',
+            'average" has no tokenizer with a chat template',
         ),
     ],
 )
@@ -446,7 +444,7 @@ def test_smollm2_is_given_its_own_chat_format():
     assert (
         ids[0] == 1 and ids.count(1) == 3 and ids.count(2) == 2
     )  # <|im_start|> and <|im_end|>, each one token
-    with pytest.raises(ValueError, match="knows no 'enable_thinking'"):
+    with pytest.raises(ValueError, match="does not know 'enable_thinking'"):
         given(SMOLLM2, "1", chat_template_kwargs={"enable_thinking": False})
 
 

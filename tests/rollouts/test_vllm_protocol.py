@@ -113,18 +113,18 @@ def test_a_server_that_fits_is_taken() -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"/version": {"version": "0.31.2"}}, "vLLM 0.31.2 runs at .*, and 0.32 is the tested"),
+        ({"/version": {"version": "0.31.2"}}, "vLLM 0.31.2 runs at .*, but 0.32 is the tested"),
         ({"/version": {"version": "0.320.0"}}, "vLLM 0.320.0 runs at"),
-        ({"/version": None}, "so it is no vLLM server; correct rollout.vllm.urls"),
+        ({"/version": None}, "so it is not a vLLM server; correct rollout.vllm.urls"),
         ({"/server_info?config_format=json": None}, "takes no weights.*VLLM_SERVER_DEV_MODE=1"),
         ({"/server_info?config_format=json": {"other": 1}}, "does not say how it was started"),
         (started_with("model_config", max_model_len=99), "takes 99 tokens.* --max-model-len 100"),
-        (started_with("model_config", dtype="torch.bfloat16"), "computes in bfloat16, and the"),
+        (started_with("model_config", dtype="torch.bfloat16"), "computes in bfloat16, but the"),
         (started_with("model_config", logprobs_mode="raw_logprobs"), "reports raw_logprobs"),
         (started_with("parallel_config", worker_extension_cls=""), "tied output layer"),
         (
             {"/collective_rpc": {"results": ["M(e: E(num_embeddings=64, embedding_dim=16))"]}},
-            r"another model, with embeddings of \(64, 16\), and the student's are \(64, 32\)",
+            r"another model, with embeddings of \(64, 16\), but the student's are \(64, 32\)",
         ),
         ({GENERATE: None}, "does not complete token ids .*--enable-scale-out"),
     ],
@@ -214,7 +214,7 @@ def test_weights_are_written_whole_whatever_the_size_of_a_file(
     [
         ({}, None),
         ({"/reset_prefix_cache": {"success": False}}, "still completes prompts of somebody else"),
-        ({"/weight_info": {"weight_version": "loading-b-1"}}, "the weights of somebody else"),
+        ({"/weight_info": {"weight_version": "loading-b-1"}}, "somebody else's weights"),
     ],
 )
 def test_weights_have_their_name_only_when_all_of_them_are_there(changes, error) -> None:

@@ -108,7 +108,7 @@ def test_more_prompts_than_it_takes_at_once_are_all_continued() -> None:
 def test_what_vllm_cannot_do_is_said_before_the_run_starts() -> None:
     found = found_in("obstacles")
     assert found["fits"] is None
-    assert "rounded away" in found["bfloat16_lora"]
+    assert "lost to rounding" in found["bfloat16_lora"]
     assert "other names" in found["experts"]
     assert "heads" in found["heads"] and found["heads"] in found["refused"]
     assert "set it to 'native'" in found["refused"]
@@ -127,7 +127,7 @@ def test_it_sees_pictures_as_the_trainer_does_and_never_writes_a_placeholder() -
     # The placeholder is likely: a sampler that may draw it does so in 1,000 tokens. The log-probs
     # are those of the whole vocabulary all the same.
     assert found["share_of_placeholder"] > 0.05 and found["drawn"] == []
-    assert "servers are given the language part alone" in found["servers"]
+    assert "servers get only the language part" in found["servers"]
     assert "'mistral3'" in found["unknown"]
 
 

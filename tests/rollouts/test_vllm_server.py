@@ -133,9 +133,9 @@ def test_what_was_begun_is_written_with_the_weights_of_then(port) -> None:
 def test_a_server_that_cannot_write_for_a_student_is_refused(port, monkeypatch, tmp_path) -> None:
     cases: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         ("takes 128 tokens", {}, {"max_completion_tokens": CONTEXT}),
-        ("embeddings of (64, 128), and the student's are (64, 64)", {"hidden_size": 64}, {}),
+        ("embeddings of (64, 128), but the student's are (64, 64)", {"hidden_size": 64}, {}),
         ("it computes another model", {"num_hidden_layers": 1}, {}),
-        ("computes in float32, and the student in bfloat16", {"dtype": torch.bfloat16}, {}),
+        ("computes in float32, but the student in bfloat16", {"dtype": torch.bfloat16}, {}),
         ("cannot be written", {}, {"vllm": {"weights_directory": str(tmp_path / "none")}}),
     ]
     for sentence, shape, settings in cases:

@@ -82,7 +82,7 @@ def test_a_model_that_sees_its_neighbours_is_found_by_its_own_scorer():
     # Each token's embedding gets a bit of the widest row of its batch.
     embeddings.register_forward_hook(lambda _, ids, states: states + 0.3 * ids[0].shape[1])
     rows = random_tokens(6, 20)
-    with pytest.raises(RunFailedError, match="other log-probs beside others than alone"):
+    with pytest.raises(RunFailedError, match="other log-probs in a batch than alone"):
         scored(model, rows, 1000)
     assert len(scored(model, rows, 1)) == 2
 
@@ -122,7 +122,7 @@ def test_a_sampler_that_disagrees_at_the_first_batch_stops_the_run():
         )
 
     check = NativeEngine._require_same_logprobs
-    with pytest.raises(RunFailedError, match=r"step 1: .* differ by 0.0011 nats a token"):
+    with pytest.raises(RunFailedError, match=r"step 1: .* differ by 0.0011 nats per token"):
         check(engine("float32"), {"sampler/mismatch/mean": 1.1e-3})
     check(engine("float32"), {"sampler/mismatch/mean": 0.9e-3})
     check(engine("bfloat16"), {"sampler/mismatch/mean": 0.4})

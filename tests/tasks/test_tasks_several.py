@@ -145,7 +145,7 @@ def test_the_config_reads_back_and_takes_overrides(tmp_path):
         ),
         (
             ["task.tasks.new={path='p'}"],
-            "task.tasks.new.type is missing: every such section names its type.",
+            "task.tasks.new.type is missing: this section must name its type.",
         ),
         (
             ["task.tasks.sums={type='jsonl'}"],
@@ -164,7 +164,7 @@ def test_the_config_reads_back_and_takes_overrides(tmp_path):
         ),
         (
             ["evaluation.ood_task={tasks={logik={}}}"],
-            "tasks names 'logik', which is no task of the run; use names among logic, sums.",
+            "tasks names 'logik', which is not a task of the run; use some of logic, sums.",
         ),
         (
             ["evaluation.ood_task={tasks={logic=4}}"],

@@ -134,7 +134,7 @@ def test_all_of_the_vocabulary_leaves_no_tail() -> None:
         (
             "teacher_top_k",
             {},
-            r"does not give its 30 likeliest tokens .*Requested 30, which",
+            r"does not give its 30 most likely tokens .*Requested 30, which",
         ),
         ("teacher_top_k", {}, r"lower objective\.top_k, or start vLLM with --max-logprobs 30\."),
         (
@@ -142,7 +142,7 @@ def test_all_of_the_vocabulary_leaves_no_tail() -> None:
             {},
             r"no log-probs of 30 tokens that the student names .* allowed: 20",
         ),
-        ("student_top_k", {"understands": ALL_WAYS[1:]}, r"take the support 'teacher_top_k'"),
+        ("student_top_k", {"understands": ALL_WAYS[1:]}, r"use the support 'teacher_top_k'"),
     ],
 )
 def test_what_a_server_cannot_give_is_refused_before_training(

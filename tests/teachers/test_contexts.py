@@ -221,7 +221,7 @@ def test_a_random_choice_belongs_to_seed_and_completion() -> None:
     [
         ({}, "it shows nothing; set num_successes"),
         ({"answer": True, "failure_reward": 1.0}, "failure_reward 1.0 is not below success_reward"),
-        ({"num_successes": 1, "without_success": "failures"}, "shows none with num_failures = 0"),
+        ({"num_successes": 1, "without_success": "failures"}, "shows nothing with num_failures"),
     ],
 )
 def test_settings_that_do_not_fit_together(settings: dict[str, Any], sentence: str) -> None:
@@ -472,7 +472,7 @@ def findings(config: dict[str, Any]) -> list[tuple[str, str, str]]:
 def test_a_template_beside_a_context_is_refused(world: Path) -> None:
     config = config_with(world, {"answer": True})
     config["teacher"]["template"] = "{prompt} {answer}"
-    with pytest.raises(UserError, match="only one makes the prompt; leave one out"):
+    with pytest.raises(UserError, match="only one can make the prompt; remove one"):
         parse_config(config)
 
 
@@ -487,7 +487,7 @@ def test_what_the_check_says(world: Path) -> None:
     assert warning == (
         "warning",
         "context",
-        "it wants 3 other completions, and a group has only 2 others (rollout.group_size)",
+        "it wants 3 other completions, but a group has only 2 others (rollout.group_size)",
     )
     (error, *_) = findings(config_with(world, {"fields": ["hint"]}))
     assert error == (
@@ -504,21 +504,21 @@ def test_what_the_check_says(world: Path) -> None:
         (
             {"num_successes": 1, "success_reward": 1.5},
             {},
-            "success_reward is 1.5, and the task's rewards are at most 1, so that no completion is "
+            "success_reward is 1.5, but the task's rewards are at most 1, so no completion is "
             "ever correct; lower it.",
         ),
-        ({"feedback": True, "success_reward": 2.0}, {}, "success_reward is 2, and the task's"),
+        ({"feedback": True, "success_reward": 2.0}, {}, "success_reward is 2, but the task's"),
         (
             {"num_failures": 1, "failure_reward": -1.0},
             {},
-            "failure_reward is -1, and the task's rewards are at least 0, so that no completion is "
+            "failure_reward is -1, but the task's rewards are at least 0, so no completion is "
             "ever wrong; raise it, or leave it out.",
         ),
         (
             {"answer": True},
             {"type": "environment", "path": "tiny_environments:Adding"},
             "it shows the reference answer, which none of the 20 problems looked at has; leave "
-            "answer out, and show something else, such as num_successes = 1.",
+            "answer out and show something else, such as num_successes = 1.",
         ),
         ({"solution": True}, {}, "it shows the reference solution, which none of the 20 problems"),
         ({"num_successes": 1, "success_reward": 1.0, "failure_reward": 0.0}, {}, ""),

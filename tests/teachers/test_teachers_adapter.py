@@ -272,7 +272,7 @@ def test_a_full_weight_student_is_refused(world, tmp_path):
         config_of(world, tmp_path / "run", {"type": "adapter"}, student={"device": "cpu"})
     )
     assert (
-        message.startswith("error: it shares the student's base weights, which move unless")
+        message.startswith("error: it shares the student's base weights, which change unless")
         and "[student.lora]" in message
     )
 
@@ -281,8 +281,8 @@ def test_adapters_of_other_models_are_refused(world, tmp_path, folder):
     def messages(path: object) -> list[str]:
         return errors(config_of(world, tmp_path / "run", {"type": "adapter", "adapter": str(path)}))
 
-    assert "is no folder of an adapter" in messages(world / "student")[0]
-    assert "is no folder of an adapter" in messages(tmp_path / "nowhere")[0]
+    assert "is not the folder of an adapter" in messages(world / "student")[0]
+    assert "is not the folder of an adapter" in messages(tmp_path / "nowhere")[0]
     wide = write_model(tmp_path / "wide", seed=3, intermediate_size=48)
     (message,) = messages(write_adapter(tmp_path / "other", wide, seed=1))
     assert "do not fit: 6 tensors differ" in message and "mlp.down_proj" in message

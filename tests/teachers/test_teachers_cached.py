@@ -567,7 +567,7 @@ def test_new_weights_in_the_same_folder_are_another_teacher(world, tmp_path):
         ),
         (
             {"type": "cached", "teacher": {"model": "m"}},
-            "of type 'cached' cannot be cached; take one of the two away.",
+            "of type 'cached' cannot be cached; remove one of the two.",
         ),
         ({"model": "{world}/nothing"}, "cannot be found or read"),
     ],

@@ -192,10 +192,10 @@ def test_a_state_that_is_not_whole_is_refused():
     ):
         with pytest.raises(
             ValueError,
-            match=r"does not hold the 21 weights of the moving average of s \(update rate 0.3\)",
+            match=r"does not have the 21 weights of the moving average of s \(update rate 0.3\)",
         ):
             teacher.load_state(state)
-    with pytest.raises(UserError, match="does not hold the 0 weights"):
+    with pytest.raises(UserError, match="does not have the 0 weights"):
         ema(tiny_language_model(), 1).load_state(whole)
 
 
@@ -265,7 +265,7 @@ def test_a_checkpoint_without_the_average_is_refused_and_identity_names_the_init
     (folder / "trainer" / "state.json").write_text(json.dumps(state | {"teacher_moves": False}))
     write_manifest(folder)
     with pytest.raises(
-        ValueError, match="cannot be resumed: it does not hold the 21 weights of the moving average"
+        ValueError, match="cannot be resumed: it does not have the 21 weights of the moving average"
     ):
         rlad.train(config, resume=True)
 

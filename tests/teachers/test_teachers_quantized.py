@@ -202,12 +202,12 @@ def test_identity_reaches_the_checkpoint(world, tmp_path):
     [
         (
             {"quantization": "int4"},
-            "computes in bfloat16, and packs weights for the GPU, .*; set dtype = 'bfloat16'",
+            "computes in bfloat16, and its packed weights must stay on the GPU; set dtype",
         ),
-        ({"quantization": "int8", "random_weights": True}, "random_weights are not quantised"),
+        ({"quantization": "int8", "random_weights": True}, "random_weights cannot be quantised"),
         (
             {"quantization": "int4", "dtype": "bfloat16", "keep": "cpu"},
-            "and keep = 'gpu', or take int8",
+            "and keep = 'gpu', or use int8",
         ),
         ({"quantization": "int2"}, "Input should be 'none', 'int8' or 'int4'"),
     ],

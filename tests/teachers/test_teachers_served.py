@@ -194,7 +194,7 @@ def test_why_a_better_way_is_not_taken_is_said(model):
     with WithWrongTables(model, understands=get_args(Scoring)) as server:
         message = found(model, server)["scoring"].message
         assert message.startswith("by prompt_logprobs; scores of text")
-        assert "; not by prompt_logprob_token_ids: what the server wrote has other" in message
+        assert "; not by prompt_logprob_token_ids: the server scores its own text with" in message
 
 
 @pytest.mark.parametrize("scoring", get_args(Scoring))
@@ -405,16 +405,16 @@ def test_written_tokens_are_read_by_their_ids():
 # --- the self-test --------------------------------------------------------------------------------
 
 SAID = {
-    "row ahead": "as when scores are shifted by one token",
-    "list shifted": "as when scores are shifted by one token",
+    "row ahead": "scores may be shifted by one token",
+    "list shifted": "scores may be shifted by one token",
     "nan": "no finite log-prob for 20 of 20 given tokens",
     "missing tokens": "no finite log-prob for 8 of 20 given tokens",
     "one short": "no finite log-prob for 20 of 20 given tokens",
     "wrong ids": "no finite log-prob for 20 of 20 given tokens",
     "other strings": "63 of 63 token ids compared differ, the first is id 0, '<pad>' for the",
-    "not repeatable": "what the server wrote has other log-probs when it scores it",
+    "not repeatable": "the server scores its own text with other log-probs",
     "nothing": "no finite log-prob for 20 of 20 given tokens",
-    "zeros": "or are of another text or model",
+    "zeros": "or be of another text or model",
     "no generation log-probs": "it does not say which tokens it writes",
 }
 
@@ -451,7 +451,7 @@ def test_a_right_server_passes_and_says_with_which_errors(model):
         assert "agree with those it gave when writing (mean " in findings["scoring"].message
         assert (
             findings["vocabulary"].message
-            == "64 tokens all over the student's vocabulary are the server's"
+            == "64 tokens, spread over the student's vocabulary, are the server's"
         )
         with teacher_at(model, server) as teacher:
             assert teacher.identity == "tiny (/models/tiny)"
@@ -633,7 +633,7 @@ def test_what_users_get_wrong_ends_in_a_sentence(model, monkeypatch):
         dead = ConformanceServer(model).start()
         dead.kill()
         message = error_of(model, dead).message
-        assert message.startswith(f"no answer that can be used: {dead.url}/models: ")
+        assert message.startswith(f"no usable answer: {dead.url}/models: ")
         assert message.endswith("; start the server, or correct teacher.urls.")
         bare = f"http://127.0.0.1:{server.port}"
         message = error_of(model, bare).message

@@ -1,4 +1,4 @@
-"""Where servers are reached, and the variables that hold their keys. Imports no torch."""
+"""Addresses of servers, and names of the variables with their keys. Imports no torch."""
 
 import re
 import socket
@@ -18,8 +18,8 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def _server_url(url: str) -> str:
-    """The address without a slash at its end."""
-    import httpx2  # which takes long, and is only needed where there is a server
+    """Check an address, and remove a slash at its end."""
+    import httpx2  # slow to import, and only needed if there is a server
 
     try:
         is_address = _ADDRESS.fullmatch(url) and (httpx2.URL(url).port or 1) <= 65_535
@@ -48,7 +48,7 @@ VariableName = Annotated[str, AfterValidator(_variable_name)]
 
 
 def is_this_machine(url: str) -> bool:
-    """Whether an address is one of this machine's own, however it is written."""
+    """Return whether an address belongs to this machine, in any notation."""
     host = urlsplit(url).hostname or ""
     if host in LOOPBACK or host == socket.gethostname().lower():
         return True

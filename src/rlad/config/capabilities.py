@@ -1,4 +1,4 @@
-"""What the engines can do: one table, read wherever a config meets an engine."""
+"""What each engine supports, in one table that is read wherever a config meets an engine."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +14,7 @@ from rlad.errors import UserError
 
 TITLES: dict[EngineName, str] = {"native": "the native engine", "trl": "TRL", "verl": "verl"}
 Row = tuple[str, tuple[EngineName, ...], str]
-"""what a config asks for, the engines that can do it, and what to do instead"""
+"""What a config asks for, the engines that support it, and what to do instead."""
 
 
 def _asked_by_objective(objective: Any, engine: EngineName) -> Iterator[Row]:
@@ -77,7 +77,7 @@ def _asked_by_length(run: RunConfig) -> Iterator[Row]:
     }
     for key, length in lengths.items():
         if length % per_batch:
-            # TRL resumes exactly from the end of a rollout batch alone.
+            # TRL resumes exactly only at the end of a rollout batch.
             what = f"{key} = {length} with optimization.steps_per_rollout_batch = {per_batch}"
             yield what, ("native", "verl"), f"make it a multiple of {per_batch}"
 
@@ -117,7 +117,7 @@ def _asked_by_sharding(teacher: Any) -> Iterator[Row]:
 
 
 def require_engine(engine: EngineName, objective: Any, run: RunConfig | None = None) -> None:
-    """`UserError` with one sentence when an engine cannot train this objective, or this run."""
+    """Raise `UserError` if an engine does not support this objective, or this run."""
     rows = list(_asked_by_objective(objective, engine))
     if run is not None:
         rows += _asked_by_run(run)

@@ -1,5 +1,5 @@
-"""`rlad list`: objectives, tasks, teachers and the other settings with their documentation. Imports
-no torch."""
+"""The texts of `rlad list`: objectives, tasks, teachers and other settings with their
+documentation. Imports no torch."""
 
 import ast
 import inspect
@@ -44,11 +44,11 @@ _CHOSEN_BY_TYPE = {"objective": "objectives", "task": "tasks", "teacher": "teach
 
 
 def names(what: str) -> dict[str, str]:
-    """Each name with one line about it."""
+    """Return each name with one line about it."""
     about = {name: _documentation(what, name).partition("\n\n")[0] for name in CONFIGS[what]}
     if what == "settings":
         about |= {
-            section: f"One of those that `rlad list {plural}` names, with its settings."
+            section: f"One of the types in `rlad list {plural}`, with its settings."
             for section, plural in _CHOSEN_BY_TYPE.items()
         }
         about |= {
@@ -62,34 +62,35 @@ def names(what: str) -> dict[str, str]:
 
 
 def describe(what: str, name: str) -> str:
-    """Documentation and settings of one entry. `UserError` with the nearest name when there is
-    none."""
+    """Return documentation and settings of one entry. Raises `UserError` with the nearest name if
+    there is no such entry."""
     presets = _presets(what)
     if name in presets:
         settings = tomli_w.dumps(PRESETS[name]).strip()
         return f"{presets[name]}\n\nStands for these settings:\n\n{settings}"
     if what == "settings" and name in _CHOSEN_BY_TYPE:
         raise UserError(
-            f"[{name}] has other settings for each type: see `rlad list {_CHOSEN_BY_TYPE[name]}`."
+            f"[{name}] has different settings for each type: see "
+            f"`rlad list {_CHOSEN_BY_TYPE[name]}`."
         )
     if what == "settings" and name in names(what) and name not in CONFIGS[what]:
         return f"{name}\n\n{names(what)[name]}"
     if name not in CONFIGS[what]:
         known = [*CONFIGS[what], *presets]
         hint = nearest(name, known) or f"there are {', '.join(known)}."
-        raise UserError(f"{name!r} is none of the {what}: {hint}")
+        raise UserError(f"{name!r} is not one of the {what}: {hint}")
     section = name if what == "settings" else what.removesuffix("s")
     config = CONFIGS[what][name]
     parts = [_documentation(what, name), f"[{section}]\n{_settings(config)}"]
     teacher = getattr(config, "default_teacher", None)
     if teacher is not None:
         brought = tomli_w.dumps({"teacher": teacher}).strip()
-        parts.append(f"Where no [teacher] is given beside it, it comes with this one:\n\n{brought}")
+        parts.append(f"If no [teacher] is chosen with it, this one is used:\n\n{brought}")
     return "\n\n".join([*parts, *_tables_inside(config, section, what)])
 
 
 def _tables_inside(config: type[Section], section: str, what: str) -> Iterator[str]:
-    """The sections that a section's settings hold, and those inside of them."""
+    """Yield the sections inside a section, at any depth."""
     for key, field in config.model_fields.items():
         # A setting may hold a section of its own, or several by name.
         if inner := _inner_sections(field):
@@ -97,7 +98,7 @@ def _tables_inside(config: type[Section], section: str, what: str) -> Iterator[s
             path = f"{section}.{key}{by_name}"
             header = f"[{path}]  # {_one_line(field.description or '')}".rstrip("# ")
             if len(inner) > 1:
-                kinds = f"one of those that `rlad list {what}` names, with its settings"
+                kinds = f"one of the types in `rlad list {what}`, with its settings"
                 yield f"{header}\ntype = ...  # {kinds}"
             else:
                 yield f"{header}\n{_settings(inner[0])}"
@@ -109,7 +110,7 @@ def _presets(what: str) -> dict[str, str]:
 
 
 def _documentation(what: str, name: str) -> str:
-    """What the objective's file begins with; the docstring of every other config."""
+    """Return the docstring of an objective's file, or of the config class of anything else."""
     # The file is read, not imported, since importing it would import torch.
     file = OBJECTIVES / f"{name}.py"
     if what == "objectives" and file.is_file():
@@ -118,8 +119,8 @@ def _documentation(what: str, name: str) -> str:
 
 
 def _settings(config: type[Section]) -> str:
-    """The section as a config has it, with every default, what else is allowed, and what it means,
-    in two columns."""
+    """Format a section in two columns: each setting with its default, then its meaning and the
+    allowed values."""
     rows = []
     for name, field in config.model_fields.items():
         if _inner_sections(field):
@@ -134,7 +135,7 @@ def _settings(config: type[Section]) -> str:
 
 
 def _value_of(field: FieldInfo) -> str:
-    """The default as TOML; of a required setting the only possible value, or dots."""
+    """Return the default as TOML; for a required setting, its only possible value or dots."""
     if not field.is_required():
         return _toml(field.default)
     choices = _choices(field.annotation)
@@ -142,7 +143,7 @@ def _value_of(field: FieldInfo) -> str:
 
 
 def _about(field: FieldInfo) -> list[str]:
-    """What a setting means, and what is allowed."""
+    """Return what a setting means, and the allowed values."""
     about = [_one_line(field.description)] if field.description else []
     choices = _choices(field.annotation)
     if len(choices) > 1:
@@ -153,12 +154,12 @@ def _about(field: FieldInfo) -> list[str]:
 
 
 def _inner_sections(field: FieldInfo) -> list[type[Section]]:
-    """What a setting may hold that is a section itself, or several by name."""
+    """Return the sections that a setting may hold, directly or by name, except annealed ones."""
     return [one for one in sections_in(field.annotation) if not issubclass(one, Annealed)]
 
 
 def _choices(annotation: Any) -> list[Any]:
-    """The values that an annotation names."""
+    """Return the literal values of an annotation."""
     if get_origin(annotation) is Literal:
         return list(get_args(annotation))
     return [choice for part in get_args(annotation) for choice in _choices(part)]

@@ -1,5 +1,5 @@
-"""What a privileged teacher is shown besides the question: the section `[teacher.context]`. Imports
-no torch."""
+"""The section `[teacher.context]`: what a privileged teacher sees besides the question. Imports no
+torch."""
 
 from collections.abc import Iterator
 from typing import Annotated, Literal
@@ -19,61 +19,61 @@ from rlad.config.types import (
 
 
 class SkillEndpointConfig(Section):
-    """The server whose model writes skills, by `/v1/chat/completions`."""
+    """The server whose model writes skills, through `/v1/chat/completions`."""
 
     urls: Annotated[tuple[ServerURL, ...], Field(min_length=1), Mark.NO_NUMBER]
-    """such as `http://127.0.0.1:8000/v1`; several stand in for each other"""
+    """addresses such as `http://127.0.0.1:8000/v1`; if one fails, the next is asked"""
     model: str
-    """the name under which the server offers it"""
+    """name of the model on the server"""
     max_tokens: Count = 512
-    """of what it writes, thoughts included"""
+    """most tokens of what it writes, with its thoughts"""
     max_attempt_characters: Count = 8_000
-    """of each attempt that it is shown, from its end"""
+    """most characters of each attempt in its prompt, counted from the end"""
     api_key_variable: Annotated[VariableName, Mark.NO_NUMBER] = "RLAD_SUMMARISER_API_KEY"
-    """environment variable with the server's key, if it asks for one"""
+    """environment variable with the server's key, if it needs one"""
     timeout_seconds: Annotated[Positive, Mark.NO_NUMBER] = 120.0
-    """for one request, from sending it to the end of its answer"""
+    """limit for one request, until the end of the response"""
     num_retries: Annotated[NonNegativeInt, Mark.NO_NUMBER] = 7
-    """of a request that no server answered; with the default pause, 3 minutes pass until the run
-    ends"""
+    """retries of a request that every server failed; with the default pause, the run stops after 3
+    minutes"""
     retry_pause_seconds: Annotated[Positive, Mark.NO_NUMBER] = 2.0
-    """before the first retry; doubled by each one up to a minute, and spread randomly"""
+    """pause before the first retry; doubles with each retry up to a minute, with random jitter"""
 
 
 class SkillConfig(Section):
-    """The bank of skills of a run: what was learnt from earlier episodes, written down in three
-    fields, of which the teacher is shown one."""
+    """The bank of skills of a run: what was learnt from earlier episodes, each skill in three
+    fields. The teacher is shown one skill."""
 
     per: Literal["task", "difficulty", "problem"] = "task"
-    """what has a bank of its own: the whole task, each difficulty, or each problem (the paper; for
-    tasks of few problems, which come again and again)"""
+    """what has its own bank: the whole task, each difficulty, or each problem (as in the paper; for
+    tasks with few problems, each used many times)"""
     exploration: NonNegative = 2**0.5
-    """c of mean reward + c sqrt(ln N / n), by which a skill is chosen when all have been tried"""
+    """c of mean reward + c sqrt(ln N / n), which selects a skill once all have been tried"""
     max_skills: Count = 20
-    """of one bank; then a new one takes the place of the one with the lowest mean reward"""
+    """most skills in one bank; then a new skill replaces the one with the lowest mean reward"""
     summariser: Literal["rules", "student", "teacher", "endpoint"] = "rules"
-    """what writes them: a template that quotes the episodes, or a model that is shown them: the
-    student, the local teacher, or that of an `endpoint`"""
+    """what writes skills: a template that quotes the episodes (rules), or a model that reads them:
+    the student, the local teacher, or a model at an `endpoint`"""
     endpoint: SkillEndpointConfig | None = None
-    """a model on an OpenAI-compatible server"""
+    """server of the model for summariser = "endpoint", with an OpenAI-compatible API"""
     max_characters: Count = 400
-    """of each of the three fields"""
+    """most characters of each of the three fields"""
 
     def problems(self) -> Iterator[str]:
         if self.summariser == "endpoint" and self.endpoint is None:
             yield (
                 "summariser = 'endpoint' needs a section endpoint with urls and model; add it, or "
-                "take 'rules'"
+                "use 'rules'"
             )
         if self.summariser != "endpoint" and self.endpoint is not None:
             yield (
-                f"it has an endpoint, and summariser is {self.summariser!r}; set it to 'endpoint', "
-                "or leave the section out"
+                f"it has an endpoint, but summariser is {self.summariser!r}; set summariser to "
+                "'endpoint', or leave the section out"
             )
 
 
 class ContextTexts(Section):
-    """The words around what the teacher is shown; an empty heading is left out."""
+    """The headings of what the teacher is shown. An empty heading is left out."""
 
     answer: str = "The correct answer:"
     """heading of the reference answer"""
@@ -84,59 +84,57 @@ class ContextTexts(Section):
     skill: str = "What was learnt from earlier attempts at such tasks:"
     """heading of a skill"""
     next_success: str = "Another correct solution:"
-    """heading of each further one"""
+    """heading of each further correct solution"""
     failure: str = "A wrong attempt, not to be repeated:"
     """heading of each wrong attempt"""
     feedback: str = "Feedback on an earlier wrong attempt:"
     """heading of the verifier's feedback"""
     request: str = "Now solve the question that was asked first."
-    """the end of the prompt"""
+    """last line of the prompt"""
 
 
 class ContextConfig(Section):
-    """What the teacher is shown besides the question, in blocks, in place of `template`."""
+    """The blocks that the teacher is shown after the question, instead of a `template`."""
 
     answer: bool = False
-    """the reference answer"""
+    """show the reference answer"""
     solution: bool = False
-    """the whole reference solution, in place of the answer: of problems of `jsonl` whose
-    answer_format takes a part of the field, or that have a field `solution`"""
+    """show the whole reference solution instead of the answer; for `jsonl` problems with a field
+    `solution`, or whose answer_format takes only a part of the answer field"""
     fields: tuple[str, ...] = ()
-    """entries of the problem's metadata, such as ["hint"] or ["skill"]"""
+    """entries of the problem's metadata to show, such as ["hint"] or ["skill"]"""
     skill: SkillConfig | None = None
-    """a skill of the run's bank; without one yet, `without_success` says what happens"""
+    """show a skill from the run's bank; while the bank is empty, `without_success` applies"""
     num_successes: NonNegativeInt = 0
-    """most correct completions of other rollouts of the group"""
+    """most correct completions to show, from other rollouts of the group"""
     num_failures: NonNegativeInt = 0
-    """most wrong ones"""
+    """most wrong completions to show"""
     feedback: bool = False
-    """what the verifier says of the completion itself, where that is wrong and no correct one is
-    shown"""
+    """show the verifier's feedback on the completion itself, if it is wrong and no correct
+    completion is shown"""
     choice: Literal["first", "random"] = "first"
-    """which of them: the first ones of the group, or drawn for each completion"""
+    """which completions of the group to show: the first ones, or random ones for each completion"""
     success_reward: Number = 1.0
     """a completion is correct with at least this reward"""
     failure_reward: Number | None = None
-    """a completion is wrong with at most this reward; by default, if it is not correct"""
+    """a completion is wrong with at most this reward; by default, whenever it is not correct"""
     without_success: Literal["silent", "plain", "failures"] = "silent"
-    """where a correct completion is wanted and there is none, and nothing else to be shown: the
-    teacher says nothing, is asked after the student's prompt, or is shown wrong ones alone"""
+    """if a correct completion is wanted, there is none, and there is nothing else to show: do not
+    score (silent), score after the student's own prompt (plain), or show wrong ones (failures)"""
     max_prompt_tokens: Count | None = None
-    """longest prompt with all that is shown; by default what the completion leaves of the teacher's
-    context"""
+    """longest prompt with all blocks; by default the teacher's context minus the completion"""
     show_thoughts: bool = False
-    """show completions with their thoughts, `<think>` to `</think>`"""
+    """show completions with their thoughts, from `<think>` to `</think>`"""
     texts: ContextTexts = ContextTexts()
 
     @property
     def num_peers(self) -> int:
-        """The most completions of the group that are shown."""
+        """The largest number of the group's completions that are shown."""
         return self.num_successes + self.num_failures
 
     @property
     def needs_group(self) -> bool:
-        """Whether it shows something of the group's rollouts: their texts, feedback, or what was
-        learnt from them."""
+        """Whether it shows something from the group's rollouts: texts, feedback, or skills."""
         return self.num_peers > 0 or self.feedback or self.skill is not None
 
     def problems(self) -> Iterator[str]:
@@ -151,4 +149,7 @@ class ContextConfig(Section):
                 f"{self.success_reward}, so a completion could be both; lower it"
             )
         if self.without_success == "failures" and not self.num_failures:
-            yield "without_success = 'failures' shows none with num_failures = 0; set it to 1"
+            yield (
+                "without_success = 'failures' shows nothing with num_failures = 0; set "
+                "num_failures to 1"
+            )

@@ -1,5 +1,4 @@
-"""The knobs of the objectives that compare whole distributions, and of those by which a student
-teaches itself."""
+"""The settings of objectives that compare whole distributions, and of self-distillation."""
 
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
@@ -20,11 +19,12 @@ from rlad.config.types import (
 
 
 class _ComparesDistributions(ObjectiveSection):
-    """Compares the distributions of student and teacher at each token."""
+    """The base of objectives that compare the distributions of student and teacher at each
+    token."""
 
     support: Support = "full"
-    """which tokens of the vocabulary are told apart: the sampled one alone, the top_k likeliest of
-    student or teacher (the others count as one), or all"""
+    """tokens of the vocabulary that the divergence compares: the sampled one only, the top_k most
+    likely of student or teacher (all others are merged into one), or all"""
     top_k: Count = 100
     """K of student_top_k and teacher_top_k"""
 
@@ -41,7 +41,7 @@ class _ComparesDistributions(ObjectiveSection):
 class GKDConfig(_ComparesDistributions):
     type: Literal["gkd"] = "gkd"
     beta: Share = 0.5
-    """of the generalised Jensen-Shannon divergence: 0 is the forward KL, 1 the reverse KL"""
+    """β of the generalised Jensen-Shannon divergence: 0 is the forward KL, 1 the reverse KL"""
 
     uses_reward: ClassVar[bool] = False
     engines: ClassVar[tuple[EngineName, ...]] = ("native",)
@@ -53,12 +53,13 @@ class GKDConfig(_ComparesDistributions):
 
 class _SelfDistillation(_ComparesDistributions):
     divergence: Literal["jsd", "reverse_kl", "forward_kl"] = "jsd"
-    """of student and teacher at each token"""
+    """divergence between student and teacher at each token"""
     beta: Annotated[float, Field(strict=True, gt=0, lt=1)] = 0.5
-    """of jsd: the teacher's share in the mixture; near equal distributions its gradient is beta
-    (1 - beta) of a KL's"""
+    """for jsd: the teacher's share in the mixture; where the distributions are nearly equal, the
+    gradient is beta (1 - beta) times that of a KL"""
     max_importance_weight: Positive | Literal["off"] = 2.0
-    """πS / πold weighs the divergence up to this; it is 1 with one step on each rollout batch"""
+    """largest weight πS / πold of the divergence; the weight is 1 with one step on each rollout
+    batch"""
 
     engines: ClassVar[tuple[EngineName, ...]] = ("native",)
 
@@ -66,13 +67,14 @@ class _SelfDistillation(_ComparesDistributions):
 class SDPOConfig(_SelfDistillation, Clipped):
     type: Literal["sdpo"] = "sdpo"
     support: Support = "student_top_k"
-    """which tokens of the vocabulary are told apart: the sampled one alone, the top_k likeliest of
-    student or teacher (the others count as one), or all"""
+    """tokens of the vocabulary that the divergence compares: the sampled one only, the top_k most
+    likely of student or teacher (all others are merged into one), or all"""
     reward_share: Share | AnnealedShare = 0.0
-    """share of GRPO's loss, or with teacher_enters = "advantage" of its advantage; the rest is the
-    teacher's"""
+    """weight of GRPO's loss (or of its advantage, with teacher_enters = "advantage"); the rest is
+    the teacher's"""
     teacher_enters: Literal["loss", "advantage"] = "loss"
-    """as a divergence in the loss, or as the log-ratio of the sampled token in GRPO's advantage"""
+    """where the teacher enters: as a divergence in the loss, or as the log-ratio of the sampled
+    token in GRPO's advantage"""
 
     default_teacher: ClassVar[dict[str, Any] | None] = {
         "type": "privileged",
@@ -107,12 +109,12 @@ class MOPDConfig(SDPOConfig):
 class OPSDConfig(_SelfDistillation):
     type: Literal["opsd"] = "opsd"
     divergence: Literal["jsd", "reverse_kl", "forward_kl"] = "forward_kl"
-    """of student and teacher at each token"""
+    """divergence between student and teacher at each token"""
     pointwise_clip: Positive | None = None
-    """bound of each term of the divergence; none by default, as a bounded token is pushed down
-    although the teacher wants it up"""
+    """bound on each term of the divergence; none by default, since a bounded token is pushed down
+    even where the teacher would raise it"""
     clip_gradient: Literal["zero", "straight_through"] = "zero"
-    """of a bounded term: its own, which is 0, or that of the term without bound"""
+    """gradient of a bounded term: 0, or that of the term without the bound"""
 
     uses_reward: ClassVar[bool] = False
     default_teacher: ClassVar[dict[str, Any] | None] = {
@@ -124,8 +126,8 @@ class OPSDConfig(_SelfDistillation):
     def problems(self) -> Iterator[str]:
         if self.pointwise_clip is not None and self.support != "full":
             yield (
-                f"pointwise_clip bounds the terms of single tokens, and support = {self.support!r} "
-                "joins many; set support = 'full', or leave it out"
+                f"pointwise_clip bounds the terms of single tokens, but support = {self.support!r} "
+                "merges many into one; set support = 'full', or leave pointwise_clip out"
             )
 
 
@@ -136,7 +138,7 @@ class SkillSDConfig(SometimesTaught, Clipped):
     teacher_log_ratio_clip: Positive | Literal["off"] = 5.0
     """c in clamp(log πS - log πT, -c, +c); `off`, as in the paper, leaves it unbounded"""
     max_importance_weight: Positive | Literal["off"] = 2.0
-    """bound of πS / πold in the distillation term; `off`, as in the paper: none"""
+    """bound on πS / πold in the distillation term; `off`, as in the paper, leaves it unbounded"""
 
     engines: ClassVar[tuple[EngineName, ...]] = ("native",)
     default_teacher: ClassVar[dict[str, Any] | None] = {

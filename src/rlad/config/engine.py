@@ -1,4 +1,4 @@
-"""The engine of a run, and which of TRL's settings the other sections decide. Imports no torch."""
+"""The engine of a run, and the settings of TRL that other sections decide. Imports no torch."""
 
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -64,7 +64,7 @@ DECIDED: dict[str, str] = {
         _RUN_DIRECTORY,
     ),
 }
-"""TRL's name -> what decides it in a config of rlad."""
+"""TRL's name -> the setting of rlad that decides it."""
 
 
 REPLACED: dict[str, tuple[Any, str]] = {
@@ -78,18 +78,18 @@ REPLACED: dict[str, tuple[Any, str]] = {
     "entropy_coef": (0.0, "leave it out"),
     "use_adaptive_entropy": (False, "leave it out"),
 }
-"""Settings of TRL's own loss that ours has no place for: the neutral value, and what to do
+"""Settings of TRL's own loss that our loss does not have: the neutral value, and what to do
 instead."""
 
 
 class EngineConfig(Section):
-    """What makes the optimiser steps."""
+    """The engine that runs the optimiser steps."""
 
     type: Literal["native", "trl"] = "native"
-    """our own loop for one device; or TRL's trainer, for several GPUs and hosts"""
+    """our own loop for one device (native), or TRL's trainer for several GPUs and hosts"""
     trl: dict[str, Any] = Field(default={})
-    """settings of TRL's GRPOConfig by name, such as { use_vllm = true }; those that other sections
-    decide are refused"""
+    """settings of TRL's GRPOConfig by name, such as { use_vllm = true }; settings that other
+    sections decide are refused"""
 
     def problems(self) -> Iterator[str]:
         for name in self.trl:

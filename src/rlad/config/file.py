@@ -1,4 +1,4 @@
-"""A run's TOML file: read with dotted overrides, and written back."""
+"""Read a run's TOML file with dotted overrides, and write it."""
 
 import os
 import re
@@ -32,10 +32,10 @@ def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -
     """Load the run described by a TOML file (None: the embedded default) with `key.path=value`
     overrides applied.
 
-    A run directory means the config in it, and is then the `run_dir`, wherever it was moved.
-    Relative paths in a file are looked for beside that file, then in the working directory;
-    overrides are the working directory's.
-    `section=name` selects another objective, task or teacher by its type and replaces that whole
+    For a run directory, its config is loaded and the directory becomes `run_dir`, even if it was
+    moved. Relative paths in a file are looked up next to the file, then in the working directory.
+    Relative paths in overrides start from the working directory.
+    `section=name` selects another objective, task or teacher by its type and replaces the whole
     section. Raises `UserError` with one sentence for each mistake.
     """
     path = DEFAULT_RUN if path is None else Path(path)
@@ -49,18 +49,18 @@ def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -
 def parse_overrides(
     table: dict[str, Any], overrides: Sequence[str], *, of: type[Section] = RunConfig
 ) -> dict[str, Any]:
-    """Apply `key.path=value` overrides to the `table` of a section; `UserError` for one that is not
-    of that form.
+    """Apply `key.path=value` overrides to the `table` of a section. Raises `UserError` for an
+    override of another form.
 
-    A preset among them changes what the table says; the other overrides change the preset.
+    A preset among them overrides the table, and the other overrides override the preset.
     """
-    # First the choices of a type, which begin a section anew. A preset is a whole objective with
-    # settings elsewhere: after its choice comes what it brings along, then what the user changes.
+    # Choices of a type come first, because they start a section anew. A preset is an objective with
+    # settings in other sections, so its settings come next, then the user's other overrides.
     choices = [override for override in overrides if _CHOICE.match(override)]
     for override in choices:
         _apply(table, _CHOICE.sub(r"\1=", override), of)
     if any(override.startswith("objective") for override in choices):
-        # A teacher that is chosen too is stronger than the one that the objective brings along.
+        # A teacher chosen in the overrides wins over the objective's default teacher.
         chosen = {override.partition("=")[0].partition(".")[0] for override in choices}
         sections = {key: table.pop(key) for key in ("objective", "teacher") if key in chosen}
         table = expand_preset(sections, table)
@@ -71,24 +71,24 @@ def parse_overrides(
 
 
 def parse_config(table: dict[str, Any]) -> RunConfig:
-    """Make a run of nested dictionaries, presets spelled out; `UserError` with one sentence for
-    each mistake."""
+    """Make a run from nested dictionaries and expand presets. Raises `UserError` with one sentence
+    for each mistake."""
     return validated(RunConfig, expand_preset(table))
 
 
 def parse_objective(section: dict[str, Any]) -> Any:
-    """Make an `[objective]` section; `UserError` with one sentence for each mistake."""
+    """Make an `[objective]` section. Raises `UserError` with one sentence for each mistake."""
     return validated(_Objective, {"objective": section}).objective
 
 
 def dump_config(config: RunConfig) -> str:
-    """The complete resolved run as TOML; loading it gives the same run."""
+    """Return the complete resolved run as TOML. Loading it gives the same run."""
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
 def changed_settings(config: RunConfig) -> dict[str, Any]:
-    """Dotted keys and values of what differs from the defaults, and the types of tasks and
-    objective."""
+    """Return dotted keys and values of the settings that differ from the defaults, and the types of
+    tasks and objective."""
     # Types are always shown: without them the other settings of a section cannot be read.
     changed = flat(config.model_dump(mode="json", exclude_defaults=True))
     settings = flat(config.model_dump(mode="json", exclude_none=True))
@@ -97,8 +97,8 @@ def changed_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def differing_settings(found: RunConfig, wanted: RunConfig) -> list[str]:
-    """The dotted settings in which two runs differ, with both values; those that change no number
-    do not count."""
+    """Return the settings in which two runs differ, with both values. Settings that change no
+    number do not count."""
     ours = flat(found.dump(without=(Mark.NO_NUMBER,)))
     theirs = flat(wanted.dump(without=(Mark.NO_NUMBER,)))
     keys = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
@@ -106,7 +106,7 @@ def differing_settings(found: RunConfig, wanted: RunConfig) -> list[str]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Read the tables of a TOML file; `UserError` with one sentence when it cannot be read."""
+    """Read the tables of a TOML file. Raises `UserError` if it cannot be read."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -117,14 +117,14 @@ def read_toml(path: Path) -> dict[str, Any]:
         ) from None
 
 
-# A config is a few tables deep; what is deeper is refused by its unknown keys.
+# A config is only a few tables deep; deeper tables are refused later as unknown keys.
 _MAX_DEPTH = 10
 _NAMES_OF_FILES = ("path", "validation_path", "test_path", "model", "adapter", "run")
 
 
 def beside(table: Any, folder: Path, depth: int = 0) -> Any:
-    """Return the tables of a file in `folder`, in which relative paths of what is beside it are
-    those of the working directory."""
+    """Return the tables of a file in `folder`. A relative path that exists in `folder` is rewritten
+    to be relative to the working directory."""
     if isinstance(table, list):
         return [beside(one, folder, depth + 1) for one in table]
     if not isinstance(table, dict) or depth > _MAX_DEPTH:
@@ -140,7 +140,7 @@ def beside(table: Any, folder: Path, depth: int = 0) -> Any:
 
 
 def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of nested tables by their dotted keys."""
+    """Return the values of nested tables by their dotted keys."""
     found: dict[str, Any] = {}
     for key, value in table.items():
         if isinstance(value, dict):
@@ -161,19 +161,19 @@ def _apply(table: dict[str, Any], override: str, of: type[Section]) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except (tomllib.TOMLDecodeError, RecursionError):
         value = text  # a bare word is a string
-    # The path leads into the tables, which are made where they are missing.
+    # Walk along the path, and create missing tables on the way.
     *sections, key = path.split(".")
     if takes_text(of, [*sections, key]) and not isinstance(value, str):
         value = text  # run_dir=2024-05-01 is no date
     if sections == ["objective"]:
-        # A knob without an objective is one of the default objective.
+        # A setting without a chosen objective is one of the default objective.
         table.setdefault("objective", {"type": RunConfig.model_fields["objective"].default.type})
     for section in sections:
         if not isinstance(table.get(section), dict):
             table[section] = {}
         table = table[section]
     # `teacher=ema` selects a type. Settings of another type would be unknown keys of the new one,
-    # so the section begins anew, unless it is of that type already.
+    # so the section starts empty, unless it has that type already.
     present = table.get(key)
     default = "local" if path == "teacher" else value
     has_type = isinstance(present, dict) and "type" in present

@@ -1,4 +1,4 @@
-"""The knobs of each objective, and what else is known of it. Imports no torch."""
+"""The settings of each objective, and the facts about it. Imports no torch."""
 
 import math
 from collections.abc import Iterable
@@ -32,35 +32,36 @@ def _names_the_prompt(template: str) -> str:
 
 
 class _GRPOLike(Clipped):
-    """GRPO, and what is GRPO but for the denominator of the ratio."""
+    """The settings of GRPO, and of objectives that differ only in the ratio's denominator."""
 
     ratio_level: Literal["token", "sequence"] = "token"
-    """a ratio for each token, or one for the sequence (GSPO)"""
+    """one ratio for each token, or one for the whole sequence (GSPO)"""
     dual_clip: Annotated[float, Field(strict=True, gt=1)] | None = None
-    """bound of the loss of negative advantages, above 1; none by default"""
+    """bound on the ratio for negative advantages, above 1; by default no bound"""
 
     zero_advantage_is_zero_gradient: ClassVar[bool] = True
 
 
 class RoleWeights(ObjectiveSection):
-    """The weights of SRPO: what is seen and thought counts by what it owes to the picture."""
+    """The weights of SRPO. Tokens of perception and reasoning count by how much they depend on the
+    picture."""
 
     evidence_weight: NonNegative | AnnealedNonNegative = 0.0
-    """λ of the weights of SRPO; 0: none"""
+    """λ of SRPO's token weights; 0 turns them off"""
     weight_clip: ShareBelowOne = 0.2
     """ε_w: a token's weight is clipped to [1 - weight_clip, 1 + weight_clip]"""
     contrast_clip: Positive = 2.0
-    """c: the contrast of a token counts up to this, in nats"""
+    """c: largest contrast of a token, in nats"""
     patch_pixels: Count = 14
-    """edge of the squares of the picture that are blackened, each with probability 1/2"""
+    """edge of the squares of the picture, in pixels; each is blackened with probability 1/2"""
     reasoning_template: Annotated[str, AfterValidator(_names_the_prompt)] = "{prompt}"
-    """the prompt under which the reasoning is scored without the perception"""
+    """prompt for scoring the reasoning without the perception"""
 
 
 class TRRDConfig(RoleWeights, SometimesTaught, _GRPOLike):
     type: Literal["trrd"] = "trrd"
     alpha: Share | AnnealedShare = 0.5
-    """1 is GRPO, 0 is anchored to the teacher alone"""
+    """1 is GRPO, with 0 the anchor is the teacher alone"""
     teacher_log_ratio_clip: Positive | Literal["off"] = 1.0
     """c in clamp(log πS - log πT, -c, +c); `off` leaves the log-ratio unbounded"""
 
@@ -84,10 +85,10 @@ class KDRLConfig(SometimesTaught, Clipped):
     """weight of the distillation term; KDRL's annealing is start 5e-3, end 1e-3, change_per_step
     -5e-5"""
     kd_estimator: Literal["k2", "k3", "exact", "top_k"] = "k2"
-    """of KL(πS || πT): from the sampled token (k2, k3), over the whole vocabulary (exact), or over
-    the student's likeliest tokens (top_k)"""
+    """estimator of KL(πS || πT): from the sampled token (k2, k3), over the whole vocabulary
+    (exact), or over the student's most likely tokens (top_k)"""
     top_k: Count = 100
-    """tokens that top_k tells apart; the others count as one"""
+    """number of tokens for kd_estimator = "top_k"; all others are merged into one"""
 
     @property
     def asked_of_teacher(self) -> Support:
@@ -104,12 +105,12 @@ class OPDConfig(SometimesTaught):
 class OPDThenGRPOConfig(Clipped):
     type: Literal["opd_then_grpo"] = "opd_then_grpo"
     opd_share: Share | Literal["auto"] = 0.4
-    """share of the run's steps with `opd`, rounded up to whole rollout batches; the rest is
-    `grpo`. `auto`: until pass@1 of the validations is flat"""
+    """share of the run's steps that use `opd`, rounded up to whole rollout batches; the others use
+    `grpo`. `auto` uses `opd` until validation pass@1 no longer rises"""
     auto_patience: Count = 3
-    """`auto`: so many validations in a row without a gain end `opd`"""
+    """`auto`: number of validations in a row without a gain that end `opd`"""
     auto_min_gain: Share = 0.01
-    """`auto`: a gain exceeds the last gain's pass@1 by more than this"""
+    """`auto`: pass@1 must exceed that of the last gain by more than this to count as a gain"""
 
     engines: ClassVar[tuple[EngineName, ...]] = ("native",)
     teacher_work: ClassVar[str] = (
@@ -155,7 +156,7 @@ class OPDThenGRPOConfig(Clipped):
 class RLSDConfig(SometimesTaught, Clipped):
     type: Literal["rlsd"] = "rlsd"
     teacher_weight: Share | AnnealedShare = AnnealedShare(start=0.5, end=0.0, change_per_step=-0.01)
-    """λ: 0 is GRPO, 1 weighs every token by the teacher's evidence"""
+    """λ: 0 is GRPO, 1 weights every token by the teacher's evidence"""
     weight_clip: Share = 0.2
     """ε_w: the evidence weight is clipped to [1 - weight_clip, 1 + weight_clip]"""
 
@@ -188,7 +189,7 @@ class DistilledRLConfig(SometimesTaught, Clipped):
 class TOPDConfig(SometimesTaught, Clipped):
     type: Literal["topd"] = "topd"
     alpha: Annotated[float, Field(strict=True, gt=0, lt=1)] = 0.1
-    """share of the teacher in the mixture; no token reward is below log(1 - alpha)"""
+    """the teacher's share in the mixture; no token reward is below log(1 - alpha)"""
 
     uses_reward: ClassVar[bool] = False
     engines: ClassVar[tuple[EngineName, ...]] = ("native",)
@@ -197,7 +198,7 @@ class TOPDConfig(SometimesTaught, Clipped):
 class SFTConfig(ObjectiveSection):
     type: Literal["sft"] = "sft"
     rejection: bool = True
-    """train on those of the teacher's completions alone that the verifier calls correct"""
+    """train only on those of the teacher's completions that the verifier grades as correct"""
 
     uses_reward: ClassVar[bool] = False
     written_by: ClassVar[Literal["student", "teacher"]] = "teacher"

@@ -1,5 +1,5 @@
-"""Published variants of an objective as settings of it: `objective=dapo` stands for those that
-`embedded/presets.toml` has under that name. Imports no torch."""
+"""Published variants of an objective. `objective=dapo` stands for the settings under that name in
+`embedded/presets.toml`. Imports no torch."""
 
 import copy
 import tomllib
@@ -14,18 +14,17 @@ ABOUT = {name: preset.pop("about") for name, preset in PRESETS.items()}
 
 
 def expand_preset(table: dict[str, Any], base: dict[str, Any] | None = None) -> dict[str, Any]:
-    """`table` over `base`, with the preset that its `objective.type` may name spelled out between
-    the two, or the teacher that an objective brings along.
+    """Merge `table` into `base`, with the preset that `objective.type` may name, or the objective's
+    default teacher, between the two.
 
-    So what stands beside the name of a preset is stronger than the preset, and the preset than the
-    config it is laid upon.
+    So the settings next to a preset's name override the preset, and the preset overrides `base`.
     """
     base = base or {}
     match table.get("objective"):
         case {"type": str(name), **settings} if name in PRESETS:
             return merged(merged(base, PRESETS[name]), {**table, "objective": settings})
         case {"type": str(name)} if name in OBJECTIVE_CONFIGS and "teacher" not in table:
-            # A whole section: settings of the teacher that was there are none of this one.
+            # Replace the whole section: settings of the earlier teacher do not apply to this one.
             teacher = OBJECTIVE_CONFIGS[name].default_teacher
             if teacher is not None:
                 base = {**base, "teacher": copy.deepcopy(teacher)}
@@ -33,7 +32,7 @@ def expand_preset(table: dict[str, Any], base: dict[str, Any] | None = None) -> 
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the keys of `changes` replaced or added, section by section."""
+    """Return `base` with the keys of `changes` replaced or added, section by section."""
     both = {**base}
     for key, value in changes.items():
         old = both.get(key)

@@ -1,9 +1,8 @@
-"""Every setting of a run: type, range, default, one-line meaning. Imports no torch.
+"""Every setting of a run: type, range, default and a one-line meaning. Imports no torch.
 
 A run is described by one TOML file; dotted overrides (`optimization.learning_rate=1e-5`) change
-single values. Unknown keys are refused with the nearest valid name. Defaults are those of the
-papers where they state one, not those of the embedded tiny models, whose run is
-`rlad/embedded/run.toml`.
+single values. Unknown keys are refused, with the nearest valid name as a hint. Defaults are the
+papers' where they state one. The run of the embedded tiny models is `rlad/embedded/run.toml`.
 """
 
 import hashlib
@@ -37,18 +36,18 @@ from rlad.config.types import (
 
 
 class LoraConfig(Section):
-    """Train a low-rank adapter, W + alpha / rank * B A, and leave the model's own weights as they
-    are. Needs `rlad[peft]`."""
+    """A low-rank adapter, W + alpha / rank * B A. It is trained, and the model's own weights stay
+    fixed. Needs `rlad[peft]`."""
 
     rank: Count = 16
-    """of A and B"""
+    """rank of the matrices A and B"""
     alpha: Positive = 32.0
     """the adapter is scaled by alpha / rank"""
     target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = (
         "all-linear"
     )
-    """the linear layers that get one, such as ["q_proj", "v_proj"]; "all-linear" is all but the
-    output layer"""
+    """the linear layers that get an adapter, such as ["q_proj", "v_proj"]; "all-linear" means all
+    but the output layer"""
 
 
 class StudentConfig(Section):
@@ -57,17 +56,17 @@ class StudentConfig(Section):
     model: Location
     """Hugging Face name, folder, `embedded/student` or `smollm2-135m`"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """of the forward pass; the weights that are trained and all log-probs are float32"""
+    """data type of the forward pass; trained weights and all log-probs are float32"""
     device: Annotated[str, Mark.ROUNDING] = "auto"
-    """`auto` takes the GPU where there is one; else a torch device such as `cuda:0` or `cpu`"""
+    """a torch device such as `cuda:0` or `cpu`; `auto` uses the GPU if there is one"""
     gradient_checkpointing: Annotated[bool, Mark.ROUNDING] = False
     """recompute activations in the backward pass: less memory, about a third more time"""
     end_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """end a completion too, such as ["<|im_end|>"] for a base model that is to answer as its chat
-    teacher does"""
+    """further tokens that end a completion, such as ["<|im_end|>"] for a base model whose teacher
+    is a chat model"""
     train_vision: bool = False
-    """of a student that reads pictures, train its vision tower too; by default its language part
-    alone"""
+    """of a student that reads pictures, train the vision tower too; by default only the language
+    part is trained"""
     lora: LoraConfig | None = None
     """[student.lora] trains an adapter instead of all weights"""
 
@@ -83,99 +82,97 @@ class StudentConfig(Section):
 
 
 class RolloutConfig(Section):
-    """What the student samples from, how much and how."""
+    """How many completions the student samples, of which length and how."""
 
     prompts_per_batch: Count = 32
-    """prompts of one rollout batch"""
+    """prompts in one rollout batch"""
     group_size: Annotated[int, Field(strict=True, ge=2)] = 8
-    """rollouts of one prompt; with one alone every advantage would be 0"""
+    """rollouts of each prompt; with a single one every advantage would be 0"""
     max_prompt_tokens: Count | None = None
-    """longest prompt that is accepted; by default what the context leaves"""
+    """longest prompt that is accepted; by default as long as the context allows"""
     max_completion_tokens: Count = 2048
-    """a completion that is longer is cut off"""
+    """longer completions are cut off"""
     temperature: Positive = 1.0
-    """log-probs of student, teacher and reference are all divided by it"""
+    """sampling temperature; log-probs of student, teacher and reference are computed at it too"""
     prompt_format: Literal["auto", "plain", "chat"] = "auto"
-    """`auto` uses the chat template where the tokenizer has one"""
+    """`auto` uses the chat template if the tokenizer has one"""
     system_prompt: Annotated[str, Field(min_length=1)] | None = None
-    """before each conversation that has none of its own; needs a chat template"""
+    """system prompt of every conversation that has none of its own; needs a chat template"""
     chat_template_kwargs: dict[str, Any] = Field(default={})
     """variables of the chat template, such as { enable_thinking = false }"""
     rewritten_turns: Literal["refuse", "keep"] = "refuse"
-    """of several turns, where the chat template writes earlier ones otherwise than the student did
-    (without thoughts): refuse, or keep them as they were written"""
+    """what to do in episodes of several turns when the chat template changes an earlier turn of the
+    student (such as removing its thoughts): refuse to run, or keep the turns as written"""
     max_batch_rows: Annotated[Count, Mark.ROUNDING] = 256
-    """most completions that are decoded at once"""
+    """most completions decoded at once"""
     cuda_graphs: Annotated[bool, Mark.ROUNDING] = False
-    """decode by CUDA graphs: a step of our own decoder without the cost of launching its kernels;
-    not run on a GPU so far"""
+    """decode with CUDA graphs, so that a step of our own decoder does not pay for launching its
+    kernels; not yet run on a GPU"""
     engine: Literal["native", "vllm", "auto"] = "native"
-    """what writes the completions: our own decoder, or vLLM in the same process; `auto` takes vLLM
-    where it is installed and fits device and model"""
+    """what samples the completions: our own decoder, or vLLM in the same process; `auto` uses vLLM
+    if it is installed and supports the device and the model"""
     vllm: VLLMConfig = VLLMConfig()
     correction: CorrectionConfig = CorrectionConfig()
     max_staleness: Annotated[int, Field(strict=True, ge=0, le=1)] = 0
-    """1: a vLLM server writes the next rollout batch while the present one trains, with the weights
-    of before its updates; `rollout.correction` weighs the difference"""
+    """1: a vLLM server samples the next rollout batch while the student trains on the current one,
+    so with the weights before its updates; `rollout.correction` corrects for the difference"""
 
     def problems(self) -> Iterator[str]:
         if self.vllm.urls and self.engine != "vllm":
             yield (
-                f"rollout.vllm.urls names servers, and rollout.engine is {self.engine!r}; set it "
+                f"rollout.vllm.urls names servers, but rollout.engine is {self.engine!r}; set it "
                 "to 'vllm', or leave the urls out"
             )
         if self.max_staleness and not self.vllm.urls:
             yield (
-                "rollout.max_staleness = 1 needs a vLLM server that writes while this process "
-                "trains; name it in rollout.vllm.urls with rollout.engine = 'vllm', or set it to 0"
+                "rollout.max_staleness = 1 needs a vLLM server that samples while this process "
+                "trains; name it in rollout.vllm.urls with rollout.engine = 'vllm', or set "
+                "max_staleness to 0"
             )
 
     of_method: ClassVar[frozenset[str]] = frozenset({"engine", "vllm", "correction"})
-    """The settings in which methods of one comparison may differ: who writes, and what corrects
-    it. All others belong to the comparison."""
+    """The settings in which methods of one comparison may differ: the sampler, and the correction
+    for it. All others belong to the comparison."""
 
 
 class OptimizationConfig(Section):
-    """From rollouts to a better student."""
+    """How the student is updated from its rollouts."""
 
     num_steps: Annotated[Count, Mark.LENGTH] = 100
     """optimiser steps of the whole run"""
     max_seconds: Annotated[Positive | None, Mark.LENGTH] = None
-    """end the run earlier, after the step with which training (without evaluation) has taken so
-    long"""
+    """end the run after the step at which training, without evaluation, has taken this long"""
     max_teacher_tokens: Annotated[Count | None, Mark.LENGTH] = None
-    """end the run earlier, after the step with which the teacher has scored or written so many
-    tokens"""
+    """end the run after the step at which the teacher has scored or written this many tokens"""
     steps_per_rollout_batch: Annotated[Count, Mark.BUDGET] = 1
     """optimiser steps (mini-batches) on each rollout batch"""
     learning_rate: LearningRate = 1e-6
-    """of AdamW"""
+    """learning rate of AdamW"""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """of the learning rate after the warm-up, as in transformers: linear and cosine fall to 0
-    after the last step"""
+    """learning rate after the warm-up, as in transformers: linear and cosine fall to 0 after the
+    last step"""
     warmup_steps: NonNegativeInt = 0
-    """steps in which the learning rate rises; the first of them has 0"""
+    """steps in which the learning rate rises; in the first it is 0"""
     weight_decay: NonNegative = 0.0
-    """of AdamW"""
+    """weight decay of AdamW"""
     betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.999)
-    """of AdamW"""
+    """beta1 and beta2 of AdamW"""
     max_grad_norm: Positive = 1.0
-    """longer gradients are shortened to it"""
+    """gradients with a larger norm are scaled down to it"""
     aggregation: Literal["sequence_mean", "token_mean", "constant_length"] = "sequence_mean"
-    """how token losses become one number; sequence_mean is the paper's"""
+    """how token losses are reduced to one loss; sequence_mean is the paper's"""
     advantage_scale: Literal["std", "none"] = "std"
-    """divide advantages by the group's standard deviation, or not (Dr.GRPO)"""
+    """whether advantages are divided by the group's standard deviation ("none": Dr.GRPO)"""
     kl_coef: NonNegative | AnnealedNonNegative = 0.0
     """weight of the KL leash to the initial student"""
     max_missing_teacher_share: Annotated[ShareBelowOne, Mark.NO_NUMBER] = 0.05
-    """tokens of a rollout batch that the teacher may leave without a log-prob; beyond it, asked
-    twice, the run stops"""
+    """share of a rollout batch's tokens that may lack a teacher log-prob; if more are missing after
+    a second request, the run stops"""
     max_skipped_steps: Annotated[Count, Mark.NO_NUMBER] = 3
-    """a step whose loss or gradient is not finite is skipped; with so many of them in a row the run
+    """a step whose loss or gradient is not finite is skipped; after this many in a row the run
     stops"""
     tokens_per_batch: Annotated[Count, Mark.ROUNDING] = 16_384
-    """most tokens (padding included) in one forward and backward pass; changes memory, not the
-    result"""
+    """most tokens (with padding) in one forward and backward pass; changes memory, not results"""
 
     @property
     def num_rollout_batches(self) -> int:
@@ -187,45 +184,45 @@ class EvaluationConfig(Section):
     after it."""
 
     every_steps: Count = 20
-    """validation, and a checkpoint, every so many steps"""
+    """steps between validations; a checkpoint is written at each"""
     num_validation_problems: Count = 100
-    """at each validation"""
+    """problems at each validation"""
     num_validation_samples: Count = 1
     """completions of each validation problem"""
     num_test_problems: Count = 300
-    """before and after training"""
+    """test problems, before and after training"""
     num_test_samples: Count = 1
     """completions of each test problem; pass@k needs k of them"""
     ood_task: dict[str, Any] = Field(default={})
     """settings of [task] that differ in the out-of-distribution test, such as { num_people = [4] };
-    empty: there is none"""
+    empty: no such test"""
     num_ood_problems: Count = 100
     """out-of-distribution test problems, before and after training"""
     temperature: NonNegative = 1.0
-    """0 takes the most likely token"""
+    """sampling temperature; 0 takes the most likely token"""
 
 
 class CheckpointConfig(Section):
-    """Which checkpoints are kept, and how old the newest may get; one is written at each
-    validation, and at a signal."""
+    """Which checkpoints are kept, and how old the newest may get. One is written at each validation
+    and when a signal stops the run."""
 
     keep_last: Count = 2
-    """of the checkpoints at validations the last so many; with one alone, a damaged one costs the
+    """number of latest validation checkpoints to keep; with only one, a damaged file costs the
     run"""
     keep_best: NonNegativeInt = 1
-    """and so many with the highest validation pass@1, of equals the earliest"""
+    """number of checkpoints with the highest validation pass@1 to keep; ties go to the earliest"""
     every_seconds: Positive = 600.0
-    """write one between validations too when the newest is so old: what a killed run loses at most,
-    but for a step"""
+    """also write a checkpoint between validations once the newest is this old; a killed run loses
+    at most this time and one step"""
 
 
 class LoggingConfig(Section):
-    """Where the figures of a run go besides its own directory, on any engine."""
+    """Where the metrics of a run are logged besides its own directory, on any engine."""
 
     trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
-    """any of them; each needs the extra of its name, such as `rlad[tensorboard]`"""
+    """trackers to log to; each needs the extra of its name, such as `rlad[tensorboard]`"""
     project: Annotated[str, Field(min_length=1)] = "rlad"
-    """of trackio and wandb"""
+    """name of the project in trackio and wandb"""
 
 
 class RunConfig(Section):
@@ -242,7 +239,7 @@ class RunConfig(Section):
     engine: EngineConfig = EngineConfig()
     logging: Annotated[LoggingConfig, Mark.NO_NUMBER] = LoggingConfig()
     seed: NonNegativeInt = 0
-    """of everything that is drawn at random"""
+    """seed of everything that is drawn at random"""
     run_dir: Annotated[Location | None, Mark.NO_NUMBER] = None
     """where the run is stored; by default `runs/<task>-<objective>-seed<seed>`"""
 
@@ -251,7 +248,7 @@ class RunConfig(Section):
         if 0 < loop.num_steps <= loop.warmup_steps:
             yield (
                 f"optimization.warmup_steps = {loop.warmup_steps} leaves none of the "
-                f"{loop.num_steps} steps at the full learning rate; give fewer warm-up steps than "
+                f"{loop.num_steps} steps at the full learning rate; set it below "
                 "optimization.num_steps"
             )
         num_prompts = self.rollout.prompts_per_batch
@@ -259,7 +256,7 @@ class RunConfig(Section):
         objective = self.objective
         if num_prompts % num_steps:
             yield (
-                f"rollout.prompts_per_batch = {num_prompts} is no multiple of "
+                f"rollout.prompts_per_batch = {num_prompts} is not a multiple of "
                 f"optimization.steps_per_rollout_batch = {num_steps}, but every optimiser step "
                 "takes the same number of prompts; change one of them"
             )
@@ -268,15 +265,16 @@ class RunConfig(Section):
         if num_validations is not None and -(-earliest // num_steps) * num_steps >= loop.num_steps:
             yield (
                 f"objective.opd_share = 'auto' ends opd after {num_validations} validations "
-                "without a gain (objective.auto_patience), at evaluation.every_steps = "
-                f"{self.evaluation.every_steps} after step {earliest} at the earliest, and the run "
-                f"has optimization.num_steps = {loop.num_steps}; lower one of the first two"
+                "without a gain (objective.auto_patience); with evaluation.every_steps = "
+                f"{self.evaluation.every_steps} that is step {earliest} at the earliest, but the "
+                f"run has optimization.num_steps = {loop.num_steps}; lower auto_patience or "
+                "every_steps"
             )
         if objective.is_of_old_policy and num_steps > 1:
             yield (
                 f"objective {objective.type!r} estimates the divergence from the sampled token "
-                "without a weight πS / πold, which holds for the first step on a rollout batch "
-                "alone; set optimization.steps_per_rollout_batch = 1, or another objective.support"
+                "without a weight πS / πold, which is correct only for the first step on a rollout "
+                "batch; set optimization.steps_per_rollout_batch = 1, or another objective.support"
             )
         if self.teacher is None and self.needs_teacher:
             yield (
@@ -285,7 +283,7 @@ class RunConfig(Section):
             )
         if isinstance(self.task, EpisodesConfig) and self.rollout.max_staleness:
             yield (
-                "rollout.max_staleness = 1 has a server write whole completions ahead, and an "
+                "rollout.max_staleness = 1 lets a server sample whole completions ahead, but an "
                 "episode's turns wait for its environment; set it to 0"
             )
         if objective.written_by == "teacher":
@@ -296,8 +294,8 @@ class RunConfig(Section):
 
     @property
     def digest(self) -> str:
-        """Equal for configs of the same run: it may be stored and reached elsewhere and, unless a
-        schedule depends on it, be of another length."""
+        """A hash that is equal for configs of the same run. Paths, addresses and, unless a schedule
+        depends on it, the length of the run do not enter it."""
         table = self.dump(without=(Mark.NO_NUMBER, Mark.LENGTH))
         if self.schedule_depends_on_num_steps:
             table["optimization"]["num_steps"] = self.optimization.num_steps
@@ -305,7 +303,7 @@ class RunConfig(Section):
 
     @property
     def schedule_depends_on_num_steps(self) -> bool:
-        """Whether the first steps would be others in a run of another length."""
+        """Whether what a step does depends on the length of the run."""
         constant = self.optimization.schedule == "constant"
         return not constant or self.objective.schedule_depends_on_num_steps
 
@@ -325,39 +323,39 @@ class RunConfig(Section):
 
 
 def _what_a_writing_teacher_rules_out(objective: Any, rollout: RolloutConfig) -> Iterator[str]:
-    """Settings of the student's sampler that do not go with completions by the teacher."""
+    """Yield what is wrong with the sampler's settings when the teacher writes the completions."""
     if rollout.max_staleness:
         yield (
-            f"rollout.max_staleness = 1 has servers write ahead for the student, and the teacher "
-            f"writes for objective {objective.type!r}; set it to 0"
+            f"rollout.max_staleness = 1 lets servers sample ahead with the student, but for "
+            f"objective {objective.type!r} the teacher writes the completions; set it to 0"
         )
     if rollout.engine != "native" and rollout.vllm.sleep == "always" and not rollout.vllm.urls:
         yield (
-            "rollout.vllm.sleep = 'always', but one vLLM of a process can sleep, and objective "
-            f"{objective.type!r} starts a second one for its teacher; set it to 'auto'"
+            "rollout.vllm.sleep = 'always', but only one vLLM of a process can sleep, and "
+            f"objective {objective.type!r} starts a second one for its teacher; set it to 'auto'"
         )
 
 
 def _what_the_teacher_lacks(objective: Any, teacher: Any) -> Iterator[str]:
-    """What an objective needs of its teacher, where that cannot give it."""
+    """Yield what an objective needs and its teacher cannot provide."""
     if objective.written_by == "teacher" and not teacher.writes:
         yield (
-            f"objective {objective.type!r} needs the teacher's model itself, and teacher.type is "
+            f"objective {objective.type!r} needs the teacher's model itself, but teacher.type is "
             f"{teacher.type!r}; use teacher.type = 'local', or another objective such as "
             "objective=opd"
         )
     wanted = objective.asked_of_teacher
     if wanted != "sampled" and any(getattr(one, "end_token", None) for one in teacher.walk()):
         yield (
-            f"teacher.end_token is for the sampled token alone, and objective {objective.type!r} "
-            f"compares distributions of the support {wanted!r}, in which the student's own end "
-            "stays; name it in student.end_tokens instead, or take the support 'sampled'"
+            f"teacher.end_token applies only to the sampled token, but objective "
+            f"{objective.type!r} compares distributions of the support {wanted!r}, which keep the "
+            "student's own end token; add the token to student.end_tokens instead, or use the "
+            "support 'sampled'"
         )
     if wanted not in teacher.gives:
         given = [one for one in get_args(Support) if one in teacher.gives]
         yield (
-            f"objective {objective.type!r} asks for the probabilities of the support {wanted!r}, "
-            f"and this teacher of type {teacher.type!r} gives {' and '.join(map(repr, given))} "
-            "alone; take a teacher in this process, such as teacher.type = 'local', or another "
-            "support"
+            f"objective {objective.type!r} needs probabilities of the support {wanted!r}, but this "
+            f"teacher of type {teacher.type!r} gives only {' and '.join(map(repr, given))}; use a "
+            "teacher in this process, such as teacher.type = 'local', or another support"
         )

@@ -1,4 +1,4 @@
-"""The `[task]` section: one class for each `type`. `several` holds tasks of its own."""
+"""The `[task]` section: one class for each `type`. `several` contains other tasks."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -10,19 +10,19 @@ from rlad.errors import UserError
 
 
 class KnightsAndKnavesConfig(Section):
-    """Logic puzzles with exactly one solution; the split is by puzzle structure."""
+    """Logic puzzles with exactly one solution. Splits are by puzzle structure."""
 
     type: Literal["knights_and_knaves"] = "knights_and_knaves"
     num_people: tuple[Annotated[int, Field(strict=True, ge=2, le=8)], ...] = Field(
         (3, 4, 5, 6, 7), min_length=1
     )
-    """sizes of the puzzles, taken in turn"""
+    """numbers of people in a puzzle, taken in turn"""
     instructions: bool = True
     """put the rules and the answer format before each puzzle"""
     vary_names: bool = True
-    """draw the names of each puzzle; else the people are always called Ada, Ben, Cleo, ..."""
+    """draw the names for each puzzle; otherwise the people are always Ada, Ben, Cleo, ..."""
     reward: Literal["exact", "logic_rl"] = "exact"
-    """1 for a fully right answer, or Logic-RL's format and answer reward"""
+    """reward 1 for a fully correct answer, or Logic-RL's format and answer reward"""
 
 
 class _GeneratedConfig(Section):
@@ -44,13 +44,13 @@ class CountdownConfig(_GeneratedConfig):
 
 
 class ReasoningGymConfig(_GeneratedConfig):
-    """Any data set of reasoning-gym by name."""
+    """Any data set of reasoning-gym, by name."""
 
     type: Literal["reasoning_gym"] = "reasoning_gym"
     dataset: str
     """name of the reasoning-gym data set"""
     partial_credit: bool = False
-    """reward = reasoning-gym's score instead of 1 for right and 0 for wrong"""
+    """the reward is reasoning-gym's score, instead of 1 for correct and 0 for wrong"""
 
 
 class JsonlConfig(Section):
@@ -59,27 +59,27 @@ class JsonlConfig(Section):
 
     type: Literal["jsonl"] = "jsonl"
     path: Location
-    """the training problems, and the held-out ones where no other file is given"""
+    """training problems; also the held-out problems if no other file is given"""
     validation_path: Location | None = None
-    """held-out problems in a file of their own"""
+    """held-out validation problems in a separate file"""
     test_path: Location | None = None
-    """the same"""
+    """held-out test problems in a separate file"""
     prompt_field: str = "prompt"
-    """the field with a problem's prompt"""
+    """field with a problem's prompt"""
     answer_field: str = "answer"
-    """the field with its reference answer"""
+    """field with its reference answer"""
     images_field: str = "images"
-    """the field with a problem's pictures, where it has any: paths relative to the file, base64, or
-    images of `datasets`"""
+    """field with a problem's pictures, if it has any: paths relative to the file, base64, or images
+    of `datasets`"""
     answer_format: Literal["whole", "gsm8k", "boxed", "last"] = "whole"
-    """what of that field is the answer: all of it, what follows the last `####`, the last
+    """the part of that field that is the answer: all of it, what follows the last `####`, the last
     `\\boxed{...}`, or the final answer as in a completion (`<answer>`, `Answer:`, last line)"""
     verifier: str = "exact"
-    """`exact`, `number`, `math`, or `import.path:function` of your own"""
+    """`exact`, `number`, `math`, or your own function as `import.path:function`"""
     timeout_seconds: Positive = 5.0
-    """a verifier that takes longer costs one completion"""
+    """time limit of the verifier; beyond it, this one completion is not judged"""
     max_memory_gib: Positive = 4.0
-    """so does one that needs more, beyond what its process holds at its start (Linux)"""
+    """memory limit in the same way, beyond what the process holds at its start (Linux)"""
 
 
 BOXED_INSTRUCTIONS = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -88,37 +88,37 @@ BOXED_INSTRUCTIONS = "Please reason step by step, and put your final answer with
 class _BenchmarkConfig(Section):
     type: Any = None
     instructions: str = BOXED_INSTRUCTIONS
-    """after each question; may be empty"""
+    """text after each question; may be empty"""
 
 
 class GSM8KConfig(_BenchmarkConfig):
-    """GSM8K's test set, for evaluation alone."""
+    """GSM8K's test set, for evaluation only."""
 
     type: Literal["gsm8k"] = "gsm8k"
 
 
 class AIME2025Config(_BenchmarkConfig):
-    """AIME 2025, I and II, for evaluation alone."""
+    """AIME 2025, I and II, for evaluation only."""
 
     type: Literal["aime2025"] = "aime2025"
 
 
 class ScenesConfig(Section):
-    """Questions about drawn scenes of one to four coloured shapes; the split is by scene."""
+    """Questions about drawn scenes of one to four coloured shapes. Splits are by scene."""
 
     type: Literal["scenes"] = "scenes"
     kinds: tuple[Literal["count", "colour", "difference", "two steps"], ...] = Field(
         ("count", "colour", "difference", "two steps"), min_length=1
     )
-    """of questions, taken in turn"""
+    """kinds of questions, taken in turn"""
     picture_size: Annotated[int, Field(strict=True, ge=32, le=1024)] = 64
     """width and height of the pictures, in pixels"""
     instructions: bool = True
     """put the answer format before each question"""
     shown: bool = True
-    """false: every picture is black, which measures what is right without looking"""
+    """false: every picture is black, which measures what can be answered without seeing"""
     reward: Literal["answer", "perception_and_answer"] = "answer"
-    """1 for a right answer, or the mean of that and of 1 where `<perception>` names all shapes"""
+    """1 for a correct answer; or the mean of that and of 1 if `<perception>` names all shapes"""
 
 
 SingleTaskConfig = (
@@ -134,44 +134,44 @@ SingleTaskConfig = (
 
 
 class SeveralTasksConfig(Section):
-    """Problems of several tasks in turn, each graded by its own."""
+    """Problems of several tasks in turn, each graded by its own task."""
 
     type: Literal["several"] = "several"
     tasks: dict[
         Annotated[str, Field(min_length=1)],
         Annotated[SingleTaskConfig, Field(discriminator="type")],
     ] = Field(min_length=1)
-    """by name: each a task of any other type"""
+    """tasks by name, each of any other type"""
 
 
 class EpisodesConfig(Section):
-    """What tasks of several turns share."""
+    """The settings that all tasks of several turns share."""
 
     type: Any = None
     max_turns: Count = 10
-    """turns of the model; an episode that is not done by then is cut off"""
+    """most turns of the model; an episode that is not done by then is cut off"""
     max_turn_tokens: Count | None = None
-    """of one turn; by default what is left of rollout.max_completion_tokens, which counts all that
-    the model writes in an episode"""
+    """most tokens of one turn; by default what is left of rollout.max_completion_tokens, which
+    counts all that the model writes in an episode"""
 
 
 class SokobanConfig(EpisodesConfig):
-    """Sokoban; generated boards, each with a solution, split by layout up to rotation and
+    """Sokoban on generated boards, each with a solution. Splits are by layout up to rotation and
     reflection."""
 
     type: Literal["sokoban"] = "sokoban"
     max_turns: Count = 20
-    """turns of the model; an episode that is not done by then is cut off"""
+    """most turns of the model; an episode that is not done by then is cut off"""
     size: Annotated[int, Field(strict=True, ge=4, le=12)] = 5
     """rows and columns of the room"""
     num_boxes: Annotated[int, Field(strict=True, ge=1, le=3)] = 1
-    """boxes, and goals"""
+    """number of boxes and of goals"""
     depth: tuple[Count, Count] = (2, 10)
     """fewest and most moves of the best solution; each number is equally likely on a layout"""
     wall_share: Annotated[float, Field(strict=True, ge=0.05, le=0.5)] = 0.15
-    """share of the room's cells that are walls: with too few, all boards have the same layouts"""
+    """share of the room's cells that are walls; with too few, all boards have the same layouts"""
     moves_per_turn: Count = 1
-    """so many moves of one turn count, in order"""
+    """number of moves of one turn that are played, in order"""
     instructions: bool = True
     """put the rules and the answer format before the first board"""
 
@@ -184,37 +184,37 @@ class SokobanConfig(EpisodesConfig):
 
 
 class IslandQuestionsConfig(EpisodesConfig):
-    """Knights and knaves whose statements have several solutions: the model may ask before it
-    answers; split by puzzle structure."""
+    """Knights and knaves whose statements have several solutions. The model may ask questions
+    before it answers. Splits are by puzzle structure."""
 
     type: Literal["island_questions"] = "island_questions"
     num_people: Annotated[int, Field(strict=True, ge=2, le=6)] = 3
-    """people of a puzzle"""
+    """people in a puzzle"""
     num_questions: Count = 2
-    """so many questions may be asked; they always suffice"""
+    """number of questions that may be asked; they always suffice"""
     vary_names: bool = False
-    """draw the names of each puzzle; else the people are always called Ada, Ben, Cleo, ..."""
+    """draw the names for each puzzle; otherwise the people are always Ada, Ben, Cleo, ..."""
     instructions: bool = True
     """put the rules and the answer format before each puzzle"""
 
 
 class EnvironmentTaskConfig(EpisodesConfig):
-    """Episodes of several turns in an environment of your own."""
+    """Episodes of several turns in your own environment."""
 
     type: Literal["environment"] = "environment"
     path: Annotated[str, Field(min_length=1)]
-    """the class, as `import.path:Class`"""
+    """the environment's class, as `import.path:Class`"""
     options: dict[str, Any] = Field(default={})
-    """given to the class"""
+    """keyword arguments for the class"""
     reward: Literal["sum", "last"] = "sum"
-    """of an episode: the sum of its steps' rewards, or that of its last step"""
+    """reward of an episode: the sum over its steps, or the reward of its last step"""
     success_reward: Number = 1.0
     """an episode with at least this reward is a success, unless its last step says `success`"""
     timeout_seconds: Positive = 10.0
-    """an environment that takes longer for one reset or step costs one rollout"""
+    """time limit of one reset or step; beyond it, this one rollout is not judged"""
     max_memory_gib: Positive = 4.0
-    """so does one with which all environments together hold more, beyond what their process holds
-    at its start (Linux)"""
+    """memory limit of all environments together in the same way, beyond what their process holds at
+    its start (Linux)"""
 
 
 TaskConfig = (
@@ -235,8 +235,9 @@ class _Run(Section):
 
 
 def with_changes(task: TaskConfig, changes: dict[str, Any]) -> TaskConfig:
-    """The task of the out-of-distribution test: with some settings changed; of several, those tasks
-    alone that `changes` names. With another `type` it is that task, and nothing of the first.
+    """Return the task of the out-of-distribution test: `task` with some settings changed. Of
+    `several` tasks it keeps only those that `changes` names. If `changes` has another `type`, the
+    result is that task, without any setting of `task`.
 
     Raises `UserError` with one sentence for each mistake.
     """
@@ -245,14 +246,15 @@ def with_changes(task: TaskConfig, changes: dict[str, Any]) -> TaskConfig:
     if isinstance(task, SeveralTasksConfig) and table is not changes and isinstance(tasks, dict):
         if unknown := sorted(tasks.keys() - task.tasks):
             raise UserError(
-                f"evaluation.ood_task.tasks names {unknown[0]!r}, which is no task of the run; "
-                f"use names among {', '.join(task.tasks)}."
+                f"evaluation.ood_task.tasks names {unknown[0]!r}, which is not a task of the run; "
+                f"use some of {', '.join(task.tasks)}."
             )
         table["tasks"] = {name: _merged(task.tasks[name], one) for name, one in tasks.items()}
     return validated(_Run, {"evaluation": {"ood_task": table}}).evaluation.ood_task
 
 
 def _merged(task: TaskConfig, changes: Any) -> Any:
-    """The settings of a task with some changed; of another `type`, or no table, `changes` alone."""
+    """Return the task's settings with some changed, or only `changes` if it has another `type` or
+    is no table."""
     is_same = isinstance(changes, dict) and changes.get("type", task.type) == task.type
     return task.model_dump() | changes if is_same else changes

@@ -1,5 +1,5 @@
-"""What the sections of a config are made of: strict numbers, knobs that move with the step. Imports
-no torch."""
+"""The building blocks of config sections: strict numbers, and settings that change with the step.
+Imports no torch."""
 
 import os
 from collections.abc import Collection, Iterator
@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from rlad.errors import UserError
 
-# Strict: 1 is a float, but "1", true and 1.0 are no int.
+# Strict: 1 is accepted as a float, but "1", true and 1.0 are refused as an int.
 Number = Annotated[float, Field(strict=True)]
 Positive = Annotated[float, Field(strict=True, gt=0)]
 NonNegative = Annotated[float, Field(strict=True, ge=0)]
@@ -21,8 +21,8 @@ Count = Annotated[int, Field(strict=True, ge=1)]
 NonNegativeInt = Annotated[int, Field(strict=True, ge=0)]
 
 Support = Literal["sampled", "student_top_k", "teacher_top_k", "full"]
-"""Of which tokens of the vocabulary a teacher gives the probabilities: of the sampled one, of the K
-likeliest under student or teacher, of all."""
+"""The tokens of the vocabulary whose probabilities a teacher gives: the sampled one, the K most
+likely under student or teacher, or all."""
 
 
 def _location(text: str) -> str:
@@ -36,7 +36,7 @@ def _location(text: str) -> str:
 
 
 Location = Annotated[str, Field(min_length=1), AfterValidator(_location)]
-"""A path, or the name of a model: `~` is the home folder, which the shell does not expand here."""
+"""A path or the name of a model. `~` is expanded to the home folder, which no shell does here."""
 
 
 class Mark(Enum):
@@ -57,7 +57,7 @@ class Section(BaseModel):
     )
 
     def problems(self) -> Iterator[str]:
-        """Yield a sentence for each thing in which valid settings do not fit together."""
+        """Yield a sentence for each conflict between settings that are valid by themselves."""
         yield from ()
 
     @model_validator(mode="after")
@@ -68,7 +68,7 @@ class Section(BaseModel):
 
     @property
     def children(self) -> "dict[str, Section]":
-        """The sections inside of it, by their dotted key."""
+        """The sections directly inside this one, by dotted key."""
         found: dict[str, Any] = {}
         for key, value in self:
             if isinstance(value, dict):
@@ -78,13 +78,13 @@ class Section(BaseModel):
         return {key: one for key, one in found.items() if isinstance(one, Section)}
 
     def walk(self) -> "Iterator[Section]":
-        """This section and all that are inside of it, at any depth."""
+        """Yield this section and all sections inside it, at any depth."""
         yield self
         for child in self.children.values():
             yield from child.walk()
 
     def dump(self, *, without: Collection[Mark] = ()) -> dict[str, Any]:
-        """The settings as plain values for JSON, without those that have one of these marks."""
+        """Return the settings as plain values for JSON, without those with one of these marks."""
         table = self.model_dump(mode="json")
         for key, child in self.children.items():
             *parents, last = key.split(".", 1)
@@ -96,20 +96,20 @@ class Section(BaseModel):
 
     @classmethod
     def keys_with(cls, *marks: Mark) -> list[str]:
-        """The settings that have one of these marks."""
+        """Return the names of the settings with one of these marks."""
         fields = cls.model_fields.items()
         return [key for key, field in fields if any(mark in field.metadata for mark in marks)]
 
 
 def sections_in(annotation: Any) -> list[type[Section]]:
-    """The sections that a setting of this type may hold, itself or by name."""
+    """Return the sections that a setting of this type may hold, directly or by name."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
     return [section for part in get_args(annotation) for section in sections_in(part)]
 
 
 class Annealed(Section):
-    """A knob that moves with the step: start + change_per_step * step, until it reaches `end`."""
+    """A setting that changes with the step: start + change_per_step * step, until `end`."""
 
     start: Number
     end: Number
@@ -128,19 +128,19 @@ class Annealed(Section):
 
 
 def at_step(knob: Any, step: int) -> Any:
-    """The value of a setting that may be annealed."""
+    """Return the value at a step of a setting that may be annealed."""
     return knob.at(step) if isinstance(knob, Annealed) else knob
 
 
 class AnnealedShare(Annealed):
-    """An annealed knob from 0 to 1."""
+    """An annealed setting from 0 to 1."""
 
     start: Share
     end: Share
 
 
 class AnnealedNonNegative(Annealed):
-    """An annealed knob that is never below 0."""
+    """An annealed setting that is never below 0."""
 
     start: NonNegative
     end: NonNegative

@@ -1,4 +1,4 @@
-"""Validated sections of a config, and one sentence for each mistake in them."""
+"""Validate sections of a config, and explain each mistake in one sentence."""
 
 import difflib
 import re
@@ -30,7 +30,7 @@ SomeSection = TypeVar("SomeSection", bound=Section)
 
 
 def validated(section: type[SomeSection], table: dict[str, Any]) -> SomeSection:
-    """`table` as a section of this kind; `UserError` with one sentence for each mistake."""
+    """Validate `table` as a section. Raises `UserError` with one sentence for each mistake."""
     try:
         return section.model_validate(table)
     except ValidationError as error:
@@ -39,7 +39,7 @@ def validated(section: type[SomeSection], table: dict[str, Any]) -> SomeSection:
 
 
 def takes_text(section: type[Section], path: Sequence[str]) -> bool:
-    """Whether the setting at a dotted path is a text and nothing else."""
+    """Return whether the setting at a dotted path can only be a text."""
     sections = [section]
     annotations: list[Any] = []
     names_an_entry = False
@@ -64,13 +64,13 @@ def _is_text(annotation: Any) -> bool:
 
 
 def _sentences(section: type[Section], errors: Sequence[Any]) -> list[str]:
-    """One sentence for each wrong key; the alternatives of a union are joined by "or"."""
+    """Write one sentence for each wrong key, with the alternatives of a union joined by "or"."""
     found = [(*_explain(section, error), error) for error in errors]
     places = [where for where, _, _ in found]
     sentences: dict[str, str] = {}
     for where, message, error in found:
-        # What only says that a part is wrong is left out, and so is the alternative of a union that
-        # was not meant.
+        # Skip an error that only repeats that a part is wrong, and the alternative of a union that
+        # the user did not mean.
         has_parts = any(place.startswith((f"{where}.", f"{where}[")) for place in places)
         if has_parts or (places.count(where) > 1 and _is_of_another_kind(error)):
             continue
@@ -83,13 +83,13 @@ def _sentences(section: type[Section], errors: Sequence[Any]) -> list[str]:
 
 
 def _is_of_another_kind(error: Any) -> bool:
-    """Whether it says that a number is no table, or a table no number."""
+    """Return whether an error says that a number is no table, or that a table is no number."""
     is_no_number = error["type"] == "float_type" and isinstance(error["input"], dict)
     return error["type"] == "model_type" or is_no_number
 
 
 def _explain(section: type[Section], error: Any) -> tuple[str, str]:
-    """Which key an error of pydantic is about, and what to say of it."""
+    """Return the key that an error of pydantic is about, and the rest of the sentence."""
     kind = error["type"]
     is_unknown = kind == "extra_forbidden"
     where, keys = _resolve(section, error["loc"][:-1] if is_unknown else error["loc"])
@@ -100,7 +100,7 @@ def _explain(section: type[Section], error: Any) -> tuple[str, str]:
     if kind == "missing":
         return where, "is missing: add it to the config"
     if kind == "union_tag_not_found":
-        return f"{where}.type", "is missing: every such section names its type"
+        return f"{where}.type", "is missing: this section must name its type"
     if kind == "union_tag_invalid":
         tag = str(error["ctx"]["tag"])
         tags = [each.strip(" '") for each in error["ctx"]["expected_tags"].split(",")]
@@ -115,8 +115,8 @@ def _explain(section: type[Section], error: Any) -> tuple[str, str]:
 
 
 def _hint(section: type[Section], where: str, key: str, keys: Sequence[str]) -> str:
-    """What a user may have meant by an unknown key: that of another type of the section, one of the
-    same section, one of another section, or one that other tools call so."""
+    """Say what a user may have meant by an unknown key: a key of another type of this section, of
+    the same section, of another section, or another tool's name for it."""
     name = _NAMES_ELSEWHERE.get(key, key)
     if where in section.model_fields:
         of_types = [
@@ -142,14 +142,13 @@ def _hint(section: type[Section], where: str, key: str, keys: Sequence[str]) -> 
 
 
 def nearest_key(section: type[Section], key: str) -> str:
-    """Ask whether the nearest key of a config was meant, in whichever section; empty where none is
-    near."""
+    """Ask whether the nearest key of any section was meant; empty if none is near."""
     near = _hint(section, "", key, list(section.model_fields))
     return near if near.startswith("did you mean") else ""
 
 
 def _requirement(error: Any) -> str:
-    """What a value must be instead."""
+    """Say what a value must be instead."""
     if error["type"] in ("model_type", "model_attributes_type"):
         return "it must be a section, with keys of its own"
     if error["type"] == "tuple_type":
@@ -160,20 +159,20 @@ def _requirement(error: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A wrong value in an error message: its beginning, and no password of an address in it."""
+    """Return the start of a wrong value for an error message, without passwords in addresses."""
     shown = re.sub(r"//[^/@\s]{1,200}@", "//***@", repr(value))
     return shown if len(shown) <= 200 else f"{shown[:200]}..."
 
 
 def _resolve(section: type[Section], location: Sequence[str | int]) -> tuple[str, list[str]]:
-    """The dotted path as the user wrote it (pydantic adds its own names of union members), and the
-    keys valid at its end."""
+    """Return the dotted path as the user wrote it (pydantic adds names of union members), and the
+    keys that are valid there."""
     sections = [section]
     shown = ""
     names_an_entry = False
     for part in location:
         fields = {name: field for each in sections for name, field in each.model_fields.items()}
-        # A section of a union comes after the value of `type` that stands for it.
+        # In pydantic's path, the `type` of a union's section comes before the section's keys.
         types = [each for each in sections if "type" in each.model_fields]
         tagged = [one for one in types if part in get_args(one.model_fields["type"].annotation)]
         if isinstance(part, int):

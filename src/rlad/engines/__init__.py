@@ -1,2 +1,2 @@
-"""Engines: what turns a config into optimiser steps. They hold no mathematics and do not import
-each other."""
+"""The engines, which turn a config into optimiser steps. They contain no mathematics and do not
+import each other."""

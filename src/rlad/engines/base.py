@@ -1,5 +1,5 @@
-"""What every engine offers: it makes optimiser steps on a student, reports each, and can be saved
-between two of them."""
+"""The interface of all engines. An engine makes optimiser steps on a student, reports each step,
+and can be saved between steps."""
 
 import resource
 import sys
@@ -17,73 +17,74 @@ from rlad.rollouts.types import Metrics, RolloutGroup, Sampler
 
 @dataclass(frozen=True, slots=True)
 class SkippedBatch:
-    """What a skipped step was made on, for whoever looks for the reason."""
+    """The batch of a skipped step, for finding the reason."""
 
     groups: Sequence[RolloutGroup]
-    """of the whole rollout batch"""
+    """groups of the whole rollout batch"""
     tensors: Mapping[str, Tensor]
-    """scores of its rollouts by name, one after the other; empty where the engine keeps none"""
+    """scores of its rollouts by name, concatenated; empty if the engine keeps none"""
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """One optimiser step: its number (from 1), its metrics and the groups it was made on."""
+    """One optimiser step: its number (from 1), its metrics and its groups."""
 
     step: int
     metrics: Metrics
     groups: Sequence[RolloutGroup]
     imitation: Mapping[int, Any] | None = None
-    """of the first group: rollout -> what the step did with each of its tokens
+    """for the first group: rollout -> what the step did with each of its tokens
     (`rlad.engines.imitation`)"""
     skipped: SkippedBatch | None = None
-    """the batch of a step that was skipped, since its loss or gradient was not finite"""
+    """the batch, if the step was skipped because its loss or gradient was not finite"""
     skills: Mapping[str, Any] | None = None
-    """of a batch on which this is the first step: what its teacher was shown of earlier episodes,
-    and what it has taught"""
+    """for the first step on a batch: the skills that its teacher was shown, and the skills learnt
+    from it"""
 
 
 ResumePoint = Literal["step", "rollouts"]
-"""between two steps; or with the rollouts of the next step, on which none has been made yet"""
+"""Between two steps; or with the rollouts of the next step, before the first step on them."""
 
 
 class Engine(Protocol):
-    """What trains a student, step by step."""
+    """The trainer of a student, step by step."""
 
     step: int
     """optimiser steps made so far"""
 
     flat_step: int | None
-    """the step after which the objective changes, decided by the validations; set by the run"""
+    """the step after which the objective changes, decided by validations and set by the run"""
 
     student: LanguageModel
 
     sampler: Sampler
-    """what writes the student's completions"""
+    """samples the student's completions"""
 
     @property
     def resume_point(self) -> ResumePoint | None:
-        """What kind of moment the present one is, if a run can be resumed from it; else None."""
+        """Return the kind of the present moment, if a run can be resumed from it; otherwise
+        None."""
         ...
 
     is_main: bool
-    """whether this process evaluates, records and decides; of several one does"""
+    """whether this process evaluates, records and decides; exactly one process does"""
 
     def run(
         self,
         after_step: Callable[[StepResult], bool],
         begin: Callable[[], bool] = lambda: True,
     ) -> None:
-        """Make optimiser steps until the run's last one, or until `after_step`, which gets each of
-        them, returns False. `begin` is called when all is ready for the first; it returns False
-        where there is none to be made."""
+        """Make optimiser steps until the run's last one, or until `after_step`, which gets each
+        step, returns False. `begin` is called before the first step, when all is ready; it returns
+        False if no step is to be made."""
         ...
 
     def follow(self) -> None:
-        """In a process that is not the main one, do what that asks for, until it ends."""
+        """In any process but the main one: carry out the main process's orders until it ends."""
         ...
 
     def close(self) -> None:
-        """Release what the teacher holds: connections and files."""
+        """Release the teacher's connections and files."""
         ...
 
     def save(self, folder: Path, *, run_digest: str) -> None:
@@ -100,8 +101,8 @@ class Engine(Protocol):
 
 
 def peak_memory(student: LanguageModel) -> float:
-    """Measure the most bytes that this process has held so far: on the student's GPU, or else
-    resident in main memory."""
+    """Return this process's peak memory in bytes: on the student's GPU, or otherwise resident in
+    main memory."""
     if student.model.device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(student.model.device))
     unit = 1 if sys.platform == "darwin" else 1024

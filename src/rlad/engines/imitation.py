@@ -1,4 +1,4 @@
-"""What an update did with each token of a completion, for the report's imitation map."""
+"""Record what an update did with each token of a completion, for the report's imitation map."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,19 +19,19 @@ FATES = {
     ".": "no advantage, or no finite score: untouched by the surrogate",
     "e": "written by the environment: read, never trained on",
 }
-"""One letter for each thing that the clipped surrogate does with a token. It is the teacher that
-holds back and protects where it is in the ratio (TRRD); elsewhere a token is gated because the
-student has moved since it sampled."""
+"""One letter for each effect of the clipped surrogate on a token. With the teacher in the ratio
+(TRRD), it is the teacher that holds back and protects. Otherwise a token is gated because the
+student was updated since it sampled."""
 
 
 class ImitationMap:
-    """Records what an update does with the tokens of one group, whose first rollout in the batch is
-    `first_row`."""
+    """A record of what an update does with the tokens of one group. `first_row` is the row of its
+    first rollout in the batch."""
 
     def __init__(self, first_row: int, group_size: int):
         self.rows = range(first_row, first_row + group_size)
         self.of_rollout: dict[int, Any] = {}
-        """by the rollout's place in its group"""
+        """By the rollout's index in its group."""
 
     def add(
         self,
@@ -40,8 +40,8 @@ class ImitationMap:
         stats: dict[str, Tensor],
         actions: Sequence[Tensor],
     ) -> None:
-        """Add a micro-batch, of which `rows` are the rollouts; `actions` says of each token whether
-        the model wrote it."""
+        """Add a micro-batch with the rollouts `rows`; `actions` is True for tokens that the model
+        wrote."""
         for place, row in enumerate(rows):
             if row in self.rows:
                 record = imitation_of(inputs, stats, place, actions[place])
@@ -51,10 +51,10 @@ class ImitationMap:
 def imitation_of(
     inputs: LossInputs, stats: dict[str, Tensor], row: int, actions: Tensor | None = None
 ) -> dict[str, Any] | None:
-    """Of one row of a micro-batch, per token: `fates` and `clamped` (letters), advantages,
-    log-ratio to the teacher (nats).
+    """Return for each token of one row of a micro-batch: `fates` and `clamped` (letters),
+    advantages, log-ratio to the teacher (nats).
 
-    None for objectives without a clipped surrogate.
+    Returns None for objectives without a clipped surrogate.
     """
     if "gated_positive" not in stats:
         return None

@@ -1,4 +1,4 @@
-"""The engine of a run, and the student as that engine wants it."""
+"""Make the engine of a run, and load the student as that engine needs it."""
 
 import os
 from collections.abc import Callable
@@ -19,27 +19,28 @@ from rlad.tasks import Task
 
 
 def is_main_process() -> bool:
-    """Whether this is the process, of those that a launcher has started, that writes and prints."""
+    """Return whether this is the one process, of those started by a launcher, that writes and
+    prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def require_engine_package(config: RunConfig) -> None:
-    """Raise `UserError` when an engine is not installed, or cannot use the processes that were
+    """Raise `UserError` if an engine is not installed, or cannot use the processes that were
     started."""
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     if config.engine.type == "trl":
         require_package("trl", "engine.type = 'trl'")
     elif num_processes > 1:
         raise UserError(
-            f"{num_processes} processes were started, and engine.type = 'native' trains in one "
-            "alone; set engine.type=trl, or start one."
+            f"{num_processes} processes were started, but engine.type = 'native' trains in a "
+            "single one; set engine.type=trl, or start one process."
         )
 
 
 def load_engine_student(config: RunConfig, checkpoint: Path | None) -> LanguageModel:
-    """Load what is to be trained: the initial student, or what a checkpoint holds of it.
+    """Load the model to train: the initial student, or the student in a checkpoint.
 
-    TRL puts it on its devices, adds its adapter and reads its checkpoint itself.
+    TRL moves it to its devices, adds its adapter and reads its checkpoint itself.
     """
     if config.engine.type == "native":
         return load_student(config, checkpoint)
@@ -49,7 +50,7 @@ def load_engine_student(config: RunConfig, checkpoint: Path | None) -> LanguageM
 
 
 def require_pictures_fit(config: RunConfig, task: Task) -> None:
-    """Raise `UserError` where problems have pictures and something in the run takes texts alone."""
+    """Raise `UserError` if problems have pictures but something in the run supports only texts."""
     # Rows with and without pictures may be mixed.
     asked = config.optimization.num_rollout_batches * config.rollout.prompts_per_batch
     number = min(asked, task.num_problems("train") or NUM_PROBED_PROBLEMS)
@@ -60,7 +61,7 @@ def require_pictures_fit(config: RunConfig, task: Task) -> None:
         obstacle = f"engine.type = {config.engine.type!r} trains on texts; use 'native'"
     elif config.teacher is not None and config.needs_teacher:
         if any(getattr(one, "type", "") == "cached" for one in config.teacher.walk()):
-            obstacle = "a teacher of type 'cached' keeps answers about texts; leave the cache out"
+            obstacle = "a teacher of type 'cached' supports only texts; leave the cache out"
         for where, one in single_teachers(config.teacher):
             if one.type == "served" and config.objective.asked_of_teacher != "sampled":
                 obstacle = (
@@ -68,15 +69,15 @@ def require_pictures_fit(config: RunConfig, task: Task) -> None:
                     "'local', or objective=opd"
                 )
             elif one.type == "local" and not sees(load_model_config(one.model)):
-                obstacle = f"{where}.model = {one.model!r} reads text alone; take one that sees"
+                obstacle = f"{where}.model = {one.model!r} reads only text; use a vision model"
     if obstacle:
-        raise UserError(f"the task's problems have pictures, and {obstacle}.")
+        raise UserError(f"the task's problems have pictures, but {obstacle}.")
 
 
 def make_engine(
     config: RunConfig, student: LanguageModel, task: Task, *, before_work: Callable[[], None]
 ) -> Engine:
-    """Load what a run needs beside its student and its task."""
+    """Make the engine and load what a run needs besides its student and its task."""
     if config.engine.type == "native":
         return native.make_engine(config, student, task, before_work=before_work)
     trl = import_module("rlad.engines.trl.engine")  # imports TRL, which takes seconds

@@ -1,4 +1,4 @@
-"""From per-token stats and rollouts to the numbers of one step; every key is defined in
+"""Compute the metrics of one step from per-token stats and rollouts. Every key is defined in
 docs/metrics.md."""
 
 import math
@@ -15,19 +15,19 @@ from rlad.rollouts.types import Completion, Ending, Metrics, Rollout, RolloutGro
 from rlad.runs.statistics import ranked_pairs
 
 _OF_THE_TEACHER = ("clamped", "log_ratio_to_teacher", "kl_to_teacher", "divergence_to_teacher")
-"""stats that mean nothing where the teacher is silent"""
+"""Stats that have no meaning where the teacher is not used."""
 
 
 class TokenStats:
-    """Collects the trained tokens of a step's micro-batches, so that no average of averages is
-    taken."""
+    """The trained tokens of all micro-batches of a step, collected so that no average of averages
+    is taken."""
 
     def __init__(self) -> None:
         self._columns: dict[str, list[Tensor]] = {}
         self.num_dropped = 0
         self.num_rows = 0
         self.num_scored = 0
-        """of these completions those that train"""
+        """The number of these completions that are trained on."""
 
     def add(
         self,
@@ -38,7 +38,8 @@ class TokenStats:
     ) -> None:
         """Add the trained tokens of a micro-batch; every tensor is `[batch, token]`.
 
-        `sampler_logprobs` are compared with those of the old policy, which is the one that sampled.
+        `sampler_logprobs` are compared with those of the old policy, which is the policy that
+        sampled.
         """
         trained = inputs.trained
         heard = trained & inputs.heard
@@ -52,7 +53,7 @@ class TokenStats:
             self._columns.setdefault(name, []).append(values.detach()[chosen].float().cpu())
 
     def join(self, other: "TokenStats") -> None:
-        """Add those of another process."""
+        """Add the tokens of another process."""
         for name, values in other._columns.items():
             self._columns.setdefault(name, []).extend(values)
         self.num_dropped += other.num_dropped
@@ -64,7 +65,7 @@ class TokenStats:
         return self.num_scored / self.num_rows if self.num_rows else 1.0
 
     def summary(self) -> Metrics:
-        """The step's metrics of the objective, the teacher and the student."""
+        """Return the step's metrics of the objective, the teacher and the student."""
         column = {name: torch.cat(parts) for name, parts in self._columns.items()}
         metrics = {
             "objective/scored_completions/frac": self.scored_share,
@@ -90,8 +91,8 @@ class TokenStats:
             values = column["log_ratio_to_teacher"]
             metrics["teacher/log_ratio/mean"] = _mean(values)
             for name, share in (("q05", 0.05), ("q50", 0.5), ("q95", 0.95)):
-                # `torch.quantile` refuses more than 2^24 values; the order statistic is as good at
-                # that size.
+                # `torch.quantile` refuses more than 2^24 values; at that size an order statistic is
+                # just as accurate.
                 metrics[f"teacher/log_ratio/{name}"] = float(
                     values.kthvalue(1 + round(share * (len(values) - 1))).values
                 )
@@ -109,7 +110,7 @@ class TokenStats:
 
 
 def _role_metrics(column: dict[str, Tensor]) -> Metrics:
-    """Measure what the tokens of each role owe to its evidence, and how they are weighed."""
+    """Measure the evidence and the weights of the tokens of each role."""
     if "role" not in column:
         return {}
     names = {
@@ -137,7 +138,7 @@ def _sampler_metrics(column: dict[str, Tensor]) -> Metrics:
         "sampler/mismatch/max": float(mismatch.abs().max()),
     }
     if "rollout_weight_bounded" in column:
-        # k3 estimate: the tokens are the sampler's, and log(πold / πrollout) is -mismatch.
+        # k3 estimate: the tokens come from the sampler, and log(πold / πrollout) is -mismatch.
         metrics["sampler/kl/mean"] = _mean(torch.expm1(-mismatch) + mismatch)
         metrics["sampler/bounded_weights/frac"] = _mean(column["rollout_weight_bounded"])
     return metrics
@@ -164,7 +165,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> Metrics:
 
 
 def _episode_metrics(rollouts: Sequence[Rollout]) -> Metrics:
-    """Measure turns, endings and the environment's tokens; nothing of single answers."""
+    """Measure turns, endings and the environment's tokens; nothing for single-turn completions."""
     completions = [rollout.completion for rollout in rollouts]
     endings = [completion.ending for completion in completions]
     if not any(endings):
@@ -183,8 +184,8 @@ def _episode_metrics(rollouts: Sequence[Rollout]) -> Metrics:
 
 
 def ranking_metrics(groups: Sequence[RolloutGroup], teacher_logprobs: Sequence[Tensor]) -> Metrics:
-    """Measure whether the teacher's mean log-prob of a completion ranks correct ones above wrong
-    ones; `teacher_logprobs` are by rollout, empty where it was not asked."""
+    """Measure whether the teacher's mean log-prob ranks correct completions above wrong ones.
+    `teacher_logprobs` are by rollout, empty where the teacher was not asked."""
     values = iter(teacher_logprobs)
     scores: list[list[float]] = []
     is_correct: list[list[bool]] = []
@@ -194,7 +195,7 @@ def ranking_metrics(groups: Sequence[RolloutGroup], teacher_logprobs: Sequence[T
             for rollout, logprobs in zip(group.rollouts, values, strict=False)
             if rollout.verdict != "cannot_judge"
         ]
-        # Neither an empty mean nor a missing token is a score.
+        # An empty mean, or one with a missing token, is not a score.
         judged = [(score, correct) for score, correct in judged if math.isfinite(score)]
         scores.append([score for score, _ in judged])
         is_correct.append([correct for _, correct in judged])
@@ -208,20 +209,20 @@ def ranking_metrics(groups: Sequence[RolloutGroup], teacher_logprobs: Sequence[T
 
 
 def _mean_of_actions(logprobs: Tensor, completion: Completion) -> float:
-    """Average over the tokens that the model wrote; NaN where there are no log-probs."""
+    """Return the mean over the tokens that the model wrote; NaN if there are no log-probs."""
     if completion.actions is not None and len(logprobs):
         logprobs = logprobs[torch.tensor(completion.actions)]
     return float(logprobs.mean())
 
 
 def _repeated_share(group: RolloutGroup) -> float:
-    """Of the rollouts after the first, the share whose tokens another rollout of the group has
-    too: 1 when all are alike."""
+    """Return the share of repeated rollouts among those after the first: 1 if all rollouts of the
+    group have the same tokens."""
     num_rollouts = len(group.rollouts)
     num_different = len({r.completion.token_ids for r in group.rollouts})
     return (num_rollouts - num_different) / max(num_rollouts - 1, 1)
 
 
 def _mean(values: Tensor) -> float:
-    """Mean of a possibly empty column; 0 tokens of a kind have a share of 0."""
+    """Return the mean of a column, 0 if it is empty."""
     return float(values.double().mean()) if len(values) else 0.0

@@ -1,4 +1,4 @@
-"""What the native engine knows of one batch of prompts between sampling and the last step on it."""
+"""The data of one rollout batch in the native engine, from sampling to the last step on it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,10 +19,10 @@ TokenIds = tuple[int, ...]
 
 @dataclass(slots=True)
 class RolloutBatch:
-    """The rollouts of one batch of prompts and what was scored on them.
+    """The rollouts of one batch of prompts, with their scores.
 
-    Lists and tensors are by rollout, group after group. Scores are `[completion tokens]` each, and
-    empty for the rollouts that do not train.
+    Lists and tensors are by rollout, group after group. Scores have the shape `[completion
+    tokens]`, and are empty for rollouts that do not train.
     """
 
     index: int
@@ -31,26 +31,26 @@ class RolloutBatch:
     teacher_logprobs: list[Tensor] | None = None
     reference_logprobs: list[Tensor] | None = None
     old_logprobs: list[Tensor] | None = None
-    """of the student when the first step on the batch is made; None: its own of the only step"""
+    """the student's log-probs at the first step on the batch; None: computed in the only step"""
     token_advantages: list[Tensor] | None = None
-    """of an objective that makes them from the teacher; they take the place of `advantages`"""
+    """advantages that an objective computes from the teacher; they replace `advantages`"""
     role_evidence: list[Tensor] | None = None
-    """of an objective that weighs tokens by their role"""
+    """for an objective that weights tokens by their role"""
     roles: list[Tensor] | None = None
-    """of each token, as `rlad.rollouts.roles` numbers them"""
+    """role of each token, as numbered in `rlad.rollouts.roles`"""
     spoken_share: float = 1.0
-    """of the rollouts that would train if the teacher spoke on all, those on which it does"""
+    """share of rollouts on which the teacher is used, among those that could train with it"""
     seconds: Metrics = field(default_factory=dict)
     counts: Metrics = field(default_factory=dict)
     skills: dict[str, Any] | None = None
-    """which skills its teacher was shown and which ones it has taught, for `skills.jsonl`"""
+    """skills that its teacher was shown, and skills learnt from it, for `skills.jsonl`"""
 
     group_size: int = field(init=False)
     rollouts: list[Rollout] = field(init=False)
     prompts: list[TokenIds] = field(init=False)
     completions: list[TokenIds] = field(init=False)
     actions: list[Tensor] = field(init=False)
-    """bool `[token]`: which tokens of each completion the model wrote; no other one trains"""
+    """bool `[token]`: the tokens of each completion that the model wrote; only these train"""
     judged: Tensor = field(init=False)
     """bool"""
     is_correct: Tensor = field(init=False)
@@ -58,9 +58,9 @@ class RolloutBatch:
     counted: Tensor = field(init=False)
     """bool: the rollouts that the denominator of the loss counts"""
     trains: Tensor = field(init=False)
-    """bool: those of them that can contribute to the gradient; no other one is scored"""
+    """bool: those of them that can contribute to the gradient; only these are scored"""
     teacher_speaks: Tensor = field(init=False)
-    """bool: those on which the teacher has a say"""
+    """bool: the rollouts on which the teacher is used"""
 
     def __post_init__(self) -> None:
         self.group_size = len(self.groups[0].rollouts)
@@ -83,12 +83,12 @@ class RolloutBatch:
         can_read: Callable[[TokenIds], bool] = lambda completion: True,
         teacher: Teacher | None = None,
     ) -> None:
-        """Leave out the rollouts of which the objective's loss knows nothing, and those of
-        advantage 0 that contribute exactly nothing to the gradient.
+        """Leave out rollouts that the objective's loss does not use, and those with advantage 0
+        that contribute exactly nothing to the gradient.
 
-        `step` is the first one on the batch, whose annealed knobs decide. With a leash to the
-        reference every token contributes. `can_read` says what the student can read of what
-        its teacher has written, `teacher` is the one that is asked about these rollouts.
+        `step` is the first step on the batch, whose annealed settings decide. With a KL leash to
+        the reference every token contributes. `can_read` tells whether the student can read a
+        completion that the teacher has written. `teacher` is the teacher of these rollouts.
         """
         self.counted = {
             "judged": self.judged,
@@ -105,8 +105,8 @@ class RolloutBatch:
             self._choose_where_it_speaks(teacher, objective, step)
 
     def _choose_where_it_speaks(self, teacher: Teacher, objective: Any, step: int) -> None:
-        """Find out on which rollouts the teacher has a say: where the objective wants it, and where
-        it has something to say."""
+        """Find the rollouts on which the teacher is used: those that the objective selects and that
+        the teacher can score."""
         solved = self.is_correct.view(-1, self.group_size).any(dim=1)
         wanted = {
             "all": torch.ones_like(self.judged),
@@ -146,7 +146,7 @@ class RolloutBatch:
 
     @property
     def teacher_rows(self) -> list[int]:
-        """Of the rollouts that train those on which the teacher has a say."""
+        """Return the rollouts that train and on which the teacher is used."""
         return (self.trains & self.teacher_speaks).nonzero().flatten().tolist()
 
     def num_actions(self, rows: Sequence[int]) -> int:
@@ -154,25 +154,25 @@ class RolloutBatch:
         return sum(int(self.actions[i].sum()) for i in rows)
 
     def by_rollout(self, scores: Sequence[Tensor], rows: Sequence[int]) -> list[Tensor]:
-        """Scores of the rollouts `rows`, in a list over all rollouts."""
+        """Return the scores of the rollouts `rows` in a list over all rollouts."""
         empty = scores[0][:0] if scores else torch.empty(0)
         results = [empty] * len(self.rollouts)
         for i, values in zip(rows, scores, strict=True):
-            # Filled up with zeros, missing values would say that a teacher is certain of a token.
+            # Missing values filled with zeros would mean that the teacher is certain of a token.
             assert len(values) == len(self.completions[i]), "a score for each token, NaN for none"
             results[i] = values
         return results
 
     def sequences(self, rows: Sequence[int]) -> tuple[list[Sequence[int]], list[Sequence[int]]]:
-        """Prompts and completions of some rollouts."""
+        """Return prompts and completions of some rollouts."""
         return [self.prompts[i] for i in rows], [self.completions[i] for i in rows]
 
     def counted_tokens(self, wanted: Sequence[int]) -> dict[int, Tensor]:
-        """Of each counted rollout among `wanted` the model's tokens with finite scores, bool
-        `[token]`.
+        """Return the model's tokens with finite scores, bool `[token]`, for each counted rollout
+        among `wanted`.
 
-        Rows that were not scored, as they contribute nothing or the teacher is silent on them,
-        count in full.
+        Rows that were not scored, because they contribute nothing or the teacher is not used on
+        them, count in full.
         """
         counted = self.counted.tolist()
         result = {}
@@ -185,7 +185,7 @@ class RolloutBatch:
         return result
 
     def loss_inputs(self, part: Sequence[int], scores: CompletionScores) -> LossInputs:
-        """The tensors of the rollouts `part`, given the student's scores of them."""
+        """Return the tensors of the rollouts `part`, given the student's scores of them."""
         student = scores.logprobs
         rows = torch.tensor(part)
 
@@ -213,7 +213,7 @@ class RolloutBatch:
         )
 
     def teacher_requests(self, rows: Sequence[int] | None = None) -> list[TeacherRequest]:
-        """What a teacher is asked about some rollouts, by default `teacher_rows`."""
+        """Make the requests to a teacher about some rollouts, by default `teacher_rows`."""
         return [self._teacher_request(i) for i in (self.teacher_rows if rows is None else rows)]
 
     def _teacher_request(self, row: int) -> TeacherRequest:
@@ -222,9 +222,9 @@ class RolloutBatch:
 
 
 def teacher_request(group: RolloutGroup, place: int) -> TeacherRequest:
-    """What a teacher is asked about one rollout of a group."""
+    """Make the request to a teacher about one rollout of a group."""
     rollout = group.rollouts[place]
-    # A privileged teacher may be shown other rollouts, never the one that it scores.
+    # A privileged teacher may be shown other rollouts, but never the one that it scores.
     return TeacherRequest(
         group.prompt_token_ids,
         rollout.completion.token_ids,
@@ -244,7 +244,7 @@ def action_mask(completion: Completion) -> Tensor:
 
 
 def padded(rows: Sequence[Tensor], like: Tensor) -> Tensor:
-    """Rows `[length]` as one tensor of shape, dtype and device of `like`, 0 where they end."""
+    """Pad rows `[length]` with 0 to one tensor with shape, dtype and device of `like`."""
     values = pad_sequence(list(rows), batch_first=True).to(like)
-    # Rows on which the teacher is silent are empty, and may be those of the longest completions.
+    # Rows on which the teacher is not used are empty, even those of the longest completions.
     return torch.nn.functional.pad(values, (0, like.shape[1] - values.shape[1]))

@@ -1,8 +1,8 @@
-"""The objectives: pure functions from tensors to a loss per token, and their table.
+"""The objectives: pure functions from tensors to a loss per token, and a table of them.
 
 Every objective has the signature of `trrd_loss`: keyword tensors `[batch, token]` in, `(token_loss,
 stats)` out. An engine computes the tensors in `needs`, calls `token_loss`, and divides in
-`rlad.objectives.aggregate`; there is no mathematics elsewhere.
+`rlad.objectives.aggregate`. All mathematics of a loss is in this folder.
 """
 
 import inspect
@@ -49,11 +49,12 @@ class Objective:
     needs: tuple[str, ...]
     paper: str
     takes_too: tuple[str, ...] = ()
-    """fields of `LossInputs` that `function` takes where they are given"""
+    """Fields of `LossInputs` that `function` takes if they are given."""
     token_advantages: Callable[..., Tensor] | None = None
-    """makes the advantages [batch, token] of whole groups, in place of those of the rewards"""
+    """Computes the advantages [batch, token] of whole groups, instead of those from rewards."""
     divergence: Callable[..., Divergence] | None = None
-    """makes of knobs what `divergence_to_teacher` measures; see `rlad.objectives.divergences`"""
+    """Makes the divergence that `divergence_to_teacher` holds from the objective's settings; see
+    `rlad.objectives.divergences`."""
 
     @property
     def formula(self) -> str:
@@ -132,7 +133,7 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def taken_by(function: Callable[..., Any], knobs: Mapping[str, Any]) -> dict[str, Any]:
-    """Those knobs that are arguments of a function."""
+    """Return the settings that are arguments of a function."""
     parameters = inspect.signature(function).parameters
     return {name: value for name, value in knobs.items() if name in parameters}
 
@@ -144,7 +145,7 @@ def token_loss(
     πref).
 
     The second term is the KL leash, the same for all objectives. `knobs` are the objective's own
-    keyword arguments. Raises `ValueError` when a tensor that it needs is missing.
+    keyword arguments. Raises `ValueError` if a tensor that it needs is missing.
     """
     row = OBJECTIVES[name]
     needed = (*row.needs, "reference_logprobs") if kl_coef else row.needs

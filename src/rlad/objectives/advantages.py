@@ -15,17 +15,17 @@ def group_advantages(
     scale: Literal["std", "none"] = "std",
     judged: Tensor | None = None,
 ) -> Tensor:
-    """Compare each rollout with the others of its prompt.
+    """Compute each rollout's advantage over the group of its prompt.
 
         A_i = (R_i - mean_G) / (std_G + 1e-4)    scale="std"   (GRPO, arXiv 2402.03300)
         A_i =  R_i - mean_G                      scale="none"  (Dr.GRPO, arXiv 2503.20783)
 
     std_G is the population standard deviation.
 
-    `rewards` [batch], each prompt's `group_size` rollouts side by side; returns [batch]. `judged`
-    [batch] bool leaves rollouts out of mean and std and gives them the advantage 0 (their rewards
-    may be anything). Raises `ValueError` for a batch that is not made of groups of at least 2
-    rollouts, and for a reward that is not finite.
+    `rewards` [batch] has the `group_size` rollouts of each prompt next to each other; returns
+    [batch]. Rollouts that `judged` [batch] bool excludes do not enter mean and std, and get the
+    advantage 0 (their rewards may be anything). Raises `ValueError` for a batch that does not
+    consist of groups of at least 2 rollouts, and for a reward that is not finite.
     """
     if group_size < 2 or rewards.dim() != 1 or rewards.shape[0] % group_size:
         raise ValueError(
@@ -45,8 +45,8 @@ def group_advantages(
     keep = judged.view(-1, group_size)
     count = keep.sum(dim=1, keepdim=True).clamp(min=1)
     mean = torch.where(keep, values, 0).sum(dim=1, keepdim=True) / count
-    # Equal rewards are recognised by their range: the rounding of the mean would leave tiny
-    # advantages, which the division by their deviation makes large.
+    # Equal rewards are recognised by their range. Otherwise rounding of the mean would leave tiny
+    # advantages, and dividing by their standard deviation would make them large.
     highest = values.masked_fill(~keep, -torch.inf).amax(dim=1, keepdim=True)
     lowest = values.masked_fill(~keep, torch.inf).amin(dim=1, keepdim=True)
     centred = torch.where(keep & (highest > lowest), values - mean, 0)

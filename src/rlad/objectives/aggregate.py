@@ -1,12 +1,12 @@
-"""From token losses to a scalar: the one place that divides.
+"""Reduce token losses to a scalar: the only place that divides.
 
     sequence_mean    1/G  sum_i 1/|y_i| sum_t loss_it    GRPO; Eq. 1 and 4 of arXiv 2602.22495
     token_mean       sum_it loss_it / sum_i |y_i|        DAPO, arXiv 2503.14476
     constant_length  sum_it loss_it / (G L)              Dr.GRPO, arXiv 2503.20783
 
 G counts the rows with at least one masked token, |y_i| the masked tokens of a row, and L is
-max_completion_tokens. A batch that is split into micro-batches passes the denominator of the
-*whole* batch to every part; the sum of the parts is then the loss of the batch.
+max_completion_tokens. When a batch is split into micro-batches, every part gets the denominator of
+the *whole* batch. The sum of the parts is then the loss of the batch.
 """
 
 from typing import Literal, get_args
@@ -21,8 +21,8 @@ Aggregation = Literal["sequence_mean", "token_mean", "constant_length"]
 def denominator(
     mask: Tensor, *, mode: Aggregation, max_completion_tokens: int | None = None
 ) -> float:
-    """Return the number that the loss of a batch with this mask `[batch, token]` is divided by, at
-    least 1."""
+    """Return the denominator, at least 1, for the loss of a batch with this mask `[batch,
+    token]`."""
     num_sequences = max(int(mask.any(dim=1).sum()), 1)
     if mode == "sequence_mean":
         return num_sequences
@@ -44,10 +44,10 @@ def aggregate(
     denominator: float | None = None,
     max_completion_tokens: int | None = None,
 ) -> Tensor:
-    """Make a scalar loss of `token_loss` [batch, token], over the tokens of `mask`.
+    """Reduce `token_loss` [batch, token] to a scalar, over the tokens of `mask`.
 
-    `denominator` is that of the whole batch when this is a part of it; None takes this batch as the
-    whole.
+    `denominator` is that of the whole batch if this is a micro-batch; None means that this is the
+    whole batch.
     """
     if denominator is None:
         denominator = _denominator(mask, mode=mode, max_completion_tokens=max_completion_tokens)

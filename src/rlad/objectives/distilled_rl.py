@@ -1,4 +1,4 @@
-"""Distilled RL: the teacher shares positive advantages out among the tokens (arXiv 2607.17247).
+"""Distilled RL: the teacher distributes positive advantages over the tokens (arXiv 2607.17247).
 
 f_t    = clip(πT / πold, 1/b, b)                   (constant; b = 3)
 w_t    = f_t / geometric mean of f over the completion's trained tokens where Â > 0, else 1
@@ -28,11 +28,11 @@ def distilled_rl_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute the token loss of Distilled RL; see the formula above, with b = `weight_bound`.
 
-    The logarithms of a completion's weights sum to 0: the teacher shares its advantage out among
-    its tokens. Negative advantages are untouched, and b = 1 is GRPO.
+    The logarithms of a completion's weights sum to 0: the teacher distributes its advantage over
+    its tokens. Negative advantages do not change, and b = 1 is GRPO.
 
-    `teacher_speaks` [batch] bool (None: everywhere) says on which completions the teacher has a
-    say; on the others the weight is 1, which is GRPO.
+    `teacher_speaks` [batch] bool marks the completions on which the teacher is used (None: all). On
+    the others the weight is 1, which is GRPO.
 
     Log-probs [batch, token] (only the student carries a gradient), `advantages` [batch] or [batch,
     token], `mask` [batch, token] bool. Returns the token loss [batch, token], 0 where masked, and
@@ -52,7 +52,7 @@ def distilled_rl_loss(
     teacher = clean(teacher_logprobs, heard).detach()
     per_token_advantages = per_token(advantages, kept)
 
-    # Clipped and divided as logarithms, so that nothing overflows.
+    # Clip and divide logarithms, so that nothing overflows.
     bound = math.log(weight_bound)
     log_factor = (teacher - old).clamp(-bound, bound)
     weight = (log_factor - masked_mean_of_rows(log_factor, kept)).exp()

@@ -2,15 +2,15 @@
 
 A divergence is a function of the log-probs of both, `[..., outcome]`. It returns the terms whose
 sum over all outcomes is the divergence, and their slopes d (sum of terms) / d log πS. Both can be
-summed part by part, so that the whole vocabulary need not exist at once: the gradient to a
+summed part by part, so that the whole vocabulary is never needed at once: the gradient to a
 student's logit is slope - πS * sum of slopes.
 
-A support says which outcomes are told apart:
+The support defines the outcomes:
 
     full            each entry of the vocabulary
-    student_top_k   the K entries likeliest under the student, and all others as one (the tail)
-    teacher_top_k   the K entries likeliest under the teacher, and the tail
-    sampled         the sampled token alone: an estimate, right in expectation over such tokens
+    student_top_k   the K entries most likely under the student, and one for all others (the tail)
+    teacher_top_k   the K entries most likely under the teacher, and the tail
+    sampled         only the sampled token: an estimate that is correct in expectation over tokens
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from torch import Tensor
 from rlad.objectives.masks import LARGEST_LOG_RATIO
 
 Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(student's log-probs, teacher's log-probs) -> (terms, slopes), all of one shape"""
+"""(student's log-probs, teacher's log-probs) -> (terms, slopes), all of one shape."""
 DivergenceName = Literal["jsd", "reverse_kl", "forward_kl"]
 ClipGradient = Literal["zero", "straight_through"]
 
@@ -31,17 +31,17 @@ ClipGradient = Literal["zero", "straight_through"]
 def generalised_jsd(
     student_logprobs: Tensor, teacher_logprobs: Tensor, *, beta: float = 0.5
 ) -> tuple[Tensor, Tensor]:
-    """Terms and slopes of the generalised Jensen-Shannon divergence (arXiv 2306.13649).
+    """Compute terms and slopes of the generalised Jensen-Shannon divergence (arXiv 2306.13649).
 
         m = beta πT + (1 - beta) πS
         JSD_beta(πT || πS) = beta KL(πT || m) + (1 - beta) KL(πS || m)
         beta = 0: KL(πT || πS), the forward KL;   beta = 1: KL(πS || πT), the reverse KL
 
-    The ends are those of TRL: the limit of JSD_beta itself is 0 there. An entry of probability 0
-    has the log-prob -inf, and adds 0 where the formula says 0 * log 0.
+    The values at beta = 0 and 1 are TRL's definition: the limit of JSD_beta itself is 0 there. An
+    entry of probability 0 has the log-prob -inf, and adds 0 where the formula says 0 * log 0.
 
-    A multiple of πS added to all slopes changes no gradient; it is chosen such that they are 0, and
-    the gradient exactly 0, where both models agree.
+    Adding a multiple of πS to all slopes does not change the gradient. The multiple is chosen so
+    that slopes and gradient are exactly 0 where both models agree.
     """
     student = student_logprobs
     teacher = teacher_logprobs
@@ -52,8 +52,8 @@ def generalised_jsd(
     if beta == 1:
         terms = _times(student_probs, student - teacher)
         return terms, terms
-    # log m from the larger of the two and the distance of the other: no probability is too small
-    # for it, and it is log πS itself where both agree.
+    # Compute log m from the larger log-prob and the distance to the smaller one. This works for any
+    # small probability, and gives exactly log πS where both agree.
     teacher_is_larger = teacher > student
     less = torch.expm1(-(teacher - student).abs())
     of_smaller = torch.where(teacher_is_larger, (1 - beta) * less, beta * less)
@@ -74,7 +74,7 @@ def reverse_kl() -> Divergence:
 
 
 def divergence_of(divergence: DivergenceName = "jsd", *, beta: float = 0.5) -> Divergence:
-    """Return the divergence of a name; `beta` is the teacher's share in the mixture of `jsd`."""
+    """Return a divergence by name; `beta` is the teacher's share in the mixture of `jsd`."""
     return partial(generalised_jsd, beta=_beta(divergence, beta))
 
 
@@ -85,12 +85,11 @@ def clipped_divergence_of(
     pointwise_clip: float | None = None,
     clip_gradient: ClipGradient = "zero",
 ) -> Divergence:
-    """Return the divergence of a name, each of whose terms `pointwise_clip` bounds; see
-    `clipped`."""
+    """Return a divergence by name, with each term bounded by `pointwise_clip`; see `clipped`."""
     plain = divergence_of(divergence, beta=beta)
     if pointwise_clip is None:
         return plain
-    # What was taken from the slopes, in multiples of πS: see `generalised_jsd`.
+    # What was subtracted from the slopes, in multiples of πS: see `generalised_jsd`.
     taken = {0.0: -1.0, 1.0: 1.0}.get(_beta(divergence, beta), 0.0)
     return partial(
         clipped,
@@ -114,9 +113,9 @@ def clipped(
 ) -> tuple[Tensor, Tensor]:
     """Bound each term: the sum over v of min(term_v, bound).
 
-    A bounded term has no slope of its own. So its entry is pushed *down* by the others' softmax,
-    although the teacher wants it up. With `taken` = None (straight-through) the slopes stay those
-    of the terms without bound; else `taken` πS is what the slopes have been lowered by.
+    A bounded term has no slope of its own. So the softmax of the other terms pushes its entry
+    *down*, although the teacher would raise it. With `taken` = None (straight-through) the slopes
+    remain those of the unbounded terms; otherwise the slopes have been lowered by `taken` πS.
     """
     terms, slopes = divergence(student_logprobs, teacher_logprobs)
     if taken is not None:
@@ -127,8 +126,8 @@ def clipped(
 def num_clipped(
     student_logprobs: Tensor, teacher_logprobs: Tensor, *, divergence: Divergence, bound: float
 ) -> tuple[Tensor, Tensor]:
-    """Count the terms of a `clipped` divergence that are at its bound: the "terms" are 1 there,
-    else 0. No slopes."""
+    """Count the terms of a `clipped` divergence that are at its bound: the returned "terms" are 1
+    there, 0 elsewhere, and the slopes are 0."""
     terms, _ = divergence(student_logprobs, teacher_logprobs)
     return (terms >= bound).to(terms), torch.zeros_like(terms)
 
@@ -138,23 +137,23 @@ def sampled_divergence(
 ) -> Tensor:
     """Estimate a divergence at each token from the token that the student sampled there.
 
-    Value term / πS and gradient (slope / πS) ∇log πS, at the sampled token: their expectations over
-    tokens of the student are the divergence and its gradient. The reverse KL gives
-    (log πS - log πT) ∇log πS. Log-probs of any one shape; the gradient goes to the student alone.
+    At the sampled token the value is term / πS and the gradient (slope / πS) ∇log πS. Their
+    expectations over the student's tokens are the divergence and its gradient. The reverse KL gives
+    (log πS - log πT) ∇log πS. Log-probs have any one shape; only the student gets a gradient.
     """
-    # Terms and slopes are of degree 1 in (πS, πT), so dividing by πS is setting πS to 1.
+    # Terms and slopes are of degree 1 in (πS, πT), so dividing by πS means setting πS to 1.
     student = student_logprobs.detach()
-    # Beyond e^80 float32 has no number for the forward KL.
+    # The bound of e^80 keeps the forward KL within the range of float32.
     ratio = (teacher_logprobs.detach() - student).clamp(max=LARGEST_LOG_RATIO)
     value, slope = divergence(torch.zeros_like(ratio), ratio)
     return value + slope * (student_logprobs - student)
 
 
 def with_tail(logprobs: Tensor) -> Tensor:
-    """Append the log-prob of all outcomes that are not among `logprobs` [..., K], as one.
+    """Append the log-prob of all outcomes that are not among `logprobs` [..., K], merged into one.
 
-    The rest of a sum near 1 is known only to the rounding of the sum, and never taken for 0: an
-    infinite divergence would follow.
+    The remainder of a sum near 1 is known only up to the rounding of the sum. It is never set to 0,
+    since that would make the divergence infinite.
     """
     rest = 1 - logprobs.double().exp().sum(dim=-1, keepdim=True)
     return torch.cat([logprobs, rest.clamp(min=SMALLEST_TAIL).log().to(logprobs)], dim=-1)
@@ -164,5 +163,5 @@ SMALLEST_TAIL = 1e-7
 
 
 def _times(probs: Tensor, log_ratio: Tensor) -> Tensor:
-    """probs * log_ratio, 0 where the probability is 0 and the ratio may be anything."""
+    """Return probs * log_ratio, and 0 where the probability is 0 and the ratio may be anything."""
     return torch.where(probs == 0, torch.zeros_like(probs), probs * log_ratio)

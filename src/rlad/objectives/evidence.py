@@ -1,10 +1,10 @@
-"""Bounded weights of an advantage, from a contrast of log-probs: the path of `rlsd` and `srpo`,
-and of `trrd` with role weights.
+"""Bounded weights of an advantage from a contrast of log-probs, as in `rlsd`, `srpo`, and `trrd`
+with role weights.
 
 r_t = exp( clamp( sign(Â) δ_t, least, most ) )        (constant)
 
-δ_t > 0 says that what was shown speaks for the token. r is positive, so it changes how much a token
-counts and never the sign of its advantage.
+δ_t > 0 means that the evidence makes the token more likely. r is positive, so it changes how much a
+token counts but never the sign of its advantage.
 """
 
 import torch
@@ -18,7 +18,7 @@ def evidence_ratio(
 ) -> Tensor:
     """Compute r of each token; both tensors [batch, token], the contrast without gradient.
 
-    Bounded before exp, so that it never overflows.
+    The exponent is bounded before exp, so that it never overflows.
     """
     return (advantages.sign() * contrast).clamp(min=least, max=most).exp()
 
@@ -32,12 +32,12 @@ def weighed_by_role(
     weight_clip: float,
     contrast_clip: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute Â w and the stat `advantage_weight` with SRPO's weight w of each token
-    (`rlad.objectives.srpo`), 1 where `role_evidence` is NaN or a token is not `kept`; all tensors
-    [batch, token]. Without `role_evidence` it is Â, and no stat.
+    """Compute Â w, and w as the stat `advantage_weight`, with SRPO's weight w of each token
+    (`rlad.objectives.srpo`). All tensors are [batch, token].
 
-    w is positive, so it never changes the sign of an advantage. Raises `ValueError` for a negative
-    λ or c, and for ε_w outside [0, 1).
+    w is 1 where `role_evidence` is NaN or a token is not `kept`. Without `role_evidence` the result
+    is Â, without a stat. w is positive, so it never changes the sign of an advantage. Raises
+    `ValueError` for a negative λ or c, and for ε_w outside [0, 1).
     """
     if role_evidence is None:
         return advantages, {}
@@ -49,7 +49,8 @@ def weighed_by_role(
     has_role = keep_finite(kept, role_evidence)
     contrast = clean(role_evidence, has_role).detach()
     ratio = evidence_ratio(advantages, contrast, least=-contrast_clip, most=contrast_clip)
-    # The mean of a completion's tokens with a role, so that weights move between them.
+    # Subtract the mean over the completion's tokens with a role, so that weight only moves among
+    # them.
     mean = masked_mean_of_rows(ratio, has_role)
     weight = (1 + evidence_weight * (ratio - mean)).clamp(1 - weight_clip, 1 + weight_clip)
     weight = torch.where(has_role, weight, 1.0)

@@ -13,10 +13,10 @@ def gkd_loss(*, divergence_to_teacher: Tensor, mask: Tensor) -> tuple[Tensor, di
     """Compute the token loss of GKD; see the formula above, and `rlad.objectives.divergences` for
     the divergence.
 
-    `divergence_to_teacher` [batch, token] is that of the two distributions of each token, with
-    gradient to the student; `mask` [batch, token] bool. Returns the token loss [batch, token], 0
-    where masked, and stats of that shape: `divergence_to_teacher`, `dropped` (trained tokens with a
-    divergence that is not finite, left out).
+    `divergence_to_teacher` [batch, token] is the divergence of the two distributions at each token,
+    with gradient to the student; `mask` [batch, token] bool. Returns the token loss [batch, token],
+    0 where masked, and stats of that shape: `divergence_to_teacher`, `dropped` (trained tokens with
+    a non-finite divergence, left out).
     """
     kept = keep_finite(mask, divergence_to_teacher)
     loss = clean(divergence_to_teacher, kept)

@@ -12,11 +12,11 @@ _WITH_GRADIENT = ("student_logprobs", "divergence_to_teacher")
 
 @dataclass(frozen=True, slots=True)
 class LossInputs:
-    """What an objective may read; every tensor `[batch, token]` unless said. Validated on creation.
+    """The tensors that an objective may read, each `[batch, token]` unless stated otherwise. They
+    are validated on creation.
 
-    Log-probs are those of the sampled completion tokens, divided by the sampling temperature,
-    float32 or wider. Only what is the student's may carry a gradient: `student_logprobs` and
-    `divergence_to_teacher`.
+    Log-probs are those of the sampled completion tokens at the sampling temperature, float32 or
+    wider. Only `student_logprobs` and `divergence_to_teacher` may carry a gradient.
     """
 
     student_logprobs: Tensor
@@ -24,21 +24,21 @@ class LossInputs:
     advantages: Tensor
     """`[batch]` or `[batch, token]`"""
     mask: Tensor
-    """bool; True = completion token that is trained on"""
+    """bool; True for a completion token that is trained on"""
     teacher_logprobs: Tensor | None = None
     reference_logprobs: Tensor | None = None
-    """of the initial student; only for the KL leash"""
+    """log-probs of the initial student; only for the KL leash"""
     teacher_speaks: Tensor | None = None
-    """bool `[batch]`: the completions on which the teacher has a say; None: all. What its tensors
-    hold of the others means nothing"""
+    """bool `[batch]`: the completions on which the teacher is used; None: all. The teacher's values
+    for the others have no meaning"""
     divergence_to_teacher: Tensor | None = None
-    """of the whole distributions of student and teacher at each token"""
+    """divergence of the distributions of student and teacher at each token"""
     role_evidence: Tensor | None = None
-    """what a token's log-prob owes to the evidence of its role, the picture or what was seen in it;
-    NaN where it has no role"""
+    """difference that the evidence of a token's role (the picture, or the perception) makes to its
+    log-prob; NaN for a token without a role"""
     rollout_weights: Tensor | None = None
-    """πold / πrollout where another sampler than the old policy wrote the completions, bounded by
-    whoever made them; they multiply the objective's loss of each token, not the KL leash"""
+    """πold / πrollout, already bounded, if the completions were not sampled from the old policy;
+    they multiply the objective's loss of each token, not the KL leash"""
 
     def __post_init__(self) -> None:
         shape = self.mask.shape
@@ -70,8 +70,8 @@ class LossInputs:
 
     @property
     def trained(self) -> Tensor:
-        """The tokens of the mask at which all that is compared with the student is finite; of the
-        teacher's where it speaks."""
+        """The tokens of the mask at which all values to compare with the student are finite; the
+        teacher's count only where it is used."""
         given = (self.old_logprobs, self.reference_logprobs)
         kept = keep_finite(self.mask, *(value for value in given if value is not None))
         heard = self.heard
@@ -82,5 +82,5 @@ class LossInputs:
 
     @property
     def heard(self) -> Tensor:
-        """The tokens of the mask on which the teacher has a say."""
+        """The tokens of the mask on which the teacher is used."""
         return heard_tokens(self.mask, self.teacher_speaks)

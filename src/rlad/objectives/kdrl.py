@@ -28,18 +28,18 @@ def kdrl_loss(
     clip_high: float = 0.28,
     teacher_speaks: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute the token loss of KDRL; see the formula above. The teacher acts on every trained
+    """Compute the token loss of KDRL; see the formula above. The KL term applies to every trained
     token, also where the advantage is 0.
 
     The estimators k2 and k3 need `teacher_logprobs`; exact and top_k need `divergence_to_teacher`,
-    the reverse KL, with gradient to the student. `teacher_speaks` [batch] bool (None: everywhere)
-    says on which completions the teacher has a say; on the others the KL term is left out.
+    the reverse KL, with gradient to the student. `teacher_speaks` [batch] bool marks the
+    completions on which the teacher is used (None: all). On the others the KL term is left out.
 
     Log-probs [batch, token] (only the student carries a gradient), `advantages` [batch] or [batch,
     token], `mask` [batch, token] bool. Returns the token loss [batch, token], 0 where masked, and
-    the stats of GRPO with `kl_to_teacher` (0 where it is left out) and, where there are
-    `teacher_logprobs`, `log_ratio_to_teacher`. Raises `ValueError` for the estimator `k1` (see
-    `kl_tokens`), and when what the estimator needs is missing.
+    the stats of GRPO with `kl_to_teacher` (0 where it is left out) and, with k2 and k3,
+    `log_ratio_to_teacher`. Raises `ValueError` for the estimator `k1` (see `kl_tokens`), and if the
+    tensor that the estimator needs is missing.
     """
     is_sampled = kd_estimator not in ("exact", "top_k")
     of_teacher = teacher_logprobs if is_sampled else divergence_to_teacher
@@ -61,7 +61,7 @@ def kdrl_loss(
         clip_low=clip_low,
         clip_high=clip_high,
     )
-    # Cleaned before the exponential of k3: an infinite value would leave NaN in the gradient.
+    # Clean before the exponential of k3: an infinite value would leave NaN in the gradient.
     kl = clean(of_teacher, heard)
     if is_sampled:
         student = clean(student_logprobs, heard)

@@ -11,18 +11,18 @@ from rlad.objectives.masks import LARGEST_LOG_RATIO
 
 
 def kl_tokens(student_logprobs: Tensor, other_logprobs: Tensor, *, estimator: str) -> Tensor:
-    """Estimate the KL per token by `k2` or `k3`, with gradient to the student; both log-probs are
-    finite and of one shape.
+    """Estimate the KL per token by `k2` or `k3`, with gradient to the student. Both log-probs must
+    be finite and of one shape.
 
-    Raises `ValueError` for other estimators, `k1` among them: -d has the gradient of log πS, in
-    which the other policy does not occur.
+    Raises `ValueError` for other estimators, including `k1`: the gradient of -d is that of log πS,
+    which does not depend on the other policy.
     """
     d = other_logprobs - student_logprobs
     if estimator == "k2":
         return d.square() / 2
     if estimator == "k3":
-        # Beyond the bound e^d continues along its tangent, so that value and gradient stay numbers
-        # and still grow towards the teacher.
+        # Beyond the bound e^d continues along its tangent, so that value and gradient stay finite
+        # and still point towards the teacher.
         bounded = d.clamp(max=LARGEST_LOG_RATIO)
         return bounded.exp() * (1 + (d - bounded)) - d - 1
     raise ValueError(

@@ -1,4 +1,4 @@
-"""Selecting with a mask: nothing outside of it reaches a value or a gradient."""
+"""Select with a mask, so that nothing outside of it reaches a value or a gradient."""
 
 import torch
 from torch import Tensor
@@ -15,27 +15,27 @@ def keep_finite(mask: Tensor, *values: Tensor) -> Tensor:
 
 
 def clean(values: Tensor, mask: Tensor) -> Tensor:
-    """Return `values` where `mask` holds, 0 elsewhere; nothing outside of it, be it NaN, reaches
-    value or gradient."""
+    """Return `values` where `mask` is True, 0 elsewhere. Nothing outside of the mask, not even NaN,
+    reaches value or gradient."""
     return torch.where(mask, values, torch.zeros_like(values))
 
 
 def bounded_exp(log_ratio: Tensor) -> Tensor:
-    """Return e^x, and e^80 for every larger x: beyond e^88 float32 has no number."""
+    """Return e^x, and e^80 for every larger x, since float32 overflows beyond e^88."""
     return log_ratio.clamp(max=LARGEST_LOG_RATIO).exp()
 
 
 def heard_tokens(mask: Tensor, teacher_speaks: Tensor | None) -> Tensor:
-    """Return the tokens of `mask` in the completions about which the teacher speaks, `[batch]`; all
-    for None."""
+    """Return the tokens of `mask` in the completions on which the teacher is used, `teacher_speaks`
+    `[batch]`; all for None."""
     return mask if teacher_speaks is None else mask & teacher_speaks[:, None]
 
 
 def keep_heard(
     mask: Tensor, *values: Tensor, teacher_logprobs: Tensor, teacher_speaks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the tokens of `mask` at which all `values` are finite, and the teacher's where it
-    speaks; and those of them at which it does."""
+    """Return the tokens of `mask` at which all `values` are finite (the teacher's only where it is
+    used), and those of them on which the teacher is used."""
     heard = heard_tokens(mask, teacher_speaks)
     kept = keep_finite(mask, *values) & (torch.isfinite(teacher_logprobs.detach()) | ~heard)
     return kept, kept & heard

@@ -4,8 +4,8 @@ D_t    = JSD_beta(πT || πS) over the student's K likeliest tokens and the rest
 w_t    = min(πS / πold, max_importance_weight)                                           (constant)
 loss_t = (1 - reward_share) w_t D_t + reward_share GRPO loss_t
 
-πT is the student's average or a larger model, shown correct and wrong
-completions of the group.
+πT is the student's moving average or a larger model, shown correct and wrong completions of the
+group.
 """
 
 from torch import Tensor
@@ -28,7 +28,7 @@ def mopd_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.28,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute the token loss of MOPD: that of `sdpo_loss`, which says what it takes and returns."""
+    """Compute the token loss of MOPD. Arguments and results are those of `sdpo_loss`."""
     return sdpo_loss(
         student_logprobs=student_logprobs,
         old_logprobs=old_logprobs,

@@ -23,7 +23,7 @@ def opd_loss(
     student, old, teacher = (
         clean(x, kept) for x in (student_logprobs, old_logprobs, teacher_logprobs)
     )
-    # With a constant advantage, the gradient is that of a policy gradient on A_t.
+    # The advantage is constant, so the gradient is the policy gradient of A_t.
     ratio = bounded_exp(student - old.detach())
     return -clean(ratio * (teacher - old).detach(), kept), {
         "ratio": ratio.detach(),

@@ -1,4 +1,4 @@
-"""OPD, then GRPO: first imitate the teacher, then follow the reward alone (arXiv 2609.04108).
+"""OPD, then GRPO: first imitate the teacher, then use only the reward (arXiv 2609.04108).
 
 loss_t = OPD loss_t     in the first opd_share of the run's steps
 loss_t = GRPO loss_t    in the others, with the same optimiser state

@@ -23,12 +23,12 @@ def opsd_loss(
     max_importance_weight: float | None = 2.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute the token loss of OPSD; see the formula above, and `rlad.objectives.divergences` for
-    the divergence. It uses no reward.
+    the divergence. OPSD uses no reward.
 
     Log-probs [batch, token] (only the student carries a gradient), `divergence_to_teacher` [batch,
     token] with gradient to the student, `mask` [batch, token] bool, `teacher_speaks` [batch] bool
-    (None: everywhere). Returns the token loss [batch, token], 0 where masked or the teacher is
-    silent, and stats of that shape: `divergence_to_teacher`, `importance_weight`, `dropped`.
+    (None: all). Returns the token loss [batch, token], 0 where masked or the teacher is not used,
+    and stats of that shape: `divergence_to_teacher`, `importance_weight`, `dropped`.
     """
     return distillation_loss(
         student_logprobs=student_logprobs,

@@ -1,4 +1,4 @@
-"""RLSD: the teacher's evidence weighs each token's advantage (arXiv 2604.03128).
+"""RLSD: the teacher's evidence weights each token's advantage (arXiv 2604.03128).
 
 w_t    = exp( sign(Â) (log πT - log πold) )        (constant)
 A_t    = Â [ (1 - λ) + λ clip(w_t, 1 - ε_w, 1 + ε_w) ]
@@ -32,8 +32,8 @@ def rlsd_loss(
     The weight is positive: the teacher changes how much a token counts, never the sign of its
     advantage. λ = 0 is GRPO.
 
-    `teacher_speaks` [batch] bool (None: everywhere) says on which completions the teacher has a
-    say; on the others the weight is 1, which is GRPO.
+    `teacher_speaks` [batch] bool marks the completions on which the teacher is used (None: all). On
+    the others the weight is 1, which is GRPO.
 
     Log-probs [batch, token] (only the student carries a gradient), `advantages` [batch] or [batch,
     token], `mask` [batch, token] bool. Returns the token loss [batch, token], 0 where masked, and
@@ -56,7 +56,7 @@ def rlsd_loss(
     teacher = clean(teacher_logprobs, heard).detach()
     per_token_advantages = per_token(advantages, kept)
 
-    # Bounded once before exp: the same numbers, since 1 + weight_clip < e.
+    # Bounding before exp does not change the result, since 1 + weight_clip < e.
     ratio = evidence_ratio(per_token_advantages, teacher - old, most=1.0)
     evidence = ratio.clamp(1 - weight_clip, 1 + weight_clip)
     weight = torch.lerp(torch.ones_like(evidence), evidence, teacher_weight)

@@ -1,11 +1,11 @@
-"""Importance weights of tokens that another sampler wrote than the old policy.
+"""Importance weights of tokens that were not sampled from the old policy.
 
 w_t = exp( log πold(y_t) - log πrollout(y_t) ), of a token or of the whole sequence, bounded
 
-A fast sampler computes the same model in other kernels and precision, so it samples from a policy a
-little off the trainer's. The weights of "token_truncate" are those of truncated importance sampling
-(Yao et al. 2025, *Your efficient RL framework secretly brings you off-policy RL training*); a band
-of "token_mask" is IcePop's (Ling team 2025). The names are those of TRL's
+A fast sampler computes the same model with other kernels and precision, so it samples from a policy
+that differs a little from the trainer's. "token_truncate" is truncated importance sampling
+(Yao et al. 2025, *Your efficient RL framework secretly brings you off-policy RL training*);
+"token_mask" with both bounds is IcePop (Ling team 2025). The names are those of TRL's
 `vllm_importance_sampling_mode`.
 """
 
@@ -32,10 +32,10 @@ def rollout_weights(
 ) -> tuple[Tensor, Tensor]:
     """Compute the weights of a batch, and which of them the bounds have changed.
 
-    All tensors `[batch, token]`, without gradient; the weights are 1 where masked. "sequence_..."
-    takes the product over a sequence for each of its tokens. "..._truncate" sets weights outside of
-    [clip_min, clip_max] to the nearer bound, "..._mask" to 0; None is no bound. A token without a
-    finite log-prob of the sampler counts as one on which both agree.
+    All tensors are `[batch, token]`, without gradient; the weights are 1 where masked.
+    "sequence_..." gives each token the product over its sequence. "..._truncate" sets weights
+    outside of [clip_min, clip_max] to the nearer bound, "..._mask" to 0; None is no bound. A token
+    without a finite log-prob from the sampler has the log-ratio 0.
     """
     kept = keep_finite(mask, old_logprobs, rollout_logprobs)
     log_ratio = clean(old_logprobs - rollout_logprobs, kept)

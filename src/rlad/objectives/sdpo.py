@@ -4,8 +4,8 @@ D_t    = JSD_beta(πT || πS) over the student's K likeliest tokens and the rest
 w_t    = min(πS / πold, max_importance_weight)                                           (constant)
 loss_t = (1 - reward_share) w_t D_t + reward_share GRPO loss_t
 
-πT is the student's average, shown a correct completion of the group or what
-the verifier says of its own wrong one.
+πT is the student's moving average, shown a correct completion of the group or the verifier's
+feedback on its own wrong one.
 """
 
 from functools import partial
@@ -39,14 +39,15 @@ def sdpo_loss(
     for the divergence.
 
     With `teacher_enters` = "advantage" it is GRPO's loss with the advantage reward_share Â + (1 -
-    reward_share) (log πT - log πold) of the sampled token, which `teacher_logprobs` gives. Where
-    the teacher is silent (`teacher_speaks` [batch] bool; None: nowhere) its term is left out.
+    reward_share) (log πT - log πold) of the sampled token, for which `teacher_logprobs` is needed.
+    `teacher_speaks` [batch] bool marks the completions on which the teacher is used (None: all). On
+    the others the teacher's term is left out.
 
     Log-probs [batch, token] (only the student carries a gradient), `divergence_to_teacher` [batch,
     token] with gradient to the student, `advantages` [batch] or [batch, token], `mask` [batch,
     token] bool. Returns the token loss [batch, token], 0 where masked, and stats of that shape:
-    `divergence_to_teacher`, `importance_weight`, `dropped` and, where the reward has a share, those
-    of GRPO. Raises `ValueError` when what "advantage" needs is missing.
+    `divergence_to_teacher`, `importance_weight`, `dropped` and, if the reward is used, those of
+    GRPO. Raises `ValueError` if `teacher_logprobs` is missing for "advantage".
     """
     loss, stats = distillation_loss(
         student_logprobs=student_logprobs,

@@ -1,5 +1,5 @@
-"""The loss that `sdpo`, `mopd` and `opsd` share: a divergence to a teacher that is mostly the
-student itself, shown more."""
+"""The loss that `sdpo`, `mopd` and `opsd` share: a divergence to a teacher, usually the student
+itself with more information in its prompt."""
 
 from torch import Tensor
 
@@ -15,8 +15,8 @@ def distillation_loss(
     max_importance_weight: float | None,
     teacher_speaks: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute min(πS / πold, bound) D at each token, 0 where the teacher is silent; the weight is
-    constant, and 1 where the student has not moved since it sampled."""
+    """Compute min(πS / πold, bound) D at each token, 0 where the teacher is not used. The weight
+    carries no gradient, and is 1 if the student was not updated since it sampled."""
     kept, heard = keep_heard(
         mask,
         student_logprobs,

@@ -11,7 +11,7 @@ from rlad.objectives.masks import clean, keep_finite
 def sft_loss(*, student_logprobs: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute the token loss of SFT; see the formula above.
 
-    `student_logprobs` [batch, token] are those of the teacher's tokens, `mask` [batch, token] bool.
+    `student_logprobs` [batch, token] are for the teacher's tokens, `mask` [batch, token] bool.
     Returns the token loss [batch, token], 0 where masked, and the stat `dropped` of that shape
     (trained tokens with a non-finite log-prob, left out).
     """

@@ -4,7 +4,7 @@ loss_t = GRPO loss_t + kd_coef rho_t (e^-l_t - 1 + l_t)
 l_t    = log πS - log πT, bounded to [-c, c]
 rho_t  = πS / πold, at most max_importance_weight; it carries the gradient, which is rho_t l_t
 
-πT is the student of the iteration's start with a skill in its prompt; the student never sees one.
+πT is the student at the iteration's start, with a skill in its prompt; the student never sees one.
 """
 
 from torch import Tensor
@@ -27,12 +27,13 @@ def skill_sd_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.28,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute the token loss of Skill-SD; see the formula above. Its gradient to log πS is that of
-    GRPO plus kd_coef rho_t l_t, in expectation over πold that of the reverse KL.
+    """Compute the token loss of Skill-SD; see the formula above. Its gradient to log πS is GRPO's
+    plus kd_coef rho_t l_t, which in expectation over πold is that of the reverse KL.
 
-    The paper bounds neither l nor rho; None is no bound. Beyond a bound the gradient is that of the
-    bound, not 0, so that a token that the teacher likes far better is still pushed up. Where the
-    teacher is silent (`teacher_speaks` [batch] bool; None: nowhere) the second term is left out.
+    The paper bounds neither l nor rho; None is no bound. Beyond a bound the gradient is that at the
+    bound, not 0, so that a token that the teacher finds much more likely is still pushed up.
+    `teacher_speaks` [batch] bool marks the completions on which the teacher is used (None: all). On
+    the others the second term is left out.
 
     Log-probs [batch, token] (only the student carries a gradient), `advantages` [batch] or [batch,
     token], `mask` [batch, token] bool. Returns the token loss [batch, token], 0 where masked, and
@@ -63,8 +64,8 @@ def skill_sd_loss(
     if max_importance_weight is not None:
         weight = weight.clamp(max=max_importance_weight)
     kl = bounded_exp(-bounded) - 1 + bounded
-    # The value of rho (e^-l - 1 + l) and, by a term that is 0, its gradient rho l; beyond a bound
-    # that of the bound.
+    # The value is rho (e^-l - 1 + l). The added term has the value 0 and the gradient rho l, with l
+    # bounded.
     distillation = weight * (kl + bounded * (student - student.detach()))
     return token_loss + kd_coef * clean(distillation, heard), stats | {
         "log_ratio_to_teacher": log_ratio,

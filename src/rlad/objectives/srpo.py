@@ -1,4 +1,4 @@
-"""SRPO: what a token owes to the picture, or to what was seen, weighs it (arXiv 2605.07274).
+"""SRPO: tokens count by how much they depend on picture or perception (arXiv 2605.07274).
 
 δ_t = log πold(y_t | x, y_<t) - log πold(y_t | x without the evidence of its role)   (constant)
 r_t = exp( sign(Â) clamp(δ_t, -c, c) )
@@ -29,9 +29,9 @@ def srpo_loss(
     """Compute the token loss of SRPO; see the formula above, with δ = `role_evidence`, λ =
     `evidence_weight`, ε_w = `weight_clip` and c = `contrast_clip`.
 
-    `role_evidence` is NaN where a token has no role: tags, the answer, completions that do not
-    parse. Those have the weight 1. δ = 0 everywhere, or λ = 0, is GRPO. The weight is positive, so
-    it never changes the sign of an advantage.
+    `role_evidence` is NaN for tokens without a role: tags, the answer, and completions that do not
+    parse. Their weight is 1. δ = 0 everywhere, or λ = 0, is GRPO. The weight is positive, so it
+    never changes the sign of an advantage.
 
     Log-probs and `role_evidence` [batch, token] (only the student carries a gradient), `advantages`
     [batch] or [batch, token], `mask` [batch, token] bool. Returns the token loss [batch, token], 0

@@ -12,7 +12,7 @@ from rlad.objectives.grpo import grpo_loss
 from rlad.objectives.masks import clean, keep_finite
 
 _EPSILON = 1e-4
-"""as in the group advantages of rewards"""
+"""The same as in group advantages of rewards."""
 
 
 def topd_advantages(
@@ -23,14 +23,14 @@ def topd_advantages(
     group_size: int,
     alpha: float = 0.1,
 ) -> Tensor:
-    """The advantages A_t [batch, token] of TOPD, 0 where masked or where a log-prob is not finite;
-    see the formula above.
+    """Compute the advantages A_t [batch, token] of TOPD, 0 where masked or where a log-prob is not
+    finite; see the formula above.
 
-    The arguments hold whole groups, each prompt's `group_size` completions side by side: [batch,
-    token] each. Normalised with the population standard deviation + 1e-4; the last token takes its
-    own r̃ for the mean of the later ones. A group whose teacher agrees with the old policy
-    everywhere has A = 0. Raises `ValueError` for alpha outside (0, 1) or a batch that is no
-    multiple of `group_size`.
+    The arguments [batch, token] hold whole groups, with the `group_size` completions of each prompt
+    next to each other. Advantages are divided by the population standard deviation + 1e-4. The last
+    token uses its own r̃ as the mean of the later ones. A group whose teacher agrees with the old
+    policy everywhere has A = 0. Raises `ValueError` for alpha outside (0, 1) or a batch that is not
+    a multiple of `group_size`.
     """
     if not 0 < alpha < 1:
         raise ValueError(f"alpha is {alpha}; it must be between 0 and 1.")
@@ -42,20 +42,20 @@ def topd_advantages(
     kept = keep_finite(mask, old_logprobs, teacher_logprobs)
     x = clean(teacher_logprobs, kept) - clean(old_logprobs, kept)
 
-    # log(alpha e^x + 1 - alpha), without overflow and exactly 0 where the teacher agrees; for x >
-    # 0, e^x is taken out of it.
+    # log(alpha e^x + 1 - alpha), without overflow and exactly 0 where the teacher agrees. For x > 0
+    # e^x is factored out.
     below = (alpha * x.clamp(max=0).expm1()).log1p()
     above = ((1 - alpha) * (-x).clamp(max=0).expm1()).log1p()
     rewards = x.clamp(min=0) + below + above
 
-    # Each token's reward and the mean of the later ones. With 0 for the mean that it lacks, the
-    # last token would stand out by its place alone.
+    # Each token's reward plus the mean of the later ones. The last token has no later ones; a mean
+    # of 0 would make it differ from the others only because of its position.
     later = rewards.sum(dim=1, keepdim=True) - rewards.cumsum(dim=1)
     num_later = kept.sum(dim=1, keepdim=True) - kept.cumsum(dim=1)
     mean_of_later = torch.where(num_later > 0, later / num_later.clamp(min=1), rewards)
     returns = clean(rewards + mean_of_later, kept)
 
-    # Normalised over all tokens of a group.
+    # Normalise over all tokens of a group.
     groups = returns.view(-1, group_size * mask.shape[1])
     keep = kept.view(-1, group_size * mask.shape[1])
     count = keep.sum(dim=1, keepdim=True).clamp(min=1)

@@ -34,15 +34,15 @@ def trrd_loss(
     """Compute the token loss of TRRD; see the formula above, with c = `teacher_log_ratio_clip`
     (None: no clamp).
 
-    The ratio's denominator is the anchor πold^alpha πT^(1-alpha): `alpha` 1 is GRPO, 0 is anchored
-    to the teacher alone. Where the clamp is active the gradient of log r_t is alpha times that of
-    log πS, elsewhere 1 times.
+    The ratio's denominator is the anchor πold^alpha πT^(1-alpha). `alpha` = 1 is GRPO; with 0 the
+    anchor is the teacher alone. Where the clamp is active the gradient of log r_t is alpha times
+    that of log πS, elsewhere 1 times.
 
-    `teacher_speaks` [batch] bool (None: everywhere) says on which completions the teacher has a
-    say; on the others the loss is that of GRPO.
+    `teacher_speaks` [batch] bool marks the completions on which the teacher is used (None: all). On
+    the others the loss is GRPO's.
 
     With `role_evidence` the advantage is Â w_t with the weights w_t of `srpo`, whose λ, ε_w and c
-    are `evidence_weight`, `weight_clip` and `contrast_clip`; λ = 0 is TRRD without them.
+    are `evidence_weight`, `weight_clip` and `contrast_clip`; λ = 0 is TRRD without weights.
 
     Log-probs [batch, token] (only the student carries a gradient), `advantages` [batch] or [batch,
     token], `mask` [batch, token] bool. Returns the token loss [batch, token], 0 where masked, and
@@ -64,12 +64,12 @@ def trrd_loss(
     student = clean(student_logprobs, kept)
     old = clean(old_logprobs, kept)
 
-    # The clamp bounds what one token's teacher can do to the ratio; c = inf is no clamp.
+    # The clamp bounds the teacher's effect on the ratio of one token; c = inf is no clamp.
     log_ratio_to_teacher = clean(student, heard) - clean(teacher_logprobs, heard)
     c = float("inf") if teacher_log_ratio_clip is None else teacher_log_ratio_clip
     own_share: float | Tensor = alpha
     if teacher_speaks is not None:
-        # A silent teacher leaves the ratio to the old policy.
+        # Where the teacher is not used, the anchor is the old policy.
         own_share = torch.where(heard, torch.full_like(old, alpha), torch.ones_like(old))
     log_ratio = own_share * (student - old) + (1 - alpha) * log_ratio_to_teacher.clamp(-c, c)
 

@@ -1,8 +1,7 @@
-"""A sampler whose engine holds a second copy of the student.
+"""A sampler whose engine has a second copy of the student.
 
-After an update that copy is stale: the trainer's weights are handed over before the next
-completions are written, and a few sampled tokens are scored by the trainer to see that they have
-arrived.
+After an update that copy is stale. Before the next completions are sampled, the trainer's weights
+are handed over, and the trainer scores a few sampled tokens to check that they have arrived.
 """
 
 from abc import abstractmethod
@@ -18,14 +17,14 @@ from rlad.rollouts.types import Completion, Rows, Sampler
 from rlad.scoring.scorer import Scorer
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
-# The check of a hand-over: so many prompts, one completion of so many tokens each.
+# The check of a hand-over: the number of prompts, and the tokens of the one completion of each.
 NUM_CHECKED_PROMPTS = 4
 NUM_CHECKED_TOKENS = 16
 
 Prompts = Sequence[Sequence[int]]
 Limits = dict[str, Any]
-"""those of vLLM's sampling parameters that differ from call to call; "rows" where they differ from
-prompt to prompt"""
+"""The sampling parameters of vLLM that differ from call to call; "rows" if they differ from prompt
+to prompt."""
 
 
 def request_limits(limits: Limits, number: int, seed: int) -> tuple[Limits, int]:
@@ -35,12 +34,12 @@ def request_limits(limits: Limits, number: int, seed: int) -> tuple[Limits, int]
     if rows is not None:
         common["max_tokens"] = rows.max_tokens[number]
         number = rows.numbers[number]
-    # vLLM adds the place in the group.
+    # vLLM adds the index in the group.
     return common, (seed + number * common["n"]) % 2**63
 
 
 class CopiedStudent(Sampler):
-    """Samples from a copy of a student, which is brought up to date and checked."""
+    """A sampler with a copy of a student, which is updated and checked."""
 
     name = "vllm"
     is_trainers_own = False
@@ -53,7 +52,7 @@ class CopiedStudent(Sampler):
         self._is_stale = True
         self._is_checked = False
         self._max_tokens = 0
-        """of a prompt with its completion, which the engine takes"""
+        """The most tokens of a prompt with its completion that the engine takes."""
 
     @abstractmethod
     def _hand_over(self) -> None:
@@ -68,7 +67,7 @@ class CopiedStudent(Sampler):
         before_token: Callable[[], None],
         after_request: Callable[[int, list[Completion]], None],
     ) -> None:
-        """Have all prompts completed; `after_request` gets each number and its completions."""
+        """Complete all prompts; `after_request` gets each prompt's index and completions."""
 
     @property
     def max_tokens(self) -> int | None:
@@ -96,10 +95,10 @@ class CopiedStudent(Sampler):
         rows: Rows | None = None,
         kept: Any = None,
     ) -> list[list[Completion]]:
-        """Sample as `rlad.rollouts.sampling.sample` documents; what the turns before have computed
-        is in vLLM's own cache of prefixes.
+        """Sample as documented in `rlad.rollouts.sampling.sample`. Earlier turns are in vLLM's own
+        prefix cache.
 
-        Each completion has a seed of its own, so it does not depend on the others but for rounding.
+        Each completion has its own seed, so it depends on the others only by rounding.
         """
         limits = self._limits(group_size, max_completion_tokens, temperature)
         if rows is not None:
@@ -114,25 +113,25 @@ class CopiedStudent(Sampler):
 
         groups: dict[int, list[Completion]] = {}
         self._complete(prompts, limits, seed, before_token, after_request)
-        # An engine that was started again meanwhile has got the weights again.
+        # An engine that was restarted in the meantime has received the weights again.
         if not (self._is_checked or self._is_stale):
             self._check(prompts, before_token)
         return [groups[number] for number in range(len(prompts))]
 
     def _limits(self, group_size: int, max_completion_tokens: int, temperature: float) -> Limits:
-        # The likeliest tokens are the same each time, and are written once.
+        # Greedy completions of one prompt are all the same, so sample only one.
         num_written = group_size if temperature else 1
         return {"n": num_written, "max_tokens": max_completion_tokens, "temperature": temperature}
 
     def _make_current(
         self, prompts: Prompts, max_tokens: Sequence[int], before_token: Callable[[], None]
     ) -> None:
-        """See that the engine holds the student as it is, and has room for these prompts and so
-        many tokens after each."""
+        """Make sure that the engine has the current student, and room for these prompts with
+        `max_tokens` after each."""
         longest = max(len(one) + most for one, most in zip(prompts, max_tokens, strict=True))
         if longest > self._max_tokens:
             raise UserError(
-                f"a prompt and its completion may have {longest} tokens, and vLLM was started for "
+                f"a prompt and its completion may have {longest} tokens, but vLLM was started for "
                 f"{self._max_tokens}; lower rollout.max_completion_tokens, or {self._more_tokens}."
             )
         self.update_weights()
@@ -142,14 +141,14 @@ class CopiedStudent(Sampler):
     @property
     @abstractmethod
     def _more_tokens(self) -> str:
-        """What to do for longer sequences."""
+        """Advice to the user for longer sequences."""
 
     # --- check ------------------------------------------------------------------------------------
 
     def _check(self, prompts: Prompts, before_token: Callable[[], None]) -> None:
         """Compare the log-probs of a few sampled tokens with the trainer's.
 
-        Weights that have not arrived are handed over once more. Raises `RunFailedError` when that
+        Weights that have not arrived are handed over once more. Raises `RunFailedError` if that
         does not help.
         """
         difference, copy = self._difference(prompts, before_token)
@@ -159,7 +158,7 @@ class CopiedStudent(Sampler):
         if not difference <= self._tolerance:
             raise RunFailedError(
                 f"{copy} does not sample from the student's weights: after two hand-overs its "
-                f"log-probs differ from the trainer's by {difference:.2g} nats on average, and "
+                f"log-probs differ from the trainer's by {difference:.2g} nats on average, but "
                 f"rollout.vllm.tolerance is {self._tolerance:g}; start a new run with "
                 "rollout.engine = 'native' and the last checkpoint as student.model, and report "
                 "the model and the version of vLLM."
@@ -168,7 +167,7 @@ class CopiedStudent(Sampler):
 
     def _difference(self, prompts: Prompts, before_token: Callable[[], None]) -> tuple[float, str]:
         """Measure the mean absolute difference in nats over the tokens of a short completion of
-        each prompt; of several copies the largest, and whose it is."""
+        each prompt. Return the largest over all copies, and the name of that copy."""
         asked = prompts[:NUM_CHECKED_PROMPTS]
         num_tokens = min(NUM_CHECKED_TOKENS, self._rollout.max_completion_tokens)
         limits = self._limits(1, num_tokens, self._rollout.temperature)
@@ -184,8 +183,8 @@ class CopiedStudent(Sampler):
     def _written_by_each_copy(
         self, prompts: Prompts, limits: Limits, before_token: Callable[[], None]
     ) -> dict[str, list[Completion]]:
-        """Have every copy of the student, which messages call by the key, complete the prompts
-        once."""
+        """Complete the prompts once with every copy of the student; keys are the copies' names in
+        messages."""
         completed: dict[int, Completion] = {}
         self._complete(
             prompts,

@@ -1,5 +1,5 @@
-"""The two ways to write a batch of rows: our own loop, and transformers' `generate` for models
-whose cache is not plain keys and values. Both take each token from `pick_tokens`."""
+"""The two ways to decode a batch of rows: our own loop, and transformers' `generate` for models
+whose cache is not plain keys and values. Both draw each token with `pick_tokens`."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ from rlad.models.vision import seen
 from rlad.rollouts.decoding_steps import PlainSteps
 from rlad.scoring.tiles import tokens_per_chunk
 
-# Rows are compacted once this share of the batch has finished: copying the cache costs about one
+# Finished rows are dropped once they are this share of the batch: copying the cache costs about one
 # decoding step.
 _COMPACT_SHARE = 0.2
 
@@ -30,14 +30,13 @@ _COMPACT_SHARE = 0.2
 def pick_tokens(
     logits: Tensor, uniforms: Tensor, temperature: float, forbidden: Sequence[int] = ()
 ) -> tuple[Tensor, Tensor]:
-    """One token per row, and its log-prob, by inverting the distribution function of softmax(logits
-    / temperature).
+    """Draw one token per row, with its log-prob, by inverting the distribution function of
+    softmax(logits / temperature).
 
     `logits` [batch, vocabulary], `uniforms` [batch] in [0, 1). Returns token ids [batch] and
     float32 log-probs [batch]. `temperature` 0 takes the most likely token and reports its log-prob
-    at temperature 1. `forbidden` tokens are never picked; log-probs are those of the whole
-    vocabulary all the same, as a scorer computes them. What is made of the logits on the way exists
-    for a chunk of rows at a time.
+    at temperature 1. `forbidden` tokens are never picked; log-probs are still those of the whole
+    vocabulary, as a scorer computes them. Intermediate tensors exist for a chunk of rows at a time.
     """
     size = tokens_per_chunk(logits.device.type, logits.shape[1])
     picked = [
@@ -51,7 +50,7 @@ def pick_tokens(
 def _pick(
     logits: Tensor, uniforms: Tensor, temperature: float, forbidden: list[int]
 ) -> tuple[Tensor, Tensor]:
-    # The token whose slice of the cumulative distribution holds the uniform number.
+    # Find the token whose interval of the cumulative distribution contains the uniform number.
     probs = torch.softmax(logits.float() / (temperature or 1.0), dim=-1)
     allowed = probs
     if forbidden:
@@ -68,18 +67,18 @@ def _pick(
             .squeeze(1)
             .clamp(max=logits.shape[1] - 1)
         )
-    # Never -inf: rounding of the cumulative sum may pick a token whose probability underflows.
+    # Never -inf: rounding of the cumulative sum may pick a token whose probability underflows to 0.
     return tokens, probs.gather(1, tokens[:, None]).squeeze(1).clamp(
         min=torch.finfo(torch.float32).tiny
     ).log()
 
 
 def cache_rows_can_be_dropped(model: PreTrainedModel) -> bool:
-    """Whether the cache is plain keys and values and positions can be given; other models go
-    through `generate`.
+    """Return whether the cache is plain keys and values and positions can be given. Other models
+    use `generate`.
 
-    The types are compared exactly: the layers of hybrid models derive from the plain ones but hold
-    a recurrent state too.
+    The types are compared exactly: the layers of hybrid models are subclasses of the plain ones but
+    also have a recurrent state.
     """
     taken = inspect.signature(model.forward).parameters.keys()
     if model._is_stateful or not {"position_ids", "past_key_values"} <= taken:
@@ -92,26 +91,26 @@ def cache_rows_can_be_dropped(model: PreTrainedModel) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows that are decoded together. Row `i` continues prompt `owners[i]` with the random numbers
-    `uniforms[i]`."""
+    """A batch of rows that are decoded together. Row `i` continues prompt `owners[i]` with the
+    random numbers `uniforms[i]`."""
 
     prompts: Sequence[Sequence[int]]
     ids: Tensor
-    """of the prompts, padded on the left, `[prompt, token]`"""
+    """token ids of the prompts, padded on the left, `[prompt, token]`"""
     mask: Tensor
     owners: Tensor
     uniforms: Tensor
     max_tokens: Tensor
-    """of each row"""
+    """most tokens of each row"""
     temperature: float
     before_token: Callable[[], None]
     after_rows: Callable[[list[int], Tensor, Tensor], None]
-    """gets rows that have ended, and their tokens and log-probs `[row, token]`"""
+    """called with rows that have ended, and their tokens and log-probs `[row, token]`"""
     make_steps: Callable[..., PlainSteps]
     forbidden: Sequence[int] = ()
-    """tokens that no completion may hold"""
+    """tokens that no completion may contain"""
     keep: Callable[[PlainSteps, list[int], list[int]], None] | None = None
-    """gets rows that have ended, and their places among those that are decoded"""
+    """called with rows that have ended, and their indices among the rows being decoded"""
 
     def pick(self, rows: Tensor, step: int, logits: Tensor) -> tuple[Tensor, Tensor]:
         return pick_tokens(logits, self.uniforms[rows, step], self.temperature, self.forbidden)
@@ -128,14 +127,14 @@ def decode(language_model: LanguageModel, batch: Batch) -> None:
     batch.before_token()
     pictures = seen(language_model, batch.ids, batch.prompts, _starts(batch))
     steps = batch.make_steps(model, batch.ids, batch.mask, batch.owners, pictures)
-    # Which output row each row of the batch belongs to, and whether it is still to be continued.
+    # The output row of each row in the batch, and whether it continues.
     rows = torch.arange(num_rows, device=device)
     alive = torch.ones(num_rows, dtype=torch.bool, device=device)
     num_alive = num_rows
     least = int(batch.max_tokens.min())
     for step in range(max_tokens):
         tokens, logprobs = batch.pick(rows, step, steps.logits)
-        # A row that has ended is decoded until it is dropped; what it writes then is not read.
+        # A row that has ended is decoded until it is dropped; its further tokens are not read.
         tokens_out[rows, step] = tokens
         logprobs_out[rows, step] = logprobs
         ends = alive & (torch.isin(tokens, eos) | (step + 1 >= batch.max_tokens[rows]))
@@ -151,9 +150,9 @@ def decode(language_model: LanguageModel, batch: Batch) -> None:
             )
         if num_alive == 0:
             break
-        # Once many rows have finished, drop them from the batch, and at once where one has used up
-        # its own limit: it may be at the end of the context, and no position comes after that. A
-        # row keeps its uniform numbers, so the others' tokens do not change.
+        # Once many rows have finished, drop them from the batch. Drop a row at once if it has
+        # reached its own limit: it may be at the end of the context, without a further position.
+        # Rows keep their uniform numbers, so dropping one does not change the others' tokens.
         if num_alive <= (1 - _COMPACT_SHARE) * len(rows) or step + 1 >= least:
             kept = alive.nonzero().squeeze(1)
             steps.keep(kept)
@@ -166,13 +165,12 @@ def decode(language_model: LanguageModel, batch: Batch) -> None:
 
 
 def _starts(batch: Batch) -> list[int]:
-    """The column in which each prompt begins, after its padding."""
+    """Return the column in which each prompt begins, after its padding."""
     return [batch.ids.shape[1] - len(prompt) for prompt in batch.prompts]
 
 
 class _PickTokens(LogitsProcessor):
-    """Makes `generate` take exactly the token of `pick_tokens`, whatever its own choice would
-    be."""
+    """A logits processor that makes `generate` take exactly the token of `pick_tokens`."""
 
     def __init__(self, batch: Batch, rows: Tensor):
         self.batch = batch
@@ -187,11 +185,10 @@ class _PickTokens(LogitsProcessor):
 
 
 def generate(language_model: LanguageModel, batch: Batch) -> None:
-    """The same through transformers' `generate`, for models whose cache is not plain keys and
-    values.
+    """Decode with transformers' `generate`, for models whose cache is not plain keys and values.
 
-    Prompts of one length go together: some recurrent models let padding into their state. Tokens
-    after a row's end token mean nothing.
+    Prompts of one length are decoded together, since some recurrent models let padding into their
+    state. Tokens after a row's end token have no meaning.
     """
     model: Any = language_model.model
     settings = GenerationConfig(
@@ -200,11 +197,11 @@ def generate(language_model: LanguageModel, batch: Batch) -> None:
         pad_token_id=language_model.pad_token_id,
         use_cache=True,
     )
-    # `generate` fills gaps from the model's own settings, and chat models bring a repetition
-    # penalty: the log-probs would no longer be those of the model.
+    # `generate` takes missing settings from the model, and chat models have a repetition penalty,
+    # with which log-probs would no longer be the model's.
     own = model.generation_config
     model.generation_config = GenerationConfig()
-    # One call for each length of prompt; its rows need no padding then.
+    # One call for each prompt length, so that rows need no padding.
     lengths = batch.mask.sum(dim=1)[batch.owners]
     try:
         for length in lengths.unique().tolist():

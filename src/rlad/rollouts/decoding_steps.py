@@ -1,7 +1,7 @@
 """The forward passes of decoding: one over the prompts, then one for each token.
 
-`PlainSteps` is the reference. `GraphSteps` computes the same in memory that does not move, so that
-on a GPU a step is one CUDA graph instead of hundreds of kernel launches.
+`PlainSteps` is the reference. `GraphSteps` computes the same at fixed memory addresses, so that on
+a GPU a step is one CUDA graph instead of hundreds of kernel launches.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from rlad.text import first_line
 
 
 class PlainSteps:
-    """Prefills each prompt once, then decodes all rows together."""
+    """The plain steps: prefill each prompt once, then decode all rows together."""
 
     def __init__(
         self,
@@ -31,31 +31,31 @@ class PlainSteps:
         owners: Tensor,
         pictures: Mapping[str, Any] = MappingProxyType({}),
     ):
-        """`ids` and `mask` [prompt, token], padded on the left; row `i` continues prompt
-        `owners[i]`. `pictures` is what the model takes of the prompts' pictures, and their
-        positions where those are not 0, 1, 2, ..."""
+        """Prefill the prompts. `ids` and `mask` [prompt, token] are padded on the left; row `i`
+        continues prompt `owners[i]`. `pictures` are the model's inputs for the prompts' pictures,
+        with positions if those are not 0, 1, 2, ..."""
         self.cache = growing_cache(model.config)
         self._forward = partial(model, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        # Each prompt goes through the model once. Then its keys and values are copied for all rows
-        # of its group, and each row continues by itself.
+        # Each prompt is prefilled once. Then its keys and values are copied for all rows of its
+        # group, and each row continues separately.
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         given = {"position_ids": positions, **pictures}
         output = self._forward(input_ids=ids, attention_mask=mask, **given)
         self.logits: Tensor = output.logits[owners, -1]
-        """of the next token, [row, vocabulary]"""
+        """Logits of the next token, [row, vocabulary]."""
         self.cache.batch_select_indices(owners)
         self._mask = mask[owners]
-        # A picture of rows and columns takes fewer positions than tokens.
+        # With positions by rows and columns, a picture has fewer positions than tokens.
         highest = given["position_ids"].flatten(0, -2).view(-1, *ids.shape).amax(dim=(0, 2))
         self._surplus = (mask.sum(dim=1) - 1 - highest)[owners, None] if pictures else 0
 
     @property
     def mask(self) -> Tensor:
-        """Of each row, which tokens of the cache are none of padding, [row, token]."""
+        """The tokens of the cache that are not padding, for each row, [row, token]."""
         return self._mask
 
     def advance(self, tokens: Tensor) -> None:
-        """Append a token to each row, and compute the next logits."""
+        """Append one token to each row, and compute the next logits."""
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
         positions = self._mask.sum(dim=1, keepdim=True) - 1 - self._surplus
         output = self._forward(
@@ -75,10 +75,10 @@ class GraphSteps(PlainSteps):
     """The same steps at fixed addresses: a CUDA graph on a GPU, plain calls elsewhere.
 
     Keys and values are written at a position that is a tensor, and attention reads the whole
-    buffers through a mask. When rows are dropped or the buffers are full, both are made anew and
-    the next steps are captured again: the first one runs by itself, as a warm-up (it also makes the
-    bfloat16 copies of weights that autocast keeps), the second is captured, and from then on all
-    are replays.
+    buffers through a mask. When rows are dropped or the buffers are full, both are made again and
+    the next steps are captured again. The first step then runs without a graph, as a warm-up (it
+    also makes the bfloat16 copies of weights that autocast keeps). The second is captured, and all
+    later ones replay it.
     """
 
     def __init__(self, *args: Any):
@@ -106,7 +106,7 @@ class GraphSteps(PlainSteps):
         self._fix()
 
     def _fix(self) -> None:
-        """Make buffers that do not move, with room for more tokens."""
+        """Make buffers at fixed addresses, with room for more tokens."""
         num_rows, self._length = self._mask.shape
         self._room = room_for(self._length)
         self._index = torch.tensor([self._length], device=self._mask.device)
@@ -121,7 +121,7 @@ class GraphSteps(PlainSteps):
         self._is_warm = False
 
     def _release(self) -> None:
-        """Take the prompt's mask and the cache out of the fixed buffers."""
+        """Copy mask and cache out of the fixed buffers."""
         self._graph = None
         self._mask = self._visible[:, 0, 0, : self._length].to(self._mask.dtype)
         for layer in self.cache.layers:
@@ -129,7 +129,7 @@ class GraphSteps(PlainSteps):
             layer.release(self._length)
 
     def _step(self) -> None:
-        """Read and write fixed addresses alone."""
+        """Run a step that reads and writes only fixed addresses."""
         self._visible.index_fill_(3, self._index, True)
         output = self._forward(
             input_ids=self._tokens, attention_mask=self._visible, position_ids=self._positions
@@ -153,17 +153,16 @@ class GraphSteps(PlainSteps):
 
 
 def obstacle_to_graphs(model: PreTrainedModel) -> str | None:
-    """Return why a model's steps cannot be a CUDA graph; None if nothing is known to stand against
-    it."""
+    """Return why a model's steps cannot be a CUDA graph; None if no reason is known."""
     layers = DynamicCache(config=model.config).layers
     if sees(model.config):
         return "the student reads pictures, whose rows and columns are not captured"
     if model.device.type != "cuda":
-        return f"the student is on {model.device}, and CUDA graphs are for NVIDIA GPUs"
+        return f"the student is on {model.device}, but CUDA graphs need an NVIDIA GPU"
     if any(type(layer) is not DynamicLayer for layer in layers):
         return "its cache is not plain keys and values in all layers"
     if model.config._attn_implementation != "sdpa":
         return f"its attention is {model.config._attn_implementation!r}, not 'sdpa'"
     if any(parameter.dim() > 2 for parameter in model.parameters()):
-        return "its experts are chosen by the data, so no two steps are the same kernels"
+        return "its experts are chosen by the data, so steps differ in their kernels"
     return None

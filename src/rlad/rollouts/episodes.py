@@ -1,7 +1,8 @@
-"""Rollouts of several turns: the model writes, its environment replies, until one of them is done.
+"""Rollouts of several turns: the model writes and its environment replies, until one of them ends
+the episode.
 
-All episodes that are under way write their next turn in one call of the sampler. An episode is one
-sequence: its prompt, and then turns and replies in turn, of which the turns alone are trained on.
+All running episodes sample their next turn in one call of the sampler. An episode is one sequence:
+its prompt, then alternating turns and replies. Only the turns are trained on.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ from rlad.tasks.episodes import Environment, EpisodeFailed, EpisodeRules, Step
 
 @dataclass(slots=True)
 class Episode:
-    """An episode that is under way."""
+    """A running episode."""
 
     group: int
     problem: Problem
@@ -33,7 +34,7 @@ class Episode:
     prompt: tuple[int, ...]
     environment: Environment
     tokens: list[int] = field(default_factory=list)
-    """all after the prompt"""
+    """all tokens after the prompt"""
     logprobs: list[float] = field(default_factory=list)
     actions: list[bool] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
@@ -54,9 +55,9 @@ class Episode:
             return
         if text != self.problem.question:
             raise UserError(
-                f"the environment begins {self.name} with {text[:60]!r}, and the problem's prompt "
-                f"is {self.problem.question[:60]!r}; make the first text a function of the problem "
-                "alone, so that all rollouts of a group begin alike."
+                f"the environment begins {self.name} with {text[:60]!r}, but the problem's prompt "
+                f"is {self.problem.question[:60]!r}; make the first text depend only on the "
+                "problem, so that all rollouts of a group begin with the same text."
             )
 
     def add(self, completion: Completion) -> None:
@@ -71,8 +72,8 @@ class Episode:
         self.actions += [False] * len(token_ids)
 
     def take_step(self, written: str, text: str) -> Step | None:
-        """Have the environment take the turn that the model has `written`, given to it as `text`;
-        None where it has failed."""
+        """Run an environment step with the turn that the model has `written`, passed as `text`.
+        Returns None if the environment failed."""
         if not self.failure:
             try:
                 step = self.environment.step(text)
@@ -86,7 +87,7 @@ class Episode:
         return None
 
     def rollout(self, rules: EpisodeRules) -> Rollout:
-        """The episode with its grade, when it has ended."""
+        """Return the ended episode with its grade."""
         assert self.ending is not None
         judgement = self._judgement(rules)
         return Rollout(
@@ -110,7 +111,7 @@ class Episode:
 
 
 class EpisodePlayer:
-    """Plays the episodes of one call of `graded_groups`."""
+    """The player of the episodes of one `graded_groups` call."""
 
     def __init__(
         self,
@@ -124,8 +125,8 @@ class EpisodePlayer:
         after_group: Callable[[int, tuple[Rollout, ...]], None],
         timer: Callable[[str], AbstractContextManager[None]],
     ):
-        """`after_group` gets the number of a problem and its rollouts when the last of them has
-        ended."""
+        """Prepare the player. `after_group` is called with a problem's index and its rollouts once
+        all of them have ended."""
         self._tokenizer = student.tokenizer
         self._end_tokens = set(student.eos_token_ids)
         self._rules = rules
@@ -139,7 +140,7 @@ class EpisodePlayer:
         self._template = TurnTemplate(student.tokenizer, rollout)
         contexts = (student.context_tokens, sampler.max_tokens)
         self._context = min((one for one in contexts if one is not None), default=None)
-        # A turn may be as long as all that the model may write, unless the task says less.
+        # A turn may use all tokens that the model may write, unless the task sets a limit.
         most = rollout.max_completion_tokens
         self._most_turn_tokens = min(rules.max_turn_tokens or most, most)
 
@@ -148,8 +149,8 @@ class EpisodePlayer:
         self._template.require_prefix(asked[0].problem.asked)
         if with_pictures := next((one.name for one in asked if one.problem.images), None):
             raise UserError(
-                f"{with_pictures} has pictures, and episodes of several turns are of text alone; "
-                "leave them out, or take a task of single answers."
+                f"{with_pictures} has pictures, but episodes of several turns support only text; "
+                "leave the pictures out, or use a task with a single turn."
             )
         group_size = self._rollout.group_size
         episodes: list[Episode] = []
@@ -184,7 +185,7 @@ class EpisodePlayer:
                 rollouts = tuple(one.rollout(self._rules) for one in groups[number])
             self._after_group(number, rollouts)
 
-        # The first turns of a group begin with one prompt, which is read once.
+        # The first turns of a group have the same prompt, which is prefilled once.
         self._sample(
             [group[0].prompt for group in groups],
             lambda number, completions: after_turn(groups[number], completions),
@@ -225,7 +226,8 @@ class EpisodePlayer:
         )
 
     def _room(self, episode: Episode) -> int:
-        """The most tokens that the model may write in the next turn; 0 or less: there is none."""
+        """Return the most tokens that the model may write in the next turn; 0 or less means that
+        there is no room for one."""
         left = self._left(episode)
         if self._context is not None:
             left = min(left, self._context - len(episode.prompt) - len(episode.tokens))
@@ -235,9 +237,9 @@ class EpisodePlayer:
         return self._rollout.max_completion_tokens - sum(episode.actions)
 
     def _take_turn(self, episode: Episode, completion: Completion) -> None:
-        """Give what the model wrote to the environment, and append its reply unless the episode has
+        """Pass the model's turn to the environment, and append its reply unless the episode has
         ended."""
-        # What the template has begun of the turn is part of what the model says.
+        # If the template has begun the turn, that text is part of it.
         begun = begun_completion(self._tokenizer, episode.sequence)
         episode.add(completion)
         (written,) = completion_texts(self._tokenizer, [completion])
@@ -257,7 +259,7 @@ class EpisodePlayer:
             self._reply(episode, step.text)
 
     def _is_cut(self, episode: Episode, completion: Completion) -> bool:
-        """Whether a turn ended where no other one can begin."""
+        """Return whether a turn ended so that no other turn can follow."""
         return completion.is_truncated and self._room(episode) <= 0
 
     def _reply(self, episode: Episode, reply: str) -> None:

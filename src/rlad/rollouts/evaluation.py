@@ -1,4 +1,4 @@
-"""Held-out evaluation: sampling and grading problems that were not trained on."""
+"""Held-out evaluation: sample and grade problems that were not trained on."""
 
 from collections.abc import Callable
 
@@ -27,7 +27,7 @@ def evaluate(
     limits of `rollout`.
 
     Prompts and sampling seeds are the same for every run and model, so two results can be compared
-    prompt by prompt. `sampler`, `before_work` and what is raised are those of `graded_groups`.
+    prompt by prompt. `sampler`, `before_work` and errors are those of `graded_groups`.
     """
     available = task.num_problems(split)
     groups = graded_groups(

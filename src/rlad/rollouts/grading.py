@@ -1,6 +1,6 @@
-"""From problems to graded groups of completions: prompt, length check, sample, judge.
+"""Make graded groups of completions from problems: prompt, length check, sampling, grading.
 
-Training, evaluation, `rlad sample` and `rlad check` all come through here.
+Training, evaluation, `rlad sample` and `rlad check` all use this file.
 """
 
 import time
@@ -22,7 +22,7 @@ from rlad.tasks.episodes import episode_rules
 
 
 class Timer:
-    """Seconds by part. Time of a part within another one counts for the inner one alone."""
+    """Seconds by part. Time of a part inside another counts only for the inner part."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -33,7 +33,7 @@ class Timer:
         started = time.monotonic()
         counted = sum(self.seconds.values())
         yield
-        # What inner parts have counted meanwhile is theirs.
+        # Time that inner parts have counted is subtracted.
         inner = sum(self.seconds.values()) - counted
         own = time.monotonic() - started - inner
         self.seconds[key] = self.seconds.get(key, 0.0) + own
@@ -53,14 +53,14 @@ def graded_groups(
     after_group: Callable[[int, RolloutGroup], None] = lambda number, group: None,
     timer: Timer | None = None,
 ) -> list[RolloutGroup]:
-    """Sample `rollout.group_size` completions of each problem of a split, and grade them; of a task
-    of episodes, play as many.
+    """Sample and grade `rollout.group_size` completions, or play as many episodes, for each problem
+    of a split.
 
-    `sampler` writes, by default our own with the student. `seed` is that of the sampler,
-    `problem_seed` that of the task. A group is graded when its last completion has ended, and then
-    given to `after_group` with its place in `indices`, while others are still written.
-    `before_work` is called before every token and before every completion is judged; it may raise.
-    Raises `UserError` for a prompt that leaves no room for its completion.
+    `sampler` is by default our own with the student. `seed` is the sampler's, `problem_seed` the
+    task's. A group is graded once its last completion has ended, and then passed to `after_group`
+    with its position in `indices`, while others are still sampled. `before_work` is called before
+    every token and before every completion is graded; it may raise. Raises `UserError` for a prompt
+    that leaves no room for its completion.
     """
     timer = timer or Timer()
     sampler = sampler or OwnSampler(student, rollout)
@@ -107,8 +107,8 @@ def graded_groups(
                 before_token=before_work,
                 after_group=grade_group,
             )
-    # A signal to all processes may have ended the verifier's own before a completion was judged:
-    # then the run stops here, and what could not be judged is not recorded.
+    # A signal to all processes may have ended the verifier's process before a completion was
+    # judged. The run then stops here, without recording what could not be judged.
     before_work()
     return [groups[number] for number in range(len(groups))]
 
@@ -116,8 +116,8 @@ def graded_groups(
 def _require_no_pictures(task: Task, asked: Sequence[Asked]) -> None:
     if any(one.problem.images for one in asked):
         raise UserError(
-            f"task {task.name!r} gives pictures to episodes, whose turns are texts; leave the "
-            "pictures out, or the episodes."
+            f"task {task.name!r} has episodes with pictures, but episodes support only text; leave "
+            "the pictures out, or the episodes."
         )
 
 
@@ -152,8 +152,8 @@ def grade(
     before_work: Callable[[], None],
     begun: str = "",
 ) -> tuple[Rollout, ...]:
-    """Judge the completions of a problem, which messages call `name`; `begun` is what the prompt
-    has written of each."""
+    """Grade the completions of a problem, called `name` in messages; `begun` is the part of each
+    that the prompt already contains."""
     texts = completion_texts(student.tokenizer, completions)
     rollouts = []
     for completion, text in zip(completions, texts, strict=True):

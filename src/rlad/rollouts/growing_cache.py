@@ -1,5 +1,5 @@
-"""A key-value cache that is written in place: decoding a token copies that token's keys and values,
-not all that came before.
+"""A key-value cache that is written in place: decoding a token copies only that token's keys and
+values.
 
 transformers' own `DynamicLayer` concatenates, so each decoding step copies the whole cache.
 """
@@ -12,8 +12,8 @@ from transformers.cache_utils import DynamicLayer
 
 
 def growing_cache(config: PreTrainedConfig) -> DynamicCache:
-    """The cache that transformers makes for a model, its plain layers written in place; values are
-    the same bit for bit."""
+    """Make the cache that transformers makes for a model, but with plain layers written in place.
+    Values are the same bit for bit."""
     cache = DynamicCache(config=config)
     cache.layers = [
         GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
@@ -22,8 +22,8 @@ def growing_cache(config: PreTrainedConfig) -> DynamicCache:
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values [row, head, token, dimension], the front of two buffers that have room for
-    more tokens."""
+    """A layer of keys and values [row, head, token, dimension] at the front of two buffers that
+    have room for more tokens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,13 +43,13 @@ class GrowingLayer(DynamicLayer):
         end = start + key_states.shape[-2]
         if not self.buffers:
             self.keys, self.values = (states[:, :, :0] for states in (key_states, value_states))
-        # Buffers that are full are replaced by larger ones, a quarter at a time, so a token's share
-        # of all copying is small however long the completion is.
+        # Full buffers are replaced by ones that are a quarter larger, so the cost of copying per
+        # token is small, however long the completion is.
         if not self.buffers or end > self.buffers[0].shape[-2]:
             self._move(rows=None, size=room_for(end))
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[:, :, start:end] = states
-        # transformers reads the front of the buffers: views, nothing is copied.
+        # transformers reads views of the front of the buffers; nothing is copied.
         self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
         return self.keys, self.values
 
@@ -57,22 +57,22 @@ class GrowingLayer(DynamicLayer):
         self._move(rows=indices, size=room_for(self.get_seq_length()))
 
     def fix(self, room: int, index: Tensor) -> None:
-        """Keep buffers of `room` tokens at their addresses from now on: the next token is written
+        """Keep buffers of `room` tokens at fixed addresses from now on. The next token is written
         at `index` [1], and the whole buffers are read."""
         length = self.get_seq_length()
         self._move(rows=None, size=room)
         for buffer in self.buffers:
-            # Attention multiplies what its mask hides by 0, so it must be finite.
+            # Attention multiplies masked values by 0, so they must be finite.
             buffer[:, :, length:] = 0
         self._index = index
 
     def release(self, length: int) -> None:
-        """Grow again; the first `length` tokens are held."""
+        """Let the buffers grow again; the first `length` tokens are kept."""
         self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
         self._index = None
 
     def _move(self, *, rows: Tensor | None, size: int) -> None:
-        """Copy what is held, or some rows of it, to buffers with room for `size` tokens."""
+        """Copy the contents, or some rows of them, to buffers with room for `size` tokens."""
         assert self.keys is not None and self.values is not None
         held = (self.keys, self.values)
         length = self.keys.shape[-2]
@@ -86,5 +86,5 @@ class GrowingLayer(DynamicLayer):
 
 
 def room_for(num_tokens: int) -> int:
-    """Tokens that the buffers of a growing cache are made for when so many are to be held."""
+    """Return the buffer size of a growing cache, in tokens, for `num_tokens` tokens."""
     return num_tokens + max(64, num_tokens // 4)

@@ -1,4 +1,4 @@
-"""Keys and values of episodes between their turns: the next turn reads what is new alone."""
+"""Keys and values of episodes, kept between turns: the next turn only prefills its new tokens."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -13,18 +13,18 @@ from rlad.rollouts.decoding_steps import PlainSteps
 from rlad.rollouts.growing_cache import GrowingLayer, growing_cache
 
 Held = list[tuple[Tensor, Tensor]]
-"""keys and values [token, head, dimension] of each layer"""
+"""Keys and values [token, head, dimension] of each layer."""
 
 
 class KeptCache:
-    """What a model has computed of each episode, by the episode's number. It holds for weights that
-    do not change."""
+    """The keys and values of each episode, by the episode's index. They are valid as long as the
+    weights do not change."""
 
     def __init__(self) -> None:
         self._held: dict[int, Held] = {}
 
     def put(self, number: int, cache: DynamicCache, row: int, mask: Tensor) -> None:
-        """Keep a row of a cache; `mask` [token] says which of its tokens are none of padding."""
+        """Keep a row of a cache; `mask` [token] is True for tokens that are not padding."""
         visible = mask.bool()
         held: Held = []
         for layer in cache.layers:
@@ -34,22 +34,22 @@ class KeptCache:
         self._held[number] = held
 
     def take(self, numbers: Sequence[int]) -> list[Held] | None:
-        """Give away what is kept of some episodes; None unless there is something of all."""
+        """Remove and return what is kept of some episodes; None unless all of them are there."""
         if not all(number in self._held for number in numbers):
             return None
         return [self._held.pop(number) for number in numbers]
 
 
 class ContinuedSteps(PlainSteps):
-    """Decodes rows that were decoded before: of each, the tokens after those in the cache are
-    read."""
+    """The steps for rows that were decoded before: only tokens that are not in the cache are
+    prefilled."""
 
     def __init__(
         self, model: PreTrainedModel, held: Sequence[Held], sequences: Sequence[Sequence[int]]
     ):
         self.cache = growing_cache(model.config)
         self._forward = partial(model, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        # Both parts are padded on the left: a gap in the middle is hidden, and positions skip it.
+        # Both parts are padded on the left: the gap in the middle is masked, and positions skip it.
         lengths = [len(layers[0][0]) for layers in held]
         for number, layer in enumerate(self.cache.layers):
             parts = zip(*(layers[number] for layers in held), strict=True)
@@ -72,10 +72,10 @@ class ContinuedSteps(PlainSteps):
 
 
 def _tokens(states: Tensor, visible: Tensor) -> Tensor:
-    """A copy of the visible tokens of keys or values [head, token, dimension], tokens first."""
+    """Copy the visible tokens of keys or values [head, token, dimension], with tokens first."""
     return states[:, visible].transpose(0, 1)
 
 
 def _padded(rows: Any) -> Tensor:
-    """Rows [token, ...] as one tensor, padded on the left by zeros."""
+    """Pad rows [token, ...] on the left with zeros to one tensor."""
     return pad_sequence(list(rows), batch_first=True, padding_side="left")

@@ -1,4 +1,4 @@
-"""From a problem with pictures to the text that a model is given, its placeholders in place."""
+"""Make the prompt text of a problem with pictures, with the model's placeholders."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,22 +11,22 @@ Message = tuple[str, str]
 
 
 def with_markers(messages: Sequence[Message], num_pictures: int) -> list[Message]:
-    """Return a conversation with a marker for each picture: those of the text, or before the last
-    message where it has none. Raises `UserError` for another number."""
+    """Return a conversation with a marker for each picture: the markers in the text or, if there
+    are none, new ones before the last message. Raises `UserError` for a wrong number of markers."""
     number = sum(content.count(MARKER) for _, content in messages)
     if number == num_pictures:
         return list(messages)
     if number:
         raise UserError(
-            f"a problem has {num_pictures} pictures and its text {number} times {MARKER!r}; write "
-            "it once for each picture, where that belongs, or not at all: then they come first."
+            f"a problem has {num_pictures} pictures but its text has {number} times {MARKER!r}; "
+            "write it once at the position of each picture, or not at all: then they come first."
         )
     *before, (role, content) = messages
     return [*before, (role, MARKER * num_pictures + "\n" + content)]
 
 
 def require_no_placeholder(text: str, vision: Vision) -> None:
-    """Raise `UserError` for a problem whose own text holds a placeholder of the model's, of
+    """Raise `UserError` for a problem whose own text contains a placeholder of the model, for
     pictures, films or sound."""
     for token in vision.placeholders:
         if token != MARKER and token in text:
@@ -37,12 +37,12 @@ def require_no_placeholder(text: str, vision: Vision) -> None:
 
 
 def plain_text_with_pictures(text: str, vision: Vision) -> str:
-    """Put the model's placeholders in place of the markers."""
+    """Replace the markers by the model's placeholders."""
     return text.replace(MARKER, vision.wrapped_token)
 
 
 def content_parts(content: str) -> list[dict[str, str]]:
-    """Split a message at its markers, as chat templates of models that see take it."""
+    """Split a message at its markers, into the parts that chat templates of vision models take."""
     parts: list[dict[str, str]] = []
     for number, text in enumerate(content.split(MARKER)):
         if number:
@@ -60,10 +60,10 @@ def chat_text_with_pictures(
     *,
     template: str,
 ) -> str:
-    """Write a conversation by a chat template.
+    """Format a conversation with a chat template.
 
-    Templates take a message in parts or as one text; the first way that leaves every picture and
-    every text in the prompt counts. Raises `UserError` when neither does.
+    Templates take a message in parts or as one text. The first form that keeps every picture and
+    every text in the prompt is used. Raises `UserError` if neither does.
     """
     ways: list[list[dict[str, Any]]] = [
         [{"role": role, "content": content_parts(content)} for role, content in messages],

@@ -1,4 +1,4 @@
-"""From a problem's prompt to the token ids that the model is given."""
+"""Make the model's input token ids from a problem's prompt."""
 
 import re
 from collections.abc import Sequence
@@ -22,13 +22,13 @@ from rlad.rollouts.pictured_prompts import (
 from rlad.tasks import Problem, Split, Task
 
 TEMPLATE_DATE = datetime(2024, 7, 26)
-"""what a chat template that asks the clock is told, on every day: prompts of a resumed run, of an
-evaluation and of a cached teacher must be those of the first day. Llama's template names this date
-where it has no clock."""
+"""The date given to chat templates that ask for the current one. It is fixed, since prompts of a
+resumed run, of an evaluation and of a cached teacher must not change from day to day. Llama's
+template uses this date if it has no clock."""
 _CLOCK = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 
 Prompt = str | tuple[tuple[str, str], ...]
-"""the user's one message, or a conversation: (role, content) of each message"""
+"""A single user message, or a conversation: (role, content) of each message."""
 
 
 def prompt_token_ids(
@@ -38,25 +38,25 @@ def prompt_token_ids(
     pictures: Sequence[Picture] = (),
     vision: Vision | None = None,
 ) -> Sequence[int]:
-    """Tokenize a prompt: through the chat template (`chat`), as it is (`plain`), or as the
-    tokenizer has one or not (`auto`). `vision` is that of the model, of which the prompt's
-    placeholders for `pictures` are made.
+    """Tokenize a prompt: with the chat template (`chat`), unchanged (`plain`), or with the template
+    if the tokenizer has one (`auto`). `vision` is the model's picture processor, which makes the
+    placeholders for `pictures`.
 
-    Raises `UserError` for `chat` without a template, for what only a template can say without one,
-    and for pictures where the model reads text alone.
+    Raises `UserError` for `chat` without a template, for a conversation that only a template can
+    express, and for pictures if the model reads only text.
     """
     if rollout.prompt_format == "chat" and not tokenizer.chat_template:
         raise UserError(
             "rollout.prompt_format is 'chat' but the student's tokenizer has no chat template; use "
             "'plain' or 'auto'."
         )
-    # Texts alone need no processor of pictures.
+    # Texts without pictures need no picture processor.
     if vision is not None and (pictures or vision.has_processor):
         return _seen_token_ids(tokenizer, prompt, rollout, pictures, vision)
     if pictures:
         raise UserError(
-            "a problem has pictures, and the student reads text alone; take a student that sees, "
-            "or problems without pictures."
+            "a problem has pictures, but the student reads only text; use a vision model as the "
+            "student, or problems without pictures."
         )
     if is_plain(tokenizer, rollout.prompt_format):
         return _plain_token_ids(tokenizer, plain_text(prompt, rollout))
@@ -73,7 +73,7 @@ def _seen_token_ids(
     pictures: Sequence[Picture],
     vision: Vision,
 ) -> Sequence[int]:
-    """Tokenize a prompt of a model that sees."""
+    """Tokenize a prompt of a vision model."""
     is_text = is_plain(tokenizer, rollout.prompt_format)
     if is_text:
         conversation: Sequence[tuple[str, str]] = [("user", plain_text(prompt, rollout))]
@@ -98,7 +98,7 @@ def _seen_token_ids(
         if not pictures:
             return tokenizer(text, add_special_tokens=False)["input_ids"]
     ids = vision.prompt(text, pictures, add_special_tokens=is_text)
-    # As of a plain prompt: nothing comes after an end.
+    # As in a plain prompt: nothing comes after an end token.
     if (
         is_text
         and ids[-1] == tokenizer.eos_token_id
@@ -111,25 +111,25 @@ def _seen_token_ids(
 def _plain_token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     ids = tokenizer(text)["input_ids"]
     bare = tokenizer(text, add_special_tokens=False)["input_ids"]
-    # Some tokenizers put their end token after every text, and nothing comes after an end.
+    # Some tokenizers put their end token after every text, but nothing comes after an end token.
     is_added = ids[-1:] == [tokenizer.eos_token_id] and ids[:-1][-len(bare) :] == bare
     return ids[:-1] if is_added else ids
 
 
 def is_plain(tokenizer: PreTrainedTokenizerBase, prompt_format: str) -> bool:
-    """Whether prompts are given as they are, not as messages of a chat."""
+    """Return whether prompts are used unchanged, not as messages of a chat."""
     return prompt_format == "plain" or not tokenizer.chat_template
 
 
 def plain_text(prompt: Prompt, rollout: RolloutConfig) -> str:
-    """Return the text of a prompt that is given as it is. Raises `UserError` for what only a chat
-    template can say."""
+    """Return the text of a plain prompt. Raises `UserError` for what only a chat template can
+    express."""
     for name in ("system_prompt", "chat_template_kwargs"):
         if getattr(rollout, name):
             raise UserError(
-                f"rollout.{name} has no place in plain prompts (rollout.prompt_format = 'plain', "
-                "or a tokenizer without a chat template); leave it out, or take a model with a "
-                "chat template."
+                f"rollout.{name} does not work with plain prompts (rollout.prompt_format = "
+                "'plain', or a tokenizer without a chat template); leave it out, or use a model "
+                "with a chat template."
             )
     if isinstance(prompt, str):
         return prompt
@@ -137,15 +137,15 @@ def plain_text(prompt: Prompt, rollout: RolloutConfig) -> str:
         roles = ", ".join(role for role, _ in prompt)
         raise UserError(
             f"a prompt is a conversation ({roles}), which plain prompts (rollout.prompt_format = "
-            "'plain', or a tokenizer without a chat template) cannot express; take a model with a "
+            "'plain', or a tokenizer without a chat template) cannot express; use a model with a "
             "chat template, or give each prompt as one text."
         )
     return prompt[0][1]
 
 
 def chat_messages(prompt: Prompt, system_prompt: str | None) -> list[dict[str, str]]:
-    """The messages of a conversation as a chat template wants them; a system message of its own
-    wins."""
+    """Return the messages of a conversation for a chat template. The conversation's own system
+    message wins."""
     conversation = (("user", prompt),) if isinstance(prompt, str) else prompt
     if system_prompt is not None and conversation[0][0] != "system":
         conversation = (("system", system_prompt), *conversation)
@@ -158,10 +158,10 @@ def chat_text(
     variables: dict[str, Any],
     whose: str = "student",
 ) -> str:
-    """Write the conversation up to where the answer begins, by a tokenizer's chat template.
+    """Format the conversation, up to where the answer begins, with a tokenizer's chat template.
 
-    `whose` is for error texts. Raises `UserError` when the template fails, does not know a
-    variable, or leaves the system message or one of the user's out.
+    `whose` is for error texts. Raises `UserError` if the template fails, does not know a variable,
+    or omits the system message or a user message.
     """
     the_template = f"the chat template of the {whose}'s tokenizer"
     template = str(tokenizer.chat_template)
@@ -169,8 +169,8 @@ def chat_text(
         name for name in variables if not re.search(rf"\b{re.escape(name)}\b", template)
     ]:
         raise UserError(
-            f"{the_template} knows no {unknown[0]!r}; leave it out of chat_template_kwargs, or "
-            "correct its name."
+            f"{the_template} does not know {unknown[0]!r}; leave it out of chat_template_kwargs, "
+            "or correct its name."
         )
     try:
         text = str(
@@ -188,27 +188,27 @@ def chat_text(
         ) from None
     if messages[0]["role"] == "system" and messages[0]["content"].strip() not in text:
         raise UserError(
-            f"{the_template} leaves the system message out; put its text into the prompts instead."
+            f"{the_template} omits the system message; put its text into the prompts instead."
         )
     for message in messages:
         content = message["content"].strip()
         if message["role"] == "user" and content not in text:
             raise UserError(
-                f"{the_template} leaves the user's message {content[:60]!r} out, or changes it, so "
-                "that its question is not in the prompt; fix the template, or set "
+                f"{the_template} omits or changes the user's message {content[:60]!r}, so its "
+                "question is not in the prompt; fix the template, or set "
                 "rollout.prompt_format = 'plain'."
             )
     return text
 
 
 def without_clock(tokenizer: Any) -> str:
-    """Return a tokenizer's chat template with `TEMPLATE_DATE` where it asks for the present one."""
+    """Return a tokenizer's chat template with `TEMPLATE_DATE` instead of the current date."""
     template = str(tokenizer.get_chat_template())
     return _CLOCK.sub(lambda call: repr(TEMPLATE_DATE.strftime(call[2])), template)
 
 
 def dates_in_template(tokenizer: Any) -> list[str]:
-    """Return what a tokenizer's chat template is told of the date."""
+    """Return the dates that a tokenizer's chat template is given."""
     calls = _CLOCK.finditer(str(tokenizer.get_chat_template()))
     return [TEMPLATE_DATE.strftime(call[2]) for call in calls]
 
@@ -216,8 +216,8 @@ def dates_in_template(tokenizer: Any) -> list[str]:
 def check_prompt_length(
     num_tokens: int, what: str, rollout: RolloutConfig, context_tokens: int | None
 ) -> None:
-    """Raise `UserError` when a prompt leaves no room for its completion, or is longer than the
-    config allows."""
+    """Raise `UserError` if a prompt leaves no room for its completion, or is longer than the config
+    allows."""
     limits = []
     if rollout.max_prompt_tokens is not None:
         limits.append((rollout.max_prompt_tokens, "rollout.max_prompt_tokens"))
@@ -234,7 +234,7 @@ def check_prompt_length(
 
 
 def in_place_of_question(problem: Problem, text: str) -> Prompt:
-    """The prompt of a problem with another text for the user's last message."""
+    """Return the prompt of a problem with the user's last message replaced by `text`."""
     return (*problem.messages[:-1], (problem.messages[-1][0], text)) if problem.messages else text
 
 
@@ -246,14 +246,14 @@ def reasoning_prompt(
     context_tokens: int | None,
     vision: Vision | None,
 ) -> Sequence[int]:
-    """Tokenize the prompt of an objective that asks for the reasoning alone; its picture stays.
+    """Tokenize an objective's prompt for the reasoning only; the picture stays in it.
 
-    Raises `UserError` when it leaves no room for a completion.
+    Raises `UserError` if it leaves no room for a completion.
     """
     template: str = getattr(config.objective, "reasoning_template", "{prompt}")
     shown = in_place_of_question(problem, fill_template(template, {"prompt": problem.question}))
     ids = prompt_token_ids(tokenizer, shown, config.rollout, problem.images, vision)
-    # The student's own prompts alone are bounded by `max_prompt_tokens`.
+    # `max_prompt_tokens` limits only the student's own prompts.
     unbounded = config.rollout.model_copy(update={"max_prompt_tokens": None})
     what = f"{what} in objective.reasoning_template"
     check_prompt_length(len(ids), what, unbounded, context_tokens)
@@ -271,10 +271,10 @@ def longest_prompt(
     ood_task: Task | None = None,
     vision: Vision | None = None,
 ) -> int:
-    """Count the tokens of the longest prompt: of all that a finite task will give, of the first few
-    of an endless one.
+    """Return the number of tokens of the longest prompt, among all prompts of a finite task or the
+    first few of an endless one.
 
-    Raises `UserError` when one leaves no room for its completion.
+    Raises `UserError` if one leaves no room for its completion.
     """
     rollout = config.rollout
     evaluation = config.evaluation

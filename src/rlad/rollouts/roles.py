@@ -1,5 +1,5 @@
-"""Which tokens of a completion say what is seen, and which think: between the tags `<perception>`
-and `<reasoning>`."""
+"""Find the tokens of a completion's perception and reasoning, inside the tags `<perception>` and
+`<reasoning>`."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -7,25 +7,26 @@ from dataclasses import dataclass
 
 NO_ROLE = 0
 ROLES = {"perception": 1, "reasoning": 2}
-"""number of each role"""
+"""The number of each role."""
 _PARTS = {name: re.compile(rf"<{name}>(.*?)</{name}>", re.DOTALL) for name in ROLES}
 
 
 @dataclass(frozen=True, slots=True)
 class RoleSpans:
-    """Where the tokens of each role are in a completion: from the first to after the last one."""
+    """The token span of each role in a completion: from the first token to after the last."""
 
     perception: range
     reasoning: range
     reasoning_opens: int
-    """the token with which the tag `<reasoning>` begins"""
+    """index of the token at which the tag `<reasoning>` begins"""
 
 
 def role_spans(token_ids: Sequence[int], decode: Callable[[list[int]], str]) -> RoleSpans | None:
-    """Find the roles in a completion; None where it has not each part once, in this order.
+    """Find the roles in a completion; None unless it has each part once, in this order.
 
-    A token that holds a part of a tag is the tag's. `decode` gives the text of token ids, tags
-    included; but for a character at its end that is not whole, it may only grow with more tokens.
+    A token that contains a part of a tag belongs to the tag. `decode` returns the text of token
+    ids, with tags. With more tokens the text may only grow, except for an incomplete last
+    character.
     """
     ids = list(token_ids)
     text = decode(ids)
@@ -38,11 +39,11 @@ def role_spans(token_ids: Sequence[int], decode: Callable[[list[int]], str]) -> 
         return None
 
     def first_at(character: int) -> int:
-        """The first token that begins at a character of the text or after it."""
+        """Return the first token that begins at or after a character of the text."""
         low, high = 0, len(ids)
         while low < high:
             middle = (low + high) // 2
-            # A character whose bytes are not all there yet is not one, or is several.
+            # A character whose bytes are incomplete decodes to none, or to several.
             if len(decode(ids[:middle]).rstrip("\ufffd")) >= character:
                 high = middle
             else:
@@ -50,7 +51,7 @@ def role_spans(token_ids: Sequence[int], decode: Callable[[list[int]], str]) -> 
         return low
 
     def holding(character: int) -> int:
-        """The token that holds a character of the text."""
+        """Return the token that contains a character of the text."""
         return first_at(character + 1) - 1
 
     spans = [

@@ -1,4 +1,4 @@
-"""Which sampler writes the completions of a run: `rollout.engine`."""
+"""Choose and start the sampler of a run: `rollout.engine`."""
 
 import importlib.util
 from collections.abc import Callable
@@ -30,18 +30,17 @@ def make_sampler(
     rollout: RolloutConfig,
     before_work: Callable[[], None] = lambda: None,
 ) -> Sampler:
-    """Start the sampler that a run asks for; `auto` takes vLLM where nothing speaks against it.
+    """Start the sampler that a run asks for; `auto` uses vLLM if there is no obstacle.
 
-    The model may be a teacher's, which writes the completions of `sft`. `before_work` is called
-    while a server is waited for; it may raise. Raises `UserError` for vLLM where something speaks
-    against it.
+    The model may be a teacher, which writes the completions of `sft`. `before_work` is called while
+    waiting for a server; it may raise. Raises `UserError` for vLLM if there is an obstacle.
     """
     if rollout.engine == "native":
         return OwnSampler(student, rollout)
     has_servers = bool(rollout.vllm.urls)
     obstacle = _obstacle_to_servers(student) if has_servers else obstacle_to_vllm(student)
     if rollout.temperature < LOWEST_TEMPERATURE:
-        obstacle = f"vLLM samples at no temperature below {LOWEST_TEMPERATURE}"
+        obstacle = f"vLLM cannot sample at a temperature below {LOWEST_TEMPERATURE}"
     if obstacle is None and has_servers:
         return VLLMServerSampler(student, rollout, before_work)
     if obstacle is None:
@@ -49,19 +48,19 @@ def make_sampler(
     if rollout.engine == "auto":
         return OwnSampler(student, rollout, because=obstacle)
     raise UserError(
-        f"rollout.engine = 'vllm', but {obstacle}; set it to 'native', or to 'auto', which takes "
-        "vLLM where it can."
+        f"rollout.engine = 'vllm', but {obstacle}; set it to 'native', or to 'auto', which uses "
+        "vLLM only if it can."
     )
 
 
 def beside_another(rollout: RolloutConfig) -> RolloutConfig:
-    """Return the settings of one of two samplers: in one process vLLM lets a single one sleep."""
+    """Return the settings of one of two samplers: only one vLLM of a process can sleep."""
     awake = rollout.vllm.model_copy(update={"sleep": "never"})
     return rollout.model_copy(update={"vllm": awake})
 
 
 def of_teacher(rollout: RolloutConfig) -> RolloutConfig:
-    """Return the settings with which a teacher writes: servers hold the student alone."""
+    """Return the settings for sampling from a teacher: servers have only the student."""
     if not rollout.vllm.urls:
         return rollout
     here = {"engine": "native", "vllm": rollout.vllm.model_copy(update={"urls": ()})}
@@ -81,11 +80,11 @@ def obstacle_to_vllm(student: LanguageModel) -> str | None:
     model = student.model
     architecture = type(model).__name__
     if not vllm.__version__.startswith(f"{TESTED_VLLM}."):
-        return f"vLLM {vllm.__version__} is installed, and {TESTED_VLLM} is the tested version"
+        return f"vLLM {vllm.__version__} is installed, but {TESTED_VLLM} is the tested version"
     if device_type != model.device.type:
-        return f"this vLLM is for {device_type}, the student on {model.device}"
+        return f"this vLLM is for {device_type}, but the student is on {model.device}"
     if model.device.index:
-        return f"vLLM would take the first GPU, and the student is on {model.device}"
+        return f"vLLM would use the first GPU, but the student is on {model.device}"
     if architecture not in vllm.ModelRegistry.get_supported_archs():
         return f"vLLM does not know {architecture}"
     if obstacle := obstacle_to_hand_over(student) or _obstacle_to_features(student):
@@ -99,7 +98,7 @@ def _obstacle_to_features(student: LanguageModel) -> str | None:
         return None
     kind = student.model.config.model_type
     if kind not in TESTED:
-        return f"vLLM is not known to take the features that a tower of {kind!r} computes"
+        return f"vLLM is not known to accept the features that a tower of {kind!r} computes"
     architecture = type(student.model).__name__
     try:
         vllm_model(architecture)
@@ -110,28 +109,27 @@ def _obstacle_to_features(student: LanguageModel) -> str | None:
 
 def _obstacle_to_servers(student: LanguageModel) -> str | None:
     if student.vision is not None and not student.vision.keeps_features:
-        return "its vision tower is trained, and servers are given the language part alone"
+        return "its vision tower is trained, but servers get only the language part"
     return obstacle_to_hand_over(student)
 
 
 def obstacle_to_hand_over(student: LanguageModel) -> str | None:
-    """Return what keeps a student's weights from being those of a model in vLLM; None if nothing
-    does."""
+    """Return why a student's weights cannot be handed over to a model in vLLM; None if they can."""
     model = student.model
     if getattr(model.config, "quantization_config", None) is not None:
         return "its weights are quantised"
     if adapts_tied_embeddings(model):
         return "its adapter changes one of two tied embeddings, which vLLM keeps as one"
     if has_adapter(model) and student.compute_dtype != torch.float32:
-        return "B A of its adapter would be rounded away when it is added to weights in bfloat16"
+        return "B A of its adapter would be lost to rounding when added to weights in bfloat16"
     if _has_other_names(model):
         return "its experts, convolutions or buffers have other names in vLLM"
     return None
 
 
 def _has_other_names(model: PreTrainedModel) -> bool:
-    """Whether a model holds more than matrices and vectors, which alone are handed over by the
-    names of its files."""
+    """Return whether a model has more than matrices and vectors. Only those can be handed over by
+    the names in its files."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     handed_over = parameters.values()
     if sees(model.config):
@@ -149,4 +147,4 @@ def _obstacle_on_cpu(model: Any) -> str | None:
     sizes = attention.CPUAttentionBackend.get_supported_head_sizes()
     if size in sizes:
         return None
-    return f"vLLM's attention on the CPU takes heads of {sizes}, and the student's have {size}"
+    return f"vLLM's attention on the CPU takes heads of {sizes}, but the student's have {size}"

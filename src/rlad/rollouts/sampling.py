@@ -1,9 +1,9 @@
 """Completions from the student.
 
-Randomness is explicit: row `i` of a call uses the uniform numbers `uniforms[i]`, one per token,
-through the inverse distribution function. So the tokens do not depend (but for rounding) on the
-batch a row is in, on dropped neighbours, or on which of the two decoders runs; and a run
-resumes exactly by giving the same seed.
+Randomness is explicit: row `i` of a call uses the uniform numbers `uniforms[i]`, one per token, in
+the inverse distribution function. So, except for rounding, the tokens do not depend on the batch
+that a row is in, on dropped neighbours, or on the decoder. With the same seed a run resumes
+exactly.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ from rlad.rollouts.types import Completion, Rows, Sampler
 
 
 class OwnSampler(Sampler):
-    """Samples from a model itself."""
+    """The sampler that uses the trainer's model itself."""
 
     name = "native"
     is_trainers_own = True
@@ -33,17 +33,14 @@ class OwnSampler(Sampler):
     def __init__(
         self, language_model: LanguageModel, rollout: RolloutConfig, *, because: str | None = None
     ):
-        """Raises `UserError` where CUDA graphs are asked for and not possible."""
+        """Make the sampler. Raises `UserError` if CUDA graphs are requested but not possible."""
         self._model = language_model
         self._max_batch_rows = rollout.max_batch_rows
         self.description = "our own decoder" + (f": {because}" if because else "")
         self._make_steps = PlainSteps
         if rollout.cuda_graphs:
             if obstacle := obstacle_to_graphs(language_model.model):
-                raise UserError(
-                    f"rollout.cuda_graphs = true, but {obstacle}; set it to false, which decodes "
-                    "without."
-                )
+                raise UserError(f"rollout.cuda_graphs = true, but {obstacle}; set it to false.")
             self.description += ", CUDA graphs"
             self._make_steps = GraphSteps
 
@@ -72,16 +69,16 @@ def sample(
     kept: KeptCache | None = None,
     make_steps: Callable[..., PlainSteps] = PlainSteps,
 ) -> list[list[Completion]]:
-    """`group_size` completions of each prompt (token ids), in the order of the prompts.
+    """Sample `group_size` completions of each prompt (token ids), in the order of the prompts.
 
     A completion ends with the model's first end token (kept as its last token) or at
     `max_completion_tokens`. At most `max_batch_rows` rows are decoded at once. `before_token` is
-    called before every decoding step and may raise. `after_group` is given a prompt's number and
-    its completions when the last of them has ended, while others are still decoded. `rows` says of
-    prompts that continue episodes, each a group of one, whose random numbers they use; `kept` holds
-    what the turns before have computed of them, and is given what this one computes. Log-probs
-    are those of the sampled tokens after division by the temperature, float32. Raises `UserError`
-    for a prompt without tokens and for a model whose logits are not finite.
+    called before every decoding step and may raise. `after_group` is called with a prompt's index
+    and its completions once all of them have ended, while others are still decoded. For prompts
+    that continue episodes, each a group of one, `rows` selects their random numbers, and `kept`
+    has the keys and values of earlier turns, to which those of this turn are added. Log-probs are
+    those of the sampled tokens at the temperature, float32. Raises `UserError` for a prompt without
+    tokens and for a model whose logits are not finite.
     """
     if not all(prompts):
         raise UserError(
@@ -91,15 +88,14 @@ def sample(
     limits = rows.max_tokens if rows else [max_completion_tokens] * len(prompts)
     lengths = [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]
     language_model.require_one_rope(max(lengths, default=0))
-    # All uniform numbers are drawn before anything is decoded, so a row's do not depend on the
-    # batch that it is decoded in.
+    # All uniform numbers are drawn before decoding, so a row's numbers do not depend on its batch.
     device = language_model.model.device
     prompt_of_row = [p for p in range(len(prompts)) for _ in range(group_size)]
     num_rows = rows.num_all if rows else len(prompt_of_row)
     uniforms = _uniforms(num_rows, max_completion_tokens, seed, rows).to(device)
     most = torch.tensor([limit for limit in limits for _ in range(group_size)], device=device)
     write = decode if cache_rows_can_be_dropped(language_model.model) else generate
-    # What is kept of all rows may be as large as the cache of one batch, and no larger.
+    # What is kept of all rows may be at most as large as the cache of one batch.
     fits = num_rows <= max_batch_rows
     if not fits or make_steps is not PlainSteps or not _cache_can_be_kept(language_model):
         kept = None
@@ -135,13 +131,13 @@ def sample(
 
 
 def _uniforms(num_rows: int, max_tokens: int, seed: int, rows: Rows | None) -> Tensor:
-    """Draw the uniform numbers [row, token] of all rows, and return those of this call's."""
+    """Draw the uniform numbers [row, token] of all rows, and return those of this call's rows."""
     drawn = torch.rand(num_rows, max_tokens, generator=torch.Generator().manual_seed(seed))
     return drawn if rows is None else drawn[list(rows.numbers)]
 
 
 class _Groups:
-    """Collects the completions that have ended, and gives a group away with the last of them."""
+    """The completions that have ended. A group is passed on once its last completion has ended."""
 
     def __init__(
         self,
@@ -150,7 +146,7 @@ class _Groups:
         group_size: int,
         after_group: Callable[[int, list[Completion]], None],
     ):
-        """`max_tokens` are those of each row."""
+        """Start without completions; `max_tokens` is the limit of each row."""
         self._model = language_model
         self._size = group_size
         self._after_group = after_group
@@ -163,7 +159,8 @@ class _Groups:
         return [[group[i] for i in range(self._size)] for group in self._ended]
 
     def add(self, start: int, rows: Sequence[int], tokens: Tensor, logprobs: Tensor) -> None:
-        """`tokens`, `logprobs` [row, token] of rows that are numbered from `start` on."""
+        """Add `tokens` and `logprobs` [row, token] of ended rows, whose indices count from
+        `start`."""
         if not torch.isfinite(logprobs).all():
             raise UserError(
                 f"the logits of {self._model.name!r} are not finite: its weights are broken or its "
@@ -176,8 +173,7 @@ class _Groups:
             most = self._max_tokens[start + row]
             group[place] = _completion(ids[:most], values[:most], eos)
             if len(group) == self._size:
-                # What others do with a group is no part of decoding: tensors that they make may be
-                # trained on.
+                # The callback is not part of decoding: tensors that it makes may be trained on.
                 with (
                     torch.inference_mode(False),
                     torch.autocast(self._model.model.device.type, enabled=False),
@@ -186,7 +182,8 @@ class _Groups:
 
 
 def _cache_can_be_kept(language_model: LanguageModel) -> bool:
-    """Whether all layers hold plain keys and values, of all tokens, and none is of a picture."""
+    """Return whether all layers have plain keys and values of all tokens, and the model reads only
+    text."""
     model = language_model.model
     if language_model.vision is not None or not cache_rows_can_be_dropped(model):
         return False

@@ -1,4 +1,4 @@
-"""Skills by another model, behind an OpenAI-compatible `/v1/chat/completions`."""
+"""Skills written by another model, on a server with an OpenAI-compatible `/v1/chat/completions`."""
 
 import threading
 from collections.abc import Callable
@@ -19,10 +19,10 @@ _PATH = "/chat/completions"
 
 
 class EndpointWriter:
-    """Has a model on a server write a skill about a group."""
+    """The writer of skills that asks a model on a server about a group."""
 
     def __init__(self, settings: SkillEndpointConfig, before_work: Callable[[], None]):
-        """`before_work` is called while the server is waited for; it may raise."""
+        """Connect. `before_work` is called while waiting for the server; it may raise."""
         self._settings = settings
         self._before_work = before_work
 
@@ -38,7 +38,7 @@ class EndpointWriter:
         return fields_or_rules(written, group)
 
     def require_answer(self) -> None:
-        """Ask for one token. Raises `UserError` where none comes."""
+        """Ask for one token. Raises `UserError` if none comes."""
         try:
             with closing(self._client()) as client:
                 for url in self._settings.urls:
@@ -60,7 +60,7 @@ class EndpointWriter:
         }
 
     def _ask(self, body: dict[str, Any]) -> str:
-        """Wait for the server's words; meanwhile the run may be stopped."""
+        """Wait for the server's answer; the run may be stopped while waiting."""
         given_up = threading.Event()
         with closing(self._client()) as client, ThreadPool(1) as pool:
             asked = {"given_up": given_up, "read": _text_of}
@@ -87,7 +87,7 @@ class EndpointWriter:
 
 
 def _text_of(url: str, answer: dict[str, Any]) -> str:
-    """Return what the model said, which may be nothing."""
+    """Return the model's text, which may be empty."""
     match answer:
         case {"choices": [{"message": {"content": str() | None as text}}, *_]}:
             return text or ""

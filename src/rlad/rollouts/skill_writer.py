@@ -1,5 +1,5 @@
-"""Skills in the words of a model, the student or its teacher: it is shown two episodes of a group,
-and writes the three fields. What it writes without them is replaced by the summary by rules."""
+"""Skills written by the student or its teacher. The model is shown two episodes of a group and
+writes the three fields. A text without the fields is replaced by the summary by rules."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ _FEWEST_CHARACTERS = 100
 
 
 class SkillWriter:
-    """Has a model in this process write a skill about a group, greedily."""
+    """The writer of skills that samples greedily from a model in this process."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class SkillWriter:
         return fields_or_rules(text, group)
 
     def _prompt(self, group: RolloutGroup) -> Sequence[int] | None:
-        """The prompt, with as much of the attempts as fits; None where that is hardly anything."""
+        """Make the prompt, with as much of the attempts as fits; None if hardly anything fits."""
         limits = (self._model.context_tokens, self._sampler.max_tokens)
         context = min((one for one in limits if one is not None), default=None)
         most = max(map(len, (one.text for one in _shown(group))), default=0)
@@ -76,20 +76,21 @@ class SkillWriter:
 
 
 def writing_request(group: RolloutGroup, max_characters: int) -> str:
-    """What a model is asked for that shall write a skill, with so much of each attempt at most."""
-    # Attempts have seen the pictures, and have none of their own.
+    """Make the request to write a skill, with at most `max_characters` of each attempt."""
+    # Attempts were written with the pictures, but have none of their own.
     attempts = map(without_markers, _attempts(group, max_characters))
     return "\n\n".join([_REQUEST, group.problem.question, *attempts])
 
 
 def fields_or_rules(text: str, group: RolloutGroup) -> Fields:
-    """Read the fields that a model wrote about a group; without any, summarise it by rules."""
+    """Read the fields that a model wrote about a group; if there are none, summarise it by
+    rules."""
     fields = read_fields(outside_thoughts(text))
     return fields if any(fields.values()) else summarise_by_rules(group)
 
 
 def _shown(group: RolloutGroup) -> list[Rollout]:
-    """The shortest success and the worst failure."""
+    """Return the shortest success and the worst failure."""
     successes = [one for one in group.rollouts if one.verdict == Verdict.CORRECT]
     failures = [one for one in group.rollouts if one.verdict == Verdict.WRONG]
     return [
@@ -110,10 +111,10 @@ def _attempts(group: RolloutGroup, max_characters: int) -> list[str]:
 
 
 def read_fields(text: str) -> Fields:
-    """Find the three fields in a text; those that are not there are empty."""
+    """Find the three fields in a text; missing fields are empty."""
     titles = "|".join(map(re.escape, TITLES.values()))
     parts = re.split(rf"[*#\s]*({titles})[*\s]*:[*\s]*", text, flags=re.IGNORECASE)
-    # Before the first title is nothing that belongs to a field; then titles and texts in turn.
+    # The text before the first title belongs to no field; then titles and texts alternate.
     found = {
         title.casefold(): body.strip() for title, body in zip(parts[1::2], parts[2::2], strict=True)
     }

@@ -1,5 +1,4 @@
-"""The bank of skills: what was learnt from earlier episodes, in three fields, for a teacher to be
-shown.
+"""The bank of skills: what was learnt from earlier episodes, in three fields, to show to a teacher.
 
 choice = an untried skill first, else argmax of mean reward + c sqrt(ln N / n)
 
@@ -24,7 +23,7 @@ TITLES = dict(zip(_FIELDS, ("What worked", "What went wrong", "Ideal workflow"),
 
 @dataclass(slots=True)
 class Skill:
-    """A skill of one bank, and how it has done."""
+    """A skill of one bank, with its rewards so far."""
 
     bank: str
     number: int
@@ -46,13 +45,13 @@ class Skill:
 
 
 Fields = dict[str, str]
-"""the three of a skill, by name"""
+"""The three fields of a skill, by name."""
 Summarise = Callable[[RolloutGroup], Fields]
 
 
 class SkillBank:
-    """All skills of a run. `draft` gives a copy that a rollout batch changes; the run takes it over
-    when that batch is whole."""
+    """All skills of a run. A rollout batch changes a copy made by `draft`; the run adopts the copy
+    once the batch is complete."""
 
     def __init__(self, settings: SkillConfig):
         self.settings = settings
@@ -66,7 +65,7 @@ class SkillBank:
         return names[self.settings.per]
 
     def choose(self, problem: Problem) -> Skill | None:
-        """Choose a skill for a problem, and count it; None where its bank is empty."""
+        """Choose a skill for a problem, and count the choice; None if its bank is empty."""
         bank = self.bank_of(problem)
         candidates = [skill for skill in self.skills if skill.bank == bank]
         if not candidates:
@@ -79,7 +78,7 @@ class SkillBank:
             width = math.sqrt(math.log(total) / skill.num_chosen)
             return skill.mean_reward + self.settings.exploration * width
 
-        chosen = max(candidates, key=upper_bound)  # of equals the oldest
+        chosen = max(candidates, key=upper_bound)  # ties go to the oldest
         chosen.num_chosen += 1
         return chosen
 
@@ -89,8 +88,8 @@ class SkillBank:
         chosen: Sequence[Skill | None],
         summarise: Summarise,
     ) -> list[Skill]:
-        """Reward the skills that were chosen for the groups, and write a new one for each bank,
-        from the group that shows most: one with successes and failures, if there is one."""
+        """Reward the skills that were chosen for the groups. Write a new one for each bank from the
+        most informative group: one with successes and failures, if there is one."""
         for group, skill in zip(groups, chosen, strict=True):
             rewards = [one.reward for one in group.rollouts if math.isfinite(one.reward)]
             if skill is not None and rewards:
@@ -126,7 +125,7 @@ class SkillBank:
         return [asdict(skill) for skill in self.skills]
 
     def load(self, rows: Sequence[dict[str, Any]]) -> None:
-        """The reverse of `to_json`."""
+        """Load what `to_json` returned."""
         self.skills = [Skill(**row) for row in rows]
 
     def metrics(self) -> Metrics:
@@ -138,8 +137,8 @@ class SkillBank:
 
 
 def record(chosen: Sequence[Skill | None], new: Sequence[Skill]) -> dict[str, Any]:
-    """What `skills.jsonl` holds of a rollout batch: the skills that were chosen for its groups, as
-    they stand after it, and the new ones."""
+    """Return the row of `skills.jsonl` for a rollout batch: the skills chosen for its groups, in
+    their state after the batch, and the new ones."""
     once = {skill.number: skill for skill in chosen if skill is not None}
     shown = ("bank", "number", "num_chosen", "mean_reward")
     return {
@@ -149,7 +148,7 @@ def record(chosen: Sequence[Skill | None], new: Sequence[Skill]) -> dict[str, An
 
 
 def _shows(group: RolloutGroup) -> int:
-    """How much a group shows: successes and failures, successes, or failures alone."""
+    """Rank how informative a group is: successes and failures, only successes, or only failures."""
     is_correct = [rollout.verdict == Verdict.CORRECT for rollout in group.rollouts]
     return 2 * any(is_correct) + (not all(is_correct))
 

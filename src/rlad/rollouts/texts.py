@@ -1,4 +1,4 @@
-"""What a completion's tokens say, as verifiers read it."""
+"""The text of a completion's tokens, as verifiers read it."""
 
 import re
 from collections.abc import Sequence
@@ -28,10 +28,10 @@ def special_tags(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
 def completion_texts(
     tokenizer: PreTrainedTokenizerBase, completions: Sequence[Completion]
 ) -> list[str]:
-    """Decode completions without special tokens, but for those that are tags."""
+    """Decode completions without special tokens, except for those that are tags."""
     tokens = [list(completion.token_ids) for completion in completions]
-    # Verifiers read <answer>, and a format reward asks for <think>, which some tokenizers hold to
-    # be special.
+    # Verifiers read <answer>, and a format reward checks <think>, which are special tokens of some
+    # tokenizers.
     if not special_tags(tokenizer):
         return tokenizer.batch_decode(tokens, skip_special_tokens=True)
     silent = silent_tokens(tokenizer)
@@ -40,20 +40,20 @@ def completion_texts(
 
 
 def silent_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return the special tokens that are left out of a text: all but tags."""
+    """Return the special tokens that are left out of a text: all except tags."""
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return (special | set(tokenizer.all_special_ids)) - special_tags(tokenizer).keys()
 
 
 def written_thought(prompt: str) -> str:
     """Find the `<think>`, or the empty thought, that a chat template has written at the end of a
-    prompt: it is the beginning of what the student says."""
+    prompt. It is the beginning of the student's text."""
     found = _WRITTEN_THOUGHT.search(prompt[-100:])
     return found[0] if found else ""
 
 
 def begun_completion(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> str:
-    """Find what the end of a prompt has written of its completion."""
+    """Return the part of the completion that the end of its prompt already contains."""
     return written_thought(str(tokenizer.decode(list(prompt[-64:]), skip_special_tokens=False)))
 
 
@@ -64,7 +64,7 @@ def conversation_text(turns: Sequence[Turn]) -> str:
 
 
 def text_without_thoughts(rollout: Rollout) -> str:
-    """Return what a rollout says besides its thoughts. Of an episode turn by turn: a chat template
-    may have begun the thought of each."""
+    """Return a rollout's text without its thoughts. Thoughts of an episode are removed turn by
+    turn, since a chat template may have begun the thought of each."""
     turns = [replace(turn, text=outside_thoughts(turn.text)) for turn in rollout.turns]
     return conversation_text(turns) if turns else outside_thoughts(rollout.text)

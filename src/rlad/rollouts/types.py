@@ -1,4 +1,4 @@
-"""Completions, rollouts and groups: what the sampler returns, the verifier grades and the run
+"""Completions, rollouts and groups, which the sampler returns, the verifier grades and the run
 directory stores."""
 
 import math
@@ -12,7 +12,7 @@ from rlad.models.pictures import with_pictures
 from rlad.tasks import Problem
 
 Ending = Literal["done", "turns", "tokens", "context", "failed"]
-"""of an episode: by the environment, or by a limit, or by an environment that failed"""
+"""How an episode ended: by the environment, at a limit, or because the environment failed."""
 _OF_EPISODES = ("actions", "ending")
 
 
@@ -20,9 +20,9 @@ _OF_EPISODES = ("actions", "ending")
 class Completion:
     """Sampled tokens (the end token included) and their log-probs under the sampler.
 
-    `logprobs` are float32 values after division by the sampling temperature. `is_truncated` says
-    that the token limit was reached before an end token. That of an episode is all that comes after
-    its prompt, the environment's texts too.
+    `logprobs` are float32 values at the sampling temperature. `is_truncated` means that the token
+    limit was reached before an end token. The completion of an episode is everything after its
+    prompt, including the environment's texts.
     """
 
     token_ids: tuple[int, ...]
@@ -30,9 +30,9 @@ class Completion:
     """0 where the environment wrote"""
     is_truncated: bool
     actions: tuple[bool, ...] | None = None
-    """which tokens the model wrote; None: all of them"""
+    """True for tokens that the model wrote; None: all of them"""
     ending: Ending | None = None
-    """how an episode ended; None for a single answer"""
+    """how an episode ended; None for a single turn"""
 
     @property
     def num_actions(self) -> int:
@@ -57,7 +57,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A turn of an episode: what the model said, and what the environment made of it."""
+    """A turn of an episode: the model's text, and the environment's response."""
 
     text: str
     reply: str
@@ -66,7 +66,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A problem and its prompt in tokens; messages call it by its name."""
+    """A problem and its prompt in tokens, with its name for messages."""
 
     problem: Problem
     name: str
@@ -75,17 +75,17 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Of a call that continues episodes: which of all of them its rows are, and how far each may
-    go."""
+    """The rows of a call that continues episodes: their indices among all episodes, and the most
+    tokens of each."""
 
     num_all: int
     numbers: Sequence[int]
-    """of all episodes; each has random numbers of its own"""
+    """indices among all episodes; each episode has its own random numbers"""
     max_tokens: Sequence[int]
 
 
 class Sampler(ABC):
-    """Writes completions of prompts under one model, whose weights may move.
+    """A sampler of completions from one model, whose weights may change.
 
     Our own decoder is `rlad.rollouts.sampling`, vLLM in this process `rlad.rollouts.vllm_sampler`,
     on servers `rlad.rollouts.vllm_server`.
@@ -119,11 +119,11 @@ class Sampler(ABC):
 
     @property
     def max_tokens(self) -> int | None:
-        """The most tokens of a prompt with its completion, where it has a limit of its own."""
+        """The most tokens of a prompt with its completion, if the sampler has its own limit."""
         return None
 
     def weights_changed(self) -> None:
-        """Remember that the model has moved: what is sampled next needs its new weights."""
+        """Note that the model was updated: the next samples need its new weights."""
         return
 
     def update_weights(self) -> None:
@@ -140,21 +140,21 @@ class Sampler(ABC):
         seed: int,
         before_token: Callable[[], None] = lambda: None,
     ) -> None:
-        """Begin to write, under the weights of now, what the next `sample` with the same arguments
-        returns. A sampler in this process cannot."""
+        """Start sampling, with the current weights, what the next `sample` with the same arguments
+        returns. Samplers in this process do not support it."""
         return
 
     def has_begun(self, prompts: Sequence[Sequence[int]], seed: int) -> bool:
-        """Whether completions of these prompts have been begun."""
+        """Return whether sampling completions of these prompts has begun."""
         return False
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """Keep what it computes with between several calls of `sample`."""
+        """Keep its weights and cache ready between several calls of `sample`."""
         yield
 
     def close(self) -> None:
-        """Release what it holds."""
+        """Release its resources."""
         return
 
 
@@ -162,9 +162,9 @@ class Sampler(ABC):
 class Rollout:
     """A completion with its text and its grade. `verdict` is `correct`, `wrong` or `cannot_judge`.
 
-    `reward` is NaN when the verifier could not judge; such a rollout is left out of the group and
-    trains nothing. `reason` is why it could not; it is not stored. `feedback` is what the verifier
-    says of a wrong completion, if anything.
+    `reward` is NaN if the verifier could not judge; such a rollout is left out of the group and is
+    not trained on. `reason` says why it could not; it is not stored. `feedback` is the verifier's
+    comment on a wrong completion, if any.
     """
 
     completion: Completion
@@ -174,26 +174,26 @@ class Rollout:
     reason: str = field(default="", compare=False)
     feedback: str = ""
     turns: tuple[Turn, ...] = ()
-    """of an episode"""
+    """turns of an episode"""
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutGroup:
-    """All rollouts of one problem. `problem_index` is its number in the split that it is from."""
+    """All rollouts of one problem. `problem_index` is the problem's index in its split."""
 
     problem_index: int
     problem: Problem
     prompt_token_ids: tuple[int, ...]
     rollouts: tuple[Rollout, ...]
     skill: str = ""
-    """what a teacher is shown of earlier episodes, if anything"""
+    """the skill from earlier episodes that a teacher is shown, if any"""
 
     @property
     def prompt(self) -> str:
         return self.problem.prompt
 
     def to_json(self) -> dict[str, Any]:
-        """What is stored of a group; of the problem its index and its prompt."""
+        """Return what is stored of a group; of the problem, only its index and prompt."""
         rollouts = [
             {
                 "completion": rollout.completion.to_json(),

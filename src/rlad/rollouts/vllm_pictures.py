@@ -1,7 +1,7 @@
-"""Pictures for vLLM in this process, and tokens that no vLLM draws.
+"""Pictures for vLLM in this process, and tokens that no vLLM may draw.
 
-It is given the prompt's own tokens and, for each placeholder, the feature that the student's own
-tower computes: the student's processor is the only one, and neither tower nor pictures are copied.
+vLLM gets the prompt's tokens and, for each placeholder, the feature that the student's own vision
+tower computes. So only the student's processor is used, and neither tower nor pictures are copied.
 """
 
 import hashlib
@@ -18,15 +18,15 @@ from rlad.models.pictures import PicturedPrompt
 from rlad.models.vision import Sight, Vision
 
 TESTED = ("llava", "idefics3", "smolvlm", "qwen2_vl", "qwen3_vl")
-"""`model_type` of those whose features vLLM takes in the form of `_items`"""
+"""The `model_type` of models whose features vLLM takes in the form of `_items`."""
 _BIAS = 100.0
-"""by which the logit of a placeholder is lowered, after division by the temperature: no float32
-draws it, and what its probability was can still be read"""
+"""Added to the logit of a placeholder, after division by the temperature. It is never drawn in
+float32, and its original probability can still be computed."""
 
 
 def engine_settings(config: Any) -> dict[str, Any]:
     """Return the settings of a vLLM that takes features of pictures, for a model's config."""
-    # With a limit of 0 it leaves out the tower, which is not used, but with it what enters the
+    # With a limit of 0 vLLM would leave out the unused tower, but also the features that enter
     # deeper layers.
     is_deep = bool(getattr(config.vision_config, "deepstack_visual_indexes", None))
     return {
@@ -38,13 +38,13 @@ def engine_settings(config: Any) -> dict[str, Any]:
 
 
 def vllm_model(architecture: str) -> Any:
-    """Return vLLM's class of a model. Raises `ImportError` where it wants a package."""
+    """Return vLLM's class of a model. Raises `ImportError` if it needs a missing package."""
     vllm: Any = import_module("vllm")
     return vllm.ModelRegistry.models[architecture].load_model_cls()
 
 
 def leave_out_processor(architecture: str) -> None:
-    """Have vLLM start a model without its processor, which would be a second one."""
+    """Make vLLM start a model without its processor, which would be a second one."""
     base: Any = import_module("vllm.multimodal.processing").BaseProcessingInfo
 
     class Info(base):
@@ -58,7 +58,7 @@ def leave_out_processor(architecture: str) -> None:
 
     model = vllm_model(architecture)
     if "_processor_factory" in vars(model):
-        del model._processor_factory  # else vLLM warns
+        del model._processor_factory  # otherwise vLLM warns
     registry: Any = import_module("vllm.multimodal").MULTIMODAL_REGISTRY
     register = registry.register_processor(
         lambda info, _: SimpleNamespace(info=info), info=Info, dummy_inputs=lambda _: None
@@ -75,8 +75,8 @@ def engine_prompt(prompt: PicturedPrompt, sight: Sight, vision: Vision) -> dict[
     sizes = [len(feature) for feature in sight.features]
     if len(places) != sum(sizes):
         raise UserError(
-            f"a prompt has {len(places)} placeholders of pictures, and {vision.name!r} computes "
-            f"{sum(sizes)} features of them; take another model, or rollout.engine = 'native'."
+            f"a prompt has {len(places)} placeholders of pictures, but {vision.name!r} computes "
+            f"{sum(sizes)} features for them; use another model, or rollout.engine = 'native'."
         )
     own = [places[sum(sizes[:number]) :][:size] for number, size in enumerate(sizes)]
     ranges = []
@@ -88,7 +88,7 @@ def engine_prompt(prompt: PicturedPrompt, sight: Sight, vision: Vision) -> dict[
                 offset=those[0], length=len(mask), is_embed=None if is_all else mask
             )
         )
-    # What a picture is worth may depend on the others of its prompt.
+    # The features of a picture may depend on the other pictures of its prompt.
     digest = hashlib.sha256("".join(one.digest for one in prompt.pictures).encode()).hexdigest()
     return {
         "type": "multimodal",
@@ -116,11 +116,11 @@ def _items(sight: Sight, inputs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def never_drawn(ids: Sequence[int], temperature: float) -> dict[str, Any]:
-    """Return the sampling parameters that keep some tokens out of the draw."""
+    """Return the sampling parameters with which some tokens are never drawn."""
     if not ids:
         return {}
     bias = -_BIAS * (temperature or 1.0)
-    # One more, as a server counts the sampled token among those that it names.
+    # One more, since a server counts the sampled token among the requested ones.
     named = [*ids, ids[0]]
     return {
         "logit_bias": dict.fromkeys(ids, bias),
@@ -130,6 +130,6 @@ def never_drawn(ids: Sequence[int], temperature: float) -> dict[str, Any]:
 
 
 def log_normaliser(entry: Mapping[int, Any], ids: Sequence[int]) -> float:
-    """Return what to subtract from a log-prob without the tokens that are never drawn, so that it
-    is one of the whole vocabulary."""
+    """Return what to subtract from a log-prob that excludes the tokens that are never drawn, to get
+    the log-prob over the whole vocabulary."""
     return math.log1p(sum(math.exp(entry[one].logprob + _BIAS) for one in ids))

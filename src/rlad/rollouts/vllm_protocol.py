@@ -1,7 +1,7 @@
-"""What a vLLM server is asked as the sampler of a run, and how its answers are read.
+"""Requests to a vLLM server as the sampler of a run, and the reading of its answers.
 
-Its routes of token ids say of every token with which version of the weights it was written, so
-those of a server that was started again are never taken for the student's.
+Its routes for token ids report for every token the version of the weights that wrote it. So tokens
+of a restarted server are never mistaken for the student's.
 """
 
 import re
@@ -35,10 +35,10 @@ _MOST_FILE_BYTES = 2 * 2**30
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a server must be started with for a student."""
+    """The requirements of a student on a server."""
 
     num_tokens: int
-    """of a prompt with its completion"""
+    """most tokens of a prompt with its completion"""
     dtype: str
     vocabulary: int
     """rows of the embeddings"""
@@ -59,7 +59,7 @@ class Needs:
 
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """What a server says of itself."""
+    """What a server reports about itself."""
 
     version: str
     max_tokens: int
@@ -71,13 +71,15 @@ class ServerInfo:
 
     @property
     def takes_seeds(self) -> bool:
-        """Several seeded requests end the engine of vLLM on the CPU when it computes a prompt in
-        parts: a part would set back random numbers, which those of the CPU cannot do."""
+        """Whether requests may have seeds. When vLLM on the CPU computes a prompt in parts, several
+        seeded requests crash its engine: a part would rewind random numbers, which the CPU's
+        generator cannot do."""
         return not (self.on_cpu and self.splits_prompts)
 
 
 def ask_for_info(client: ReplicaClient, url: str) -> ServerInfo:
-    """Raise `UserError` for a server that is down, of another version, or takes no weights."""
+    """Ask a server about itself. Raises `UserError` if it is down, has another version, or takes no
+    weights."""
     start = f"start it by `{SERVE}`"
     try:
         version = str(client.ask(url, "/version").get("version"))[:40]
@@ -87,11 +89,11 @@ def ask_for_info(client: ReplicaClient, url: str) -> ServerInfo:
         ) from None
     except ServerRefusedError as error:
         raise UserError(
-            f"{error.said}, so it is no vLLM server; correct rollout.vllm.urls."
+            f"{error.said}, so it is not a vLLM server; correct rollout.vllm.urls."
         ) from None
     if not version.startswith(f"{TESTED_VLLM}."):
         raise UserError(
-            f"vLLM {version} runs at {url}, and {TESTED_VLLM} is the tested version; start it."
+            f"vLLM {version} runs at {url}, but {TESTED_VLLM} is the tested version; start it."
         )
     try:
         info = client.ask(url, "/server_info?config_format=json")["vllm_config"]
@@ -107,8 +109,8 @@ def ask_for_info(client: ReplicaClient, url: str) -> ServerInfo:
         )
     except ServerRefusedError:
         raise UserError(
-            f"the server at {url} takes no weights, as it was started without the environment "
-            f"variable VLLM_SERVER_DEV_MODE=1; {start}."
+            f"the server at {url} takes no weights, because it was started without the "
+            f"environment variable VLLM_SERVER_DEV_MODE=1; {start}."
         ) from None
     except (ServerUnavailableError, KeyError, TypeError, ValueError) as error:
         raise UserError(
@@ -117,17 +119,17 @@ def ask_for_info(client: ReplicaClient, url: str) -> ServerInfo:
 
 
 def require_usable(client: ReplicaClient, url: str, needs: Needs) -> ServerInfo:
-    """Ask a server whether it can write for a student. Raises `UserError` where not."""
+    """Check whether a server can sample for a student. Raises `UserError` if not."""
     info = ask_for_info(client, url)
     wrong = ""
     if info.max_tokens < needs.num_tokens:
         wrong = (
-            f"takes {info.max_tokens} tokens, and the limits of [rollout] need {needs.num_tokens}; "
+            f"takes {info.max_tokens} tokens, but the limits of [rollout] need {needs.num_tokens}; "
             f"start it with --max-model-len {needs.num_tokens}"
         )
     elif info.dtype != needs.dtype:
         wrong = (
-            f"computes in {info.dtype}, and the student in {needs.dtype}; start it with --dtype "
+            f"computes in {info.dtype}, but the student in {needs.dtype}; start it with --dtype "
             f"{needs.dtype}, or change student.dtype"
         )
     elif info.logprobs_mode != "processed_logprobs":
@@ -137,18 +139,18 @@ def require_usable(client: ReplicaClient, url: str, needs: Needs) -> ServerInfo:
         )
     elif info.on_cpu and needs.is_tied and not info.has_extension:
         wrong = (
-            "would leave the tied output layer of the student as it was, as vLLM does on the CPU; "
+            "would not update the tied output layer of the student (a fault of vLLM on the CPU); "
             f"start it with --worker-extension-cls {EXTENSION}"
         )
     elif (shapes := _embeddings(client, url)) and (needs.vocabulary, needs.width) not in shapes:
         wrong = (
-            f"has another model, with embeddings of {max(shapes)}, and the student's are "
+            f"has another model, with embeddings of {max(shapes)}, but the student's are "
             f"{(needs.vocabulary, needs.width)}; start it with student.model"
         )
     if wrong:
         raise UserError(f"the server at {url} {wrong}.")
     try:
-        # That route is closed unless it is asked for.
+        # This route is closed unless the server was started with an option.
         client.ask(url, GENERATE, {"token_ids": [0], "sampling_params": {"max_tokens": 1}})
     except ServerRefusedError as error:
         raise UserError(
@@ -159,8 +161,8 @@ def require_usable(client: ReplicaClient, url: str, needs: Needs) -> ServerInfo:
 
 
 def _embeddings(client: ReplicaClient, url: str) -> list[tuple[int, int]]:
-    """Return rows and columns of a server's embeddings, of tokens and of what else it embeds; empty
-    where it does not show them."""
+    """Return rows and columns of a server's embeddings, for tokens and anything else that it
+    embeds; empty if it does not report them."""
     try:
         results = client.ask(url, "/collective_rpc", {"method": "get_model_inspection"})["results"]
     except (ServerUnavailableError, ServerRefusedError, KeyError):
@@ -203,29 +205,29 @@ def load_weights(
     info: ServerInfo,
     sees: bool = False,
 ) -> None:
-    """Have a server load the weights in a folder, and call them by a version. `sees` says that it
-    may have read pictures."""
+    """Make a server load the weights in a folder, under the name `version`. `sees`: it may have
+    read pictures."""
     method = "load_student_weights" if info.has_extension else "reload_weights"
     loading = f"loading-{version}"
-    # Before anything changes: whoever else the server writes for sees that its weights are gone.
+    # First change the version: another user of the server then sees that its weights are gone.
     client.ask_once(url, "/update_weight_version", {"new_version": loading})
     kwargs = {"weights_path": str(folder)}
     client.ask_once(url, "/collective_rpc", {"method": method, "kwargs": kwargs})
     if sees:
-        # Its workers have forgotten what they saw; its scheduler would think that it is there.
+        # The workers have lost their picture features, but the scheduler assumes that they exist.
         client.ask_once(url, "/reset_encoder_cache", {}, may_be_empty=True)
-    # Keys and values of prompts that were computed with the old weights.
+    # Discard keys and values of prompts that were computed with the old weights.
     if not client.ask_once(url, "/reset_prefix_cache", {}).get("success"):
         raise ServerUnavailableError(f"{url} still completes prompts of somebody else")
     if client.ask_once(url, "/weight_info").get("weight_version") != loading:
-        raise ServerUnavailableError(f"{url} was given the weights of somebody else meanwhile")
+        raise ServerUnavailableError(f"{url} was given somebody else's weights in the meantime")
     client.ask_once(url, "/update_weight_version", {"new_version": version})
 
 
 # --- completions ----------------------------------------------------------------------------------
 
 
-# What of an answer is read; a wrong type makes it unusable.
+# The parts of an answer that are read; a wrong type makes it unusable.
 class _Likely(BaseModel):
     token_id: int
     logprob: float
@@ -262,8 +264,8 @@ def generation_request(
     *,
     never: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """Ask for completions of token ids, with the log-prob of each sampled token. Those in `never`
-    are kept out of the draw."""
+    """Make the request for completions of token ids, with the log-prob of each sampled token.
+    Tokens in `never` are not drawn."""
     sampling = limits | {
         "stop_token_ids": list(end_tokens),
         "ignore_eos": True,
@@ -279,10 +281,10 @@ def generation_request(
 def read_completions(
     answer: dict[str, Any], *, never: Sequence[int] = ()
 ) -> tuple[list[Completion], set[str]]:
-    """Return the completions of an answer in their order, and the versions of the weights that
-    wrote them. `never` is that of the request.
+    """Return the completions of an answer in order, and the versions of the weights that wrote
+    them. `never` is the request's.
 
-    Raises `ServerUnavailableError` for an answer that cannot be used.
+    Raises `ServerUnavailableError` for an unusable answer.
     """
     try:
         choices = sorted(_Generated.model_validate(answer).choices, key=lambda one: one.index)
@@ -291,7 +293,7 @@ def read_completions(
     completions = []
     versions = set()
     for choice in choices:
-        # A server that is being stopped breaks completions off.
+        # A server that is being stopped cuts completions off.
         if choice.finish_reason not in ("stop", "length"):
             raise ServerUnavailableError(f"a completion ended by {choice.finish_reason[:40]!r}")
         tokens = choice.logprobs.content

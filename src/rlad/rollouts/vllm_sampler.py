@@ -1,4 +1,4 @@
-"""Completions from vLLM in the process of the run. The only file that calls vLLM there."""
+"""Completions from vLLM in the process of the run. No other file calls vLLM there."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -27,8 +27,9 @@ _CPU_BLOCK_TOKENS = 128
 
 
 def prepare_environment() -> None:
-    """Set what vLLM reads when it is imported: its engine in this process, where the weights are,
-    and no usage statistics; and unless set, threads that the trainer may use too, and silence."""
+    """Set the environment variables that vLLM reads on import: its engine runs in this process,
+    where the weights are, and sends no usage statistics. Unless already set, also leave threads to
+    the trainer and turn off its output."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -36,10 +37,10 @@ def prepare_environment() -> None:
 
 
 class VLLMSampler(CopiedStudent):
-    """Samples from vLLM in this process, on the student's device."""
+    """The sampler that uses vLLM in this process, on the student's device."""
 
     def __init__(self, student: LanguageModel, rollout: RolloutConfig):
-        """Start vLLM. Raises `UserError` when it cannot start with this model and these limits."""
+        """Start vLLM. Raises `UserError` if it cannot start with this model and these limits."""
         super().__init__(student, rollout)
         self._on_gpu = student.model.device.type == "cuda"
         self._sleeps = {"auto": self._on_gpu, "always": True, "never": False}[rollout.vllm.sleep]
@@ -49,7 +50,7 @@ class VLLMSampler(CopiedStudent):
         self._max_tokens = _longest(rollout, student.context_tokens)
         if rollout.vllm.sleep == "always" and not self._on_gpu:
             raise UserError(
-                "rollout.vllm.sleep = 'always', but vLLM sleeps on a GPU alone; set it to 'auto'."
+                "rollout.vllm.sleep = 'always', but vLLM sleeps only on a GPU; set it to 'auto'."
             )
         with torch.random.fork_rng():  # which vLLM seeds
             self._llm: Any = self._start()
@@ -71,7 +72,7 @@ class VLLMSampler(CopiedStudent):
 
     def _go_to_sleep(self) -> None:
         if self._sleeps and not self._is_asleep:
-            # What is asleep on this level has lost its weights; they are handed over again.
+            # At this sleep level vLLM loses its weights; they are handed over again.
             self._llm.sleep(level=2)
             self._is_asleep = True
             self._is_stale = True
@@ -122,7 +123,7 @@ class VLLMSampler(CopiedStudent):
                 engine.add_request(name, self._engine_prompt(prompt), settings)
             while engine.has_unfinished_requests():
                 before_token()
-                # A request comes back when the last completion of its group has ended.
+                # A request is finished once the last completion of its group has ended.
                 for output in engine.step():
                     ordered = sorted(output.outputs, key=lambda one: one.index)
                     written = [_completion(one, self._student.never_written) for one in ordered]
@@ -131,7 +132,7 @@ class VLLMSampler(CopiedStudent):
             engine.abort_request(list(waiting))
 
     def _engine_prompt(self, prompt: Sequence[int]) -> dict[str, Any]:
-        """Return a prompt as the engine takes it, with the features of its pictures."""
+        """Return a prompt in the engine's form, with the features of its pictures."""
         vision = self._student.vision
         if vision is None or not isinstance(prompt, PicturedPrompt):
             return {"prompt_token_ids": list(prompt)}
@@ -157,7 +158,7 @@ class VLLMSampler(CopiedStudent):
         self._llm.collective_rpc(repack_tied_output_layer)
         self._llm.reset_prefix_cache()
         if sees:
-            # Features of a tower that has moved; and sleep forgets all.
+            # The features are stale if the tower was trained; and sleep discards all of them.
             self._llm.llm_engine.reset_encoder_cache()
 
     # --- start, memory ----------------------------------------------------------------------------
@@ -179,8 +180,8 @@ class VLLMSampler(CopiedStudent):
             memory = {
                 "kv_cache_memory_bytes": min(num_rows * blocks_per_row + 1, most) * block,
                 "enforce_eager": True,
-                # A part of a prompt would set back the random numbers of its completion, which
-                # those of the CPU cannot do.
+                # A part of a prompt would rewind the random numbers of its completion, which the
+                # CPU's generator cannot do.
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(4096, length),
             }
@@ -190,7 +191,7 @@ class VLLMSampler(CopiedStudent):
             memory |= pictures.engine_settings(model.config)
             pictures.leave_out_processor(type(model).__name__)
         with TemporaryDirectory() as folder:
-            # The weights follow with the first hand-over: of the files vLLM needs the config alone.
+            # The weights come with the first hand-over: of the files vLLM needs only the config.
             model.config.architectures = [type(model).__name__]
             model.config.save_pretrained(Path(folder))
             try:
@@ -215,7 +216,7 @@ class VLLMSampler(CopiedStudent):
 
     @property
     def _less_memory(self) -> str:
-        """What to do where vLLM does not get the memory that it wants."""
+        """Advice to the user if vLLM does not get enough memory."""
         settings = self._rollout.vllm
         rows = "rollout.max_batch_rows"
         if settings.max_num_seqs is not None:
@@ -236,8 +237,8 @@ class VLLMSampler(CopiedStudent):
 
 
 def _completion(output: Any, never: Sequence[int]) -> Completion:
-    """Convert one of vLLM's: the end token is its last one, and has a log-prob too. Log-probs are
-    those of the whole vocabulary, also of the tokens that are never drawn."""
+    """Convert a completion of vLLM. Its last token is the end token, with a log-prob. Log-probs are
+    over the whole vocabulary, including tokens that are never drawn."""
     ids = tuple(output.token_ids)
     logprobs = tuple(
         entry[token].logprob - pictures.log_normaliser(entry, never)
@@ -247,15 +248,15 @@ def _completion(output: Any, never: Sequence[int]) -> Completion:
 
 
 def _longest(rollout: RolloutConfig, context: int | None) -> int:
-    """Return the most tokens of a prompt with its completion. Raises `UserError` where the model
-    takes fewer."""
+    """Return the most tokens of a prompt with its completion. Raises `UserError` if the model takes
+    fewer."""
     wanted = rollout.vllm.max_model_len
     needed = (rollout.max_prompt_tokens or 1) + rollout.max_completion_tokens
     if wanted is not None and not needed <= wanted <= (context or wanted):
         raise UserError(
             f"rollout.vllm.max_model_len = {wanted}, but the limits of [rollout] need {needed} "
-            f"tokens, and the student's context has {context}; give a number between, or leave it "
-            "out."
+            f"tokens, and the student's context has {context}; give a number between these, or "
+            "leave it out."
         )
     if wanted is None and rollout.max_prompt_tokens is not None:
         wanted = needed

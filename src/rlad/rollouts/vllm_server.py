@@ -1,8 +1,8 @@
-"""Completions from vLLM servers: on another device or host, in a process of their own.
+"""Completions from vLLM servers, on another device or host.
 
-The student's weights go through a folder that this process writes and the servers read. Servers
-share the prompts and stand in for each other. Completions that have been begun are written while
-this process does something else.
+This process writes the student's weights to a folder, and the servers read them from it. Servers
+share the prompts and take over if one fails. Completions can be sampled ahead while this process
+does something else.
 """
 
 import math
@@ -45,8 +45,8 @@ MOST_ANSWER_BYTES = 2**30
 
 
 def probe_prompts(vocabulary: int) -> list[list[int]]:
-    """Return what the weights that a server holds at the start are compared on, before any prompt
-    is known."""
+    """Return the prompts on which a server's weights are compared at the start, before any prompt
+    of the run is known."""
     return [[token % vocabulary for token in prompt] for prompt in ([3, 4, 5, 6], [7, 8, 9])]
 
 
@@ -62,7 +62,7 @@ def make_client(rollout: RolloutConfig) -> ReplicaClient:
 
 
 class _Batch:
-    """Prompts that are being completed."""
+    """A batch of prompts that are being completed."""
 
     def __init__(self, prompts: Prompts, seed: int):
         self.prompts = [held(prompt) for prompt in prompts]
@@ -70,14 +70,14 @@ class _Batch:
         self.given_up = threading.Event()
         self.results: list[AsyncResult[list[Completion]]] = []
         self.finished: SimpleQueue[int] = SimpleQueue()
-        """numbers of prompts, as their completions come"""
+        """Indices of prompts, as their completions arrive."""
 
     def is_of(self, prompts: Prompts, seed: int) -> bool:
         return self.seed == seed and self.prompts == [held(prompt) for prompt in prompts]
 
 
 class VLLMServerSampler(CopiedStudent):
-    """Samples from copies of a student on vLLM servers."""
+    """The sampler that uses copies of a student on vLLM servers."""
 
     def __init__(
         self,
@@ -85,8 +85,8 @@ class VLLMServerSampler(CopiedStudent):
         rollout: RolloutConfig,
         before_work: Callable[[], None] = lambda: None,
     ):
-        """Find the servers good, and hand the student over. `before_work` is called while they are
-        waited for; it may raise. Raises `UserError` for a server that cannot write for it."""
+        """Check the servers, and hand the student over. `before_work` is called while waiting for
+        them; it may raise. Raises `UserError` for a server that cannot sample for the student."""
         super().__init__(student, rollout)
         settings = rollout.vllm
         self._before_work = before_work
@@ -101,7 +101,7 @@ class VLLMServerSampler(CopiedStudent):
         self._pool = ThreadPool(rollout.max_batch_rows)
         self._begun: _Batch | None = None
         self._loading = threading.Lock()
-        # Of another run with the same servers the versions are others.
+        # Another run with the same servers has other version names.
         self._run = uuid.uuid4().hex[:12]
         self._num_versions = 0
         self._weights = WeightsFolder(settings.weights_directory, self._run)
@@ -125,7 +125,7 @@ class VLLMServerSampler(CopiedStudent):
         if not difference <= self._tolerance:  # NaN too
             raise UserError(
                 f"with the student's weights the log-probs of {server} differ from the student's "
-                f"by {difference:.2g} nats on average, and rollout.vllm.tolerance is "
+                f"by {difference:.2g} nats on average, but rollout.vllm.tolerance is "
                 f"{self._tolerance:g}, so it computes another model; start the server with "
                 "student.model."
             )
@@ -186,7 +186,7 @@ class VLLMServerSampler(CopiedStudent):
             batch.given_up.set()
 
     def _submit(self, prompts: Prompts, limits: Limits, seed: int) -> _Batch:
-        """Ask for completions of all prompts; nothing is waited for."""
+        """Request completions of all prompts, without waiting."""
         batch = _Batch(prompts, seed)
         takes_seeds = all(info.takes_seeds for info in self._infos.values())
         for number, prompt in enumerate(batch.prompts):
@@ -219,7 +219,7 @@ class VLLMServerSampler(CopiedStudent):
         num_completions: int,
         given_up: threading.Event,
     ) -> list[Completion]:
-        """Have some server complete one prompt."""
+        """Complete one prompt on any server."""
         if given_up.is_set():
             raise ServerUnavailableError("given up")
         read = partial(self._read, prompt, num_completions)
@@ -228,7 +228,7 @@ class VLLMServerSampler(CopiedStudent):
     def _read(
         self, prompt: Sequence[int], num_completions: int, url: str, answer: dict[str, Any]
     ) -> list[Completion]:
-        """Return the completions of an answer, if they are the student's."""
+        """Return the completions of an answer, if the student's weights wrote them."""
         if isinstance(prompt, PicturedPrompt):
             require_same_ids(answer, prompt, url)
         completions, versions = read_completions(answer, never=self._student.never_written)
@@ -274,19 +274,20 @@ class VLLMServerSampler(CopiedStudent):
 
     @property
     def _version(self) -> str:
-        """The name of the weights that are to write."""
+        """The name of the weights that should sample."""
         return f"{self._run}-{self._num_versions}"
 
     def _settle(self) -> None:
-        """Wait until all that was begun is written, by the weights with which it was begun."""
+        """Wait until all completions that were begun are finished, with the weights of their
+        start."""
         for result in self._begun.results if self._begun else ():
             while not result.ready():
                 self._before_work()
                 result.wait(SECONDS_BETWEEN_LOOKS)
 
     def _load_everywhere(self) -> None:
-        """Have all servers load the weights. One that is down gets them when it writes again;
-        raises `ServerUnavailableError` where all are."""
+        """Make all servers load the weights. A server that is down gets them when it is back.
+        Raises `ServerUnavailableError` if all are down."""
         with ThreadPool(len(self._urls)) as pool:
             errors = pool.map(self._try_to_load, self._urls)
         reasons = [str(error) for error in errors if error is not None]
@@ -313,8 +314,8 @@ class VLLMServerSampler(CopiedStudent):
         )
 
     def _give_back(self, url: str) -> None:
-        """Hand the present weights to a server that was started again."""
-        with self._loading:  # several requests may find that out at once
+        """Hand the current weights to a server that was restarted."""
+        with self._loading:  # several requests may notice the restart at once
             if self._client.ask_once(url, "/weight_info").get("weight_version") != self._version:
                 self._infos[url] = require_usable(self._client, url, self._needs)
                 self._load(url)
@@ -326,7 +327,7 @@ class VLLMServerSampler(CopiedStudent):
         def complete(url: str, prompt: Sequence[int], body: dict[str, Any]) -> Completion:
             return self._read(prompt, 1, url, self._client.ask_once(url, GENERATE, body))[0]
 
-        # Here, as a tokenizer is for one thread.
+        # Done here, since a tokenizer must stay in one thread.
         bodies = [self._request(prompt, limits, None) for prompt in prompts]
         asked: dict[str, list[AsyncResult[Completion]]] = {}
         for url in self._urls:
@@ -351,7 +352,7 @@ class VLLMServerSampler(CopiedStudent):
         return written
 
     def _wait_for(self, result: AsyncResult[Result]) -> Result:
-        """Wait for a result; meanwhile the run may be stopped."""
+        """Wait for a result; the run may be stopped while waiting."""
         while True:
             self._before_work()
             try:
@@ -361,7 +362,7 @@ class VLLMServerSampler(CopiedStudent):
 
 
 def _next_finished(batch: _Batch, before_token: Callable[[], None]) -> int:
-    """Wait for the next prompt that is completed, or could not be."""
+    """Wait for the next prompt whose completions are finished or have failed."""
     while True:
         before_token()
         try:

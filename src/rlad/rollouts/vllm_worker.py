@@ -1,8 +1,8 @@
-"""What runs in vLLM's own process:
+"""An extension that runs in vLLM's own worker process:
 
 vllm serve ... --worker-extension-cls rlad.rollouts.vllm_worker.StudentWeights
 
-Needed on the CPU for models of tied embeddings. Imports nothing of a trainer.
+Needed on the CPU for models with tied embeddings. Imports nothing of the trainer.
 """
 
 from importlib import import_module
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class StudentWeights:
-    """More for a worker of vLLM: to load a student's weights whole."""
+    """An extension of vLLM's worker that loads all of a student's weights."""
 
     def load_student_weights(self, weights_path: str) -> None:
         """Load the weights in a folder."""
@@ -22,11 +22,11 @@ class StudentWeights:
 def repack_tied_output_layer(worker: Any) -> None:
     """Pack the output layer of tied embeddings again, on the CPU.
 
-    vLLM 0.32 keeps a packed copy of the matrix there, which `reload_weights` leaves as it was: the
-    old weights would go on sampling, without a word.
+    vLLM 0.32 keeps a packed copy of the matrix there, which `reload_weights` does not update. Old
+    weights would then silently be used for sampling.
     """
     model = worker.model_runner.model
-    # That of a model that sees is its own, or that of the language model within.
+    # A vision model has its own output layer, or that of its inner language model.
     language: Any = getattr(model, "language_model", None)
     head = getattr(model, "lm_head", None) or getattr(language, "lm_head", None)
     is_tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)

@@ -1,5 +1,5 @@
-"""The log-probs of some entries of the vocabulary at each token, and of all others as one (the
-tail): all that is kept of a teacher whose model is not in this process."""
+"""The log-probs of some entries of the vocabulary at each token, and of all others merged into one
+(the tail). A teacher outside this process gives no more than that."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,41 +15,41 @@ from rlad.scoring.top_k import column_logprobs, likeliest
 
 @dataclass(frozen=True, slots=True)
 class TokenColumns:
-    """K entries at each of N tokens; the log-probs of a token that has none are NaN."""
+    """Columns of K entries at each of N tokens. A token without columns has NaN log-probs."""
 
     ids: Tensor
     """int64 `[N, K]`"""
     logprobs: Tensor
-    """`[N, K + 1]`, of the entries and of the tail"""
+    """`[N, K + 1]`, for the entries and the tail"""
 
     @classmethod
     def missing(cls, num_tokens: int, top_k: int) -> "TokenColumns":
-        """Say that no token has any."""
+        """Make columns in which no token has any."""
         ids = torch.zeros(num_tokens, top_k, dtype=torch.int64)
         return cls(ids, torch.full((num_tokens, top_k + 1), torch.nan))
 
     @classmethod
     def without_tail(cls, ids: Tensor, logprobs: Tensor, *, vocabulary: int) -> "TokenColumns":
-        """Take log-probs `[N, K]` and compute the tail from what they leave of 1."""
+        """Make columns from log-probs `[N, K]`; the tail is what their probabilities leave of 1."""
         whole = with_tail(logprobs)
-        if ids.shape[1] == vocabulary:  # nothing is left, whatever the sum was rounded to
+        if ids.shape[1] == vocabulary:  # the tail is empty, whatever the sum was rounded to
             whole[:, -1] = torch.where(whole[:, -1].isnan(), torch.nan, -torch.inf)
         return cls(ids, whole)
 
     @classmethod
     def joined(cls, parts: Sequence["TokenColumns"]) -> "TokenColumns":
-        """Put the tokens of the parts one after the other."""
+        """Concatenate the tokens of the parts."""
         return cls(
             torch.cat([part.ids for part in parts]), torch.cat([part.logprobs for part in parts])
         )
 
     def split(self, lengths: Sequence[int]) -> list["TokenColumns"]:
-        """The reverse of `joined`, given how many tokens each part has."""
+        """Undo `joined`, given how many tokens each part has."""
         pairs = zip(self.ids.split(lengths), self.logprobs.split(lengths), strict=True)
         return [TokenColumns(*pair) for pair in pairs]
 
     def placed(self, places: Tensor, num_tokens: int) -> "TokenColumns":
-        """Move token i to `places[i]` of `num_tokens`; the others have none."""
+        """Move token i to `places[i]` of `num_tokens`; the others have no columns."""
         found = TokenColumns.missing(num_tokens, self.ids.shape[1])
         logprobs = found.logprobs.to(self.logprobs)
         ids = found.ids.to(self.ids)
@@ -61,7 +61,7 @@ class TokenColumns:
 def columns_of(
     distributions: TokenDistributions, top_k: int, ids: Tensor | None = None
 ) -> TokenColumns:
-    """Return the columns of the entries `ids` [N, K], by default of the `top_k` likeliest."""
+    """Return the columns of the entries `ids` [N, K], by default of the `top_k` most likely."""
     given = distributions
     rows, entries = tile_shape(given.device.type, given.num_tokens, given.vocabulary)
     tile = (max(1, rows // 3), entries)

@@ -1,4 +1,4 @@
-"""Next-token distributions as hidden states and an output layer, whose logits exist in tiles."""
+"""Next-token distributions as hidden states and an output layer. Logits exist only in tiles."""
 
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
@@ -8,8 +8,8 @@ from torch import Tensor
 
 
 class TokenDistributions(Protocol):
-    """The next-token distributions softmax(logits) of N tokens over a vocabulary; NaN where there
-    is none."""
+    """The next-token distributions softmax(logits) of N tokens over a vocabulary; NaN for tokens
+    without one."""
 
     @property
     def num_tokens(self) -> int: ...
@@ -19,15 +19,15 @@ class TokenDistributions(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the logits: float32, or float64."""
+        """The type of the logits: float32 or float64."""
         ...
 
     @property
     def device(self) -> torch.device: ...
 
     def logits(self, rows: slice = ..., entries: slice = ...) -> Tensor:
-        """Compute a tile of the logits, `[token, entry]`, without gradient, for the caller to
-        change."""
+        """Compute a tile of the logits, `[token, entry]`, without gradient. The caller may change
+        it in place."""
         ...
 
     def placed(self, places: Tensor, num_tokens: int) -> "TokenDistributions":
@@ -54,7 +54,7 @@ class Distributions(NamedTuple):
     soft_cap: float | None = None
     temperature: float = 1.0
     weight_grad: Tensor | None = None
-    """where given, the gradient of `weight` is added to it in place, and autograd is given none"""
+    """if given, the gradient of `weight` is added to it in place, and autograd gets none"""
 
     @property
     def num_tokens(self) -> int:
@@ -75,8 +75,8 @@ class Distributions(NamedTuple):
     @torch.no_grad()
     def logits(self, rows: slice = slice(None), entries: slice = slice(None)) -> Tensor:
         """Compute a tile of the logits, `[token, entry]`, float32 (float64 for float64 inputs)."""
-        # The product in the model's own type, all that follows in float32, in place: a tile is the
-        # largest tensor that there is.
+        # The product is in the model's own type, everything after it in float32 and in place: a
+        # tile is the largest tensor.
         hidden = self.hidden[rows]
         bias = None if self.bias is None else self.bias[entries].to(hidden.dtype)
         logits = torch.nn.functional.linear(hidden, self.weight[entries].to(hidden.dtype), bias)
@@ -95,7 +95,7 @@ class Distributions(NamedTuple):
         return self._replace(hidden=hidden)
 
     def slope_of_cap(self, logits: Tensor) -> Tensor | None:
-        """Return the derivative of `capped` where it gave these logits; None without a cap."""
+        """Return the derivative of `capped` at these logits; None without a cap."""
         if self.soft_cap is None:
             return None
         return (logits * (self.temperature / self.soft_cap)).square_().neg_().add_(1)
@@ -109,12 +109,12 @@ class OutputGradient:
     """The gradients of hidden states, weight and bias, added up tile by tile."""
 
     def __init__(self, of: Distributions, wanted: tuple[bool, bool, bool]):
-        """`wanted` says for which of the three autograd asks."""
+        """Start at zero; `wanted` tells which of the three gradients autograd needs."""
         dtype = float32_or_wider(of.hidden.dtype)
         wants_hidden, wants_weight, wants_bias = wanted
         self.of = of
         self.hidden = torch.zeros_like(of.hidden, dtype=dtype) if wants_hidden else None
-        # Adding to the sum that the caller keeps saves a matrix of the size of the weight.
+        # Adding to the caller's sum saves a matrix of the size of the weight.
         self.weight = of.weight_grad
         if wants_weight and self.weight is None:
             self.weight = torch.zeros_like(of.weight, dtype=dtype)
@@ -123,7 +123,7 @@ class OutputGradient:
             self.bias = torch.zeros_like(of.bias, dtype=dtype)
 
     def add(self, rows: slice, entries: slice, grad: Tensor) -> None:
-        """Add the part of a tile, given the gradient of its hidden @ weight.T + bias."""
+        """Add a tile's part, given the gradient of its hidden @ weight.T + bias."""
         if self.bias is not None:
             self.bias[entries] += grad.sum(dim=0)
         hidden = self.of.hidden[rows]
@@ -134,8 +134,8 @@ class OutputGradient:
             _add_product(self.weight[entries], grad.T, hidden)
 
     def for_autograd(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return the sums in the types of what they are gradients of; None where autograd gets
-        none."""
+        """Return the sums in the types of their inputs; None for gradients that autograd does not
+        get."""
         of = self.of
         weight = None if of.weight_grad is not None else self.weight
         return (
@@ -165,8 +165,8 @@ def logsumexp_of(distributions: TokenDistributions, tile: tuple[int, int]) -> Te
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, in the type of `total`."""
-    if total.dtype == left.dtype:  # without the product in memory
+    """Compute total += left @ right, in the type of `total`."""
+    if total.dtype == left.dtype:  # without a temporary for the product
         total.addmm_(left, right)
     else:
         total += left @ right

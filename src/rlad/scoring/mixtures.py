@@ -1,4 +1,4 @@
-"""Distributions made of others: mixtures of several models, and one of them for each token."""
+"""Combined distributions: mixtures of several models, and the choice of one model per token."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -11,7 +11,7 @@ from rlad.scoring.tiles import tile_shape
 
 
 class _Combined:
-    """Distributions of the same tokens over the same vocabulary, as one."""
+    """The base of combined distributions of the same tokens over the same vocabulary."""
 
     parts: Sequence[TokenDistributions]
 
@@ -34,7 +34,8 @@ class _Combined:
 
 @dataclass(frozen=True)
 class GeometricMixture(_Combined):
-    """π proportional to the product of π_i^w_i: the weighted sum of the logits is its logits."""
+    """The mixture π proportional to the product of π_i^w_i. Its logits are the weighted sum of
+    logits."""
 
     parts: Sequence[TokenDistributions]
     weights: Sequence[float]
@@ -52,16 +53,16 @@ class GeometricMixture(_Combined):
 
 @dataclass(frozen=True)
 class ArithmeticMixture(_Combined):
-    """π = sum_i w_i π_i, the weights of sum 1."""
+    """The mixture π = sum_i w_i π_i, with weights that sum to 1."""
 
     parts: Sequence[TokenDistributions]
     log_weights: Sequence[float]
     tile: tuple[int, int] | None = None
-    """within which the log-sum-exps of the parts are computed, once"""
+    """tile size for computing the parts' log-sum-exps, once"""
     _shifts: list[Tensor] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        # log w_i - the log-sum-exp of part i: what its logits need to be log w_i π_i.
+        # log w_i - the log-sum-exp of part i, which turns its logits into log w_i π_i.
         tile = self.tile or tile_shape(self.device.type, self.num_tokens, self.vocabulary)
         shifts = [
             log_weight - logsumexp_of(part, tile)
@@ -84,17 +85,17 @@ class ArithmeticMixture(_Combined):
 
 @dataclass(frozen=True)
 class OneForEachToken(_Combined):
-    """Each token has the distribution of one part; the others have none there."""
+    """The choice of one part's distribution for each token; the other parts have none there."""
 
     parts: Sequence[TokenDistributions]
     owners: Tensor
-    """[N], the number of each token's part"""
+    """[N], the index of each token's part"""
 
     @torch.no_grad()
     def logits(self, rows: slice = slice(None), entries: slice = slice(None)) -> Tensor:
         owners = self.owners[rows].to(self.device)
         total: Tensor | None = None
-        # A tile is mostly of one task's tokens, and then of one part alone.
+        # Most tiles have tokens of one task, and so of one part only.
         for number in owners.unique().tolist():
             logits = self.parts[number].logits(rows, entries)
             if total is None:

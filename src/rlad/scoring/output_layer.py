@@ -1,4 +1,4 @@
-"""The last layer of a causal language model: what makes logits of its hidden states."""
+"""The last layer of a causal language model, which maps hidden states to logits."""
 
 from dataclasses import dataclass
 from math import prod
@@ -37,18 +37,18 @@ class OutputLayer:
 
 @torch.no_grad()
 def output_layer(model: PreTrainedModel) -> OutputLayer | None:
-    """Find the output layer of a model; None where its logits are something else of the last hidden
+    """Find the output layer of a model; None if its logits are another function of the last hidden
     state.
 
-    Read from its config and its output embeddings, and compared with the model's own logits of a
-    probe of four tokens. Without such a layer the full logits are used: right, but with memory that
-    grows with tokens x vocabulary.
+    The layer is read from the config and the output embeddings, and compared with the model's own
+    logits of a probe of four tokens. Without such a layer the full logits are used: correct, but
+    with memory that grows with tokens x vocabulary.
     """
     head = model.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear):
         return None
-    # A model may do anything between hidden states and logits, so what its config states is only
-    # believed where it gives the model's own logits.
+    # A model may do anything between hidden states and logits, so the config's values are used only
+    # if they give the model's own logits.
     ids = torch.arange(4, device=model.device)[None]
     below = model.base_model(input_ids=ids, use_cache=False)
     hidden = getattr(below, "last_hidden_state", None)
@@ -60,7 +60,7 @@ def output_layer(model: PreTrainedModel) -> OutputLayer | None:
     if (scale, soft_cap) != (1, None):
         layer = OutputLayer(head, scale, soft_cap)
         ours = layer.distributions(hidden.flatten(0, -2)).logits().view_as(logits)
-        # The model scales and caps in its own type: a few roundings of that.
+        # The model scales and caps in its own type, so allow a few roundings.
         if torch.allclose(
             ours, logits.to(ours.dtype), rtol=8 * torch.finfo(logits.dtype).eps, atol=0
         ):

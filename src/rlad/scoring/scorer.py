@@ -1,9 +1,8 @@
-"""Log-probs of given completions under any causal language model: student, teacher and reference go
-through here.
+"""Log-probs of given completions with any causal language model: student, teacher and reference.
 
 Log-prob definition: completion token t given the prompt and the tokens before it, logits divided by
-the sampling temperature, float32. Sequences are padded on the right, which a causal model cannot
-see from the left, so no attention mask is needed.
+the sampling temperature, float32. Sequences are padded on the right. A causal model does not attend
+to later tokens, so no attention mask is needed.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,25 +22,25 @@ from rlad.scoring.tiles import tokens_per_chunk
 from rlad.scoring.token_logprobs import token_logprobs
 
 TokenIds = Sequence[int]
-# Nats a token by which one row may differ from the same row in a batch, in narrower types than
-# float32 and in float32.
+# Nats per token by which a row alone may differ from the same row in a batch, in types narrower
+# than float32 and in float32.
 NEIGHBOUR_LIMITS = (0.5, 1e-3)
 
 
 @dataclass(frozen=True, slots=True)
 class CompletionScores:
-    """Of a batch of completions, all `[batch, token]`, 0 where masked."""
+    """The scores of a batch of completions, all `[batch, token]`, 0 where masked."""
 
     logprobs: Tensor
     entropy: Tensor
-    """nats, without gradient; NaN where it was not asked for"""
+    """in nats, without gradient; NaN if not requested"""
     mask: Tensor
     divergence: Tensor | None = None
-    """of the whole distributions, where it was asked for"""
+    """divergence of the whole distributions, if requested"""
 
 
 class Scorer:
-    """Scores completions under one model at one temperature."""
+    """The scorer of completions with one model at one temperature."""
 
     def __init__(
         self,
@@ -51,8 +50,8 @@ class Scorer:
         tokens_per_batch: int,
         before_work: Callable[[], None] = lambda: None,
     ):
-        """`before_work` is called before every micro-batch that `score` computes; it may raise to
-        stop there."""
+        """Make a scorer. `before_work` is called before every micro-batch of `score`; it may raise
+        to stop."""
         self.before_work = before_work
         self._adds_in_place = False
         self.language_model = language_model
@@ -80,16 +79,15 @@ class Scorer:
         with_entropy: bool = True,
         divergence: Callable[[Distributions], Tensor] | None = None,
     ) -> CompletionScores:
-        """Score one micro-batch, with gradient to the model where that is enabled.
+        """Score one micro-batch, with gradient to the model if gradients are enabled.
 
-        `divergence` returns a number for each of the tokens' distributions. It needs an output
-        layer.
+        `divergence` returns a number for the distribution of each token. It needs an output layer.
         """
         inputs, predicts, mask = self._padded(prompts, completions)
         targets = inputs["input_ids"].roll(-1, dims=1)[predicts]
         scores = self._token_scores(inputs, predicts, targets, with_entropy, divergence)
-        # The masks `predicts` and `mask` both list tokens row by row, so the flat results go back
-        # in order.
+        # The masks `predicts` and `mask` both list tokens row by row, so flat results keep their
+        # order.
         empty = torch.zeros(mask.shape, dtype=scores[0].dtype, device=mask.device)
         logprobs, entropy, *rest = (empty.masked_scatter(mask, values) for values in scores)
         return CompletionScores(logprobs, entropy, mask, *rest)
@@ -98,8 +96,8 @@ class Scorer:
     def distributions(
         self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]
     ) -> Distributions:
-        """Return the distributions of all tokens, one completion after the other, without
-        gradient; no forward pass is of more than `tokens_per_batch`."""
+        """Return the distributions of all tokens, one completion after the other, without gradient.
+        No forward pass has more than `tokens_per_batch` tokens."""
         assert self.head is not None
         weight = self.head.linear.weight
         found = self.head.distributions(weight.new_empty(0, weight.shape[1]))
@@ -117,17 +115,17 @@ class Scorer:
     def _padded(
         self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]
     ) -> tuple[dict[str, Any], Tensor, Tensor]:
-        """Return what the model takes, token ids first, and the positions that predict a
-        completion's tokens, `[batch, prompt + completion]`, and the mask of the completions'
-        tokens, `[batch, token]`."""
+        """Return the model's inputs, token ids first; the positions that predict a completion's
+        tokens, `[batch, prompt + completion]`; and the mask of the completions' tokens, `[batch,
+        token]`."""
         if not all(prompts):
             raise UserError(
                 "a prompt has no tokens, so the first token of its completion has no log-prob; "
                 "give every prompt some text."
             )
         device = self.model.device
-        # Padded on the right with any token: a causal model does not see it from the left, and
-        # nothing is read there.
+        # Padded on the right with any token: a causal model does not attend to it, and nothing is
+        # read there.
         rows = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
         width = max(map(len, rows))
         self.language_model.require_one_rope(width)
@@ -142,7 +140,7 @@ class Scorer:
         return inputs, predicts, torch.arange(longest, device=device)[None] < lengths
 
     def _seen(self, ids: Tensor, prompts: Sequence[TokenIds]) -> dict[str, Any]:
-        """What the model takes of the prompts' pictures, if there are any."""
+        """Return the model's inputs for the prompts' pictures, if there are any."""
         with self.language_model.autocast():
             return seen(self.language_model, ids, prompts, [0] * len(prompts))
 
@@ -154,7 +152,7 @@ class Scorer:
         with_entropy: bool,
         divergence: Callable[[Distributions], Tensor] | None = None,
     ) -> tuple[Tensor, ...]:
-        """Return log-probs, entropies and, where asked for, divergences of the tokens `targets`."""
+        """Return log-probs, entropies and, if requested, divergences of the tokens `targets`."""
         if self.head is None:
             assert divergence is None
             return self._scores_of_all_logits(inputs, predicts, targets)
@@ -188,15 +186,15 @@ class Scorer:
 
     @contextmanager
     def gradient_in_place(self) -> Iterator[None]:
-        """Add gradients of embeddings and output layer to the sum in their `.grad` itself.
+        """Add gradients of embeddings and output layer directly to their `.grad`.
 
-        So no second matrix of that size exists: the backward pass of what is scored in here adds
-        to the rows of the tokens at hand and, tile by tile, to the output layer's. The `.grad` must
-        be there before (zeros for a start) and stay until the backward pass. Autograd is given
-        nothing of the output layer's: hooks, as of DDP, miss it.
+        So no second matrix of that size exists: the backward pass of what is scored in this context
+        adds to the embedding rows of the tokens and, tile by tile, to the output layer. The `.grad`
+        must exist before (zeros at the start) and until the backward pass. Autograd does not get
+        the output layer's gradient, so hooks such as DDP's do not see it.
         """
-        # The embeddings' gradient is sparse in here: autograd adds its rows to the dense sum. The
-        # output layer's is added tile by tile (`OutputGradient`).
+        # The embeddings' gradient is sparse here: autograd adds its rows to the dense sum. The
+        # output layer's gradient is added tile by tile (`OutputGradient`).
         embeddings: Any = self.model.get_input_embeddings()
         matrices = (
             [embeddings.weight]
@@ -204,7 +202,7 @@ class Scorer:
             else [embeddings.weight, self.head.linear.weight]
         )
         assert all(matrix.grad is not None for matrix in matrices if matrix.requires_grad)
-        # Elsewhere (MPS) PyTorch may lack the operations for gradients by rows.
+        # On other devices (MPS) PyTorch may lack the operations for sparse gradients.
         by_rows = isinstance(embeddings, torch.nn.Embedding) and self.model.device.type in (
             "cpu",
             "cuda",
@@ -256,7 +254,7 @@ class Scorer:
             scores = self(
                 [prompts[i] for i in rows], [completions[i] for i in rows], with_entropy=False
             )
-            # Batches are sorted by length; each result goes back to its own place.
+            # Batches are sorted by length; each result is put back at its own index.
             for i, values, mask in zip(rows, scores.logprobs.cpu(), scores.mask.cpu(), strict=True):
                 results[i] = values[mask]
         if self._compares_neighbours:
@@ -270,10 +268,10 @@ class Scorer:
         completions: Sequence[TokenIds],
         results: Sequence[Tensor],
     ) -> None:
-        """Score the shortest row once more, by itself, the first time that several were together.
+        """Score the shortest row once more, alone, the first time that a batch has several rows.
 
-        Raises `RunFailedError` where it gets other log-probs: of such a model they depend on the
-        batch, and nobody would see that of a teacher or a reference.
+        Raises `RunFailedError` if its log-probs differ: such a model's log-probs depend on the
+        batch, which nobody would notice for a teacher or a reference.
         """
         shared = [i for rows in batches if len(rows) > 1 for i in rows if completions[i]]
         if not shared:
@@ -285,16 +283,16 @@ class Scorer:
         limit = NEIGHBOUR_LIMITS[self.language_model.compute_dtype == torch.float32]
         if difference > limit:
             raise RunFailedError(
-                f"{self.language_model.name!r} gives a completion other log-probs beside others "
-                f"than alone (by {difference:.2g} nats a token, more than {limit:g} of rounding); "
-                "take another model, or set tokens_per_batch = 1, which scores each by itself."
+                f"{self.language_model.name!r} gives a completion other log-probs in a batch than "
+                f"alone (by {difference:.2g} nats per token, more than {limit:g} of rounding); use "
+                "another model, or set tokens_per_batch = 1, which scores each alone."
             )
 
 
 def batches_by_length(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
     """Sort indices by length, longest first, and cut them into batches with rows x longest <=
     tokens_per_batch (at least 1 row)."""
-    # The first index of a batch is its longest, so that one decides the padded width.
+    # The first row of a batch is its longest, so it decides the padded width.
     batches: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens_per_batch:

@@ -2,8 +2,8 @@
 
 from math import isqrt
 
-# A GPU reads the whole weight matrix for each chunk in less time than it takes to start the
-# kernels: larger chunks there.
+# On a GPU, reading the whole weight matrix for each chunk takes less time than starting the
+# kernels, so chunks are larger there.
 LOGITS_PER_CHUNK = {"cpu": 2**22, "cuda": 2**26}
 MIN_CHUNK_TOKENS = 16
 
@@ -22,10 +22,10 @@ LOGITS_PER_TILE = {"cpu": 2**19, "cuda": 2**26}
 def tile_shape(device_type: str, num_tokens: int, vocabulary: int) -> tuple[int, int]:
     """Return the tokens and the vocabulary entries of a tile of logits.
 
-    Near a square, which reads hidden states and weights least often; all tokens, or all of the
-    vocabulary, where there are few.
+    The tile is nearly square, which reads hidden states and weights least often. It covers all
+    tokens, or the whole vocabulary, if there are few.
     """
-    # Of all tiles of this size a square one has the shortest edges, and the edges are what is read:
+    # Of all tiles of this size a square has the shortest edges, and the edges are what is read:
     # rows of hidden states and rows of weights.
     logits = LOGITS_PER_TILE.get(device_type, LOGITS_PER_TILE["cuda"])
     entries = min(vocabulary, max(isqrt(logits), logits // max(num_tokens, 1)))

@@ -1,5 +1,5 @@
-"""Divergences of whole distributions from hidden states, in tiles: no `[token, vocabulary]` forward
-or backward."""
+"""Divergences of whole distributions from hidden states, in tiles: no `[token, vocabulary]` tensor
+in forward or backward."""
 
 from typing import Any
 
@@ -27,11 +27,11 @@ def token_divergence(
     """Compute the divergence of student and teacher at each token, `[N]`, float32 (float64 for
     float64 inputs).
 
-    Both are over the same vocabulary; the hidden sizes may differ. The gradient goes to the student
-    alone. Logits exist for one tile of each at a time, as in `token_logprobs`.
+    Both are over the same vocabulary; the hidden sizes may differ. Only the student gets a
+    gradient. Logits exist for one tile of each at a time, as in `token_logprobs`.
     """
     assert (student.num_tokens, student.vocabulary) == (teacher.num_tokens, teacher.vocabulary)
-    # About nine tensors of the size of a tile exist at once; of log-probs alone it is three.
+    # About nine tensors of the size of a tile exist at once; for log-probs only, it is three.
     tile = tile or smaller_tile(student)
     return _TokenDivergence.apply(*student, teacher, divergence, tile)
 
@@ -44,7 +44,7 @@ def smaller_tile(of: Distributions) -> tuple[int, int]:
 
 
 class _TokenDivergence(torch.autograd.Function):
-    """Keeps the log-sum-exps of each token and the sum of its slopes.
+    """A function that saves the log-sum-exps of each token and the sum of its slopes.
 
     The terms need both log-sum-exps, so forward goes over the tiles twice. Backward computes the
     slopes again: the gradient to a logit is slope - πS * sum of slopes.
@@ -54,7 +54,7 @@ class _TokenDivergence(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *given, teacher, divergence, tile = arguments
         student = Distributions(*given)
-        # First pass: the log-sum-exps, without which no part of the vocabulary has log-probs.
+        # First pass: the log-sum-exps, which all log-probs need.
         logsumexps = [logsumexp_of(each, tile) for each in (student, teacher)]
         total = torch.zeros_like(logsumexps[0])
         slope_sum = torch.zeros_like(logsumexps[0])
@@ -84,11 +84,12 @@ class _TokenDivergence(torch.autograd.Function):
             for entries in parts:
                 logprobs = _logprobs((student, ctx.teacher), logsumexps, rows, entries)
                 _, slopes = ctx.divergence(*logprobs)
-                # Moving one logit moves all log-probs of the token: hence the sum of the slopes.
+                # One logit changes all log-probs of the token, hence the sum of the slopes.
                 grad = (slopes - logprobs[0].exp() * slope_sum[rows, None]).mul_(upstream)
-                # A token that the loss leaves out has no gradient, be its divergence infinite.
+                # A token that the loss leaves out has no gradient, even if its divergence is
+                # infinite.
                 grad.masked_fill_(upstream == 0, 0)
-                # A cap saw the logits, which are the log-probs and the log-sum-exp again.
+                # The cap's slope needs the logits, which are log-probs plus log-sum-exp.
                 slope = student.slope_of_cap(logprobs[0] + student_logsumexp[rows, None])
                 gradient.add(rows, entries, grad if slope is None else grad.mul_(slope))
         return (*gradient.for_autograd(), *(None,) * 7)

@@ -1,5 +1,5 @@
-"""Log-probs of given tokens from hidden states, in tiles: no `[token, vocabulary]` forward or
-backward."""
+"""Log-probs of given tokens from hidden states, in tiles: no `[token, vocabulary]` tensor in
+forward or backward."""
 
 from typing import Any
 
@@ -20,11 +20,11 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Return the log-probs of given tokens, and the entropy of their distributions (no gradient).
 
-    `token_ids` [N]; one outside of the vocabulary has NaN. Returns two float32 tensors [N] (float64
-    for float64 inputs); without entropy, which costs half of the forward pass, the second is NaN.
-    Logits exist for one tile of `tile` = (tokens, vocabulary entries) at a time, forward and
-    backward, by default as many as `LOGITS_PER_TILE` allows: memory grows neither with N nor with
-    the vocabulary, but for the gradient of `weight`.
+    `token_ids` [N]; an id outside the vocabulary gives NaN. Returns two float32 tensors [N]
+    (float64 for float64 inputs). Without entropy, which costs half of the forward pass, the second
+    is NaN. In forward and backward, logits exist for one tile of `tile` = (tokens, vocabulary
+    entries) at a time, by default as many as `LOGITS_PER_TILE` allows. So memory grows neither with
+    N nor with the vocabulary, except for the gradient of `weight`.
     """
     weight = distributions.weight
     if tile is None:
@@ -33,7 +33,7 @@ def token_logprobs(
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Keeps the log-sum-exp of each token; backward recomputes the softmax tile by tile.
+    """A function that saves the log-sum-exp of each token. Backward recomputes the softmax by tile.
 
     Of tiles with log-sum-exps l_k and entropies H_k: l = logsumexp_k l_k, H = sum_k w_k (H_k - log
     w_k), w_k = exp(l_k - l). With x = hidden @ weight.T + bias and c = capped(scale x): d log p(y)
@@ -51,7 +51,7 @@ class _TokenLogprobs(torch.autograd.Function):
         )
         for rows, parts in distributions.tiles(tile):
             # From each part of the vocabulary: the logit of the wanted token, if it is there, and
-            # what the log-sum-exp and the entropy over all parts are made of.
+            # the part's log-sum-exp and entropy.
             of_tiles: list[Tensor] = []
             entropies: list[Tensor] = []
             for entries in parts:
@@ -62,7 +62,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 of_tiles.append(logits.logsumexp(dim=-1))
                 if with_entropy:
                     entropies.append(_entropy(logits, of_tiles[-1]))
-            # The parts together: each has the probability exp(share).
+            # Combine the parts: each has the probability exp(share).
             stacked = torch.stack(of_tiles)
             logsumexp[rows] = stacked.logsumexp(dim=0)
             logprobs[rows] -= logsumexp[rows]
@@ -84,14 +84,14 @@ class _TokenLogprobs(torch.autograd.Function):
         distributions = Distributions(*given, *ctx.readout)
         gradient = OutputGradient(distributions, ctx.needs_input_grad[:3])
         for rows, parts in distributions.tiles(ctx.tile):
-            # Scale and temperature are constant factors of the chain, so each token has them once.
+            # Scale and temperature are constant factors, so they are applied once per token.
             upstream = grads[0][rows, None] * (distributions.scale / distributions.temperature)
             for entries in parts:
                 logits = distributions.logits(rows, entries)
-                # Read off the logits before they are overwritten.
+                # Read from the logits before they are overwritten.
                 slope = distributions.slope_of_cap(logits)
                 is_here, places = _places(token_ids[rows], entries)
-                # (onehot - softmax) * upstream, in the place of the logits
+                # (onehot - softmax) * upstream, written over the logits
                 grad = logits.sub_(logsumexp[rows, None]).exp_().mul_(-upstream)
                 grad.scatter_add_(1, places[:, None], upstream * is_here[:, None])
                 gradient.add(rows, entries, grad if slope is None else grad.mul_(slope))
@@ -99,7 +99,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def _places(token_ids: Tensor, entries: slice) -> tuple[Tensor, Tensor]:
-    """Return which tokens are among these entries of the vocabulary, and their places there
+    """Return which tokens are among these entries of the vocabulary, and their indices there
     (arbitrary for the others), both `[token]`."""
     places = token_ids - entries.start
     last = entries.stop - entries.start - 1

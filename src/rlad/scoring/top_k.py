@@ -1,5 +1,5 @@
-"""The likeliest entries of each token and the rest as one outcome (the tail): their log-probs, and
-divergences over them, from hidden states in tiles."""
+"""Log-probs and divergences over the most likely entries of each token, with the rest merged into
+one outcome (the tail), from hidden states in tiles."""
 
 from typing import Any
 
@@ -19,12 +19,12 @@ from rlad.scoring.token_divergence import smaller_tile
 
 @torch.no_grad()
 def likeliest(distributions: TokenDistributions, top_k: int, *, tile: tuple[int, int]) -> Tensor:
-    """Return the ids of the `top_k` likeliest entries of each token, `[N, top_k]`."""
+    """Return the ids of the `top_k` most likely entries of each token, `[N, top_k]`."""
     found = []
     for rows, parts in tiles_of(distributions, tile):
         best: Tensor | None = None
         ids: Tensor | None = None
-        # The best of each part join the best so far.
+        # Merge the best of each part with the best so far.
         for entries in parts:
             logits = distributions.logits(rows, entries)
             values, places = logits.topk(min(top_k, logits.shape[1]), dim=1)
@@ -43,10 +43,11 @@ def likeliest(distributions: TokenDistributions, top_k: int, *, tile: tuple[int,
 def column_logprobs(
     distributions: TokenDistributions, ids: Tensor, *, tile: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Return the log-probs of the entries `ids` [N, K] of each token and of all others together
-    (the tail), `[N, K + 1]`, and the log-sum-exp of the logits, `[N]`.
+    """Return the log-probs of the entries `ids` [N, K] of each token and of all others merged (the
+    tail), `[N, K + 1]`, and the log-sum-exp of the logits, `[N]`.
 
-    The tail is summed from its own entries, not taken from 1: it is right however small it is.
+    The tail is summed from its own entries, not subtracted from 1, so it is accurate however small
+    it is.
     """
     columns = torch.full(
         (len(ids), ids.shape[1] + 1), -torch.inf, dtype=distributions.dtype, device=ids.device
@@ -74,11 +75,10 @@ def top_k_divergence(
     chosen_by: TokenDistributions,
     tile: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Compute the divergence at each token, `[N]`, of K + 1 outcomes: the `top_k` entries that are
-    likeliest under `chosen_by` (student or teacher), and all others.
+    """Compute the divergence at each token, `[N]`, over K + 1 outcomes: the `top_k` most likely
+    entries under `chosen_by` (student or teacher), and all others.
 
-    The gradient goes to the student alone. Where K is the whole vocabulary, it is
-    `token_divergence`.
+    Only the student gets a gradient. If K is the whole vocabulary, it equals `token_divergence`.
     """
     tile = tile or smaller_tile(student)
     ids = likeliest(chosen_by, top_k, tile=tile)
@@ -94,14 +94,14 @@ def column_divergence(
     *,
     tile: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Compute the divergence at each token, `[N]`, of the outcomes `ids` [N, K] and their tail,
+    """Compute the divergence at each token, `[N]`, over the outcomes `ids` [N, K] and their tail,
     given the teacher's log-probs of them, `[N, K + 1]`."""
     tile = tile or smaller_tile(student)
     return _ColumnDivergence.apply(*student, ids, teacher_columns, divergence, tile)
 
 
 class _ColumnDivergence(torch.autograd.Function):
-    """Keeps the slopes of the outcomes of each token and the log-sum-exp.
+    """A function that saves the slopes of each token's outcomes and the log-sum-exp.
 
     An outcome o of probability P_o has the gradient slope_o ∇log P_o. So an entry v of the ids gets
     slope_v, one of the tail slope_tail πS(v) / P_tail, and each of them -πS(v) * sum of slopes. In
@@ -117,7 +117,7 @@ class _ColumnDivergence(torch.autograd.Function):
         terms, slopes = divergence(columns, teacher_columns)
         tail = columns[:, -1]
         of_tail = slopes[:, -1] - tail.exp() * slopes.sum(dim=-1)
-        # The log-sum-exp of the tail's own logits; a tail of nothing has no entry that needs it.
+        # The log-sum-exp of the tail's own logits; an empty tail has no entry that needs it.
         of_others = torch.where(tail == -torch.inf, 0, tail) + logsumexp
         ctx.save_for_backward(*given[:3], ids, slopes, logsumexp, of_tail, of_others)
         ctx.readout = given[3:]
@@ -141,14 +141,15 @@ class _ColumnDivergence(torch.autograd.Function):
                 grad = logits.sub_(of_others[rows, None]).exp_().mul_(of_tail[rows, None])
                 grad[at, place] = slopes[rows][at, column] - here * slope_sum[rows][at]
                 grad = grad.mul_(upstream)
-                # A token that the loss leaves out has no gradient, be its divergence infinite.
+                # A token that the loss leaves out has no gradient, even if its divergence is
+                # infinite.
                 grad.masked_fill_(upstream == 0, 0)
                 gradient.add(rows, entries, grad if slope is None else grad.mul_(slope))
         return (*gradient.for_autograd(), *(None,) * 8)
 
 
 def _entries_here(ids: Tensor, entries: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """Return of all ids `[token, column]` in a part of the vocabulary the token, the column and the
-    place in the part."""
+    """Return token, column and index in the part for all ids `[token, column]` in a part of the
+    vocabulary."""
     at, column = ((ids >= entries.start) & (ids < entries.stop)).nonzero(as_tuple=True)
     return at, column, ids[at, column] - entries.start

@@ -1,4 +1,4 @@
-"""Training mode, which gradient checkpointing needs: some models compute in another way there."""
+"""Check training mode, which gradient checkpointing needs: some models compute differently then."""
 
 from torch import nn
 
@@ -8,10 +8,10 @@ from rlad.scoring.scorer import Scorer
 
 
 def require_same_gradients(student: LanguageModel) -> None:
-    """Raise `UserError` where weights that are trained have a gradient in evaluation mode alone.
+    """Raise `UserError` if trained weights have a gradient only in evaluation mode.
 
-    Gemma 3n reads the weights of some linear layers in training mode without calling the layers,
-    so that their adapters would never move.
+    In training mode, Gemma 3n reads the weights of some linear layers without calling the layers,
+    so their adapters would never be trained.
     """
     reached = _weights_with_gradient(student, in_training=False)
     missed = sorted(reached - _weights_with_gradient(student, in_training=True))

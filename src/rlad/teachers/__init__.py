@@ -1,4 +1,4 @@
-"""The table of teachers, and how one is checked and made."""
+"""The table of teachers, and the functions that check and make one."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,13 +11,13 @@ from rlad.teachers.base import Setting, Teacher
 
 
 def teacher_modules() -> dict[str, Any]:
-    """Type -> module with two functions.
+    """Return the module of each teacher type. Each module has two functions.
 
     `check_teacher(settings, setting) -> list[Finding]` reports what can be known before weights are
-    loaded. `make_teacher(settings, setting) -> Teacher` loads them; it is called when the check
+    loaded. `make_teacher(settings, setting) -> Teacher` loads them; it is called only if the check
     found no error.
     """
-    # Imported here, because those that hold other teachers import this file.
+    # Imported here, because teachers that contain other teachers import this file.
     from rlad.teachers import adapter, cached, ema, local, privileged, several
     from rlad.teachers.served import teacher as served
 
@@ -33,14 +33,14 @@ def teacher_modules() -> dict[str, Any]:
 
 
 def check_teacher(settings: Any, setting: Setting) -> list[Finding]:
-    """Whether a `[teacher]` section can score this student's tokens, as far as that shows before
-    weights are loaded."""
+    """Check whether a `[teacher]` section can score this student's tokens, as far as this can be
+    known before weights are loaded."""
     return teacher_modules()[settings.type].check_teacher(settings, setting)
 
 
 def make_teacher(settings: Any, setting: Setting) -> Teacher:
-    """The teacher of a `[teacher]` section. `UserError` when it cannot score this student's
-    tokens."""
+    """Make the teacher of a `[teacher]` section. Raises `UserError` if it cannot score this
+    student's tokens."""
     require_no_error(settings.title, check_teacher(settings, setting))
     return build_teacher(settings, setting)
 
@@ -56,25 +56,25 @@ def require_no_error(name: str, findings: Sequence[Finding]) -> None:
 
 
 def build_teacher(settings: Any, setting: Setting) -> Teacher:
-    """The teacher of a section in which `check_teacher` found no error, as a teacher inside another
-    one is made."""
+    """Make a teacher, possibly one inside another, without a check: `check_teacher` has found no
+    error before."""
     return teacher_modules()[settings.type].make_teacher(settings, setting)
 
 
 def setting_of(
     config: RunConfig, student: LanguageModel, before_work: Callable[[], None] = lambda: None
 ) -> Setting:
-    """What a teacher has to work with."""
+    """Make the `Setting` that a teacher works in."""
     return Setting(config, student.tokenizer, student.context_tokens, student, before_work)
 
 
 def prepare_teacher(
     config: RunConfig, student: LanguageModel, before_work: Callable[[], None] = lambda: None
 ) -> Teacher | None:
-    """The teacher of an objective of ours that needs one, or None. `UserError` when it cannot
-    score this student's tokens.
+    """Make the teacher if the objective needs one; otherwise return None. Raises `UserError` if it
+    cannot score this student's tokens.
 
-    `before_work` is called before each piece of its work; it may raise to stop the run there.
+    `before_work` is called before each piece of the teacher's work; it may raise to stop the run.
     """
     if not config.needs_teacher:
         return None

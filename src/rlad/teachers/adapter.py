@@ -1,7 +1,7 @@
-"""The student's base model as its teacher, with another LoRA adapter or with none: one set of base
-weights for both.
+"""The student's base model as its teacher, with another LoRA adapter or with none.
 
-While it scores, the student's adapter is off. The teacher's weights are never trainable.
+Both share the base weights. While the teacher scores, the student's adapter is off. The teacher's
+weights are never trainable.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ from rlad.teachers.local import ScoringTeacher
 
 
 class AdapterScorer(Scorer):
-    """Scores under a student's base model with the adapter `adapter`, or (None) with no adapter."""
+    """A scorer with a student's base model and the adapter `adapter` (None: no adapter)."""
 
     def __init__(self, student: LanguageModel, *, adapter: str | None, **scoring: Any):
         super().__init__(student, **scoring)
@@ -43,17 +43,17 @@ class AdapterScorer(Scorer):
     def distributions(
         self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]
     ) -> Distributions:
-        # An adapter never reaches the output layer, so the hidden states are all that it changes.
+        # An adapter never changes the output layer, only the hidden states.
         with only_adapter(self.model, self.adapter):
             return super().distributions(prompts, completions)
 
 
 class AdapterTeacher(ScoringTeacher):
-    """Scores with the student's own base weights and the adapter in `folder`; None: without
-    adapter."""
+    """A teacher with the student's own base weights and the adapter in `folder` (None: without
+    adapter)."""
 
     def __init__(self, student: LanguageModel, *, base: str, folder: str | None, **scoring: Any):
-        """`scoring` is what a `Scorer` takes beside the model."""
+        """Take in `scoring` the arguments of a `Scorer` besides the model."""
         self._student = student
         self._adapter = None if folder is None else add_frozen_adapter(student.model, folder)
         remove_dropout(student.model)
@@ -74,20 +74,20 @@ def check_teacher(settings: AdapterTeacherConfig, setting: Setting) -> list[Find
     problem = ""
     if setting.config.student.lora is None:
         problem = (
-            "it shares the student's base weights, which move unless the student is trained with "
-            f"[student.lora]; add that section, or take type = 'local' with model = {base!r}."
+            "it shares the student's base weights, which change unless the student is trained with "
+            f"[student.lora]; add that section, or use type = 'local' with model = {base!r}."
         )
     elif folder != "none" and not is_adapter(folder):
         problem = (
-            f"{folder!r} is no folder of an adapter; give one with adapter_config.json, as PEFT "
-            "writes it."
+            f"{folder!r} is not the folder of an adapter; give one with adapter_config.json, as "
+            "PEFT writes it."
         )
     if problem:
         return [Finding("error", "adapter", problem)]
     if folder == "none":
         return [Finding("ok", "adapter", f"none: the base model {base} itself")]
     try:
-        # Shapes are compared from files alone, before any weights are loaded.
+        # Shapes are read from the files, before any weights are loaded.
         require_shareable(folder, load_model_config(base))
     except UserError as error:
         return [Finding("error", "adapter", str(error))]
@@ -96,8 +96,8 @@ def check_teacher(settings: AdapterTeacherConfig, setting: Setting) -> list[Find
     if resolvable(named) != resolvable(base):
         message = (
             f"{folder} names {named!r} as its base model, the student's is {base!r}: its shapes "
-            "fit, but on other weights it is another teacher; continue only if the two are the "
-            "same model."
+            "fit, but with other base weights it is another teacher; continue only if the two are "
+            "the same model."
         )
         finding = Finding("warning", "adapter", message)
     if not has_tokenizer(folder):

@@ -1,4 +1,4 @@
-"""Ask the teacher twice, then stop: what every engine does about log-probs that are missing."""
+"""Ask the teacher a second time for missing log-probs, then stop the run. Used by all engines."""
 
 from collections.abc import Sequence
 
@@ -17,11 +17,10 @@ def complete_logprobs(
     step: int,
     answers: Sequence[Answer] | None = None,
 ) -> list[Tensor]:
-    """The log-probs of the completions, of which at most `max_missing_share` of the tokens are not
-    finite.
+    """Return the log-probs of the completions, with at most `max_missing_share` of them not finite.
 
-    `answers` are those of a teacher that was asked before. Raises `RunFailedError` when too many
-    are missing after asking again too.
+    `answers` are the answers to an earlier `submit`. Raises `RunFailedError` if too many log-probs
+    are missing even after a second request.
     """
     logprobs = ask_twice(teacher, requests, max_missing_share=max_missing_share, answers=answers)
     require_few_missing(
@@ -37,15 +36,15 @@ def ask_twice(
     max_missing_share: float,
     answers: Sequence[Answer] | None = None,
 ) -> list[Tensor]:
-    """The log-probs of the completions. Where too many are missing, those with a missing token are
-    asked for once more."""
+    """Return the log-probs of the completions. If too many are missing, completions with a missing
+    token are scored once more."""
     if answers is None:
         answers = teacher.submit(requests)
     logprobs = [answer.result() for answer in answers]
     num_missing, num_tokens = count_missing(logprobs, requests)
     if num_missing <= max_missing_share * num_tokens:
         return logprobs
-    # Tokens that the first answer has are kept, and the others are filled from the second one.
+    # Log-probs from the first answer are kept; only missing ones are filled from the second.
     again = [
         i
         for i, (values, request) in enumerate(zip(logprobs, requests, strict=True))
@@ -64,27 +63,28 @@ def require_few_missing(
     step: int,
     asked_again: bool = True,
 ) -> None:
-    """Raise `RunFailedError` when more than that share of the tokens has no finite log-prob."""
+    """Raise `RunFailedError` if more than this share of the tokens has no finite log-prob."""
     if num_missing <= max_missing_share * num_tokens:
         return
     again = ", also when asked again" if asked_again else ""
     raise RunFailedError(
         f"step {step}: the teacher gave no finite log-prob for {num_missing / num_tokens:.1%} of "
         f"the tokens{again}; max_missing_teacher_share allows "
-        f"{max_missing_share:.1%}. Check that it is the right model, answers in full, and does not "
-        "overflow (dtype = bfloat16 instead of float16), then resume the run."
+        f"{max_missing_share:.1%}. Check that it is the right model, that its answers are "
+        "complete, and that it does not overflow (dtype = bfloat16 instead of float16), then "
+        "resume the run."
     )
 
 
 def count_missing(
     logprobs: Sequence[Tensor], requests: Sequence[TeacherRequest]
 ) -> tuple[int, int]:
-    """Count the tokens of the student without a finite log-prob, and all of them."""
+    """Count the student's tokens without a finite log-prob, and all of the student's tokens."""
     asked = [of_actions(*pair) for pair in zip(logprobs, requests, strict=True)]
     num_missing = sum(int((~values.isfinite()).sum()) for values in asked)
     return num_missing, sum(map(len, asked))
 
 
 def of_actions(values: Tensor, request: TeacherRequest) -> Tensor:
-    """Select of values for each token those of the tokens that the model wrote."""
+    """Select the values of the tokens that the model wrote."""
     return values if request.actions is None else values[torch.tensor(request.actions)]

@@ -1,7 +1,7 @@
-"""Values on disk by key, in one SQLite file: atomic, for several processes, bounded in size.
+"""A key-value store in one SQLite file: atomic, shared by several processes, bounded in size.
 
-A failure of the disk costs stored values, never a run and never a number. An entry whose checksum
-does not fit counts as absent. Where nothing can be written any more, stored entries are still read.
+A disk failure may lose stored values, but never stops a run or changes a number. An entry with a
+wrong checksum counts as absent. If nothing can be written any more, stored entries are still read.
 """
 
 import fcntl
@@ -14,7 +14,7 @@ from pathlib import Path
 from rlad.errors import UserError
 
 FILE = "logprobs-v3.sqlite"
-"""The number is that of the format: a file of another format is left alone."""
+"""The number is the version of the format. Files of other versions are not touched."""
 
 _SCHEMA = """
     CREATE TABLE IF NOT EXISTS entries
@@ -26,9 +26,9 @@ _log = logging.getLogger(__name__)
 
 
 class CacheStore:
-    """Values by 32-byte keys. Use it in the thread that made it.
+    """A store of values by 32-byte keys. Use it only in the thread that made it.
 
-    A file of `max_bytes` takes no more. Raises `UserError` when `folder` cannot be used.
+    The file does not grow beyond `max_bytes`. Raises `UserError` if `folder` cannot be used.
     """
 
     def __init__(self, folder: Path, *, max_bytes: int):
@@ -36,7 +36,7 @@ class CacheStore:
         self._has_failed = False
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            # Two processes that make one file at the same time would lock each other out.
+            # Two processes that create the file at the same time would lock each other out.
             with (folder / ".lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 self._db = sqlite3.connect(
@@ -56,7 +56,7 @@ class CacheStore:
             ) from None
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, bytes]:
-        """The values of those keys that are stored and whole."""
+        """Return the values of those keys that are stored and intact."""
         try:
             return {key: value for key in keys if (value := self._read(key)) is not None}
         except sqlite3.Error as error:
@@ -64,12 +64,12 @@ class CacheStore:
             return {}
 
     def put(self, entries: Mapping[bytes, bytes]) -> None:
-        """Store all of them, or none where that cannot be."""
+        """Store all entries, or none if that fails."""
         self._write(lambda: [self._insert(key, value) for key, value in entries.items()])
 
     def claim(self, key: bytes, value: bytes) -> bytes | None:
-        """The value of a key, the same for all processes: this one where there was none. None where
-        it cannot be stored."""
+        """Return the value of a key, the same for all processes. If there is none, store `value`
+        first. Returns None if it cannot be stored."""
         self._write(lambda: self._read(key) or self._insert(key, value))
         return self.get([key]).get(key)
 
@@ -77,7 +77,7 @@ class CacheStore:
         self._db.close()
 
     def _read(self, key: bytes) -> bytes | None:
-        # The checksum covers the key too, so that a value under the wrong key is not whole.
+        # The checksum covers the key too, so that a value under the wrong key counts as damaged.
         row = self._db.execute(
             "SELECT value, checksum FROM entries WHERE key = ?", (key,)
         ).fetchone()
@@ -88,13 +88,13 @@ class CacheStore:
         self._db.execute("INSERT OR REPLACE INTO entries VALUES (?, ?, ?)", row)
 
     def _write(self, work: Callable[[], object]) -> None:
-        """Do all of the work or nothing of it. After a failure nothing more is written."""
-        # A disk that is full or locked would cost another wait at every batch.
+        """Do all of the work, or none of it. After a failure nothing more is written."""
+        # Otherwise a full or locked disk would cost another wait at every batch.
         if self._has_failed:
             return
         try:
-            # The lock is taken at once: one taken at the first write could fail in the middle,
-            # after a read.
+            # Take the lock at once: a lock taken at the first write could fail in the middle, after
+            # a read.
             with self._db:
                 self._db.execute("BEGIN IMMEDIATE")
                 work()

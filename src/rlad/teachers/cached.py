@@ -1,15 +1,14 @@
-"""A teacher whose answers are kept on disk: a completion is scored once, by whichever run asks
-first.
+"""A teacher with a cache on disk, so that a completion is scored once for all runs.
 
 key = sha256(format, fingerprint of the teacher, temperature, witness, prompt, completion)
 
-Columns (the log-probs of K entries of the vocabulary at each token) have keys of their own, with
+Columns (the log-probs of K entries of the vocabulary at each token) have other keys, with
 "teacher_top_k" and K, or "student_top_k" and the entries' ids.
 
-The witness is one completion with its answer: the longest of the rollout batch that was the first
-to be scored under a fingerprint and temperature. Each session asks for it again before it uses or
-stores anything, and sees only entries of the same witness. So two teachers' answers are never
-mixed, not even those of a server that offers another model under the same name.
+The witness is one completion with its log-probs: the longest completion of the first rollout batch
+scored with a fingerprint and temperature. Each session scores it again before it uses or stores
+anything, and sees only entries of the same witness. So answers of two teachers are never mixed,
+even if a server offers another model under the same name.
 """
 
 import hashlib
@@ -47,10 +46,11 @@ Tokens = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class CachedTeacher(TeacherWrapper):
-    """Asks the teacher inside it for what is not stored; complete, finite answers alone are stored.
+    """A wrapper that asks its inner teacher only for what is not stored. Only complete and finite
+    answers are stored.
 
-    Raises `UserError` when its answer to the witness differs on average by more than `tolerance`
-    nats a token from the stored one. While the witness is not answered whole, nothing is used or
+    Raises `UserError` if the new answer to the witness differs on average by more than `tolerance`
+    nats per token from the stored one. Until the witness is answered completely, nothing is used or
     stored.
     """
 
@@ -65,15 +65,15 @@ class CachedTeacher(TeacherWrapper):
         self._tolerance = tolerance
         self._witness_key = _key(_FORMAT, teacher.fingerprint, temperature)
         self._witness: bytes | None = None
-        """The one that this session gave or confirmed."""
+        """The witness that this session made or confirmed."""
         self._open: set[Tokens] = set()
-        """What the present batch still waits for."""
+        """Completions of the current batch that still wait for an answer."""
         self._whole: dict[Tokens, Tensor] = {}
-        """What was answered whole in the present batch; it is stored when all has been answered."""
+        """Complete answers of the current batch; they are stored once all answers have arrived."""
 
     def submit(self, requests: Sequence[TeacherRequest]) -> list[Answer]:
-        # A batch begins. A stored witness that this session has not confirmed is asked for again
-        # first: nothing stored is used before it is known to be this teacher's.
+        # At the start of a batch, a stored witness that this session has not confirmed is scored
+        # again: nothing stored is used before it is known to be this teacher's.
         if not self._open and not self._witness:
             for witness in self._store.get([self._witness_key]).values():
                 self._confirm(witness)
@@ -88,7 +88,7 @@ class CachedTeacher(TeacherWrapper):
         self.num_asked += len(rows)
         self.num_counted += sum(tokens in answers for tokens in rows)
 
-        # What is not stored is asked for, each completion once.
+        # Ask for what is not stored, each completion once.
         unknown = [tokens for tokens in asked if tokens not in answers]
         submitted = self.teacher.submit([asked[tokens] for tokens in unknown]) if unknown else []
         for tokens, answer in zip(unknown, submitted, strict=True):
@@ -125,7 +125,7 @@ class CachedTeacher(TeacherWrapper):
         self.num_asked += len(requests)
         self.num_counted += len(found)
 
-        # What is not stored is asked for together; what of it is whole is stored.
+        # Ask for everything that is not stored in one request, and store the complete answers.
         unknown = [i for i in range(len(requests)) if i not in found]
         if unknown:
             asked = self.teacher.columns(
@@ -133,7 +133,7 @@ class CachedTeacher(TeacherWrapper):
                 top_k=top_k,
                 ids=None if ids is None else torch.cat([own_ids[i] for i in unknown]),
             )
-            # As they will be read again, so that a resumed run finds the same numbers.
+            # Convert them as they will be read later, so that a resumed run finds the same numbers.
             asked = TokenColumns(asked.ids.cpu(), asked.logprobs.cpu().float())
             found |= zip(unknown, asked.split([lengths[i] for i in unknown]), strict=True)
         if keys:
@@ -152,7 +152,7 @@ class CachedTeacher(TeacherWrapper):
         super().close()
 
     def _wait_for(self, tokens: Tokens, answer: Answer) -> Tensor:
-        """The inner teacher's answer. With the last one of a batch, the batch is stored."""
+        """Wait for the inner teacher's answer. After the last one of a batch, store the batch."""
         logprobs = answer.result()
         # The same answer may be waited for twice, or after the batch was given up.
         if tokens in self._open:
@@ -164,14 +164,14 @@ class CachedTeacher(TeacherWrapper):
         return logprobs
 
     def _store_batch(self) -> None:
-        """Store under the witness that all sessions agree on, which is this one's where there is
+        """Store the batch under the witness that all sessions agree on; make one if there is
         none."""
-        # The longest completion tells two teachers apart best.
+        # The longest completion distinguishes two teachers best.
         longest = max(self._whole, key=lambda tokens: len(tokens[1]))
         self._claim_witness(longest, self._whole[longest])
         if self._witness:
             entries = {
-                # Little-endian float32, whatever machine reads it.
+                # Little-endian float32 on every machine.
                 self._entry_key(tokens): logprobs.numpy().astype("<f4").tobytes()
                 for tokens, logprobs in self._whole.items()
             }
@@ -179,17 +179,17 @@ class CachedTeacher(TeacherWrapper):
         self._whole.clear()
 
     def _claim_witness(self, tokens: Tokens, logprobs: Tensor) -> None:
-        """Agree with all sessions on one witness: this one's, where there is none."""
+        """Agree with all sessions on one witness; store this one if there is none."""
         ours = self._witness or json.dumps([*tokens, logprobs.tolist()]).encode()
-        # Two sessions may come here at once: the first one's witness holds for both.
+        # Two sessions may come here at once: the witness of the first is used by both.
         held = self._store.claim(self._witness_key, ours)
         if held == ours:
             self._witness = ours
-        elif held:  # another process was first, or the file was lost and begun anew
+        elif held:  # another process was first, or the file was lost and created again
             self._confirm(held)
 
     def _make_witness(self, requests: Sequence[TeacherRequest]) -> None:
-        """Confirm the stored witness, or have the longest of these completions scored as one."""
+        """Confirm the stored witness, or score the longest of these completions as the witness."""
         for witness in self._store.get([self._witness_key]).values():
             self._confirm(witness)
             return
@@ -200,21 +200,21 @@ class CachedTeacher(TeacherWrapper):
             self._claim_witness(tokens, answer)
 
     def _confirm(self, witness: bytes) -> None:
-        """`UserError` when the stored answer is another teacher's. An answer that does not come
-        whole confirms nothing."""
+        """Raise `UserError` if the stored answer is another teacher's. An incomplete answer
+        confirms nothing."""
         self._witness = None
         prompt, completion, stored = json.loads(witness)
         (answer,) = self.teacher.logprobs([TeacherRequest(prompt, completion)])
         if not _is_whole(answer, (prompt, completion)):
             return
-        # Servers round differently from one batch to the next, so equal teachers are only nearly
-        # equal.
+        # Servers round differently from batch to batch, so the same teacher gives only nearly the
+        # same answer.
         difference = float((answer - torch.tensor(stored)).abs().mean())
         if difference > self._tolerance:
             raise UserError(
                 f"the cache {self._store.folder} holds log-probs of another teacher than "
                 f"{self.identity!r}: a completion of {len(answer)} tokens, asked for again, "
-                f"differs by {difference:.3g} nats a token (teacher.tolerance is "
+                f"differs by {difference:.3g} nats per token (teacher.tolerance is "
                 f"{self._tolerance:g}); delete that folder, or name another teacher.directory."
             )
         self._witness = witness
@@ -232,12 +232,12 @@ class CachedTeacher(TeacherWrapper):
 
 
 def _key(*parts: Any) -> bytes:
-    """32 bytes, equal for equal parts alone."""
+    """Return a hash of 32 bytes, equal only for equal parts."""
     return hashlib.sha256(json.dumps(parts).encode()).digest()
 
 
 def _columns_to_bytes(columns: TokenColumns) -> bytes:
-    """Little-endian int32 ids, then float32 log-probs, whatever machine reads them."""
+    """Return little-endian int32 ids, then float32 log-probs, on every machine."""
     ids = columns.ids.numpy().astype("<i4").tobytes()
     return ids + columns.logprobs.numpy().astype("<f4").tobytes()
 
@@ -257,17 +257,17 @@ def _is_whole(logprobs: Tensor, tokens: Sequence[Sequence[int]]) -> bool:
 
 
 def check_teacher(settings: CachedTeacherConfig, setting: Setting) -> list[Finding]:
-    # A cache is keyed by the student's tokens, so it fits only a teacher that sees nothing else and
-    # does not move.
+    # A cache is keyed by the student's tokens, so the teacher must see nothing else and must not
+    # change.
     inner = settings.teacher
-    advice = {"ema": "leave the cache out", "cached": "take one of the two away"}
+    advice = {"ema": "leave the cache out", "cached": "remove one of the two"}
     if inner.type in advice or inner.children:
         message = (
             f"the answers of a teacher of type {inner.type!r} cannot be cached; "
             f"{advice.get(inner.type, 'put the cache inside it')}."
         )
         return [Finding("error", "cache", message)]
-    # Where the folder does not exist yet, its nearest parent must allow it to be made.
+    # If the folder does not exist yet, its nearest existing parent must be writable.
     folder = Path(settings.directory)
     parent = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     findings = check_inner(inner, setting)

@@ -1,4 +1,4 @@
-"""Can this teacher score this student's tokens? Asked before training."""
+"""Check before training whether a teacher can score the student's tokens."""
 
 import math
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ THINKING_MARKERS = ("</think>", "<think>")
 def compare_tokenizers(
     student: Tokenizer, teacher: Tokenizer, end_tokens: Sequence[str] = ()
 ) -> list[Finding]:
-    """Vocabulary, end token, chat template and thinking markers of student and teacher.
+    """Compare vocabulary, end token, chat template and thinking markers of student and teacher.
 
     The vocabulary is compared by token *strings*: each id of the student must be the same string
-    for the teacher. Sizes do not matter, so vocabularies padded to different sizes are accepted and
-    different ones of equal size are not. `end_tokens` end the student's completions too.
+    for the teacher. Sizes do not matter: vocabularies padded to different sizes are accepted,
+    different vocabularies of equal size are not. `end_tokens` also end the student's completions.
     """
     ours = student.eos_token
     theirs = teacher.eos_token
@@ -35,8 +35,8 @@ def compare_tokenizers(
             ours == theirs or theirs in end_tokens,
             common=repr(theirs),
             otherwise=f"the student ends with {ours!r}, the teacher with {theirs!r}: the teacher "
-            "will find the student's end token unlikely and completions grow longer; name "
-            f"{theirs!r} in student.end_tokens, or let a teacher of type 'privileged' score it "
+            "will find the student's end token unlikely, and completions will grow longer; add "
+            f"{theirs!r} to student.end_tokens, or let a teacher of type 'privileged' score it "
             "instead (end_token).",
         ),
         _compared(
@@ -44,8 +44,8 @@ def compare_tokenizers(
             student.chat_template == teacher.chat_template,
             common="the same" if both_have else "none",
             otherwise=f"{'differ' if both_have else f'only the {only} has one'}; the teacher is "
-            "given the student's prompt, which is not what it was trained on: a teacher of type "
-            "'privileged' with chat_template = 'teacher' is given its own.",
+            "given the student's prompt, which is not the form that it was trained on: a teacher "
+            "of type 'privileged' with chat_template = 'teacher' gets its own.",
         ),
         _compared(
             "thinking markers",
@@ -58,7 +58,7 @@ def compare_tokenizers(
 
 
 def _compared(subject: str, is_same: bool, *, common: str, otherwise: str) -> Finding:
-    """What both have in common, or a warning."""
+    """Report what both have in common, or a warning."""
     if is_same:
         return Finding("ok", subject, f"{common} for both")
     return Finding("warning", subject, otherwise)
@@ -76,8 +76,8 @@ def compare_contexts(
     *,
     has_turns: bool = False,
 ) -> Finding:
-    """Whether the longest sequence that this run can make fits into the teacher's context (None:
-    not stated). `has_turns`: it is an episode, of which an environment writes a part."""
+    """Check whether the longest sequence of this run fits into the teacher's context (None: not
+    stated). `has_turns`: it is an episode, of which an environment writes a part."""
     # A sequence is never longer than the student's context, nor than prompt and completion may be.
     allowed = student_tokens
     if rollout.max_prompt_tokens is not None:
@@ -88,10 +88,10 @@ def compare_contexts(
         message = f"student {student_tokens or 'not stated'}, teacher {theirs}"
         may_exceed = student_tokens is None or student_tokens > (teacher_tokens or math.inf)
         if has_turns and teacher_tokens is not None and may_exceed:
-            # What an environment writes, no setting limits but the student's context.
+            # What an environment writes is limited only by the student's context.
             message += (
                 ": an episode with its replies may be longer than the teacher's, which then scores "
-                "it badly or not at all; keep episodes short (task.max_turns), or take a teacher "
+                "it badly or not at all; keep episodes short (task.max_turns), or use a teacher "
                 "with a longer context"
             )
             return Finding("warning", "context", message)
@@ -101,7 +101,7 @@ def compare_contexts(
     if room > 0:
         advice = f"set rollout.max_prompt_tokens to at most {room}"
     message = (
-        f"its context of {teacher_tokens} tokens is shorter than prompt and completion may be "
+        f"its context of {teacher_tokens} tokens is shorter than prompt and completion may become "
         f"({allowed or 'no limit stated'}); {advice}."
     )
     return Finding("error", "context", message)
@@ -112,12 +112,12 @@ _PROBED_SIZES = ((64, 64), (200, 100), (96, 300))
 
 
 def compare_eyes(student: Vision | None, teacher: Vision | None) -> list[Finding]:
-    """Whether both make as many tokens of a picture: else the completion's tokens would have other
-    positions, and pictures other places, for the teacher."""
+    """Check whether both make the same number of tokens from a picture. Otherwise pictures and
+    completion would have other positions for the teacher."""
     if student is None:
         return []
     if teacher is None:
-        message = "it reads text alone, the student pictures too: for problems without any"
+        message = "it reads only text, but the student also pictures: for problems without any"
         return [Finding("warning", "pictures", message)]
     if not (student.has_processor and teacher.has_processor):
         return [Finding("warning", "pictures", "no processor: for problems without any")]
@@ -132,7 +132,7 @@ def compare_eyes(student: Vision | None, teacher: Vision | None) -> list[Finding
         if ours != theirs:
             message = (
                 f"a picture of {size[0]} x {size[1]} pixels has {ours} tokens for the student and "
-                f"{theirs} for the teacher; take a teacher that sees in the student's grid."
+                f"{theirs} for the teacher; use a teacher with the student's picture grid."
             )
             return [Finding("error", "pictures", message)]
     return [Finding("ok", "pictures", f"{min(counts)} to {max(counts)} tokens for both")]
@@ -141,7 +141,7 @@ def compare_eyes(student: Vision | None, teacher: Vision | None) -> list[Finding
 def _vocabulary(student: Tokenizer, teacher: Tokenizer) -> Finding:
     ours = student.get_vocab()
     theirs = {i: token for token, i in teacher.get_vocab().items()}
-    # Only the student's ids are compared: those are what the teacher is asked about.
+    # Only the student's ids are compared, since the teacher scores only those.
     differing = sorted((i, token) for token, i in ours.items() if theirs.get(i) != token)
     if not differing:
         message = f"all {len(ours)} tokens of the student are the teacher's (it has {len(theirs)})"
@@ -150,6 +150,6 @@ def _vocabulary(student: Tokenizer, teacher: Tokenizer) -> Finding:
     meaning = f"{theirs[i]!r} for the teacher" if i in theirs else "not in the teacher's vocabulary"
     message = (
         f"{len(differing)} of {len(ours)} token ids differ, the first is id {i}, {token!r} for the "
-        f"student and {meaning}; take a teacher of the student's tokenizer family."
+        f"student and {meaning}; use a teacher of the student's tokenizer family."
     )
     return Finding("error", "vocabulary", message)

@@ -1,5 +1,5 @@
-"""Whether a context can show what it is to show, as far as some problems and the task's rewards say
-it."""
+"""Check whether a context can show what its settings ask for, from some problems and the task's
+rewards."""
 
 from collections.abc import Iterator, Sequence
 
@@ -16,8 +16,8 @@ def check_context(
     group_size: int,
     rewards: tuple[float, float],
 ) -> Iterator[Finding]:
-    """Say whether what it shall show is there; `rewards` are the least and the greatest of the
-    task."""
+    """Report whether the problems have what the context should show. `rewards` are the task's
+    smallest and largest."""
     kinds = ["skill", "answer", "feedback"]
     if any(SOLUTION in metadata_texts(problem) for problem in problems):
         kinds.append("solution")
@@ -49,33 +49,33 @@ def check_context(
         yield Finding(
             "warning",
             "context",
-            f"it wants {settings.num_peers} other completions, and a group has only "
+            f"it wants {settings.num_peers} other completions, but a group has only "
             f"{group_size - 1} others (rollout.group_size)",
         )
     yield Finding("ok", "context", f"shows the question with {', '.join(shown)}")
 
 
 def _check_rewards(settings: ContextConfig, rewards: tuple[float, float]) -> Iterator[Finding]:
-    """Say whether completions can be as good, or as bad, as they are to be shown."""
+    """Report whether rewards can be high, or low, enough for a completion to be shown."""
     least, greatest = rewards
     if settings.num_peers + settings.feedback and settings.success_reward > greatest:
         yield Finding(
             "error",
             "context",
-            f"success_reward is {settings.success_reward:g}, and the task's rewards are at most "
-            f"{greatest:g}, so that no completion is ever correct; lower it.",
+            f"success_reward is {settings.success_reward:g}, but the task's rewards are at most "
+            f"{greatest:g}, so no completion is ever correct; lower it.",
         )
     if settings.failure_reward is not None and settings.failure_reward < least:
         yield Finding(
             "error",
             "context",
-            f"failure_reward is {settings.failure_reward:g}, and the task's rewards are at least "
-            f"{least:g}, so that no completion is ever wrong; raise it, or leave it out.",
+            f"failure_reward is {settings.failure_reward:g}, but the task's rewards are at least "
+            f"{least:g}, so no completion is ever wrong; raise it, or leave it out.",
         )
 
 
 def _check_answers(settings: ContextConfig, problems: Sequence[Problem]) -> Iterator[Finding]:
-    """Say of how many problems there is no answer, or solution, to be shown."""
+    """Report how many problems have no answer, or no solution, to show."""
     num_empty = sum(reference_block(settings, one) is None for one in problems)
     what = "answer" if settings.answer else "solution"
     if num_empty == len(problems):
@@ -83,7 +83,7 @@ def _check_answers(settings: ContextConfig, problems: Sequence[Problem]) -> Iter
             "error",
             "context",
             f"it shows the reference {what}, which none of the {num_empty} problems looked at has; "
-            f"leave {what} out, and show something else, such as num_successes = 1.",
+            f"leave {what} out and show something else, such as num_successes = 1.",
         )
     elif num_empty:
         message = f"{num_empty} of {len(problems)} problems have no reference {what}"

@@ -1,9 +1,9 @@
-"""What a privileged teacher is shown after the question, in blocks, made to fit its context.
+"""The blocks that a privileged teacher is shown after the question, fitted to its context.
 
     question | skill | reference | metadata | solutions | wrong attempts | feedback | request
 
-A prompt that is too long loses the middle of its longest solutions, then whole blocks from the
-last; never the question, the request, or what the chat template adds.
+If a prompt is too long, first the middle of its longest solutions is cut, then whole blocks are
+dropped from the end. The question, the request and the chat template's text always stay.
 """
 
 import random
@@ -26,22 +26,22 @@ from rlad.tasks.base import SOLUTION
 from rlad.teachers.base import TeacherRequest
 
 Encode = Callable[..., Sequence[int]]
-"""gives the token ids of a prompt with its `pictures`"""
+"""Returns the token ids of a prompt with its `pictures`."""
 
 
 def encoded(encode: Encode, prompt: Prompt, problem: Problem) -> Sequence[int]:
-    """The token ids of a prompt with the pictures of its problem, if there are any."""
+    """Return the token ids of a prompt with the pictures of its problem, if there are any."""
     return encode(prompt, pictures=problem.images) if problem.images else encode(prompt)
 
 
 MIN_PEER_TOKENS = 32
-"""a completion is not shortened further; then a whole block is dropped"""
+"""A completion is not cut below this length; instead a whole block is dropped."""
 _CUT = "\n[...]\n"
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A heading and a text. `is_peer`: another completion, which may be shortened."""
+    """A heading and a text. `is_peer`: the text is another completion, which may be cut."""
 
     heading: str
     text: str
@@ -54,7 +54,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """The blocks that fit, and the ids of the prompt with them."""
+    """The blocks that fit, and the token ids of the prompt with them."""
 
     blocks: tuple[Block, ...]
     token_ids: Sequence[int]
@@ -67,7 +67,7 @@ class Fitted:
 
 
 class BlockContext:
-    """Makes a teacher's prompts as a `[teacher.context]` section says."""
+    """The maker of a teacher's prompts for a `[teacher.context]` section."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class BlockContext:
         self._special_tokens = _pattern_of_special_tokens(tokenizer)
 
     def fitted(self, request: TeacherRequest, room: int | None) -> Fitted | None:
-        """The prompt about a completion, of at most `room` tokens; None where nothing can be
+        """Make the prompt for a completion, of at most `room` tokens; None if nothing can be
         shown."""
         if request.problem is None:
             return None
@@ -92,7 +92,7 @@ class BlockContext:
         fitted = self._fit(request.problem, whole, room)
         num_successes = sum(block.is_success for block in whole)
         if num_successes and not (fitted and fitted.num_successes):
-            # No room for a correct solution: what would be shown if there were none.
+            # A correct solution does not fit: show what would be shown without one.
             without = self._blocks(request, with_successes=False)
             fitted = self._fit(request.problem, without, room)
             if fitted is not None:
@@ -113,8 +113,8 @@ class BlockContext:
         )
 
     def num_tokens(self, problem: Problem, tokens_per_peer: int) -> int:
-        """The tokens of a prompt with all that it may show but feedback, of which each completion
-        has so many."""
+        """Count the tokens of a prompt with everything that it may show except feedback, if each
+        completion shown has `tokens_per_peer` tokens."""
         settings = self.settings
         blocks = [
             *_about_the_problem(settings, problem),
@@ -124,14 +124,14 @@ class BlockContext:
         return len(self.token_ids(problem, blocks)) + tokens_per_peer * settings.num_peers
 
     def token_ids(self, problem: Problem, blocks: Sequence[Block]) -> Sequence[int]:
-        """The prompt that shows these blocks."""
+        """Return the token ids of the prompt with these blocks."""
         parts = [problem.question.strip(), *map(str, blocks), self.settings.texts.request]
         shown = in_place_of_question(problem, "\n\n".join(filter(None, parts)))
         return encoded(self._encode, shown, problem)
 
     def _plain(self, text: str) -> str:
-        """A text without what the tokenizer would take for the end of a message."""
-        # Removing one may put another together.
+        """Remove from a text what the tokenizer would read as the end of a message."""
+        # Removing one may create another.
         while (plain := self._special_tokens.sub("", text)) != text:
             text = plain
         return text
@@ -140,13 +140,13 @@ class BlockContext:
 def _pattern_of_special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     added = tokenizer.added_tokens_decoder.values()
     names = {*map(str, tokenizer.all_special_tokens), *(str(one) for one in added if one.special)}
-    # A completion that writes of a picture has none to show.
+    # A placeholder for a picture in a completion has no picture.
     names.add(MARKER)
     return re.compile("|".join(map(re.escape, sorted(names))))
 
 
 def metadata_texts(problem: Problem) -> dict[str, str]:
-    """The entries of a problem's metadata that can be shown: texts and numbers."""
+    """Return the entries of a problem's metadata that can be shown: texts and numbers."""
     return {k: str(v) for k, v in problem.metadata.items() if isinstance(v, str | int | float)}
 
 
@@ -161,11 +161,11 @@ def blocks_of(
     plain: Callable[[str], str] = str,
     with_successes: bool = True,
 ) -> list[Block]:
-    """What there is to show about a completion; empty where there is nothing that may be shown.
+    """Return the blocks to show for a completion; empty if nothing may be shown.
 
-    The completion itself is never among it, nor another one that would be shown by the same text.
-    `plain` gives a completion's text as it is shown. Without `with_successes` it is what there
-    would be if no other completion were correct.
+    The completion itself is never shown, nor another one with the same shown text. `plain` returns
+    a completion's text as it is shown. Without `with_successes` the result is as if no other
+    completion were correct.
     """
     problem = request.problem
     assert problem is not None, "a context is about a problem"
@@ -184,16 +184,15 @@ def blocks_of(
     blocks = [Block(settings.texts.skill, request.skill)] if settings.skill else []
     blocks += _about_the_problem(settings, problem)
     blocks += _success_blocks(settings, successes[: settings.num_successes])
-    # Wrong attempts alone teach worst of all, so they come with something that is right, unless the
-    # settings ask for them.
+    # Wrong attempts alone teach worst of all, so they are shown only together with something
+    # correct, unless the settings ask for them.
     if (
         any(block.text for block in blocks)
         or not settings.num_successes
         or settings.without_success == "failures"
     ):
         blocks += _failure_blocks(settings, failures[: settings.num_failures])
-    # What was wrong with the completion, but not its text: a teacher that is shown it would repeat
-    # it.
+    # Show what was wrong with the completion, but not its text: the teacher would repeat it.
     has_success = any(block.is_success for block in blocks)
     if settings.feedback and not has_success and own is not None and is_failure(own, settings):
         blocks.append(Block(settings.texts.feedback, own.feedback))
@@ -209,7 +208,7 @@ def _about_the_problem(settings: ContextConfig, problem: Problem) -> Iterator[Bl
 
 
 def reference_block(settings: ContextConfig, problem: Problem) -> Block | None:
-    """The reference solution or answer; None where it is not wanted, or there is none."""
+    """Return the block of the reference solution or answer; None if not wanted or missing."""
     if settings.solution and (solution := metadata_texts(problem).get(SOLUTION)):
         return Block(settings.texts.solution, solution)
     if settings.answer and problem.answer:
@@ -229,7 +228,7 @@ def _failure_blocks(settings: ContextConfig, texts: Sequence[str]) -> Iterator[B
 
 
 def _shown_text(rollout: Rollout, settings: ContextConfig, plain: Callable[[str], str]) -> str:
-    """What may be shown of a completion; "" where that is nothing, as of an unfinished thought."""
+    """Return the part of a completion that may be shown; "" if none (an unfinished thought)."""
     text = rollout.text if settings.show_thoughts else text_without_thoughts(rollout)
     return plain(text).strip()
 
@@ -237,7 +236,7 @@ def _shown_text(rollout: Rollout, settings: ContextConfig, plain: Callable[[str]
 def _different_texts(
     peers: Sequence[tuple[Rollout, str]], settings: ContextConfig, *, is_success: bool
 ) -> Iterator[str]:
-    """The shown texts of successes or failures, each once."""
+    """Yield the texts to show of successes or failures, each once."""
     belongs = is_successful if is_success else is_failure
     seen = {""}
     for peer, text in peers:
@@ -251,7 +250,8 @@ def is_successful(rollout: Rollout, settings: ContextConfig) -> bool:
 
 
 def is_failure(rollout: Rollout, settings: ContextConfig) -> bool:
-    """Whether a completion is wrong; one that could not be judged (NaN) is neither."""
+    """Return whether a completion is wrong. One that could not be judged (NaN) is neither correct
+    nor wrong."""
     if settings.failure_reward is not None:
         return rollout.reward <= settings.failure_reward
     return rollout.reward < settings.success_reward
@@ -267,7 +267,7 @@ def fit(
     room: int | None,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Fitted | None:
-    """As much of `blocks` as leaves the prompt within `room` tokens; None where that is none."""
+    """Keep as much of `blocks` as fits into a prompt of `room` tokens; None if nothing fits."""
     for num_kept in range(len(blocks), 0, -1):
         fitted = _shorten(blocks[:num_kept], encode=encode, room=room, tokenizer=tokenizer)
         if fitted is not None:
@@ -282,14 +282,13 @@ def _shorten(
     room: int | None,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Fitted | None:
-    """All of the blocks, their longest completions cut in the middle if need be; None where that is
+    """Keep all blocks, with the longest completions cut in the middle if necessary; None if that is
     not enough."""
     ids = encode(blocks)
     if room is None or len(ids) <= room:
         return Fitted(tuple(blocks), ids)
     lengths = [_num_tokens(block.text, tokenizer) for block in blocks if block.is_peer]
-    # A cut text is tokenized anew and may have more tokens than were kept of it; then it is cut
-    # further.
+    # A cut text is tokenized again and may have more tokens than were kept; then it is cut further.
     left = sum(lengths)
     cut = list(blocks)
     while len(ids) > room:
@@ -307,13 +306,13 @@ def _shorten(
 
 
 def even_cap(lengths: Sequence[int], total: int) -> int | None:
-    """The largest cap with sum_i min(length_i, cap) <= total < sum_i length_i; None for lengths
-    that sum to at most `total` already, or a total that allows none.
+    """Return the largest cap with sum_i min(length_i, cap) <= total < sum_i length_i. None if the
+    lengths sum to at most `total` already, or if `total` is too small for any cap.
 
     By hand: lengths 10, 50, 90 and total 100 give 45, as 10 + 45 + 45 = 100.
     """
     left = total
-    # From the shortest: what it does not use of its even share is for the others.
+    # Start with the shortest: what it does not use of its even share goes to the others.
     for i, length in enumerate(sorted(lengths)):
         share = left // (len(lengths) - i)
         if length > share:
@@ -323,7 +322,7 @@ def even_cap(lengths: Sequence[int], total: int) -> int | None:
 
 
 def cut_middle(text: str, num_tokens: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A text of at most about `num_tokens` tokens: its beginning and its end."""
+    """Keep the beginning and the end of a text, with about `num_tokens` tokens at most."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) <= num_tokens:
         return text

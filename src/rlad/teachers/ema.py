@@ -1,4 +1,4 @@
-"""The student's exponential moving average as its teacher: self-distillation.
+"""The exponential moving average of the student as its teacher: self-distillation.
 
 teacher_0 = the initial student
 teacher += update_rate * (student - teacher)    after each optimiser step, or each n rollout batches
@@ -28,10 +28,10 @@ from rlad.teachers.local import ScoringTeacher
 
 
 class EMATeacher(ScoringTeacher):
-    """A float32 copy of the student's trained weights that follows them; with update_rate = 1 after
-    each step none.
+    """A float32 copy of the student's trained weights that follows them. With update_rate = 1 after
+    each step there is no copy.
 
-    Weights that are not trained, as those below a LoRA adapter, are shared with the student.
+    Weights that are not trained, such as those under a LoRA adapter, are shared with the student.
     """
 
     def __init__(
@@ -43,11 +43,11 @@ class EMATeacher(ScoringTeacher):
         every_batches: int | None = None,
         **scoring: Any,
     ):
-        """`scoring` is what a `Scorer` takes beside the model."""
+        """Take in `scoring` the arguments of a `Scorer` besides the model."""
         self.update_rate = update_rate
         self.every_batches = every_batches
         self._pairs: Mapping[str, tuple[Tensor, Tensor]] = {}
-        # With rate 1 the average is the student itself: its own weights score, and nothing is
+        # With rate 1 the average is the student itself: the student's weights score, and nothing is
         # stored.
         if update_rate < 1 or every_batches is not None:
             student, self._pairs = _copy(student)
@@ -60,8 +60,8 @@ class EMATeacher(ScoringTeacher):
             self._follow()
 
     def after_batch(self, index: int, *, is_skipped: bool = False) -> None:
-        # Which batches count follows from their numbers, so that a resumed run counts on. After a
-        # skipped step the student is where it was, but of several batches others have moved it.
+        # Batches are counted by their index, so that a resumed run continues the count. A skipped
+        # step does not change the student, but other batches since the last update did.
         every = self.every_batches
         if every is not None and (index + 1) % every == 0 and not (is_skipped and every == 1):
             self._follow()
@@ -72,28 +72,28 @@ class EMATeacher(ScoringTeacher):
             mine.lerp_(students, self.update_rate)
 
     def state(self) -> dict[str, Tensor]:
-        """The averaged weights themselves, no copies; empty where the student's own are used."""
+        """Return the averaged weights, not copied; empty if the student's own weights are used."""
         return {name: mine.detach() for name, (mine, _) in self._pairs.items()}
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Raises `UserError` unless all averaged weights are there."""
-        # A checkpoint of another model or adapter would fit in part; then the teacher would be a
-        # mixture.
+        """Load the averaged weights. Raises `UserError` unless all of them are there."""
+        # A checkpoint of another model or adapter might fit in part; the teacher would then be a
+        # mixture of both.
         shapes = {name: mine.shape for name, (mine, _) in self._pairs.items()}
         if {name: tensor.shape for name, tensor in state.items()} != shapes:
-            raise UserError(f"it does not hold the {len(shapes)} weights of {self.identity}.")
+            raise UserError(f"it does not have the {len(shapes)} weights of {self.identity}.")
         for name, (mine, _) in self._pairs.items():
             mine.copy_(state[name])
 
 
 class TrustRegionTeacher(ScoringTeacher):
-    """π0^(1 - a) π^a, normalised at each token: an average that stays near the initial student."""
+    """A teacher π0^(1 - a) π^a, normalised at each token, which stays near the initial student."""
 
     def __init__(self, present: EMATeacher, initial: Scorer, *, share: float):
-        """`share` is a, the weight of the present average.
+        """Mix the average and the initial student; `share` is a, the weight of the average.
 
-        Raises `UserError` where the models' logits are not within reach.
+        Raises `UserError` if the models' logits cannot be computed from their hidden states.
         """
         if initial.head is None or present.scorer.head is None:
             raise UserError(
@@ -120,7 +120,7 @@ class TrustRegionTeacher(ScoringTeacher):
             wanted = [requests[i] for i in rows]
             found = self.distributions(wanted)
             ids = [token for one in wanted for token in one.completion]
-            # Normalised over the whole vocabulary, for the one number of each token.
+            # One token's log-prob needs the normalisation over the whole vocabulary.
             columns, _ = column_logprobs(
                 found,
                 torch.tensor(ids, device=found.device)[:, None],
@@ -133,16 +133,16 @@ class TrustRegionTeacher(ScoringTeacher):
 
 
 def _copy(student: LanguageModel) -> tuple[LanguageModel, Mapping[str, tuple[Tensor, Tensor]]]:
-    """A student that shares the weights that are not trained, and by name each copy with its
-    source."""
+    """Copy a student, except for weights that are not trained. Also return each copied weight with
+    its source, by name."""
     trained = {
         name: weight for name, weight in student.model.named_parameters() if weight.requires_grad
     }
-    # deepcopy takes what its memo already holds as it is: frozen weights stay the student's own.
+    # deepcopy reuses what is in its memo already, so frozen weights stay the student's own.
     model = copy.deepcopy(
         student.model, {id(w): w for w in student.model.parameters() if not w.requires_grad}
     )
-    # A name whose weight is tied to another is listed once, so each weight moves once a step.
+    # Tied weights are listed once, so that each is updated once per step.
     copies = dict(model.named_parameters())
     pairs = {name: (copies[name].requires_grad_(False), weight) for name, weight in trained.items()}
     return replace(student, model=model.eval()), pairs

@@ -1,4 +1,4 @@
-"""A name for weights that changes with any of them."""
+"""A fingerprint of weights that changes if any of them changes."""
 
 import hashlib
 import json
@@ -11,11 +11,11 @@ from rlad.models.loading import LanguageModel
 
 
 def weights_fingerprint(language_model: LanguageModel, *, without: Collection[str] = ()) -> str:
-    """sha256 (hexadecimal) of the model's config, its compute type, and name, type, shape and bytes
-    of each tensor.
+    """Return the sha256 (hexadecimal) of the model's config, its compute type, and name, type,
+    shape and bytes of each tensor.
 
-    Taken of the weights in memory, so it knows quantisation, adapters and random weights too. About
-    half a second for each GiB. The adapters named in `without` are no part of it.
+    It reads the weights in memory, so it covers quantisation, adapters and random weights. It takes
+    about half a second per GiB. The adapters named in `without` are left out.
     """
     model = language_model.model
     config = model.config.to_dict()
@@ -28,10 +28,10 @@ def weights_fingerprint(language_model: LanguageModel, *, without: Collection[st
     }
     settings = [config, str(language_model.compute_dtype), adapters]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=_shown).encode())
-    # Sorted, so that the order in which a model was put together makes no difference.
+    # Sorted, so that the order in which a model was built makes no difference.
     for name, tensor in sorted(model.state_dict().items()):
-        # The student's adapter is in the same model, moves with every step, and is not the
-        # teacher's.
+        # The student's adapter is in the same model and changes with every step, but it is not part
+        # of the teacher.
         if any(f".{adapter}." in name for adapter in without):
             continue
         for part, plain in _plain_tensors(name, tensor):
@@ -46,7 +46,7 @@ def _shown(value: object) -> object:
 
 
 def _plain_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """A tensor, or those that a quantised one is made of."""
+    """Yield a tensor, or the tensors that a quantised tensor consists of."""
     if hasattr(tensor, "__tensor_flatten__"):
         for part in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
             yield from _plain_tensors(f"{name}.{part}", getattr(tensor, part))

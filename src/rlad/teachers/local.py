@@ -47,7 +47,7 @@ class ScoringTeacher(SynchronousTeacher):
         scores = self.scorer.score([requests[i].prompt for i in rows], [known[i] for i in rows])
         results = [torch.full((len(request.completion),), torch.nan) for request in requests]
         for i, values in zip(rows, scores, strict=True):
-            # Joined, not written into: scores may be float64.
+            # Concatenated, not written into a buffer: scores may be float64.
             results[i] = torch.cat([values, results[i][len(values) :].to(values)])
         return results
 
@@ -65,7 +65,7 @@ class ScoringTeacher(SynchronousTeacher):
         theirs = self.scorer.head
         device = self.works_on
         if ours is None or theirs is None:
-            problem = "the logits of one of them are no linear function of its hidden states"
+            problem = "the logits of one of them are not a linear function of its hidden states"
         elif ours.linear.out_features != theirs.linear.out_features:
             problem = (
                 f"the student has {ours.linear.out_features} token probabilities and the teacher "
@@ -76,8 +76,8 @@ class ScoringTeacher(SynchronousTeacher):
         else:
             return
         raise UserError(
-            f"whole distributions of student and teacher cannot be compared, as {problem}; take "
-            "another teacher, or objective=opd, which compares the sampled tokens alone."
+            f"whole distributions of student and teacher cannot be compared, because {problem}; "
+            "use another teacher, or objective=opd, which compares only the sampled tokens."
         )
 
     @property
@@ -97,12 +97,12 @@ class LocalTeacher(ScoringTeacher):
         keep: Literal["gpu", "cpu"] = "gpu",
         **scoring: Any,
     ):
-        """With `keep` = "cpu" the weights are on the model's present device only while it scores.
-        `scoring` is what a `Scorer` takes beside the model."""
+        """Take a model. With `keep` = "cpu" its weights are on its present device only while it
+        scores. `scoring` has the arguments of a `Scorer` besides the model."""
         language_model.model.requires_grad_(False)
         self.language_model = language_model
         super().__init__(identity or language_model.name, Scorer(language_model, **scoring))
-        # A teacher that rests on the CPU leaves the device's memory to the student's update.
+        # A teacher kept on the CPU leaves the device's memory to the student's update.
         self._works_on = language_model.model.device
         self._rests_on = torch.device("cpu") if keep == "cpu" else self._works_on
         self._move(self._rests_on)
@@ -117,7 +117,7 @@ class LocalTeacher(ScoringTeacher):
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """Keep the weights where they work."""
+        """Keep the weights on the device where they compute."""
         self._move(self._works_on)
         try:
             yield
@@ -135,11 +135,11 @@ class LocalTeacher(ScoringTeacher):
 
 
 def quantization_config(quantization: str) -> Any:
-    """What transformers quantises a model's linear layers by as it loads them; None for "none".
+    """Return the config by which transformers quantises linear layers on loading; None for "none".
 
-    int8: symmetric, a scale for each output channel. int4: asymmetric, a scale and a zero point for
-    each 64 inputs (tinygemm). transformers leaves the output layer as it is, so log-probs are
-    computed from it in tiles as of every other model.
+    int8: symmetric, one scale per output channel. int4: asymmetric, one scale and one zero point
+    per 64 inputs (tinygemm). transformers does not quantise the output layer, so log-probs are
+    computed from it in tiles, as for every other model.
     """
     if quantization == "none":
         return None
@@ -216,7 +216,8 @@ def make_teacher(settings: LocalTeacherConfig, setting: Setting) -> LocalTeacher
 
 
 def identity_of(settings: LocalTeacherConfig, seed: int) -> str:
-    """The model's name, and all that makes other numbers of it than its float32 weights give."""
+    """Return the model's name with every setting that makes its numbers differ from those of its
+    float32 weights."""
     random_weights = f"random weights of seed {seed}" if settings.random_weights else "none"
     said = [settings.dtype, settings.quantization, random_weights]
     differs = [one for one in said if one not in ("float32", "none")]

@@ -1,11 +1,11 @@
-"""A teacher with a prompt of its own, made from a template; the completion's token ids stay.
+"""A teacher with its own prompt, made from a template; the completion's token ids do not change.
 
     log πT(y_t | template(prompt, answer, peer solution, ...), y_<t)
 
-The prompt is a template that is filled, or the question and blocks after it (`contexts.py`). Where
-something that the template names is missing or empty for a completion (no other rollout of its
-group was correct), the teacher is given what the student sees, in the teacher's form; of a context
-its settings say what happens then.
+The prompt is a filled template, or the question with blocks after it (`contexts.py`). If something
+in the template is missing or empty for a completion (such as when no other rollout of its group was
+correct), the teacher gets the student's prompt in the teacher's form. With blocks, the settings of
+the context decide.
 """
 
 import json
@@ -57,12 +57,12 @@ from rlad.teachers.contexts import (
 from rlad.teachers.served.teacher import scored_context
 
 FORM = {"chat_template", "system_prompt", "chat_template_kwargs", "end_token"}
-"""The settings besides the template that make other prompts, or another end."""
+"""The settings besides the template that change the prompts or the end token."""
 
 
 class PrivilegedTeacher(TeacherWrapper):
-    """Asks another teacher about the same completions after another prompt; NaN where both do not
-    fit into `context`."""
+    """A wrapper whose inner teacher scores the same completions after another prompt. The result is
+    NaN if both do not fit into `context`."""
 
     share_metric = "teacher/privileged/frac"
 
@@ -77,16 +77,17 @@ class PrivilegedTeacher(TeacherWrapper):
         ends: Mapping[int, int] | None = None,
         blocks: BlockContext | None = None,
     ):
-        """`encode` gives the token ids of a prompt and its pictures; `context` is the teacher's, in
-        tokens, None where it is not stated. `form` names how its prompts differ from the student's
-        besides the template; empty where they do not. `ends` maps the student's end tokens to the
-        teacher's. `blocks` makes the prompts in place of the template.
+        """Wrap a teacher. `encode` returns the token ids of a prompt and its pictures. `context` is
+        the teacher's, in tokens; None if not stated. `form` names how its prompts differ from the
+        student's besides the template; empty if they do not. `ends` maps the student's end tokens
+        to the teacher's. `blocks` makes the prompts instead of the template.
         """
         super().__init__(teacher)
-        # The identity names all that makes the prompts, as other prompts make another teacher.
+        # The identity names everything that the prompts depend on, since other prompts make another
+        # teacher.
         self.identity = f"{teacher.identity}, privileged by {template!r}"
         if blocks is not None:
-            # Where a server is may change while its words stay the same.
+            # A server's address may change without changing its answers.
             elsewhere = {"skill": {"endpoint": set(SkillEndpointConfig.keys_with(Mark.NO_NUMBER))}}
             settings = blocks.settings.model_dump(
                 mode="json", exclude_defaults=True, exclude=elsewhere
@@ -101,7 +102,7 @@ class PrivilegedTeacher(TeacherWrapper):
         self._ends = ends or {}
         self._blocks = blocks
         self._counts: Counter[str] = Counter()
-        """of what was shown since the metrics were last taken"""
+        """Counts of what was shown since the metrics were last read."""
 
     @property
     def needs_group(self) -> bool:
@@ -115,7 +116,7 @@ class PrivilegedTeacher(TeacherWrapper):
 
     @property
     def shows_skills(self) -> bool:
-        """Whether it is shown skills of the run's bank."""
+        """Whether it is shown skills from the run's bank."""
         return self._blocks is not None and self._blocks.settings.skill is not None
 
     def speaks(self, request: TeacherRequest) -> bool:
@@ -123,12 +124,12 @@ class PrivilegedTeacher(TeacherWrapper):
         return not is_silent and super().speaks(request)
 
     def fitted(self, request: TeacherRequest) -> Fitted | None:
-        """What a context shows about a completion; None where it has nothing, or there is none."""
+        """Return the context's blocks for a completion; None if there are none, or no context."""
         return self._blocks and self._blocks.fitted(request, self._room(request))
 
     def submit(self, requests: Sequence[TeacherRequest]) -> list[Answer]:
-        # The inner teacher is asked only about what fits into its context; its answers go back into
-        # the places of those requests.
+        # The inner teacher gets only requests that fit into its context; its answers are put back
+        # at the positions of those requests.
         shown = [self._show(request) for request in requests]
         answers = iter(self.teacher.submit([request for request in shown if request is not None]))
         return [
@@ -153,8 +154,8 @@ class PrivilegedTeacher(TeacherWrapper):
         requests: Sequence[TeacherRequest],
         ask: Callable[[list[TeacherRequest], Tensor], Any],
     ) -> Any:
-        """Ask the inner teacher about the requests as it sees them, whose tokens have these places
-        among all; the tokens of what does not fit have nothing."""
+        """Ask the inner teacher about the rewritten requests, whose tokens have these positions
+        among all. Tokens of requests that do not fit stay NaN."""
         shown = [self._show(request) for request in requests]
         lengths = torch.tensor([len(request.completion) for request in requests], dtype=torch.int64)
         fits = torch.tensor([request is not None for request in shown], dtype=torch.bool)
@@ -163,9 +164,9 @@ class PrivilegedTeacher(TeacherWrapper):
         return found if bool(fits.all()) else found.placed(places, int(lengths.sum()))
 
     def _show(self, request: TeacherRequest) -> TeacherRequest | None:
-        """The request as the teacher sees it; None where that does not fit into its context."""
-        # Without what the template names: the student's prompt, in the teacher's own form if it has
-        # one.
+        """Return the request as the teacher sees it; None if it does not fit into its context."""
+        # If something that the template names is missing, use the student's prompt, in the
+        # teacher's own form if it has one.
         ids = self._privileged_ids(request)
         is_privileged = ids is not None
         if ids is None and self._has_own_form and request.problem is not None:
@@ -173,23 +174,23 @@ class PrivilegedTeacher(TeacherWrapper):
         if ids is None:
             ids = request.prompt
 
-        # Only the prompt is replaced; the completion's ids stay, so its log-probs are of the same
-        # tokens.
+        # Only the prompt is replaced. The completion's ids do not change, so the log-probs are of
+        # the same tokens.
         completion = request.completion
         if self._ends and completion:
-            # The same length and the same event: the teacher's own end token.
+            # Replace it by the teacher's own end token: same length, same event.
             completion = list(completion)
             for place in _ends_of_turns(request):
                 completion[place] = self._ends.get(completion[place], completion[place])
 
         fits = self.context is None or len(ids) + len(completion) <= self.context
-        # A teacher that rarely sees the answer is hardly a better teacher: the share is a metric.
+        # A teacher that rarely sees the answer is hardly better, so the share is a metric.
         self.num_asked += 1
         self.num_counted += is_privileged and fits
         return replace(request, prompt=ids, completion=completion) if fits else None
 
     def _privileged_ids(self, request: TeacherRequest) -> Sequence[int] | None:
-        """The prompt that shows more than the student sees; None where there is nothing to
+        """Return the prompt that shows more than the student's; None if there is nothing to
         show."""
         if self._blocks is not None:
             fitted = self.fitted(request)
@@ -219,7 +220,7 @@ class PrivilegedTeacher(TeacherWrapper):
 
 
 def _ends_of_turns(request: TeacherRequest) -> list[int]:
-    """The places of the last tokens of what the student wrote, turn by turn."""
+    """Return the positions of the last token of each of the student's turns."""
     actions = request.actions
     places = range(len(request.completion))
     if not actions:
@@ -231,8 +232,8 @@ def _ends_of_turns(request: TeacherRequest) -> list[int]:
 
 
 def peer_solution(request: TeacherRequest) -> str | None:
-    """The first correct completion of another rollout of the group that says something else than
-    this one, whatever the two have thought."""
+    """Return the first correct completion of another rollout of the group whose text, without
+    thoughts, differs from this one's."""
     own = request.rollout and text_without_thoughts(request.rollout).strip()
     found = next(
         (
@@ -242,13 +243,13 @@ def peer_solution(request: TeacherRequest) -> str | None:
         ),
         None,
     )
-    # It has seen pictures, and has none of its own.
+    # It was written with pictures, but has none of its own.
     return None if found is None else without_markers(found)
 
 
 def shown_values(problem: Problem, peer_solution: str | None) -> dict[str, str]:
-    """What a template may name: texts and numbers of the problem's metadata, its prompt and answer,
-    a peer's solution."""
+    """Return the values that a template may name: texts and numbers of the problem's metadata, its
+    prompt and answer, and a peer's solution."""
     shown = metadata_texts(problem) | {"prompt": problem.question, "answer": problem.answer}
     return shown | {"peer_solution": peer_solution or ""}
 
@@ -256,10 +257,10 @@ def shown_values(problem: Problem, peer_solution: str | None) -> dict[str, str]:
 def privileged_prompt(
     template: str, problem: Problem | None, peer_solution: str | None
 ) -> Prompt | None:
-    """The teacher's prompt, in a conversation its last message; None where something that the
-    template names is missing or empty."""
-    # An empty answer in the template would mislead the teacher, so it is shown all names or
-    # nothing.
+    """Fill the template for the teacher's prompt (in a conversation, its last message). Returns
+    None if something that the template names is missing or empty."""
+    # An empty answer in the template would mislead the teacher, so either all names are filled or
+    # the template is not used.
     values = shown_values(problem, peer_solution) if problem else {}
     if problem is None or not all(values.get(name) for name in template_names(template)):
         return None
@@ -267,10 +268,10 @@ def privileged_prompt(
 
 
 def encoder(settings: PrivilegedTeacherConfig, setting: Setting) -> Encode:
-    """From a prompt with its pictures to the ids of the student's tokens, in the form that the
-    section gives it.
+    """Return a function from a prompt with pictures to token ids of the student, in the form that
+    the section asks for.
 
-    `UserError` when the teacher's own template is wanted and there is none.
+    Raises `UserError` if the teacher's own template is wanted and there is none.
     """
     tokenizer = setting.student_tokenizer
     own = settings.model_dump(include={"system_prompt", "chat_template_kwargs"}, exclude_none=True)
@@ -282,18 +283,18 @@ def encoder(settings: PrivilegedTeacherConfig, setting: Setting) -> Encode:
     if theirs is None or not theirs.chat_template:
         raise UserError(
             f"teacher.chat_template is 'teacher', but {settings.teacher.title!r} has no tokenizer "
-            "with a chat template in reach (of a served teacher it is local_model's); use "
-            "'student', or another teacher."
+            "with a chat template (for a served teacher, local_model's is used); use 'student', or "
+            "another teacher."
         )
 
     def encode(prompt: Prompt, pictures: Sequence[Picture] = ()) -> Sequence[int]:
         if pictures:
             raise UserError(
-                "teacher.chat_template = 'teacher' is for texts, and a problem has pictures; set "
-                "it to 'student', whose placeholders both models know."
+                "teacher.chat_template = 'teacher' supports only texts, but a problem has "
+                "pictures; set it to 'student', whose placeholders both models know."
             )
-        # The text of the teacher's template in the student's tokens, which are what the teacher can
-        # score.
+        # Format with the teacher's template, and tokenise with the student's tokenizer, since the
+        # teacher scores the student's tokens.
         messages = chat_messages(prompt, rollout.system_prompt)
         text = chat_text(theirs, messages, rollout.chat_template_kwargs, whose="teacher")
         return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -302,7 +303,7 @@ def encoder(settings: PrivilegedTeacherConfig, setting: Setting) -> Encode:
 
 
 def _tokenizer_name(settings: Any) -> str | None:
-    """The model or folder of the teacher's own tokenizer; None where none is in reach."""
+    """Return the model or folder with the teacher's own tokenizer; None if there is none."""
     match settings:
         case CachedTeacherConfig():
             return _tokenizer_name(settings.teacher)
@@ -316,8 +317,8 @@ def _tokenizer_name(settings: Any) -> str | None:
 
 
 def teacher_context(settings: Any, setting: Setting) -> int | None:
-    """Tokens of the shortest context of the teachers in a section; None where none is stated.
-    Servers are asked for theirs: `UserError` where one does not answer."""
+    """Return the shortest context, in tokens, of the teachers in a section; None if none states
+    one. Servers are asked for theirs. Raises `UserError` if a server does not answer."""
     contexts = []
     for _, one in single_teachers(settings):
         if one.context_of == "server":
@@ -333,7 +334,7 @@ def teacher_context(settings: Any, setting: Setting) -> int | None:
 
 
 def check_teacher(settings: PrivilegedTeacherConfig, setting: Setting) -> list[Finding]:
-    # Imported here, as it makes prompts by this file.
+    # Imported here, since it uses this file to make prompts.
     from rlad.teachers.privileged_check import check_privileged
 
     return check_privileged(settings, setting)
@@ -342,7 +343,7 @@ def check_teacher(settings: PrivilegedTeacherConfig, setting: Setting) -> list[F
 def make_blocks(
     context: ContextConfig, settings: PrivilegedTeacherConfig, setting: Setting
 ) -> BlockContext:
-    """What makes the prompts of a context, in the form that the teacher's section gives them."""
+    """Make the `BlockContext` of a teacher's section, in the form that the section asks for."""
     return BlockContext(
         context,
         seed=setting.config.seed,
@@ -358,14 +359,15 @@ def make_teacher(settings: PrivilegedTeacherConfig, setting: Setting) -> Privile
 def privileged(
     teacher: Teacher, settings: PrivilegedTeacherConfig, setting: Setting
 ) -> PrivilegedTeacher:
-    """Show a teacher what a section says."""
+    """Wrap a teacher so that it is shown what a section asks for."""
     assert setting.student is not None
-    # Only what differs from the defaults, so that a new setting does not change old identities.
+    # Include only what differs from the defaults, so that a new setting does not change old
+    # identities.
     form = settings.model_dump(include=FORM, exclude_defaults=True)
     ends = {}
     if settings.end_token is not None:
         own_end = token_id(setting.student_tokenizer, settings.end_token, "teacher.end_token")
-        # A student may end its answer by several tokens; the teacher has one for all.
+        # The student may have several end tokens; the teacher has one for all of them.
         ends = dict.fromkeys(setting.student.eos_token_ids, own_end)
     return PrivilegedTeacher(
         teacher,

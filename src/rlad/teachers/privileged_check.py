@@ -1,5 +1,5 @@
-"""What can be known of a privileged teacher before weights are loaded: whether problems have what
-it is to be shown, and whether that fits into its context."""
+"""Check a privileged teacher before weights are loaded: whether problems have what it should be
+shown, and whether that fits into its context."""
 
 from collections.abc import Sequence
 from contextlib import closing
@@ -31,7 +31,7 @@ def check_privileged(settings: PrivilegedTeacherConfig, setting: Setting) -> lis
     with closing(make_task(**run.task.model_dump())) as task:
         problems = [task.problem("train", i, seed=run.seed) for i in range(NUM_PROBED_PROBLEMS)]
         rewards = reward_range(task)
-    # The section itself settles what differs in template and end token.
+    # Differences in template and end token are handled by the section itself.
     settled = {"chat template"} if settings.chat_template == "teacher" else set()
     if settings.end_token is not None:
         settled.add("end token")
@@ -51,7 +51,8 @@ def check_privileged(settings: PrivilegedTeacherConfig, setting: Setting) -> lis
 
 
 def _check_names(settings: PrivilegedTeacherConfig, problems: Sequence[Problem]) -> Finding:
-    """Whether problems have what the template names, which is more than the student sees."""
+    """Check whether problems have what the template names, and whether that is more than the
+    student sees."""
     wanted = sorted(template_names(settings.template))
     shown = [shown_values(problem, "a solution") for problem in problems]
     allowed = sorted({name for one in shown for name in one})
@@ -75,7 +76,7 @@ def _check_names(settings: PrivilegedTeacherConfig, problems: Sequence[Problem])
         level = "error"
         message = (
             f"its template names {{{lacking[0]}}}, which none of the {len(shown)} problems looked "
-            "at has; take another entry, or another type of teacher."
+            "at has; use another entry, or another type of teacher."
         )
     elif lacking:
         message = (
@@ -95,8 +96,8 @@ def _in_braces(names: Sequence[str]) -> str:
 def _check_length(
     settings: PrivilegedTeacherConfig, setting: Setting, problems: Sequence[Problem]
 ) -> Finding:
-    """Whether the longest prompt among `problems` and its completion fit, at their barest and with
-    all that may be shown."""
+    """Check whether the longest prompt among `problems` and its completion fit, both with as little
+    and with as much as may be shown."""
     most = setting.config.rollout.max_completion_tokens
     rooms = [teacher_context(settings.teacher, setting)]
     if settings.context is None:
@@ -108,7 +109,7 @@ def _check_length(
             (len(encoded(encode, one, problem)) for one, problem in prompts if one is not None),
             default=0,
         )
-        # Another completion is at most as long as a completion may be.
+        # A completion shown is at most as long as a completion may be.
         whole = bare + most * ("peer_solution" in template_names(settings.template))
         too_long = (
             "privileged prompts with its completion needs {needed} tokens, but the teacher's "
@@ -122,7 +123,7 @@ def _check_length(
         bare = max(len(blocks.token_ids(problem, [])) for problem in problems)
         whole = max(blocks.num_tokens(problem, most) for problem in problems)
         too_long = (
-            "questions with its completion alone needs {needed} tokens, but the teacher has {room} "
+            "questions with only its completion needs {needed} tokens, but the teacher has {room} "
             "for both; lower rollout.max_completion_tokens, or raise "
             "teacher.context.max_prompt_tokens if that is set."
         )

@@ -3,9 +3,9 @@ mixture of all.
 
     log πT = log sum_i w_i πT_i        for each token, the weights w_i scaled to sum 1
 
-The mixture is taken at every token among the next-token distributions (each at the sampling
-temperature), so it is a probability distribution again; it is not the mixture of the teachers'
-distributions over whole completions.
+The mixture is over the next-token distributions at every token (each at the sampling temperature),
+so it is again a probability distribution. It is not the mixture of the teachers' distributions over
+whole completions.
 """
 
 import math
@@ -29,8 +29,8 @@ from rlad.teachers.base import Answer, Setting, Teacher, TeacherRequest
 
 
 class TeacherByTask(Teacher):
-    """Each request goes to the teacher that is named like its problem's task; `only_task` is that
-    of a run with one."""
+    """A teacher that forwards each request to the teacher with the name of the problem's task.
+    `only_task` is the task of a run with only one."""
 
     def __init__(self, teachers: Mapping[str, Teacher], *, only_task: str = ""):
         self.inner = teachers
@@ -82,8 +82,8 @@ class TeacherByTask(Teacher):
     def _places(
         self, requests: Sequence[TeacherRequest]
     ) -> Iterator[tuple[str, list[int], Tensor]]:
-        """The names of those that are asked, each with its requests and the places of their tokens
-        among all."""
+        """Yield the name of each teacher that is asked, with its requests and the positions of
+        their tokens among all."""
         lengths = torch.tensor([len(one.completion) for one in requests])
         for name, wanted in self._rows(requests).items():
             is_own = torch.zeros(len(requests), dtype=torch.bool)
@@ -91,7 +91,8 @@ class TeacherByTask(Teacher):
             yield name, wanted, is_own.repeat_interleave(lengths).nonzero().flatten()
 
     def _rows(self, requests: Sequence[TeacherRequest]) -> dict[str, list[int]]:
-        """Which requests are whose, so that each teacher is asked once, about all of its own."""
+        """Assign the requests to teachers, so that each teacher is asked once about all of its
+        own."""
         rows: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             rows.setdefault(self._name_of(request), []).append(i)
@@ -99,7 +100,7 @@ class TeacherByTask(Teacher):
 
 
 class TeacherMixture(Teacher):
-    """log sum_i w_i πT_i of each token; NaN where a member gives none."""
+    """The mixture log sum_i w_i πT_i of each token; NaN where a member gives no log-prob."""
 
     def __init__(self, teachers: Mapping[str, Teacher], weights: Mapping[str, float]):
         self.inner = teachers
@@ -126,8 +127,7 @@ class TeacherMixture(Teacher):
         spans: list[tuple[float, float]] = []
 
         def wait() -> Tensor:
-            # All members were asked before the first is waited for, so servers work at the same
-            # time.
+            # All members were asked before waiting for the first, so servers work in parallel.
             values = torch.stack([answer.result() for answer in answers])
             spans[:] = [span for answer in answers for span in answer.spans]
             return torch.logsumexp(values + values.new_tensor(log_weights)[:, None], dim=0)
@@ -136,7 +136,7 @@ class TeacherMixture(Teacher):
 
 
 def task_names(config: RunConfig) -> list[str]:
-    """The names of a run's tasks; the type of the only one."""
+    """Return the names of a run's tasks, or the type of a single one."""
     task = config.task
     return list(task.tasks) if isinstance(task, SeveralTasksConfig) else [task.type]
 

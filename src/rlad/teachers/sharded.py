@@ -1,5 +1,5 @@
-"""A teacher whose weights are split over the processes (torch's FSDP2): each holds its share and
-gathers a layer at a time."""
+"""A teacher whose weights are sharded over the processes (torch's FSDP2). Each process holds its
+shard and gathers one layer at a time."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,10 +18,10 @@ from rlad.teachers.local import ScoringTeacher
 
 
 def split_over_processes(model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Move the weights to the mesh's devices, a share on each; layers are gathered one by one, and
-    let go at once."""
-    # A block of the model is the unit that is gathered: the classes that transformers says must not
-    # be split. The rest (embeddings, head) goes with the model itself.
+    """Shard the weights over the mesh's devices. Layers are gathered one by one, and freed after
+    use."""
+    # The unit that is gathered is a block of the model: the classes that transformers declares as
+    # not to be split. The rest (embeddings, head) is gathered with the model itself.
     blocks = [
         module
         for module in model.modules()
@@ -32,14 +32,14 @@ def split_over_processes(model: PreTrainedModel, mesh: DeviceMesh) -> None:
 
 
 class ShardedScorer(Scorer):
-    """`score` is a collective call: all processes make it at the same times, with as many
-    completions as each has."""
+    """A scorer whose `score` is a collective call: all processes call it at the same time, each
+    with its own number of completions."""
 
     def __init__(self, language_model: LanguageModel, *, device_type: str, **scoring: Any):
         """Split a model whose weights should still be on the CPU."""
         super().__init__(language_model, **scoring)
-        self._compares_neighbours = False  # one more pass of one process alone would wait for ever
-        # Weights are whole only within the model's own forward pass, so the log-probs are made
+        self._compares_neighbours = False  # an extra pass of one process would wait for ever
+        # Weights are complete only within the model's own forward pass, so log-probs are computed
         # there.
         add_fused_lm_head(self.model, temperature=self.temperature)
         mesh = init_device_mesh(device_type, (dist.get_world_size(),))
@@ -49,7 +49,7 @@ class ShardedScorer(Scorer):
     def _token_scores(
         self, inputs: dict[str, Any], predicts: Tensor, targets: Tensor, *_: Any
     ) -> tuple[Tensor, Tensor]:
-        # The fused head takes labels at the positions that predict, and skips all others (-100).
+        # The fused head takes labels at the predicting positions, and skips all others (-100).
         labels = torch.full_like(inputs["input_ids"], -100).masked_scatter(predicts, targets)
         with self.language_model.autocast():
             output = self.model(**inputs, shift_labels=labels, fused_lm_head=True)
@@ -58,9 +58,9 @@ class ShardedScorer(Scorer):
 
     @torch.no_grad()
     def score(self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]) -> list[Tensor]:
-        # Every forward pass gathers weights from all processes, so all must make equally many. A
-        # process with less to score makes empty passes at the end, or the others would wait for
-        # ever.
+        # Every forward pass gathers weights from all processes, so all processes must make the same
+        # number of passes. A process with less to score makes empty passes at the end; otherwise
+        # the others would wait for ever.
         own = len(self.batches(prompts, completions))
         most = torch.tensor(own, device=self.model.device)
         dist.all_reduce(most, dist.ReduceOp.MAX, self.group)
@@ -74,6 +74,6 @@ class ShardedTeacher(ScoringTeacher):
     """A frozen local model over all processes. `logprobs` is a collective call."""
 
     def __init__(self, language_model: LanguageModel, **scoring: Any):
-        """`scoring` is what a `ShardedScorer` takes beside the model."""
+        """Take in `scoring` the arguments of a `ShardedScorer` besides the model."""
         language_model.model.requires_grad_(False)
         super().__init__(language_model.name, ShardedScorer(language_model, **scoring))

@@ -1,4 +1,4 @@
-"""The engine for one device, and how it is made from a run's config."""
+"""The engine for one device, and the function that makes it from a run's config."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from rlad.teachers import prepare_teacher
 def make_engine(
     config: RunConfig, student: LanguageModel, task: Task, *, before_work: Callable[[], None]
 ) -> NativeEngine:
-    """Load what a run needs beside its student and its task."""
+    """Make the engine and load what a run needs besides its student and its task."""
     return NativeEngine(
         config,
         student=student,

@@ -1,6 +1,6 @@
-"""What a rollout batch is made of, in the order of the paper: sample, reward, advantage, score.
+"""Make rollout batches, in the order of the paper: sample, reward, advantage, score.
 
-Seeds and problems follow from the number of the batch; nothing random is kept between two of them.
+Seeds and problems are functions of the batch's index; no random state is kept between batches.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,7 +35,7 @@ from rlad.teachers.local import LocalTeacher
 
 
 class RolloutMaker:
-    """Makes the rollout batches of a run on one device, one after the other or one ahead."""
+    """The maker of a run's rollout batches on one device, one after the other or one ahead."""
 
     def __init__(
         self,
@@ -47,11 +47,11 @@ class RolloutMaker:
         reference: LanguageModel | None = None,
         before_work: Callable[[], None] = lambda: None,
     ):
-        """`before_work` is called before every decoding step and micro-batch; it may raise to stop
-        the run there.
+        """Take the parts of a run. `before_work` is called before every decoding step and
+        micro-batch; it may raise to stop the run.
 
-        `reference` is the frozen initial student; needed when `kl_coef` is not 0. A LoRA student
-        may be its own: its base weights are the initial student.
+        `reference` is the frozen initial student, needed if `kl_coef` is not 0. A LoRA student may
+        be its own reference, since its base weights are the initial student.
         """
         self.config = config
         self.student = student
@@ -61,12 +61,12 @@ class RolloutMaker:
         self.step = 0
         self.flat_step: int | None = None
         self.skills = skill_bank(config)
-        """what earlier episodes have taught, for a teacher that is shown it"""
+        """Skills learnt from earlier episodes, if the teacher is shown them."""
         self.summariser = Summariser(
             config, self.skills, student=student, teacher=teacher, before_work=before_work
         )
         self.begun_at: int | None = None
-        """the step whose weights write the next rollout batch ahead, if any do"""
+        """The step whose weights sample the next rollout batch ahead, if one is being sampled."""
         scoring: dict[str, Any] = {
             "temperature": config.rollout.temperature,
             "tokens_per_batch": config.optimization.tokens_per_batch,
@@ -84,8 +84,8 @@ class RolloutMaker:
         self.sampler, self.writer = self._make_samplers()
 
     def _make_samplers(self) -> tuple[Sampler, Sampler]:
-        """Start what writes the student's completions, and what writes those that are trained on,
-        which may be the same."""
+        """Start the sampler of the student's completions, and the sampler of those that are trained
+        on. They may be the same."""
         if self.config.objective.written_by == "student":
             sampler = make_sampler(self.student, self.config.rollout, self.before_work)
             return sampler, sampler
@@ -100,7 +100,7 @@ class RolloutMaker:
             raise
 
     def _require_top_k(self) -> None:
-        """Raise `UserError` where more tokens are to be told apart than there are."""
+        """Raise `UserError` if the objective compares more tokens than the vocabulary has."""
         objective: Any = self.config.objective
         vocabulary = self.student.vocabulary
         if "top_k" in objective.asked_of_teacher and objective.top_k > vocabulary:
@@ -111,19 +111,20 @@ class RolloutMaker:
 
     @property
     def local_teacher(self) -> LocalTeacher:
-        """The teacher of an objective that needs its model; a config with another is refused."""
+        """Return the teacher of an objective that needs its model; the config allows no other."""
         assert isinstance(self.teacher, LocalTeacher)
         return self.teacher
 
     def objective_at(self, batch_index: int) -> Any:
-        """The config of the objective whose turn it is at a rollout batch."""
+        """Return the config of the objective that is used at a rollout batch."""
         objective = self.config.objective
         loop = self.config.optimization
         first_step = batch_index * loop.steps_per_rollout_batch
         return objective.at_step(first_step, loop.num_steps, flat_step=self.flat_step)
 
     def make_rollout_batch(self, index: int) -> RolloutBatch:
-        """Everything that the steps on one batch of prompts need, in the order of the paper."""
+        """Make everything that the steps on one batch of prompts need, in the order of the
+        paper."""
         objective = self.objective_at(index)
         scores_tokens = (
             objective.needs_teacher
@@ -137,7 +138,7 @@ class RolloutMaker:
         skills = None if self.skills is None else self.skills.draft()
         chosen = self.choose_skills(index, skills)
 
-        # A teacher that works elsewhere begins with a group while others are still written.
+        # A teacher on another device scores finished groups while others are still sampled.
         def after_group(number: int, group: RolloutGroup) -> None:
             if ahead is not None:
                 with timer("teacher"):
@@ -159,19 +160,19 @@ class RolloutMaker:
                     chosen,
                 )
             )
-            # What fails here fails again once this batch is whole, and is not lost with it.
+            # An error here is raised again once this batch is complete, so it is not lost.
             with suppress(RunFailedError):
                 self.begin_ahead(index + 1, timer)
 
             # 2. Advantages, and with them which completions can contribute to the gradient at all.
             batch = self.with_advantages(index, groups)
 
-            # 3. What the teacher says of those completions; then reference and old policy.
+            # 3. Score those completions with the teacher, then with reference and old policy.
             if objective.needs_teacher:
                 self.add_teacher_scores(batch, teacher, ahead, timer=timer)
         self.add_local_scores(batch, timer=timer)
         if skills is not None:
-            # What this batch has taught is for the next one.
+            # Skills learnt from this batch are for the next one.
             with timer("skills"), self.summariser.at_work(self.sampler) as summarise:
                 new = skills.learn(groups, chosen, summarise)
             batch.skills = record(chosen, new)
@@ -200,8 +201,8 @@ class RolloutMaker:
         *,
         timer: Timer,
     ) -> None:
-        """Have a batch scored by its teacher, if that is asked now, and count the tokens that it is
-        asked about."""
+        """Score a batch with its teacher, if it is asked now, and count the tokens that it
+        scores."""
         if teacher is not None:
             with timer("teacher"):
                 batch.teacher_logprobs = batch.by_rollout(
@@ -220,14 +221,14 @@ class RolloutMaker:
             batch.counts["teacher/speaks/frac"] = batch.spoken_share
 
     def add_local_scores(self, batch: RolloutBatch, *, timer: Timer) -> None:
-        """Score a batch by the reference and the old policy, as far as its objective needs it."""
+        """Score a batch with the reference and the old policy, as far as its objective needs it."""
         objective = self.objective_at(batch.index)
         make_token_advantages = OBJECTIVES[objective.type].token_advantages
         if self.reference_scorer is not None:
             with timer("reference"):
                 batch.reference_logprobs = self._scores(batch, self.reference_scorer)
-        # With one step for each rollout batch the student is the old policy while it is updated,
-        # and its own log-probs, detached, save this pass.
+        # With one step per rollout batch the student is the old policy during the update, so its
+        # own detached log-probs save this pass.
         student_moves = self.config.optimization.steps_per_rollout_batch > 1
         needs_old = student_moves or make_token_advantages or objective.weighs_roles
         if objective.written_by == "student" and needs_old:
@@ -247,7 +248,8 @@ class RolloutMaker:
         timer: Timer,
         after_group: Callable[[int, RolloutGroup], None] = lambda number, group: None,
     ) -> list[RolloutGroup]:
-        """A graded group for each prompt of a rollout batch, by the student or by its teacher."""
+        """Return a graded group for each prompt of a rollout batch, sampled from the student or its
+        teacher."""
         by_teacher = self.objective_at(index).written_by == "teacher"
         stream = "teacher rollouts" if by_teacher else "rollouts"
         with self.local_teacher.at_work() if by_teacher else nullcontext():
@@ -270,14 +272,14 @@ class RolloutMaker:
             )
 
     def staleness(self, sampled_at: int) -> Metrics:
-        """Return the age in steps of a batch that the weights of step `sampled_at` wrote, where
-        there may be one."""
+        """Return the age in steps of a batch sampled with the weights of step `sampled_at`, if
+        batches may be stale."""
         age = float(self.step - sampled_at)
         return {"rollout/staleness/steps": age} if self.config.rollout.max_staleness else {}
 
     def begin_ahead(self, index: int, timer: Timer) -> None:
-        """Have the next rollout batch written by the student as it is, while it trains on the
-        present one."""
+        """Start sampling the next rollout batch with the student's current weights, while it trains
+        on the current batch."""
         rollout = self.config.rollout
         is_last = index >= self.config.optimization.num_rollout_batches
         if not rollout.max_staleness or is_last or self.begun_at is not None:
@@ -299,12 +301,12 @@ class RolloutMaker:
         self.begun_at = self.step
 
     def problems_of(self, index: int) -> range:
-        """The numbers of the training problems of a rollout batch."""
+        """Return the indices of the training problems of a rollout batch."""
         size = self.config.rollout.prompts_per_batch
         return range(index * size, (index + 1) * size)
 
     def with_advantages(self, index: int, groups: Sequence[RolloutGroup]) -> RolloutBatch:
-        """Some groups of a rollout batch, with their advantages and what of them trains."""
+        """Make a batch of some groups, with their advantages and the choice of what trains."""
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         advantages = group_advantages(
             torch.tensor([r.reward for r in rollouts], dtype=torch.float64),
@@ -332,7 +334,7 @@ class RolloutMaker:
         return batch.by_rollout(scorer.score(*batch.sequences(rows)), rows)
 
     def _ask_teacher(self, batch: RolloutBatch, ahead: AskedAhead | None = None) -> list[Tensor]:
-        """The teacher's log-probs of the rollouts that train, for which it may have been asked
+        """Return the teacher's log-probs of the rollouts that train; it may have been asked
         ahead."""
         assert self.teacher is not None
         return complete_logprobs(

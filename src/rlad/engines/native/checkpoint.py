@@ -1,9 +1,9 @@
-"""The state of the native engine on disk: with the same config a restored run continues bit for bit
-(CPU, float32).
+"""The state of the native engine on disk. With the same config, a restored run continues bit for
+bit (CPU, float32).
 
-A checkpoint is a Hugging Face model folder; beside the weights, `trainer/` holds the rest. No
-pickle: tensors are safetensors, everything else is JSON. Randomness and the position in the data
-are functions of the step, so they need no storage.
+A checkpoint is a Hugging Face model folder; `trainer/` in it holds everything besides the weights.
+There is no pickle: tensors are safetensors, everything else is JSON. Randomness and the position in
+the data are functions of the step, so they are not stored.
 """
 
 import json
@@ -44,19 +44,19 @@ class EngineState:
     step: int
     scheduler: dict[str, Any]
     moments: dict[int, dict[str, Tensor]]
-    """the optimiser's, by parameter"""
+    """optimiser state, by parameter"""
     teacher_identity: str | None
     teacher: Mapping[str, Tensor]
-    """of a teacher that moves; empty for others"""
+    """state of a teacher that changes; empty for others"""
     skills: list[dict[str, Any]]
-    """the bank's; empty where there is none"""
+    """skills in the bank; empty if there is none"""
     pending: RolloutBatch | None
-    """the rollout batch on which steps are still to be made"""
+    """the rollout batch on which some steps are still to be made"""
 
 
 def save_state(state: EngineState, folder: Path, *, run_digest: str) -> None:
     """Write a state into a model's folder; `run_digest` names the run it belongs to."""
-    # safetensors holds one flat table of tensors: a moment's key is the number of its parameter
+    # safetensors stores one flat table of tensors: a moment's key is the number of its parameter
     # and its name in the optimiser, such as "3.exp_avg".
     (folder / "trainer").mkdir()
     moments = {
@@ -76,8 +76,8 @@ def save_state(state: EngineState, folder: Path, *, run_digest: str) -> None:
         "skills": state.skills,
         "pending": None,
     }
-    # Steps that are still to be made on a rollout batch use its completions and scores as they
-    # were sampled: the student has moved since, and would write others.
+    # The remaining steps on a rollout batch use its completions and scores as sampled: the student
+    # was updated since, and would sample others.
     if state.pending is not None:
         saved["pending"] = {
             "index": state.pending.index,
@@ -93,10 +93,10 @@ def save_state(state: EngineState, folder: Path, *, run_digest: str) -> None:
 def load_state(
     folder: Path, *, run_digest: str, problem_of: Callable[[int], Problem]
 ) -> EngineState:
-    """The state that was saved in a checkpoint's folder. `problem_of` gives the training problem of
-    an index.
+    """Load the state that was saved in a checkpoint's folder. `problem_of` returns the training
+    problem of an index.
 
-    Raises `UserError` when it is not one of ours, is damaged, or is of another run.
+    Raises `UserError` if it is not one of ours, is damaged, or belongs to another run.
     """
     with _readable():
         saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
@@ -121,7 +121,7 @@ def load_state(
             skills=saved.get("skills", []),
             pending=None,
         )
-    # The task's own code runs here: what it raises is not damage of the checkpoint.
+    # The task's own code runs here; its errors do not mean that the checkpoint is damaged.
     problems = {index: problem_of(index) for index in indices}
     if pending:
         with _readable():
@@ -146,9 +146,9 @@ def _readable() -> Iterator[None]:
 
 
 def batch_tensors(batch: RolloutBatch) -> dict[str, Tensor]:
-    """Advantages and scores by name: rollouts one after the other, and the lengths of their
+    """Return advantages and scores by name, with rollouts concatenated, and the lengths of their
     rows."""
-    # Rows differ in length, so they are one long row and the lengths to cut it by.
+    # Rows differ in length, so they are stored as one long row with the lengths to split it.
     tensors = {"advantages": batch.advantages}
     for name in _SCORES:
         rows = getattr(batch, name)

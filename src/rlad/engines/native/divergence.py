@@ -1,5 +1,5 @@
-"""How the student's distributions of a micro-batch are compared with the teacher's, by an objective
-that needs more than the sampled tokens."""
+"""Compare the student's distributions of a micro-batch with the teacher's, for objectives that need
+more than the sampled tokens."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,20 +21,20 @@ from rlad.teachers.base import Teacher, TeacherRequest
 
 @dataclass(slots=True)
 class Comparison:
-    """Asks a teacher within the update, and measures a divergence from it."""
+    """The divergence to a teacher that is asked within the update."""
 
     teacher: Teacher
     measure: Divergence
     support: Support
     top_k: int
     bound: float | None = None
-    """of the terms of `measure`, with the support "full" alone"""
+    """bound of the terms of `measure`; only with the support "full\""""
     num_clipped: Tensor | None = None
-    """of each token of the last micro-batch, the terms at the bound"""
+    """number of terms at the bound, for each token of the last micro-batch"""
 
     def of(self, batch: RolloutBatch, part: Sequence[int]) -> Callable[[Distributions], Tensor]:
-        """Return what gives the divergence at each token of the rollouts `part`, from the student's
-        distributions of them; NaN where the teacher gives nothing."""
+        """Return a function from the student's distributions to the divergence at each token of the
+        rollouts `part`; NaN where the teacher gives nothing."""
         asked = _Asked(batch, part)
         if self.teacher.gives_distributions:
             whole = asked.placed(self.teacher.distributions(asked.requests))
@@ -59,7 +59,7 @@ class Comparison:
         )
 
     def _from_own_columns(self, asked: "_Asked", student: Distributions) -> Tensor:
-        """Ask about the student's own likeliest tokens, which are known only now."""
+        """Ask about the student's own most likely tokens, which are known only now."""
         ids = likeliest(student, self.top_k, tile=smaller_tile(student)).cpu()
         columns = self.teacher.columns(asked.requests, top_k=self.top_k, ids=ids[asked.places])
         return self._from_columns(TokenColumns(ids, asked.placed(columns).logprobs), student)
@@ -76,7 +76,7 @@ class Comparison:
 
 
 class _Asked:
-    """The rollouts among `part` about which the teacher is asked: those on which it has a say."""
+    """The rollouts among `part` that the teacher is asked about."""
 
     def __init__(self, batch: RolloutBatch, part: Sequence[int]):
         speaks = batch.teacher_speaks[list(part)]
@@ -84,11 +84,11 @@ class _Asked:
         lengths = torch.tensor([len(batch.completions[i]) for i in part])
         self.requests: list[TeacherRequest] = batch.teacher_requests(rows)
         self.places = speaks.repeat_interleave(lengths).nonzero().flatten()
-        """of their tokens among those of `part`"""
+        """Positions of their tokens among those of `part`."""
         self.num_tokens = int(lengths.sum())
 
     def placed(self, found: Any) -> Any:
-        """Give the tokens of the others none."""
+        """Put the values at those positions, and none at the tokens of other rollouts."""
         if len(self.places) == self.num_tokens:
             return found
         return found.placed(self.places, self.num_tokens)

@@ -1,4 +1,4 @@
-"""The gradient of an objective over some rollouts, micro-batch by micro-batch."""
+"""Compute the gradient of an objective over some rollouts, micro-batch by micro-batch."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -34,7 +34,7 @@ def trained_parameters(student: LanguageModel) -> list[nn.Parameter]:
 
 
 class LossGradient:
-    """Sets a student's gradient to that of an objective's loss at one step."""
+    """The gradient of an objective's loss at one step, computed into the student's parameters."""
 
     def __init__(
         self,
@@ -47,8 +47,8 @@ class LossGradient:
         correction: CorrectionConfig | None,
         before_work: Callable[[], None],
     ):
-        """`scorer` is the student's; the teacher is asked here by an objective that compares whole
-        distributions. `correction` is that of another sampler than the trainer's model."""
+        """Take the student's `scorer`. The teacher is asked here if the objective compares whole
+        distributions. `correction` is for samplers other than the trainer's own model."""
         self.config = config
         self.objective = objective
         self.step = step
@@ -70,8 +70,8 @@ class LossGradient:
     ) -> float:
         """Add up the gradient over the rollouts `wanted`; returns the loss.
 
-        The denominator is that of all of them, so neither micro-batches nor left-out rows change
-        the result. The loss is NaN where the student's own log-probs are not finite.
+        The denominator is computed over all of them, so neither micro-batches nor left-out rows
+        change the result. The loss is NaN if the student's own log-probs are not finite.
         """
         # The denominator counts every token that could train, also of rollouts that contribute
         # nothing and are left out below: leaving them out only saves time.
@@ -86,8 +86,8 @@ class LossGradient:
         whole = self._denominator()
         self._set_to_zero()
         model = self.scorer.model
-        # Checkpointing only works in training mode; `LanguageModel` has no dropout that this would
-        # switch on.
+        # Gradient checkpointing only works in training mode; `LanguageModel` has no dropout that
+        # this would turn on.
         model.train(self.config.student.gradient_checkpointing)
         total = 0.0
         self.num_missing = 0
@@ -98,12 +98,12 @@ class LossGradient:
                 self.before_work()
                 part = [rows[i] for i in micro]
                 loss = self._add(batch, part, whole, stats, imitation)
-                # Without a finite loss the step is skipped, and the others are not made.
+                # Without a finite loss the step is skipped, without the other micro-batches.
                 total += math.nan if loss is None else loss
                 if loss is None:
                     break
         model.eval()
-        # Over the whole step, so that the size of micro-batches decides nothing.
+        # Checked over the whole step, so that the size of micro-batches does not matter.
         require_few_missing(
             self.num_missing,
             self.num_compared,
@@ -112,8 +112,8 @@ class LossGradient:
             asked_again=False,
         )
         if self.num_missing:
-            # What a teacher asked within the update has no answer for is known only now. It leaves
-            # the denominator too, by which all parts were divided alike.
+            # Tokens that a teacher asked within the update could not score are known only now. They
+            # are removed from the denominator too, by rescaling what all parts were divided by.
             factor = whole / self._denominator()
             for parameter in self.parameters:
                 assert parameter.grad is not None
@@ -122,7 +122,7 @@ class LossGradient:
         return total
 
     def _denominator(self) -> float:
-        """That of the whole optimiser step, over the tokens known to train."""
+        """Return the denominator of the whole optimiser step, over the tokens known to train."""
         tokens = [torch.zeros(0, dtype=torch.bool), *self.kept.values()]
         return denominator(
             nn.utils.rnn.pad_sequence(tokens, batch_first=True),
@@ -131,7 +131,8 @@ class LossGradient:
         )
 
     def _set_to_zero(self) -> None:
-        """Zeros, not None: a step without gradient still moves by the optimiser's momentum."""
+        """Set gradients to zero, not None: the optimiser's momentum still applies in a step without
+        gradient."""
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -146,17 +147,17 @@ class LossGradient:
         stats: TokenStats,
         imitation: ImitationMap | None,
     ) -> float | None:
-        """Add the gradient of one micro-batch, the rollouts `part`; returns its share of the loss,
-        or None where the student's log-probs are not finite."""
+        """Add the gradient of one micro-batch, the rollouts `part`; return its share of the loss,
+        or None if the student's log-probs are not finite."""
         settings = self.config.optimization
         sequences = batch.sequences(part)
-        # The output layer and the embeddings are the largest matrices by far. Their gradients are
-        # added to `.grad` as they come, so that no second matrix of that size exists.
+        # The output layer and the embeddings are by far the largest matrices. Their gradients are
+        # added to `.grad` immediately, so that no second matrix of that size exists.
         with self.scorer.gradient_in_place():
             divergence = self.comparison and self.comparison.of(batch, part)
             scores = self.scorer(*sequences, divergence=divergence)
         if not torch.isfinite(scores.logprobs).all():
-            # With sound weights the batch has overflowed, and the step is skipped.
+            # If the weights are finite, the batch has overflowed, and the step is skipped.
             self._require_sound_weights()
             return None
         if scores.divergence is not None:
@@ -208,7 +209,8 @@ class LossGradient:
 
     @property
     def measure(self) -> Divergence | None:
-        """What `divergence_to_teacher` measures; None for an objective without it."""
+        """Return the divergence that `divergence_to_teacher` holds; None for an objective without
+        it."""
         if self.row.divergence is None or not (
             self._asks_teacher or "divergence_to_teacher" in self.row.needs
         ):
@@ -217,12 +219,12 @@ class LossGradient:
 
     @property
     def _asks_teacher(self) -> bool:
-        """Whether the teacher is asked for its distributions, within the update."""
+        """Return whether the teacher is asked for its distributions within the update."""
         return self.objective.asked_of_teacher != "sampled"
 
     def _make_comparison(self) -> Comparison | None:
-        """What compares the student's distributions with the teacher's, for an objective that asks
-        for more than the sampled tokens."""
+        """Make the comparison of the student's distributions with the teacher's, if the objective
+        needs more than the sampled tokens."""
         measure = self.measure
         if measure is None or not self._asks_teacher:
             return None
@@ -236,7 +238,7 @@ class LossGradient:
         )
 
     def _with_sampled_divergence(self, inputs: LossInputs) -> LossInputs:
-        """Estimate the divergence from the sampled tokens, of which the teacher gave log-probs."""
+        """Estimate the divergence from the teacher's log-probs of the sampled tokens."""
         assert self.measure is not None
         assert inputs.teacher_logprobs is not None
         kept = keep_finite(inputs.mask, inputs.teacher_logprobs)
@@ -249,8 +251,8 @@ class LossGradient:
     def _count_missing(
         self, batch: RolloutBatch, part: list[int], divergence: Tensor, stats: TokenStats
     ) -> None:
-        """Count the tokens without a finite divergence, for which the teacher is the reason; they
-        train nothing."""
+        """Count the tokens without a finite divergence because of the teacher. They are not trained
+        on."""
         is_finite = divergence.detach().isfinite().cpu()
         speaks = batch.teacher_speaks.tolist()
         for place, i in enumerate(part):

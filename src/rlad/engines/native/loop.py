@@ -1,8 +1,8 @@
 """The loop for one device: rollout batches (`batches.py`), and the optimiser steps on each.
 
-Everything random comes from streams named by seed and step, and problems are addressed by index:
-the state of a run is its step, its weights, its optimiser and, between the mini-batches of one
-rollout batch, that batch.
+Random streams are named by seed and step, and problems are addressed by index. So the state of a
+run is its step, its weights, its optimiser and, between the mini-batches of a rollout batch, that
+batch.
 """
 
 import math
@@ -33,13 +33,13 @@ from rlad.tasks import Task
 from rlad.teachers.base import Teacher
 
 SKIPPED = "optimization/skipped/count"
-# Nats a token; the guards of `sampler/mismatch/mean` warn of less.
+# Nats per token; the guards of `sampler/mismatch/mean` already warn of smaller values.
 LARGEST_MISMATCH = {"float32": 1e-3, "bfloat16": 0.5}
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
 
 class NativeEngine(RolloutMaker):
-    """Trains one student on one device."""
+    """The engine that trains one student on one device."""
 
     is_main = True
 
@@ -53,7 +53,7 @@ class NativeEngine(RolloutMaker):
         reference: LanguageModel | None = None,
         before_work: Callable[[], None] = lambda: None,
     ):
-        """The arguments are those of `RolloutMaker`."""
+        """Take the arguments of `RolloutMaker`."""
         loop = config.optimization
         self.parameters = trained_parameters(student)
         self.optimizer = torch.optim.AdamW(
@@ -75,7 +75,7 @@ class NativeEngine(RolloutMaker):
             student.model.gradient_checkpointing_enable()
             if has_adapter(student.model):
                 require_same_gradients(student)
-        # Samplers are started last: what fails before leaves none of them running.
+        # Samplers are started last, so that an earlier error leaves none of them running.
         super().__init__(
             config,
             student=student,
@@ -86,16 +86,16 @@ class NativeEngine(RolloutMaker):
         )
 
     def steps(self) -> Iterator[StepResult]:
-        """Optimiser steps until `num_steps`; between two of them the state may be saved."""
+        """Yield optimiser steps until `num_steps`; between two steps the state may be saved."""
         per_batch = self.config.optimization.steps_per_rollout_batch
         while self.step < self.config.optimization.num_steps:
             if self.pending is None:
                 self.pending = self.make_rollout_batch(self.step // per_batch)
                 self.before_work()
-            # Where the batch was restored, or no server could begin.
+            # Needed if the batch was restored, or no server could sample ahead.
             self.begin_ahead(self.pending.index + 1, Timer())
-            # A rollout batch serves `per_batch` steps, each on other prompts. What is measured
-            # of the batch as a whole is reported with the first of them.
+            # A rollout batch is used for `per_batch` steps, each on other prompts. Metrics of the
+            # whole batch are reported with the first of them.
             batch = self.pending
             part = self.step % per_batch
             started = time.monotonic()
@@ -172,12 +172,12 @@ class NativeEngine(RolloutMaker):
         # Nothing random is restored: seeds and problems follow from the step's number.
         self.step = state.step
         self.scheduler.load_state_dict(state.scheduler)
-        # The optimiser of a new engine is at the first learning rate of the schedule.
+        # The optimiser of a new engine has the first learning rate of the schedule.
         groups = self.optimizer.state_dict()["param_groups"]
         for group, learning_rate in zip(groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = learning_rate
         self.optimizer.load_state_dict({"state": state.moments, "param_groups": groups})
-        # What trains of a batch follows from its verdicts and advantages; it is not stored.
+        # The choice of what trains follows from verdicts and advantages, so it is not stored.
         self.pending = state.pending
         if self.pending is not None:
             self.choose_what_trains(self.pending)
@@ -187,12 +187,12 @@ class NativeEngine(RolloutMaker):
         return None if self.teacher is None else self.teacher.identity
 
     def follow(self) -> None:
-        """There is no other process."""
+        """Do nothing: there is no other process."""
 
     # --- update -----------------------------------------------------------------------------------
 
     def minibatch(self, index: int, part: int) -> list[int]:
-        """The prompts of one optimiser step: an equal share of the batch, in a seeded order."""
+        """Return one optimiser step's prompts: an equal share of the batch, in a seeded order."""
         num_prompts = self.config.rollout.prompts_per_batch
         size = num_prompts // self.config.optimization.steps_per_rollout_batch
         seed = stream_seed(self.config.seed, "minibatches", index)
@@ -202,10 +202,10 @@ class NativeEngine(RolloutMaker):
     def update(
         self, batch: RolloutBatch, prompts: Sequence[int], imitation: ImitationMap | None = None
     ) -> Metrics:
-        """One optimiser step on the groups `prompts` of a batch; returns its metrics.
+        """Make one optimiser step on the groups `prompts` of a batch; return its metrics.
 
-        When loss or gradient is not finite the step is skipped: weights, moments and teacher stay
-        as they are, and the learning rate moves on, which is a function of the step's number.
+        If loss or gradient is not finite, the step is skipped: weights, moments and teacher do not
+        change. The learning rate still advances, since it is a function of the step's number.
         """
         size = batch.group_size
         stats = TokenStats()
@@ -216,7 +216,7 @@ class NativeEngine(RolloutMaker):
         )
         metrics = rollout_metrics([batch.groups[i] for i in prompts]) | stats.summary()
         self._require_same_logprobs(metrics)
-        if self.teacher is not None:  # which may have been asked within the update
+        if self.teacher is not None:  # it may have been asked within the update
             metrics |= self.teacher.pop_metrics()
         metrics |= {
             "optimization/loss": loss,
@@ -226,8 +226,8 @@ class NativeEngine(RolloutMaker):
         }
         is_skipped = not (math.isfinite(loss) and math.isfinite(norm))
         if is_skipped:
-            # Without gradients the optimiser leaves weights and moments as they are; zeros would
-            # move them by the momentum.
+            # Without gradients the optimiser does not change weights and moments; zero gradients
+            # would, through the momentum.
             for parameter in self.parameters:
                 parameter.grad = None
             finite = {key: value for key, value in metrics.items() if math.isfinite(value)}
@@ -240,8 +240,8 @@ class NativeEngine(RolloutMaker):
         return metrics
 
     def _require_same_logprobs(self, metrics: Metrics) -> None:
-        """Raise `RunFailedError` where our own sampler and the scorer disagree about the tokens of
-        the first batch: such a model would train on log-probs that are not its own."""
+        """Raise `RunFailedError` if our own sampler and the scorer disagree about the tokens of the
+        first batch: such a model would be trained on wrong log-probs."""
         mismatch = metrics.get("sampler/mismatch/mean")
         if mismatch is None or self._is_compared or not self.sampler.is_trainers_own:
             return
@@ -250,9 +250,9 @@ class NativeEngine(RolloutMaker):
         if mismatch > limit:
             raise RunFailedError(
                 f"step {self.step + 1}: sampling token by token and scoring whole completions give "
-                f"log-probs of {self.student.name!r} that differ by {mismatch:.2g} nats a token "
-                f"(sampler/mismatch/mean, at most {limit:g}); this model cannot be trained by "
-                "rlad's own sampler: take another model, or rollout.engine = 'vllm'."
+                f"log-probs of {self.student.name!r} that differ by {mismatch:.2g} nats per token "
+                f"(sampler/mismatch/mean, at most {limit:g}); this model cannot be trained with "
+                "rlad's own sampler: use another model, or rollout.engine = 'vllm'."
             )
 
     def accumulate_gradient(
@@ -262,7 +262,7 @@ class NativeEngine(RolloutMaker):
         stats: TokenStats,
         imitation: ImitationMap | None = None,
     ) -> float:
-        """Set the gradient to that of the loss over the rollouts `wanted`; returns the loss."""
+        """Set the gradient of the loss over the rollouts `wanted`; return the loss."""
         return LossGradient(
             self.config,
             self.objective_at(batch.index),

@@ -1,8 +1,7 @@
-"""A teacher that works elsewhere is asked about each group when it is finished, while the student
-writes the others.
+"""Ask a teacher on another device about each group as soon as it is finished, while the student
+samples the others.
 
-The requests and the answers are those that would be made and given afterwards; only the time of
-asking differs.
+Requests and answers are the same as if the teacher were asked afterwards; only the time differs.
 """
 
 import time
@@ -12,21 +11,21 @@ from rlad.teachers.base import Answer, Teacher, TeacherRequest
 
 
 class AskedAhead:
-    """What a teacher was asked about the groups of one rollout batch."""
+    """The requests to a teacher about the groups of one rollout batch."""
 
     def __init__(self, teacher: Teacher):
         self._teacher = teacher
         self.answers: dict[int, list[Answer]] = {}
-        """by the number of the group"""
+        """By the index of the group."""
         self.overlap_seconds = 0.0
-        """for how long the teacher had worked when its answers were waited for"""
+        """How long the teacher had worked before its answers were waited for."""
 
     def submit(self, group_number: int, requests: Sequence[TeacherRequest]) -> None:
-        """Begin to have the completions of one group scored."""
+        """Start scoring the completions of one group."""
         self.answers[group_number] = self._teacher.submit(requests)
 
     def wait(self) -> list[Answer]:
-        """Wait for all answers; returns them in the order of the groups."""
+        """Wait for all answers; return them in the order of the groups."""
         began = time.monotonic()
         answers = [answer for _, group in sorted(self.answers.items()) for answer in group]
         for answer in answers:
@@ -37,8 +36,8 @@ class AskedAhead:
 
 
 def covered_seconds(spans: Iterable[tuple[float, float]], *, until: float) -> float:
-    """For how long before `until` at least one of the spans was open."""
-    # Requests overlap, so their spans are walked by start: each adds what lies past the latest end
+    """Return for how long before `until` at least one of the spans was open."""
+    # Requests overlap, so go through their spans by start: each adds the part after the latest end
     # so far.
     total = 0.0
     covered_to = float("-inf")

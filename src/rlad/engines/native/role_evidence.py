@@ -1,8 +1,8 @@
-"""What the old policy says of a completion without the evidence of its roles: the two further
-passes of `srpo`.
+"""The two additional scoring passes of `srpo`: log-probs of the old policy without the evidence of
+each role.
 
-    perception    the picture with squares blackened
-    reasoning     the prompt of the reasoning alone, without the perception
+    perception    with a picture whose squares are partly blackened
+    reasoning     with a prompt for the reasoning only, without the perception
 """
 
 from collections.abc import Sequence
@@ -24,10 +24,9 @@ from rlad.seeds import stream_seed
 def add_role_evidence(
     batch: RolloutBatch, objective: Any, scorer: Scorer, config: RunConfig
 ) -> None:
-    """Fill `role_evidence` and `roles` of the rollouts that train, whose old log-probs are there.
+    """Fill `role_evidence` and `roles` of the rollouts that train; their old log-probs are known.
 
-    A completion that does not parse has no role, nor has the perception of a problem without
-    pictures.
+    Completions that do not parse, and perceptions of problems without pictures, have no role.
     """
     assert batch.old_logprobs is not None
     student = scorer.language_model
@@ -61,7 +60,7 @@ def add_role_evidence(
 
 
 def _decoder(student: LanguageModel) -> Any:
-    """Tags may be special tokens, which a text leaves out otherwise."""
+    """Return a decoder that keeps special tokens, since tags may be special tokens."""
     tokenizer: Any = student.tokenizer
     return lambda ids: tokenizer.decode(
         ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
@@ -71,7 +70,7 @@ def _decoder(student: LanguageModel) -> Any:
 def _enter(
     evidence: Tensor, roles: Tensor, old: Tensor, without: Tensor, span: range, role: int
 ) -> None:
-    """Enter the contrast of a span; `without` holds the log-probs of its tokens."""
+    """Store the contrast of a span; `without` has the log-probs without evidence."""
     part = slice(span.start, span.stop)
     evidence[part] = old[part] - without
     roles[part] = role
@@ -84,7 +83,7 @@ def _without_picture(
     objective: Any,
     config: RunConfig,
 ) -> dict[int, Tensor]:
-    """Score the perceptions under pictures of which squares are black, fresh for each rollout."""
+    """Score the perceptions with blackened squares in the picture, drawn anew for each rollout."""
     prompts: dict[int, PicturedPrompt] = {}
     for i in spans:
         prompt = batch.prompts[i]
@@ -96,7 +95,7 @@ def _without_picture(
                 )
                 for number, picture in enumerate(prompt.pictures)
             ]
-            # The same size and grid, and with them the same tokens.
+            # The size and grid do not change, so neither do the picture's tokens.
             prompts[i] = PicturedPrompt(prompt, pictures)
     until = {i: batch.completions[i][: spans[i].perception.stop] for i in prompts}
     scores = scorer.score(list(prompts.values()), list(until.values()))
@@ -108,7 +107,7 @@ def _without_picture(
 def _without_perception(
     batch: RolloutBatch, spans: dict[int, RoleSpans], scorer: Scorer, config: RunConfig
 ) -> dict[int, Tensor]:
-    """Score the reasoning under its own prompt, from its tag on, as if nothing came before it."""
+    """Score the reasoning after its own prompt, from its tag on, as if nothing came before it."""
     student = scorer.language_model
     prompts: dict[int, Sequence[int]] = {}
     asked: dict[int, Sequence[int]] = {}

@@ -1,4 +1,4 @@
-"""What writes the skills of a run: rules, the student, its teacher, or a model on a server."""
+"""The writers of a run's skills: rules, the student, its teacher, or a model on a server."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from rlad.teachers.privileged import PrivilegedTeacher
 
 
 class Summariser:
-    """Writes skills as `[teacher.context.skill]` says."""
+    """The writer of skills, as set in `[teacher.context.skill]`."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class Summariser:
         teacher: Teacher | None,
         before_work: Callable[[], None],
     ):
-        """Raises `UserError` for a server that does not write."""
+        """Start the writer. Raises `UserError` for a server that cannot write."""
         self._config = config
         self._settings = bank and bank.settings
         self._student = student
@@ -42,7 +42,7 @@ class Summariser:
 
     @contextmanager
     def at_work(self, sampler: Sampler) -> Iterator[Summarise]:
-        """Yield what summarises a group; `sampler` is the student's."""
+        """Yield the function that summarises a group; `sampler` is the student's."""
         assert self._settings is not None
         rollout = self._config.rollout
         match self._settings.summariser:
@@ -61,14 +61,14 @@ class Summariser:
 
 
 def _writer(teacher: Teacher) -> LocalTeacher | None:
-    """The model that a teacher asks which is shown skills; None for all others."""
+    """Return the model inside a teacher that is shown skills; None for all other teachers."""
     shows_skills = isinstance(teacher, PrivilegedTeacher) and teacher.shows_skills
     inner = next(iter(teacher.inner.values()), None)
     return inner if shows_skills and isinstance(inner, LocalTeacher) else None
 
 
 def _all_teachers(teacher: Teacher | None) -> Iterator[Teacher]:
-    """A teacher and all that it asks itself."""
+    """Yield a teacher and all teachers inside it."""
     if teacher is not None:
         yield teacher
         for inner in teacher.inner.values():
@@ -76,7 +76,7 @@ def _all_teachers(teacher: Teacher | None) -> Iterator[Teacher]:
 
 
 def skill_bank(config: RunConfig) -> SkillBank | None:
-    """Make the empty bank of a run whose teacher is shown skills; None for all others."""
+    """Make the empty bank of a run whose teacher is shown skills; None for other runs."""
     if config.teacher is None or not config.needs_teacher:
         return None
     contexts = [one for one in config.teacher.walk() if isinstance(one, ContextConfig)]
@@ -85,5 +85,5 @@ def skill_bank(config: RunConfig) -> SkillBank | None:
 
 
 def with_skill(group: RolloutGroup, skill: Skill | None) -> RolloutGroup:
-    """Note on a group which skill its teacher is shown."""
+    """Return the group with the skill that its teacher is shown."""
     return group if skill is None else replace(group, skill=skill.text)

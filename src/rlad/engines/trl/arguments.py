@@ -1,4 +1,4 @@
-"""From a run's config to TRL's arguments."""
+"""Make TRL's arguments from a run's config."""
 
 import os
 from dataclasses import fields
@@ -18,18 +18,18 @@ from rlad.text import first_line, nearest
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 LOSS_TYPES = {mode: name for name, mode in AGGREGATION.items() if name != "bnpo"}
 MOST_COMPLETIONS_AT_ONCE = 8
-"""of one process in a forward and backward pass, where a config names no other number"""
+"""In one process's forward and backward pass, unless a config sets another number."""
 
 
 def make_arguments(config: RunConfig, output_dir: str) -> RLADConfig:
-    """Make TRL's arguments of a run. Raises `UserError` for what TRL has no such setting for, or
+    """Make TRL's arguments for a run. Raises `UserError` for settings that TRL does not have, or
     refuses."""
     given = config.engine.trl
     known = [field.name for field in fields(RLADConfig) if field.name not in DECIDED]
     for name in given:
         if name not in known:
             raise UserError(
-                f"engine.trl.{name} is no setting of TRL's GRPOConfig: "
+                f"engine.trl.{name} is not a setting of TRL's GRPOConfig: "
                 f"{nearest(name, known) or 'look for its name in the documentation of TRL'}"
             )
     settings: dict[str, Any] = {"ddp_find_unused_parameters": False}
@@ -85,7 +85,7 @@ def batch_sizes(config: RunConfig) -> dict[str, int]:
 
 
 def decided(config: RunConfig) -> dict[str, Any]:
-    """What the other sections of a config say, under TRL's names."""
+    """Return what the other sections of a config decide, under TRL's names."""
     student = config.student
     rollout = config.rollout
     loop = config.optimization
@@ -121,7 +121,7 @@ def decided(config: RunConfig) -> dict[str, Any]:
         "gradient_checkpointing": student.gradient_checkpointing,
         "teacher_dtype": getattr(config.teacher, "dtype", "float32"),
         "teacher_tokens_per_batch": getattr(config.teacher, "tokens_per_batch", 16_384),
-        # The run directory is written by our callback alone.
+        # Only our callback writes the run directory.
         "save_strategy": "no",
         "logging_steps": 1,
         "report_to": "none",

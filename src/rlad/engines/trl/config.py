@@ -1,4 +1,4 @@
-"""`RLADConfig`: TRL's `GRPOConfig` with an objective of ours in place of some of its settings."""
+"""`RLADConfig`: TRL's `GRPOConfig` with one of our objectives instead of some of its settings."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,13 +19,12 @@ AGGREGATION: dict[str, Aggregation] = {
     "bnpo": "token_mean",
     "dr_grpo": "constant_length",
 }
-"""How token losses become one number, for each of TRL's loss types whose ratio means what ours
-does."""
+"""Our aggregation mode for each of TRL's loss types whose ratio has the same meaning as ours."""
 
 
 @dataclass
 class RLADConfig(GRPOConfig):
-    """`GRPOConfig` with an objective. On a machine without accelerator bf16 and gradient
+    """A `GRPOConfig` with an objective. On a machine without an accelerator, bf16 and gradient
     checkpointing are off by default."""
 
     _VALID_DICT_FIELDS: ClassVar = [*GRPOConfig._VALID_DICT_FIELDS, "objective"]
@@ -33,24 +32,24 @@ class RLADConfig(GRPOConfig):
     objective: dict[str, Any] | str = "trrd"
     """name of the objective, or its section as in a run's TOML: {'type': 'trrd', 'alpha': 0.5}"""
     advantages: Literal["trl", "rlad"] = "trl"
-    """those of TRL (sample standard deviation), or of the native engine (population standard
-    deviation, and a completion that no reward function judges trains nothing)"""
+    """advantages as in TRL (sample standard deviation), or as in the native engine (population
+    standard deviation; completions that no reward function judges are not trained on)"""
     max_missing_teacher_share: float = 0.05
-    """tokens of a generation batch that the teacher may leave without a log-prob"""
+    """share of a generation batch's tokens that may lack a teacher log-prob"""
     teacher_tokens_per_batch: int = 16_384
-    """most tokens (padding included) in one forward pass of a local teacher"""
+    """most tokens (with padding) in one forward pass of a local teacher"""
     teacher_is_sharded: bool = False
-    """split a teacher given as a model or its name over the processes (FSDP2), instead of a replica
-    each"""
+    """shard a teacher given as a model or its name over the processes (FSDP2), instead of one
+    replica per process"""
     teacher_dtype: str = "float32"
-    """of the weights of a teacher that is given by name"""
+    """data type of the weights of a teacher that is given by name"""
     use_bias_correction_kl: bool = False
     """not available: see `beta`"""
     gradient_checkpointing: bool | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     """recompute activations in the backward pass; by default on, and off on the CPU"""
 
     def __post_init__(self) -> None:
-        # TRL turns both on, which is made for a GPU.
+        # TRL turns both on by default, which suits a GPU.
         on_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None and on_cpu:
             self.bf16 = False
@@ -74,7 +73,7 @@ class RLADConfig(GRPOConfig):
         return AGGREGATION[self.loss_type]
 
     def _problems(self) -> Iterator[str]:
-        """What has no meaning with our loss or our advantages: one sentence each."""
+        """Yield a sentence for each setting that has no meaning with our loss or advantages."""
         objective = self.objective_config.type
         allowed = {"advantages": ("trl", "rlad"), "loss_type": tuple(AGGREGATION)}
         if self.advantages == "rlad":
@@ -89,12 +88,12 @@ class RLADConfig(GRPOConfig):
                 )
         if self.advantages == "rlad" and self.num_generations_eval == 1:
             yield (
-                "num_generations_eval = 1 leaves each completion alone, and advantages = 'rlad' "
+                "num_generations_eval = 1 gives one completion per prompt, but advantages = 'rlad' "
                 "compare those of one prompt; set it to at least 2, or advantages = 'trl'."
             )
         for name, (neutral, instead) in REPLACED.items():
             if (value := getattr(self, name)) != neutral:
                 yield (
                     f"{name} = {value!r} belongs to TRL's own loss, which objective {objective!r} "
-                    f"takes the place of; it must stay {neutral!r}: {instead}."
+                    f"replaces; it must stay {neutral!r}: {instead}."
                 )

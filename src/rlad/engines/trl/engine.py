@@ -1,8 +1,8 @@
 """The engine for several GPUs and hosts: TRL's trainer makes the steps of a run.
 
-TRL samples, optimises, splits the model, and saves and restores its state. From us are problems,
-rewards, teacher and objective, and what is recorded of each step. The main process decides when to
-evaluate, to save and to stop, between two steps, and the others carry it out with it.
+TRL samples, optimises, shards the model, and saves and restores its state. We provide problems,
+rewards, teacher, objective, and the records of each step. Between two steps the main process
+decides when to evaluate, save and stop, and all processes carry it out together.
 """
 
 import json
@@ -42,20 +42,20 @@ from rlad.teachers.base import Setting, Teacher
 
 STATE = "trainer/state.json"
 AREAS = ("objective/", "teacher/", "student/", "reference/", "sampler/", "time/")
-"""of TRL's figures those that are ours"""
+"""Prefixes of our own metrics among TRL's."""
 
 
 class _Leave(BaseException):
-    """Ends TRL's loop in this process; all others leave it at the same time."""
+    """Raised to leave TRL's loop in this process; all others leave it at the same time."""
 
 
 class _End(BaseException):
-    """Ends a process that is not the main one."""
+    """Raised to end a process that is not the main one."""
 
 
 class TRLEngine(TrainerCallback):
-    """Trains one student in one process or more, each with its own engine. TRL's loop comes back to
-    it between two steps."""
+    """The engine that trains one student in one or more processes, each with its own engine object.
+    TRL's loop calls it back between two steps."""
 
     def __init__(
         self,
@@ -65,8 +65,8 @@ class TRLEngine(TrainerCallback):
         task: Task,
         before_work: Callable[[], None] = lambda: None,
     ):
-        """`student` is on the CPU, without the adapter of `[student.lora]`. `before_work` is called
-        by the main process between two steps; it may raise to stop the run there."""
+        """Take a `student` on the CPU, without the adapter of `[student.lora]`. The main process
+        calls `before_work` between two steps; it may raise to stop the run."""
         require_engine("trl", config.objective, config)
         self.config = config
         self.student = student
@@ -75,7 +75,7 @@ class TRLEngine(TrainerCallback):
         self._restored: str | None = None
         self._others_wait = True
         self._can_save = False
-        # It warns of what TRL itself does, and shows bars of its own.
+        # transformers warns of what TRL itself does, and shows its own progress bars.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
         disable_progress_bar()
         self._folder = TemporaryDirectory(prefix="rlad-trl-")
@@ -85,11 +85,11 @@ class TRLEngine(TrainerCallback):
         self.is_main = self.orders.is_main
         timer = Timer()
         self.rollouts = TaskRollouts(config, student, task, timer)
-        # The end tokens of a run are TRL's too.
+        # TRL must use the run's end tokens too.
         generation: Any = student.model.generation_config
         generation.eos_token_id = list(student.eos_token_ids)
         if args.use_vllm:
-            # Of itself vLLM ends a completion only at those that the model's folder names.
+            # By default vLLM ends a completion only at the end tokens in the model's folder.
             args.generation_kwargs = {"stop_token_ids": list(student.eos_token_ids)}
         self.trainer: Any = RLADTrainer(
             student.model,
@@ -105,7 +105,7 @@ class TRLEngine(TrainerCallback):
         )
         self.trainer.remove_callback(PrinterCallback)
         if self.trainer.is_fsdp_enabled:
-            # A checkpoint is a model folder that every other tool reads.
+            # A checkpoint is a model folder that other tools can read.
             plugin = self.trainer.accelerator.state.fsdp_plugin
             plugin.set_state_dict_type("FULL_STATE_DICT")
         self.sampler = StudentSampler(self)
@@ -125,7 +125,7 @@ class TRLEngine(TrainerCallback):
 
     @property
     def resume_point(self) -> ResumePoint | None:
-        """TRL resumes exactly from the end of a rollout batch."""
+        """Return the resume point: TRL resumes exactly from the end of a rollout batch."""
         per_batch = self.config.optimization.steps_per_rollout_batch
         is_possible = self._can_save and self._others_wait and self.step % per_batch == 0
         return "step" if is_possible else None
@@ -147,7 +147,7 @@ class TRLEngine(TrainerCallback):
         (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
 
     def restore(self, folder: Path, *, run_digest: str) -> None:
-        """TRL itself reads the checkpoint, when `run` begins."""
+        """Check the checkpoint; TRL itself reads it when `run` begins."""
         try:
             state = json.loads((folder / STATE).read_text(encoding="utf-8"))
             self.step = int(state["step"])
@@ -160,7 +160,7 @@ class TRLEngine(TrainerCallback):
         self._restored = str(folder)
 
     def _origin(self, run_digest: str) -> dict[str, Any]:
-        """Return what must be equal when a checkpoint is resumed."""
+        """Return what must be the same when a checkpoint is resumed."""
         teacher = self.trainer.teacher
         return {
             "run": run_digest,
@@ -176,14 +176,14 @@ class TRLEngine(TrainerCallback):
         self._folder.cleanup()
 
     def everywhere(self, method: str, *arguments: Any) -> Any:
-        """Call a method of the engine in all processes, of which the others wait for it."""
+        """Call a method of the engine in all processes; the others wait for this call."""
         self.orders.share((method, arguments))
         return getattr(self, method)(*arguments)
 
     # --- the others -------------------------------------------------------------------------------
 
     def follow(self) -> None:
-        """In another process than the main one: carry out its orders until it ends."""
+        """In any process but the main one: carry out the main process's orders until it ends."""
         with suppress(_End):
             self._obey()
 
@@ -216,11 +216,11 @@ class TRLEngine(TrainerCallback):
             for path in written.iterdir():
                 path.rename(folder / path.name)
             written.rmdir()
-            # Written by TRL, for a run that is not known to it.
+            # TRL writes this file, but it does not know the run.
             (folder / "README.md").unlink(missing_ok=True)
 
     def decode(self, prompts: Any, settings: dict[str, Any]) -> list[list[Completion]]:
-        """Sample by our own decoder with the student's weights wherever they are."""
+        """Sample with our own decoder and the student's weights, wherever they are."""
         trainer = self.trainer
         trainer.model.eval()  # until the next step
         with unwrap_model_for_generation(
@@ -233,7 +233,8 @@ class TRLEngine(TrainerCallback):
     # --- where TRL's loop comes back --------------------------------------------------------------
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Models, optimiser and what a checkpoint held of them are where they work now."""
+        """Start recording: models, optimiser and their checkpoint are loaded and on their devices
+        now."""
         self._can_save = True
         self._between_steps(lambda: self._begin())
 
@@ -246,9 +247,9 @@ class TRLEngine(TrainerCallback):
         gradients = (parameter.grad for parameter in model.parameters())
         if not all(bool(one.isfinite().all()) for one in gradients if one is not None):
             raise RunFailedError(
-                f"step {state.global_step + 1}: the gradient is not finite, and TRL skips no step; "
-                "start again with a lower optimization.learning_rate, or with engine.type=native, "
-                "which skips such steps."
+                f"step {state.global_step + 1}: the gradient is not finite, and TRL cannot skip a "
+                "step; start again with a lower optimization.learning_rate, or with "
+                "engine.type=native, which skips such steps."
             )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
@@ -257,7 +258,7 @@ class TRLEngine(TrainerCallback):
             self._between_steps(lambda: self._recorded(logs, seconds))
 
     def _between_steps(self, decide: Callable[[], bool]) -> None:
-        """Let the main process decide whether TRL makes another step, and the others do so too."""
+        """Let the main process decide for all processes whether TRL makes another step."""
         self.step = self.trainer.state.global_step
         if not self.is_main:
             self._obey()
@@ -270,7 +271,7 @@ class TRLEngine(TrainerCallback):
         self._others_wait = False
 
     def _recorded(self, logs: dict[str, float], seconds: float) -> bool:
-        """Report a step that TRL has made; returns whether there is to be another one."""
+        """Report a step that TRL has made; return whether to make another one."""
         groups = self.rollouts.groups
         self.rollouts.groups = []
         metrics = rollout_metrics(groups) if groups else {}
@@ -291,7 +292,7 @@ class TRLEngine(TrainerCallback):
 
 
 class StudentSampler(OwnSampler):
-    """Our own decoder, for evaluation; where the student is split, in all processes alike."""
+    """Our own decoder, for evaluation. If the student is sharded, it runs in all processes."""
 
     name = "trl"
 
@@ -304,7 +305,7 @@ class StudentSampler(OwnSampler):
         kind = self._engine.trainer.accelerator.distributed_type
         if kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             return self._engine.decode(prompts, settings)
-        # Stopped in the middle, one process would leave the others waiting for its share.
+        # If one process stopped in the middle, the others would wait for its shard.
         settings.pop("before_token", None)
         after_group = settings.pop("after_group", lambda number, group: None)
         groups = self._engine.everywhere("decode", prompts, settings)
@@ -314,18 +315,18 @@ class StudentSampler(OwnSampler):
 
 
 def _require_places(args: Any) -> None:
-    """Raise `UserError` where TRL's trainer could not be made in these processes."""
+    """Raise `UserError` if TRL's trainer cannot be made in these processes."""
     if args.use_vllm and not is_vllm_available():
         raise UserError("engine.trl.use_vllm needs vLLM, which is not installed; install vllm.")
     if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
         raise UserError(
-            "engine.trl.fsdp splits the student over processes, and this is one alone; start it "
+            "engine.trl.fsdp shards the student over processes, but this is a single one; start it "
             "with torchrun, or leave the setting out."
         )
     if args.n_gpu > 1:
         raise UserError(
-            f"this one process sees {args.n_gpu} GPUs, and TRL wants a process for each; start it "
-            f"with torchrun --nproc_per_node {args.n_gpu}, or name one in CUDA_VISIBLE_DEVICES."
+            f"this single process sees {args.n_gpu} GPUs, but TRL needs a process for each; start "
+            f"it with torchrun --nproc_per_node {args.n_gpu}, or name one in CUDA_VISIBLE_DEVICES."
         )
 
 

@@ -1,4 +1,4 @@
-"""The processes of a run: the main one decides and writes, the others carry out its orders."""
+"""Orders between the processes of a run: the main one decides and writes, the others follow."""
 
 from datetime import timedelta
 from typing import Any
@@ -9,20 +9,21 @@ from rlad.errors import LostProcessError
 
 
 class Orders:
-    """From the main process to the others; with one process alone nothing is sent."""
+    """The channel from the main process to the others. With a single process nothing is sent."""
 
     def __init__(self) -> None:
-        """Call it in all processes, after TRL's arguments have joined them."""
+        """Open the channel. Call this in all processes, after TRL's arguments have connected
+        them."""
         self.num_processes = dist.get_world_size() if dist.is_initialized() else 1
         self.is_main = self.num_processes == 1 or dist.get_rank() == 0
         self._group: Any = None
         if self.num_processes > 1:
-            # Over the CPU and without a time limit: the others wait while the main one evaluates.
+            # On the CPU and without a time limit: the others wait while the main one evaluates.
             self._group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
 
     def share(self, order: Any = None) -> Any:
-        """Send an order from the main process to the others, which wait for it here; returns it in
-        all."""
+        """Send an order from the main process to the others, which wait for it here; return it in
+        all processes."""
         if self._group is None:
             return order
         shared = [order]
@@ -33,12 +34,12 @@ class Orders:
         return shared[0]
 
     def wait_for_all(self) -> None:
-        """Return when all processes have come here."""
+        """Return once all processes have called this."""
         if self._group is not None:
             dist.barrier(group=self._group)
 
 
 def lost_process(error: RuntimeError) -> LostProcessError | None:
-    """Return the sentence for the end of another process; None for any other error."""
+    """Return the error for the end of another process; None for any other error."""
     is_lost = isinstance(error, dist.DistError) or "gloo" in str(error)
     return LostProcessError() if is_lost else None

@@ -1,4 +1,4 @@
-"""The problems of a run as the data set that TRL reads, and its task as the reward function."""
+"""The problems of a run as a data set for TRL, and its task as a reward function."""
 
 import math
 from functools import lru_cache
@@ -21,7 +21,7 @@ from rlad.teachers.base import TeacherRequest
 
 
 class TaskRollouts:
-    """What TRL asks about the training problems of a run, and the groups that it has sampled."""
+    """The training problems of a run for TRL, and the groups that it has sampled."""
 
     def __init__(self, config: RunConfig, student: LanguageModel, task: Task, timer: Timer):
         self.config = config
@@ -29,20 +29,20 @@ class TaskRollouts:
         self.task = task
         self.timer = timer
         self.groups: list[RolloutGroup] = []
-        """of the latest generation batch, of all processes"""
+        """The groups of the latest generation batch, from all processes."""
         self._first = 0
         self.asked = lru_cache(maxsize=4 * config.rollout.prompts_per_batch)(self._asked)
 
     def _asked(self, index: int) -> Asked:
-        """Return a training problem and its prompt. Raises `UserError` for one with pictures: TRL
-        is given its text."""
+        """Return a training problem and its prompt. Raises `UserError` for a problem with pictures,
+        since TRL gets only the text."""
         config = self.config
         (asked,) = asked_prompts(
             self.student, self.task, "train", [index], config.rollout, config.seed
         )
         if asked.problem.images:
             raise UserError(
-                "a problem has pictures, and engine.type = 'trl' trains on texts; use 'native'."
+                "a problem has pictures, but engine.type = 'trl' trains on texts; use 'native'."
             )
         return asked
 
@@ -83,7 +83,7 @@ class TaskRollouts:
     def _graded(self, index: int, token_ids: list[int]) -> Rollout:
         asked = self.asked(index)
         is_truncated = token_ids[-1] not in self.student.eos_token_ids
-        # TRL keeps the sampler's log-probs to itself.
+        # TRL does not pass on the sampler's log-probs.
         completion = Completion(tuple(token_ids), (), is_truncated)
         begun = begun_completion(self.student.tokenizer, asked.prompt)
         (rollout,) = grade(
@@ -92,6 +92,6 @@ class TaskRollouts:
         return rollout
 
     def teacher_request(self, number: int) -> TeacherRequest:
-        """Return what the teacher is asked about a completion of this process, by its number."""
+        """Return the request to the teacher about a completion of this process, by its index."""
         group, place = divmod(self._first + number, self.config.rollout.group_size)
         return teacher_request(self.groups[group], place)

@@ -1,4 +1,4 @@
-"""The teacher of `RLADTrainer`, made of what the user passes."""
+"""Make the teacher of `RLADTrainer` from what the user passes."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -29,13 +29,13 @@ def as_teacher(
     *,
     student: Any,
 ) -> Teacher:
-    """Make a teacher of a model or its name; a `Teacher` stays as it is.
+    """Make a teacher from a model or its name; a `Teacher` is returned unchanged.
 
-    The teacher scores at the sampling temperature: a replica on each process's device, or
-    (`teacher_is_sharded`) one over all processes. The base model of a PEFT student shares its
-    weights with it.
+    The teacher scores at the sampling temperature, with a replica on each process's device or
+    (`teacher_is_sharded`) one model over all processes. The base model of a PEFT student shares the
+    student's weights.
 
-    Raises `UserError` when it cannot score this tokenizer's tokens, or moves with the student.
+    Raises `UserError` if it cannot score this tokenizer's tokens, or changes with the student.
     """
     if problem := next(_problems(teacher, args, accelerator, student), None):
         raise UserError(problem)
@@ -47,7 +47,7 @@ def as_teacher(
     }
     if _is_base_model(teacher, student):
         return BaseModelTeacher(student, _with_tokenizer(teacher, tokenizer), **scoring)
-    # A model that will be split is put together on the CPU: it need not fit on one device.
+    # A model that will be sharded is built on the CPU: it need not fit on one device.
     device = torch.device("cpu") if args.teacher_is_sharded else accelerator.device
     if isinstance(teacher, str):
         loaded = load_language_model(teacher, dtype=args.teacher_dtype, device=str(device))
@@ -70,14 +70,14 @@ def _is_base_model(teacher: Any, student: Any) -> bool:
 def _problems(
     teacher: Any, args: RLADConfig, accelerator: Accelerator, student: Any
 ) -> Iterator[str]:
-    """Why this cannot be the teacher, or not there where the arguments put it."""
+    """Yield why this cannot be the teacher, or not where the arguments place it."""
     if isinstance(teacher, Teacher):
         for does in _needs_the_native_engine(teacher):
-            yield f"teacher {teacher.identity!r} {does}, which the native engine alone offers."
+            yield f"teacher {teacher.identity!r} {does}, which only the native engine supports."
         if args.teacher_is_sharded and not isinstance(teacher, ShardedTeacher):
             yield (
                 "teacher_is_sharded is for a teacher given as a model or its name; "
-                f"{teacher.identity!r} says itself where it is."
+                f"{teacher.identity!r} decides itself where it is."
             )
     elif _is_base_model(teacher, student):
         splitting = (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -86,12 +86,12 @@ def _problems(
             what = what or accelerator.distributed_type.value
         if what:
             yield (
-                f"teacher is the student's base model, whose weights {what} would split under it; "
+                f"teacher is the student's base model, whose weights {what} would shard under it; "
                 "pass its name, which loads a copy."
             )
     elif teacher is student:
         yield (
-            "teacher is the student itself, which moves with every step; pass its name for a "
+            "teacher is the student itself, which changes with every step; pass its name for a "
             "frozen copy, or peft_config to train an adapter on it."
         )
     elif not isinstance(teacher, str | PreTrainedModel):
@@ -101,8 +101,8 @@ def _problems(
         )
     elif args.teacher_is_sharded and accelerator.num_processes == 1:
         yield (
-            "teacher_is_sharded splits the teacher over processes, and this is one alone; leave it "
-            "out."
+            "teacher_is_sharded shards the teacher over processes, but this is a single one; leave "
+            "it out."
         )
 
 
@@ -116,16 +116,17 @@ def _needs_the_native_engine(teacher: Teacher) -> Iterator[str]:
 
 
 class BaseModelTeacher(ScoringTeacher):
-    """Scores with the student's adapters switched off; nothing of the student is frozen or moved by
-    it."""
+    """A teacher that is the student with its adapters off. It freezes and moves nothing of the
+    student."""
 
     def __init__(self, student: Any, base: LanguageModel, **scoring: Any):
-        """`student` is a `PeftModel`; `scoring` is what a `Scorer` takes beside the model."""
+        """Take a `PeftModel` as `student`, and in `scoring` the arguments of a `Scorer` besides the
+        model."""
         super().__init__(f"{base.name} without adapter", Scorer(base, **scoring))
         self._student = student
 
     def logprobs(self, requests: Sequence[TeacherRequest]) -> list[Tensor]:
-        # Dropout must be off while the base model scores, and the student as before after it.
+        # Dropout must be off while the base model scores; afterwards the student is as before.
         was_training = self._student.training
         self._student.eval()
         try:

@@ -1,6 +1,6 @@
-"""TRRD and its rivals in TRL's GRPO trainer.
+"""TRRD and the other objectives in TRL's GRPO trainer.
 
-The teacher's log-probs join the rollouts, and our objective is the loss.
+The teacher's log-probs are added to the rollouts, and our objective is the loss.
 
 Three of TRL's methods are overridden, `_generate_and_score_completions`, `_calculate_rewards` and
 `_compute_loss`. Sampling, rewards, optimiser, several devices, vLLM, checkpoints and trackers are
@@ -36,7 +36,7 @@ SCORED = ("teacher_logprobs", "ref_per_token_logps", "old_per_token_logps")
 
 
 class RLADTrainer(GRPOTrainer):
-    """`GRPOTrainer` with a teacher: `RLADTrainer(model=..., teacher=..., reward_funcs=...,
+    """A `GRPOTrainer` with a teacher: `RLADTrainer(model=..., teacher=..., reward_funcs=...,
     args=RLADConfig(...), ...)`."""
 
     args: RLADConfig
@@ -57,13 +57,13 @@ class RLADTrainer(GRPOTrainer):
         timer: Timer | None = None,
         **settings: Any,
     ):
-        """`teacher` may be a model's name or folder, a transformers model, or a `Teacher` that
-        scores at `args.temperature`.
+        """Make the trainer. `teacher` may be a model's name or folder, a transformers model, or a
+        `Teacher` that scores at `args.temperature`.
 
-        `request_of` makes what the teacher is asked about a completion, for a privileged one:
-        of the completion's number in this process, its row of the data set, and the tokens of
-        prompt and completion. `timer` measures the parts of a step. `settings` are those of
-        `GRPOTrainer`. Raises `UserError` for what cannot be trained so.
+        For a privileged teacher, `request_of` makes the request about a completion from its index
+        in this process, its row of the data set, and the tokens of prompt and completion. `timer`
+        measures the parts of a step. `settings` are those of `GRPOTrainer`. Raises `UserError` for
+        a combination that cannot be trained.
         """
         objective = args.objective_config
         # With an adapter the reference is the base model, which is in memory already.
@@ -75,14 +75,14 @@ class RLADTrainer(GRPOTrainer):
         if args.beta and is_whole and not model.config.name_or_path:
             raise UserError(
                 f"beta = {args.beta} needs the initial student as the reference, which TRL loads "
-                "from where the student came from, and this one was made in memory; save it and "
-                "pass the folder, or set beta = 0."
+                "from the student's folder, but this student was made in memory; save it and pass "
+                "the folder, or set beta = 0."
             )
         super().__init__(model=model, args=args, **settings)
-        # TRL itself finds these two out while it is made.
+        # TRL itself determines these two while it is made.
         if self._is_vlm or self.aux_loss_enabled:
             raise UserError(
-                "RLADTrainer trains on text alone, and has no place for a router's auxiliary loss; "
+                "RLADTrainer trains only on text, and does not support a router's auxiliary loss; "
                 "pass a tokenizer as processing_class, and set router_aux_loss_coef = 0."
             )
         self.teacher = None
@@ -93,7 +93,7 @@ class RLADTrainer(GRPOTrainer):
         self.request_of = request_of
         self.timer = timer or Timer()
         self.window = TokenStats()
-        """of the micro-batches since the last optimiser step"""
+        """Stats of the micro-batches since the last optimiser step."""
 
     def _send_telemetry(self) -> None:
         """Send nothing."""
@@ -115,9 +115,9 @@ class RLADTrainer(GRPOTrainer):
             batch = super()._generate_and_score_completions(inputs)
         if self.args.advantages == "rlad":
             self._replace_advantages(batch)
-        # A token counts if all that the loss needs is finite for it. A completion that contributes
-        # nothing whatever the teacher says is not asked about: its tokens count, with no log-prob
-        # of the teacher.
+        # A token counts if everything that the loss needs is finite for it. The teacher is not
+        # asked about a completion that contributes nothing anyway: its tokens count, without a
+        # teacher log-prob.
         counted = _mask(batch)
         if self.teacher is not None:
             asked = counted & ~self._is_idle(batch)[:, None]
@@ -141,8 +141,8 @@ class RLADTrainer(GRPOTrainer):
         return batch
 
     def _is_idle(self, batch: dict[str, Any]) -> Tensor:
-        """Return the completions `[batch]` that contribute exactly nothing to the gradient, about
-        which the teacher need not be asked."""
+        """Return the completions `[batch]` that contribute exactly nothing to the gradient, so that
+        the teacher need not be asked."""
         objective = self.args.objective_config
         skippable = objective.zero_advantage_is_zero_gradient and not self.beta
         return (batch["advantages"] == 0) & skippable
@@ -150,20 +150,20 @@ class RLADTrainer(GRPOTrainer):
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
     ) -> Tensor:
-        """Keep the rewards `[completion, function]` of all processes, of which TRL returns none."""
+        """Keep the rewards `[completion, function]` of all processes, which TRL does not return."""
         self._rewards = super()._calculate_rewards(
             inputs, prompts, completions, completion_ids_list
         )
         return self._rewards
 
     def _replace_advantages(self, batch: dict[str, Any]) -> None:
-        """Make the advantages as the native engine does; a completion that no reward function
-        judged leaves the mask."""
+        """Compute the advantages as the native engine does, and mask completions that no reward
+        function judged."""
         each = self._rewards.cpu().double()
         judged = each.isfinite().any(dim=1)
         training = self.mode == "train"
-        # A group's rollouts may lie on several processes, so all advantages are made on each, and
-        # each takes its own part.
+        # A group's rollouts may be on several processes, so each process computes all advantages
+        # and takes its own part.
         advantages = group_advantages(
             (each * self.reward_weights.to(each)).nansum(dim=1),
             self.num_generations if training else self.num_generations_eval,
@@ -174,8 +174,8 @@ class RLADTrainer(GRPOTrainer):
         first = size * self.accelerator.process_index
         batch["advantages"] = advantages[first : first + size].to(batch["advantages"])
         if self.args.objective_config.uses_reward:
-            # TRL multiplies the tool mask into the completion mask everywhere, so it is the place
-            # to leave out completions that were not judged.
+            # TRL multiplies the tool mask into the completion mask everywhere, so this is where
+            # completions that were not judged can be left out.
             mask = batch.get("tool_mask", batch["completion_mask"])
             batch["tool_mask"] = mask * judged[first : first + size, None].to(mask)
 
@@ -184,8 +184,8 @@ class RLADTrainer(GRPOTrainer):
     ) -> Tensor:
         """Return the teacher's log-probs `[batch, token]`, NaN where there are none.
 
-        Raises `RunFailedError`, on every process, when too many of the tokens in `asked` have none,
-        also when asked for once more.
+        Raises `RunFailedError`, on every process, if too many of the tokens in `asked` have none
+        even after a second request.
         """
         assert self.teacher is not None
         most = self.args.max_missing_teacher_share
@@ -197,19 +197,18 @@ class RLADTrainer(GRPOTrainer):
             completion = batch["completion_ids"][i][is_token].tolist()
             request = self.request_of(i, rows[i], prompt, completion)
             if "tool_mask" in batch:
-                # The teacher reads what an environment wrote, and its log-probs of that are not
-                # missed.
+                # The teacher reads the environment's tokens, but their log-probs are not needed.
                 actions = batch["tool_mask"][i][is_token].bool().tolist()
                 request = replace(request, actions=actions)
             requests.append(request)
-        # All processes ask a split teacher at the same time, and once: asking again would change
-        # nothing.
+        # All processes ask a sharded teacher at the same time, and only once: asking again would
+        # change nothing.
         is_split = isinstance(self.teacher, ShardedTeacher)
         scores = ask_twice(self.teacher, requests, max_missing_share=1.0 if is_split else most)
         result = torch.full(asked.shape, torch.nan, dtype=scores[0].dtype if scores else None)
         for i, values in zip(wanted, scores, strict=True):
             result[i, : len(values)] = values
-        # The share is of all processes together: each one alone could raise while the others wait
+        # The share is computed over all processes; otherwise one could raise while the others wait
         # for it.
         counts = torch.tensor(count_missing(scores, requests), device=asked.device)
         missing, total = self._over_processes(counts).tolist()
@@ -222,7 +221,7 @@ class RLADTrainer(GRPOTrainer):
     # --- loss -------------------------------------------------------------------------------------
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """Compute our objective, aggregated; with vLLM its importance weights multiply the token
+        """Compute our aggregated objective. With vLLM, its importance weights multiply the token
         losses."""
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
@@ -241,13 +240,13 @@ class RLADTrainer(GRPOTrainer):
         weights = inputs.get("importance_sampling_ratio")
         batch = LossInputs(
             student_logprobs=logprobs,
-            # TRL leaves the old log-probs out where they are the student's of this very pass.
+            # TRL leaves out the old log-probs if they are the student's of this same pass.
             old_logprobs=logprobs.detach() if old is None else old,
             advantages=inputs["advantages"].to(logprobs),
             mask=_mask(inputs),
             teacher_logprobs=teacher,
             reference_logprobs=reference if self.beta else None,
-            # [batch, 1] where vllm_importance_sampling_mode speaks of sequences
+            # [batch, 1] if vllm_importance_sampling_mode is for sequences
             rollout_weights=None if weights is None else weights.to(logprobs).expand_as(logprobs),
         )
         objective = self.args.objective_config
@@ -258,11 +257,11 @@ class RLADTrainer(GRPOTrainer):
         return aggregate(losses, batch.trained, mode=self.args.aggregation, denominator=whole)
 
     def _denominator(self, inputs: dict[str, Any]) -> float:
-        """Return TRL's denominator: that of the whole optimiser step, for the part of one process,
-        since gradients are averaged over processes.
+        """Return TRL's denominator: that of the whole optimiser step, divided by the number of
+        processes, since gradients are averaged over processes.
 
-        `bnpo` divides by the tokens of each micro-batch. The others span the generation batch, so
-        that with several optimiser steps on it each divides by the same share of the whole.
+        `bnpo` divides by the tokens of each micro-batch. The others count the whole generation
+        batch; of several optimiser steps on it, each divides by an equal share.
         """
         training = self.mode == "train"
         accumulation = self.current_gradient_accumulation_steps if training else 1
@@ -283,7 +282,7 @@ class RLADTrainer(GRPOTrainer):
         window.num_dropped += int((batch.mask & ~inputs["counted"]).sum())
         window.num_rows += len(trained)
         window.num_scored += int(trained.any(dim=1).sum())
-        # One entry for each optimiser step: micro-batches are added up until the last one.
+        # One entry per optimiser step: micro-batches are collected until the last one.
         if self.mode == "eval" or self.accelerator.sync_gradients:
             whole = TokenStats()
             for part in gather_object([window]):

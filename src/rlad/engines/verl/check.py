@@ -1,6 +1,6 @@
-"""Whether verl sees our objectives.
+"""Check whether verl sees our objectives.
 
-A fresh process is asked, since verl hides the errors of plug-ins. Imports no verl.
+The check runs in a new process, since verl hides the errors of plug-ins. Imports no verl.
 """
 
 import json
@@ -16,7 +16,7 @@ from rlad.findings import Finding
 VERSIONS = ">=0.9.1,<0.10"
 _TIMEOUT_SECONDS = 600
 _PLUGIN = "rlad.engines.verl.plugin"
-# What verl knows by itself is read before the plug-in is imported, which shows why it did not load.
+# verl's own registry is read before the plug-in is imported; the import shows why it did not load.
 _SCRIPT = f"""
 import json
 from verl.trainer.distillation.losses import DISTILLATION_LOSS_REGISTRY
@@ -27,7 +27,7 @@ print("\\n" + json.dumps(seen))
 
 
 def verl_version_problem() -> str | None:
-    """Return one sentence when verl is missing, or not of the version that the plug-in needs."""
+    """Return a sentence if verl is missing, or is not a version that the plug-in supports."""
     wanted = (
         f"pip install 'verl{VERSIONS}' into an environment of its own, together with rlad (see "
         "docs/verl.md)"
@@ -42,9 +42,9 @@ def verl_version_problem() -> str | None:
 
 
 def check_verl() -> list[Finding]:
-    """Ask a fresh process that imports verl whether it knows our objectives by their names.
+    """Check in a new process that imports verl whether it knows our objectives by name.
 
-    Takes seconds; starts no Ray.
+    This takes seconds and does not start Ray.
     """
     problem = verl_version_problem() or _problem_of_a_fresh_process()
     if problem:

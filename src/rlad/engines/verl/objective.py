@@ -1,10 +1,10 @@
-"""The objective for verl's processes: the environment variable RLAD_OBJECTIVE, written by
-`rlad export verl`.
+"""The objective for verl's processes, in the environment variable RLAD_OBJECTIVE that `rlad export
+verl` writes.
 
-verl's config of a distillation loss has no field for knobs of ours. Ray hands the variable to every
+verl's config of a distillation loss has no field for our settings. Ray passes the variable to every
 worker of the run (`ray_kwargs.ray_init.runtime_env.env_vars`). Its value is the section
-`[objective]` of a run's config as JSON, such as {"type": "trrd", "alpha": 0.5}; what it leaves out
-has the default. Imports no verl.
+`[objective]` of a run's config as JSON, such as {"type": "trrd", "alpha": 0.5}; omitted settings
+have their defaults. Imports no verl.
 """
 
 import json
@@ -22,26 +22,26 @@ NAMES = tuple(
     for name, objective in OBJECTIVE_CONFIGS.items()
     if "verl" in objective.engines and objective.needs_teacher
 )
-"""The objectives that verl learns from us; its own `grpo` needs no teacher, and `topd` needs whole
-groups at once."""
+"""The objectives that we register with verl. Its own `grpo` needs no teacher, and `topd` needs
+whole groups at once."""
 
 
 def objective_json(objective: Any) -> str:
-    """The value of RLAD_OBJECTIVE for an objective's config."""
+    """Return the value of RLAD_OBJECTIVE for an objective's config."""
     return json.dumps(objective.model_dump(mode="json", exclude_none=True))
 
 
 def objective_knobs_from_environment(name: str) -> dict[str, Any]:
-    """The keyword arguments of objective `name` that RLAD_OBJECTIVE gives ("off" is None).
+    """Return the keyword arguments of objective `name` from RLAD_OBJECTIVE ("off" is None).
 
-    Raises `UserError` when the variable is missing, cannot be read, or is of another objective.
+    Raises `UserError` if the variable is missing, cannot be read, or is for another objective.
     """
     try:
         section = json.loads(os.environ.get(VARIABLE, ""))
     except json.JSONDecodeError as error:
         raise UserError(
-            f"the environment variable {VARIABLE} of this process holds no JSON ({error}); start "
-            "verl by the command of `rlad export verl`, or add "
+            f"the environment variable {VARIABLE} of this process is not JSON ({error}); start "
+            "verl with the command of `rlad export verl`, or add "
             f'+ray_kwargs.ray_init.runtime_env.env_vars.{VARIABLE}=\'{{"type": "{name}"}}\' to '
             "yours."
         ) from None

@@ -32,10 +32,10 @@ NEEDED = ("response_mask", "old_log_probs", "advantages", "teacher_logprobs")
 def rlad_loss(
     config: Any, distillation_config: Any, model_output: Any, data: Any
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Compute the token losses `[batch, token]` of the objective that `loss_mode` names, and its
-    metrics; the arguments are those of verl's losses.
+    """Compute the token losses `[batch, token]` of the objective named by `loss_mode`, and its
+    metrics. The arguments are those of verl's losses.
 
-    Raises `UserError` for settings that have no meaning here, and for tensors that are missing.
+    Raises `UserError` for settings that have no meaning here, and for missing tensors.
     """
     settings = distillation_config.distillation_loss
     _require_meaning(config, settings, data)
@@ -47,8 +47,8 @@ def rlad_loss(
 
 
 def _translate(config: Any, model_output: Any, data: Any) -> LossInputs:
-    """Collect what the objective reads, with rollout weights where verl has computed some."""
-    # verl computes without padding; our losses take a rectangle [batch, token].
+    """Collect the objective's inputs, with rollout weights if verl has computed them."""
+    # verl computes without padding; our losses take padded tensors [batch, token].
     student = no_padding_2_padding(model_output["log_probs"], data)
     student = student.to(float32_or_wider(student.dtype))
     teacher = no_padding_2_padding(data["teacher_logprobs"], data).squeeze(-1)
@@ -70,12 +70,12 @@ def _translate(config: Any, model_output: Any, data: Any) -> LossInputs:
 
 
 def _require_meaning(config: Any, settings: Any, data: Any) -> None:
-    """Raise `UserError` for the first thing that the objective needs otherwise."""
+    """Raise `UserError` for the first setting or tensor that does not fit the objective."""
     needed = (*NEEDED, "ref_log_prob") if config.use_kl_loss else NEEDED
     if missing := [name for name in needed if name not in data]:
         raise UserError(
             f"objective {settings.loss_mode!r} of rlad needs {', '.join(missing)}, which verl's "
-            "batch does not hold; enable distillation."
+            "batch does not have; enable distillation."
         )
     temperature = torch.as_tensor(tensordict_utils.get_non_tensor_data(data, "temperature", 1.0))
     # verl's teacher always scores at temperature 1; the objective is a complete loss of its own.
@@ -98,8 +98,8 @@ def _require_meaning(config: Any, settings: Any, data: Any) -> None:
 
 def _metrics(stats: dict[str, Tensor], mask: Tensor, data: Any) -> dict[str, Any]:
     """Return this micro-batch's part of the means over the response tokens of the global
-    mini-batch: verl adds micro-batches up and takes the mean over data-parallel ranks."""
-    # The number of tokens is of all ranks together, so each rank divides by its equal share.
+    mini-batch. verl adds micro-batches and averages over data-parallel ranks."""
+    # The number of tokens is that of all ranks, so each rank divides by an equal share of it.
     denominator = float(data["batch_num_tokens"]) / data["dp_size"]
     totals = {
         name: values.detach()[mask].sum(dtype=torch.float32) for name, values in stats.items()
@@ -111,7 +111,7 @@ def _metrics(stats: dict[str, Tensor], mask: Tensor, data: Any) -> dict[str, Any
 
 
 def register() -> None:
-    """Register our objectives with verl; for a name that is taken verl raises its own error."""
+    """Register our objectives with verl; verl itself raises an error for a name already taken."""
     if not all(DISTILLATION_LOSS_REGISTRY.get(name) is rlad_loss for name in NAMES):
         register_distillation_loss(DistillationLossSettings(names=list(NAMES), use_estimator=True))(
             rlad_loss

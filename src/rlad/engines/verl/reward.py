@@ -1,5 +1,5 @@
-"""verl's custom reward function: the task of a run's config judges what the student wrote. Imports
-no verl.
+"""A custom reward function for verl: the task of a run's config grades the student's completions.
+Imports no verl.
 
 `rlad export verl` names it in the command:
 `reward.custom_reward_function.path=pkg://rlad.engines.verl.reward`.
@@ -31,20 +31,20 @@ def compute_score(
     config: str,
     **_: Any,
 ) -> dict[str, float]:
-    """Reward and correctness (1 or 0) of one completion; `config` is the path of the run's TOML
-    file.
+    """Return reward and correctness (1 or 0) of one completion; `config` is the path of the run's
+    TOML file.
 
-    `extra_info` holds `split`, `index` and `seed` of the problem. Raises `UserError` when the
-    verifier cannot judge, upon which verl leaves the completion out of its group, and when the
-    problem is another one than in the data.
+    `extra_info` has `split`, `index` and `seed` of the problem. Raises `UserError` if the verifier
+    cannot judge (verl then leaves the completion out of its group), or if the problem differs from
+    the one in the data.
     """
     with _LOCK:  # verl calls from several threads at once
         task = _task_of(config)
         problem = task.problem(
             extra_info["split"], int(extra_info["index"]), seed=int(extra_info["seed"])
         )
-        # A task whose problems are generated, or a file that was edited, could silently judge by
-        # other answers.
+        # Generated problems or an edited file could otherwise silently be graded with other
+        # answers.
         if problem.answer != ground_truth:
             raise UserError(
                 f"{extra_info['split']} problem {extra_info['index']} of {data_source} has another "

@@ -1,4 +1,4 @@
-"""The columns of a served teacher: the likeliest tokens with their log-probs, or the log-probs of
+"""The columns of a served teacher: its most likely tokens with their log-probs, or the log-probs of
 ids that the student names."""
 
 import heapq
@@ -19,14 +19,14 @@ from rlad.teachers.served.protocol import (
 )
 
 LONGEST_ID = 10
-"""digits; no vocabulary needs more"""
+"""Digits of a token id; no vocabulary needs more."""
 
 
 def column_scoring(scoring: Scoring, ids: Tensor | None) -> Scoring:
-    """Return how columns are asked for, where single tokens are scored by `scoring`."""
+    """Return the way to ask for columns if single tokens are scored by `scoring`."""
     if ids is not None:
         return "prompt_logprob_token_ids"
-    # A table holds ids that are named alone, and the likeliest are not known yet.
+    # A table has only requested ids, and the most likely ones are not known yet.
     return "prompt_logprobs" if scoring == "prompt_logprob_token_ids" else scoring
 
 
@@ -40,8 +40,8 @@ def column_request(
     top_k: int,
     ids: Tensor | None,
 ) -> dict[str, Any]:
-    """Ask for the columns of the tokens from index `start` on; `scoring` as `column_scoring`
-    says."""
+    """Make the request for the columns of the tokens from index `start` on, with `scoring` from
+    `column_scoring`."""
     settings: dict[str, Any] = {"start": start, "temperature": temperature}
     if ids is None:
         return scoring_request(scoring, model, tokens, num_likeliest=top_k, **settings)
@@ -58,9 +58,9 @@ def read_columns(
     ids: Tensor | None,
     vocabulary: int,
 ) -> TokenColumns:
-    """Read the answer to a `column_request`; a token of which it does not say all is NaN.
+    """Read the answer to a `column_request`. A token with incomplete columns is NaN.
 
-    `vocabulary` is the student's, in which the teacher's likeliest tokens must be.
+    `vocabulary` is the student's, which must contain the teacher's most likely tokens.
     """
     if ids is not None:
         rows = read_table(answer, len(tokens) - start)
@@ -72,7 +72,7 @@ def read_columns(
     scores = read_scores(scoring, answer, tokens, start=start)[start:]
     logprobs = found.logprobs[:, :-1].clone()
     for row, score in enumerate(scores):
-        # Beside the likeliest tokens there may be the sampled one.
+        # The sampled token may be listed besides the most likely ones.
         known = [(value, _id_of(name)) for name, value in score.likeliest.items()]
         best = heapq.nlargest(top_k, [pair for pair in known if not math.isnan(pair[0])])
         if len(best) == top_k and all(0 <= token < vocabulary for _, token in best):
@@ -82,5 +82,5 @@ def read_columns(
 
 
 def _id_of(name: str) -> int:
-    """Read a token's id; -1 for a token that is written otherwise."""
+    """Read a token's id; -1 if the token is written in another form."""
     return int(name) if name.isascii() and name.isdigit() and len(name) <= LONGEST_ID else -1

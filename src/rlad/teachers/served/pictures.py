@@ -1,4 +1,4 @@
-"""Pictures for a server: vLLM's route of token ids takes them beside the ids."""
+"""Pictures for a server: vLLM's route for token ids also takes pictures."""
 
 import math
 import random
@@ -23,7 +23,7 @@ from rlad.teachers.served.protocol import (
 
 PATH = "/inference/v1/generate"
 NUM_WRITTEN = 5
-"""tokens that a server writes after a picture in the self-test"""
+"""Tokens that a server writes after a picture in the self-test."""
 _SIZE = (96, 64)
 
 
@@ -34,7 +34,7 @@ def picture_request(
     completion: Sequence[int],
     vision: Vision,
 ) -> dict[str, Any]:
-    """Ask for the log-probs of the tokens after a prompt with pictures."""
+    """Make the request for the log-probs of the tokens after a prompt with pictures."""
     sampling: dict[str, Any] = {"temperature": 1.0, "max_tokens": 1, "prompt_logprobs": 0}
     if scoring == "prompt_logprob_token_ids":
         tokens = [*prompt, *completion]
@@ -45,26 +45,26 @@ def picture_request(
 def read_picture_scores(
     scoring: Scoring, answer: dict[str, Any], tokens: Sequence[int], *, start: int, url: str
 ) -> list[TokenScore]:
-    """Read what is said of the tokens from `start` on. Raises `RunFailedError` where the server has
-    read others."""
+    """Read the scores of the tokens from `start` on. Raises `RunFailedError` if the server read
+    other tokens."""
     require_same_ids(answer, tokens, url)
     if scoring != "prompt_logprob_token_ids":
         scoring = "prompt_logprobs"
-        # On this route they are beside the choices.
+        # On this route they are next to the choices.
         answer = {"choices": [{"prompt_logprobs": answer.get("prompt_logprobs")}]}
     return read_scores(scoring, answer, tokens, start=start)[start:]
 
 
 def picture_findings(test: Any) -> list[Finding]:
-    """Whether a server reads a picture in the student's tokens, looks at it, and gives tokens after
-    it the log-probs that it gave when it wrote them.
+    """Check whether a server reads a picture as the student's tokens, uses it, and scores tokens
+    after it with the log-probs that it reported when it wrote them.
 
-    `test` is a `SelfTest` that has found a way of scoring. A server that takes no pictures is a
-    warning, as the problems may have none.
+    `test` is a `SelfTest` that has found a way of scoring. A server that takes no pictures is only
+    a warning, since the problems may have none.
     """
     try:
         vision: Vision | None = test.setting.vision
-    except UserError:  # of a student that cannot be read, which is said where it is loaded
+    except UserError:  # the student cannot be read, which is reported where it is loaded
         return []
     if vision is None or not vision.has_processor:
         return []
@@ -73,8 +73,8 @@ def picture_findings(test: Any) -> list[Finding]:
     except (ServerRefusedError, ServerUnavailableError) as error:
         said = getattr(error, "said", str(error)).rstrip(".")
         message = (
-            f"it takes none ({said}), so it is for problems without any; serve a model that sees "
-            "by vLLM with --enable-scale-out."
+            f"it takes none ({said}), so it is for problems without any; serve a model that reads "
+            "pictures with vLLM and --enable-scale-out."
         )
         return [Finding("warning", "pictures", message)]
     except (RunFailedError, UserError) as error:

@@ -1,6 +1,6 @@
-"""What a server is asked to score or write given token ids, and how its answers are read.
+"""Requests to score or write given token ids, and the reading of a server's answers.
 
-A `seed` is never sent: several seeded requests at once end the engine of vLLM on the CPU.
+A `seed` is never sent: several seeded requests at once crash the engine of vLLM on the CPU.
 """
 
 import math
@@ -13,23 +13,23 @@ from typing import Annotated, Any, Literal
 from pydantic import Base64Bytes, BaseModel, BeforeValidator, Field, ValidationError
 
 Scoring = Literal["prompt_logprob_token_ids", "prompt_logprobs", "echo"]
-"""in the order in which `auto` tries them"""
+"""In the order in which `auto` tries them."""
 
 LARGEST_LOGPROB = 1e-2
-"""a little above 0, for rounding"""
+"""A little above 0, to allow for rounding."""
 STAND_IN_FOR_MINUS_INFINITY = -9999.0
-"""of vLLM, as JSON knows no infinity"""
+"""vLLM's value for -inf, since JSON has no infinity."""
 ID_PREFIX = "token_id:"
 FLOAT32_TABLE = re.compile(
     rb"\x93NUMPY\x01\x00..\{'descr': '<f4', 'fortran_order': False, "
     rb"'shape': \(([1-9]\d{0,8}), ([1-9]\d{0,8})\), \} *\n",
     re.DOTALL,
 )
-"""the header of a `.npy` file with rows and columns of little-endian float32"""
+"""The header of a `.npy` file with rows and columns of little-endian float32."""
 
 
 def finite_logprob(value: Any) -> float:
-    """Return a finite log-prob, or NaN for whatever else an answer holds in its place."""
+    """Return a finite log-prob, or NaN for anything else that an answer has in its place."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return math.nan
     return float(value) if STAND_IN_FOR_MINUS_INFINITY < value <= LARGEST_LOGPROB else math.nan
@@ -38,8 +38,8 @@ def finite_logprob(value: Any) -> float:
 Logprob = Annotated[float, BeforeValidator(finite_logprob)]
 
 
-# What of an answer is read. Servers add fields of their own, which pydantic leaves out here; a
-# wrong type makes the whole answer unusable, and its tokens NaN.
+# The parts of an answer that are read. Pydantic ignores other fields of servers here. A wrong type
+# makes the whole answer unusable, and its tokens NaN.
 class _Entry(BaseModel):
     logprob: Logprob = math.nan
     decoded_token: str | None = None
@@ -83,14 +83,14 @@ class _Written(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class TokenScore:
-    """What a server says of one token of a text; as it is here where it says nothing usable."""
+    """A server's score of one token of a text. The defaults mean that it gave nothing usable."""
 
     logprob: float = math.nan
     string: str = ""
-    """the token as the server writes it"""
+    """the token's string as the server writes it"""
     likeliest: Mapping[str, float] = field(default_factory=dict)
-    """token id -> log-prob, of the likeliest tokens at its place, or those that were asked for; may
-    hold the token itself too"""
+    """token id -> log-prob, of the most likely tokens at this position, or of the requested ones;
+    may include the token itself"""
 
 
 def scoring_path(scoring: Scoring) -> str:
@@ -108,24 +108,25 @@ def scoring_request(
     as_ids: bool = True,
     entries: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, Any]:
-    """Ask for the log-prob of each given token from index `start` on, 1 or more, and for the
-    likeliest tokens at each position. Servers that cannot leave out earlier tokens score them too.
+    """Make the request for the log-prob of each given token from index `start` (at least 1) on, and
+    for the most likely tokens at each position. Servers that cannot skip earlier tokens score them
+    too.
 
-    `entries` asks for these ids at each of the positions instead, by `prompt_logprob_token_ids`.
+    `entries` asks for these ids at each position instead, by `prompt_logprob_token_ids`.
 
-    `temper_prompt_logprobs` is our own word for log-probs at the request's temperature; `rlad
-    serve-teacher` knows it, other servers ignore it. With `as_ids` a server that answers with the
-    text of tokens is asked for their ids instead.
+    `temper_prompt_logprobs` is our own field for log-probs at the request's temperature; `rlad
+    serve-teacher` knows it, other servers ignore it. With `as_ids` a server that would answer with
+    the text of tokens is asked for their ids instead.
     """
     if scoring == "prompt_logprob_token_ids":
-        # A table with a row for each token. Only ids that are known can be asked for: the first
-        # ones of the text take the place of the likeliest.
+        # A table with a row for each token. Only given ids can be requested, so the first ids of
+        # the text replace the most likely ones.
         by_default = [[t, *tokens[:num_likeliest]] for t in tokens[start:]]
         wanted = {
             "temperature": temperature,
             "max_tokens": 1,
             "prompt_logprob_token_ids": by_default if entries is None else entries,
-            "prompt_logprob_start": start - 1,  # the place that foretells the first of them
+            "prompt_logprob_start": start - 1,  # the position that predicts the first of them
         }
         return {"model": model, "token_ids": list(tokens), "sampling_params": wanted}
     body: dict[str, Any] = {"model": model, "prompt": list(tokens), "temperature": temperature}
@@ -133,13 +134,13 @@ def scoring_request(
         body["temper_prompt_logprobs"] = True
     if scoring == "prompt_logprobs":
         return body | {"max_tokens": 1, "prompt_logprobs": num_likeliest}
-    # The older way: the server repeats the prompt as if it had written it, with log-probs.
+    # The older way: the server echoes the prompt with log-probs, as if it had written it.
     body |= {"max_tokens": 0, "echo": True, "logprobs": max(num_likeliest, 1)}
     return body | {"return_tokens_as_token_ids": True} if as_ids else body
 
 
 def generation_request(model: str, prompt: Sequence[int], num_tokens: int) -> dict[str, Any]:
-    """Ask for the likeliest continuation with its log-probs and token ids."""
+    """Make the request for the most likely continuation with its log-probs and token ids."""
     return {
         "model": model,
         "prompt": list(prompt),
@@ -153,8 +154,7 @@ def generation_request(model: str, prompt: Sequence[int], num_tokens: int) -> di
 def read_scores(
     scoring: Scoring, answer: dict[str, Any], tokens: Sequence[int], *, start: int = 1
 ) -> list[TokenScore]:
-    """Read what is said of each of `tokens`, of which the first one has no log-prob. `start` is
-    that of the request."""
+    """Read the score of each of `tokens`; the first has no log-prob. `start` is the request's."""
     choice = _first_choice(answer)
     if scoring == "prompt_logprob_token_ids":
         entries = _entries_of_table(answer, tokens, start)
@@ -162,7 +162,7 @@ def read_scores(
         entries = choice.prompt_logprobs or []
     else:
         entries = _entries_of_echo(choice.logprobs, tokens) if choice.logprobs else []
-    # In an answer about another number of tokens nobody knows which value is whose.
+    # In an answer with another number of tokens, values cannot be assigned to tokens.
     if len(entries) != len(tokens):
         return [TokenScore()] * len(tokens)
     scores = [TokenScore()]
@@ -177,7 +177,7 @@ def read_scores(
 def _entries_of_table(
     answer: dict[str, Any], tokens: Sequence[int], start: int
 ) -> list[dict[str, _Entry] | None]:
-    """Return a table of scores in the form of `prompt_logprobs`: for each token, id -> entry."""
+    """Convert a table of scores to the form of `prompt_logprobs`: for each token, id -> entry."""
     rows = read_table(answer, len(tokens) - start)
     if rows is None:
         return []
@@ -190,13 +190,13 @@ def _entries_of_table(
 
 
 def read_table(answer: dict[str, Any], num_rows: int) -> list[tuple[float, ...]] | None:
-    """Read the rows of a table of scores, as many as were asked for; None where there is none."""
+    """Read the rows of a table of scores, as many as were requested; None if there is none."""
     try:
         content = _Generated.model_validate(answer).prompt_token_id_logprobs
     except ValidationError:
         return None
-    # A row is for the token at its place on trust, as the table names no ids; the self-test has
-    # shown that it is right. A table of another size is none.
+    # The table names no ids, so a row is assumed to belong to the token at its position; the
+    # self-test has confirmed this. A table of another size is not used.
     header = FLOAT32_TABLE.match(content)
     height, width = map(int, header.groups()) if header else (0, 0)
     numbers = content[header.end() :] if header else b""
@@ -206,7 +206,7 @@ def read_table(answer: dict[str, Any], num_rows: int) -> list[tuple[float, ...]]
 
 
 def _entries_of_echo(lists: _Logprobs, tokens: Sequence[int]) -> list[dict[str, _Entry] | None]:
-    """Return an echo's lists in the form of `prompt_logprobs`: for each token, id -> entry."""
+    """Convert an echo's lists to the form of `prompt_logprobs`: for each token, id -> entry."""
     likeliest = lists.top_logprobs or [None] * len(tokens)
     if any(len(row) != len(tokens) for row in (lists.tokens, lists.token_logprobs, likeliest)):
         return []
@@ -218,15 +218,15 @@ def _entries_of_echo(lists: _Logprobs, tokens: Sequence[int]) -> list[dict[str, 
             for other, value in (others or {}).items()
         }
         entry[str(token)] = _Entry(logprob=logprob, decoded_token=name)
-        # A token that is written as text is taken for the given one on trust; an id is not, as
-        # numbers about other tokens than ours are worse than none.
+        # A token written as text is assumed to be the given one. An id must match, since numbers
+        # about other tokens are worse than none.
         is_another = name.startswith(ID_PREFIX) and name != f"{ID_PREFIX}{token}"
         entries.append(None if is_another else entry)
     return entries
 
 
 def read_generation(answer: dict[str, Any]) -> list[tuple[int, float]]:
-    """Read id and log-prob of each token that a server wrote, up to the first without."""
+    """Read id and log-prob of each token that a server wrote, up to the first without one."""
     lists = _first_choice(answer).logprobs
     written: list[tuple[int, float]] = []
     for name, value in zip(lists.tokens, lists.token_logprobs, strict=False) if lists else []:
@@ -239,7 +239,7 @@ def read_generation(answer: dict[str, Any]) -> list[tuple[int, float]]:
 
 
 def read_token_ids(answer: dict[str, Any]) -> list[tuple[int, float]]:
-    """Read id and log-prob of each token that a server wrote by its route of token ids."""
+    """Read id and log-prob of each token that a server wrote on its route for token ids."""
     try:
         lists = _Written.model_validate(answer).choices[0].logprobs
     except ValidationError:

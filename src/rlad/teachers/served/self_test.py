@@ -1,5 +1,5 @@
-"""The self-test of a server, before training: it is asked with the student's tokens what it offers,
-and whether its scores can be trusted. Each answer becomes a `Finding`."""
+"""The self-test of a server before training. Requests with the student's tokens show what it
+offers, and whether its scores can be trusted. Each result becomes a `Finding`."""
 
 import gc
 import math
@@ -34,19 +34,19 @@ from rlad.teachers.served.protocol import (
 from rlad.teachers.served.token_strings import differing_tokens, probe_ids, spread_ids
 
 NUM_CUTS = 4
-"""places in the probe at which the server continues it"""
+"""Positions in the probe from which the server continues it."""
 NUM_WRITTEN = 5
-"""tokens that it writes at each of them"""
+"""Tokens that it writes at each of them."""
 NUM_LIKELIEST = 5
 NUM_STRINGS = 200
-"""tokens all over the vocabulary whose strings are compared"""
+"""Tokens, spread over the vocabulary, whose strings are compared."""
 TEMPERATURE_PRECISION = 0.1
-"""of the distance between the temperature and 1"""
+"""Allowed error, as a share of the distance between the temperature and 1."""
 
 
 class SelfTest:
-    """The questions, in their order: each method asks one thing, and the next is asked where it
-    found no error."""
+    """The checks of a server, in order. Each method checks one thing; the first error ends the
+    test."""
 
     def __init__(self, client: CompletionsClient, setting: Setting):
         self.client = client
@@ -61,13 +61,11 @@ class SelfTest:
 
     @property
     def scored_context(self) -> int | None:
-        """Tokens of prompt and completion that it can score; None where it does not say."""
-        # A server writes at least one token for each text that it scores, and refuses texts that
-        # leave no room for it in its context.
+        """The tokens of prompt and completion that it can score; None if it does not say."""
         return None if self.context is None else self.context - 1
 
     def findings(self, *subjects: str) -> list[Finding]:
-        """Ask about the subjects, or about everything, up to the first error."""
+        """Run the checks of the subjects, or all checks, up to the first error."""
         questions: dict[str, Callable[[], list[Finding]]] = {
             "server": self.ask_for_model,
             "scoring": self.find_scoring,
@@ -83,7 +81,7 @@ class SelfTest:
                 found += questions[subject]()
             except ServerUnavailableError as error:
                 advice = "start the server, or correct teacher.urls."
-                message = f"no answer that can be used: {error}; {advice}"
+                message = f"no usable answer: {error}; {advice}"
                 found.append(Finding("error", subject, message))
             except (ServerRefusedError, UserError) as error:
                 found.append(Finding("error", subject, str(error)))
@@ -92,7 +90,8 @@ class SelfTest:
         return found
 
     def ask_for_model(self) -> list[Finding]:
-        """Every replica offers the model, and holds the longest prompt with its completion."""
+        """Check that every replica offers the model, with room for the longest prompt and
+        completion."""
         findings = []
         elsewhere = [url for url in self.settings.urls if not is_this_machine(url)]
         bare = [parts.netloc for parts in map(urlsplit, elsewhere) if parts.scheme == "http"]
@@ -110,8 +109,8 @@ class SelfTest:
                 message = f"{url} offers {offered}, not {model!r}"
                 advice = "set teacher.model to what it offers."
                 return [*findings, Finding("error", "server", f"{message}; {advice}")]
-            # vLLM names the weights as root where they are served under another name: both identify
-            # the teacher.
+            # If weights are served under another name, vLLM reports the weights as root. Both names
+            # identify the teacher.
             root = str(by_name[model].get("root") or model)[:200]
             if url == self.url and root != model:
                 self.identity = f"{model} ({root})"
@@ -119,7 +118,7 @@ class SelfTest:
             contexts += [size] if isinstance(size, int) else []
         if contexts:
             self.context = min(contexts)
-            # The probe must leave room for what the server is to write after it.
+            # The probe must leave room for what the server will write after it.
             self.text = self.text[: self.context - NUM_WRITTEN - 1]
         message = f"{self.identity} at {', '.join(self.settings.urls)}"
         config = self.setting.config
@@ -135,10 +134,11 @@ class SelfTest:
         ]
 
     def find_scoring(self) -> list[Finding]:
-        """In one of the ways to ask, scores of text that the server wrote are those of writing."""
+        """Find a request type for which scores of text that the server wrote equal the log-probs
+        from writing it."""
         wanted = self.settings.scoring
         reasons: list[str] = []
-        # Servers differ in how they score given tokens: the first way that proves right is taken.
+        # Servers differ in how they score given tokens: the first way that is correct is used.
         for scoring in get_args(Scoring) if wanted == "auto" else (wanted,):
             self.scoring = scoring
             try:
@@ -155,19 +155,19 @@ class SelfTest:
         return [Finding("error", "scoring", message)]
 
     def compare_strings(self) -> list[Finding]:
-        """Tokens all over the vocabulary are the same strings for the server."""
-        # A teacher of another tokenizer gives plausible numbers for other words, which no loss
-        # would show.
+        """Check that tokens, spread over the vocabulary, are the same strings for the server."""
+        # A teacher with another tokenizer gives plausible numbers for other words, which the loss
+        # would not show.
         tokenizer = self.setting.student_tokenizer
         tokens = spread_ids(tokenizer, min(NUM_STRINGS, (self.context or NUM_STRINGS + 2) - 2))
-        # Nothing is said of a text's first token. A table of scores holds no strings.
+        # A text's first token has no score, and a table of scores has no strings.
         has_strings = self.scoring != "prompt_logprob_token_ids"
         scoring = self.scoring if has_strings else "prompt_logprobs"
         scores = self._scores([tokens[-1], *tokens], scoring=scoring, as_ids=False)[1:]
         strings = [score.string for score in scores]
         compared, differing = differing_tokens(tokenizer, tokens, strings)
         level = "ok"
-        message = f"{compared} tokens all over the student's vocabulary are the server's"
+        message = f"{compared} tokens, spread over the student's vocabulary, are the server's"
         if differing:
             level = "error"
             token, ours, theirs = differing[0]
@@ -179,20 +179,20 @@ class SelfTest:
         elif not compared:
             level = "warning"
             message = (
-                "the server does not show the strings of tokens; that it has the student's "
-                "tokenizer is taken on trust."
+                "the server does not show the strings of tokens; it is assumed to have the "
+                "student's tokenizer."
             )
         return [Finding(level, "vocabulary", message)]
 
     def look_at_pictures(self) -> list[Finding]:
-        """It takes the pictures of a student that sees."""
+        """Check that it takes pictures, if the student reads them."""
         found = picture_findings(self)
         self.takes_pictures = bool(found) and found[0].level == "ok"
         return found
 
     def check_temperature(self) -> list[Finding]:
-        """At a sampling temperature T other than 1, differences of log-probs at one position are
-        those at 1, divided by T.
+        """Check that at a sampling temperature T other than 1, differences of log-probs at one
+        position are those at 1, divided by T.
 
         The temperature found is the least-squares one over all pairs: sum d1^2 / sum (d1 dT).
         """
@@ -202,10 +202,10 @@ class SelfTest:
             return [Finding("ok", "temperature", message)]
         plain = self._scores(self.text, num_likeliest=NUM_LIKELIEST)
         tempered = self._scores(self.text, num_likeliest=NUM_LIKELIEST, temperature=wanted)
-        # Log-probs at temperature T are logits / T less a constant, which differences at one
-        # position do not contain: a difference at T is the one at 1 divided by T.
+        # Log-probs at temperature T are logits / T minus a constant. The constant cancels in
+        # differences at one position, so a difference at T is the difference at 1 divided by T.
         pairs = list(_differences(plain, tempered))
-        # Without any difference that could be divided the temperature is NaN, which fails below.
+        # Without any nonzero difference the temperature is NaN, which fails below.
         product = sum(d1 * dt for d1, dt in pairs)
         found = sum(d1 * d1 for d1, _ in pairs) / product if product > 0 else math.nan
         if abs(found - wanted) <= TEMPERATURE_PRECISION * abs(1 - wanted):
@@ -219,18 +219,18 @@ class SelfTest:
         return [Finding("error", "temperature", message)]
 
     def check_columns(self) -> list[Finding]:
-        """Where the objective compares the K likeliest tokens, it gives that many, and their
-        log-probs are those of scoring."""
+        """If the objective compares the K most likely tokens, check that the server gives that
+        many, with the log-probs of scoring."""
         objective: Any = self.setting.config.objective
         support = objective.asked_of_teacher
         tokenizer = self.setting.student_tokenizer
-        # More than there are tokens is refused with the student at hand.
+        # A K larger than the vocabulary is refused later, once the student is loaded.
         if "top_k" not in support or objective.top_k > len(tokenizer):
             return []
         top_k = objective.top_k
         ids = None
         if support == "student_top_k":
-            # The given token and others all over the vocabulary.
+            # The given token, and others spread over the vocabulary.
             others = spread_ids(tokenizer, top_k - 1)
             ids = torch.tensor([[token, *others] for token in self.text[1:]])
         scoring = column_scoring(self.scoring, ids)
@@ -243,7 +243,7 @@ class SelfTest:
             answer = self.client.ask(self.url, scoring_path(scoring), body)
         except ServerRefusedError as error:
             return [Finding("error", "columns", _refused_columns(support, top_k, error.said))]
-        # Whether its ids are the student's shows with the student at hand.
+        # Whether its ids are the student's is checked later, once the student is loaded.
         found = read_columns(scoring, answer, self.text, vocabulary=sys.maxsize, **about).logprobs
         if bool(found.isnan().any()):
             said = "some are missing in its answer"
@@ -260,10 +260,10 @@ class SelfTest:
         return [finding]
 
     def compare_with_others(self) -> list[Finding]:
-        """Every other replica, and `local_model` in this process, give the probe the same log-probs
-        at the sampling temperature."""
+        """Check that every other replica, and `local_model` in this process, give the probe the
+        same log-probs at the sampling temperature."""
         others = {url: self._probe_logprobs(url) for url in self.settings.urls[1:]}
-        # Weights are loaded only where those of the run are, too.
+        # Load weights only if the run's weights are loaded too.
         name = self.settings.local_model
         if name is not None and self.setting.student is not None:
             others[name] = self._local_logprobs(name)
@@ -280,7 +280,7 @@ class SelfTest:
         ]
 
     def _local_logprobs(self, name: str) -> list[float]:
-        # On the CPU, as the GPU is the run's.
+        # On the CPU, since the run needs the GPU.
         scorer = Scorer(
             load_language_model(name, device="cpu"),
             temperature=self.setting.temperature,
@@ -288,7 +288,7 @@ class SelfTest:
         )
         logprobs = scorer.score([self.text[:1]], [self.text[1:]])[0].tolist()
         del scorer
-        gc.collect()  # a model is freed with the last of its references, some of which are circles
+        gc.collect()  # some references to the model are cycles
         return logprobs
 
     def _scores(
@@ -310,12 +310,12 @@ class SelfTest:
         return [score.logprob for score in scores[1:]]
 
     def _compare_with_writing(self) -> Finding:
-        """Let the server continue the probe from several places, and score what it wrote."""
+        """Let the server continue the probe from several positions, and score what it wrote."""
         writing: list[float] = []
         scoring: list[float] = []
-        # Log-probs of tokens that the server has just written are known from writing them. If
-        # scoring the same tokens gives other numbers, its scores are shifted, or those of another
-        # text, model or temperature.
+        # The server has just reported log-probs of the tokens that it wrote. If scoring the same
+        # tokens gives other numbers, its scores are shifted, or are of another text, model or
+        # temperature.
         for cut in range(1, NUM_CUTS + 1):
             prompt = self.text[: max(2, len(self.text) * cut // NUM_CUTS)]
             body = generation_request(self.settings.model, prompt, NUM_WRITTEN)
@@ -336,14 +336,14 @@ class SelfTest:
             writing,
             equal=f"by {self.scoring}; scores of text that the server wrote agree with those it "
             "gave when writing",
-            otherwise="what the server wrote has other log-probs when it scores it, as when scores "
-            "are shifted by one token, or are of another text or model",
+            otherwise="the server scores its own text with other log-probs than when writing it; "
+            "scores may be shifted by one token, or be of another text or model",
         )
 
     def compare(
         self, subject: str, ours: list[float], theirs: list[float], *, equal: str, otherwise: str
     ) -> Finding:
-        """Whether the log-probs differ by at most the tolerance, and by how much."""
+        """Report whether the log-probs differ by at most the tolerance, and by how much."""
         sizes = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
         if missing := sum(map(math.isnan, sizes)):
             message = f"it gives no finite log-prob for {missing} of {len(sizes)} given tokens"
@@ -361,23 +361,23 @@ def _refused_columns(support: str, top_k: int, said: str) -> str:
     said = said.rstrip(".")
     if support == "student_top_k":
         return (
-            f"it gives no log-probs of {top_k} tokens that the student names ({said}); take the "
+            f"it gives no log-probs of {top_k} tokens that the student names ({said}); use the "
             "support 'teacher_top_k', a lower objective.top_k, or a vLLM on a GPU with "
             f"--enable-scale-out and --max-logprobs {top_k}."
         )
     return (
-        f"it does not give its {top_k} likeliest tokens ({said}); lower objective.top_k, or start "
-        f"vLLM with --max-logprobs {top_k}."
+        f"it does not give its {top_k} most likely tokens ({said}); lower objective.top_k, or "
+        f"start vLLM with --max-logprobs {top_k}."
     )
 
 
 def _differences(
     plain: Sequence[TokenScore], tempered: Sequence[TokenScore]
 ) -> Iterator[tuple[float, float]]:
-    """Of the likeliest token and each other at a position: the differences of their log-probs,
-    plain and tempered."""
+    """Yield the differences of log-probs, plain and tempered, between the most likely token and
+    each other token at a position."""
     for one, other in zip(plain, tempered, strict=True):
-        # Both answers must name a token for it to be compared; the likeliest one comes last.
+        # Only tokens that both answers name are compared; the most likely one comes last.
         common = one.likeliest.keys() & other.likeliest.keys()
         both = sorted((one.likeliest[key], other.likeliest[key]) for key in common)
         both = [pair for pair in both if not any(map(math.isnan, pair))]

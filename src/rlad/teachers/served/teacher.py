@@ -1,5 +1,5 @@
-"""A teacher behind an OpenAI-compatible server: vLLM, `rlad serve-teacher`, or another that scores
-given tokens."""
+"""A teacher on an OpenAI-compatible server: vLLM, `rlad serve-teacher`, or another server that
+scores given tokens."""
 
 import threading
 import time
@@ -39,8 +39,8 @@ SECONDS_BETWEEN_LOOKS = 0.2
 
 
 class ServedTeacher(Teacher):
-    """One request per completion, several at a time. What cannot be had is NaN; a refusal raises
-    `RunFailedError`."""
+    """A teacher on a server. It sends one request per completion, several at a time. What the
+    server cannot score is NaN; a refusal raises `RunFailedError`."""
 
     def __init__(
         self,
@@ -52,14 +52,15 @@ class ServedTeacher(Teacher):
         context_tokens: int | None,
         takes_pictures: bool = False,
     ):
-        """`context_tokens` are those of prompt and completion that the server can score."""
+        """Take in `context_tokens` how many tokens of prompt and completion the server can
+        score."""
         self.identity = identity
         self._client = client
         self._setting = setting
         self._scoring: Scoring = scoring
         self._context_tokens = context_tokens
         self._takes_pictures = takes_pictures
-        # The student's ids beyond its vocabulary are padding, which no server need know.
+        # The student's ids beyond its vocabulary are padding, which a server need not know.
         self._vocabulary = max(setting.student_tokenizer.get_vocab().values()) + 1
         self._pool: ThreadPool | None = None
         self._given_up = threading.Event()
@@ -74,7 +75,7 @@ class ServedTeacher(Teacher):
             require_texts(requests, "this server")
         for one in requests:
             for picture in pictures_of(one.prompt):
-                # Here, as a tokenizer is for one thread.
+                # Made here, since a tokenizer must stay in one thread.
                 self._vision.ids_of(picture)
         return [
             Answer(partial(self._wait_for, result), spans)
@@ -99,18 +100,18 @@ class ServedTeacher(Teacher):
     def require_comparable(self, student: Scorer) -> None:
         if student.head is None:
             raise UserError(
-                "the student's likeliest tokens cannot be compared with a teacher's, as its logits "
-                "are no linear function of its hidden states; take objective=opd, which compares "
-                "the sampled tokens alone."
+                "the student's most likely tokens cannot be compared with a teacher's, because its "
+                "logits are not a linear function of its hidden states; use objective=opd, which "
+                "compares only the sampled tokens."
             )
 
     def _start(
         self, jobs: Sequence[Callable[..., Any]]
     ) -> list[tuple[AsyncResult, list[tuple[float, float]]]]:
-        """Begin requests, several at a time; each comes with the list of its spans."""
+        """Start requests, several at a time; return each with the list of its spans."""
         # Threads of such a pool end with the process: Ctrl-C never waits for a slow answer.
         self._pool = self._pool or ThreadPool(self._client.settings.max_concurrent_requests)
-        # Requests are given up together, until all of them have had their answers.
+        # Requests are cancelled together, unless all of them have been answered.
         if all(answer.ready() for answer in self._submitted):
             self._given_up = threading.Event()
             self._submitted = []
@@ -134,9 +135,9 @@ class ServedTeacher(Teacher):
         self._client.close()
 
     def _wait_for(self, answer: AsyncResult) -> Any:
-        """Wait for an answer; meanwhile the run may be stopped."""
+        """Wait for an answer; the run may be stopped while waiting."""
         while True:
-            # This raises when the user has asked the run to stop.
+            # This raises if the user has asked the run to stop.
             self._setting.before_work()
             try:
                 return answer.get(timeout=SECONDS_BETWEEN_LOOKS)
@@ -147,7 +148,7 @@ class ServedTeacher(Teacher):
         self, request: TeacherRequest, given_up: threading.Event, spans: list[tuple[float, float]]
     ) -> Tensor:
         """Ask for the log-probs of one completion. They are NaN from the first token on that the
-        server cannot know, and all where it gives no usable answer."""
+        server does not know, and all NaN if it gives no usable answer."""
         values = torch.full((len(request.completion),), torch.nan)
         num_known = self._num_known(request)
         if not num_known:
@@ -171,7 +172,7 @@ class ServedTeacher(Teacher):
 
     @property
     def _vision(self) -> Vision:
-        """The student's eyes, in whose tokens pictures are sent."""
+        """Return the student's picture processor, whose tokens are sent for pictures."""
         vision = self._setting.vision
         assert vision is not None
         return vision
@@ -205,8 +206,8 @@ class ServedTeacher(Teacher):
         given_up: threading.Event,
         spans: list[tuple[float, float]],
     ) -> TokenColumns:
-        """Ask for the columns of one completion; NaN where `_score` gives NaN, and where an id is
-        padding of the student's vocabulary."""
+        """Ask for the columns of one completion. They are NaN where `_score` gives NaN, and for ids
+        that are padding of the student's vocabulary."""
         whole = TokenColumns.missing(len(request.completion), top_k)
         num_known = self._num_known(request)
         if not num_known or not request.prompt:
@@ -235,8 +236,9 @@ class ServedTeacher(Teacher):
         return found.placed(torch.arange(num_known), len(request.completion))
 
     def _num_known(self, request: TeacherRequest) -> int:
-        """How many of a completion's tokens the server can score."""
-        # The first id out of vocabulary ends what can be scored: later tokens depend on it.
+        """Return how many of a completion's tokens the server can score."""
+        # The first id outside the vocabulary ends what can be scored, since later tokens depend on
+        # it.
         known = sum(
             1 for _ in takewhile(lambda token: token < self._vocabulary, request.completion)
         )
@@ -253,7 +255,7 @@ class ServedTeacher(Teacher):
         *,
         read: Callable[[str, dict[str, Any]], Any] = lambda url, answer: answer,
     ) -> Any:
-        """Send one request, and `read` the answer; None where it has no usable one."""
+        """Send one request, and `read` the answer; None if it is not usable."""
         started = time.monotonic()
         try:
             return self._client.complete(path, body, given_up=given_up, read=read)
@@ -270,11 +272,11 @@ def check_teacher(settings: ServedTeacherConfig, setting: Setting) -> list[Findi
 
 
 def make_teacher(settings: ServedTeacherConfig, setting: Setting) -> ServedTeacher:
-    """Raise `UserError` when the server has changed since it was checked."""
+    """Make the teacher. Raises `UserError` if the server has changed since it was checked."""
     client = CompletionsClient(settings)
     test = SelfTest(client, setting)
-    # The check ran the whole self-test; what the run relies on is asked again, as the server may
-    # have been restarted with another model since.
+    # The check ran the whole self-test. What the run relies on is checked again, since the server
+    # may have been restarted with another model.
     last = test.findings("server", "scoring", "pictures")[-1]
     if last.level == "error":
         client.close()
@@ -290,8 +292,8 @@ def make_teacher(settings: ServedTeacherConfig, setting: Setting) -> ServedTeach
 
 
 def scored_context(settings: ServedTeacherConfig, setting: Setting) -> int | None:
-    """Ask a server how many tokens of prompt and completion it can score; None where it does not
-    say. Raises `UserError` where it does not answer."""
+    """Ask a server how many tokens of prompt and completion it can score; None if it does not say.
+    Raises `UserError` if it does not answer."""
     with closing(CompletionsClient(settings)) as client:
         test = SelfTest(client, setting)
         last = test.findings("server")[-1]

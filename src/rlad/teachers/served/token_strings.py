@@ -1,4 +1,4 @@
-"""The strings of tokens as a server shows them, beside those of the student's tokenizer."""
+"""Compare the strings of tokens on a server with those of the student's tokenizer."""
 
 from collections.abc import Sequence
 
@@ -17,8 +17,8 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 def probe_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Write the probe text in the student's tokens; for a vocabulary of few words, take tokens all
-    over it instead."""
+    """Tokenise the probe text with the student's tokenizer. For a vocabulary of few words, take
+    tokens spread over it instead."""
     ids = list(tokenizer(PROBE, add_special_tokens=False)["input_ids"])[:MAX_PROBE_TOKENS]
     if len(set(ids)) >= MIN_PROBE_TOKENS:
         return ids
@@ -27,7 +27,7 @@ def probe_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def spread_ids(tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> list[int]:
-    """Pick at most so many ids, evenly spread over the vocabulary, the last one among them."""
+    """Pick at most `num_tokens` ids, evenly spread over the vocabulary, including the last one."""
     ids = sorted(tokenizer.get_vocab().values())
     num_tokens = min(num_tokens, len(ids))
     return [ids[(i + 1) * len(ids) // num_tokens - 1] for i in range(num_tokens)]
@@ -36,11 +36,11 @@ def spread_ids(tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> list[int]
 def differing_tokens(
     tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], strings: Sequence[str]
 ) -> tuple[int, list[tuple[int, str, str]]]:
-    """Count the tokens that can be compared, and list those that are another string for the server:
-    id, ours, theirs.
+    """Count the tokens that can be compared, and list those with another string on the server: id,
+    ours, theirs.
 
-    Spaces at the ends do not count, as decoders differ in them; neither do parts of characters, nor
-    strings not given ("").
+    Spaces at the ends are ignored, since decoders differ in them. Parts of characters and missing
+    strings ("") are not compared.
     """
     differing: list[tuple[int, str, str]] = []
     num_compared = 0
@@ -62,5 +62,5 @@ def _text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
 
 
 def _plain(string: str) -> str:
-    """Remove the marks of spaces that byte-level and sentencepiece vocabularies write."""
+    """Remove the space markers of byte-level and sentencepiece vocabularies."""
     return string.replace("Ġ", " ").replace("▁", " ").replace("Ċ", "\n").strip()
