@@ -365,7 +365,7 @@ def test_memory_is_compared_with_what_is_free():
     too_much = compare_memory(memory(9), free=8, total=16)
     assert too_much.level == "error" and "lower optimization.tokens_per_batch" in too_much.message
     never = compare_memory(memory(20, models=17), free=8, total=16)
-    assert never.level == "error" and "take a smaller model, [student.lora]" in never.message
+    assert never.level == "error" and "use a smaller model, [student.lora]" in never.message
 
 
 def test_models_that_may_not_fit_are_not_loaded(world, tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ class Drifting:
 @pytest.mark.parametrize(
     ("where", "level", "sentence"),
     [
-        ("first", "error", "begins training problem 0 in another way each time"),
+        ("first", "error", "begins training problem 0 differently each time"),
         ("later", "warning", "not the same twice with one seed"),
         ("fails", "error", "fails in turn 1 of training problem 0: RuntimeError: no door"),
     ],

@@ -195,7 +195,7 @@ def test_a_ranking_without_a_pair_says_so(world: Path, tmp_path: Path) -> None:
     by_context = {one.context: describe_ranking(one) for one in ranked}
     for name, number in (("2S1F", 0), ("no context", 2 * GROUP_SIZE)):
         assert by_context[name].level == "warning"
-        assert by_context[name].message.startswith(f"none: of {number} completions")
+        assert by_context[name].message.startswith(f"none: among the {number} completions")
 
 
 def test_a_ranking_needs_a_teacher(world: Path) -> None:

@@ -413,8 +413,8 @@ def test_unequal_numbers_of_problems_and_broken_lines_make_a_run_missing(runs, t
     assert len(rows) == 6
     for why in (
         "are not the same before and after training",
-        "broken cannot be read: row 1 of eval.jsonl is no JSON object",
-        "unlike cannot be read: row 1 of metrics.jsonl is no JSON object",
+        "broken cannot be read: row 1 of eval.jsonl is not a JSON object",
+        "unlike cannot be read: row 1 of metrics.jsonl is not a JSON object",
     ):
         assert why in text
 

@@ -70,7 +70,7 @@ def test_what_is_taken_otherwise_is_said():
             return {"train": 500, "validation": 12, "test": 300}[split]
 
     few, instructed = notes_on(config, Small())
-    assert "num_validation_problems = 400, and there are 12: all" in few
+    assert "num_validation_problems = 400, but there are 12: all" in few
     assert "set task.instructions = false" in instructed
     plain = config.task.model_copy(update={"instructions": False})
     assert not list(notes_on(config.model_copy(update={"task": plain}), KnightsAndKnaves()))

@@ -88,7 +88,7 @@ def test_any_other_damaged_line_is_named(run, line):
     for reads in (lambda: list(run.read(METRICS)), lambda: run.forget_after(2)):
         with pytest.raises(
             ValueError,
-            match=r"line 2 of .*metrics\.jsonl is no row that a run has written; put back a copy",
+            match=r"line 2 of .*metrics\.jsonl is not a row that a run has written; put back",
         ):
             reads()
     assert (run.path / METRICS).read_bytes().endswith(b'{"step": 3}\n')

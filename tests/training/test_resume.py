@@ -201,7 +201,7 @@ def test_the_length_of_opd_then_grpo_is_part_of_what_it_is(world, tmp_path):
     config = run_config(world, tmp_path / "run", objective={"type": "opd_then_grpo"})
     rlad.train(config)
     config["optimization"]["num_steps"] = 8
-    with pytest.raises(ValueError, match="holds a run with another config"):
+    with pytest.raises(ValueError, match="has a run with another config"):
         rlad.train(config, resume=True)
 
 
@@ -503,7 +503,7 @@ def test_more_steps_with_a_constant_schedule_equal_a_longer_run(world, tmp_path)
 @pytest.mark.parametrize(
     ("schedule", "num_steps", "sentence"),
     [
-        ("cosine", 8, "holds a run with another config"),
+        ("cosine", 8, "has a run with another config"),
         ("constant", 2, "has made 4 steps, but optimization.num_steps is 2"),
     ],
 )

@@ -1,4 +1,4 @@
-"""`rlad check`: what a config will do and whether it can, without training."""
+"""`rlad check`: find out what a config will do and whether it can run, without training."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -57,25 +57,25 @@ NUM_BLIND_PROBLEMS = 200
 
 @dataclass(slots=True)
 class CheckReport:
-    """What a check has found of a run so far."""
+    """The findings of a check so far."""
 
     config: RunConfig
     plan: list[str]
     findings: list[Finding] = field(default_factory=list)
     memory: MemoryEstimate | None = None
     trial: Trial | None = None
-    """None when something before it cannot work, or no models were to be loaded"""
+    """None if an earlier check found an error, or no models should be loaded"""
     ranking: list[RankedContext] = field(default_factory=list)
-    """empty unless it was asked for"""
+    """empty unless requested"""
     pass_rates: PassRates | None = None
-    """None unless they were asked for"""
+    """None unless requested"""
 
     @property
     def errors(self) -> list[Finding]:
         return [finding for finding in self.findings if finding.level == "error"]
 
     def attempt(self, subject: str, check: Callable[..., Result], *arguments: Any) -> Result | None:
-        """Return what a check returns; a sentence that it raises becomes an error among the
+        """Return the result of a check. A `UserError` that it raises becomes an error among the
         findings."""
         try:
             return check(*arguments)
@@ -109,14 +109,14 @@ def check_run(
     num_solved_problems: int = 0,
     force: bool = False,
 ) -> CheckReport:
-    """Look at everything that can be known before weights are loaded, then make a trial of the
+    """Check everything that can be known before weights are loaded, then make a trial with the
     models. Nothing is written.
 
-    With `force` an estimate beyond the memory that is free is a warning, and the trial is made.
-    With `for_verl` also whether verl knows our objectives; with `num_ranked_problems` also whether
-    the teacher ranks the completions of so many problems as the verifier does; with
-    `num_solved_problems` also how many of so many student and teacher solve, and the measured cases
-    nearest to that. What cannot work is an `error` among the findings.
+    With `force` an estimate beyond the free memory is only a warning, and the trial is made.
+    `for_verl` also checks whether verl knows our objectives. `num_ranked_problems` also checks
+    whether the teacher ranks the completions of that many problems as the verifier does.
+    `num_solved_problems` also measures how many of that many problems student and teacher solve,
+    and shows the nearest measured cases. What cannot work is an `error` among the findings.
     """
     report = CheckReport(config, describe_plan(config))
     if for_verl:
@@ -125,10 +125,10 @@ def check_run(
         report.findings += check_verl()
     for subject, check in _CHECKS.items():
         if subject == "held-out problems" and any(one.subject == "task" for one in report.errors):
-            continue  # it would say the same once more
+            continue  # it would report the same again
         report.findings += report.attempt(subject, check, config) or []
-    # Each stage needs what the ones before found: prompts need a tokenizer and a task, memory the
-    # longest prompt, and a trial room for the models.
+    # Each stage needs results of earlier ones: prompts need a tokenizer and a task, memory needs
+    # the longest prompt, and a trial needs memory for the models.
     if not report.errors and (prompts := report.attempt("prompts", _check_prompts, config)):
         num_tokens, findings = prompts
         report.findings += findings
@@ -147,7 +147,7 @@ def check_run(
 def _check_with_models(
     report: CheckReport, num_ranked_problems: int, num_solved_problems: int
 ) -> None:
-    """Make the trial, and measure what else was asked for."""
+    """Make the trial, and measure what else was requested."""
     config = report.config
     report.trial = report.attempt("trial", run_trial, config)
     if report.trial is None:
@@ -164,7 +164,7 @@ def _check_with_models(
 
 
 def describe_plan(config: RunConfig) -> list[str]:
-    """Say what a step computes, one line each."""
+    """Describe what a step computes, one line each."""
     rollout = config.rollout
     loop = config.optimization
     objective = config.objective
@@ -197,7 +197,7 @@ def _check_run_dir(config: RunConfig) -> list[Finding]:
     subject = "run directory"
     if run.exists():
         message = (
-            f"{run.path} holds a run already: train needs --resume, --overwrite or another run_dir"
+            f"{run.path} already has a run: train needs --resume, --overwrite or another run_dir"
         )
         return [Finding("warning", subject, message)]
     run.require_free(overwrite=False)
@@ -263,7 +263,7 @@ def _check_models(config: RunConfig) -> list[Finding]:
 
 
 def _servers(config: RunConfig, model_config: Any) -> list[Finding]:
-    """Ask the vLLM servers that are to write whether they can."""
+    """Check whether the run's vLLM servers can sample."""
     rollout = config.rollout
     if not rollout.vllm.urls:
         return []
@@ -288,7 +288,7 @@ def _special_tokens(config: RunConfig, tokenizer: Any, model_config: Any) -> Fin
 
 @contextmanager
 def _tasks(config: RunConfig) -> Iterator[list[Task]]:
-    """Open the task of a run, and after it the one out of its distribution if there is one."""
+    """Open the task of a run, and after it the out-of-distribution task if there is one."""
     sections = [section for section in (config.task, config.ood_task) if section is not None]
     with ExitStack() as held:
         yield [
@@ -320,7 +320,7 @@ def _check_task(config: RunConfig) -> list[Finding]:
 
 
 def _check_pictures(task: Task) -> list[Finding]:
-    """Measure what of drawn scenes is right without looking at them."""
+    """Measure how many questions about drawn scenes can be answered without seeing them."""
     if not isinstance(task, Scenes):
         return []
     share = blind_accuracy(task, num_problems=NUM_BLIND_PROBLEMS)
@@ -332,9 +332,9 @@ def _check_pictures(task: Task) -> list[Finding]:
 
 
 def _check_held_out(config: RunConfig) -> list[Finding]:
-    """Whether problems that measure the student are among those that train it. Tasks that generate
-    problems see to that themselves."""
-    # Only what this run will see: it may end before its training set does.
+    """Check whether held-out problems are among the training problems. Tasks that generate problems
+    ensure disjoint splits themselves."""
+    # Only problems that this run will see: it may end before the end of its training set.
     num_train = config.optimization.num_rollout_batches * config.rollout.prompts_per_batch
     with _tasks(config) as tasks:
         num_in_all = tasks[0].num_problems("train")
@@ -378,7 +378,7 @@ _CHECKS: dict[str, Callable[[RunConfig], list[Finding]]] = {
 
 
 def _check_prompts(config: RunConfig) -> tuple[int, list[Finding]]:
-    """Return the tokens of the longest prompt, and what to say of them."""
+    """Return the length of the longest prompt in tokens, with findings about it."""
     context = context_tokens(load_model_config(config.student.model))
     with _tasks(config) as (task, *others):
         require_pictures_fit(config, task)

@@ -1,13 +1,13 @@
-"""Are held-out problems among the training problems? Compared by runs of words, as for GPT-3 (arXiv
-2005.14165, app. C).
+"""Find held-out problems among the training problems by comparing runs of words, as for GPT-3
+(arXiv 2005.14165, app. C).
 
-Words are letters and digits without case; of scripts without spaces between words (Chinese,
-Japanese, Thai) each letter is one. A run of 8 words that is in more than 10 held-out problems is
-an instruction, one that is in more than 10 training problems a phrase. Both cut a held-out problem
-into the parts between them. It is found when
+Words are letters and digits without case. In scripts without spaces between words (Chinese,
+Japanese, Thai) each letter is a word. A run of 8 words in more than 10 held-out problems is an
+instruction; one in more than 10 training problems is a phrase. Instructions and phrases cut a
+held-out problem into the parts between them. A problem is found if
 
-- 13 words in a row of a part (of a part of 8 to 12 words all of it) are in a training problem,
-- four fifths of its words outside of the instructions are, however often, or
+- 13 words in a row of a part (the whole part, if it has 8 to 12 words) are in a training problem,
+- four fifths of its words outside of the instructions are in training problems, or
 - its key is that of a training problem.
 """
 
@@ -40,22 +40,23 @@ class Contamination:
     num_found: int
     num_train: int
     num_same: int
-    """of those found, the ones that are a training problem, not only alike"""
+    """number of those found that equal a training problem, not only resemble one"""
     example: str
-    """words that a held-out problem shares with a training problem; empty when none was found"""
+    """words that a held-out problem shares with a training problem; empty if none was found"""
     has_phrases: bool
-    """whether held-out and training problems share instructions or phrases, which alone do not
-    count"""
+    """whether held-out and training problems share instructions or phrases, which do not count by
+    themselves"""
 
 
 def words(text: str) -> list[str]:
-    """Split a text into words; compatibility forms and case do not count."""
+    """Split a text into words, ignoring compatibility forms and case."""
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
 def find_contamination(train: Iterable[Problem], held_out: Iterable[Problem]) -> Contamination:
-    """Find the held-out problems that are among the training problems. Equal ones count once."""
-    # Which runs of words are in many problems, so that they say nothing of one of them.
+    """Find the held-out problems that are among the training problems. Equal problems count
+    once."""
+    # Runs of words that are in many problems, and so do not identify one of them.
     trained = {problem.key: problem for problem in train}
     texts = {problem.key: _words_of(problem) for problem in held_out}
     in_held_out = Counter(run for text in texts.values() for run in set(_runs(text, FEWEST_WORDS)))
@@ -64,10 +65,10 @@ def find_contamination(train: Iterable[Problem], held_out: Iterable[Problem]) ->
         in_trained.update(in_held_out.keys() & set(_runs(_words_of(problem), FEWEST_WORDS)))
     instructions = _frequent(in_held_out)
     phrases = instructions | _frequent(in_trained)
-    # Held-out problems cut at the instructions, and at the phrases too.
+    # Held-out problems, cut at the instructions, and also at the phrases.
     whole = {key: list(_parts(text, instructions)) for key, text in texts.items()}
     distinct = {key: list(_parts(text, phrases)) for key, text in texts.items()}
-    # Only runs that some held-out problem has are looked for in the training problems.
+    # Search the training problems only for runs that occur in held-out problems.
     wanted = {
         run
         for parts in (*whole.values(), *distinct.values())
@@ -80,7 +81,7 @@ def find_contamination(train: Iterable[Problem], held_out: Iterable[Problem]) ->
         text = _words_of(problem)
         for size in sizes:
             shared |= wanted.intersection(_runs(text, size))
-    # A problem is found by its key or by the runs that decide it.
+    # A problem is found by its key or by its decisive runs.
     decisive = {key: _decisive(distinct[key], whole[key], shared) for key in texts}
     same = texts.keys() & trained.keys()
     found = same | {key for key, runs in decisive.items() if runs}
@@ -99,7 +100,7 @@ def _frequent(counts: Counter[str]) -> set[str]:
 
 
 def _parts(text: list[str], phrases: set[str]) -> Iterator[list[str]]:
-    """Yield what is between the phrases, where it has at least 8 words."""
+    """Yield the parts between the phrases that have at least 8 words."""
     starts = [i for i, run in enumerate(_runs(text, FEWEST_WORDS)) if run in phrases]
     inside = {position for start in starts for position in range(start, start + FEWEST_WORDS)}
     for is_inside, positions in groupby(range(len(text)), key=inside.__contains__):
@@ -109,16 +110,16 @@ def _parts(text: list[str], phrases: set[str]) -> Iterator[list[str]]:
 
 
 def _decisive(distinct: Parts, whole: Parts, shared: set[str]) -> list[str]:
-    """Return the shared runs that show that a problem is in training problems; none when it is not.
+    """Return the shared runs that show that a problem is in training problems; none if it is not.
 
     `distinct` are its parts between instructions and phrases, `whole` those between instructions
-    alone.
+    only.
     """
-    # One run that is no phrase is enough.
+    # One run that is not a phrase is enough.
     runs = [run for part in distinct for run in _longest_runs(part) if run in shared]
     if runs:
         return runs
-    # Else nearly all of it must be there: the positions of words that some shared run covers.
+    # Otherwise shared runs must cover nearly all positions of its words.
     inside = [
         {
             start + i
@@ -144,8 +145,8 @@ def _runs(text: Sequence[str], size: int) -> Iterator[str]:
 def finite_problems(
     task: Task, split: Split, most: int | None = None, *, seed: int = 0
 ) -> Iterator[Problem]:
-    """Yield the first problems of a split, at most `most`; of several tasks those of each. A task
-    that generates problems yields none: it makes its splits disjoint itself.
+    """Yield the first problems of a split, at most `most`, for each of several tasks. A task that
+    generates problems yields none, since it makes disjoint splits itself.
     """
     for one in task.tasks.values() if isinstance(task, SeveralTasks) else (task,):
         number = one.num_problems(split) or 0

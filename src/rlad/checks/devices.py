@@ -1,6 +1,6 @@
-"""Memory and speed of GPUs by their data sheets, and what a run would take of them.
+"""Memory and speed of GPUs from their data sheets, and estimates of a run's time.
 
-Nothing here was measured: the seconds are arithmetic on data sheets, with the shares of their
+Nothing here was measured: the seconds are computed from data sheets, with the shares of their
 figures that such loops usually reach.
 """
 
@@ -10,19 +10,19 @@ from rlad.config.run import RunConfig
 from rlad.models.known import KnownModel
 
 REACHED_COMPUTE = 0.35
-"""of the data sheet's FLOP/s, in scoring and updates"""
+"""Share of the data sheet's FLOP/s that scoring and updates reach."""
 REACHED_BANDWIDTH = 0.5
-"""of the data sheet's bytes/s, in decoding"""
+"""Share of the data sheet's bytes/s that decoding reaches."""
 SECONDS_PER_LAYER = 1e-3
-"""least time of a decoding step, for each layer: our own decoder starts its kernels one by one"""
+"""Shortest time of a decoding step per layer: our own decoder launches its kernels one by one."""
 SECONDS_PER_LAYER_VLLM = 5e-5
 MEAN_LENGTH = 0.5
-"""of a completion, as a share of the longest"""
+"""Mean length of a completion, as a share of the longest."""
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A GPU by its data sheet: memory in GiB, dense bfloat16 TFLOP/s, GB/s of its memory."""
+    """A GPU's data sheet: memory in GiB, dense bfloat16 TFLOP/s, memory bandwidth in GB/s."""
 
     title: str
     memory: float
@@ -54,10 +54,11 @@ def estimate_hours(
     *,
     with_vllm: bool,
 ) -> float:
-    """Estimate the hours of a run, each model with the number of its weights.
+    """Estimate the hours of a run from the number of weights of each model.
 
-    A decoding step reads the weights and the cache; a scored token costs 2 FLOP a weight, a trained
-    one 6, with gradient checkpointing 8. A round of decoding lasts until its longest completion.
+    A decoding step reads the weights and the cache. A scored token costs 2 FLOP per weight, a
+    trained token 6, or 8 with gradient checkpointing. A round of decoding ends with its longest
+    completion.
     """
     rollout = config.rollout
     shape, num_weights = student
@@ -65,7 +66,7 @@ def estimate_hours(
     mean_tokens = rollout.max_completion_tokens * MEAN_LENGTH
     rows = rollout.max_batch_rows * MEAN_LENGTH  # finished ones leave
     cache = rows * (prompt_tokens + mean_tokens / 2) * 4 * shape.layers * shape.key_size
-    # float32 weights are read and written as bfloat16 by our decoder, those of vLLM are bfloat16.
+    # Our decoder reads float32 weights and writes them as bfloat16; vLLM's weights are bfloat16.
     weights = num_weights * (2 if with_vllm or config.student.lora else 4)
     bandwidth = device.gigabytes_per_second * 1e9 * REACHED_BANDWIDTH
     least = shape.layers * (SECONDS_PER_LAYER_VLLM if with_vllm else SECONDS_PER_LAYER)

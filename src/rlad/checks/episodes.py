@@ -1,5 +1,5 @@
-"""Whether the environment of a run can be played: the first problems, twice with each seed, by
-turns of words that the environment itself has written."""
+"""Check whether a run's environment can be played. The first problems are played twice with each
+seed; the turns consist of words that the environment itself has written."""
 
 import random
 import re
@@ -17,7 +17,7 @@ _WORD = re.compile(r"\w+")
 
 @dataclass(slots=True)
 class Played:
-    """An episode, as far as it was played."""
+    """An episode that was played, possibly not to its end."""
 
     texts: list[str]
     steps: list[Step] = field(default_factory=list)
@@ -31,7 +31,7 @@ class Played:
 
 
 def check_episodes(task: Task, rules: EpisodeRules, *, seed: int) -> list[Finding]:
-    """Play the first training problems. What fails is an error, what is not the same twice a
+    """Play the first training problems. A failure is an error; a difference between two plays is a
     warning."""
     episodes: list[Played] = []
     for index in range(NUM_PROBLEMS):
@@ -46,9 +46,9 @@ def check_episodes(task: Task, rules: EpisodeRules, *, seed: int) -> list[Findin
             return [Finding("error", "environment", message)]
         if first.texts[0] != problem.question:
             message = (
-                f"{task.name} begins training problem {index} in another way each time; all "
-                "rollouts of a group must begin alike: make the first text a function of the "
-                "problem alone"
+                f"{task.name} begins training problem {index} differently each time, but all "
+                "rollouts of a group must begin with the same text: make it depend only on the "
+                "problem"
             )
             return [Finding("error", "environment", message)]
         if first.outcome != second.outcome:
@@ -91,7 +91,7 @@ def _play_turns(
     environment: Environment, played: Played, num_turns: int, rng: random.Random
 ) -> None:
     for _ in range(num_turns):
-        # Games say which words they know, so that these do something now and then.
+        # Games list the words that they know, so such turns sometimes have an effect.
         words = _WORD.findall(" ".join(played.texts)) or ["yes"]
         started = time.perf_counter()
         try:

@@ -1,4 +1,4 @@
-"""How much memory a run needs, from the models' configs alone, and how much is free."""
+"""Estimate how much memory a run needs, from the models' configs only, and how much is free."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,8 +21,8 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes on the student's device; activations and logits are rules of thumb, the rest is
-    counted."""
+    """The bytes needed on the student's device. Activations and logits are rules of thumb; the rest
+    is counted."""
 
     student_weights: int
     gradients_and_optimizer: int
@@ -38,7 +38,7 @@ class MemoryEstimate:
 
     @property
     def models(self) -> int:
-        """What no setting of the loop makes smaller."""
+        """The bytes that no setting of the loop can reduce."""
         weights = self.student_weights + self.teacher_weights + self.reference_weights
         return weights + self.gradients_and_optimizer
 
@@ -48,11 +48,11 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Estimate the bytes on `device`, by default the student's.
 
-    Weights that are trained are float32 (AdamW: 16 bytes a parameter for weight, gradient and two
-    moments). Activations: about 34 bytes x hidden size a token and layer in 16 bit (arXiv
+    Trained weights are float32 (AdamW: 16 bytes per parameter for weight, gradient and two
+    moments). Activations: about 34 bytes x hidden size per token and layer in 16 bit (arXiv
     2205.05198, without the attention matrix), twice that in float32; with gradient checkpointing
-    one layer's, plus the layer inputs. The sampler's cache: keys and values of whole sequences,
-    with the room that it keeps for more tokens (`rlad.rollouts.growing_cache`).
+    those of one layer, plus the layer inputs. The sampler's cache: keys and values of whole
+    sequences, with its room for more tokens (`rlad.rollouts.growing_cache`).
     """
     rollout = config.rollout
     loop = config.optimization
@@ -62,7 +62,7 @@ def estimate_memory(
     shape = load_model_config(student.model).get_text_config()
     width = _BYTES[student.dtype]
 
-    # Weights and what is kept for each of them.
+    # Weights and the optimiser state of each.
     num_weights = num_parameters(student.model)
     num_trained = num_weights
     frozen_bytes = 0
@@ -98,8 +98,8 @@ def estimate_memory(
 def teacher_bytes(teacher: Any, num_trained: int, device: str, *, num_initial: int = 0) -> int:
     """Count the bytes of the weights that a teacher adds to the memory of the student's device.
 
-    None are added by a served teacher, nor by an adapter, which uses the student's base model.
-    `num_initial` weights are loaded again where the initial student is needed beside the present
+    A served teacher adds none, nor does an adapter, which uses the student's base model.
+    `num_initial` weights are loaded again if the initial student is needed besides the current
     one.
     """
     num_bytes = 0
@@ -117,7 +117,7 @@ def teacher_bytes(teacher: Any, num_trained: int, device: str, *, num_initial: i
 
 
 def free_and_total_memory(device: str) -> tuple[int, int]:
-    """Measure the bytes of a device's memory: what other programs leave now, and all of it."""
+    """Measure the bytes of a device's memory: what is free now, and the total."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)
     memory = psutil.virtual_memory()
@@ -125,7 +125,7 @@ def free_and_total_memory(device: str) -> tuple[int, int]:
 
 
 def compare_memory(needed: MemoryEstimate, *, free: int, total: int) -> Finding:
-    """Compare an estimate with a device: more than is free is an error."""
+    """Compare an estimate with a device. More than the free memory is an error."""
     parts = ", ".join(
         f"{name.replace('_', ' ')} {size / _GIB:.2f}"
         for name, size in asdict(needed).items()
@@ -136,8 +136,8 @@ def compare_memory(needed: MemoryEstimate, *, free: int, total: int) -> Finding:
         return Finding("ok", "memory", message)
     if needed.models > total:
         what = (
-            f"weights and optimiser alone are more than the {total / _GIB:.1f} GiB that there are; "
-            "take a smaller model, [student.lora], teacher.quantization, or a served teacher."
+            f"weights and optimiser alone need more than the {total / _GIB:.1f} GiB of the device; "
+            "use a smaller model, [student.lora], teacher.quantization, or a served teacher."
         )
         return Finding("error", "memory", f"{message}; {what}")
     what = (
@@ -148,13 +148,12 @@ def compare_memory(needed: MemoryEstimate, *, free: int, total: int) -> Finding:
 
 
 def _num_logits(vocabulary: int, rows: int, tokens: int, device: str) -> int:
-    """Count the most numbers of the size of logits that are held at once.
+    """Count the most numbers in tensors of logits that exist at once.
 
-    Scoring holds a tile of logits, its float32 copy, and the log-probs or the gradient. Sampling
-    holds the logits of the next token of all rows, and three times those of a chunk of rows. An
-    objective over the whole vocabulary holds more tensors, of tiles that are as much smaller.
+    Scoring needs a tile of logits, its float32 copy, and the log-probs or the gradient. Sampling
+    needs the logits of the next token of all rows, and three times those of a chunk of rows. An
+    objective over the whole vocabulary needs more tensors, with proportionally smaller tiles.
     """
-    # The larger of what sampling and scoring hold: they take turns.
     kind = device.partition(":")[0]
     chunk = min(rows, tokens_per_chunk(kind, vocabulary))
     tile = min(vocabulary * tokens, LOGITS_PER_TILE.get(kind, LOGITS_PER_TILE["cuda"]))
@@ -162,7 +161,8 @@ def _num_logits(vocabulary: int, rows: int, tokens: int, device: str) -> int:
 
 
 def _is_on(teacher: LocalTeacherConfig, device: str) -> bool:
-    """Whether a teacher is on the student's device. `auto` is that one; `cuda` is the first GPU."""
+    """Return whether a teacher is on the student's device. `auto` means the student's; `cuda` is
+    the first GPU."""
     first = {"cuda": "cuda:0"}
     own = device if teacher.device == "auto" else str(pick_device(teacher.device))
     return first.get(own, own) == first.get(device, device)

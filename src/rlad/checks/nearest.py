@@ -1,6 +1,6 @@
-"""The measured cases whose student and teacher solve about as much as those of a run, and what
-helped there. Shown instead of a rule, as none was better than a trivial one on cases that it had
-not seen (docs/when-a-teacher-helps.md)."""
+"""Find the measured cases whose student and teacher solve about as much as a run's, and show what
+helped there. Cases are shown instead of a rule: on unseen cases no rule was better than a trivial
+one (docs/when-a-teacher-helps.md)."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -14,22 +14,22 @@ from rlad.runs.statistics import Estimate
 
 NUM_SHOWN = 3
 SMALL_LEAD = 0.05
-"""of a teacher over its student, within which it counts as none"""
+"""A smaller lead of a teacher over its student counts as none."""
 _TABLE = Path(__file__).with_name("measured_cases.json")
-"""made by benchmarks/teacher_map.py"""
+"""Made by benchmarks/teacher_map.py."""
 
 
 @dataclass(frozen=True, slots=True)
 class MeasuredCase:
-    """What came out for one student, teacher and task; figures are shares."""
+    """The results for one student, teacher and task; figures are shares."""
 
     name: str
     student: float
     teacher: float
     to_grpo: Mapping[str, Estimate]
-    """pass@1 minus that of GRPO, by method"""
+    """pass@1 minus GRPO's, by method"""
     num_seeds: int
-    """of the method with the fewest"""
+    """number of seeds of the method with the fewest"""
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> "MeasuredCase":
@@ -60,22 +60,22 @@ def measured_cases() -> list[MeasuredCase]:
 def nearest(
     student: float, teacher: float, cases: Sequence[MeasuredCase], number: int = NUM_SHOWN
 ) -> list[MeasuredCase]:
-    """Choose the cases with the least distance in pass@1 of student and teacher, nearest first."""
+    """Choose the cases nearest in pass@1 of student and teacher, nearest first."""
     return sorted(cases, key=lambda one: dist((student, teacher), (one.student, one.teacher)))[
         :number
     ]
 
 
 def describe_nearest(student: Estimate, teacher: Estimate) -> list[Finding]:
-    """Say what helped in the nearest cases, and how far that carries."""
+    """Report what helped in the nearest cases, and how reliable that is."""
     findings = [
         Finding("ok", "nearest case", one.message)
         for one in nearest(student.mean, teacher.mean, measured_cases())
     ]
     if teacher.mean - student.mean <= SMALL_LEAD:
         message = (
-            f"the teacher solves {teacher.mean:.0%} and the student {student.mean:.0%}: who "
-            "imitates ends near its teacher; GRPO needs none"
+            f"the teacher solves {teacher.mean:.0%} and the student {student.mean:.0%}: a student "
+            "that imitates ends near its teacher; GRPO needs no teacher"
         )
         findings.append(Finding("warning", "lead", message))
     message = (

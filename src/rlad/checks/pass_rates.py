@@ -1,4 +1,4 @@
-"""How much student and teacher of a run solve before training."""
+"""Measure how much student and teacher of a run solve before training."""
 
 from contextlib import closing
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ NUM_SAMPLES = 4
 
 @dataclass(frozen=True, slots=True)
 class PassRates:
-    """pass@1 on the same problems."""
+    """pass@1 of student and teacher on the same problems."""
 
     num_problems: int
     student: Estimate
@@ -32,8 +32,8 @@ class PassRates:
 def check_pass_rates(
     config: RunConfig, num_problems: int
 ) -> tuple[PassRates | None, list[Finding]]:
-    """Measure pass@1 of both, and say which measured cases are nearest; without a teacher that
-    writes say that alone."""
+    """Measure pass@1 of both, and report the nearest measured cases. Without a teacher that can
+    write, only report that."""
     if config.teacher is not None and config.teacher.writes:
         rates = measure_pass_rates(config, num_problems)
         return rates, describe_pass_rates(rates)
@@ -46,7 +46,7 @@ def check_pass_rates(
 
 
 def measure_pass_rates(config: RunConfig, num_problems: int) -> PassRates:
-    """Have the student, and its teacher that writes, complete validation problems in full."""
+    """Sample complete answers to validation problems from the student and its writing teacher."""
     assert config.teacher is not None
     student = load_student(config)
     of_student = _pass_at_1(config, student, num_problems)
@@ -58,7 +58,7 @@ def measure_pass_rates(config: RunConfig, num_problems: int) -> PassRates:
 
 
 def _pass_at_1(config: RunConfig, model: LanguageModel, num_problems: int) -> Estimate:
-    # Servers hold the student's weights of a run, not those of either model here.
+    # Servers have the student's weights of a run, not those of the models here.
     rollout = of_teacher(config.rollout)
     with (
         closing(make_task(**config.task.model_dump())) as task,
@@ -78,7 +78,7 @@ def _pass_at_1(config: RunConfig, model: LanguageModel, num_problems: int) -> Es
 
 
 def describe_pass_rates(rates: PassRates) -> list[Finding]:
-    """Return the lines about both, and those about the nearest measured cases."""
+    """Return the findings about both models, and about the nearest measured cases."""
     message = (
         f"student {rates.student}, teacher {rates.teacher} on {rates.num_problems} validation "
         f"problems x {NUM_SAMPLES} completions"

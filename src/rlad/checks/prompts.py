@@ -1,4 +1,4 @@
-"""What the student really reads: its first prompt as it is, and templates that surprise."""
+"""Show what the student really reads: its first prompt, and surprises in chat templates."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ _MOST_SHOWN = 1_000
 def check_first_prompt(
     config: RunConfig, task: Task, tokenizer: Any, vision: Vision | None = None
 ) -> list[Finding]:
-    """Show the first training prompt with its special tokens, and warn of what surprises in it."""
+    """Show the first training prompt with its special tokens, and warn of surprises in it."""
     problem = task.problem("train", 0, seed=config.seed)
     token_ids = prompt_token_ids(tokenizer, problem.asked, config.rollout, problem.images, vision)
     text = tokenizer.decode(token_ids, skip_special_tokens=False)
@@ -71,7 +71,7 @@ def _template_warnings(config: RunConfig, problem: Problem, tokenizer: Any) -> l
     ]
     if in_question:
         warnings.append(
-            f"the problem's own text holds {in_question[0]!r}, a special token, and gets the chat "
+            f"the problem's own text has {in_question[0]!r}, a special token, and gets the chat "
             "template around it; set rollout.prompt_format = 'plain' if it is a whole chat already."
         )
     tail = text.rpartition(messages[-1]["content"].strip())[2]
@@ -79,7 +79,7 @@ def _template_warnings(config: RunConfig, problem: Problem, tokenizer: Any) -> l
         tail = tail.replace(token or "\n", "")
     if not tail.strip():
         warnings.append(
-            "the chat template ends it after the user's message, as it does not use "
+            "the chat template ends it after the user's message, because it does not use "
             "add_generation_prompt: the student has to write the assistant's header itself; add "
             "that to the template."
         )

@@ -1,4 +1,4 @@
-"""Whether the teacher, under several contexts, ranks the student's completions as the verifier
+"""Check whether the teacher, with several contexts, ranks the student's completions as the verifier
 does."""
 
 import math
@@ -28,7 +28,7 @@ from rlad.teachers.base import Setting, Teacher, TeacherRequest
 from rlad.teachers.privileged import PrivilegedTeacher, privileged
 
 MIN_PROBLEMS = 5
-"""with pairs; an interval over fewer is no interval"""
+"""Fewest problems with pairs; with fewer, an interval has no meaning."""
 CONTEXTS: dict[str, dict[str, Any]] = {
     "no context": {},
     "reference answer": {"answer": True},
@@ -38,16 +38,16 @@ CONTEXTS: dict[str, dict[str, Any]] = {
     "1S1F": {"num_successes": 1, "num_failures": 1},
     "2S1F": {"num_successes": 2, "num_failures": 1},
 }
-"""What the teacher is shown besides the question: S correct and F wrong completions of the group"""
+"""What the teacher is shown after the question: S correct and F wrong completions of the group."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankedContext:
-    """How the teacher ranks under one context."""
+    """The teacher's ranking with one context."""
 
     context: str
     num_completions: int
-    """about which it could be asked with all that the context names"""
+    """number of completions for which everything that the context names was available"""
     ranking: Ranking
 
     def to_json(self) -> dict[str, Any]:
@@ -55,10 +55,10 @@ class RankedContext:
 
 
 def rank_contexts(config: RunConfig, num_problems: int) -> list[RankedContext]:
-    """Sample the completions of training problems by the initial student, and have them scored
-    under each context.
+    """Sample completions of training problems from the initial student, and score them with each
+    context.
 
-    Of a context only those completions count for which all that it names is there.
+    For a context, only completions count for which everything that it names is available.
     """
     if config.teacher is None:
         raise UserError("a ranking needs a [teacher] section; add one, or leave --ranking out.")
@@ -92,8 +92,7 @@ def rank_contexts(config: RunConfig, num_problems: int) -> list[RankedContext]:
 def _teachers(
     settings: Any, teacher: Teacher, setting: Setting
 ) -> Iterator[tuple[str, Teacher, ContextConfig | None]]:
-    """The teacher under each context, with the form of prompts and the thresholds that the config
-    gives it."""
+    """Yield the teacher with each context, with the prompt format and thresholds of the config."""
     base = {"type": "privileged", "teacher": settings.model_dump(), "template": "{prompt}"}
     own = ContextConfig(answer=True)
     if isinstance(settings, PrivilegedTeacherConfig):
@@ -114,7 +113,7 @@ def rank_groups(
     context: ContextConfig | None,
     groups: list[RolloutGroup],
 ) -> RankedContext:
-    """Have graded groups scored by a teacher under one context."""
+    """Score graded groups with a teacher and one context."""
     batch = RolloutBatch(0, groups, torch.zeros(sum(len(group.rollouts) for group in groups)))
     rows = []
     requests = []
@@ -136,7 +135,8 @@ def rank_groups(
 
 
 def _is_whole(teacher: Teacher, context: ContextConfig | None, request: TeacherRequest) -> bool:
-    """Whether as many completions are shown as the context names, with all else that there is."""
+    """Return whether as many completions are shown as the context names, and everything else that
+    exists."""
     if context is None:
         return True
     assert isinstance(teacher, PrivilegedTeacher)
@@ -147,13 +147,13 @@ def _is_whole(teacher: Teacher, context: ContextConfig | None, request: TeacherR
 
 
 def describe_ranking(one: RankedContext) -> Finding:
-    """Return the line about one context."""
+    """Return the finding about one context."""
     found = one.ranking
     subject = f"ranking, {one.context}"
     if found.pairwise is None or found.auc is None:
         message = (
-            f"none: of {one.num_completions} completions about which the teacher could be asked "
-            "none of a problem is correct and another wrong"
+            f"none: among the {one.num_completions} completions that the teacher could score, no "
+            "problem has both a correct and a wrong one"
         )
         return Finding("warning", subject, message)
     is_little = found.num_problems < MIN_PROBLEMS

@@ -1,7 +1,7 @@
-"""A first config for a student, a teacher, a task and a GPU: what `rlad init` writes.
+"""Make a first config for a student, a teacher, a task and a GPU: what `rlad init` writes.
 
-The values are those of the paper recipes where the paper states them; memory is counted from the
-models' shapes, nothing is downloaded.
+The values are those of the paper recipes if the paper states them. Memory is counted from the
+models' shapes; nothing is downloaded.
 """
 
 import shlex
@@ -25,12 +25,12 @@ from rlad.models.sizes import num_parameters
 _GIB = 1024**3
 _PROMPT_TOKENS = 512
 _MOST_OF_MEMORY = 0.9
-"""of the GPU that a run may take by the estimate"""
+"""Share of the GPU's memory that a run may take by the estimate."""
 
 
 @dataclass(frozen=True, slots=True)
 class StartTask:
-    """A task as a first config has it."""
+    """A task of a first config."""
 
     title: str
     toml: str
@@ -82,7 +82,7 @@ TASKS = {
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What is given up, step by step, until the run fits into the memory."""
+    """The settings that are given up, step by step, until the run fits into memory."""
 
     rows: int
     checkpointing: bool = False
@@ -99,11 +99,11 @@ _WAYS = (
     Choice(0, checkpointing=True, lora=True, keep_cpu=True),
     Choice(0, checkpointing=True, lora=True, keep_cpu=True, int8=True),
 )
-"""from the fastest to the smallest"""
+"""From the fastest to the smallest."""
 
 
 def _choices() -> Iterator[Choice]:
-    """All ways with enough rows first, then those that decode a few at once."""
+    """Yield all choices with enough rows first, then those that decode few rows at once."""
     for rows_of_all in ((256, 128, 64, 32), (16, 8)):
         for way in _WAYS:
             for rows in rows_of_all:
@@ -112,7 +112,7 @@ def _choices() -> Iterator[Choice]:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """A first config: its text, and what is estimated of the run."""
+    """A first config: its text, and the estimates for the run."""
 
     text: str
     config: RunConfig
@@ -125,8 +125,7 @@ class Start:
 def plan_start(student: str, teacher: str | None, task: str, gpu: str, file: str) -> Start:
     """Choose the settings of a run that fits on a GPU.
 
-    Raises `UserError` for names that are not known, a pair of different tokenizers, and models that
-    do not fit at all.
+    Raises `UserError` for unknown names, different tokenizers, and models that do not fit at all.
     """
     learner, guide = known_pair(student, teacher)
     device = DEVICES[gpu]
@@ -162,7 +161,7 @@ def plan_start(student: str, teacher: str | None, task: str, gpu: str, file: str
             least = min(smallest.values())
             raise UserError(
                 f"{learner.name} with teacher {guide.name} needs at least {least:.0f} GiB, and "
-                f"one {device.title} has {device.memory:.0f}; take a smaller student or teacher, "
+                f"one {device.title} has {device.memory:.0f}; use a smaller student or teacher, "
                 "another --gpu, or several GPUs (docs/scaling.md)."
             )
     chosen = values | asdict(choice) | _learning_rate(learner, choice)
@@ -198,13 +197,13 @@ def _new(scratch: str, model: KnownModel) -> Path:
 def _estimate(
     values: dict[str, Any], choice: Choice, folders: dict[str, str]
 ) -> tuple[RunConfig, MemoryEstimate]:
-    """Draft a config, and count the memory of its run from the shapes in `folders`, as if on one
-    device."""
+    """Draft a config, and count the memory of its run on one device from the shapes in
+    `folders`."""
     chosen = values | asdict(choice) | _learning_rate(values["student"], choice)
     draft = _render(chosen, needed=0.0, parts="", hours="", hours_vllm="")
     config = parse_config(tomllib.loads(draft))
     table = config.model_dump(mode="json", exclude_none=True)
-    # The adapter is counted here, as PEFT, which would count it, is an optional package.
+    # The adapter is counted here, since PEFT, which could count it, is an optional package.
     lora = table["student"].pop("lora", None)
     for section in ("student", "teacher"):
         table[section]["model"] = folders[table[section]["model"]]
@@ -221,8 +220,8 @@ def _estimate(
 
 
 def _peak(needed: MemoryEstimate, choice: Choice) -> float:
-    """Count the bytes at the worst moment: a teacher that is kept on the CPU is on the GPU while
-    there is no cache of rollouts there."""
+    """Count the bytes at the peak. A teacher that is kept on the CPU is on the GPU only while the
+    rollouts' cache is not."""
     unused = min(needed.teacher_weights, needed.sampler_cache) if choice.keep_cpu else 0
     return needed.total - unused
 
@@ -238,7 +237,7 @@ def _parts(needed: MemoryEstimate) -> str:
 
 
 def _range(hours: float) -> str:
-    """Say half to double: the arithmetic is no better."""
+    """Write a range from half to double, since the estimate is not more precise."""
     return f"{hours / 2:.1f} to {hours * 2:.1f} hours"
 
 

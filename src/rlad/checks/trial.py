@@ -1,5 +1,5 @@
-"""A trial of a run: real steps of its engine on a handful of short completions, of which nothing
-is written."""
+"""A trial of a run: real steps of its engine on a handful of short completions. Nothing is
+written."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -30,7 +30,7 @@ from rlad.teachers.several import task_names
 NUM_PROMPTS = 4
 GROUP_SIZE = 4
 MAX_TOKENS = 64
-# Below what rounding to bfloat16 moves log-probs by, two models cannot be told apart.
+# Below the effect of rounding to bfloat16 on log-probs, two models cannot be distinguished.
 SMALL_LOG_RATIO = 0.01
 # More than the longest window of a guard.
 _NUM_LIKE_THE_TRIAL = 20
@@ -38,26 +38,26 @@ _NUM_LIKE_THE_TRIAL = 20
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What the trial's steps showed."""
+    """The results of the trial's steps."""
 
     num_completions: int
-    """of each rollout batch"""
+    """completions in each rollout batch"""
     max_tokens: int
     metrics: Metrics
-    """of the first step, as metrics.jsonl has them"""
+    """metrics of the first step, as in metrics.jsonl"""
     sampler: str
-    """what wrote the completions, and where `auto` chose, why"""
+    """the sampler and, if `auto` chose it, the reason"""
     seconds: dict[str, float]
-    """of a step on the second rollout batch, by part: generation, teacher, update and the like"""
+    """seconds of a step on the second rollout batch, by part: generation, teacher, update, ..."""
     device: str = "cpu"
-    """on which it was made"""
+    """the device of the trial"""
 
 
 def run_trial(config: RunConfig) -> Trial:
     """Load the models and make the steps of two rollout batches.
 
-    Raises `UserError` and `RunFailedError` for whatever the run itself would stop at before or in
-    its first steps.
+    Raises `UserError` and `RunFailedError` for everything at which the run itself would stop before
+    or in its first steps.
     """
     small = shrunken(config)
     per_batch = small.optimization.steps_per_rollout_batch
@@ -67,7 +67,7 @@ def run_trial(config: RunConfig) -> Trial:
         results.append(result)
         return len(results) < 2 * per_batch
 
-    # The run's own engine, student, teacher and prompts; only sizes and verdicts differ.
+    # Engine, student, teacher and prompts are the run's own; only sizes and verdicts differ.
     with closing(make_task(**config.task.model_dump())) as task:
         alternating = with_alternating_verdicts(task)
         engine = make_engine(small, load_student(small), alternating, before_work=lambda: None)
@@ -75,7 +75,7 @@ def run_trial(config: RunConfig) -> Trial:
             engine.run(after_step)
 
     by_trl = " in this trial, and TRL in the run" if config.engine.type == "trl" else ""
-    # The first batch also loads kernels, so times are those of the last.
+    # The first batch also loads kernels, so times are taken from the last.
     seconds: dict[str, float] = {}
     for result in results[-per_batch:]:
         for key, value in result.metrics.items():
@@ -105,7 +105,7 @@ class _AlternatingRules(EpisodeRules):
 
 
 def with_alternating_verdicts(task: Task) -> Any:
-    """Return the task with every second completion correct, so that all have an advantage and
+    """Return the task with every second completion graded as correct. So all have an advantage and
     reach the teacher, whatever the student can do within a few tokens."""
     verdicts = cycle([judged(True), judged(False)])
     rules = episode_rules(task)
@@ -120,10 +120,10 @@ def with_alternating_verdicts(task: Task) -> Any:
 
 
 def shrunken(config: RunConfig) -> RunConfig:
-    """Return the run, on the native engine, with a handful of short completions in a batch and no
+    """Return the run on the native engine, with a handful of short completions per batch and no
     cache around its teacher.
 
-    Several tasks take turns: at least one prompt of each, so that the teacher of each is asked.
+    A batch has at least one prompt of each of several tasks, so that the teacher of each is asked.
     """
     rollout = config.rollout
     per_batch = config.optimization.steps_per_rollout_batch
@@ -156,7 +156,7 @@ def without_cache(section: Any) -> Any:
 
 
 def describe_trial(trial: Trial, config: RunConfig) -> list[Finding]:
-    """Return the trial's findings, one line each."""
+    """Return the findings of a trial, one line each."""
     metrics = trial.metrics
     message = (
         f"{trial.num_completions} completions of training prompts, cut at {trial.max_tokens} "
@@ -197,7 +197,7 @@ def _log_ratio(metrics: Metrics, config: RunConfig) -> list[Finding]:
 
 
 def _thoughts(metrics: Metrics, config: RunConfig) -> list[Finding]:
-    """Warn where the teacher is to think before its answer and the student is not."""
+    """Warn if the teacher should think before its answer and the student should not."""
     teacher = config.teacher
     if not isinstance(teacher, PrivilegedTeacherConfig) or not config.needs_teacher:
         return []
@@ -207,7 +207,7 @@ def _thoughts(metrics: Metrics, config: RunConfig) -> list[Finding]:
         tokenizer.decode(list(prompt_token_ids(tokenizer, "?", config.rollout)))
     ).rstrip()
     teachers = str(tokenizer.decode(list(encode("?")))).rstrip()
-    # A template switches thinking off by a thought that has ended, or on by one that has begun.
+    # A template turns thinking off with an empty thought, or on with a thought that has begun.
     only_student_is_bare = students.endswith("</think>") and not teachers.endswith("</think>")
     only_teacher_thinks = teachers.endswith("<think>") and not students.endswith("<think>")
     if not (only_student_is_bare or only_teacher_thinks):
@@ -216,7 +216,7 @@ def _thoughts(metrics: Metrics, config: RunConfig) -> list[Finding]:
     if "teacher/log_ratio/mean" in metrics:
         measured = f"is {metrics['teacher/log_ratio/mean']:+.2f} nats on average"
     message = (
-        "the teacher is to think before it answers and the student is not, so that it finds the "
+        "the teacher should think before it answers and the student should not, so it finds the "
         f"student's answers unlikely: log πS - log πT {measured}; give both the same "
         "chat_template_kwargs, such as { enable_thinking = false }"
     )
@@ -237,13 +237,13 @@ def _gates(metrics: Metrics, config: RunConfig) -> list[Finding]:
 
 
 def _guards(metrics: Metrics, config: RunConfig) -> list[Finding]:
-    """Return what the run's guards would say if all of its steps were like the first."""
+    """Return what the run's guards would report if all of its steps were like the first."""
     watch = Watch(config)
     said = []
     for step in range(1, _NUM_LIKE_THE_TRIAL + 1):
         said += watch.see({**metrics, "step": step})
-    # Rewards are alternated and completions cut by the trial itself, so that of some there is no
-    # more than a thought, which is not shown to a teacher.
+    # The trial itself alternates rewards and cuts completions. Some have only a thought, which a
+    # teacher is not shown.
     by_the_trial = ("reward/", "rollout/", "teacher/speaks/")
     metric_of = {name: guard.condition.metric for name, guard in watch.guards.items()}
     return [
@@ -254,7 +254,7 @@ def _guards(metrics: Metrics, config: RunConfig) -> list[Finding]:
 
 
 def _time(trial: Trial, config: RunConfig) -> Finding:
-    """Say how long the trial's steps took, and by how much the run's are larger at most."""
+    """Report how long the trial's steps took, and how much larger the run's steps are at most."""
     rollout = config.rollout
     num_tokens = rollout.prompts_per_batch * rollout.group_size * rollout.max_completion_tokens
     mean_tokens = trial.metrics["rollout/completion_tokens/mean"]
@@ -272,13 +272,13 @@ def _time(trial: Trial, config: RunConfig) -> Finding:
 
 
 def _whole_run(trial: Trial, config: RunConfig) -> Finding:
-    """Say how long the run takes if completions stay as long as the trial's, and if every one is
-    as long as it may be; time that grows with the tokens (on a GPU it grows less)."""
+    """Estimate how long the run takes if completions stay as long as the trial's, and if all are as
+    long as allowed. Time is taken as proportional to tokens (on a GPU it grows less)."""
     rollout = config.rollout
     loop = config.optimization
     measured = config.evaluation
     longest = rollout.max_completion_tokens
-    # The trial's seconds are those of a step; its tokens are those of a whole rollout batch.
+    # The trial's seconds are for a step, but its tokens are for a whole rollout batch.
     mean_tokens = trial.metrics["rollout/completion_tokens/mean"]
     num_tokens = trial.num_completions * mean_tokens
     times_as_many = rollout.prompts_per_batch * rollout.group_size * longest / num_tokens

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: complete or absent, and a whole one can be told from a damaged one.
+"""Checkpoints on disk. Each is complete or absent, and damage can be detected.
 
 step-000020/            the state after step 20
 step-000020-rollouts/   the same with the rollouts of the next step, written at a signal or by time
@@ -32,25 +32,25 @@ def find_checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def write_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder aside, flush all of it to the disk, then rename it to `target`.
+    """Let `write` fill a temporary folder, flush all of it to disk, then rename it to `target`.
 
-    Whatever fails or interrupts it, `target` is complete or absent.
+    Even if it fails or is interrupted, `target` is complete or absent.
     """
-    # A rename is atomic, but after a power cut a renamed folder may hold files without content. So
-    # every file and every list of names reaches the disk before the rename. The name begins with a
-    # dot: whatever looks for `step-*` does not see the folder while it is written.
+    # A rename is atomic, but after a power cut a renamed folder may have empty files. So every file
+    # and every directory is flushed to disk before the rename. The temporary name begins with a
+    # dot, so a search for `step-*` does not find the folder while it is written.
     aside = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
         write(aside)
         for written in aside.rglob("*"):
-            # safetensors writes for the owner alone; whoever may read the folder may read all.
+            # safetensors files are readable only by the owner; make them as readable as the folder.
             if written.is_file():
                 written.chmod(aside.stat().st_mode & 0o666)
             flush(written)
         flush(aside)
-        # The new name counts only once the list of names around it is on the disk too.
+        # The new name is safe only once the parent directory is flushed too.
         os.replace(aside, target)
         flush(target.parent)
     except BaseException:
@@ -59,7 +59,7 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_manifest(folder: Path, **about: Any) -> None:
-    """Write size and checksum of every file that is in a folder now."""
+    """Write size and checksum of every file in a folder."""
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     files = {
         name: {"size": (folder / name).stat().st_size, "sha256": _checksum(folder / name)}
@@ -71,10 +71,10 @@ def write_manifest(folder: Path, **about: Any) -> None:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """Say in a few words what is wrong with a checkpoint; None when every file is as it was
-    written. Reads all of it."""
+    """Say in a few words how a checkpoint is damaged; None if every file is as it was written.
+    Reads all of it."""
     try:
-        # Lazily: the first damaged file decides, and the files are large.
+        # Lazily, since the files are large and the first damaged one decides.
         files = dict(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"])
         found = (
             (name, _damage_of_file(checkpoint / name, checkpoint, **noted))
@@ -90,7 +90,7 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def _damage_of_file(path: Path, checkpoint: Path, *, size: int, sha256: str) -> str | None:
-    # A manifest from elsewhere must not make us read files outside; the cheap checks come first.
+    # A foreign manifest must not make us read files outside the folder. Cheap checks come first.
     if not path.resolve().is_relative_to(checkpoint.resolve()):
         return "is outside of it"
     if not path.is_file():
@@ -101,7 +101,7 @@ def _damage_of_file(path: Path, checkpoint: Path, *, size: int, sha256: str) -> 
 
 
 def delete_checkpoint(path: Path) -> None:
-    """Rename it, then delete it: a folder that is only half deleted must not be taken for a
+    """Rename a checkpoint, then delete it, so that a half-deleted folder is never mistaken for a
     checkpoint."""
     delete_unfinished(path.parent)
     os.replace(path, path.with_name(f".{path.name}.tmp"))
@@ -109,14 +109,14 @@ def delete_checkpoint(path: Path) -> None:
 
 
 def delete_unfinished(folder: Path) -> None:
-    """Delete what is left of checkpoints that were being written or deleted when the process was
+    """Delete remains of checkpoints that were being written or deleted when a process was
     killed."""
     for path in folder.glob(".step-*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint, so that a new one can take its place; returns its new path."""
+    """Rename a damaged checkpoint, so that a new one can replace it; return its new path."""
     aside = path.with_name(f"damaged-{path.name}")
     number = 1
     while aside.exists():
@@ -127,7 +127,7 @@ def set_aside(path: Path) -> Path:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or the list of names in a folder, is on the disk."""
+    """Flush a file, or a directory's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""The learning curve of a run as a picture, and the one function that draws a curve."""
+"""The learning curve of a run as a picture, and the function that draws all curves."""
 
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
@@ -15,9 +15,9 @@ from rlad.runs.directory import RunDirectory
 from rlad.runs.rows import History, read_history
 
 STYLE = ("seaborn-v0_8-whitegrid", "tableau-colorblind10")
-"""matplotlib's own style sheets for all plots"""
+"""The matplotlib style sheets of all plots."""
 CURVE = "curve.png"
-"""its file in the run directory"""
+"""The file of the learning curve in the run directory."""
 Values = Sequence[float]
 
 
@@ -86,7 +86,7 @@ def _draw_passed(axes: Axes, history: History) -> None:
 
 
 def _draw_metric(axes: Axes, history: History, key: str, **look: Any) -> None:
-    """Draw a metric by step, where it was recorded: no method has all of them."""
+    """Draw a metric by step, if it was recorded: no method has all metrics."""
     rows = [row for row in history.steps if key in row]
     if rows:
         curve(axes, [row["step"] for row in rows], [row[key] for row in rows], **look)

@@ -1,4 +1,4 @@
-"""The run directory: what a run writes, and how it is read back.
+"""The run directory: what a run writes, and how to read it.
 
 config.toml           the resolved config; `rlad train config.toml` repeats the run
 run.json              versions, commit, machine, seed
@@ -6,7 +6,7 @@ metrics.jsonl         one row per optimiser step
 eval.jsonl            one row per validation or test
 samples.jsonl         graded completions of one prompt per step
 warnings.jsonl        the guards' warnings; absent when there are none
-skipped-step-N.*      rollouts (JSONL) and scores (safetensors) of the last steps that were skipped
+skipped-step-N.*      rollouts (JSONL) and scores (safetensors) of the last skipped steps
 checkpoints/step-N/   the best and the last few: Hugging Face model folders; `trainer/` is to resume
 curve.png, README.md  the learning curve and the model card
 tensorboard/, wandb/  the files of these trackers, if they are in [logging]
@@ -46,27 +46,26 @@ SAMPLES = "samples.jsonl"
 WARNINGS = "warnings.jsonl"
 SKILLS = "skills.jsonl"
 ROWS = (METRICS, EVAL, SAMPLES, WARNINGS, SKILLS)
-"""the JSONL files, whose rows all have a step"""
+"""The JSONL files whose rows all have a step."""
 SKIPPED_BATCHES = "skipped-step"
 MODEL_CARD = "README.md"
 LOCK = ".lock"
 CHECKPOINTS = "checkpoints"
 
 EvaluationSet = Literal["validation", "test", "ood"]
-"""validation: chooses the best checkpoint; test: reported; ood: test problems out of the training
-distribution"""
+"""validation: chooses the best checkpoint; test: reported; ood: test problems outside the training
+distribution."""
 
 _log = logging.getLogger(__name__)
 
 
 class CannotWriteError(RunFailedError):
-    """A full disk, no permission and the like; what was written before is still there."""
+    """The error for a full disk, missing permission and the like. Earlier files are intact."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunDirectory:
-    """A run directory on disk. Every write goes through it, and raises `CannotWriteError` when it
-    fails."""
+    """A run directory on disk. All writes use it, and raise `CannotWriteError` if they fail."""
 
     path: Path
 
@@ -74,18 +73,18 @@ class RunDirectory:
         return all((self.path / name).is_file() for name in (CONFIG, ENVIRONMENT))
 
     def is_finished(self) -> bool:
-        """Say whether the run came to its end: the model card is the last thing that it writes."""
+        """Return whether the run has finished: the model card is the last file that it writes."""
         return self.exists() and (self.path / MODEL_CARD).is_file()
 
     def require_free(self, *, overwrite: bool) -> None:
-        """Raise `UserError` when there is something already, unless it is a run and `overwrite`
-        holds. Deletes nothing."""
+        """Raise `UserError` if something exists already, unless it is a run and `overwrite` is
+        set. Deletes nothing."""
         if self.exists() and not overwrite:
             raise UserError(
                 f"run directory {self.path} exists already; use --resume to continue it, "
                 "--overwrite to delete it and start again, or run_dir=... for another place."
             )
-        # A run that was killed while it made its directory may have left the first of its files.
+        # A run that was killed while it made its directory may have left its first files.
         is_free = not self.path.exists()
         if self.path.is_dir():
             left = {p.name for p in self.path.iterdir() if not p.name.startswith(".")}
@@ -96,8 +95,9 @@ class RunDirectory:
             )
 
     def clear(self) -> None:
-        """Delete everything in the directory but its lock; what makes it a run goes last."""
-        # Killed on the way, what is left must still count as a run, which --overwrite may clear.
+        """Delete everything in the directory except its lock, with the files that identify a run
+        last."""
+        # If killed halfway, the rest must still count as a run, which --overwrite may clear.
         with self._writing():
             paths = self.path.iterdir()
             for path in sorted(paths, key=lambda path: path.name in (CONFIG, ENVIRONMENT)):
@@ -108,15 +108,15 @@ class RunDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Make the directory, and keep other processes from training here meanwhile; `UserError`
-        when one does."""
-        # Two locks: that of the file is held as long as the run trains; that of the directory only
-        # while somebody tries the first. Otherwise `is_locked` of another process could hold the
-        # file's lock for a moment, and a run that begins just then would be refused.
+        """Make the directory, and prevent other processes from training here. Raises `UserError` if
+        another process already does."""
+        # There are two locks: the file's is held as long as the run trains, the directory's only
+        # while a process tries to take the file's. Otherwise `is_locked` of another process could
+        # briefly hold the file's lock, and a run that starts at that moment would be refused.
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
             file = (self.path / LOCK).open("w")
-        # The lock ends with the process, however that ends, as the file is closed then.
+        # The lock ends with the process, even if it is killed, since the file is closed then.
         with file:
             try:
                 with self._one_at_a_time():
@@ -129,7 +129,7 @@ class RunDirectory:
             yield
 
     def is_locked(self) -> bool:
-        """Say whether a process is training here."""
+        """Return whether a process is training here."""
         try:
             with self._one_at_a_time(), (self.path / LOCK).open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -155,7 +155,7 @@ class RunDirectory:
             (self.path / name).unlink(missing_ok=True)
 
     def write(self, name: str, content: str | bytes) -> None:
-        """Write a whole file at once: it is the old one or the new one, never half of it."""
+        """Write a whole file atomically: its content is the old or the new one, never a mixture."""
         aside = self.path / f".{name}.tmp"
         with self._writing():
             aside.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -168,9 +168,9 @@ class RunDirectory:
             file.write(json.dumps(row) + "\n")
 
     def lines(self, name: str) -> Iterator[Any]:
-        """Read the JSON of each line of a JSONL file, or None for a line that is none.
+        """Yield the JSON of each line of a JSONL file, or None for a line that is not JSON.
 
-        Nothing when the file does not exist; a half-written last line is left out.
+        Yields nothing if the file does not exist; a half-written last line is left out.
         """
         path = self.path / name
         if not path.is_file():
@@ -185,23 +185,23 @@ class RunDirectory:
                     yield None
 
     def read(self, name: str) -> Iterator[dict[str, Any]]:
-        """Read the rows of a JSONL file, whole lines alone.
+        """Yield the rows of a JSONL file, without a half-written last line.
 
-        `UserError` for one that is no row: it was not cut, something else has written there.
+        Raises `UserError` for any other line that is not a row: something else has written there.
         """
         for number, row in enumerate(self.lines(name), start=1):
             if not isinstance(row, dict) or type(row.get("step")) is not int:
                 raise UserError(
-                    f"line {number} of {self.path / name} is no row that a run has written; put "
+                    f"line {number} of {self.path / name} is not a row that a run has written; put "
                     "back a copy of that file, or start the run again with --overwrite."
                 )
             yield row
 
     def forget_after(self, step: int) -> None:
-        """Cut off the rows of later steps, and a half-written last line: a run resumed at `step`
+        """Remove the rows of later steps, and a half-written last line: a run resumed at `step`
         writes them again."""
         for name in ROWS:
-            # Rows are in the order of their steps, so all that is cut is the end of the file.
+            # Rows are ordered by step, so only the end of the file is cut.
             num_kept = sum(1 for _ in takewhile(lambda row: row["step"] <= step, self.read(name)))
             if (self.path / name).is_file():
                 with self._writing(), (self.path / name).open("rb+") as file:
@@ -217,7 +217,7 @@ class RunDirectory:
         return find_checkpoints(self.path / CHECKPOINTS)
 
     def checkpoints_by_validation(self) -> list[tuple[int, Path]]:
-        """List them with the best validation pass@1 first, of equals the earliest; then those
+        """List the checkpoints by validation pass@1, best first, ties by the earliest; then those
         without one, newest first."""
         scores = self._validations()
         validated = [found for found in self.checkpoints() if found[0] in scores]
@@ -225,13 +225,13 @@ class RunDirectory:
         return sorted(validated, key=lambda found: (-scores[found[0]], found)) + rest
 
     def newest_checkpoint(self) -> tuple[int, Path]:
-        """Find (step, folder) of the newest one that is whole; a damaged one is named in a warning
-        and skipped. `UserError` when there is none that is whole."""
+        """Find (step, folder) of the newest intact checkpoint. A damaged one is skipped with a
+        warning. Raises `UserError` if none is intact."""
         return self._first_whole(self.checkpoints()[::-1])
 
     def best_checkpoint(self) -> tuple[int, Path]:
-        """Find the one with the highest validation pass@1 in the same way; the newest if none has
-        been validated."""
+        """Find the intact checkpoint with the highest validation pass@1 in the same way, or the
+        newest if none has been validated."""
         return self._first_whole(self.checkpoints_by_validation())
 
     def _first_whole(self, candidates: Sequence[tuple[int, Path]]) -> tuple[int, Path]:
@@ -263,25 +263,24 @@ class RunDirectory:
         run_digest: str,
         with_rollouts: bool = False,
     ) -> None:
-        """Let `write` fill a new checkpoint, which is complete or absent; the rows before it reach
-        the disk before it does."""
+        """Let `write` fill a new checkpoint, which is complete or absent. Earlier rows are flushed
+        to disk first."""
 
         def write_all(folder: Path) -> None:
             write(folder)
             write_manifest(folder, step=step, run=run_digest)
 
         with self._writing():
-            # A checkpoint of a step must not survive a crash that its rows do not survive.
+            # After a crash, a step's checkpoint must not exist without its rows.
             for name in ROWS:
                 if (self.path / name).is_file():
                     flush(self.path / name)
             write_folder(self.checkpoint(step, with_rollouts=with_rollouts), write_all)
 
     def set_aside_after(self, checkpoint: Path) -> None:
-        """Rename the checkpoints that are newer than this one, all of them damaged, to
-        `damaged-...`.
+        """Rename the checkpoints newer than this one, which are all damaged, to `damaged-...`.
 
-        So is a damaged one of the same step: it would be kept in the place of this one.
+        A damaged one of the same step is renamed too: it would be kept instead of this one.
         """
         found = {path: step for step, path in self.checkpoints()}
         with self._writing():
@@ -291,17 +290,17 @@ class RunDirectory:
                     set_aside(path)
 
     def keep(self, *, last: int, best: int) -> None:
-        """Delete all checkpoints but the last and the best of the validated ones, and what is left
-        of unfinished ones.
+        """Delete all checkpoints except the last and the best of the validated ones, and remains of
+        unfinished ones.
 
-        Those that a signal or the clock had written in between go too; the newest of all stays,
-        from which a run continues.
+        Checkpoints written at a signal or by time in between are deleted too. The newest of all
+        stays, since a run continues from it.
         """
-        # Of a step one without rollouts comes first; one with them counts where it is alone.
+        # For each step, prefer the checkpoint without rollouts over the one with them.
         of_step: dict[int, Path] = {}
         for step, path in self.checkpoints():
             of_step.setdefault(step, path)
-        # The best are chosen among validated steps alone: the others say nothing of their quality.
+        # The best are chosen among validated steps only, since the quality of others is unknown.
         scores = self._validations()
         validated = [path for step, path in of_step.items() if step in scores]
         by_validation = [path for _, path in self.checkpoints_by_validation() if path in validated]

@@ -1,7 +1,7 @@
-"""What is wrong with a run, read from its directory: the guards' table over all its steps, and what
-only hindsight sees.
+"""Find what is wrong with a run from its directory: the guards over all its steps, and problems
+that are visible only afterwards.
 
-Reads and never writes; loads no model.
+It only reads, and loads no model.
 """
 
 from collections import Counter
@@ -26,8 +26,8 @@ LEVELS = ("error", "warning", "note")
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """A thing that was found. error: figures or files are wrong; warning: training does not do
-    what it should; note: worth knowing."""
+    """A finding about a run. error: figures or files are wrong; warning: training does not do what
+    it should; note: worth knowing."""
 
     level: Literal["error", "warning", "note"]
     name: str
@@ -39,7 +39,7 @@ class Diagnosis:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """The content of a run directory, as all looks see it."""
+    """The content of a run directory, which all checks read."""
 
     run: RunDirectory
     config: RunConfig
@@ -64,7 +64,7 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Diagnoses:
-    """All that was found, the worst first."""
+    """All findings, the worst first."""
 
     run: Path
     state: str
@@ -84,14 +84,14 @@ class Diagnoses:
 
 
 def diagnose(path: Path) -> Diagnoses:
-    """Look at the run in `path`. `UserError` when there is none."""
+    """Examine the run in `path`. Raises `UserError` if there is none."""
     run = RunDirectory(path)
     if not run.exists():
         raise UserError(
             f"there is no run in {path}; give the directory of a run, which holds config.toml and "
             "run.json."
         )
-    # Damaged rows are reported; the looks use the others.
+    # Damaged rows are reported; the checks use the others.
     history = read_history(run)
     damaged = [*history.damage, *first_damage(read_rows(run, SAMPLES, Row))]
     evidence = Evidence(run, load_config(path), history, run.is_locked())
@@ -109,20 +109,20 @@ def diagnose(path: Path) -> Diagnoses:
 
 
 def wrong_steps(history: History) -> Iterator[Diagnosis]:
-    """Find steps that are missing or more than once in a file."""
+    """Find steps that are missing from a file, or more than once in it."""
     numbers = [int(row["step"]) for row in history.steps]
     repair = (
         f"put back a copy of {METRICS}, or start the run again with --overwrite; figures and time "
         "limits count its rows"
     )
-    # By the gaps between neighbours: a damaged number may be as large as any.
+    # Count gaps between neighbours, since a damaged number may be arbitrarily large.
     gaps = [(low + 1, high - low - 1) for low, high in pairwise(sorted({0, *numbers}))]
     num_missing = sum(length for _, length in gaps)
     if num_missing:
         first = next(start for start, length in gaps if length)
         which = f"{num_missing} steps, the first is {first}" if num_missing > 1 else f"step {first}"
         yield Diagnosis("error", "steps_missing", f"{METRICS} lacks {which}: {repair}.", first)
-    # One row a step, and one a step and split of evaluations.
+    # There is one row per step, and for evaluations one row per step and split.
     evaluations = Counter((row.step, row.split) for row in history.evaluations)
     counts = [(METRICS, step, count) for step, count in Counter(numbers).items()]
     counts += [(EVAL, step, count) for (step, _), count in evaluations.items()]
@@ -155,7 +155,7 @@ def _checkpoints(evidence: Evidence) -> Iterator[Diagnosis]:
 
 
 class _Session(BaseModel):
-    """What `run.json` says of the run as it began, and of each time that it was resumed."""
+    """The content of `run.json`: the start of the run, and each time that it was resumed."""
 
     step: int = 0
     versions: dict[str, str]
@@ -215,9 +215,9 @@ def _guards(evidence: Evidence) -> Iterator[Diagnosis]:
 
 
 def _learning(evidence: Evidence) -> Iterator[Diagnosis]:
-    """Hold the run's validations against their intervals: it learned nothing, fell back, or got
-    worse."""
-    # One validation beyond the first tells noise from learning no better than a coin does.
+    """Compare the run's validations with their intervals: whether it learned nothing, lost what it
+    had learned, or got worse."""
+    # With only one validation after the first, noise and learning cannot be distinguished.
     rows = evidence.history.validations
     if len(rows) < 3:
         return

@@ -1,9 +1,9 @@
-"""The guards against wrong numbers: one table of limits, read by a run while it trains, by `rlad
-doctor` later and by the trial of `rlad check` before.
+"""The guards against wrong numbers: a table of limits that is used by a run while it trains, by
+`rlad doctor` afterwards and by the trial of `rlad check` before.
 
-A guard looks at one metric of the steps so far, as rows of metrics.jsonl, and speaks once: at the
-first step at which its figure is beyond its limit. Most figures are medians of several steps, so
-that one odd step says nothing.
+A guard reads one metric of the steps so far, as rows of metrics.jsonl. It warns once, at the first
+step at which its figure is beyond its limit. Most figures are medians of several steps, so that a
+single odd step has no effect.
 """
 
 import math
@@ -15,18 +15,18 @@ from typing import Any, Literal
 from rlad.config.run import RunConfig
 
 Row = Mapping[str, float]
-"""the numbers of a row of metrics.jsonl"""
+"""The numbers in a row of metrics.jsonl."""
 
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """A figure made of a metric's values so far, and the limit beyond which it is wrong."""
+    """A figure computed from a metric's values so far, and the limit beyond which it is wrong."""
 
     metric: str
     says: str
-    """how the values become the figure"""
+    """how the figure is computed from the values"""
     figure: Callable[[Sequence[float]], float | None]
-    """None while there are too few values"""
+    """returns None while there are too few values"""
     side: Literal["above", "below"] = "above"
     limit: float = math.inf
 
@@ -37,7 +37,7 @@ class Condition:
         return replace(self, side="below", limit=limit)
 
     def beyond(self, values: Sequence[float]) -> float | None:
-        """Return the figure if it is beyond the limit; one that equals it is not."""
+        """Return the figure if it is beyond the limit (not equal to it)."""
         figure = self.figure(values)
         if figure is None or figure == self.limit:
             return None
@@ -54,8 +54,8 @@ def recent(metric: str, window: int) -> Condition:
 
 
 def change(metric: str, window: int, floor: float) -> Condition:
-    """Divide the median of the last `window` values by that of the first `window`, which counts as
-    at least `floor`."""
+    """Divide the median of the last `window` values by that of the first `window`, raised to at
+    least `floor`."""
 
     def figure(values: Sequence[float]) -> float | None:
         if len(values) < 2 * window:
@@ -70,7 +70,7 @@ def jump(metric: str, window: int, before: int) -> Condition:
     """Divide the median of the last `window` values by that of the `before` values before them."""
 
     def figure(values: Sequence[float]) -> float | None:
-        # A median of 0 before (a metric that was absent in effect) has no multiple.
+        # If the earlier median is 0 (the metric had no effect yet), there is no ratio.
         former = values[-window - before : -window]
         if len(former) < before or not (usual := median(former)):
             return None
@@ -118,13 +118,13 @@ _DERIVED = {
 
 
 def numbers_of(row: Mapping[str, Any]) -> Row:
-    """Keep the numbers of a row of metrics.jsonl."""
+    """Return the numbers in a row of metrics.jsonl."""
     numbers = {key: float(value) for key, value in row.items() if isinstance(value, int | float)}
     return {key: value for key, value in numbers.items() if not math.isnan(value)}
 
 
 def value_of(metric: str, row: Row) -> float | None:
-    """Compute the metric of a step; None where it was not recorded."""
+    """Compute the metric of a step; None if it was not recorded."""
     return _DERIVED[metric](row) if metric in _DERIVED else row.get(metric)
 
 
@@ -133,18 +133,18 @@ def value_of(metric: str, row: Row) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """A row of the table. `meaning` and `advice` are parts of the warning's sentence."""
+    """A row of the table of guards. `meaning` and `advice` are parts of the warning's sentence."""
 
     name: str
     condition: Condition
     meaning: str
     advice: str
     concerns: Callable[[RunConfig], bool] = lambda config: True
-    """whether the figure means something in such a run"""
+    """whether the figure has a meaning in a run"""
 
 
-# Read a row as: name, which figure of which metric is wrong on which side of which limit; then what
-# that means, what to do, and in which runs it applies.
+# Each row has: a name; the figure, its metric, the limit and the side on which it is wrong; what
+# that means; what to do; and the runs to which it applies.
 GUARDS: tuple[Guard, ...] = (
     Guard(
         "skipped_steps",
@@ -328,13 +328,13 @@ class GuardWarning:
 
 
 def json_number(value: float | None) -> float | str | None:
-    """Write what JSON has no number for (infinity) as a word."""
+    """Return a number for JSON, with infinity as a word."""
     return value if value is None or math.isfinite(value) else str(value)
 
 
 class Watch:
-    """The state of all guards, which sees the rows of metrics.jsonl one after the other; a function
-    of them alone, so that it works the same in a resumed run."""
+    """The state of all guards, which reads the rows of metrics.jsonl one after the other. It
+    depends only on these rows, so it is the same in a resumed run."""
 
     def __init__(self, config: RunConfig):
         self.guards = {guard.name: guard for guard in GUARDS if guard.concerns(config)}
@@ -345,13 +345,13 @@ class Watch:
         self.skipped_in_a_row = 0
 
     def see(self, row: Mapping[str, Any]) -> list[GuardWarning]:
-        """Return the warnings after this step: each guard speaks once."""
-        # NaN is "not recorded" from here on; it would poison medians and compare as false.
+        """Return the warnings after this step. Each guard warns once."""
+        # From here on NaN counts as "not recorded": it would spoil medians and compare as false.
         row = numbers_of(row)
         is_skipped = bool(row.get("optimization/skipped/count"))
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if is_skipped else 0
-        # A step that has not recorded a metric is no step of its window, and its guards are silent:
-        # an old figure must not speak at a later step.
+        # A step without a metric is not part of the metric's window, and does not trigger its
+        # guards: an old figure must not warn at a later step.
         now = {metric: value_of(metric, row) for metric in self._values}
         recorded = {metric: value for metric, value in now.items() if value is not None}
         for metric, value in recorded.items():
@@ -372,6 +372,6 @@ class Watch:
         return found
 
     def still_speaks(self, name: str) -> bool:
-        """Say whether a guard's figure is beyond its limit at the last step that was seen."""
+        """Return whether a guard's figure is beyond its limit at the last step."""
         condition = self.guards[name].condition
         return condition.beyond(self._values[condition.metric]) is not None

@@ -1,4 +1,4 @@
-"""The README of a run directory: a model card as the Hugging Face hub reads it."""
+"""The README of a run directory: a model card for the Hugging Face hub."""
 
 from pathlib import Path
 
@@ -20,7 +20,8 @@ tokenizer = loaded.tokenizer"""
 
 
 def model_card(config: RunConfig, run: RunDirectory, before: Estimate, after: Estimate) -> str:
-    """Write Markdown with the hub's metadata, the figures, and how to load and repeat it."""
+    """Write Markdown with the hub's metadata, the results, and how to load the model and repeat the
+    run."""
     teacher = f"teacher `{config.teacher.title}`" if config.teacher else "no teacher"
     last = run.checkpoints()[-1][1].name
     best = run.checkpoints_by_validation()[0][1].name

@@ -1,6 +1,6 @@
-"""What a comparison can see: the difference that so many seeds and problems tell from none.
+"""The power of a comparison: the smallest difference that given seeds and problems can detect.
 
-The difference of two methods on one problem with one seed is taken as
+The difference of two methods on one problem with one seed is modelled as
 
     true difference + a part of the seed + a part of the problem + a part of both + completions
 
@@ -27,16 +27,16 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Standard deviations of the parts of a difference, as shares (.05 is 5 points)."""
+    """The standard deviations of the parts of a difference, as shares (.05 is 5 points)."""
 
     seed: float
     problem: float
     both: float
     completion: float
-    """of a single completion of each method"""
+    """for a single completion of each method"""
 
     def parts(self, seeds: int, problems: int, completions: int) -> list[tuple[float, float]]:
-        """Variance and degrees of freedom of each part of the mean."""
+        """Return variance and degrees of freedom of each part of the mean."""
         rest = self.both**2 + self.completion**2 / completions
         return [
             (self.seed**2 / seeds, seeds - 1),
@@ -49,9 +49,9 @@ def spread_of(differences: Floats, completion_variance: float, num_samples: int)
     """Estimate the parts from `differences[seed, problem]` of a pilot, of at least two seeds and
     problems, by a two-way analysis of variance.
 
-    `completion_variance`: that of a single completion, both methods added up, averaged over the
-    fields; `num_samples`: how many are in each field. With one, all that seeds and problems leave
-    unexplained counts as completions.
+    `completion_variance` is the variance of a single completion, summed over both methods and
+    averaged over the cells; `num_samples` is the number of completions in each cell. With one,
+    everything that seeds and problems do not explain counts as completions.
     """
     num_seeds, num_problems = differences.shape
     mean = differences.mean()
@@ -71,11 +71,12 @@ def spread_of(differences: Floats, completion_variance: float, num_samples: int)
 def power(
     difference: float, spread: Spread, seeds: int, problems: int, completions: int = 1
 ) -> float:
-    """The chance that a comparison sees a true difference: at least two seeds and problems.
+    """Return the probability that a comparison, with at least two seeds and problems, detects a
+    true difference.
 
-    With few seeds the test of this mean grows worse with more problems, as its variance is then
-    known from the seeds alone. So does nobody's comparison: a test on a part of the problems is
-    valid too, and the best one counts.
+    With few seeds the test of this mean can get worse with more problems, since its variance is
+    then known only from the seeds. A test on a part of the problems is valid too, so the power of
+    the best one counts, and more problems never reduce it.
     """
     sizes = {round(2 ** (i / 2)) for i in range(2, 40)}
     numbers = {problems, *(size for size in sizes if size < problems)}
@@ -93,12 +94,12 @@ def _power(difference: float, spread: Spread, seeds: int, problems: int, complet
     distance = abs(difference) / math.sqrt(variance)
     limit = stats.t.ppf(1 - _LEVEL / 2, freedom)
     beyond = stats.nct.sf(limit, freedom, distance) + stats.nct.cdf(-limit, freedom, distance)
-    # Far out scipy's noncentral t is not a number; the normal distribution is as good there.
+    # Far out scipy's noncentral t is NaN; the normal distribution is as accurate there.
     return float(beyond if math.isfinite(beyond) else stats.norm.sf(limit - distance))
 
 
 def smallest_difference(spread: Spread, seeds: int, problems: int, completions: int = 1) -> float:
-    """The true difference that is seen with a power of 80 %."""
+    """Return the true difference that is detected with a power of 80 %."""
     low, high = 0.0, 1e-6
     while power(high, spread, seeds, problems, completions) < POWER:
         low, high = high, 2 * high
@@ -114,16 +115,16 @@ def smallest_difference(spread: Spread, seeds: int, problems: int, completions: 
 def seeds_needed(
     difference: float, spread: Spread, problems: int, completions: int = 1
 ) -> int | None:
-    """The fewest seeds that see a difference with a power of 80 %; None when no number does, as
-    the problems alone vary too much."""
+    """Return the fewest seeds that detect a difference with a power of 80 %. None if no number
+    does, because the problems alone vary too much."""
     return _fewest(lambda n: power(difference, spread, n, problems, completions))
 
 
 def problems_needed(
     difference: float, spread: Spread, seeds: int, completions: int = 1
 ) -> int | None:
-    """The fewest test problems that do; None when no number does, as the seeds alone vary too
-    much."""
+    """Return the fewest test problems that detect it. None if no number does, because the seeds
+    alone vary too much."""
     return _fewest(lambda n: power(difference, spread, seeds, n, completions))
 
 
@@ -142,12 +143,12 @@ def _fewest(power_of: Callable[[int], float]) -> int | None:
 def pilot_spread(
     method: Sequence[Sequence[int]], other: Sequence[Sequence[int]], num_samples: int
 ) -> Spread:
-    """Estimate the spread from a pilot: how many of `num_samples` completions were correct,
-    `[seed][problem]` of two methods, on the same seeds and problems."""
+    """Estimate the spread from a pilot: the number of correct completions among `num_samples`,
+    `[seed][problem]`, for two methods on the same seeds and problems."""
     counts = [np.asarray(table, dtype=float) for table in (method, other)]
     completion = 0.0
     if num_samples > 1:
-        # The unbiased variance of one completion, from how the samples of a field disagree.
+        # The unbiased variance of one completion, from the spread of the samples in a cell.
         for table in counts:
             shares = table * (num_samples - table) / (num_samples * (num_samples - 1))
             completion += float(shares.mean())

@@ -1,7 +1,7 @@
-"""The rows of a run's files, as doctor, report and compare read them, and what held-out results add
-up to.
+"""The rows of a run's files, as doctor, report and compare read them, and summaries of held-out
+results.
 
-A row that is not as a run writes it becomes a sentence; who reads decides what that means.
+A row that a run would not write becomes a sentence; the reader decides what to do with it.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,7 +27,7 @@ class Row(BaseModel):
 class StepRow(Row):
     """A row of metrics.jsonl. A figure may be infinite, such as the largest ratio."""
 
-    # Metrics have no fields of their own: which ones a row has depends on the method.
+    # Metrics are not declared as fields, since the metrics of a row depend on the method.
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, float]
 
@@ -48,7 +48,7 @@ class ProblemResult:
     prompt: str
     first_completion: str
     mean_turns: Annotated[float, Field(ge=0, lt=1e9)] | None = None
-    """of episodes"""
+    """mean number of turns, for episodes"""
 
     def to_json(self) -> dict[str, Any]:
         row = asdict(self)
@@ -68,7 +68,7 @@ class EvaluationRow(Row):
 
     @model_validator(mode="after")
     def _counts_are_possible(self) -> "EvaluationRow":
-        # Counts that do not fit together would make shares beyond 1.
+        # Inconsistent counts would give shares above 1.
         num_samples = self.results[0].num_samples
         for r in self.results:
             most = max(r.num_correct, r.num_cannot_judge, r.num_truncated)
@@ -89,7 +89,7 @@ class Imitation(BaseModel):
 
 
 class SampledRollout(BaseModel):
-    """A completion in samples.jsonl; where it has an imitation, with an entry for each token."""
+    """A completion in samples.jsonl, possibly with an imitation that has an entry per token."""
 
     verdict: str
     text: str | None = None
@@ -119,13 +119,13 @@ AnyRow = TypeVar("AnyRow", bound=Row)
 
 
 def read_rows(run: RunDirectory, name: str, kind: type[AnyRow]) -> Iterator[AnyRow | str]:
-    """Read a file row by row, of a damaged row a sentence without its full stop; nothing when there
-    is no such file."""
+    """Yield the rows of a file, and for a damaged row a sentence without its full stop. Yields
+    nothing if there is no such file."""
     for number, row in enumerate(run.lines(name), start=1):
         if not isinstance(row, dict):
-            yield f"row {number} of {name} is no JSON object"
+            yield f"row {number} of {name} is not a JSON object"
             continue
-        # pydantic names the field and what is wrong with it; the first mistake of a row is enough.
+        # pydantic names the field and its fault; the first fault of a row is enough.
         try:
             yield kind.model_validate(row)
         except ValidationError as error:
@@ -141,7 +141,7 @@ class History:
     steps: Sequence[Mapping[str, float]]
     evaluations: Sequence[EvaluationRow]
     damage: Sequence[str]
-    """the first of each file; rows that are not damaged are read all the same"""
+    """the first damaged row of each file; all other rows are read"""
 
     @property
     def validations(self) -> list[EvaluationRow]:

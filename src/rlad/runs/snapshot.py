@@ -1,4 +1,4 @@
-"""What the files of a run say at this moment, whether it is trained, finished or stopped."""
+"""The present state of a run from its files, whether it is training, finished or stopped."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ _RECENT_STEPS = 20
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A run as its files show it now; rows that cannot be read are left out."""
+    """The present state of a run. Rows that cannot be read are left out."""
 
     run: RunDirectory
     config: RunConfig
     history: History
     samples: Sequence[SampleRow]
-    """of the last step"""
+    """samples of the last step"""
     warnings: Sequence[str]
-    """the guards', newest first"""
+    """warnings of the guards, newest first"""
     state: State
 
     @property
@@ -38,35 +38,35 @@ class Snapshot:
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        """Those of the last step."""
+        """The metrics of the last step."""
         return self.history.steps[-1] if self.history.steps else {}
 
     @property
     def seconds_per_step(self) -> float | None:
-        """Mean over the last steps; None before the first."""
+        """The mean over the last steps; None before the first."""
         recent = self.history.steps[-_RECENT_STEPS:]
         spent = [sum(v for k, v in row.items() if k.startswith("time/")) for row in recent]
         return fmean(spent) if spent else None
 
     @property
     def seconds_left(self) -> float | None:
-        """Of the steps that are left, as long as the last ones; evaluations come on top. None
+        """The time for the remaining steps at the speed of the last ones, without evaluations. None
         before the first step."""
         per_step = self.seconds_per_step
         return None if per_step is None else per_step * max(self.num_steps - self.step, 0)
 
     def values(self, key: str) -> dict[int, float]:
-        """A metric by step, where it was recorded."""
+        """Return a metric by step, where it was recorded."""
         return {int(row["step"]): row[key] for row in self.history.steps if key in row}
 
     @property
     def validation(self) -> dict[int, float]:
-        """pass@1 by step."""
+        """Return validation pass@1 by step."""
         return {row.step: row.pass_at_1.mean for row in self.history.validations}
 
 
 def take_snapshot(run: RunDirectory) -> Snapshot:
-    """Read a run directory; `UserError` when it is none."""
+    """Read a run directory. Raises `UserError` if it is not one."""
     if not run.exists():
         raise UserError(
             f"there is no run in {run.path}; give the directory of a run, as `rlad train` names "
@@ -90,7 +90,7 @@ def take_snapshot(run: RunDirectory) -> Snapshot:
 
 
 def version_of(run: RunDirectory) -> tuple[object, ...]:
-    """Changes whenever the files that a snapshot reads do."""
+    """Return a value that changes whenever the files of a snapshot change."""
     sizes = []
     for name in ROWS:
         path = run.path / name
@@ -99,7 +99,7 @@ def version_of(run: RunDirectory) -> tuple[object, ...]:
 
 
 def duration(seconds: float) -> str:
-    """Write seconds as a reader says them."""
+    """Write a duration in seconds as a readable text."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -1,5 +1,4 @@
-"""What a person sees of a run: a progress bar on a terminal and in a notebook, plain lines in a
-pipe."""
+"""The display of a run: a progress bar on a terminal and in a notebook, plain lines in a pipe."""
 
 import time
 from collections.abc import Iterable
@@ -26,7 +25,7 @@ from rlad.training.reporter import Reporter
 
 
 class _TwoLines(Progress):
-    """The bar with its times, and the figures of the run below it."""
+    """The progress bar with its times, and the run's figures below it."""
 
     figures = ""
 
@@ -36,7 +35,7 @@ class _TwoLines(Progress):
 
 
 class ConsoleReporter(Reporter):
-    """Shows a run while it is under way. Use as a context manager."""
+    """A reporter that shows a run while it trains. Use it as a context manager."""
 
     def __init__(self, console: Console):
         self._console = console
@@ -59,7 +58,7 @@ class ConsoleReporter(Reporter):
         self._task = self._progress.add_task("starting", total=None)
         self._steps = 0
         self._pieces = 0
-        """of work since the last step, and below in the step before that one"""
+        """Pieces of work since the last step; the next line has those of the step before."""
         self._pieces_of_a_step = 0
         self._moved = 0.0
         self._validation = ""

@@ -1,4 +1,4 @@
-"""What a run is made with: the contents of its `run.json`."""
+"""The environment of a run: the contents of its `run.json`."""
 
 import json
 import platform
@@ -23,7 +23,7 @@ def describe_environment(seed: int) -> dict[str, Any]:
     versions = {"python": platform.python_version()} | {
         name: metadata.version(name) for name in PACKAGES
     }
-    # Only a run that samples with it has imported it.
+    # Only a run that samples with vLLM has imported it.
     if "vllm" in sys.modules:
         versions["vllm"] = sys.modules["vllm"].__version__
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -38,8 +38,8 @@ def describe_environment(seed: int) -> dict[str, Any]:
 
 
 def note_resumption(run: RunDirectory, step: int, *, sampler: str) -> None:
-    """Add the present versions to the `run.json` of a run that continues after `step`, if they are
-    others than before. Raises `UserError` when it was sampled by another sampler."""
+    """Add the current versions to the `run.json` of a run that continues after `step`, if they have
+    changed. Raises `UserError` if the run used another sampler before."""
     try:
         described = json.loads((run.path / ENVIRONMENT).read_text(encoding="utf-8"))
         now = describe_environment(described["seed"])
@@ -53,7 +53,7 @@ def note_resumption(run: RunDirectory, step: int, *, sampler: str) -> None:
         ) from None
     if sampled_by != sampler:
         raise UserError(
-            f"{run.path} was sampled by {sampled_by}, and rollout.engine = 'auto' takes {sampler} "
+            f"{run.path} was sampled by {sampled_by}, but rollout.engine = 'auto' uses {sampler} "
             "here; resume it where vLLM is as it was, or start it again with --overwrite."
         )
     if not is_same:
@@ -66,8 +66,8 @@ def note_resumption(run: RunDirectory, step: int, *, sampler: str) -> None:
 
 
 def commit(checkout: Path) -> str | None:
-    """Name the commit of a checkout, ending in `-dirty` when files differ from it; None for an
-    installed package."""
+    """Return the commit of a checkout, with `-dirty` at the end if files differ from it; None for
+    an installed package."""
     git = shutil.which("git")
     if git is None or not (checkout / ".git").exists():
         return None

@@ -1,4 +1,5 @@
-"""The files that a run's settings name: a run that is resumed on other ones is another run."""
+"""The files that a run's settings name. If their content changes, a resumed run would be another
+run."""
 
 import hashlib
 import importlib.util
@@ -17,17 +18,17 @@ _BLOCK = 2**20
 
 
 def fingerprints(config: RunConfig) -> dict[str, str]:
-    """Hash what each setting names on this machine: problems, verifiers, models that are loaded
-    again at every start. Names on a hub are no part of it."""
+    """Hash the files that each setting names on this machine: problems, verifiers, and models that
+    are loaded at every start. Names on a hub are left out."""
     return {setting: _digest(path) for setting, path in _named_paths(config)}
 
 
 def require_same_files(run: RunDirectory, config: RunConfig) -> None:
-    """Raise `UserError` where a file has changed since the run began."""
+    """Raise `UserError` if a file has changed since the run began."""
     try:
         began_with = json.loads((run.path / ENVIRONMENT).read_text(encoding="utf-8")).get("files")
     except (OSError, ValueError, AttributeError):
-        return  # which is said where that file is read for what it is
+        return  # this error is reported where the file is read for its own sake
     settings = flat(config.model_dump(mode="json"))
     for setting, digest in fingerprints(config).items():
         if (began_with or {}).get(setting, digest) != digest:
@@ -40,7 +41,7 @@ def require_same_files(run: RunDirectory, config: RunConfig) -> None:
 
 def _named_paths(config: RunConfig) -> Iterator[tuple[str, Path]]:
     """Yield settings and the files or folders that they name."""
-    # A checkpoint holds the student; its first weights are needed for a leash and under an adapter.
+    # A checkpoint has the student. Its initial weights are needed for a leash and with an adapter.
     student_is_loaded = bool(config.student.lora or config.optimization.kl_coef)
     for setting, value in flat(config.model_dump(mode="json")).items():
         key = setting.rpartition(".")[2]
@@ -74,7 +75,7 @@ def _digest(path: Path) -> str:
 
 
 def _add(file: Path, digest: "hashlib._Hash") -> None:
-    """Add a file's bytes; of one of gigabytes, whose size counts too, 64 blocks of them."""
+    """Add a file's bytes to a digest; for a file of gigabytes, its size and 64 blocks."""
     size = file.stat().st_size
     with file.open("rb") as opened:
         if size <= _READ_WHOLE:

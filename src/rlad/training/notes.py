@@ -1,4 +1,4 @@
-"""What a run does otherwise than its settings may seem to say."""
+"""Notes on what a run does differently from what its settings may suggest."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,8 @@ from rlad.tasks import Split, Task
 
 
 def notes_on(config: RunConfig, task: Task, ood_task: Task | None = None) -> Iterator[str]:
-    """Yield a sentence for each of them; `rlad check` warns of it, `rlad train` says it first."""
+    """Yield a sentence for each note; `rlad check` shows it as a warning, `rlad train` at the
+    start."""
     evaluation = config.evaluation
     sizes: list[tuple[str, Task, Split]] = [
         ("num_validation_problems", task, "validation"),
@@ -21,7 +22,7 @@ def notes_on(config: RunConfig, task: Task, ood_task: Task | None = None) -> Ite
         wanted = getattr(evaluation, setting)
         there = source.num_problems(split)
         if there is not None and there < wanted:
-            yield f"evaluation.{setting} = {wanted}, and there are {there}: all of those are taken."
+            yield f"evaluation.{setting} = {wanted}, but there are {there}: all of them are used."
     section = config.task
     is_embedded = config.student.model in EMBEDDED
     if is_embedded and isinstance(section, KnightsAndKnavesConfig) and section.instructions:

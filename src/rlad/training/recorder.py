@@ -1,4 +1,4 @@
-"""What a run writes while it trains: rows, samples, warnings, checkpoints."""
+"""Write rows, samples, warnings and checkpoints while a run trains."""
 
 import json
 import math
@@ -33,10 +33,10 @@ from rlad.training.reporter import Reporter
 
 
 class Recorder:
-    """Writes what happens in a run into its directory, then calls the reporters; counts what the
-    run uses up.
+    """The recorder of a run. It writes to the run directory, then calls the reporters, and counts
+    the budget that the run has used.
 
-    A new recorder continues after the steps that the directory holds.
+    A new recorder continues after the steps in the directory.
     """
 
     def __init__(
@@ -54,14 +54,14 @@ class Recorder:
         self._saved_at = math.inf
         self._seconds = 0.0
         self._teacher_tokens = 0.0
-        # The guards look back over many steps: a resumed run's see those before it again.
+        # Guards use many steps, so those of a resumed run read the earlier steps again.
         for row in run.read(METRICS):
             self._guards.see(row)
             self._use(row)
 
     @property
     def has_used_up_its_budget(self) -> bool:
-        """Whether training has taken the seconds or the teacher's tokens that it may take."""
+        """Whether training has used up its seconds or its teacher tokens."""
         seconds = self.config.optimization.max_seconds or math.inf
         teacher_tokens = self.config.optimization.max_teacher_tokens or math.inf
         return self._seconds >= seconds or self._teacher_tokens >= teacher_tokens
@@ -87,8 +87,8 @@ class Recorder:
     def step(self, result: StepResult, *, may_stop: bool) -> None:
         """Record one optimiser step.
 
-        Raises `RunFailedError` when `max_skipped_steps` steps in a row, or more, were skipped and
-        the run `may_stop` here.
+        Raises `RunFailedError` if at least `max_skipped_steps` steps in a row were skipped and the
+        run `may_stop` here.
         """
         self._use(result.metrics)
         self.run.append(METRICS, {"step": result.step, **result.metrics})
@@ -117,8 +117,8 @@ class Recorder:
             reporter.step(result, self.config.optimization.num_steps)
 
     def _sample(self, result: StepResult) -> dict[str, Any]:
-        """The first group of a step with the text of each token, and what the update did with
-        them."""
+        """Return the first group of a step with the text of each token, and what the update did
+        with it."""
         row = result.groups[0].to_json()
         if pictures := result.groups[0].problem.images:
             row["pictures"] = [picture.data_url() for picture in pictures]
@@ -129,7 +129,8 @@ class Recorder:
         return row
 
     def _keep_skipped(self, step: int, batch: SkippedBatch) -> None:
-        """Rollouts and scores of the last skipped batches, as many as may be skipped in a row."""
+        """Store rollouts and scores of the last skipped batches, as many as may be skipped in a
+        row."""
         name = f"{SKIPPED_BATCHES}-{step:06d}"
         rows = "".join(json.dumps(group.to_json()) + "\n" for group in batch.groups)
         self.run.write(f"{name}.jsonl", rows)
@@ -146,8 +147,8 @@ class Recorder:
     def evaluation(
         self, name: EvaluationSet, step: int, evaluate: Callable[[], Sequence[ProblemResult]]
     ) -> Estimate:
-        """Return pass@1 of an evaluation: what was recorded before an interruption, else what
-        `evaluate` finds, which is recorded."""
+        """Return pass@1 of an evaluation: the result recorded before an interruption, or otherwise
+        that of `evaluate`, which is then recorded."""
         estimate = recorded_estimate(self.run, name, step)
         if estimate is None:
             self.phase(f"evaluating on {name} problems")
@@ -162,14 +163,14 @@ class Recorder:
         return estimate
 
     def finish(self, before: Estimate, after: Estimate) -> None:
-        """Write the learning curve and the model card, the last thing that a run writes."""
+        """Write the learning curve and the model card, the last files of a run."""
         self.run.write(CURVE, draw_curve(self.run))
         self.run.write(MODEL_CARD, model_card(self.config, self.run, before, after))
 
     # --- checkpoints ------------------------------------------------------------------------------
 
     def save(self, engine: Engine) -> None:
-        """Write a checkpoint of the present state, unless there is one."""
+        """Write a checkpoint of the current state, unless there is one."""
         step = engine.step
         digest = self.config.digest
         with_rollouts = engine.resume_point == "rollouts"
@@ -184,20 +185,20 @@ class Recorder:
         self._saved_at = path.stat().st_mtime
 
     def save_if_due(self, engine: Engine) -> None:
-        """Write a checkpoint when `checkpoints.every_seconds` have passed since the last one; never
-        before the first."""
+        """Write a checkpoint if `checkpoints.every_seconds` have passed since the last one, but
+        never before the first."""
         due = self._saved_at + self.config.checkpoints.every_seconds
         if time.time() > due and engine.resume_point is not None:
             self.save(engine)
 
     def prune(self) -> None:
-        """Delete checkpoints but the last and the best ones."""
+        """Delete all checkpoints except the last and the best ones."""
         settings = self.config.checkpoints
         self.run.keep(last=settings.keep_last, best=settings.keep_best)
 
 
 def recorded_estimate(run: RunDirectory, name: EvaluationSet, step: int) -> Estimate | None:
-    """The pass@1 that a run directory holds of an evaluation; None if it holds none."""
+    """Return the pass@1 of an evaluation recorded in a run directory; None if there is none."""
     for row in run.read(EVAL):
         if row["split"] == name and row["step"] == step:
             return Estimate(**row["pass@1"])

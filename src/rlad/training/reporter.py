@@ -1,4 +1,4 @@
-"""What follows a run while it trains."""
+"""The interface of what follows a run while it trains."""
 
 from collections.abc import Iterable
 
@@ -9,25 +9,25 @@ from rlad.runs.statistics import Estimate
 
 
 class Reporter:
-    """The base of what follows a run, such as the progress bar; by itself it is silent."""
+    """The base of everything that follows a run, such as the progress bar. It does nothing."""
 
     def phase(self, name: str) -> None:
-        """The run begins another kind of work."""
+        """Handle the begin of another kind of work."""
 
     def notes(self, texts: Iterable[str]) -> None:
-        """What the reader may not expect of this run."""
+        """Show what a reader may not expect of this run."""
 
     def begins(self, step: int, num_steps: int) -> None:
-        """The run is about to continue after `step`."""
+        """Handle that the run starts, or continues, after `step`."""
 
     def works(self) -> None:
-        """A small piece of work is about to be done, of which a step has many."""
+        """Handle the begin of one of the many small pieces of work of a step."""
 
     def step(self, result: StepResult, num_steps: int) -> None:
-        """An optimiser step was made and recorded."""
+        """Handle an optimiser step that was made and recorded."""
 
     def evaluated(self, name: EvaluationSet, step: int, estimate: Estimate) -> None:
-        """The student was evaluated after `step`, now or before an interruption."""
+        """Handle an evaluation of the student after `step`, now or before an interruption."""
 
     def warned(self, warning: GuardWarning) -> None:
-        """A guard found something."""
+        """Handle a guard's warning."""

@@ -1,4 +1,4 @@
-"""From a config to a finished run directory."""
+"""Train a run from its config to a finished run directory."""
 
 import json
 import multiprocessing
@@ -53,8 +53,8 @@ from rlad.training.trackers import Trackers, require_trackers
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """A finished run: pass@1 on the test split before and after, 95 % intervals over problems, and
-    the time it took."""
+    """The result of a finished run: pass@1 on the test split before and after, with 95 % intervals
+    over problems, and the time it took."""
 
     run_dir: Path
     before: Estimate
@@ -83,9 +83,9 @@ def train(
     """Train a student as `config` says and write its run directory.
 
     `config` may be a nested dictionary as in a TOML file. Raises `UserError` with one sentence for
-    a user's mistake, and `StopRequested` after Ctrl-C or SIGTERM, when a checkpoint has been
+    a user's mistake, and `StopRequested` after Ctrl-C or SIGTERM, once a checkpoint has been
     written. Nothing is written, and with `overwrite` nothing deleted, before models, task and
-    prompts have been found good. In a notebook, without a `reporter`, it shows its progress as
+    prompts have been checked. In a notebook, without a `reporter`, it shows its progress as
     `rlad train` does.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
@@ -119,7 +119,7 @@ def _train(config: RunConfig, *, resume: bool, overwrite: bool, reporter: Report
         if is_there and is_main_process():
             held.enter_context(run.locked())
 
-        # Whatever can be found wrong is found here, before anything is written.
+        # All mistakes that can be found are found here, before anything is written.
         with stop.at_once():
             checkpoint = _checkpoint_to_resume(run, config) if stored else None
             task = held.enter_context(closing(make_task(**config.task.model_dump())))
@@ -138,7 +138,7 @@ def _train(config: RunConfig, *, resume: bool, overwrite: bool, reporter: Report
         if stored is None:
             if not is_there:
                 held.enter_context(run.locked())
-                # By now another process may have made a run there.
+                # In the meantime another process may have made a run there.
                 run.require_free(overwrite=overwrite)
             run.clear()
             described = describe_environment(config.seed)
@@ -147,13 +147,13 @@ def _train(config: RunConfig, *, resume: bool, overwrite: bool, reporter: Report
             run.write(ENVIRONMENT, json.dumps(described, indent=2))
             run.write(CONFIG, dump_config(config))
         else:
-            # First, as it may refuse.
+            # First, since it may refuse.
             note_resumption(run, training.engine.step, sampler=training.engine.sampler.name)
             run.delete(MODEL_CARD)  # a run without it is not finished
             if checkpoint is not None:
                 run.set_aside_after(checkpoint)
             run.forget_after(training.engine.step if checkpoint else -1)
-            if stored != config:  # more steps, or a teacher that is reached in another way
+            if stored != config:  # more steps, or another address of a teacher
                 run.write(CONFIG, dump_config(config))
 
         resumed_at = training.engine.step if checkpoint else None
@@ -190,7 +190,7 @@ class Training:
         self.engine = make_engine(config, self.student, task, before_work=self._before_work)
 
     def restore(self, checkpoint: Path) -> None:
-        """Continue where a checkpoint, whose student this is, was written."""
+        """Continue from a checkpoint, whose student has been loaded already."""
         with _resuming(checkpoint):
             self.engine.flat_step = flat_step(RunDirectory(self.config.directory), self.config)
             self.engine.restore(checkpoint, run_digest=self.config.digest)
@@ -215,7 +215,7 @@ class Training:
         return TrainResult(self.config.directory, before, after, time.monotonic() - started)
 
     def follow(self, run: RunDirectory) -> TrainResult:
-        """In another process than the main one, which writes the run directory: train with it."""
+        """In any process but the main one, which writes the run directory: train with it."""
         started = time.monotonic()
         self.engine.follow()
         before = recorded_estimate(run, "test", 0)
@@ -230,7 +230,7 @@ class Training:
         num_steps = self.config.optimization.num_steps
 
         def is_over() -> bool:
-            # A longer run continues from here.
+            # A longer run continues from this checkpoint.
             return recorder.has_used_up_its_budget and self.engine.resume_point is not None
 
         def validate_if_due() -> None:
@@ -259,15 +259,15 @@ class Training:
         self.engine.run(after_step, begin)
 
     def _test(self, recorder: Recorder, step: int) -> Estimate:
-        """pass@1 on the test split; the out-of-distribution test, where there is one, is recorded
-        too."""
+        """Return pass@1 on the test split. The out-of-distribution test, if there is one, is
+        recorded too."""
         if self.ood_task is not None:
             self._evaluate(recorder, "ood", step)
         return self._evaluate(recorder, "test", step)
 
     def _evaluate(self, recorder: Recorder, name: EvaluationSet, step: int) -> Estimate:
-        """pass@1 of the present student; a result that was recorded before an interruption is not
-        computed again."""
+        """Return pass@1 of the current student. A result that was recorded before an interruption
+        is not computed again."""
         settings = self.config.evaluation
         num_problems, num_samples = {
             "validation": (settings.num_validation_problems, settings.num_validation_samples),
@@ -289,7 +289,8 @@ class Training:
         return recorder.evaluation(name, step, run_evaluation)
 
     def _before_work(self) -> None:
-        """Is called before every piece of work, between which nothing is half done."""
+        """Report and check for a stop request before every piece of work, when nothing is half
+        done."""
         self.stop.check()
         if self.recorder is not None:
             self.recorder.works()
@@ -297,9 +298,10 @@ class Training:
 
 
 def flat_step(run: RunDirectory, config: RunConfig) -> int | None:
-    """The step after which the objective changes, by the validations that the run has recorded.
+    """Return the step after which the objective changes, from the recorded validations of the run.
 
-    The one at the end of a run counts only if it is due there, so that a longer run decides alike.
+    The validation at the end of a run counts only if it is due there, so that a longer run decides
+    the same.
     """
     return config.objective.flat_step(
         (row["step"], row["pass@1"]["mean"])
@@ -309,15 +311,15 @@ def flat_step(run: RunDirectory, config: RunConfig) -> int | None:
 
 
 def how_to_resume(config: RunConfig) -> str:
-    """What to type when a run was stopped and its checkpoint is written."""
+    """Return how to continue a run that was stopped and has written its checkpoint."""
     if not RunDirectory(config.directory).checkpoints():
         return "training had not begun and nothing is written; start it again"
     return f"a checkpoint is written, continue with: rlad train {config.directory} --resume"
 
 
 def _stored_config(run: RunDirectory, config: RunConfig) -> RunConfig:
-    """The config of the run that is to be resumed. Raises `UserError` when there is none, or when
-    it is another run."""
+    """Return the config of the run to resume. Raises `UserError` if there is no run, or another
+    one."""
     stored = load_config(run.path) if run.exists() else None
     if stored is not None and stored.digest == config.digest:
         return stored
@@ -326,7 +328,7 @@ def _stored_config(run: RunDirectory, config: RunConfig) -> RunConfig:
         differences = differing_settings(config, stored)
         shown = "; ".join(differences[:3]) + "; ..." * (len(differences) > 3)
         problem = (
-            f"{run.path} holds a run with another config ({shown}); resume it by `rlad train "
+            f"{run.path} has a run with another config ({shown}); resume it by `rlad train "
             f"{run.path} --resume`, or choose another run_dir for this one."
         )
     if stored is None:
@@ -338,9 +340,9 @@ def _stored_config(run: RunDirectory, config: RunConfig) -> RunConfig:
 
 
 def _checkpoint_to_resume(run: RunDirectory, config: RunConfig) -> Path | None:
-    """The newest whole one; None when the run was killed before it wrote its first.
+    """Return the newest intact checkpoint; None if the run was killed before it wrote its first.
 
-    Raises `UserError` when all are lost, and when files that the settings name have changed.
+    Raises `UserError` if all are lost, or if files that the settings name have changed.
     """
     require_same_files(run, config)
     if run.checkpoints():
@@ -355,7 +357,7 @@ def _checkpoint_to_resume(run: RunDirectory, config: RunConfig) -> Path | None:
 
 @contextmanager
 def _resuming(checkpoint: Path) -> Iterator[None]:
-    """Say of a `UserError` in the block that it is about this checkpoint."""
+    """Add to a `UserError` in the block that it is about this checkpoint."""
     try:
         yield
     except UserError as error:

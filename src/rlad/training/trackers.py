@@ -1,9 +1,9 @@
-"""`[logging] trackers`: what a run records, also sent to TensorBoard, trackio or Weights & Biases.
-Their packages are optional.
+"""`[logging] trackers`: send a run's records also to TensorBoard, trackio or Weights & Biases. The
+packages are optional.
 
-They get the rows of metrics.jsonl and eval.jsonl under the same names, by step, and with each
-validation the completions of one prompt; and the run's config. Nothing else: no environment,
-command line, code, console output or figures of the machine.
+They get the rows of metrics.jsonl and eval.jsonl under the same names, by step, with each
+validation the completions of one prompt, and the run's config. They get nothing else: no
+environment, command line, code, console output or figures of the machine.
 """
 
 import hashlib
@@ -25,21 +25,21 @@ COLUMNS = ("prompt", "completion", "verdict", "reward")
 Table = Sequence[tuple[str, str, str, float]]
 
 _CONTINUE = (
-    "what the run itself has written is whole: continue with --resume, without the tracker by "
-    "logging.trackers=[]."
+    "the run's own files are complete: continue with --resume; logging.trackers=[] turns the "
+    "tracker off."
 )
 
 
 class Tracker(Protocol):
-    """What every tracker is asked for; it may raise what it likes."""
+    """The interface of every tracker, which may raise any error."""
 
     def log(self, figures: Mapping[str, float], completions: Table, step: int) -> None: ...
     def close(self, *, failed: bool) -> None: ...
 
 
 class TensorBoard:
-    """Event files in `tensorboard/` of the run directory; a resumed run purges the later steps of
-    its event files."""
+    """A tracker that writes event files to `tensorboard/` in the run directory. A resumed run
+    purges later steps from them."""
 
     def __init__(self, config: RunConfig, run: RunDirectory, identity: str, resumed_at: int | None):
         from torch.utils.tensorboard import SummaryWriter
@@ -93,8 +93,8 @@ class Trackio:
 
 
 class WeightsAndBiases(Trackio):
-    """A run of a W&B project, its local files in `wandb/` of the run directory; WANDB_MODE=offline
-    sends nothing. It is used as trackio's are."""
+    """A run of a W&B project, with local files in `wandb/` of the run directory. WANDB_MODE=offline
+    sends nothing. It is used like trackio."""
 
     def __init__(self, config: RunConfig, run: RunDirectory, identity: str, resumed_at: int | None):
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
@@ -133,15 +133,15 @@ TRACKERS: dict[str, Callable[..., Tracker]] = {
 
 
 def require_trackers(config: RunConfig) -> None:
-    """Raise `UserError` when the package of a tracker is missing."""
+    """Raise `UserError` if the package of a tracker is missing."""
     for name in config.logging.trackers:
         require_package(name, f"logging.trackers = {name!r}")
 
 
 class Trackers(Reporter):
-    """The trackers of a run, none by default. Use as a context manager.
+    """The trackers of a run, by default none. Use it as a context manager.
 
-    Of a resumed run they continue the same run after the step `resumed_at`.
+    For a resumed run they continue the same run after the step `resumed_at`.
     """
 
     def __init__(self, config: RunConfig, run: RunDirectory, *, resumed_at: int | None):
@@ -150,7 +150,7 @@ class Trackers(Reporter):
         self.resumed_at = resumed_at
         self.trackers: dict[str, Tracker] = {}
         self.seen = {(row["split"], row["step"]) for row in run.read(EVAL)}
-        """the evaluations that were recorded, and sent, before an interruption"""
+        """The evaluations that were recorded and sent before an interruption."""
         self.completions: Table = []
 
     def __enter__(self) -> Self:
@@ -171,12 +171,12 @@ class Trackers(Reporter):
         # Where the run itself has failed, its error is the one to raise.
         if problems and kind is None:
             raise RunFailedError(
-                f"the run is finished and {self.run.path} is whole, but {'; '.join(problems)}: "
+                f"the run is finished and {self.run.path} is complete, but {'; '.join(problems)}: "
                 "look there for what the tracker lacks."
             )
 
     def _close(self, *, failed: bool) -> list[str]:
-        """Close all trackers; what kept one from it does not keep the others."""
+        """Close all trackers, even if one of them fails."""
         problems: list[str] = []
         for name, tracker in self.trackers.items():
             try:
@@ -207,12 +207,12 @@ class Trackers(Reporter):
 
 
 def _identity(config: RunConfig, run: RunDirectory) -> str:
-    """The name of the run that every tracker continues when it is resumed."""
+    """Return the name of the run, which every tracker continues when the run is resumed."""
     environment = json.loads((run.path / ENVIRONMENT).read_text(encoding="utf-8"))
     names = [environment.get("started"), run.path.resolve().name, config.digest]
     return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
 
 
 def _as_code(text: str) -> str:
-    """Markdown that shows a text as it is."""
+    """Return Markdown that shows a text unchanged."""
     return "\n".join(f"    {line}" for line in text.splitlines())
