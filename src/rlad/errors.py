@@ -1,4 +1,4 @@
-"""The errors that end in a sentence, and the exit code of the command that they end.
+"""The errors that are shown as a sentence, and the exit code of a command that ends with one.
 
 Everything else that is raised is a bug, and keeps its traceback.
 """
@@ -13,7 +13,7 @@ BUG_REPORT = (
     "This is a bug in rlad, or in a library; please report it with the text above to the project's "
     "issue tracker."
 )
-"""the line after the traceback of everything that is not an error of rlad"""
+"""The line after the traceback of everything that is not an error of rlad."""
 
 
 class RladError(Exception):
@@ -24,26 +24,26 @@ class RladError(Exception):
 
 
 class UserError(RladError, ValueError):
-    """Something that the user wrote or gave cannot be used. It is a `ValueError` for callers from
-    Python."""
+    """The error for a user's mistake: something that they wrote or gave cannot be used. Python
+    callers can catch it as a `ValueError`."""
 
     exit_code = EXIT_USER_MISTAKE
 
 
 class RunFailedError(RladError):
-    """A run cannot continue, through no mistake in what the user wrote: a full disk, numbers that
-    are not finite."""
+    """The error for a run that cannot continue without a mistake of the user, such as a full disk
+    or numbers that are not finite."""
 
 
 class LostProcessError(RunFailedError):
-    """Another process of the run has ended, and says why itself."""
+    """The error when another process of the run has ended, which reports the reason itself."""
 
     def __init__(self) -> None:
         super().__init__("another process of this run has ended; its message says why.")
 
 
 def out_of_memory(error: Exception) -> RunFailedError | None:
-    """Return the sentence for a want of memory, on a GPU or in main memory; None for all else."""
+    """Return the error for a lack of memory, on a GPU or in main memory; None for others."""
     reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")
     # By name, as this module does without torch; on the CPU it is a plain RuntimeError.
     if type(error).__name__ != "OutOfMemoryError" and "allocate memory" not in reason:

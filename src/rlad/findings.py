@@ -1,4 +1,4 @@
-"""One line of a check: what was looked at and whether it is good."""
+"""One line of a check: what was checked, and the result."""
 
 from dataclasses import dataclass
 from typing import Literal

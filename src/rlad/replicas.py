@@ -22,19 +22,19 @@ from rlad.text import printable
 
 LONGEST_PAUSE_SECONDS = 60.0
 REST_SECONDS = 30.0
-"""for which a replica that failed is asked only after the others"""
+"""For this long a replica that failed is asked only after the others."""
 CONNECT_SECONDS = 10.0
 MAX_ANSWER_BYTES = 32 * 1024**2
-"""far more than an answer about the longest text needs"""
+"""Far more than an answer about the longest text needs."""
 PASSING_STATUSES = {408, 425, 429}
-"""of 400 to 499: those that waiting can fix"""
+"""The statuses from 400 to 499 that waiting can fix."""
 
 _log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
 class Replicas(Protocol):
-    """Where servers of one model are, and how patiently they are asked: a section of a config."""
+    """A config section with the addresses of one model's servers, and the limits of retries."""
 
     @property
     def urls(self) -> tuple[str, ...]: ...
@@ -49,11 +49,11 @@ class Replicas(Protocol):
 
 
 class ServerUnavailableError(Exception):
-    """The server gave no answer that can be used, which waiting may fix."""
+    """The error for a missing or unusable answer, which waiting may fix."""
 
 
 class ServerRefusedError(RunFailedError):
-    """The server refuses such a request, now and later."""
+    """The error for a request that the server refuses, now and later."""
 
     def __init__(self, said: str, advice: str):
         super().__init__(f"{said}; {advice}.")
@@ -61,8 +61,8 @@ class ServerRefusedError(RunFailedError):
 
 
 class ReplicaClient:
-    """Sends requests to whichever replica answers. The key is a bearer token that is shown nowhere;
-    redirects are refused."""
+    """A client that sends requests to any replica that answers. The key is a bearer token that is
+    never shown; redirects are refused."""
 
     def __init__(
         self,
@@ -108,12 +108,12 @@ class ReplicaClient:
         given_up: threading.Event,
         read: Callable[[str, dict[str, Any]], Result],
     ) -> Result:
-        """Return what `read` makes of any replica's URL and its answer to a POST.
+        """Return the result of `read` on a replica's URL and its answer to a POST.
 
-        All are tried in turn, then all again after a pause, `num_retries` times or until they are
-        given up; `read` raises `ServerUnavailableError` for an answer that cannot be used. Raises
-        `ServerUnavailableError` when that was in vain, `ServerRefusedError` when one refuses for
-        good.
+        All replicas are tried in turn, then again after a pause, `num_retries` times or until given
+        up. `read` raises `ServerUnavailableError` for an unusable answer. Raises
+        `ServerUnavailableError` if all attempts fail, `ServerRefusedError` if a server refuses
+        permanently.
         """
         started = time.monotonic()
         retrying = self.retrying(given_up)
@@ -136,7 +136,7 @@ class ReplicaClient:
         self._http.close()
 
     def retrying(self, given_up: threading.Event, *, most: float = math.inf) -> tenacity.Retrying:
-        """Retry what a server cannot do now, with pauses that double and are spread randomly."""
+        """Retry what a server cannot do now, with doubling pauses and random jitter."""
         # The random part keeps requests that failed together from coming back together.
         pause = self.settings.retry_pause_seconds
         return tenacity.Retrying(
@@ -172,8 +172,8 @@ class ReplicaClient:
         raise ServerUnavailableError("; ".join(reasons))
 
     def let_rest(self, url: str, error: ServerUnavailableError) -> None:
-        """Ask a replica that failed only after the others for a while. That it failed is logged,
-        once until it answers again."""
+        """For a while, ask a replica that failed only after the others. The failure is logged once
+        until it answers again."""
         rests_until = time.monotonic() + REST_SECONDS
         # Several threads share the replicas; only the first one to see a change logs it.
         if self.rests_until.setdefault(url, rests_until) == rests_until:
@@ -229,7 +229,8 @@ class ReplicaClient:
         return self._refusal_advice
 
     def _words_of(self, answer: dict[str, Any] | None) -> str:
-        """Shorten what an error answer says, without the key, which some servers repeat."""
+        """Return the shortened text of an error answer, without the key, which some servers
+        repeat."""
         if answer is None:
             return "the answer is no JSON object"
         error = answer.get("error", answer)
@@ -243,14 +244,14 @@ class ReplicaClient:
 
 
 def own_hosts(urls: Sequence[str]) -> set[str]:
-    """Return how addresses of this machine begin, as patterns of httpx name them: those that are
-    always its own, and those among `urls`."""
+    """Return httpx patterns for addresses of this machine: those that are always its own, and those
+    among `urls`."""
     written = [urlsplit(url).hostname or "" for url in urls if is_this_machine(url)]
     return {f"[{host}]" if ":" in host else host for host in (*LOOPBACK, *written)}
 
 
 def proxy_of(address: str) -> str:
-    """Say through which proxy of the environment an address is reached; empty where by none."""
+    """Say through which proxy of the environment an address is reached; empty without one."""
     host = urlsplit(address).hostname or ""
     if is_this_machine(address) or proxy_bypass(host):
         return ""

@@ -1,5 +1,5 @@
-"""Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal: once asks the run to stop at the next safe
-point, twice stops it at once."""
+"""Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal: the first signal asks the run to stop at the next
+safe point, the second stops it at once."""
 
 import signal
 from collections.abc import Iterator
@@ -10,8 +10,8 @@ from types import FrameType
 class StopRequested(BaseException):
     """The end of a run at a safe point after a signal: no weight is half updated there.
 
-    Like `KeyboardInterrupt` it is no `Exception`, so that no library takes it for a failure of its
-    own and continues.
+    Like `KeyboardInterrupt` it is not an `Exception`, so that no library handles it as its own
+    failure and continues.
     """
 
     def __init__(self, signal_number: int):
@@ -33,8 +33,8 @@ class Stop:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Let a signal raise wherever it comes inside the block: for work that may be left half
-        done, such as loading models."""
+        """Let a signal raise immediately inside the block, for work that may be left half done,
+        such as loading models."""
         self._is_at_once = True
         try:
             yield

@@ -293,7 +293,7 @@ def test_a_failing_method_does_not_take_the_others_down_and_what_is_done_is_not_
     # trained.
     other = comparison.model_copy(update={"shared": {"rollout": {"group_size": 4}}})
     with pytest.raises(
-        ValueError, match="holds a run with other settings than this comparison wants of 'grpo'"
+        ValueError, match="has a run with other settings than this comparison needs for 'grpo'"
     ):
         compare(other, folder)
 

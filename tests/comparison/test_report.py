@@ -695,7 +695,7 @@ def test_the_baseline_is_the_one_given_else_grpo_by_name_else_by_objective_else_
 
 def test_a_baseline_that_is_no_method(runs, tmp_path):
     with pytest.raises(
-        ValueError, match=r"^the baseline 'gspo' is none of the methods; there are grpo, trrd\.$"
+        ValueError, match=r"^the baseline 'gspo' is not one of the methods grpo, trrd\.$"
     ):
         write_report(runs, tmp_path, baseline="gspo")
     assert not list(tmp_path.iterdir())
@@ -795,7 +795,7 @@ def test_a_baseline_that_is_given_is_stronger_than_that_of_the_comparison(tmp_pa
     assert "minus TRRD, α = .5" in (tmp_path / "out" / "report.md").read_text()
     with pytest.raises(
         ValueError,
-        match=r"the baseline 'x' is none of the methods; there are TRRD, α = \.5, a baseline",
+        match=r"the baseline 'x' is not one of the methods TRRD, α = \.5, a baseline",
     ):
         report_runs([str(tmp_path / "cmp")], str(tmp_path / "out"), baseline="x")
 
@@ -828,7 +828,7 @@ def test_a_comparison_file_that_cannot_be_read(tmp_path):
         (tmp_path / "comparison.json").write_text(damaged)
         with pytest.raises(
             ValueError,
-            match=r"comparison\.json cannot be read as what a comparison writes; let `rlad comp",
+            match=r"comparison\.json is not a file that a comparison has written; let `rlad comp",
         ):
             read_comparison_file(tmp_path)
 

@@ -320,7 +320,7 @@ def test_damaged_folders(adapter, spoil, wanted):
 def test_a_run_does_not_start_from_an_adapter(adapter, world, tmp_path):
     config = parse_config(config_of(world, tmp_path / "run", student={"model": str(adapter[0])}))
     with pytest.raises(
-        ValueError, match="is a LoRA adapter, and a run starts from a whole model; merge it"
+        ValueError, match="is a LoRA adapter, but a run starts from a whole model; merge it"
     ):
         load_student(config)
 

@@ -185,7 +185,7 @@ def test_a_completion_ends_with_every_token_that_the_model_declares(world, tmp_p
     )
     assert num_sampled(favour(more, ids["="])) == 1
     with pytest.raises(
-        ValueError, match=r"student.end_tokens names 'stop', which is no single token of"
+        ValueError, match=r"student.end_tokens names 'stop', which is not a single token of"
     ):
         load_language_model(str(world / "student"), end_tokens=["stop"])
 
@@ -360,7 +360,7 @@ def test_the_teachers_own_end_is_scored_in_the_place_of_the_students(world, tmp_
             {"chat_template_kwargs": {"thinking": True}},
             "of the student's tokenizer does not know 'thinking'",
         ),
-        ({"end_token": "stop"}, "teacher.end_token names 'stop', which is no single token of"),
+        ({"end_token": "stop"}, "teacher.end_token names 'stop', which is not a single token of"),
         (
             {"chat_template": "teacher", "teacher": {"model": "BASE"}},
             "base' has no tokenizer with a chat template",

@@ -125,6 +125,6 @@ def test_a_pilot_is_read_from_a_file_and_what_is_none_is_refused(tmp_path):
     assert plan.sees == pytest.approx(0.092, abs=0.002) and plan.seeds_needed == 16
     assert Plan("", found[0], 1, 200, 4, 0.05).sees is None
     (tmp_path / "results.jsonl").write_text("{}\n")
-    with pytest.raises(UserError, match=r"is no results\.jsonl"):
+    with pytest.raises(UserError, match=r"is not a results\.jsonl"):
         read_pilot(tmp_path / "results.jsonl")
     assert read_pilot(tmp_path / "nothing") is None

@@ -212,5 +212,5 @@ def test_a_model_of_texts_alone_is_named():
 
     seeing = tiny_seeing_model("llava")
     blind = tiny_language_model()
-    with pytest.raises(UserError, match="tiny-llama' reads text alone"):
+    with pytest.raises(UserError, match="tiny-llama' reads only text"):
         scorer_of(blind).score([prompt_with(seeing, 0)], [[20, 21]])

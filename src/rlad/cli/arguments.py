@@ -24,8 +24,8 @@ def load(arguments: Sequence[str]) -> "RunConfig":
     from rlad.config.file import load_config
 
     path, overrides = path_and_overrides(arguments)
-    # A verifier of one's own is a module in the working directory, or beside the config. Last, so
-    # that it hides no package.
+    # A user's own verifier is a module in the working directory, or next to the config. These come
+    # last, so that it hides no package.
     sys.path += ["", *([str(Path(path).absolute().parent)] if path else [])]
     return load_config(path, overrides)
 

@@ -1,4 +1,4 @@
-"""The runs that may be in one table, and what tells their methods apart."""
+"""Group the runs that may be in one table, and name their methods by what differs."""
 
 import hashlib
 import json
@@ -21,39 +21,41 @@ _PROBLEMS = "test problems"
 
 @dataclass(frozen=True)
 class Group:
-    """The methods of one table, with the same task, student, rollouts, budget and evaluation."""
+    """The methods of one table. They have the same task, student, rollouts, budget and
+    evaluation."""
 
     methods: Sequence[Method]
     settings: Settings
-    """what they share"""
+    """the settings that they share"""
 
     @property
     def first(self) -> Run:
         return self.methods[0].runs[0]
 
     def differences(self, other: "Group") -> list[str]:
-        """List the settings in which this group is not like another, each with both values."""
+        """List the settings in which this group differs from another, each with both values."""
         keys = _differing([self.settings, other.settings])
         keys.discard(_PROBLEMS)
         told = [
             f"{key}: {_shown(self.settings.get(key))} and {_shown(other.settings.get(key))}"
             for key in sorted(keys)
         ]
-        # Another task has other problems; that they differ is said where nothing else explains it.
+        # Different problems are named only if nothing else, such as another task, explains them.
         return told or ["the held-out problems themselves"]
 
 
 def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[MissingRun]]:
-    """Group comparable runs in the order of the runs; returned too are those that are left out as
-    doubles.
+    """Group comparable runs in the order of the runs. Also return the runs that are left out as
+    duplicates.
 
-    Methods may differ in objective, teacher, sampler and in how the optimiser works; all else must
-    be equal, the test problems included. Runs of one name that differ in those are methods of their
-    own, with what differs in the name. A second run of a method with the same seed is left out.
+    Methods may differ in objective, teacher, sampler and optimiser settings; everything else must
+    be equal, including the test problems. Runs of one name that differ in those are separate
+    methods, with the differences in their names. A second run of a method with the same seed is
+    left out.
     """
     groups = []
     doubles = []
-    # A table for equal shared settings; in it a method for equal names and equal own settings.
+    # One table per set of shared settings; in it one method per name and set of own settings.
     for comparable in _parted(runs, shared_settings):
         methods = []
         for namesakes in _parted(comparable, lambda run: run.method):
@@ -68,7 +70,7 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[MissingRun]]:
 
 
 def _parted(runs: Iterable[Run], key: Callable[[Run], Any]) -> list[list[Run]]:
-    """Part runs by what `key` says of them, in the order in which that first comes."""
+    """Group runs by `key`, in the order in which its values first occur."""
     parts: dict[str, list[Run]] = {}
     for run in runs:
         parts.setdefault(json.dumps(key(run), sort_keys=True), []).append(run)
@@ -76,12 +78,12 @@ def _parted(runs: Iterable[Run], key: Callable[[Run], Any]) -> list[list[Run]]:
 
 
 def _method(runs: Sequence[Run], own_keys: set[str]) -> tuple[Method, list[MissingRun]]:
-    """Make one method of runs with equal settings, named with those of its settings that tell it
-    from its namesakes."""
+    """Make one method from runs with equal settings. Settings that distinguish it from methods of
+    the same name are added to its name."""
     settings = method_settings(runs[0])
     own = [f"{key.rpartition('.')[2]} = {_shown(settings.get(key))}" for key in sorted(own_keys)]
     name = runs[0].method + (f" ({', '.join(own)})" if own else "")
-    # Two runs of one seed are no independent evidence, so only the first counts.
+    # Two runs with one seed are not independent evidence, so only the first counts.
     by_seed: dict[int, Run] = {}
     doubles = []
     for run in runs:
@@ -98,15 +100,15 @@ def _method(runs: Sequence[Run], own_keys: set[str]) -> tuple[Method, list[Missi
 def shared_settings(run: Run) -> Settings:
     """Flatten the settings that are equal for all runs of a table, with a fingerprint of the
     held-out problems."""
-    # Of the optimiser only the budget is shared: learning rate and the like belong to the method,
-    # as does the sampler.
+    # Of the optimiser settings only the budget is shared: learning rate and the like belong to the
+    # method, as does the sampler.
     table = run.config.dump(without=_NO_RESULT)
     for section in ("seed", "objective", "teacher"):
         del table[section]
     for key in RolloutConfig.of_method:
         del table["rollout"][key]
     table["optimization"] = {key: table["optimization"][key] for key in _BUDGET}
-    # Settings may agree while the problems do not, when another version of a task generates them.
+    # Problems may differ with equal settings, if another version of a task generates them.
     problems = [
         (r.index, r.key, r.difficulty, r.prompt, r.num_samples)
         for results in (run.after, run.ood_after)
@@ -117,10 +119,10 @@ def shared_settings(run: Run) -> Settings:
 
 
 def method_settings(run: Run) -> Settings:
-    """Flatten the settings that make the method: objective, teacher where it needs one, sampler
-    and optimiser."""
+    """Flatten the settings of the method: objective, teacher if it needs one, sampler and
+    optimiser."""
     config = run.config
-    # A teacher that the objective never asks is no part of the method, whatever the config names.
+    # A teacher that the objective never asks is not part of the method, even if configured.
     sections = ["objective", "optimization"] + ["teacher"] * config.needs_teacher
     table = config.dump(without=(*_NO_RESULT, Mark.LENGTH, Mark.BUDGET))
     table["rollout"] = {key: table["rollout"][key] for key in RolloutConfig.of_method}
@@ -129,7 +131,7 @@ def method_settings(run: Run) -> Settings:
 
 
 def _differing(settings: Sequence[Settings]) -> set[str]:
-    """Collect the keys whose values are not equal in all."""
+    """Collect the keys whose values differ between some settings."""
     keys = set().union(*settings)
     return {key for key in keys if any(one.get(key) != settings[0].get(key) for one in settings)}
 

@@ -1,11 +1,11 @@
-"""Several methods x several seeds under one budget: tune, train what is missing, report.
+"""Compare several methods x several seeds under one budget: tune, train missing runs, report.
 
     DIRECTORY/runs/METHOD/seed-N/               a run directory; its console output in seed-N.log
     DIRECTORY/tuning/METHOD/lr-X/seed-N/        the runs that chose the learning rate
     DIRECTORY/report.html, report.md, results.jsonl
 
-Each run is a process of its own, so one that fails or is killed takes no other with it; a
-comparison that is started again continues with what is missing.
+Each run is a separate process, so a run that fails or is killed does not affect the others. A
+comparison that is started again continues with the missing runs.
 """
 
 import math
@@ -53,17 +53,17 @@ class PlannedRun:
         return metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
 
     def is_done(self) -> bool:
-        """Say whether it came to its end. `UserError` when another run is in its place."""
+        """Return whether it has finished. Raises `UserError` if another run is in its place."""
         if not self.directory.exists():
             return False
         try:
             stored = load_config(self.path)
-        except UserError:  # of a damaged run, which its own process then says
+        except UserError:  # a damaged run, which its own process then reports
             return False
         differing = differing_settings(stored, self.config)
         if differing:
             raise UserError(
-                f"{self.path} holds a run with other settings than this comparison wants of "
+                f"{self.path} has a run with other settings than this comparison needs for "
                 f"{self.method!r} ({'; '.join(differing)}); choose another directory for the "
                 "comparison, or delete that run."
             )
@@ -71,23 +71,23 @@ class PlannedRun:
 
 
 Progress = Callable[[str, Sequence[PlannedRun]], None]
-"""Is called now and then with a line to print (or ""), and the runs of the present stage."""
+"""Called from time to time with a line to print (or ""), and the runs of the current stage."""
 
 
 def compare(
     comparison: CompareConfig, folder: Path, *, progress: Progress = lambda line, runs: None
 ) -> Sequence[MissingRun]:
-    """Do what is missing of a comparison and write its report; returns the runs that are missing
-    from it. `folder` is where the paths of its config start from.
+    """Run the missing parts of a comparison and write its report. Returns the runs that are missing
+    from it. Relative paths of its config start from `folder`.
 
-    Raises `UserError` when a run directory of it holds another run or cannot be written, and
-    `StopRequested` after Ctrl-C or SIGTERM, when the runs in progress have written their
+    Raises `UserError` if one of its run directories has another run or cannot be written, and
+    `StopRequested` after Ctrl-C or SIGTERM, once the runs in progress have written their
     checkpoints.
     """
     root = Path(comparison.directory)
     rates, notes, missing = _tune(comparison, folder, progress)
     planned = final_runs(comparison, folder, rates)
-    # A method whose search failed has no learning rate, and so no runs.
+    # A method whose search failed has no learning rate, and therefore no runs.
     if comparison.tuning is not None:
         planned = [run for run in planned if run.method in rates]
     missing += _train(planned, comparison.jobs, progress)
@@ -110,8 +110,8 @@ def compare(
 def final_runs(
     comparison: CompareConfig, folder: Path, rates: Mapping[str, float]
 ) -> list[PlannedRun]:
-    """Plan the runs that are reported, seed by seed, with the learning rates that were chosen for
-    some methods."""
+    """Plan the reported runs, seed by seed, with the learning rates that were chosen for some
+    methods."""
     return [
         _planned(comparison, folder, method, seed, rates.get(method))
         for seed in comparison.seeds
@@ -122,7 +122,7 @@ def final_runs(
 def tuning_runs(
     comparison: CompareConfig, folder: Path
 ) -> dict[tuple[str, float], list[PlannedRun]]:
-    """Plan the runs that choose the learning rates: (method, learning rate) -> one for each tuning
+    """Plan the runs that choose the learning rates: (method, learning rate) -> one per tuning
     seed."""
     grid: dict[tuple[str, float], list[PlannedRun]] = {}
     tuning = comparison.tuning
@@ -153,7 +153,7 @@ def _planned(
         changes["optimization"] = config.optimization.model_copy(update={"learning_rate": rate})
     if is_tuning:
         place = Path("tuning", folder_name(method), f"lr-{rate:g}")
-        # The test split is not looked at: one problem is the least that a run tests itself on.
+        # The test split is not used: a run must be tested on at least one problem, so take one.
         blind = {"num_test_problems": 1, "num_test_samples": 1, "ood_task": {}}
         changes["evaluation"] = config.evaluation.model_copy(update=blind)
     path = Path(comparison.directory, place, f"seed-{seed}")
@@ -163,8 +163,8 @@ def _planned(
 def _tune(
     comparison: CompareConfig, folder: Path, progress: Progress
 ) -> tuple[dict[str, float], list[str], list[MissingRun]]:
-    """Find the learning rate of each method, what the report says of the search, and the runs that
-    failed."""
+    """Find the learning rate of each method, the report's notes on the search, and the failed
+    runs."""
     tuning = comparison.tuning
     if tuning is None:
         return {}, [], []
@@ -179,7 +179,7 @@ def _tune(
     rates: dict[str, float] = {}
     for method in comparison.methods:
         scores = {rate: _validation(grid[method, rate]) for rate in sorted(tuning.learning_rates)}
-        # Of equally good rates the smallest; a rate of which a run failed is never taken.
+        # Ties go to the smallest rate; a rate with a failed run is never chosen.
         best = max(scores, key=lambda rate: scores[rate])
         if scores[best] >= 0:
             rates[method] = best
@@ -196,22 +196,22 @@ def _tune(
 
 
 def _validation(runs: Sequence[PlannedRun]) -> float:
-    """Average validation pass@1 after the last step over seeds; -1 when a run is missing."""
+    """Return validation pass@1 after the last step, mean over seeds; -1 if a run is missing."""
     if not all(run.directory.is_finished() for run in runs):
         return -1.0
     return mean(read_history(run.directory).validations[-1].pass_at_1.mean for run in runs)
 
 
 def _train(planned: Sequence[PlannedRun], jobs: int, progress: Progress) -> list[MissingRun]:
-    """Train those runs that are not done, `jobs` side by side; returns those that failed."""
+    """Train the runs that are not done, `jobs` in parallel; return the runs that failed."""
     waiting = [run for run in planned if not run.is_done()]
     running: list[tuple[PlannedRun, subprocess.Popen[bytes]]] = []
     failed: list[MissingRun] = []
     num_done = len(planned) - len(waiting)
     progress(f"{num_done} of {len(planned)} runs are done already" if num_done else "", planned)
-    # A signal only sets a flag, which is looked at once a round. However the loop is left, by a
-    # signal or an error, the runs still in progress are told to write their checkpoints and are
-    # awaited, so that no process trains on unattended.
+    # A signal only sets a flag, which is checked once per round. Whether a signal or an error ends
+    # the loop, the runs in progress are told to write their checkpoints and are awaited, so that no
+    # process keeps training unattended.
     stop = Stop()
     with stop.on_signals():
         try:
@@ -220,7 +220,7 @@ def _train(planned: Sequence[PlannedRun], jobs: int, progress: Progress) -> list
                 while waiting and len(running) < jobs:
                     run = waiting.pop(0)
                     running.append((run, _start(run, jobs)))
-                # Note those that have ended, whatever with; the others are not concerned.
+                # Note the runs that have ended, with whatever result; the others continue.
                 for run, process in [pair for pair in running if pair[1].poll() is not None]:
                     running.remove((run, process))
                     num_done += 1
@@ -241,7 +241,7 @@ def _end(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
     """Let the runs write their checkpoints; a second Ctrl-C ends them at once."""
     for process in processes:
         process.terminate()
-    # All were told before the first is awaited: they write at the same time.
+    # All are told before waiting for the first, so that they write in parallel.
     try:
         for process in processes:
             process.wait()
@@ -252,7 +252,7 @@ def _end(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
 
 
 def _start(run: PlannedRun, jobs: int) -> "subprocess.Popen[bytes]":
-    """Start the process of a run, new or resumed; Ctrl-C reaches it through us alone."""
+    """Start the process of a new or resumed run. Ctrl-C reaches it only through this process."""
     config = run.path.with_name(f"{run.path.name}.toml")
     try:
         run.path.parent.mkdir(parents=True, exist_ok=True)
@@ -263,12 +263,12 @@ def _start(run: PlannedRun, jobs: int) -> "subprocess.Popen[bytes]":
             f"{run.path.parent} cannot be written ({error.strerror}); free some space or fix its "
             "permissions, or give the comparison another directory."
         ) from None
-    # In a session of its own: the terminal would send Ctrl-C to each run too, and the second signal
-    # that a run gets ends it without a checkpoint.
+    # In a separate session: otherwise the terminal would send Ctrl-C to each run too, and a run
+    # that gets a second signal ends without a checkpoint.
     command = [sys.executable, "-m", "rlad", "train", str(config)]
     if run.directory.exists():
         command.append("--resume")
-    # Runs side by side share the cores.
+    # Parallel runs share the cores.
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} if jobs > 1 else {}
     with log:
         return subprocess.Popen(
@@ -283,7 +283,7 @@ def _start(run: PlannedRun, jobs: int) -> "subprocess.Popen[bytes]":
 
 def _why_it_failed(run: PlannedRun, code: int) -> str:
     """Find the sentence that a run ended with."""
-    # `rlad: ...` if it said so itself, else its last line, which ends a traceback.
+    # Its `rlad: ...` message, or otherwise its last line, which ends a traceback.
     lines = run.log.read_text(encoding="utf-8", errors="replace").splitlines()
     said = [line for line in lines if line.strip() and line != BUG_REPORT] or ["no output"]
     sentences = [line.removeprefix("rlad: ") for line in said if line.startswith("rlad: ")]

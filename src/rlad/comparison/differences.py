@@ -1,5 +1,5 @@
-"""Where methods differ from the baseline: with intervals, problem by problem, and in what it takes
-to get as far."""
+"""The differences of methods from the baseline: with intervals, by problem, and in the cost of
+reaching the same result."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ _NEVER = Cell("not reached")
 
 
 def draw_differences(methods: Sequence[Method], baseline: Method) -> list[Plot]:
-    """Draw the difference of each method with its interval, and its wins and losses problem by
-    problem; nothing where there is nothing to compare."""
+    """Draw the difference of each method with its interval, and its wins and losses by problem;
+    nothing if there is nothing to compare."""
     compared = [m for m in methods if m.to_baseline]
     if not compared:
         return []
@@ -70,7 +70,7 @@ def _problems(compared: Sequence[Method], baseline: Method) -> Plot:
 
 
 def by_problem(method: Method, baseline: Method) -> np.ndarray:
-    """pass@1 of each test problem, mean over seeds, minus the baseline's."""
+    """Return pass@1 of each test problem, mean over seeds, minus the baseline's."""
     means = [np.mean(list(each.pass_by_seed.values()), axis=0) for each in (method, baseline)]
     return means[0] - means[1]
 
@@ -110,8 +110,8 @@ def _alone(one: Method, other: Method) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class Reached:
-    """What runs of a method had spent, in the mean, when their mean validation pass@1 first was as
-    high as the target."""
+    """What a method's runs had spent on average when their mean validation pass@1 first reached the
+    target."""
 
     step: int
     seconds: float
@@ -120,8 +120,8 @@ class Reached:
 
 
 def target_table(methods: Sequence[Method], baseline: Method) -> Table | None:
-    """Show what it takes to get as far on the validation split as the baseline ends; None where
-    that is not above its start."""
+    """Show the cost of reaching the validation pass@1 at which the baseline ends; None if that is
+    not above its start."""
     target = validation_curve(baseline)
     if not target or target[max(target)] <= target[min(target)]:
         return None
@@ -146,14 +146,14 @@ def target_table(methods: Sequence[Method], baseline: Method) -> Table | None:
 
 
 def validation_curve(method: Method) -> dict[int, float]:
-    """Mean validation pass@1 by step, at the steps that all seeds have."""
+    """Return mean validation pass@1 by step, at the steps that all seeds have."""
     values = [run.validation for run in method.runs]
     steps = sorted(set.intersection(*map(set, values)))
     return {step: fmean(run[step] for run in values) for step in steps}
 
 
 def reach(method: Method, goal: float) -> Reached | None:
-    """Find what it took to reach a validation pass@1; None when it was not reached."""
+    """Return the cost of reaching a validation pass@1; None if it was not reached."""
     there = [step for step, value in validation_curve(method).items() if value >= goal - 1e-12]
     if not there:
         return None

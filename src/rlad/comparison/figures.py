@@ -19,8 +19,8 @@ BASELINE = "grpo"
 
 @dataclass(frozen=True)
 class Method:
-    """The runs of one method, one for each seed, by seed. Figures are of the test after training,
-    costs are means over the runs, NaN where a run has not recorded them."""
+    """The runs of one method, one for each seed. Figures are from the test after training. Costs
+    are means over the runs, NaN if a run has not recorded them."""
 
     name: str
     runs: Sequence[Run]
@@ -89,12 +89,12 @@ class Method:
 
     @property
     def completion_tokens(self) -> float:
-        """Mean length of a completion of the test."""
+        """Mean completion length in the test."""
         return self.summary["mean_completion_tokens"]
 
     @property
     def num_turns(self) -> float:
-        """Mean number of turns of an episode of the test; NaN for a task of single answers."""
+        """Mean number of turns of an episode in the test; NaN for a single-turn task."""
         return self.summary.get("mean_turns", math.nan)
 
     @property
@@ -123,7 +123,7 @@ class Method:
 
     @property
     def peak_memory(self) -> float:
-        """The largest of any run, bytes."""
+        """The largest peak of any run, in bytes."""
         known = [run.peak_memory for run in self.runs if not math.isnan(run.peak_memory)]
         return max(known, default=math.nan)
 
@@ -133,31 +133,31 @@ def _pass(results: Results) -> list[float]:
 
 
 def baseline_of(methods: Sequence[Method], chosen: str | None = None) -> Method:
-    """Choose the method named `chosen`, else the one named `grpo`, else the first without a
-    teacher, else the first."""
+    """Choose the method named `chosen`; otherwise `grpo`, the first method without a teacher, or
+    the first method, in this order."""
     without_teacher = [m for m in methods if not m.config.needs_teacher]
     named_grpo = [m for m in methods if m.name == BASELINE]
     return _named(methods, chosen) or [*named_grpo, *without_teacher, *methods][0]
 
 
 def require_baseline(chosen: str, methods: Sequence[Method], missing: Sequence[MissingRun]) -> None:
-    """Raise `UserError` when none of the methods, and none of the missing runs, is of this name."""
+    """Raise `UserError` if no method, and no missing run, has this name."""
     if methods and not _named(methods, chosen) and chosen not in {run.method for run in missing}:
         names = ", ".join(dict.fromkeys(method.name for method in methods))
-        raise UserError(f"the baseline {chosen!r} is none of the methods; there are {names}.")
+        raise UserError(f"the baseline {chosen!r} is not one of the methods {names}.")
 
 
 def _named(methods: Sequence[Method], name: str | None) -> Method | None:
-    """Find the method of this name, or the first of those that had it before what tells them apart
-    was added."""
+    """Find the method of this name, or the first that had it before distinguishing settings were
+    added."""
     exact = [m for m in methods if m.name == name]
     short = [m for m in methods if m.runs[0].method == name]
     return next(iter(exact + short), None)
 
 
 def with_comparisons(methods: Sequence[Method], baseline: Method) -> list[Method]:
-    """Give all methods but the baseline their difference to it, p-values corrected for their
-    number."""
+    """Add to all methods except the baseline their difference from it, with p-values corrected for
+    the number of methods."""
     others = [method for method in methods if method is not baseline]
     found = [
         compare(each.pass_by_seed, baseline.pass_by_seed, baseline.keys, limits=(-1, 1))

@@ -1,4 +1,4 @@
-"""Finished runs, as a report reads them from their directories, and why one is missing."""
+"""Read finished runs from their directories for a report, and explain missing ones."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,10 +17,10 @@ from rlad.runs.doctor import wrong_steps
 from rlad.runs.rows import History, ProblemResult, read_history, summarise
 
 PARTS = ("generation", "teacher", "update", "rest")
-"""of the time that training takes; rest: rewards, reference, log-probs of the old policy"""
+"""The parts of the training time; rest: rewards, reference, log-probs of the old policy."""
 
 _LARGEST = 1e18
-"""below it figures can be added up and drawn"""
+"""Figures below this can be summed and drawn."""
 
 Results = Sequence[ProblemResult]
 
@@ -35,7 +35,7 @@ class ReportedRun:
 
 @dataclass(frozen=True, slots=True)
 class MissingRun:
-    """A run that is not in the tables, and why, in a sentence."""
+    """A run that is not in the tables, with the reason as a sentence."""
 
     method: str
     seed: int | None
@@ -53,7 +53,7 @@ class Run:
     before: Results
     after: Results
     ood_before: Results
-    """out of distribution; empty where the run has no such test"""
+    """out-of-distribution results; empty if the run has no such test"""
     ood_after: Results
 
     @property
@@ -62,8 +62,8 @@ class Run:
 
     @cached_property
     def steps(self) -> Sequence[Mapping[str, float]]:
-        """The rows of metrics.jsonl, of step 1, 2, 3, ...; a figure that is not finite, or too
-        large to be added up, counts as not recorded."""
+        """The rows of metrics.jsonl, for steps 1, 2, 3, ... A figure that is not finite, or too
+        large to be summed, counts as not recorded."""
         return [
             {key: value for key, value in row.items() if abs(value) < _LARGEST}
             for row in self.history.steps
@@ -74,7 +74,7 @@ class Run:
         return len(self.steps)
 
     def by_step(self, key: str) -> dict[int, float]:
-        """Look up a metric by step, where it was recorded."""
+        """Return a metric by step, where it was recorded."""
         return {int(row["step"]): row[key] for row in self.steps if key in row}
 
     @property
@@ -84,8 +84,8 @@ class Run:
 
     @cached_property
     def seconds(self) -> dict[str, float]:
-        """Seconds of training by part; evaluation and loading are not in it."""
-        # A step records `time/PART/seconds`, whatever parts its engine has.
+        """Seconds of training by part, without evaluation and loading."""
+        # A step records `time/PART/seconds` for the parts that its engine has.
         spent: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         for row in self.history.steps:
             for key, value in row.items():
@@ -96,20 +96,20 @@ class Run:
 
     @property
     def completion_lengths(self) -> dict[int, float]:
-        """Mean length of the student's rollouts by step; none where the teacher wrote them."""
+        """Mean length of the student's rollouts by step; empty if the teacher wrote them."""
         if self.config.objective.written_by != "student":
             return {}
         return self.by_step("rollout/completion_tokens/mean")
 
     @property
     def completion_tokens(self) -> float:
-        """Tokens of all rollouts of the run; NaN when it has not counted them."""
+        """Tokens of all rollouts of the run; NaN if it has not counted them."""
         lengths = self.completion_lengths
         if len(lengths) != self.num_steps:
             return math.nan
         rollout = self.config.rollout
         num_steps = self.config.optimization.steps_per_rollout_batch
-        # A rollout batch serves several steps, so a row counts its share of the rollouts.
+        # A rollout batch is used for several steps, so a row counts its share of the rollouts.
         per_step = rollout.prompts_per_batch // num_steps * rollout.group_size
         return sum(lengths.values()) * per_step
 
@@ -119,11 +119,11 @@ class Run:
 
     @property
     def peak_memory(self) -> float:
-        """Bytes; NaN when it was not recorded."""
+        """Peak memory in bytes; NaN if it was not recorded."""
         return max(self.by_step("memory/peak/bytes").values(), default=math.nan)
 
     def to_json(self) -> dict[str, Any]:
-        """Make the row of `results.jsonl`; what is not known is null."""
+        """Return the row of `results.jsonl`; unknown values are null."""
         settings = changed_settings(self.config)
         settings.pop("run_dir", None)
         row = {
@@ -147,7 +147,7 @@ class Run:
 
 
 def read_run(reported: ReportedRun) -> Run | MissingRun:
-    """Read the run in a directory; a run that is unfinished or cannot be read is a `MissingRun`."""
+    """Read the run in a directory. An unfinished or unreadable run becomes a `MissingRun`."""
     method = reported.method
     path = reported.path
     directory = RunDirectory(path)
@@ -171,7 +171,7 @@ def read_run(reported: ReportedRun) -> Run | MissingRun:
 
 
 def _first_and_last(history: History, split: str) -> tuple[Results, Results]:
-    """Find the results before and after training; empty when there are not both."""
+    """Return the results before and after training; empty unless both exist."""
     rows = [row for row in history.evaluations if row.split == split]
     rows.sort(key=lambda row: row.step)
     return (rows[0].results, rows[-1].results) if len(rows) > 1 else ((), ())
@@ -180,9 +180,9 @@ def _first_and_last(history: History, split: str) -> tuple[Results, Results]:
 def _problems(
     history: History, tests: Mapping[str, tuple[Results, Results]], config: RunConfig
 ) -> Iterator[str]:
-    """Say what would bend the figures of a report silently."""
+    """Yield what would silently distort the figures of a report."""
     yield from (f"{sentence}." for sentence in history.damage)
-    # Figures by step and totals rest on one row a step.
+    # Figures by step and totals assume one row per step.
     yield from (each.message for each in wrong_steps(history))
     if not tests["test"][0]:
         yield f"{EVAL} lacks the test before or after training."
@@ -202,7 +202,8 @@ def _problems(
 
 
 def _summary(results: Results) -> dict[str, Any] | None:
-    """Summarise a test, with intervals over problems and the number of correct samples of each."""
+    """Summarise a test, with intervals over problems and the number of correct samples per
+    problem."""
     if not results:
         return None
     figures = to_jsonable_python(summarise([results]))

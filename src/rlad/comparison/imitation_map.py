@@ -11,13 +11,13 @@ from rlad.runs.rows import Imitation, SampledRollout, SampleRow, read_rows
 
 PHASES = ("early", "middle", "late")
 MOST_TOKENS = 400
-"""of a completion that is shown"""
+"""Most tokens of a completion to show."""
 MOST_METHODS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Fate:
-    """A fate of a token in an update: its letter in `samples.jsonl`, its name and its meaning."""
+    """The fate of a token in an update: its letter in `samples.jsonl`, its name and its meaning."""
 
     letter: str
     name: str
@@ -25,7 +25,7 @@ class Fate:
 
     @property
     def css(self) -> str:
-        """Its CSS class."""
+        """The CSS class of the fate."""
         return self.name.partition(" ")[0]
 
 
@@ -42,7 +42,7 @@ _BY_LETTER = {fate.letter: fate for fate in (*FATES, ENVIRONMENT)}
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A token as it is shown."""
+    """A token to show."""
 
     text: str
     fate: Fate
@@ -65,8 +65,8 @@ class MappedCompletion:
 
     @property
     def gated_share(self) -> float:
-        """Share of tokens held back or protected; a completion of few tokens says little and counts
-        as if it had ten."""
+        """Share of tokens held back or protected. A completion with fewer than ten tokens counts as
+        if it had ten, since few tokens say little."""
         fates = self.imitation.fates
         num_written = len(fates) - fates.count(ENVIRONMENT.letter)
         return (fates.count("h") + fates.count("p")) / max(num_written, 10)
@@ -82,10 +82,10 @@ class MappedCompletion:
 
     @property
     def tokens(self) -> list[Token]:
-        """The tokens that are shown, the first `MOST_TOKENS`."""
+        """The tokens to show, at most the first `MOST_TOKENS`."""
         tokens = []
         for i, text in enumerate((self.rollout.tokens or ())[:MOST_TOKENS]):
-            # The note appears when the token is pointed at: its fate and the numbers behind it.
+            # The note, shown when pointing at the token, has its fate and its numbers.
             fate = _BY_LETTER[self.imitation.fates[i]]
             is_clamped = self.imitation.clamped is not None and self.imitation.clamped[i] == "c"
             ratios = self.imitation.log_ratio_to_teacher
@@ -103,7 +103,7 @@ class MappedCompletion:
 class Phase:
     """The tokens of a third of the run, counted by the letters of their fates.
 
-    "c" is counted beside them, as a clamped token has a fate too.
+    "c" is counted in addition, since a clamped token also has a fate.
     """
 
     name: str
@@ -130,8 +130,8 @@ class ImitationMap:
 
 
 def imitation_maps(methods: Sequence[Method]) -> list[ImitationMap]:
-    """Make a map of each method of a table whose teacher gates (the first few), of its first seed
-    that has recorded one."""
+    """Make a map of each method of a table whose teacher gates (the first few methods), from its
+    first seed that has recorded one."""
     maps = []
     for method in methods:
         if method.config.objective.gates_by_teacher:
@@ -141,7 +141,7 @@ def imitation_maps(methods: Sequence[Method]) -> list[ImitationMap]:
 
 
 def latest_map(rows: Sequence[SampleRow]) -> list[MappedCompletion]:
-    """List the completions of rows that have a map, of a run that may be under way."""
+    """List the completions that have a map, from rows of a run that may still train."""
     return [
         MappedCompletion("latest", row, rollout, rollout.imitation)
         for row in rows
@@ -151,7 +151,7 @@ def latest_map(rows: Sequence[SampleRow]) -> list[MappedCompletion]:
 
 
 def _map_of(method: str, run: Run) -> ImitationMap | None:
-    """Choose of each third of the run, and of either sign of the advantage, the completion with
+    """Choose, for each third of the run and either sign of the advantage, the completion with the
     most gated tokens."""
     phases = {name: Phase(name) for name in PHASES}
     best: dict[tuple[str, bool], MappedCompletion] = {}
@@ -159,7 +159,7 @@ def _map_of(method: str, run: Run) -> ImitationMap | None:
         phase = phases[each.phase]
         phase.letters.update(each.imitation.fates, c=each.num_clamped)
         phase.steps.append(each.row.step)
-        # Of better and worse completions the one with the largest share of gated tokens.
+        # The better and the worse completion with the largest share of gated tokens.
         place = (each.phase, each.advantage > 0)
         if each.advantage and (place not in best or each.gated_share > best[place].gated_share):
             best[place] = each
@@ -171,11 +171,11 @@ def _map_of(method: str, run: Run) -> ImitationMap | None:
 
 
 def _recorded(run: Run) -> Iterator[MappedCompletion]:
-    """Read all recorded completions; a row that is damaged is left out."""
+    """Yield all recorded completions, except those in damaged rows."""
     for row in read_rows(RunDirectory(run.path), SAMPLES, SampleRow):
         if isinstance(row, str):
             continue
-        # Thirds of the steps; a row beyond the last step, after a crash, belongs to the last third.
+        # Thirds of the steps; after a crash, a row beyond the last step belongs to the last third.
         third = (row.step - 1) * len(PHASES) // max(run.num_steps, 1)
         phase = PHASES[min(third, len(PHASES) - 1)]
         for rollout in row.rollouts:

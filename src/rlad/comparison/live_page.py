@@ -1,5 +1,5 @@
-"""The page of a run that is under way: curves, guards, imitation map and completions, from the run
-directory alone; a small server of Python's own shows it on this machine."""
+"""The live page of a run: curves, guards, imitation map and completions, from the run directory
+only. A small server from Python's standard library shows it on this machine."""
 
 from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,7 +27,7 @@ _HEADLINES = {
 
 
 def render_live_page(snapshot: Snapshot) -> str:
-    """Render the page of a snapshot; while the run trains, browsers load it again by themselves."""
+    """Render the page of a snapshot. While the run trains, browsers reload it automatically."""
     refresh = REFRESH_SECONDS if snapshot.state != "finished" else 0
     return render_html(list(_blocks(snapshot)), refresh_seconds=refresh)
 
@@ -58,7 +58,7 @@ def _blocks(now: Snapshot) -> Iterator[Block]:
 
 
 def headline(now: Snapshot) -> str:
-    """Say how far the run is, how well it does and how long it will take, in a sentence or two."""
+    """Describe the run's progress, its results and its remaining time in a sentence or two."""
     text = f"Step {now.step} of {now.num_steps}"
     if now.state == "training" and now.seconds_left is not None and now.step < now.num_steps:
         text += f", about {duration(now.seconds_left)} left (evaluations come on top)"
@@ -71,7 +71,7 @@ def headline(now: Snapshot) -> str:
 
 
 def _table(now: Snapshot) -> Table:
-    """The figures that a reader looks at first, now and at the first step."""
+    """Make the table of the most important figures, now and at the first step."""
     wanted = {
         "reward/mean": "mean reward",
         "rollout/completion_tokens/mean": "tokens of a completion",
@@ -93,7 +93,7 @@ def _table(now: Snapshot) -> Table:
 
 
 def _completions(rows: Sequence[SampleRow]) -> list[MappedCompletion]:
-    """The completions with a map, the ones with most tokens held back or protected first."""
+    """Return the completions with a map, those with most tokens held back or protected first."""
     found = latest_map(rows)
     return sorted(found, key=lambda each: -each.gated_share)[:_MOST_COMPLETIONS]
 
@@ -116,7 +116,7 @@ def _texts(rows: Sequence[SampleRow]) -> Iterator[str]:
 
 
 class LivePageServer(ThreadingHTTPServer):
-    """Serves the page of one run on this machine alone, and nothing else of it."""
+    """The server of one run's page, on this machine only. It serves nothing else."""
 
     daemon_threads = True
 
@@ -138,7 +138,7 @@ class LivePageServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}/"
 
     def page(self) -> bytes:
-        """Render the page, again only when the run's files have changed."""
+        """Return the page, rendered again only if the run's files have changed."""
         with self._lock:
             version = version_of(self.run)
             if version != self._version:
@@ -151,7 +151,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: LivePageServer
 
     def do_GET(self) -> None:
-        # A page elsewhere could reach this one through a name that leads here.
+        # A foreign page could reach this one through a host name that resolves to this machine.
         name = (self.headers.get("Host") or "").rpartition(":")[0]
         if name not in _LOCAL_NAMES or self.path != "/":
             self.send_error(404)
@@ -165,4 +165,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(page)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing: the terminal belongs to the run."""
+        """Log nothing: the terminal belongs to the run."""

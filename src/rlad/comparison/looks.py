@@ -1,5 +1,5 @@
-"""Colour, line and marker of each method: of its name, so that a method looks the same in every
-report, whatever its place there."""
+"""Colour, line and marker of each method. They depend on its name, so that a method looks the same
+in every report, at any position."""
 
 import zlib
 from collections.abc import Sequence
@@ -12,15 +12,15 @@ Looks = dict[str, dict[str, Any]]
 _KNOWN = (*OBJECTIVE_CONFIGS, *PRESETS)
 _NUM_COLOURS = 10
 _NUM_LOOKS = 40
-"""until colour, line and marker repeat together"""
+"""Number of looks until colour, line and marker repeat together."""
 
 
 def looks_of(names: Sequence[str]) -> Looks:
-    """Choose the look of each method. Where two would have one colour, the later name in the
-    alphabet takes the next free one."""
+    """Choose the look of each method. If two would have the same colour, the alphabetically later
+    name gets the next free one."""
     taken: set[int] = set()
     looks: Looks = {}
-    # Objectives and presets first: a name of one's own never changes the colour of a method.
+    # Objectives and presets first: a user's own name never changes the colour of a method.
     for name in sorted(names, key=lambda name: (name not in _KNOWN, name)):
         place = _preferred(name)
         free = [p % _NUM_LOOKS for p in range(place, place + _NUM_LOOKS)]

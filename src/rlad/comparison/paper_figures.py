@@ -1,5 +1,5 @@
 """Figures and a table for a paper: vector files of column width, colours that colour-blind readers
-tell apart (lines and markers differ too), and LaTeX."""
+can distinguish (lines and markers differ too), and LaTeX."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -35,8 +35,8 @@ TABLE = "results.tex"
 
 
 def write_figures(methods: Sequence[Method], baseline: Method, folder: Path) -> list[Path]:
-    """Write results, differences and curves as PDF and SVG, and the table of results; returns the
-    files. `UserError` when the folder cannot be written."""
+    """Write results, differences and curves as PDF and SVG, and the table of results. Returns the
+    files. Raises `UserError` if the folder cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         files = []
@@ -100,7 +100,7 @@ def _curve(
     label: str,
     series: Callable[[Run], dict[int, float]],
 ) -> Figure | None:
-    """Draw the mean over seeds with the band of the seeds; None when no run has recorded it."""
+    """Draw the mean over seeds with the band of the seeds; None if no run has recorded it."""
     figure = Figure(figsize=(COLUMN_INCHES, 2.2), layout="constrained")
     axes = figure.subplots()
     for m in methods:
@@ -120,7 +120,7 @@ def _curve(
 
 
 def latex_table(methods: Sequence[Method], baseline: Method) -> str:
-    """Write the table of results for the package booktabs."""
+    """Return the table of results for the package booktabs."""
     lines = [
         "% needs \\usepackage{booktabs}; intervals are 95 %, over seeds and problems",
         "\\begin{tabular}{lrrr}",
@@ -152,5 +152,5 @@ _LATEX = {
 
 
 def _latex(text: str) -> str:
-    """Escape a name so that it means nothing but itself in LaTeX."""
+    """Escape a name for LaTeX."""
     return "".join(_LATEX.get(c, c) for c in " ".join(printable(text).split()))

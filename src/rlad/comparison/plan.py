@@ -1,5 +1,5 @@
-"""How many seeds and test problems a comparison needs: from a pilot's runs, or from the spread of
-our own ones."""
+"""Plan how many seeds and test problems a comparison needs, from a pilot's runs or from the spread
+of our own runs."""
 
 import json
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ from rlad.runs.power import Spread, pilot_spread, problems_needed, seeds_needed,
 from rlad.runs.rows import read_history
 
 OUR_SPREAD = Spread(seed=0.032, problem=0.098, both=0.0, completion=0.583)
-"""of docs/results/methods.jsonl: seven methods against grpo, five seeds, 200 problems of knights
-and knaves, four completions each; root mean squares"""
+"""The spread in docs/results/methods.jsonl: seven methods against grpo, five seeds, 200 problems of
+knights and knaves, four completions each; root mean squares."""
 OUR_SOURCE = (
     "our own comparison of eight methods (docs/results.md: embedded models, one task); another "
     "task may well spread otherwise, so give a --pilot where you have one"
@@ -25,8 +25,8 @@ PROBLEMS = (100, 300, 1000, 3000)
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a comparison of so many seeds and problems can see, and what a difference would need;
-    differences are shares."""
+    """What a comparison with given seeds and problems can detect, and what a given difference would
+    need. Differences are shares."""
 
     source: str
     spread: Spread
@@ -37,7 +37,7 @@ class Plan:
 
     @property
     def sees(self) -> float | None:
-        """The smallest difference that it sees; None with one seed."""
+        """The smallest difference that it can detect; None with one seed."""
         if min(self.seeds, self.problems) < 2:
             return None
         return smallest_difference(self.spread, self.seeds, self.problems, self.completions)
@@ -55,7 +55,7 @@ class Plan:
         return problems_needed(self.wanted, self.spread, self.seeds, self.completions)
 
     def table(self) -> list[tuple[str, ...]]:
-        """The smallest differences in points, by seeds and problems."""
+        """Return the smallest detectable differences in points, by seeds and problems."""
         problems = sorted({self.problems, *PROBLEMS} - {1})
         rows = [("seeds", *(f"{n:,} problems" for n in problems))]
         for seeds in sorted({self.seeds, *SEEDS} - {1}):
@@ -65,9 +65,9 @@ class Plan:
 
 
 def read_pilot(path: Path, baseline: str | None = None) -> tuple[Spread, str] | None:
-    """Estimate the spread from a results.jsonl, or the finished runs at METHOD/seed-N below a
-    folder: that of the pair of methods that spreads most. None without two methods and seeds in
-    common; `UserError` for a file that is no such file.
+    """Estimate the spread from a results.jsonl, or from the finished runs at METHOD/seed-N below a
+    folder. It is that of the pair of methods with the largest spread; None without two methods and
+    two common seeds. Raises `UserError` for any other file.
     """
     rows = _rows_of_file(path) if path.is_file() else list(_rows_of_runs(path))
     correct: dict[str, dict[int, list[int]]] = {}
@@ -88,7 +88,7 @@ def read_pilot(path: Path, baseline: str | None = None) -> tuple[Spread, str] | 
         if method != first and len(seeds) >= 2 and len(lengths) == 1 and min(lengths) >= 2:
             spread = pilot_spread(tables[0], tables[1], next(iter(samples)))
             found.append((spread, f"{path}: {method} and {first}, {len(seeds)} seeds"))
-    # The widest: a plan that is made for it holds for the others.
+    # Use the largest: a plan for it is sufficient for the others.
     return max(found, key=lambda each: _width(each[0]), default=None)
 
 
@@ -110,7 +110,7 @@ def _rows_of_file(path: Path) -> list[dict[str, Any]]:
         ]
     except (OSError, ValueError, KeyError, TypeError, UnicodeDecodeError):
         raise UserError(
-            f"--pilot {path} is no results.jsonl of a report; give one, or the folder of a "
+            f"--pilot {path} is not a results.jsonl of a report; give one, or the folder of a "
             "comparison."
         ) from None
 

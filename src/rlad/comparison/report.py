@@ -1,6 +1,6 @@
-"""The report of some runs: its content once, as blocks, for `report.html` and `report.md`.
+"""The report of some runs. Its content is built once, as blocks, for `report.html` and `report.md`.
 
-Reads run directories, trains nothing.
+It reads run directories and trains nothing.
 """
 
 import base64
@@ -36,13 +36,13 @@ RESULTS = "results.jsonl"
 COMPARISON = "comparison.json"
 
 _FORMATS = re.compile(r"([\\`*|~]|(?<!\w)_|_(?!\w)|^[#>]|^[+-](?!\d))")
-"""characters that format; an underscore inside a word does not"""
+"""Formatting characters; an underscore inside a word is not one."""
 _ADDRESSES = re.compile(r"(?i)(:(?=//)|www(?=\.)|@(?=[^\s@]{0,255}\.\w))")
-"""what GitHub makes a link of without being asked, up to where it must be broken: https://, www.
-and mail addresses"""
+"""What GitHub turns into a link automatically, up to where it must be broken: https://, www. and
+mail addresses."""
 _BREAK = "<!-- -->"
-"""shows nothing; unlike a backslash it also parts the text for those that look for addresses after
-the parser"""
+"""Shows nothing. Unlike a backslash it also breaks the text for readers that search for addresses
+after parsing."""
 
 
 def write_report(
@@ -55,14 +55,14 @@ def write_report(
     baseline: str | None = None,
     figures: Path | None = None,
 ) -> Sequence[MissingRun]:
-    """Write `report.html`, `report.md` and `results.jsonl` (a row for each run) into the folder
-    `output`; returns the runs that the report lists as missing.
+    """Write `report.html`, `report.md` and `results.jsonl` (a row per run) into the folder
+    `output`. Returns the runs that the report lists as missing.
 
-    Runs that cannot be compared are in separate tables. A run that is unfinished or unreadable is
-    listed with the reason, as are those of `missing`. `notes` say how a search on the validation
-    split chose the learning rates. Into the folder `figures` go vector figures and a LaTeX table.
-    `UserError` when no run is of the method `baseline` (see
-    `baseline_of`), or when the folder cannot be written.
+    Runs that cannot be compared are in separate tables. Unfinished or unreadable runs, and those in
+    `missing`, are listed with the reason. `notes` say how a search on the validation split chose
+    the learning rates. Vector figures and a LaTeX table are written to the folder `figures`. Raises
+    `UserError` if no run has the method `baseline` (see `baseline_of`), or if the folder cannot be
+    written.
     """
     read = [read_run(run) for run in runs]
     groups, doubles = group_runs([run for run in read if isinstance(run, Run)])
@@ -92,11 +92,11 @@ def write_report(
 
 
 def write_files(folder: Path, files: Mapping[str, str]) -> None:
-    """Write texts into a folder, which is made where it is missing; `UserError` when it cannot."""
+    """Write texts into a folder, which is made if missing. Raises `UserError` if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
-            # Aside first: a file that a kill cut off could not be read.
+            # To a temporary file first: a file that a kill cut off could not be read.
             aside = folder / f".{name}.tmp"
             aside.write_text(text, encoding="utf-8")
             os.replace(aside, folder / name)
@@ -107,28 +107,28 @@ def write_files(folder: Path, files: Mapping[str, str]) -> None:
 
 
 class ComparisonFile(BaseModel):
-    """`comparison.json`: how `rlad compare` names the runs below it, how they were tuned, and what
-    they are compared with."""
+    """The content of `comparison.json`: the methods' names of the runs below it, how they were
+    tuned, and what they are compared with."""
 
     model_config = ConfigDict(strict=True, frozen=True, use_attribute_docstrings=True)
 
     methods: dict[str, str]
     """folder below `runs` -> name of the method, in the order of the report"""
     notes: Sequence[str] = ()
-    """how a search on the validation split chose the learning rates; empty when there was none"""
+    """how a search on the validation split chose the learning rates; empty without a search"""
     baseline: str | None = None
 
 
 def read_comparison_file(root: Path) -> ComparisonFile | None:
-    """Read `root/comparison.json`; None when there is no such file. `UserError` when it cannot be
-    read."""
+    """Read `root/comparison.json`; None if there is no such file. Raises `UserError` if it cannot
+    be read."""
     path = root / COMPARISON
     try:
         return ComparisonFile.model_validate_json(path.read_bytes()) if path.is_file() else None
     except (OSError, ValidationError):
         raise UserError(
-            f"{path} cannot be read as what a comparison writes; let `rlad compare` write it "
-            "again, or delete it, and methods get the names of their folders."
+            f"{path} is not a file that a comparison has written; let `rlad compare` write it "
+            "again, or delete it: then methods have the names of their folders."
         ) from None
 
 
@@ -137,10 +137,10 @@ def read_comparison_file(root: Path) -> ComparisonFile | None:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A part of the page. Its content: of a heading or text a text, of the others a `Table`, the
-    `Plot`s of a place, or the `MappedCompletion`s of an imitation map.
+    """A part of the page. Its content is a text (for a heading or text), a `Table`, some `Plot`s,
+    or the `MappedCompletion`s of an imitation map.
 
-    `style` is the CSS class of a text (headline, warning or fine); `lead` stands out before it.
+    `style` is the CSS class of a text (headline, warning or fine); `lead` is emphasised before it.
     """
 
     kind: Literal["h1", "h2", "h3", "text", "table", "plots", "completions"]
@@ -156,12 +156,12 @@ def make_page(
     missing: Sequence[MissingRun],
     baseline: str | None,
 ) -> list[Block]:
-    """Put the report together; its first block is the title."""
+    """Build the report; its first block is the title."""
     sections = []
     for number, group in enumerate(groups, start=1):
         name = f"Table {number}" if len(groups) > 1 else ""
         sections.append(list(_section(name, group, baseline, is_tuned=bool(notes))))
-    # The verdicts of all tables first: whoever reads no further knows the result.
+    # The verdicts of all tables come first, so that they are read even if nothing else is.
     page = [Block("h1", title)]
     for number, group in enumerate(groups, start=1):
         name = f"Table {number}." if len(groups) > 1 else ""
@@ -180,7 +180,7 @@ def make_page(
 
 
 def _verdict(name: str, group: Group, chosen: str | None) -> Iterator[Block]:
-    """Say in sentences what came out, what it cost and what to do."""
+    """Yield sentences on the result, its cost and what to do next."""
     baseline = baseline_of(group.methods, chosen)
     methods = with_comparisons(group.methods, baseline)
     for number, (lead, text) in enumerate(verdict(methods, baseline)):
@@ -189,7 +189,7 @@ def _verdict(name: str, group: Group, chosen: str | None) -> Iterator[Block]:
 
 
 def _section(name: str, group: Group, chosen: str | None, *, is_tuned: bool) -> Iterator[Block]:
-    """Show everything about one group of comparable runs, but for its verdict."""
+    """Yield everything about one group of comparable runs except its verdict."""
     baseline = baseline_of(group.methods, chosen)
     methods = with_comparisons(group.methods, baseline)
     results, curves = draw_plots(methods)
@@ -231,8 +231,8 @@ def _section(name: str, group: Group, chosen: str | None, *, is_tuned: bool) -> 
 
 
 def render_html(page: Sequence[Block], refresh_seconds: int = 0) -> str:
-    """Render one file without anything from outside; the policy in its head forbids the browser to
-    load any. With `refresh_seconds` the browser loads the page itself again and again."""
+    """Render a single file that loads nothing from outside, which the policy in its head also
+    forbids. With `refresh_seconds` the browser reloads the page regularly."""
     environment = _environment(autoescape=True)
     assert environment.loader is not None
     style, script = (
@@ -266,9 +266,8 @@ def _environment(*, autoescape: bool) -> Environment:
 
 
 def markdown(text: str) -> str:
-    """Escape a text so that it means nothing but itself in Markdown, on one line: no formatting,
-    HTML, links or table fields."""
-    # In this order: backslashes first, as what is added afterwards must not be escaped again.
+    """Escape a text for Markdown, on one line: no formatting, HTML, links or table fields."""
+    # Backslashes first, since what is added later must not be escaped again.
     line = _FORMATS.sub(r"\\\1", " ".join(printable(text).split()))
     line = re.sub(r"\](?=[(:\[])", r"]\\", line)
     line = re.sub(r"<(?! )", "&lt;", line.replace("&", "&amp;"))

@@ -1,4 +1,4 @@
-"""The tables of a report, column by column, as texts that HTML and Markdown show alike."""
+"""The tables of a report, column by column, as texts for both HTML and Markdown."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ UNKNOWN = "–"
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A field: a text, a smaller text after it, and the number that the column is sorted by."""
+    """A cell: a text, a smaller text after it, and the number by which the column is sorted."""
 
     text: str
     small: str = ""
@@ -29,8 +29,8 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table of `columns`, each a name and a meaning, and `rows` of as many cells, the first
-    naming the row."""
+    """A table. `columns` have a name and a meaning each; `rows` have a cell per column, and the
+    first cell names the row."""
 
     caption: str
     columns: Sequence[tuple[str, str]]
@@ -41,7 +41,7 @@ class Table:
 
 
 Column = tuple[str, str, Callable[[Method], Cell]]
-"""name, meaning, and the cell of a method"""
+"""Name, meaning, and the function that makes the cell of a method."""
 
 
 def results_table(methods: Sequence[Method], baseline: str) -> Table:
@@ -87,7 +87,7 @@ def breakdown_table(methods: Sequence[Method]) -> Table:
 
 
 def cost_table(methods: Sequence[Method]) -> Table:
-    """Show what a run costs, evaluation and loading left out."""
+    """Show the cost of a run, without evaluation and loading."""
     columns: list[Column] = [
         ("steps", "optimiser steps of a run", lambda m: number(m.num_steps)),
         ("seconds", "training time of a run", lambda m: number(m.total_seconds)),
@@ -108,8 +108,7 @@ def cost_table(methods: Sequence[Method]) -> Table:
 
 
 def methods_table(methods: Sequence[Method]) -> Table:
-    """Show what tells the methods apart: objective, teacher, and settings that are not the
-    default."""
+    """Show how the methods differ: objective, teacher, and settings other than the default."""
     meaning = "`rlad list objectives NAME` explains it"
     columns: list[Column] = [
         ("objective", meaning, lambda m: Cell(m.config.objective.type)),
@@ -190,7 +189,7 @@ def _to_baseline(method: Method) -> Cell:
     if compared is None:
         return Cell("baseline", order=0.0)
     cell = difference(compared.difference)
-    # Where it is over all seeds of the method, the column of seeds says so.
+    # If it is over all seeds of the method, the column of seeds already says so.
     if not compared.is_paired_by_seed:
         return Cell(cell.text, f"{cell.small} no shared seeds", cell.order)
     if compared.num_seeds < len(method.runs):

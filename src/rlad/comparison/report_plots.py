@@ -1,6 +1,6 @@
 """The plots of a report: SVG images in matplotlib's own style.
 
-Methods are told apart by colour, line and marker.
+Methods differ in colour, line and marker.
 """
 
 from base64 import b64encode
@@ -21,12 +21,12 @@ from rlad.runs.curve import STYLE, curve
 from rlad.text import printable
 
 SETTINGS: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": "rlad", "font.size": 9.5}
-"""text stays text, so that it can be searched, and the same runs give the same bytes"""
+"""Text stays text, so that it can be searched, and the same runs give the same bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """An SVG image, its caption, and in words what can be read from it and is in no table."""
+    """An SVG image, its caption, and in words what it shows that is in no table."""
 
     title: str
     caption: str
@@ -48,8 +48,8 @@ def draw_plots(methods: Sequence[Method]) -> tuple[Plot, list[Plot]]:
 
 
 def _draw_results(methods: Sequence[Method], looks: Looks) -> Plot:
-    """Draw test pass@1 of each method with its interval, its seeds, and where it started; the key
-    to lines and markers of all plots."""
+    """Draw test pass@1 of each method with its interval, its seeds and its start. This is also the
+    legend of lines and markers for all plots."""
     figure = Figure(figsize=(8.5, 0.42 * len(methods) + 0.9), layout="constrained")
     axes = figure.subplots()
     for i, m in enumerate(methods):
@@ -88,21 +88,21 @@ CURVES: Sequence[tuple[str, str, Series, str]] = (
         _TRAINED_TOKENS,
     ),
 )
-"""title, label, values of a run by step, note"""
+"""Title, label, values of a run by step, note."""
 
 
 def _draw_series(
     methods: Sequence[Method], looks: Looks, title: str, label: str, series: Series, note: str
 ) -> Plot | None:
-    """Draw the mean over seeds, with a band from the lowest to the highest seed; None when no run
-    has recorded it."""
+    """Draw the mean over seeds, with a band from the lowest to the highest seed; None if no run has
+    recorded it."""
     figure = Figure(figsize=(5.2, 3.1), layout="constrained")
     axes = figure.subplots()
     told = []
     absent = []
     for m in methods:
         values = [series(run) for run in m.runs]
-        # Seeds that stopped early must not bend the mean, so only steps that all have count.
+        # Seeds that stopped early must not distort the mean, so use only steps that all have.
         steps = sorted(set.intersection(*map(set, values)))
         if not steps:
             absent.append(m.name)

@@ -1,4 +1,4 @@
-"""The sentences of a report: no more than the intervals and the corrected p-values say."""
+"""The sentences of a report. They claim no more than the intervals and corrected p-values show."""
 
 from collections.abc import Sequence
 
@@ -30,8 +30,8 @@ HOW_TO_READ_MAP = (
 
 
 def warnings(methods: Sequence[Method], baseline: Method, chosen: str | None) -> list[str]:
-    """List what a reader must know before believing the table. `chosen`: the baseline that was
-    asked for."""
+    """List what a reader must know before trusting the table. `chosen` is the requested
+    baseline."""
     told = []
     if chosen and chosen not in (baseline.name, baseline.runs[0].method) and len(methods) > 1:
         told.append(
@@ -55,7 +55,7 @@ def warnings(methods: Sequence[Method], baseline: Method, chosen: str | None) ->
 
 
 def splits(group: Group, *, is_tuned: bool) -> str:
-    """Say which problems chose something, and which are reported."""
+    """Say which problems were used for selection, and which are reported."""
     run = group.first
     evaluation = run.config.evaluation
     validations = run.history.validations
@@ -78,7 +78,7 @@ def splits(group: Group, *, is_tuned: bool) -> str:
 
 
 def what_is_shared(group: Group) -> str:
-    """Write task, student and budget of a table in one sentence."""
+    """Return task, student and budget of a table in one sentence."""
     config = group.first.config
     loop = config.optimization
     rollout = config.rollout
@@ -95,7 +95,7 @@ def what_is_shared(group: Group) -> str:
 
 
 def not_comparable(groups: Sequence[Group]) -> list[str]:
-    """Say why the runs are in several tables; nothing when they are in one."""
+    """Say why the runs are in several tables; empty if they are in one."""
     return [
         f"Table {i} is not comparable with table 1. They differ in (table 1 and table {i}) "
         f"{'; '.join(groups[0].differences(group))}."
@@ -104,7 +104,7 @@ def not_comparable(groups: Sequence[Group]) -> list[str]:
 
 
 def cost_notes(methods: Sequence[Method]) -> list[str]:
-    """Say what the shares of the cost table do not say of some methods."""
+    """Say what the shares in the cost table hide for some methods."""
     kinds = {
         "the teacher works inside the update, so its time is part of the update's.": [
             m.name for m in methods if m.config.objective.asked_of_teacher != "sampled"

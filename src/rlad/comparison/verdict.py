@@ -1,5 +1,5 @@
 """The verdict of a report: which method is ahead, whether that is established, what it cost, and
-what to do next. It follows the interval of the difference and says no more than that."""
+what to do next. It follows from the interval of the difference, and claims no more."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -14,11 +14,11 @@ LEVEL = 0.05
 _MOST_SEEDS = 50
 _MOST_PROBLEMS = 20_000
 _SAME = 0.005
-"""differences of shares below it are none worth a name"""
+"""Smaller differences of shares are negligible."""
 
 
 def verdict(methods: Sequence[Method], baseline: Method) -> Iterator[tuple[str, str]]:
-    """Yield (what it is about, sentences); the first is the result."""
+    """Yield (topic, sentences); the first is the result."""
     best = max(methods, key=lambda m: m.after.mean)
     if len(methods) == 1:
         text = (
@@ -39,13 +39,13 @@ def verdict(methods: Sequence[Method], baseline: Method) -> Iterator[tuple[str, 
 
 
 def points(found: Estimate) -> str:
-    """Write a difference of shares with its interval."""
+    """Return a difference of shares with its interval as text."""
     cell = difference(found)
     return f"{cell.text} points {cell.small}"
 
 
 def _lead(found: Estimate) -> str:
-    """Write by how much something is ahead."""
+    """Return by how much a method is ahead, as text."""
     low, high = 100 * found.low, 100 * found.high
     return f"{100 * found.mean:.1f} points [{low:.1f}, {high:.1f}]"
 
@@ -60,13 +60,13 @@ def _difference(method: Method) -> Estimate:
 
 
 def _stands_apart(method: Method) -> bool:
-    """Whether the interval leaves 0 out."""
+    """Return whether the interval excludes 0."""
     found = _difference(method)
     return found.low > 0 or found.high < 0
 
 
 def _doubt(method: Method) -> str:
-    """Why a difference whose interval leaves 0 out is not established; "" when it is."""
+    """Return why a difference whose interval excludes 0 is not established; "" if it is."""
     assert method.to_baseline is not None
     num_seeds = method.to_baseline.num_seeds
     if num_seeds < FEWEST_SEEDS:
@@ -80,7 +80,7 @@ def _doubt(method: Method) -> str:
 
 
 def _result(methods: Sequence[Method], baseline: Method, ahead: Sequence[Method]) -> str:
-    """Say who is ahead of the baseline and by how much, and whether that is established."""
+    """Say which method is ahead of the baseline, by how much, and whether that is established."""
     if not ahead:
         return _nobody_ahead(methods, baseline)
     first = max(ahead, key=lambda m: m.after.mean)
@@ -128,7 +128,7 @@ def _nobody_ahead(methods: Sequence[Method], baseline: Method) -> str:
 
 
 def _others(compared: Sequence[Method], baseline: Method, said: Sequence[Method]) -> str:
-    """Say of each method that is not the first whether it is ahead, behind or not told apart."""
+    """Say for each other method whether it is ahead, behind or not distinguishable."""
     kinds: dict[str, list[Method]] = {"also ahead of": [], "behind": [], "not told apart from": []}
     shown = max(compared, key=lambda m: m.after.mean) if said else None
     for m in compared:
@@ -168,7 +168,7 @@ def _compared(first: Method, second: Method) -> Comparison:
 
 
 def _cost(method: Method, baseline: Method) -> str:
-    """Say what a run of a method takes, beside one of the baseline."""
+    """Say what a run of a method costs, compared with one of the baseline."""
     seconds = method.total_seconds
     text = f"A run of {method.name} trained for {seconds:,.0f} s"
     if method is not baseline and baseline.total_seconds:
@@ -212,8 +212,8 @@ def _sight_and_next(
 
 
 def spread_between(method: Method, other: Method) -> Spread | None:
-    """Estimate how much their difference varies over seeds and problems; None below two shared
-    seeds or problems."""
+    """Estimate how much the difference of two methods varies over seeds and problems; None with
+    fewer than two shared seeds or problems."""
     tables = [{run.seed: run for run in each.runs} for each in (method, other)]
     seeds = sorted(set(tables[0]) & set(tables[1]))
     if len(seeds) < 2 or len(method.keys) < 2:

@@ -10,7 +10,7 @@ from rlad.text import first_line
 
 
 def require_push(repo: str) -> None:
-    """Raise `UserError` for a name that no repository can have, and when nobody is logged in."""
+    """Raise `UserError` for an invalid repository name, and if nobody is logged in."""
     from huggingface_hub import get_token
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -22,7 +22,7 @@ def require_push(repo: str) -> None:
         is_whole = False
     if not is_whole:
         raise UserError(
-            f"--push {repo!r} is no name of a repository; give one of the form USER/NAME, such as "
+            f"--push {repo!r} is not a repository name; give one of the form USER/NAME, such as "
             "ada/my-model."
         )
     if not get_token():
@@ -35,7 +35,7 @@ def require_push(repo: str) -> None:
 def push_model(run: RunDirectory, folder: Path, repo: str, *, private: bool) -> str:
     """Push an exported model with card, curve and config of its run; returns the address.
 
-    Raises `RunFailedError` when the hub does not take it; the folder is left as it is.
+    Raises `RunFailedError` if the hub does not accept it; the folder is not changed.
     """
     import httpx2
     from huggingface_hub import HfApi
@@ -55,7 +55,7 @@ def push_model(run: RunDirectory, folder: Path, repo: str, *, private: bool) -> 
 
 
 def _add_card(run: RunDirectory, folder: Path, repo: str) -> None:
-    """Put the run's card beside the model, which is then loaded by the repository's name."""
+    """Add the run's card to the model's folder, with the repository's name for loading."""
     card = (run.path / MODEL_CARD).read_text(encoding="utf-8") if run.is_finished() else ""
     lines = [
         f'folder = "{repo}"' if line.startswith("folder = ") else line for line in card.splitlines()

@@ -23,7 +23,7 @@ def export_model(
     checkpoint: str = "best",
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> Path:
-    """Write the student of a checkpoint for any tool that loads transformers' models; returns the
+    """Write the student of a checkpoint for any tool that loads transformers' models; return the
     folder.
 
     `checkpoint` is `best` (on validation problems), `last` or a step. `output` is a new folder, by
@@ -55,7 +55,7 @@ def export_model(
 
 
 def _chosen(run: RunDirectory, which: str) -> Path:
-    """Return the folder of a checkpoint that is whole."""
+    """Return the folder of an intact checkpoint."""
     if which in ("best", "last"):
         return (run.best_checkpoint() if which == "best" else run.newest_checkpoint())[1]
     # Of two at one step, the one that holds the student alone.
@@ -70,7 +70,7 @@ def _chosen(run: RunDirectory, which: str) -> Path:
 
 
 def _merged_student(run: RunDirectory, checkpoint: Path, dtype: torch.dtype) -> LanguageModel:
-    """Load a checkpoint as training holds it, then make it one model that ends its answers where
+    """Load a checkpoint as in training, then merge it into one model that ends its answers where
     rlad ends them."""
     config = load_config(run.path)
     on_the_cpu = config.student.model_copy(update={"device": "cpu"})
@@ -80,8 +80,8 @@ def _merged_student(run: RunDirectory, checkpoint: Path, dtype: torch.dtype) -> 
     merge_adapter(model)
     model.to(dtype)
     if model.generation_config is not None:
-        # Other tools end an answer by these settings; without them they would write on after rlad's
-        # end.
+        # Other tools use these settings to end an answer; without them they would continue after
+        # rlad's end token.
         ids = student.eos_token_ids
         model.generation_config.eos_token_id = ids[0] if len(ids) == 1 else list(ids)
         model.generation_config.pad_token_id = student.pad_token_id

@@ -1,4 +1,4 @@
-"""`rlad export verl`: a folder with everything that verl needs to train a run: command, data,
+"""`rlad export verl`: write a folder with everything that verl needs to train a run: command, data,
 config."""
 
 import importlib.util
@@ -93,7 +93,7 @@ def export_verl(config: RunConfig, folder: Path, cluster: Cluster) -> Path:
 
 
 def _shell(key: str, value: Any) -> str:
-    """Write one word of the shell that Hydra reads as `key=value`: JSON, but for the escapes of
+    """Return one shell word that Hydra reads as `key=value`: JSON, except for the escapes of
     text."""
     if not isinstance(value, str):
         return shlex.quote(f"{key}={json.dumps(value, ensure_ascii=False)}")
@@ -108,7 +108,7 @@ def _shell(key: str, value: Any) -> str:
 
 
 def _rows(config: RunConfig, task: Task, split: Split, number: int) -> list[dict[str, Any]]:
-    """Problems in verl's form, in the order in which the native engine takes them."""
+    """Return problems in verl's form, in the order of the native engine."""
     seed = 0
     if split == "train":
         seed = config.seed
@@ -142,8 +142,7 @@ def _write_table(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 def _with_absolute_files(config: RunConfig) -> RunConfig:
-    """verl's workers run in folders of their own: files that the task names must be found from
-    anywhere."""
+    """Make the task's file names absolute, since verl's workers run in other folders."""
     task = config.task
     if tasks := getattr(task, "tasks", None):
         changed = {"tasks": {name: _absolute(one) for name, one in tasks.items()}}
@@ -154,7 +153,7 @@ def _with_absolute_files(config: RunConfig) -> RunConfig:
 def _absolute(task: Any) -> Any:
     if not isinstance(task, JsonlConfig):
         return task
-    # A name that is no file here is one of the Hugging Face Hub.
+    # A name that is not a file here is a name on the Hugging Face hub.
     paths = {name: getattr(task, name) for name in ("path", "validation_path", "test_path")}
     files = {k: Path(path) for k, path in paths.items() if path and Path(path).exists()}
     return task.model_copy(update={name: str(file.resolve()) for name, file in files.items()})
@@ -164,8 +163,8 @@ def _absolute(task: Any) -> Any:
 
 
 def _plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """verl knows chat prompts alone: a template that writes the prompt as it is, after the
-    tokenizer's first token."""
+    """Return a template that writes the prompt unchanged after the tokenizer's first token, since
+    verl supports only chat prompts."""
     # Some tokenizers begin every text with a token of their own, which verl's templates must write
     # out.
     bare = tokenizer("1", add_special_tokens=False)["input_ids"]
@@ -178,8 +177,8 @@ def _plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
 def _num_prompt_tokens(
     tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], config: RunConfig, template: str | None
 ) -> int:
-    """Tokens of a prompt. `UserError` when verl would give the student other tokens than rlad, or
-    when they are too many."""
+    """Count the tokens of a prompt. Raises `UserError` if verl would give the student other tokens
+    than rlad, or if there are too many."""
     messages = row["prompt"]
     variables = config.rollout.chat_template_kwargs
     ours = prompt_token_ids(

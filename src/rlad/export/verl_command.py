@@ -1,5 +1,5 @@
-"""A run's config as overrides of `verl.trainer.main_ppo` (0.9), and what of it has no equivalent
-there. Imports no verl."""
+"""A run's config as overrides of `verl.trainer.main_ppo` (0.9), and the settings without an
+equivalent there. Imports no verl."""
 
 from dataclasses import dataclass
 from operator import attrgetter
@@ -19,7 +19,7 @@ AGGREGATION = {
     "constant_length": "seq-mean-token-sum-norm",
 }
 HERE = "${HERE}/"
-"""what Bash replaces by the exported folder, wherever that lies"""
+"""Bash replaces this by the exported folder, wherever it is."""
 _ACTOR = "actor_rollout_ref.actor"
 _ROLLOUT = "actor_rollout_ref.rollout"
 _TEACHER = "distillation.teacher_models.teacher_model"
@@ -45,7 +45,7 @@ _SAME = {
     f"{_ACTOR}.optim.clip_grad": "optimization.max_grad_norm",
     f"{_ACTOR}.grad_clip": "optimization.max_grad_norm",
 }
-"""verl's keys for settings that it has too"""
+"""verl's keys for settings that it also has."""
 _ALWAYS = {
     "data.train_files": f"{HERE}train.parquet",
     "data.val_files": f"{HERE}validation.parquet",
@@ -96,7 +96,7 @@ _NO_DUAL_CLIP = 1e9
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """GPUs of the student (training and rollouts, in turn) and those of the teacher."""
+    """The GPUs of the student (alternating between training and rollouts) and of the teacher."""
 
     gpus_per_node: int = 8
     nodes: int = 1
@@ -105,7 +105,7 @@ class Cluster:
 
 
 def require_exportable(config: RunConfig, cluster: Cluster) -> None:
-    """`UserError` with one sentence for what verl would train differently, or not at all."""
+    """Raise `UserError` for what verl would train differently, or not at all."""
     require_engine("verl", config.objective, config)
     gpus = cluster.gpus_per_node * cluster.nodes
     whole = config.rollout.prompts_per_batch * config.rollout.group_size
@@ -120,8 +120,8 @@ def require_exportable(config: RunConfig, cluster: Cluster) -> None:
 def overrides(
     config: RunConfig, cluster: Cluster, *, prompt_tokens: int, chat_template: str | None
 ) -> dict[str, Any]:
-    """Hydra keys and values; `prompt_tokens` is the longest prompt's, `chat_template` one that
-    replaces the student's."""
+    """Return Hydra keys and values. `prompt_tokens` is the length of the longest prompt;
+    `chat_template` replaces the student's."""
     rollout = config.rollout
     loop = config.optimization
     per_batch = loop.steps_per_rollout_batch
@@ -185,13 +185,13 @@ def _objective(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
 
 
 def model_path(name: str) -> str:
-    """Where every node finds a model: an absolute folder, or its Hugging Face name as it is."""
+    """Return a model's location for every node: an absolute folder, or its Hugging Face name."""
     path = Path(located(name))
     return str(path.resolve()) if path.is_dir() else name
 
 
 def without_equivalent(config: RunConfig) -> list[str]:
-    """What verl does differently, or not at all: one sentence each."""
+    """List what verl does differently, or not at all, one sentence each."""
     loop = config.optimization
     notes = [
         "A completion that the verifier cannot judge is left out of its group, and logged by verl "

@@ -1,11 +1,10 @@
-"""LoRA adapters inside a transformers model, which stays a `PreTrainedModel`. The only file that
-imports peft.
+"""LoRA adapters inside a transformers model, which stays a `PreTrainedModel`. No other file imports
+peft.
 
     y = W x + alpha / rank * B (A x)        A [rank, in], B [out, rank]; W does not change
 
-An adapter's folder is as PEFT writes it: adapter_config.json, which names the base model, and
-adapter_model.safetensors. The weights of adapters are float32, whatever those of the base model
-are.
+An adapter's folder has PEFT's format: adapter_config.json, which names the base model, and
+adapter_model.safetensors. Adapter weights are float32, whatever the type of the base model.
 """
 
 import warnings
@@ -28,17 +27,17 @@ from rlad.models.vision import auto_class, sees
 from rlad.text import first_line
 
 STUDENT = "default"
-"""the name under which a model holds its own adapter, as in PEFT"""
+"""The name of a model's own adapter, as in PEFT."""
 _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
 
 def add_lora(model: PreTrainedModel, settings: LoraConfig, *, base: str, seed: int) -> None:
-    """Add a new adapter that changes nothing yet: B = 0, and PEFT draws A from `seed`. It alone is
-    trainable. Of a model that sees, the language part alone gets one.
+    """Add a new adapter that has no effect yet: B = 0, and PEFT draws A from `seed`. Only the
+    adapter is trainable. In a vision model, only the language part gets an adapter.
 
-    Call it on the CPU: A does not depend on the device then. Raises `UserError` for target modules
-    that the model does not have.
+    Call this on the CPU, so that A does not depend on the device. Raises `UserError` for target
+    modules that the model does not have.
     """
     config = peft_config(settings, base=base)
     targets = settings.target_modules
@@ -51,7 +50,7 @@ def add_lora(model: PreTrainedModel, settings: LoraConfig, *, base: str, seed: i
         raise UserError(
             f"student.lora.target_modules = {targets!r} does not fit model {base!r} "
             f"({first_line(error)}); name linear layers of it such as "
-            '["q_proj", "v_proj"], or take "all-linear".'
+            '["q_proj", "v_proj"], or use "all-linear".'
         ) from None
     # PEFT has drawn A in the dtype of the base model; draw it again in float32.
     with torch.random.fork_rng():
@@ -77,27 +76,26 @@ def peft_config(settings: LoraConfig, *, base: str) -> Any:
 
 
 def require_lora_fits(settings: LoraConfig, model_config: PretrainedConfig, *, base: str) -> None:
-    """Raise `UserError` where a model of this shape lacks the target modules."""
-    # Names show on the meta device, where a model has no weights.
+    """Raise `UserError` if a model of this shape lacks the target modules."""
     with torch.device("meta"):
         add_lora(auto_class(model_config).from_config(model_config), settings, base=base, seed=0)
 
 
 def load_adapter(model: PreTrainedModel, folder: str, name: str = STUDENT) -> None:
-    """Add the adapter of a folder. It becomes the active and the only trainable one.
+    """Add the adapter of a folder. It becomes the active and only trainable one.
 
-    Raises `UserError` when the folder is damaged or its adapter does not fit the model.
+    Raises `UserError` if the folder is damaged or its adapter does not fit the model.
     """
     import peft
 
-    # PEFT's own loading passes over tensors that are missing; here all are compared, then copied.
+    # PEFT's own loading ignores missing tensors; here all are compared, then copied.
     saved = _read_weights(folder)
     kind = read_adapter_config(folder).get("peft_type")
     try:
         config: Any = peft.PeftConfig.from_pretrained(folder)
         config.inference_mode = False
         if kind == "LORA" and model.device.type == "meta":
-            config.init_lora_weights = True  # the other ways compute with weights, here absent
+            config.init_lora_weights = True  # other ways need weights, which are absent here
         _add(model, config, name)
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(
@@ -122,8 +120,8 @@ def load_adapter(model: PreTrainedModel, folder: str, name: str = STUDENT) -> No
 
 
 def add_frozen_adapter(model: PreTrainedModel, folder: str) -> str:
-    """Add the adapter of a folder to a student with one of its own, which stays the active and the
-    trainable one. Returns the new adapter's name."""
+    """Add the adapter of a folder to a student that has its own, which stays active and trainable.
+    Returns the new adapter's name."""
     name = f"frozen{len(adapter_names(model))}"
     load_adapter(model, folder, name)
     model.set_adapter(STUDENT)
@@ -132,8 +130,8 @@ def add_frozen_adapter(model: PreTrainedModel, folder: str) -> str:
 
 @contextmanager
 def only_adapter(model: PreTrainedModel, name: str | None) -> Iterator[None]:
-    """Let a student compute with its adapter `name` alone, or (None) with its base weights alone;
-    afterwards its own adapter is active and trainable again."""
+    """Let a student compute with only its adapter `name`, or (None) with only its base weights.
+    Afterwards its own adapter is active and trainable again."""
     if name is None:
         model.disable_adapters()
     else:
@@ -146,7 +144,7 @@ def only_adapter(model: PreTrainedModel, name: str | None) -> Iterator[None]:
 
 
 def save_adapter(model: PreTrainedModel, folder: Path, name: str = STUDENT) -> None:
-    """Write the adapter alone, as PEFT writes and reads it."""
+    """Write only the adapter, in PEFT's format."""
     weights = {_PREFIX + key: tensor.cpu() for key, tensor in _weights(model, name).items()}
     config: Any = model.peft_config[name]  # type: ignore[attr-defined]
     if isinstance(config.target_modules, set):
@@ -158,12 +156,12 @@ def save_adapter(model: PreTrainedModel, folder: Path, name: str = STUDENT) -> N
 
 
 def merge_adapter(model: PreTrainedModel) -> None:
-    """Add the active adapter, if there is one, to the weights under it: the model is then a plain
+    """Add the active adapter, if there is one, to the weights under it. The model is then a plain
     one.
 
-    Tied embeddings of which one alone has an adapter are untied: merged, they are two.
+    Tied embeddings of which only one has an adapter are untied, since they differ after merging.
     """
-    # Tied embeddings share one matrix: the output layer gets its own before anything is added.
+    # Tied embeddings share one matrix, so the output layer gets its own before merging.
     layers = _layers(model)
     embeddings: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     if adapts_tied_embeddings(model):
@@ -183,10 +181,10 @@ def merge_adapter(model: PreTrainedModel) -> None:
 def merged_weights(
     model: PreTrainedModel, *, language_part: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield each weight that a model computes with, by its own name; tied ones once. Of a model
-    that sees, with `language_part` those of its language part alone.
+    """Yield each effective weight of a model by its own name, tied ones once. With `language_part`,
+    yield only the weights of a vision model's language part.
 
-    That of a layer with an adapter is W + alpha / rank * B A, a new tensor; W stays as it is.
+    For a layer with an adapter this is W + alpha / rank * B A, a new tensor; W does not change.
     """
     layers = _layers(model)
     kept = language_parameters(model) if language_part else None
@@ -204,7 +202,7 @@ def merged_weights(
 
 
 def adapts_tied_embeddings(model: PreTrainedModel) -> bool:
-    """Whether an adapter changes one of two embeddings that share a matrix."""
+    """Return whether an adapter changes one of two embeddings that share a matrix."""
     embeddings: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     is_tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     return is_tied and any(
@@ -213,17 +211,17 @@ def adapts_tied_embeddings(model: PreTrainedModel) -> bool:
 
 
 def _holds_own_adapter(layer: Any) -> bool:
-    """Whether a layer has a part of the model's own adapter, and not of a teacher's alone."""
+    """Return whether a layer has a part of the model's own adapter, not only of a teacher's."""
     return STUDENT in layer.lora_A or STUDENT in layer.lora_embedding_A
 
 
 def adapter_names(model: PreTrainedModel) -> list[str]:
-    """Return the names of the adapters that a model holds."""
+    """Return the names of a model's adapters."""
     return list(getattr(model, "peft_config", {}))
 
 
 def has_adapter(model: PreTrainedModel) -> bool:
-    """Whether a model holds an adapter of its own."""
+    """Return whether a model has its own adapter."""
     return STUDENT in adapter_names(model)
 
 
@@ -231,10 +229,10 @@ def has_adapter(model: PreTrainedModel) -> bool:
 
 
 def require_shareable(folder: str, base_config: PretrainedConfig) -> None:
-    """Raise `UserError` unless the folder holds a LoRA adapter that leaves base weights as they are
-    and fits this base model."""
+    """Raise `UserError` unless the folder has a LoRA adapter that does not change base weights and
+    fits this base model."""
     config = read_adapter_config(folder)
-    # Some ways to begin set the base weights to something else before A and B are added.
+    # Some initialisations change the base weights before A and B are added.
     init = str(config.get("init_lora_weights"))
     replaces = {
         "modules_to_save": config.get("modules_to_save"),
@@ -253,8 +251,8 @@ def require_shareable(folder: str, base_config: PretrainedConfig) -> None:
 
 
 def require_loadable(folder: str, base_config: PretrainedConfig) -> None:
-    """Raise `UserError` unless an adapter's folder is whole and fits its base model, of which no
-    weights are loaded."""
+    """Raise `UserError` unless an adapter's folder is complete and fits its base model, whose
+    weights are not loaded."""
     require_package("peft", f"adapter {folder!r}")
     # Names and shapes show on the meta device, where a model has no weights.
     with torch.device("meta"):
@@ -274,16 +272,16 @@ def _read_weights(folder: str) -> dict[str, Tensor]:
 
 
 def _add(model: PreTrainedModel, config: Any, name: str) -> None:
-    """Add layers for an adapter: float32, active and alone trainable, without content yet. Global
-    randomness does not change."""
+    """Add layers for an adapter: float32, active, the only trainable ones, without content yet.
+    Global random state does not change."""
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
     base = config.base_model_name_or_path
     with torch.random.fork_rng(), warnings.catch_warnings():
-        # PEFT warns of several adapters, and of layers that hold their weights transposed.
+        # PEFT warns of several adapters, and of layers with transposed weights.
         warnings.simplefilter("ignore")
         model.add_adapter(config, name)
-    config.base_model_name_or_path = base  # which transformers replaces by where it is cached
+    config.base_model_name_or_path = base  # transformers replaces it by its cached path
     cast_adapter_dtype(model, name)
 
 
@@ -295,7 +293,7 @@ def _weights(model: PreTrainedModel, name: str) -> dict[str, Tensor]:
 
 
 def _layers(model: PreTrainedModel) -> dict[str, Any]:
-    """Return the layers that hold adapters, by name."""
+    """Return the layers that have adapters, by name."""
     if not adapter_names(model):
         return {}
     from peft.tuners.tuners_utils import BaseTunerLayer

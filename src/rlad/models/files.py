@@ -1,4 +1,4 @@
-"""From a model's name to its folder: embedded, prepared from a package, the user's own, or an
+"""Find a model's folder from its name: embedded, prepared from a package, the user's own, or an
 adapter's. Imports no torch."""
 
 import json
@@ -17,7 +17,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 
 def located(name: str) -> Path | str:
-    """Return the folder of an embedded or a packaged model, and every other name as it is.
+    """Return the folder of an embedded or a packaged model, and any other name unchanged.
 
     Raises `UserError` for a packaged model that is not prepared.
     """
@@ -25,12 +25,13 @@ def located(name: str) -> Path | str:
 
 
 def files_of(name: str) -> Path | str:
-    """Return where transformers finds a model's files, or those of an adapter's base model."""
+    """Return the location of a model's files, or those of an adapter's base model, for
+    transformers."""
     return located(base_model(name))
 
 
 def resolvable(name: str) -> str:
-    """Return a name that is found from every folder: a folder's full path, else the name."""
+    """Return a name that works from every working directory: a folder's full path, or the name."""
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
@@ -38,20 +39,20 @@ def resolvable(name: str) -> str:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether `name` is the folder of an adapter without its base model."""
+    """Return whether `name` is the folder of an adapter without its base model."""
     folder = Path(name)
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
 def has_tokenizer(folder: str) -> bool:
-    """Whether an adapter's folder holds a tokenizer."""
+    """Return whether an adapter's folder has a tokenizer."""
     return is_adapter(folder) and (Path(folder) / "tokenizer_config.json").is_file()
 
 
 def base_model(name: str) -> str:
-    """Return the base model that an adapter's folder names, and every other name as it is.
+    """Return the base model that an adapter's folder names, and any other name unchanged.
 
-    Raises `UserError` when an adapter names none, or another adapter.
+    Raises `UserError` if an adapter names none, or another adapter.
     """
     if not is_adapter(name):
         return name
@@ -65,7 +66,7 @@ def base_model(name: str) -> str:
 
 
 def read_adapter_config(folder: str) -> dict[str, Any]:
-    """Return the settings in an adapter's folder. Raises `UserError` when they cannot be read."""
+    """Return the settings in an adapter's folder. Raises `UserError` if they cannot be read."""
     try:
         return dict(json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:  # no file, no JSON, or no table
@@ -80,8 +81,8 @@ def unreadable_adapter(folder: str, file: str, error: object) -> UserError:
 
 
 def require_model_folder(name: str, what: str | None = None) -> None:
-    """Raise `UserError` where a name is a path and no model's folder is there: it is not asked for
-    on a hub. The message calls it `what`."""
+    """Raise `UserError` if a name is a path without a model's folder; a path is not looked up on
+    the hub. The message calls it `what`."""
     folder = Path(name)
     if name in EMBEDDED or (folder / "config.json").is_file() or not looks_like_path(name):
         return
@@ -104,7 +105,7 @@ def require_model_folder(name: str, what: str | None = None) -> None:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a model folder holds safetensors: the one file, or all that its index names."""
+    """Return whether a model folder has safetensors: the single file, or all in its index."""
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():
         return True

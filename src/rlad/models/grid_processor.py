@@ -1,6 +1,6 @@
-"""A processor of pictures for models that read flat patches with their grid (Qwen2-VL, Qwen3-VL).
+"""A picture processor for models that read flat patches with their grid (Qwen2-VL, Qwen3-VL).
 
-Transformers' own needs torchvision for films; for pictures alone Pillow does.
+Transformers' own processor needs torchvision for films; for pictures, Pillow is enough.
 """
 
 import shutil
@@ -14,18 +14,19 @@ _FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocess
 
 
 class GridProcessor:
-    """Expands each placeholder to a token for each `merge_size` x `merge_size` patches."""
+    """A processor that expands each placeholder to a token per `merge_size` x `merge_size`
+    patches."""
 
     def __init__(self, image_processor: Any, tokenizer: Any, image_token: str, where: Any = None):
         self.image_processor = image_processor
         self.tokenizer = tokenizer
         self.image_token = image_token
         self.where = where
-        """the folder or name whose files it is saved as"""
+        """The folder or name whose files are copied on saving."""
 
     @classmethod
     def from_pretrained(cls, name: Any, tokenizer: Any, image_token: str) -> "GridProcessor":
-        """Raises `ValueError` for an image processor of another layout."""
+        """Load a processor. Raises `ValueError` for an image processor with another layout."""
         images = AutoImageProcessor.from_pretrained(name)
         if "image_grid_thw" not in images.model_input_names:
             raise ValueError("its pixels have no grid")
@@ -47,8 +48,8 @@ class GridProcessor:
         return {**self.tokenizer([expanded], return_tensors="pt", **tokenize), **pixels}
 
     def save_pretrained(self, folder: Path) -> None:
-        """Copy the files that transformers' own processor was written as, films and all; without
-        any, write what pictures need."""
+        """Copy the files of transformers' own processor, including those for films. If there are
+        none, write what pictures need."""
         found = [self._file(name) for name in _FILES] if self.where else []
         for source in filter(None, found):
             shutil.copy(source, folder)

@@ -1,7 +1,7 @@
 """Shapes of published models, so that a run can be planned before anything is downloaded.
 
-The numbers are those of the models' own config.json. Models of one `tokenizer` have the same token
-ids, so one can teach the other.
+The numbers are from the models' own config.json. Models with the same `tokenizer` have the same
+token ids, so one can teach the other.
 """
 
 import json
@@ -15,20 +15,20 @@ from rlad.text import nearest
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What models of one tokenizer have in common."""
+    """The properties that models with one tokenizer share."""
 
     model_type: str
     architecture: str
     vocabulary: int
     context: int
     end_token: str
-    """of a turn of the chat models; the base models end with another one"""
+    """end token of a turn in the chat models; base models end with another one"""
     is_chat: str
-    """what the names of the chat models end with; "" where those of the base models do"""
+    """suffix of the chat models' names; "" if instead the base models have one"""
     teacher: str
     """a chat model that teaches the smaller ones"""
     pause: str = ""
-    """what a chat template is told so that it does not think at length"""
+    """variables of the chat template that turn long thinking off"""
 
 
 FAMILIES = {
@@ -115,13 +115,13 @@ class KnownModel:
 
     @property
     def key_size(self) -> int:
-        """Numbers in the keys of one token and layer."""
+        """The count of numbers in the keys of one token and layer."""
         return self.shape[4] * self.shape[5]
 
     @property
     def widths_of_linear_layers(self) -> int:
-        """Inputs and outputs of all linear layers but the last: an adapter of rank 1 has so many
-        weights."""
+        """The sum of inputs and outputs of all linear layers but the last, which is the number of
+        weights of an adapter of rank 1."""
         layers, hidden, mlp, heads, _, head_size = self.shape
         queries = heads * head_size
         attention = 2 * (hidden + queries) + 2 * (hidden + self.key_size)
@@ -133,7 +133,7 @@ class KnownModel:
         return self.is_chat or self.tokenizer == "Qwen3"
 
     def write_config(self, folder: Path) -> str:
-        """Write a config.json as the model's own says it, without weights; return the folder."""
+        """Write a config.json with the model's own values, without weights; return the folder."""
         names = ("num_hidden_layers", "hidden_size", "intermediate_size")
         names += ("num_attention_heads", "num_key_value_heads", "head_dim")
         config: dict[str, Any] = dict(zip(names, self.shape, strict=True)) | {
@@ -161,14 +161,14 @@ MODELS = _models()
 
 
 def known_pair(student: str, teacher: str | None) -> tuple[KnownModel, KnownModel]:
-    """Find a student and its teacher, by default that of its family. `UserError` for a name that
-    is not known, and for two tokenizers."""
+    """Find a student and its teacher, by default its family's. Raises `UserError` for an unknown
+    name, and for different tokenizers."""
     learner = _known(student, "--student")
     guide = _known(teacher or learner.family.teacher, "--teacher")
     if learner.tokenizer != guide.tokenizer:
         raise UserError(
             f"{guide.name} has the tokenizer of {guide.tokenizer} and {learner.name} that of "
-            f"{learner.tokenizer}, so it cannot score the student's tokens; take a teacher of the "
+            f"{learner.tokenizer}, so it cannot score the student's tokens; use a teacher of the "
             f"same family, such as {learner.family.teacher}."
         )
     return learner, guide
@@ -179,7 +179,7 @@ def _known(name: str, option: str) -> KnownModel:
         return MODELS[name]
     meant = nearest(name, MODELS)
     raise UserError(
-        f"{option} {name} is none of the models whose shape rlad knows; "
+        f"{option} {name} is not one of the models whose shape rlad knows; "
         + (f"{meant} Else take " if meant else "take ")
         + f"one of the families {', '.join(FAMILIES)} (`rlad init --models` lists them), and write "
         "another name into the file afterwards."

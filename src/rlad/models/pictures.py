@@ -1,4 +1,4 @@
-"""Pictures of problems: opened when they are looked at, bounded in size, known by their bytes."""
+"""Pictures of problems: opened when needed, limited in size, identified by their bytes."""
 
 import base64
 import binascii
@@ -16,10 +16,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from rlad.errors import UserError
 
 MARKER = "<image>"
-"""where a picture belongs in the text of a problem, whatever a model's own placeholder is"""
+"""Marks the position of a picture in a problem's text, whatever a model's own placeholder is."""
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 64 * 2**20
-"""of one picture; a small file may unpack to gigabytes"""
+"""Most pixels of one picture; a small file may unpack to gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Picture:
 
     data: bytes
     name: str = ""
-    """for messages"""
+    """its name in messages"""
     blackened: tuple[int, int] | None = None
-    """edge of the squares, in pixels, of which each is black with probability 1/2, and the seed"""
+    """edge in pixels of the squares that are each black with probability 1/2, and the seed"""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Picture) and self.digest == other.digest
@@ -40,12 +40,12 @@ class Picture:
 
     @cached_property
     def digest(self) -> str:
-        """Names the picture by its content."""
+        """A hash of the picture's content."""
         return hashlib.sha256(self.data + repr(self.blackened).encode()).hexdigest()[:32]
 
     @classmethod
     def from_file(cls, path: Path) -> Self:
-        """Read a picture's file. Raises `UserError` when there is none, or it is no picture."""
+        """Read a picture's file. Raises `UserError` if there is none, or it is not a picture."""
         try:
             size = path.stat().st_size
             if size > MAX_BYTES:
@@ -68,7 +68,7 @@ class Picture:
         """Decode a picture, with or without `data:image/...;base64,`. Raises `UserError` for other
         text."""
         try:
-            # Lines may be broken.
+            # The text may have line breaks.
             data = base64.b64decode("".join(text.rpartition(",")[2].split()), validate=True)
         except (binascii.Error, ValueError):
             raise UserError(
@@ -80,13 +80,13 @@ class Picture:
 
     @classmethod
     def from_pil(cls, image: Any, name: str) -> Self:
-        """Keep an image of Pillow, as a PNG."""
+        """Store an image of Pillow as a PNG."""
         buffer = BytesIO()
         ImageOps.exif_transpose(image).convert("RGB").save(buffer, format="PNG")
         return cls(buffer.getvalue(), name)
 
     def require_sound(self) -> None:
-        """Raise `UserError` unless it can be opened and is not too large; its pixels are not
+        """Raise `UserError` unless it can be opened and is not too large. Pixels are not
         unpacked."""
         self._opened()
 
@@ -113,13 +113,13 @@ class Picture:
         )
 
     def image(self) -> Any:
-        """Unpack it as Pillow's image in RGB, upright as its file says.
+        """Unpack it as a Pillow image in RGB, with the orientation in its file applied.
 
-        Raises `UserError` when the file is damaged.
+        Raises `UserError` if the file is damaged.
         """
         opened = self._opened()
         try:
-            # A camera writes how it was held beside the pixels.
+            # Cameras store the orientation separately from the pixels.
             image = ImageOps.exif_transpose(opened).convert("RGB")
         except (OSError, ValueError, SyntaxError) as error:
             raise UserError(
@@ -128,7 +128,7 @@ class Picture:
         return _with_black_squares(image, *self.blackened) if self.blackened else image
 
     def data_url(self, edge: int = 256) -> str:
-        """Return it for a web page, at most so many pixels wide and high."""
+        """Return it for a web page, at most `edge` pixels wide and high."""
         image = self.image()
         image.thumbnail((edge, edge))
         return _png_url(image)
@@ -140,7 +140,7 @@ class Picture:
     def corrupted(self, *, edge: int, seed: int) -> Self:
         """Return it with each square of `edge` pixels black with probability 1/2.
 
-        It has the same size, so a model sees it in the same grid.
+        Its size does not change, so a model sees it in the same grid.
         """
         return replace(self, blackened=(edge, seed))
 
@@ -159,8 +159,8 @@ def _with_black_squares(image: Any, edge: int, seed: int) -> Any:
 class PicturedPrompt(tuple[int, ...]):
     """The token ids of a prompt with the pictures that its placeholders stand for.
 
-    It is used wherever a prompt is; each model computes what it sees of the pictures by its own
-    processor. Two are equal when their tokens and their pictures are.
+    It can be used wherever a prompt is. Each model processes the pictures with its own processor.
+    Two are equal if their tokens and pictures are.
     """
 
     pictures: tuple[Picture, ...]
@@ -196,8 +196,8 @@ def with_pictures(token_ids: Sequence[int], pictures: Sequence[Picture]) -> tupl
 
 
 def without_markers(text: str) -> str:
-    """Remove the markers of pictures from a text that has none to show."""
-    # Removing one may put another together.
+    """Remove the markers of pictures from a text that has no pictures."""
+    # Removing one may create another.
     while MARKER in text:
         text = text.replace(MARKER, "")
     return text
@@ -214,9 +214,9 @@ def pictures_of(prompt: Sequence[int]) -> tuple[Picture, ...]:
 
 
 def require_blind_prompts(prompts: Sequence[Sequence[int]], name: str) -> None:
-    """Raise `UserError` for a prompt with pictures, as the model `name` reads text alone."""
+    """Raise `UserError` for a prompt with pictures, since the model `name` reads only text."""
     if any(map(pictures_of, prompts)):
         raise UserError(
-            f"a prompt has pictures, and model {name!r} reads text alone; take a model that sees, "
-            "or problems without pictures."
+            f"a prompt has pictures, but model {name!r} reads only text; use a vision model, or "
+            "problems without pictures."
         )

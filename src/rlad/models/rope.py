@@ -1,9 +1,9 @@
-"""Rotary positions whose frequencies depend on the longest sequence that is in the forward pass.
+"""Rotary positions whose frequencies depend on the longest sequence in the forward pass.
 
-Of the types `longrope` (Phi-3, Phi-4) and `dynamic`, transformers takes other frequencies for all
-positions once a row is longer than a border. Up to it every token has one log-prob, whatever is
-beside it or comes after it; beyond it the log-prob of a token would depend on both, so that
-sampler and scorer could not agree. Such a model is therefore used up to its border alone.
+For the types `longrope` (Phi-3, Phi-4) and `dynamic`, transformers uses other frequencies for all
+positions once a row is longer than a limit. Up to the limit a token's log-prob does not depend on
+later tokens or other rows. Beyond it the log-prob would depend on both, so sampler and scorer could
+not agree. Such a model is therefore used only up to its limit.
 """
 
 from collections.abc import Iterator
@@ -13,8 +13,8 @@ _DEPEND_ON_LENGTH = ("longrope", "dynamic")
 
 
 def longest_with_one_rope(config: Any) -> int | None:
-    """Return the most tokens of a sequence for which a model's positions have one meaning; None
-    where that is any number."""
+    """Return the longest sequence for which a model's positions have one meaning; None without a
+    limit."""
     text = config.get_text_config()
     borders = [
         settings.get("original_max_position_embeddings")
@@ -27,6 +27,6 @@ def longest_with_one_rope(config: Any) -> int | None:
 
 
 def _ropes(parameters: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the settings of each kind of layer, or the ones of all."""
+    """Yield the settings of each kind of layer, or those common to all layers."""
     nested = [value for value in parameters.values() if isinstance(value, dict)]
     yield from nested or [parameters]

@@ -1,7 +1,7 @@
 """Prompts with pictures for vLLM's server.
 
-Its route of token ids takes pictures beside them. It wants one placeholder for each, repeats that
-by the model's own processor, and says which ids it has read: they must be ours.
+Its route for token ids also takes pictures. It needs one placeholder for each, expands it with the
+model's own processor, and reports the ids that it has read, which must equal ours.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from rlad.models.vision import Vision
 def with_pictures(
     prompt: PicturedPrompt, completion: Sequence[int], vision: Vision
 ) -> dict[str, Any]:
-    """Return the fields of a request that give a prompt with its pictures, and what follows it."""
+    """Return the request fields for a prompt with its pictures, and the tokens after it."""
     token = vision.placeholder_ids[0]
     ids: list[int] = []
     rest = list(prompt)
@@ -39,13 +39,13 @@ def require_same_ids(answer: dict[str, Any], tokens: Sequence[int], url: str) ->
     if read != list(tokens):
         number = len(read) if isinstance(read, list) else "no"
         raise RunFailedError(
-            f"{url} read {number} tokens of a prompt with pictures, and the student's processor "
+            f"{url} read {number} tokens of a prompt with pictures, but the student's processor "
             f"makes {len(tokens)}, or others; serve a model with the student's processor."
         )
 
 
 def _find(part: Sequence[int], whole: Sequence[int]) -> int:
-    """Return the place of the first occurrence."""
+    """Return the index of the first occurrence."""
     size = len(part)
     for start in range(len(whole) - size + 1):
         if list(whole[start : start + size]) == list(part):

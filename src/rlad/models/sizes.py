@@ -1,4 +1,4 @@
-"""How large models are, of which no weights are loaded: they are built on torch's meta device."""
+"""Compute sizes of models without loading weights, by building them on torch's meta device."""
 
 import torch
 from transformers import PreTrainedModel
@@ -17,7 +17,7 @@ def num_parameters(name: str) -> int:
 
 
 def num_adapter_parameters(name: str, lora: LoraConfig) -> int:
-    """Count the weights of an adapter on a model. Raises `UserError` when it does not fit."""
+    """Count the weights of an adapter on a model. Raises `UserError` if it does not fit."""
     model = weightless_model(name)
     with torch.device("meta"):
         add_lora(model, lora, base=name, seed=0)
@@ -25,17 +25,17 @@ def num_adapter_parameters(name: str, lora: LoraConfig) -> int:
 
 
 def quantized_bytes(name: str, quantization: str, width: int) -> int:
-    """Count the bytes of a model whose linear layers but the output layer are quantised.
+    """Count the bytes of a model whose linear layers, except the output layer, are quantised.
 
     Its other weights take `width` bytes each. torchao stores int8 with a float32 scale and an int8
-    zero point for each output; int4 with a scale and a zero point in bfloat16 for each 64 inputs of
-    each output.
+    zero point per output, and int4 with a scale and a zero point in bfloat16 per 64 inputs of each
+    output.
     """
     model = weightless_model(name)
     total = width * sum(parameter.numel() for parameter in model.parameters())
     for layer in model.modules():
         if isinstance(layer, torch.nn.Linear) and layer is not model.get_output_embeddings():
-            # Taken out as they were, added again packed, with scales and zero points.
+            # Subtract the plain weights, and add the packed ones with scales and zero points.
             total -= width * layer.weight.numel()
             if quantization == "int8":
                 total += layer.weight.numel() + 5 * layer.out_features
@@ -46,7 +46,7 @@ def quantized_bytes(name: str, quantization: str, width: int) -> int:
 
 
 def weightless_model(name: str) -> PreTrainedModel:
-    """Build a model on the meta device. Raises `UserError` when it is no causal language model."""
+    """Build a model on the meta device. Raises `UserError` if it is not a causal language model."""
     config = load_model_config(name)
     try:
         with torch.device("meta"):
@@ -55,5 +55,5 @@ def weightless_model(name: str) -> PreTrainedModel:
         raise missing_package(name, error) from None
     except ValueError as error:  # an architecture for something else
         raise UserError(
-            f"{name!r} is no causal language model ({str(error).splitlines()[0]}); give one."
+            f"{name!r} is not a causal language model ({str(error).splitlines()[0]}); give one."
         ) from None

@@ -1,4 +1,4 @@
-"""The model that is trained, and the frozen copy of it that a KL leash is tied to."""
+"""Load the student to train, and the frozen copy of it that is the reference of a KL leash."""
 
 from pathlib import Path
 
@@ -10,9 +10,9 @@ from rlad.seeds import stream_seed
 
 
 def load_student(config: RunConfig, checkpoint: Path | None = None) -> LanguageModel:
-    """Load the model to be trained: the initial student, or what a checkpoint holds of it.
+    """Load the model to train: the initial student, or the student in a checkpoint.
 
-    Raises `UserError` when that cannot be.
+    Raises `UserError` if that is not possible.
     """
     settings = config.student
     if checkpoint is None:
@@ -30,11 +30,10 @@ def load_student(config: RunConfig, checkpoint: Path | None = None) -> LanguageM
 
 
 def require_base_model(config: RunConfig) -> None:
-    """Raise `UserError` when the student to be trained is an adapter, or its adapter cannot be
-    made."""
+    """Raise `UserError` if the student to train is an adapter, or its adapter cannot be made."""
     if is_adapter(config.student.model):
         raise UserError(
-            f"student.model = {config.student.model!r} is a LoRA adapter, and a run starts from a "
+            f"student.model = {config.student.model!r} is a LoRA adapter, but a run starts from a "
             "whole model; merge it into its base model (PEFT's merge_and_unload) and give the "
             "folder of the result."
         )
@@ -43,6 +42,6 @@ def require_base_model(config: RunConfig) -> None:
 
 
 def load_reference(config: RunConfig, student: LanguageModel) -> LanguageModel:
-    """Return the frozen initial student: a second copy of it, or a LoRA student itself, whose base
-    weights it is."""
+    """Return the frozen initial student: a second copy, or a LoRA student itself, since its base
+    weights are the initial student."""
     return student if config.student.lora else load_student(config)

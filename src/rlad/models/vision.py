@@ -1,8 +1,8 @@
-"""How a model sees: its processor makes token ids and pixels of pictures, its vision tower features
-of the pixels, and its language part reads those in place of the placeholder tokens.
+"""Pictures for a vision model: its processor turns pictures into token ids and pixels, its vision
+tower computes features of the pixels, and its language part reads them in place of placeholders.
 
-Features are computed for each prompt alone and joined for a batch, so what a prompt's pictures are
-worth does not depend on the others, and rows of one prompt share them.
+Features are computed for each prompt separately and joined for a batch. So the features of a prompt
+do not depend on other prompts, and rows of one prompt share them.
 """
 
 import inspect
@@ -29,28 +29,27 @@ from rlad.models.pictures import Picture, PicturedPrompt, pictures_of, require_b
 from rlad.text import first_line
 
 MAX_KEPT_BYTES = 512 * 2**20
-"""of features that a frozen vision tower has computed; the oldest are forgotten first"""
+"""Most bytes of features kept from a frozen vision tower; the oldest are dropped first."""
 _FEATURES = ("pooler_output", "deepstack_features")
 _MOST_DIFFERENCE = 0.02
-"""of a token's last states, relative to their length; bfloat16 alone makes less"""
+"""Largest difference of a token's last states, relative to their norm; bfloat16 causes less."""
 _PLACEHOLDERS = ("image_token_id", "video_token_id", "audio_token_id")
 
 
 def sees(config: PretrainedConfig) -> bool:
-    """Whether a model of this config reads pictures."""
+    """Return whether a model with this config reads pictures."""
     has_tower = getattr(config, "vision_config", None) is not None
     return has_tower and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
 def auto_class(config: PretrainedConfig) -> Any:
-    """Return the class of transformers that makes the model of a config, with its eyes if it has
-    any."""
+    """Return transformers' auto class for the model of a config, including its vision part."""
     return AutoModelForImageTextToText if sees(config) else AutoModelForCausalLM
 
 
 def placeholder_ids(config: PretrainedConfig) -> tuple[int, ...]:
-    """Return the tokens in whose place a model reads pictures, films or sound; no completion may
-    hold one."""
+    """Return the placeholder tokens of pictures, films and sound, which no completion may
+    contain."""
     found = (getattr(config, name, None) for name in _PLACEHOLDERS)
     return tuple(dict.fromkeys(one for one in found if isinstance(one, int)))
 
@@ -66,7 +65,7 @@ def load_processor(name: Any, tokenizer: Any, config: PretrainedConfig) -> Any:
     except (ImportError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         failure = error
     try:
-        # A processor that reads films too wants torchvision; pictures alone do without.
+        # A processor that also reads films needs torchvision; for pictures it is not needed.
         token = tokenizer.convert_ids_to_tokens(placeholder_ids(config)[0])
         return GridProcessor.from_pretrained(name, tokenizer, token)
     except (ImportError, OSError, ValueError, TypeError, KeyError, AttributeError):
@@ -79,47 +78,48 @@ def load_processor(name: Any, tokenizer: Any, config: PretrainedConfig) -> Any:
 
 @dataclass(slots=True)
 class Sight:
-    """What a model sees of one prompt."""
+    """The features of one prompt's pictures."""
 
     outputs: Any
-    """of the vision tower and what follows it, as transformers' `mm_encoder_outputs` takes them"""
+    """outputs of vision tower and projector, in the form of transformers' `mm_encoder_outputs`"""
     positions: Tensor | None
-    """of the prompt's tokens [3, token] where a picture has rows and columns; None: 0, 1, 2, ..."""
+    """positions of the prompt's tokens [3, token] if pictures have rows and columns; None: 0, 1,
+    2, ..."""
     grids: Tensor | None = None
-    """[picture, 3] of patches in time, rows and columns, of a model whose positions depend on it"""
+    """[picture, 3] patches in time, rows and columns, for a model whose positions depend on them"""
     num_bytes: int = 0
 
     @property
     def features(self) -> list[Tensor]:
-        """Of each picture, or of each of the tiles that it is cut into, what enters in place of its
-        tokens [token, number]; what enters deeper layers comes after it."""
+        """Return the features that replace the tokens of each picture, or of each of its tiles,
+        [token, number]. Features that enter deeper layers come after them."""
         layers = [self.outputs.pooler_output, *(self.outputs.get("deepstack_features") or [])]
         return [torch.cat(list(parts), dim=-1) for parts in zip(*layers, strict=True)]
 
 
 @dataclass
 class Vision:
-    """The eyes of one model: its processor, and the features that it has computed."""
+    """The picture processor of one model, with the features that were computed."""
 
     name: str
     where: Any
-    """the folder or name from which its processor is loaded, when it is first needed"""
+    """the folder or name from which its processor is loaded on first use"""
     tokenizer: Any
     config: PretrainedConfig
     keeps_features: bool = True
-    """whether the tower never moves, so that what it has seen holds"""
+    """whether the vision tower never changes, so that its features stay valid"""
     _kept: OrderedDict[PicturedPrompt, Sight] = field(default_factory=OrderedDict, repr=False)
     _ids_of: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
     _is_compared: bool = field(default=False, repr=False)
 
     @cached_property
     def processor(self) -> Any:
-        """Raises `UserError` where it cannot be loaded."""
+        """The processor. Raises `UserError` if it cannot be loaded."""
         return load_processor(self.where, self.tokenizer, self.config)
 
     @cached_property
     def has_processor(self) -> bool:
-        """Whether there is one; a student may be trained on texts alone without."""
+        """Whether there is a processor; training on texts does not need one."""
         try:
             return self.processor is not None
         except UserError:
@@ -160,7 +160,7 @@ class Vision:
         return PicturedPrompt(torch.as_tensor(made["input_ids"])[0].tolist(), pictures)
 
     def ids_of(self, picture: Picture) -> tuple[int, ...]:
-        """Return the tokens that a picture becomes: placeholders, and marks of the processor's."""
+        """Return the tokens of a picture: placeholders, and marks of the processor."""
         if picture.digest not in self._ids_of:
             made = self.prompt(self.token, [picture], add_special_tokens=False)
             self._ids_of[picture.digest] = tuple(made)
@@ -171,7 +171,7 @@ class Vision:
         return sum(one in self.placeholder_ids for one in self.ids_of(picture))
 
     def pixels(self, pictures: Sequence[Picture]) -> dict[str, Tensor]:
-        """Return what the vision tower takes of some pictures, of one prompt."""
+        """Return the vision tower's inputs for some pictures of one prompt."""
         text = self.wrapped_token * len(pictures)
         made = self._processed(text, pictures, add_special_tokens=False)
         return {
@@ -195,7 +195,7 @@ class Vision:
             names = ", ".join(picture.name or "a picture" for picture in pictures)
             raise UserError(
                 f"the processor of {self.name!r} cannot take {names} ({first_line(error)}); change "
-                "the picture, or take another model."
+                "the picture, or use another model."
             ) from None
 
     # --- from pixels to what the language part reads ----------------------------------------------
@@ -203,10 +203,10 @@ class Vision:
     def inputs(
         self, model: PreTrainedModel, ids: Tensor, prompts: Sequence[Sequence[int]], start: Any
     ) -> dict[str, Any]:
-        """Return what a forward pass over `ids` takes besides them; empty without pictures.
+        """Return the further inputs of a forward pass over `ids`; empty without pictures.
 
-        `ids` [row, token] hold the prompts from column `start[row]` on, a completion after them,
-        and padding elsewhere.
+        `ids` [row, token] have the prompts from column `start[row]` on, then the completion, and
+        padding elsewhere.
         """
         if not any(map(pictures_of, prompts)):
             return {}
@@ -229,8 +229,8 @@ class Vision:
     def _require_placeholders_of_pictures(
         self, ids: Tensor, prompts: Sequence[Sequence[int]]
     ) -> None:
-        """Raise `UserError` where a row holds the placeholder of a picture that its prompt does not
-        have, as a completion that another program has written may."""
+        """Raise `UserError` if a row has the placeholder of a picture that its prompt does not
+        have. This can happen in a completion written by another program."""
         token = getattr(self.config, "image_token_id", -1)
         found = (ids == token).sum(dim=1).tolist()
         wanted = [list(one).count(token) if pictures_of(one) else 0 for one in prompts]
@@ -242,14 +242,14 @@ class Vision:
             )
 
     def sight(self, model: PreTrainedModel, prompt: Sequence[int]) -> Sight:
-        """Return what the model sees of a prompt with pictures; computed once where it is kept."""
+        """Return the features of a prompt with pictures; they are computed only once if kept."""
         assert isinstance(prompt, PicturedPrompt)
         if kept := self._kept.get(prompt):
             self._kept.move_to_end(prompt)
             return kept
-        # Sampling is in inference mode, whose tensors no gradient may pass; what is kept is for
-        # both.
-        # A blackened picture is looked at once.
+        # Sampling runs in inference mode, whose tensors cannot be used with gradients, but kept
+        # features must work in both.
+        # A blackened picture is used only once.
         if not self.keeps_features or any(one.blackened for one in prompt.pictures):
             return self._look(model, prompt)
         with torch.inference_mode(False), torch.no_grad():
@@ -282,9 +282,9 @@ class Vision:
     def _require_own_states(
         self, below: Any, prompt: PicturedPrompt, pixels: dict[str, Tensor], sight: Sight
     ) -> None:
-        """Raise `UserError` unless features computed beforehand are read as pixels are.
+        """Raise `UserError` unless precomputed features have the same effect as pixels.
 
-        Some architectures want more beside them, such as which tokens see each other both ways.
+        Some architectures need more inputs, such as which tokens attend to each other both ways.
         """
         ids = torch.tensor([list(prompt)], device=below.device)
         kinds = (ids == getattr(self.config, "image_token_id", -1)).int()
@@ -304,13 +304,13 @@ class Vision:
         if not difference <= _MOST_DIFFERENCE:
             raise UserError(
                 f"{type(below).__name__} of {self.name!r} does not read features of pictures "
-                "computed beforehand as it reads pixels; take another model, such as LLaVA, "
+                "computed beforehand as it reads pixels; use another model, such as LLaVA, "
                 "SmolVLM, Qwen2-VL or Qwen3-VL."
             )
 
 
 def positions_of(prompt: Sequence[int], sight: Sight | None, length: int) -> Tensor:
-    """Return the positions [3, length] of a prompt's tokens and of what follows it."""
+    """Return the positions [3, length] of a prompt's tokens and of the tokens after it."""
     if sight is None or sight.positions is None:
         return torch.arange(length).expand(3, -1)
     first = int(sight.positions.max()) + 1
@@ -321,7 +321,7 @@ def positions_of(prompt: Sequence[int], sight: Sight | None, length: int) -> Ten
 def _positions(
     below: Any, prompt: PicturedPrompt, pixels: dict[str, Tensor], config: PretrainedConfig
 ) -> Tensor | None:
-    """Return the positions of a prompt's tokens under M-RoPE; None for a model without it."""
+    """Return the positions of a prompt's tokens with M-RoPE; None for a model without it."""
     find: Callable[..., Any] | None = getattr(below, "get_rope_index", None)
     if find is None:
         return None
@@ -342,7 +342,7 @@ def _num_bytes(features: Any) -> int:
 
 
 def _joined(sights: Sequence[Sight]) -> Any:
-    """Join what was seen of several prompts, in the order of their rows."""
+    """Join the features of several prompts, in the order of their rows."""
     first = sights[0].outputs
     pooled = [s.outputs.pooler_output for s in sights]
     # One tensor of all pictures, or one of each, as the model makes and takes them.
@@ -361,7 +361,7 @@ def _joined(sights: Sequence[Sight]) -> Any:
 
 
 def require_seeing_class(model: Any) -> None:
-    """Raise `UserError` for an architecture that takes no features computed beforehand."""
+    """Raise `UserError` for an architecture that does not take precomputed features."""
     taken = inspect.signature(model.base_model.forward).parameters
     if "mm_encoder_outputs" not in taken:
         raise UserError(
@@ -374,9 +374,9 @@ def require_seeing_class(model: Any) -> None:
 def seen(
     language_model: Any, ids: Tensor, prompts: Sequence[Sequence[int]], start: Any
 ) -> dict[str, Any]:
-    """Return what the model takes of the prompts' pictures; see `Vision.inputs`.
+    """Return the model's inputs for the prompts' pictures; see `Vision.inputs`.
 
-    Raises `UserError` where it reads text alone.
+    Raises `UserError` if it reads only text.
     """
     if language_model.vision is not None:
         return language_model.vision.inputs(language_model.model, ids, prompts, start)

@@ -1,4 +1,4 @@
-"""What is known of a model without its weights: config, tokenizer, end tokens, context."""
+"""Read what is known of a model without its weights: config, tokenizer, end tokens, context."""
 
 import json
 from collections.abc import Sequence
@@ -34,14 +34,14 @@ _IF_THERE: dict[str, Any] = {
     "_raise_exceptions_for_gated_repo": False,
 }
 TOKENS_OF_GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id")
-# What transformers raises for files that are not what they should be.
+# The errors that transformers raises for wrong files.
 _UNUSABLE_FILES = (OSError, ValueError, TypeError, KeyError, AttributeError)
 
 
 def load_model_config(name: str) -> PretrainedConfig:
-    """Load a model's config, of an adapter that of its base model.
+    """Load a model's config; for an adapter, that of its base model.
 
-    Raises `UserError` when `name` is no model.
+    Raises `UserError` if `name` is not a model.
     """
     base = base_model(name)
     what = f"model {base!r}" if base == name else f"model {base!r}, of adapter {name!r},"
@@ -60,7 +60,7 @@ def load_model_config(name: str) -> PretrainedConfig:
 def load_generation_config(name: str) -> GenerationConfig | None:
     """Load a model's `generation_config.json`, which may name end tokens; None without one.
 
-    Raises `UserError` for one that is damaged: its end tokens would be lost without a word.
+    Raises `UserError` if it is damaged, since its end tokens would be lost silently.
     """
     where = str(files_of(name))
     try:
@@ -76,9 +76,9 @@ def load_generation_config(name: str) -> GenerationConfig | None:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model, of an adapter its own where it has one.
+    """Load the tokenizer of a model; for an adapter, its own if it has one.
 
-    Raises `UserError` when there is none or it cannot be loaded.
+    Raises `UserError` if there is none or it cannot be loaded.
     """
     config = load_model_config(name)
     where = name if has_tokenizer(name) else files_of(name)
@@ -98,14 +98,14 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def _template_of_processor(where: Path | str) -> str | None:
-    """Read the chat template from the file of its own in which older models that see keep it, and
-    which transformers reads with a processor alone."""
+    """Read the chat template from the separate file of older vision models, which transformers
+    reads only with a processor."""
     found = cached_file(where, LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE, **_IF_THERE)
     return None if found is None else json.loads(Path(found).read_text("utf-8"))["chat_template"]
 
 
 def context_tokens(config: Any) -> int | None:
-    """Return the longest sequence a model can be used for; None when its config does not say."""
+    """Return the longest sequence that a model supports; None if its config does not state it."""
     stated = getattr(config.get_text_config(), "max_position_embeddings", None)
     limits = [limit for limit in (stated, longest_with_one_rope(config)) if limit is not None]
     return min(limits, default=None)
@@ -139,25 +139,26 @@ def end_token_ids(
 
 
 def token_id(tokenizer: Any, token: str, setting: str) -> int:
-    """Return the id of one token by its string. Raises `UserError` when there is no such token."""
+    """Return the id of one token by its string. Raises `UserError` if there is no such token."""
     found = tokenizer.get_vocab().get(token)
     if found is None:
         raise UserError(
-            f"{setting} names {token!r}, which is no single token of {tokenizer.name_or_path!r}; "
-            "correct it."
+            f"{setting} names {token!r}, which is not a single token of "
+            f"{tokenizer.name_or_path!r}; correct it."
         )
     return found
 
 
 def load_vision(name: str, tokenizer: Any) -> Vision | None:
-    """Return what makes token ids of pictures for a model whose weights are not loaded; None for
-    one that reads text alone."""
+    """Return the picture processor of a model whose weights are not loaded; None if it reads only
+    text."""
     config = load_model_config(name)
     return Vision(name, files_of(name), tokenizer, config) if sees(config) else None
 
 
 def unused_generation_settings(name: str) -> list[str]:
-    """List what a model's `generation_config.json` sets besides tokens, which rlad does not use."""
+    """List the settings besides tokens in a model's `generation_config.json`, which rlad does not
+    use."""
     generation = load_generation_config(name)
     table = generation.to_diff_dict() if generation is not None else {}
     known = (*TOKENS_OF_GENERATION, "transformers_version", "_from_model_config", "use_cache")
@@ -167,10 +168,10 @@ def unused_generation_settings(name: str) -> list[str]:
 
 
 def unusable(problem: str, error: Exception, advice: str) -> UserError:
-    """Return the sentence for files that transformers does not take; it runs no code of theirs."""
+    """Return the error for files that transformers does not accept; code in them is not run."""
     if "trust_remote_code" in str(error):
         reason = "it comes with Python code of its own, which rlad does not run"
-        advice = "take a model whose architecture and tokenizer transformers has itself"
+        advice = "use a model whose architecture and tokenizer are part of transformers"
     else:
         reason = first_line(error)
     return UserError(f"{problem} ({reason}); {advice}.")

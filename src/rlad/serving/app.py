@@ -1,6 +1,7 @@
-"""A small teacher server over transformers: of vLLM's `/v1/completions` what distillation needs.
+"""A small teacher server based on transformers. It supports the part of vLLM's `/v1/completions`
+that distillation needs.
 
-It is made for runs that trust each other. A server that strangers can reach should be vLLM.
+It is made for runs that trust each other. A public server should be vLLM.
 """
 
 import asyncio
@@ -49,7 +50,7 @@ class Job:
 
 
 class TeacherServer:
-    """The routes, and the queue of requests that wait for the model."""
+    """The server's routes, and the queue of requests that wait for the model."""
 
     def __init__(
         self,
@@ -139,7 +140,8 @@ class TeacherServer:
             job.answer = answer
 
     def compute(self, requests: Sequence[CompletionRequest]) -> list[dict[str, Any]]:
-        """Write and score what is asked; plain scores of one temperature share forward passes."""
+        """Write and score what is requested. Plain scores at one temperature share forward
+        passes."""
         texts = [self._written(asked) for asked in requests]
         scores: dict[int, list[dict[int, float]]] = {}
         # Scores without alternatives need no logits over the vocabulary in memory, so many texts of
@@ -162,7 +164,7 @@ class TeacherServer:
         ]
 
     def _written(self, asked: CompletionRequest) -> list[int]:
-        """The prompt with the tokens that the model writes after it, if any are wanted."""
+        """Return the prompt with the tokens that the model writes after it, if any are wanted."""
         if not asked.num_new_tokens:
             return asked.prompt
         (completion,) = sample(
@@ -180,7 +182,7 @@ class TeacherServer:
     def _scores_with_likeliest(
         self, asked: CompletionRequest, tokens: Sequence[int]
     ) -> list[dict[int, float]]:
-        """Score one text, with the likeliest tokens; logits exist for some positions at a time."""
+        """Score one text with its most likely tokens; logits exist for some positions at a time."""
         scores: list[dict[int, float]] = [{}]
         for logits in self.scorer_at(asked.score_temperature).logits_in_chunks(tokens):
             # Each chunk predicts the tokens that follow those scored already.

@@ -1,4 +1,4 @@
-"""The form of a completion request and of its answer: of vLLM's what distillation needs."""
+"""The form of a completion request and its answer: the part of vLLM's that distillation needs."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,26 +10,26 @@ from rlad.errors import UserError
 
 
 class CompletionRequest(BaseModel):
-    """The settings that are understood; any other could change the answer, and is refused."""
+    """The supported settings. Any other could change the answer, and is refused."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     model: str
     prompt: list[Annotated[int, Field(ge=0)]] = Field(min_length=2)
-    """token ids; of fewer than two no log-prob exists"""
+    """token ids; with fewer than two there is no log-prob"""
     max_tokens: int = Field(default=16, ge=0)
     temperature: float = Field(default=1.0, ge=0, le=100, allow_inf_nan=False)
     prompt_logprobs: Annotated[int, Field(ge=0, le=64)] | None = None
-    """how many of the likeliest tokens to report at each given one, beside that one"""
+    """number of most likely tokens to report at each given token, besides that token"""
     logprobs: Annotated[int, Field(ge=0, le=1)] | None = None
-    """of the tokens that are written, each by its id"""
+    """log-probs of the written tokens, each by its id"""
     return_tokens_as_token_ids: Literal[True] = True
     temper_prompt_logprobs: bool = False
-    """report log-probs at `temperature`, in place of the model's own, which are vLLM's"""
+    """report log-probs at `temperature`, instead of at temperature 1 as vLLM does"""
 
     @property
     def num_new_tokens(self) -> int:
-        """How many tokens to write at most.
+        """The most tokens to write.
 
         vLLM always writes at least one. So a request for `prompt_logprobs` with one new token, and
         no log-prob of that token, asks for scores alone.
@@ -44,7 +44,7 @@ class CompletionRequest(BaseModel):
 
 
 def parse_request(body: bytes) -> CompletionRequest:
-    """Read a request. `UserError` with one sentence where it is none."""
+    """Read a request. Raises `UserError` if it is not one."""
     try:
         return CompletionRequest.model_validate_json(body)
     except ValidationError as error:

@@ -48,7 +48,7 @@ def init(student: str | None, models: bool, **how: Any) -> None:
 @CONFIG_ARGUMENTS
 @click.option("--resume", is_flag=True, help="Continue the run that is in the run directory.")
 @click.option(
-    "--overwrite", is_flag=True, help="Delete the run that is in the run directory first."
+    "--overwrite", is_flag=True, help="First delete the run that is in the run directory."
 )
 @JSON_OPTION
 def train(arguments: tuple[str, ...], **how: bool) -> None:
@@ -72,21 +72,21 @@ def train(arguments: tuple[str, ...], **how: bool) -> None:
 @click.option(
     "--engine",
     type=click.Choice(["verl"]),
-    help="Also ask this engine, installed beside rlad, for our objectives.",
+    help="Also check whether this engine, installed with rlad, knows our objectives.",
 )
 @click.option(
     "--ranking",
     type=click.IntRange(min=1),
     metavar="PROBLEMS",
-    help="Also sample completions of so many training problems in full: does the teacher, shown "
+    help="Also sample complete answers to this many training problems: does the teacher, shown "
     "the answer or other completions, rank them as the verifier does?",
 )
 @click.option(
     "--nearest",
     type=click.IntRange(min=1),
     metavar="PROBLEMS",
-    help="Also have student and teacher solve so many validation problems, and show which methods "
-    "helped where others solved about as much.",
+    help="Also let student and teacher solve this many validation problems, and show which methods "
+    "helped in measured cases with similar results.",
 )
 @JSON_OPTION
 def check(arguments: tuple[str, ...], **how: Any) -> None:

@@ -1,4 +1,4 @@
-"""Models on the Hugging Face hub: where one is in its cache, and fetching it."""
+"""Models on the Hugging Face hub: find one in the cache, or fetch it."""
 
 import os
 from pathlib import Path
@@ -19,7 +19,7 @@ _FILES: dict[str, Any] = {
 
 
 def cached_folder(name: str) -> Path | None:
-    """Return where a model is in the cache with its config and all of its weights, or None."""
+    """Return the folder of a model in the cache, if its config and all weights are there."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -31,10 +31,10 @@ def cached_folder(name: str) -> Path | None:
 
 
 def fetch_model(name: str) -> Path:
-    """Fetch a model into the cache with huggingface_hub's progress bars; returns its folder.
+    """Fetch a model into the cache with huggingface_hub's progress bars; return its folder.
 
-    Raises `UserError` when the hub has no such model, does not give it out or has no safetensors of
-    it, `RunFailedError` without a connection.
+    Raises `UserError` if the hub has no such model, refuses access or has no safetensors of it, and
+    `RunFailedError` without a connection.
     """
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "0"
     import httpx2

