@@ -168,6 +168,6 @@ def test_the_student_itself_is_no_teacher(tmp_path):
     settings = {"peft_config": peft_config(), "teacher": model}
     with pytest.raises(
         ValueError,
-        match="teacher is the student's base model, whose weights teacher_is_sharded would split",
+        match="teacher is the student's base model, whose weights teacher_is_sharded would shard",
     ):
         make_trainer(tmp_path, "trrd", model=model, trainer=settings, teacher_is_sharded=True)
