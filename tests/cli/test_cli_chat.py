@@ -98,7 +98,7 @@ def test_tokens_are_marked_where_the_two_disagree():
 
 def test_a_conversation_that_fills_the_context_is_one_sentence(student):
     chat = Chat(student, load_config(None), temperature=0)
-    with pytest.raises(UserError, match="/new begins again"):
+    with pytest.raises(UserError, match="/new starts a new one"):
         chat.answer("word " * 5000, lambda piece: None)
     assert chat.messages == []
 

@@ -193,8 +193,8 @@ def test_the_splits_say_what_chose_what(runs, tmp_path):
     page, text, _ = report(runs, tmp_path, notes=["trrd: 1e-05"])
     for form in (page, text):
         assert (
-            "a run keeps as its best, and chose the learning rates, as the notes say. Report: the "
-            "test split" in form
+            "best checkpoint of a run, and selected the learning rates (see the notes). Report: "
+            "the test split" in form
         )
         assert told in form
     page, text, _ = report(runs, tmp_path)
@@ -206,7 +206,7 @@ def test_no_verdict_without_evidence(tmp_path):
     b = write_run(tmp_path / "b", correct=[0, 4, 4, 1, 2])
     _, text, _ = report([ReportedRun("grpo", a), ReportedRun("trrd", b)], tmp_path / "out")
     assert (
-        "with one seed. No method is ahead of grpo by these data: the difference of trrd is +5.0 "
+        "with one seed. These data show no method ahead of grpo: the difference of trrd is +5.0 "
         "points" in text
     )
 
@@ -711,9 +711,7 @@ def test_a_baseline_whose_runs_are_missing_ends_no_report(runs, tmp_path):
     page, text, _ = report(
         [*runs, ReportedRun("kdrl", tmp_path / "gone")], tmp_path / "out", baseline="kdrl"
     )
-    told = (
-        "No run of kdrl, the chosen baseline, is in this table: its methods are compared with grpo."
-    )
+    told = "This table has no run of kdrl, the chosen baseline; its methods are compared with grpo."
     assert told in page and told in text and "minus grpo" in table(text, "Test pass@1")["trrd"]
 
 
@@ -733,7 +731,7 @@ def test_sft_samples_nothing_and_the_teacher_of_gkd_works_in_the_update(tmp_path
     assert "Completion length by step. Not recorded by sft." in page and "Reward by step.<" in page
     for form in (page, text):
         assert (
-            "gkd: the teacher works inside the update" in form
+            "gkd: the teacher runs inside the update" in form
             and "sft: the student samples nothing" in form
         )
 
@@ -785,7 +783,7 @@ def test_command_takes_names_notes_and_baseline_from_a_comparison(tmp_path, give
     assert list(results) == ["TRRD, α = .5", *(["a baseline"] if both else []), "grpo"]
     assert f"minus {'a baseline' if both else 'grpo'}" in results["TRRD, α = .5"]
     assert (
-        "α = .5: 1e-05 of two" in page and "and chose the learning rates, as the notes say" in page
+        "α = .5: 1e-05 of two" in page and "and selected the learning rates (see the notes)" in page
     )
 
 

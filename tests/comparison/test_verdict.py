@@ -1,4 +1,4 @@
-"""The verdict of a report follows the interval: ahead, a hint, a tie, behind, not told apart."""
+"""The verdict of a report follows the interval: ahead, a hint, a tie, behind, no difference."""
 
 import random
 from typing import Any
@@ -49,13 +49,13 @@ def many(share: float, seeds: int, spread: float = 0.0, problems: int = 40) -> l
 def test_a_clear_lead_over_three_seeds_is_established_and_there_is_nothing_to_add(tmp_path):
     text = said(tmp_path, {"grpo": many(0.3, 3), "trrd": many(0.7, 3)})
     assert text.startswith("trrd is ahead of grpo by ")
-    assert "That is established" in text and "Next. Take trrd" in text
-    assert "What it could have seen. With 3 seeds and 40 test problems" in text
+    assert "This is established" in text and "Next. Use trrd" in text
+    assert "What it could have detected. With 3 seeds and 40 test problems" in text
 
 
 def test_two_seeds_are_a_hint(tmp_path):
     text = said(tmp_path, {"grpo": many(0.3, 2), "trrd": many(0.7, 2)})
-    assert "ahead of grpo by" in text and "a hint and not established: 2 seeds can" in text
+    assert "ahead of grpo by" in text and "a hint, not established: 2 seeds cannot" in text
     assert "established for this task" not in text and "at least 3 seeds" in text
 
 
@@ -67,7 +67,7 @@ def test_an_interval_that_holds_0_is_no_lead_whatever_p_says(tmp_path):
     found = methods[1].to_baseline
     assert found is not None and found.p_value < 0.05 and found.difference.low <= 0
     first = next(iter(verdict(methods, baseline)))[1]
-    assert "No method is ahead of grpo by these data" in first and "holds 0" in first
+    assert "These data show no method ahead of grpo" in first and "includes 0" in first
     assert "p =" not in first
 
 
@@ -75,7 +75,7 @@ def test_a_tie_is_said_as_one(tmp_path):
     same = many(0.5, 3)
     text = said(tmp_path, {"grpo": same, "trrd": same})
     assert text.startswith("grpo and trrd end at the same ")
-    assert "highest mean" not in text and "as good as equal" in text
+    assert "highest mean" not in text and "practically equal" in text
 
 
 def test_a_method_behind_and_one_ahead_are_both_named(tmp_path):
@@ -84,12 +84,12 @@ def test_a_method_behind_and_one_ahead_are_both_named(tmp_path):
         {"grpo": many(0.5, 3), "trrd": many(0.8, 3), "sft": many(0.2, 3), "opd": many(0.79, 3)},
     )
     assert "Behind grpo: sft" in text or "behind grpo: sft" in text
-    assert "lso ahead of grpo: " in text and "are not told apart (" in text
+    assert "lso ahead of grpo: " in text and "are not distinguishable (" in text
 
 
 def test_one_method_is_no_comparison(tmp_path):
     text = said(tmp_path, {"trrd": many(0.7, 1)})
-    assert "no verdict about the method" in text and "What it could have seen" not in text
+    assert "no verdict on the method" in text and "What it could have detected" not in text
 
 
 def test_wins_losses_and_the_cost_to_the_target_by_hand(tmp_path):

@@ -321,7 +321,7 @@ def test_two_processes_interrupted_by_ctrl_c_and_resumed(world, tmp_path):
         command = torchrun(arguments)
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-        printed = done.stdout.count("where it is, and what next")
+        printed = done.stdout.count("files and next commands")
         assert printed == 1, "the main process alone prints"
     found = remains(paths["stopped"])
     wanted = remains(paths["alone"])

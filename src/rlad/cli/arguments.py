@@ -1,4 +1,4 @@
-"""Arguments and options that several verbs share."""
+"""Arguments and options that several commands share."""
 
 import os
 import sys
@@ -20,12 +20,12 @@ JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print as JSO
 
 
 def load(arguments: Sequence[str]) -> "RunConfig":
-    """Load the config that the arguments of a verb name, with its overrides."""
+    """Load the config that a command's arguments name, with its overrides."""
     from rlad.config.file import load_config
 
     path, overrides = path_and_overrides(arguments)
-    # A user's own verifier is a module in the working directory, or next to the config. These come
-    # last, so that it hides no package.
+    # A user's own verifier is a module in the working directory or next to the config. These
+    # folders come last, so that such a module hides no package.
     sys.path += ["", *([str(Path(path).absolute().parent)] if path else [])]
     return load_config(path, overrides)
 

@@ -1,4 +1,4 @@
-"""`rlad chat`: talk to a student, and see what its teacher says of each token."""
+"""`rlad chat`: talk to a student, and see the teacher's log-ratio of each token."""
 
 import contextlib
 import math
@@ -28,18 +28,18 @@ from rlad.teachers.base import Teacher, TeacherRequest
 from rlad.text import printable
 
 _HELP = (
-    "/new begins again, /system TEXT sets the system prompt, /quit or Ctrl-D ends; Ctrl-C stops an "
-    "answer"
+    "/new starts a new conversation, /system TEXT sets the system prompt, /quit or Ctrl-D ends; "
+    "Ctrl-C stops an answer"
 )
 _OBJECTION = 0.5
-"""nats between student and teacher from which a token is coloured"""
+"""size of a log-ratio, in nats, beyond which a token is coloured"""
 _DISLIKED = "black on dark_goldenrod"
 _LIKED = "black on sea_green2"
 
 
 @dataclass(slots=True)
 class Chat:
-    """A conversation with a student, one answer after the other."""
+    """A conversation with a student."""
 
     student: LanguageModel
     config: RunConfig
@@ -49,11 +49,11 @@ class Chat:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the model reads texts, not chats: then each question is read by itself."""
+        """Whether the model has no chat template, so that each question is a separate prompt."""
         return is_plain(self.student.tokenizer, self.config.rollout.prompt_format)
 
     def prompt(self, question: str) -> list[int]:
-        """Return what the model reads: the conversation so far and the question."""
+        """Return the prompt's token ids: the conversation so far and the question."""
         self.messages.append(("user", question))
         asked = f"{question}\n" if self.is_plain else tuple(self.messages)
         student = self.student
@@ -62,8 +62,8 @@ class Chat:
         )
 
     def answer(self, question: str, show: Callable[[str], None]) -> tuple[list[int], list[int]]:
-        """Write an answer, piece by piece; return the ids of prompt and answer, of which Ctrl-C
-        keeps what is written."""
+        """Stream an answer to `show`, and return the token ids of prompt and answer. Ctrl-C stops
+        the answer and keeps what is written."""
         prompt = self.prompt(question)
         most = self._room(prompt)
         written = _Pieces(self.student.tokenizer, show)
@@ -99,14 +99,14 @@ class Chat:
         if most < 1:
             self.messages.pop()
             raise UserError(
-                f"the conversation has {len(prompt)} tokens, and the model reads {context}; /new "
-                "begins again."
+                f"the conversation has {len(prompt)} tokens, but the model's context is {context}; "
+                "/new starts a new one."
             )
         return most
 
     def log_ratios(self, prompt: list[int], answer: list[int]) -> list[float]:
-        """Score an answer: log student - log teacher of each token; NaN where the teacher says
-        nothing."""
+        """Return log student - log teacher of each token of an answer; NaN where the teacher has no
+        log-prob."""
         assert self.teacher is not None
         request = TeacherRequest(prompt, answer)
         if not self.teacher.speaks(request):
@@ -122,7 +122,7 @@ class Chat:
 
 
 class _Pieces(TextStreamer):
-    """Hands each finished piece of text on, and keeps the ids."""
+    """A streamer that passes on each finished piece of text, and collects the token ids."""
 
     def __init__(self, tokenizer: Any, show: Callable[[str], None]):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=False)
@@ -157,7 +157,7 @@ def run_chat(
     teacher_model: str | None,
     seed: int | None,
 ) -> None:
-    """Talk until the user ends it; in a pipe all of the input is one question."""
+    """Talk until the user ends the conversation. In a pipe, all of the input is one question."""
     console = Console(highlight=False)
     with Console(stderr=True).status("loading the model"):
         chat, model = _open(run_or_model, system, max_tokens, with_teacher, teacher_model)
@@ -196,12 +196,12 @@ def _open(
     if with_teacher or teacher_model is not None:
         if "teacher" not in table:
             raise UserError(
-                f"{run_or_model} has no teacher; name one with --teacher-model, such as a folder "
-                "or a Hugging Face name."
+                f"{run_or_model} has no teacher; give one by --teacher-model, as a folder or a "
+                "Hugging Face name."
             )
-        # The settings of the run, whose objective may ask no teacher.
+        # The run's own objective may have no teacher.
         table["objective"] = {"type": "trrd"}
-        # The student of a run keeps its base model, which may be its teacher's too.
+        # The student of a run keeps its base model, which its teacher may share.
         if model in EMBEDDED:
             table["student"]["model"] = model
         config = validated(RunConfig, table)
@@ -215,7 +215,8 @@ def _open(
     chat = Chat(student, config, 1.0, teacher)
     if chat.is_plain and system is not None:
         raise UserError(
-            f"{run_or_model} has no chat template, so a --system prompt has no place; leave it out."
+            f"{run_or_model} has no chat template, so it cannot have a --system prompt; leave it "
+            "out."
         )
     return chat, model
 
@@ -224,7 +225,7 @@ def _introduce(console: Console, chat: Chat, model: str) -> None:
     print_line(console, model, "bold")
     print_line(console, _HELP, "dim")
     if chat.is_plain:
-        note = "This model has no chat template: it continues each text by itself, as in training."
+        note = "This model has no chat template: each text is a separate prompt, as in training."
         print_line(console, note, "dim")
     if chat.teacher is not None:
         _print_legend(console)
@@ -232,7 +233,7 @@ def _introduce(console: Console, chat: Chat, model: str) -> None:
 
 def _talk(console: Console, chat: Chat) -> None:
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  # lines that can be edited, and their history
+        import readline  # noqa: F401  # makes lines editable, with a history
 
     while True:
         try:
@@ -244,7 +245,7 @@ def _talk(console: Console, chat: Chat) -> None:
             return
         if question == "/new":
             chat.messages.clear()
-            print_line(console, "a new conversation", "dim")
+            print_line(console, "new conversation", "dim")
         elif question.startswith("/system"):
             _set_system(console, chat, question.removeprefix("/system").strip())
         elif question.startswith("/"):
@@ -254,11 +255,11 @@ def _talk(console: Console, chat: Chat) -> None:
 
 
 def _try_turn(console: Console, chat: Chat, question: str) -> None:
-    """Answer a question; what is wrong with it, and Ctrl-C, do not end the conversation."""
+    """Answer a question. A user's mistake or Ctrl-C does not end the conversation."""
     num_before = len(chat.messages)
     try:
         _turn(console, chat, question)
-    except KeyboardInterrupt:  # before the first token, or in the teacher's view
+    except KeyboardInterrupt:  # before the first token, or while the teacher scores
         if len(chat.messages) == num_before + 1:
             chat.messages.pop()  # a question without an answer
         print_line(console, "stopped", "dim")
@@ -268,12 +269,12 @@ def _try_turn(console: Console, chat: Chat, question: str) -> None:
 
 def _set_system(console: Console, chat: Chat, text: str) -> None:
     if chat.is_plain:
-        print_line(console, "this model has no chat template, so no system prompt", "yellow")
+        print_line(console, "this model has no chat template for a system prompt", "yellow")
         return
     rollout = chat.config.rollout.model_copy(update={"system_prompt": text or None})
     chat.config = chat.config.model_copy(update={"rollout": rollout})
     chat.messages.clear()
-    print_line(console, "system prompt set; a new conversation", "dim")
+    print_line(console, "system prompt set; new conversation", "dim")
 
 
 def _turn(console: Console, chat: Chat, question: str) -> None:
@@ -299,11 +300,11 @@ def _print_legend(console: Console) -> None:
 def _print_opinion(
     console: Console, chat: Chat, answer: Sequence[int], ratios: Sequence[float]
 ) -> None:
-    """Print the answer again, coloured by log student - log teacher, and the token they disagree on
-    most; without colours such tokens are in brackets."""
+    """Print the answer again, coloured by log student - log teacher, and the token with the largest
+    one. Without colours, such tokens are in brackets."""
     finite = {i: ratio for i, ratio in enumerate(ratios) if math.isfinite(ratio)}
     if not finite:
-        print_line(console, "the teacher has nothing to say of this answer", "dim")
+        print_line(console, "the teacher has no log-probs for this answer", "dim")
         return
     tokens = [printable(str(chat.student.tokenizer.decode([one]))) for one in answer]
     console.print()
@@ -322,8 +323,7 @@ def _print_opinion(
 
 
 def opinion_text(tokens: Sequence[str], ratios: Sequence[float], *, with_marks: bool) -> Text:
-    """Colour each token by log student - log teacher: beyond the limit the teacher finds it less
-    likely, beyond its negative more likely."""
+    """Colour each token whose log student - log teacher is beyond the limit, above or below."""
     text = Text()
     for token, ratio in zip(tokens, ratios, strict=True):
         style, mark = "", ""

@@ -1,4 +1,4 @@
-"""`rlad check`: its page and its exit code."""
+"""`rlad check`: its output and its exit code."""
 
 import json
 import sys
@@ -23,7 +23,7 @@ def run_check(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Check a run and print what was found; exit code 2 when it cannot work."""
+    """Check a run and print the findings. The exit code is 2 if the run cannot work."""
     with Console(stderr=True).status("checking"):
         report = check_run(
             config,
@@ -42,7 +42,7 @@ def run_check(
 
 
 def print_report(report: CheckReport, console: Console) -> None:
-    """Print one screen: what differs from the defaults, what will be computed, findings."""
+    """Print the settings that differ from their defaults, what will be computed, and findings."""
     title = "settings (all others have their defaults; --json prints them all)"
     print_line(console, title, "bold")
     for key, value in changed_settings(report.config).items():

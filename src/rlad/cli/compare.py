@@ -1,4 +1,4 @@
-"""What a person sees of `rlad compare`: the plan, the progress over all runs, what is missing."""
+"""The output of `rlad compare`: the plan, the progress over all runs, and missing runs."""
 
 import html
 import re
@@ -21,7 +21,8 @@ from rlad.stopping import StopRequested
 
 
 def run_compare(comparison: CompareConfig, folder: Path, *, dry_run: bool, command: str) -> None:
-    """Do a comparison, or print its plan; exit code 1 when a run is missing from its report."""
+    """Run a comparison, or print its plan. The exit code is 1 if a run is missing from the
+    report."""
     console = Console()
     if dry_run:
         print_plan(console, comparison, folder)
@@ -48,7 +49,7 @@ def run_compare(comparison: CompareConfig, folder: Path, *, dry_run: bool, comma
             missing = compare(comparison, folder, progress=progress)
     except StopRequested as stopped:
         click.echo(
-            f"rlad: stopped by {stopped}; what was trained is kept, continue with: {command}",
+            f"rlad: stopped by {stopped}; all trained steps are kept, continue with: {command}",
             err=True,
         )
         sys.exit(EXIT_SIGNAL + stopped.signal_number)
@@ -61,7 +62,7 @@ def run_compare(comparison: CompareConfig, folder: Path, *, dry_run: bool, comma
 
 
 def print_results(console: Console, report: Path) -> None:
-    """Print verdict and first table of a report."""
+    """Print the verdict and the first table of a report."""
     _, _, *lines = report.read_text(encoding="utf-8").splitlines()
     plain = [html.unescape(re.sub(r"\\([^\w\s])", r"\1", line)) for line in lines]
     verdict = takewhile(lambda line: not line.startswith("## "), plain)
@@ -76,16 +77,16 @@ def print_results(console: Console, report: Path) -> None:
 def plan_comparison(
     comparison: CompareConfig, folder: Path, *, points: float, pilot: Path | None
 ) -> None:
-    """Print how many seeds and problems it takes to see a difference, and what the comparison as it
-    is planned can see."""
+    """Print which difference the planned comparison can detect, and how many seeds and problems are
+    needed to detect a difference of `points`."""
     console = Console(highlight=False)
     found = None
     if pilot is not None:
         found = read_pilot(pilot, comparison.baseline)
         if found is None:
             raise UserError(
-                f"--pilot {pilot} holds no two methods with two finished seeds in common, at "
-                "METHOD/seed-N or as rows of a results.jsonl; give one that does, or leave it out."
+                f"--pilot {pilot} has no two methods that share two finished seeds, at "
+                "METHOD/seed-N or as rows of a results.jsonl; give one that has, or leave it out."
             )
     else:
         found = read_pilot(Path(comparison.directory), comparison.baseline)
@@ -108,26 +109,26 @@ def _print_sight(console: Console, plan: Plan, num_methods: int) -> None:
     runs = f"{plan.seeds} seeds x {num_methods} methods"
     problems = f"{plan.problems:,} test problems"
     if plan.sees is None:
-        text = "With one seed it cannot tell methods apart: nobody knows how much seeds differ."
+        text = "With one seed it can detect no difference: the spread over seeds is unknown."
     else:
-        text = f"It sees a difference of {100 * plan.sees:.1f} points (power 80 %, test at 5 %)."
+        text = f"It can detect {100 * plan.sees:.1f} points (power 80 %, significance level 5 %)."
     print_line(console, f"As planned: {runs}, {problems} x {plan.completions} completions.")
     print_line(console, text, "bold")
-    print_line(console, f"\nTo see {wanted}:")
+    print_line(console, f"\nTo detect {wanted}:")
     for number, what, of in (
         (plan.seeds_needed, f"seeds with {problems}", "problems vary too much"),
         (plan.problems_needed, f"test problems with {plan.seeds} seeds", "seeds vary too much"),
     ):
-        said = f"{number:,} {what}" if number is not None else f"no number of {what}: {of}"
+        said = f"{number:,} {what}" if number is not None else f"no number of {what} will do: {of}"
         print_line(console, f"  {said}")
-    print_line(console, "\nSmallest difference that is seen, in points:")
+    print_line(console, "\nSmallest detectable difference, in points:")
     print_table(console, plan.table())
     s = plan.spread
     print_line(
         console,
         f"\nBased on {plan.source}.\nSpread of a difference: over seeds {100 * s.seed:.1f} points, "
-        f"over problems {100 * s.problem:.1f}, of one completion {100 * s.completion:.0f}. Several "
-        "comparisons at once (Holm) see a little less.",
+        f"over problems {100 * s.problem:.1f}, of one completion {100 * s.completion:.0f}. With "
+        "several comparisons at once (Holm), differences must be slightly larger.",
         "dim",
     )
 
@@ -137,7 +138,7 @@ def print_plan(console: Console, comparison: CompareConfig, folder: Path) -> Non
     tuning = [run for runs in tuning_runs(comparison, folder).values() for run in runs]
     runs = [*tuning, *final_runs(comparison, folder, {})]
     for run in runs:
-        # Before the tuning the learning rates are unknown, so settings cannot be compared.
+        # Learning rates are unknown before the tuning, so the settings cannot be compared.
         is_final = comparison.tuning is not None and run not in tuning
         is_done = run.directory.is_finished() if is_final else run.is_done()
         print_line(console, f"{'done ' if is_done else 'to do'}  {run.path}")
@@ -145,7 +146,8 @@ def print_plan(console: Console, comparison: CompareConfig, folder: Path) -> Non
     rollout = config.rollout
     print_line(
         console,
-        f"{len(runs)} runs, {len(tuning)} of them to choose learning rates, {comparison.jobs} side "
-        f"by side; each of {config.optimization.num_steps} steps with {rollout.prompts_per_batch} "
-        f"prompts x {rollout.group_size} rollouts per batch\nreport in {comparison.directory}",
+        f"{len(runs)} runs ({len(tuning)} to choose learning rates), {comparison.jobs} in "
+        f"parallel; each has {config.optimization.num_steps} steps with "
+        f"{rollout.prompts_per_batch} prompts x {rollout.group_size} rollouts per batch\n"
+        f"report in {comparison.directory}",
     )

@@ -1,4 +1,4 @@
-"""`rlad doctor`: what is printed of a diagnosis."""
+"""`rlad doctor`: the output of a diagnosis."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ from rlad.runs.doctor import diagnose
 
 
 def run_doctor(path: str, *, as_json: bool) -> None:
-    """Print what is wrong with a run, the worst first; exit code 1 when something is."""
+    """Print what is wrong with a run, the worst first. The exit code is 1 if something is."""
     diagnoses = diagnose(Path(path))
     if as_json:
         click.echo(json.dumps(diagnoses.to_json()))

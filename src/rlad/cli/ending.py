@@ -1,4 +1,4 @@
-"""How a command ends: sentences and exit codes for errors, and what happens to a full output."""
+"""How a command ends: error messages, exit codes, and output that cannot be written."""
 
 import io
 import os
@@ -25,13 +25,13 @@ from rlad.text import printable
 
 
 class Verbs(click.Group):
-    """A group of commands that decides how each of them ends."""
+    """The group of all commands, which handles their errors."""
 
     def invoke(self, context: click.Context) -> Any:
-        """Run a command: an error of rlad ends in its sentence and exit code, Ctrl-C in 130, a bug
-        in its traceback and 1."""
+        """Run a command. An error of rlad prints its message and sets its exit code, Ctrl-C sets
+        130, a bug prints its traceback and sets 1."""
         if not sys.warnoptions:
-            # What libraries plan to change is for those who develop with them.
+            # Planned changes of libraries concern developers, not users.
             warnings.simplefilter("ignore", FutureWarning)
         try:
             result = super().invoke(context)
@@ -46,7 +46,7 @@ class Verbs(click.Group):
             sentence = error.format_message() + _as_a_setting(error)
             raise click.UsageError(sentence, error.ctx) from None
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
-            raise  # click itself knows what to do with these
+            raise  # click handles these
         except Exception as error:
             if (failure := out_of_memory(error)) is not None:
                 _end(failure)
@@ -55,10 +55,10 @@ class Verbs(click.Group):
 
 
 class Output:
-    """Standard output or standard error, which may be a file on a full disk."""
+    """Standard output or standard error. It may be a file on a full disk."""
 
     def __init__(self, name: str, stream: io.TextIOWrapper):
-        # What the terminal's encoding cannot show is replaced.
+        # Characters that the terminal's encoding lacks are replaced.
         stream.reconfigure(errors="replace")
         self._name = name
         self._stream = stream
@@ -78,19 +78,19 @@ class Output:
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except BrokenPipeError:  # of `rlad ... | head`, which click knows
+        except BrokenPipeError:  # from `rlad ... | head`; click handles it
             raise
         except OSError as error:
-            # Nothing more can be said there, not even at the end of the process.
+            # Nothing more can be written there, not even at the end of the process.
             setattr(sys, self._name, open(os.devnull, "w"))  # noqa: SIM115
             which = {"stdout": "output", "stderr": "error"}[self._name]
             raise RunFailedError(
-                f"standard {which} cannot be written ({error.strerror}); make room for it."
+                f"standard {which} cannot be written ({error.strerror}); free some disk space."
             ) from None
 
 
 def _as_a_setting(error: click.NoSuchOption) -> str:
-    """Say which setting an option may be meant as, where the verb takes settings."""
+    """Suggest the setting that an unknown option may mean, if the command takes settings."""
     parameters = error.ctx.command.params if error.ctx else []
     if not any("KEY=VALUE" in str(parameter.metavar) for parameter in parameters):
         return ""
@@ -102,8 +102,8 @@ def _as_a_setting(error: click.NoSuchOption) -> str:
 
 
 def _end(error: RladError) -> NoReturn:
-    # Of the processes that a launcher has started on a host one says what all of them find wrong,
-    # and each what it alone has met.
+    # Among the processes that a launcher started on a host, only the first reports errors that all
+    # of them meet; each reports its own.
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
     if is_first or not isinstance(error, UserError | LostProcessError):
         for line in printable(str(error)).splitlines():

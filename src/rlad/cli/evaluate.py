@@ -1,4 +1,4 @@
-"""`rlad evaluate`: held-out figures of a run's best checkpoint or of any model."""
+"""`rlad evaluate`: results of a run's best checkpoint, or of any model, on held-out problems."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ from rlad.tasks import Split, make_task
 def run_evaluation(
     run_or_model: str, overrides: Sequence[str], *, as_json: bool, **how: Any
 ) -> None:
-    """Evaluate and print the summary, for a reader or as JSON."""
+    """Evaluate and print the summary, as a table or as JSON."""
     about, results = evaluate_run_or_model(run_or_model, overrides, **how)
     if as_json:
         click.echo(json.dumps(about | summarise([results]), default=asdict))
@@ -44,9 +44,9 @@ def evaluate_run_or_model(
     num_samples: int,
     output: Path | None,
 ) -> tuple[dict[str, str], list[ProblemResult]]:
-    """Evaluate each held-out problem; the results are also written to `output` as JSONL.
+    """Evaluate on each held-out problem, and write the results to `output` as JSONL, if given.
 
-    Returns which model, task and split they are of, and the results.
+    Returns the names of model, task and split, and the results.
     """
     if output is not None and (output.exists() or not output.parent.is_dir()):
         raise UserError(
@@ -78,27 +78,26 @@ def evaluate_run_or_model(
 
 
 def _config_and_model(run_or_model: str, overrides: Sequence[str]) -> tuple[RunConfig, str]:
-    """Return the config and the model, of which the task must be known."""
+    """Return the config and the model. The task must be known."""
     is_known = any(override.startswith(("task=", "task.type=")) for override in overrides)
     if not is_known and not brings_its_task(run_or_model):
         raise UserError(
-            f"{run_or_model!r} is no run directory, so its task is not known; add --task, for "
+            f"{run_or_model!r} is not a run directory, so its task is unknown; add --task, for "
             "example --task knights_and_knaves."
         )
     return resolve_run_or_model(run_or_model, overrides)
 
 
 def brings_its_task(run_or_model: str) -> bool:
-    """Whether it is a run, a checkpoint of one, or an embedded model."""
+    """Return whether the task is known: for a run, a checkpoint of one, or an embedded model."""
     path = Path(run_or_model)
     is_checkpoint = path.parent.name == CHECKPOINTS and RunDirectory(path.parents[1]).exists()
     return RunDirectory(path).exists() or is_checkpoint or run_or_model in EMBEDDED
 
 
 def resolve_run_or_model(run_or_model: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, str]:
-    """Return the config and the model: of a run its best checkpoint, of a checkpoint its run's
-    config, of an embedded model that of the example, of any other model the defaults."""
-    # Four things may be meant: a run, one of its checkpoints, an embedded model, any other model.
+    """Return the config and the model. For a run, this is its best checkpoint. A checkpoint has the
+    config of its run, an embedded model that of the example, and any other model the defaults."""
     path = Path(run_or_model)
     if RunDirectory(path).exists():
         return load_config(path, overrides), str(RunDirectory(path).best_checkpoint()[1])
@@ -112,7 +111,7 @@ def resolve_run_or_model(run_or_model: str, overrides: Sequence[str] = ()) -> tu
     if run_or_model in EMBEDDED:
         return load_config(None, overrides), run_or_model
     table = {"student": {"model": run_or_model}, "objective": {"type": "grpo"}}
-    table |= {"task": {"type": "knights_and_knaves"}}  # of what is not asked
+    table |= {"task": {"type": "knights_and_knaves"}}  # a placeholder
     return parse_config(parse_overrides(table, overrides)), run_or_model
 
 

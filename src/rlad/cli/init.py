@@ -1,4 +1,4 @@
-"""`rlad init`: the first config of a run, with what it is expected to take."""
+"""`rlad init`: the first config of a run, with estimates of its memory and time."""
 
 import re
 from importlib.util import find_spec
@@ -11,18 +11,18 @@ from rlad.errors import RunFailedError, UserError
 from rlad.models.known import FAMILIES, MODELS, known_pair
 
 _MODULES = {"quantization": "torchao"}
-"""what an extra installs, where that has another name"""
+"""modules of extras whose names differ"""
 
 
 def write_start(
     *, student: str, teacher: str | None, task: str, gpu: str, output: Path, overwrite: bool
 ) -> None:
-    """Write the config and say what the run is estimated to take."""
+    """Write the config, and print the estimated memory and time of the run."""
     if output.exists() and not overwrite:
         raise UserError(
             f"--output {output} exists already; give another file, or --overwrite to replace it."
         )
-    known_pair(student, teacher)  # before the seconds that the next import takes
+    known_pair(student, teacher)  # before the next import, which takes seconds
     console = Console(highlight=False)
     with Console(stderr=True).status("counting the models' weights"):
         from rlad.checks.start import plan_start
@@ -39,7 +39,7 @@ def write_start(
     rows = [
         ("GPU memory", f"about {start.needed_gib:.0f} of {device.memory:.0f} GiB ({device.title})"),
         ("time", f"about {start.hours}; with vLLM {start.hours_with_vllm}"),
-        ("based on", "the models' shapes and the GPU's data sheet; not measured by us"),
+        ("based on", "the models' shapes and the GPU's data sheet; not measured"),
     ]
     print_table(console, rows)
     print_line(console, "")

@@ -1,4 +1,4 @@
-"""The command line: the group of all verbs, and what is set before any of them."""
+"""The command line: the group of all commands, and the environment that they share."""
 
 import io
 import os
@@ -40,10 +40,10 @@ def main() -> None:
         os.getcwd()
     except FileNotFoundError:
         raise UserError("the current folder has been deleted; change to another one.") from None
-    # A loop of many small operations on few cores loses most of its time to threads that spin while
-    # they wait.
+    # With many small operations on few cores, threads that spin while waiting take most of the
+    # time.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # Ours is the only progress bar. What goes wrong in loading is raised as an error.
+    # rlad has its own progress bar. Problems in loading are raised as errors.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 

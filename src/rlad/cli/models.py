@@ -1,4 +1,4 @@
-"""`rlad models`: which models are at hand, and preparing one."""
+"""`rlad models`: list the available models, and prepare one."""
 
 from pathlib import Path
 
@@ -13,8 +13,8 @@ from rlad.models.without_weights import load_model_config
 
 
 def print_models() -> None:
-    """Print the embedded and the packaged models with their sizes on the disk; of one that is not
-    prepared, what it will take there."""
+    """Print the embedded and the packaged models with their sizes on the disk, or their expected
+    sizes if they are not prepared."""
     console = Console(highlight=False)
     rows = [("model", "      MB", "state", "")]
     for name, folder in EMBEDDED.items():
@@ -26,16 +26,16 @@ def print_models() -> None:
     print_table(console, rows)
     print_line(
         console,
-        "\nA folder or a Hugging Face name is a model too; `rlad models prepare NAME` fetches it "
-        "before a run, `hf cache ls` lists what is there.",
+        "\nA model may also be a folder or a Hugging Face name; `rlad models prepare NAME` "
+        "downloads it before a run, `hf cache ls` lists what is there.",
     )
 
 
 def prepare(name: str) -> Path:
-    """Make a model ready for use without a connection; returns its folder.
+    """Prepare a model for use without a connection, and return its folder.
 
-    Raises `UserError` for what is no model, `RunFailedError` when it cannot be fetched, converted
-    or stored.
+    Raises `UserError` if there is no such model, `RunFailedError` if it cannot be downloaded,
+    converted or stored.
     """
     if name in EMBEDDED:
         folder = EMBEDDED[name]

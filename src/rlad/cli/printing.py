@@ -1,5 +1,5 @@
-"""How commands print: text that nobody has checked is made harmless, and in a pipe each line stays
-whole."""
+"""How commands print: control characters in unchecked text are escaped, and lines are not wrapped
+in a pipe."""
 
 import textwrap
 from collections.abc import Sequence
@@ -18,20 +18,20 @@ def print_line(console: Console, text: str, style: str = "") -> None:
 
 
 def print_item(console: Console, text: str, style: str = "") -> None:
-    """Print one item of a list; a terminal's further lines of it are indented."""
+    """Print one item of a list. On a terminal it is wrapped, and further lines are indented."""
     width = console.width if console.is_terminal else len(text) + 1
     for line in textwrap.wrap(text, width, subsequent_indent=" " * 6, replace_whitespace=False):
         print_line(console, line, style)
 
 
 def print_finding(console: Console, level: str, subject: str, message: str) -> None:
-    """Print what was found about a subject, with the mark and the colour of its level."""
+    """Print a finding with the mark and the colour of its level."""
     mark, colour = _MARKS[level]
     print_item(console, f"  {mark} {subject}: {message}", colour)
 
 
 def print_table(console: Console, rows: Sequence[Sequence[str]]) -> None:
-    """Print rows whose columns are aligned."""
+    """Print rows with aligned columns."""
     texts = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     for row in texts:

@@ -1,4 +1,4 @@
-"""`rlad report`: a report from run directories, or from folders that hold some."""
+"""`rlad report`: a report on run directories, or on folders that contain some."""
 
 import math
 import os
@@ -18,20 +18,20 @@ def report_runs(
     baseline: str | None = None,
     figures: Path | None = None,
 ) -> Path:
-    """Write the report of all runs in and below `paths`; returns the HTML file.
+    """Write the report on all runs in and below `paths`, and return the HTML file.
 
-    Runs of a comparison get the names that it gave them, and come with its notes and, unless one is
-    given, its baseline.
+    Runs of a comparison keep its method names, its notes and, if `baseline` is None, its baseline.
     """
     folder = Path(output)
     runs_of = {path: list(_runs_in(Path(path))) for path in paths}
     empty = [path for path, runs in runs_of.items() if not runs]
     problem = ""
     if folder.exists() and not folder.is_dir():
-        problem = f"--output {folder} is a file; give a folder for {HTML} and what belongs to it."
+        problem = f"--output {folder} is a file; give a folder for {HTML} and its other files."
     elif empty or not paths:
         problem = (
-            f"no run found in {', '.join(empty)}; give run directories, or folders that hold some."
+            f"no run found in {', '.join(empty)}; give run directories, or folders that contain "
+            "some."
         )
     if problem:
         raise UserError(problem)
@@ -40,7 +40,7 @@ def report_runs(
     for runs in runs_of.values():
         reported = []
         for run in runs:
-            # The runs of a comparison lie at ROOT/runs/METHOD/seed-N.
+            # The runs of a comparison are at ROOT/runs/METHOD/seed-N.
             place = run.resolve().parent.parent
             if place.name == "runs" and place not in comparisons:
                 comparisons[place] = read_comparison_file(place.parent)
@@ -49,7 +49,7 @@ def report_runs(
         for _, method, run in sorted(reported, key=lambda row: row[0]):
             found.setdefault(run.resolve(), ReportedRun(method, run))
     named = [comparison for comparison in comparisons.values() if comparison]
-    # A comparison's baseline may be none of the runs that were given here.
+    # A comparison's baseline may not be among the given runs.
     methods = {run.method for run in found.values()}
     baselines = [each.baseline for each in named if each.baseline in methods]
     write_report(
@@ -64,11 +64,11 @@ def report_runs(
 
 
 def _runs_in(path: Path) -> Iterator[Path]:
-    """Find the runs in and below a path in the order of their names; those that tuned a comparison
-    are left out."""
+    """Find the runs in and below a path, in the order of their names, without the tuning runs of
+    comparisons."""
     for folder, subfolders, _ in os.walk(path):
         subfolders.sort()
-        # Runs that chose a learning rate would be counted as further seeds of their method.
+        # Tuning runs would be counted as further seeds of their method.
         if "tuning" in subfolders and "runs" in subfolders:
             subfolders.remove("tuning")
         if RunDirectory(Path(folder)).exists():
@@ -77,8 +77,8 @@ def _runs_in(path: Path) -> Iterator[Path]:
 
 
 def _place_and_method(run: Path, comparison: ComparisonFile | None) -> tuple[float, str]:
-    """Return the place of a run's method in its comparison (others come after those), and its name
-    there; else, where runs lie as METHOD/seed-N, that folder's; else the type of the objective."""
+    """Return the place of a run's method in its comparison (infinity if it has none), and its name:
+    that in the comparison, or the folder of a run at METHOD/seed-N, or the objective's type."""
     resolved = run.resolve()
     folder = resolved.parent.name
     methods = comparison.methods if comparison else {}

@@ -1,4 +1,4 @@
-"""`rlad sample`: graded completions of the student with the teacher's log-probs."""
+"""`rlad sample`: graded completions of the student, with the teacher's log-probs."""
 
 import json
 import math
@@ -30,7 +30,7 @@ Row = dict[str, Any]
 
 
 def show_samples(config: RunConfig, *, num_prompts: int, as_json: bool) -> None:
-    """Print graded completions, for a reader or as JSON lines."""
+    """Print graded completions, as text or as JSON lines."""
     rows = preview(config, num_prompts=num_prompts)
     if as_json:
         click.echo("\n".join(map(json.dumps, rows)))
@@ -39,12 +39,11 @@ def show_samples(config: RunConfig, *, num_prompts: int, as_json: bool) -> None:
 
 
 def preview(config: RunConfig, *, num_prompts: int) -> list[Row]:
-    """Grade and score completions of the first validation prompts; returns one row per completion.
+    """Grade and score completions of the first validation prompts; return one row per completion.
 
-    The student is the last checkpoint in the config's run directory when that holds this very run,
-    else the initial student.
+    The student is the last checkpoint in the config's run directory if that contains a run with
+    the same settings, otherwise the initial student.
     """
-    # A run directory of the same settings holds a student that is further on.
     run = RunDirectory(config.directory)
     is_this_run = run.exists() and load_config(run.path).digest == config.digest
     has_checkpoint = is_this_run and run.checkpoints()
@@ -85,11 +84,11 @@ def _pictures(group: RolloutGroup) -> Row:
 def _row(
     student: LanguageModel, prompt: str, rollout: Rollout, teacher_logprobs: Tensor | None
 ) -> Row:
-    """Describe one completion; None, as JSON has no NaN, for no reward or a token without score."""
+    """Describe one completion. A missing reward or score is None, as JSON has no NaN."""
     token_ids = list(rollout.completion.token_ids)
     completion = rollout.completion
     scores = [] if teacher_logprobs is None else teacher_logprobs.tolist()
-    if completion.actions is not None:  # of what the environment wrote nobody's opinion counts
+    if completion.actions is not None:  # tokens that the environment wrote are not scored
         scores = [x if a else math.nan for x, a in zip(scores, completion.actions, strict=False)]
     episode: Row = {}
     if completion.actions is not None:
@@ -114,8 +113,8 @@ def _row(
 
 
 def print_preview(rows: Iterable[Row], console: Console) -> None:
-    """Print each prompt once, then its completions with verdict, reward and log-ratio to the
-    teacher."""
+    """Print each prompt once, followed by its completions with verdict, reward and log-ratio to
+    the teacher."""
     shown = None
     for row in rows:
         if shown is None:
@@ -141,7 +140,7 @@ def print_preview(rows: Iterable[Row], console: Console) -> None:
 
 
 def _print_conversation(turns: Sequence[Row], console: Console) -> None:
-    """Print an episode: what the student said, and after it what the environment replied."""
+    """Print an episode: each turn of the student, and the reply of the environment."""
     for turn in turns:
         print_line(console, turn["text"].strip() or "(nothing)")
         reward = f"  [reward {turn['reward']:g}]" if turn["reward"] else ""
@@ -151,7 +150,7 @@ def _print_conversation(turns: Sequence[Row], console: Console) -> None:
 
 
 def _opinion(row: Row) -> str:
-    """Return the teacher's: mean of log πS - log πT over the tokens, and the token at which it is
+    """Describe log πS - log πT: its mean over the tokens, and the token where its size is
     largest."""
     scored: Sequence[float | None] = row["teacher_logprobs"] or []
     ratios = {i: row["student_logprobs"][i] - t for i, t in enumerate(scored) if t is not None}

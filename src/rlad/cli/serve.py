@@ -1,4 +1,4 @@
-"""`rlad serve-teacher`: vLLM where it is installed, else our own small server."""
+"""`rlad serve-teacher`: vLLM if it is installed, otherwise rlad's own small server."""
 
 import importlib.util
 import json
@@ -22,7 +22,7 @@ KEY_VARIABLE = "RLAD_TEACHER_API_KEY"
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
-    """The options of the command; None where the engine has its own default."""
+    """The options of the command. None means the engine's own default."""
 
     model: str
     engine: str = "auto"
@@ -41,7 +41,7 @@ class ServeOptions:
 
 
 def serve_teacher(options: ServeOptions) -> None:
-    """Serve until interrupted. `UserError` with one sentence when the server cannot start."""
+    """Serve until interrupted. Raises `UserError` if the server cannot start."""
     engine = options.engine
     if engine == "auto":
         engine = "rlad" if importlib.util.find_spec("vllm") is None else "vllm"
@@ -58,14 +58,13 @@ def serve_teacher(options: ServeOptions) -> None:
     else:
         listening.close()
         click.echo(
-            "vLLM is starting; it is ready when GET /health is answered. In your config:\n"
-            + section
+            "vLLM is starting; it is ready when GET /health responds. In your config:\n" + section
         )
         start_vllm(options, port, key)
 
 
 def require_servable(options: ServeOptions, engine: str, key: str | None) -> None:
-    """Raise `UserError` when the engine is not installed, or other machines could reach a server
+    """Raise `UserError` if the engine is not installed, or if other machines could reach the server
     without a key."""
     is_local = options.host in ("127.0.0.1", "::1", "localhost")
     problem = ""
@@ -74,23 +73,23 @@ def require_servable(options: ServeOptions, engine: str, key: str | None) -> Non
             require_package(package, "rlad's own teacher server", extra="serve")
     elif importlib.util.find_spec("vllm") is None:
         problem = (
-            "vllm is not installed in this environment; install it with rlad into one of its own, "
-            "or take --engine rlad."
+            "vllm is not installed in this environment; install it with rlad into a separate one, "
+            "or use --engine rlad."
         )
     elif options.device != "auto":
-        problem = "vLLM has no --device; leave it out, or take --engine rlad."
+        problem = "vLLM has no --device; leave it out, or use --engine rlad."
     if not (problem or key or options.without_key or is_local):
         problem = (
             f"host {options.host!r} can be reached from other machines: set the environment "
-            f"variable {KEY_VARIABLE} to a key that clients must send, or let anyone in with "
-            "--without-key."
+            f"variable {KEY_VARIABLE} to a key that clients must send, or allow access without "
+            "one by --without-key."
         )
     if problem:
         raise UserError(problem)
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Take the port before the model is loaded, so that nobody else can; port 0 is any free one."""
+    """Listen on the port before the model is loaded, to reserve it. Port 0 is any free one."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
@@ -101,8 +100,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def teacher_section(options: ServeOptions, port: int) -> str:
-    """Write what the config of a run needs to be taught by this server."""
-    # 0.0.0.0 means all addresses of this machine: others reach it by its name.
+    """Write the config section of a run that uses this server."""
+    # 0.0.0.0 means all addresses of this machine. Other machines reach it by its name.
     host = socket.gethostname() if options.host in ("0.0.0.0", "::") else options.host
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     return (
@@ -114,7 +113,7 @@ def teacher_section(options: ServeOptions, port: int) -> str:
 def run_own_server(
     options: ServeOptions, key: str | None, listening: socket.socket, section: str
 ) -> None:
-    """Load the model and serve it; say when requests are answered."""
+    """Load the model, print the config section, and serve."""
     import uvicorn
 
     from rlad.serving.app import UVICORN_SETTINGS, TeacherServer
@@ -131,16 +130,16 @@ def run_own_server(
         api_key=key,
     )
     server = uvicorn.Server(uvicorn.Config(teacher.app(), **UVICORN_SETTINGS))
-    # The socket listens already: what comes before the server takes it waits a moment.
+    # The socket listens already. Requests that arrive before the server starts wait a moment.
     click.echo(f"ready. In your config:\n{section}")
     server.run(sockets=[listening])
 
 
 def start_vllm(options: ServeOptions, port: int, key: str | None) -> NoReturn:
-    """Replace this process by vLLM: signals and exit code are its own.
+    """Replace this process by vLLM, which then receives the signals and sets the exit code.
 
-    Its log-probs are the model's own, sampling settings of the model's makers do not apply, nothing
-    is reported to anyone, and the key is where no list of processes shows it.
+    Log-probs are raw, the model's generation config is ignored, no usage statistics are sent, and
+    the key is not part of the command line.
     """
     flags: dict[str, object] = {
         "--model": located(options.model),
@@ -157,16 +156,16 @@ def start_vllm(options: ServeOptions, port: int, key: str | None) -> NoReturn:
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += [str(part) for flag in flags.items() if flag[1] is not None for part in flag]
     command.append("--disable-uvicorn-access-log")
-    # The route that scores a completion without its prompt, of newer versions only.
+    # The route that scores a completion without its prompt. Only newer versions have it.
     vllm = importlib.util.find_spec("vllm")
     if vllm and vllm.origin and (Path(vllm.origin).parent / "entrypoints/scale_out").is_dir():
         command.append("--enable-scale-out")
-    # The key goes by the environment, as every user of a machine can read command lines.
+    # Every user of a machine can read command lines, so the key is in the environment.
     environment = os.environ | {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     if key is not None:
         environment["VLLM_API_KEY"] = key
-    # A server on the CPU is for trying things out: it starts sooner without compilation, and needs
-    # little memory for its cache.
+    # A server on the CPU is for experiments. It starts sooner without compilation, and needs little
+    # memory for its cache.
     if pick_device("auto").type == "cpu":
         command.append("--enforce-eager")
         environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")

@@ -1,4 +1,4 @@
-"""`rlad train` in this process: progress, the result, and what to do after Ctrl-C."""
+"""`rlad train`: progress, the result, and how to continue after Ctrl-C."""
 
 import json
 import shlex
@@ -39,7 +39,7 @@ def run_training(config: RunConfig, *, resume: bool, overwrite: bool, as_json: b
 
 
 def print_summary(console: Console, result: TrainResult) -> None:
-    """Figures, a problem that was solved only after training, where everything is, and what to type
+    """Print results, a problem that is solved only after training, paths, and commands to run
     next."""
     _heading(console, "result")
     print_line(console, f"test pass@1 before  {result.before}")
@@ -49,7 +49,7 @@ def print_summary(console: Console, result: TrainResult) -> None:
         style="bold",
     )
     _print_example(console, RunDirectory(result.run_dir))
-    _heading(console, "where it is, and what next")
+    _heading(console, "files and next commands")
     print_line(console, f"run directory   {result.run_dir}  ({result.seconds:.0f} s)")
     model = RunDirectory(result.run_dir).checkpoints()[-1][1]
     print_line(console, f"model           {model}  (after the last step)")
@@ -59,17 +59,17 @@ def print_summary(console: Console, result: TrainResult) -> None:
 
 
 def _next_commands(run_dir: Path) -> dict[str, str]:
-    """Return what to type next, and what each command shows."""
+    """Return commands to run next, and what each of them shows."""
     run = shlex.quote(str(run_dir))
     config = load_config(run_dir)
     warned = [row["name"].replace("_", " ") for row in RunDirectory(run_dir).read(WARNINGS)]
-    opinion = " with the teacher's opinion of each" if config.teacher else ""
-    commands = {f"rlad doctor {run}": f"it was warned of: {', '.join(warned)}"} if warned else {}
+    opinion = " with their log-ratio to the teacher" if config.teacher else ""
+    commands = {f"rlad doctor {run}": f"there were warnings: {', '.join(warned)}"} if warned else {}
     commands |= {
         f"rlad evaluate {run} --num-samples 8": "mean@8 and pass@k of its best checkpoint, by "
         "difficulty",
         f"rlad sample {run}": f"graded completions{opinion}",
-        f"rlad chat {run}": "ask it something",
+        f"rlad chat {run}": "talk to the model",
         f"rlad export model {run}": "a plain Hugging Face folder of the checkpoint that is best on "
         "the validation problems",
         f"rlad list objectives {config.objective.type}": "the formula and its settings",
@@ -90,7 +90,7 @@ def _print_example(console: Console, run: RunDirectory) -> None:
     if not solved:
         return
     then, now = min(solved, key=lambda pair: len(pair[1]["first_completion"]))
-    _heading(console, "a test problem that it solves now")
+    _heading(console, "a test problem that is now solved")
     print_line(console, then["prompt"].strip(), style="bold")
     for when, result, colour in (("before", then, "red"), ("after", now, "green")):
         print_line(console, f"\n{when} training:", style=colour)

@@ -1,4 +1,4 @@
-"""`rlad watch`: a run while it trains, on the terminal or as a page of this machine."""
+"""`rlad watch`: show a run while it trains, in the terminal or as a local web page."""
 
 import itertools
 import textwrap
@@ -32,21 +32,21 @@ _SHARES = ("held-out pass@1", "gated, advantage > 0", "gated, advantage < 0")
 _LOOK = {
     "training": ("training", "green"),
     "finished": ("finished", "bold green"),
-    "stopped": ("stopped: no process trains it now", "yellow"),
+    "stopped": ("stopped: no process is training it", "yellow"),
 }
 _VERDICTS = {"correct": "green", "wrong": "red", "cannot_judge": "yellow"}
 
 
 def watch_run(path: Path, *, once: bool, page: bool, port: int) -> None:
-    """Show a run until it is finished or the user stops; in a pipe, or with `once`, show it as it
-    is now."""
+    """Show a run until it is finished or the user stops. In a pipe, or with `once`, show its
+    present state and return."""
     run = RunDirectory(path)
     snapshot = take_snapshot(run)
     console = Console(highlight=False)
     if page:
         _serve_page(console, run, port)
     elif once or not console.is_terminal:
-        # A pipe is as high as what is shown.
+        # A pipe has no height, so nothing is cut.
         height = console.height if console.is_terminal else 10_000
         console.print(render(snapshot, console.width, height))
     else:
@@ -65,23 +65,23 @@ def _follow(console: Console, run: RunDirectory, snapshot: Snapshot) -> None:
                     break
                 time.sleep(_POLL_SECONDS)
         except KeyboardInterrupt:
-            pass  # of the view alone: the run trains on
+            pass  # ends the view only; the run continues
     if snapshot.state == "training":
-        print_line(console, "The run trains on; `rlad watch` shows it again.")
+        print_line(console, "The run continues; `rlad watch` shows it again.")
 
 
 def _serve_page(console: Console, run: RunDirectory, port: int) -> None:
     from rlad.comparison.live_page import LivePageServer
 
     with LivePageServer(run, port) as server:
-        print_line(console, f"{server.address}   (this machine alone; Ctrl-C ends it)")
+        print_line(console, f"{server.address}   (this machine only; Ctrl-C closes it)")
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         try:
             while thread.is_alive():
                 thread.join(_POLL_SECONDS)
         except KeyboardInterrupt:
-            print_line(console, "\nThe page is closed; the run itself is not touched.")
+            print_line(console, "\nThe page is closed; the run is not affected.")
         finally:
             server.shutdown()
 
@@ -90,7 +90,7 @@ def _serve_page(console: Console, run: RunDirectory, port: int) -> None:
 
 
 def render(now: Snapshot, width: int, height: int) -> RenderableType:
-    """Lay out one screen: where the run is, its curves, its guards, and what it wrote last."""
+    """Lay out one screen: progress, curves, guards, and the last completions."""
     curves = _curves(now, max(20, width - 46))
     guards = _guards(now, width)
     num_lines = max(6, height - 12 - curves.row_count - len(guards))
@@ -116,9 +116,9 @@ def _head(now: Snapshot) -> RenderableType:
     )
     left = f"step {now.step} of {now.num_steps}"
     if now.seconds_per_step is not None:
-        left += f"   {now.seconds_per_step:.1f} s a step"
+        left += f"   {now.seconds_per_step:.1f} s per step"
     if now.state == "training" and now.seconds_left:
-        left += f"   about {duration(now.seconds_left)} of steps left"
+        left += f"   about {duration(now.seconds_left)} left"
     bar = ProgressBar(total=max(now.num_steps, 1), completed=now.step, width=16)
     line = Table.grid(padding=(0, 2))
     line.add_row(bar, left)
@@ -141,7 +141,7 @@ def _curves(now: Snapshot, width: int) -> Table:
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """Draw values as bars of text, each the mean of its share of them."""
+    """Draw values as bars of text. Each bar is the mean of neighbouring values."""
     num = min(len(values), width)
     edges = [round(i * len(values) / num) for i in range(num + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
@@ -153,7 +153,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 def _guards(now: Snapshot, width: int) -> list[RenderableType]:
     lines = [printable(text) for text in now.warnings[:3]]
-    lines += [f"{text}; the row is left out" for text in now.history.damage]
+    lines += [f"{text}; the row is ignored" for text in now.history.damage]
     return [Text(f"! {line}", style="yellow", no_wrap=False) for line in lines]
 
 
@@ -168,7 +168,7 @@ def _samples(now: Snapshot, width: int, num_lines: int) -> Text:
 
 
 def _sample_lines(now: Snapshot, width: int) -> Iterator[tuple[str, str]]:
-    """The prompt of the last step, and of its completions a correct and a wrong one first."""
+    """Yield the prompt of the last step, and one of its completions for each verdict."""
     if not now.samples:
         yield "nothing yet", "dim"
         return

@@ -17,7 +17,7 @@ OUR_SPREAD = Spread(seed=0.032, problem=0.098, both=0.0, completion=0.583)
 knights and knaves, four completions each; root mean squares."""
 OUR_SOURCE = (
     "our own comparison of eight methods (docs/results.md: embedded models, one task); another "
-    "task may well spread otherwise, so give a --pilot where you have one"
+    "task may have another spread, so give a --pilot if you have one"
 )
 SEEDS = (2, 3, 5, 8, 12, 20)
 PROBLEMS = (100, 300, 1000, 3000)
@@ -66,8 +66,8 @@ class Plan:
 
 def read_pilot(path: Path, baseline: str | None = None) -> tuple[Spread, str] | None:
     """Estimate the spread from a results.jsonl, or from the finished runs at METHOD/seed-N below a
-    folder. It is that of the pair of methods with the largest spread; None without two methods and
-    two common seeds. Raises `UserError` for any other file.
+    folder. It is the largest spread of a method's difference to the baseline; None without two
+    methods and two common seeds. Raises `UserError` for any other file.
     """
     rows = _rows_of_file(path) if path.is_file() else list(_rows_of_runs(path))
     correct: dict[str, dict[int, list[int]]] = {}
@@ -110,8 +110,8 @@ def _rows_of_file(path: Path) -> list[dict[str, Any]]:
         ]
     except (OSError, ValueError, KeyError, TypeError, UnicodeDecodeError):
         raise UserError(
-            f"--pilot {path} is not a results.jsonl of a report; give one, or the folder of a "
-            "comparison."
+            f"--pilot {path} is not a results.jsonl of a report; give such a file, or the folder "
+            "of a comparison."
         ) from None
 
 

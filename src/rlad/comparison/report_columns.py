@@ -60,7 +60,7 @@ def results_table(methods: Sequence[Method], baseline: str) -> Table:
             ("p", "paired permutation test by prompt, two-sided", lambda m: _p(m.p_value)),
             ("p, Holm", "corrected for the comparisons of this table", lambda m: _p(m.corrected_p)),
         ]
-    caption = "Test pass@1; sd, gain and difference in points; in brackets 95 % intervals"
+    caption = "Test pass@1; sd, gain and difference in points; 95 % intervals in brackets"
     return make_table(caption, methods, columns)
 
 
@@ -74,7 +74,7 @@ def breakdown_table(methods: Sequence[Method]) -> Table:
         meaning = "pass@1 on the test problems of this difficulty"
         columns.append((name, meaning, lambda m, name=name: estimate(m.by_difficulty[name])))
     if methods[0].ood:
-        meaning = "pass@1 on problems unlike those of the training"
+        meaning = "pass@1 on problems that differ from those of the training"
         columns.append(("out of distribution", meaning, lambda m: estimate(m.ood)))
     if not all(math.isnan(m.num_turns) for m in methods):
         meaning = "mean number of turns of an episode, solved or not"
@@ -91,14 +91,14 @@ def cost_table(methods: Sequence[Method]) -> Table:
     columns: list[Column] = [
         ("steps", "optimiser steps of a run", lambda m: number(m.num_steps)),
         ("seconds", "training time of a run", lambda m: number(m.total_seconds)),
-        ("s / step", "the same by step", lambda m: number(m.seconds_per_step, ",.2f")),
+        ("s / step", "training time of a step", lambda m: number(m.seconds_per_step, ",.2f")),
     ]
     for part in PARTS:
         meaning = "share of the training time"
         columns.append((part, meaning, lambda m, part=part: share(m.share_of_time(part))))
     sampled = "tokens of all rollouts of a run, written by the student"
     scored = "tokens that the teacher scored or wrote"
-    memory = "most memory that a run has held"
+    memory = "peak memory of a run"
     columns += [
         ("sampled tokens", sampled, lambda m: number(fmean(r.completion_tokens for r in m.runs))),
         ("teacher tokens", scored, lambda m: number(fmean(r.teacher_tokens for r in m.runs))),
@@ -112,10 +112,14 @@ def methods_table(methods: Sequence[Method]) -> Table:
     meaning = "`rlad list objectives NAME` explains it"
     columns: list[Column] = [
         ("objective", meaning, lambda m: Cell(m.config.objective.type)),
-        ("learning rate", "of AdamW", lambda m: number(m.config.optimization.learning_rate, "g")),
+        (
+            "learning rate",
+            "that of AdamW",
+            lambda m: number(m.config.optimization.learning_rate, "g"),
+        ),
         ("other settings that are not the default", "", _other_settings),
     ]
-    return make_table("What tells the methods apart", methods, columns)
+    return make_table("How the methods differ", methods, columns)
 
 
 def missing_table(missing: Sequence[MissingRun]) -> Table:
@@ -134,7 +138,7 @@ def phases_table(found: ImitationMap) -> Table:
         ("part of the run", ""),
         ("tokens", ""),
         *((fate.name, fate.meaning) for fate in FATES),
-        ("clamped", "the log-ratio to the teacher was beyond the clamp and was cut"),
+        ("clamped", "the log-ratio to the teacher was beyond the limit and was clamped"),
     ]
     rows = [
         [

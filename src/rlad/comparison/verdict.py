@@ -1,5 +1,5 @@
 """The verdict of a report: which method is ahead, whether that is established, what it cost, and
-what to do next. It follows from the interval of the difference, and claims no more."""
+what to do next. It claims no more than the interval of the difference shows."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -24,8 +24,8 @@ def verdict(methods: Sequence[Method], baseline: Method) -> Iterator[tuple[str, 
         text = (
             f"{best.name} starts at {best.before.mean:.1%} of the test problems (pass@1) and "
             f"reaches {estimate(best.after)}, {_over(len(best.runs))}: a gain of "
-            f"{points(best.gain)}. With nothing to compare it with, that is no verdict about the "
-            "method."
+            f"{points(best.gain)}. Without another method to compare with, this is no verdict on "
+            "the method."
         )
         yield "", text
         return
@@ -70,10 +70,10 @@ def _doubt(method: Method) -> str:
     assert method.to_baseline is not None
     num_seeds = method.to_baseline.num_seeds
     if num_seeds < FEWEST_SEEDS:
-        return f"{num_seeds} seed{'s' * (num_seeds > 1)} can hardly speak for other seeds"
+        return f"{num_seeds} seed{'s' * (num_seeds > 1)} cannot show what other seeds would give"
     if not method.corrected_p < LEVEL:
         return (
-            f"on these problems it may be chance (permutation test, corrected p = "
+            f"on these problems it may be due to chance (permutation test, corrected p = "
             f"{method.corrected_p:.3f})"
         )
     return ""
@@ -92,11 +92,11 @@ def _result(methods: Sequence[Method], baseline: Method, ahead: Sequence[Method]
         f"{estimate(baseline.after)}, {_over(num_seeds)}."
     )
     if doubt := _doubt(first):
-        text += f" That is a hint and not established: {doubt}."
+        text += f" This is a hint, not established: {doubt}."
     else:
         text += (
-            " That is established for this task and these models: 0 is outside of the interval, "
-            "which is over seeds and problems."
+            " This is established for this task and these models: the interval over seeds and "
+            "problems excludes 0."
         )
     return text
 
@@ -119,22 +119,26 @@ def _nobody_ahead(methods: Sequence[Method], baseline: Method) -> str:
     text += f", {_over(num_seeds)}. "
     if len(behind) == len(others):
         return text + f"{baseline.name} is ahead of {_list(others)}."
-    text += f"No method is ahead of {baseline.name} by these data"
+    text += f"These data show no method ahead of {baseline.name}"
     closest = max(others, key=lambda m: m.after.mean)
     found = _difference(closest)
     if found.low > 0 or found.high < 0:
         return f"{text}."
-    return f"{text}: the difference of {closest.name} is {points(found)}, and its interval holds 0."
+    return f"{text}: the difference of {closest.name} is {points(found)}; its interval includes 0."
 
 
 def _others(compared: Sequence[Method], baseline: Method, said: Sequence[Method]) -> str:
     """Say for each other method whether it is ahead, behind or not distinguishable."""
-    kinds: dict[str, list[Method]] = {"also ahead of": [], "behind": [], "not told apart from": []}
+    kinds: dict[str, list[Method]] = {
+        "also ahead of": [],
+        "behind": [],
+        "not distinguishable from": [],
+    }
     shown = max(compared, key=lambda m: m.after.mean) if said else None
     for m in compared:
         if m is shown:
             continue
-        kind = "not told apart from"
+        kind = "not distinguishable from"
         if _stands_apart(m):
             kind = "also ahead of" if _difference(m).low > 0 else "behind"
         kinds[kind].append(m)
@@ -159,8 +163,8 @@ def _shown(method: Method) -> str:
 def _against_runner_up(first: Method, second: Method) -> str:
     found = _compared(first, second).difference
     if found.low > 0:
-        return f" {first.name} is ahead of {second.name} too, by {_lead(found)}."
-    return f" {first.name} and {second.name} are not told apart ({points(found)})."
+        return f" {first.name} is also ahead of {second.name}, by {_lead(found)}."
+    return f" {first.name} and {second.name} are not distinguishable ({points(found)})."
 
 
 def _compared(first: Method, second: Method) -> Comparison:
@@ -168,20 +172,20 @@ def _compared(first: Method, second: Method) -> Comparison:
 
 
 def _cost(method: Method, baseline: Method) -> str:
-    """Say what a run of a method costs, compared with one of the baseline."""
+    """Say what a run of a method costs, compared with a run of the baseline."""
     seconds = method.total_seconds
     text = f"A run of {method.name} trained for {seconds:,.0f} s"
     if method is not baseline and baseline.total_seconds:
         ratio = seconds / baseline.total_seconds
         times = "as long as" if round(ratio, 2) == 1 else f"{ratio:.2f} times as long as"
-        text += f", {times} one of {baseline.name}"
+        text += f", {times} a run of {baseline.name}"
     tokens = sum(run.teacher_tokens for run in method.runs) / len(method.runs)
     if tokens > 0:
         text += f"; its teacher scored or wrote {tokens:,.0f} tokens"
-    return f"{text} (evaluation left out)."
+    return f"{text} (without evaluation)."
 
 
-# --- what the comparison could see, and what to do ------------------------------------------------
+# --- what the comparison could detect, and what to do ---------------------------------------------
 
 
 def _sight_and_next(
@@ -196,17 +200,18 @@ def _sight_and_next(
     if spread is None:
         yield (
             "Next.",
-            "Train more seeds: with one seed nobody knows how much seeds differ, nor what this "
-            "comparison could have seen. `rlad compare --plan` says how many it takes.",
+            "Train more seeds: with one seed the spread over seeds is unknown, and so is the "
+            "difference that this comparison could have detected. `rlad compare --plan` shows how "
+            "many seeds are needed.",
         )
         return
     num_seeds = aim.to_baseline.num_seeds
     least = smallest_difference(spread, num_seeds, num_problems, num_samples)
     yield (
-        "What it could have seen.",
+        "What it could have detected.",
         f"With {num_seeds} seeds and {num_problems} test problems, a true difference of "
-        f"{100 * least:.1f} points between {aim.name} and {baseline.name} is seen in 4 of 5 such "
-        "comparisons; smaller ones are missed more often.",
+        f"{100 * least:.1f} points between {aim.name} and {baseline.name} is detected in 4 of 5 "
+        "such comparisons; smaller ones are missed more often.",
     )
     yield "Next.", _next(aim, baseline, spread, num_seeds, num_problems, num_samples)
 
@@ -234,14 +239,13 @@ def _next(
     found = _difference(aim)
     if found.low > 0 and not _doubt(aim):
         return (
-            f"Take {aim.name} for this task and these models. For another task or pair the "
-            "question is open: compare there."
+            f"Use {aim.name} for this task and these models. For another task or pair of models, "
+            "compare again."
         )
     if abs(found.mean) < _SAME:
         return (
-            "The two are as good as equal here: a larger comparison would look for a difference "
-            "that hardly matters. Try another method, teacher or learning rate, or take the "
-            "cheaper one."
+            "The two are practically equal here: a larger comparison would look for a negligible "
+            "difference. Try another method, teacher or learning rate, or use the cheaper one."
         )
     seeds = seeds_needed(found.mean, spread, num_problems, num_samples)
     problems = problems_needed(found.mean, spread, num_seeds, num_samples)
@@ -254,13 +258,13 @@ def _next(
         ways.append(f"at least {FEWEST_SEEDS} seeds")
     if ways:
         return (
-            f"If the difference is what was found ({difference(found).text} points), "
-            f"{' or '.join(ways)} would establish it in 4 of 5 cases. The difference found may be "
-            "an accident: plan for the smallest one that matters to you (`rlad compare --plan`)."
+            f"If the true difference is the measured one ({difference(found).text} points), "
+            f"{' or '.join(ways)} would establish it in 4 of 5 cases. The measured one may be due "
+            "to chance: plan for the smallest that matters to you (`rlad compare --plan`)."
         )
     return (
-        "Another method, teacher or learning rate promises more than a larger comparison of these "
-        "two."
+        "Another method, teacher or learning rate is more promising than a larger comparison of "
+        "these two."
     )
 
 

@@ -1,4 +1,4 @@
-"""Verbs of many runs."""
+"""Commands for many runs."""
 
 import shlex
 from pathlib import Path
@@ -11,35 +11,37 @@ from rlad.cli.arguments import NEW_FOLDER, path_and_overrides
 @click.command()
 @click.argument("arguments", nargs=-1, metavar="[COMPARE.toml] [KEY=VALUE]...")
 @click.option(
-    "--dry-run", is_flag=True, help="Print the runs and which of them are done; train nothing."
+    "--dry-run", is_flag=True, help="Print the runs and which of them are done; do not train."
 )
 @click.option(
-    "--plan", is_flag=True, help="Say what it can see, and how many seeds and problems it takes."
+    "--plan",
+    is_flag=True,
+    help="Print the detectable difference, and the seeds and problems needed.",
 )
 @click.option(
     "--difference",
     "points",
     type=click.FloatRange(0.1, 100),
     default=5.0,
-    help="In points, for --plan.",
+    help="For --plan: the difference to detect, in points.",
 )
 @click.option(
     "--pilot",
     type=click.Path(path_type=Path),
-    help="For --plan: a comparison's folder or results.jsonl to take the spread from.",
+    help="For --plan: folder of a comparison, or a results.jsonl, to estimate the spread from.",
 )
 def compare(
     arguments: tuple[str, ...], dry_run: bool, plan: bool, points: float, pilot: Path | None
 ) -> None:
-    """Find out which method works, over several seeds.
+    """Compare methods over several seeds.
 
-    All methods have one budget, and there is one report of them.
+    All methods have the same budget, and one report shows them all.
 
-    COMPARE.toml names the methods, the seeds and the run that they share; without it the embedded
-    example is compared. KEY=VALUE changes one setting, for example 'seeds=[0,1,2,3,4]' or jobs=2.
+    COMPARE.toml contains the methods, the seeds and the run that they share; the default is the
+    embedded example. KEY=VALUE changes one setting, for example 'seeds=[0,1,2,3,4]' or jobs=2.
 
-    A comparison that is started again continues with what is missing. A run that fails is named in
-    the report, and the exit code is 1.
+    Run the command again to continue an interrupted comparison. The report lists failed runs, and
+    the exit code is then 1.
     """
     from rlad.config.comparison import load_comparison
 
@@ -61,17 +63,17 @@ def compare(
 @click.option(
     "--baseline",
     metavar="METHOD",
-    help="What the others are compared with; by default grpo, or else the first.",
+    help="Method that the others are compared with; by default grpo, or otherwise the first.",
 )
 @click.option(
-    "--figures", type=NEW_FOLDER, help="Folder for figures of a paper (PDF, SVG) and LaTeX."
+    "--figures", type=NEW_FOLDER, help="Folder for figures (PDF, SVG) and LaTeX tables of a paper."
 )
 def report(runs: tuple[str, ...], output: str, baseline: str | None, figures: Path | None) -> None:
-    """Make a report of runs that are there.
+    """Write a report on existing runs.
 
-    Tables with intervals, learning curves, cost, and what TRRD did with each token.
+    It has tables with intervals, learning curves, cost, and what TRRD did with each token.
 
-    RUNS are run directories, or folders that hold some.
+    RUNS are run directories, or folders that contain some.
     """
     from rich.console import Console
 

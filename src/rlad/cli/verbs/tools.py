@@ -1,4 +1,4 @@
-"""Verbs that serve, export, list and fetch."""
+"""Commands that serve, export, list and download."""
 
 import json
 from pathlib import Path
@@ -13,32 +13,32 @@ from rlad.cli.arguments import AT_LEAST_1, CONFIG_ARGUMENTS, JSON_OPTION, NEW_FO
 @click.argument("model")
 @click.option("--engine", type=click.Choice(["auto", "vllm", "rlad"]), default="auto")
 @click.option("--host", default="127.0.0.1", help="Address to listen on.")
-@click.option("--port", default=8000, type=click.IntRange(0, 65535), help="0 takes a free one.")
+@click.option("--port", default=8000, type=click.IntRange(0, 65535), help="0: any free port.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32")
 @click.option("--device", default="auto", help="Not for vLLM.")
 @click.option(
     "--tokens-per-batch",
     type=AT_LEAST_1,
-    help="Most tokens in one forward pass; 16384 without vLLM.",
+    help="Limit of tokens in one forward pass; 16384 without vLLM.",
 )
 @click.option(
     "--max-context-tokens",
     type=click.IntRange(min=2),
-    help="Longest text; by default what the model allows.",
+    help="Limit of prompt and completion; by default the model's.",
 )
 @click.option(
-    "--served-name", metavar="NAME", help="Name by which clients ask for it; by default MODEL."
+    "--served-name", metavar="NAME", help="Name of the model for clients; by default MODEL."
 )
-@click.option("--without-key", is_flag=True, help="Let other machines in without an API key.")
+@click.option("--without-key", is_flag=True, help="Allow other machines without an API key.")
 def serve_teacher(**options: Any) -> None:
     """Serve a teacher to runs on this or other machines.
 
-    MODEL is a folder, a Hugging Face name or embedded/teacher. The engine is vLLM where it is
-    installed, else a small server of rlad's own (rlad[serve]). What is printed at the start goes
-    into the config of a run.
+    MODEL is a folder, a Hugging Face name or embedded/teacher. The engine is vLLM if it is
+    installed, otherwise rlad's own small server (rlad[serve]). Copy the section that is printed at
+    the start into the config of a run.
 
-    Clients must send the key that is in the environment variable RLAD_TEACHER_API_KEY, if it is
-    set. rlad's own server is for runs that trust each other; a public server should be vLLM.
+    If the environment variable RLAD_TEACHER_API_KEY is set, clients must send this key. rlad's own
+    server is for runs that trust each other; use vLLM for a public server.
     """
     from rlad.cli.serve import ServeOptions
     from rlad.cli.serve import serve_teacher as serve
@@ -48,22 +48,20 @@ def serve_teacher(**options: Any) -> None:
 
 @click.group()
 def export() -> None:
-    """Write a trained model, or what another trainer needs."""
+    """Export a trained model, or a run for verl."""
 
 
 @export.command(name="model")
 @click.argument("run")
-@click.option(
-    "--checkpoint", default="best", metavar="best|last|STEP", help="best: on validation problems."
-)
+@click.option("--checkpoint", default="best", metavar="best|last|STEP", help="best: by validation.")
 @click.option("--output", type=NEW_FOLDER, help="New folder; default: RUN-model.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
-@click.option("--push", metavar="USER/NAME", help="Then push it with its card to the hub.")
-@click.option("--private", is_flag=True, help="Make a new repository of the hub private.")
+@click.option("--push", metavar="USER/NAME", help="Also push it to the hub, with its card.")
+@click.option("--private", is_flag=True, help="Make a new repository on the hub private.")
 def export_model(run: str, push: str | None, private: bool, **how: Any) -> None:
     """Write the model of run directory RUN as a plain Hugging Face folder.
 
-    Its LoRA adapter, if it has one, is merged into its base model.
+    A LoRA adapter is merged into its base model.
     """
     from rlad.export.hub import push_model, require_push
     from rlad.runs.directory import RunDirectory
@@ -89,8 +87,8 @@ def export_model(run: str, push: str | None, private: bool, **how: Any) -> None:
 def export_verl(arguments: tuple[str, ...], output: Path | None, **cluster: int) -> None:
     """Write a run's command, data and reward function for verl (clusters on Ray).
 
-    Needs no verl. Arguments are those of `rlad train`; what verl does differently is in the
-    comments of the command.
+    verl need not be installed. Arguments are those of `rlad train`; comments in the command list
+    what verl does differently.
     """
     config = load(arguments)
     from rlad.export.verl import export_verl as write
@@ -107,7 +105,7 @@ def export_verl(arguments: tuple[str, ...], output: Path | None, **cluster: int)
 def list_(what: str, name: str | None, as_json: bool) -> None:
     """List objectives, tasks, teachers and settings.
 
-    With NAME: its formula or meaning, and every setting with its default, as a config has it.
+    With NAME: its formula or meaning, and all settings with their defaults, in config syntax.
     """
     from rlad.config.catalogue import describe, names
 
@@ -123,7 +121,7 @@ def list_(what: str, name: str | None, as_json: bool) -> None:
 @click.group(invoke_without_command=True)
 @click.pass_context
 def models(context: click.Context) -> None:
-    """List models, or fetch and convert one."""
+    """List models, or download and convert one."""
     if context.invoked_subcommand is None:
         from rlad.cli.models import print_models
 
@@ -133,7 +131,7 @@ def models(context: click.Context) -> None:
 @models.command()
 @click.argument("name")
 def prepare(name: str) -> None:
-    """Fetch and convert model NAME, so that a run needs no connection."""
+    """Download and convert model NAME, so that runs need no connection."""
     from rlad.cli.models import prepare as prepare_model
 
     prepare_model(name)
