@@ -269,7 +269,7 @@ def test_a_run_with_a_skipped_step_says_so_and_goes_on(world, tmp_path, poison):
     with Console(file=io.StringIO()) as console, console.capture() as capture:
         print_summary(console, result)
     assert (
-        f"rlad doctor {run.path}\n    it was warned of: " in capture.get()
+        f"rlad doctor {run.path}\n    there were warnings: " in capture.get()
         and "skipped steps" in capture.get()
     )
     scores = load_file(run.path / "skipped-step-000003.safetensors")
