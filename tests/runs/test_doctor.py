@@ -177,7 +177,7 @@ def test_what_was_over_by_the_end_is_said_to_be(healthy):
     )
     (diagnosis,) = diagnose(healthy).found
     assert (diagnosis.name, diagnosis.step, diagnosis.value) == ("truncated", 8, 0.9)
-    assert diagnosis.message.endswith("never end. It was over by the last step.")
+    assert diagnosis.message.endswith("never end. By the last step this had ended.")
 
 
 # --- files ----------------------------------------------------------------------------------------

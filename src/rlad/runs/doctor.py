@@ -88,7 +88,7 @@ def diagnose(path: Path) -> Diagnoses:
     run = RunDirectory(path)
     if not run.exists():
         raise UserError(
-            f"there is no run in {path}; give the directory of a run, which holds config.toml and "
+            f"there is no run in {path}; give the directory of a run, with config.toml and "
             "run.json."
         )
     # Damaged rows are reported; the checks use the others.
@@ -96,7 +96,7 @@ def diagnose(path: Path) -> Diagnoses:
     damaged = [*history.damage, *first_damage(read_rows(run, SAMPLES, Row))]
     evidence = Evidence(run, load_config(path), history, run.is_locked())
     found = [
-        Diagnosis("error", "unreadable_file", f"{sentence}; put back a copy of that file.")
+        Diagnosis("error", "unreadable_file", f"{sentence}; restore a copy of that file.")
         for sentence in damaged
     ]
     found += wrong_steps(history)
@@ -109,18 +109,18 @@ def diagnose(path: Path) -> Diagnoses:
 
 
 def wrong_steps(history: History) -> Iterator[Diagnosis]:
-    """Find steps that are missing from a file, or more than once in it."""
+    """Find steps that are missing from a file or occur in it more than once."""
     numbers = [int(row["step"]) for row in history.steps]
     repair = (
-        f"put back a copy of {METRICS}, or start the run again with --overwrite; figures and time "
-        "limits count its rows"
+        f"restore a copy of {METRICS}, or start the run again with --overwrite; figures and time "
+        "limits depend on its rows"
     )
     # Count gaps between neighbours, since a damaged number may be arbitrarily large.
     gaps = [(low + 1, high - low - 1) for low, high in pairwise(sorted({0, *numbers}))]
     num_missing = sum(length for _, length in gaps)
     if num_missing:
         first = next(start for start, length in gaps if length)
-        which = f"{num_missing} steps, the first is {first}" if num_missing > 1 else f"step {first}"
+        which = f"{num_missing} steps, first step {first}" if num_missing > 1 else f"step {first}"
         yield Diagnosis("error", "steps_missing", f"{METRICS} lacks {which}: {repair}.", first)
     # There is one row per step, and for evaluations one row per step and split.
     evaluations = Counter((row.step, row.split) for row in history.evaluations)
@@ -129,8 +129,8 @@ def wrong_steps(history: History) -> Iterator[Diagnosis]:
     doubled = next(((name, step) for name, step, count in counts if count > 1), None)
     if doubled:
         message = (
-            f"{doubled[0]} has more than one row of step {doubled[1]}: two processes may have "
-            f"written it; {repair}."
+            f"{doubled[0]} has more than one row for step {doubled[1]}: two processes may have "
+            f"written to it; {repair}."
         )
         yield Diagnosis("error", "steps_doubled", message, doubled[1])
 
@@ -139,18 +139,20 @@ def _checkpoints(evidence: Evidence) -> Iterator[Diagnosis]:
     run = evidence.run
     reasons = {path: damage(path) for _, path in run.checkpoints()}
     whole = [path.name for path, reason in reasons.items() if reason is None]
-    then = "no whole one is left: start again with --overwrite"
+    then = "no intact checkpoint is left, so start again with --overwrite"
     if whole:
-        then = f"`{evidence.resume}` takes {whole[-1]}"
+        then = f"`{evidence.resume}` then uses {whole[-1]}"
     for path, reason in reasons.items():
         if reason is not None:
             message = (
-                f"checkpoint {path.name} is damaged ({reason}): put back a copy of it, or leave "
+                f"checkpoint {path.name} is damaged ({reason}): restore a copy of it, or ignore "
                 f"it: {then}."
             )
             yield Diagnosis("error", "damaged_checkpoint", message)
     for path in sorted((run.path / CHECKPOINTS).glob("damaged-*")):
-        message = f"{path.name} was found damaged by a resumed run; it may be deleted."
+        message = (
+            f"{path.name} is a damaged checkpoint that a resumed run renamed; it may be deleted."
+        )
         yield Diagnosis("note", "set_aside_checkpoint", message)
 
 
@@ -167,7 +169,7 @@ def _versions(evidence: Evidence) -> Iterator[Diagnosis]:
     try:
         first = _Session.model_validate_json((evidence.run.path / ENVIRONMENT).read_bytes())
     except (OSError, ValidationError):
-        message = f"{ENVIRONMENT} is not what a run has written; put back a copy of it."
+        message = f"{ENVIRONMENT} is not a file that a run has written; restore a copy of it."
         yield Diagnosis("error", "unreadable_file", message)
         return
     for before, after in pairwise([first, *first.resumed]):
@@ -179,8 +181,8 @@ def _versions(evidence: Evidence) -> Iterator[Diagnosis]:
             if new[name] != old.get(name)
         ]
         message = (
-            f"resumed after step {after.step} with {', '.join(changes)}: it is not bit for bit the "
-            "run that it would have been."
+            f"resumed after step {after.step} with {', '.join(changes)}: it is not bit for bit "
+            "equal to an uninterrupted run."
         )
         yield Diagnosis("note", "resumed_with_other_versions", message, after.step)
 
@@ -189,7 +191,7 @@ def _progress(evidence: Evidence) -> Iterator[Diagnosis]:
     if evidence.run.is_finished():
         return
     if evidence.is_training:
-        message = "a process is training here now; this is what it has done so far."
+        message = "a process is still training this run; the findings are those so far."
         yield Diagnosis("note", "training", message)
         return
     checkpoints = evidence.run.checkpoints()
@@ -209,7 +211,7 @@ def _guards(evidence: Evidence) -> Iterator[Diagnosis]:
     watch = Watch(evidence.config)
     warnings = [warning for row in evidence.history.steps for warning in watch.see(row)]
     for each in warnings:
-        after = "" if watch.still_speaks(each.name) else " It was over by the last step."
+        after = "" if watch.still_speaks(each.name) else " By the last step this had ended."
         message = f"from step {each.step} on: {each.message}{after}"
         yield Diagnosis("warning", each.name, message, each.step, each.value, each.limit)
 
@@ -229,8 +231,8 @@ def _learning(evidence: Evidence) -> Iterator[Diagnosis]:
     if best is not first and now.high < best.low:
         message = (
             f"validation pass@1 was {best.mean:.1%} at step {best_row.step} and is "
-            f"{now.mean:.1%} now, beyond both intervals: the student has unlearned what it could. "
-            "Use that checkpoint, or train again with a lower optimization.learning_rate, fewer "
+            f"{now.mean:.1%} now, and the intervals do not overlap: the student has got worse. Use "
+            "that checkpoint, or train again with a lower optimization.learning_rate, fewer "
             "steps, or optimization.kl_coef."
         )
         yield Diagnosis("warning", "best_long_ago", message, best_row.step, now.high, best.low)
@@ -243,10 +245,10 @@ def _learning(evidence: Evidence) -> Iterator[Diagnosis]:
         yield Diagnosis("warning", "worse_than_before", message, last_step, now.high, first.low)
     elif all(first.low <= row.pass_at_1.mean <= first.high for row in rows):
         message = (
-            f"validation pass@1 never left the interval that it had before training, "
-            f"{first.low:.1%} to {first.high:.1%}: nothing was learned that can be seen. Train "
-            "longer or with a higher optimization.learning_rate, take problems that the student "
-            "solves sometimes, or measure on more (evaluation.num_validation_problems)."
+            f"validation pass@1 never left its interval from before training, {first.low:.1%} to "
+            f"{first.high:.1%}: no learning can be detected. Train longer or with a higher "
+            "optimization.learning_rate, use problems that the student solves sometimes, or "
+            "measure on more (evaluation.num_validation_problems)."
         )
         yield Diagnosis("warning", "no_learning", message, last_step)
 

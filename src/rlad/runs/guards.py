@@ -1,5 +1,5 @@
-"""The guards against wrong numbers: a table of limits that is used by a run while it trains, by
-`rlad doctor` afterwards and by the trial of `rlad check` before.
+"""The guards against wrong numbers: a table of limits. It is used by the trial of `rlad check`
+before a run, by the run while it trains, and by `rlad doctor` afterwards.
 
 A guard reads one metric of the steps so far, as rows of metrics.jsonl. It warns once, at the first
 step at which its figure is beyond its limit. Most figures are medians of several steps, so that a
@@ -79,7 +79,7 @@ def jump(metric: str, window: int, before: int) -> Condition:
     return Condition(metric, f"median of {window} steps over that of the {before} before", figure)
 
 
-# --- metrics that are made of others --------------------------------------------------------------
+# --- derived metrics ------------------------------------------------------------------------------
 
 
 def _dropped_share(row: Row) -> float | None:
@@ -91,7 +91,7 @@ def _dropped_share(row: Row) -> float | None:
 
 
 def _gated_share(row: Row) -> float | None:
-    # The two gates are separate: a mean would hide one that closes fully behind one that is idle.
+    # The two gates are separate: in a mean, an inactive gate would hide one that closes fully.
     keys = ("objective/gated_positive/frac", "objective/gated_negative/frac")
     return max((row[key] for key in keys if key in row), default=None)
 
@@ -101,7 +101,7 @@ def _distance_to_teacher(row: Row) -> float | None:
 
 
 def _spoken_share(row: Row) -> float | None:
-    # Recorded where it is not 1, in the first step on each rollout batch.
+    # It is recorded in the first step on each rollout batch, if it is not 1.
     return row.get("teacher/speaks/frac", 1.0 if "teacher/tokens/count" in row else None)
 
 
@@ -157,64 +157,64 @@ GUARDS: tuple[Guard, ...] = (
     Guard(
         "sampler_mismatch",
         recent("sampler/mismatch/mean", 1).above(1e-3),
-        "sampler and trainer give different log-probs to the same tokens of the same weights, by "
-        "more than rounding to float32 can",
-        "look for what they compute differently: temperature, prompt template, precision, a model "
+        "the log-probs of sampler and trainer for the same tokens and weights differ by more than "
+        "float32 rounding",
+        "find out what they compute differently: temperature, prompt template, precision, a model "
         "with dropout",
         lambda config: config.student.dtype == "float32" and not config.rollout.max_staleness,
     ),
     Guard(
         "sampler_mismatch_bfloat16",
         recent("sampler/mismatch/mean", 1).above(0.05),
-        "sampler and trainer give different log-probs to the same tokens of the same weights, by "
-        "more than rounding to bfloat16 usually does",
-        "look for what they compute differently: temperature, prompt template, a model with "
+        "the log-probs of sampler and trainer for the same tokens and weights differ by more than "
+        "bfloat16 rounding usually explains",
+        "find out what they compute differently: temperature, prompt template, a model with "
         "dropout; or set student.dtype = float32",
         lambda config: config.student.dtype != "float32" and not config.rollout.max_staleness,
     ),
     Guard(
         "teacher_coverage",
         recent(DROPPED, 3).above(0.01),
-        "the teacher (or the reference) leaves tokens without a finite log-prob, and they train "
-        "nothing",
-        "check that it answers in full and does not overflow (bfloat16 instead of float16); "
-        "optimization.max_missing_teacher_share says when the run stops",
+        "tokens without a finite log-prob of the teacher (or the reference) are left out of the "
+        "training",
+        "check that its answers are complete and that it does not overflow (use bfloat16 instead "
+        "of float16); optimization.max_missing_teacher_share sets when the run stops",
     ),
     Guard(
         "teacher_far_away",
-        # Of half the tokens: the few on which a good teacher disagrees strongly do not count.
-        # Models of one family differ by some hundredths or tenths of a nat there; unrelated
-        # vocabularies or prompt formats give several nats.
+        # The median ignores the few tokens on which a good teacher disagrees strongly. Models of
+        # one family differ by hundredths or tenths of a nat; unrelated vocabularies or prompt
+        # formats differ by several nats.
         recent(DISTANCE, 5).above(1.0),
         "the teacher finds half of the student's own tokens very unlikely",
-        "compare vocabulary, prompt format and temperature of the two; `rlad check` shows samples' "
-        "figures",
+        "compare vocabulary, prompt format and temperature of the two; `rlad check` shows the "
+        "log-ratios of samples",
     ),
     Guard(
         "silent_teacher",
         recent(SPEAKS, 5).below(0.01),
-        "the teacher is silent on next to all completions, as there is nothing to show it or "
-        "objective.teacher_on rules them out, and teaches nothing",
-        "take easier problems or a larger rollout.group_size, show it more (answer or feedback in "
+        "the teacher scores almost no completions, because it has nothing to be shown or "
+        "objective.teacher_on excludes them, so it has no effect",
+        "use easier problems or a larger rollout.group_size, show it more (answer or feedback in "
         "teacher.context), or set objective.teacher_on = all",
     ),
     Guard(
         "nearly_all_gated",
-        # Gates are meant for the tokens on which teacher and reward disagree, the minority for a
-        # teacher that knows the task.
+        # Gates are for tokens on which teacher and reward disagree. With a teacher that knows the
+        # task these are a minority.
         recent(GATED, 5).above(0.5),
-        "most tokens of one sign of advantage get no gradient",
-        "raise objective.alpha or the clips or take another teacher; without a teacher in the "
-        "ratio, take fewer "
+        "most tokens with one sign of the advantage get no gradient",
+        "raise objective.alpha or the clips, or use another teacher; if the ratio has no teacher, "
+        "set fewer "
         "optimization.steps_per_rollout_batch or a lower optimization.learning_rate",
     ),
     Guard(
         "nearly_none_gated",
         recent(GATED, 20).below(1e-4),
-        "the teacher holds back and protects next to no token, so TRRD acts like GRPO",
-        "lower objective.alpha, raise objective.teacher_log_ratio_clip, or take a teacher that "
-        "differs from the student",
-        # An `ema` teacher begins as the student itself: no gates are what is to be expected.
+        "the teacher holds back or protects almost no tokens, so TRRD acts like GRPO",
+        "lower objective.alpha, raise objective.teacher_log_ratio_clip, or use a teacher that "
+        "differs more from the student",
+        # An `ema` teacher starts as the student itself, so gates are not expected.
         lambda config: (
             config.objective.gates_by_teacher
             and config.teacher is not None
@@ -224,16 +224,15 @@ GUARDS: tuple[Guard, ...] = (
     Guard(
         "entropy_collapse",
         change("student/entropy/mean", 5, 0.01).below(0.2),
-        "the student has become nearly certain of every token: its rollouts of a prompt will be "
-        "alike and teach nothing",
+        "the student has become nearly certain of every token: the rollouts of a prompt will be "
+        "the same, so nothing is learned from them",
         "lower optimization.learning_rate, raise objective.clip_high, or set optimization.kl_coef",
     ),
     Guard(
         "entropy_explosion",
         change("student/entropy/mean", 5, 0.1).above(4.0),
-        "the student's tokens become random",
-        "lower optimization.learning_rate or set optimization.kl_coef; an earlier checkpoint is "
-        "the better student",
+        "the student's tokens are becoming random",
+        "lower optimization.learning_rate or set optimization.kl_coef; use an earlier checkpoint",
     ),
     Guard(
         "length_collapse",
@@ -253,7 +252,7 @@ GUARDS: tuple[Guard, ...] = (
     Guard(
         "truncated",
         recent("rollout/truncated/frac", 5).above(0.5),
-        "most completions are cut off before their end, and what is cut off is mostly graded wrong",
+        "most completions are truncated, and truncated completions are mostly graded wrong",
         "raise rollout.max_completion_tokens, or look in samples.jsonl for completions that never "
         "end",
     ),
@@ -261,21 +260,21 @@ GUARDS: tuple[Guard, ...] = (
         "zero_variance",
         recent("reward/zero_variance/frac", 10).above(0.9),
         "in nearly all groups every rollout has the same reward, so nothing is learned from them",
-        "take easier problems if reward/mean is near 0 and harder ones if it is near 1, or raise "
+        "use easier problems if reward/mean is near 0 and harder ones if it is near 1, or raise "
         "rollout.group_size",
         lambda config: config.objective.uses_reward,
     ),
     Guard(
         "cannot_judge",
         recent("reward/cannot_judge/frac", 5).above(0.2),
-        "the verifier cannot judge many completions, and they train nothing",
-        "read samples.jsonl for what it is given; raise its time limit, or fix the verifier or "
-        "the reference answers",
+        "the verifier cannot judge many completions, and these are left out of the training",
+        "read its inputs in samples.jsonl; raise its time limit, or fix the verifier or the "
+        "reference answers",
     ),
     Guard(
         "nothing_accepted",
         recent("objective/scored_completions/frac", 3).below(0.01),
-        "the verifier calls next to none of the teacher's completions correct, so there is nothing "
+        "the verifier finds almost none of the teacher's completions correct, so there is nothing "
         "to train on",
         "use a better teacher or easier problems, or set objective.rejection = false",
         lambda config: config.objective.counted_rollouts == "correct",
@@ -284,26 +283,26 @@ GUARDS: tuple[Guard, ...] = (
         "identical_completions",
         recent("rollout/repeated/frac", 5).above(0.8),
         "most rollouts of a group are the same text, so there is nothing to compare",
-        "raise rollout.temperature, or take problems whose answers need more than a few tokens",
+        "raise rollout.temperature, or use problems whose answers need more than a few tokens",
     ),
     Guard(
         "ratio_explosion",
         recent("objective/ratio/max", 5).above(100.0),
-        "some tokens weigh a hundred times what they should, where the clip does not hold "
+        "some tokens have a weight of more than a hundred, where the clip does not apply "
         "(negative advantages)",
-        "set objective.teacher_log_ratio_clip = 1.0 or objective.dual_clip, or take fewer "
+        "set objective.teacher_log_ratio_clip = 1.0 or objective.dual_clip, or set fewer "
         "optimization.steps_per_rollout_batch",
     ),
     Guard(
         "kl_explosion",
         recent("reference/kl/mean", 5).above(1.0),
-        "the student is a nat per token away from where it began, in spite of the KL leash",
+        "the student is more than a nat per token away from the reference, despite the KL leash",
         "raise optimization.kl_coef or lower optimization.learning_rate",
     ),
     Guard(
         "gradient_spikes",
         jump("optimization/gradient_norm", 3, 20).above(10.0),
-        "the gradient is many times as long as it was for twenty steps",
+        "the gradient norm is many times that of the previous twenty steps",
         "lower optimization.learning_rate or optimization.max_grad_norm; read samples.jsonl of "
         "these steps",
     ),
@@ -333,8 +332,8 @@ def json_number(value: float | None) -> float | str | None:
 
 
 class Watch:
-    """The state of all guards, which reads the rows of metrics.jsonl one after the other. It
-    depends only on these rows, so it is the same in a resumed run."""
+    """The state of all guards, updated with each row of metrics.jsonl. It depends only on these
+    rows, so it is the same in a resumed run."""
 
     def __init__(self, config: RunConfig):
         self.guards = {guard.name: guard for guard in GUARDS if guard.concerns(config)}
@@ -346,7 +345,7 @@ class Watch:
 
     def see(self, row: Mapping[str, Any]) -> list[GuardWarning]:
         """Return the warnings after this step. Each guard warns once."""
-        # From here on NaN counts as "not recorded": it would spoil medians and compare as false.
+        # NaN counts as "not recorded", since it would spoil medians and compare as false.
         row = numbers_of(row)
         is_skipped = bool(row.get("optimization/skipped/count"))
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if is_skipped else 0
