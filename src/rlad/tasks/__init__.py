@@ -1,5 +1,5 @@
-"""Tasks: sources of problems with a verifier. `TASKS` names what makes each; the config says what
-they are. Nothing heavy is imported until a task is made."""
+"""Tasks: sources of problems with a verifier. `TASKS` maps each name to its constructor; the config
+documents them. Nothing heavy is imported until a task is made."""
 
 from collections.abc import Callable
 from functools import partial
@@ -54,7 +54,7 @@ class _Table(Section):
 
 
 def make_task(type: str, **options: Any) -> Task:
-    """Build the task `type` (a name in `TASKS`) with its options. `UserError` for a name or an
-    option that there is not, and for whatever the task itself refuses."""
+    """Build the task `type` (a name in `TASKS`) with its options. Raises `UserError` for an unknown
+    name or option, and for what the task itself refuses."""
     section = validated(_Table, {"task": {"type": type} | options}).task
     return TASKS[type](**section.model_dump(exclude={"type"}))

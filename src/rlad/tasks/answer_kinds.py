@@ -1,5 +1,5 @@
-"""What an answer to a mathematical problem may be: a value with its unit, several of them, an
-interval, an equation, a time, a text, ...; or that it is not understood."""
+"""The kinds of answers to mathematical problems: a value with its unit, several values, an
+interval, an equation, a time, a text, ..., or a text that cannot be read."""
 
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -8,8 +8,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class MeasuredIn:
-    """A unit: what it measures (the words of an unknown one), how much of that it is, and the value
-    of 1 of it where it may be left out (percent, degrees)."""
+    """A unit: the quantity that it measures (for an unknown unit, its words), its size, and, for
+    units that may be left out (percent, degrees), the value of 1 of it."""
 
     kind: tuple[str, ...]
     size: Any = None
@@ -22,12 +22,12 @@ class Value:
     unit: MeasuredIn | None = None
     name: str = ""
     num_digits: int = 0
-    """significant ones of a decimal; 0 for what is no decimal"""
+    """significant digits of a decimal; 0 if it is not a decimal"""
     last_place: Any = 0
     product: Any = None
-    """what it is if its unit is no unit but variables"""
+    """the value if the letters of its unit are variables instead"""
     is_grouped: bool = False
-    """whether commas are between its thousands"""
+    """whether it has commas between thousands"""
 
     def unnamed(self) -> "Value":
         return replace(self, name="")
@@ -38,12 +38,12 @@ class Text:
     words: str
     written: str
     product: Any = None
-    """what it is if its letters are variables"""
+    """the value if its letters are variables"""
 
 
 @dataclass(frozen=True)
 class Several:
-    """A `list` without brackets, a `tuple` with some, or a `set`."""
+    """Several answers: a `list` (no brackets), a `tuple` (with brackets) or a `set`."""
 
     kind: str
     items: tuple[Any, ...]
@@ -61,7 +61,8 @@ class Interval:
 
 @dataclass(frozen=True)
 class Equation:
-    """`expression` is 0; below 0 for the signs < and \\le; not 0 for \\ne."""
+    """The statement that `expression` is 0; for < and \\le that it is below (or equal to) 0, for
+    \\ne that it is not 0."""
 
     sign: str
     expression: Any
@@ -120,8 +121,8 @@ class Colons:
 
 @dataclass(frozen=True)
 class NotRead:
-    """A text that is not understood; or that says what cannot be (`is_false`), 7 = 42, or what the
-    answer is not (`is_denied`)."""
+    """A text that cannot be read, or that states something false (`is_false`), such as 7 = 42, or
+    says what the answer is not (`is_denied`)."""
 
     written: str
     is_false: bool = field(default=False, compare=False)

@@ -1,7 +1,7 @@
 """The answer in a completion: pure functions that never raise on any text.
 
-All of them are linear in the length of the text and look at its last `MAX_COMPLETION_CHARACTERS`
-only.
+All of them are linear in the length of the text, and read only its last
+`MAX_COMPLETION_CHARACTERS`.
 """
 
 import re
@@ -18,10 +18,10 @@ MAX_COMPLETION_CHARACTERS = 200_000
 IDLE_NAMES = frozenset(
     ("answer", "ans", "result", "total", "value", "sum", "solution", "final", "output", "number")
 ) | {"so", "thus", "hence", "therefore"}
-"""Names before a value that say only that it is the answer"""
+"""Names before a value that only mark it as the answer"""
 
-# Models write **Answer**: and __Answer:__ as well as Answer:, and colons of their own script. In
-# "counteranswer:", "non-answer:" and "my_answer:" it is a part of another word.
+# Models write **Answer**: and __Answer:__ as well as Answer:, and use colons of other scripts. In
+# "counteranswer:", "non-answer:" and "my_answer:" the word is a part of another word.
 _ANSWER_MARKER = re.compile(
     r"(?<![^\W_])(?<![^\W_]_)(?<![-\N{HYPHEN}\N{NON-BREAKING HYPHEN}])answer"
     r"(?:[*_`~}\t \xa0]|</(?:b|i|em|strong)>)*+"
@@ -32,7 +32,7 @@ _CLOSING_MARKS = re.compile(r"(?:\s|}|</(?:b|i|em|strong)>|[*_`~]++(?=\s|$))+")
 _WORD_AND_STOP = re.compile(r"[^\W\d]\.[*_` ]*$")
 _WHOLE = re.compile(rf"\n|</?answer>|\\boxed\{{|{_WORD_AND_STOP.pattern}")
 _CUT = "\N{HORIZONTAL ELLIPSIS}"
-"""in place of a last line that was cut off"""
+"""replaces a last line that was cut off"""
 _TAG_BEFORE = re.compile(
     r"<answer>([^<>]*+)</answer>(?:[^\w<>]|\b(?:or|and|maybe|perhaps|possibly|also)\b)*+\Z",
     re.IGNORECASE,
@@ -40,15 +40,15 @@ _TAG_BEFORE = re.compile(
 _MARKS = "*_`"
 _DONE = " \t\r\N{CHECK MARK}\N{HEAVY CHECK MARK}\N{WHITE HEAVY CHECK MARK}\N{VARIATION SELECTOR-16}"
 _CLOSING_SENTENCE = re.compile(r"I hope (?:it|this) is correct[.!]?$")
-# Each run of marks is tried once, from its beginning: no pattern goes back over what it has read.
+# Each run of marks is tried once, from its start: no pattern backtracks.
 _CLOSING_MARK = re.compile(r"(?:(?<!\*)\*{2,}+|(?<!_)_{2,}+|(?<!`)`{2,}+|[*_`](?=\.))\.*+$")
 
 
 def outside_thoughts(completion: str) -> str:
-    """Take away all from `<think>` to `</think>`, or from the beginning where the prompt has
-    written the first; "" where a `<think>` is not closed.
+    """Remove everything from `<think>` to `</think>`, or from the start of the text if the prompt
+    contains the first `<think>`. Return "" if a `<think>` is not closed.
 
-    What a model only thinks is no answer yet: it weighs several.
+    Thoughts are not answers: they may weigh several.
     """
     *closed, last = completion.split("</think>")
     if "<think>" in last:
@@ -58,12 +58,12 @@ def outside_thoughts(completion: str) -> str:
 
 
 def marked_answer(completion: str) -> str | None:
-    """Find the text in the last `<answer>` tag, else all text after the last `Answer:`; None when
-    neither is there.
+    """Find the text in the last `<answer>` tag, or otherwise all text after the last `Answer:`;
+    None without either.
 
-    "" for a tag that is not closed: the completion may have been cut off within its answer.
+    Return "" for a tag that is not closed: the completion may have been truncated in its answer.
     """
-    # The last one counts: earlier ones are part of the reasoning, or quote the instructions.
+    # The last one counts. Earlier ones are part of the reasoning, or quote the instructions.
     text = outside_thoughts(completion)[-MAX_COMPLETION_CHARACTERS:]
     tagged = _tagged_answer(text)
     if tagged is not None:
@@ -85,8 +85,8 @@ def _tagged_answer(text: str) -> str | None:
 
 
 def _after_marker(whole: str, marker: re.Match[str]) -> str:
-    """Return what follows a marker, without the rest of the marker's markdown: `**Answer:** 42`,
-    `**Answer: 42**`."""
+    """Return the text after a marker, without the closing markdown of the marker:
+    `**Answer:** 42`, `**Answer: 42**`."""
     before = whole[: marker.start()].rpartition("\n")[2]
     tail = whole[marker.end() :]
     closing = _CLOSING_MARKS.match(tail)
@@ -95,19 +95,19 @@ def _after_marker(whole: str, marker: re.Match[str]) -> str:
     bare = line.rstrip(_DONE)
     end = bare.rstrip(_MARKS)
     mark = bare[len(end) :]
-    # Marks that end the first line but begin nowhere in it have begun before the marker, or are a
-    # part of the answer, as in A*.
+    # Marks that end the first line but do not begin in it began before the marker, or are part of
+    # the answer, as in A*.
     if mark and mark not in end and (mark[0] in before or len(mark) > 1):
         text = end.rstrip() + newline + rest
     return _without_marks(text)
 
 
 def without_cut_answer(text: str) -> str:
-    """Cut from a text that the token limit cut off what follows its last `Answer:`, if it ends in
-    the first line there.
+    """Remove the answer after the last `Answer:` of a truncated text, if the text ends in the first
+    line of that answer.
 
     `Answer: 4` may be the beginning of `Answer: 42`. A line that ends with a word and a full stop
-    stays, and so do answers with an end of their own, `<answer>` and `\\boxed{`.
+    is kept, and so are answers that have an end mark, `<answer>` and `\\boxed{`.
     """
     last = _last_match(_ANSWER_MARKER, text)
     if last is None or _WHOLE.search(text[last.end() :].lstrip("*_`~} \t\r\n")):
@@ -116,9 +116,9 @@ def without_cut_answer(text: str) -> str:
 
 
 def without_cut_ending(text: str) -> str:
-    """Cut from a text that the token limit cut off its last answer, if it ends in that. Where no
-    answer is marked, add a line that says so, as its last one would be taken for the answer: `so
-    18` may be the beginning of `so 180`."""
+    """Remove the last answer of a truncated text, if the text ends in it. If no answer is marked,
+    add a line that shows the cut, as otherwise the last line would be read as the answer: `so 18`
+    may be the beginning of `so 180`."""
     text = without_cut_answer(text)
     if text.endswith("\n") or _WORD_AND_STOP.search(text) or decided_answer(text)[1]:
         return text
@@ -126,12 +126,12 @@ def without_cut_ending(text: str) -> str:
 
 
 def without_note(text: str) -> str:
-    """Take the line of `without_cut_ending` away again."""
+    """Remove the line that `without_cut_ending` added."""
     return text.removesuffix(f"\n{_CUT}")
 
 
 def _without_marks(text: str) -> str:
-    """Take away marks around the whole text: `**2**`, `` `2` ``."""
+    """Remove marks around the whole text: `**2**`, `` `2` ``."""
     text = text.strip()
     for mark in ("***", "**", "__", "*", "_", "`"):
         inner = text[len(mark) : -len(mark)]
@@ -141,10 +141,11 @@ def _without_marks(text: str) -> str:
 
 
 def final_answer(completion: str) -> str:
-    r"""Find the text in the last `<answer>` tag, else in the last `\boxed{...}` or after the last
-    `Answer:`, whichever is later, else the last line that is not empty; "" where there is none.
+    r"""Find the text in the last `<answer>` tag; without one, that in the last `\boxed{...}` or
+    after the last `Answer:`, whichever is later; without these, the last line that is not empty;
+    otherwise "".
 
-    A box within the tag, or after the marker, is the answer there.
+    If there is a box within the tag or after the marker, its content is the answer.
     """
     found, _ = decided_answer(completion)
     return found
@@ -160,7 +161,7 @@ def decided_answer(completion: str) -> tuple[str, bool]:
     last = _last_match(_ANSWER_MARKER, text)
     marked = "" if last is None else _after_marker(text, last)
     box_start = text.rfind(r"\boxed{")
-    # An "Answer:" that nothing follows does not take back a box before it.
+    # An "Answer:" without text after it does not replace a box before it.
     if box_start >= 0 and (not marked or last is None or box_start > last.start()):
         found, after = in_braces(text[box_start + len(r"\boxed{") :])
         found = _without_marks(found)
@@ -174,7 +175,7 @@ def decided_answer(completion: str) -> tuple[str, bool]:
 
 
 def _after_hashes(answer: str) -> str:
-    """Find what follows the last `####`, as in the solutions of GSM8K; "" without one."""
+    """Find the text after the last `####`, as in the solutions of GSM8K; "" without one."""
     _, mark, found = answer.rpartition("####")
     return found.strip() if mark else ""
 
@@ -185,12 +186,12 @@ ANSWER_FORMATS: dict[str, Callable[[str], str]] = {
     "boxed": lambda answer: boxed_answer(answer[-MAX_COMPLETION_CHARACTERS:]) or "",
     "last": final_answer,
 }
-"""How a reference answer is found in the field that holds it: "" where it is not there"""
+"""How a reference answer is found in its field; "" if there is none"""
 
 
 def first_line(answer: str) -> str:
-    r"""Find the first line of a final answer, without the remarks that may follow; "" where they
-    take it back. A formula that begins with `$$`, `\[` or a fence is taken whole."""
+    r"""Find the first line of a final answer, without remarks after it; "" if these take it back. A
+    formula that begins with `$$`, `\[` or a fence is read whole."""
     text = answer.strip()
     for opening, closing in (("$$", "$$"), (r"\[", r"\]"), ("```", "```")):
         if text.startswith(opening):
@@ -204,7 +205,7 @@ def first_line(answer: str) -> str:
 
 
 def normalised(text: str) -> str:
-    """Return `text` without case, differences of white space, markdown around words, and full
+    """Return `text` in one case and with single spaces, without markdown around words and full
     stops after words."""
     text = unicodedata.normalize("NFC", text[-MAX_COMPLETION_CHARACTERS:])
     text = text.replace("\N{MINUS SIGN}", "-").replace("\N{LATIN CAPITAL LETTER SHARP S}", "ß")
@@ -212,12 +213,12 @@ def normalised(text: str) -> str:
     words = "ß".join(part.casefold() for part in text.split("ß")).split()
     words = [word for word in words if word.strip("#") or word == "#"] or words
     words = [_CLOSING_MARK.sub("", word) or word for word in words]
-    # Only at the ends of words, so that x**2, 2*3 and snake_case stay what they are; and what ends
-    # a word without having begun one, as in C# and A*, is a part of it.
+    # Marks are removed only at the ends of words, so that x**2, 2*3 and snake_case stay unchanged.
+    # A mark that ends a word but begins none, as in C# and A*, is part of the word.
     opened = {word[0] for word in words if word[0] in "*_`#" and word.strip("*_`#")}
     closing = "".join(opened) + "."
     bare = " ".join(word.lstrip("*_`#").rstrip(closing) or word for word in words)
-    # Upper and lower case of some letters are composed in different ways.
+    # Some letters are composed differently in upper and lower case.
     return unicodedata.normalize("NFC", bare)
 
 

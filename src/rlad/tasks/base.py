@@ -1,4 +1,4 @@
-"""Tasks: problems, and a judge of completions."""
+"""The task interface: problems, and judgements of completions."""
 
 import hashlib
 import math
@@ -27,19 +27,19 @@ class Verdict(StrEnum):
 
 
 SOLUTION = "solution"
-"""the entry of a problem's metadata with its whole reference solution, where it has one"""
+"""key of a problem's metadata for its whole reference solution, if it has one"""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
     """A question of a task.
 
-    `key` decides the split: problems with the same key always fall into the same split, so a task
-    that gives equal keys to equivalent problems cannot leak held-out ones into training.
-    `difficulty` labels the problem in evaluation tables (for example the number of people). `task`
-    names its task among the several of a run; it is empty where a run has one. `messages` is the
-    conversation that the model answers; empty where `prompt` is all that the user says. With one,
-    `prompt` is how it is shown.
+    `key` decides the split. Problems with the same key are always in the same split, so a task that
+    gives equal keys to equivalent problems cannot leak held-out ones into training. `difficulty`
+    labels the problem in evaluation tables (for example the number of people). `task` names its
+    task if a run has several, and is empty otherwise. `messages` is the conversation that the model
+    answers; it is empty if `prompt` is the only message. With messages, `prompt` shows them as
+    text.
     """
 
     prompt: str
@@ -50,11 +50,12 @@ class Problem:
     task: str = ""
     messages: Conversation = ()
     images: tuple[Picture, ...] = ()
-    """in the order of their markers `<image>` in the text; without any they come first"""
+    """pictures in the order of their markers `<image>` in the text; without markers they come
+    first"""
 
     @property
     def asked(self) -> str | Conversation:
-        """The conversation that the model is given, or the user's one message."""
+        """The conversation that the model answers, or the user's only message."""
         return self.messages or self.prompt
 
     @property
@@ -65,9 +66,9 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """A verdict and the reward that goes with it. `reward` is NaN when the verifier cannot judge.
+    """A verdict and its reward. `reward` is NaN if the verifier cannot judge.
 
-    `feedback` may say of a wrong completion what is wrong with it, never what would be right: a
+    `feedback` may say what is wrong with a wrong completion, never what would be right. A
     privileged teacher can be shown it.
     """
 
@@ -83,22 +84,22 @@ def judged(is_correct: bool) -> Judgement:
 
 
 def with_feedback(judgement: Judgement, feedback: str) -> Judgement:
-    """Add to the judgement of a wrong completion what is wrong with it."""
+    """Add feedback to the judgement of a wrong completion."""
     if judgement.verdict is not Verdict.WRONG:
         return judgement
     return replace(judgement, feedback=feedback[:MAX_FEEDBACK_CHARACTERS])
 
 
 def cannot_judge(reason: str) -> Judgement:
-    """Judge without a verdict: the reward is NaN, `reason` says in a few words what went wrong."""
+    """Make a judgement without a verdict. The reward is NaN; `reason` says briefly what failed."""
     return Judgement(Verdict.CANNOT_JUDGE, math.nan, reason)
 
 
 class Task(Protocol):
     """A source of problems with a verifier.
 
-    Rewards are within its attribute `reward_range`, (least, greatest), and within `UNIT_RANGE`
-    where it has none.
+    Rewards are within its attribute `reward_range`, (least, greatest), or within `UNIT_RANGE` if it
+    has none.
     """
 
     name: str
@@ -106,27 +107,27 @@ class Task(Protocol):
     def problem(self, split: Split, index: int, *, seed: int = 0) -> Problem:
         """Return problem number `index` of a split, in an order that `seed` fixes.
 
-        A function of its arguments alone, so that a run resumes at any index without state.
-        Procedural tasks have a problem for every index; finite ones start again, in another order,
+        It depends only on its arguments, so that a run can resume at any index without state.
+        Procedural tasks have a problem for every index. Finite tasks start again, in another order,
         after `num_problems(split)`.
         """
         ...
 
     def num_problems(self, split: Split) -> int | None:
-        """Count the different problems of the split; None when they are generated without end."""
+        """Count the different problems of the split; None if there is no limit."""
         return None
 
     def judge(self, problem: Problem, completion: str) -> Judgement:
-        """Grade one completion. Never raises and never hangs on any text."""
+        """Grade one completion. It never raises or hangs on any text."""
         ...
 
     def close(self) -> None:
-        """Release what the verifier holds (worker processes)."""
+        """Release the verifier's resources (worker processes)."""
 
 
 def judge_completion(task: Task, problem: Problem, text: str, *, is_truncated: bool) -> Judgement:
-    """Grade what the sampler wrote; of a text that the token limit cut off, without an answer that
-    it cuts."""
+    """Grade a sampled completion. If it is truncated, an answer at its end that may be incomplete
+    does not count."""
     return task.judge(problem, without_cut_ending(text) if is_truncated else text)
 
 
@@ -135,7 +136,7 @@ def reward_range(task: Task) -> tuple[float, float]:
 
 
 class Graded(Protocol):
-    """What has a verdict and a reward."""
+    """An object with a verdict and a reward."""
 
     @property
     def verdict(self) -> str: ...
@@ -145,20 +146,20 @@ class Graded(Protocol):
 
 
 def require_reward_in_range(task: Task, judgement: Graded, problem: str) -> None:
-    """Raise `RunFailedError` for a judged completion whose reward is no finite number in the
+    """Raise `RunFailedError` if the reward of a judged completion is not a finite number in the
     task's range."""
     low, high = reward_range(task)
     if judgement.verdict != Verdict.CANNOT_JUDGE and not low <= judgement.reward <= high:
         raise RunFailedError(
             f"the verifier of the task {task.name} gave reward {judgement.reward} for {problem}, "
-            f"and its rewards must be between {low:g} and {high:g}; fix that verifier, then "
+            f"but its rewards must be between {low:g} and {high:g}; fix the verifier, then "
             "continue with --resume."
         )
 
 
 def split_of(key: str) -> Split:
-    """Choose the split of a problem by its key alone (10 % validation, 10 % test, 80 % train)."""
-    # A hash, not a draw: adding problems moves no other problem into another split.
+    """Return the split of a problem, by its key only (10 % validation, 10 % test, 80 % train)."""
+    # By a hash instead of a draw, added problems move no other problem into another split.
     bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % 10_000
     if bucket < 1_000:
         return "validation"
@@ -166,7 +167,7 @@ def split_of(key: str) -> Split:
 
 
 def text_key(text: str) -> str:
-    """Hash a text so that those that are equal up to case, white space and Unicode compatibility
-    forms are equal."""
+    """Hash a text. Texts that differ only in case, white space or Unicode compatibility forms have
+    the same hash."""
     normalised = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     return hashlib.sha256(normalised.encode(errors="replace")).hexdigest()[:16]

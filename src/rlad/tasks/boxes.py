@@ -1,4 +1,4 @@
-r"""The answer in a `\boxed{...}`, with what is around the box where that makes another one of it:
+r"""The answer in a `\boxed{...}`, together with text around the box that changes the answer:
 `-\boxed{5}`, `2\boxed{5}`, `\boxed{5} million`, `6 or \boxed{5}`."""
 
 import re
@@ -19,7 +19,7 @@ _IDLE_COMMANDS = re.compile(
     r"\\(?:[,;:! ]|(?:displaystyle|textstyle|therefore|q?quad|[lL]arge|LARGE|[hH]uge|bf|rm)"
     r"(?![A-Za-z])|color\s*\{\w+\})|(?<!~)~(?!~)"
 )
-# What comes before a box begins behind the last of these.
+# The text that belongs to a box begins after the last of these.
 _LEFT_END = re.compile(
     r"(?<![<>!\\:/=])=+(?![<>/=])|[-=]+>|&|\\\\|[.!?;]\s|(?<![0-9]\s):[*_]*\s|(?<![0-9\s]):"
     r"|\\(?:approx|simeq|equiv|implies|to|iff|(?:[lL]ong)?[rR]ightarrow)(?![A-Za-z])|\\begin\{\w+\*?\}"
@@ -31,7 +31,7 @@ _LEFT_END = re.compile(
 _FORMULA_BEGINS = re.compile(r"\$+|\\[(\[]")
 _FORMULA_ENDS = re.compile(r"\$|\\[)\]]")
 _RIGHT_END = re.compile(r"[.!;](?![0-9])|\N{EM DASH}")
-# Groups and commands around a box that only set it.
+# Groups and commands around a box that only format it.
 _SET = re.compile(
     r"(?:\\(?:text\w*|math(?:bf|rm|sf|it)|boldsymbol|underline|fbox|(?:text)?color\s*\{\w+\})\s*"
     r"|(?<![^\s$=]))\{\s*$"
@@ -40,7 +40,7 @@ _MARKS_BEFORE = re.compile(
     r"(?<!\S)[*_`\"'(}\N{LEFT DOUBLE QUOTATION MARK}\N{EURO SIGN}\N{POUND SIGN}]+$"
 )
 _WORD_BEFORE = re.compile(r"(?<![\\\w])[^\W\d_]{2,}[\"')*_`,]*\s*$")
-# The comma after these begins the sentence that the box is; others may separate a list.
+# A comma after these clauses comes before the answer; other commas may separate a list.
 _CLAUSE_BEFORE = re.compile(
     r"(?:^|[.;:!?]\s)\W*(?:(?:so|and|but|thus|hence|then|therefore),?\s+)?"
     r"(?:(?:since|as|because)\s(?:[^.,;:?!]|[.,](?=[0-9]))+"
@@ -100,8 +100,8 @@ _CONTINUED = re.compile(
 
 
 def boxed_answer(completion: str) -> str | None:
-    r"""Find the text in the braces of the last `\boxed{...}`; None when there is none, "" when it
-    is not closed."""
+    r"""Find the text in the braces of the last `\boxed{...}`; None if there is no box, "" if it is
+    not closed."""
     _, box, tail = with_braces(completion).rpartition(r"\boxed{")
     return in_braces(tail)[0] if box else None
 
@@ -112,9 +112,8 @@ def with_braces(text: str) -> str:
 
 
 def in_braces(tail: str) -> tuple[str, str]:
-    """Find what comes before the brace that closes an open one, and after it; "" and "" where none
-    does."""
-    # Braces nest, \boxed{\frac{1}{2}}, so the end is where as many are closed as opened.
+    """Split the text after an open brace at the brace that closes it; "" and "" if none does."""
+    # Braces may be nested, as in \boxed{\frac{1}{2}}, so opened and closed ones are counted.
     depth = 1
     for end, character in enumerate(tail):
         depth += (character == "{") - (character == "}")
@@ -124,8 +123,8 @@ def in_braces(tail: str) -> tuple[str, str]:
 
 
 def with_context(found: str, before: str, after: str) -> str:
-    r"""Return what a box holds, with what around it changes it; with the box itself where that is
-    no number or text that could be read."""
+    r"""Return the content of a box, with text around it that changes the answer. If that text
+    cannot be combined into a readable answer, the box itself is part of the result."""
     remarks = after.partition("\n")[2][:_MAX_CHARACTERS_AROUND]
     if is_taken_back(remarks) or gives_another(after, found):
         return ""
@@ -159,12 +158,12 @@ def with_context(found: str, before: str, after: str) -> str:
 
 
 def _before(text: str) -> tuple[str, str]:
-    """Find the sentence before a box, and the part of it in the same line and side of an
+    """Find the sentence before a box, and its part on the same line and the same side of an
     equation."""
     start, _, line = text.rpartition("\n")
     start = start.rstrip(" \t")
     if start.endswith(("$$", r"\[")):
-        line = f"$ {line}"  # a dash is a minus there, and no mark of a list
+        line = f"$ {line}"  # a dash is a minus there, not the mark of a list item
     line = re.sub(r"\\q?quad(?![A-Za-z])", "  ", line.replace("\\$", " "))
     line = _IDLE_COMMANDS.sub(" ", line)
     said = line if line.strip(" $*_`") else f"{start.rpartition(chr(10))[2]}\n{line}"
@@ -173,7 +172,7 @@ def _before(text: str) -> tuple[str, str]:
 
 
 def _is_in_formula(before: str, right: str) -> bool:
-    """Say whether a box is within a formula, and not after the price of something."""
+    """Return whether a box is within a formula. A dollar sign of a price does not count."""
     text = before[-_MAX_CHARACTERS_AROUND:].replace("$$", "$").replace("\\$", "")
     line = text.rpartition("\n")[2]
     is_open = any(line.rfind(f"\\{a}") > line.rfind(f"\\{b}") for a, b in ("()", "[]"))
@@ -181,14 +180,14 @@ def _is_in_formula(before: str, right: str) -> bool:
 
 
 def _is_choice_apart(left: str, found: str, is_in_formula: bool) -> bool:
-    r"""Say whether a box holds the letter of a choice, which no sign changes, apart from a value
-    before it: `5, \boxed{B}`."""
+    r"""Return whether a box holds the letter of a choice that is separate from a value before it,
+    as in `5, \boxed{B}`."""
     apart = _APART_IN_FORMULA if is_in_formula else _APART_IN_PROSE
     return _CHOICE.fullmatch(found) is not None and apart.search(left) is not None
 
 
 def _sign_before(left: str, found: str) -> str | None:
-    """Return "" where a box is apart from what is before it, "-" after a minus, else None."""
+    """Return "" if a box is separate from the text before it, "-" after a minus, otherwise None."""
     if ends_with_value(left, found):
         return ""
     begins = list(_FORMULA_BEGINS.finditer(left))
@@ -206,7 +205,7 @@ def _sign_before(left: str, found: str) -> str | None:
 
 
 def _continuation(right: str, is_in_formula: bool) -> str:
-    """Return what after a box belongs to it: `^2`, `\\times 10^3`, ` million`, ` or 6`."""
+    """Return the text after a box that belongs to it: `^2`, `\\times 10^3`, ` million`, ` or 6`."""
     right = _IDLE_COMMANDS.sub(" ", right)
     said = _SET_TEXT.sub(r" \1 ", right)
     if _CONTINUED.match(said.lstrip(" $)]*_`\"'\\")):

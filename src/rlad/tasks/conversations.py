@@ -1,4 +1,4 @@
-"""Prompts that are conversations: how they are shown and compared, and which can be answered."""
+"""Prompts that are conversations: how they are checked, shown and compared."""
 
 import json
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ _PARTS = (
     "tool_calls", "tool_call_id", "function_call", "reasoning_content", "reasoning", "thinking",
     "name",
 )  # fmt: skip
-"""what a chat template may show of a message besides its content"""
+"""parts of a message, besides its content, that a chat template may show"""
 
 
 def conversation_mistakes(messages: list[Any]) -> Iterator[str]:
-    """Yield what is wrong with a prompt's messages: a model can answer texts, a system message at
-    most as the first, the user's as the last."""
+    """Yield what is wrong with a prompt's messages. Contents must be texts, only the first message
+    may be a system message, and the last must be the user's."""
     roles = []
     for number, message in enumerate(messages, start=1):
         for part in _PARTS:
@@ -44,13 +44,14 @@ def conversation_mistakes(messages: list[Any]) -> Iterator[str]:
 
 
 def shown(messages: Conversation) -> str:
-    """Show a conversation: the user's message alone as it is, others after their roles."""
+    """Show a conversation as text: a single user message as it is, otherwise each message with its
+    role."""
     if [role for role, _ in messages] == ["user"]:
         return messages[0][1]
     return "\n\n".join(f"{role}: {content}" for role, content in messages)
 
 
 def asked_text(messages: Conversation) -> str:
-    """Show what is asked, without the system message: one question under two of them is one
+    """Show a conversation without its system message: the same question with two of these is one
     question."""
     return shown(tuple(message for message in messages if message[0] != "system"))

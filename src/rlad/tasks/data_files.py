@@ -20,16 +20,16 @@ _NAMES_OF_SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test",),
 }
-# Folders that `datasets` has saved by `save_to_disk`.
+# Files in folders that `datasets` saved by `save_to_disk`.
 _SAVED = ("state.json", "dataset_dict.json")
 _UNREADABLE = (OSError, EOFError, ValueError, csv.Error, zlib.error, RecursionError)
 
 
 def rows_of(source: str, split: str) -> dict[str, Any]:
-    """Read the rows of a file, a folder or a data set on the hub, each by its place.
+    """Read the rows of a file, a folder or a data set on the hub, by their locations.
 
-    What looks like a path is never asked for on the hub. Raises `UserError` for what cannot be
-    read.
+    A source that looks like a path is never requested from the hub. Raises `UserError` if the
+    source cannot be read.
     """
     path = Path(source)
     if path.is_dir():
@@ -42,7 +42,7 @@ def rows_of(source: str, split: str) -> dict[str, Any]:
 
 
 def _suffix(path: Path) -> str:
-    """Return what kind a file says it is of, without `.gz`."""
+    """Return the suffix of a file's name, without `.gz`."""
     name = path.name.lower().removesuffix(".gz")
     return Path(name).suffix
 
@@ -78,7 +78,7 @@ def _lines(path: Path, where: list[str]) -> Iterator[tuple[str, Any]]:
 
 
 def _json(path: Path, where: list[str]) -> Iterator[tuple[str, Any]]:
-    """Read a list of objects; or what is JSON Lines by another name."""
+    """Read a list of objects, or JSON Lines in a file with this suffix."""
     try:
         rows = json.loads(_content(path))
     except json.JSONDecodeError:
@@ -121,8 +121,8 @@ def _content(path: Path) -> bytes:
 
 
 def _rows_of_folder(folder: Path, split: str) -> dict[str, Any]:
-    """Read the files of a folder whose names say that they are of this split, such as
-    `data/train-00000-of-00001.parquet`; where no name says so, all are for training."""
+    """Read the files of a folder whose names begin with this split, such as
+    `data/train-00000-of-00001.parquet`. If no file is named by split, all are for training."""
     files = [file for file in sorted(folder.rglob("*")) if _suffix(file) in SUFFIXES]
     of_split = {
         name: [file for file in files if file.name.lower().startswith(words)]

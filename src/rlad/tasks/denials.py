@@ -1,4 +1,4 @@
-"""What an answer denies: `20, not 30` gives 20, and `it cannot be 5` gives nothing."""
+"""Denials in answers: `20, not 30` gives 20, and `it cannot be 5` gives nothing."""
 
 import re
 
@@ -10,7 +10,7 @@ _DENIED_VALUE = re.compile(
     re.IGNORECASE,
 )
 _CHOSEN_AFTER = re.compile(r"\s*,?\s*but\b.*[0-9]", re.IGNORECASE | re.DOTALL)
-# After these words, or a relation, `not` belongs to the statement.
+# After these words or a relation, `not` is part of the statement.
 _STATEMENT_BEFORE = re.compile(
     r"(?:\b(?:is|are|was|were|be|do|does|did|can|could|will|would|should|must|may|has|have|and|or)"
     r"|[<>=]|\\[lg]e|\\in)\s*$",
@@ -28,7 +28,7 @@ _AFTER_A_NUMBER = re.compile(
     r"|^\W*\w+n't\b",
     re.IGNORECASE,
 )
-# How a line begins that takes back the answer before it, or offers another one.
+# Beginnings of lines that take back the answer before them, or offer another one.
 _TAKEN_BACK = re.compile(
     r"(?:[^\w\n]|_)*((?:no|nope)(?=\s*[^\w\s])|(?:(?:no,? )?wait|correction|scratch|oops"
     r"|never ?mind|hmm+|actually|rather|instead|sorry(?! (?:for|about|if|that)\b)"
@@ -38,7 +38,7 @@ _TAKEN_BACK = re.compile(
     r"|(?:that|this|it|which) (?:is|was) (?:not|wrong|incorrect|false|impossible))\b)",
     re.IGNORECASE,
 )
-# How one begins that does so unless it only speaks of the way to the answer.
+# Beginnings of lines that do so unless they only describe the way to the answer.
 _CONTRASTED = re.compile(
     r"(?:[^\w\n]|_)*((?:sorry (?:for|about|if|that)|alternatively|maybe|perhaps|however"
     r"|but(?! note))\b)",
@@ -83,7 +83,7 @@ _PREDICATE = re.compile(
     re.IGNORECASE,
 )
 _ANOTHER_SIGN = re.compile(rf"{_SIGN.pattern}|[\^*/+?]")
-# Of what "is the ..." says, these make it another thing than what was asked for.
+# With these words, "is the ..." describes something else than what was asked for.
 _ANOTHER_THING = frozenset(
     words(
         "not never no none neither nor or but if unless except only when whenever wrong incorrect "
@@ -100,7 +100,7 @@ _ANOTHER_OF = re.compile(
     r"|base|fraction|log|exponent|complement|percentage|remainder) (?:of|for)\b",
     re.IGNORECASE,
 )
-# What refuses the value directly after it, or before it.
+# Words that deny the value directly after or before them.
 _REFUSED_BEFORE = re.compile(
     r"(?:\b(?:not|never|cannot|neither|nor|no longer|instead of|rather than|other than|except"
     r"|excluding|(?:any|every|no)(?:thing|one) but|all but|none but|wrong|incorrect|false"
@@ -129,17 +129,17 @@ def is_refused_before(text: str) -> bool:
 
 
 def is_refused_after(text: str) -> bool:
-    """Say whether a text refuses the value that is directly before it: `is wrong`."""
+    """Return whether a text denies the value directly before it: `is wrong`."""
     return _REFUSED_AFTER.match(text) is not None
 
 
 def is_struck(text: str) -> bool:
-    """Say whether markdown or LaTeX strikes something of a text out."""
+    """Return whether markdown or LaTeX strikes out a part of a text."""
     return re.search(r"~~\S|\\[bx]?cancel(?![A-Za-z])|\\sout(?![A-Za-z])", text) is not None
 
 
 def is_taken_back(remarks: str) -> bool:
-    """Say whether the lines after an answer take it back, offer another one or continue its
+    """Return whether the lines after an answer take it back, offer another one or continue its
     sentence."""
     lines = [line for line in remarks.splitlines() if line.strip()]
     if not lines or _SENTENCE_CONTINUED.match(lines[0]):
@@ -148,12 +148,12 @@ def is_taken_back(remarks: str) -> bool:
     if _VERB_CONTINUED.match(lines[0]) and not is_harmless:
         return True
     found = [_TAKEN_BACK.match(line) or _contrast(line) for line in lines]
-    # In lower case a later line only continues the one before it.
+    # A later line in lower case only continues the line before it.
     return any(match and (i == 0 or match[1][0].isupper()) for i, match in enumerate(found))
 
 
 def _contrast(line: str) -> re.Match[str] | None:
-    """Match a line such as `However, ...` unless it only speaks of the way to the answer."""
+    """Match a line such as `However, ...` unless it only describes the way to the answer."""
     match = _CONTRASTED.match(line)
     if match is None:
         return None
@@ -167,7 +167,8 @@ def _contrast(line: str) -> re.Match[str] | None:
 
 
 def is_plain_predicate(text: str) -> bool:
-    """Say whether a text begins by saying of what is before it what was asked for: `is his age`."""
+    """Return whether a text begins by naming the value before it as what was asked for, such as `is
+    his age`."""
     said = re.split(r"[.!](?:\s|$)", text, maxsplit=1)[0]
     if _PREDICATE.match(said) is None or _ANOTHER_SIGN.search(said) or _ANOTHER_OF.search(said):
         return False
@@ -175,7 +176,8 @@ def is_plain_predicate(text: str) -> bool:
 
 
 def without_denied_values(text: str) -> str:
-    """Take away what `not`, `instead of` or `rather than` denies beside a value that is given."""
+    """Remove values that are denied by `not`, `instead of` or `rather than` if another value is
+    given."""
 
     def kept(match: re.Match[str]) -> str:
         before, after = text[: match.start()], text[match.end() :]
@@ -188,7 +190,8 @@ def without_denied_values(text: str) -> str:
 
 
 def is_denied(text: str, *, is_marked: bool = True) -> bool:
-    """Say whether a text denies the number that it gives; of prose, its last clause with one."""
+    """Return whether a text denies the number that it gives. In prose only the last clause with a
+    number counts."""
     number = _LAST_NUMBER.search(text)
     if number is None:
         return False

@@ -1,4 +1,4 @@
-"""The task `environment`: a class of the user's in which the model acts over several turns."""
+"""The task `environment`: a user's class in which the model acts over several turns."""
 
 import importlib
 import inspect
@@ -25,11 +25,12 @@ class EnvironmentTask:
 
     `path` names a class as `package.module:Class`, with `reset(problem, seed)` and `step(text)`. It
     may have a static method `problem(number) -> Problem` for any number from 0 to 2^63; without
-    one, a problem has its number in `metadata["number"]`. An empty prompt is filled with what
-    `reset` returns. The key decides the split.
+    this, a problem has its number in `metadata["number"]`. An empty prompt is replaced by the text
+    that `reset` returns. The key decides the split.
 
-    Or the class is of TRL's kind (see `rlad.tasks.tools`): it gets `reset(number=...)`, its tools
-    are the system message, and the reward is what `get_reward` returned last.
+    Alternatively the class has TRL's interface (see `rlad.tasks.tools`): `reset(number=...)` is
+    called, the system message describes its tools, and the reward is the last value of
+    `get_reward`.
     """
 
     def __init__(
@@ -119,13 +120,13 @@ def _make(path: str, options: dict[str, Any]) -> Any:
 
 
 def import_class(path: str) -> type:
-    """Import the class that `package.module:Class` names; `UserError` where there is none with
-    `reset` and `step`, or `get_reward`."""
+    """Import the class that `package.module:Class` names. Raises `UserError` if it does not exist,
+    or has no `reset` with `step` or `get_reward`."""
     module, _, name = path.partition(":")
     try:
         with redirect_stdout(sys.stderr):  # what a module prints is not the command's output
             found = getattr(importlib.import_module(module), name)
-    except Exception as error:  # of any kind: the module is the user's
+    except Exception as error:  # the user's module may raise anything
         raise UserError(
             f"environment {path!r} cannot be used ({type(error).__name__}: {error}); write it as "
             "'package.module:Class', with the folder of the package on PYTHONPATH."
@@ -133,7 +134,7 @@ def import_class(path: str) -> type:
     methods = {name for name in ("reset", "step", "get_reward") if hasattr(found, name)}
     if not inspect.isclass(found) or "reset" not in methods or len(methods) < 2:
         raise UserError(
-            f"environment {path!r} is no class with the methods reset(problem, seed) and "
-            "step(text), or reset and get_reward; name one that has them."
+            f"environment {path!r} is not a class with the methods reset(problem, seed) and "
+            "step(text), or reset and get_reward; name a class that has them."
         )
     return found

@@ -1,7 +1,7 @@
-"""Episodes: what an environment is, and by which rules its steps become a verdict.
+"""Episodes: the environment interface, and the rules that turn steps into a verdict.
 
-A problem is the initial state of an episode; the seed is for what happens at random afterwards. So
-all rollouts of a group begin with the same text, which is the problem's prompt.
+A problem is the initial state of an episode; the seed is for random events afterwards. All rollouts
+of a group therefore begin with the same text, the problem's prompt.
 """
 
 import math
@@ -18,15 +18,15 @@ RewardRule = Literal["sum", "last"]
 
 
 class EpisodeFailed(Exception):
-    """An environment that gave no result; the message says why in a few words. It costs one
-    rollout."""
+    """The error of an environment that gave no result. The message says briefly why. Only one
+    rollout is lost."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What an environment returns for a turn of the model.
+    """The result of an environment for a turn of the model.
 
-    Of `info` two entries are read: `success` (bool), in place of the task's threshold on the
+    Two entries of `info` are read: `success` (bool), which replaces the task's threshold on the
     reward, and `feedback` (text), what was wrong, for a privileged teacher.
     """
 
@@ -37,41 +37,42 @@ class Step:
 
 
 class Environment(ABC):
-    """What a model acts in: one episode at a time, from `reset` to a step that is done.
+    """The environment of a model's actions: one episode at a time, from `reset` to a step with
+    `done`.
 
     Both methods may raise `EpisodeFailed`.
     """
 
     @abstractmethod
     def reset(self, problem: Problem, *, seed: int) -> str:
-        """Begin an episode in the state of `problem`, and return the first text: a function of the
-        problem alone. `seed` is for what happens at random afterwards."""
+        """Begin an episode in the state of `problem`, and return its first text, which depends only
+        on the problem. `seed` is for random events afterwards."""
 
     @abstractmethod
     def step(self, text: str) -> Step:
-        """Take the model's turn, and return what comes of it."""
+        """Apply the model's turn, and return its result."""
 
     def close(self) -> None:
-        """Release what it holds."""
+        """Release all resources."""
         return
 
 
 @dataclass(frozen=True, slots=True)
 class EpisodeRules:
-    """How a task's episodes are played and judged."""
+    """The rules by which a task's episodes are played and judged."""
 
     make: Callable[[], Environment]
-    """an environment for one episode, closed after it"""
+    """makes an environment for one episode, which is closed afterwards"""
     max_turns: int = 10
     max_turn_tokens: int | None = None
-    """of one turn of the model; None: what is left of the completion"""
+    """most tokens of one turn of the model; None: what is left of the completion"""
     reward: RewardRule = "sum"
-    """of an episode: the sum of its steps' rewards, or that of its last step"""
+    """reward of an episode: the sum of its steps' rewards, or that of its last step"""
     success_reward: float = 1.0
-    """an episode with at least this reward is a success, unless its last step says `success`"""
+    """least reward of a successful episode, unless the last step's info has `success`"""
 
     def judge(self, steps: Sequence[Step]) -> Judgement:
-        """Judge an episode by its steps; without any it cannot be judged."""
+        """Judge an episode by its steps. An episode without steps cannot be judged."""
         if not steps:
             return cannot_judge("the episode ended before its first step")
         rewards = [step.reward for step in steps]
@@ -86,13 +87,12 @@ class EpisodeRules:
 
 
 def episode_rules(task: Task) -> EpisodeRules | None:
-    """Return the rules of a task whose problems are episodes; None for a task of single answers."""
+    """Return the rules of a task with episodes; None for a task with single answers."""
     return getattr(task, "episode_rules", None)
 
 
 def checked_text(value: Any) -> str:
-    """Return what an environment gave for a text; `EpisodeFailed` where it is none, or too
-    long."""
+    """Return an environment's text. Raises `EpisodeFailed` if it is not a text or is too long."""
     if not isinstance(value, str):
         raise EpisodeFailed(f"the environment returned {value!r:.80} for a text")
     if len(value) > MAX_REPLY_CHARACTERS:
@@ -103,8 +103,8 @@ def checked_text(value: Any) -> str:
 
 
 def checked_step(value: Any) -> Step:
-    """Make a `Step` of what an environment returned: a `Step`, or (text, reward, done, info).
-    `EpisodeFailed` where it is neither."""
+    """Make a `Step` from an environment's result: a `Step` or (text, reward, done, info). Raises
+    `EpisodeFailed` for anything else."""
     parts: Any = value
     if isinstance(value, Step):
         parts = (value.text, value.reward, value.done, value.info)

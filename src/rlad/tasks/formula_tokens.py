@@ -1,4 +1,4 @@
-"""The tokens of formulas: their functions and Greek letters."""
+"""The tokens of formulas, with functions and Greek letters."""
 
 import re
 from typing import Any
@@ -43,18 +43,18 @@ _TOKEN = re.compile(
 
 
 class Unreadable(Exception):
-    """A text that is no formula, or one that can be read in two ways."""
+    """The error for a text that is not a formula or is ambiguous."""
 
 
 def tokens_of(text: str) -> list[tuple[str, str, bool]]:
-    """List the tokens of a formula: their kind, text, and whether white space comes before."""
+    """List the tokens of a formula: kind, text, and whether white space comes before."""
     tokens = []
     for match in _TOKEN.finditer(text.strip()):
         kind = match.lastgroup or ""
         piece = match[kind]
         is_apart = match[0][:1].isspace()
         if kind == "word" and piece not in FUNCTIONS and piece not in ("sqrt", "pi"):
-            # Letters side by side are variables; a word is none.
+            # Up to three adjacent letters are variables, longer words are not.
             if len(piece) > 3:
                 raise Unreadable(piece)
             tokens += [("letter", letter, is_apart) for letter in piece]

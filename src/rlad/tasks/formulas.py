@@ -1,9 +1,8 @@
-"""A reader of formulas, in LaTeX or as typed: all of a text becomes one sympy expression, or it is
+"""A parser of formulas, in LaTeX or as typed. A whole text becomes one sympy expression, or it is
 refused.
 
-Readers made for pages of text take the part that they understand. Here nothing is left out and
-nothing is guessed: what can be meant in two ways (`1/2x`), and what this grammar lacks (sums,
-integrals), is `Unreadable`.
+Parsers for pages of text use the part that they understand. This one leaves nothing out and does
+not guess: ambiguous texts (`1/2x`), and what its grammar lacks (sums, integrals), are `Unreadable`.
 """
 
 from fractions import Fraction
@@ -22,16 +21,16 @@ _GROWING = frozenset(["exp", "sinh", "cosh", "tanh", "coth"])
 _ACCENTS = frozenset(["bar", "vec", "hat", "tilde", "overline", "dot", "mathbf", "boldsymbol"])
 _APPLIED = frozenset("fghFGH")
 LOG_BASE = Symbol("base of log", positive=True)
-"""What `\\log` without a base has: 10 or e, as the author's field has it"""
+"""The base of `\\log` without a base: 10 or e, by the convention of the author's field"""
 
 
 def read_formula(text: str) -> Any:
-    """Read all of a text as one expression; `Unreadable` when any of it is not understood."""
+    """Read a whole text as one expression. Raises `Unreadable` if any part is not understood."""
     return _Reader(text).whole()
 
 
 def product_of(text: str) -> Any:
-    """Read letters as variables that are multiplied; None where they are no formula."""
+    """Read letters as a product of variables; None if they are not a formula."""
     try:
         return read_formula(text)
     except Unreadable:
@@ -39,7 +38,7 @@ def product_of(text: str) -> Any:
 
 
 class _Reader:
-    """Recursive descent over tokens (kind, text, whether white space comes before)."""
+    """The recursive descent parser over tokens (kind, text, whether white space comes before)."""
 
     def __init__(self, text: str) -> None:
         self._tokens = tokens_of(text)
@@ -92,7 +91,7 @@ class _Reader:
         return total
 
     def _signed(self) -> Any:
-        """A product, which may have a sign."""
+        """Read a product, which may have a sign."""
         sign = self._accept("+", "-")
         product = self._product()
         return -product if sign == "-" else product
@@ -141,7 +140,7 @@ class _Reader:
         )
 
     def _factor(self) -> Any:
-        """A factor after a sign of operation, which may have a sign: 5 * -3."""
+        """Read a factor after an operator. It may have a sign: 5 * -3."""
         if self._accept("-"):
             return -self._power()
         return self._power()
@@ -175,7 +174,7 @@ class _Reader:
         return -atom if sign == "-" else atom
 
     def _mixed_or_atom(self) -> Any:
-        """3 1/2 and 3\\frac{1}{2} are mixed numbers."""
+        """Read an atom or a mixed number: 3 1/2, 3\\frac{1}{2}."""
         kind, text = self._peek()
         if kind != "number" or "." in text:
             return self._atom()
@@ -251,7 +250,7 @@ class _Reader:
         return Symbol(letter + index)
 
     def _index(self) -> str:
-        """What a variable has below it, as text."""
+        """Read the index of a variable, as text."""
         if not self._accept("_"):
             return ""
         if not self._accept("{"):
@@ -267,14 +266,14 @@ class _Reader:
         return f"_{found}"
 
     def _group(self) -> Any:
-        """An argument in braces, or one digit or letter."""
+        """Read an argument in braces, or one digit or letter."""
         if self._accept("{"):
             inner = self._sum()
             self._expect("}")
             return inner
         kind, text = self._peek()
         if kind == "number" and len(text) > 1:
-            # \frac12 has two arguments of one digit each.
+            # In \frac12 each argument is one digit.
             _, _, is_apart = self._tokens[self._at]
             digits = [("number", digit, is_apart) for digit in text]
             if "." in text:
@@ -362,7 +361,7 @@ class _Reader:
         return self._group() if self._peek()[1] == "{" else self._atom()
 
     def _argument(self) -> Any:
-        """What a function is taken of: brackets, or what follows up to the next sign."""
+        """Read the argument of a function: brackets, or the factors up to the next operator."""
         if self._peek()[1] in ("(", "{", "["):
             return self._atom_with_power()
         result = self._atom_with_power()

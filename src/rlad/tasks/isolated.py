@@ -1,8 +1,8 @@
-"""Environments of the user's in a process of their own, with limits of time and memory, so that one
-that hangs, raises, dies or eats memory costs one rollout and not the run.
+"""A user's environments in a separate process with limits of time and memory. An environment that
+hangs, raises, dies or uses too much memory costs one rollout instead of the run.
 
-Many episodes share the process. One that ends it takes the others' states with it; each of those is
-then built again from its turns, which works where an environment repeats what it did.
+Many episodes share the process. If one of them ends it, the states of the others are lost, and are
+rebuilt from their turns. This works if an environment is deterministic.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ _GONE = "gone"
 
 
 class IsolatedEnvironments:
-    """Makes environments that run in one process, which starts with the first call.
+    """A maker of environments that run in one process, which starts with the first call.
 
-    `make` must be picklable: it is called in the process, once for each episode. `load` is called
-    there when the process starts, and may take its time.
+    `make` must be picklable; the process calls it once for each episode. `load` is called when the
+    process starts, without the time limit.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class IsolatedEnvironments:
 
 
 class _Isolated(Environment):
-    """One episode, which is number `number` in the process."""
+    """One episode, with the number `number` in the process."""
 
     def __init__(
         self, ask: Callable[..., Any], begin: Callable[[int, Problem, int], str], number: int
@@ -69,7 +69,7 @@ class _Isolated(Environment):
         self._begin = begin
         self._number = number
         self._turns: list[tuple[str, str]] = []
-        """what the model wrote, and what the environment returned for it"""
+        """texts of the model, each with the environment's reply"""
         self._is_held = False
 
     def reset(self, problem: Problem, *, seed: int) -> str:
@@ -91,7 +91,7 @@ class _Isolated(Environment):
         return step
 
     def _repeat(self) -> None:
-        """Bring the environment, in a new process, to where it was when the old one ended."""
+        """Rebuild, in a new process, the state that the environment had when the old one ended."""
         texts = [self._ask(self._begin, self._number, *self._start)]
         for written, _ in self._turns:
             step = self._ask(_step, self._number, written)
@@ -114,7 +114,7 @@ _environments: dict[int, Any] = {}
 
 
 def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, str]:
-    """Return what a function returns, and why it failed."""
+    """Return a function's result and, if it failed, the reason."""
     try:
         return function(*arguments), ""
     except EpisodeFailed as failure:
@@ -133,7 +133,7 @@ def _step(number: int, text: str) -> Step | str:
     if environment is None:
         return _GONE
     step = checked_step(environment.step(text))
-    # Only what is read leaves the process: the rest may be anything.
+    # Only the entries that are read leave the process. Others may be anything.
     info = {}
     if "success" in step.info:
         info["success"] = bool(step.info["success"])

@@ -1,4 +1,4 @@
-"""Problems of your own: from files, or a data set of the package `datasets`."""
+"""A user's own problems: from files, or from a data set of the package `datasets`."""
 
 import itertools
 import json
@@ -19,7 +19,7 @@ from rlad.tasks.pictured_rows import pictures_of_row, require_markers, with_text
 from rlad.tasks.verifiers import make_verifier
 
 _MOST_SHOWN = 200
-"""characters of what a file holds in an error message"""
+"""most characters of a file's content in an error message"""
 
 
 class JsonlTask:
@@ -27,14 +27,14 @@ class JsonlTask:
     `rlad.tasks.verifiers`).
 
     A prompt is a string, or the messages of a conversation, `[{"role": "system", "content": ...},
-    ...]`, the user's last. A split without a file of its own gets its share of `path` by a hash of
-    the prompt; prompts that are equal up to case, white space and system message stay together. A
-    prompt of `path` that is also in `validation_path` or `test_path` is refused. Other fields that
-    hold text or numbers, such as a hint for a privileged teacher, are the problem's metadata, and
-    so is the whole answer field as `solution`, where `answer_format` takes a part of it. A path is
-    a file (`rlad.tasks.data_files`), a folder of files, a folder that `datasets` has saved,
-    or a name on the hub (`name:subset`); of these, `path` takes the split train, `validation_path`
-    validation and `test_path` test.
+    ...]`, whose last is the user's. A split without its own file gets its share of `path` by a hash
+    of the prompt. Prompts that differ only in case, white space or system message are in the same
+    split. Prompts of `path` that are also in `validation_path` or `test_path` are refused. Other
+    fields with text or numbers, such as a hint for a privileged teacher, become the problem's
+    metadata. So does the whole answer field, as `solution`, if `answer_format` extracts a part of
+    it. A path is a file (`rlad.tasks.data_files`), a folder of files, a folder saved by `datasets`,
+    or a name on the hub (`name:subset`). From the last three, `path` uses the split train,
+    `validation_path` validation and `test_path` test.
     """
 
     name = "jsonl"
@@ -62,7 +62,7 @@ class JsonlTask:
                     f"{sources[other]}, for example {shared[0][:80]!r}; remove them from one of "
                     "the two files."
                 )
-        # What falls into a split that has a file of its own is trained on.
+        # Problems of a split that has its own file are used for training.
         self._problems = {split: loaded.get(split, []) for split in SPLITS} | {"train": []}
         for problem in loaded["train"]:
             split = split_of(problem.key)
@@ -77,7 +77,7 @@ class JsonlTask:
 
     def problem(self, split: Split, index: int, *, seed: int = 0) -> Problem:
         problems = self._problems[split]
-        # Every epoch has all problems once, in an order of its own.
+        # Every epoch has all problems once, in its own order.
         epoch, position = divmod(index, len(problems))
         return problems[_order(seed, split, epoch, len(problems))[position]]
 
@@ -88,7 +88,7 @@ class JsonlTask:
         return self.grade(completion, problem.answer)
 
     def grade(self, completion: str, answer: str) -> Judgement:
-        """Compare a completion with any reference answer."""
+        """Compare a completion with a reference answer."""
         return self._verifier.judge(completion, answer)
 
     def close(self) -> None:
@@ -123,7 +123,7 @@ def _load(source: str, split: str, config: JsonlConfig) -> list[Problem]:
 
 
 def _mistakes(row: Any, fields: dict[str, str]) -> Iterator[str]:
-    """Yield what is wrong with a row; `fields` are the names of prompt and answer, by setting."""
+    """Yield what is wrong with a row. `fields` maps settings to the names of prompt and answer."""
     if not isinstance(row, dict):
         wanted = " and ".join(map(repr, fields.values()))
         yield f"holds a {type(row).__name__}; write a JSON object with the fields {wanted}."
@@ -167,14 +167,15 @@ def _problem(
         messages = tuple((message["role"], message["content"]) for message in prompt)
         prompt = shown(messages)
         question = asked_text(messages)
-    # A privileged teacher may show the other fields to itself, so those that are plain text stay.
+    # A privileged teacher may see the other fields, so those with text or numbers are kept.
     metadata = {
         name: value
         for name, value in row.items()
         if name not in (config.prompt_field, config.answer_field, config.images_field)
         and isinstance(value, str | int | float)
     }
-    # What the answer was taken from is the reference solution, unless the row has one of that name.
+    # The text from which the answer was extracted is the reference solution, unless the row has a
+    # field of that name.
     whole = str(row[config.answer_field]).strip()
     if config.answer_format != "whole" and whole != answer:
         metadata.setdefault(SOLUTION, whole)

@@ -1,13 +1,13 @@
-"""Knights and knaves: puzzles with exactly one solution, with their own generator and checker.
+"""Knights and knaves: puzzles with exactly one solution, with a generator and a checker.
 
 Every person is a knight (whatever they say is true) or a knave (whatever they say is false). A
 statement is one claim about a person or two claims joined by and / or / if-then / if and only if. A
 world (who is a knight) solves the puzzle when every speaker's role equals the truth of their
 statement.
 
-The family of puzzles is that of Logic-RL (arXiv 2502.14768) and of reasoning-gym's
-`knights_knaves`; the code here is independent of both, so that the default needs no compiled
-dependency and splits by *structure* (`structure_key`).
+The puzzles are those of Logic-RL (arXiv 2502.14768) and of reasoning-gym's `knights_knaves`. The
+code is independent of both, so that the default needs no compiled dependency and splits by
+*structure* (`structure_key`).
 """
 
 import hashlib
@@ -58,7 +58,7 @@ JOINED: dict[Connective, tuple[str, Callable[[bool, bool], bool]]] = {
     "if": ("if {} then {}", operator.le),
     "iff": ("{} if and only if {}", operator.eq),
 }
-"""What each connective of two claims is in English, and when it holds."""
+"""The English text of each connective of two claims, and when it holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,21 +109,21 @@ def random_statements(num_people: int, rng: random.Random) -> Puzzle:
 
 
 def structure_key(puzzle: Puzzle) -> str:
-    """Hash a puzzle so that those that are equal up to names and the order of people are equal.
+    """Hash a puzzle. Puzzles that differ only in names and the order of people have the same hash.
 
-    Colour refinement (Weisfeiler-Leman): each person's colour is hashed, round by round, from their
-    own statement with the people in it replaced by their colours. Invariant by construction;
-    different structures may rarely collide, which only puts them into the same split. The order of
-    the claims under and / or / iff does not matter.
+    The method is colour refinement (Weisfeiler-Leman): in each round a person's colour is hashed
+    from their own statement, with the people in it replaced by their colours. Different structures
+    rarely collide, which only puts them into the same split. The order of the claims of and / or /
+    iff does not matter.
     """
 
     def digest(text: str) -> str:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    # In each round a person's colour takes in what they say (claims by the colours of the people in
-    # them) and what is said of them. After as many rounds as there are people, no further
-    # round tells more of them apart. Sorting makes both independent of the order of people; only in
-    # "if A then B" the places of the claims count.
+    # In each round a person's new colour includes what they say (claims with the colours of the
+    # people in them) and what is said about them. After as many rounds as there are people, further
+    # rounds distinguish no more of them. Sorting makes both independent of the order of people.
+    # Only in "if A then B" does the order of the claims matter.
     colours = ["?"] * len(puzzle)
     for _ in range(len(puzzle) + 1):
         heard: list[list[str]] = [[] for _ in puzzle]
@@ -180,10 +180,10 @@ _INSTRUCTIONS = {
         "</think><answer> Ada is a knight, Ben is a knave </answer>'.\n"
     ),
 }
-"""before a puzzle, by reward"""
+"""instructions before a puzzle, by reward"""
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-# All that an answer may be made of: roles, words between them that change nothing, and the marks of
-# lists and LaTeX. In "Ada is a knight or a knave", or "if Ada is a knight", there are others.
+# All that an answer may contain: roles, neutral words between them, and the marks of lists and
+# LaTeX. "Ada is a knight or a knave" and "if Ada is a knight" have other words.
 _PIECE = re.compile(
     r"\b(?P<name>\w+)\s+is\s+an?\s+(?P<role>knight|knave)\b"
     r"|\b(?P<begun>\w+)\s+is\s+an?\b\W*(?=(?P=begun)\b)"  # Ada is a: Ada is a knight
@@ -197,13 +197,13 @@ _MARKDOWN = str.maketrans("", "", "*_`#")
 
 
 def parse_answer(completion: str) -> dict[str, bool] | None:
-    """Read roles by lower-case name from the last `<answer>` tag, else after the last `Answer:`.
+    """Read roles, by lower-case name, in the last `<answer>` tag or after the last `Answer:`.
 
-    None when there is neither, when it names nobody, when it gives one person both roles, or when
-    it says more than roles: only lines of their own may follow, and none that takes them back.
+    Return None if there is neither, if the answer names nobody, gives one person both roles, or has
+    other text than roles. Further lines may follow, unless they take the answer back.
     """
     answer = (marked_answer(completion) or "").translate(_MARKDOWN)
-    # In lower case, as a pattern that ignores case takes "knıght" for a knight too.
+    # In lower case, as a pattern that ignores case would also match "knıght".
     text = "".join(letter.lower() if len(letter.lower()) == 1 else letter for letter in answer)
     roles: dict[str, bool] = {}
     at = end_of_roles = 0
@@ -224,11 +224,12 @@ def parse_answer(completion: str) -> dict[str, bool] | None:
 
 
 class KnightsAndKnaves(Task):
-    """The puzzles of `num_people` people (2 to 8; several sizes take turns), split by structure.
+    """The task of puzzles with `num_people` people (2 to 8; several sizes take turns), split by
+    structure.
 
-    A completion is correct when its answer gives every person of the puzzle the right role and
-    names nobody else. `reward="logic_rl"` is the rule of Logic-RL (arXiv 2502.14768), see
-    `logic_rl_reward`. Its settings are those of `KnightsAndKnavesConfig`.
+    A completion is correct if its answer gives every person of the puzzle the right role and names
+    nobody else. `reward="logic_rl"` is the rule of Logic-RL (arXiv 2502.14768), see
+    `logic_rl_reward`. The settings are those of `KnightsAndKnavesConfig`.
     """
 
     name = "knights_and_knaves"
@@ -242,7 +243,7 @@ class KnightsAndKnaves(Task):
         rng = random.Random(f"{seed}/{split}/{index}")
         settings = self._settings
         size = settings.num_people[index % len(settings.num_people)]
-        # The structure decides the split, so a draw that falls into another split is thrown away.
+        # The structure decides the split, so a draw in another split is discarded.
         while True:  # ends: every size has structures in every split
             puzzle = random_puzzle(size, rng)
             key = structure_key(puzzle)
@@ -278,7 +279,7 @@ class KnightsAndKnaves(Task):
 
 
 def puzzle_of(problem: Problem) -> Puzzle:
-    """Return the statements in a problem's metadata, which are lists there as in JSON."""
+    """Return the statements of a problem from its metadata, where they are lists as in JSON."""
     return tuple(
         Statement(connective, tuple(Claim(*claim) for claim in claims))
         for connective, claims in problem.metadata["statements"]
@@ -286,8 +287,8 @@ def puzzle_of(problem: Problem) -> Puzzle:
 
 
 def what_is_wrong(puzzle: Puzzle, names: Sequence[str], roles: dict[str, bool] | None) -> str:
-    """Say of a wrong answer (roles by lower-case name) what is wrong with it, without the right
-    one; empty for the right answer."""
+    """Say what is wrong with an answer (roles by lower-case name), without giving the right one;
+    empty for the right answer."""
     if roles is None:
         return "No answer could be read: each person needs one role, after 'Answer:'."
     missing = [name for name in names if name.lower() not in roles]
@@ -295,7 +296,7 @@ def what_is_wrong(puzzle: Puzzle, names: Sequence[str], roles: dict[str, bool] |
         return f"The answer gives {missing[0]} no role."
     if len(roles) > len(names):
         return "The answer names somebody who is not in the puzzle."
-    # The puzzle has one solution, so in any other world somebody's role and statement disagree.
+    # The puzzle has one solution, so in any other world some role and statement contradict.
     world = tuple(roles[name.lower()] for name in names)
     for name, role, statement in zip(names, world, puzzle, strict=True):
         if statement.holds(world) != role:
@@ -308,14 +309,14 @@ def what_is_wrong(puzzle: Puzzle, names: Sequence[str], roles: dict[str, bool] |
 
 
 def logic_rl_reward(completion: str, wanted: dict[str, bool]) -> float:
-    """Add the reward of the format (+1 or -1) and of the answer (+2 right, -1.5 wrong, -2 when
-    roles are missing or cannot be read): -3 to 3.
+    """Return the sum of the rewards for the format (+1 or -1) and the answer (+2 if right, -1.5 if
+    wrong, -2 if roles are missing or cannot be read), from -3 to 3.
 
-    The format is right with each of `<think>`, `</think>`, `<answer>` and `</answer>` once and in
+    The format is right if `<think>`, `</think>`, `<answer>` and `</answer>` occur once each, in
     this order; `<think>` may be missing, as chat templates write it at the end of the prompt. As in
-    Logic-RL's code, the answer is not read when the format is wrong.
+    Logic-RL's code, the answer is not read if the format is wrong.
     """
-    # What is wanted is one thought, then one answer; a second answer could be a guess.
+    # The format is one thought, then one answer. A second answer could be a guess.
     tags = _TAGS if _TAGS[0] in completion else _TAGS[1:]
     positions = [completion.find(tag) for tag in tags]
     if any(completion.count(tag) != 1 for tag in tags) or positions != sorted(positions):

@@ -1,7 +1,7 @@
-r"""What an answer to a mathematical problem says: a value with its unit, several of them, an
-interval, an equation, a time, a text, ...; or that it is not understood.
+r"""A parser of answers to mathematical problems: a value with its unit, several values, an
+interval, an equation, a time, a text, ..., or a text that cannot be read.
 
-Everything in a text counts: `7 \text{ a.m.}` is not 7, and `1010_3` is not 1010.
+Every part of a text counts: `7 \text{ a.m.}` is not 7, and `1010_3` is not 1010.
 """
 
 import re
@@ -87,7 +87,7 @@ _FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
 
 
 def read_answer(text: str) -> Answer:
-    """Read an answer, or what "... is" or a colon introduces in one."""
+    """Read an answer. "... is" or a colon may introduce it."""
     if len(text) > _MAX_CHARACTERS or is_struck(text) or ELLIPSIS.search(text):
         return NotRead(text)
     prepared = _prepared(text)
@@ -106,13 +106,12 @@ _DENIED = "it says what the answer is not"
 
 
 def _code_after(amount: re.Match[str]) -> str:
-    """Write `EUR 5` as `5 EUR`; letters that are no currency stay before the number."""
+    """Write `EUR 5` as `5 EUR`. Letters that are not a currency stay before the number."""
     return f"{amount[2]} {amount[1]}" if amount[1].casefold() in UNITS else amount[0]
 
 
 def _prepared(text: str) -> str:
-    """Take away what only sets the text, with marks where LaTeX says that something is no
-    formula."""
+    """Remove formatting, and mark the parts that LaTeX sets as text instead of a formula."""
     text = text.strip().lstrip("# ")
     while (box := _BOXED.match(text)) or (box := _BOXED.match(text.strip("$ "))):
         text = box[1].strip()
@@ -143,7 +142,7 @@ def _read(text: str) -> Answer:
     if found := read_whole(bare):
         return found
     introduced = _INTRODUCED.match(bare)
-    # Only where what introduces has words, no digits and no formula.
+    # The introduction may have only words, no digits and no formula.
     if introduced and not re.search(r"[\d\\]", bare[: introduced.start(introduced.lastgroup or 0)]):
         answer = _read(introduced[introduced.lastgroup or 0].strip(" ."))
         if introduced.lastgroup == "after" and isinstance(answer, Value) and not answer.name:
@@ -221,20 +220,20 @@ def _read_equality(parts: list[str]) -> Answer:
 
 
 def _read_side(part: str) -> Answer:
-    """Read a side of an equation, where 7-2 is a difference and no score or date."""
+    """Read a side of an equation. Here 7-2 is a difference, not a score or date."""
     is_difference = RUN_OF_NUMBERS.match(plain_text(part))
     return read_value(part) if is_difference else _read_brackets(part)
 
 
 def _name(text: str) -> str:
-    """Read what an answer is the value of; "" where the name only says that it is the answer."""
+    """Read the name of a value; "" if it only says that this is the answer."""
     if IDLE_NAMES & set(re.findall(r"[a-z]+", text.casefold())):
         return ""
     return re.sub(r"[\s{}]", "", text)
 
 
 def _equal_ones(answers: list[Answer]) -> Answer:
-    """Return the last of values that are said to be equal, which they must be."""
+    """Return the last of several values joined by `=`. They must be equal."""
     last = answers[-1]
     for answer in answers[:-1]:
         if not (isinstance(answer, Value) and isinstance(last, Value)):

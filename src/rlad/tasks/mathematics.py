@@ -1,8 +1,9 @@
 r"""The verifier `math`: whether two answers are mathematically equal.
 
-Both answers are read whole (`rlad.tasks.math_answers`): what is not understood to its last sign
-cannot be judged, unless both are written alike. Values are compared exactly, or to 100 digits at
-several points where they have variables; where that decides nothing, math-verify does.
+Both answers are read as a whole (`rlad.tasks.math_answers`). An answer that is not understood
+completely cannot be judged, unless both are written in the same way. Values are compared exactly,
+or, if they have variables, to 100 digits at several points. If this is not conclusive, math-verify
+decides.
 """
 
 import re
@@ -55,7 +56,7 @@ _MAX_ITEMS = 30
 
 
 def judge_math(completion: str, answer: str) -> Judgement:
-    """Judge whether the final answer of a completion is mathematically equal to `answer`."""
+    """Judge whether a completion's final answer is mathematically equal to `answer`."""
     text = first_line(final_answer(answer))
     wanted = read_answer(text)
     if _is_placeholder(text, wanted):
@@ -75,7 +76,7 @@ def _is_placeholder(text: str, wanted: Answer) -> bool:
 
 
 def compare(found: Answer, wanted: Answer) -> Compared:
-    """Say whether two answers are equal."""
+    """Return whether two answers are equal; None if this cannot be decided."""
     if isinstance(found, NotRead) or isinstance(wanted, NotRead):
         return _not_read(found, wanted)
     if isinstance(found, Text) or isinstance(wanted, Text):
@@ -93,14 +94,14 @@ def _not_read(found: Answer, wanted: Answer) -> Compared:
         return not found.is_false
     if isinstance(found, NotRead) and found.is_denied and isinstance(wanted, Value):
         return False
-    # No text says what we could not read.
+    # A readable text is not equal to an answer that could not be read.
     if isinstance(found, Text) and len(found.words) > 1:
         return False
     return False if isinstance(wanted, Value) and _lacks(found, wanted) else None
 
 
 def _lacks(found: Answer, wanted: Value) -> bool:
-    """Say whether words that are not understood lack the number that is wanted."""
+    """Return whether a text that cannot be read does not contain the wanted number."""
     if not isinstance(found, NotRead) or not wanted.expression.is_Rational:
         return False
     text = found.written.casefold().replace(",", "")
@@ -131,9 +132,9 @@ def _of_two_kinds(found: Answer, wanted: Answer) -> Compared:
 def _same_text(found: Answer, wanted: Answer) -> Compared:
     if isinstance(found, Text) and isinstance(wanted, Text):
         if found.words == wanted.words:
-            # X and x are two variables, or one choice; AB and ab, Aa and AA may be two things.
+            # X and x are two variables or one choice; AB and ab, Aa and AA may differ, too.
             return None if _may_differ_in_case(found.written, wanted.written) else True
-        # ab is ba as a product, and no other word is.
+        # As a product ab equals ba; other words do not.
         is_product = {len(found.words), len(wanted.words)} == {2} and (
             found.written.islower() and wanted.written.islower()
         )
@@ -148,7 +149,7 @@ def _same_text(found: Answer, wanted: Answer) -> Compared:
 
 
 def _may_differ_in_case(a: str, b: str) -> bool:
-    """Say whether letters of two texts that differ in case only may be symbols."""
+    """Return whether letters of two texts that differ only in case may be symbols."""
     sides = [re.findall(r"[^\W\d_]+", text) for text in (a, b)]
     is_prose = any(_is_word(word) and len(word) >= LONG_NAME for word in sides[0])
     for x, y in zip(*sides, strict=False):
@@ -176,7 +177,7 @@ def _same_several(found: Several, wanted: Several) -> Compared:
         return None
     if kinds == {"tuple"}:
         is_equal = _in_order(found.items, wanted.items)
-        # A vector has brackets of any kind; with two items they may be an interval's.
+        # A vector may have any brackets; with two items they may be those of an interval.
         if is_equal and found.brackets != wanted.brackets and len(found.items) == 2:
             return False
         return is_equal
@@ -189,7 +190,7 @@ def _same_several(found: Several, wanted: Several) -> Compared:
         return _by_name(found.items, wanted.items, *names)
     if not any(are_named) and "tuple" not in kinds:
         return rule(found.items, wanted.items)
-    # x = 1, y = 2 is (1, 2), and so is 1, 2; [1, 2] may be an interval.
+    # x = 1, y = 2 equals (1, 2), and so does 1, 2; [1, 2] may be an interval.
     sides = [
         [item for _, item in sorted(zip(n, side.items, strict=False), key=lambda pair: pair[0])]
         if is_named and len(n) == len(side.items)
@@ -269,7 +270,7 @@ def _one_and_several(found: Answer, wanted: Answer) -> Compared:
     several, other = (found, wanted) if isinstance(found, Several) else (wanted, found)
     assert isinstance(several, Several)
     if isinstance(other, Value) and other.is_grouped:
-        return None  # 100,200 is one number, or two
+        return None  # 100,200 is one number or two
     if isinstance(other, Matrix):
         return _vector_and_tuple(other, several)
     if isinstance(other, Interval):
@@ -303,7 +304,7 @@ def _same_interval(found: Interval, wanted: Interval) -> Compared:
 
 
 def _value_and_other(found: Answer, wanted: Answer) -> Compared:
-    """Compare a number with a time or a residue that may leave out what it is."""
+    """Compare a number with a time or a residue. The number may be short for either."""
     value, other = (found, wanted) if isinstance(found, Value) else (wanted, found)
     assert isinstance(value, Value)
     if not value.expression.is_Integer:
@@ -339,7 +340,7 @@ def _with_and_without_base(found: Answer, wanted: Answer) -> Compared:
     assert isinstance(based, Based)
     if not isinstance(other, Value):
         return False
-    # The base may have been in the question; or the digits be those of ten.
+    # The base may be given in the question, or the digits may be decimal.
     is_alike = other.expression in (based.value, based.as_decimal)
     return None if is_alike else False
 
@@ -352,7 +353,7 @@ def _same_colons(found: Colons, wanted: Colons) -> Compared:
     quotients = {a / b for a, b in zip(found.values, wanted.values, strict=True)}
     if len(quotients) > 1:
         return False
-    # A ratio can be cancelled down, a time cannot.
+    # A ratio can be reduced, a time cannot.
     return None if found.may_be_time and wanted.may_be_time else True
 
 

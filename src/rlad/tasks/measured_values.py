@@ -1,4 +1,4 @@
-r"""A value with its unit: `3 \text{ cm}`, `$5`, `10%`, `1 hour 30 minutes`, `18 eggs`."""
+r"""Values with units: `3 \text{ cm}`, `$5`, `10%`, `1 hour 30 minutes`, `18 eggs`."""
 
 import re
 from dataclasses import replace
@@ -67,7 +67,7 @@ def plain_text(text: str) -> str:
 
 
 def read_value(text: str) -> Any:
-    """Read a formula with its unit; \\pm makes two values of it."""
+    """Read a formula with its unit. With \\pm it has two values."""
     text = text.strip()
     if ordinal := _ORDINAL.match(plain_text(text)):
         return _number(ordinal[1])
@@ -91,7 +91,7 @@ def _set_unit(text: str) -> Value | None:
 
 
 def _signed_unit(bare: str) -> Value:
-    """Read a unit that has a sign or is typed, or none."""
+    """Read a value whose unit is a sign or is typed, or that has none."""
     if _COMPOUND.match(bare):
         return _compound(bare)
     if money := _MONEY.match(bare):
@@ -117,7 +117,7 @@ def _signed_unit(bare: str) -> Value:
 
 
 def _formula_part(match: re.Match[str]) -> str:
-    """Take set text into a formula: the e of \\mathrm{e}, but no words."""
+    """Convert text within a formula: the e of \\mathrm{e}, but not words."""
     inner = match[1].strip()
     if not _IN_FORMULA.match(inner):
         raise Unreadable(inner)
@@ -140,7 +140,7 @@ def _compound(text: str) -> Value:
 
 
 def _typed_unit(value: str, unit: str, is_apart: bool) -> Value | None:
-    """Read words after a number as its unit; None where they are variables."""
+    """Read the words after a number as its unit; None if they are variables."""
     first = re.split(r"[\s/^.,-]", unit, maxsplit=1)[0]
     if re.match(r"[eE][-+]?[0-9]", unit):
         return None
@@ -159,7 +159,7 @@ def _typed_unit(value: str, unit: str, is_apart: bool) -> Value | None:
     if re.search(r"(?<![\^{-])[0-9]", unit):
         raise Unreadable(unit)
     if len(unit) == 1:
-        # 5 m is five metres, or a product.
+        # 5 m is five metres or a product.
         found = _with_unit(value, unit)
         return replace(found, product=product_of(f"{value} {unit}"))
     if not is_known and first.lower() not in MULTIPLIERS and not is_apart:
@@ -168,7 +168,7 @@ def _typed_unit(value: str, unit: str, is_apart: bool) -> Value | None:
 
 
 def _require_no_statement(unit: str) -> None:
-    """Refuse words after a number that say more than its unit: squared, rejected, or six."""
+    """Refuse words after a number that are more than its unit: squared, rejected, or six."""
     is_power = unit.lower().split()[-1:] in (["squared"], ["cubed"]) and len(unit.split()) > 1
     if (changes_before(unit) and not is_power) or gives_another_words(unit):
         raise Unreadable(unit)
@@ -221,7 +221,7 @@ def _measured_in(unit: str) -> MeasuredIn:
     if kinds == ["degrees^1"]:
         scale = sympy.pi / 180
     kind = tuple(sorted(kinds))
-    # Speeds have names of their own, mph.
+    # Speeds also have their own names, such as mph.
     if kind == ("length^1", "time^-1"):
         kind = ("speed^1",)
     return MeasuredIn(kind, Rational(size.numerator, size.denominator), scale)
@@ -244,7 +244,7 @@ def _singular(word: str) -> str:
 
 
 def _number(text: str) -> Value:
-    """Read a formula without unit."""
+    """Read a formula without a unit."""
     text = text.strip()
     has_commas = bool(GROUPED.fullmatch(text.lstrip("-+ ")))
     if has_commas:

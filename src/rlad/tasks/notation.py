@@ -1,11 +1,11 @@
-"""One notation for what different scripts, keyboards and LaTeX write in different ways."""
+"""One notation for the variants of different scripts, keyboards and LaTeX."""
 
 import re
 import unicodedata
 
 
 def words(text: str) -> list[str]:
-    """List the words of a table that is written as a text."""
+    """Split a table that is written as a text into its words."""
     return text.split()
 
 
@@ -95,7 +95,7 @@ _REPLACED = [
         (r"\\(?:degree|textdegree)(?![A-Za-z])", r"^\\circ "),
         (r"\^\s*\{\s*\\circ\s*\}", r"^\\circ "),
         (r"\{\s*,\s*\}", "{,}"),
-        # Signs between the thousands of one number: a space of any kind, an apostrophe, {,}.
+        # Separators of thousands: any space, an apostrophe, {,}.
         (r"(?<=[0-9])(?:(?<!\\)\\[,;:! ]|\{,\}|'|~| )+(?=[0-9]{3}(?![0-9]|\s*/))", "\x01"),
         (r"\{,\}", ","),
         (r"(?<!\\)\\[,;:!> ]|\\q?quad(?![A-Za-z])|~", " "),
@@ -108,7 +108,7 @@ _THOUSANDS = re.compile("[0-9]{1,3}(?:\x01[0-9]{3})+")
 def _in_ascii(match: re.Match[str]) -> str:
     letter = match[0]
     if unicodedata.category(letter) == "Cf":
-        return ""  # marks of direction and joiners, which cannot be seen
+        return ""  # invisible direction marks and joiners
     if (sign := _SIGNS.get(letter)) is not None:
         return sign
     digit = unicodedata.decimal(letter, None)
@@ -122,7 +122,7 @@ def _in_ascii(match: re.Match[str]) -> str:
 
 
 def plain_notation(text: str) -> str:
-    """Write digits, signs and spaces of all scripts, and LaTeX's ways to write them, in one way."""
+    """Convert digits, signs and spaces of all scripts, and their LaTeX variants, to one form."""
     text = _SUPERSCRIPT.sub(lambda m: f"^{{{''.join(map(_SUPERSCRIPTS.__getitem__, m[0]))}}}", text)
     text = _SUBSCRIPT.sub(lambda m: f"_{{{''.join(map(_SUBSCRIPTS.__getitem__, m[0]))}}}", text)
     text = _NOT_ASCII.sub(_in_ascii, text)
@@ -133,7 +133,7 @@ def plain_notation(text: str) -> str:
 
 
 def without_wrapping(text: str) -> str:
-    r"""Take the dollars and `\text{...}` away that only set a text: `$\text{Oslo}$` is Oslo."""
+    r"""Remove dollars and `\text{...}` that only format a text: `$\text{Oslo}$` is Oslo."""
     text = text.strip()
     if len(text) > 2 and text[0] == text[-1] == "$" and "$" not in text[1:-1]:
         text = text[1:-1].strip()

@@ -1,7 +1,7 @@
-"""The number that a final answer gives, read whole or not at all: a pure function on text.
+"""The number of a final answer, read as a whole or not at all: a pure function on text.
 
-A fragment is never taken for the number: neither the last piece of `9:30`, `(3, 4)` or
-`3\\sqrt{2}`, nor what an answer denies (`$20, not $30`), nor one of several.
+A fragment is never read as the number: neither the last piece of `9:30`, `(3, 4)` or `3\\sqrt{2}`,
+nor a denied number (`$20, not $30`), nor one of several.
 """
 
 import re
@@ -27,7 +27,7 @@ _MAX_NUMBERS = 50
 
 @dataclass(frozen=True, slots=True)
 class Amount:
-    """One number, and its unit where that is one we know; else the words after it, if any."""
+    """One number with its unit, if known, or otherwise the word after it, if any."""
 
     value: Fraction
     unit: Unit | None = None
@@ -36,7 +36,7 @@ class Amount:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Several numbers and the signs between them, as in a time, a date, a point or a list."""
+    """Several numbers and the signs between them: a time, a date, a point or a list."""
 
     shape: str
     values: tuple[Fraction, ...]
@@ -44,7 +44,7 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """Something with digits in it that is no plain number."""
+    """A text with digits that is not a plain number."""
 
 
 Reading = Amount | Figures | Unreadable | None
@@ -85,7 +85,7 @@ _LEADING_DASH = re.compile(
     "\N{SUPERSCRIPT MINUS}]"
     r"(?=\\?\$?\s?\.?[0-9])"
 )
-# What changes an answer although it is in brackets after it.
+# Words that change an answer even in brackets after it.
 _TELLING_WORDS = frozenset(
     words("or and to negative minus not wrong incorrect false except bc ad bce ce remainder below")
 )
@@ -131,8 +131,8 @@ def read_number(text: str, *, is_marked: bool = True) -> Reading:
     """Read the number of an answer: `-1,000`, `US$5`, `.5`, `3 1/2`, `1e-3`, `\\frac{3}{4}`,
     `18 eggs`, `4.5 million`, `6 * 7 = 42`.
 
-    None where there is no digit. Of several numbers in a text that is marked as the answer none is
-    it; a text that is not is prose, whose last number counts. 10% is 10.
+    Return None without digits. A text that is marked as the answer must not have several numbers;
+    in other texts, which are prose, the last number counts. 10% is 10.
     """
     if (is_marked and len(text) > _MAX_LINE_CHARACTERS) or is_struck(text):
         return Unreadable()
@@ -147,7 +147,7 @@ def read_number(text: str, *, is_marked: bool = True) -> Reading:
     line = _with_units_spelt(line)
     line = _EMPHASIS.sub(r"\2", without_remarks(line)).strip().rstrip(".")
     line = _SLASHES.sub(lambda m: m[0].replace("/", "-"), line)
-    # 22/7 is about 3.14: the first is what is meant. 6 * 7 -> 42: the last.
+    # In "22/7 is about 3.14" the first number counts, in "6 * 7 -> 42" the last.
     rounded = [piece for piece in _ABOUT.split(line) if any(map(str.isdigit, piece))]
     if not rounded:
         return None
@@ -159,8 +159,8 @@ def read_number(text: str, *, is_marked: bool = True) -> Reading:
 
 
 def _is_other(piece: str, found: Reading, tolerance: int = 0) -> bool:
-    """Say whether a piece is nothing but a number that was not found, nor is within a unit or 5 %
-    of it with a `tolerance` of 1."""
+    """Return whether a piece is only a number that differs from `found`. With a `tolerance` of 1, a
+    number within 0.99 or 5 % of it does not differ."""
     if not isinstance(found, Amount) or not _is_bare(piece):
         return False
     reading = _read_equation(piece, True)
@@ -171,8 +171,8 @@ def _is_other(piece: str, found: Reading, tolerance: int = 0) -> bool:
 
 
 def without_remarks(text: str) -> str:
-    """Take away the remarks in brackets after an answer, `5 (as wanted)`; of one that says what the
-    answer is, `6 (hours)` or `5 (or 6)`, the brackets only."""
+    """Remove remarks in brackets after an answer, `5 (as wanted)`. If a remark is part of the
+    answer, as in `6 (hours)` or `5 (or 6)`, remove only its brackets."""
 
     def kept(match: re.Match[str]) -> str:
         inner = match[1].strip()
@@ -200,7 +200,7 @@ def _read_equation(line: str, is_marked: bool) -> Reading:
     if isinstance(found, Unreadable):
         # 42 = 6 * 7, and 7 = x
         found = next((r for r in reversed(readings) if isinstance(r, Amount)), found)
-    # What is equal to another number, as in 7 = 42, is no answer.
+    # A number that is set equal to another one, as in 7 = 42, is not an answer.
     if isinstance(found, Amount):
         for part, reading in zip(parts, readings, strict=True):
             if _is_bare(part):
@@ -211,7 +211,7 @@ def _read_equation(line: str, is_marked: bool) -> Reading:
 
 
 def _with_units_spelt(line: str) -> str:
-    """Put the sign of a currency after its number, and take the dollars of formulas away."""
+    """Replace signs of currencies and units by names, and remove the dollars of formulas."""
 
     def after(match: re.Match[str]) -> str:
         is_own = match["country"] in (None, "US")
@@ -258,7 +258,7 @@ def _read(part: str, is_marked: bool) -> Reading:
 
 
 def _shape(part: str, numbers: list[re.Match[str]]) -> str:
-    """Show the signs between numbers, with # for each; "" where there are words or others."""
+    """Return the signs between numbers, with # for each number; "" if there is any other text."""
     shape = "".join(NUMBER.sub("#", part).split())
     is_shape = shape.count("#") == len(numbers) and set(shape) <= _SHAPE_SIGNS | {"#"}
     return shape if is_shape and "##" not in shape else ""
@@ -267,7 +267,7 @@ def _shape(part: str, numbers: list[re.Match[str]]) -> str:
 def _amount(
     part: str, numbers: list[re.Match[str]], index: int, is_marked: bool
 ) -> Amount | Unreadable:
-    """Read one number with what is around it, up to its neighbours."""
+    """Read one number with the text around it, up to its neighbours."""
     number = numbers[index]
     start = numbers[index - 1].end() if index else 0
     end = numbers[index + 1].start() if index + 1 < len(numbers) else len(part)
@@ -310,8 +310,8 @@ def _multiplier(word: str) -> int | None:
 
 
 def _unit_after(after: str, unit: Unit | None) -> Unit | None:
-    """Read the unit after a number, of which `unit` is already known: km, square km, km per
-    hour."""
+    """Read the unit after a number: km, square km, km per hour. `unit` is the part of it that is
+    already known."""
     match = _UNIT_AFTER.match(after)
     if match is None:
         return unit
@@ -327,13 +327,13 @@ def _unit_after(after: str, unit: Unit | None) -> Unit | None:
     if match["per"] is None or (other is None and match["rate"] != "per"):
         return unit
     kind, size = other or (match["per"].casefold().removesuffix("s"), Fraction(1))
-    # Speeds have names of their own, mph.
+    # Speeds also have their own names, such as mph.
     kind = "speed" if (unit[0], kind) == ("length", "time") else f"{unit[0]} per {kind}"
     return kind, unit[1] / size
 
 
 def _is_in_list(before: str, after: str) -> bool:
-    """Say whether a number is a coordinate, as in (x, 5)."""
+    """Return whether a number is a coordinate, as in (x, 5)."""
     opened = max(before.rfind(bracket) for bracket in "([{")
     if opened < max(before.rfind(bracket) for bracket in ")]}") or opened < 0:
         return False
@@ -346,7 +346,7 @@ def _has_word(text: str) -> bool:
 
 
 def _is_bare(part: str) -> bool:
-    """Say whether one side of an equation has no words in it."""
+    """Return whether one side of an equation has no words."""
     return not re.search(r"[^\W\d_]", re.sub(r"\\[A-Za-z]+", "", part))
 
 

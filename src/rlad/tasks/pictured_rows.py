@@ -1,4 +1,4 @@
-"""The pictures of a row of the user's data, and its messages in parts."""
+"""The pictures in a row of the user's data, and messages with several parts."""
 
 import mimetypes
 from collections.abc import Sequence
@@ -9,13 +9,14 @@ from rlad.errors import UserError
 from rlad.models.pictures import MARKER, Picture
 
 MAX_PICTURES = 16
-"""of one problem"""
+"""most pictures of one problem"""
 _KINDS = {"image": "pictures", "audio": "sound", "video": "films"}
-"""what each first part of a MIME type is"""
+"""names of media, by the first part of a MIME type"""
 
 
 def with_text_parts(row: Any, field: str) -> Any:
-    """Return a row whose messages are texts: content in parts becomes a text with markers."""
+    """Return a row whose messages are texts. Content with several parts becomes a text with
+    markers."""
     messages = row.get(field) if isinstance(row, dict) else None
     if not isinstance(messages, list):
         return row
@@ -34,7 +35,7 @@ def _with_text(message: Any) -> Any:
             case {"type": "image", **rest} if not any(rest.values()):
                 texts.append(MARKER)
             case _:
-                return message  # which is then refused as it is
+                return message  # it is refused later
     return {**message, "content": "".join(texts)}
 
 
@@ -43,8 +44,8 @@ def pictures_of_row(
 ) -> tuple[Picture, ...]:
     """Read the pictures of a row: paths relative to the file, base64, or images of `datasets`.
 
-    Raises `UserError` for one that is missing, unreadable or too large, and for another number of
-    markers in the prompt.
+    Raises `UserError` for a picture that is missing, unreadable or too large, and for too many
+    pictures.
     """
     given = row.get(field)
     if given is None or given == []:
@@ -66,8 +67,8 @@ def pictures_of_row(
 
 
 def _require_no_other_column(row: dict[str, Any], field: str, where: str) -> None:
-    """Raise `UserError` where a row has pictures, sound or films in another field: without them its
-    question would be asked blindly."""
+    """Raise `UserError` if a row has pictures, sound or films in another field. The question would
+    be asked without them."""
     for name, value in row.items():
         kind = _kind(value[0] if isinstance(value, list) and value else value)
         if name == field or kind is None:
@@ -84,7 +85,7 @@ def _require_no_other_column(row: dict[str, Any], field: str, where: str) -> Non
 
 
 def _kind(value: Any) -> str | None:
-    """Name what a value holds that is no text; None where it holds none of that."""
+    """Name the kind of media in a value; None if there is none."""
     if hasattr(value, "convert"):
         return "pictures"
     if isinstance(value, str):
@@ -101,7 +102,7 @@ def _kind(value: Any) -> str | None:
 
 
 def require_markers(prompt: str, num_pictures: int, where: str) -> None:
-    """Raise `UserError` unless a prompt marks the place of each of its pictures, or of none."""
+    """Raise `UserError` unless a prompt has a marker for each of its pictures, or none at all."""
     number = prompt.count(MARKER)
     if num_pictures and number not in (0, num_pictures):
         raise UserError(
@@ -114,7 +115,7 @@ def _picture(given: Any, folder: Path, name: str) -> Picture:
     if isinstance(given, str) and given.strip():
         is_data = given.startswith("data:") or len(given) > 255
         return Picture.from_base64(given, name) if is_data else Picture.from_file(folder / given)
-    # What `datasets` stores of an image that it does not decode.
+    # The form in which `datasets` stores images without decoding.
     if isinstance(given, dict) and isinstance(given.get("bytes"), bytes):
         picture = Picture(given["bytes"], name)
         picture.require_sound()

@@ -1,5 +1,5 @@
-"""Whether two values are equal: exactly, or to 100 digits at several points where they have
-variables; where that decides nothing, math-verify does. With their units and names."""
+"""Compare two values with their units and names: exactly, or, with variables, to 100 digits at
+several points. If this is not conclusive, math-verify decides."""
 
 from typing import Any
 
@@ -25,11 +25,11 @@ _NUM_EQUAL_RATIOS = 2
 
 
 Compared = bool | None
-"""Whether two answers are equal; None where that cannot be said"""
+"""Whether two answers are equal; None if this cannot be decided"""
 
 
 def same_value(a: Any, b: Any) -> Compared:
-    """Say whether two expressions have the same value, everywhere if they have variables."""
+    """Return whether two expressions have the same value, for all values of their variables."""
     if a == b:
         return True
     if a.is_Rational and b.is_Rational:
@@ -56,7 +56,7 @@ def same_value(a: Any, b: Any) -> Compared:
 
 
 def same_equation(found: Equation, wanted: Equation) -> Compared:
-    """Say whether one is a multiple of the other."""
+    """Return whether one equation is a multiple of the other."""
     if found.sign != wanted.sign:
         return False
     a: Any = found.expression
@@ -83,7 +83,7 @@ def same_equation(found: Equation, wanted: Equation) -> Compared:
 
 
 def same_number(a: Any, b: Any) -> Compared:
-    """Compare two numbers to 100 digits of the larger one; None where one is undefined."""
+    """Compare two numbers to 100 digits of the larger one; None if one is undefined."""
     try:
         sizes = [abs(complex_value(x)) for x in (a, b)]
         difference = abs(complex_value(a - b))
@@ -93,7 +93,7 @@ def same_number(a: Any, b: Any) -> Compared:
 
 
 def complex_value(expression: Any) -> Any:
-    """Evaluate a number; `ValueError` where it has no finite value."""
+    """Evaluate a number. Raises `ValueError` if it has no finite value."""
     value = sympy.N(expression, 20, maxn=400)
     if not value.is_number or value.has(sympy.nan, sympy.zoo, sympy.oo):
         raise ValueError("not a finite number")
@@ -118,7 +118,7 @@ def _same_number_for_all(a: Any, b: Any) -> bool:
 def _by_math_verify(a: Any, b: Any) -> Compared:
     from math_verify import verify
 
-    # It says False of what it cannot simplify, too.
+    # It also returns False for what it cannot simplify.
     return True if verify(a, b, timeout_seconds=None) else None
 
 
@@ -129,7 +129,7 @@ def same_quantity(found: Value, wanted: Value) -> Compared:
             return is_equal
         if len(found.name) == len(wanted.name) == 1:
             return False
-        # A = 25 may be what "area: 25" is, and y may be f(x).
+        # A = 25 may be the same as "area: 25", and y the same as f(x).
         short, long = sorted((found.name, wanted.name), key=len)
         return True if len(short) < 3 and len(long) >= LONG_NAME and long.isalpha() else None
     if not (found.unit and wanted.unit):
@@ -143,16 +143,16 @@ def same_quantity(found: Value, wanted: Value) -> Compared:
     a, b = set(found.unit.kind), set(wanted.unit.kind)
     if a == b or not is_equal:
         return is_equal
-    # 18 chicken eggs are 18 eggs; whether 18 apples are is not ours to say.
+    # 18 chicken eggs are 18 eggs; whether 18 apples are cannot be decided.
     is_part = not (found.unit.size or wanted.unit.size) and (a <= b or b <= a)
     return True if is_part else None
 
 
 def _without_unit(found: Value, wanted: Value) -> Compared:
-    """Compare where one says no unit: 18 eggs are 18; 10% are 10 and .1."""
+    """Compare two values of which one has no unit: 18 eggs equal 18; 10% equals 10 and .1."""
     is_equal = _close(found, wanted)
     if is_equal:
-        # 5m may be five metres, or a product.
+        # 5m may be five metres or a product.
         return None if _may_be_product(found, wanted) else True
     for value, other in ((found, wanted), (wanted, found)):
         if value.product is not None and other.unit is None:
@@ -168,8 +168,8 @@ def _may_be_product(found: Value, wanted: Value) -> bool:
 
 
 def _close(found: Value, wanted: Value) -> Compared:
-    """Compare numbers; a decimal of six digits or more may be the rounding of another number that
-    no decimal writes in full."""
+    """Compare numbers. A decimal with six digits or more may be a rounded number that has no finite
+    decimal form."""
     is_equal = same_value(found.expression, wanted.expression)
     if is_equal is not False:
         return is_equal
@@ -188,7 +188,7 @@ def _close(found: Value, wanted: Value) -> Compared:
 
 
 def _is_decimal(number: Any) -> bool:
-    """Say whether a decimal with an end writes a number in full."""
+    """Return whether a number has a finite decimal form."""
     if not number.is_Rational:
         return False
     rest = int(number.q)

@@ -1,11 +1,10 @@
 """Any data set of the optional package reasoning-gym, by name.
 
-Three pitfalls of the package are avoided here. Its item i is drawn from Random(seed + i), so that
-data sets with close seeds share items: every problem here is a data set of size 1 with a seed of
-its own, and the split is decided by the problem itself. Some of its scorers raise, hang, or
-evaluate the answer as Python code: scorers run in a process of their own, and answers that could do
-harm never reach those that evaluate. And partial credit is no success: only a score of 1 is
-correct.
+Three pitfalls of the package are avoided. It draws item i from Random(seed + i), so data sets with
+close seeds share items. Here every problem is a data set of size 1 with its own seed, and the
+problem itself decides its split. Some scorers raise, hang, or evaluate the answer as Python code.
+Scorers therefore run in a separate process, and answers that could do harm are not passed to those
+that evaluate. Partial credit does not count as correct; only a score of 1 does.
 """
 
 import os
@@ -41,16 +40,16 @@ _INSTRUCTIONS = (
 )
 _MARKDOWN = str.maketrans("", "", "*_`#")
 
-# What makes two problems the same, where equal ones can differ in wording (names, order, template).
+# The identity of problems whose wording can differ (names, order, template).
 _KEYS: dict[str, Callable[[dict[str, Any]], str]] = {
     "countdown": lambda metadata: f"{sorted(metadata['numbers'])} {metadata['target']}",
     "knights_knaves": lambda metadata: str(metadata["statements"]),
     "puzzle24": lambda metadata: str(sorted(metadata["numbers"])),
 }
 
-# Data sets whose scorer hands the answer to `eval` or `sympy.parse_expr` (which evaluates too),
-# with the characters that it may then consist of. Names must be single letters or functions in all
-# of them.
+# Data sets whose scorer passes the answer to `eval` or `sympy.parse_expr` (which also evaluates),
+# with the characters that are allowed in an answer. Names must be single letters or functions in
+# all of them.
 _LIST = re.compile(r"[\w\s,'\"\[\]]*", re.ASCII)
 _FORMULA = re.compile(r"(?:[\w\s+\-*/()]|\.(?=[0-9]))*", re.ASCII)
 _NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
@@ -64,21 +63,21 @@ _EVALUATED = {
     "spiral_matrix": _LIST,
     "string_insertion": _LIST,
 }
-# countdown's own scorer evaluates the answer too, and puzzle24's also accepts other numbers than
-# the given ones.
+# The scorer of countdown also evaluates the answer; that of puzzle24 accepts numbers that were not
+# given.
 _ARITHMETIC = frozenset({"countdown", "puzzle24"})
-# Generators that iterate over sets of strings, whose order changes with every start of Python.
+# Generators that iterate over sets of strings, whose order changes with each start of Python.
 _NEEDS_HASH_SEED = frozenset(
     {"isomorphic_strings", "knight_swap", "polynomial_multiplication", "ransom_note", "word_ladder"}
 )
 
 
 class ReasoningGym(Task):
-    """The problems of the reasoning-gym data set `dataset`, generated with its own `options`.
+    """The problems of the reasoning-gym data set `dataset`, generated with its `options`.
 
-    A completion is correct when the scorer of the data set gives its final answer 1. The reward is
-    then 1, and 0 otherwise; with `partial_credit` it is the score. A scorer that raises, or takes
-    longer than 5 seconds, cannot judge; nor can a data set without reference answers. With
+    A completion is correct if the data set's scorer gives its final answer a 1. The reward is then
+    1, otherwise 0; with `partial_credit` it is the score. If the scorer raises or takes longer than
+    5 seconds, or the data set has no reference answers, the completion cannot be judged. With
     `instructions` the prompt asks for `<answer>` tags.
     """
 
@@ -101,19 +100,19 @@ class ReasoningGym(Task):
             initializer=partial(_start_scoring, dataset, self._options),
             is_silent=True,
         )
-        self.problem("train", 0)  # options that the data set refuses must fail now, not in the run
+        self.problem("train", 0)  # fails now if the data set refuses the options
 
     def problem(self, split: Split, index: int, *, seed: int = 0) -> Problem:
-        """Draw problems until one falls into the split; `UserError` when none does."""
+        """Draw problems until one is in the split. Raises `UserError` if none is."""
         rng = random.Random(f"{seed}/{split}/{index}")
-        # Draw until the problem's own key falls into the split.
+        # The problem's key decides its split.
         reason = "it has too few different ones"
         num_failures = 0
         for _ in range(_MAX_TRIES):
             try:
                 # Seeds fit in 32 bits because some generators pass them on to numpy.
                 entry = _create(self._dataset, rng.randrange(2**32 - 1), self._options)[0]
-            except Exception as error:  # of any kind, on wrong options or on an unlucky seed
+            except Exception as error:  # any error, with wrong options or an unlucky seed
                 reason = f"{type(error).__name__}: {error}"
                 num_failures += 1
                 if num_failures == _MAX_FAILURES_IN_A_ROW:
@@ -138,7 +137,8 @@ class ReasoningGym(Task):
         answer = final_answer(completion)[:_MAX_ANSWER_CHARACTERS]
         try:
             score = self._score(answer, entry)
-            # Scorers compare texts: without a remark after the answer, and dollars around it.
+            # Scorers compare texts, so also try without remarks after the answer and dollars
+            # around it.
             bare = without_wrapping(first_line(answer))
             if score != 1 and bare and bare != answer:
                 score = max(score, self._score(bare, entry))
@@ -156,7 +156,7 @@ class ReasoningGym(Task):
         if self._dataset in _ARITHMETIC:
             return _score_arithmetic(answer, entry["metadata"])
         if self._dataset == "knights_knaves":
-            # Its scorer takes "**Zoey" for another name than "Zoey".
+            # For its scorer "**Zoey" and "Zoey" are different names.
             answer = answer.translate(_MARKDOWN)
         is_evaluated = self._dataset in _EVALUATED and answer != entry["answer"]
         if is_evaluated and not _is_harmless(answer, self._dataset):
@@ -181,7 +181,7 @@ def countdown(options: Mapping[str, Any] | None = None, **settings: Any) -> Reas
 
 
 def _check(dataset: str, options: dict[str, Any]) -> None:
-    # Some of the packages that it uses are compiled, so a C compiler must be there.
+    # Some packages that it uses must be compiled, which needs a C compiler.
     require_package("reasoning_gym", "this task", extra="reasoning-gym")
     import reasoning_gym.factory  # pyright: ignore[reportMissingImports]
 
@@ -189,7 +189,7 @@ def _check(dataset: str, options: dict[str, Any]) -> None:
     if dataset not in known:
         hint = nearest(dataset, known) or f"the names are: {', '.join(sorted(known))}."
         raise UserError(f"reasoning-gym has no data set {dataset!r}; {hint}")
-    # Seed and size are ours: a problem is a data set of its own.
+    # Seed and size are set by rlad: each problem is a separate data set.
     allowed = sorted(known[dataset][1].__dataclass_fields__.keys() - {"seed", "size"})
     if unknown := sorted(options.keys() - set(allowed)):
         hint = nearest(unknown[0], allowed) or f"use {', '.join(allowed)}."
@@ -210,13 +210,13 @@ def _create(dataset: str, seed: int, options: dict[str, Any]) -> Any:
 
 
 def _is_harmless(answer: str, dataset: str) -> bool:
-    """Say whether evaluating the answer can only build a literal or a formula."""
+    """Return whether evaluating the answer can only build a literal or a formula."""
     has_harmless_names = all(len(n) == 1 or n in _FUNCTIONS for n in _NAME.findall(answer))
     return bool(_EVALUATED[dataset].fullmatch(answer)) and has_harmless_names
 
 
 def _what_is_wrong(answer: str, metadata: dict[str, Any]) -> str:
-    """Say of a wrong expression what is wrong with it."""
+    """Say what is wrong with a wrong expression."""
     result = evaluate_arithmetic(answer)
     if result is None:
         return "No expression of whole numbers, + - * / and parentheses could be read."
@@ -228,7 +228,7 @@ def _what_is_wrong(answer: str, metadata: dict[str, Any]) -> str:
 
 
 def _score_arithmetic(answer: str, metadata: dict[str, Any]) -> float:
-    """Return 1 when the answer uses exactly the given numbers and reaches the target, else 0."""
+    """Return 1 if the answer uses exactly the given numbers and reaches the target, otherwise 0."""
     result = evaluate_arithmetic(answer)
     if result is None:
         return 0.0

@@ -1,4 +1,4 @@
-"""Whether the reference answers of a task can be won: each is graded as if it were a completion."""
+"""Check that a task's verifier accepts its reference answers: each is graded as a completion."""
 
 import time
 from collections import Counter
@@ -20,22 +20,22 @@ _ONLY_MARKED = "correct only if all of it is marked as the answer, as within <an
 
 @dataclass(frozen=True, slots=True)
 class ReferenceGrades:
-    """How many of a task's reference answers are correct as answers of their own problems."""
+    """The number of a task's reference answers that are graded correct for their own problems."""
 
     name: str
     num_problems: int
     num_correct: int
     message: str
-    """what is wrong with the others, and what to do; empty where nothing is"""
+    """what is wrong with the others, and what to do; empty if nothing is"""
     num_planned: int = 0
-    """how many were to be graded if there had been time"""
+    """number of answers to grade without the time limit"""
 
 
 def require_working_verifier(task: Task) -> list[ReferenceGrades]:
-    """Grade the reference answers of the first training problems against themselves; of several
-    tasks, each one's.
+    """Grade the reference answers of the first training problems of a task, or of each of several
+    tasks, against themselves.
 
-    Raises `UserError` when none of them is correct.
+    Raises `UserError` if none of them is correct.
     """
     if episode_rules(task) is not None:
         return []  # an episode has no reference answer
@@ -49,7 +49,7 @@ def require_working_verifier(task: Task) -> list[ReferenceGrades]:
     for index in range(num):
         problems.append(task.problem("train", index))
         judgements.append(_grade(task, problems[-1]))
-        # The first judgement starts the verifier's process, which takes long under load.
+        # The first judgement starts the verifier's process, which may take long under load.
         started = started or time.monotonic()
         is_hopeless = len(judgements) == _NUM_FIRST and not any(map(_judged, judgements))
         if is_hopeless or time.monotonic() - started > _MAX_SECONDS:
@@ -71,15 +71,15 @@ def _judged(judgement: Judgement) -> bool:
 
 
 def _grade(task: Task, problem: Problem) -> Judgement:
-    """Grade a reference answer as a completion that says nothing else, or with a usual mark around
-    it; the reason says where only tags help."""
+    """Grade a reference answer as a whole completion, or with a usual mark around it. The reason
+    says if it is correct only with a mark."""
     first = task.judge(problem, problem.answer)
     if first.verdict is Verdict.CORRECT:
         return first
     for wrapper in _WRAPPERS:
         judgement = task.judge(problem, wrapper.format(problem.answer))
         if judgement.verdict is Verdict.CORRECT:
-            # Generated tasks and verifiers of the user's own may want a mark.
+            # Generated tasks and a user's own verifiers may require a mark.
             is_strange = isinstance(task, JsonlTask) and task.has_built_in_verifier
             return replace(judgement, reason=_ONLY_MARKED) if is_strange else judgement
     return first
@@ -110,7 +110,7 @@ def _kind(judgement: Judgement) -> str:
 
 
 def _remedy(task: Task, problems: list[Problem]) -> str:
-    """Name the `answer_format` with which most of the answers would be won."""
+    """Name the `answer_format` with which most of the answers would be correct."""
     if not isinstance(task, JsonlTask) or not task.has_built_in_verifier:
         return ""
     best, most = "", 0

@@ -1,5 +1,5 @@
-r"""The value of an answer given once more, which is no other answer: `10/2, or \boxed{5}`,
-`300 seconds, or \boxed{5} minutes`, `$x=5$ ($\boxed{5}$)`; or another one in the lines after it."""
+r"""Restatements of an answer, which are not other answers: `10/2, or \boxed{5}`, `300 seconds, or
+\boxed{5} minutes`, `$x=5$ ($\boxed{5}$)`; and other answers in the lines after it."""
 
 import re
 from fractions import Fraction
@@ -13,7 +13,7 @@ _FRACTION = re.compile(
     r"\\[dt]?frac\s*(?:\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}|([0-9])\s*([0-9])(?![0-9]))"
 )
 _NUMBER = r"-?[0-9]+(?:\.[0-9]+)?(?:/[0-9]+)?"
-# Behind other words a number may be one of several, or a part of a formula.
+# After other words a number may be one of several, or a part of a formula.
 _ALONE = r"(?:^|[:;.!]\s|=|\b(?:is|was|are|equals|equal to|gives?|get|have|has|makes?)\s)\s*"
 _OR_BEFORE = re.compile(
     rf"{_ALONE}({_NUMBER})(?:\s+([a-z]+))?\s*,?\s+or\s+(?:rather\s+)?$", re.IGNORECASE
@@ -41,7 +41,7 @@ _ANSWER_SAID = re.compile(
     re.IGNORECASE,
 )
 _SAID_BEFORE = re.compile(rf"[\s,]*+{_ADVERBS}(?:answer:\s*+)?", re.IGNORECASE)
-# What follows these in a sentence is not the answer.
+# Text after these in a sentence is not part of the answer.
 _SAID_ENDS = re.compile(
     r",\s(?!-?[0-9])|\s\(?(?:because|since|as|which|so|when|after|with)\b", re.IGNORECASE
 )
@@ -71,7 +71,7 @@ _CONCLUDED = re.compile(
 )
 _AMOUNT_ALONE = re.compile(rf"{_ARROW}(?P<said>{_VALUE}(?:\s++[a-z]++)?)\W*+", re.IGNORECASE)
 _VALUE_ALONE = re.compile(rf"{_ARROW}(?P<said>{_VALUE})[\s.!)\]|\"']*+", re.IGNORECASE)
-# What such a line begins speaks of values on the way to the answer, or that follow from it.
+# From such a line on, values are steps to the answer, or follow from it.
 _EXPLAINED = re.compile(
     r"\W*+(?:check|verif|expla|reason|step|proof|because|since|where|here|for|substitut|plug"
     r"|to (?:verify|check|see|confirm|find|get|solve)|working|calculat|comput|justif|detail|method"
@@ -104,7 +104,7 @@ _SETTING = re.compile(
 
 
 def same_number(one: str, other: str) -> bool:
-    """Say whether two texts are the same number: `10/2` is `5.0`."""
+    """Return whether two texts are the same number: `10/2` is `5.0`."""
     values = _value(one), _value(other)
     return values[0] is not None and values[0] == values[1]
 
@@ -124,7 +124,7 @@ def _plain(text: str) -> str:
 
 
 def is_restated_before(said: str, found: str, right: str) -> bool:
-    """Say whether a text that ends with `or` gives what a box after it gives."""
+    """Return whether a text that ends with `or` has the same value as the box after it."""
     said = _plain(said.replace(r"\boxed", ""))
     other = _OR_BEFORE.search(said)
     if other is None or _SEVERAL.search(said[: other.start()]):
@@ -141,14 +141,14 @@ def is_restated_before(said: str, found: str, right: str) -> bool:
 
 
 def is_restated_after(right: str, found: str) -> bool:
-    """Say whether what follows a box only gives its value once more: `or 5.0`."""
+    """Return whether the text after a box only restates its value: `or 5.0`."""
     other = _OR_AFTER.match(_plain(right))
     return other is not None and same_number(other[1], found)
 
 
 def gives_another(remarks: str, found: str) -> bool:
-    """Say whether what follows an answer gives another one: a line with nothing but a number, `the
-    answer is 6`, or, as the last conclusion, `so x = 6`."""
+    """Return whether the text after an answer gives another one: a line that is only a number, `the
+    answer is 6`, or `so x = 6` as the last conclusion."""
     own = _plain(found[:_MAX_CHARACTERS].replace(r"\boxed", ""))
     reading = read_number(own)
     text = _plain(remarks.replace(r"\boxed", "answer: ").replace("```python", "working"))
@@ -164,7 +164,7 @@ def gives_another(remarks: str, found: str) -> bool:
         if not is_explained and (alone := _alone(line, len(lines))):
             stated.append(alone)
         said += len(stated)
-        # One who says more than that has not given one answer.
+        # A text with more statements has not given one answer.
         if said > _MAX_SAID or any(_is_another(text, own, reading) for text in stated):
             return True
         if not is_explained:
@@ -174,16 +174,16 @@ def gives_another(remarks: str, found: str) -> bool:
 
 
 def _alone(line: str, lines: int) -> str:
-    """Find the value that is all of a line; of the only line, with its unit."""
+    """Return the value if a line has nothing else. If it is the only line, a unit is allowed."""
     match = (_AMOUNT_ALONE if lines == 1 else _VALUE_ALONE).fullmatch(line)
     return match["said"] if match else line if line.casefold() in _NUMBER_WORDS else ""
 
 
 def _is_another(said: str, own: str, reading: Reading) -> bool:
-    """Say whether what is said to be the answer is a value that differs from it; prose says nothing
-    about one."""
+    """Return whether a text that is stated as the answer is a value that differs from the own
+    answer. Prose is not."""
     before = _SAID_BEFORE.match(said)
-    assert before is not None  # it matches nothing, too
+    assert before is not None  # it also matches the empty text
     said, *_ = _SAID_ENDS.split(_SENTENCES.split(said[before.end() :])[0])
     said = said.rstrip(".").strip(" !\"'|")
     is_about = re.search(_ABOUT, f"{before[0]}{said[:10]}", re.IGNORECASE) is not None
@@ -213,7 +213,7 @@ def _is_another(said: str, own: str, reading: Reading) -> bool:
 
 
 def _agrees(said: Reading, own: Amount, text: str, is_about: bool) -> bool:
-    """Say whether a reading is an amount once more, perhaps in another unit, or rounded."""
+    """Return whether a reading equals an amount, perhaps in another unit or rounded."""
     if not isinstance(said, Amount):
         return False
     value, wanted = said.value, own.value
@@ -238,7 +238,7 @@ def _squeezed(text: str) -> str:
 
 
 def ends_with_value(left: str, found: str) -> bool:
-    """Say whether a text ends with what a box after it holds, apart from it: `x = 5 (`."""
+    """Return whether a text ends with the content of the box after it, separately: `x = 5 (`."""
     value = re.escape(found)
     # Without a comma, or the end of a formula, 5 (5) is a product.
     apart = r"(?:(?:\$|\\\)),?|,)\s+[(*_`\"'\s]*(?:\$+|\\\()?\s*$"

@@ -1,8 +1,7 @@
-"""Questions about drawn scenes: up to four coloured shapes in four places, and exact answers.
+"""Questions with exact answers about drawn scenes of up to four coloured shapes in four places.
 
-The picture alone holds the answer, and what is to be seen in it can be checked: a completion may
-begin with `<perception>large red circle, small blue square</perception>`, the shapes in the order
-of reading.
+Only the picture contains the answer, and perception can be checked: a completion may begin with
+`<perception>large red circle, small blue square</perception>`, the shapes in reading order.
 """
 
 import random
@@ -51,7 +50,7 @@ class Thing(NamedTuple):
 
 
 Scene = tuple[Thing, ...]
-"""in the order of reading"""
+"""shapes in reading order"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,17 +73,17 @@ def random_scene(draw: random.Random) -> Scene:
 
 
 def perception(scene: Scene) -> str:
-    """Name what is to be seen."""
+    """List the shapes of a scene as text."""
     return ", ".join(map(str, scene))
 
 
 def scene_key(scene: Scene) -> str:
-    """Name a scene by what it holds and where."""
+    """Return a scene's key: its shapes and their places."""
     return "; ".join(f"{PLACES[one.place]}: {one}" for one in scene)
 
 
 def draw_scene(scene: Scene, size: int, draw: random.Random) -> Picture:
-    """Draw a scene on a square of `size` pixels, each shape a little off the centre of its
+    """Draw a scene on a square of `size` pixels. Each shape is slightly off the centre of its
     place."""
     image = Image.new("RGB", (size, size), _BACKGROUND)
     canvas = ImageDraw.Draw(image)
@@ -109,7 +108,7 @@ def draw_scene(scene: Scene, size: int, draw: random.Random) -> Picture:
 
 
 def _counted(things: list[Thing]) -> str:
-    """Thoughts that count."""
+    """Write thoughts that count shapes."""
     return f"{perception(tuple(things))}: {len(things)}" if things else "none: 0"
 
 
@@ -170,13 +169,13 @@ _PERCEPTION = re.compile(r"<perception>(.*?)</perception>", re.DOTALL)
 
 
 def seen_in(completion: str) -> str | None:
-    """Return what a completion says that it sees; None where it does not say it once."""
+    """Return the perception in a completion; None unless it has exactly one."""
     found = _PERCEPTION.findall(completion)
     return normalised(found[0]) if len(found) == 1 else None
 
 
 def sees_rightly(problem: Problem, completion: str) -> bool:
-    """Whether a completion names all the shapes of its picture, in the order of reading."""
+    """Return whether a completion names all shapes of its picture, in reading order."""
     return _listed(seen_in(completion) or "") == _listed(problem.metadata["perception"])
 
 
@@ -185,7 +184,7 @@ def _listed(text: str) -> list[str]:
 
 
 class Scenes(Task):
-    """Drawn scenes and questions about them, split by scene."""
+    """The task of questions about drawn scenes, split by scene."""
 
     name = "scenes"
 
@@ -196,7 +195,7 @@ class Scenes(Task):
         kinds = self.settings.kinds
         kind = kinds[index % len(kinds)]
         draw = random.Random(f"{seed}/{split}/{index}")
-        # All answers are equally likely, so that nothing is to be won without the picture.
+        # All answers are equally likely, so that guessing without the picture gains nothing.
         answer = draw.choice(_ANSWERS[kind])
         while True:
             scene = random_scene(draw)
@@ -236,8 +235,8 @@ class Scenes(Task):
 
 
 def model_answer(problem: Problem) -> str:
-    """Write the completion that sees, thinks and answers rightly: what a student is warmed up
-    with."""
+    """Write a completion with correct perception, thoughts and answer, for the student's
+    warm-up."""
     seen, thoughts = (problem.metadata[name] for name in ("perception", "thoughts"))
     return (
         f"<perception>{seen}</perception><reasoning>{thoughts}</reasoning>"
@@ -246,8 +245,8 @@ def model_answer(problem: Problem) -> str:
 
 
 def blind_accuracy(task: Task, split: Split = "test", num_problems: int = 1000) -> float:
-    """Measure what is right without a picture: the commonest answer of each question's text among
-    training problems, on problems of a split."""
+    """Measure the accuracy without pictures on problems of a split, if each question is answered
+    with its most frequent answer among training problems."""
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     for problem in _problems(task, "train", num_problems):
         answers[problem.prompt][problem.answer] += 1

@@ -1,4 +1,4 @@
-"""Where commas, signs and brackets divide an answer into parts."""
+"""Splitting an answer into parts at commas, signs and brackets."""
 
 import re
 
@@ -9,7 +9,7 @@ SIGNS = {
     **{"<=": r"\le", ">=": r"\ge", "!=": r"\ne", "==": "="},
     **{sign: sign for sign in ("<", ">", "=")},
 }
-"""What is written for a relation, the longest first"""
+"""The notations of relations, the longest first"""
 ANGLES = {
     "l": "\N{MATHEMATICAL LEFT ANGLE BRACKET}",
     "r": "\N{MATHEMATICAL RIGHT ANGLE BRACKET}",
@@ -21,20 +21,20 @@ _INEQUALITY = re.compile(r"[<>]|!=|\\(?:[lg]e|ne)(?![A-Za-z])")
 
 
 def joined(parts: list[str], signs: list[str]) -> str:
-    """Say how inequalities are joined, since x < 5 and x > 7 is not x < 5 or x > 7; "" for other
-    items, and where one of them is enough."""
+    """Return how inequalities are joined, since x < 5 and x > 7 is not x < 5 or x > 7; "" for other
+    items, and if they are joined by "or"."""
     if not any(map(_INEQUALITY.search, parts)):
         return ""
     words = {sign.strip().removeprefix(r"\text").strip("{}") for sign in signs}
     if words <= {"or", r"\lor", r"\vee"}:
         return ""
-    # x is neither 1 nor 2 whether a comma or a word is between.
+    # With a comma or a word between, x is neither 1 nor 2.
     is_unequal = all(r"\ne" in part or "!=" in part for part in parts)
     return "and" if is_unequal or "and" in words else ","
 
 
 def without_group_commas(text: str) -> tuple[str, bool]:
-    """Take commas out of thousands, except in brackets, where they are between coordinates."""
+    """Remove commas between thousands, except in brackets, where they separate coordinates."""
     depth = 0
     pieces = []
     last = 0
@@ -52,14 +52,14 @@ def without_group_commas(text: str) -> tuple[str, bool]:
 
 
 def split(text: str, separators: tuple[str, ...]) -> list[str]:
-    """Split at separators that are in no brackets."""
+    """Split at separators outside of brackets."""
     return split_with_signs(text, separators)[0]
 
 
 def split_with_signs(text: str, separators: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """Split at separators that are in no brackets, of which the first that fits counts; list them,
-    too."""
-    # Marks of set text are one character each, so places are the same.
+    """Split at separators outside of brackets, and also list these. At each place the first
+    separator that matches is used."""
+    # Marks of text in formulas are one character each, so positions stay the same.
     spaced = text.replace("\x02", " ").replace("\x03", " ")
     depth = 0
     parts = []
@@ -81,7 +81,8 @@ def split_with_signs(text: str, separators: tuple[str, ...]) -> tuple[list[str],
 
 
 def inside(text: str, opening: str) -> tuple[str, str]:
-    """What brackets around the whole text hold, and the closing one; "" where they end before."""
+    """Return the content of brackets around the whole text, and the closing bracket; "" and "" if
+    they end earlier."""
     depth = 0
     for at, character in enumerate(text):
         depth += (character in _LEFT) - (character in _RIGHT)

@@ -1,4 +1,4 @@
-"""Several tasks in one run: their problems take turns, and each is graded by its own task."""
+"""Several tasks in one run: their problems alternate, and each is graded by its own task."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
@@ -10,18 +10,18 @@ from rlad.tasks.base import Judgement, Problem, Split, Task, reward_range
 
 
 class SeveralTasks:
-    """A task whose problem i is problem i // k of task i % k of its k tasks, as that alone would
-    give it.
+    """A task made of k tasks. Its problem i is problem i // k of task i % k, the same as in that
+    task.
 
-    `tasks` holds the type and the options of each, by name. The name is the problem's `task` and
-    comes before its `difficulty`, so that evaluation tables show each task.
+    `tasks` maps names to types and options. The name is the problem's `task` and precedes its
+    `difficulty`, so that evaluation tables show each task.
     """
 
     def __init__(self, tasks: Mapping[str, Mapping[str, Any]]) -> None:
-        from rlad.tasks import make_task  # whose table holds this class
+        from rlad.tasks import make_task  # its table contains this class
 
         self.tasks: dict[str, Task] = {}
-        # When one cannot be made, the worker processes of those before it must end.
+        # If a task cannot be made, the worker processes of those before it must end.
         with ExitStack() as made:
             for name, options in tasks.items():
                 try:
@@ -42,8 +42,8 @@ class SeveralTasks:
         return replace(problem, task=name, difficulty=difficulty)
 
     def num_problems(self, split: Split) -> int | None:
-        """Count the problems of training until each finite task has given all of its own; of a
-        held-out split before one of them gives one again."""
+        """Count the problems of the split. For training, each finite task has then used all of its
+        problems; for a held-out split, no task has repeated one."""
         all_sizes = [task.num_problems(split) for task in self.tasks.values()]
         sizes = [size for size in all_sizes if size is not None]
         if not sizes:

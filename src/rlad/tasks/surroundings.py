@@ -1,5 +1,5 @@
-"""What around a number makes something else of it: signs (`x_5`, `f(5)`, `5!`), and words
-(`half of 5`, `5 does not work`, `5 or six`)."""
+"""Text around a number that changes its meaning: signs (`x_5`, `f(5)`, `5!`) and words (`half of
+5`, `5 does not work`, `5 or six`)."""
 
 import re
 import unicodedata
@@ -9,7 +9,7 @@ from rlad.tasks.notation import words
 from rlad.tasks.units import LARGE_NUMBERS, MULTIPLIERS, known_unit
 
 _WORD = re.compile(r"[^\W\d_]+(?:[-'.][^\W\d_]+)*\.?")
-# What makes another number of the one beside it.
+# Words that change the number next to them.
 CHANGING_WORDS = frozenset(
     words(
         "sqrt root pi squared cubed factorial mod modulo base half halves third thirds "
@@ -26,14 +26,14 @@ _NUMBER_WORDS = frozenset(
         "sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety"
     )
 )
-# Of prose these are the last word, or the last but one, before a number.
+# In prose these are one of the last words before a number.
 _CHANGING_BEFORE = frozenset(
     words(
         "lg sub sqrt root half third quarter twice double triple thrice quadruple times over power "
         "mod modulo base point log ln sin cos tan exp factorial pi version room than"
     )
 )
-# After these and "of" comes a part of something, or what it was made from.
+# The number after these words and "of" is not the value itself.
 _CHANGING_BEFORE_OF = frozenset(
     words(
         "half third quarter fifth tenth root square cube opposite reciprocal inverse negative "
@@ -42,10 +42,10 @@ _CHANGING_BEFORE_OF = frozenset(
         "predecessor digit digits base modulus floor ceiling out instead most"
     )
 )
-# With these before it a marked answer is one of several, or hangs on something.
+# A marked answer after these words is one of several, or depends on a condition.
 _CONDITIONS = frozenset(words("if unless either whether between suppose assuming doubt neither"))
 _JOINING = frozenset(words("and or nor without within before after past until except versus vs"))
-# What a marked answer with one number never says, because it gives another one or none.
+# Words that a marked answer with one number does not have: they give another answer or none.
 _ANOTHER = frozenset(
     words(
         "but unless if wait scratch sorry actually hmm rejected extraneous invalid fails too "
@@ -60,7 +60,7 @@ _DOUBTS = frozenset(
     )
 )
 _NO = re.compile(r"\bno\b(?! (?:more|less|change|tax|units?)\b)", re.IGNORECASE)
-# Verbs and prepositions of which a number is the subject, or the first part.
+# Verbs and prepositions whose subject or first part is a number.
 _VERBS = frozenset(
     words(
         "does do did has have had can could will would should must may might cannot seems looks "
@@ -75,7 +75,7 @@ _IS_THE_ANSWER = re.compile(
     r"|integer|count)\b(?! of the (?:answers|results|solutions|values|numbers)\b)",
     re.IGNORECASE,
 )
-# What people can do or have is everyday language; "x is even" and "n > 0" restrict an answer.
+# Statements about what people do are everyday language; "x is even" and "n > 0" restrict an answer.
 _PERSON = r"(?:he|she|they|we|you|(?!The|It|That|This)[A-Z][a-z]{2,})"
 _EVERYDAY_CONDITION = re.compile(
     rf"^\W*[Ii]f\s+{_PERSON}\s+(?!(?:is|are|was|were|has|have|had|does|did)\b)[a-z]{{3,}}(?:\s+(?!(?:not"
@@ -85,7 +85,7 @@ _EVERYDAY_CONDITION = re.compile(
 _BETWEEN_PEOPLE = re.compile(
     r"\b[Bb]etween (?:them|us|you|the (?:two|three|four|five|six)(?: of (?:them|us|you))?),"
 )
-# A thing that is named before "is": the number of people in the room is 5.
+# A thing named before "is": the number of people in the room is 5.
 _NAMED_THING = re.compile(
     r"\b(?:of|in|on|at|for|from|to|by)\s+(?:the|an?|his|her|its|their|each|this|that)\s+(?:[a-z]+\s+)?"
     r"(?:room|base|power|third|half|quarter|point|version)\s+(?:[a-z]+\s+)?(?:is|was|are|were|equals)"
@@ -125,12 +125,12 @@ _LAST_WORD = re.compile(r"[^\W\d_]{2,}(?!.*[^\W\d_]{2})", re.DOTALL)
 
 
 def words_of(text: str) -> list[str]:
-    """List the words of a text as they are written."""
+    """List the words of a text, in their original case."""
     return _WORD.findall(text)
 
 
 def begins_before(before: str, *, is_marked: bool) -> bool:
-    """Say whether the text before a number belongs to it: x3, 2^3, 1.2.3, x < 3, 1 + 3, half of
+    """Return whether the text before a number belongs to it: x3, 2^3, 1.2.3, x < 3, 1 + 3, half of
     3."""
     if before[-1:].isalnum() or re.search(r"[A-Za-z][-.]$|\\[A-Za-z]", before):
         return True
@@ -138,7 +138,7 @@ def begins_before(before: str, *, is_marked: bool) -> bool:
     tail = before[last.end() :] if last else before
     if not _are_idle_signs(tail):
         return True
-    # "(" is a function's after a letter, and a comma a list's.
+    # "(" after a letter belongs to a function, and a comma to a list.
     if last and re.match(r"[(\[{_*]", tail):
         return True
     if before and unicodedata.category(before[-1]) == "Pd":
@@ -160,7 +160,7 @@ def begins_before(before: str, *, is_marked: bool) -> bool:
 
 
 def _is_conditional(before: str) -> bool:
-    """Say whether a marked answer is one of several, or hangs on something."""
+    """Return whether a marked answer is one of several, or depends on a condition."""
     if _EVERYDAY_CONDITION.match(before):
         return False
     found = words_of(_BETWEEN_PEOPLE.sub(" ", before))
@@ -168,7 +168,7 @@ def _is_conditional(before: str) -> bool:
 
 
 def without_too(before: str, after: str) -> str:
-    """Take the `too` away that ends a sentence about someone: Tom has 5 apples too."""
+    """Remove `too` at the end of a sentence about someone: Tom has 5 apples too."""
     return _TOO_AT_END.sub(r"\1", after) if _HAS.search(before) else after
 
 
@@ -179,7 +179,7 @@ def _are_idle_signs(tail: str) -> bool:
 
 
 def ends_behind(after: str, *, is_marked: bool) -> bool:
-    """Say whether the text after a number belongs to it: 3x, 3!, 3^2, 3 + 1, 3 and a half."""
+    """Return whether the text after a number belongs to it: 3x, 3!, 3^2, 3 + 1, 3 and a half."""
     if after[:1] in tuple("_^!?/\\+<>") or re.match(r"[-'][^\W_]", after):
         return True
     attached = re.match(r"[^\W\d_]+", after)
@@ -197,14 +197,14 @@ def ends_behind(after: str, *, is_marked: bool) -> bool:
 
 
 def _is_unit(attached: str) -> bool:
-    # 5K are five thousand.
+    # 5K is five thousand.
     is_letter = len(attached) == 1 and attached.isupper() and attached != "L"
     return known_unit(attached) is not None and not is_letter
 
 
 def changes_before(after: str) -> bool:
-    """Say whether the words after a number, or a unit, make something else of it: squared, million,
-    less than x, does not work."""
+    """Return whether the words after a number or a unit change it: squared, million, less than x,
+    does not work."""
     found = [word.casefold() for word in words_of(HOW_OFTEN.sub("", after))]
     if set(found[:3]) & _CHANGING_AFTER or _THAN.match(after) or is_refused_after(after):
         return True
@@ -219,14 +219,14 @@ def _gives_another(after: str) -> bool:
 
 
 def gives_another_words(text: str) -> set[str]:
-    """List the words that say that another answer is meant, or none: or, but, rejected, six."""
+    """List the words that give another answer or none: or, but, rejected, six."""
     found = [word.casefold().rstrip(".") for word in words_of(re.sub(r"\bor so\b", "", text))]
     return set(found) & _ANOTHER | set(found[:1]) & _NUMBER_WORDS
 
 
 def is_another_remark(remark: str) -> bool:
-    """Say whether a remark in brackets after an answer takes it back or gives another one: (if
-    x > 0), (rejected), (or six); (five) repeats it."""
+    """Return whether a remark in brackets after an answer takes it back or gives another one: (if
+    x > 0), (rejected), (or six). (five) only repeats it."""
     found = [word.casefold().rstrip(".") for word in words_of(remark)]
     if found[:1] and found[0] in _NUMBER_WORDS:
         return bool(set(found[1:]) & (_ANOTHER | _DOUBTS))

@@ -1,5 +1,5 @@
-"""Environments as TRL has them: a plain class whose public methods are the model's tools, so that
-one class runs here and as TRL's `environment_factory`.
+"""Environments with TRL's interface: a plain class whose public methods are the model's tools. The
+same class can be used here and as TRL's `environment_factory`.
 
     class Counter:
         def reset(self, **row) -> str: ...
@@ -11,8 +11,8 @@ one class runs here and as TRL's `environment_factory`.
             '''
         def get_reward(self) -> float: ...
 
-Tools are shown and called in the form that Hermes began and Qwen's templates write; the words are
-those of Qwen's template. What a turn says without a call ends the episode.
+Tools are described and called in the format of Hermes and of Qwen's templates, in the words of
+Qwen's template. A turn without a call ends the episode.
 """
 
 import asyncio
@@ -45,13 +45,13 @@ For each function call, return a json object with function name and arguments wi
 
 
 def has_tools(environment: type) -> bool:
-    """Whether a class is of TRL's kind: `step` is then a tool like any other."""
+    """Return whether a class has TRL's interface. Its `step` is then a tool like any other."""
     return hasattr(environment, "get_reward")
 
 
 def tool_methods(environment: type) -> dict[str, Callable[..., Any]]:
-    """List the methods of a class that are tools, as TRL does: those without an underscore, but for
-    `reset` and `get_reward`."""
+    """List the methods of a class that are tools, as TRL does: all public ones except `reset` and
+    `get_reward`."""
     found = dict(inspect.getmembers(environment, inspect.isfunction))
     return {
         name: method
@@ -61,7 +61,7 @@ def tool_methods(environment: type) -> dict[str, Callable[..., Any]]:
 
 
 def describe_tools(environment: type) -> str:
-    """Write the system message that shows a class's tools. `UserError` where one of them lacks
+    """Write the system message that describes a class's tools. Raises `UserError` if a tool lacks
     types or a docstring."""
     from transformers.utils.chat_template_utils import get_json_schema
 
@@ -69,7 +69,7 @@ def describe_tools(environment: type) -> str:
     for name, method in tool_methods(environment).items():
         try:
             schemas.append(get_json_schema(MethodType(method, object())))
-        except Exception as error:  # several of its own, with no common base
+        except Exception as error:  # its exceptions have no common base class
             raise UserError(
                 f"the tool {name} of {environment.__name__} cannot be described ({error}); give "
                 "its arguments types, and its docstring a line for each under 'Args:'."
@@ -83,7 +83,7 @@ def describe_tools(environment: type) -> str:
 
 
 def read_tool_calls(text: str) -> list[tuple[str, dict[str, Any]]]:
-    """Read the calls, (name, arguments) of each, in a turn; none where one is malformed."""
+    """Read the calls, (name, arguments), in a turn; an empty list if any is malformed."""
     calls = []
     for written in _CALL.findall(text):
         try:
@@ -101,9 +101,9 @@ def read_tool_calls(text: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 class ToolEnvironment:
-    """A class of TRL's kind as an environment of texts.
+    """An environment made from an object with TRL's interface.
 
-    After each turn the reward is what `get_reward` returns: an episode that is cut off has that of
+    After each turn the reward is what `get_reward` returns. A truncated episode has the reward of
     its last turn.
     """
 
@@ -128,7 +128,7 @@ class ToolEnvironment:
             if name not in self._tools:
                 raise ValueError(f"Tool {name} not found.")
             return str(_awaited(self._tools[name](self._environment, **arguments)))
-        except Exception as error:  # as TRL does: the model reads what went wrong
+        except Exception as error:  # as in TRL, the model reads the error
             return str({"error": str(error)})
 
 

@@ -1,11 +1,11 @@
-"""Units of measurement that answers are given in."""
+"""Units of measurement in answers."""
 
 from fractions import Fraction
 
 from rlad.tasks.notation import words
 
 Unit = tuple[str, Fraction]
-"""What is measured, and how much of its first unit one is"""
+"""The measured quantity, and the unit's size in the quantity's first unit"""
 
 _TABLE = {
     "time": {
@@ -92,13 +92,13 @@ LARGE_NUMBERS = frozenset(
         "mill mil bln tn trn bil grand score gross"
     )
 )
-"""Words for numbers that are not read"""
+"""Words for large numbers that cannot be read"""
 
 
 def known_unit(text: str) -> Unit | None:
-    """Look a unit up by one of its names."""
+    """Look up a unit by one of its names."""
     name = text.strip(" .")
-    # A million is no metre, and a megagram no milligram.
+    # Mm is not millimetre, and Mg not milligram.
     if len(name) == 2 and name[0] == "M" and name.casefold() in ("mg", "mm", "ml", "ms"):
         return None
     return UNITS.get(name if len(name) == 1 and name != "L" else name.casefold())

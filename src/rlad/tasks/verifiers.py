@@ -1,17 +1,17 @@
 """Verifiers by name: how a completion is compared with the reference answer of its problem.
 
-- `exact`: the final answer is the same text, apart from case, white space, markdown and what LaTeX
-  needs to set it.
+- `exact`: the final answer is the same text, apart from case, white space, markdown and LaTeX
+  formatting.
 - `number`: the final answer gives the same number (see `rlad.tasks.numbers`).
 - `math`: the final answer is mathematically equal (see `rlad.tasks.mathematics`).
-- `package.module:function`: a function of your own, `function(completion: str, answer: str)`, that
+- `package.module:function`: a user's function, `function(completion: str, answer: str)`, that
   returns a bool, a reward from 0 to 1 (1 within rounding is correct) or a `Verdict`; or a pair of
-  that and a text, what is wrong with the completion.
+  this and a text that says what is wrong with the completion.
 
-The final answer is the text in the last `<answer>` tag, else in the last `\\boxed{...}` or after
-the last `Answer:`, whichever is later, else the last line; what a `<think>` holds is none. `math`
-and functions of your own run in a process of their own: one that hangs, raises, dies, eats memory
-or returns anything else costs one completion (cannot judge), never the run.
+The final answer is the text in the last `<answer>` tag, or otherwise in the last `\\boxed{...}` or
+after the last `Answer:`, whichever is later, or otherwise the last line. Text in `<think>` does not
+count. `math` and a user's functions run in a separate process. One that hangs, raises, dies, uses
+too much memory or returns anything else costs one completion (cannot judge), never the run.
 """
 
 import importlib
@@ -43,16 +43,16 @@ from rlad.tasks.worker import MAX_MEMORY_GIB, CallFailed, Worker
 from rlad.text import nearest
 
 _MAX_SHORT_REFERENCE = 60
-"""characters of a reference that is an answer, not the prose around one"""
+"""most characters of a reference that is only an answer, without prose"""
 _NAME = re.compile(r"[$\s]*([^\W\d_]+)\s*[:=](?=[^=])")
 _ROUNDING = 1e-9
-"""by how much the sum of a reward's parts may miss a bound"""
+"""tolerance at the bounds, for rewards that are sums of parts"""
 
 
 @dataclass(frozen=True, slots=True)
 class Verifier:
-    """A grader of completions. `judge` never raises and never hangs on any text; `close` releases
-    the worker process."""
+    """A grader of completions. `judge` never raises or hangs on any text. `close` ends the worker
+    process."""
 
     grade: Callable[[str, str], Judgement]
     worker: Worker | None = None
@@ -61,7 +61,7 @@ class Verifier:
     def judge(self, completion: str, answer: str) -> Judgement:
         """Compare the last `MAX_COMPLETION_CHARACTERS` of a completion with the reference
         answer."""
-        # A <think> that begins before them and is not closed hides them, too.
+        # The <think> of these characters may begin before them, so thoughts are removed first.
         text = outside_thoughts(completion) if self.reads_final_answer else completion
         text = text[-MAX_COMPLETION_CHARACTERS:]
         try:
@@ -78,7 +78,7 @@ class Verifier:
 
 
 def _what_is_wrong(completion: str) -> str:
-    # Nothing of the completion is quoted: a teacher that is shown it would repeat it.
+    # The completion is not quoted, since a teacher that is shown the feedback would repeat it.
     if final_answer(completion).strip():
         return "The final answer is wrong."
     return "No final answer could be read."
@@ -87,8 +87,8 @@ def _what_is_wrong(completion: str) -> str:
 def make_verifier(
     name: str, *, timeout_seconds: float = 5.0, max_memory_gib: float = MAX_MEMORY_GIB
 ) -> Verifier:
-    """Make the verifier called `name`; `UserError` when there is none, or when what it needs is
-    missing."""
+    """Make the verifier called `name`. Raises `UserError` if it is unknown, or if a package that it
+    needs is missing."""
     limits: Any = {"timeout_seconds": timeout_seconds, "max_memory_gib": max_memory_gib}
     if name in _IN_PROCESS:
         return Verifier(_IN_PROCESS[name])
@@ -109,10 +109,10 @@ def make_verifier(
 
 
 def exact(completion: str, answer: str) -> Judgement:
-    """Judge whether the final answer is `answer`, apart from case, white space, markdown and what
-    LaTeX needs to set a text.
+    """Judge whether the final answer is `answer`, apart from case, white space, markdown and LaTeX
+    formatting.
 
-    Remarks may follow in lines of their own.
+    Remarks may follow on separate lines.
     """
     wanted = normalised(without_wrapping(answer))
     if not wanted:
@@ -125,8 +125,8 @@ def exact(completion: str, answer: str) -> Judgement:
 
 
 def _has_marks_of(answer: str, completion: str, found: str) -> bool:
-    """Say whether what was found has the marks of a reference such as `__init__` or `#include`,
-    which are no markdown."""
+    """Return whether an answer has the marks of a reference such as `__init__` or `#include`, which
+    are not markdown."""
     wanted = " ".join(without_wrapping(answer).casefold().split())
     for mark in ("**", "`"):
         wanted = wanted.removeprefix(mark).removesuffix(mark) if wanted.endswith(mark) else wanted
@@ -139,10 +139,10 @@ def _has_marks_of(answer: str, completion: str, found: str) -> bool:
 
 
 def number(completion: str, answer: str) -> Judgement:
-    """Judge whether the number that the final answer gives is that of `answer`.
+    """Judge whether the final answer gives the same number as `answer`.
 
-    A reference with several numbers, such as a time or a point, wants the same ones in the same
-    form.
+    If the reference has several numbers, such as a time or a point, the answer must have the same
+    numbers in the same form.
     """
     wanted = _number_of(answer, _marked_reference(answer))
     if wanted is None:
@@ -158,14 +158,15 @@ def number(completion: str, answer: str) -> Judgement:
 
 
 def _differ_in_name(completion: str, answer: str) -> bool:
-    """Say whether two answers name what they are the values of, and not the same: Bob: 5."""
+    """Return whether two answers name different things as their subject: Bob: 5."""
     names = [_NAME.match(first_line(decided_answer(text)[0])) for text in (completion, answer)]
     found, wanted = (match[1].casefold() if match else "answer" for match in names)
     return found != wanted and not {found, wanted} & IDLE_NAMES
 
 
 def _marked_reference(answer: str) -> str | None:
-    """Find the part of a reference that is its answer, all of one short line; None for prose."""
+    """Find the answer in a reference: the text after `####`, or a whole short line; None for
+    prose."""
     if "####" in answer:
         return answer.rpartition("####")[2]
     text, is_marked = decided_answer(answer)
@@ -179,8 +180,8 @@ def _number_of(text: str, answer: str | None = None) -> Reading:
 
 
 def _same(found: Reading, wanted: Amount | Figures) -> bool | None:
-    """Say whether two readings are equal; units count where both are known, and of what only one
-    is known cannot be said."""
+    """Return whether two readings are equal. Units count if both are known. If one reading has a
+    known unit and the other an unknown word, the result is None."""
     if isinstance(found, Amount) and isinstance(wanted, Amount) and found.unit and wanted.unit:
         (found_kind, found_size), (wanted_kind, wanted_size) = found.unit, wanted.unit
         is_equal = found.value * found_size == wanted.value * wanted_size
@@ -198,7 +199,7 @@ _IN_PROCESS: dict[str, Callable[[str, str], Judgement]] = {"exact": exact, "numb
 
 
 def _warm_up_math() -> None:
-    # It warns that its own timeouts are off, which they are on purpose.
+    # It warns that its own timeouts are off, which is intended.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     _math("1", "1")
 
@@ -210,14 +211,14 @@ def _math(completion: str, answer: str) -> Judgement:
 
 
 def import_function(path: str) -> Callable[..., Any]:
-    """Import the function that `package.module:function` names; `UserError` when there is none that
-    takes a completion and an answer."""
+    """Import the function that `package.module:function` names. Raises `UserError` if there is none
+    that takes a completion and an answer."""
     module, _, name = path.partition(":")
     try:
         with redirect_stdout(sys.stderr):  # what a module prints is not the command's output
             function = getattr(importlib.import_module(module), name)
         inspect.signature(function).bind("completion", "answer")
-    except Exception as error:  # of any kind: the module is the user's
+    except Exception as error:  # the user's module may raise anything
         raise UserError(
             f"verifier {path!r} cannot be used ({type(error).__name__}: {error}); write it as "
             "'package.module:function', a function(completion, answer), with the folder of the "
@@ -235,7 +236,7 @@ def _call_user(path: str, completion: str, answer: str) -> Judgement:
 
 
 def _judgement_of(result: Any) -> Judgement:
-    # Where a verifier returns something else, we do not guess what it meant.
+    # Any other result cannot be judged, as its meaning would be a guess.
     match result.item() if hasattr(result, "item") else result:  # scalars of numpy and torch
         case Verdict.CANNOT_JUDGE:
             return cannot_judge("the verifier says so")

@@ -1,5 +1,4 @@
-"""Answers that are one thing as a whole: words, times, dates, ratios, numbers in a base,
-residues."""
+"""Answers that are read as one unit: words, times, dates, ratios, numbers in a base, residues."""
 
 import re
 from fractions import Fraction
@@ -40,7 +39,8 @@ _RESIDUE = re.compile(
 
 
 def read_whole(bare: str) -> Answer | None:
-    """Read what is one thing as a whole: a text, a time, a date, a number in a base, ..."""
+    """Read an answer that is one unit: a text, a time, a date, a number in a base, ...; None for
+    other answers."""
     if _LETTERS_ONLY.match(bare) and not (_is_formula_word(bare) or _is_letter_formula(bare)):
         words = bare.casefold().strip(" .!?\"'")
         inner = re.sub(r"^\(\s*(\w+)\s*\)$", r"\1", words)
@@ -91,14 +91,14 @@ def _has_base(digits: str, base: str) -> bool:
 
 
 def _is_formula_word(bare: str) -> bool:
-    """Say whether words are functions, constants and their variables: pi, sin(x)."""
+    """Return whether words are functions, constants and variables: pi, sin(x)."""
     found = re.findall(r"[^\W\d_]+", bare)
     are_known = all(word.lower() in _FORMULA_WORDS or len(word) == 1 for word in found)
     return are_known and (any(len(w) > 1 for w in found) or all(w.lower() in "ei" for w in found))
 
 
 def _is_letter_formula(bare: str) -> bool:
-    """Say whether letters are variables: a - b, n(N-n)."""
+    """Return whether letters are variables: a - b, n(N-n)."""
     are_short = all(len(word) <= 2 for word in re.findall(r"[^\W\d_]+", bare))
     is_formula = are_short and _LETTER_FORMULA.search(bare) is not None
     return is_formula and product_of(bare) is not None

@@ -1,7 +1,7 @@
-"""Run a function that may hang, raise, die or eat memory in a process of its own, so that it costs
-one call and not the run.
+"""Run a function that may hang, raise, die or use too much memory in a separate process, so that a
+failure costs one call instead of the run.
 
-This bounds time and memory; it is no sandbox: the process may do what its user may do.
+Time and memory are limited. This is not a sandbox: the process has all rights of its user.
 """
 
 import contextlib
@@ -24,17 +24,17 @@ _OUT_OF_MEMORY = 77
 
 
 class CallFailed(Exception):
-    """A call that gave no result; the message says why in a few words."""
+    """The error of a call without a result. The message says briefly why."""
 
 
 class Worker:
-    """A process that calls `function` again and again; it starts with the first call.
+    """A process that runs the calls of `function`. It starts with the first call.
 
     `function`, `initializer` and all arguments must be picklable. `initializer()` runs whenever the
-    process starts: imports belong there, since `timeout_seconds` counts the call alone, and
-    `max_memory_gib` what calls hold beyond it (Linux; other systems count no such thing). What a
-    silent one prints is thrown away: it may hold a model's text; of others it goes to standard
-    error. Calls from several threads take turns.
+    process starts. Imports belong there, since `timeout_seconds` limits only the call, and
+    `max_memory_gib` only the memory that calls use in addition (on Linux; other systems have no
+    such limit). The output of a silent worker is discarded, since it may contain a model's text;
+    that of others goes to standard error. Calls from several threads run one after another.
     """
 
     def __init__(
@@ -54,11 +54,11 @@ class Worker:
         self._pool: ProcessPool | None = None
 
     def call(self, *args: Any) -> Any:
-        """Call `function(*args)` in the process; `CallFailed` when it raises, dies, takes too long
-        or too much memory."""
+        """Call `function(*args)` in the process. Raises `CallFailed` if it raises, dies, or needs
+        too much time or memory."""
         with self._lock:
-            # A process that died between two calls breaks the pool, which shows only now: once
-            # more, with a new pool.
+            # If the process died between two calls, the pool is broken, which is noticed only now.
+            # Try once more with a new pool.
             result = self._call(args) or self._call(args)
         is_value, value = result or (
             False,
@@ -70,33 +70,32 @@ class Worker:
         return value
 
     def _call(self, args: tuple[Any, ...]) -> tuple[bool, Any] | None:
-        """Return (True, the value), or (False, why there is none); None where the pool is
+        """Return (True, the value) or (False, the reason why there is none); None if the pool is
         broken."""
         from pebble import ProcessExpired, ProcessPool
 
-        # spawn: a fork would copy the threads' locks and the accelerator state of the training
-        # process.
+        # A fork would copy the locks of threads and the accelerator state of the training process.
         self._pool = self._pool or ProcessPool(
             max_workers=1,
             initializer=_begin,
             initargs=self._initargs,
             context=multiprocessing.get_context("spawn"),  # pyright: ignore[reportArgumentType]
         )
-        # pebble counts the limit from when the call has begun, and ends the process after it. Our
-        # own longer wait is for a process that hangs before that, in its imports.
+        # pebble counts the limit from the start of the call, and then ends the process. The longer
+        # wait here is for a process that hangs before that, in its imports.
         limit = self._timeout_seconds
         try:
             future = self._pool.schedule(_call_guarded, (self._function, args), timeout=limit)
             return future.result(timeout=limit + _STARTUP_SECONDS)
         except TimeoutError:
-            if not future.done():  # hung before the call began, where pebble does not count
+            if not future.done():  # it hung before the call, where pebble does not count
                 self._stop()
             return False, f"no result within {limit:g} seconds"
         except ProcessExpired as error:
             if error.exitcode == _OUT_OF_MEMORY:
                 return False, f"it needs more than {self._max_memory_gib:g} GiB of memory"
             return False, f"the process died with exit code {error.exitcode}"
-        except RuntimeError:  # of a broken pool
+        except RuntimeError:  # the pool is broken
             self._stop()
             return None
 
@@ -118,15 +117,15 @@ class Worker:
 
 
 def _begin(initializer: Callable[[], object] | None, max_bytes: int, is_silent: bool) -> None:
-    # What it prints may be a model's text, which must not reach the terminal; and the standard
-    # output is the command's own, which may be JSON.
+    # The output may be a model's text, which must not reach the terminal. Standard output belongs
+    # to the command, and may be JSON.
     if is_silent:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
     else:
         os.dup2(2, 1)
-    # A process that crashes must not leave its memory on the disk.
+    # A crash must not write a core dump to the disk.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if initializer is not None:
         initializer()
@@ -134,11 +133,11 @@ def _begin(initializer: Callable[[], object] | None, max_bytes: int, is_silent: 
 
 
 def _limit_memory(num_bytes: int) -> None:
-    """Allow so much more private memory than is held now. Address space that is only reserved, as
-    CUDA does, does not count."""
-    # RLIMIT_DATA bounds private writable memory, which VmData reports: what imports have taken is
-    # added to the limit, and a call that asks for more gets a MemoryError instead of the machine's
-    # out-of-memory killer choosing the training process.
+    """Limit private memory to the amount used now plus `num_bytes`. Address space that is only
+    reserved, as by CUDA, does not count."""
+    # RLIMIT_DATA limits private writable memory, which VmData reports. The memory of imports is
+    # added to the limit. A call that needs more gets a MemoryError; otherwise the system's
+    # out-of-memory killer might end the training process.
     status = Path("/proc/self/status")
     if not status.is_file():
         return
@@ -151,14 +150,14 @@ def _limit_memory(num_bytes: int) -> None:
 
 
 def _call_guarded(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[bool, Any]:
-    """Return (True, result), or (False, what was raised) as plain text: exceptions of the user's
-    own may not be picklable."""
+    """Return (True, result) or (False, the error as text). A user's exceptions may not be
+    picklable."""
     try:
         return True, function(*args)
     except MemoryError:
-        os._exit(_OUT_OF_MEMORY)  # what it holds may stay held: the next call gets a new process
-    except BaseException as error:  # SystemExit too: it must not travel into the run
+        os._exit(_OUT_OF_MEMORY)  # memory may stay in use, so the next call gets a new process
+    except BaseException as error:  # including SystemExit, which must not reach the run
         text = ""
-        with contextlib.suppress(Exception):  # an exception may be unable to say what it is
+        with contextlib.suppress(Exception):  # str() of an exception may raise
             text = str(error)
         return False, f"{type(error).__name__}: {text}"[:_MAX_REASON_CHARACTERS]

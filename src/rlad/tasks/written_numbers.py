@@ -1,4 +1,4 @@
-"""How one number is written, and its exact value: `-1,000`, `.5`, `3 1/2`, `1e-3`,
+"""The notations of one number, and its exact value: `-1,000`, `.5`, `3 1/2`, `1e-3`,
 `\\frac{3}{4}`."""
 
 import ast
@@ -55,11 +55,11 @@ SPELT = {
         words("twenty thirty forty fifty sixty seventy eighty ninety hundred"), 2
     )
 }
-"""Numbers that one word says"""
+"""Numbers that are one word"""
 
 
 def value_of(number: re.Match[str]) -> Fraction | None:
-    """Compute a number exactly; None where it is too long or divides by zero."""
+    """Compute a number exactly; None if it is too long or divides by zero."""
     if len(number[0]) > _MAX_NUMBER_CHARACTERS:
         return None
     groups = {name: text.replace(",", "") for name, text in number.groupdict().items() if text}
@@ -95,8 +95,8 @@ def evaluate_arithmetic(expression: str) -> tuple[Fraction, list[int]] | None:
     """Compute the exact value of an expression of whole numbers, + - * / and parentheses, and list
     the numbers used in it.
 
-    None for anything else. The text is parsed, never executed: powers, names and calls do not exist
-    here.
+    Return None for anything else, such as powers, names and calls. The text is parsed, never
+    executed.
     """
 
     def value(node: ast.expr) -> Fraction:

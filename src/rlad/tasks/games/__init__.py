@@ -1,1 +1,1 @@
-"""Games of several turns that need no download."""
+"""Games with several turns that need no download."""

@@ -1,5 +1,5 @@
-"""Knights and knaves over several turns: what the people say leaves several solutions, so the model
-asks some of them before it answers."""
+"""Knights and knaves over several turns. The statements allow several solutions, so the model asks
+questions before it answers."""
 
 import random
 import re
@@ -27,8 +27,8 @@ SNOW = "snow"
 
 
 class IslandQuestions(GameTask):
-    """A task of puzzles with more than one solution, of which the asked people's replies leave
-    one. Its settings are those of `IslandQuestionsConfig`."""
+    """The task of puzzles with several solutions, of which the replies to questions leave one. Its
+    settings are those of `IslandQuestionsConfig`."""
 
     name = "island_questions"
 
@@ -72,8 +72,8 @@ class IslandQuestions(GameTask):
 
 
 class IslandQuestionsGame(Environment):
-    """One puzzle. Reward 1 for an answer that gives every person the right role; it ends the
-    game. What is neither an answer nor a question costs a question."""
+    """An episode of one puzzle. The reward is 1 for an answer that gives every person the right
+    role. Any answer ends the game. A turn with neither an answer nor a question uses a question."""
 
     def __init__(self, num_questions: int) -> None:
         self._num_questions = num_questions
@@ -97,7 +97,7 @@ class IslandQuestionsGame(Environment):
         return Step(f"{self._reply(final_answer(text))}\n")
 
     def _reply(self, text: str) -> str:
-        """Let the person who is asked reply as a knight or as a knave does."""
+        """Write the reply of the asked person, who is a knight or a knave."""
         match = _QUESTION.search(text.lower())
         if match is None:
             return "No question could be read."
@@ -110,15 +110,15 @@ class IslandQuestionsGame(Environment):
 
 
 def can_be_settled(worlds: Sequence[World], num_questions: int) -> bool:
-    """Whether so many questions, each chosen after the replies before it, always leave one of the
-    worlds."""
+    """Return whether `num_questions` questions, each chosen after the earlier replies, always leave
+    one of the worlds."""
     if len(worlds) == 1:
         return True
     if num_questions == 0 or len(worlds) > 2**num_questions:
         return False
     people = range(len(worlds[0]))
-    # A reply is whether the asked person and the one asked about are of the same kind; about snow,
-    # whether the asked person is a knight.
+    # The reply is yes if the asked person and the subject have the same role; for the question
+    # about snow, if the asked person is a knight.
     questions = [(asked, subject) for asked in people for subject in (*people, None)]
     for asked, subject in questions:
         yes = [w for w in worlds if w[asked] == (True if subject is None else w[subject])]

@@ -1,4 +1,4 @@
-"""What the built-in games share: problems that are drawn until one is in its split."""
+"""The base of the built-in games: problems are drawn until one is in the wanted split."""
 
 import random
 from abc import ABC, abstractmethod
@@ -12,7 +12,7 @@ MAX_DRAWS = 2_000
 
 
 class GameTask(ABC):
-    """A task whose problems are drawn, each of which begins an episode of a game."""
+    """A task with drawn problems, each of which begins an episode of a game."""
 
     name: str
 
@@ -23,22 +23,22 @@ class GameTask(ABC):
 
     @abstractmethod
     def draw(self, rng: random.Random) -> Problem | None:
-        """Draw a problem; None for a draw that came to nothing."""
+        """Draw a problem; None if the draw failed."""
 
     @abstractmethod
     def make_game(self) -> Environment:
-        """Make what one episode is played in."""
+        """Make the environment of one episode."""
 
     def problem(self, split: Split, index: int, *, seed: int = 0) -> Problem:
         rng = random.Random(f"{seed}/{split}/{index}")
-        # The key decides the split, so a problem that falls into another split is thrown away.
+        # The key decides the split, so a problem in another split is discarded.
         for _ in range(MAX_DRAWS):
             problem = self.draw(rng)
             if problem is not None and split_of(problem.key) == split:
                 return problem
         raise UserError(
-            f"the task {self.name} found no {split} problem in {MAX_DRAWS} draws: its settings ask "
-            "for something rare; choose others."
+            f"the task {self.name} found no {split} problem in {MAX_DRAWS} draws: problems with "
+            "its settings are too rare; choose others."
         )
 
     def num_problems(self, split: Split) -> int | None:

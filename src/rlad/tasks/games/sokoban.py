@@ -1,4 +1,4 @@
-"""Sokoban: push every box onto a goal. The boards are generated, each with a solution, and drawn as
+"""Sokoban: push every box onto a goal. The boards are generated, can be solved, and are shown as
 text (see `rlad.tasks.games.sokoban_boards`)."""
 
 import random
@@ -16,8 +16,8 @@ _MOVE = re.compile(rf"\b({'|'.join(MOVES)})\b")
 
 
 class Sokoban(GameTask):
-    """A task of boards with one room of `size` x `size` cells, split by layout (walls and goals) up
-    to rotation and reflection. Its settings are those of `SokobanConfig`."""
+    """The task of boards with `size` x `size` cells, split by layout (walls and goals) up to
+    rotation and reflection. Its settings are those of `SokobanConfig`."""
 
     name = "sokoban"
 
@@ -59,8 +59,8 @@ class Sokoban(GameTask):
 
 
 class SokobanGame(Environment):
-    """One board. Reward 1 when it is solved; the game ends then, and when a box is where it can
-    never reach a goal."""
+    """An episode on one board. The reward is 1 when it is solved. The game ends then, or when a box
+    can no longer reach a goal."""
 
     def __init__(self, moves_per_turn: int = 1) -> None:
         self._moves_per_turn = moves_per_turn

@@ -1,8 +1,8 @@
-"""Boards of Sokoban: their text, their moves, and how far each is from being solved.
+"""Boards of Sokoban: their text, their moves, and their distance from a solution.
 
-A position is (player, boxes) on a layout of walls and goals; beyond its edge are walls too.
-Searching backwards from every solved position gives at once positions that can be solved, and the
-least number of moves that each needs.
+A position is (player, boxes) on a layout of walls and goals; beyond its edge there are walls.
+A search backwards from all solved positions finds the positions that can be solved, and the least
+number of moves for each.
 
     #  wall      _  floor      .  goal
     @  player    $  box        *  box on a goal      +  player on a goal
@@ -21,12 +21,12 @@ Cell: TypeAlias = tuple[int, int]
 MOVES: dict[str, Cell] = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 
 _FLOOR = {"@": "_", "$": "_", "*": ".", "+": "."}
-"""what is under a symbol"""
+"""cell under the player or a box, by symbol"""
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where the player and the boxes are."""
+    """The cells of the player and the boxes."""
 
     player: Cell
     boxes: frozenset[Cell]
@@ -56,7 +56,7 @@ class Layout:
         return position.boxes == self.goals
 
     def moved(self, position: Position, move: str) -> Position | None:
-        """Return the position after a move; None where a wall or a box is in its way."""
+        """Return the position after a move; None if a wall or a box is in the way."""
         ahead = _next(position.player, MOVES[move])
         if ahead not in self.floor:
             return None
@@ -69,7 +69,7 @@ class Layout:
 
     @cached_property
     def live_cells(self) -> frozenset[Cell]:
-        """The cells from which a box that is alone can be pushed to a goal. A box anywhere else is
+        """The cells from which a single box can be pushed to a goal. A box on any other cell is
         lost."""
         live = set(self.goals)
         waiting = list(self.goals)
@@ -86,8 +86,9 @@ class Layout:
         return frozenset(live)
 
     def distances(self, max_moves: int) -> dict[Position, int]:
-        """Count for every position that at most `max_moves` moves solve the least that do."""
-        # Breadth first, backwards, from all solved positions at once.
+        """Compute the least number of moves to a solution, for every position that at most
+        `max_moves` moves solve."""
+        # This is a backward breadth-first search from all solved positions.
         sources = [Position(player, self.goals) for player in sorted(self.floor - self.goals)]
         distance = dict.fromkeys(sources, 0)
         frontier = sources
@@ -102,7 +103,7 @@ class Layout:
         return distance
 
     def _earlier(self, position: Position) -> Iterator[Position]:
-        """Yield every position that one move turns into this one."""
+        """Yield every position from which one move leads to this one."""
         for step in MOVES.values():
             player = _next(position.player, (-step[0], -step[1]))
             if player not in self.floor or player in position.boxes:
@@ -113,7 +114,7 @@ class Layout:
                 yield Position(player, position.boxes - {ahead} | {position.player})
 
     def best_moves(self, position: Position, distance: dict[Position, int]) -> list[str]:
-        """List the moves with which a position that is in `distance` needs the fewest."""
+        """List the moves on a shortest solution of a position in `distance`."""
         after = {move: self.moved(position, move) for move in MOVES}
         return [m for m, p in after.items() if p and distance.get(p) == distance[position] - 1]
 
@@ -127,7 +128,7 @@ class Layout:
         return "\n".join("".join(row) for row in rows)
 
     def key(self) -> str:
-        """Hash the layout so that those that are equal up to rotation and reflection are equal."""
+        """Hash the layout. Rotated and reflected layouts have the same hash."""
         first = min("\n".join(rows) for rows in symmetries(self.rows))
         return hashlib.sha256(first.encode()).hexdigest()[:16]
 
@@ -154,8 +155,8 @@ def read_board(text: str) -> tuple[Layout, Position]:
 
 
 def random_layout(size: int, num_boxes: int, wall_share: float, rng: random.Random) -> Layout:
-    """Draw a square layout with a share of walls, and one floor without parts that cannot be
-    reached. The edge of the board is a wall."""
+    """Draw a random square layout with a share of walls and one connected floor. Beyond the edge of
+    the board there are walls."""
     cells = [(row, column) for row in range(size) for column in range(size)]
     while True:  # ends: without walls there is room
         floor = {cell for cell in cells if rng.random() >= wall_share}
@@ -170,7 +171,7 @@ def random_layout(size: int, num_boxes: int, wall_share: float, rng: random.Rand
 
 
 def _parts(floor: set[Cell]) -> list[set[Cell]]:
-    """Divide cells into those that can be walked to from each other."""
+    """Divide cells into connected parts."""
     left = set(floor)
     parts = []
     while left:
@@ -189,11 +190,11 @@ def _parts(floor: set[Cell]) -> list[set[Cell]]:
 def random_position(
     layout: Layout, least_moves: int, most_moves: int, rng: random.Random
 ) -> tuple[Position, int] | None:
-    """Draw a position that needs so many moves, and return that number with it; None where the
-    layout has none. Numbers of moves that occur are equally likely."""
+    """Draw a position that needs `least_moves` to `most_moves` moves, and return it with that
+    number; None if the layout has none. All numbers of moves that occur are equally likely."""
     by_moves: dict[int, list[Position]] = {}
     for position, moves in layout.distances(most_moves).items():
-        # No box is on its goal from the start: every board asks for each of its boxes.
+        # No box starts on a goal, so every box must be moved.
         if moves >= least_moves and not position.boxes & layout.goals:
             by_moves.setdefault(moves, []).append(position)
     if not by_moves:

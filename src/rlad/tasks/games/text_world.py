@@ -1,4 +1,4 @@
-"""TextWorld's generated text adventures (arXiv 1806.11532), as an environment:
+"""An environment of TextWorld's generated text adventures (arXiv 1806.11532):
 
     [task]
     type = "environment"
@@ -20,11 +20,11 @@ from rlad.tasks.base import Problem
 from rlad.tasks.episodes import Environment, Step
 
 _folder = lru_cache(1)(tempfile.TemporaryDirectory)
-"""of this process's games, gone with it"""
+"""makes the folder of this process's games, which is deleted with the process"""
 
 
 class TextWorld(Environment):
-    """A quest of `quest_length` commands among some rooms and objects. Reward 1 when it is done."""
+    """An episode of a quest of `quest_length` commands. The reward is 1 when it is done."""
 
     def __init__(self, num_rooms: int = 2, num_objects: int = 4, quest_length: int = 3) -> None:
         self._size = num_rooms, num_objects, quest_length
@@ -46,7 +46,7 @@ class TextWorld(Environment):
 
 @lru_cache(256)
 def make_game(number: int, num_rooms: int, num_objects: int, quest_length: int) -> str:
-    """Make the game of a number, and return its file."""
+    """Make the game with this number, and return its file."""
     options = _textworld().GameOptions()
     options.seeds = number % 2**32
     options.nb_rooms = num_rooms
@@ -69,5 +69,5 @@ def _textworld() -> Any:
 
 
 def _text(feedback: str) -> str:
-    """Leave out the empty lines that begin and end what the game prints."""
+    """Remove empty lines at the start and end of the game's text."""
     return feedback.strip() + "\n"
