@@ -96,7 +96,7 @@ def test_the_same_question_about_another_picture_is_another_problem(folder):
         (["pictures/0.png"], "<image> or <image>?", "has 2 times '<image>' and the row 1 pictures"),
         ([7], "What?", "is a int; give the path of an image file, base64 text"),
         (["data:image/png;base64,???"], "What?", "neither the path of a file nor base64"),
-        (["pictures/0.png"] * 17, "What?", "has 17 pictures, and at most 16"),
+        (["pictures/0.png"] * 17, "What?", "has 17 pictures, but at most 16"),
     ],
 )
 def test_mistakes_are_sentences(folder, images, prompt, sentence):
@@ -165,7 +165,7 @@ def test_base64_may_have_broken_lines(folder):
 
 def test_pictures_in_a_field_of_another_name_are_a_sentence(folder):
     data = "data:image/png;base64," + base64.b64encode(png()).decode()
-    with pytest.raises(UserError, match=r"the field 'picture' holds pictures, and 'images' none"):
+    with pytest.raises(UserError, match=r"the field 'picture' holds pictures, but 'images' none"):
         task_of(folder, [{"prompt": "What?", "answer": "a", "picture": data}])
 
 
@@ -180,7 +180,9 @@ def test_pictures_in_a_field_of_another_name_are_a_sentence(folder):
 )
 def test_another_kind_of_column_is_named_as_what_it_is(value, kind):
     row = {"prompt": "What?", "answer": "a", "clip": value}
-    with pytest.raises(UserError, match=rf"^row 1: the field 'clip' holds {kind}, and .* alone"):
+    with pytest.raises(
+        UserError, match=rf"^row 1: the field 'clip' holds {kind}, but .* only pictures"
+    ):
         pictures_of_row(row, "images", source="data.jsonl", where="row 1")
 
 

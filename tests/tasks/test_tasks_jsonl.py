@@ -185,9 +185,12 @@ GOOD = '{"prompt": "p", "answer": "a"}'
             ],
             "has 'tools', which a prompt would leave out",
         ),
-        (['{"prompt": "p", "answer": NaN}'], "line 1: the field 'answer' is nan; a missing answer"),
-        (['{"prompt": "p", "answer": -Infinity}'], "'answer' is -inf; a missing answer"),
-        (['{"prompt": "p", "answer": 1e999}'], "'answer' is inf; a missing answer"),
+        (
+            ['{"prompt": "p", "answer": NaN}'],
+            "line 1: the field 'answer' is nan, which no answer can match",
+        ),
+        (['{"prompt": "p", "answer": -Infinity}'], "'answer' is -inf, which no answer can match"),
+        (['{"prompt": "p", "answer": 1e999}'], "'answer' is inf, which no answer can match"),
         (['{"prompt": "p", "answer": null}'], "line 1: the field 'answer' is null; give a string"),
         (
             ['{"prompt": [], "answer": 1}'],

@@ -248,7 +248,7 @@ def test_data_sets_with_too_few_problems_are_refused():
     (missing,) = set(SPLITS) - empty
     with pytest.raises(
         ValueError,
-        match=f"gives no {missing} problem .it has too few different ones.; choose",
+        match=f"gives no {missing} problem .it has too few different problems.; choose",
     ):
         task.problem(missing, 0)
 

@@ -22,7 +22,7 @@ def conversation_mistakes(messages: list[Any]) -> Iterator[str]:
             if isinstance(message, dict) and message.get(part):
                 yield (
                     f"message {number} has {part!r}, which a prompt would leave out; write it into "
-                    "the content, or take it out."
+                    "the content, or remove it."
                 )
         match message:
             case {"role": "system" | "user" | "assistant" as role, "content": str(content)} if (
@@ -38,8 +38,8 @@ def conversation_mistakes(messages: list[Any]) -> Iterator[str]:
     if roles[-1:] != ["user"] or "system" in roles[1:]:
         yield (
             f"it has messages of {', '.join(roles) or 'nobody'}; put the system's, if there is "
-            "one, first and the user's last, as it is the model that answers (the reference answer "
-            "has a field of its own)."
+            "one, first and the user's last, as the model writes the next one (the reference "
+            "answer has its own field)."
         )
 
 

@@ -50,7 +50,7 @@ def _suffix(path: Path) -> str:
 def _rows_of_file(path: Path) -> dict[str, Any]:
     suffix = _suffix(path)
     if suffix not in SUFFIXES:
-        what = "is a file" if path.is_file() else "looks like a path, and nothing is there"
+        what = "is a file" if path.is_file() else "looks like a path but does not exist"
         raise UserError(
             f"{path} {what}; give a file that ends in {', '.join(SUFFIXES)} (or .gz after it), a "
             "folder of such files, or a name on the Hugging Face hub such as openai/gsm8k:main."
@@ -93,7 +93,7 @@ def _table(path: Path, where: list[str]) -> Iterator[tuple[str, Any]]:
     for number, row in enumerate(csv.DictReader(text, delimiter=_TABLES[_suffix(path)]), start=1):
         where[0] = f"{path}, row {number}"
         if None in row or None in row.values():
-            raise ValueError("it has another number of columns than the first line")
+            raise ValueError("its number of columns differs from that of the first line")
         yield where[0], row
 
 
@@ -133,8 +133,8 @@ def _rows_of_folder(folder: Path, split: str) -> dict[str, Any]:
     if not of_split[split]:
         there = ", ".join(file.name for file in files[:3]) or f"no {', '.join(SUFFIXES)} at all"
         raise UserError(
-            f"{folder}: none of its files is of the split {split} ({there}); give a file of it, or "
-            f"name it {_NAMES_OF_SPLITS[split][0]}... ."
+            f"{folder}: none of its files is of the split {split} ({there}); add a file whose name "
+            f"begins with {_NAMES_OF_SPLITS[split][0]}."
         )
     rows: dict[str, Any] = {}
     for file in of_split[split]:
@@ -154,7 +154,7 @@ def _saved_rows(source: str, split: str) -> dict[str, Any]:
         else:
             name, _, subset = source.partition(":")
             data = datasets.load_dataset(name, subset or None, split=split)
-    except Exception as error:  # the package raises all kinds on a wrong name or without a network
+    except Exception as error:  # the package raises many kinds of errors
         raise UserError(
             f"{source}: datasets cannot load its split {split} ({type(error).__name__}: {error}); "
             "give a .jsonl file, a folder made by save_to_disk, or a name on the Hugging Face hub, "

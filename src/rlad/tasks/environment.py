@@ -75,7 +75,7 @@ class EnvironmentTask:
                 return replace(problem, prompt=prompt, messages=messages)
         raise UserError(
             f"the environment {self.name} has no {split} problem among {_MAX_ATTEMPTS} numbers: "
-            "the keys of its problems decide their split, so they must differ."
+            "the keys of problems decide their split, so give different problems different keys."
         )
 
     def num_problems(self, split: Split) -> int | None:

@@ -134,7 +134,7 @@ def _mistakes(row: Any, fields: dict[str, str]) -> Iterator[str]:
         value = row[field]
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if is_number and not math.isfinite(value):
-            yield f"the field {field!r} is {value}; a missing answer cannot be won: remove the row."
+            yield f"the field {field!r} is {value}, which no answer can match; remove the row."
         if setting == "prompt_field" and isinstance(value, list):
             yield from _conversation_mistakes(row, field)
         elif not (isinstance(value, str) and value.strip()) and not (
@@ -144,7 +144,7 @@ def _mistakes(row: Any, fields: dict[str, str]) -> Iterator[str]:
             yield f"the field {field!r} is {came}; give a string that is not empty."
     text = json.dumps(row, ensure_ascii=False, default=str)
     if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-        yield "has half of a surrogate pair, which is no text; remove it."
+        yield "has half of a surrogate pair, which is not valid text; remove it."
 
 
 def _conversation_mistakes(row: dict[str, Any], field: str) -> Iterator[str]:
@@ -154,7 +154,7 @@ def _conversation_mistakes(row: dict[str, Any], field: str) -> Iterator[str]:
         if row.get(part):
             yield (
                 f"has {part!r}, which a prompt would leave out; write them into the first message, "
-                "or take them out."
+                "or remove them."
             )
 
 

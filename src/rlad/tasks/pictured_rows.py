@@ -54,8 +54,8 @@ def pictures_of_row(
     several: Sequence[Any] = given if isinstance(given, list | tuple) else [given]
     if len(several) > MAX_PICTURES:
         raise UserError(
-            f"{where}: the field {field!r} has {len(several)} pictures, and at most {MAX_PICTURES} "
-            "are allowed; leave some out."
+            f"{where}: the field {field!r} has {len(several)} pictures, but at most {MAX_PICTURES} "
+            "are allowed; remove some."
         )
     folder = Path(source) if Path(source).is_dir() else Path(source).parent
     try:
@@ -75,12 +75,12 @@ def _require_no_other_column(row: dict[str, Any], field: str, where: str) -> Non
             continue
         if kind == "pictures":
             raise UserError(
-                f"{where}: the field {name!r} holds pictures, and {field!r} none; name it with "
-                "images_field, or take it out."
+                f"{where}: the field {name!r} holds pictures, but {field!r} none; name it with "
+                "images_field, or remove it."
             )
         raise UserError(
-            f"{where}: the field {name!r} holds {kind}, and of such fields a student is shown "
-            "pictures alone; take it out."
+            f"{where}: the field {name!r} holds {kind}, but a student can be shown only pictures; "
+            "remove it."
         )
 
 

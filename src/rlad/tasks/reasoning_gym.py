@@ -106,7 +106,7 @@ class ReasoningGym(Task):
         """Draw problems until one is in the split. Raises `UserError` if none is."""
         rng = random.Random(f"{seed}/{split}/{index}")
         # The problem's key decides its split.
-        reason = "it has too few different ones"
+        reason = "it has too few different problems"
         num_failures = 0
         for _ in range(_MAX_TRIES):
             try:

@@ -114,7 +114,7 @@ class ToolEnvironment:
     def reset(self, problem: Problem, *, seed: int) -> str:
         text = self._environment.reset(**problem.metadata)
         if text is None:
-            raise EpisodeFailed("reset returned no text, which is the first that the model reads")
+            raise EpisodeFailed("reset returned no text for the model to read")
         return text
 
     def step(self, text: str) -> Step:

@@ -153,7 +153,7 @@ def number(completion: str, answer: str) -> Judgement:
     if is_same and _differ_in_name(completion, answer):
         is_same = None
     if is_same is None:
-        return cannot_judge(f"it counts something else than the reference answer {answer[:80]!r}")
+        return cannot_judge(f"it counts another thing than the reference answer {answer[:80]!r}")
     return judged(is_same)
 
 
