@@ -308,7 +308,7 @@ AFTER = 3  # row of the test after training in eval.jsonl
             1,
             {"step": 3},
             False,
-            "metrics.jsonl lacks step 2: put back a copy",
+            "metrics.jsonl lacks step 2: restore a copy",
         ),
         (
             "metrics.jsonl",
