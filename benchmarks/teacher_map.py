@@ -4,10 +4,14 @@
 
 writes docs/results/map.jsonl (one row for each method of a case), docs/assets/teacher_map.svg and
 .pdf, and src/rlad/checks/measured_cases.json, from which `rlad check` shows the nearest cases.
-Intervals are those of the reports: 95 %, over seeds and problems.
+Intervals are those of the reports: 95 %, over seeds and problems. The difference of two methods in
+files of rows, on the seeds that both have:
+
+    python benchmarks/teacher_map.py teacher_on.jsonl:trrd_positive methods.jsonl:trrd
 """
 
 import json
+import sys
 import tomllib
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -43,6 +47,10 @@ BySeed = dict[int, Row]
 
 
 def main() -> None:
+    if sys.argv[1:]:
+        one, other = (name.split(":", 1) for name in sys.argv[1:])
+        print(difference_of(runs_of(one[0])[one[1]], runs_of(other[0])[other[1]]))
+        return
     cases = tomllib.loads(CASES.read_text(encoding="utf-8"))["case"]
     rows = [row for case in cases for row in rows_of(case)]
     for name in sorted({name for case in cases for name in case["rows"]}):
@@ -79,6 +87,15 @@ def runs_of(name: str) -> dict[str, BySeed]:
         if row["table"] == 1:
             runs.setdefault(row["method"], {})[row["seed"]] = row
     return runs
+
+
+def difference_of(runs: BySeed, baseline: BySeed) -> str:
+    """Say by how much one method is ahead of another in test pass@1, with its interval."""
+    first = runs[min(runs)]
+    keys = keys_of(json.dumps(task_of(first)), len(num_correct(first)))
+    found = compare(passed(runs), passed(baseline), keys, limits=(-1, 1))
+    mean, low, high = (100 * one for one in estimate(found.difference))
+    return f"{mean:+.1f} points [{low:+.1f}, {high:+.1f}], p = {found.p_value:.3f} (not corrected)"
 
 
 def row_of(case: Row, method: str, runs: BySeed, baseline: BySeed) -> Row:

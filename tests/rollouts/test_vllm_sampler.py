@@ -126,7 +126,7 @@ def test_it_sees_pictures_as_the_trainer_does_and_never_writes_a_placeholder() -
     assert found["mean"] < 1e-5 and found["max"] < 1e-3
     # The placeholder is likely: a sampler that may draw it does so in 1,000 tokens. The log-probs
     # are those of the whole vocabulary all the same.
-    assert found["share_of_placeholder"] > 0.05 and found["drawn"] == []
+    assert found["share_of_placeholder"] > 0.1 and found["drawn"] == []
     assert "servers get only the language part" in found["servers"]
     assert "'mistral3'" in found["unknown"]
 

@@ -109,7 +109,7 @@ def _obstacle_to_features(student: LanguageModel) -> str | None:
 
 def _obstacle_to_servers(student: LanguageModel) -> str | None:
     if student.vision is not None and not student.vision.keeps_features:
-        return "its vision tower is trained, but servers get only the language part"
+        return "its vision tower is trained, and servers get only the language part"
     return obstacle_to_hand_over(student)
 
 

@@ -153,13 +153,8 @@ class RolloutMaker:
             # 1. Sample a group of completions for each prompt, and grade them. With
             # `max_staleness` they were begun one batch ago, and the next ones are begun now.
             sampled_at = self.step if self.begun_at is None else self.begun_at
-            groups = list(
-                map(
-                    with_skill,
-                    self.sample_groups(index, timer=timer, after_group=after_group),
-                    chosen,
-                )
-            )
+            sampled = self.sample_groups(index, timer=timer, after_group=after_group)
+            groups = list(map(with_skill, sampled, chosen))
             # An error here is raised again once this batch is complete, so it is not lost.
             with suppress(RunFailedError):
                 self.begin_ahead(index + 1, timer)
