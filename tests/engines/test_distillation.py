@@ -10,7 +10,7 @@ import rlad
 import rlad.training.run
 from parity_cases import Case, by_engine, by_reference, difference, make_case, nearby, rollouts_of
 from rlad.config.run import RunConfig
-from rlad.engines.metrics import TokenStats
+from rlad.engines.metrics import TokenStats, ranking_metrics
 from rlad.errors import RunFailedError, UserError
 from rlad.rollouts.sampling import OwnSampler, sample
 from rlad.runs.directory import METRICS, RunDirectory
@@ -30,6 +30,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
         for support in ("student_top_k", "teacher_top_k", "sampled")
     ),
 ]
+RANKING = ("teacher/ranking/pairwise", "teacher/ranking/auc")
 BOTH = pytest.mark.parametrize("objective", ["sft", "gkd"])
 
 
@@ -77,6 +78,28 @@ def test_each_of_two_steps_takes_its_share_of_the_batch(objective: str) -> None:
         wanted = rollouts_of(case, prompts)
         assert agree(by_engine(case, batch, wanted), by_reference(case, batch, wanted))
         case.engine.update(batch, prompts)
+
+
+@pytest.mark.parametrize("support", ["full", "student_top_k", "teacher_top_k"])
+def test_the_teachers_ranking_of_what_a_step_compares(support: str) -> None:
+    """Of the step's own prompts, from the log-probs that the teacher gives when asked for them."""
+    knobs = {} if support == "full" else {"support": support, "top_k": 5}
+    case = make_case("gkd", knobs=knobs, optimization={"steps_per_rollout_batch": 2})
+    batch = case.engine.make_rollout_batch(0)
+    assert case.engine.teacher is not None
+    logprobs = case.engine.teacher.logprobs(batch.teacher_requests(range(16)))
+    num_ranked = 0
+    for part in (0, 1):
+        prompts = case.engine.minibatch(0, part)
+        expected = ranking_metrics(
+            [batch.groups[i] for i in prompts], [logprobs[i] for i in rollouts_of(case, prompts)]
+        )
+        metrics = case.engine.update(batch, prompts)
+        assert {name: metrics.get(name) for name in RANKING} == {
+            name: expected.get(name) for name in RANKING
+        }
+        num_ranked += len(expected)
+    assert num_ranked >= 2
 
 
 def test_gkd_with_the_student_as_teacher_changes_nothing() -> None:

@@ -28,6 +28,9 @@ class TokenStats:
         self.num_rows = 0
         self.num_scored = 0
         """The number of these completions that are trained on."""
+        self.teacher_logprobs: dict[int, Tensor] = {}
+        """The log-probs of sampled tokens, by rollout, of a teacher that is asked within the
+        update."""
 
     def add(
         self,

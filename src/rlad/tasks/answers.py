@@ -38,6 +38,7 @@ _TAG_BEFORE = re.compile(
     re.IGNORECASE,
 )
 _MARKS = "*_`"
+_NEXT_SENTENCE = re.compile(r"(?<=\w)[.!]\s+(?=[A-Z])")
 _DONE = " \t\r\N{CHECK MARK}\N{HEAVY CHECK MARK}\N{WHITE HEAVY CHECK MARK}\N{VARIATION SELECTOR-16}"
 _CLOSING_SENTENCE = re.compile(r"I hope (?:it|this) is correct[.!]?$")
 # Each run of marks is tried once, from its start: no pattern backtracks.
@@ -201,7 +202,12 @@ def first_line(answer: str) -> str:
             is_kept = closed and not (is_taken_back(rest) or gives_another(rest, inner))
             return inner.strip() if is_kept else ""
     line, _, remarks = text.partition("\n")
-    return "" if is_taken_back(remarks) or gives_another(remarks, line) else line.strip()
+    if is_taken_back(remarks) or gives_another(remarks, line):
+        return ""
+    # 5. The answer is six.
+    value, *added = _NEXT_SENTENCE.split(line, maxsplit=1)
+    has_words = re.search(r"[^\W\d_]{2}", value) is not None
+    return "" if added and not has_words and gives_another(added[0], value) else line.strip()
 
 
 def normalised(text: str) -> str:

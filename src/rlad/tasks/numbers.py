@@ -19,7 +19,7 @@ from rlad.tasks.surroundings import (
     words_of,
 )
 from rlad.tasks.units import MULTIPLIERS, UNITS, Unit, known_unit
-from rlad.tasks.written_numbers import NUMBER, SPELT, evaluate_arithmetic, value_of
+from rlad.tasks.written_numbers import NUMBER, SPELT, evaluate_arithmetic, in_digits, value_of
 
 _MAX_LINE_CHARACTERS = 2_000
 _MAX_NUMBERS = 50
@@ -121,6 +121,11 @@ _ANOTHER_VALUE = re.compile(
     r"(?<![\w.])([A-Za-z])\s*=\s*[-+]?[0-9][0-9.]*\s*(?:[,;]|\bor\b|\band\b)\s*\1\s*=(?!=)"
 )
 _SENTENCE_END = re.compile(r"(?<!\.\w)[.!]\s+(?=[A-Z])")
+# The answer is six. So six it is.
+_SAID = re.compile(
+    r"\b(?:is|are|was|were|be|equals|makes|gives|so|hence|thus|then|therefore|actually|hmm|just),?\s+"
+    r"([0-9]+)\b(?=\s+(?:it|that) is|(?:\s+[a-z]+)?\s*(?:[.!?;,]|$))"
+)
 _IDLE_COUNTED = frozenset(
     words("more total in of each left a an the per all together altogether other for is are and")
 )
@@ -272,6 +277,9 @@ def _amount(
     start = numbers[index - 1].end() if index else 0
     end = numbers[index + 1].start() if index + 1 < len(numbers) else len(part)
     before, after = part[start : number.start()], part[number.end() : end]
+    value = value_of(number)
+    if is_marked and any(Fraction(said) != value for said in _SAID.findall(in_digits(after))):
+        return Unreadable()
     after, *remarks = _SENTENCE_END.split(after, maxsplit=1)
     if remarks and is_taken_back(remarks[0]):
         return Unreadable()
@@ -282,7 +290,6 @@ def _amount(
     unit = UNITS.get(name.strip(" -+")) if money else None
     if not money:
         before = name
-    value = value_of(number)
     words_before = [word.casefold() for word in words_of(before)]
     if _BOUND_AFTER.match(after) or _DATE_AFTER.match(after) or _DATE_BEFORE.search(before):
         return Unreadable()

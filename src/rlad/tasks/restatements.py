@@ -7,7 +7,7 @@ from fractions import Fraction
 from rlad.tasks.notation import plain_notation, words
 from rlad.tasks.numbers import Amount, Reading, read_number
 from rlad.tasks.units import LARGE_NUMBERS, UNITS, known_unit
-from rlad.tasks.written_numbers import SPELT
+from rlad.tasks.written_numbers import SPELT, in_digits
 
 _FRACTION = re.compile(
     r"\\[dt]?frac\s*(?:\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}|([0-9])\s*([0-9])(?![0-9]))"
@@ -53,7 +53,7 @@ _VALUE = (
 )
 _SO = (
     r"(?:(?:so|thus|hence|therefore|then|and|but|finally|overall|altogether|that is|i\.e\."
-    r"|in (?:total|all|short|conclusion)|i (?:would )?(?:say|think))[,:]?\s++)*+"
+    r"|in (?:total|all|short|conclusion)|i (?:would )?(?:say|think)|hmm|no|oh|well)[,:]?\s++)*+"
 )
 _NAMED = (
     r"(?:(?:the|my|our|this|its)\s++)?(?:(?:final|correct|overall|actual|true|new|real)\s++)*+"
@@ -66,7 +66,7 @@ _FOUND = (
 )
 _CONCLUDED = re.compile(
     rf"[\s,(]*+{_SO}(?:{_NAMED}{_ADVERBS}(?P<named>{_VALUE}(?:\s++[a-z]++){{0,2}})"
-    rf"|{_FOUND}{_ADVERBS}(?P<said>{_VALUE}))[\s.!)\]|\"']*+",
+    rf"|{_FOUND}{_ADVERBS}(?P<said>{_VALUE})(?:\s++it\s++is)?)[\s.!)\]|\"']*+",
     re.IGNORECASE,
 )
 _AMOUNT_ALONE = re.compile(rf"{_ARROW}(?P<said>{_VALUE}(?:\s++[a-z]++)?)\W*+", re.IGNORECASE)
@@ -152,6 +152,7 @@ def gives_another(remarks: str, found: str) -> bool:
     own = _plain(found[:_MAX_CHARACTERS].replace(r"\boxed", ""))
     reading = read_number(own)
     text = _plain(remarks.replace(r"\boxed", "answer: ").replace("```python", "working"))
+    text = in_digits(text)
     lines = [_LABEL.sub("", line.strip(), count=1) for line in text.splitlines() if line.strip()]
     said = 0
     last = ""

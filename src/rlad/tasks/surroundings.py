@@ -105,7 +105,9 @@ _HAS = re.compile(
 _TOO_AT_END = re.compile(r"^((?:\s+[a-z]+){1,3}),?\s+too(?=\W*$)")
 _WITH_NUMBER_WORD = re.compile(
     r"(?:\b(?:to|past|till|until|by|from|into|or|of|and|also)\s+|[,;]\s*)"
-    rf"(?:{'|'.join(sorted(_NUMBER_WORDS))})\b|\b(?:to the|per) [b-z]\b",
+    rf"(?:{'|'.join(sorted(_NUMBER_WORDS))})\b|\b(?:to the|per) [b-z]\b"
+    # the number to be squared
+    r"|\bbe\s+(?:(?:squar|cub|doubl|tripl|halv|add|subtract|multipli|divid|negat|revers)ed|taken)\b",
     re.IGNORECASE,
 )
 HOW_OFTEN = re.compile(

@@ -56,6 +56,19 @@ SPELT = {
     )
 }
 """Numbers that are one word"""
+_SPELT_OUT = re.compile(
+    rf"(?<!\w)(?:({'|'.join(word for word in SPELT if word.endswith('ty'))})[-\s])?"
+    rf"({'|'.join(word for word in SPELT if word != 'one')})(?![\w-])",
+    re.IGNORECASE,
+)
+
+
+def in_digits(text: str) -> str:
+    """Write numbers below 100 that are words in digits: `twenty-five` is `25`. `one` is not
+    changed, as it is often no number: this is the one."""
+    return _SPELT_OUT.sub(
+        lambda m: str(sum(SPELT[word.casefold()] for word in m.groups() if word)), text
+    )
 
 
 def value_of(number: re.Match[str]) -> Fraction | None:

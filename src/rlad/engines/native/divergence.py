@@ -15,7 +15,12 @@ from rlad.objectives.divergences import Divergence, num_clipped
 from rlad.scoring.columns import TokenColumns
 from rlad.scoring.distributions import Distributions, TokenDistributions
 from rlad.scoring.token_divergence import smaller_tile, token_divergence
-from rlad.scoring.top_k import column_divergence, likeliest, top_k_divergence
+from rlad.scoring.top_k import (
+    column_divergence,
+    column_logprobs,
+    likeliest,
+    top_k_divergence,
+)
 from rlad.teachers.base import Teacher, TeacherRequest
 
 
@@ -31,6 +36,9 @@ class Comparison:
     """bound of the terms of `measure`; only with the support "full\""""
     num_clipped: Tensor | None = None
     """number of terms at the bound, for each token of the last micro-batch"""
+    teacher_logprobs: list[Tensor] | None = None
+    """the teacher's log-probs of the last micro-batch's sampled tokens, by rollout, NaN where it
+    gives nothing; only from a teacher that gives whole distributions"""
 
     def of(self, batch: RolloutBatch, part: Sequence[int]) -> Callable[[Distributions], Tensor]:
         """Return a function from the student's distributions to the divergence at each token of the
@@ -38,13 +46,18 @@ class Comparison:
         asked = _Asked(batch, part)
         if self.teacher.gives_distributions:
             whole = asked.placed(self.teacher.distributions(asked.requests))
-            return partial(self._from_distributions, whole)
+            return partial(self._from_distributions, asked, whole)
         if self.support == "teacher_top_k":
             columns = asked.placed(self.teacher.columns(asked.requests, top_k=self.top_k))
             return partial(self._from_columns, columns)
         return partial(self._from_own_columns, asked)
 
-    def _from_distributions(self, teacher: TokenDistributions, student: Distributions) -> Tensor:
+    def _from_distributions(
+        self, asked: "_Asked", teacher: TokenDistributions, student: Distributions
+    ) -> Tensor:
+        sampled = asked.token_ids[:, None].to(student.device)
+        logprobs, _ = column_logprobs(teacher, sampled, tile=smaller_tile(student))
+        self.teacher_logprobs = list(logprobs[:, 0].cpu().split(asked.lengths))
         if self.bound is not None:
             with torch.no_grad():
                 self.num_clipped = token_divergence(student, teacher, self._count)
@@ -81,11 +94,13 @@ class _Asked:
     def __init__(self, batch: RolloutBatch, part: Sequence[int]):
         speaks = batch.teacher_speaks[list(part)]
         rows = [i for i, is_asked in zip(part, speaks.tolist(), strict=True) if is_asked]
-        lengths = torch.tensor([len(batch.completions[i]) for i in part])
         self.requests: list[TeacherRequest] = batch.teacher_requests(rows)
-        self.places = speaks.repeat_interleave(lengths).nonzero().flatten()
-        """Positions of their tokens among those of `part`."""
-        self.num_tokens = int(lengths.sum())
+        self.lengths = [len(batch.completions[i]) for i in part]
+        self.token_ids = torch.tensor([token for i in part for token in batch.completions[i]])
+        """Tokens of the rollouts `part`, one rollout after the other."""
+        self.places = speaks.repeat_interleave(torch.tensor(self.lengths)).nonzero().flatten()
+        """Positions among them of those that the teacher is asked about."""
+        self.num_tokens = len(self.token_ids)
 
     def placed(self, found: Any) -> Any:
         """Put the values at those positions, and none at the tokens of other rollouts."""

@@ -162,6 +162,8 @@ class LossGradient:
             return None
         if scores.divergence is not None:
             self._count_missing(batch, part, scores.divergence, stats)
+        if self.comparison and self.comparison.teacher_logprobs is not None:
+            stats.teacher_logprobs |= zip(part, self.comparison.teacher_logprobs, strict=True)
         sampled = [torch.tensor(batch.rollouts[i].completion.logprobs) for i in part]
         if self.objective.written_by == "teacher":  # its log-probs are not the old policy's
             sampled = [torch.full_like(values, torch.nan) for values in sampled]

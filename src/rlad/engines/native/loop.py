@@ -17,7 +17,7 @@ from transformers import get_scheduler
 from rlad.config.run import RunConfig
 from rlad.engines.base import ResumePoint, SkippedBatch, StepResult, peak_memory
 from rlad.engines.imitation import ImitationMap
-from rlad.engines.metrics import TokenStats, rollout_metrics
+from rlad.engines.metrics import TokenStats, ranking_metrics, rollout_metrics
 from rlad.engines.native.batches import RolloutMaker
 from rlad.engines.native.checkpoint import EngineState, batch_tensors, load_state, save_state
 from rlad.engines.native.gradient import LossGradient, trained_parameters
@@ -214,7 +214,12 @@ class NativeEngine(RolloutMaker):
         norm = float(
             torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optimization.max_grad_norm)
         )
-        metrics = rollout_metrics([batch.groups[i] for i in prompts]) | stats.summary()
+        groups = [batch.groups[i] for i in prompts]
+        metrics = rollout_metrics(groups) | stats.summary()
+        if stats.teacher_logprobs:
+            nothing = torch.empty(0)
+            scored = [stats.teacher_logprobs.get(i, nothing) for i in wanted]
+            metrics |= ranking_metrics(groups, scored)
         self._require_same_logprobs(metrics)
         if self.teacher is not None:  # it may have been asked within the update
             metrics |= self.teacher.pop_metrics()
