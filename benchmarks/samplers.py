@@ -8,6 +8,11 @@ take turns step by step, so what else the machine does meets both. They draw oth
 seconds are also given for 1,000 sampled tokens. The first round is a warm-up and not counted.
 Afterwards the log-probs that vLLM gave the last batches' tokens are compared with the trainer's.
 
+    python benchmarks/samplers.py --only vllm --rounds 20 \\
+        --num-prompts 2 --group-size 4 --max-tokens 32
+
+only compares vLLM's log-probs with the trainer's, after each of 20 updates.
+
     python benchmarks/samplers.py --trl
 
 compares TRL's trainer, which samples by transformers, with our engine; it needs no vLLM.
@@ -106,12 +111,14 @@ def table(rows: dict[str, list[Row]]) -> str:
         lines.append(
             f"| {name} | {tokens:.0f} | {' | '.join(figures)} | {mismatch:.1e}, {largest:.1e} |"
         )
+    title = "Median seconds for 1,000 sampled tokens:"
+    if len(rows) < 2:
+        return "\n".join([title, "", *lines])
     one, other = rows
     ratios = [
         f"{per_1000_tokens(rows[one], part) / per_1000_tokens(rows[other], part):.2f}"
         for part in ("generation", "teacher", "update", "step")
     ]
-    title = "Median seconds for 1,000 sampled tokens:"
     return "\n".join(
         [title, "", *lines, "", f"{one} / {other}: generation, teacher, update, step {ratios}"]
     )
@@ -161,10 +168,11 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--trl", action="store_true", help="compare TRL's trainer with our engine")
     parser.add_argument("--url", help="of a vLLM server of the model")
+    parser.add_argument("--only", metavar="SAMPLER", help="leave out the other one")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
     print(f"{options.model}, {options.dtype}, {torch.get_num_threads()} threads", flush=True)
-    names = list(samplers(options.url, trl=options.trl))
+    names = [options.only] if options.only else list(samplers(options.url, trl=options.trl))
     turns = [names] if options.url is None else [[name] for name in names]
     rows: dict[str, list[Row]] = {name: [] for name in names}
     for together in turns:
