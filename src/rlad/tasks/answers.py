@@ -38,7 +38,10 @@ _TAG_BEFORE = re.compile(
     re.IGNORECASE,
 )
 _MARKS = "*_`"
-_NEXT_SENTENCE = re.compile(r"(?<=\w)[.!]\s+(?=[A-Z])")
+_NEXT_SENTENCE = re.compile(r"(?<=[\w$*)}])[.!]\s+(?=[^\W\d])")
+_PROSE = re.compile(
+    r"(?!.*\banswer is\W*+\S++$)(?:\W*[^\W\d_]{2}|.*(?<!\\)\b[^\W\d_]{2,}.*(?<!\\)\b[^\W\d_]{2})"
+)
 _DONE = " \t\r\N{CHECK MARK}\N{HEAVY CHECK MARK}\N{WHITE HEAVY CHECK MARK}\N{VARIATION SELECTOR-16}"
 _CLOSING_SENTENCE = re.compile(r"I hope (?:it|this) is correct[.!]?$")
 # Each run of marks is tried once, from its start: no pattern backtracks.
@@ -206,8 +209,8 @@ def first_line(answer: str) -> str:
         return ""
     # 5. The answer is six.
     value, *added = _NEXT_SENTENCE.split(line, maxsplit=1)
-    has_words = re.search(r"[^\W\d_]{2}", value) is not None
-    return "" if added and not has_words and gives_another(added[0], value) else line.strip()
+    is_kept = not added or _PROSE.match(value) or not gives_another(added[0], value)
+    return line.strip() if is_kept else ""
 
 
 def normalised(text: str) -> str:

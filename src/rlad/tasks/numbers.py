@@ -121,10 +121,15 @@ _ANOTHER_VALUE = re.compile(
     r"(?<![\w.])([A-Za-z])\s*=\s*[-+]?[0-9][0-9.]*\s*(?:[,;]|\bor\b|\band\b)\s*\1\s*=(?!=)"
 )
 _SENTENCE_END = re.compile(r"(?<!\.\w)[.!]\s+(?=[A-Z])")
-# The answer is six. So six it is.
+# The answer is six. So six it is. Six is the answer.
 _SAID = re.compile(
-    r"\b(?:is|are|was|were|be|equals|makes|gives|so|hence|thus|then|therefore|actually|hmm|just),?\s+"
-    r"([0-9]+)\b(?=\s+(?:it|that) is|(?:\s+[a-z]+)?\s*(?:[.!?;,]|$))"
+    r"\b(?:(?:it|that|this|which|answer|result|total|value|sum|number)\s++(?:(?:should|must)\s++be|is"
+    r"|was|equals|makes|gives)\s++(?:(?:then|therefore|thus|actually|really|in fact),?\s++)?+"
+    r"(-?[0-9]++)(?=\s*+(?:[.!?;,]|$))"
+    r"|(?:so|hence|thus|then|therefore|actually|hmm|make (?:that|it)),?\s++"
+    r"(-?[0-9]++)(?=\s++it is\b|\s*+(?:[.!?;,]|$)))"
+    r"|(-?[0-9]++)\s++is\s++the\s++(?:(?:final|right|correct)\s++)?+answer\b",
+    re.IGNORECASE,
 )
 _IDLE_COUNTED = frozenset(
     words("more total in of each left a an the per all together altogether other for is are and")
@@ -278,7 +283,8 @@ def _amount(
     end = numbers[index + 1].start() if index + 1 < len(numbers) else len(part)
     before, after = part[start : number.start()], part[number.end() : end]
     value = value_of(number)
-    if is_marked and any(Fraction(said) != value for said in _SAID.findall(in_digits(after))):
+    said = [match[match.lastindex or 0] for match in _SAID.finditer(in_digits(after))]
+    if any(Fraction(text) != value for text in said):
         return Unreadable()
     after, *remarks = _SENTENCE_END.split(after, maxsplit=1)
     if remarks and is_taken_back(remarks[0]):

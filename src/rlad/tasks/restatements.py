@@ -37,7 +37,8 @@ _ANSWER_SAID = re.compile(
     r")\s*+:?\s*+(?=(?P<said>.{0,200}))|答案\s*[是为:]*\s*(?=(?P<chinese>.{0,200}))"
     # 6 is also possible
     r"|(?<![\w.,/])(?P<offered>-?[0-9][0-9.,/]*+)\s++(?:(?:is|are|(?:would|could|may|might|can)"
-    r"(?:\s++be)?)\s++(?:also|equally)|(?:also\s++)?works?\s++(?:too|as well|also))\b",
+    r"(?:\s++be)?)\s++(?:also|equally|the\s++(?:(?:final|right|correct)\s++)?+answer)"
+    r"|(?:also\s++)?works?\s++(?:too|as well|also))\b",
     re.IGNORECASE,
 )
 _SAID_BEFORE = re.compile(rf"[\s,]*+{_ADVERBS}(?:answer:\s*+)?", re.IGNORECASE)
@@ -53,7 +54,8 @@ _VALUE = (
 )
 _SO = (
     r"(?:(?:so|thus|hence|therefore|then|and|but|finally|overall|altogether|that is|i\.e\."
-    r"|in (?:total|all|short|conclusion)|i (?:would )?(?:say|think)|hmm|no|oh|well)[,:]?\s++)*+"
+    r"|in (?:total|all|short|conclusion)|i (?:would )?(?:say|think)|hmm|no|oh|well"
+    r"|make (?:that|it))[,:]?\s++)*+"
 )
 _NAMED = (
     r"(?:(?:the|my|our|this|its)\s++)?(?:(?:final|correct|overall|actual|true|new|real)\s++)*+"
@@ -152,17 +154,17 @@ def gives_another(remarks: str, found: str) -> bool:
     own = _plain(found[:_MAX_CHARACTERS].replace(r"\boxed", ""))
     reading = read_number(own)
     text = _plain(remarks.replace(r"\boxed", "answer: ").replace("```python", "working"))
-    text = in_digits(text)
     lines = [_LABEL.sub("", line.strip(), count=1) for line in text.splitlines() if line.strip()]
     said = 0
     last = ""
     is_explained = False
-    for line in lines:
+    for given in lines:
+        line = in_digits(given)
         is_explained = is_explained or _EXPLAINED.match(line) is not None
         stated = [match[match.lastgroup or 0] for match in _ANSWER_SAID.finditer(line)]
-        if len(lines) == 1 and line.strip("().").isalpha():
-            stated.append(line)
-        if not is_explained and (alone := _alone(line, len(lines))):
+        if len(lines) == 1 and given.strip("().").isalpha():
+            stated.append(given)
+        if not is_explained and (alone := _alone(given, len(lines))):
             stated.append(alone)
         said += len(stated)
         # A text with more statements has not given one answer.

@@ -107,7 +107,7 @@ _WITH_NUMBER_WORD = re.compile(
     r"(?:\b(?:to|past|till|until|by|from|into|or|of|and|also)\s+|[,;]\s*)"
     rf"(?:{'|'.join(sorted(_NUMBER_WORDS))})\b|\b(?:to the|per) [b-z]\b"
     # the number to be squared
-    r"|\bbe\s+(?:(?:squar|cub|doubl|tripl|halv|add|subtract|multipli|divid|negat|revers)ed|taken)\b",
+    r"|\bbe\s+(?:squar|cub|doubl|tripl|halv|negat|revers)ed\b",
     re.IGNORECASE,
 )
 HOW_OFTEN = re.compile(

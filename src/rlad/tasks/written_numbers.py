@@ -56,19 +56,41 @@ SPELT = {
     )
 }
 """Numbers that are one word"""
+_WORD = rf"(?:{'|'.join((*SPELT, 'thousand', 'million'))})\b"
 _SPELT_OUT = re.compile(
-    rf"(?<!\w)(?:({'|'.join(word for word in SPELT if word.endswith('ty'))})[-\s])?"
-    rf"({'|'.join(word for word in SPELT if word != 'one')})(?![\w-])",
+    rf"(?<!\w)(?<![0-9]\s)(?P<sign>negative\s++)?(?P<words>{_WORD}(?:(?:[-\s\N{{EN DASH}}]"
+    rf"|(?:(?<=hundred)|(?<=thousand))\sand\s){_WORD})*+)(?![-\w])"
+    # Two thirds, two and a half, two dozen.
+    r"(?!\s(?:hal(?:f|ves)|thirds?|quarters?|[a-z]+ths?\b|and an?\s|point|dozens?|billions?))",
     re.IGNORECASE,
 )
+_ONE_IS_STATED = re.compile(r"\b(?:is|equals)\s+one\s*(?:[.!?;]|$)", re.IGNORECASE)
 
 
 def in_digits(text: str) -> str:
-    """Write numbers below 100 that are words in digits: `twenty-five` is `25`. `one` is not
-    changed, as it is often no number: this is the one."""
-    return _SPELT_OUT.sub(
-        lambda m: str(sum(SPELT[word.casefold()] for word in m.groups() if word)), text
-    )
+    """Write whole numbers that are words in digits: `two hundred and five` is `205`. `one` alone is
+    a number only at the end of a statement: this is the one, the answer is one."""
+    return _SPELT_OUT.sub(_digits, text)
+
+
+def _digits(spelt: re.Match[str]) -> str:
+    found = re.findall("[a-z]+", spelt["words"].casefold())
+    around = spelt.string[max(0, spelt.start() - 10) : spelt.end() + 3]
+    if found == ["one"] and not _ONE_IS_STATED.search(around):
+        return spelt[0]
+    value = part = 0
+    for word in found:
+        if word in ("thousand", "million"):
+            value += max(part, 1) * {"thousand": 1_000, "million": 1_000_000}[word]
+            part = 0
+        elif word == "hundred":
+            part = max(part, 1) * 100
+        elif word != "and":
+            place = 10 if SPELT[word] < 10 else 100
+            if part % place:  # two three
+                return spelt[0]
+            part += SPELT[word]
+    return f"{'-' if spelt['sign'] else ''}{value + part}"
 
 
 def value_of(number: re.Match[str]) -> Fraction | None:

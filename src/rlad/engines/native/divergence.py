@@ -96,7 +96,8 @@ class _Asked:
         rows = [i for i, is_asked in zip(part, speaks.tolist(), strict=True) if is_asked]
         self.requests: list[TeacherRequest] = batch.teacher_requests(rows)
         self.lengths = [len(batch.completions[i]) for i in part]
-        self.token_ids = torch.tensor([token for i in part for token in batch.completions[i]])
+        token_ids = [token for i in part for token in batch.completions[i]]
+        self.token_ids = torch.tensor(token_ids, dtype=torch.int64)
         """Tokens of the rollouts `part`, one rollout after the other."""
         self.places = speaks.repeat_interleave(torch.tensor(self.lengths)).nonzero().flatten()
         """Positions among them of those that the teacher is asked about."""

@@ -216,7 +216,7 @@ class NativeEngine(RolloutMaker):
         )
         groups = [batch.groups[i] for i in prompts]
         metrics = rollout_metrics(groups) | stats.summary()
-        if stats.teacher_logprobs:
+        if stats.teacher_logprobs and math.isfinite(loss):  # otherwise not all were compared
             nothing = torch.empty(0)
             scored = [stats.teacher_logprobs.get(i, nothing) for i in wanted]
             metrics |= ranking_metrics(groups, scored)
