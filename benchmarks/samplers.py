@@ -172,7 +172,10 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
     print(f"{options.model}, {options.dtype}, {torch.get_num_threads()} threads", flush=True)
-    names = [options.only] if options.only else list(samplers(options.url, trl=options.trl))
+    names = list(samplers(options.url, trl=options.trl))
+    if options.only and options.only not in names:
+        parser.error(f"--only {options.only}: choose {' or '.join(names)}")
+    names = [options.only] if options.only else names
     turns = [names] if options.url is None else [[name] for name in names]
     rows: dict[str, list[Row]] = {name: [] for name in names}
     for together in turns:

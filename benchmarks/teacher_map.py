@@ -48,8 +48,7 @@ BySeed = dict[int, Row]
 
 def main() -> None:
     if sys.argv[1:]:
-        one, other = (name.split(":", 1) for name in sys.argv[1:])
-        print(difference_of(runs_of(one[0])[one[1]], runs_of(other[0])[other[1]]))
+        print(difference_of(*map(runs_named, two_names(sys.argv[1:]))))
         return
     cases = tomllib.loads(CASES.read_text(encoding="utf-8"))["case"]
     rows = [row for case in cases for row in rows_of(case)]
@@ -87,6 +86,22 @@ def runs_of(name: str) -> dict[str, BySeed]:
         if row["table"] == 1:
             runs.setdefault(row["method"], {})[row["seed"]] = row
     return runs
+
+
+def two_names(said: Sequence[str]) -> Sequence[str]:
+    if len(said) != 2:
+        sys.exit(f"name two methods, each as FILE:METHOD; these are {len(said)}.")
+    return said
+
+
+def runs_named(name: str) -> BySeed:
+    """Return the rows of `FILE:METHOD`."""
+    file, _, method = name.partition(":")
+    methods = runs_of(file)
+    if method not in methods:
+        known = ", ".join(methods) or "no rows"
+        sys.exit(f"{name}: {RESULTS / file} has {known}; name a method as FILE:METHOD.")
+    return methods[method]
 
 
 def difference_of(runs: BySeed, baseline: BySeed) -> str:

@@ -59,7 +59,6 @@ class TokenStats:
         """Add the tokens of another process."""
         for name, values in other._columns.items():
             self._columns.setdefault(name, []).extend(values)
-        self.teacher_logprobs |= other.teacher_logprobs
         self.num_dropped += other.num_dropped
         self.num_rows += other.num_rows
         self.num_scored += other.num_scored

@@ -58,8 +58,8 @@ SPELT = {
 """Numbers that are one word"""
 _WORD = rf"(?:{'|'.join((*SPELT, 'thousand', 'million'))})\b"
 _SPELT_OUT = re.compile(
-    rf"(?<!\w)(?<![0-9]\s)(?P<sign>negative\s++)?(?P<words>{_WORD}(?:(?:[-\s\u2013]"
-    rf"|(?:(?<=hundred)|(?<=thousand))\sand\s){_WORD})*+)(?![-\w])"
+    rf"(?<!\w)(?<![0-9]\s)(?P<sign>(?:negative|(?<=is\s)minus)\s++)?"
+    rf"(?P<words>{_WORD}(?:(?:[-\s\u2013]|(?:(?<=hundred)|(?<=thousand))\sand\s){_WORD})*+)(?![-\w])"
     # Two thirds, two and a half, two dozen.
     r"(?!\s(?:hal(?:f|ves)|thirds?|quarters?|[a-z]+ths?\b|and an?\s|point|dozens?|billions?))",
     re.IGNORECASE,

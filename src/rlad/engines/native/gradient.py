@@ -24,7 +24,7 @@ from rlad.objectives.divergences import Divergence, sampled_divergence
 from rlad.objectives.inputs import LossInputs
 from rlad.objectives.masks import clean, keep_finite
 from rlad.objectives.rollout_weights import rollout_weights
-from rlad.scoring.scorer import Scorer
+from rlad.scoring.scorer import CompletionScores, Scorer
 from rlad.teachers.asking import require_few_missing
 from rlad.teachers.base import Teacher
 
@@ -186,10 +186,7 @@ class LossGradient:
             knobs=taken_by(self.row.function, self.knobs),
             kl_coef=at_step(settings.kl_coef, self.step),
         )
-        if self.comparison and self.comparison.num_clipped is not None:
-            empty = torch.zeros_like(inputs.student_logprobs).detach()
-            counts = empty.masked_scatter(scores.mask, self.comparison.num_clipped)
-            token_stats = token_stats | {"pointwise_clipped": counts > 0}
+        token_stats = token_stats | self._clipped_terms(scores)
         loss = aggregate(losses, inputs.trained, mode=settings.aggregation, denominator=whole)
         loss.backward()
         if batch.roles is not None:
@@ -200,6 +197,14 @@ class LossGradient:
         if imitation is not None:
             imitation.add(part, inputs, token_stats, [batch.actions[i] for i in part])
         return float(loss.detach())
+
+    def _clipped_terms(self, scores: CompletionScores) -> dict[str, Tensor]:
+        """Return at which tokens a term of the divergence is at its bound, if it has one."""
+        if self.comparison is None or self.comparison.num_clipped is None:
+            return {}
+        empty = torch.zeros_like(scores.logprobs).detach()
+        counts = empty.masked_scatter(scores.mask, self.comparison.num_clipped)
+        return {"pointwise_clipped": counts > 0}
 
     def _require_sound_weights(self) -> None:
         if not all(bool(parameter.isfinite().all()) for parameter in self.parameters):
