@@ -1,26 +1,26 @@
-"""How long a training step takes with each sampler: our own decoder and vLLM, in one process and in
-turns, TRRD with a local teacher.
+"""How long a training step takes with two samplers, in one process and in turns, TRRD with a local
+teacher.
 
-    python benchmarks/samplers.py --model smollm2-135m --max-tokens 128
+    python benchmarks/samplers.py vllm native --model smollm2-135m --max-tokens 128
 
-Needs vLLM (`.ci/vllm-environment`). Both engines train the same student on the same prompts, and
-take turns step by step, so what else the machine does meets both. They draw other completions, so
-seconds are also given for 1,000 sampled tokens. The first round is a warm-up and not counted.
-Afterwards the log-probs that vLLM gave the last batches' tokens are compared with the trainer's.
+compares vLLM (`.ci/vllm-environment`) with our own decoder. `trl` is TRL's trainer, which samples
+by transformers, and `trl-vllm` is TRL's with vLLM in its process. Both engines train the same
+student on the same prompts, and take turns step by step, so what else the machine does meets both.
+They draw other completions, so seconds are also given for 1,000 sampled tokens. The first round is
+a warm-up and not counted. Last, vLLM's log-probs are compared with the trainer's.
 
-    python benchmarks/samplers.py --only vllm --rounds 20 \\
+On the CPU, vLLM packs its weights for oneDNN and throws the plain ones away, so that TRL could not
+load new ones. There vLLM works without oneDNN if `trl-vllm` is compared.
+
+    python benchmarks/samplers.py vllm --rounds 20 \\
         --num-prompts 2 --group-size 4 --max-tokens 32
 
 only compares vLLM's log-probs with the trainer's, after each of 20 updates.
 
-    python benchmarks/samplers.py --trl
+    python benchmarks/samplers.py ahead server --url http://127.0.0.1:8000
 
-compares TRL's trainer, which samples by transformers, with our engine; it needs no vLLM.
-
-    python benchmarks/samplers.py --url http://127.0.0.1:8000
-
-compares a vLLM server of the model (docs/rollouts.md) that writes each batch when it is asked for
-with the same one batch ahead. They run one after the other, as a server holds one student; the
+compares a vLLM server of the model (docs/rollouts.md) that writes each batch one batch ahead with
+the same when it is asked for. They run one after the other, as a server holds one student; the
 seconds of a part are those that the trainer spent on it or waited for it. Needs no vLLM here.
 """
 
@@ -43,34 +43,46 @@ from rlad.checks.trial import with_alternating_verdicts
 from rlad.config.run import RunConfig
 from rlad.engines.base import StepResult
 from rlad.engines.making import load_engine_student, make_engine
+from rlad.rollouts.vllm_sampler import prepare_environment
 from rlad.tasks import make_task
 
+SAMPLERS = ("native", "vllm", "server", "ahead", "trl", "trl-vllm")
+MAX_PROMPT_TOKENS = 256
 PARTS = ("generation", "hand_over", "teacher", "update")
 Row = dict[str, float]
 
 
-def samplers(url: str | None, *, trl: bool = False) -> dict[str, dict[str, Any]]:
-    """Return the settings of [rollout] that are compared, the first with the second."""
-    if trl:
-        return {"trl": {}, "native": {}}
-    if url is None:
-        return {"vllm": {"engine": "vllm"}, "native": {"engine": "native"}}
-    server = {"engine": "vllm", "vllm": {"urls": [url]}}
-    return {"ahead": server | {"max_staleness": 1}, "server": server}
+def settings_of(sampler: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the sections of a run that make it sample so."""
+    server = {"engine": "vllm", "vllm": {"urls": [options.url]}}
+    trl_vllm = {
+        "use_vllm": True,
+        "vllm_mode": "colocate",
+        "vllm_max_model_length": MAX_PROMPT_TOKENS + options.max_tokens,
+    }
+    return {
+        "native": {},
+        "vllm": {"rollout": {"engine": "vllm"}},
+        "server": {"rollout": server},
+        "ahead": {"rollout": server | {"max_staleness": 1}},
+        "trl": {"engine": {"type": "trl"}},
+        "trl-vllm": {"engine": {"type": "trl", "trl": trl_vllm}},
+    }[sampler]
 
 
 def config_of(sampler: str, options: argparse.Namespace) -> RunConfig:
+    sections = settings_of(sampler, options)
     return RunConfig.model_validate(
         {
             "student": {"model": options.model, "dtype": options.dtype},
             "teacher": {"model": options.model, "dtype": options.dtype},
             "task": {"type": "knights_and_knaves"},
-            "engine": {"type": "trl" if sampler == "trl" else "native"},
+            "engine": sections.get("engine", {}),
             "rollout": {
-                **samplers(options.url, trl=options.trl)[sampler],
+                **sections.get("rollout", {}),
                 "prompts_per_batch": options.num_prompts,
                 "group_size": options.group_size,
-                "max_prompt_tokens": 256,
+                "max_prompt_tokens": MAX_PROMPT_TOKENS,
                 "max_completion_tokens": options.max_tokens,
                 "max_batch_rows": options.num_prompts * options.group_size,
             },
@@ -124,6 +136,14 @@ def table(rows: dict[str, list[Row]]) -> str:
     )
 
 
+def let_trl_load_weights() -> None:
+    """Before vLLM starts: keep its engine in this process, and its weights unpacked on the CPU."""
+    prepare_environment()
+    import vllm._custom_ops
+
+    vllm._custom_ops._supports_onednn = False
+
+
 def make(sampler: str, options: argparse.Namespace) -> Any:
     """Make the engine of a run with one sampler."""
     config = config_of(sampler, options)
@@ -158,7 +178,12 @@ def steps_of(engine: Any) -> Iterator[StepResult]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "samplers", nargs="+", metavar="SAMPLER", choices=SAMPLERS, help="one or two"
+    )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--num-prompts", type=int, default=8)
@@ -166,17 +191,17 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--learning-rate", type=float, default=1e-5)
-    parser.add_argument("--trl", action="store_true", help="compare TRL's trainer with our engine")
     parser.add_argument("--url", help="of a vLLM server of the model")
-    parser.add_argument("--only", metavar="SAMPLER", help="leave out the other one")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
     print(f"{options.model}, {options.dtype}, {torch.get_num_threads()} threads", flush=True)
-    names = list(samplers(options.url, trl=options.trl))
-    if options.only and options.only not in names:
-        parser.error(f"--only {options.only}: choose {' or '.join(names)}")
-    names = [options.only] if options.only else names
-    turns = [names] if options.url is None else [[name] for name in names]
+    names = options.samplers
+    servers = {"server", "ahead"} & set(names)
+    if len(names) > 2 or (servers and not options.url):
+        parser.error("give one or two samplers, and the --url of a server")
+    turns = [[name] for name in names] if servers else [names]
+    if "trl-vllm" in names:
+        let_trl_load_weights()
     rows: dict[str, list[Row]] = {name: [] for name in names}
     for together in turns:
         with ExitStack() as held:

@@ -1,7 +1,7 @@
 """A run by TRL whose rollouts vLLM samples on the CPU, with an end token that the model's folder
 does not name. A program for vLLM's environment, which prints the completions as JSON:
 
-PYTHON tests/vllm_trl_run.py FOLDER
+PYTHON tests/vllm_trl_run.py FOLDER [packed]
 """
 
 import json
@@ -9,8 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-# Before vLLM is imported: its engine in this very process, where TRL reaches its weights.
-os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # before vLLM is imported
 
 import vllm._custom_ops
 
@@ -19,10 +18,10 @@ from rlad.runs.directory import RunDirectory
 from tiny_runs import run_config, write_model, write_world
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, *, are_packed: bool) -> None:
     # On the CPU vLLM packs weights for oneDNN and throws the plain ones away, so that TRL could not
     # load new ones.
-    vllm._custom_ops._supports_onednn = False
+    vllm._custom_ops._supports_onednn = are_packed
     world = write_world(folder)
     # Its attention on the CPU wants heads of 32 numbers or more.
     student = str(write_model(folder / "wide", seed=1, hidden_size=128, head_dim=32))
@@ -48,4 +47,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), are_packed="packed" in sys.argv[2:])

@@ -64,12 +64,24 @@ def test_vllm_samples_from_the_student_as_it_is_and_its_mismatch_weighs_the_surr
     assert found["loss"] == pytest.approx(reference.token_mean(losses), abs=1e-5)
 
 
+def run_by_trl(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    program = Path(__file__).parents[1] / "vllm_trl_run.py"
+    command = [str(VLLM_PYTHON), str(program), str(folder), *more]
+    return subprocess.run(command, capture_output=True, text=True, timeout=900)
+
+
 def test_every_end_token_of_the_student_ends_a_completion(tmp_path):
-    command = [str(VLLM_PYTHON), str(Path(__file__).parents[1] / "vllm_trl_run.py"), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    done = run_by_trl(tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     completions = json.loads(done.stdout.splitlines()[-1])
     ended = [one["tokens"] for one in completions if not one["is_truncated"]]
     assert {tokens[-1] for tokens in ended} == {"<eos>", "0"}
     for one in completions:
         assert not {"<eos>", "0"} & set(one["tokens"][:-1])
+
+
+def test_weights_that_trl_could_not_update_are_refused(tmp_path):
+    done = run_by_trl(tmp_path, "packed")
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert "UserError: engine.trl.use_vllm: on the CPU vLLM keeps packed weights, which TRL" in last

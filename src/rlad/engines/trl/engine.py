@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -36,6 +37,7 @@ from rlad.models.loading import LanguageModel
 from rlad.rollouts.grading import Timer
 from rlad.rollouts.sampling import OwnSampler
 from rlad.rollouts.types import Completion
+from rlad.rollouts.vllm_sampler import prepare_environment
 from rlad.tasks import Task
 from rlad.teachers import make_teacher
 from rlad.teachers.base import Setting, Teacher
@@ -89,6 +91,7 @@ class TRLEngine(TrainerCallback):
         generation: Any = student.model.generation_config
         generation.eos_token_id = list(student.eos_token_ids)
         if args.use_vllm:
+            prepare_environment()
             # By default vLLM ends a completion only at the end tokens in the model's folder.
             args.generation_kwargs = {"stop_token_ids": list(student.eos_token_ids)}
         self.trainer: Any = RLADTrainer(
@@ -318,6 +321,11 @@ def _require_places(args: Any) -> None:
     """Raise `UserError` if TRL's trainer cannot be made in these processes."""
     if args.use_vllm and not is_vllm_available():
         raise UserError("engine.trl.use_vllm needs vLLM, which is not installed; install vllm.")
+    if args.use_vllm and args.vllm_mode == "colocate" and args.use_cpu and _packs_weights():
+        raise UserError(
+            "engine.trl.use_vllm: on the CPU vLLM keeps packed weights, which TRL cannot update; "
+            "leave it out, or use engine.type=native with rollout.engine=vllm."
+        )
     if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
         raise UserError(
             "engine.trl.fsdp shards the student over processes, but this is a single one; start it "
@@ -328,6 +336,11 @@ def _require_places(args: Any) -> None:
             f"this single process sees {args.n_gpu} GPUs, but TRL needs a process for each; start "
             f"it with torchrun --nproc_per_node {args.n_gpu}, or name one in CUDA_VISIBLE_DEVICES."
         )
+
+
+def _packs_weights() -> bool:
+    """Return whether vLLM on the CPU packs its weights for oneDNN and drops the plain ones."""
+    return bool(import_module("vllm._custom_ops")._supports_onednn)
 
 
 def _peft_config(config: RunConfig, student: LanguageModel) -> Any:
