@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from rlad.cli.main import main
+from rlad.comparison import compare as compare_module
 from rlad.comparison.compare import compare, final_runs, tuning_runs
 from rlad.config.comparison import CompareConfig, folder_name, load_comparison, method_config
 from rlad.config.file import dump_config, load_config
@@ -213,6 +214,7 @@ def test_tuning_runs_are_the_same_search_for_all_and_do_not_look_at_the_test_spl
     assert len(set(paths)) == len(paths)
 
 
+END_OF_GRID = "; this is an end of the grid, so a wider one may have a better rate"
 SAME_FOLDER = {"a b": {"objective": {"type": "grpo"}}, "a_b": {"objective": {"type": "grpo"}}}
 MISTAKES: dict[str, dict[str, Any]] = {
     "method 'trrd': sets rollout.group_size": {"methods": {"trrd": {"rollout": {"group_size": 2}}}},
@@ -367,6 +369,29 @@ def test_the_learning_rate_with_the_best_validation_is_taken(
     assert (
         "Learning rate of each method" in text and "validation 1e-07: failed, 0.01: failed" in text
     )
+    # Of the two methods only grpo has a rate, and both rates are ends of the grid.
+    assert text.count(END_OF_GRID) == 1
+
+
+@pytest.mark.parametrize(
+    ("scores", "is_end"),
+    [((0.5, 0.6, 0.4), False), ((0.5, 0.6, 0.7), True), ((0.5, 0.5, 0.4), True), ((0.5,), False)],
+)
+def test_a_rate_at_an_end_of_the_grid_is_pointed_out(
+    tmp_path: Path, world: Path, monkeypatch: pytest.MonkeyPatch, scores: Any, is_end: bool
+) -> None:
+    rates = [1e-3, 1e-2, 1e-1][: len(scores)]
+    methods = {"grpo": {}}
+    comparison, folder = load(tmp_path, world, methods=methods, tuning={"learning_rates": rates})
+    by_rate = dict(zip(rates, scores, strict=True))
+    monkeypatch.setattr(compare_module, "_train", lambda *_: [])
+    monkeypatch.setattr(
+        compare_module,
+        "_validation",
+        lambda runs: by_rate[runs[0].config.optimization.learning_rate],
+    )
+    _, (_, line), _ = compare_module._tune(comparison, folder, lambda *_: None)
+    assert line.endswith(END_OF_GRID) == is_end
 
 
 def test_an_interrupted_comparison_goes_on_where_it_stopped(tmp_path: Path, world: Path) -> None:

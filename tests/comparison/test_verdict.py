@@ -16,14 +16,20 @@ from rlad.comparison.verdict import verdict
 from rlad.config.objective import OBJECTIVE_CONFIGS
 
 
-def methods_of(folder, correct: dict[str, list[list[int]]]) -> tuple[list[Method], Method]:
-    """Name -> seeds -> correct completions (of 4) of each problem."""
+def methods_of(
+    folder, correct: dict[str, list[list[int]]], keys: list[str] | None = None
+) -> tuple[list[Method], Method]:
+    """Name -> seeds -> correct completions (of 4) of each problem; `keys` of the problems."""
     read = []
     for name, seeds in correct.items():
         objective = name if name in OBJECTIVE_CONFIGS else "trrd"
         for seed, counts in enumerate(seeds):
             path = write_run(
-                folder / name / f"seed-{seed}", correct=counts, objective=objective, seed=seed
+                folder / name / f"seed-{seed}",
+                correct=counts,
+                objective=objective,
+                seed=seed,
+                keys=keys,
             )
             read.append(read_run(ReportedRun(name, path)))
     groups, _ = group_runs([run for run in read if isinstance(run, Run)])
@@ -32,8 +38,8 @@ def methods_of(folder, correct: dict[str, list[list[int]]]) -> tuple[list[Method
     return with_comparisons(methods, baseline), baseline
 
 
-def said(folder, correct) -> str:
-    methods, baseline = methods_of(folder, correct)
+def said(folder, correct, keys: list[str] | None = None) -> str:
+    methods, baseline = methods_of(folder, correct, keys)
     return "\n".join(f"{lead} {text}".strip() for lead, text in verdict(methods, baseline))
 
 
@@ -51,6 +57,12 @@ def test_a_clear_lead_over_three_seeds_is_established_and_there_is_nothing_to_ad
     assert text.startswith("trrd is ahead of grpo by ")
     assert "This is established" in text and "Next. Use trrd" in text
     assert "What it could have detected. With 3 seeds and 40 test problems" in text
+
+
+def test_variants_of_a_problem_are_not_counted_as_problems_of_their_own(tmp_path):
+    keys = [f"key {i // 2}" for i in range(40)]
+    text = said(tmp_path, {"grpo": many(0.3, 3), "trrd": many(0.7, 3)}, keys)
+    assert "With 3 seeds and 20 different test problems (40 with their variants), a true" in text
 
 
 def test_two_seeds_are_a_hint(tmp_path):

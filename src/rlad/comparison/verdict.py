@@ -207,9 +207,12 @@ def _sight_and_next(
         return
     num_seeds = aim.to_baseline.num_seeds
     least = smallest_difference(spread, num_seeds, num_problems, num_samples)
+    problems = f"{num_problems} test problems"
+    if num_problems < len(aim.keys):
+        problems = f"{num_problems} different test problems ({len(aim.keys)} with their variants)"
     yield (
         "What it could have detected.",
-        f"With {num_seeds} seeds and {num_problems} test problems, a true difference of "
+        f"With {num_seeds} seeds and {problems}, a true difference of "
         f"{100 * least:.1f} points between {aim.name} and {baseline.name} is detected in 4 of 5 "
         "such comparisons; smaller ones are missed more often.",
     )
