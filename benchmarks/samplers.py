@@ -29,6 +29,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
+from importlib.util import find_spec
 from queue import Queue
 from statistics import median
 from threading import Semaphore, Thread
@@ -197,6 +198,8 @@ def main() -> None:
     print(f"{options.model}, {options.dtype}, {torch.get_num_threads()} threads", flush=True)
     names = options.samplers
     servers = {"server", "ahead"} & set(names)
+    if "trl-vllm" in names and find_spec("vllm") is None:
+        parser.error("trl-vllm needs vLLM in this environment (.ci/vllm-environment)")
     if len(names) > 2 or (servers and not options.url):
         parser.error("give one or two samplers, and the --url of a server")
     turns = [[name] for name in names] if servers else [names]

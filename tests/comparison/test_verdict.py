@@ -59,10 +59,10 @@ def test_a_clear_lead_over_three_seeds_is_established_and_there_is_nothing_to_ad
     assert "What it could have detected. With 3 seeds and 40 test problems" in text
 
 
-def test_variants_of_a_problem_are_not_counted_as_problems_of_their_own(tmp_path):
+def test_problems_of_one_structure_are_not_counted_as_independent(tmp_path):
     keys = [f"key {i // 2}" for i in range(40)]
     text = said(tmp_path, {"grpo": many(0.3, 3), "trrd": many(0.7, 3)}, keys)
-    assert "With 3 seeds and 20 different test problems (40 with their variants), a true" in text
+    assert "With 3 seeds and 40 test problems of 20 structures, a true difference" in text
 
 
 def test_two_seeds_are_a_hint(tmp_path):

@@ -187,11 +187,10 @@ def _tune(
             f"{rate:g}: {f'{score:.1%}' if score >= 0 else 'failed'}"
             for rate, score in scores.items()
         )
-        at_edge = method in rates and len(scores) > 1 and best in (min(scores), max(scores))
-        lines.append(
-            f"{method}: {rates.get(method, math.nan):g} (validation {shown})"
-            + "; this is an end of the grid, so a wider one may have a better rate" * at_edge
-        )
+        line = f"{method}: {rates.get(method, math.nan):g} (validation {shown})"
+        if method in rates and len(scores) > 1 and best in (min(scores), max(scores)):
+            line += "; this is an end of the grid, so a wider one may have a better rate"
+        lines.append(line)
     missing = [
         MissingRun(run.method, run.seed, f"while its learning rate was tuned: {run.reason}")
         for run in failed

@@ -207,9 +207,9 @@ def _sight_and_next(
         return
     num_seeds = aim.to_baseline.num_seeds
     least = smallest_difference(spread, num_seeds, num_problems, num_samples)
-    problems = f"{num_problems} test problems"
+    problems = f"{len(aim.keys)} test problems"
     if num_problems < len(aim.keys):
-        problems = f"{num_problems} different test problems ({len(aim.keys)} with their variants)"
+        problems += f" of {num_problems} structures"
     yield (
         "What it could have detected.",
         f"With {num_seeds} seeds and {problems}, a true difference of "
@@ -256,7 +256,9 @@ def _next(
     if seeds is not None and num_seeds < seeds <= _MOST_SEEDS:
         ways.append(f"{seeds} seeds instead of {num_seeds}")
     if problems is not None and num_problems < problems <= _MOST_PROBLEMS:
-        ways.append(f"{problems:,} test problems instead of {num_problems}")
+        # Several problems may have one structure, and only structures count.
+        number = round(problems * len(aim.keys) / num_problems)
+        ways.append(f"{number:,} test problems instead of {len(aim.keys)}")
     if num_seeds < FEWEST_SEEDS and not ways:
         ways.append(f"at least {FEWEST_SEEDS} seeds")
     if ways:
