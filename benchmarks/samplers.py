@@ -202,6 +202,8 @@ def main() -> None:
         parser.error("trl-vllm needs vLLM in this environment (.ci/vllm-environment)")
     if len(names) > 2 or (servers and not options.url):
         parser.error("give one or two samplers, and the --url of a server")
+    if {"vllm", "trl-vllm"} <= set(names):
+        parser.error("vllm and trl-vllm cannot be in one process; compare each with native")
     turns = [[name] for name in names] if servers else [names]
     if "trl-vllm" in names:
         let_trl_load_weights()

@@ -63,6 +63,9 @@ def test_problems_of_one_structure_are_not_counted_as_independent(tmp_path):
     keys = [f"key {i // 2}" for i in range(40)]
     text = said(tmp_path, {"grpo": many(0.3, 3), "trrd": many(0.7, 3)}, keys)
     assert "With 3 seeds and 40 test problems of 20 structures, a true difference" in text
+    # Advice is in problems, of which the comparison has 40.
+    text = said(tmp_path / "close", {"grpo": many(0.3, 3), "trrd": many(0.4, 3)}, keys)
+    assert "test problems instead of 40 would establish it" in text
 
 
 def test_two_seeds_are_a_hint(tmp_path):

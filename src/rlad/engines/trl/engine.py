@@ -340,7 +340,7 @@ def _require_places(args: Any) -> None:
 
 def _packs_weights() -> bool:
     """Return whether vLLM on the CPU packs its weights for oneDNN and drops the plain ones."""
-    return bool(import_module("vllm._custom_ops")._supports_onednn)
+    return bool(getattr(import_module("vllm._custom_ops"), "_supports_onednn", False))
 
 
 def _peft_config(config: RunConfig, student: LanguageModel) -> Any:
