@@ -135,6 +135,10 @@ def test_a_switch_that_no_validation_can_bring_is_refused(
         ("task.num_people=[2, 3]", "task", "num_people", (2, 3)),
         ("task.instructions=false", "task", "instructions", False),
         ("objective.teacher_log_ratio_clip=off", "objective", "teacher_log_ratio_clip", "off"),
+        ("objective.alpha=.25", "objective", "alpha", 0.25),
+        ("objective.teacher_log_ratio_clip=5.", "objective", "teacher_log_ratio_clip", 5.0),
+        ("optimization.betas=[.8, .9]", "optimization", "betas", (0.8, 0.9)),
+        ("task.instructions=False", "task", "instructions", False),
         ("optimization.betas=[0.8, 0.9]", "optimization", "betas", (0.8, 0.9)),
     ],
 )

@@ -1,5 +1,6 @@
 """Read a run's TOML file with dotted overrides, and write it."""
 
+import ast
 import os
 import re
 import tomllib
@@ -150,6 +151,19 @@ def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def _value(text: str) -> Any:
+    """Read a value as TOML, or else as Python, which also has `.5` and `True`; a bare word is a
+    string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (tomllib.TOMLDecodeError, RecursionError):
+        pass
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
+
+
 def _apply(table: dict[str, Any], override: str, of: type[Section]) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
@@ -157,10 +171,7 @@ def _apply(table: dict[str, Any], override: str, of: type[Section]) -> None:
             f"override {override!r} is not of the form key.path=value, for example "
             "optimization.num_steps=50."
         )
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
-        value = text  # a bare word is a string
+    value = _value(text)
     # Walk along the path, and create missing tables on the way.
     *sections, key = path.split(".")
     if takes_text(of, [*sections, key]) and not isinstance(value, str):
