@@ -282,6 +282,8 @@ def _amount(
     start = numbers[index - 1].end() if index else 0
     end = numbers[index + 1].start() if index + 1 < len(numbers) else len(part)
     before, after = part[start : number.start()], part[number.end() : end]
+    if is_marked and _is_cut(before, part[number.end() :]):
+        return Unreadable()
     value = value_of(number)
     said = [match[match.lastindex or 0] for match in _SAID.finditer(in_digits(after))]
     if any(Fraction(text) != value for text in said):
@@ -352,6 +354,14 @@ def _is_in_list(before: str, after: str) -> bool:
         return False
     inside = before[opened:] + re.split(r"[)\]}]", after, maxsplit=1)[0]
     return "," in inside or ";" in inside
+
+
+def _is_cut(before: str, after: str) -> bool:
+    """Return whether a bracket before a number is not closed: (5"""
+    return any(
+        before.rfind(opening) > before.rfind(closing) and closing not in after
+        for opening, closing in ("()", "[]", "{}")
+    )
 
 
 def _has_word(text: str) -> bool:

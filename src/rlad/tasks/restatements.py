@@ -7,7 +7,7 @@ from fractions import Fraction
 from rlad.tasks.notation import plain_notation, words
 from rlad.tasks.numbers import Amount, Reading, read_number
 from rlad.tasks.units import LARGE_NUMBERS, UNITS, known_unit
-from rlad.tasks.written_numbers import SPELT, in_digits
+from rlad.tasks.written_numbers import SPELT, evaluate_arithmetic, in_digits
 
 _FRACTION = re.compile(
     r"\\[dt]?frac\s*(?:\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}|([0-9])\s*([0-9])(?![0-9]))"
@@ -73,6 +73,9 @@ _CONCLUDED = re.compile(
 )
 _AMOUNT_ALONE = re.compile(rf"{_ARROW}(?P<said>{_VALUE}(?:\s++[a-z]++)?)\W*+", re.IGNORECASE)
 _VALUE_ALONE = re.compile(rf"{_ARROW}(?P<said>{_VALUE})[\s.!)\]|\"']*+", re.IGNORECASE)
+_EQUATION = re.compile(
+    rf"{_SO}(?P<sides>[-+*/() 0-9]*[0-9)] ?=[-+*/() 0-9=]+)[\s.!]*+", re.IGNORECASE
+)
 # From such a line on, values are steps to the answer, or follow from it.
 _EXPLAINED = re.compile(
     r"\W*+(?:check|verif|expla|reason|step|proof|because|since|where|here|for|substitut|plug"
@@ -167,6 +170,8 @@ def gives_another(remarks: str, found: str) -> bool:
         if not is_explained and (alone := _alone(given, len(lines))):
             stated.append(alone)
         said += len(stated)
+        if not is_explained and isinstance(reading, Amount) and _contradicts(line, reading):
+            return True
         # A text with more statements has not given one answer.
         if said > _MAX_SAID or any(_is_another(text, own, reading) for text in stated):
             return True
@@ -174,6 +179,17 @@ def gives_another(remarks: str, found: str) -> bool:
             concluded = [_CONCLUDED.fullmatch(part) for part in _SENTENCES.split(line)]
             last = next((m["named"] or m["said"] for m in reversed(concluded) if m), last)
     return bool(last) and isinstance(reading, Amount) and _is_another(last, own, reading)
+
+
+def _contradicts(line: str, own: Amount) -> bool:
+    """Return whether a line sets the own answer equal to another whole number: 5 = 6, 2 + 3 = 6."""
+    equation = _EQUATION.fullmatch(line)
+    if equation is None:
+        return False
+    computed = [evaluate_arithmetic(side) for side in re.split("=+", equation["sides"])]
+    values = {side[0] for side in computed if side}
+    is_whole = all(value.denominator == 1 for value in values)
+    return is_whole and own.value in values and len(values) > 1
 
 
 def _alone(line: str, lines: int) -> str:
