@@ -37,6 +37,7 @@ TABLE = ROOT / "src" / "rlad" / "checks" / "measured_cases.json"
 LOOKS: dict[str, dict[str, Any]] = {
     "sft": {"color": "#c85200", "marker": "s", "linestyle": "--"},
     "opd": {"color": "#595959", "marker": "^", "linestyle": ":"},
+    "opd_then_grpo": {"color": "#898989", "marker": "v", "linestyle": (0, (4, 1, 1, 1, 1, 1))},
     "trrd": {"color": "#006ba4", "marker": "o", "linestyle": "-"},
     "kdrl": {"color": "#5f9ed1", "marker": "D", "linestyle": "-."},
 }
@@ -144,6 +145,7 @@ def row_of(case: Row, method: str, runs: BySeed, baseline: BySeed) -> Row:
             ),
         },
         "tokens": {name: tokens(rows) for name, rows in (("method", runs), ("grpo", same_seeds))},
+        "gated": {sign: gated(runs, sign) for sign in ("positive", "negative")},
         "to grpo's end": cost(runs, same_seeds),
         "learning rate": first["settings"]["optimization.learning_rate"],
         "source": case["source"],
@@ -190,6 +192,14 @@ def tokens(runs: BySeed) -> float:
     return round(fmean(run["test_after"]["mean_completion_tokens"] for run in runs.values()), 1)
 
 
+def gated(runs: BySeed, sign: str) -> float | None:
+    """Share of the tokens with this sign of the advantage that was gated, mean over steps and over
+    the runs whose rows have it (older ones have not)."""
+    found = [run.get(f"gated_{sign}") for run in runs.values()]
+    known = [share for share in found if share is not None]
+    return round(fmean(known), 4) if known else None
+
+
 def cost(runs: BySeed, baseline: BySeed) -> Row | None:
     """Find the first validation at which the mean over seeds is where GRPO ends, and what had been
     spent by then, as if every step cost the same; None where that is never reached."""
@@ -197,17 +207,19 @@ def cost(runs: BySeed, baseline: BySeed) -> Row | None:
     for place, point in enumerate(next(iter(runs.values()))["validation"]):
         if fmean(run["validation"][place]["pass@1"] for run in runs.values()) >= goal:
             share = point["step"] / next(iter(runs.values()))["num_steps"]
-
-            def spent(key: str, share: float = share) -> int | None:
-                values = [run[key] for run in runs.values()]
-                return None if None in values else round(share * fmean(values))
-
             return {
                 "step": point["step"],
-                "sampled tokens": spent("completion_tokens"),
-                "teacher tokens": spent("teacher_tokens"),
+                "sampled tokens": spent(share, [run["completion_tokens"] for run in runs.values()]),
+                "teacher tokens": spent(share, [run["teacher_tokens"] for run in runs.values()]),
+                "seconds": spent(share, [sum(run["seconds"].values()) for run in runs.values()]),
             }
     return None
+
+
+def spent(share: float, totals: Sequence[float | None]) -> int | None:
+    """Return a share of the mean total of a run; None where a run has not counted it."""
+    known = [total for total in totals if total is not None]
+    return round(share * fmean(known)) if len(known) == len(totals) else None
 
 
 def estimate(found: Estimate) -> list[float]:
@@ -240,14 +252,14 @@ def draw(rows: Sequence[Row]) -> None:
         dict.fromkeys(row["case"] for row in shown), key=lambda name: -round(lead(shown, name), 2)
     )
     with matplotlib.style.context([*STYLE, SETTINGS]):
-        figure = Figure(figsize=(COLUMN_INCHES, 0.44 * len(names) + 0.75), layout="constrained")
+        figure = Figure(figsize=(COLUMN_INCHES, 0.48 * len(names) + 0.9), layout="constrained")
         axes = figure.subplots()
         for place, name in enumerate(names):
             methods = [row for row in shown if row["case"] == name]
             methods.sort(key=lambda row: list(LOOKS).index(row["method"]))
             for number, row in enumerate(methods):
                 mean, low, high = (100 * one for one in row["minus grpo"])
-                y = place + 0.2 * (number - (len(methods) - 1) / 2)
+                y = place + 0.17 * (number - (len(methods) - 1) / 2)
                 look: dict[str, Any] = LOOKS[row["method"]] | SIZE
                 look["markerfacecolor"] = look["color"] if low > 0 or high < 0 else "white"
                 axes.plot([low, mean, high], [y] * 3, markevery=[1], **look)
@@ -259,7 +271,7 @@ def draw(rows: Sequence[Row]) -> None:
         axes.grid(axis="y", visible=False)
         for method, look in LOOKS.items():
             axes.plot([], [], label=method, **look, **SIZE)
-        figure.legend(loc="outside upper center", ncols=len(LOOKS), frameon=False)
+        figure.legend(loc="outside upper center", ncols=3, frameon=False)
         for form, date in (("svg", "Date"), ("pdf", "CreationDate")):
             figure.savefig(FIGURE.with_suffix(f".{form}"), metadata={date: None})
 

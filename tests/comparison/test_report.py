@@ -137,6 +137,18 @@ def test_cost(runs, tmp_path):
     assert rows[0]["teacher_tokens"] == pytest.approx(1.0) and rows[0]["peak_memory_bytes"] == 0.4
 
 
+def test_gated_shares(tmp_path):
+    """.1, .2, .3 and .4 by step; the other run has not recorded them."""
+    shares = ("objective/gated_positive/frac", "objective/gated_negative/frac")
+    a = write_run(tmp_path / "a", correct=[1, 2], metrics=shares)
+    b = write_run(tmp_path / "b", correct=[1, 2], objective="sft", metrics=())
+    _, text, rows = report([ReportedRun("trrd", a), ReportedRun("sft", b)], tmp_path / "out")
+    differ = table(text, "How the methods differ")
+    assert differ["trrd"]["gated, advantage > 0"] == "25.0%"
+    assert differ["sft"]["gated, advantage < 0"] == "–"
+    assert [row["gated_negative"] for row in rows] == [pytest.approx(0.25), None]
+
+
 def test_the_report_is_the_same_again(runs, tmp_path):
     assert report(runs, tmp_path / "a") == report(runs, tmp_path / "b")
 

@@ -66,6 +66,7 @@ def a_run(validation, *, num_correct=(4, 2), seed=0):
         "validation": [{"step": 20 * i, "pass@1": value} for i, value in enumerate(validation)],
         "completion_tokens": 1000.0,
         "teacher_tokens": 0.0,
+        "seconds": {"generation": 30.0, "update": 10.0},
         "test_after": {
             "num_samples": 4,
             "num_correct": list(num_correct),
@@ -79,9 +80,16 @@ def test_cost_is_what_was_spent_until_the_baseline_was_reached(teacher_map):
     early = {0: a_run([0.2, 0.7, 0.5]), 1: a_run([0.2, 0.7, 0.5])}
     never = {0: a_run([0.2, 0.5, 0.69])}
 
-    spent = {"step": 20, "sampled tokens": 500, "teacher tokens": 0}
+    spent = {"step": 20, "sampled tokens": 500, "teacher tokens": 0, "seconds": 20}
     assert teacher_map.cost(early, baseline) == spent
     assert teacher_map.cost(never, baseline) is None
+
+
+def test_gated_shares_are_of_the_runs_that_have_them(teacher_map):
+    runs = {0: a_run([0.0]), 1: a_run([0.0]) | {"gated_positive": 0.2}}
+    runs[2] = a_run([0.0]) | {"gated_positive": 0.4}
+    assert teacher_map.gated(runs, "positive") == pytest.approx(0.3)
+    assert teacher_map.gated(runs, "negative") is None
 
 
 def test_pass_at_k_of_two_problems(teacher_map):

@@ -122,6 +122,14 @@ class Method:
         return self.seconds[part] / self.total_seconds if self.total_seconds else math.nan
 
     @property
+    def gated_positive(self) -> float:
+        return fmean(run.gated_positive for run in self.runs)
+
+    @property
+    def gated_negative(self) -> float:
+        return fmean(run.gated_negative for run in self.runs)
+
+    @property
     def peak_memory(self) -> float:
         """The largest peak of any run, in bytes."""
         known = [run.peak_memory for run in self.runs if not math.isnan(run.peak_memory)]

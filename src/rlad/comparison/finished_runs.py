@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from pydantic_core import to_jsonable_python
@@ -118,6 +119,21 @@ class Run:
         return float(sum(self.by_step("teacher/tokens/count").values()))
 
     @property
+    def gated_positive(self) -> float:
+        """Share of the tokens with positive advantage that the clip left without gradient, mean
+        over the steps; NaN if it was not recorded."""
+        return self._mean_over_steps("objective/gated_positive/frac")
+
+    @property
+    def gated_negative(self) -> float:
+        """The same of the tokens with negative advantage."""
+        return self._mean_over_steps("objective/gated_negative/frac")
+
+    def _mean_over_steps(self, key: str) -> float:
+        values = self.by_step(key).values()
+        return fmean(values) if values else math.nan
+
+    @property
     def peak_memory(self) -> float:
         """Peak memory in bytes; NaN if it was not recorded."""
         return max(self.by_step("memory/peak/bytes").values(), default=math.nan)
@@ -140,6 +156,8 @@ class Run:
             "seconds": self.seconds,
             "completion_tokens": self.completion_tokens,
             "teacher_tokens": self.teacher_tokens,
+            "gated_positive": self.gated_positive,
+            "gated_negative": self.gated_negative,
             "peak_memory_bytes": self.peak_memory,
         }
         unknown = [k for k, v in row.items() if isinstance(v, float) and math.isnan(v)]

@@ -108,7 +108,8 @@ def cost_table(methods: Sequence[Method]) -> Table:
 
 
 def methods_table(methods: Sequence[Method]) -> Table:
-    """Show how the methods differ: objective, teacher, and settings other than the default."""
+    """Show how the methods differ: objective, settings other than the default, and what the clip
+    did."""
     meaning = "`rlad list objectives NAME` explains it"
     columns: list[Column] = [
         ("objective", meaning, lambda m: Cell(m.config.objective.type)),
@@ -119,6 +120,12 @@ def methods_table(methods: Sequence[Method]) -> Table:
         ),
         ("other settings that are not the default", "", _other_settings),
     ]
+    if any(m.gated_positive > 0 or m.gated_negative > 0 for m in methods):
+        meaning = "share of these tokens without gradient because of the clip, mean over steps"
+        columns += [
+            ("gated, advantage > 0", meaning, lambda m: share(m.gated_positive)),
+            ("gated, advantage < 0", meaning, lambda m: share(m.gated_negative)),
+        ]
     return make_table("How the methods differ", methods, columns)
 
 
