@@ -5,6 +5,7 @@ a warm-up and GRPO.
 
 Writes OUT/problems.jsonl, OUT/warm (after the supervised warm-up on right answers), the GRPO run
 OUT/teacher-grpo, and OUT/teacher. Warm-up and GRPO see problems of the training split alone.
+OUT/larger_problems.jsonl has larger numbers than the teacher has trained on (search.toml).
 A second start uses OUT/warm if it is there, and makes the rest anew.
 """
 
@@ -27,8 +28,9 @@ from rlad.runs.directory import RunDirectory
 from rlad.scoring.scorer import Scorer
 from rlad.tasks import Problem, Task, make_task
 
-LARGEST = 30
-LARGEST_SECOND = 20
+LARGEST = (30, 20)
+"""the first and the second number of a problem are at most these"""
+LARGEST_OF_SEARCH = (60, 40)
 QUESTION = "State the final answer to the following arithmetic problem: {problem} ="
 RIGHT_ANSWER = "The final answer to this arithmetic problem is {answer}."
 NUM_STEPS = 40
@@ -37,11 +39,11 @@ LEARNING_RATE = 5e-5
 GRPO = Path(__file__).with_name("grpo.toml")
 
 
-def write_problems(path: Path) -> None:
+def write_problems(path: Path, largest: tuple[int, int]) -> None:
     """Write every sum, and every difference that is not negative, one JSON object a line."""
     problems = {}
-    for a in range(1, LARGEST + 1):
-        for b in range(1, LARGEST_SECOND + 1):
+    for a in range(1, largest[0] + 1):
+        for b in range(1, largest[1] + 1):
             problems[f"{a} + {b}"] = a + b
             if a >= b:
                 problems[f"{a} - {b}"] = a - b
@@ -131,7 +133,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     problems = arguments.out / "problems.jsonl"
     warm = arguments.out / "warm"
-    write_problems(problems)
+    write_problems(problems, LARGEST)
+    write_problems(arguments.out / "larger_problems.jsonl", LARGEST_OF_SEARCH)
     write_warm_student(arguments.student, problems, warm)
     run_dir = arguments.out / "teacher-grpo"
     settings = [f"student.model={warm}", f"task.path={problems}", f"run_dir={run_dir}"]

@@ -282,8 +282,6 @@ def _amount(
     start = numbers[index - 1].end() if index else 0
     end = numbers[index + 1].start() if index + 1 < len(numbers) else len(part)
     before, after = part[start : number.start()], part[number.end() : end]
-    if is_marked and _is_cut(before, part[number.end() :]):
-        return Unreadable()
     value = value_of(number)
     said = [match[match.lastindex or 0] for match in _SAID.finditer(in_digits(after))]
     if any(Fraction(text) != value for text in said):
@@ -302,7 +300,9 @@ def _amount(
     if _BOUND_AFTER.match(after) or _DATE_AFTER.match(after) or _DATE_BEFORE.search(before):
         return Unreadable()
     is_whole = not (
-        begins_before(before, is_marked=is_marked) or ends_behind(after, is_marked=is_marked)
+        begins_before(before, is_marked=is_marked)
+        or ends_behind(after, is_marked=is_marked)
+        or (is_marked and _is_cut(before, part[number.end() :]))
     )
     is_primed = after.startswith("'") and not before.endswith("'")
     if value is None or not is_whole or is_primed or _is_in_list(before, after):
