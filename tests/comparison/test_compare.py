@@ -363,6 +363,9 @@ def test_the_learning_rate_with_the_best_validation_is_taken(
         correct = [problem["num_correct"] / problem["num_samples"] for problem in final["results"]]
         scores[rate] = sum(correct) / len(correct)
     assert scores[1e-7] != scores[1e-2]
+    # Checkpoints are kept of the final run alone.
+    checkpoints = [path.relative_to(tmp_path / "out") for path in tmp_path.rglob("step-*")]
+    assert checkpoints and all(path.parts[0] == "runs" for path in checkpoints)
     chosen = final_runs(comparison, folder, {})[0].path / "config.toml"
     assert f"learning_rate = {max(scores, key=scores.__getitem__)}" in chosen.read_text()
     text = (tmp_path / "out" / "report.md").read_text()

@@ -10,6 +10,7 @@ comparison that is started again continues with the missing runs.
 
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from rlad.config.comparison import CompareConfig, folder_name, method_config
 from rlad.config.file import differing_settings, dump_config, load_config
 from rlad.config.run import RunConfig
 from rlad.errors import BUG_REPORT, UserError
-from rlad.runs.directory import METRICS, RunDirectory
+from rlad.runs.directory import CHECKPOINTS, METRICS, RunDirectory
 from rlad.runs.rows import read_history
 from rlad.stopping import Stop
 
@@ -39,6 +40,8 @@ class PlannedRun:
     method: str
     config: RunConfig
     path: Path
+    is_tuning: bool = False
+    """whether it only chooses a learning rate; then its checkpoints are deleted once it is done"""
 
     @property
     def directory(self) -> RunDirectory:
@@ -157,7 +160,8 @@ def _planned(
         blind = {"num_test_problems": 1, "num_test_samples": 1, "ood_task": {}}
         changes["evaluation"] = config.evaluation.model_copy(update=blind)
     path = Path(comparison.directory, place, f"seed-{seed}")
-    return PlannedRun(method, config.model_copy(update=changes | {"run_dir": str(path)}), path)
+    config = config.model_copy(update=changes | {"run_dir": str(path)})
+    return PlannedRun(method, config, path, is_tuning)
 
 
 def _tune(
@@ -232,6 +236,8 @@ def _train(planned: Sequence[PlannedRun], jobs: int, progress: Progress) -> list
                         reason = _why_it_failed(run, process.returncode)
                         failed.append(MissingRun(run.method, run.config.seed, reason))
                         result = f"failed: {reason}"
+                    elif run.is_tuning:  # only its validations are used; many runs fill a disk
+                        shutil.rmtree(run.path / CHECKPOINTS, ignore_errors=True)
                     progress(f"{num_done}/{len(planned)}  {run.path}  {result}", planned)
                 progress("", planned)
                 time.sleep(_POLL_SECONDS)
