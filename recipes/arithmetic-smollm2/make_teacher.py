@@ -5,7 +5,7 @@ a warm-up and GRPO.
 
 Writes OUT/problems.jsonl, OUT/warm (after the supervised warm-up on right answers), the GRPO run
 OUT/teacher-grpo, and OUT/teacher. Warm-up and GRPO see problems of the training split alone.
-OUT/larger_problems.jsonl has larger numbers than the teacher has trained on (search.toml).
+OUT/larger_problems.jsonl has these problems and others with larger numbers (search.toml).
 A second start uses OUT/warm if it is there, and makes the rest anew.
 """
 

@@ -162,9 +162,15 @@ def test_a_named_type_replaces_its_section_unless_it_is_there_already():
     )
 
 
-@pytest.mark.parametrize("text", ["123456", "2024-05-01", "true", "[1]", '"quoted"'])
+@pytest.mark.parametrize("text", ["123456", "2024-05-01", "true", "True", ".5", "[1]", '"quoted"'])
 def test_a_text_setting_stays_a_text(text):
     assert load_config(None, [f"run_dir={text}"]).run_dir == text.strip('"')
+
+
+@pytest.mark.parametrize("text", ["None", "...", "b'a'", "{1, 2}", "1j", "007", "1-2", "5is"])
+def test_what_no_setting_can_be_stays_a_text(text):
+    table = parse_overrides({}, [f"rollout.chat_template_kwargs.x={text}"])
+    assert table["rollout"]["chat_template_kwargs"] == {"x": text}
 
 
 def test_a_knob_alone_is_one_of_the_default_objective(tmp_path):

@@ -41,7 +41,7 @@ class PlannedRun:
     config: RunConfig
     path: Path
     is_tuning: bool = False
-    """whether it only chooses a learning rate; then its checkpoints are deleted once it is done"""
+    """whether it only chooses a learning rate"""
 
     @property
     def directory(self) -> RunDirectory:
@@ -71,6 +71,12 @@ class PlannedRun:
                 "comparison, or delete that run."
             )
         return self.directory.is_finished()
+
+    def forget_checkpoints(self) -> None:
+        """Delete the checkpoints of a finished run of the search, of which only the validations are
+        used: those of many runs fill a disk."""
+        if self.is_tuning and self.directory.is_finished():
+            shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
 
 
 Progress = Callable[[str, Sequence[PlannedRun]], None]
@@ -212,6 +218,8 @@ def _validation(runs: Sequence[PlannedRun]) -> float:
 def _train(planned: Sequence[PlannedRun], jobs: int, progress: Progress) -> list[MissingRun]:
     """Train the runs that are not done, `jobs` in parallel; return the runs that failed."""
     waiting = [run for run in planned if not run.is_done()]
+    for run in planned:  # those that ended after the last comparison was stopped
+        run.forget_checkpoints()
     running: list[tuple[PlannedRun, subprocess.Popen[bytes]]] = []
     failed: list[MissingRun] = []
     num_done = len(planned) - len(waiting)
@@ -236,8 +244,7 @@ def _train(planned: Sequence[PlannedRun], jobs: int, progress: Progress) -> list
                         reason = _why_it_failed(run, process.returncode)
                         failed.append(MissingRun(run.method, run.config.seed, reason))
                         result = f"failed: {reason}"
-                    elif run.is_tuning:  # only its validations are used; many runs fill a disk
-                        shutil.rmtree(run.path / CHECKPOINTS, ignore_errors=True)
+                    run.forget_checkpoints()
                     progress(f"{num_done}/{len(planned)}  {run.path}  {result}", planned)
                 progress("", planned)
                 time.sleep(_POLL_SECONDS)

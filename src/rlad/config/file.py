@@ -23,6 +23,7 @@ DEFAULT_RUN = Path(__file__).parents[1] / "embedded" / "run.toml"
 
 
 _CHOICE = re.compile(r"(objective|task|teacher)(\.type)?=")
+_PYTHON = re.compile(r"(?=[^0-9]*[0-9])[-+0-9.eE, \[\]]+|True|False")
 
 
 class _Objective(Section):
@@ -152,15 +153,16 @@ def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    """Read a value as TOML, or else as Python, which also has `.5` and `True`; a bare word is a
-    string."""
+    """Read a value as TOML, or else as one that only Python has: `.5`, `[.8, .9]`, `True`. Anything
+    else is a string, such as a bare word."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except (tomllib.TOMLDecodeError, RecursionError):
-        pass
+        if not _PYTHON.fullmatch(text):
+            return text
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
 
 

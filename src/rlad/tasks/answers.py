@@ -99,6 +99,11 @@ def _after_marker(whole: str, marker: re.Match[str]) -> str:
     bare = line.rstrip(_DONE)
     end = bare.rstrip(_MARKS)
     mark = bare[len(end) :]
+    # Marks that also begin the line belong to it: **_5_**
+    opened = end[: len(end) - len(end.lstrip(_MARKS))][::-1]
+    if opened and mark.startswith(opened):
+        end += opened
+        mark = mark.removeprefix(opened)
     # Marks that end the first line but do not begin in it began before the marker, or are part of
     # the answer, as in A*.
     if mark and mark not in end and (mark[0] in before or len(mark) > 1):

@@ -144,7 +144,9 @@ def read_number(text: str, *, is_marked: bool = True) -> Reading:
     Return None without digits. A text that is marked as the answer must not have several numbers;
     in other texts, which are prose, the last number counts. 10% is 10.
     """
-    if (is_marked and len(text) > _MAX_LINE_CHARACTERS) or is_struck(text):
+    if is_marked and (len(text) > _MAX_LINE_CHARACTERS or _is_cut(text)):
+        return Unreadable()
+    if is_struck(text):
         return Unreadable()
     line = _LEADING_DASH.sub("-", text[-_MAX_LINE_CHARACTERS:]).replace("{-}", "-")
     line = without_denied_values(plain_notation(without_wrapping(line)))
@@ -300,9 +302,7 @@ def _amount(
     if _BOUND_AFTER.match(after) or _DATE_AFTER.match(after) or _DATE_BEFORE.search(before):
         return Unreadable()
     is_whole = not (
-        begins_before(before, is_marked=is_marked)
-        or ends_behind(after, is_marked=is_marked)
-        or (is_marked and _is_cut(before, part[number.end() :]))
+        begins_before(before, is_marked=is_marked) or ends_behind(after, is_marked=is_marked)
     )
     is_primed = after.startswith("'") and not before.endswith("'")
     if value is None or not is_whole or is_primed or _is_in_list(before, after):
@@ -356,10 +356,11 @@ def _is_in_list(before: str, after: str) -> bool:
     return "," in inside or ";" in inside
 
 
-def _is_cut(before: str, after: str) -> bool:
-    """Return whether a bracket before a number is not closed: (5"""
+def _is_cut(text: str) -> bool:
+    """Return whether a bracket before the first number is not closed: (5"""
+    before = re.match("[^0-9]*", text)[0]  # pyright: ignore[reportOptionalSubscript]
     return any(
-        before.rfind(opening) > before.rfind(closing) and closing not in after
+        before.rfind(opening) > before.rfind(closing) and closing not in text[len(before) :]
         for opening, closing in ("()", "[]", "{}")
     )
 

@@ -74,7 +74,7 @@ _CONCLUDED = re.compile(
 _AMOUNT_ALONE = re.compile(rf"{_ARROW}(?P<said>{_VALUE}(?:\s++[a-z]++)?)\W*+", re.IGNORECASE)
 _VALUE_ALONE = re.compile(rf"{_ARROW}(?P<said>{_VALUE})[\s.!)\]|\"']*+", re.IGNORECASE)
 _EQUATION = re.compile(
-    rf"{_SO}(?P<sides>[-+*/() 0-9]*[0-9)] ?=[-+*/() 0-9=]+)[\s.!]*+", re.IGNORECASE
+    rf"{_SO}(?P<sides>[-+*/() 0-9]*[0-9)] *=[-+*/() 0-9=]+)[\s.!]*+", re.IGNORECASE
 )
 # From such a line on, values are steps to the answer, or follow from it.
 _EXPLAINED = re.compile(
@@ -104,7 +104,9 @@ _MAX_SAID = 100
 _MAX_CHARACTERS = 2_000
 _SEVERAL = re.compile(r"\b(?:or|either|neither|nor|maybe|perhaps|possibly)\b", re.IGNORECASE)
 _SETTING = re.compile(
-    r"\\[$()\[\]]|[$*`{}]|\\(?:text\w*|qquad|quad|[,;:! ])|</?[a-z]{1,6}>|[“”«»]", re.IGNORECASE
+    r"\\[$()\[\]]|[$`{}]|\\(?:text\w*|qquad|quad|[,;:! ])|</?[a-z]{1,6}>|[“”«»]"
+    r"|(?<![0-9)*])\*+|\*+(?![0-9(*])",  # but not 2*3
+    re.IGNORECASE,
 )
 
 
@@ -170,26 +172,29 @@ def gives_another(remarks: str, found: str) -> bool:
         if not is_explained and (alone := _alone(given, len(lines))):
             stated.append(alone)
         said += len(stated)
-        if not is_explained and isinstance(reading, Amount) and _contradicts(line, reading):
+        sentences = _SENTENCES.split(line)
+        if not is_explained and any(_contradicts(one, reading) for one in sentences):
             return True
         # A text with more statements has not given one answer.
         if said > _MAX_SAID or any(_is_another(text, own, reading) for text in stated):
             return True
         if not is_explained:
-            concluded = [_CONCLUDED.fullmatch(part) for part in _SENTENCES.split(line)]
+            concluded = [_CONCLUDED.fullmatch(one) for one in sentences]
             last = next((m["named"] or m["said"] for m in reversed(concluded) if m), last)
     return bool(last) and isinstance(reading, Amount) and _is_another(last, own, reading)
 
 
-def _contradicts(line: str, own: Amount) -> bool:
-    """Return whether a line sets the own answer equal to another whole number: 5 = 6, 2 + 3 = 6."""
-    equation = _EQUATION.fullmatch(line)
-    if equation is None:
+def _contradicts(sentence: str, own: Reading) -> bool:
+    """Return whether a sentence sets the own answer equal to another whole number: 5 = 6, 2 + 3 =
+    6. A sum carried on, 2 + 3 = 5 + 4 = 9, may end with the own answer."""
+    equation = _EQUATION.fullmatch(sentence.lstrip(" ."))
+    if equation is None or not isinstance(own, Amount):
         return False
     computed = [evaluate_arithmetic(side) for side in re.split("=+", equation["sides"])]
-    values = {side[0] for side in computed if side}
+    values = [side[0] for side in computed if side]
+    is_carried_on = len(values) > 2 and values[-1] == own.value
     is_whole = all(value.denominator == 1 for value in values)
-    return is_whole and own.value in values and len(values) > 1
+    return is_whole and own.value in values and len(set(values)) > 1 and not is_carried_on
 
 
 def _alone(line: str, lines: int) -> str:

@@ -135,7 +135,7 @@ def begins_before(before: str, *, is_marked: bool) -> bool:
     """Return whether the text before a number belongs to it: x3, 2^3, 1.2.3, x < 3, 1 + 3, half of
     3."""
     # Emphasis is removed before, so an underscore is an index, and a comma may be a decimal point.
-    if before[-1:] in tuple("_,;"):
+    if re.search(r"_$|(?<!\w)[,;]\s*$", before):
         return True
     if before[-1:].isalnum() or re.search(r"[A-Za-z][-.]$|\\[A-Za-z]", before):
         return True
