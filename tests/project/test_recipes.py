@@ -110,8 +110,9 @@ def make_teacher() -> ModuleType:
     return load_script(RECIPES / "arithmetic-smollm2" / "make_teacher.py")
 
 
-def test_its_problems_are_all_there_once_and_right(make_teacher, tmp_path):
-    make_teacher.write_problems(tmp_path / "problems.jsonl")
+@pytest.mark.parametrize(("largest", "number"), [((30, 20), 1010), ((60, 40), 4020)])
+def test_its_problems_are_all_there_once_and_right(make_teacher, tmp_path, largest, number):
+    make_teacher.write_problems(tmp_path / "problems.jsonl", largest)
     rows = [json.loads(line) for line in (tmp_path / "problems.jsonl").read_text().splitlines()]
     found = {}
     for row in rows:
@@ -120,12 +121,9 @@ def test_its_problems_are_all_there_once_and_right(make_teacher, tmp_path):
         a, sign, b = int(match[1]), match[2], int(match[3])
         assert int(row["answer"]) == (a + b if sign == "+" else a - b) >= 0
         found[a, sign, b] = row
-    assert (
-        len(found)
-        == len(rows)
-        == 30 * 20 + sum(a >= b for a in range(1, 31) for b in range(1, 21))
-        == 1010
-    )
+    first, second = (range(1, one + 1) for one in largest)
+    expected = len(first) * len(second) + sum(a >= b for a in first for b in second)
+    assert len(found) == len(rows) == expected == number
     task = make_task("jsonl", path=str(tmp_path / "problems.jsonl"), verifier="number")
     assert {split: task.num_problems(split) for split in ("train", "validation", "test")} == {
         "train": 803, "validation": 109, "test": 98,
