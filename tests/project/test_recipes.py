@@ -110,8 +110,10 @@ def make_teacher() -> ModuleType:
     return load_script(RECIPES / "arithmetic-smollm2" / "make_teacher.py")
 
 
-@pytest.mark.parametrize(("largest", "number"), [((30, 20), 1010), ((60, 40), 4020)])
-def test_its_problems_are_all_there_once_and_right(make_teacher, tmp_path, largest, number):
+@pytest.mark.parametrize(
+    ("largest", "splits"), [((30, 20), (803, 109, 98)), ((60, 40), (3210, 405, 405))]
+)
+def test_its_problems_are_all_there_once_and_right(make_teacher, tmp_path, largest, splits):
     make_teacher.write_problems(tmp_path / "problems.jsonl", largest)
     rows = [json.loads(line) for line in (tmp_path / "problems.jsonl").read_text().splitlines()]
     found = {}
@@ -123,16 +125,29 @@ def test_its_problems_are_all_there_once_and_right(make_teacher, tmp_path, large
         found[a, sign, b] = row
     first, second = (range(1, one + 1) for one in largest)
     expected = len(first) * len(second) + sum(a >= b for a in first for b in second)
-    assert len(found) == len(rows) == expected == number
+    assert len(found) == len(rows) == expected == sum(splits)
     task = make_task("jsonl", path=str(tmp_path / "problems.jsonl"), verifier="number")
-    assert {split: task.num_problems(split) for split in ("train", "validation", "test")} == {
-        "train": 803, "validation": 109, "test": 98,
-    }  # fmt: skip
+    assert tuple(map(task.num_problems, ("train", "validation", "test"))) == splits
     problem = task.problem("test", 0)
     assert task.judge(problem, make_teacher.RIGHT_ANSWER.format(answer=problem.answer)).reward == 1
     wrong = make_teacher.RIGHT_ANSWER.format(answer=int(problem.answer) + 1)
     assert task.judge(problem, wrong).reward == 0
     assert read_number(wrong, is_marked=False) == Amount(Fraction(int(problem.answer) + 1))
+
+
+def test_larger_problems_are_tested_on_none_that_the_teacher_trains_on(make_teacher, tmp_path):
+    tasks = []
+    for largest in (make_teacher.LARGEST, make_teacher.LARGEST_OF_SEARCH):
+        path = tmp_path / f"{largest[0]}.jsonl"
+        make_teacher.write_problems(path, largest)
+        tasks.append(make_task("jsonl", path=str(path), verifier="number"))
+
+    def prompts(task, split):
+        return {task.problem(split, i, seed=0).prompt for i in range(task.num_problems(split))}
+
+    assert len(prompts(tasks[0], "train")) == 803
+    assert prompts(tasks[0], "train") <= prompts(tasks[1], "train")
+    assert not prompts(tasks[0], "train") & prompts(tasks[1], "test")
 
 
 def write_tiny_world(folder: Path) -> None:
