@@ -167,10 +167,19 @@ def test_a_text_setting_stays_a_text(text):
     assert load_config(None, [f"run_dir={text}"]).run_dir == text.strip('"')
 
 
-@pytest.mark.parametrize("text", ["None", "...", "b'a'", "{1, 2}", "1j", "007", "1-2", "5is"])
+@pytest.mark.parametrize(
+    "text", ["None", "...", "b'a'", "{1, 2}", "1j", "007", "1-2", "5is", "9" * 5000]
+)
 def test_what_no_setting_can_be_stays_a_text(text):
     table = parse_overrides({}, [f"rollout.chat_template_kwargs.x={text}"])
     assert table["rollout"]["chat_template_kwargs"] == {"x": text}
+
+
+def test_a_file_with_an_integer_too_long_for_python_is_refused_in_a_sentence(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(f"seed = {'9' * 5000}")
+    with pytest.raises(UserError, match="it is not valid TOML"):
+        load_config(path)
 
 
 def test_a_knob_alone_is_one_of_the_default_objective(tmp_path):

@@ -111,7 +111,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     """Read the tables of a TOML file. Raises `UserError` if it cannot be read."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    # An integer of thousands of digits is a plain ValueError, as are TOML's and UTF-8's errors.
+    except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"it is not valid TOML: {error}"
         raise UserError(
             f"config {path} cannot be read ({reason}); give a valid TOML file or a run directory, "
@@ -157,7 +158,7 @@ def _value(text: str) -> Any:
     else is a string, such as a bare word."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         if not _PYTHON.fullmatch(text):
             return text
     try:
